@@ -290,19 +290,17 @@ pub trait Backend: Send + Sync + 'static {
     fn expert_ids(&self, routing: &Self::Routing) -> Vec<u32>;
     /// Sorts the routed rows by expert, stably.
     fn dispatch(&self, routing: &Self::Routing, num_experts: usize) -> Self::Dispatch;
+    /// All of `rows` rows in one group, as they are: grouped products with it are plain ones over stacked weights.
+    fn one_group(&self, rows: usize) -> Self::Dispatch;
     /// Routed rows of each expert, `[E]`.
     fn tokens_per_expert(&self, dispatch: &Self::Dispatch) -> Vec<usize>;
     /// x_TD copied to the sorted rows: `[R, D]`.
     fn dispatch_rows(&self, x: &Self::Tensor, dispatch: &Self::Dispatch) -> Self::Tensor;
-    /// dx[t] = Σ_k dy[row of (t, k)], k ascending: `[T, D]`.
-    fn dispatch_rows_backward(&self, dy: &Self::Tensor, dispatch: &Self::Dispatch) -> Self::Tensor;
+    /// y[t] = Σ_k x[row of (t, k)], k ascending: `[T, D]`. Each is the backward of the other.
+    fn combine_rows(&self, x: &Self::Tensor, dispatch: &Self::Dispatch) -> Self::Tensor;
     /// Each expert's rows times its own stacked weights: `[R, in]` → `[R, Σ out]`.
-    fn grouped_linear(
-        &self,
-        x: &Self::Tensor,
-        w: &Stacks<'_, Self::Weight>,
-        dispatch: &Self::Dispatch,
-    ) -> Self::Tensor;
+    fn grouped_linear(&self, x: &Self::Tensor, w: &Stacks<'_, Self::Weight>, dispatch: &Self::Dispatch)
+    -> Self::Tensor;
     /// dx `[R, in]`.
     fn grouped_linear_backward_input(
         &self,
@@ -322,10 +320,11 @@ pub trait Backend: Send + Sync + 'static {
         dw: &mut Self::Buffer,
         scores: &mut Self::Scores,
     );
-    /// y[t] = Σ_k weight(t, k) · x[row of (t, k)], k ascending: `[T, D]`.
-    fn combine(&self, x: &Self::Tensor, routing: &Self::Routing, dispatch: &Self::Dispatch) -> Self::Tensor;
-    /// (dx `[R, D]`, d routing weights `[T, K]`).
-    fn combine_backward(
+    /// Every routed row times its own routing weight: `[R, F]` → `[R, F]`. Done before the down projection, which is
+    /// linear, so that its outputs need not be kept for the gradient of the routing weights.
+    fn weight_rows(&self, x: &Self::Tensor, routing: &Self::Routing, dispatch: &Self::Dispatch) -> Self::Tensor;
+    /// (dx `[R, F]`, d routing weights `[T, K]`).
+    fn weight_rows_backward(
         &self,
         dy: &Self::Tensor,
         x: &Self::Tensor,
@@ -350,13 +349,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Σ over the rows `rows` of softmax(logits): `[E]`.
     fn softmax_sum(&self, logits: &Self::Tensor, rows: Range<usize>) -> Vec<f64>;
     /// dlogits[rows] += the gradient through softmax of `dy` `[E]`, the same for every row.
-    fn softmax_sum_backward(
-        &self,
-        dy: &[f32],
-        logits: &Self::Tensor,
-        rows: Range<usize>,
-        dlogits: &mut Self::Tensor,
-    );
+    fn softmax_sum_backward(&self, dy: &[f32], logits: &Self::Tensor, rows: Range<usize>, dlogits: &mut Self::Tensor);
     /// Σ of the rows of each range: `[ranges · cols]`.
     fn segment_sum(&self, x: &Self::Tensor, segments: &[Range<usize>]) -> Vec<f64>;
     /// dx[row] += dy[segment of row], `dy` `[ranges · cols]`.

@@ -80,3 +80,10 @@ pub struct ParamTable {
     /// In order; a [`ParamId`] is a place in this list.
     pub params: Vec<ParamSpec>,
 }
+
+impl ParamTable {
+    /// The place of a parameter, if the model has it.
+    pub fn id(&self, kind: ParamKind) -> Option<ParamId> {
+        self.params.iter().position(|p| p.kind == kind)
+    }
+}

@@ -1,0 +1,141 @@
+//! What a backward pass does with each parameter's gradient.
+
+use super::params::{ParamId, ParamKind, ParamTable, Proj};
+use crate::backend::{ExpertGrad, Moment};
+
+/// The gradient plan: which parameters accumulate where in the flat gradient buffer, and whether the routed experts are
+/// scored instead. Nothing is computed for a parameter outside the plan, nor below the lowest layer that is in it.
+#[derive(Debug, Clone)]
+pub struct GradPlan {
+    slots: Vec<Option<usize>>,
+    len: usize,
+    score: Option<Scoring>,
+    embedding: bool,
+    layers: Vec<LayerWants>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Scoring {
+    moment: Moment,
+    num_experts: usize,
+}
+
+/// Which parts of one layer want a gradient.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct LayerWants {
+    /// Any weight of attention or the norm before it.
+    pub attention: bool,
+    /// Any routed expert, to train or to score.
+    pub experts: bool,
+    /// The router, or anything else of the feed-forward part but its experts.
+    pub feed_forward: bool,
+    /// Anything in a lower layer, or the embedding.
+    pub below: bool,
+}
+
+impl LayerWants {
+    /// Whether the gradient of the layer's hidden state after attention is needed.
+    pub(super) fn hidden(self) -> bool {
+        self.attention || self.below
+    }
+
+    fn any(self) -> bool {
+        self.attention || self.experts || self.feed_forward || self.below
+    }
+}
+
+impl GradPlan {
+    /// Scores every routed expert; trains nothing.
+    pub fn score(table: &ParamTable, num_layers: usize, num_experts: usize, moment: Moment) -> Self {
+        Self::new(table, num_layers, &[], Some(Scoring { moment, num_experts }))
+    }
+
+    /// Accumulates the gradients of these parameters, one after another in the buffer, in the order given.
+    pub fn train(table: &ParamTable, num_layers: usize, trainable: &[ParamId]) -> Self {
+        Self::new(table, num_layers, trainable, None)
+    }
+
+    fn new(table: &ParamTable, num_layers: usize, trainable: &[ParamId], score: Option<Scoring>) -> Self {
+        let mut slots = vec![None; table.params.len()];
+        let mut len = 0;
+        for &id in trainable {
+            slots[id] = Some(len);
+            len += table.params[id].value.len();
+        }
+        let mut embedding = false;
+        let mut layers = vec![LayerWants::default(); num_layers];
+        for (id, spec) in table.params.iter().enumerate() {
+            use ParamKind::*;
+            let scored = score.is_some() && matches!(spec.kind, Expert(..));
+            if slots[id].is_none() && !scored {
+                continue;
+            }
+            match spec.kind {
+                Embedding => embedding = true,
+                InputNorm(l) | Q(l) | QBias(l) | K(l) | KBias(l) | V(l) | VBias(l) | O(l) | OBias(l) | QNorm(l)
+                | KNorm(l) => layers[l].attention = true,
+                Expert(l, ..) => layers[l].experts = true,
+                PostNorm(l) | Dense(l, _) | Router(l) | Shared(l, _) | SharedGate(l) => layers[l].feed_forward = true,
+                FinalNorm | LmHead => {}
+            }
+        }
+        let mut below = embedding;
+        for wants in &mut layers {
+            wants.below = below;
+            below = wants.any();
+        }
+        Self { slots, len, score, embedding, layers }
+    }
+
+    /// Elements of the gradient buffer.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing accumulates.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where a parameter's gradient begins in the buffer; `None`: it gets none.
+    pub fn slot(&self, id: ParamId) -> Option<usize> {
+        self.slots[id]
+    }
+
+    pub(super) fn wants_embedding(&self) -> bool {
+        self.embedding
+    }
+
+    pub(super) fn layer(&self, layer: usize) -> LayerWants {
+        self.layers[layer]
+    }
+
+    /// The lowest layer that the backward pass visits; `None`: it visits none.
+    pub fn lowest_layer(&self) -> Option<usize> {
+        if self.embedding { Some(0) } else { self.layers.iter().position(|l| l.any()) }
+    }
+
+    /// The plan of one expert's stacked matrices. `layer` counts decoder layers; scores are indexed
+    /// `layer · num_experts + expert`.
+    pub(super) fn expert(&self, layer: usize, expert: usize, stack: &[ParamId]) -> ExpertGrad {
+        if let Some(Scoring { moment, num_experts }) = self.score {
+            return ExpertGrad::Score(moment, layer * num_experts + expert);
+        }
+        self.accumulate(stack)
+    }
+
+    /// Accumulate for stacked matrices that are all trained; they are trained together or not at all.
+    pub(super) fn accumulate(&self, stack: &[ParamId]) -> ExpertGrad {
+        match stack.iter().map(|&id| self.slots[id]).collect::<Option<Vec<_>>>() {
+            Some(offsets) => ExpertGrad::Accumulate(offsets),
+            None => ExpertGrad::Skip,
+        }
+    }
+}
+
+/// The parameters of whole experts: gate, up and down are trained together or not at all.
+pub fn expert_params(table: &ParamTable, layer: usize, expert: usize) -> impl Iterator<Item = ParamId> {
+    [Proj::Gate, Proj::Up, Proj::Down]
+        .into_iter()
+        .filter_map(move |proj| table.id(ParamKind::Expert(layer, expert, proj)))
+}
