@@ -184,6 +184,11 @@ impl<B: Backend> Model<B> {
         &self.weights[id]
     }
 
+    /// All parameters, by [`ParamId`].
+    pub fn weights(&self) -> &[B::Weight] {
+        &self.weights
+    }
+
     /// All parameters, for the optimizer.
     pub fn weights_mut(&mut self) -> &mut [B::Weight] {
         &mut self.weights

@@ -1,0 +1,157 @@
+//! One rank at work: a model, its share of the micro-batches, and the passes that all phases are made of.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::alignment::MoeLayers;
+use super::memory::{Activations, free_memory};
+use crate::backend::Backend;
+use crate::collective::Collective;
+use crate::config::RunConfig;
+use crate::data::{Dataset, MicroBatch};
+use crate::exit::{self, Failure, Result};
+use crate::model::{Forward, ForwardOptions, GradPlan, Inputs, LayerKind, Model, Observer, ParamId, PassEnd};
+
+/// Everything a phase works with on one rank.
+pub struct Engine<'a, B: Backend> {
+    /// The weights, on this rank's device.
+    pub model: Model<B>,
+    /// The other ranks.
+    pub world: Arc<dyn Collective>,
+    /// What was asked for.
+    pub config: &'a RunConfig,
+    /// The training rows.
+    pub data: &'a Dataset,
+    /// Parameters that an optimizer has written.
+    pub touched: BTreeSet<ParamId>,
+}
+
+/// One micro-batch of the global order and the records in it.
+#[derive(Debug, Clone, Copy)]
+pub struct Share<'a> {
+    /// Place in the global order.
+    pub index: usize,
+    /// Indices of records (what they index is the phase's business).
+    pub records: &'a [usize],
+}
+
+/// The micro-batches of the global order that belong to this rank: number i belongs to rank i mod world.
+pub fn share<'a>(
+    micro_batches: &'a [Vec<usize>],
+    world: &dyn Collective,
+) -> impl Iterator<Item = Share<'a>> + use<'a> {
+    let (rank, size) = (world.rank(), world.world_size());
+    micro_batches
+        .iter()
+        .enumerate()
+        .filter(move |(i, _)| i % size == rank)
+        .map(|(index, records)| Share { index, records })
+}
+
+impl<'a, B: Backend> Engine<'a, B> {
+    /// Puts a micro-batch on the device.
+    pub fn inputs(&self, batch: &MicroBatch) -> Inputs<B> {
+        Inputs::new(&self.model, &batch.ids, &batch.packing, &batch.loss_rows, &batch.targets)
+    }
+
+    /// A forward pass that keeps what a backward by `plan` reads (`None`: nothing).
+    pub fn forward(
+        &self,
+        inputs: &Inputs<B>,
+        plan: Option<&GradPlan>,
+        end: PassEnd,
+        observer: Option<Observer<'_, B>>,
+    ) -> Forward<B> {
+        let layers = self.model.config.layers.len();
+        let lowest = plan.and_then(GradPlan::lowest_layer).unwrap_or(layers);
+        let keep_from = Activations::predict(&self.model.config, inputs.rows()).keep_from(
+            self.config.recompute,
+            layers,
+            lowest,
+            free_memory(),
+        );
+        self.model.forward(inputs, ForwardOptions { lowest, keep_from, end }, observer)
+    }
+
+    /// Mean cross-entropy over the loss tokens of these micro-batches, without gradient; all ranks get the same.
+    pub fn measure(&self, batches: &[MicroBatch]) -> Result<Option<f64>> {
+        let mut sums = [0.0, 0.0];
+        for batch in batches.iter().skip(self.world.rank()).step_by(self.world.world_size()) {
+            if batch.targets.is_empty() {
+                continue;
+            }
+            let inputs = self.inputs(batch);
+            let forward = self.forward(&inputs, None, PassEnd::Loss { all_rows: false }, None);
+            sums[0] += self.model.loss(&inputs, &forward);
+            sums[1] += batch.targets.len() as f64;
+        }
+        self.world.all_reduce_f64(&mut sums)?;
+        Ok((sums[1] > 0.0).then(|| sums[0] / sums[1]))
+    }
+
+    /// Decoder layers that route.
+    pub fn moe_layers(&self) -> MoeLayers {
+        let kinds = &self.model.config.layers;
+        let layers = (0..kinds.len()).filter(|&l| kinds[l] == LayerKind::Moe).collect();
+        MoeLayers { layers, depth: kinds.len() }
+    }
+
+    /// Records that have an unsafe prompt with a reply, in file order.
+    pub fn unsafe_replies(&self) -> Vec<usize> {
+        (0..self.data.records.len()).filter(|&i| self.data.records[i].unsafe_reply.is_some()).collect()
+    }
+
+    /// Packs the unsafe replies of these records.
+    pub fn pack_unsafe(&self, records: &[usize]) -> MicroBatch {
+        MicroBatch::of_examples(records.iter().filter_map(|&i| self.data.records[i].unsafe_reply.as_ref()))
+    }
+
+    /// Packs the safe replies of these records.
+    pub fn pack_safe(&self, records: &[usize]) -> MicroBatch {
+        MicroBatch::of_examples(records.iter().filter_map(|&i| self.data.records[i].safe_reply.as_ref()))
+    }
+
+    /// Puts each rank's values (by place in the global order) together: every rank gets all `n`.
+    pub fn gather_by_index(&self, n: usize, own: &[(usize, f64)]) -> Result<Vec<f64>> {
+        let mut all = vec![0.0; n];
+        for &(index, value) in own {
+            all[index] = value;
+        }
+        self.world.all_reduce_f64(&mut all)?;
+        Ok(all)
+    }
+
+    /// An error unless a value that all ranks hold is finite.
+    pub fn check_finite(&self, value: f64, what: &str, records: &[usize]) -> Result<()> {
+        if value.is_finite() {
+            return Ok(());
+        }
+        let mut lines: Vec<_> = records.iter().map(|&i| self.data.records[i].line.to_string()).collect();
+        lines.truncate(16);
+        Err(Failure::new(
+            exit::NOT_FINITE,
+            format!(
+                "{what} is {value} (rows at lines {} of {}); nothing was updated with it. Lower the learning rate, set \
+                 --max-grad-norm, or look at these rows with `moewarden check`",
+                lines.join(", "),
+                self.config.dataset_path.display()
+            ),
+        ))
+    }
+}
+
+/// Seconds and tokens of a step, for the log.
+pub struct Stopwatch(Instant);
+
+impl Stopwatch {
+    /// Starts now.
+    pub fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    /// Seconds since the start.
+    pub fn seconds(&self) -> f64 {
+        self.0.elapsed().as_secs_f64()
+    }
+}

@@ -1,0 +1,211 @@
+//! Finding experts: a scoring pass over the data, by the method asked for, and the selection.
+
+use super::engine::{Engine, Share, share};
+use super::progress::Progress;
+use crate::backend::Backend;
+use crate::collective::all_agree;
+use crate::config::RunConfig;
+use crate::data::{self, MicroBatch};
+use crate::exit::{self, Failure, Result};
+use crate::experts::{
+    self, ExpertId, ExpertScores, FrequencyAccumulator, Method, Pool, RandomMatch, Rank, RoutingCounts,
+    ScoreAccumulator, ScorePer, Selected, selection_hash, token_mask,
+};
+use crate::model::{GradPlan, LossGrads, PassEnd, Sinks};
+
+/// What an identification found. All ranks hold the same.
+pub struct Identification {
+    /// By the method asked for; zero everywhere for the random one.
+    pub scores: ExpertScores,
+    /// The experts to train.
+    pub selected: Selected,
+    /// Micro-batches (or safe and unsafe batches) that counted.
+    pub micro_batches: u64,
+    /// Mean cross-entropy of each micro-batch in global order, where the method computes one; those without loss tokens
+    /// are left out.
+    pub losses: Vec<f64>,
+    /// The same micro-batches' loss tokens.
+    pub tokens: Vec<usize>,
+}
+
+/// Scores of gradients, and what came with them.
+struct Scored {
+    scores: ExpertScores,
+    micro_batches: u64,
+    losses: Vec<f64>,
+    tokens: Vec<usize>,
+}
+
+/// The pool that the options describe.
+pub fn pool(config: &RunConfig) -> Pool {
+    Pool { top_k: config.top_k_experts, per_layer: config.experts_per_layer, layers: config.layers.clone() }
+}
+
+impl<B: Backend> Engine<'_, B> {
+    /// The global order of identification in `round` (from 0): micro-batches of records with an unsafe reply.
+    pub fn identify_order(&self, round: usize) -> Vec<Vec<usize>> {
+        let records = self.unsafe_replies();
+        let order = data::order(records.len(), self.config.shuffle, self.config.seed, round as u64);
+        let order: Vec<_> = order.into_iter().map(|i| records[i]).collect();
+        data::micro_batches(&order, self.config.batch_size)
+    }
+
+    /// Scores the whole set and selects. `round` counts from 0.
+    pub fn identify(&self, round: usize, bar: &Progress<'_>) -> Result<Identification> {
+        let config = self.config;
+        let layers = self.moe_layers().layers;
+        let num_experts = self.model.config.num_experts;
+        let micro_batches = self.identify_order(round);
+        let rank = Rank { select: config.select, threshold: None };
+        let found = match config.method {
+            Method::Gradient => {
+                let scored = self.score_gradients(&micro_batches, bar)?;
+                let selected = experts::select(&scored.scores, &pool(config), &rank)?;
+                Identification {
+                    selected,
+                    scores: scored.scores,
+                    micro_batches: scored.micro_batches,
+                    losses: scored.losses,
+                    tokens: scored.tokens,
+                }
+            }
+            Method::Routing => {
+                let (scores, micro_batches) = self.score_routing(&micro_batches, bar)?;
+                let rank = Rank { threshold: Some(config.risk_threshold), ..rank };
+                let selected = experts::select(&scores, &pool(config), &rank)?;
+                Identification { selected, scores, micro_batches, losses: Vec::new(), tokens: Vec::new() }
+            }
+            Method::Random => {
+                // The control knows the gradient method's selection only where it is to match it.
+                let (scores, gradient) = match config.random_match {
+                    RandomMatch::Total => {
+                        let values = vec![0.0; layers.len() * num_experts];
+                        (ExpertScores { layers: layers.clone(), num_experts, values }, None)
+                    }
+                    RandomMatch::Layer => {
+                        let scored = self.score_gradients(&micro_batches, bar)?;
+                        let selected = experts::select(&scored.scores, &pool(config), &rank)?;
+                        (scored.scores, Some(selected.experts))
+                    }
+                };
+                let selected = experts::random(
+                    &layers,
+                    num_experts,
+                    &pool(config),
+                    config.random_match,
+                    gradient.as_deref(),
+                    config.seed,
+                    round as u64,
+                )?;
+                Identification { selected, scores, micro_batches: 0, losses: Vec::new(), tokens: Vec::new() }
+            }
+        };
+        all_agree(&*self.world, "selection of experts", &selection_hash(&found.selected.experts))?;
+        Ok(found)
+    }
+
+    /// The gradient method's choice from these micro-batches alone, for `--selection per-batch`.
+    pub fn select_from(&self, micro_batches: &[Vec<usize>]) -> Result<Vec<ExpertId>> {
+        let scored = self.score_gradients(micro_batches, &Progress::hidden())?;
+        let rank = Rank { select: self.config.select, threshold: None };
+        let selected = experts::select(&scored.scores, &pool(self.config), &rank)?.experts;
+        all_agree(&*self.world, "selection of experts", &selection_hash(&selected))?;
+        Ok(selected)
+    }
+
+    /// One backward a micro-batch with the plan "score every expert": no expert gradient is ever stored.
+    fn score_gradients(&self, micro_batches: &[Vec<usize>], bar: &Progress<'_>) -> Result<Scored> {
+        let (b, model) = (&*self.model.backend, &self.model);
+        let config = self.config;
+        let (depth, num_experts) = (model.config.layers.len(), model.config.num_experts);
+        let layers = self.moe_layers().layers;
+        let params = 3 * model.config.hidden_size * model.config.expert_width;
+        let plan = GradPlan::score(&model.table, depth, num_experts, config.score.moment());
+        let mut total = ScoreAccumulator::new(config.score, config.score_per, layers.clone(), num_experts, params);
+        let mut grads = b.buffer(0);
+        let mut scores = b.scores(depth * num_experts);
+        let (mut losses, mut tokens) = (Vec::new(), Vec::new());
+        // Rows without loss would miss from the last layer's counts.
+        let end = PassEnd::Loss { all_rows: config.score_per == ScorePer::Token };
+        for Share { index, records } in share(micro_batches, &*self.world) {
+            let batch = self.pack_unsafe(records);
+            let targets = batch.targets.len();
+            if targets == 0 {
+                bar.step(0, "");
+                continue;
+            }
+            let inputs = self.inputs(&batch);
+            let mut counts = vec![0; layers.len() * num_experts];
+            let mut observe = |routed: crate::model::Routed<'_, B>| {
+                let row = layers.binary_search(&routed.layer).expect("a layer that routes");
+                let tokens = b.tokens_per_expert(routed.dispatch);
+                counts[row * num_experts..(row + 1) * num_experts].copy_from_slice(&tokens);
+            };
+            let forward = self.forward(&inputs, Some(&plan), end, Some(&mut observe));
+            let mut sinks = Sinks { plan: &plan, grads: &mut grads, scores: &mut scores };
+            let loss_grads = LossGrads { ce_scale: 1.0 / targets as f32, routers: &[] };
+            let sum = model.backward(&inputs, forward, loss_grads, &mut sinks).expect("a pass to the loss");
+            let loss = sum / targets as f64;
+            self.check_finite(loss, &format!("the loss of micro-batch {index} of the identification"), records)?;
+            let all = b.scores_take(&mut scores);
+            let moments: Vec<_> =
+                layers.iter().flat_map(|l| all[l * num_experts..(l + 1) * num_experts].iter().copied()).collect();
+            total.add(&moments, &counts, targets);
+            losses.push((index, loss));
+            tokens.push((index, targets as f64));
+            bar.step(batch.ids.len(), format!("loss {loss:.4}"));
+        }
+        total.merge(&*self.world)?;
+        let all_losses = self.gather_by_index(micro_batches.len(), &losses)?;
+        let all_tokens = self.gather_by_index(micro_batches.len(), &tokens)?;
+        let counted = all_losses.into_iter().zip(all_tokens).filter(|(_, tokens)| *tokens > 0.0);
+        let (losses, tokens) = counted.map(|(loss, tokens)| (loss, tokens as usize)).unzip();
+        Ok(Scored { micro_batches: total.micro_batches(), scores: total.finish()?, losses, tokens })
+    }
+
+    /// Risk differences of routing frequencies; forward passes alone. A batch is a micro-batch's unsafe replies against
+    /// the safe replies of the same records, or, where safe rows stand alone, against as many of those in turn.
+    fn score_routing(&self, micro_batches: &[Vec<usize>], bar: &Progress<'_>) -> Result<(ExpertScores, u64)> {
+        let safe = self.safe_partners(|r| r.safe_reply.is_some()).ok_or_else(|| {
+            Failure::new(
+                exit::CONFIG,
+                "--method routing compares safe with unsafe prompts, and the data hold no safe ones: add rows with \
+                 the label safe, or take --method gradient",
+            )
+        })?;
+        let layers = self.moe_layers().layers;
+        let num_experts = self.model.config.num_experts;
+        let mut total = FrequencyAccumulator::new(layers.clone(), num_experts);
+        for Share { records, .. } in share(micro_batches, &*self.world) {
+            let partners: Vec<_> = records.iter().map(|&r| safe[r]).collect();
+            let (safe, unsafe_) = (self.pack_safe(&partners), self.pack_unsafe(records));
+            total.add(&self.count_routing(&safe, &layers), &self.count_routing(&unsafe_, &layers));
+            bar.step(safe.ids.len() + unsafe_.ids.len(), "");
+        }
+        total.merge(&*self.world)?;
+        let batches = total.batches();
+        Ok((total.finish()?, batches))
+    }
+
+    fn count_routing(&self, batch: &MicroBatch, layers: &[usize]) -> RoutingCounts {
+        let b = &*self.model.backend;
+        let mask = token_mask(self.config.routing_tokens, &batch.is_response);
+        let mut counts = RoutingCounts::new(mask, layers.len(), self.model.config.num_experts);
+        let mut observe = |routed: crate::model::Routed<'_, B>| {
+            let row = layers.binary_search(&routed.layer).expect("a layer that routes");
+            counts.add_layer(row, &b.expert_ids(routed.routing));
+        };
+        self.forward(&self.inputs(batch), None, PassEnd::Routers, Some(&mut observe));
+        counts
+    }
+
+    /// For each record the one whose safe side goes with its unsafe side: itself if it has both, else the safe-only
+    /// records in turn. `None` if no record has a safe side.
+    pub fn safe_partners(&self, has_safe: impl Fn(&data::Record) -> bool) -> Option<Vec<usize>> {
+        let records = &self.data.records;
+        let alone: Vec<_> =
+            (0..records.len()).filter(|&i| has_safe(&records[i]) && records[i].unsafe_reply.is_none()).collect();
+        let mut next = alone.iter().copied().cycle();
+        (0..records.len()).map(|i| if has_safe(&records[i]) { Some(i) } else { next.next() }).collect()
+    }
+}

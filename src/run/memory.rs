@@ -1,0 +1,121 @@
+//! How much memory a run takes, from shapes alone; and what a forward pass can afford to keep.
+
+use crate::config::Recompute;
+use crate::model::{LayerKind, ModelConfig};
+
+/// Activations are f32 on the CPU.
+const ACTIVATION: u64 = 4;
+
+/// Bytes of activations for one micro-batch of `rows` tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Activations {
+    /// The saved input of one layer.
+    pub input: u64,
+    /// What one layer keeps so that its backward computes nothing again.
+    pub kept: u64,
+    /// What is alive beside that while one layer's backward runs.
+    pub working: u64,
+}
+
+impl Activations {
+    /// The largest layer's figures.
+    pub fn predict(config: &ModelConfig, rows: usize) -> Self {
+        let t = rows as u64;
+        let d = config.hidden_size as u64;
+        let heads = config.heads.first().expect("a model has layers");
+        let (q, kv) = ((heads.queries * heads.dim) as u64, (heads.keys * heads.dim) as u64);
+        let norms = if config.qk_norm == crate::model::QkNorm::None { 0 } else { q + kv };
+        let attention = 2 * q + 2 * kv + norms;
+        let routed = config.num_experts_per_tok as u64;
+        let f = config.expert_width as u64;
+        let shared = config.shared_expert_width.unwrap_or(0) as u64;
+        let dense = config.layers.iter().map(|k| if let LayerKind::Dense(w) = k { *w as u64 } else { 0 }).max();
+        let moe = routed * 2 * f + config.num_experts as u64 + 2 * shared + if shared > 0 { d } else { 0 };
+        let kept = attention + d + moe.max(2 * dense.unwrap_or(0));
+        // Gathered rows and their gradients [R, D], SwiGLU's output, its gradient and that of its input [R, 4F], and a few [T, D].
+        let working = routed * (2 * d + 4 * f) + 4 * d + 3 * (q + 2 * kv);
+        Self { input: t * d * ACTIVATION, kept: t * kept * ACTIVATION, working: t * working * ACTIVATION }
+    }
+
+    /// The lowest layer that keeps its activations, of `layers` layers of which a backward visits those from `lowest` up.
+    pub fn keep_from(&self, recompute: Recompute, layers: usize, lowest: usize, free: u64) -> usize {
+        let visited = layers.saturating_sub(lowest);
+        let affordable = match recompute {
+            Recompute::Never => visited,
+            // The top layer is the first that its backward visits: keeping it costs nothing beyond what recomputing would.
+            Recompute::Always => 1,
+            Recompute::Auto => ((free / 4) / self.kept.max(1)).max(1) as usize,
+        };
+        layers - affordable.min(visited)
+    }
+
+    /// Peak of one forward and backward.
+    pub fn peak(&self, layers: usize, lowest: usize, keep_from: usize) -> u64 {
+        let visited = layers.saturating_sub(lowest) as u64;
+        let kept = layers.saturating_sub(keep_from).max(1) as u64;
+        visited * self.input + kept * self.kept + self.working
+    }
+}
+
+/// Bytes of memory that this process may still take: what the kernel calls available, and no more than the control
+/// group allows.
+pub fn free_memory() -> u64 {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
+    let available = read("/proc/meminfo")
+        .and_then(|text| {
+            let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
+            Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+        })
+        .unwrap_or(u64::MAX / 2);
+    let group = number("/sys/fs/cgroup/memory.max")
+        .and_then(|max| Some(max.saturating_sub(number("/sys/fs/cgroup/memory.current")?)));
+    available.min(group.unwrap_or(u64::MAX))
+}
+
+/// The largest resident size this process has had, in bytes.
+pub fn peak_resident() -> u64 {
+    // SAFETY: getrusage writes a plain struct that we own; zeroed is a valid value of it.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    usage.ru_maxrss as u64 * 1024
+}
+
+/// `1.5 GB`: decimal, for people.
+pub fn human(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    let mut unit = "B";
+    for next in ["kB", "MB", "GB", "TB"] {
+        if value < 1000.0 {
+            break;
+        }
+        value /= 1000.0;
+        unit = next;
+    }
+    if unit == "B" { format!("{value} {unit}") } else { format!("{value:.1} {unit}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keeps_what_fits_and_always_the_top() {
+        let a = Activations { input: 10, kept: 100, working: 50 };
+        assert_eq!(a.keep_from(Recompute::Never, 16, 4, 0), 4);
+        assert_eq!(a.keep_from(Recompute::Always, 16, 4, u64::MAX), 15);
+        assert_eq!(a.keep_from(Recompute::Auto, 16, 4, 4 * 350), 13);
+        assert_eq!(a.keep_from(Recompute::Auto, 16, 4, 0), 15);
+        assert_eq!(a.keep_from(Recompute::Auto, 16, 16, u64::MAX / 2), 16);
+        assert!(a.peak(16, 0, 15) < a.peak(16, 0, 8));
+    }
+
+    #[test]
+    fn bytes_for_people() {
+        assert_eq!(human(999), "999 B");
+        assert_eq!(human(61_100_000_000), "61.1 GB");
+    }
+}
