@@ -1,0 +1,311 @@
+//! `train` and `identify`: rounds of finding experts, training them, and aligning the routers.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::engine::Engine;
+use super::identify::Identification;
+use super::memory::{human, peak_resident};
+use super::outputs::Outputs;
+use super::phases::StepResult;
+use super::progress::Progress;
+use super::session::Session;
+use super::verify::verify_frozen;
+use crate::backend::{Backend, HostTensor, cpu::Cpu};
+use crate::checkpoint::{export, save_delta};
+use crate::config::{Mode, RunConfig, SaveRounds, Schedule, prepare_output_dir};
+use crate::data::{self, Dataset, MicroBatch};
+use crate::exit::Result;
+use crate::experts::{ExpertId, Selection};
+use crate::model::ParamId;
+use crate::report::{Phase, TrainingStep};
+use crate::ui::Ui;
+
+/// What a training run came to, for those who run several.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainSummary {
+    /// Mean cross-entropy of the unsafe prompts with their refusals, before and after.
+    pub ce_loss: [Option<f64>; 2],
+    /// The alignment loss between safe and unsafe prompts, before and after; `None` where the data hold no pairs.
+    pub router_loss: Option<[f64; 2]>,
+    /// Mean cross-entropy of the held-out rows, before and after.
+    pub held_out_loss: [Option<f64>; 2],
+    /// The last round's selection.
+    pub selected: Vec<ExpertId>,
+    /// Elements that an optimizer wrote, and all elements.
+    pub trained: [usize; 2],
+    /// Wall-clock seconds of the rounds.
+    pub seconds: f64,
+}
+
+/// Scores and selects; changes no weight.
+///
+/// # Errors
+/// Anything that keeps the run from its end.
+pub fn identify(config: &RunConfig, ui: &Ui) -> Result<()> {
+    let session = Session::open(config, ui)?;
+    prepare_output_dir(config)?;
+    ui.line(session.describe());
+    ui.line(session.describe_memory(config, 0));
+    let engine = session.engine(config, backend(config, ui))?;
+    let mut outputs = outputs(config, ui, &engine)?;
+    let found = identify_round(&engine, 0, ui, &mut outputs)?;
+    outputs.write_metadata()?;
+    describe_selection(&found, &engine, ui);
+    ui.result(format_args!("scores and selection: {}", outputs.path("expert_scores.json").display()));
+    ui.line(format_args!("peak memory: {}", human(peak_resident())));
+    Ok(())
+}
+
+/// Runs all rounds and writes the final model.
+///
+/// # Errors
+/// Anything that keeps the run from its end.
+pub fn train(config: &RunConfig, ui: &Ui) -> Result<TrainSummary> {
+    let session = Session::open(config, ui)?;
+    prepare_output_dir(config)?;
+    let mut engine = session.engine(config, backend(config, ui))?;
+    ui.line(session.describe());
+    let trained = trained_elements(&engine);
+    ui.line(session.describe_memory(config, trained));
+    let total = session.table.total().elements;
+    ui.line(format_args!(
+        "training at most {trained} of {total} parameters at once ({:.2} %)",
+        100.0 * trained as f64 / total as f64
+    ));
+    let mut outputs = outputs(config, ui, &engine)?;
+    let clock = std::time::Instant::now();
+
+    let pairs = has_pairs(&session.data);
+    let ce_before = engine.measure(&unsafe_batches(&engine))?;
+    let router_before = if pairs { Some(engine.measure_alignment()?) } else { None };
+    let held_out_before = measure_held_out(&engine, &session)?;
+    ui.line(losses_line("before", ce_before, router_before, held_out_before));
+
+    let mut selected = Vec::new();
+    for round in 0..config.num_rounds {
+        selected = train_round(&mut engine, round, ui, &mut outputs)?;
+        save_round(&session, &engine, round, &outputs, ui)?;
+        outputs.write_metadata()?;
+    }
+
+    let ce_after = engine.measure(&unsafe_batches(&engine))?;
+    let router_after = if pairs { Some(engine.measure_alignment()?) } else { None };
+    let held_out_after = measure_held_out(&engine, &session)?;
+    ui.line(losses_line("after", ce_after, router_after, held_out_after));
+    outputs.held_out(held_out_before, held_out_after);
+    outputs.write_metadata()?;
+
+    let final_model = outputs.path("final_model");
+    export(&session.dir, &session.checkpoint, &session.table, &changed(&engine), &final_model)?;
+    let frozen = verify_frozen(&session, &final_model, &engine.touched)?;
+    ui.result(format_args!(
+        "frozen: {} parameters ({:.2} % of the elements) have the source's bits, blake3 {}",
+        frozen.frozen,
+        100.0 * frozen.frozen_elements as f64 / total as f64,
+        &frozen.hash.to_hex()[..16]
+    ));
+    ui.result(format_args!("trained: {} parameters, {} of them changed", frozen.trained, frozen.changed));
+    ui.result(format_args!("final model: {}", final_model.display()));
+    ui.line(format_args!("peak memory: {}", human(peak_resident())));
+    Ok(TrainSummary {
+        ce_loss: [ce_before, ce_after],
+        router_loss: router_before.zip(router_after).map(|(a, b)| [a, b]),
+        held_out_loss: [held_out_before, held_out_after],
+        selected,
+        trained: [total - frozen.frozen_elements, total],
+        seconds: clock.elapsed().as_secs_f64(),
+    })
+}
+
+/// The backend that the options ask for. (`config` has refused what this build does not have.)
+pub fn backend(config: &RunConfig, ui: &Ui) -> Arc<Cpu> {
+    let cpu = Cpu::new(config.threads);
+    ui.line(format_args!("device: cpu, {} threads", cpu.threads()));
+    Arc::new(cpu)
+}
+
+fn outputs<'a, B: Backend>(config: &'a RunConfig, ui: &'a Ui, engine: &Engine<'_, B>) -> Result<Outputs<'a>> {
+    Outputs::create(config, ui, engine.moe_layers().layers, engine.model.config.num_experts)
+}
+
+fn identify_round<B: Backend>(
+    engine: &Engine<'_, B>,
+    round: usize,
+    ui: &Ui,
+    outputs: &mut Outputs<'_>,
+) -> Result<Identification> {
+    outputs.start_clock();
+    let label = format!("round {} identify", round + 1);
+    let progress = Progress::new(ui, engine.identify_order(round).len(), label);
+    let found = engine.identify(round, &progress)?;
+    outputs.identified(round + 1, &found)?;
+    if found.selected.shortfall() > 0 {
+        ui.warn(format_args!(
+            "only {} of {} experts qualify (--risk-threshold {})",
+            found.selected.experts.len(),
+            found.selected.asked,
+            engine.config.risk_threshold
+        ));
+    }
+    Ok(found)
+}
+
+/// One round; the selection that it trained.
+fn train_round<B: Backend>(
+    engine: &mut Engine<'_, B>,
+    round: usize,
+    ui: &Ui,
+    outputs: &mut Outputs<'_>,
+) -> Result<Vec<ExpertId>> {
+    let config = engine.config;
+    let per_batch = config.selection == Selection::PerBatch && config.mode == Mode::Selective;
+    let mut selected = Vec::new();
+    if !per_batch {
+        let found = identify_round(engine, round, ui, outputs)?;
+        describe_selection(&found, engine, ui);
+        selected = found.selected.experts;
+    }
+    if config.schedule == Schedule::Joint {
+        let progress = Progress::new(ui, engine.expert_steps(), format!("round {} joint", round + 1));
+        let losses = logged(outputs, Phase::Joint, round, |on_step| {
+            engine.train_jointly(round, &selected, &progress, on_step)
+        })?;
+        outputs.phase_done(round + 1, TrainingStep::Joint, &losses, selected.len());
+        return Ok(selected);
+    }
+    if config.finetune_unsafe_experts {
+        let progress = Progress::new(ui, engine.expert_steps(), format!("round {} experts", round + 1));
+        let mut found = None;
+        let losses = logged(outputs, Phase::Expert, round, |on_step| {
+            found = engine.train_experts(round, &selected, &progress, on_step)?;
+            Ok(())
+        })?;
+        if let Some(found) = found {
+            outputs.identified(round + 1, &found)?;
+            selected = found.selected.experts;
+        }
+        outputs.phase_done(round + 1, TrainingStep::Expert, &losses, selected.len());
+    }
+    if !config.skip_router_training {
+        let progress = Progress::new(ui, engine.router_steps(), format!("round {} routers", round + 1));
+        let losses =
+            logged(outputs, Phase::Router, round, |on_step| engine.train_routers(round, &progress, on_step))?;
+        outputs.phase_done(round + 1, TrainingStep::Router, &losses, selected.len());
+    }
+    Ok(selected)
+}
+
+/// Runs a phase with its steps written to the log; the total losses of its steps.
+fn logged(
+    outputs: &mut Outputs<'_>,
+    phase: Phase,
+    round: usize,
+    run: impl FnOnce(&mut dyn FnMut(usize, StepResult) -> Result<()>) -> Result<()>,
+) -> Result<Vec<f64>> {
+    let mut losses = Vec::new();
+    outputs.start_clock();
+    run(&mut |_, result| {
+        losses.push(result.total_loss);
+        outputs.step(phase, round + 1, result)
+    })?;
+    Ok(losses)
+}
+
+fn save_round<B: Backend>(
+    session: &Session,
+    engine: &Engine<'_, B>,
+    round: usize,
+    outputs: &Outputs<'_>,
+    ui: &Ui,
+) -> Result<()> {
+    let dir = outputs.path(format!("round_{}", round + 1));
+    match engine.config.save_rounds {
+        SaveRounds::None => return Ok(()),
+        SaveRounds::Full => {
+            export(&session.dir, &session.checkpoint, &session.table, &changed(engine), &dir)?;
+        }
+        SaveRounds::Delta => {
+            std::fs::create_dir_all(&dir).map_err(|e| unwritable(&dir, e))?;
+            save_delta(&session.checkpoint, &session.table, &changed(engine), &dir.join("delta.safetensors"))?;
+        }
+    }
+    ui.line(format_args!("round {} saved: {}", round + 1, dir.display()));
+    Ok(())
+}
+
+fn unwritable(dir: &Path, error: std::io::Error) -> crate::exit::Failure {
+    crate::exit::Failure::new(crate::exit::CANNOT_CREATE, format!("{}: cannot be created: {error}", dir.display()))
+}
+
+/// The present values of the parameters that an optimizer wrote.
+fn changed<B: Backend>(engine: &Engine<'_, B>) -> BTreeMap<ParamId, HostTensor> {
+    engine.touched.iter().map(|&id| (id, engine.model.weight_host(id))).collect()
+}
+
+/// The most parameters that are trained at once.
+fn trained_elements<B: Backend>(engine: &Engine<'_, B>) -> usize {
+    let config = engine.config;
+    let elements = |ids: Vec<ParamId>| ids.iter().map(|&id| engine.model.table.params[id].value.len()).sum::<usize>();
+    let experts = match config.mode {
+        _ if !config.finetune_unsafe_experts => 0,
+        Mode::Selective => config.top_k_experts * 3 * engine.model.config.hidden_size * engine.model.config.expert_width,
+        _ => elements(engine.trainable_experts(&[])),
+    };
+    let routers = if config.skip_router_training { 0 } else { elements(engine.routers()) };
+    match (config.schedule, config.mode) {
+        (Schedule::Joint, Mode::Selective | Mode::Experts) => experts + routers,
+        _ => experts.max(routers),
+    }
+}
+
+fn has_pairs(data: &Dataset) -> bool {
+    data.records.iter().any(|r| r.safe_prompt.is_some()) && data.records.iter().any(|r| r.unsafe_prompt.is_some())
+}
+
+/// Micro-batches of all unsafe replies, in file order.
+fn unsafe_batches<B: Backend>(engine: &Engine<'_, B>) -> Vec<MicroBatch> {
+    data::micro_batches(&engine.unsafe_replies(), engine.config.batch_size)
+        .iter()
+        .map(|records| engine.pack_unsafe(records))
+        .collect()
+}
+
+fn measure_held_out<B: Backend>(engine: &Engine<'_, B>, session: &Session) -> Result<Option<f64>> {
+    let Some(held_out) = &session.held_out else { return Ok(None) };
+    let examples: Vec<_> = held_out.records.iter().filter_map(|r| r.unsafe_reply.as_ref()).collect();
+    let batches: Vec<_> =
+        examples.chunks(engine.config.batch_size).map(|c| MicroBatch::of_examples(c.iter().copied())).collect();
+    engine.measure(&batches)
+}
+
+fn losses_line(when: &str, ce: Option<f64>, router: Option<f64>, held_out: Option<f64>) -> String {
+    let mut line = format!("{when}:");
+    if let Some(ce) = ce {
+        line += &format!(" cross-entropy of the refusals {ce:.4}");
+    }
+    if let Some(router) = router {
+        line += &format!(", divergence of the routers {router:.5}");
+    }
+    if let Some(held_out) = held_out {
+        line += &format!(", cross-entropy of the held-out refusals {held_out:.4}");
+    }
+    line
+}
+
+fn describe_selection<B: Backend>(found: &Identification, engine: &Engine<'_, B>, ui: &Ui) {
+    let layers = engine.moe_layers().layers;
+    let experts = &found.selected.experts;
+    let all = layers.len() * engine.model.config.num_experts;
+    let mut lines = format!("selected {} of {all} experts; by layer:", experts.len());
+    for layer in layers {
+        lines += &format!(" {}", experts.iter().filter(|id| id.layer == layer).count());
+    }
+    for id in experts.iter().take(5) {
+        if let Some(score) = found.scores.get(*id).filter(|s| *s != 0.0) {
+            lines += &format!("\n  layer {:>2} expert {:>3}  {score:.4e}", id.layer, id.expert);
+        }
+    }
+    ui.line(lines);
+}

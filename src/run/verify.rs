@@ -1,0 +1,56 @@
+//! Proof that frozen means frozen: the exported model against its source, on disk.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use super::session::Session;
+use crate::exit::{self, Failure, Result};
+use crate::model::{Checkpoint, ParamId, ParamTable};
+
+/// What a comparison of an exported model with its source found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FrozenReport {
+    /// Parameters that no optimizer wrote.
+    pub frozen: usize,
+    /// Their elements.
+    pub frozen_elements: usize,
+    /// Parameters that an optimizer wrote.
+    pub trained: usize,
+    /// Those of them whose bits did change.
+    pub changed: usize,
+    /// blake3 over the frozen parameters' bytes, in the table's order; the same in both models.
+    pub hash: blake3::Hash,
+}
+
+/// Compares every parameter of the exported folder with the source.
+///
+/// # Errors
+/// A frozen parameter whose bits differ (a fault of moewarden, which must never happen silently).
+pub fn verify_frozen(session: &Session, exported: &Path, touched: &BTreeSet<ParamId>) -> Result<FrozenReport> {
+    let checkpoint = Checkpoint::open(exported)?;
+    let table = ParamTable::build(&session.model, &checkpoint)?;
+    let (mut source, mut copy) = (blake3::Hasher::new(), blake3::Hasher::new());
+    let (mut frozen, mut frozen_elements, mut changed) = (0, 0, 0);
+    for (id, (ours, theirs)) in session.table.params.iter().zip(&table.params).enumerate() {
+        if touched.contains(&id) {
+            changed += usize::from(ours.value.bytes[..] != theirs.value.bytes[..]);
+            continue;
+        }
+        frozen += 1;
+        frozen_elements += ours.value.len();
+        source.update_rayon(&ours.value.bytes);
+        copy.update_rayon(&theirs.value.bytes);
+    }
+    let hash = source.finalize();
+    if hash != copy.finalize() {
+        let pairs = session.table.params.iter().zip(&table.params).enumerate();
+        let mut differ =
+            pairs.filter(|(id, (a, b))| !touched.contains(id) && a.value.bytes[..] != b.value.bytes[..]);
+        let name = differ.next().map_or_else(String::new, |(_, (spec, _))| spec.name());
+        return Err(Failure::new(
+            exit::INTERNAL,
+            format!("the frozen parameter {name} of {} differs from its source: please report this", exported.display()),
+        ));
+    }
+    Ok(FrozenReport { frozen, frozen_elements, trained: touched.len(), changed, hash })
+}
