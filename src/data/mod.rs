@@ -1,4 +1,34 @@
 //! From rows on disk to packed micro-batches: rows → records → rendered text → token ids and loss mask → micro-batches.
+//!
+//! | file | step |
+//! |---|---|
+//! | `rows` | a JSON array or JSONL, cut into rows with line numbers |
+//! | `kinds` | attack, chat and pair rows → prompts and replies; `python_literal` reads lists held as a string |
+//! | `template`, `jinja` | messages → text, by the model's chat template, as Hugging Face renders it |
+//! | `tokenizer` | text → ids; special tokens, end of sequence |
+//! | `mask` | which bytes of the text, and so which tokens, carry loss |
+//! | `dataset`, `report` | all of it for a file: records, and what was kept, dropped and why |
+//! | `batches` | the seeded order and its micro-batches |
+
+mod batches;
+mod dataset;
+mod error;
+mod jinja;
+mod kinds;
+mod mask;
+pub mod python_literal;
+mod report;
+mod rows;
+mod template;
+mod tokenizer;
+
+pub use batches::{micro_batches, order};
+pub use dataset::{DataOptions, Dataset, Sample, samples_for_people};
+pub use error::Error;
+pub use kinds::Message;
+pub use report::{DataReport, DropReason, Kind, Padding};
+pub use template::{ChatTemplate, Rendered, TemplateError};
+pub use tokenizer::ChatTokenizer;
 
 use std::ops::Range;
 
@@ -36,11 +66,13 @@ pub enum LongRows {
 pub struct Example {
     /// Token ids.
     pub ids: Vec<u32>,
-    /// Whether the token at this place is predicted under the loss (as a target), as long as `ids`.
+    /// Whether the token at this place is predicted under the loss (as a target), as long as `ids`. Never true for the
+    /// first token, which nothing precedes.
     pub loss: Vec<bool>,
 }
 
-/// One row of the data, tokenised. Attack and pair rows have all four; a labelled chat row has those of its label.
+/// One row of the data, tokenised. Attack and pair rows have all four; a labelled chat row has those of its label, and a
+/// safe one without an assistant turn has its prompt alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     /// 1-based line of the row in its file (of its first character, in a JSON array).

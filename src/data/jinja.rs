@@ -1,0 +1,386 @@
+//! Jinja as Hugging Face configures it for chat templates, with bounds on what a template can make it do.
+//!
+//! minijinja differs from Jinja2 in three places that templates reach: `tojson`, line ends, and the
+//! `{% generation %}` tag, which transformers adds to mark what the assistant says.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
+use minijinja_contrib::pycompat;
+
+/// Marks around what a `{% generation %}` block renders: noncharacters, which no interchanged text holds.
+pub(super) const GENERATION: [char; 2] = ['\u{10fffe}', '\u{10ffff}'];
+/// Instructions of one rendering; real templates take some hundreds a turn.
+const FUEL: u64 = 5_000_000;
+/// Characters that one filter or method may make.
+const MAX_TEXT: usize = 8 << 20;
+/// The widest field of a format.
+const MAX_WIDTH: i64 = 10_000;
+const MAX_JSON_DEPTH: usize = 64;
+
+/// An environment for chat templates.
+pub(super) fn environment() -> Environment<'static> {
+    let mut env = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    env.set_syntax(syntax.expect("the delimiters are the usual ones"));
+    env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    env.set_fuel(Some(FUEL));
+    env.set_unknown_method_callback(method);
+    env.add_filter("tojson", tojson);
+    env.add_filter("replace", guarded(check_replace, Value::from_function(filters::replace)));
+    env.add_filter("join", guarded(|args| check_join(args.get(1), args.first()), Value::from_function(filters::join)));
+    env.add_filter("format", guarded(check_format, Value::from_function(filters::format)));
+    env.add_filter("indent", guarded(check_indent, Value::from_function(filters::indent)));
+    env.add_filter("__generation", |text: String| format!("{}{text}{}", GENERATION[0], GENERATION[1]));
+    env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    // Every rank and every run of a job must see one date, so it is read once, in UTC.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    env.add_function("strftime_now", move |format: String| strftime(now, &format));
+    env
+}
+
+fn refuse<T>(what: impl Into<std::borrow::Cow<'static, str>>) -> Result<T, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, what))
+}
+
+fn check_size(bytes: usize) -> Result<(), Error> {
+    if bytes > MAX_TEXT { refuse(format!("the template builds a text of more than {MAX_TEXT} bytes")) } else { Ok(()) }
+}
+
+/// A filter that asks first whether its arguments are within bounds.
+fn guarded(
+    check: fn(&[Value]) -> Result<(), Error>,
+    filter: Value,
+) -> impl Fn(&mut State, Rest<Value>) -> Result<Value, Error> + Send + Sync + 'static {
+    move |state: &mut State, args: Rest<Value>| {
+        check(&args)?;
+        filter.call(state, &args)
+    }
+}
+
+/// Methods of Python's `str`, `dict` and `list`, unless they would make a text without bound.
+fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    let all: Vec<Value> = std::iter::once(value).chain(args).cloned().collect();
+    match name {
+        "replace" => check_replace(&all)?,
+        "format" => check_format(&all)?,
+        "join" => check_join(Some(value), args.first())?,
+        _ => {}
+    }
+    pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// Text, old, new.
+fn check_replace(args: &[Value]) -> Result<(), Error> {
+    let [Some(text), Some(old), Some(new)] = [0, 1, 2].map(|i| args.get(i).and_then(Value::as_str)) else {
+        return Ok(());
+    };
+    if new.len() <= old.len() {
+        return Ok(());
+    }
+    check_size(text.len().saturating_add(text.matches(old).count().saturating_mul(new.len())))
+}
+
+fn check_join(glue: Option<&Value>, items: Option<&Value>) -> Result<(), Error> {
+    let glue = glue.and_then(Value::as_str).map_or(0, str::len);
+    let mut bytes = 0_usize;
+    for item in items.and_then(|items| items.try_iter().ok()).into_iter().flatten() {
+        bytes = bytes.saturating_add(glue + item.as_str().map_or(0, str::len));
+        check_size(bytes)?;
+    }
+    Ok(())
+}
+
+/// Text, and a width by place or name.
+fn check_indent(args: &[Value]) -> Result<(), Error> {
+    let lines = args.first().and_then(Value::as_str).map_or(0, |t| t.split('\n').count());
+    let width = |arg: &Value| arg.as_usize().or_else(|| arg.get_attr("width").ok()?.as_usize());
+    check_size(args.iter().skip(1).filter_map(width).max().unwrap_or(4).saturating_mul(lines))
+}
+
+/// Refuses widths beyond [`MAX_WIDTH`], written in the format (the first argument) or given for it.
+fn check_format(args: &[Value]) -> Result<(), Error> {
+    let Some((text, args)) = args.split_first().and_then(|(text, args)| Some((text.as_str()?, args))) else {
+        return Ok(());
+    };
+    let written =
+        text.split(|c: char| !c.is_ascii_digit()).any(|n| n.len() > 9 || n.parse().is_ok_and(|n: i64| n > MAX_WIDTH));
+    // A width may also be an argument: `{:{}}`, or `*` in the older notation.
+    let by_argument = text.replace("{{", "").split('}').any(|part| part.matches('{').count() > 1) || text.contains('*');
+    let too_wide = |n: &Value| n.as_i64().is_some_and(|n| n.abs() > MAX_WIDTH);
+    let named =
+        |map: &Value| map.try_iter().is_ok_and(|mut keys| keys.any(|k| map.get_item(&k).is_ok_and(|n| too_wide(&n))));
+    let given = by_argument && args.iter().any(|a| too_wide(a) || (a.kind() == ValueKind::Map && named(a)));
+    if written || given { refuse(format!("a format asks for a width beyond {MAX_WIDTH}")) } else { Ok(()) }
+}
+
+/// `json.dumps` with `ensure_ascii` off unless asked for, as transformers defines the filter.
+fn tojson(value: &Value, args: Kwargs) -> Result<String, Error> {
+    let ensure_ascii = args.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
+    let sort_keys = args.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
+    let indent = args.get::<Option<usize>>("indent")?;
+    let separators = match args.get::<Option<Vec<String>>>("separators")?.as_deref() {
+        Some([item, key]) => (item.clone(), key.clone()),
+        Some(_) => return refuse("tojson: separators should be a pair"),
+        None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
+    };
+    args.assert_all_used()?;
+    if indent.is_some_and(|n| n as i64 > MAX_WIDTH) {
+        return refuse(format!("tojson: an indent beyond {MAX_WIDTH}"));
+    }
+    let mut json = Json { out: String::new(), ensure_ascii, sort_keys, indent, separators };
+    json.value(value, 0)?;
+    Ok(json.out)
+}
+
+struct Json {
+    out: String,
+    ensure_ascii: bool,
+    sort_keys: bool,
+    indent: Option<usize>,
+    separators: (String, String),
+}
+
+impl Json {
+    fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
+        check_size(self.out.len())?;
+        if depth > MAX_JSON_DEPTH {
+            return refuse("tojson: nested too deep");
+        }
+        match value.kind() {
+            ValueKind::None => self.out.push_str("null"),
+            ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number => self.out.push_str(&value.to_string()),
+            ValueKind::String => self.string(value.as_str().unwrap_or_default()),
+            ValueKind::Seq | ValueKind::Iterable => {
+                let items: Vec<Value> = value.try_iter()?.collect();
+                self.container(['[', ']'], &items, depth, |json, item| json.value(item, depth + 1))?;
+            }
+            ValueKind::Map => {
+                let mut keys: Vec<Value> = value.try_iter()?.collect();
+                if self.sort_keys {
+                    keys.sort();
+                }
+                self.container(['{', '}'], &keys, depth, |json, key| {
+                    json.string(&key.to_string());
+                    json.out.push_str(&json.separators.1.clone());
+                    json.value(&value.get_item(key)?, depth + 1)
+                })?;
+            }
+            other => return refuse(format!("tojson: {other} has no JSON form")),
+        }
+        Ok(())
+    }
+
+    fn container(
+        &mut self,
+        [open, close]: [char; 2],
+        items: &[Value],
+        depth: usize,
+        mut each: impl FnMut(&mut Self, &Value) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.out.push(open);
+        for (i, item) in items.iter().enumerate() {
+            if i > 0 {
+                self.out.push_str(&self.separators.0.clone());
+            }
+            self.new_line(depth + 1);
+            each(self, item)?;
+        }
+        if !items.is_empty() {
+            self.new_line(depth);
+        }
+        self.out.push(close);
+        Ok(())
+    }
+
+    fn new_line(&mut self, depth: usize) {
+        if let Some(width) = self.indent {
+            self.out.push('\n');
+            self.out.extend(std::iter::repeat_n(' ', width * depth));
+        }
+    }
+
+    fn string(&mut self, text: &str) {
+        self.out.push('"');
+        for c in text.chars() {
+            match c {
+                '"' => self.out.push_str("\\\""),
+                '\\' => self.out.push_str("\\\\"),
+                '\n' => self.out.push_str("\\n"),
+                '\r' => self.out.push_str("\\r"),
+                '\t' => self.out.push_str("\\t"),
+                '\u{8}' => self.out.push_str("\\b"),
+                '\u{c}' => self.out.push_str("\\f"),
+                c if c < ' ' || (self.ensure_ascii && c > '~') => {
+                    for unit in c.encode_utf16(&mut [0; 2]) {
+                        self.out.push_str(&format!("\\u{unit:04x}"));
+                    }
+                }
+                c => self.out.push(c),
+            }
+        }
+        self.out.push('"');
+    }
+}
+
+/// The directives of `strftime` that chat templates use, in UTC and English.
+fn strftime(seconds: u64, format: &str) -> Result<String, Error> {
+    const MONTHS: [&str; 12] = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ];
+    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil(days);
+    let (hour, minute) = (second / 3600, second / 60 % 60);
+    let (month_name, day_name) = (MONTHS[month - 1], DAYS[(days % 7) as usize]);
+    let mut out = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        let mut directive = chars.next();
+        let bare = directive == Some('-');
+        if bare {
+            directive = chars.next();
+        }
+        let two = |n: u64| if bare { n.to_string() } else { format!("{n:02}") };
+        out.push_str(&match directive {
+            Some('Y') => year.to_string(),
+            Some('y') => two(year % 100),
+            Some('m') => two(month as u64),
+            Some('d') => two(day),
+            Some('B') => month_name.to_owned(),
+            Some('b') => month_name[..3].to_owned(),
+            Some('A') => day_name.to_owned(),
+            Some('a') => day_name[..3].to_owned(),
+            Some('H') => two(hour),
+            Some('I') => two((hour + 11) % 12 + 1),
+            Some('M') => two(minute),
+            Some('S') => two(second % 60),
+            Some('p') => if hour < 12 { "AM" } else { "PM" }.to_owned(),
+            Some('F') => format!("{year}-{month:02}-{day:02}"),
+            Some('T') => format!("{hour:02}:{minute:02}:{:02}", second % 60),
+            Some('%') => "%".to_owned(),
+            _ => return refuse(format!("strftime_now: the format {format:?} holds a directive that is not supported")),
+        });
+    }
+    Ok(out)
+}
+
+/// Year, month and day of a day since 1970-01-01.
+fn civil(mut day: u64) -> (u64, usize, u64) {
+    let leap = |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
+    let mut year = 1970;
+    while day >= 365 + u64::from(leap(year)) {
+        day -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let mut lengths = [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    lengths[1] += u64::from(leap(year));
+    let mut month = 0;
+    while day >= lengths[month] {
+        day -= lengths[month];
+        month += 1;
+    }
+    (year, month + 1, day + 1)
+}
+
+/// Turns `{% generation %}` tags into a filter block that minijinja knows, outside of comments, strings and raw blocks.
+/// Also says whether there was one. Line ends become `\n`, as Jinja2 makes them.
+pub(super) fn prepare(source: &str) -> (String, bool) {
+    let source = source.replace("\r\n", "\n").replace('\r', "\n");
+    let (mut out, mut rest) = (String::with_capacity(source.len()), source.as_str());
+    let (mut marks, mut raw) = (false, false);
+    while let Some(start) = rest.find('{') {
+        let (before, tag) = rest.split_at(start);
+        out.push_str(before);
+        let end = match tag.as_bytes().get(1) {
+            Some(b'#') if !raw => tag.find("#}").map_or(tag.len(), |i| i + 2),
+            Some(b'{') if !raw => tag_length(tag, "}}"),
+            Some(b'%') => tag_length(tag, "%}"),
+            _ => 1,
+        };
+        let tag = &tag[..end];
+        rest = &rest[start + end..];
+        let inner = tag.strip_prefix("{%").and_then(|t| t.strip_suffix("%}")).unwrap_or_default();
+        let word = inner.trim_matches(['-', '+']).trim();
+        match word {
+            "raw" => raw = true,
+            "endraw" => raw = false,
+            "generation" if !raw => marks = true,
+            _ => {}
+        }
+        match word {
+            "generation" if !raw => out.push_str(&tag.replace("generation", "filter __generation")),
+            "endgeneration" if !raw => out.push_str(&tag.replace("endgeneration", "endfilter")),
+            _ => out.push_str(tag),
+        }
+    }
+    out.push_str(rest);
+    (out, marks)
+}
+
+/// Bytes of the tag at the start of `text`, which ends with `close` outside of strings.
+fn tag_length(text: &str, close: &str) -> usize {
+    let (mut quote, mut escaped) = (None, false);
+    for (i, c) in text.char_indices().skip(2) {
+        match (quote, c) {
+            _ if escaped => escaped = false,
+            (Some(_), '\\') => escaped = true,
+            (Some(q), c) if c == q => quote = None,
+            (Some(_), _) => {}
+            (None, '\'' | '"') => quote = Some(c),
+            (None, _) if text[i..].starts_with(close) => return i + close.len(),
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        // 2024-02-29 13:05:09 UTC, a Thursday.
+        let now = 1_709_211_909;
+        assert_eq!(strftime(now, "%A %d %B %Y %H:%M:%S %p").unwrap(), "Thursday 29 February 2024 13:05:09 PM");
+        assert_eq!(strftime(now, "%a %-d %b %y %I %F %T 100%%").unwrap(), "Thu 29 Feb 24 01 2024-02-29 13:05:09 100%");
+        assert_eq!(strftime(0, "%F %a").unwrap(), "1970-01-01 Thu");
+        assert!(strftime(0, "%Q").is_err());
+    }
+
+    #[test]
+    fn generation_tags_are_found_where_they_are_tags() {
+        let (text, marks) = prepare("{%- generation -%}\r\nx{% endgeneration %}");
+        assert_eq!((text.as_str(), marks), ("{%- filter __generation -%}\nx{% endfilter %}", true));
+        for other in [
+            "{# {% generation %} #}",
+            "{{ '{% generation %}' }}",
+            "{% raw %}{% generation %}{% endraw %}",
+            "{% set generation = 1 %}{{ generation }} { {",
+            "{% if x == '%} {% generation %}' %}{% endif %}",
+        ] {
+            assert_eq!(prepare(other), (other.to_owned(), false));
+        }
+    }
+}

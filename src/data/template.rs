@@ -1,0 +1,295 @@
+//! A model's chat template: messages in, text out, as `apply_chat_template` of transformers gives it.
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use minijinja::{Environment, ErrorKind, Value};
+
+use super::Message;
+use super::jinja::{self, GENERATION};
+
+/// A template's source may not be longer; the longest published ones have about 20 KiB.
+const MAX_SOURCE: usize = 64 << 10;
+/// A rendering may have this many times the bytes of its messages, and [`SPARE_OUTPUT`] more.
+const MAX_GROWTH: usize = 16;
+const SPARE_OUTPUT: usize = 1 << 20;
+/// Bounds on the trial renderings, which no honest template comes near.
+const TRIAL_TIME: Duration = Duration::from_secs(10);
+const TRIAL_MEMORY: u64 = 512 << 20;
+
+/// Why a template cannot be used, or not on these messages.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TemplateError {
+    /// It is no template.
+    #[error("the chat template does not compile: {0}")]
+    Source(String),
+    /// It refused these messages, or failed on them.
+    #[error("the chat template failed: {0}")]
+    Render(String),
+    /// It loops, or builds a text, beyond bounds.
+    #[error("the chat template was stopped: {0}")]
+    Bounds(String),
+}
+
+/// What a template made of messages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rendered {
+    /// The text.
+    pub text: String,
+    /// Bytes of `text` that the template marks with `{% generation %}`, ascending.
+    pub generated: Vec<Range<usize>>,
+}
+
+/// A compiled chat template with the special tokens it may name.
+pub struct ChatTemplate {
+    env: Environment<'static>,
+    marks_generation: bool,
+    /// `bos_token` and the like, by name.
+    tokens: Vec<(String, Value)>,
+}
+
+const NAME: &str = "chat_template";
+
+impl ChatTemplate {
+    /// Compiles a template.
+    ///
+    /// # Errors
+    /// A source that is too long or does not compile.
+    pub fn new(source: &str, tokens: impl IntoIterator<Item = (String, Value)>) -> Result<Self, TemplateError> {
+        if source.len() > MAX_SOURCE {
+            return Err(TemplateError::Source(format!("it has {} bytes, more than {MAX_SOURCE}", source.len())));
+        }
+        let (source, marks_generation) = jinja::prepare(source);
+        let mut env = jinja::environment();
+        env.add_template_owned(NAME, source).map_err(|e| TemplateError::Source(described(&e)))?;
+        Ok(Self { env, marks_generation, tokens: tokens.into_iter().collect() })
+    }
+
+    /// Whether the template itself says, by `{% generation %}`, what the assistant said.
+    pub fn marks_generation(&self) -> bool {
+        self.marks_generation
+    }
+
+    /// Renders messages, with the beginning of an assistant turn at the end if asked for.
+    ///
+    /// # Errors
+    /// What the template raised, or the bound it broke.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered, TemplateError> {
+        if self.marks_generation && messages.iter().any(|m| m.content.contains(GENERATION)) {
+            return Err(TemplateError::Render(
+                "a message holds the noncharacter U+10FFFE or U+10FFFF; remove it".into(),
+            ));
+        }
+        let given = [
+            (
+                "messages",
+                messages.iter().map(|m| Value::from_pairs([("role", &m.role), ("content", &m.content)])).collect(),
+            ),
+            ("add_generation_prompt", Value::from(add_generation_prompt)),
+            ("tools", Value::from(())),
+            ("documents", Value::from(())),
+        ];
+        let given = given.into_iter().map(|(name, value)| (name.to_owned(), value));
+        let context = Value::from_pairs(self.tokens.iter().cloned().chain(given));
+        let bytes: usize = messages.iter().map(|m| m.content.len() + m.role.len()).sum();
+        let limit = bytes.saturating_mul(MAX_GROWTH).saturating_add(SPARE_OUTPUT);
+        let mut output = Bounded { bytes: Vec::new(), limit, full: false };
+        let result = self
+            .env
+            .get_template(NAME)
+            .and_then(|template| template.render_captured_to(context, &mut output).map(drop));
+        if output.full {
+            return Err(TemplateError::Bounds(format!(
+                "it wrote more than {limit} bytes for {bytes} bytes of messages"
+            )));
+        }
+        result.map_err(|e| match e.kind() {
+            ErrorKind::OutOfFuel => TemplateError::Bounds("it took too many steps; does it loop without end?".into()),
+            _ => TemplateError::Render(described(&e)),
+        })?;
+        let text = String::from_utf8(output.bytes).map_err(|e| TemplateError::Render(e.to_string()))?;
+        Ok(if self.marks_generation { unmarked(&text) } else { Rendered { text, generated: vec![] } })
+    }
+
+    /// Renders short conversations of the usual shapes on a thread of its own, so that a template which takes memory or
+    /// time without end (joining a text to itself needs few steps) is found before any data are read. A template that
+    /// refuses a shape passes.
+    ///
+    /// # Errors
+    /// The bound that was broken. The runaway thread cannot be stopped; the caller should end soon.
+    pub fn try_out(self: &Arc<Self>) -> Result<(), TemplateError> {
+        let turn = |role: &str| Message::new(role, "It is 7 o'clock.");
+        let shapes = [vec!["user"], vec!["system", "user"], vec!["system", "user", "assistant", "user", "assistant"]];
+        let (done, outcome) = mpsc::channel();
+        let template = Arc::clone(self);
+        thread::spawn(move || {
+            let outcome = shapes.iter().try_for_each(|roles| {
+                let messages: Vec<_> = roles.iter().map(|r| turn(r)).collect();
+                [false, true].into_iter().try_for_each(|prompt| match template.render(&messages, prompt) {
+                    Err(e @ TemplateError::Bounds(_)) => Err(e),
+                    _ => Ok(()),
+                })
+            });
+            // The receiver has gone where the bounds were broken.
+            let _ = done.send(outcome);
+        });
+        let (start, before) = (Instant::now(), resident_bytes());
+        loop {
+            match outcome.recv_timeout(Duration::from_millis(10)) {
+                Ok(outcome) => return outcome,
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    return Err(TemplateError::Bounds("it crashed the template engine".into()));
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            if start.elapsed() > TRIAL_TIME {
+                return Err(TemplateError::Bounds(format!("a short conversation took more than {TRIAL_TIME:?}")));
+            }
+            // Other threads may be loading a model meanwhile, but an honest rendering takes microseconds.
+            if start.elapsed() > Duration::from_millis(100) && resident_bytes() > before + TRIAL_MEMORY {
+                return Err(TemplateError::Bounds("a short conversation took more than 512 MiB of memory".into()));
+            }
+        }
+    }
+}
+
+/// Memory of this process in bytes; 0 where the system does not say.
+fn resident_bytes() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm").ok();
+    let pages = pages.and_then(|s| s.split(' ').nth(1).and_then(|n| n.parse::<u64>().ok()));
+    pages.unwrap_or(0) * 4096
+}
+
+/// An error of the engine with its place in the template.
+fn described(error: &minijinja::Error) -> String {
+    let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    error.line().map_or(what.clone(), |line| format!("{what} (line {line} of the template)"))
+}
+
+/// Takes the marks out of a text, and says where they were.
+fn unmarked(marked: &str) -> Rendered {
+    let mut out = Rendered { text: String::with_capacity(marked.len()), generated: vec![] };
+    let (mut depth, mut start) = (0_usize, 0);
+    for piece in marked.split_inclusive(GENERATION) {
+        let mark = piece.chars().next_back().filter(|c| GENERATION.contains(c));
+        out.text.push_str(&piece[..piece.len() - mark.map_or(0, char::len_utf8)]);
+        match mark {
+            Some(c) if c == GENERATION[0] => {
+                if depth == 0 {
+                    start = out.text.len();
+                }
+                depth += 1;
+            }
+            Some(_) => {
+                depth = depth.saturating_sub(1);
+                if depth == 0 {
+                    out.generated.push(start..out.text.len());
+                }
+            }
+            None => {}
+        }
+    }
+    out
+}
+
+/// Bytes up to a limit.
+struct Bounded {
+    bytes: Vec<u8>,
+    limit: usize,
+    full: bool,
+}
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + bytes.len() > self.limit {
+            self.full = true;
+            return Err(io::Error::other("the rendering is too long"));
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn template(source: &str) -> Arc<ChatTemplate> {
+        Arc::new(ChatTemplate::new(source, [("bos_token".to_owned(), Value::from("<s>"))]).unwrap())
+    }
+
+    fn render(source: &str) -> Result<String, TemplateError> {
+        template(source).render(&[Message::new("user", "hi")], true).map(|r| r.text)
+    }
+
+    #[test]
+    fn what_a_template_sees() {
+        let source =
+            "{{ bos_token }}{{ eos_token }}|{{ messages[0] | tojson }}|{{ tools }}|{{ add_generation_prompt }}";
+        assert_eq!(render(source).unwrap(), r#"<s>|{"role": "user", "content": "hi"}|None|True"#);
+    }
+
+    #[test]
+    fn errors_name_the_template_and_its_line() {
+        let refused = render("\n{{ raise_exception('no users') }}").unwrap_err();
+        assert_eq!(refused, TemplateError::Render("no users (line 2 of the template)".into()));
+        let broken = ChatTemplate::new("{% if %}", []).err().unwrap();
+        assert!(matches!(&broken, TemplateError::Source(e) if e.contains("line 1")), "{broken}");
+        let long = ChatTemplate::new(&"x".repeat(MAX_SOURCE + 1), []).err().unwrap();
+        assert!(long.to_string().contains("65537 bytes"));
+    }
+
+    #[test]
+    fn loops_texts_and_widths_without_bound_are_stopped() {
+        let start = Instant::now();
+        for source in [
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "{% for a in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
+            "{{ 'a' * 90000000 }}",
+            "{{ 'a' * 900000000000 }}",
+            "{{ '{:>2000000000}'.format('a') }}",
+            "{{ '{:>{}}'.format('a', 2000000000) }}",
+            "{{ '{:>{w}}'.format('a', w=2000000000) }}",
+            "{{ '%2000000000d' | format(1) }}",
+            "{{ '%*d' | format(2000000000, 1) }}",
+            "{{ ('a' * 9000) | replace('a', 'a' * 9000) }}",
+            "{{ ('a' * 9000).replace('a', 'a' * 9000) }}",
+            "{{ ('a' * 90000).join(range(9000) | map('string')) }}",
+            "{{ range(9000) | join('a' * 90000) }}",
+            "{{ ('a\n' * 9000) | indent(2000000000) }}",
+            "{% set ns = namespace(x=['aaaaaaaa']) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+            "{% set ns = namespace(x=['aaaaaaaa']) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        ] {
+            let error = render(source).unwrap_err();
+            assert!(!matches!(error, TemplateError::Source(_)), "{source}: {error}");
+        }
+        // All of them take a second or two; without bounds a single one takes minutes or the machine's memory.
+        assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn a_text_joined_to_itself_without_end_is_found_by_the_trial() {
+        let doubling = "{% set ns = namespace(x='a') %}{% for i in range(30) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x[:1] }}";
+        assert!(matches!(template(doubling).try_out(), Err(TemplateError::Bounds(_))));
+        assert_eq!(template("{{ messages[5].x.y }}").try_out(), Ok(()));
+        assert_eq!(template("{{ raise_exception('never') }}").try_out(), Ok(()));
+    }
+
+    #[test]
+    fn generation_marks_become_byte_ranges() {
+        let template =
+            template("{% for m in messages %}é{% generation %}{{ m.content }}.{% endgeneration %}{% endfor %}");
+        let rendered =
+            template.render(&[Message::new("assistant", "ü"), Message::new("assistant", "b")], false).unwrap();
+        assert_eq!(rendered, Rendered { text: "éü.éb.".into(), generated: vec![2..5, 7..9] });
+        let bad = template.render(&[Message::new("assistant", "\u{10ffff}")], false).unwrap_err();
+        assert!(bad.to_string().contains("U+10FFFF"));
+    }
+}
