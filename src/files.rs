@@ -103,10 +103,7 @@ impl Write for AtomicFile {
 ///
 /// # Errors
 /// Those of [`AtomicFile::create`] and [`AtomicFile::commit`], and [`Error::Write`] for what `fill` returns.
-pub fn write_with(
-    path: impl Into<PathBuf>,
-    fill: impl FnOnce(&mut AtomicFile) -> io::Result<()>,
-) -> Result<(), Error> {
+pub fn write_with(path: impl Into<PathBuf>, fill: impl FnOnce(&mut AtomicFile) -> io::Result<()>) -> Result<(), Error> {
     let mut file = AtomicFile::create(path)?;
     match fill(&mut file) {
         Ok(()) => file.commit(),

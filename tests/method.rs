@@ -61,11 +61,9 @@ fn kl_by_hand() {
     let (p, q) = ([0.5, 0.5], [0.25, 0.75]);
     let forward = 0.5 * (2.0f64).ln() + 0.5 * (2.0f64 / 3.0).ln();
     let reverse = 0.25 * (0.5f64).ln() + 0.75 * (1.5f64).ln();
-    for (kind, expected) in [
-        (KlType::Forward, forward),
-        (KlType::Reverse, reverse),
-        (KlType::Symmetric, (forward + reverse) / 2.0),
-    ] {
+    for (kind, expected) in
+        [(KlType::Forward, forward), (KlType::Reverse, reverse), (KlType::Symmetric, (forward + reverse) / 2.0)]
+    {
         let (kl, ..) = kl_and_gradient(kind, &p, &q);
         assert!((kl - expected).abs() < 1e-7, "{kind:?}: {kl}, not {expected}");
     }
@@ -102,7 +100,9 @@ fn sample_logits_weigh_samples_not_tokens() {
 #[test]
 fn alignment_gradient_is_that_of_the_sums() {
     let layers = |seed: u64, weight: f64| -> Vec<LayerStatistic> {
-        (0..3).map(|l| LayerStatistic { sum: numbers(seed + l, 5).iter().map(|x| x * weight).collect(), weight }).collect()
+        (0..3)
+            .map(|l| LayerStatistic { sum: numbers(seed + l, 5).iter().map(|x| x * weight).collect(), weight })
+            .collect()
     };
     let (safe, unsafe_) = (layers(10, 7.0), layers(20, 11.0));
     for kind in KINDS {
@@ -161,10 +161,12 @@ fn ranks_compute_the_loss_of_the_global_batch() {
 fn pair() -> impl Strategy<Value = (Vec<f64>, Vec<f64>)> {
     let entry = || prop_oneof![4 => 0.0f64..1.0, 1 => Just(0.0)];
     (2usize..20).prop_flat_map(move |n| {
-        let side = || proptest::collection::vec(entry(), n).prop_map(|mut x| {
-            x[0] += 0.1;
-            x
-        });
+        let side = || {
+            proptest::collection::vec(entry(), n).prop_map(|mut x| {
+                x[0] += 0.1;
+                x
+            })
+        };
         (side(), side())
     })
 }

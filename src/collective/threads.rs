@@ -125,7 +125,12 @@ pub fn run<T: Send>(world_size: usize, timeout: Duration, rank_main: impl Fn(Thr
 
 impl Threads {
     /// Posts a vector and returns those of all ranks, by rank.
-    fn exchange<T: Send + Sync + 'static>(&self, op: &'static str, len: Option<usize>, values: Vec<T>) -> Result<Posts> {
+    fn exchange<T: Send + Sync + 'static>(
+        &self,
+        op: &'static str,
+        len: Option<usize>,
+        values: Vec<T>,
+    ) -> Result<Posts> {
         let mut state = self.shared.lock();
         if let Some(error) = &state.failed {
             return Err(error.clone());
@@ -350,7 +355,10 @@ mod tests {
         for error in lengths {
             assert_eq!(error.exit_code(), exit::RANKS_DIFFER);
             let text = error.to_string();
-            assert!(text.contains("rank 2 is at all_reduce_f64 of 5") && text.contains("all_reduce_f64 of 4"), "{text}");
+            assert!(
+                text.contains("rank 2 is at all_reduce_f64 of 5") && text.contains("all_reduce_f64 of 4"),
+                "{text}"
+            );
         }
         let ops = run(2, LONG, |rank| if rank.rank() == 0 { rank.barrier() } else { rank.all_gather(&[]).map(drop) });
         assert!(ops.iter().all(|r| matches!(r, Err(Error::Mismatch { rank: 1, .. }))));

@@ -20,7 +20,9 @@ use crate::exit::{self, Coded};
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
     /// There was nothing to score.
-    #[error("no micro-batch on any rank holds {what}: there is nothing to score experts by (see the report on the data)")]
+    #[error(
+        "no micro-batch on any rank holds {what}: there is nothing to score experts by (see the report on the data)"
+    )]
     NothingToScore {
         /// What was looked for.
         what: &'static str,
