@@ -16,6 +16,7 @@ pub mod config;
 pub mod data;
 pub mod exit;
 pub mod experts;
+pub mod files;
 pub mod model;
 pub mod optim;
 pub mod report;

@@ -1,7 +1,68 @@
 //! Which experts: their identity, scores, routing frequencies, and the selection.
+//!
+//! The method: experts of a Mixture-of-Experts model that answer unsafe prompts are found by the size of their gradients
+//! under a refusal (arXiv 2602.04448), or, for comparison, by how much more often unsafe prompts are routed to them.
+
+mod frequency;
+mod score;
+mod select;
+
+pub use frequency::{FrequencyAccumulator, RoutingCounts, token_mask};
+pub use score::{ExpertScores, ScoreAccumulator};
+pub use select::{Pool, Rank, Selected, random, select, selection_hash};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+
+use crate::exit::{self, Coded};
+
+/// Why no scores or no selection can be made.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// There was nothing to score.
+    #[error(
+        "no micro-batch on any rank holds {what}: there is nothing to score experts by (see the report on the data)"
+    )]
+    NothingToScore {
+        /// What was looked for.
+        what: &'static str,
+    },
+    /// More experts were asked for than may be chosen.
+    #[error(
+        "{asked} experts are asked for, and {available} can be chosen: the model has {layers} layers that route, each \
+         with {num_experts} experts{limit}. Ask for fewer (--top-k-experts), or widen what may be chosen"
+    )]
+    TooMany {
+        /// Experts asked for.
+        asked: usize,
+        /// Experts that the options leave.
+        available: usize,
+        /// L
+        layers: usize,
+        /// E
+        num_experts: usize,
+        /// The options that limit the choice, or nothing.
+        limit: String,
+    },
+    /// A score is NaN or infinite.
+    #[error("the score of expert {} of layer {} is {value}: the loss or a gradient is not finite", id.expert, id.layer)]
+    NotFinite {
+        /// Whose score.
+        id: ExpertId,
+        /// The score.
+        value: f64,
+    },
+}
+
+impl Coded for Error {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Error::NothingToScore { .. } => exit::DATA,
+            Error::TooMany { .. } => exit::CONFIG,
+            Error::NotFinite { .. } => exit::NOT_FINITE,
+        }
+    }
+}
 
 /// One routed expert. `layer` counts all decoder layers, dense ones included, as in the checkpoint's tensor names.
 /// Ordered by (layer, expert). Serialises as `[layer, expert]`.

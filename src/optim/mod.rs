@@ -1,7 +1,50 @@
-//! AdamW with f32 masters, and learning-rate schedules.
+//! AdamW with f32 masters, learning-rate schedules, and what is measured on the way.
+
+mod adamw;
+mod meter;
+mod schedule;
+mod shard;
+
+pub use adamw::{AdamW, Gradient, Group, LearningRates, ParamState, Trainable};
+pub use meter::{LossMeter, check_finite, clip_factor, global_norm};
+pub use schedule::LrPlan;
+pub use shard::{Piece, ShardPlan};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+
+use crate::exit::{self, Coded};
+use crate::model::ParamId;
+
+/// Why an update cannot be made or continued.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// A loss or a norm is NaN or infinite; nothing was updated.
+    #[error("{what} is {value}: nothing was updated (a lower learning rate or --max-grad-norm may help)")]
+    NotFinite {
+        /// What it is, of which step.
+        what: String,
+        /// NaN or infinite.
+        value: f64,
+    },
+    /// A saved optimizer state does not fit the parameters that are trained.
+    #[error("the saved optimizer state of parameter {param} does not fit this run: {reason}")]
+    State {
+        /// The parameter.
+        param: ParamId,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl Coded for Error {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Error::NotFinite { .. } => exit::NOT_FINITE,
+            Error::State { .. } => exit::DATA,
+        }
+    }
+}
 
 /// How the learning rate moves after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
@@ -10,8 +53,8 @@ pub enum LrSchedule {
     /// Stays.
     #[default]
     Constant,
-    /// Falls on a line to 0 at the last step.
+    /// Falls on a line, to 0 after the last step.
     Linear,
-    /// Falls on half a cosine to 0 at the last step.
+    /// Falls on half a cosine, to 0 after the last step.
     Cosine,
 }

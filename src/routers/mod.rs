@@ -1,4 +1,17 @@
 //! Router alignment: statistics of the routing, the divergence between safe and unsafe prompts, and its gradient.
+//!
+//! All of it is f64 on vectors of E numbers, on the host. The backend sums over tokens, ranks add up the sums, and every
+//! rank then computes the same loss of the *global* batch and the same gradient, which the backend spreads over its tokens:
+//!
+//! ```text
+//! softmax_sum / segment_sum → LayerStatistic → all_reduce → alignment → d_safe, d_unsafe → ..._sum_backward
+//! ```
+
+mod kl;
+mod statistic;
+
+pub use kl::{Alignment, alignment, kl_and_gradient};
+pub use statistic::{LayerStatistic, SampleSoftmax, all_reduce};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,79 @@
+//! What every [`Collective`] must do. Test programs call [`check`] on all ranks of a group, whatever joins them.
+
+use super::Collective;
+
+/// Lengths: none, one, odd, and longer than any piece in which an implementation moves long vectors.
+const LENGTHS: [usize; 4] = [0, 1, 7, 200_003];
+
+/// A value that differs by rank and place, and whose sums are exact in f32 for some places and rounded for others.
+fn value(rank: usize, i: usize) -> f32 {
+    let x = ((rank * 31 + i * 17) % 101) as f32 - 50.0;
+    if i.is_multiple_of(2) { x } else { x / 3.0 }
+}
+
+/// Sum over the ranks in their order.
+fn expected(world_size: usize, i: usize) -> f32 {
+    (1..world_size).fold(value(0, i), |sum, rank| sum + value(rank, i))
+}
+
+/// Lengths that differ by rank, some of them 0, and make `total`.
+fn uneven(world_size: usize, total: usize) -> Vec<usize> {
+    let mut counts: Vec<_> = (0..world_size).map(|r| if r % 2 == 1 { 0 } else { total / (world_size + r) }).collect();
+    counts[world_size - 1] += total - counts.iter().sum::<usize>();
+    counts
+}
+
+/// Checks every operation that returns. Called by all ranks of a group at once.
+///
+/// # Panics
+/// Where the implementation is wrong.
+pub fn check(c: &dyn Collective) {
+    let (rank, n) = (c.rank(), c.world_size());
+    assert!(rank < n, "rank {rank} of {n}");
+    c.barrier().expect("barrier");
+
+    for len in LENGTHS {
+        let mut bytes: Vec<u8> = (0..len).map(|i| (i * 7 + rank * 13) as u8).collect();
+        c.broadcast(&mut bytes).expect("broadcast");
+        assert!(bytes.iter().enumerate().all(|(i, b)| *b == (i * 7) as u8), "broadcast of {len}");
+
+        let mut values: Vec<f32> = (0..len).map(|i| value(rank, i)).collect();
+        let counts = uneven(n, len);
+        let mut part = vec![f32::NAN; counts[rank]];
+        c.reduce_scatter_f32(&values, &counts, &mut part).expect("reduce_scatter_f32");
+        let start: usize = counts[..rank].iter().sum();
+        for (i, x) in part.iter().enumerate() {
+            assert_close(*x, expected(n, start + i), "reduce_scatter_f32", start + i);
+        }
+
+        let mut whole = vec![f32::NAN; len];
+        c.all_gather_f32(&part, &counts, &mut whole).expect("all_gather_f32");
+        c.all_reduce_f32(&mut values).expect("all_reduce_f32");
+        for (i, x) in values.iter().enumerate() {
+            assert_close(*x, expected(n, i), "all_reduce_f32", i);
+            assert_close(whole[i], expected(n, i), "all_gather_f32", i);
+        }
+
+        let mut doubles: Vec<f64> = (0..len).map(|i| f64::from(value(rank, i))).collect();
+        c.all_reduce_f64(&mut doubles).expect("all_reduce_f64");
+        for (i, x) in doubles.iter().enumerate() {
+            let sum: f64 = (0..n).map(|r| f64::from(value(r, i))).sum();
+            // Four doubles of magnitude 50 in any order of summation.
+            assert!((x - sum).abs() < 1e-12, "all_reduce_f64[{i}]: {x}, not {sum}");
+        }
+
+        // All ranks hold the same bits, whatever the order of the implementation's sums.
+        let bits: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        super::all_agree(c, "sum", &bits).expect("the same bits on all ranks");
+    }
+
+    let mine: Vec<u8> = vec![rank as u8; rank * 3];
+    let all = c.all_gather(&mine).expect("all_gather");
+    assert_eq!(all, (0..n).map(|r| vec![r as u8; r * 3]).collect::<Vec<_>>(), "all_gather of different lengths");
+    c.barrier().expect("barrier");
+}
+
+fn assert_close(x: f32, y: f32, what: &str, i: usize) {
+    // A library may sum in another order: a few roundings of values below 50 a rank.
+    assert!((x - y).abs() < 1e-4, "{what}[{i}]: {x}, not {y}");
+}

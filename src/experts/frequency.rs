@@ -1,0 +1,174 @@
+//! The routing method: how much more often unsafe prompts are routed to an expert than safe ones.
+
+use super::score::merge_sums;
+use super::{Error, ExpertScores, RoutingTokens};
+use crate::collective::{self, Collective};
+
+/// Which tokens are counted, `[T]`. `is_response`: whether each token is a target of the loss.
+pub fn token_mask(tokens: RoutingTokens, is_response: &[bool]) -> Vec<bool> {
+    match tokens {
+        RoutingTokens::Response => is_response.to_vec(),
+        RoutingTokens::Prompt => is_response.iter().map(|r| !r).collect(),
+        RoutingTokens::All => vec![true; is_response.len()],
+    }
+}
+
+/// How often each expert of each layer is among the top K, over the chosen tokens of one side of one batch.
+#[derive(Debug, Clone)]
+pub struct RoutingCounts {
+    mask: Vec<bool>,
+    tokens: u64,
+    num_experts: usize,
+    counts: Vec<u64>,
+}
+
+impl RoutingCounts {
+    /// No layer counted yet. `mask`: the tokens that count, `[T]` (see [`token_mask`]).
+    pub fn new(mask: Vec<bool>, num_layers: usize, num_experts: usize) -> Self {
+        let tokens = mask.iter().filter(|m| **m).count() as u64;
+        Self { mask, tokens, num_experts, counts: vec![0; num_layers * num_experts] }
+    }
+
+    /// Counts a layer. `index`: its place among the layers that route; `expert_ids`: the chosen experts, `[T · K]`, k
+    /// fastest.
+    pub fn add_layer(&mut self, index: usize, expert_ids: &[u32]) {
+        if self.mask.is_empty() {
+            return;
+        }
+        let counts = &mut self.counts[index * self.num_experts..(index + 1) * self.num_experts];
+        let top_k = expert_ids.len() / self.mask.len();
+        assert_eq!(expert_ids.len(), top_k * self.mask.len(), "K experts for each of {} tokens", self.mask.len());
+        for (chosen, _) in expert_ids.chunks_exact(top_k).zip(&self.mask).filter(|(_, counted)| **counted) {
+            for expert in chosen {
+                counts[*expert as usize] += 1;
+            }
+        }
+    }
+
+    /// Tokens that count.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// f(l,e), `[L · E]`: times among the top K / tokens. Only meaningful where [`Self::tokens`] is not 0.
+    fn frequencies(&self) -> impl Iterator<Item = f64> + '_ {
+        self.counts.iter().map(|count| *count as f64 / self.tokens as f64)
+    }
+}
+
+/// Sums the risk differences of batches:
+///
+/// ```text
+/// r(l,e) = (1/B) Σ_b ( f_unsafe − f_safe )
+/// ```
+#[derive(Debug, Clone)]
+pub struct FrequencyAccumulator {
+    layers: Vec<usize>,
+    num_experts: usize,
+    sums: Vec<f64>,
+    batches: u64,
+    skipped: u64,
+}
+
+impl FrequencyAccumulator {
+    /// No batch yet. `layers`: decoder-layer numbers of the layers that route, ascending.
+    pub fn new(layers: Vec<usize>, num_experts: usize) -> Self {
+        assert!(layers.is_sorted(), "layers in order: {layers:?}");
+        let sums = vec![0.0; layers.len() * num_experts];
+        Self { layers, num_experts, sums, batches: 0, skipped: 0 }
+    }
+
+    /// Adds a batch. One without a chosen token on either side has no frequencies: it is skipped, and counted as such.
+    pub fn add(&mut self, safe: &RoutingCounts, unsafe_: &RoutingCounts) {
+        assert_eq!((safe.counts.len(), unsafe_.counts.len()), (self.sums.len(), self.sums.len()), "experts counted");
+        if safe.tokens == 0 || unsafe_.tokens == 0 {
+            self.skipped += 1;
+            return;
+        }
+        self.batches += 1;
+        for (sum, (s, u)) in self.sums.iter_mut().zip(safe.frequencies().zip(unsafe_.frequencies())) {
+            *sum += u - s;
+        }
+    }
+
+    /// Batches that counted: B, of this rank before [`Self::merge`], of all after it.
+    pub fn batches(&self) -> u64 {
+        self.batches
+    }
+
+    /// Batches without a chosen token on one side, of this rank before [`Self::merge`], of all after it.
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// Adds up the sums and the counts of all ranks; all then hold the same.
+    ///
+    /// # Errors
+    /// Those of [`Collective::barrier`].
+    pub fn merge(&mut self, collective: &dyn Collective) -> Result<(), collective::Error> {
+        merge_sums(collective, &mut self.sums, [&mut self.batches, &mut self.skipped])
+    }
+
+    /// The mean risk differences, as scores.
+    ///
+    /// # Errors
+    /// [`Error::NothingToScore`] if no batch counted.
+    pub fn finish(self) -> Result<ExpertScores, Error> {
+        if self.batches == 0 {
+            return Err(Error::NothingToScore { what: "chosen tokens (--routing-tokens) on both sides" });
+        }
+        let batches = self.batches as f64;
+        let values = self.sums.iter().map(|sum| sum / batches).collect();
+        Ok(ExpertScores { layers: self.layers, num_experts: self.num_experts, values })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::collective::threads;
+
+    fn counts(mask: &[bool], ids: &[u32]) -> RoutingCounts {
+        let mut out = RoutingCounts::new(mask.to_vec(), 1, 3);
+        out.add_layer(0, ids);
+        out
+    }
+
+    #[test]
+    fn masks_split_a_conversation() {
+        let is_response = [false, false, true];
+        assert_eq!(token_mask(RoutingTokens::Response, &is_response), [false, false, true]);
+        assert_eq!(token_mask(RoutingTokens::Prompt, &is_response), [true, true, false]);
+        assert_eq!(token_mask(RoutingTokens::All, &is_response), [true, true, true]);
+    }
+
+    #[test]
+    fn frequencies_of_the_chosen_tokens_alone() {
+        // Two experts a token; the second token does not count.
+        let side = counts(&[true, false, true], &[0, 1, 2, 2, 0, 2]);
+        assert_eq!(side.tokens(), 2);
+        assert_eq!(side.frequencies().collect::<Vec<_>>(), [1.0, 0.5, 0.5]);
+    }
+
+    #[test]
+    fn the_mean_is_over_batches_and_skips_one_sided_ones() {
+        let merged = threads::run(2, Duration::from_secs(60), |c| {
+            let mut acc = FrequencyAccumulator::new(vec![4], 3);
+            if c.rank() == 0 {
+                acc.add(&counts(&[true; 2], &[0, 0]), &counts(&[true; 4], &[0, 1, 1, 1]));
+                acc.add(&counts(&[false; 2], &[0, 0]), &counts(&[true; 2], &[1, 1]));
+            } else {
+                acc.add(&counts(&[true], &[2]), &counts(&[true], &[1]));
+                acc.add(&counts(&[], &[]), &counts(&[true], &[1]));
+            }
+            acc.merge(&c).unwrap();
+            assert_eq!((acc.batches(), acc.skipped()), (2, 2));
+            acc.finish().unwrap().values
+        });
+        // Batch 1: [1/4 - 1, 3/4, 0]; batch 2: [0, 1, -1].
+        assert_eq!(merged, vec![vec![-0.375, 0.875, -0.5]; 2]);
+        assert!(matches!(FrequencyAccumulator::new(vec![4], 3).finish(), Err(Error::NothingToScore { .. })));
+    }
+}

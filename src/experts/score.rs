@@ -1,0 +1,232 @@
+//! Scores of experts, from sums over gradients to means over micro-batches.
+
+use super::{Error, ExpertId, Score, ScorePer};
+use crate::backend::Moment;
+use crate::collective::{self, Collective};
+
+impl Score {
+    /// What the backward pass sums over the entries of an expert's gradient.
+    pub fn moment(self) -> Moment {
+        match self {
+            Score::L1Mean => Moment::Abs,
+            Score::L2 | Score::Fisher => Moment::Square,
+            Score::Taylor => Moment::AbsTimesWeight,
+        }
+    }
+
+    /// The score of one micro-batch, from the sum over an expert's `params` gradient entries.
+    fn of_sum(self, sum: f64, params: f64) -> f64 {
+        match self {
+            Score::L1Mean | Score::Fisher | Score::Taylor => sum / params,
+            Score::L2 => (sum / params).sqrt(),
+        }
+    }
+}
+
+/// One number for each expert of each layer that routes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpertScores {
+    /// Decoder-layer numbers of the layers that route, ascending.
+    pub layers: Vec<usize>,
+    /// E
+    pub num_experts: usize,
+    /// `[L · E]`, the experts of `layers[0]` first.
+    pub values: Vec<f64>,
+}
+
+impl ExpertScores {
+    /// The score of one expert; `None` if there is no such expert.
+    pub fn get(&self, id: ExpertId) -> Option<f64> {
+        let row = self.layers.binary_search(&id.layer).ok()?;
+        (id.expert < self.num_experts).then(|| self.values[row * self.num_experts + id.expert])
+    }
+
+    /// All experts with their scores, by (layer, expert).
+    pub fn iter(&self) -> impl Iterator<Item = (ExpertId, f64)> + '_ {
+        experts_of(&self.layers, self.num_experts).zip(self.values.iter().copied())
+    }
+
+    /// All experts with their scores, highest first, ties by (layer, expert).
+    pub fn ranked(&self) -> Vec<(ExpertId, f64)> {
+        let mut all: Vec<_> = self.iter().collect();
+        all.sort_by(|(_, a), (_, b)| b.total_cmp(a)); // stable: ties stay in the order of `iter`
+        all
+    }
+
+    /// The scores of each layer, `[E]` each, in the order of `layers`.
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f64]> {
+        self.values.chunks_exact(self.num_experts)
+    }
+}
+
+/// All experts of these layers, by (layer, expert).
+pub(super) fn experts_of(layers: &[usize], num_experts: usize) -> impl Iterator<Item = ExpertId> {
+    layers.iter().flat_map(move |layer| (0..num_experts).map(move |expert| ExpertId { layer: *layer, expert }))
+}
+
+/// Sums the scores of micro-batches:
+///
+/// ```text
+/// s(l,e) = (1/B) Σ_b score_b(l,e),    score_b = (1/P) Σ_i |∂L_b/∂θ_i|    (or another `Score`), P = 3·D·F
+/// ```
+///
+/// where L_b is the *mean* loss of micro-batch b (the method of arXiv 2602.04448). |·| is not linear, so micro-batches
+/// are scored one by one, and ranks merge sums of scores, never gradients.
+#[derive(Debug, Clone)]
+pub struct ScoreAccumulator {
+    score: Score,
+    per: ScorePer,
+    params_per_expert: usize,
+    layers: Vec<usize>,
+    num_experts: usize,
+    sums: Vec<f64>,
+    micro_batches: u64,
+}
+
+impl ScoreAccumulator {
+    /// No micro-batch yet. `layers`: decoder-layer numbers of the layers that route, ascending; `params_per_expert`: P.
+    pub fn new(score: Score, per: ScorePer, layers: Vec<usize>, num_experts: usize, params_per_expert: usize) -> Self {
+        assert!(layers.is_sorted(), "layers in order: {layers:?}");
+        let sums = vec![0.0; layers.len() * num_experts];
+        Self { score, per, params_per_expert, layers, num_experts, sums, micro_batches: 0 }
+    }
+
+    /// Adds a micro-batch: for each expert the sum of [`Score::moment`] over the gradient of the mean loss, and the tokens
+    /// routed to it, both `[L · E]`. One without loss tokens has no loss and does not count.
+    pub fn add(&mut self, moments: &[f64], tokens_per_expert: &[usize], loss_tokens: usize) {
+        assert_eq!(moments.len(), self.sums.len(), "one moment an expert");
+        assert_eq!(tokens_per_expert.len(), self.sums.len(), "one token count an expert");
+        if loss_tokens == 0 {
+            return;
+        }
+        self.micro_batches += 1;
+        for ((sum, moment), tokens) in self.sums.iter_mut().zip(moments).zip(tokens_per_expert) {
+            let score = self.score.of_sum(*moment, self.params_per_expert as f64);
+            *sum += match (self.per, tokens) {
+                (ScorePer::Param, _) => score,
+                (ScorePer::Token, 0) => 0.0, // its gradient is exactly 0 too
+                (ScorePer::Token, tokens) => score / *tokens as f64,
+            };
+        }
+    }
+
+    /// Micro-batches that counted: B, of this rank before [`Self::merge`], of all ranks after it.
+    pub fn micro_batches(&self) -> u64 {
+        self.micro_batches
+    }
+
+    /// Adds up the sums and the counts of all ranks; all then hold the same.
+    ///
+    /// # Errors
+    /// Those of [`Collective::barrier`].
+    pub fn merge(&mut self, collective: &dyn Collective) -> Result<(), collective::Error> {
+        merge_sums(collective, &mut self.sums, [&mut self.micro_batches])
+    }
+
+    /// The means over the micro-batches.
+    ///
+    /// # Errors
+    /// [`Error::NothingToScore`] if no micro-batch counted.
+    pub fn finish(self) -> Result<ExpertScores, Error> {
+        if self.micro_batches == 0 {
+            return Err(Error::NothingToScore { what: "a token under the loss" });
+        }
+        let batches = self.micro_batches as f64;
+        let values = self.sums.iter().map(|sum| sum / batches).collect();
+        Ok(ExpertScores { layers: self.layers, num_experts: self.num_experts, values })
+    }
+}
+
+/// All-reduces sums together with counts (exact in f64 up to 2⁵³).
+pub(super) fn merge_sums<const N: usize>(
+    collective: &dyn Collective,
+    sums: &mut [f64],
+    counts: [&mut u64; N],
+) -> Result<(), collective::Error> {
+    let mut all: Vec<f64> = sums.iter().copied().chain(counts.iter().map(|c| **c as f64)).collect();
+    collective.all_reduce_f64(&mut all)?;
+    let (merged, merged_counts) = all.split_at(sums.len());
+    sums.copy_from_slice(merged);
+    for (count, merged) in counts.into_iter().zip(merged_counts) {
+        *count = *merged as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::collective::threads;
+
+    fn accumulator(score: Score, per: ScorePer) -> ScoreAccumulator {
+        ScoreAccumulator::new(score, per, vec![1, 3], 2, 4)
+    }
+
+    #[test]
+    fn each_score_by_its_formula() {
+        // Gradients of 4 entries, all of size 3: Σ|g| = 12, Σg² = 36.
+        let cases = [
+            (Score::L1Mean, ScorePer::Param, 12.0, 3.0),
+            (Score::L2, ScorePer::Param, 36.0, 3.0),
+            (Score::Fisher, ScorePer::Param, 36.0, 9.0),
+            (Score::Taylor, ScorePer::Param, 12.0, 3.0),
+            (Score::L1Mean, ScorePer::Token, 12.0, 0.6),
+            (Score::L2, ScorePer::Token, 36.0, 0.6),
+        ];
+        for (score, per, moment, expected) in cases {
+            let mut acc = accumulator(score, per);
+            acc.add(&[moment, 0.0, 0.0, 0.0], &[5, 0, 1, 1], 9);
+            let scores = acc.finish().unwrap();
+            let value = scores.get((1, 0).into()).unwrap();
+            assert!((value - expected).abs() < 1e-15, "{score:?} {per:?}: {value}, not {expected}"); // one rounding
+            assert_eq!(scores.get((1, 1).into()), Some(0.0), "no token, no score");
+        }
+    }
+
+    #[test]
+    fn a_micro_batch_without_loss_does_not_count() {
+        let mut acc = accumulator(Score::L1Mean, ScorePer::Param);
+        acc.add(&[4.0, 8.0, 0.0, 12.0], &[1; 4], 3);
+        acc.add(&[9e9; 4], &[1; 4], 0);
+        acc.add(&[8.0, 8.0, 0.0, 0.0], &[1; 4], 1);
+        assert_eq!(acc.micro_batches(), 2);
+        assert_eq!(acc.finish().unwrap().values, [1.5, 2.0, 0.0, 1.5]);
+        let nothing = accumulator(Score::L1Mean, ScorePer::Param).finish();
+        assert!(matches!(nothing, Err(Error::NothingToScore { .. })));
+    }
+
+    #[test]
+    fn ranks_merge_to_the_scores_of_one() {
+        let moments = |b: usize| -> Vec<f64> { (0..4).map(|i| ((b * 7 + i * 3) % 11) as f64 / 7.0).collect() };
+        let score = |ranks: usize| {
+            threads::run(ranks, Duration::from_secs(60), |c| {
+                let mut acc = accumulator(Score::L2, ScorePer::Param);
+                for b in (0..10).filter(|b| b % ranks == c.rank()) {
+                    acc.add(&moments(b), &[2; 4], if b == 4 { 0 } else { 5 });
+                }
+                acc.merge(&c).unwrap();
+                assert_eq!(acc.micro_batches(), 9);
+                acc.finish().unwrap()
+            })
+        };
+        let one = score(1).remove(0);
+        for ranks in 2..=4 {
+            for scores in score(ranks) {
+                for (x, y) in scores.values.iter().zip(&one.values) {
+                    assert!((x - y).abs() <= 1e-12 * y, "{ranks} ranks: {x}, not {y}"); // the contract's own bound
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ranking_breaks_ties_by_place() {
+        let scores = ExpertScores { layers: vec![2, 5], num_experts: 2, values: vec![1.0, 3.0, 3.0, 2.0] };
+        let ids: Vec<(usize, usize)> = scores.ranked().into_iter().map(|(id, _)| id.into()).collect();
+        assert_eq!(ids, [(2, 1), (5, 0), (5, 1), (2, 0)]);
+        assert_eq!(scores.get((3, 0).into()), None);
+        assert_eq!(scores.get((2, 2).into()), None);
+    }
+}

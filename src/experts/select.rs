@@ -1,0 +1,303 @@
+//! From scores to the experts that are trained.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use super::score::experts_of;
+use super::{Error, ExpertId, ExpertScores, RandomMatch, Select};
+
+/// The experts among which a selection is made, and how many of them it takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pool {
+    /// The number of experts to choose.
+    pub top_k: usize,
+    /// At most this many of one layer.
+    pub per_layer: Option<usize>,
+    /// Only these decoder layers (inclusive).
+    pub layers: Option<RangeInclusive<usize>>,
+}
+
+/// How scores rank the experts of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Rank {
+    /// Which end is taken.
+    pub select: Select,
+    /// Only experts with a score above this qualify (the risk difference of the routing method).
+    pub threshold: Option<f64>,
+}
+
+/// A selection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Selected {
+    /// Best first; for a random selection by (layer, expert).
+    pub experts: Vec<ExpertId>,
+    /// How many were asked for: more than there are where too few qualified.
+    pub asked: usize,
+}
+
+impl Selected {
+    /// How many are missing because too few qualified.
+    pub fn shortfall(&self) -> usize {
+        self.asked - self.experts.len()
+    }
+}
+
+impl Pool {
+    fn allows(&self, layer: usize) -> bool {
+        self.layers.as_ref().is_none_or(|range| range.contains(&layer))
+    }
+
+    /// Whether `top_k` experts can be chosen from a model that routes in `layers` among `num_experts` each.
+    ///
+    /// # Errors
+    /// [`Error::TooMany`], which names what limits the choice.
+    pub fn check(&self, layers: &[usize], num_experts: usize) -> Result<(), Error> {
+        let each = self.per_layer.unwrap_or(num_experts).min(num_experts);
+        let available = layers.iter().filter(|l| self.allows(**l)).count() * each;
+        if self.top_k <= available {
+            return Ok(());
+        }
+        let mut limit = String::new();
+        if let Some(range) = &self.layers {
+            limit += &format!(", of which --layers {}-{} may be chosen from", range.start(), range.end());
+        }
+        if let Some(cap) = self.per_layer {
+            limit += &format!(", at most {cap} a layer (--experts-per-layer)");
+        }
+        Err(Error::TooMany { asked: self.top_k, available, layers: layers.len(), num_experts, limit })
+    }
+
+    /// The first `top_k` candidates that the layers and the cap allow.
+    fn take(&self, candidates: impl IntoIterator<Item = ExpertId>) -> Vec<ExpertId> {
+        let mut of_layer = BTreeMap::<usize, usize>::new();
+        let cap = self.per_layer.unwrap_or(usize::MAX);
+        let mut free = |id: &ExpertId| {
+            let taken = of_layer.entry(id.layer).or_default();
+            *taken += 1;
+            *taken <= cap
+        };
+        candidates.into_iter().filter(|id| self.allows(id.layer) && free(id)).take(self.top_k).collect()
+    }
+}
+
+/// Chooses by score: the `top_k` best over all layers of the pool, ties by (layer, expert).
+///
+/// Fewer may qualify under a threshold. The lowest end is a control: it takes as many experts as the highest end would, so
+/// that the two differ in nothing but the end.
+///
+/// # Errors
+/// [`Error::NotFinite`] if a score is NaN or infinite; [`Error::TooMany`] if the pool is too small.
+pub fn select(scores: &ExpertScores, pool: &Pool, rank: &Rank) -> Result<Selected, Error> {
+    if let Some((id, value)) = scores.iter().find(|(_, value)| !value.is_finite()) {
+        return Err(Error::NotFinite { id, value });
+    }
+    pool.check(&scores.layers, scores.num_experts)?;
+    let ranked = scores.ranked();
+    let qualifies = |value: f64| rank.threshold.is_none_or(|threshold| value > threshold);
+    let highest = pool.take(ranked.iter().filter(|(_, value)| qualifies(*value)).map(|(id, _)| *id));
+    let experts = match rank.select {
+        Select::Highest => highest,
+        Select::Lowest => {
+            let mut ascending: Vec<_> = scores.iter().collect();
+            ascending.sort_by(|(_, a), (_, b)| a.total_cmp(b));
+            let pool = Pool { top_k: highest.len(), ..pool.clone() };
+            pool.take(ascending.into_iter().map(|(id, _)| id))
+        }
+    };
+    Ok(Selected { experts, asked: pool.top_k })
+}
+
+/// Chooses at random: as many experts as the gradient method would, each of the pool's as likely as any other.
+///
+/// `gradient` is the gradient method's own selection; [`RandomMatch::Layer`] draws as many from each layer as it has.
+/// The draw depends on `seed` and `round` alone.
+///
+/// # Errors
+/// [`Error::TooMany`] if the pool is too small.
+///
+/// # Panics
+/// If [`RandomMatch::Layer`] comes without `gradient`.
+pub fn random(
+    layers: &[usize],
+    num_experts: usize,
+    pool: &Pool,
+    matching: RandomMatch,
+    gradient: Option<&[ExpertId]>,
+    seed: u64,
+    round: u64,
+) -> Result<Selected, Error> {
+    pool.check(layers, num_experts)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(round); // a round draws anew, from the same seed
+    let mut experts = match matching {
+        RandomMatch::Total => {
+            let mut candidates: Vec<_> = experts_of(layers, num_experts).collect();
+            candidates.shuffle(&mut rng);
+            pool.take(candidates)
+        }
+        RandomMatch::Layer => {
+            let gradient = gradient.expect("matching layers needs the gradient method's selection");
+            let mut counts = BTreeMap::<usize, usize>::new();
+            for id in gradient {
+                *counts.entry(id.layer).or_default() += 1;
+            }
+            let draw = |(layer, count)| {
+                let mut candidates: Vec<_> = experts_of(&[layer], num_experts).collect();
+                candidates.shuffle(&mut rng);
+                candidates.truncate(count);
+                candidates
+            };
+            counts.into_iter().flat_map(draw).collect()
+        }
+    };
+    experts.sort_unstable();
+    Ok(Selected { experts, asked: pool.top_k })
+}
+
+/// A hash of a selection and its order, by which ranks prove that they chose the same.
+pub fn selection_hash(experts: &[ExpertId]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    for id in experts {
+        hasher.update(&(id.layer as u64).to_le_bytes());
+        hasher.update(&(id.expert as u64).to_le_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::exit::Coded;
+
+    fn pool(top_k: usize) -> Pool {
+        Pool { top_k, per_layer: None, layers: None }
+    }
+
+    fn scores() -> ExpertScores {
+        // Layer 0: 0.9 0.2 0.9; layer 2: 0.5 0.95 0.1.
+        ExpertScores { layers: vec![0, 2], num_experts: 3, values: vec![0.9, 0.2, 0.9, 0.5, 0.95, 0.1] }
+    }
+
+    fn ids(selected: &Selected) -> Vec<(usize, usize)> {
+        selected.experts.iter().map(|id| (*id).into()).collect()
+    }
+
+    fn highest(pool: &Pool) -> Vec<(usize, usize)> {
+        ids(&select(&scores(), pool, &Rank::default()).unwrap())
+    }
+
+    #[test]
+    fn by_rank_over_all_layers_not_by_place() {
+        assert_eq!(highest(&pool(3)), [(2, 1), (0, 0), (0, 2)]);
+        assert_eq!(highest(&pool(0)), []);
+    }
+
+    #[test]
+    fn caps_and_ranges() {
+        assert_eq!(highest(&Pool { per_layer: Some(1), ..pool(2) }), [(2, 1), (0, 0)]);
+        assert_eq!(highest(&Pool { layers: Some(0..=1), ..pool(2) }), [(0, 0), (0, 2)]);
+        assert_eq!(highest(&Pool { layers: Some(1..=9), per_layer: Some(2), ..pool(2) }), [(2, 1), (2, 0)]);
+    }
+
+    #[test]
+    fn a_threshold_may_leave_fewer_and_the_lowest_match_them() {
+        let threshold = Some(0.9);
+        let high = select(&scores(), &pool(4), &Rank { select: Select::Highest, threshold }).unwrap();
+        assert_eq!((ids(&high), high.shortfall()), (vec![(2, 1)], 3), "0.9 is not above 0.9");
+        let low = select(&scores(), &pool(4), &Rank { select: Select::Lowest, threshold }).unwrap();
+        assert_eq!(ids(&low), [(2, 2)], "the control has the size of what it controls");
+        let low = select(&scores(), &pool(4), &Rank { select: Select::Lowest, threshold: None }).unwrap();
+        assert_eq!(ids(&low), [(2, 2), (0, 1), (2, 0), (0, 0)]);
+    }
+
+    #[test]
+    fn too_many_names_what_limits() {
+        let pool = Pool { top_k: 3, per_layer: Some(2), layers: Some(1..=5) };
+        let error = select(&scores(), &pool, &Rank::default()).unwrap_err();
+        assert_eq!(error.exit_code(), crate::exit::CONFIG);
+        let text = error.to_string();
+        for part in ["3 experts", "2 can be chosen", "2 layers", "3 experts", "--layers 1-5", "at most 2 a layer"] {
+            assert!(text.contains(part), "{part} not in: {text}");
+        }
+        let error = random(&[0, 1], 4, &self::pool(9), RandomMatch::Total, None, 1, 1).unwrap_err();
+        assert!(matches!(error, Error::TooMany { asked: 9, available: 8, .. }));
+    }
+
+    #[test]
+    fn a_score_that_is_no_number_is_no_score() {
+        let mut broken = scores();
+        broken.values[4] = f64::NAN;
+        let error = select(&broken, &pool(1), &Rank::default()).unwrap_err();
+        assert_eq!(error.exit_code(), crate::exit::NOT_FINITE);
+        assert!(error.to_string().contains("expert 1 of layer 2"), "{error}");
+    }
+
+    #[test]
+    fn random_is_fixed_by_seed_and_round() {
+        let layers: Vec<_> = (0..16).collect();
+        let draw = |seed, round| {
+            let drawn = random(&layers, 64, &pool(100), RandomMatch::Total, None, seed, round).unwrap();
+            assert_eq!(drawn.experts.len(), 100);
+            assert!(drawn.experts.is_sorted_by(|a, b| a < b), "distinct, in order");
+            drawn.experts
+        };
+        assert_eq!(draw(42, 1), draw(42, 1));
+        assert_ne!(draw(42, 1), draw(42, 2));
+        assert_ne!(draw(42, 1), draw(43, 1));
+    }
+
+    #[test]
+    fn random_can_match_the_layers() {
+        let gradient: Vec<ExpertId> = [(2, 1), (0, 0), (2, 0)].map(Into::into).to_vec();
+        let counts = (0..50).map(|round| {
+            let drawn = random(&[0, 2], 8, &pool(3), RandomMatch::Layer, Some(&gradient), 7, round).unwrap();
+            let of = |layer| drawn.experts.iter().filter(|id| id.layer == layer).count();
+            assert_eq!((of(0), of(2)), (1, 2));
+            drawn.experts
+        });
+        let all: std::collections::BTreeSet<_> = counts.flatten().collect();
+        assert_eq!(all.len(), 16, "in 50 rounds every expert is drawn");
+    }
+
+    #[test]
+    fn the_hash_tells_order_and_place_apart() {
+        let a: Vec<ExpertId> = vec![(1, 2).into(), (3, 4).into()];
+        let b: Vec<ExpertId> = vec![(3, 4).into(), (1, 2).into()];
+        let c: Vec<ExpertId> = vec![(1, 2).into(), (4, 3).into()];
+        assert_eq!(selection_hash(&a), selection_hash(&a.clone()));
+        assert_ne!(selection_hash(&a), selection_hash(&b));
+        assert_ne!(selection_hash(&a), selection_hash(&c));
+    }
+
+    proptest! {
+        #[test]
+        fn selections_hold_the_best(
+            values in proptest::collection::vec(0u8..20, 24),
+            top_k in 0usize..=12,
+            cap in proptest::option::of(3usize..=6),
+        ) {
+            let scores = ExpertScores {
+                layers: vec![1, 2, 5, 9],
+                num_experts: 6,
+                values: values.iter().map(|v| f64::from(*v)).collect(),
+            };
+            let pool = Pool { per_layer: cap, ..pool(top_k) };
+            let chosen = select(&scores, &pool, &Rank::default()).unwrap().experts;
+            prop_assert_eq!(chosen.len(), top_k);
+            let key = |id: &ExpertId| (-scores.get(*id).unwrap() as i64, *id);
+            prop_assert!(chosen.is_sorted_by_key(key));
+            let worst = chosen.last().map(key);
+            for (id, _) in scores.iter().filter(|(id, _)| !chosen.contains(id)) {
+                let in_layer = chosen.iter().filter(|c| c.layer == id.layer).count();
+                // Whoever was left out is worse than all chosen, or its layer is full.
+                prop_assert!(worst.is_none_or(|worst| key(&id) > worst) || cap == Some(in_layer));
+            }
+        }
+    }
+}

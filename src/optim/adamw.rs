@@ -1,0 +1,281 @@
+//! AdamW with f32 master weights, for the parameters that are trained and for no others.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::{Error, ShardPlan};
+use crate::backend::{AdamwStep, Backend};
+use crate::model::ParamId;
+
+/// Which learning rate a parameter follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    /// A routed expert.
+    Expert,
+    /// A router.
+    Router,
+    /// Anything else.
+    Other,
+}
+
+/// The learning rates of one step, the schedule's factor included.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LearningRates {
+    /// Of [`Group::Expert`].
+    pub expert: f64,
+    /// Of [`Group::Router`].
+    pub router: f64,
+    /// Of [`Group::Other`].
+    pub other: f64,
+}
+
+impl LearningRates {
+    fn of(&self, group: Group) -> f64 {
+        match group {
+            Group::Expert => self.expert,
+            Group::Router => self.router,
+            Group::Other => self.other,
+        }
+    }
+}
+
+/// A parameter to train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trainable {
+    /// Which.
+    pub param: ParamId,
+    /// Its elements.
+    pub len: usize,
+    /// Its learning rate.
+    pub group: Group,
+}
+
+/// Where a parameter's gradient lies in a step's buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gradient {
+    /// Whose.
+    pub param: ParamId,
+    /// Element offset.
+    pub offset: usize,
+}
+
+/// The optimizer's state of one parameter, on the host: what a resumed run needs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ParamState {
+    /// Whose.
+    pub param: ParamId,
+    /// Updates it has had.
+    pub step: u64,
+    /// Its value before it was rounded into its stored dtype.
+    pub master: Vec<f32>,
+    /// First moment.
+    pub m: Vec<f32>,
+    /// Second moment.
+    pub v: Vec<f32>,
+}
+
+/// State of parameters that were added together: three flat buffers of one layout.
+struct Slab<B: Backend> {
+    master: B::Buffer,
+    m: B::Buffer,
+    v: B::Buffer,
+}
+
+/// Where a parameter's state is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Slot {
+    slab: usize,
+    range: Range<usize>,
+    group: Group,
+    step: u64,
+}
+
+/// AdamW (Loshchilov & Hutter, arXiv 1711.05101, as in PyTorch):
+///
+/// ```text
+/// m ← β₁m + (1−β₁)g    v ← β₂v + (1−β₂)g²
+/// w ← w − lr·λ·w − lr · m/(1−β₁ᵗ) / (√(v/(1−β₂ᵗ)) + ε)        β = 0.9, 0.999; ε = 1e-8
+/// ```
+///
+/// The master weight w is f32, whatever the stored dtype: in bf16 an update of 1e-5 of a weight rounds away. State exists
+/// for added parameters only (12 bytes an element). A parameter without a gradient in a step is left alone altogether: no
+/// decay, no momentum, no count, so t is its own number of updates.
+pub struct AdamW<B: Backend> {
+    slabs: Vec<Slab<B>>,
+    slots: BTreeMap<ParamId, Slot>,
+}
+
+impl<B: Backend> Default for AdamW<B> {
+    fn default() -> Self {
+        Self { slabs: Vec::new(), slots: BTreeMap::new() }
+    }
+}
+
+impl<B: Backend> AdamW<B> {
+    const BETAS: (f32, f32) = (0.9, 0.999);
+    const EPS: f32 = 1e-8;
+
+    /// Of no parameter yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Makes room for parameters, in this order, and reads their master weights; those already there keep their state.
+    /// `weights` is indexed by [`ParamId`].
+    pub fn add(&mut self, backend: &B, weights: &[B::Weight], params: &[Trainable]) {
+        let new: Vec<_> = params.iter().filter(|p| !self.slots.contains_key(&p.param)).collect();
+        if new.is_empty() {
+            return;
+        }
+        let plan = ShardPlan::new(new.iter().map(|p| p.len), 1);
+        let buffer = || backend.buffer(plan.total());
+        let mut slab = Slab { master: buffer(), m: buffer(), v: buffer() };
+        for (i, p) in new.into_iter().enumerate() {
+            let range = plan.param(i);
+            backend.read_weight(&weights[p.param], &mut slab.master, range.start);
+            let slot = Slot { slab: self.slabs.len(), range, group: p.group, step: 0 };
+            assert!(self.slots.insert(p.param, slot).is_none(), "parameter {} is added twice", p.param);
+        }
+        self.slabs.push(slab);
+    }
+
+    /// The parameters that have state, ascending.
+    pub fn params(&self) -> impl Iterator<Item = ParamId> + '_ {
+        self.slots.keys().copied()
+    }
+
+    /// Bytes of all state.
+    pub fn bytes(&self) -> usize {
+        self.slots.values().map(|s| 3 * size_of::<f32>() * s.range.len()).sum()
+    }
+
+    /// Updates the parameters that have a gradient, each at most once. Gradients are multiplied by `grad_scale` first.
+    ///
+    /// # Panics
+    /// If a parameter was not added.
+    #[allow(clippy::too_many_arguments)]
+    pub fn step(
+        &mut self,
+        backend: &B,
+        weights: &mut [B::Weight],
+        grads: &B::Buffer,
+        gradients: &[Gradient],
+        lrs: &LearningRates,
+        weight_decay: f64,
+        grad_scale: f64,
+    ) {
+        for Gradient { param, .. } in gradients {
+            self.slots.get_mut(param).unwrap_or_else(|| panic!("parameter {param} was not added")).step += 1;
+        }
+        for span in spans(&self.slots, gradients) {
+            let Slab { master, m, v } = &mut self.slabs[span.slab];
+            let step = AdamwStep {
+                lr: lrs.of(span.group) as f32,
+                beta1: Self::BETAS.0,
+                beta2: Self::BETAS.1,
+                eps: Self::EPS,
+                weight_decay: weight_decay as f32,
+                step: span.step,
+                grad_scale: grad_scale as f32,
+            };
+            backend.adamw(master, m, v, span.at, grads, span.grad_at, &step);
+        }
+        for Gradient { param, .. } in gradients {
+            let slot = &self.slots[param];
+            backend.set_weight(&mut weights[*param], &self.slabs[slot.slab].master, slot.range.clone());
+        }
+    }
+
+    /// The state of every parameter, one at a time, ascending.
+    pub fn export<'a>(&'a self, backend: &'a B) -> impl Iterator<Item = ParamState> + 'a {
+        self.slots.iter().map(move |(param, slot)| {
+            let Slab { master, m, v } = &self.slabs[slot.slab];
+            let read = |buffer| backend.buffer_read(buffer, slot.range.clone());
+            ParamState { param: *param, step: slot.step, master: read(master), m: read(m), v: read(v) }
+        })
+    }
+
+    /// Puts back what [`Self::export`] gave, for a parameter that has been added.
+    ///
+    /// # Errors
+    /// [`Error::State`] if the parameter was not added or has another length.
+    pub fn import(&mut self, backend: &B, state: &ParamState) -> Result<(), Error> {
+        let fault = |reason: String| Error::State { param: state.param, reason };
+        let slot = self.slots.get_mut(&state.param).ok_or_else(|| fault("it is not trained".into()))?;
+        for (what, values) in [("master weights", &state.master), ("m", &state.m), ("v", &state.v)] {
+            if values.len() != slot.range.len() {
+                return Err(fault(format!("{what} of {} elements, not {}", values.len(), slot.range.len())));
+            }
+        }
+        let Slab { master, m, v } = &mut self.slabs[slot.slab];
+        backend.buffer_write(master, slot.range.start, &state.master);
+        backend.buffer_write(m, slot.range.start, &state.m);
+        backend.buffer_write(v, slot.range.start, &state.v);
+        slot.step = state.step;
+        Ok(())
+    }
+}
+
+/// What one call of the backend updates: neighbours in the state and in the gradient that are at the same step.
+#[derive(Debug, PartialEq, Eq)]
+struct Span {
+    slab: usize,
+    at: Range<usize>,
+    grad_at: usize,
+    group: Group,
+    step: u64,
+}
+
+/// As few calls as there can be without changing the order of the gradients.
+fn spans(slots: &BTreeMap<ParamId, Slot>, gradients: &[Gradient]) -> Vec<Span> {
+    let mut out: Vec<Span> = Vec::new();
+    for Gradient { param, offset } in gradients {
+        let slot = &slots[param];
+        match out.last_mut() {
+            Some(last)
+                if (last.slab, last.group, last.step) == (slot.slab, slot.group, slot.step)
+                    && last.at.end == slot.range.start
+                    && last.grad_at + last.at.len() == *offset =>
+            {
+                last.at.end = slot.range.end;
+            }
+            _ => out.push(Span {
+                slab: slot.slab,
+                at: slot.range.clone(),
+                grad_at: *offset,
+                group: slot.group,
+                step: slot.step,
+            }),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_updated_together_and_others_apart() {
+        let slot = |slab, range, group, step| Slot { slab, range, group, step };
+        let slots = BTreeMap::from([
+            (3, slot(0, 0..4, Group::Expert, 1)),
+            (4, slot(0, 4..6, Group::Expert, 1)),
+            (5, slot(0, 6..9, Group::Expert, 2)),
+            (6, slot(0, 9..10, Group::Router, 2)),
+            (7, slot(1, 0..5, Group::Router, 2)),
+        ]);
+        let gradient = |(param, offset)| Gradient { param, offset };
+        let gradients = [(3, 10), (4, 14), (5, 16), (6, 19), (7, 20)].map(gradient);
+        let span = |slab, at, grad_at, group, step| Span { slab, at, grad_at, group, step };
+        let expected = [
+            span(0, 0..6, 10, Group::Expert, 1),
+            span(0, 6..9, 16, Group::Expert, 2),  // another step
+            span(0, 9..10, 19, Group::Router, 2), // another rate
+            span(1, 0..5, 20, Group::Router, 2),  // other buffers
+        ];
+        assert_eq!(spans(&slots, &gradients), expected);
+        let apart = [(3, 10), (4, 15)].map(gradient); // a gap between the gradients
+        assert_eq!(spans(&slots, &apart).len(), 2);
+    }
+}

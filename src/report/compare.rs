@@ -1,0 +1,133 @@
+//! How alike the choices of several runs are.
+
+use std::collections::HashSet;
+
+use super::Table;
+use crate::experts::{ExpertId, ExpertScores};
+
+/// What one run chose, and by what.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunChoice {
+    /// The run.
+    pub name: String,
+    /// Its selection.
+    pub selected: Vec<ExpertId>,
+    /// Its scores; none for a random selection.
+    pub scores: Option<ExpertScores>,
+}
+
+/// Two runs' choices beside each other.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Overlap {
+    /// |A ∩ B|
+    pub common: usize,
+    /// |A ∩ B| / |A|; `None` if A is empty.
+    pub share: Option<f64>,
+    /// |A ∩ B| / |A ∪ B|; `None` if both are empty.
+    pub jaccard: Option<f64>,
+    /// Rank correlation of the scores of all experts; `None` where a run has none, of another shape, or all equal.
+    pub spearman: Option<f64>,
+}
+
+/// Compares B with A.
+pub fn overlap(a: &RunChoice, b: &RunChoice) -> Overlap {
+    let (in_a, in_b): (HashSet<_>, HashSet<_>) = (a.selected.iter().collect(), b.selected.iter().collect());
+    let (common, union) = (in_a.intersection(&in_b).count(), in_a.union(&in_b).count());
+    let ratio = |n: usize, d: usize| (d > 0).then(|| n as f64 / d as f64);
+    let spearman = match (&a.scores, &b.scores) {
+        (Some(x), Some(y)) if x.layers == y.layers && x.num_experts == y.num_experts => spearman(&x.values, &y.values),
+        _ => None,
+    };
+    Overlap { common, share: ratio(common, in_a.len()), jaccard: ratio(common, union), spearman }
+}
+
+/// Spearman's rank correlation, equal values sharing the mean of their ranks; `None` where one side is constant (or
+/// empty).
+pub fn spearman(x: &[f64], y: &[f64]) -> Option<f64> {
+    assert_eq!(x.len(), y.len(), "pairs");
+    let (x, y) = (ranks(x), ranks(y));
+    let mean = (x.len() as f64 - 1.0) / 2.0;
+    let product = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| (a - mean) * (b - mean)).sum() };
+    let spread = (product(&x, &x) * product(&y, &y)).sqrt();
+    (spread > 0.0).then(|| product(&x, &y) / spread)
+}
+
+/// Ranks from 0; equal values share the mean of theirs.
+fn ranks(values: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|a, b| values[*a].total_cmp(&values[*b]));
+    let mut out = vec![0.0; values.len()];
+    let mut first = 0;
+    for tied in order.chunk_by(|a, b| values[*a] == values[*b]) {
+        let rank = first as f64 + (tied.len() as f64 - 1.0) / 2.0;
+        tied.iter().for_each(|i| out[*i] = rank);
+        first += tied.len();
+    }
+    out
+}
+
+/// All pairs of runs, one table a measure: the share of the row's choice that the column's holds, Jaccard's index, and
+/// the rank correlation of the scores.
+pub fn overlap_tables(runs: &[RunChoice]) -> Vec<Table> {
+    type Measure = fn(&Overlap) -> Option<f64>;
+    let measures: [(&str, Measure); 3] = [
+        ("Share of the row's selected experts that the column selected too", |o| o.share),
+        ("Jaccard index of the selections", |o| o.jaccard),
+        ("Spearman rank correlation of the scores", |o| o.spearman),
+    ];
+    let table = |(caption, measure): (&str, Measure)| {
+        let header = ["".to_owned()].into_iter().chain(runs.iter().map(|r| r.name.clone()));
+        let mut table = Table::new(caption, header);
+        for a in runs {
+            let cell = |b| measure(&overlap(a, b)).map_or_else(|| "-".to_owned(), |x| format!("{x:.3}"));
+            table.row([a.name.clone()].into_iter().chain(runs.iter().map(cell)));
+        }
+        table
+    };
+    measures.into_iter().map(table).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(name: &str, selected: &[(usize, usize)], values: Option<[f64; 4]>) -> RunChoice {
+        let scores = values.map(|v| ExpertScores { layers: vec![0, 1], num_experts: 2, values: v.to_vec() });
+        RunChoice { name: name.into(), selected: selected.iter().map(|id| (*id).into()).collect(), scores }
+    }
+
+    #[test]
+    fn shares_of_sets() {
+        let a = run("a", &[(0, 0), (0, 1), (1, 0), (1, 1)], Some([4.0, 3.0, 2.0, 1.0]));
+        let b = run("b", &[(1, 1), (0, 0)], Some([1.0, 2.0, 3.0, 4.0]));
+        let expected = Overlap { common: 2, share: Some(0.5), jaccard: Some(0.5), spearman: Some(-1.0) };
+        assert_eq!(overlap(&a, &b), expected);
+        assert_eq!(overlap(&b, &a).share, Some(1.0), "the share is of the first");
+        let none = run("none", &[], None);
+        let expected = Overlap { common: 0, share: None, jaccard: Some(0.0), spearman: None };
+        assert_eq!(overlap(&none, &a), expected);
+        assert_eq!(overlap(&none, &none).jaccard, None);
+    }
+
+    #[test]
+    fn rank_correlation() {
+        let close = |x: Option<f64>, y: f64| assert!((x.unwrap() - y).abs() < 1e-15, "{x:?}, not {y}"); // one rounding
+        close(spearman(&[1.0, 10.0, 100.0], &[-3.0, 0.0, 7.0]), 1.0);
+        // No ties: 1 - 6 Σd² / (n (n² - 1)), d = 0, 1, 1, 0.
+        close(spearman(&[1.0, 2.0, 3.0, 4.0], &[1.0, 3.0, 2.0, 4.0]), 0.8);
+        // Ties share ranks: (0.5, 0.5, 2) with (0, 1, 2).
+        close(spearman(&[5.0, 5.0, 6.0], &[1.0, 2.0, 3.0]), 1.5 / (1.5f64 * 2.0).sqrt());
+        assert_eq!(spearman(&[1.0, 1.0], &[1.0, 2.0]), None);
+        assert_eq!(spearman(&[], &[]), None);
+    }
+
+    #[test]
+    fn a_table_a_measure() {
+        let runs = [run("gradient", &[(0, 0), (0, 1)], Some([1.0; 4])), run("random", &[(0, 1)], None)];
+        let tables = overlap_tables(&runs);
+        assert_eq!(tables.len(), 3);
+        assert_eq!(tables[0].rows, [["gradient", "1.000", "0.500"], ["random", "1.000", "1.000"]]);
+        assert_eq!(tables[1].rows, [["gradient", "1.000", "0.500"], ["random", "0.500", "1.000"]]);
+        assert_eq!(tables[2].rows, [["gradient", "-", "-"], ["random", "-", "-"]]);
+    }
+}

@@ -1,0 +1,152 @@
+//! `training_metadata.json`: the schema that scripts around the method read, and more.
+
+use std::collections::BTreeMap;
+
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
+
+use crate::experts::{ExpertId, Method, ScorePer, Selection};
+use crate::routers::{ConsistencyLayers, KlType, Statistic};
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[allow(missing_docs)] // the options of these names, under these names
+pub struct TrainingMetadata {
+    pub model_name: String,
+    /// How the run went about it, in a word or two.
+    pub training_strategy: String,
+    pub num_rounds: usize,
+    pub expert_epochs_per_round: usize,
+    pub router_epochs_per_round: usize,
+    pub top_k_experts: usize,
+    pub batch_size: usize,
+    pub grad_accum: usize,
+    pub world_size: usize,
+    pub expert_lr: f64,
+    pub router_lr: f64,
+    pub weight_decay: f64,
+    pub method: Method,
+    pub score_per: ScorePer,
+    pub selection: Selection,
+    pub kl_type: KlType,
+    pub router_statistic: Statistic,
+    pub skip_router_training: bool,
+    pub finetune_unsafe_experts: bool,
+    pub use_router_consistency_loss: bool,
+    pub router_consistency_weight: f64,
+    pub router_consistency_type: KlType,
+    pub router_consistency_layers: ConsistencyLayers,
+    pub safe_ratio: f64,
+    pub max_samples: usize,
+    pub seed: u64,
+    /// One entry a phase.
+    pub training_logs: Vec<TrainingLog>,
+    /// By round, from 1.
+    pub identified_experts_per_round: BTreeMap<usize, IdentifiedExperts>,
+}
+
+/// A phase that has ended.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TrainingLog {
+    /// From 1.
+    pub round: usize,
+    /// Which phase.
+    pub step: TrainingStep,
+    /// Mean loss of its steps; null if it had none.
+    pub loss: Option<f64>,
+    /// Experts that the round selected.
+    pub num_identified_experts: usize,
+}
+
+/// The phases that are logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TrainingStep {
+    /// Training of experts.
+    Expert,
+    /// Alignment of routers.
+    Router,
+    /// Both at once.
+    Joint,
+}
+
+/// A round's selection with its scores: *all* selected experts, best first.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct IdentifiedExperts {
+    /// Best first.
+    pub experts: Vec<ExpertId>,
+    /// The scores of `experts`, in their order, under keys like `L0_E1`; empty where nothing was scored.
+    #[serde(serialize_with = "by_name")]
+    pub gradients: Vec<(ExpertId, f64)>,
+}
+
+fn by_name<S: Serializer>(gradients: &[(ExpertId, f64)], serializer: S) -> Result<S::Ok, S::Error> {
+    let mut map = serializer.serialize_map(Some(gradients.len()))?;
+    for (id, value) in gradients {
+        map.serialize_entry(&format!("L{}_E{}", id.layer, id.expert), value)?;
+    }
+    map.end()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::write_json;
+
+    #[test]
+    fn the_names_that_scripts_read() {
+        let best_first: Vec<ExpertId> = (0..12).map(|e| (3, 11 - e).into()).collect();
+        let gradients = best_first.iter().enumerate().map(|(i, id)| (*id, 1.0 - i as f64 / 16.0)).collect();
+        let metadata = TrainingMetadata {
+            model_name: "m \"quoted\"".into(),
+            training_strategy: "alternate".into(),
+            num_rounds: 1,
+            expert_epochs_per_round: 1,
+            router_epochs_per_round: 1,
+            top_k_experts: 12,
+            batch_size: 8,
+            grad_accum: 1,
+            world_size: 2,
+            expert_lr: 5e-5,
+            router_lr: 1e-4,
+            weight_decay: 0.01,
+            method: Method::Gradient,
+            score_per: ScorePer::Param,
+            selection: Selection::Global,
+            kl_type: KlType::Forward,
+            router_statistic: Statistic::TokenProbs,
+            skip_router_training: false,
+            finetune_unsafe_experts: true,
+            use_router_consistency_loss: false,
+            router_consistency_weight: 0.1,
+            router_consistency_type: KlType::Symmetric,
+            router_consistency_layers: ConsistencyLayers::UnsafeOnly,
+            safe_ratio: 0.5,
+            max_samples: 128,
+            seed: 42,
+            training_logs: vec![
+                TrainingLog { round: 1, step: TrainingStep::Expert, loss: Some(2.5), num_identified_experts: 12 },
+                TrainingLog { round: 1, step: TrainingStep::Router, loss: None, num_identified_experts: 12 },
+            ],
+            identified_experts_per_round: BTreeMap::from([(1, IdentifiedExperts { experts: best_first, gradients })]),
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("training_metadata.json");
+        write_json(&path, &metadata).unwrap();
+        let value: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        for name in "model_name training_strategy num_rounds top_k_experts batch_size expert_lr router_lr kl_type \
+                     skip_router_training max_samples training_logs identified_experts_per_round"
+            .split_whitespace()
+        {
+            assert!(value.get(name).is_some(), "{name} is missing");
+        }
+        assert_eq!(value["kl_type"], "forward");
+        let router = serde_json::json!({"round": 1, "step": "router", "loss": null, "num_identified_experts": 12});
+        assert_eq!(value["training_logs"][1], router);
+        let round = &value["identified_experts_per_round"]["1"];
+        assert_eq!(round["experts"][0], serde_json::json!([3, 11]));
+        let gradients: Vec<_> = round["gradients"].as_object().unwrap().iter().collect();
+        assert_eq!(gradients.len(), 12, "all of them, not the first ten");
+        assert_eq!((gradients[0].0.as_str(), gradients[11].0.as_str()), ("L3_E11", "L3_E0"), "best first");
+    }
+}

@@ -1,0 +1,80 @@
+//! The divergence between the routing of safe and of unsafe prompts, and its exact gradient.
+
+use super::{KlType, LayerStatistic};
+
+/// Added to every entry of a distribution before it is normalised again, so that no logarithm meets a 0.
+const EPS: f64 = 1e-8;
+
+/// The divergence between p (safe) and q (unsafe), and its gradients.
+///
+/// ```text
+/// u = (p + ε) / Σ(p + ε),   v = (q + ε) / Σ(q + ε)
+/// forward   Σ u ln(u/v)        reverse   Σ v ln(v/u)        symmetric   half their sum
+/// ```
+///
+/// True sums, not divided by E. The gradients are those of p and q as given, through ε and the normalisation; p and q need
+/// not sum to 1.
+pub fn kl_and_gradient(kind: KlType, p: &[f64], q: &[f64]) -> (f64, Vec<f64>, Vec<f64>) {
+    assert_eq!(p.len(), q.len(), "experts");
+    match kind {
+        KlType::Forward => directed(p, q),
+        KlType::Reverse => {
+            let (kl, dq, dp) = directed(q, p);
+            (kl, dp, dq)
+        }
+        KlType::Symmetric => {
+            let (forward, dp, dq) = directed(p, q);
+            let (reverse, dq2, dp2) = directed(q, p);
+            let half = |a: Vec<f64>, b: Vec<f64>| a.iter().zip(b).map(|(a, b)| 0.5 * (a + b)).collect();
+            (0.5 * (forward + reverse), half(dp, dp2), half(dq, dq2))
+        }
+    }
+}
+
+/// KL(u ‖ v), and its gradients with respect to p and q.
+fn directed(p: &[f64], q: &[f64]) -> (f64, Vec<f64>, Vec<f64>) {
+    let (u, p_total) = normalise(p);
+    let (v, q_total) = normalise(q);
+    let ratio: Vec<f64> = u.iter().zip(&v).map(|(u, v)| u / v).collect();
+    let kl: f64 = u.iter().zip(&ratio).map(|(u, r)| u * r.ln()).sum();
+    // d/du_i = ln(u_i/v_i) + 1 and d/dv_i = −u_i/v_i. Through x ↦ x/Σx a gradient g becomes (g_j − Σ g_i u_i) / Σx:
+    // Σ u_i (ln(u_i/v_i) + 1) = KL + 1, and Σ v_i u_i/v_i = 1.
+    let dp = ratio.iter().map(|r| (r.ln() - kl) / p_total).collect();
+    let dq = ratio.iter().map(|r| (1.0 - r) / q_total).collect();
+    (kl.max(0.0), dp, dq) // the sum of a divergence of 0 may round to less
+}
+
+fn normalise(x: &[f64]) -> (Vec<f64>, f64) {
+    let total: f64 = x.iter().map(|x| x + EPS).sum();
+    (x.iter().map(|x| (x + EPS) / total).collect(), total)
+}
+
+/// The router loss of a batch, with what its backward needs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Alignment {
+    /// Mean over the layers of the divergence.
+    pub loss: f64,
+    /// The divergence of each layer.
+    pub per_layer: Vec<f64>,
+    /// Gradient of `loss` by each layer's safe `sum`: the 1/layers and the 1/weight are in it. `[layers][E]`
+    pub d_safe: Vec<Vec<f64>>,
+    /// Gradient of `loss` by each layer's unsafe `sum`. `[layers][E]`
+    pub d_unsafe: Vec<Vec<f64>>,
+}
+
+/// The mean divergence over layers. `safe` and `unsafe_` are statistics of the same layers, of the global batch. `None`
+/// where there is nothing to compare: no layer, or a side without a token.
+pub fn alignment(kind: KlType, safe: &[LayerStatistic], unsafe_: &[LayerStatistic]) -> Option<Alignment> {
+    assert_eq!(safe.len(), unsafe_.len(), "layers");
+    let layers = safe.len() as f64;
+    let mut out = Alignment { loss: 0.0, per_layer: Vec::new(), d_safe: Vec::new(), d_unsafe: Vec::new() };
+    for (safe, unsafe_) in safe.iter().zip(unsafe_) {
+        let (kl, dp, dq) = kl_and_gradient(kind, &safe.mean()?, &unsafe_.mean()?);
+        let of_sum = |d: Vec<f64>, weight: f64| d.into_iter().map(|d| d / (layers * weight)).collect();
+        out.per_layer.push(kl);
+        out.d_safe.push(of_sum(dp, safe.weight));
+        out.d_unsafe.push(of_sum(dq, unsafe_.weight));
+    }
+    out.loss = out.per_layer.iter().sum::<f64>() / layers;
+    (!out.per_layer.is_empty()).then_some(out)
+}
