@@ -1,0 +1,71 @@
+"""The table of cases: which family, what is unusual about its configuration and its files, which rows it reads."""
+
+# Shapes small enough to commit, odd enough to catch a swapped dimension.
+SMALL = dict(layers=2, experts=6, top_k=2, vocab=304, rows=6)
+FULL = dict(layers=3, experts=8, top_k=2, vocab=320, rows=8)
+
+
+def case(family, about, rows, shape=SMALL, config=None, **files):
+    """`files`: dtype, fused (experts in one tensor a layer), shard (bytes a file), old_rope (the spelling of
+    transformers 4), full (also the long list of training runs),
+    gradients (those of all parameters as a file), baseline (false: not
+    trained, for AdamW would follow the rounding noise of gradients that are zero)."""
+    return dict(family=family, about=about, rows=rows, shape=shape, config=config or {}, files=files)
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+
+CASES = {
+    # every family with everything that the method computes
+    "olmoe": case("olmoe", "norms over the whole width; no renormalisation", "goal", FULL, full=True, gradients=True),
+    "mixtral": case("mixtral", "always renormalises; grouped queries", "prompt", FULL, full=True),
+    "qwen3_moe": case("qwen3_moe", "norms per head; head_dim is not D/H", "verdict", FULL, dict(norm_topk_prob=True), full=True),
+    "qwen2_moe": case("qwen2_moe", "shared expert with its gate; biases of q, k, v", "pair", FULL, full=True, gradients=True),
+    # routing
+    "olmoe_k1": case("olmoe", "one expert a token, not renormalised", "goal", SMALL | dict(top_k=1)),
+    "mixtral_k1": case("mixtral", "one expert a token, renormalised: cross-entropy gives its router no gradient", "prompt", SMALL | dict(top_k=1), baseline=False),
+    "mixtral_kall": case("mixtral", "every token visits every expert", "prompt", SMALL | dict(experts=4, top_k=4)),
+    "qwen3_raw": case("qwen3_moe", "norm_topk_prob false", "pair", SMALL | dict(top_k=3), dict(norm_topk_prob=False)),
+    # attention
+    "olmoe_clip": case("olmoe", "clip_qkv that bites, attention biases, norm_topk_prob true", "goal", config=dict(clip_qkv=0.6, attention_bias=True, norm_topk_prob=True)),
+    "mixtral_window": case("mixtral", "sliding window of 12", "prompt", config=dict(sliding_window=12)),
+    "qwen3_window": case("qwen3_moe", "sliding window of 9 in all layers, attention biases", "verdict", config=dict(use_sliding_window=True, sliding_window=9, max_window_layers=2, attention_bias=True)),
+    "qwen2_window": case("qwen2_moe", "sliding window of 10 in the layers that layer_types names: every second below max_window_layers", "pair", SMALL | dict(layers=3, experts=4), dict(use_sliding_window=True, sliding_window=10, max_window_layers=2)),
+    "qwen2_plain": case("qwen2_moe", "qkv_bias false, norm_topk_prob true, dynamic rope (rows stay below max_position_embeddings) in the old spelling", "pair", config=dict(qkv_bias=False, norm_topk_prob=True, rope_parameters={"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0}), old_rope=True),
+    # rotary embeddings
+    "olmoe_linear": case("olmoe", "rope scaling linear in the old spelling with the key `type`; sharded files", "goal", config=dict(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}), old_rope=True, shard=60_000),
+    "qwen3_yarn": case("qwen3_moe", "rope scaling yarn; f16 weights", "verdict", config=dict(rope_parameters=YARN), dtype="float16"),
+    "mixtral_yarn": case("mixtral", "rope scaling yarn with all its knobs", "prompt", config=dict(head_dim=8, rope_parameters=YARN | {"beta_fast": 24.0, "beta_slow": 2.0, "attention_factor": 1.2})),
+    "mixtral_llama3": case("mixtral", "rope scaling llama3; bf16 weights in sharded files", "prompt", config=dict(head_dim=8, rope_parameters=LLAMA3), dtype="bfloat16", shard=40_000),
+    # layers
+    "qwen3_dense": case("qwen3_moe", "mlp_only_layers: the first layer is dense", "verdict", SMALL | dict(layers=3, experts=4), dict(mlp_only_layers=[0], norm_topk_prob=True)),
+    "qwen3_sparse": case("qwen3_moe", "decoder_sparse_step 2: layers 1 and 3 route; tied embeddings", "verdict", SMALL | dict(layers=4, experts=4), dict(decoder_sparse_step=2, tie_word_embeddings=True, norm_topk_prob=True)),
+    # files
+    "olmoe_fused": case("olmoe", "experts fused on disk; labelled chat rows, one early reply without loss", "chat", fused=True),
+    "olmoe_bf16": case("olmoe", "bf16 weights: computed in f32 over the stored values, trained through f32 masters", "goal", dtype="bfloat16"),
+    "mixtral_fused": case("mixtral", "experts fused on disk, sharded, tied embeddings", "prompt", config=dict(tie_word_embeddings=True), fused=True, shard=60_000),
+    "qwen2_fused": case("qwen2_moe", "experts fused on disk in bf16", "pair", fused=True, dtype="bfloat16"),
+}
+
+
+def config_of(c):
+    """Keyword arguments of the family's configuration class."""
+    s = c["shape"]
+    out = dict(
+        vocab_size=s["vocab"], hidden_size=32, num_hidden_layers=s["layers"], num_attention_heads=4, num_key_value_heads=2,
+        num_experts_per_tok=s["top_k"], max_position_embeddings=512, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, initializer_range=0.15,
+    )
+    out |= {
+        "olmoe": dict(num_experts=s["experts"], intermediate_size=16, num_key_value_heads=4, pad_token_id=0),
+        "mixtral": dict(num_local_experts=s["experts"], intermediate_size=16),
+        "qwen3_moe": dict(num_experts=s["experts"], moe_intermediate_size=16, intermediate_size=40, head_dim=12),
+        "qwen2_moe": dict(
+            num_experts=s["experts"], moe_intermediate_size=16, intermediate_size=40, shared_expert_intermediate_size=24
+        ),
+    }[c["family"]]
+    return out | c["config"]

@@ -1,0 +1,313 @@
+"""The method, written out over a Hugging Face model with plain autograd. Slow and literal on purpose: every row goes
+through the model alone, so there is no padding to get wrong, and a micro-batch is the sum over its rows."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+KL_TYPES = ("forward", "reverse", "symmetric")
+STATISTICS = ("token-probs", "sample-logits")
+SCORES = ("l1-mean", "l2", "fisher", "taylor")
+
+
+class Leaf:
+    """One parameter, or one expert's part of a fused one."""
+
+    def __init__(self, param, index=()):
+        self.param, self.index = param, index
+
+    def value(self):
+        return self.param.data[self.index]
+
+    def grad(self):
+        if self.param.grad is None:  # no row reached it
+            return torch.zeros_like(self.value())
+        return self.param.grad[self.index]
+
+
+class Net:
+    """A checkpoint that remembers the routing of its last forward pass. Stored as `dtype`, widened to `compute`; the
+    norms and softmaxes of transformers round to f32 whatever that is."""
+
+    def __init__(self, folder, dtype, compute):
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        )
+        self.model.eval().to(compute)
+        self.dtype = dtype
+        self.routing = {}  # layer -> (logits [T, E] in the graph, expert ids [T, K])
+        self.margin = math.inf  # smallest gap between a chosen and a left-out expert's logit, in standard deviations
+        self.blocks = {}
+        for layer, decoder in enumerate(self.model.model.layers):
+            if hasattr(decoder.mlp, "experts"):
+                self.blocks[layer] = decoder.mlp
+                decoder.mlp.gate.register_forward_hook(self._hook(layer))
+        self.num_experts = next(iter(self.blocks.values())).experts.num_experts
+
+    def _hook(self, layer):
+        def hook(gate, inputs, outputs):
+            logits = F.linear(inputs[0].reshape(-1, inputs[0].shape[-1]), gate.weight)
+            ids = outputs[-1]
+            self.routing[layer] = (logits, ids)
+            k = ids.shape[-1]
+            if k < logits.shape[-1]:
+                ordered = logits.detach().double().sort(-1, descending=True).values
+                gap = (ordered[:, k - 1] - ordered[:, k]).min() / ordered.std()
+                self.margin = min(self.margin, gap.item())
+
+        return hook
+
+    def __call__(self, ids):
+        """Logits `[T, V]` of one row."""
+        return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+    def leaves(self):
+        """Every trained unit by the name that the fixtures give it: `layers.L.experts.E.gate|up|down` for experts,
+        the name in memory for all others."""
+        out = {}
+        for name, param in self.model.named_parameters():
+            if ".experts." not in name:
+                out[name] = Leaf(param)
+        for layer, block in self.blocks.items():
+            width = block.experts.down_proj.shape[-1]
+            for e in range(self.num_experts):
+                at = f"layers.{layer}.experts.{e}."
+                out[at + "gate"] = Leaf(block.experts.gate_up_proj, (e, slice(0, width)))
+                out[at + "up"] = Leaf(block.experts.gate_up_proj, (e, slice(width, 2 * width)))
+                out[at + "down"] = Leaf(block.experts.down_proj, (e,))
+        return out
+
+    def router_names(self):
+        return [f"model.layers.{layer}.mlp.gate.weight" for layer in self.blocks]
+
+
+def expert_names(experts):
+    return [f"layers.{l}.experts.{e}.{m}" for l, e in sorted(experts) for m in ("gate", "up", "down")]
+
+
+def token_losses(net, example):
+    """−log p of each target token of one example, in order."""
+    logits = net(example["ids"])
+    at = [t for t, loss in enumerate(example["loss"]) if loss and t > 0]
+    rows = torch.tensor([t - 1 for t in at])
+    targets = torch.tensor([example["ids"][t] for t in at])
+    return F.cross_entropy(logits[rows].double(), targets, reduction="none")
+
+
+def ce_sum(net, examples):
+    """(Σ of the token losses, their number) over several examples."""
+    losses = [token_losses(net, example) for example in examples]
+    return sum(l.sum() for l in losses), sum(len(l) for l in losses)
+
+
+def chunks(items, n):
+    return [items[i : i + n] for i in range(0, len(items), n)]
+
+
+# --- identification -----------------------------------------------------------------------------------------------
+
+
+def identify(net, micro_batches):
+    """Mean losses by micro-batch, and scores[score][per][layer position][expert]."""
+    shape = (len(net.blocks), net.num_experts)
+    sums = {s: {per: torch.zeros(shape, dtype=torch.float64) for per in ("param", "token")} for s in SCORES}
+    losses = []
+    for batch in micro_batches:
+        net.model.zero_grad()
+        tokens = torch.zeros(shape)
+        total = 0
+        count = sum(sum(e["loss"]) for e in batch)
+        for example in batch:
+            row = token_losses(net, example).sum() / count
+            for i, (_, ids) in enumerate(net.routing.values()):
+                tokens[i] += torch.bincount(ids.flatten(), minlength=shape[1])
+            row.backward()
+            total += row.item()
+        losses.append(total)
+        leaves = net.leaves()
+        for i, layer in enumerate(net.blocks):
+            for e in range(shape[1]):
+                parts = [leaves[n] for n in expert_names([(layer, e)])]
+                g = torch.cat([p.grad().flatten() for p in parts]).double()
+                w = torch.cat([p.value().flatten() for p in parts]).double()
+                fisher = (g * g).mean()
+                for s, value in zip(SCORES, (g.abs().mean(), fisher.sqrt(), fisher, (g * w).abs().mean())):
+                    sums[s]["param"][i, e] += value
+                    if tokens[i, e] > 0:
+                        sums[s]["token"][i, e] += value / tokens[i, e]
+    return losses, {s: {p: (v / len(micro_batches)).tolist() for p, v in by.items()} for s, by in sums.items()}
+
+
+def ranked(scores, layers, lowest=False):
+    """(score, (layer, expert)) from the wanted end; ties by (layer, expert)."""
+    flat = [(v, (layer, e)) for layer, row in zip(layers, scores) for e, v in enumerate(row)]
+    return sorted(flat, key=lambda x: (x[0] if lowest else -x[0], x[1]))
+
+
+def select(scores, layers, k, cap=None, lowest=False):
+    """The experts taken, in order of rank, and the smallest relative gap to one not taken (inf where it is an exact tie,
+    which the order of (layer, expert) decides)."""
+    taken, used = [], dict.fromkeys(layers, 0)
+    margin = math.inf
+    for value, (layer, e) in ranked(scores, layers, lowest):
+        if len(taken) < k and (cap is None or used[layer] < cap):
+            taken.append((value, (layer, e)))
+            used[layer] += 1
+    chosen = [x for _, x in taken]
+    for value, x in ranked(scores, layers, lowest):
+        if x not in chosen:
+            for other, y in taken:
+                # a full layer only competes with its own
+                if value != other and (cap is None or used[x[0]] < cap or y[0] == x[0]):
+                    margin = min(margin, abs(value - other) / max(abs(value), abs(other)))
+    return chosen, margin
+
+
+def frequencies(net, examples, tokens):
+    """f(l, e) over the chosen tokens of one side of one batch."""
+    count, hits = 0, torch.zeros(len(net.blocks), net.num_experts, dtype=torch.float64)
+    with torch.no_grad():
+        for example in examples:
+            net(example["ids"])
+            mask = torch.tensor(example["loss"])
+            mask = {"response": mask, "prompt": ~mask, "all": torch.ones_like(mask)}[tokens]
+            count += int(mask.sum())
+            for i, (_, ids) in enumerate(net.routing.values()):
+                hits[i] += torch.bincount(ids[mask].flatten(), minlength=net.num_experts)
+    return hits / count
+
+
+# --- routers ------------------------------------------------------------------------------------------------------
+
+
+def statistic(net, rows, kind):
+    """One distribution over the experts for each layer, over the tokens of `rows`."""
+    by_layer = {layer: [] for layer in net.blocks}
+    for ids in rows:
+        net(ids)
+        for layer, (logits, _) in net.routing.items():
+            by_layer[layer].append(logits.double())
+    return {layer: distribution(samples, kind) for layer, samples in by_layer.items()}
+
+
+def distribution(samples, kind):
+    if kind == "token-probs":
+        return torch.cat(samples).softmax(-1).mean(0)
+    return torch.stack([logits.mean(0).softmax(-1) for logits in samples]).mean(0)
+
+
+def divergence(p, q, kind):
+    """KL of p (safe) and q (unsafe), a true sum over the experts."""
+    p, q = ((x + 1e-8) / (x + 1e-8).sum() for x in (p, q))
+    forward, reverse = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+    return {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}[kind]
+
+
+def router_loss(safe, unsafe, kind, layers=None):
+    layers = list(safe) if layers is None else layers
+    return sum(divergence(safe[l], unsafe[l], kind) for l in layers) / len(layers)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def schedule_factor(step, steps, schedule, warmup):
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "linear":
+        return (steps - step) / (steps - warmup)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    return 1.0
+
+
+def train(net, groups, losses, options):
+    """One phase: AdamW over `groups` = [(names, learning rate)]; `losses` holds one closure a step, which calls
+    backward and returns what it wants logged. Masters are f32; the model sees them rounded to its stored type."""
+    leaves = net.leaves()
+    masters = {n: torch.nn.Parameter(leaves[n].value().float().clone()) for names, _ in groups for n in names}
+    optimizer = torch.optim.AdamW(
+        [{"params": [masters[n] for n in names], "lr": lr} for names, lr in groups],
+        betas=(0.9, 0.999), eps=1e-8, weight_decay=options.get("weight_decay", 0.01), foreach=False,
+    )
+    log = []
+    for s, loss in enumerate(losses):
+        net.model.zero_grad()
+        entry = loss()
+        for name, master in masters.items():
+            master.grad = leaves[name].grad().float().clone()
+        limit = options.get("max_grad_norm") or math.inf
+        entry["grad_norm"] = torch.nn.utils.clip_grad_norm_(list(masters.values()), limit, foreach=False).item()
+        factor = schedule_factor(s, len(losses), options.get("lr_schedule", "constant"), options.get("warmup_steps", 0))
+        for group, (_, lr) in zip(optimizer.param_groups, groups):
+            group["lr"] = lr * factor
+        entry["lr_factor"] = factor
+        optimizer.step()
+        with torch.no_grad():
+            for name, master in masters.items():
+                leaves[name].value().copy_(master.to(net.dtype))
+        log.append(entry)
+    return log
+
+
+def expert_steps(net, micro_batches, accum):
+    """Cross-entropy over the loss tokens of a step's micro-batches, divided by their number."""
+
+    def step(batches):
+        examples = [e for batch in batches for e in batch]
+
+        def run():
+            total, count = ce_sum(net, examples)
+            (total / count).backward()
+            return {"ce_loss": (total / count).item()}
+
+        return run
+
+    return [step(batches) for batches in chunks(micro_batches, accum)]
+
+
+def router_steps(net, pair_batches, kind, stat):
+    """Two forward passes: safe prompts without gradient, unsafe prompts with."""
+
+    def step(pairs):
+        def run():
+            with torch.no_grad():
+                target = statistic(net, [safe for safe, _ in pairs], stat)
+            loss = router_loss(target, statistic(net, [unsafe for _, unsafe in pairs], stat), kind)
+            loss.backward()
+            return {"router_loss": loss.item()}
+
+        return run
+
+    return [step(pairs) for pairs in pair_batches]
+
+
+def joint_batches(safe, unsafe, size, ratio):
+    """Safe examples first, then unsafe ones, each taken in order; a half rounds up."""
+    n = math.floor(size * ratio + 0.5)
+    return list(zip(chunks(safe, n), chunks(unsafe, size - n), strict=True))
+
+
+def joint_steps(net, batches, kind, weight, layers):
+    """Cross-entropy of all examples plus the weighted divergence between the batch's two halves, one forward pass."""
+
+    def step(halves):
+        def run():
+            total, count, stats = 0, 0, []
+            for half in halves:
+                by_layer = {layer: [] for layer in net.blocks}
+                for example in half:
+                    losses = token_losses(net, example)
+                    total, count = total + losses.sum(), count + len(losses)
+                    for layer, (logits, _) in net.routing.items():
+                        by_layer[layer].append(logits.double())
+                stats.append({layer: distribution(samples, "token-probs") for layer, samples in by_layer.items()})
+            ce, kl = total / count, router_loss(*stats, kind, layers)
+            (ce + weight * kl).backward()
+            return {"ce_loss": ce.item(), "router_loss": kl.item(), "total_loss": (ce + weight * kl).item()}
+
+        return run
+
+    return [step(halves) for halves in batches]
