@@ -39,6 +39,8 @@ pub struct TrainingMetadata {
     pub safe_ratio: f64,
     pub max_samples: usize,
     pub seed: u64,
+    /// Mean cross-entropy of the held-out rows before and after; null where none were given.
+    pub held_out_loss: Option<[Option<f64>; 2]>,
     /// One entry a phase.
     pub training_logs: Vec<TrainingLog>,
     /// By round, from 1.

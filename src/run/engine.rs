@@ -37,10 +37,7 @@ pub struct Share<'a> {
 }
 
 /// The micro-batches of the global order that belong to this rank: number i belongs to rank i mod world.
-pub fn share<'a>(
-    micro_batches: &'a [Vec<usize>],
-    world: &dyn Collective,
-) -> impl Iterator<Item = Share<'a>> + use<'a> {
+pub fn share<'a>(micro_batches: &'a [Vec<usize>], world: &dyn Collective) -> impl Iterator<Item = Share<'a>> + use<'a> {
     let (rank, size) = (world.rank(), world.world_size());
     micro_batches
         .iter()

@@ -1,5 +1,7 @@
 //! Finding experts: a scoring pass over the data, by the method asked for, and the selection.
 
+use std::collections::BTreeMap;
+
 use super::engine::{Engine, Share, share};
 use super::progress::Progress;
 use crate::backend::Backend;
@@ -36,6 +38,58 @@ struct Scored {
     tokens: Vec<usize>,
 }
 
+impl Scored {
+    fn select(self, selected: Selected) -> Identification {
+        let Self { scores, micro_batches, losses, tokens } = self;
+        Identification { scores, selected, micro_batches, losses, tokens }
+    }
+}
+
+/// The choices of a round that chooses at every step: mean scores over all micro-batches, and every expert that was ever
+/// chosen, the most often chosen first.
+#[derive(Default)]
+pub struct Choices {
+    sum: Option<Identification>,
+    times: BTreeMap<ExpertId, usize>,
+}
+
+impl Choices {
+    /// Adds one step's choice.
+    pub fn add(&mut self, found: Identification) {
+        for id in &found.selected.experts {
+            *self.times.entry(*id).or_default() += 1;
+        }
+        let weight = found.micro_batches as f64;
+        match &mut self.sum {
+            None => {
+                let mut found = found;
+                found.scores.values.iter_mut().for_each(|s| *s *= weight);
+                self.sum = Some(found);
+            }
+            Some(sum) => {
+                for (total, score) in sum.scores.values.iter_mut().zip(&found.scores.values) {
+                    *total += score * weight;
+                }
+                sum.micro_batches += found.micro_batches;
+                sum.losses.extend(found.losses);
+                sum.tokens.extend(found.tokens);
+            }
+        }
+    }
+
+    /// What the round found; `None` if no step chose.
+    pub fn finish(self) -> Option<Identification> {
+        let mut found = self.sum?;
+        let batches = found.micro_batches as f64;
+        found.scores.values.iter_mut().for_each(|s| *s /= batches);
+        let mut times: Vec<_> = self.times.into_iter().collect();
+        times.sort_by_key(|(id, times)| (std::cmp::Reverse(*times), *id));
+        let experts: Vec<_> = times.into_iter().map(|(id, _)| id).collect();
+        found.selected = Selected { asked: experts.len(), experts };
+        Some(found)
+    }
+}
+
 /// The pool that the options describe.
 pub fn pool(config: &RunConfig) -> Pool {
     Pool { top_k: config.top_k_experts, per_layer: config.experts_per_layer, layers: config.layers.clone() }
@@ -61,13 +115,7 @@ impl<B: Backend> Engine<'_, B> {
             Method::Gradient => {
                 let scored = self.score_gradients(&micro_batches, bar)?;
                 let selected = experts::select(&scored.scores, &pool(config), &rank)?;
-                Identification {
-                    selected,
-                    scores: scored.scores,
-                    micro_batches: scored.micro_batches,
-                    losses: scored.losses,
-                    tokens: scored.tokens,
-                }
+                scored.select(selected)
             }
             Method::Routing => {
                 let (scores, micro_batches) = self.score_routing(&micro_batches, bar)?;
@@ -105,12 +153,12 @@ impl<B: Backend> Engine<'_, B> {
     }
 
     /// The gradient method's choice from these micro-batches alone, for `--selection per-batch`.
-    pub fn select_from(&self, micro_batches: &[Vec<usize>]) -> Result<Vec<ExpertId>> {
+    pub fn select_from(&self, micro_batches: &[Vec<usize>]) -> Result<Identification> {
         let scored = self.score_gradients(micro_batches, &Progress::hidden())?;
         let rank = Rank { select: self.config.select, threshold: None };
-        let selected = experts::select(&scored.scores, &pool(self.config), &rank)?.experts;
-        all_agree(&*self.world, "selection of experts", &selection_hash(&selected))?;
-        Ok(selected)
+        let selected = experts::select(&scored.scores, &pool(self.config), &rank)?;
+        all_agree(&*self.world, "selection of experts", &selection_hash(&selected.experts))?;
+        Ok(scored.select(selected))
     }
 
     /// One backward a micro-batch with the plan "score every expert": no expert gradient is ever stored.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::identify::Identification;
 use super::phases::StepResult;
-use crate::config::RunConfig;
+use crate::config::{Mode, RunConfig, Schedule};
 use crate::exit::Result;
 use crate::experts::Method;
 use crate::files;
@@ -83,11 +83,8 @@ impl<'a> Outputs<'a> {
         let scored = self.config.method != Method::Random || found.micro_batches > 0;
         let scores = scored.then_some(&found.scores);
         let experts = &found.selected.experts;
-        let gradients: Vec<_> =
-            experts.iter().filter_map(|id| Some((*id, scores?.get(*id)?))).collect();
-        self.scores
-            .rounds
-            .insert(round, RoundScores::new(scores, experts, found.micro_batches, found.losses.clone()));
+        let gradients: Vec<_> = experts.iter().filter_map(|id| Some((*id, scores?.get(*id)?))).collect();
+        self.scores.rounds.insert(round, RoundScores::new(scores, experts, found.micro_batches, found.losses.clone()));
         self.metadata
             .identified_experts_per_round
             .insert(round, IdentifiedExperts { experts: experts.clone(), gradients });
@@ -156,10 +153,22 @@ impl<'a> Outputs<'a> {
     }
 }
 
+/// What the run trains, in a word.
+fn strategy(config: &RunConfig) -> &'static str {
+    match (config.schedule, config.finetune_unsafe_experts, config.skip_router_training, config.mode) {
+        (_, false, true, _) => "frozen",
+        (_, false, false, _) => "router_only",
+        (Schedule::Joint, true, false, _) => "joint",
+        (_, true, _, Mode::Baseline) => "baseline",
+        (_, true, true, _) => "expert_only",
+        (Schedule::Alternate, true, false, _) => "combined",
+    }
+}
+
 fn metadata(config: &RunConfig) -> TrainingMetadata {
     TrainingMetadata {
         model_name: config.model_name.clone(),
-        training_strategy: config.strategy().into(),
+        training_strategy: strategy(config).into(),
         num_rounds: config.num_rounds,
         expert_epochs_per_round: config.expert_epochs_per_round,
         router_epochs_per_round: config.router_epochs_per_round,

@@ -3,6 +3,7 @@
 
 use super::alignment::{GlobalAlignment, Side, align, watch};
 use super::engine::{Engine, share};
+use super::identify::{Choices, Identification};
 use super::progress::Progress;
 use super::trainer::Trainer;
 use crate::backend::{Backend, Packing};
@@ -91,19 +92,28 @@ impl<B: Backend> Engine<'_, B> {
 
     // --- experts -------------------------------------------------------------------------------------------------
 
-    /// Cross-entropy of the unsafe prompts with their refusals. `round` counts from 0.
-    pub fn train_experts(&mut self, round: usize, selected: &[ExpertId], bar: &Progress<'_>, on_step: OnStep<'_>) -> Result<()> {
+    /// Cross-entropy of the unsafe prompts with their refusals. `round` counts from 0. With `--selection per-batch` the
+    /// experts are chosen here, and what was found is returned.
+    pub fn train_experts(
+        &mut self,
+        round: usize,
+        selected: &[ExpertId],
+        bar: &Progress<'_>,
+        on_step: OnStep<'_>,
+    ) -> Result<Option<Identification>> {
         let total = self.expert_steps();
         let per_batch = self.config.selection == Selection::PerBatch && self.config.mode == Mode::Selective;
         let first = if per_batch { Vec::new() } else { self.trainable_experts(selected) };
         let mut trainer = Trainer::new(self, &first);
+        let mut choices = Choices::default();
         let mut step = 0;
         for epoch in 0..self.config.expert_epochs_per_round {
             let order = self.identify_order(round * self.config.expert_epochs_per_round + epoch);
             for group in order.chunks(self.config.grad_accum * self.world.world_size()) {
                 if per_batch {
-                    let chosen = self.select_from(group)?;
-                    trainer.choose(self, &self.trainable_experts(&chosen));
+                    let found = self.select_from(group)?;
+                    trainer.choose(self, &self.trainable_experts(&found.selected.experts));
+                    choices.add(found);
                 }
                 let result = self.expert_step(&mut trainer, group, step, total)?;
                 step += 1;
@@ -111,7 +121,7 @@ impl<B: Backend> Engine<'_, B> {
                 on_step(step, result)?;
             }
         }
-        Ok(())
+        Ok(choices.finish())
     }
 
     fn expert_step(
@@ -138,7 +148,7 @@ impl<B: Backend> Engine<'_, B> {
         let records = group.concat();
         self.check_finite(loss, &format!("the loss of {what}"), &records)?;
         let grad_norm = trainer.reduce(self, &what, &records)?;
-        let factor = trainer.update(self, step, total, grad_norm)?;
+        let factor = trainer.update(self, step, total, grad_norm);
         let lr = self.config.expert_lr * factor;
         Ok(StepResult {
             ce_loss: Some(loss),
@@ -193,7 +203,8 @@ impl<B: Backend> Engine<'_, B> {
             let (safe, unsafe_) = (self.observe_side(&safe), self.observe_side(&unsafe_));
             let experts = self.model.config.num_experts;
             let places = layers.places();
-            if let Some(a) = align(&*self.world, self.config.kl_type, &refs(&safe), &refs(&unsafe_), &places, experts)? {
+            if let Some(a) = align(&*self.world, self.config.kl_type, &refs(&safe), &refs(&unsafe_), &places, experts)?
+            {
                 sum += a.loss();
                 steps += 1.0;
             }
@@ -235,12 +246,7 @@ impl<B: Backend> Engine<'_, B> {
         }
         let layers = self.moe_layers();
         let mut side = self.side(self.config.router_statistic, &batch.packing, 0..batch.packing.len());
-        self.forward(
-            &self.inputs(batch),
-            None,
-            PassEnd::Routers,
-            Some(&mut watch(self, &layers, vec![&mut side])),
-        );
+        self.forward(&self.inputs(batch), None, PassEnd::Routers, Some(&mut watch(self, &layers, vec![&mut side])));
         vec![side]
     }
 
@@ -270,8 +276,9 @@ impl<B: Backend> Engine<'_, B> {
             passed = Some((inputs, forward));
         }
         let experts = self.model.config.num_experts;
-        let alignment = align(&*self.world, self.config.kl_type, &refs(&safe), &refs(&sides), &layers.places(), experts)?
-            .expect("a router step has safe and unsafe prompts on some rank");
+        let alignment =
+            align(&*self.world, self.config.kl_type, &refs(&safe), &refs(&sides), &layers.places(), experts)?
+                .expect("a router step has safe and unsafe prompts on some rank");
         let records = group.concat();
         self.check_finite(alignment.loss(), &format!("the alignment loss of {what}"), &records)?;
 
@@ -282,7 +289,7 @@ impl<B: Backend> Engine<'_, B> {
             self.model.backward(&inputs, forward, grads, &mut trainer.sinks());
         }
         let grad_norm = trainer.reduce(self, &what, &records)?;
-        let factor = trainer.update(self, step, total, grad_norm)?;
+        let factor = trainer.update(self, step, total, grad_norm);
         Ok(StepResult {
             ce_loss: None,
             router_loss: Some(alignment.loss()),
@@ -297,7 +304,13 @@ impl<B: Backend> Engine<'_, B> {
 
     /// Experts and routers in one step: cross-entropy, plus the weighted divergence between the batch's own safe and unsafe
     /// examples where the consistency loss is on.
-    pub fn train_jointly(&mut self, round: usize, selected: &[ExpertId], bar: &Progress<'_>, on_step: OnStep<'_>) -> Result<()> {
+    pub fn train_jointly(
+        &mut self,
+        round: usize,
+        selected: &[ExpertId],
+        bar: &Progress<'_>,
+        on_step: OnStep<'_>,
+    ) -> Result<()> {
         let total = self.expert_steps();
         let mut ids = Vec::new();
         if self.config.finetune_unsafe_experts {
@@ -424,7 +437,7 @@ impl<B: Backend> Engine<'_, B> {
         let records: Vec<usize> = group.iter().flat_map(|j| j.records.iter().copied()).collect();
         self.check_finite(total_loss, &format!("the loss of {what}"), &records)?;
         let grad_norm = trainer.reduce(self, &what, &records)?;
-        let factor = trainer.update(self, step, total, grad_norm)?;
+        let factor = trainer.update(self, step, total, grad_norm);
         let lr = self.config.expert_lr * factor;
         Ok(StepResult { ce_loss: Some(ce_loss), router_loss, total_loss, lr, grad_norm, tokens: tokens as usize })
     }

@@ -169,9 +169,8 @@ fn train_round<B: Backend>(
     }
     if config.schedule == Schedule::Joint {
         let progress = Progress::new(ui, engine.expert_steps(), format!("round {} joint", round + 1));
-        let losses = logged(outputs, Phase::Joint, round, |on_step| {
-            engine.train_jointly(round, &selected, &progress, on_step)
-        })?;
+        let losses =
+            logged(outputs, Phase::Joint, round, |on_step| engine.train_jointly(round, &selected, &progress, on_step))?;
         outputs.phase_done(round + 1, TrainingStep::Joint, &losses, selected.len());
         return Ok(selected);
     }
@@ -190,8 +189,7 @@ fn train_round<B: Backend>(
     }
     if !config.skip_router_training {
         let progress = Progress::new(ui, engine.router_steps(), format!("round {} routers", round + 1));
-        let losses =
-            logged(outputs, Phase::Router, round, |on_step| engine.train_routers(round, &progress, on_step))?;
+        let losses = logged(outputs, Phase::Router, round, |on_step| engine.train_routers(round, &progress, on_step))?;
         outputs.phase_done(round + 1, TrainingStep::Router, &losses, selected.len());
     }
     Ok(selected)
@@ -250,7 +248,9 @@ fn trained_elements<B: Backend>(engine: &Engine<'_, B>) -> usize {
     let elements = |ids: Vec<ParamId>| ids.iter().map(|&id| engine.model.table.params[id].value.len()).sum::<usize>();
     let experts = match config.mode {
         _ if !config.finetune_unsafe_experts => 0,
-        Mode::Selective => config.top_k_experts * 3 * engine.model.config.hidden_size * engine.model.config.expert_width,
+        Mode::Selective => {
+            config.top_k_experts * 3 * engine.model.config.hidden_size * engine.model.config.expert_width
+        }
         _ => elements(engine.trainable_experts(&[])),
     };
     let routers = if config.skip_router_training { 0 } else { elements(engine.routers()) };

@@ -44,12 +44,14 @@ pub fn verify_frozen(session: &Session, exported: &Path, touched: &BTreeSet<Para
     let hash = source.finalize();
     if hash != copy.finalize() {
         let pairs = session.table.params.iter().zip(&table.params).enumerate();
-        let mut differ =
-            pairs.filter(|(id, (a, b))| !touched.contains(id) && a.value.bytes[..] != b.value.bytes[..]);
+        let mut differ = pairs.filter(|(id, (a, b))| !touched.contains(id) && a.value.bytes[..] != b.value.bytes[..]);
         let name = differ.next().map_or_else(String::new, |(_, (spec, _))| spec.name());
         return Err(Failure::new(
             exit::INTERNAL,
-            format!("the frozen parameter {name} of {} differs from its source: please report this", exported.display()),
+            format!(
+                "the frozen parameter {name} of {} differs from its source: please report this",
+                exported.display()
+            ),
         ));
     }
     Ok(FrozenReport { frozen, frozen_elements, trained: touched.len(), changed, hash })
