@@ -1,7 +1,22 @@
 //! Models: family tables, weights in and out, and the hand-written forward and backward.
 
+mod claim;
 mod config;
+mod families;
+mod finite;
+mod hub;
+mod json;
 mod params;
+mod raw_config;
+mod rope;
+mod safetensors;
+pub mod tiny;
+mod weights;
 
-pub use config::{LayerKind, ModelConfig, QkNorm};
-pub use params::{ParamId, ParamKind, ParamSpec, ParamTable, Proj};
+pub use claim::Error as ClaimError;
+pub use config::{Error as ConfigError, LayerKind, ModelConfig, QkNorm};
+pub use families::{FAMILIES, Family};
+pub use hub::{Error as HubError, HubCache};
+pub use params::{Count, Group, ParamId, ParamKind, ParamSpec, ParamTable, Proj};
+pub use safetensors::{Header, HeaderError, StoredDtype, TensorInfo, write_header};
+pub use weights::{Checkpoint, Error as WeightsError, Shard, safe_file};
