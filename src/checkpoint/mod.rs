@@ -1,1 +1,13 @@
-//! checkpoint
+//! Models and parts of models on their way to disk.
+//!
+//! Everything is written aside, brought to the disk, and renamed: an output either exists whole or not at all.
+
+mod aside;
+mod delta;
+mod error;
+mod export;
+
+pub use aside::{AsideDir, write_file};
+pub use delta::{DELTA_SCHEMA, apply_delta, load_delta, save_delta};
+pub use error::Error;
+pub use export::{export, export_over};

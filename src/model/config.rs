@@ -1,6 +1,13 @@
 //! What a checkpoint's `config.json` says, in one vocabulary for all families.
 
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::families::{FAMILIES, Family, Rule, WindowRule};
+use super::raw_config::RawConfig;
+use super::rope;
 use crate::backend::{Heads, Rope};
+use crate::exit::{self, Coded};
 
 /// The feed-forward part of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,4 +66,242 @@ pub struct ModelConfig {
     pub rms_norm_eps: f32,
     /// Rotary embedding.
     pub rope: Rope,
+    /// The longest sequence for which `rope` holds: above it, types `dynamic` and `longrope` change their frequencies.
+    pub rope_limit: Option<usize>,
+}
+
+/// Why a config.json cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum Error {
+    #[error("cannot read {path}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{path} is not a model's configuration: {message}")]
+    NotJson { path: PathBuf, message: String },
+    #[error("{path}: the model_type {found} is not supported; moewarden knows {}", known())]
+    ModelType { path: PathBuf, found: String },
+    #[error("{path}: {key}: {message}")]
+    Invalid { path: PathBuf, key: String, message: String },
+    #[error("{path}: {key}: {message}")]
+    Unsupported { path: PathBuf, key: String, message: String },
+    #[error(
+        "sequences of {length} tokens are longer than the {limit} for which the model's rotary embedding keeps its \
+         frequencies; lower --max-length"
+    )]
+    TooLong { length: usize, limit: usize },
+}
+
+impl Coded for Error {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
+            Error::Read { .. } => exit::IO,
+            Error::NotJson { .. } | Error::Invalid { .. } => exit::DATA,
+            Error::ModelType { .. } | Error::Unsupported { .. } | Error::TooLong { .. } => exit::CONFIG,
+        }
+    }
+}
+
+/// The families' names, for messages.
+pub(super) fn known() -> String {
+    FAMILIES.map(|family| family.model_type).join(", ")
+}
+
+impl ModelConfig {
+    /// Reads and validates the config.json of the model in this folder.
+    ///
+    /// # Errors
+    /// A file that is missing or no JSON object, a family or a feature that is not supported, a value that is wrong or
+    /// contradicts another; each names the file and the key.
+    pub fn from_dir(dir: &Path) -> Result<Self, Error> {
+        let path = dir.join("config.json");
+        let raw = RawConfig::read(&path)?;
+        let model_type = raw.string("model_type")?.unwrap_or("(none)");
+        let Some(family) = Family::find(model_type) else {
+            return Err(Error::ModelType { path, found: model_type.into() });
+        };
+        read(&raw, family)
+    }
+
+    /// The family's row of the table.
+    pub fn family(&self) -> &'static Family {
+        Family::find(&self.model_type).expect("a configuration is only made for a known family")
+    }
+
+    /// The decoder layers that route.
+    pub fn moe_layers(&self) -> impl Iterator<Item = usize> {
+        (0..self.layers.len()).filter(|&l| self.layers[l] == LayerKind::Moe)
+    }
+
+    /// Whether sequences of this length are within what [`Self::rope`] holds for.
+    ///
+    /// # Errors
+    /// A length beyond [`Self::rope_limit`].
+    pub fn check_length(&self, length: usize) -> Result<(), Error> {
+        match self.rope_limit {
+            Some(limit) if length > limit => Err(Error::TooLong { length, limit }),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
+    let defaults = &family.defaults;
+    refuse_unsupported(raw, family)?;
+    let size = |key, default| Ok(raw.size(key)?.unwrap_or(default));
+    let rule = |rule| match rule {
+        Rule::Fixed(value) => Ok(value),
+        Rule::Key(key, default) => raw.flag(key, default),
+    };
+
+    let vocab_size = size("vocab_size", defaults.vocab_size)?;
+    let hidden_size = size("hidden_size", defaults.hidden_size)?;
+    let num_layers = size("num_hidden_layers", defaults.layers)?;
+    if num_layers > 100_000 {
+        return Err(raw.invalid("num_hidden_layers", format!("{num_layers} layers are too many")));
+    }
+    let expert_width = size(family.expert_width_key, defaults.expert_width)?;
+    let shared_expert_width = family.shared_expert.map(|(key, default)| size(key, default)).transpose()?;
+
+    // transformers reads either name in every family, and writes the one or the other by its version.
+    let experts_key = if raw.get("num_local_experts").is_some() { "num_local_experts" } else { "num_experts" };
+    let num_experts = size(experts_key, defaults.experts)?;
+    let top_k = size("num_experts_per_tok", defaults.top_k)?;
+    if top_k > num_experts {
+        return Err(raw.invalid("num_experts_per_tok", format!("{top_k} of only {num_experts} experts")));
+    }
+
+    let heads = heads(raw, family, hidden_size)?;
+    let layers = layers(raw, family, num_layers)?;
+    let dense_width = if family.dense_layers { size("intermediate_size", defaults.dense_width)? } else { 0 };
+    let largest = [
+        ("vocab_size", [vocab_size, hidden_size, 1]),
+        (family.expert_width_key, [num_experts, 2 * expert_width, hidden_size]),
+        ("num_attention_heads", [heads.queries, heads.dim, hidden_size]),
+        ("intermediate_size", [dense_width, hidden_size, 1]),
+    ];
+    for (key, shape) in largest {
+        // In f32, as gradients are held.
+        let bytes = shape.iter().try_fold(4usize, |n, &d| n.checked_mul(d));
+        if bytes.is_none_or(|n| n > isize::MAX as usize) {
+            return Err(raw.invalid(key, format!("a tensor of shape {shape:?} is too large for this machine")));
+        }
+    }
+
+    let positions = size("max_position_embeddings", defaults.positions)?;
+    let (rope, rope_limit) = rope::read(raw, defaults.theta, heads.dim, positions)?;
+    Ok(ModelConfig {
+        model_type: family.model_type.into(),
+        vocab_size,
+        hidden_size,
+        heads: windows(raw, family, num_layers)?.into_iter().map(|window| Heads { window, ..heads }).collect(),
+        layers: layers
+            .into_iter()
+            .map(|moe| if moe { LayerKind::Moe } else { LayerKind::Dense(dense_width) })
+            .collect(),
+        num_experts,
+        num_experts_per_tok: top_k,
+        expert_width,
+        renormalize: rule(family.renormalize)?,
+        shared_expert_width,
+        qk_norm: family.qk_norm,
+        clip_qkv: if family.clip_qkv { raw.number_above("clip_qkv", 0.0)?.map(|x| x as f32) } else { None },
+        qkv_bias: rule(family.qkv_bias)?,
+        o_bias: rule(family.o_bias)?,
+        tie_word_embeddings: raw.flag("tie_word_embeddings", false)?,
+        rms_norm_eps: raw.number_above("rms_norm_eps", 0.0)?.unwrap_or(defaults.eps) as f32,
+        rope,
+        rope_limit,
+    })
+}
+
+/// Keys that would change what is computed, with values that nothing here computes.
+fn refuse_unsupported(raw: &RawConfig, family: &Family) -> Result<(), Error> {
+    if let Some(act) = raw.string("hidden_act")?.filter(|act| !matches!(*act, "silu" | "swish")) {
+        return Err(raw.unsupported("hidden_act", format!("`{act}` is not supported; these families use `silu`")));
+    }
+    if raw.get("quantization_config").is_some() {
+        return Err(raw.unsupported("quantization_config", "quantised weights cannot be trained; use the bf16 model"));
+    }
+    if family.window == WindowRule::Never && raw.get("sliding_window").is_some() {
+        return Err(raw.unsupported("sliding_window", format!("{} has no attention window", family.model_type)));
+    }
+    Ok(())
+}
+
+/// The geometry of attention, without its window.
+fn heads(raw: &RawConfig, family: &Family, hidden_size: usize) -> Result<Heads, Error> {
+    let queries = raw.size("num_attention_heads")?.unwrap_or(family.defaults.heads);
+    let default = if raw.is_null("num_key_value_heads") { None } else { family.defaults.kv_heads };
+    let keys = raw.size("num_key_value_heads")?.or(default).unwrap_or(queries);
+    if queries % keys != 0 {
+        return Err(raw.invalid("num_key_value_heads", format!("{queries} query heads are not divisible by {keys}")));
+    }
+    let dim = match raw.size("head_dim")? {
+        Some(dim) => dim,
+        None if hidden_size % queries == 0 => hidden_size / queries,
+        None => {
+            let message =
+                format!("hidden_size {hidden_size} is not divisible by {queries} heads, and no head_dim is given");
+            return Err(raw.invalid("num_attention_heads", message));
+        }
+    };
+    if dim % 2 != 0 {
+        return Err(raw.invalid("head_dim", format!("{dim} is odd; the rotary embedding turns pairs")));
+    }
+    if family.qk_norm == QkNorm::WholeWidth && dim.checked_mul(queries) != Some(hidden_size) {
+        // The norm of the queries is as wide as the hidden state.
+        let message = format!("{queries} heads of {dim} must be as wide as hidden_size {hidden_size} in this family");
+        return Err(raw.invalid("head_dim", message));
+    }
+    Ok(Heads { queries, keys, dim, window: None })
+}
+
+/// For each layer whether it routes.
+fn layers(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<bool>, Error> {
+    let mut moe = vec![true; num_layers];
+    if family.dense_layers {
+        let step = raw.size("decoder_sparse_step")?.unwrap_or(1);
+        moe.iter_mut().enumerate().for_each(|(l, moe)| *moe = (l + 1) % step == 0);
+        for value in raw.list("mlp_only_layers")?.into_iter().flatten() {
+            let layer = value.as_u64().and_then(|l| moe.get_mut(l as usize));
+            *layer
+                .ok_or_else(|| raw.invalid("mlp_only_layers", format!("{value} is none of {num_layers} layers")))? =
+                false;
+        }
+        if !moe.contains(&true) {
+            return Err(raw.invalid("mlp_only_layers", "with decoder_sparse_step it leaves no layer with experts"));
+        }
+    }
+    Ok(moe)
+}
+
+/// Each layer's window. A window of W in transformers lets query q see keys q − W < k ≤ q: W positions, as in [`Heads`].
+fn windows(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<Option<usize>>, Error> {
+    let used = match family.window {
+        WindowRule::Never => false,
+        WindowRule::IfSet => raw.get("sliding_window").is_some(),
+        WindowRule::IfUsed | WindowRule::ByLayer => raw.flag("use_sliding_window", false)?,
+    };
+    // Unused, the key may hold anything: Qwen2-MoE is saved with a 0 there.
+    let window = if used { Some(raw.size("sliding_window")?.unwrap_or(4096)) } else { None };
+    if family.window != WindowRule::ByLayer {
+        return Ok(vec![window; num_layers]);
+    }
+    let Some(types) = raw.list("layer_types")? else {
+        let below = raw.size("max_window_layers")?.unwrap_or(28);
+        return Ok((0..num_layers).map(|l| window.filter(|_| l % 2 == 0 && l < below)).collect());
+    };
+    if types.len() != num_layers {
+        return Err(raw.invalid("layer_types", format!("{} entries for {num_layers} layers", types.len())));
+    }
+    let of_type = |value: &serde_json::Value| match value.as_str() {
+        Some("full_attention") => Ok(None),
+        Some("sliding_attention") if window.is_some() => Ok(window),
+        Some("sliding_attention") => {
+            Err(raw.invalid("layer_types", "a sliding layer, but use_sliding_window is false"))
+        }
+        _ => Err(raw.unsupported("layer_types", format!("{value} is not supported"))),
+    };
+    types.iter().map(of_type).collect()
 }

@@ -1,5 +1,11 @@
 //! Every parameter of a model, in one stable order.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use super::claim::Error as ClaimError;
+use super::config::{LayerKind, ModelConfig, QkNorm};
+use super::weights::Checkpoint;
 use crate::backend::HostTensor;
 
 /// Place in the [`ParamTable`].
@@ -61,6 +67,42 @@ pub enum ParamKind {
     LmHead,
 }
 
+/// Kinds of parameters as people name them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Group {
+    /// The input embedding.
+    Embedding,
+    /// Projections of attention and their biases.
+    Attention,
+    /// All norms.
+    Norm,
+    /// Routers.
+    Router,
+    /// Routed experts.
+    Expert,
+    /// Shared experts and their gates.
+    Shared,
+    /// Feed-forward parts of dense layers.
+    Dense,
+    /// The output head.
+    Head,
+}
+
+impl fmt::Display for Group {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.pad(match self {
+            Group::Embedding => "embedding",
+            Group::Attention => "attention",
+            Group::Norm => "norms",
+            Group::Router => "routers",
+            Group::Expert => "experts",
+            Group::Shared => "shared experts",
+            Group::Dense => "dense layers",
+            Group::Head => "output head",
+        })
+    }
+}
+
 /// One parameter: an expert's matrix is one parameter even where the checkpoint fuses all experts into one tensor.
 #[derive(Clone)]
 pub struct ParamSpec {
@@ -81,9 +123,269 @@ pub struct ParamTable {
     pub params: Vec<ParamSpec>,
 }
 
+impl ParamKind {
+    /// What people call it.
+    pub fn group(self) -> Group {
+        use ParamKind as P;
+        match self {
+            P::Embedding => Group::Embedding,
+            P::InputNorm(_) | P::PostNorm(_) | P::QNorm(_) | P::KNorm(_) | P::FinalNorm => Group::Norm,
+            P::Q(_) | P::QBias(_) | P::K(_) | P::KBias(_) | P::V(_) | P::VBias(_) | P::O(_) | P::OBias(_) => {
+                Group::Attention
+            }
+            P::Dense(..) => Group::Dense,
+            P::Router(_) => Group::Router,
+            P::Expert(..) => Group::Expert,
+            P::Shared(..) | P::SharedGate(_) => Group::Shared,
+            P::LmHead => Group::Head,
+        }
+    }
+
+    /// The decoder layer it belongs to.
+    pub fn layer(self) -> Option<usize> {
+        let (section, layer, ..) = self.place();
+        (section == 1).then_some(layer)
+    }
+
+    /// Where it stands in the order of all parameters: (section, layer, part of the layer, expert, matrix).
+    fn place(self) -> (u8, usize, u8, usize, u8) {
+        use ParamKind as P;
+        let (layer, part, expert, proj) = match self {
+            P::Embedding => return (0, 0, 0, 0, 0),
+            P::FinalNorm => return (2, 0, 0, 0, 0),
+            P::LmHead => return (3, 0, 0, 0, 0),
+            P::InputNorm(l) => (l, 0, 0, None),
+            P::Q(l) => (l, 1, 0, None),
+            P::QBias(l) => (l, 2, 0, None),
+            P::K(l) => (l, 3, 0, None),
+            P::KBias(l) => (l, 4, 0, None),
+            P::V(l) => (l, 5, 0, None),
+            P::VBias(l) => (l, 6, 0, None),
+            P::O(l) => (l, 7, 0, None),
+            P::OBias(l) => (l, 8, 0, None),
+            P::QNorm(l) => (l, 9, 0, None),
+            P::KNorm(l) => (l, 10, 0, None),
+            P::PostNorm(l) => (l, 11, 0, None),
+            P::Dense(l, proj) => (l, 12, 0, Some(proj)),
+            P::Router(l) => (l, 13, 0, None),
+            P::Expert(l, e, proj) => (l, 14, e, Some(proj)),
+            P::Shared(l, proj) => (l, 15, 0, Some(proj)),
+            P::SharedGate(l) => (l, 16, 0, None),
+        };
+        (1, layer, part, expert, proj.map_or(0, |proj| proj as u8))
+    }
+
+    /// All parameters of a model, in order.
+    pub fn all(config: &ModelConfig) -> Vec<Self> {
+        use ParamKind as P;
+        let mut kinds = vec![P::Embedding];
+        for (l, layer) in config.layers.iter().enumerate() {
+            kinds.extend([P::InputNorm(l), P::Q(l), P::K(l), P::V(l), P::O(l), P::PostNorm(l)]);
+            if config.qkv_bias {
+                kinds.extend([P::QBias(l), P::KBias(l), P::VBias(l)]);
+            }
+            if config.o_bias {
+                kinds.push(P::OBias(l));
+            }
+            if config.qk_norm != QkNorm::None {
+                kinds.extend([P::QNorm(l), P::KNorm(l)]);
+            }
+            match layer {
+                LayerKind::Dense(_) => kinds.extend(Proj::ALL.map(|proj| P::Dense(l, proj))),
+                LayerKind::Moe => {
+                    kinds.push(P::Router(l));
+                    kinds.extend((0..config.num_experts).flat_map(|e| Proj::ALL.map(|proj| P::Expert(l, e, proj))));
+                    if config.shared_expert_width.is_some() {
+                        kinds.extend(Proj::ALL.map(|proj| P::Shared(l, proj)));
+                        kinds.push(P::SharedGate(l));
+                    }
+                }
+            }
+        }
+        kinds.push(P::FinalNorm);
+        if !config.tie_word_embeddings {
+            kinds.push(P::LmHead);
+        }
+        kinds.sort_by_key(|kind| kind.place());
+        kinds
+    }
+
+    /// The shape that config.json gives it.
+    pub fn shape(self, config: &ModelConfig) -> Vec<usize> {
+        use ParamKind as P;
+        let d = config.hidden_size;
+        let queries = |l: usize| config.heads[l].queries * config.heads[l].dim;
+        let keys = |l: usize| config.heads[l].keys * config.heads[l].dim;
+        let swiglu = |proj, width| if proj == Proj::Down { vec![d, width] } else { vec![width, d] };
+        let per_head = config.qk_norm == QkNorm::PerHead;
+        match self {
+            P::Embedding | P::LmHead => vec![config.vocab_size, d],
+            P::InputNorm(_) | P::PostNorm(_) | P::FinalNorm | P::OBias(_) => vec![d],
+            P::Q(l) => vec![queries(l), d],
+            P::K(l) | P::V(l) => vec![keys(l), d],
+            P::O(l) => vec![d, queries(l)],
+            P::QNorm(l) | P::KNorm(l) if per_head => vec![config.heads[l].dim],
+            P::QBias(l) | P::QNorm(l) => vec![queries(l)],
+            P::KBias(l) | P::VBias(l) | P::KNorm(l) => vec![keys(l)],
+            P::Dense(l, proj) => match config.layers[l] {
+                LayerKind::Dense(width) => swiglu(proj, width),
+                LayerKind::Moe => panic!("layer {l} is not dense"),
+            },
+            P::Router(_) => vec![config.num_experts, d],
+            P::Expert(_, _, proj) => swiglu(proj, config.expert_width),
+            P::Shared(_, proj) => swiglu(proj, config.shared_expert_width.expect("a shared expert")),
+            P::SharedGate(_) => vec![1, d],
+        }
+    }
+}
+
+impl Proj {
+    /// In the order of parameters.
+    pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
+}
+
+impl ParamSpec {
+    /// A name of its own: the tensor's, or where the tensor holds all experts the name this one would have alone,
+    /// `….experts.7.gate_proj.weight`.
+    pub fn name(&self) -> String {
+        match (self.kind, self.tensor.rsplit_once(".experts.")) {
+            (ParamKind::Expert(_, e, proj), Some((block, "gate_up_proj" | "down_proj"))) => {
+                let matrix = ["gate_proj", "up_proj", "down_proj"][proj as usize];
+                format!("{block}.experts.{e}.{matrix}.weight")
+            }
+            _ => self.tensor.clone(),
+        }
+    }
+}
+
+/// Number and size of some parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Count {
+    /// Matrices and vectors.
+    pub params: usize,
+    /// Their entries.
+    pub elements: usize,
+    /// Their bytes as stored.
+    pub bytes: usize,
+}
+
 impl ParamTable {
+    /// Finds every parameter of the model in its checkpoint.
+    ///
+    /// # Errors
+    /// A tensor that is missing, that nothing claims, or whose shape or number format is not what config.json says; a
+    /// tied head that differs from the embedding. Each names the tensor.
+    pub fn build(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Self, ClaimError> {
+        super::claim::claim(config, checkpoint).map(|params| Self { params })
+    }
+
     /// The place of a parameter, if the model has it.
     pub fn id(&self, kind: ParamKind) -> Option<ParamId> {
-        self.params.iter().position(|p| p.kind == kind)
+        self.params.binary_search_by_key(&kind.place(), |spec| spec.kind.place()).ok()
+    }
+
+    /// All parameters with their places, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (ParamId, &ParamSpec)> {
+        self.params.iter().enumerate()
+    }
+
+    /// Number and size of the parameters that `chosen` picks.
+    pub fn count(&self, chosen: impl Fn(&ParamSpec) -> bool) -> Count {
+        self.params.iter().filter(|spec| chosen(spec)).fold(Count::default(), |sum, spec| Count {
+            params: sum.params + 1,
+            elements: sum.elements + spec.value.len(),
+            bytes: sum.bytes + spec.byte_range.len(),
+        })
+    }
+
+    /// Number and size of each group that the model has.
+    pub fn by_group(&self) -> BTreeMap<Group, Count> {
+        let groups: BTreeSet<Group> = self.params.iter().map(|spec| spec.kind.group()).collect();
+        groups.into_iter().map(|group| (group, self.count(|spec| spec.kind.group() == group))).collect()
+    }
+
+    /// Number and size of all parameters.
+    pub fn total(&self) -> Count {
+        self.count(|_| true)
+    }
+
+    /// The tensor that holds a second copy of a tied embedding, in checkpoints that store one.
+    pub fn tied_head<'a>(&self, checkpoint: &'a Checkpoint) -> Option<&'a str> {
+        super::claim::tied_head(checkpoint, &self.params).map(|(_, tensor)| &*tensor.name)
+    }
+
+    /// The first parameter with a NaN or an infinity, and the place of that entry in it. Reads all weights, on all cores.
+    pub fn find_non_finite(&self) -> Option<(ParamId, usize)> {
+        super::finite::first(&self.params)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Heads, Rope};
+
+    /// Everything that a model can have, in one layer of each kind.
+    fn config() -> ModelConfig {
+        let heads = Heads { queries: 4, keys: 2, dim: 4, window: None };
+        ModelConfig {
+            model_type: "qwen2_moe".into(),
+            vocab_size: 10,
+            hidden_size: 16,
+            layers: vec![LayerKind::Dense(6), LayerKind::Moe],
+            heads: vec![heads; 2],
+            num_experts: 3,
+            num_experts_per_tok: 2,
+            expert_width: 5,
+            renormalize: false,
+            shared_expert_width: Some(7),
+            qk_norm: QkNorm::PerHead,
+            clip_qkv: None,
+            qkv_bias: true,
+            o_bias: true,
+            tie_word_embeddings: false,
+            rms_norm_eps: 1e-6,
+            rope: Rope { inv_freq: vec![1.0, 0.1], scale: 1.0 },
+            rope_limit: None,
+        }
+    }
+
+    #[test]
+    fn every_parameter_is_found_by_its_kind_and_no_other() {
+        let kinds = ParamKind::all(&config());
+        assert_eq!(kinds.len(), 1 + (12 + 3) + (12 + 1 + 9 + 4) + 2);
+        let spec = |kind| ParamSpec {
+            kind,
+            tensor: String::new(),
+            byte_range: 0..4,
+            value: HostTensor::from_f32(vec![1], &[0.0]),
+        };
+        let table = ParamTable { params: kinds.iter().copied().map(spec).collect() };
+        for (place, kind) in kinds.iter().enumerate() {
+            assert_eq!(table.id(*kind), Some(place), "{kind:?}");
+        }
+        assert_eq!(table.id(ParamKind::Router(0)), None);
+        assert_eq!(table.id(ParamKind::Expert(1, 3, Proj::Gate)), None);
+        assert_eq!(table.by_group().values().map(|count| count.params).sum::<usize>(), table.total().params);
+    }
+
+    #[test]
+    fn the_order_is_embedding_layers_norm_head() {
+        let kinds = ParamKind::all(&config());
+        assert_eq!(kinds[0], ParamKind::Embedding);
+        assert_eq!(&kinds[kinds.len() - 2..], [ParamKind::FinalNorm, ParamKind::LmHead]);
+        assert!(kinds[1..kinds.len() - 2].is_sorted_by_key(|kind| kind.layer().unwrap()));
+    }
+
+    #[test]
+    fn shapes_are_out_by_in() {
+        let config = config();
+        let shape = |kind: ParamKind| kind.shape(&config);
+        assert_eq!(shape(ParamKind::K(0)), [8, 16]);
+        assert_eq!(shape(ParamKind::O(0)), [16, 16]);
+        assert_eq!(shape(ParamKind::Dense(0, Proj::Up)), [6, 16]);
+        assert_eq!(shape(ParamKind::Expert(1, 0, Proj::Down)), [16, 5]);
+        assert_eq!(shape(ParamKind::Shared(1, Proj::Gate)), [7, 16]);
+        assert_eq!(shape(ParamKind::QNorm(1)), [4]);
     }
 }

@@ -1,0 +1,136 @@
+//! Writing aside: `.NAME.partial` beside the final place, brought to the disk, then renamed.
+//!
+//! The name is fixed, so that what a killed process left behind is found and cleared by the next one.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use super::error::Error;
+
+/// A folder that appears under its final name only when it is whole.
+///
+/// Dropped before [`AsideDir::finish`], it takes everything written with it.
+pub struct AsideDir {
+    partial: PathBuf,
+    target: PathBuf,
+    done: bool,
+}
+
+impl AsideDir {
+    /// An empty folder beside `target`.
+    ///
+    /// # Errors
+    /// A `target` without a name, and a place that cannot be written.
+    pub fn create(target: &Path) -> Result<Self, Error> {
+        let partial = partial_path(target)?;
+        clear(&partial)?;
+        fs::create_dir_all(parent(&partial)).map_err(Error::create(parent(&partial)))?;
+        fs::create_dir(&partial).map_err(Error::create(&partial))?;
+        Ok(Self { partial, target: target.into(), done: false })
+    }
+
+    /// Where to write until then.
+    pub fn path(&self) -> &Path {
+        &self.partial
+    }
+
+    /// Writes one file of the folder and brings it to the disk.
+    ///
+    /// # Errors
+    /// Those of `fill` and of the disk, with the file's path.
+    pub fn write(&self, name: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Error> {
+        let path = self.partial.join(name);
+        fs::create_dir_all(parent(&path)).map_err(Error::write(&path))?;
+        write_synced(&path, fill).map_err(Error::write(&self.target.join(name)))
+    }
+
+    /// Gives the folder its final name. With `replace`, what stands there goes; without, only an empty folder may.
+    ///
+    /// # Errors
+    /// A place that is taken, or a failing disk.
+    pub fn finish(mut self, replace: bool) -> Result<(), Error> {
+        sync_tree(&self.partial).map_err(Error::write(&self.target))?;
+        let old = partial_path(&self.target)?.with_extension("old");
+        if replace && fs::symlink_metadata(&self.target).is_ok() {
+            clear(&old)?;
+            fs::rename(&self.target, &old).map_err(Error::create(&self.target))?;
+        }
+        fs::rename(&self.partial, &self.target).map_err(|source| match source.kind() {
+            io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+                Error::Exists(self.target.clone())
+            }
+            _ => Error::Create { path: self.target.clone(), source },
+        })?;
+        self.done = true;
+        sync_dir(parent(&self.target)).map_err(Error::write(&self.target))?;
+        clear(&old)
+    }
+}
+
+impl Drop for AsideDir {
+    fn drop(&mut self) {
+        if !self.done {
+            // On an error path already: the next run clears what this cannot.
+            let _ = fs::remove_dir_all(&self.partial);
+        }
+    }
+}
+
+/// Writes a file that appears under its final name only when it is whole; what stood there is replaced.
+///
+/// # Errors
+/// Those of `fill` and of the disk, with the file's path.
+pub fn write_file(target: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Error> {
+    let partial = partial_path(target)?;
+    fs::create_dir_all(parent(target)).map_err(Error::create(parent(target)))?;
+    let written = write_synced(&partial, fill).and_then(|()| fs::rename(&partial, target));
+    if let Err(source) = written {
+        let _ = fs::remove_file(&partial);
+        return Err(Error::Write { path: target.into(), source });
+    }
+    sync_dir(parent(target)).map_err(Error::write(target))
+}
+
+fn partial_path(target: &Path) -> Result<PathBuf, Error> {
+    let name = target.file_name().ok_or_else(|| Error::NoName(target.into()))?;
+    let mut partial = std::ffi::OsString::from(".");
+    partial.push(name);
+    partial.push(".partial");
+    Ok(target.with_file_name(partial))
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Removes a folder of ours if it is there.
+fn clear(path: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::Create { path: path.into(), source: error })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn write_synced(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    fill(&mut out)?;
+    out.into_inner()?.sync_all() // the disk's last chance to say no
+}
+
+/// Brings the entries of a folder and of those in it to the disk.
+fn sync_tree(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_tree(&entry.path())?;
+        }
+    }
+    sync_dir(dir)
+}
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}

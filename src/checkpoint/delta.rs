@@ -1,0 +1,112 @@
+//! A delta: the changed parameters alone, in one safetensors file.
+//!
+//! Tensors are named as a checkpoint with one tensor per expert and matrix names them
+//! (`model.layers.3.mlp.experts.7.gate_proj.weight`), also where the base model fuses its experts; each has the shape
+//! and format of the parameter. The metadata:
+//!
+//! | key | value |
+//! |---|---|
+//! | `schema` | `moewarden.delta/1` |
+//! | `base_layout` | blake3 of the base's file names and headers |
+//! | `base_values` | blake3 of the base's values of these parameters, in the order of the file |
+//!
+//! Both hashes are checked when a delta is applied, so it cannot land on another model.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use super::aside::write_file;
+use super::error::Error;
+use super::export::export;
+use crate::backend::HostTensor;
+use crate::model::{Checkpoint, ModelConfig, ParamId, ParamTable, Shard, write_header};
+
+/// The `schema` of a delta's metadata.
+pub const DELTA_SCHEMA: &str = "moewarden.delta/1";
+
+/// Writes the changed parameters of a model to the file `path`.
+///
+/// # Errors
+/// A write that fails: then no file is left behind.
+pub fn save_delta(
+    checkpoint: &Checkpoint,
+    table: &ParamTable,
+    changed: &BTreeMap<ParamId, HostTensor>,
+    path: &Path,
+) -> Result<(), Error> {
+    let metadata = [
+        ("format".into(), "pt".into()),
+        ("schema".into(), DELTA_SCHEMA.into()),
+        ("base_layout".into(), checkpoint.layout_hash().to_string()),
+        ("base_values".into(), base_values(table, changed.keys())),
+    ];
+    let tensors: Vec<_> =
+        changed.iter().map(|(&id, value)| (table.params[id].name(), value.dtype, value.shape.clone())).collect();
+    write_file(path, |mut out| {
+        write_header(&mut out, &metadata, &tensors)?;
+        changed.values().try_for_each(|value| out.write_all(&value.bytes))
+    })
+}
+
+/// The changed parameters that the delta file holds, memory-mapped, checked to belong to this base model.
+///
+/// # Errors
+/// A file that is no delta, was made from another base, or holds a tensor that the base does not have in this shape and
+/// format.
+pub fn load_delta(
+    checkpoint: &Checkpoint,
+    table: &ParamTable,
+    delta_file: &Path,
+) -> Result<BTreeMap<ParamId, HostTensor>, Error> {
+    let file = || delta_file.to_path_buf();
+    let delta = Shard::open(delta_file)?;
+    let metadata: HashMap<&str, &str> = delta.header.metadata.iter().map(|(k, v)| (&**k, &**v)).collect();
+    match metadata.get("schema") {
+        Some(&DELTA_SCHEMA) => {}
+        Some(other) => return Err(Error::NotADelta { file: file(), message: format!("its schema is `{other}`") }),
+        None => return Err(Error::NotADelta { file: file(), message: "its metadata has no schema".into() }),
+    }
+    let other_base = |message| Error::OtherBase { file: file(), base: checkpoint.dir().into(), message };
+    if metadata.get("base_layout") != Some(&&*checkpoint.layout_hash().to_string()) {
+        return Err(other_base("files, names or shapes differ"));
+    }
+
+    let ids: HashMap<String, ParamId> = table.iter().map(|(id, spec)| (spec.name(), id)).collect();
+    let mut changed = BTreeMap::new();
+    let mut order = Vec::new();
+    for info in &delta.header.tensors {
+        let wrong = |message| Error::DeltaTensor { file: file(), tensor: info.name.clone(), message };
+        let id = *ids.get(&info.name).ok_or_else(|| wrong("the base model has no such parameter".into()))?;
+        let (value, base) = (delta.value(info)?, &table.params[id].value);
+        if value.shape != base.shape || value.dtype != base.dtype {
+            let (found, wanted) = ((value.dtype, value.shape), (base.dtype, &base.shape));
+            return Err(wrong(format!("is {found:?}, in the base model {wanted:?}")));
+        }
+        changed.insert(id, value);
+        order.push(id);
+    }
+    if metadata.get("base_values") != Some(&&*base_values(table, &order)) {
+        return Err(other_base("the weights it replaces differ"));
+    }
+    Ok(changed)
+}
+
+/// Writes the model of `base_dir` with the delta applied to the new folder `out_dir`.
+///
+/// # Errors
+/// Those of opening the base, of [`load_delta`] and of [`export`].
+pub fn apply_delta(base_dir: &Path, delta_file: &Path, out_dir: &Path) -> Result<(), Error> {
+    let config = ModelConfig::from_dir(base_dir)?;
+    let checkpoint = Checkpoint::open(base_dir)?;
+    let table = ParamTable::build(&config, &checkpoint)?;
+    let changed = load_delta(&checkpoint, &table, delta_file)?;
+    export(base_dir, &checkpoint, &table, &changed, out_dir)
+}
+
+fn base_values<'a>(table: &ParamTable, ids: impl IntoIterator<Item = &'a ParamId>) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for &id in ids {
+        hasher.update(&table.params[id].value.bytes);
+    }
+    hasher.finalize().to_string()
+}

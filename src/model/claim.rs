@@ -1,0 +1,193 @@
+//! Which tensor of the checkpoint is which parameter: every tensor is claimed once, or the checkpoint is refused.
+
+use std::collections::HashSet;
+use std::ops::Range;
+
+use super::config::{LayerKind, ModelConfig};
+use super::families::Family;
+use super::params::{ParamKind, ParamSpec, Proj};
+use super::weights::{self, Checkpoint};
+use crate::backend::HostTensor;
+use crate::exit::{self, Coded};
+
+/// The output head's tensor.
+const LM_HEAD: &str = "lm_head.weight";
+
+/// Why a checkpoint's tensors are not the model that config.json describes.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum Error {
+    #[error("{dir}: tensor `{tensor}` is missing{}, though config.json asks for it", and_more(.more))]
+    Missing { dir: String, tensor: String, more: usize },
+    #[error("{file}: tensor `{tensor}`{} is no part of the {model_type} model that config.json describes", and_more(.more))]
+    Unclaimed { file: String, tensor: String, model_type: String, more: usize },
+    #[error("{file}: tensor `{tensor}` has shape {found:?}, but config.json asks for {expected:?}")]
+    Shape { file: String, tensor: String, found: Vec<usize>, expected: Vec<usize> },
+    #[error(
+        "{file}: config.json says tie_word_embeddings, but `{LM_HEAD}` differs from the embedding; \
+         set it to false if the model has a head of its own"
+    )]
+    TiedHead { file: String },
+    #[error(transparent)]
+    Weights(#[from] weights::Error),
+}
+
+impl Coded for Error {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Error::Weights(error) => error.exit_code(),
+            _ => exit::DATA,
+        }
+    }
+}
+
+fn and_more(more: &usize) -> String {
+    if *more == 0 { String::new() } else { format!(" (and {more} more)") }
+}
+
+/// How a layer's routed block is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BlockNames {
+    /// `mlp` or `block_sparse_moe`.
+    pub(crate) name: &'static str,
+    /// All experts of a layer in two tensors.
+    pub(crate) fused: bool,
+}
+
+impl BlockNames {
+    /// What the checkpoint has; where it has neither, what the family's authors published.
+    fn detect(family: &Family, checkpoint: &Checkpoint, layer: usize) -> Self {
+        let has = |block: &str, part: &str| checkpoint.get(&format!("model.layers.{layer}.{block}.{part}")).is_some();
+        let name = family.blocks.iter().find(|block| has(block, "gate.weight")).unwrap_or(&family.blocks[0]);
+        let fused = ["experts.gate_up_proj", "experts.down_proj"].iter().any(|part| has(name, part));
+        Self { name, fused }
+    }
+}
+
+/// The tensor that holds a parameter, by the names of its family.
+pub(crate) fn tensor_name(kind: ParamKind, family: &Family, block: BlockNames) -> String {
+    use ParamKind as P;
+    let layer = |l: usize, part: &str| format!("model.layers.{l}.{part}");
+    let routed = |l: usize, part: &str| format!("model.layers.{l}.{}.{part}", block.name);
+    let swiglu = |proj: Proj| ["gate_proj", "up_proj", "down_proj"][proj as usize];
+    match kind {
+        P::Embedding => "model.embed_tokens.weight".into(),
+        P::FinalNorm => "model.norm.weight".into(),
+        P::LmHead => LM_HEAD.into(),
+        P::InputNorm(l) => layer(l, "input_layernorm.weight"),
+        P::PostNorm(l) => layer(l, "post_attention_layernorm.weight"),
+        P::Q(l) => layer(l, "self_attn.q_proj.weight"),
+        P::QBias(l) => layer(l, "self_attn.q_proj.bias"),
+        P::K(l) => layer(l, "self_attn.k_proj.weight"),
+        P::KBias(l) => layer(l, "self_attn.k_proj.bias"),
+        P::V(l) => layer(l, "self_attn.v_proj.weight"),
+        P::VBias(l) => layer(l, "self_attn.v_proj.bias"),
+        P::O(l) => layer(l, "self_attn.o_proj.weight"),
+        P::OBias(l) => layer(l, "self_attn.o_proj.bias"),
+        P::QNorm(l) => layer(l, "self_attn.q_norm.weight"),
+        P::KNorm(l) => layer(l, "self_attn.k_norm.weight"),
+        P::Dense(l, proj) => layer(l, &format!("mlp.{}.weight", swiglu(proj))),
+        P::Router(l) => routed(l, "gate.weight"),
+        P::Expert(l, _, Proj::Gate | Proj::Up) if block.fused => routed(l, "experts.gate_up_proj"),
+        P::Expert(l, _, Proj::Down) if block.fused => routed(l, "experts.down_proj"),
+        P::Expert(l, e, proj) => routed(l, &format!("experts.{e}.{}.weight", family.expert_matrices[proj as usize])),
+        P::Shared(l, proj) => routed(l, &format!("shared_expert.{}.weight", swiglu(proj))),
+        P::SharedGate(l) => routed(l, "shared_expert_gate.weight"),
+    }
+}
+
+/// The shape of a tensor that holds a parameter, and the parameter's elements within it.
+pub(crate) fn tensor_shape(kind: ParamKind, config: &ModelConfig, fused: bool) -> (Vec<usize>, Range<usize>) {
+    let own = kind.shape(config);
+    let (e, d, f) = (config.num_experts, config.hidden_size, config.expert_width);
+    let size = f * d;
+    let (shape, start) = match kind {
+        // [E, 2F, D], an expert's gate rows before its up rows; [E, D, F]
+        ParamKind::Expert(_, x, Proj::Gate) if fused => (vec![e, 2 * f, d], 2 * x * size),
+        ParamKind::Expert(_, x, Proj::Up) if fused => (vec![e, 2 * f, d], (2 * x + 1) * size),
+        ParamKind::Expert(_, x, Proj::Down) if fused => (vec![e, d, f], x * size),
+        _ => {
+            let len = own.iter().product();
+            return (own, 0..len);
+        }
+    };
+    (shape, start..start + size)
+}
+
+/// All parameters in order, each with its place in the checkpoint.
+pub(super) fn claim(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec<ParamSpec>, Error> {
+    let family = config.family();
+    let none = BlockNames { name: family.blocks[0], fused: false };
+    let blocks: Vec<BlockNames> = (0..config.layers.len())
+        .map(|l| match config.layers[l] {
+            LayerKind::Moe => BlockNames::detect(family, checkpoint, l),
+            LayerKind::Dense(_) => none,
+        })
+        .collect();
+
+    let mut params = Vec::new();
+    let mut claimed = HashSet::new();
+    let mut missing = Vec::new();
+    for kind in ParamKind::all(config) {
+        let block = kind.layer().map_or(none, |l| blocks[l]);
+        let tensor = tensor_name(kind, family, block);
+        let Some((shard, info)) = checkpoint.get(&tensor) else {
+            if claimed.insert(tensor.clone()) {
+                missing.push(tensor); // once: a fused tensor is asked for by every expert
+            }
+            continue;
+        };
+        let (expected, elements) = tensor_shape(kind, config, block.fused);
+        if info.shape != expected {
+            let (file, found) = (shard.file.clone(), info.shape.clone());
+            return Err(Error::Shape { file, tensor, found, expected });
+        }
+        let whole = shard.value(info)?;
+        let size = whole.dtype.size();
+        let byte_range = elements.start * size..elements.end * size;
+        let value = HostTensor::new(whole.dtype, kind.shape(config), whole.bytes.slice(byte_range.clone()));
+        claimed.insert(tensor.clone());
+        params.push(ParamSpec { kind, tensor, byte_range, value });
+    }
+    if let Some(tensor) = missing.first() {
+        let dir = checkpoint.dir().display().to_string();
+        return Err(Error::Missing { dir, tensor: tensor.clone(), more: missing.len() - 1 });
+    }
+
+    let unclaimed = || checkpoint.tensors().filter(|(_, t)| !claimed.contains(&t.name) && !is_extra(&t.name, config));
+    if let Some((shard, tensor)) = unclaimed().next() {
+        return Err(Error::Unclaimed {
+            file: shard.file.clone(),
+            tensor: tensor.name.clone(),
+            model_type: config.model_type.clone(),
+            more: unclaimed().count() - 1,
+        });
+    }
+    check_tied_head(checkpoint, &params)?;
+    Ok(params)
+}
+
+/// Tensors that some checkpoints hold and no model reads: kept on export, otherwise ignored.
+fn is_extra(name: &str, config: &ModelConfig) -> bool {
+    name.ends_with(".rotary_emb.inv_freq") || (config.tie_word_embeddings && name == LM_HEAD)
+}
+
+/// The second copy of a tied embedding, where the checkpoint holds one.
+pub(crate) fn tied_head<'a>(
+    checkpoint: &'a Checkpoint,
+    params: &[ParamSpec],
+) -> Option<(&'a weights::Shard, &'a super::safetensors::TensorInfo)> {
+    let own_head = params.last().is_some_and(|spec| spec.kind == ParamKind::LmHead);
+    if own_head { None } else { checkpoint.get(LM_HEAD) }
+}
+
+/// A copy that differs is a head of its own for transformers, whatever config.json says.
+fn check_tied_head(checkpoint: &Checkpoint, params: &[ParamSpec]) -> Result<(), Error> {
+    let Some((shard, info)) = tied_head(checkpoint, params) else { return Ok(()) };
+    let head = shard.value(info)?;
+    let embedding = &params[0].value;
+    if head.shape != embedding.shape || head.dtype != embedding.dtype || *head.bytes != *embedding.bytes {
+        return Err(Error::TiedHead { file: shard.file.clone() });
+    }
+    Ok(())
+}

@@ -1,0 +1,218 @@
+//! What sets the model families apart, as one table.
+//!
+//! Facts and defaults are those of transformers 5.17, `models/{olmoe,mixtral,qwen3_moe,qwen2_moe}`; a new family that
+//! differs in nothing else is a new row.
+
+use super::config::QkNorm;
+
+/// A yes or no that the family fixes, or that a key of config.json decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rule {
+    /// The same for every model of the family.
+    Fixed(bool),
+    /// This key, with its default.
+    Key(&'static str, bool),
+}
+
+/// Which layers have an attention window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WindowRule {
+    /// None.
+    Never,
+    /// All, if `sliding_window` is set.
+    IfSet,
+    /// All, if `use_sliding_window` is true.
+    IfUsed,
+    /// Those that `layer_types` calls `sliding_attention`. Without it and with `use_sliding_window`: every other layer
+    /// from the first, below `max_window_layers`.
+    ByLayer,
+}
+
+/// Sizes that config.json may leave out.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Defaults {
+    /// `vocab_size`
+    pub vocab_size: usize,
+    /// `hidden_size`
+    pub hidden_size: usize,
+    /// `num_hidden_layers`
+    pub layers: usize,
+    /// `num_attention_heads`
+    pub heads: usize,
+    /// `num_key_value_heads`; `None`: as many as query heads.
+    pub kv_heads: Option<usize>,
+    /// `max_position_embeddings`
+    pub positions: usize,
+    /// `num_experts` or `num_local_experts`
+    pub experts: usize,
+    /// `num_experts_per_tok`
+    pub top_k: usize,
+    /// The key of [`Family::expert_width_key`].
+    pub expert_width: usize,
+    /// `intermediate_size`, where it is the width of dense layers.
+    pub dense_width: usize,
+    /// `rms_norm_eps`
+    pub eps: f64,
+    /// `rope_theta`
+    pub theta: f64,
+}
+
+/// One model family.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Family {
+    /// `model_type` of config.json.
+    pub model_type: &'static str,
+    /// The first of `architectures` in config.json.
+    pub architecture: &'static str,
+    /// Sizes that config.json may leave out.
+    pub defaults: Defaults,
+    /// The key that holds F.
+    pub expert_width_key: &'static str,
+    /// The key and default of the shared expert's width.
+    pub shared_expert: Option<(&'static str, usize)>,
+    /// `mlp_only_layers` and `decoder_sparse_step` make some layers dense.
+    pub dense_layers: bool,
+    /// Whether routing weights are divided by their sum.
+    pub renormalize: Rule,
+    /// Norms of queries and keys.
+    pub qk_norm: QkNorm,
+    /// `clip_qkv` is honoured.
+    pub clip_qkv: bool,
+    /// Biases of the q, k and v projections.
+    pub qkv_bias: Rule,
+    /// Bias of the output projection.
+    pub o_bias: Rule,
+    /// Attention windows.
+    pub window: WindowRule,
+    /// The routed block's name within a layer, one of these; the first is the one its authors published.
+    pub blocks: &'static [&'static str],
+    /// Names of an expert's gate, up and down matrices where each expert has its own tensors.
+    pub expert_matrices: [&'static str; 3],
+}
+
+/// All families that moewarden knows.
+pub const FAMILIES: [Family; 4] = [
+    Family {
+        model_type: "olmoe",
+        architecture: "OlmoeForCausalLM",
+        defaults: Defaults {
+            vocab_size: 50304,
+            hidden_size: 2048,
+            layers: 16,
+            heads: 16,
+            kv_heads: None,
+            positions: 4096,
+            experts: 64,
+            top_k: 8,
+            expert_width: 2048,
+            dense_width: 2048,
+            eps: 1e-5,
+            theta: 1e4,
+        },
+        expert_width_key: "intermediate_size",
+        shared_expert: None,
+        dense_layers: false,
+        renormalize: Rule::Key("norm_topk_prob", false),
+        qk_norm: QkNorm::WholeWidth,
+        clip_qkv: true,
+        qkv_bias: Rule::Key("attention_bias", false),
+        o_bias: Rule::Key("attention_bias", false),
+        window: WindowRule::Never,
+        blocks: &["mlp"],
+        expert_matrices: ["gate_proj", "up_proj", "down_proj"],
+    },
+    Family {
+        model_type: "mixtral",
+        architecture: "MixtralForCausalLM",
+        defaults: Defaults {
+            vocab_size: 32000,
+            hidden_size: 4096,
+            layers: 32,
+            heads: 32,
+            kv_heads: Some(8),
+            positions: 131072,
+            experts: 8,
+            top_k: 2,
+            expert_width: 14336,
+            dense_width: 14336,
+            eps: 1e-5,
+            theta: 1e6,
+        },
+        expert_width_key: "intermediate_size",
+        shared_expert: None,
+        dense_layers: false,
+        renormalize: Rule::Fixed(true),
+        qk_norm: QkNorm::None,
+        clip_qkv: false,
+        qkv_bias: Rule::Fixed(false),
+        o_bias: Rule::Fixed(false),
+        window: WindowRule::IfSet,
+        blocks: &["block_sparse_moe", "mlp"],
+        expert_matrices: ["w1", "w3", "w2"],
+    },
+    Family {
+        model_type: "qwen3_moe",
+        architecture: "Qwen3MoeForCausalLM",
+        defaults: Defaults {
+            vocab_size: 151936,
+            hidden_size: 2048,
+            layers: 24,
+            heads: 32,
+            kv_heads: Some(4),
+            positions: 32768,
+            experts: 128,
+            top_k: 8,
+            expert_width: 768,
+            dense_width: 6144,
+            eps: 1e-6,
+            theta: 1e4,
+        },
+        expert_width_key: "moe_intermediate_size",
+        shared_expert: None,
+        dense_layers: true,
+        renormalize: Rule::Key("norm_topk_prob", false),
+        qk_norm: QkNorm::PerHead,
+        clip_qkv: false,
+        qkv_bias: Rule::Key("attention_bias", false),
+        o_bias: Rule::Key("attention_bias", false),
+        window: WindowRule::IfUsed,
+        blocks: &["mlp"],
+        expert_matrices: ["gate_proj", "up_proj", "down_proj"],
+    },
+    Family {
+        model_type: "qwen2_moe",
+        architecture: "Qwen2MoeForCausalLM",
+        defaults: Defaults {
+            vocab_size: 151936,
+            hidden_size: 2048,
+            layers: 24,
+            heads: 16,
+            kv_heads: Some(16),
+            positions: 32768,
+            experts: 60,
+            top_k: 4,
+            expert_width: 1408,
+            dense_width: 5632,
+            eps: 1e-6,
+            theta: 1e4,
+        },
+        expert_width_key: "moe_intermediate_size",
+        shared_expert: Some(("shared_expert_intermediate_size", 5632)),
+        dense_layers: true,
+        renormalize: Rule::Key("norm_topk_prob", false),
+        qk_norm: QkNorm::None,
+        clip_qkv: false,
+        qkv_bias: Rule::Key("qkv_bias", true),
+        o_bias: Rule::Fixed(false),
+        window: WindowRule::ByLayer,
+        blocks: &["mlp"],
+        expert_matrices: ["gate_proj", "up_proj", "down_proj"],
+    },
+];
+
+impl Family {
+    /// The family of this `model_type`.
+    pub fn find(model_type: &str) -> Option<&'static Family> {
+        FAMILIES.iter().find(|family| family.model_type == model_type)
+    }
+}

@@ -1,0 +1,76 @@
+//! NaN and infinite weights, found fast: one look at each exponent.
+
+use rayon::prelude::*;
+
+use super::params::{ParamId, ParamSpec};
+use crate::backend::Dtype;
+
+/// Bytes that one thread looks at in one go; a multiple of every element's size.
+const CHUNK: usize = 1 << 20;
+
+/// The first parameter, in order, with an entry that is not finite, and the place of that entry.
+pub(super) fn first(params: &[ParamSpec]) -> Option<(ParamId, usize)> {
+    let chunks: Vec<(ParamId, usize)> = params
+        .iter()
+        .enumerate()
+        .flat_map(|(id, spec)| (0..spec.value.bytes.len()).step_by(CHUNK).map(move |at| (id, at)))
+        .collect();
+    chunks.par_iter().find_map_first(|&(id, at)| {
+        let value = &params[id].value;
+        let end = value.bytes.len().min(at + CHUNK);
+        let found = in_bytes(value.dtype, &value.bytes[at..end])?;
+        Some((id, at / value.dtype.size() + found))
+    })
+}
+
+/// An entry is not finite when all bits of its exponent are set.
+fn in_bytes(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    let half = |mask: u16| {
+        let (entries, _) = bytes.as_chunks::<2>();
+        let bad = |entry: &[u8; 2]| u16::from_le_bytes(*entry) & mask == mask;
+        // Two passes: the first has no early exit, so that it is a vector loop.
+        let any = entries.iter().fold(false, |any, entry| any | bad(entry));
+        if any { entries.iter().position(bad) } else { None }
+    };
+    match dtype {
+        Dtype::F16 => half(0x7c00),
+        Dtype::Bf16 => half(0x7f80),
+        Dtype::F32 => {
+            const MASK: u32 = 0x7f80_0000;
+            let (entries, _) = bytes.as_chunks::<4>();
+            let bad = |entry: &[u8; 4]| u32::from_le_bytes(*entry) & MASK == MASK;
+            let any = entries.iter().fold(false, |any, entry| any | bad(entry));
+            if any { entries.iter().position(bad) } else { None }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::HostTensor;
+    use crate::model::ParamKind;
+
+    #[test]
+    fn the_first_bad_entry_is_found_in_every_format_and_no_good_one() {
+        let largest = [f32::MAX, 65504.0, 3.38e38];
+        for (dtype, largest) in [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().zip(largest) {
+            let mut values = vec![largest; CHUNK + 5]; // more than one chunk
+            values[3] = -0.0;
+            let spec = |values: &[f32]| ParamSpec {
+                kind: ParamKind::Embedding,
+                tensor: "t".into(),
+                byte_range: 0..values.len() * dtype.size(),
+                value: HostTensor::encode(dtype, vec![values.len()], values),
+            };
+            let good = spec(&values);
+            assert_eq!(first(&[good.clone()]), None, "{dtype:?}");
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut values = values.clone();
+                values[CHUNK + 2] = bad;
+                values[CHUNK + 4] = bad;
+                assert_eq!(first(&[good.clone(), spec(&values)]), Some((1, CHUNK + 2)), "{dtype:?} {bad}");
+            }
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Rotary embeddings: the inverse frequencies of every scaling type, computed once.
+//!
+//! Formulas are those of transformers 5.17, `modeling_rope_utils.py`, in its precision (f32), so that angles agree to
+//! the last bits. Both spellings are read: `rope_theta` + `rope_scaling` (`type` or `rope_type`), and
+//! `rope_parameters` with the theta inside.
+//!
+//! Types `dynamic` and `longrope` choose their frequencies by the length of the sequence. Here they are those for
+//! lengths within the original context, and longer sequences are refused (`ModelConfig::check_length`): a packed batch
+//! holds sequences of many lengths, and a model that changes with its batch would make scores depend on it.
+
+use std::f32::consts::TAU;
+
+use super::config::Error;
+use super::raw_config::RawConfig;
+use crate::backend::Rope;
+
+/// The frequencies, and the longest sequence they hold for.
+pub(super) fn read(
+    raw: &RawConfig,
+    default_theta: f64,
+    dim: usize,
+    positions: usize,
+) -> Result<(Rope, Option<usize>), Error> {
+    // An old key in a new file wins, as it does in transformers.
+    let scaling = match raw.object("rope_scaling")? {
+        Some(scaling) => Some(scaling),
+        None => raw.object("rope_parameters")?,
+    };
+    let top_theta = raw.number_above("rope_theta", 1.0)?.unwrap_or(default_theta);
+    let Some(scaling) = scaling else {
+        return Ok((plain(top_theta, dim), None));
+    };
+    let theta = scaling.number_above("rope_theta", 1.0)?.unwrap_or(top_theta);
+    if scaling.number("partial_rotary_factor")?.is_some_and(|part| part != 1.0) {
+        return Err(scaling.unsupported("partial_rotary_factor", "only whole heads are rotated in these families"));
+    }
+    if let Some(nested) = ["full_attention", "sliding_attention"].iter().find(|key| scaling.get(key).is_some()) {
+        return Err(scaling.unsupported(nested, "rotary embeddings that differ by layer are not supported"));
+    }
+    // Some files keep it beside the scaling, where it wins.
+    let original = match raw.size("original_max_position_embeddings")? {
+        Some(n) => n,
+        None => scaling.size("original_max_position_embeddings")?.unwrap_or(positions),
+    };
+    let kind = match scaling.string("rope_type")? {
+        Some(kind) => kind,
+        None => scaling.string("type")?.unwrap_or("default"),
+    };
+    match kind {
+        "default" => Ok((plain(theta, dim), None)),
+        "linear" => {
+            let factor = required(&scaling, "factor")? as f32;
+            let mut rope = plain(theta, dim);
+            rope.inv_freq.iter_mut().for_each(|f| *f /= factor);
+            Ok((rope, None))
+        }
+        "dynamic" => {
+            // Up to `positions` the base is theta · (factor − (factor − 1))^… = theta.
+            required(&scaling, "factor")?;
+            Ok((plain(theta, dim), Some(positions)))
+        }
+        "llama3" => Ok((llama3(&scaling, theta, dim, original)?, None)),
+        "yarn" => Ok((yarn(&scaling, theta, dim, original, positions)?, None)),
+        "longrope" => Ok((longrope(&scaling, theta, dim, original, positions)?, Some(original))),
+        other => {
+            let message =
+                format!("`{other}` is not supported; known: default, linear, dynamic, llama3, yarn, longrope");
+            Err(scaling.unsupported("rope_type", message))
+        }
+    }
+}
+
+fn required(scaling: &RawConfig, key: &str) -> Result<f64, Error> {
+    scaling.number_above(key, 0.0)?.ok_or_else(|| scaling.invalid(key, "is missing, and this rope_type needs it"))
+}
+
+/// theta^(2i/dim)
+fn pos_freqs(theta: f64, dim: usize) -> impl Iterator<Item = f32> {
+    (0..dim / 2).map(move |i| (theta as f32).powf((2 * i) as f32 / dim as f32))
+}
+
+fn plain(theta: f64, dim: usize) -> Rope {
+    Rope { inv_freq: pos_freqs(theta, dim).map(f32::recip).collect(), scale: 1.0 }
+}
+
+/// Llama 3.1: long waves are slowed down by `factor`, short ones kept, those between blended.
+fn llama3(scaling: &RawConfig, theta: f64, dim: usize, original: usize) -> Result<Rope, Error> {
+    let factor = required(scaling, "factor")? as f32;
+    let (low, high) = (required(scaling, "low_freq_factor")? as f32, required(scaling, "high_freq_factor")? as f32);
+    if low >= high {
+        return Err(scaling.invalid("high_freq_factor", format!("{high} must be above low_freq_factor {low}")));
+    }
+    let context = original as f32;
+    let mut rope = plain(theta, dim);
+    for f in &mut rope.inv_freq {
+        let wave = TAU / *f;
+        if wave > context / low {
+            *f /= factor;
+        } else if wave >= context / high {
+            let smooth = (context / wave - low) / (high - low);
+            *f = (1.0 - smooth) * *f / factor + smooth * *f;
+        }
+    }
+    Ok(rope)
+}
+
+/// YaRN (arXiv 2309.00071): between two pairs found from the number of turns within the original context, a ramp from
+/// unchanged frequencies to interpolated ones.
+fn yarn(scaling: &RawConfig, theta: f64, dim: usize, original: usize, positions: usize) -> Result<Rope, Error> {
+    let ratio = positions as f64 / original as f64;
+    let factor = scaling.number_above("factor", 0.0)?.unwrap_or(ratio);
+    let mscale = |scale: f64, m: f64| if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 };
+    let zero_is_absent = |key| Ok::<_, Error>(scaling.number(key)?.filter(|x| *x != 0.0));
+    let attention = match scaling.number_above("attention_factor", 0.0)? {
+        Some(given) => given,
+        None => match (zero_is_absent("mscale")?, zero_is_absent("mscale_all_dim")?) {
+            (Some(m), Some(all)) => mscale(factor, m) / mscale(factor, all),
+            _ => mscale(factor, 1.0),
+        },
+    };
+    let fast = scaling.number_above("beta_fast", 0.0)?.unwrap_or(32.0);
+    let slow = scaling.number_above("beta_slow", 0.0)?.unwrap_or(1.0);
+    // The pair that makes this many turns within the original context.
+    let pair = |turns: f64| dim as f64 * (original as f64 / (turns * std::f64::consts::TAU)).ln() / (2.0 * theta.ln());
+    let (mut low, mut high) = (pair(fast), pair(slow));
+    if scaling.flag("truncate", true)? {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    let (low, mut high) = (low.max(0.0), high.min(dim as f64 - 1.0));
+    if low == high {
+        high += 0.001; // as the reference does against a division by zero
+    }
+    let blend = |(i, freq): (usize, f32)| {
+        let ramp = ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
+        (factor as f32 * freq).recip() * ramp + freq.recip() * (1.0 - ramp)
+    };
+    Ok(Rope { inv_freq: pos_freqs(theta, dim).enumerate().map(blend).collect(), scale: attention as f32 })
+}
+
+/// LongRoPE (arXiv 2402.13753) with the factors for the original context.
+fn longrope(scaling: &RawConfig, theta: f64, dim: usize, original: usize, positions: usize) -> Result<Rope, Error> {
+    let factor = scaling.number_above("factor", 0.0)?.unwrap_or(positions as f64 / original as f64);
+    let attention = match scaling.number_above("attention_factor", 0.0)? {
+        Some(given) => given,
+        None if factor <= 1.0 => 1.0,
+        None if original == 1 => return Err(scaling.invalid("original_max_position_embeddings", "must be above 1")),
+        None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+    };
+    let short: Option<Vec<f32>> = scaling.list("short_factor")?.and_then(|list| {
+        list.iter().map(|value| value.as_f64().filter(|x| x.is_finite() && *x > 0.0).map(|x| x as f32)).collect()
+    });
+    let Some(short) = short.filter(|short| short.len() == dim / 2) else {
+        return Err(scaling.invalid("short_factor", format!("must be a list of {} numbers above 0", dim / 2)));
+    };
+    let inv_freq = pos_freqs(theta, dim).zip(short).map(|(freq, factor)| (factor * freq).recip()).collect();
+    Ok(Rope { inv_freq, scale: attention as f32 })
+}
