@@ -1,1 +1,353 @@
-//! The CPU backend.
+//! The CPU backend: the reference, and the fallback for people without a GPU, so it is fast too.
+//!
+//! One family of operations a file, each backward beside its forward. [`tensor`] says why it has a tensor of its own,
+//! [`gemm`] how products are cut for several threads, [`simd`] how plain loops get wide vectors. Work and sums are always
+//! cut by shape, never by the number of threads, so results do not depend on it.
+
+mod attention;
+mod cross_entropy;
+mod dispatch;
+mod embedding;
+mod gemm;
+mod grouped;
+mod linear;
+mod norm;
+mod parallel;
+mod rope;
+mod route;
+mod simd;
+mod statistics;
+mod swiglu;
+mod tensor;
+mod update;
+mod weight;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+pub use self::dispatch::Dispatch;
+use self::grouped::Group;
+pub use self::rope::Sequences;
+pub use self::route::Routing;
+use self::tensor::Pool;
+pub use self::tensor::Tensor;
+pub use self::weight::Weight;
+use super::{AdamwStep, Backend, ExpertGrad, Heads, HostTensor, Packing, Rope, Stacks};
+
+/// The processors of this machine.
+pub struct Cpu {
+    threads: rayon::ThreadPool,
+    pool: Arc<Pool>,
+}
+
+impl Cpu {
+    /// A backend with its own `threads` threads; 0: one for each core available to the process.
+    ///
+    /// Panics if the operating system refuses to start them.
+    pub fn new(threads: usize) -> Self {
+        let threads = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("cpu-{i}"))
+            .build()
+            .unwrap_or_else(|e| panic!("cannot start {threads} threads: {e}"));
+        Self { threads, pool: Arc::new(Pool::default()) }
+    }
+
+    /// Runs an operation on this backend's threads.
+    fn run<R: Send>(&self, operation: impl FnOnce() -> R + Send) -> R {
+        self.threads.install(operation)
+    }
+}
+
+/// A flat row of f32.
+pub struct Buffer(Vec<f32>);
+
+/// Row numbers, token ids or class ids.
+pub struct Indices(Vec<u32>);
+
+/// Running sums in f64.
+pub struct Scores(Vec<f64>);
+
+/// The rows of each expert with its weights.
+fn groups<'a>(w: &'a Stacks<'a, Weight>, dispatch: &Dispatch) -> Vec<Group<'a>> {
+    let experts = dispatch.offsets.len() - 1;
+    assert!(w.len() == experts, "weights of {} experts, rows of {experts}", w.len());
+    w.iter()
+        .zip(dispatch.offsets.windows(2))
+        .map(|(stack, ends)| Group { rows: ends[0]..ends[1], stack })
+        .filter(|group| !group.rows.is_empty())
+        .collect()
+}
+
+/// A sink's slice and offset.
+fn sink<'a>(dw: Option<(&'a mut Buffer, usize)>) -> Option<(&'a mut [f32], usize)> {
+    dw.map(|(buffer, offset)| (&mut buffer.0[..], offset))
+}
+
+impl Backend for Cpu {
+    type Tensor = Tensor;
+    type Weight = Weight;
+    type Buffer = Buffer;
+    type Indices = Indices;
+    type Sequences = Sequences;
+    type Routing = Routing;
+    type Dispatch = Dispatch;
+    type Scores = Scores;
+
+    // --- moving things -------------------------------------------------------------------------------------------
+
+    fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Tensor {
+        assert!(values.len() == rows * cols, "{} values for a [{rows}, {cols}] tensor", values.len());
+        let mut x = self.pool.take(rows, cols);
+        x.values_mut().copy_from_slice(values);
+        x
+    }
+    fn download(&self, x: &Tensor) -> Vec<f32> {
+        x.values().to_vec()
+    }
+    fn zeros(&self, rows: usize, cols: usize) -> Tensor {
+        self.pool.zeros(rows, cols)
+    }
+    fn shape(&self, x: &Tensor) -> (usize, usize) {
+        (x.rows(), x.cols())
+    }
+    fn indices(&self, values: &[u32]) -> Indices {
+        Indices(values.to_vec())
+    }
+    fn sequences(&self, packing: &Packing, rope: &Rope) -> Sequences {
+        self.run(|| Sequences::new(packing, rope))
+    }
+    fn weight(&self, host: HostTensor) -> Weight {
+        Weight::new(host)
+    }
+    fn weight_host(&self, w: &Weight) -> HostTensor {
+        w.host()
+    }
+    fn buffer(&self, len: usize) -> Buffer {
+        Buffer(vec![0.0; len])
+    }
+    fn buffer_read(&self, b: &Buffer, range: Range<usize>) -> Vec<f32> {
+        b.0[range].to_vec()
+    }
+    fn buffer_write(&self, b: &mut Buffer, offset: usize, values: &[f32]) {
+        b.0[offset..offset + values.len()].copy_from_slice(values);
+    }
+    fn buffer_clear(&self, b: &mut Buffer) {
+        self.run(|| b.0.par_chunks_mut(parallel::CHUNK).for_each(|chunk| chunk.fill(0.0)));
+    }
+    fn scores(&self, n: usize) -> Scores {
+        Scores(vec![0.0; n])
+    }
+    fn scores_take(&self, s: &mut Scores) -> Vec<f64> {
+        let zeros = vec![0.0; s.0.len()];
+        std::mem::replace(&mut s.0, zeros)
+    }
+
+    // --- rows and elements ---------------------------------------------------------------------------------------
+
+    fn add_assign(&self, x: &mut Tensor, y: &Tensor) {
+        y.expect_shape("y", x.rows(), x.cols());
+        self.run(|| update::zip_assign(x.values_mut(), y.values(), |x, y| x + y));
+    }
+    fn gather_rows(&self, x: &Tensor, rows: &Indices) -> Tensor {
+        self.run(|| embedding::gather_rows(self, x, &rows.0))
+    }
+    fn gather_rows_backward(&self, dy: &Tensor, rows: &Indices, dx: &mut Tensor) {
+        self.run(|| embedding::gather_rows_backward(dy, &rows.0, dx));
+    }
+    fn append_rows(&self, x: &mut Tensor, y: &Tensor) {
+        x.append(y);
+    }
+    fn clamp(&self, x: &mut Tensor, limit: f32) {
+        self.run(|| {
+            x.values_mut().par_chunks_mut(parallel::CHUNK).for_each(|chunk| {
+                simd::simd(|| chunk.iter_mut().for_each(|x| *x = x.clamp(-limit, limit)));
+            });
+        });
+    }
+    fn clamp_backward(&self, dy: &mut Tensor, y: &Tensor, limit: f32) {
+        y.expect_shape("y", dy.rows(), dy.cols());
+        self.run(|| update::zip_assign(dy.values_mut(), y.values(), |dy, y| if y.abs() < limit { dy } else { 0.0 }));
+    }
+
+    // --- dense layers --------------------------------------------------------------------------------------------
+
+    fn embedding(&self, ids: &Indices, w: &Weight) -> Tensor {
+        self.run(|| embedding::embedding(self, &ids.0, w))
+    }
+    fn embedding_backward(&self, dy: &Tensor, ids: &Indices, dw: &mut Buffer, offset: usize) {
+        self.run(|| embedding::backward(dy, &ids.0, &mut dw.0[offset..]));
+    }
+    fn rms_norm(&self, x: &Tensor, w: &Weight, eps: f32) -> Tensor {
+        self.run(|| norm::rms_norm(self, x, w, eps))
+    }
+    fn rms_norm_backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Weight,
+        eps: f32,
+        dw: Option<(&mut Buffer, usize)>,
+    ) -> Tensor {
+        let dw = sink(dw);
+        self.run(|| norm::backward(self, dy, x, w, eps, dw))
+    }
+    fn linear(&self, x: &Tensor, w: &Weight, bias: Option<&Weight>) -> Tensor {
+        self.run(|| linear::linear(self, x, w, bias))
+    }
+    fn linear_backward_input(&self, dy: &Tensor, w: &Weight) -> Tensor {
+        self.run(|| linear::backward_input(self, dy, w))
+    }
+    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, dw: &mut Buffer, offset: usize) {
+        self.run(|| linear::backward_weight(dy, x, &mut dw.0, offset));
+    }
+    fn bias_backward(&self, dy: &Tensor, db: &mut Buffer, offset: usize) {
+        self.run(|| linear::bias_backward(dy, &mut db.0, offset));
+    }
+    fn rope(&self, x: &mut Tensor, head_dim: usize, seqs: &Sequences) {
+        self.run(|| rope::rope(x, head_dim, seqs));
+    }
+    fn rope_backward(&self, dy: &mut Tensor, head_dim: usize, seqs: &Sequences) {
+        self.run(|| rope::backward(dy, head_dim, seqs));
+    }
+    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> Tensor {
+        self.run(|| attention::attention(self, q, k, v, seqs, heads))
+    }
+    fn attention_backward(
+        &self,
+        dy: &Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        y: &Tensor,
+        seqs: &Sequences,
+        heads: &Heads,
+    ) -> (Tensor, Tensor, Tensor) {
+        self.run(|| attention::backward(self, dy, q, k, v, y, seqs, heads))
+    }
+    fn swiglu(&self, gate_up: &Tensor) -> Tensor {
+        self.run(|| swiglu::swiglu(self, gate_up))
+    }
+    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Tensor {
+        self.run(|| swiglu::backward(self, dy, gate_up))
+    }
+    fn sigmoid_gate(&self, x: &Tensor, gate: &Tensor) -> Tensor {
+        self.run(|| swiglu::sigmoid_gate(self, x, gate))
+    }
+    fn sigmoid_gate_backward(&self, dy: &Tensor, x: &Tensor, gate: &Tensor) -> (Tensor, Tensor) {
+        self.run(|| swiglu::sigmoid_gate_backward(self, dy, x, gate))
+    }
+
+    // --- routed experts ------------------------------------------------------------------------------------------
+
+    fn route(&self, logits: &Tensor, top_k: usize, renormalize: bool) -> Routing {
+        self.run(|| route::route(self, logits, top_k, renormalize))
+    }
+    fn route_backward(&self, dweights: &Tensor, routing: &Routing) -> Tensor {
+        self.run(|| route::backward(self, dweights, routing))
+    }
+    fn expert_ids(&self, routing: &Routing) -> Vec<u32> {
+        routing.ids.clone()
+    }
+    fn dispatch(&self, routing: &Routing, num_experts: usize) -> Dispatch {
+        Dispatch::new(&routing.ids, routing.top_k(), num_experts)
+    }
+    fn tokens_per_expert(&self, dispatch: &Dispatch) -> Vec<usize> {
+        dispatch.tokens_per_expert()
+    }
+    fn dispatch_rows(&self, x: &Tensor, dispatch: &Dispatch) -> Tensor {
+        self.run(|| dispatch::dispatch_rows(self, x, dispatch))
+    }
+    fn dispatch_rows_backward(&self, dy: &Tensor, dispatch: &Dispatch) -> Tensor {
+        self.run(|| dispatch::dispatch_rows_backward(self, dy, dispatch))
+    }
+    fn grouped_linear(&self, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
+        let outputs = w.first().map_or(0, |stack| stack.iter().map(|w| w.rows()).sum());
+        let mut y = self.pool.take(x.rows(), outputs);
+        self.run(|| grouped::forward(x, &groups(w, dispatch), &mut y));
+        y
+    }
+    fn grouped_linear_backward_input(&self, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
+        let inputs = w.first().and_then(|stack| stack.first()).map_or(0, |w| w.cols());
+        let mut dx = self.pool.take(dy.rows(), inputs);
+        self.run(|| grouped::backward_input(dy, &groups(w, dispatch), &mut dx));
+        dx
+    }
+    fn grouped_linear_backward_weight(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Stacks<'_, Weight>,
+        dispatch: &Dispatch,
+        plan: &[ExpertGrad],
+        dw: &mut Buffer,
+        scores: &mut Scores,
+    ) {
+        let jobs = grouped::planned(&dispatch.offsets, w, plan);
+        self.run(|| grouped::backward_weight(dy, x, &jobs, &mut dw.0, &mut scores.0));
+    }
+    fn combine(&self, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
+        self.run(|| dispatch::combine(self, x, routing, dispatch))
+    }
+    fn combine_backward(&self, dy: &Tensor, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> (Tensor, Tensor) {
+        self.run(|| dispatch::combine_backward(self, dy, x, routing, dispatch))
+    }
+
+    // --- losses and statistics -----------------------------------------------------------------------------------
+
+    fn linear_cross_entropy(&self, x: &Tensor, w: &Weight, targets: &Indices) -> f64 {
+        self.run(|| cross_entropy::forward(x, w, &targets.0))
+    }
+    fn linear_cross_entropy_backward(
+        &self,
+        x: &Tensor,
+        w: &Weight,
+        targets: &Indices,
+        scale: f32,
+        dw: Option<(&mut Buffer, usize)>,
+    ) -> (f64, Tensor) {
+        let dw = sink(dw);
+        self.run(|| cross_entropy::backward(self, x, w, &targets.0, scale, dw))
+    }
+    fn softmax_sum(&self, logits: &Tensor, rows: Range<usize>) -> Vec<f64> {
+        self.run(|| statistics::softmax_sum(logits, rows))
+    }
+    fn softmax_sum_backward(&self, dy: &[f32], logits: &Tensor, rows: Range<usize>, dlogits: &mut Tensor) {
+        self.run(|| statistics::softmax_sum_backward(dy, logits, rows, dlogits));
+    }
+    fn segment_sum(&self, x: &Tensor, segments: &[Range<usize>]) -> Vec<f64> {
+        self.run(|| statistics::segment_sum(x, segments))
+    }
+    fn segment_sum_backward(&self, dy: &[f32], segments: &[Range<usize>], dx: &mut Tensor) {
+        self.run(|| statistics::segment_sum_backward(dy, segments, dx));
+    }
+
+    // --- updates -------------------------------------------------------------------------------------------------
+
+    fn sum_squares(&self, b: &Buffer, range: Range<usize>) -> f64 {
+        self.run(|| update::sum_squares(&b.0[range]))
+    }
+    fn adamw(
+        &self,
+        master: &mut Buffer,
+        m: &mut Buffer,
+        v: &mut Buffer,
+        at: Range<usize>,
+        grad: &Buffer,
+        grad_at: usize,
+        step: &AdamwStep,
+    ) {
+        let grad = &grad.0[grad_at..grad_at + at.len()];
+        let (master, m, v) = (&mut master.0[at.clone()], &mut m.0[at.clone()], &mut v.0[at]);
+        self.run(|| update::adamw(master, m, v, grad, step));
+    }
+    fn set_weight(&self, w: &mut Weight, values: &Buffer, at: Range<usize>) {
+        self.run(|| update::set_weight(w, &values.0[at]));
+    }
+    fn read_weight(&self, w: &Weight, into: &mut Buffer, offset: usize) {
+        let into = &mut into.0[offset..offset + w.len()];
+        self.run(|| update::read_weight(w, into));
+    }
+}

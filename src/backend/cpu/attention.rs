@@ -1,0 +1,270 @@
+//! Causal attention over packed sequences with grouped queries and an optional window.
+//!
+//! One task owns one (sequence, key head) with all query heads that share it, so sums over that group need no atomics
+//! and have one order. Queries are taken in blocks of [`BLOCK`] rows, each against only the keys that some row of it
+//! sees. Scores of a block are kept key by key, its rows contiguous (`[keys, block]`, the transpose of the usual
+//! picture): softmax then runs over all rows of the block at once, one vector lane a row.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::Cpu;
+use super::gemm::{Matrix, MatrixMut, product};
+use super::parallel::{Scratch, Shared};
+use super::rope::Sequences;
+use super::simd::{dot, exp, simd};
+use super::tensor::Tensor;
+use crate::backend::Heads;
+
+/// Query rows of a block: four vectors of AVX-512.
+const BLOCK: usize = 64;
+
+/// What one (sequence, key head) task works on.
+struct Task {
+    queries: Range<usize>,
+    keys: Range<usize>,
+    key_head: usize,
+}
+
+/// A block of queries: rows relative to the sequence's first query, keys relative to its first key.
+struct Block {
+    rows: Range<usize>,
+    /// Keys that some row sees.
+    keys: Range<usize>,
+    /// Position of the block's first row.
+    position: usize,
+    window: usize,
+}
+
+impl Task {
+    /// Longest first, so that no long one is left for the end.
+    fn list(seqs: &Sequences, heads: &Heads) -> Vec<Task> {
+        let p = &seqs.packing;
+        let mut tasks: Vec<Task> = (0..p.len())
+            .flat_map(|s| {
+                (0..heads.keys).map(move |key_head| Task {
+                    queries: p.queries[s]..p.queries[s + 1],
+                    keys: p.keys[s]..p.keys[s + 1],
+                    key_head,
+                })
+            })
+            .filter(|t| !t.keys.is_empty())
+            .collect();
+        for t in &tasks {
+            assert!(t.queries.len() <= t.keys.len(), "{} queries of {} keys", t.queries.len(), t.keys.len());
+        }
+        tasks.sort_by_key(|t| std::cmp::Reverse(t.queries.len() * t.keys.len()));
+        tasks
+    }
+
+    fn blocks(&self, heads: &Heads) -> impl Iterator<Item = Block> {
+        let (n, before) = (self.queries.len(), self.keys.len() - self.queries.len());
+        let window = heads.window.unwrap_or(usize::MAX);
+        assert!(window > 0, "a window of no position");
+        (0..n).step_by(BLOCK).map(move |start| {
+            let rows = start..n.min(start + BLOCK);
+            let position = before + start;
+            Block { keys: (position + 1).saturating_sub(window)..before + rows.end, rows, position, window }
+        })
+    }
+}
+
+impl Block {
+    /// Rows (relative to the block) that see key `j`.
+    #[inline(always)]
+    fn seen_by(&self, j: usize) -> Range<usize> {
+        let first = j.saturating_sub(self.position);
+        let end = j.saturating_add(self.window).saturating_sub(self.position).min(self.rows.len());
+        first..end.max(first)
+    }
+
+    /// Scores `[keys, rows]` → probabilities in place; rows are normalised over the keys they see.
+    #[inline(always)]
+    fn softmax(&self, scores: &mut [f32]) {
+        let n = self.rows.len();
+        let (mut highest, mut total) = ([f32::NEG_INFINITY; BLOCK], [0f32; BLOCK]);
+        for (j, row) in self.keys.clone().zip(scores.chunks_exact_mut(n)) {
+            let seen = self.seen_by(j);
+            row[..seen.start].fill(f32::NEG_INFINITY);
+            row[seen.end..].fill(f32::NEG_INFINITY);
+            for (h, &s) in highest.iter_mut().zip(&*row) {
+                *h = if s > *h { s } else { *h };
+            }
+        }
+        for row in scores.chunks_exact_mut(n) {
+            for ((s, h), t) in row.iter_mut().zip(&highest).zip(&mut total) {
+                *s = exp(*s - h);
+                *t += *s;
+            }
+        }
+        for t in &mut total {
+            *t = 1.0 / *t;
+        }
+        for row in scores.chunks_exact_mut(n) {
+            for (s, t) in row.iter_mut().zip(&total) {
+                *s *= t;
+            }
+        }
+    }
+}
+
+/// Copies the columns of one head of `rows` into contiguous scratch.
+fn gather(x: &Tensor, rows: Range<usize>, head: usize, dim: usize) -> Scratch {
+    let mut out = Scratch::take(rows.len() * dim);
+    for (out, row) in out.chunks_exact_mut(dim).zip(rows) {
+        out.copy_from_slice(&x.row(row)[head * dim..(head + 1) * dim]);
+    }
+    out
+}
+
+/// One head of `rows` as a matrix, in place.
+fn head(x: &Tensor, rows: Range<usize>, head: usize, dim: usize) -> Matrix<'_> {
+    Matrix::new(&x.values()[rows.start * x.cols() + head * dim..], rows.len(), dim, x.cols())
+}
+
+fn check(q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) {
+    assert!(heads.keys > 0 && heads.queries.is_multiple_of(heads.keys), "{heads:?}");
+    let keys = seqs.packing.keys[seqs.packing.len()];
+    q.expect_shape("q", seqs.packing.rows(), heads.queries * heads.dim);
+    k.expect_shape("k", keys, heads.keys * heads.dim);
+    v.expect_shape("v", keys, heads.keys * heads.dim);
+}
+
+/// Probabilities of a block: `[keys, rows]` into `scores`.
+fn probabilities(q: Matrix<'_>, k: &[f32], block: &Block, dim: usize, scores: &mut [f32]) {
+    let (n, m) = (block.rows.len(), block.keys.len());
+    let k = Matrix::new(&k[block.keys.start * dim..], m, dim, dim);
+    product(MatrixMut::new(scores, m, n, n).t(), q, k.t(), 1.0 / (dim as f32).sqrt(), false);
+    simd(|| block.softmax(scores));
+}
+
+pub(super) fn attention(cpu: &Cpu, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> Tensor {
+    check(q, k, v, seqs, heads);
+    let (dim, group) = (heads.dim, heads.queries / heads.keys);
+    let width = q.cols();
+    let mut y = cpu.pool.take(q.rows(), width);
+    let out = Shared::new(y.values_mut());
+    Task::list(seqs, heads).into_par_iter().with_max_len(1).for_each(|task| {
+        let k = gather(k, task.keys.clone(), task.key_head, dim);
+        let v = gather(v, task.keys.clone(), task.key_head, dim);
+        let mut scores = Scratch::take(0);
+        for h in task.key_head * group..(task.key_head + 1) * group {
+            for block in task.blocks(heads) {
+                let (n, m) = (block.rows.len(), block.keys.len());
+                let rows = task.queries.start + block.rows.start..task.queries.start + block.rows.end;
+                scores.resize(m * n);
+                probabilities(head(q, rows.clone(), h, dim), &k, &block, dim, &mut scores);
+                // SAFETY: rows of one sequence, columns of one query head: no other task's.
+                let y = unsafe { MatrixMut::shared(&out, rows.start * width + h * dim, n, dim, width) };
+                let v = Matrix::new(&v[block.keys.start * dim..], m, dim, dim);
+                product(y, Matrix::new(&scores, m, n, n).t(), v, 1.0, false);
+            }
+        }
+    });
+    y
+}
+
+/// With P the probabilities and δ_i = ⟨dy_i, y_i⟩ (Dao, arXiv 2205.14135, appendix B): dV = Pᵀ·dY,
+/// dS = P ∘ (dY·Vᵀ − δ) / sqrt(dim), dQ = dS·K, dK = dSᵀ·Q.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn backward(
+    cpu: &Cpu,
+    dy: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    y: &Tensor,
+    seqs: &Sequences,
+    heads: &Heads,
+) -> (Tensor, Tensor, Tensor) {
+    check(q, k, v, seqs, heads);
+    dy.expect_shape("dy of attention", q.rows(), q.cols());
+    y.expect_shape("y of attention", q.rows(), q.cols());
+    let (dim, group) = (heads.dim, heads.queries / heads.keys);
+    let (width, key_width) = (q.cols(), k.cols());
+    let mut dq = cpu.pool.take(q.rows(), width);
+    let mut dk = cpu.pool.take(k.rows(), key_width);
+    let mut dv = cpu.pool.take(k.rows(), key_width);
+    let (out_q, out_k, out_v) =
+        (Shared::new(dq.values_mut()), Shared::new(dk.values_mut()), Shared::new(dv.values_mut()));
+    Task::list(seqs, heads).into_par_iter().with_max_len(1).for_each(|task| {
+        let k = gather(k, task.keys.clone(), task.key_head, dim);
+        let v = gather(v, task.keys.clone(), task.key_head, dim);
+        let (mut dk, mut dv) = (Scratch::take(k.len()), Scratch::take(k.len()));
+        dk.fill(0.0);
+        dv.fill(0.0);
+        let (mut p, mut ds) = (Scratch::take(0), Scratch::take(0));
+        for h in task.key_head * group..(task.key_head + 1) * group {
+            for block in task.blocks(heads) {
+                let (n, m) = (block.rows.len(), block.keys.len());
+                let rows = task.queries.start + block.rows.start..task.queries.start + block.rows.end;
+                let keys = block.keys.start * dim..block.keys.end * dim;
+                let (q, dy_block) = (head(q, rows.clone(), h, dim), head(dy, rows.clone(), h, dim));
+                p.resize(m * n);
+                ds.resize(m * n);
+                probabilities(q, &k, &block, dim, &mut p);
+                let probabilities = Matrix::new(&p, m, n, n);
+                product(MatrixMut::new(&mut dv[keys.clone()], m, dim, dim), probabilities, dy_block, 1.0, true);
+
+                let values = Matrix::new(&v[keys.clone()], m, dim, dim);
+                product(MatrixMut::new(&mut ds, m, n, n).t(), dy_block, values.t(), 1.0, false);
+                let mut delta = [0f32; BLOCK];
+                simd(|| {
+                    for (delta, row) in delta.iter_mut().zip(rows.clone()) {
+                        let columns = h * dim..(h + 1) * dim;
+                        *delta = dot(&dy.row(row)[columns.clone()], &y.row(row)[columns]) as f32;
+                    }
+                    let scale = 1.0 / (dim as f32).sqrt();
+                    for (ds, p) in ds.chunks_exact_mut(n).zip(p.chunks_exact(n)) {
+                        for ((ds, p), delta) in ds.iter_mut().zip(p).zip(&delta) {
+                            *ds = p * (*ds - delta) * scale;
+                        }
+                    }
+                });
+                let ds = Matrix::new(&ds, m, n, n);
+                product(MatrixMut::new(&mut dk[keys.clone()], m, dim, dim), ds, q, 1.0, true);
+                // SAFETY: rows of one sequence, columns of one query head: no other task's.
+                let dq = unsafe { MatrixMut::shared(&out_q, rows.start * width + h * dim, n, dim, width) };
+                product(dq, ds.t(), Matrix::new(&k[keys], m, dim, dim), 1.0, false);
+            }
+        }
+        for (i, row) in task.keys.clone().enumerate() {
+            let at = row * key_width + task.key_head * dim;
+            // SAFETY: rows of one sequence, columns of one key head: no other task's.
+            let (to_k, to_v) = unsafe { (out_k.slice(at, dim), out_v.slice(at, dim)) };
+            to_k.copy_from_slice(&dk[i * dim..(i + 1) * dim]);
+            to_v.copy_from_slice(&dv[i * dim..(i + 1) * dim]);
+        }
+    });
+    (dq, dk, dv)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_see_what_the_definition_says() {
+        for (queries, keys, window) in
+            [(5, 5, None), (130, 130, Some(3)), (70, 200, Some(64)), (1, 90, None), (3, 9, Some(1))]
+        {
+            let heads = Heads { queries: 1, keys: 1, dim: 2, window };
+            let task = Task { queries: 0..queries, keys: 0..keys, key_head: 0 };
+            let mut rows = 0;
+            for block in task.blocks(&heads) {
+                assert_eq!(block.rows.start, rows);
+                rows = block.rows.end;
+                for i in block.rows.clone() {
+                    let position = keys - queries + i;
+                    for j in 0..keys {
+                        let want = j <= position && window.is_none_or(|w| position - j < w);
+                        let got = block.keys.contains(&j) && block.seen_by(j).contains(&(i - block.rows.start));
+                        assert_eq!(got, want, "query {i} of {queries}, key {j} of {keys}, window {window:?}");
+                    }
+                }
+            }
+            assert_eq!(rows, queries);
+        }
+    }
+}

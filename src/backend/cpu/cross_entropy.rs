@@ -1,0 +1,264 @@
+//! Cross-entropy of a linear head, without its logits.
+//!
+//! It is attention with the head's rows as both keys and values, and is computed like flash attention (Dao, arXiv
+//! 2205.14135): a block of rows walks over tiles of the vocabulary with a running maximum and sum, and the gradient
+//! needs Σ_v p_v·w_v, which is carried along and rescaled when the maximum grows. So each tile of the head is read (and
+//! widened) once and stays in L2 for both of its products, and memory is a block's logits against one tile. Only a
+//! gradient of the head itself needs the logits again.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::Cpu;
+use super::gemm::{Matrix, MatrixMut, product};
+use super::parallel::{Scratch, Shared};
+use super::simd::{axpy, dot, exp, simd};
+use super::tensor::Tensor;
+use super::weight::Weight;
+
+/// Rows of a block: the lanes of its running sums.
+const BLOCK: usize = 128;
+/// Rows that share one pass over the vocabulary; bounds the memory of the partial gradients.
+const STRIP: usize = 4 * BLOCK;
+/// Parts of the vocabulary that are walked in parallel and merged in order.
+const SEGMENTS: usize = 8;
+
+/// Σ over the vocabulary so far, one lane a row: highest logit, Σ e^(logit − highest).
+#[derive(Clone)]
+struct Running {
+    highest: [f32; BLOCK],
+    total: [f64; BLOCK],
+}
+
+impl Running {
+    fn new() -> Self {
+        Self { highest: [f32::NEG_INFINITY; BLOCK], total: [0.0; BLOCK] }
+    }
+
+    /// Takes in a tile of logits `[tile, rows]`, which become e^(logit − highest). Returns what all earlier sums must be
+    /// multiplied with.
+    #[inline(always)]
+    fn absorb(&mut self, logits: &mut [f32], rows: usize) -> [f32; BLOCK] {
+        let mut highest = self.highest;
+        for row in logits.chunks_exact(rows) {
+            for (h, &l) in highest.iter_mut().zip(row) {
+                *h = if l > *h { l } else { *h };
+            }
+        }
+        let mut sums = [0f32; BLOCK];
+        for row in logits.chunks_exact_mut(rows) {
+            for ((l, h), s) in row.iter_mut().zip(&highest).zip(&mut sums) {
+                *l = exp(*l - h);
+                *s += *l;
+            }
+        }
+        let mut rescale = [1f32; BLOCK];
+        for i in 0..rows {
+            // Equal infinities would give NaN.
+            rescale[i] = if self.highest[i] == highest[i] { 1.0 } else { exp(self.highest[i] - highest[i]) };
+            self.total[i] = self.total[i] * f64::from(rescale[i]) + f64::from(sums[i]);
+        }
+        self.highest = highest;
+        rescale
+    }
+}
+
+/// Elements of a tile of the head: 1 MiB of f32, half of a typical L2.
+const TILE: usize = 256 * 1024;
+
+fn tile_rows(d: usize) -> usize {
+    (TILE / d.max(1)).clamp(16, 256)
+}
+
+/// Logits of `rows` rows of x against a tile of the head, `[tile, rows]`.
+fn logits(x: &[f32], rows: usize, w: &[f32], tile: usize, d: usize, out: &mut [f32]) {
+    let (x, w) = (Matrix::new(x, rows, d, d), Matrix::new(w, tile, d, d));
+    product(MatrixMut::new(out, tile, rows, rows).t(), x, w.t(), 1.0, false);
+}
+
+/// Walks rows `block` of x over the vocabulary `segment`; with `mean` (`[rows, D]`) also collects
+/// Σ_v e^(logit_v − highest)·w_v there.
+fn walk(x: &Tensor, block: Range<usize>, w: &Weight, segment: Range<usize>, mut mean: Option<&mut [f32]>) -> Running {
+    let (d, rows) = (x.cols(), block.len());
+    let x = &x.values()[block.start * d..block.end * d];
+    let step = tile_rows(d);
+    let mut running = Running::new();
+    let mut scores = Scratch::take(step * rows);
+    for start in segment.clone().step_by(step) {
+        let tile = step.min(segment.end - start);
+        let w = w.read(start..start + tile);
+        let scores = &mut scores[..tile * rows];
+        logits(x, rows, &w, tile, d, scores);
+        let rescale = simd(|| running.absorb(scores, rows));
+        if let Some(mean) = mean.as_deref_mut() {
+            let first = start == segment.start;
+            if !first && rescale.iter().any(|&r| r != 1.0) {
+                simd(|| {
+                    for (mean, r) in mean.chunks_exact_mut(d).zip(rescale) {
+                        mean.iter_mut().for_each(|m| *m *= r);
+                    }
+                });
+            }
+            let p = Matrix::new(scores, tile, rows, rows);
+            product(MatrixMut::new(mean, rows, d, d), p.t(), Matrix::new(&w, tile, d, d), 1.0, !first);
+        }
+    }
+    running
+}
+
+/// Where a row's parts meet: the highest logit and Σ e^(logit − highest) over the whole vocabulary.
+fn merge(parts: &[Running], lane: usize) -> (f32, f64) {
+    let highest = parts.iter().map(|p| p.highest[lane]).fold(f32::NEG_INFINITY, f32::max);
+    let total = parts.iter().map(|p| p.total[lane] * f64::from(p.highest[lane] - highest).exp()).sum();
+    (highest, total)
+}
+
+fn segments(v: usize) -> Vec<Range<usize>> {
+    let step = v.div_ceil(SEGMENTS).max(1);
+    (0..v).step_by(step).map(|at| at..v.min(at + step)).collect()
+}
+
+fn check(x: &Tensor, w: &Weight, targets: &[u32]) {
+    assert!(x.cols() == w.cols(), "x [{}, {}], head [{}, {}]", x.rows(), x.cols(), w.rows(), w.cols());
+    assert!(x.rows() == targets.len(), "{} rows, {} targets", x.rows(), targets.len());
+    let bad = targets.iter().find(|&&t| t as usize >= w.rows());
+    assert!(bad.is_none(), "target {} of {} classes", bad.unwrap_or(&0), w.rows());
+}
+
+pub(super) fn forward(x: &Tensor, w: &Weight, targets: &[u32]) -> f64 {
+    check(x, w, targets);
+    strips(x.rows()).map(|strip| strip_loss(x, w, targets, strip, None).0).sum()
+}
+
+fn strips(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows).step_by(STRIP).map(move |at| at..rows.min(at + STRIP))
+}
+
+/// Loss of the rows `strip` and, for each row, log Σ e^logit; with `dx` (the strip's rows) and a scale, the gradient.
+fn strip_loss(
+    x: &Tensor,
+    w: &Weight,
+    targets: &[u32],
+    strip: Range<usize>,
+    dx: Option<(&mut [f32], f32, &Cpu)>,
+) -> (f64, Vec<f64>) {
+    let d = x.cols();
+    let segments = segments(w.rows());
+    let blocks: Vec<Range<usize>> = strip.clone().step_by(BLOCK).map(|at| at..strip.end.min(at + BLOCK)).collect();
+    // One partial Σ p·w a (segment, row), side by side by segment.
+    let mut means = dx.as_ref().map(|(_, _, cpu)| cpu.pool.take(segments.len() * strip.len(), d));
+    let shared = means.as_mut().map(|m| Shared::new(m.values_mut()));
+    let tasks: Vec<(usize, usize)> = (0..blocks.len()).flat_map(|b| (0..segments.len()).map(move |s| (b, s))).collect();
+    let parts: Vec<Running> = tasks
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|(b, s)| {
+            let (block, segment) = (blocks[b].clone(), segments[s].clone());
+            let at = (s * strip.len() + block.start - strip.start) * d;
+            // SAFETY: one block of one segment: no other task's.
+            let mean = shared.as_ref().map(|m| unsafe { m.slice(at, block.len() * d) });
+            walk(x, block, w, segment, mean)
+        })
+        .collect();
+    let parts_of = |row: usize| {
+        let i = row - strip.start;
+        (&parts[i / BLOCK * segments.len()..][..segments.len()], i % BLOCK)
+    };
+    let rows: Vec<(f64, f64)> = strip
+        .clone()
+        .into_par_iter()
+        .with_min_len(16)
+        .map(|row| {
+            let (parts, lane) = parts_of(row);
+            let (highest, total) = merge(parts, lane);
+            let log_sum = f64::from(highest) + total.ln();
+            let target = targets[row] as usize;
+            let w = w.read(target..target + 1);
+            (log_sum - simd(|| dot(x.row(row), &w)), log_sum)
+        })
+        .collect();
+    if let (Some((dx, scale, _)), Some(means)) = (dx, &means) {
+        // dx = scale · (Σ_v p_v·w_v − w_target)
+        dx.par_chunks_mut(d).zip(strip.clone()).with_min_len(16).for_each(|(dx, row)| {
+            let (parts, lane) = parts_of(row);
+            let (highest, total) = merge(parts, lane);
+            let target = targets[row] as usize;
+            let w = w.read(target..target + 1);
+            simd(|| {
+                dx.fill(0.0);
+                for (s, part) in parts.iter().enumerate() {
+                    let share = f64::from(part.highest[lane] - highest).exp() / total;
+                    axpy(dx, scale * share as f32, means.row(s * strip.len() + row - strip.start));
+                }
+                axpy(dx, -scale, &w);
+            });
+        });
+    }
+    (rows.iter().map(|r| r.0).sum(), rows.into_iter().map(|r| r.1).collect())
+}
+
+pub(super) fn backward(
+    cpu: &Cpu,
+    x: &Tensor,
+    w: &Weight,
+    targets: &[u32],
+    scale: f32,
+    mut dw: Option<(&mut [f32], usize)>,
+) -> (f64, Tensor) {
+    check(x, w, targets);
+    let d = x.cols();
+    let mut dx = cpu.pool.take(x.rows(), d);
+    let mut loss = 0.0;
+    for strip in strips(x.rows()) {
+        let rows = &mut dx.values_mut()[strip.start * d..strip.end * d];
+        let (part, log_sums) = strip_loss(x, w, targets, strip.clone(), Some((rows, scale, cpu)));
+        loss += part;
+        if let Some((dw, offset)) = &mut dw {
+            let dw = &mut dw[*offset..*offset + w.len()];
+            weight_gradient(x, w, targets, strip, &log_sums, scale, dw);
+        }
+    }
+    (loss, dx)
+}
+
+/// dw += scale · (p − one-hot)ᵀ · x over the rows `strip`, a task for each tile of the vocabulary.
+fn weight_gradient(
+    x: &Tensor,
+    w: &Weight,
+    targets: &[u32],
+    strip: Range<usize>,
+    log_sums: &[f64],
+    scale: f32,
+    dw: &mut [f32],
+) {
+    let (d, rows) = (x.cols(), strip.len());
+    let step = tile_rows(d);
+    let x = &x.values()[strip.start * d..strip.end * d];
+    let log_sums: Vec<f32> = log_sums.iter().map(|&l| l as f32).collect();
+    dw.par_chunks_mut(step * d).enumerate().with_max_len(1).for_each(|(i, dw)| {
+        let (first, tile) = (i * step, dw.len() / d);
+        let w = w.read(first..first + tile);
+        let mut grad = Scratch::take(tile * rows);
+        logits(x, rows, &w, tile, d, &mut grad);
+        simd(|| {
+            for row in grad.chunks_exact_mut(rows) {
+                for (g, l) in row.iter_mut().zip(&log_sums) {
+                    *g = scale * exp(*g - l);
+                }
+            }
+        });
+        for (row, &target) in targets[strip.clone()].iter().enumerate() {
+            if let Some(t) = (target as usize).checked_sub(first).filter(|&t| t < tile) {
+                grad[t * rows + row] -= scale;
+            }
+        }
+        product(
+            MatrixMut::new(dw, tile, d, d),
+            Matrix::new(&grad, tile, rows, rows),
+            Matrix::new(x, rows, d, d),
+            1.0,
+            true,
+        );
+    });
+}

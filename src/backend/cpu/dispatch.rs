@@ -1,0 +1,150 @@
+//! Routed rows sorted by expert, to the experts and back.
+
+use rayon::prelude::*;
+
+use super::Cpu;
+use super::parallel::chunk_rows;
+use super::route::Routing;
+use super::simd::{axpy, dot, simd};
+use super::tensor::Tensor;
+
+/// A stable counting sort of the routed rows (t, k), in order of t·K + k, by expert.
+pub struct Dispatch {
+    /// Expert `e` owns sorted rows `offsets[e]..offsets[e + 1]`; `[E + 1]`.
+    pub(super) offsets: Vec<usize>,
+    /// Sorted row of each (t, k), `[T·K]`.
+    row_of: Vec<u32>,
+    /// t·K + k of each sorted row, `[R]`.
+    slot_of: Vec<u32>,
+    top_k: usize,
+}
+
+impl Dispatch {
+    pub(super) fn new(ids: &[u32], top_k: usize, num_experts: usize) -> Self {
+        let mut offsets = vec![0; num_experts + 1];
+        for &id in ids {
+            assert!((id as usize) < num_experts, "expert {id} of {num_experts}");
+            offsets[id as usize + 1] += 1;
+        }
+        for e in 0..num_experts {
+            offsets[e + 1] += offsets[e];
+        }
+        let mut next = offsets.clone();
+        let mut slot_of = vec![0; ids.len()];
+        let row_of = (0u32..)
+            .zip(ids)
+            .map(|(slot, &id)| {
+                let row = next[id as usize];
+                next[id as usize] += 1;
+                slot_of[row] = slot;
+                row as u32
+            })
+            .collect();
+        Self { offsets, row_of, slot_of, top_k }
+    }
+
+    pub(super) fn tokens_per_expert(&self) -> Vec<usize> {
+        self.offsets.windows(2).map(|w| w[1] - w[0]).collect()
+    }
+
+    fn tokens(&self) -> usize {
+        self.row_of.len() / self.top_k
+    }
+}
+
+pub(super) fn dispatch_rows(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch) -> Tensor {
+    let d = x.cols();
+    x.expect_shape("x to be dispatched", dispatch.tokens(), d);
+    let mut y = cpu.pool.take(dispatch.slot_of.len(), d);
+    y.values_mut()
+        .par_chunks_mut(d)
+        .zip(&dispatch.slot_of)
+        .with_min_len(chunk_rows(d))
+        .for_each(|(row, &slot)| row.copy_from_slice(x.row(slot as usize / dispatch.top_k)));
+    y
+}
+
+/// y\[t\] = Σ_k weight(t·K + k) · x\[row of (t, k)\], k ascending.
+fn weighted_sum(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch, weight: impl Fn(usize) -> f32 + Sync) -> Tensor {
+    let (d, k) = (x.cols(), dispatch.top_k);
+    x.expect_shape("x to be combined", dispatch.row_of.len(), d);
+    let mut y = cpu.pool.take(dispatch.tokens(), d);
+    y.values_mut().par_chunks_mut(d).enumerate().with_min_len(chunk_rows(d * k)).for_each(|(t, y)| {
+        simd(|| {
+            y.fill(0.0);
+            for slot in t * k..(t + 1) * k {
+                axpy(y, weight(slot), x.row(dispatch.row_of[slot] as usize));
+            }
+        });
+    });
+    y
+}
+
+pub(super) fn dispatch_rows_backward(cpu: &Cpu, dy: &Tensor, dispatch: &Dispatch) -> Tensor {
+    weighted_sum(cpu, dy, dispatch, |_| 1.0)
+}
+
+pub(super) fn combine(cpu: &Cpu, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
+    routing.weights.expect_shape("routing weights", dispatch.tokens(), dispatch.top_k);
+    weighted_sum(cpu, x, dispatch, |slot| routing.weights.values()[slot])
+}
+
+/// dx\[row of (t, k)\] = weight(t, k) · dy\[t\]; dweight(t, k) = ⟨dy\[t\], x\[row of (t, k)\]⟩.
+pub(super) fn combine_backward(
+    cpu: &Cpu,
+    dy: &Tensor,
+    x: &Tensor,
+    routing: &Routing,
+    dispatch: &Dispatch,
+) -> (Tensor, Tensor) {
+    let (d, k) = (x.cols(), dispatch.top_k);
+    routing.weights.expect_shape("routing weights", dispatch.tokens(), k);
+    dy.expect_shape("dy of the combined rows", dispatch.tokens(), d);
+    x.expect_shape("x that was combined", dispatch.row_of.len(), d);
+    let mut dx = cpu.pool.take(x.rows(), d);
+    dx.values_mut().par_chunks_mut(d).zip(&dispatch.slot_of).with_min_len(chunk_rows(d)).for_each(|(dx, &slot)| {
+        let weight = routing.weights.values()[slot as usize];
+        simd(|| {
+            for (dx, dy) in dx.iter_mut().zip(dy.row(slot as usize / k)) {
+                *dx = weight * dy;
+            }
+        });
+    });
+    let mut dweights = cpu.pool.take(dispatch.tokens(), k);
+    let slots = dweights.values_mut().par_iter_mut().zip(&dispatch.row_of).enumerate();
+    slots.with_min_len(chunk_rows(d)).for_each(|(slot, (dw, &row))| {
+        *dw = simd(|| dot(dy.row(slot / k), x.row(row as usize))) as f32;
+    });
+    (dx, dweights)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn the_sort_is_a_stable_permutation(
+            top_k in 1usize..5,
+            tokens in 0usize..60,
+            num_experts in 1usize..20,
+            seed in proptest::collection::vec(any::<u32>(), 240),
+        ) {
+            let ids: Vec<u32> = seed[..top_k * tokens].iter().map(|x| x % num_experts as u32).collect();
+            let d = Dispatch::new(&ids, top_k, num_experts);
+            prop_assert_eq!(d.offsets[0], 0);
+            prop_assert_eq!(d.offsets[num_experts], ids.len());
+            for (slot, &row) in d.row_of.iter().enumerate() {
+                prop_assert_eq!(d.slot_of[row as usize] as usize, slot);
+            }
+            for (e, range) in d.offsets.windows(2).enumerate() {
+                let slots = &d.slot_of[range[0]..range[1]];
+                prop_assert!(slots.is_sorted(), "expert {} keeps the order of its tokens", e);
+                prop_assert!(slots.iter().all(|&s| ids[s as usize] as usize == e));
+            }
+            prop_assert_eq!(d.tokens_per_expert().iter().sum::<usize>(), ids.len());
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Rows of the embedding, and rows of activations by number.
+
+use rayon::prelude::*;
+
+use super::Cpu;
+use super::parallel::{Shared, chunk_rows};
+use super::simd::{axpy, simd};
+use super::tensor::Tensor;
+use super::weight::Weight;
+
+pub(super) fn embedding(cpu: &Cpu, ids: &[u32], w: &Weight) -> Tensor {
+    let d = w.cols();
+    let mut y = cpu.pool.take(ids.len(), d);
+    y.values_mut().par_chunks_mut(d).zip(ids).with_min_len(chunk_rows(d)).for_each(|(row, &id)| {
+        assert!((id as usize) < w.rows(), "token id {id} in a vocabulary of {}", w.rows());
+        w.read_into(id as usize * d, row);
+    });
+    y
+}
+
+/// Each row of dw adds its tokens' gradients in the order of the tokens.
+pub(super) fn backward(dy: &Tensor, ids: &[u32], dw: &mut [f32]) {
+    dy.expect_shape("dy of the embedding", ids.len(), dy.cols());
+    scatter_add(dy, ids, dw);
+}
+
+pub(super) fn gather_rows(cpu: &Cpu, x: &Tensor, rows: &[u32]) -> Tensor {
+    let d = x.cols();
+    let mut y = cpu.pool.take(rows.len(), d);
+    y.values_mut()
+        .par_chunks_mut(d)
+        .zip(rows)
+        .with_min_len(chunk_rows(d))
+        .for_each(|(row, &from)| row.copy_from_slice(x.row(from as usize)));
+    y
+}
+
+pub(super) fn gather_rows_backward(dy: &Tensor, rows: &[u32], dx: &mut Tensor) {
+    dy.expect_shape("dy of gathered rows", rows.len(), dx.cols());
+    scatter_add(dy, rows, dx.values_mut());
+}
+
+/// into\[rows\[i\]\] += dy\[i\], in order of i for each row: one task a row, found by a stable sort.
+fn scatter_add(dy: &Tensor, rows: &[u32], into: &mut [f32]) {
+    let d = dy.cols();
+    let mut order: Vec<usize> = (0..rows.len()).collect();
+    order.sort_by_key(|&i| rows[i]);
+    let into = Shared::new(into);
+    let same_row: Vec<&[usize]> = order.chunk_by(|&a, &b| rows[a] == rows[b]).collect();
+    same_row.into_par_iter().with_min_len(chunk_rows(d)).for_each(|same| {
+        // SAFETY: each target row occurs in one element of `same_row` only.
+        let row = unsafe { into.slice(rows[same[0]] as usize * d, d) };
+        simd(|| same.iter().for_each(|&i| axpy(row, 1.0, dy.row(i))));
+    });
+}

@@ -1,0 +1,241 @@
+//! Dense products on one thread: the one place that calls the `gemm` crate, and how work is cut for several threads.
+//!
+//! Products are cut into a grid of tiles by their shapes alone ([`Grid::plan`]); each tile is one task and one call on
+//! one thread. So all experts' tiles form one list, which balances uneven experts and also a single large product, and
+//! no sum depends on the number of threads.
+
+use std::marker::PhantomData;
+
+use ::gemm::Parallelism;
+
+use super::parallel::{Scratch, Shared};
+
+/// A matrix inside a slice, with any strides.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    values: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A row-major matrix whose rows begin `stride` elements apart.
+    pub(super) fn new(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        check(values.len(), rows, cols, stride, 1);
+        Self { values, rows, cols, row_stride: stride, col_stride: 1 }
+    }
+
+    /// The transpose.
+    pub(super) fn t(self) -> Self {
+        let Self { values, rows, cols, row_stride, col_stride } = self;
+        Self { values, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
+    }
+}
+
+/// A matrix to be written.
+pub(super) struct MatrixMut<'a> {
+    start: *mut f32,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+    life: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> MatrixMut<'a> {
+    /// A row-major matrix whose rows begin `stride` elements apart.
+    pub(super) fn new(values: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        check(values.len(), rows, cols, stride, 1);
+        Self { start: values.as_mut_ptr(), rows, cols, row_stride: stride, col_stride: 1, life: PhantomData }
+    }
+
+    /// As [`Self::new`], beginning at element `at` of a slice that other tasks write too.
+    ///
+    /// # Safety
+    /// While the result lives nothing else may access the elements of this matrix.
+    pub(super) unsafe fn shared(
+        values: &'a Shared<'_, f32>,
+        at: usize,
+        rows: usize,
+        cols: usize,
+        stride: usize,
+    ) -> Self {
+        let (start, len) = values.from(at);
+        check(len, rows, cols, stride, 1);
+        Self { start, rows, cols, row_stride: stride, col_stride: 1, life: PhantomData }
+    }
+
+    /// The transpose.
+    pub(super) fn t(self) -> Self {
+        let Self { start, rows, cols, row_stride, col_stride, life } = self;
+        Self { start, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride, life }
+    }
+}
+
+fn check(len: usize, rows: usize, cols: usize, row_stride: usize, col_stride: usize) {
+    let inside = rows == 0 || cols == 0 || (rows - 1) * row_stride + (cols - 1) * col_stride < len;
+    assert!(inside, "a [{rows}, {cols}] matrix of strides ({row_stride}, {col_stride}) in {len} elements");
+}
+
+/// dst = scale · a · b, or dst += scale · a · b, on this thread.
+pub(super) fn product(dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f32, accumulate: bool) {
+    let fits = a.cols == b.rows && dst.rows == a.rows && dst.cols == b.cols;
+    assert!(fits, "[{}, {}] = [{}, {}] · [{}, {}]", dst.rows, dst.cols, a.rows, a.cols, b.rows, b.cols);
+    // SAFETY: all three matrices lie inside their slices (`check`, and transposing keeps the set of elements); dst is
+    // unique (`MatrixMut`), so it overlaps neither a nor b.
+    unsafe {
+        ::gemm::gemm(
+            dst.rows,
+            dst.cols,
+            a.cols,
+            dst.start,
+            dst.col_stride as isize,
+            dst.row_stride as isize,
+            accumulate,
+            a.values.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.values.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}
+
+/// y = x · wᵀ for row-major x `[m, k]`, w `[n, k]`, y `[m, n]`.
+///
+/// The kernel wants one operand contiguous along the rows of a column-major result and packs (transposes) it otherwise.
+/// Written straight into y that operand is w, whose packing costs as much as multiplying about 100 rows; so unless x is
+/// much the taller, yᵀ is made in scratch, which packs x, and then transposed into place.
+pub(super) fn product_nt(y: MatrixMut<'_>, x: Matrix<'_>, w: Matrix<'_>) {
+    let (m, n) = (x.rows, w.rows);
+    if m > 4 * n {
+        return product(y, x, w.t(), 1.0, false);
+    }
+    let mut columns = Scratch::take(m * n);
+    product(MatrixMut::new(&mut columns, n, m, m).t(), x, w.t(), 1.0, false);
+    transpose(&columns, y);
+}
+
+/// Writes the transpose of `columns` (row-major, `[dst.cols, dst.rows]`) into `dst`.
+fn transpose(columns: &[f32], dst: MatrixMut<'_>) {
+    const BLOCK: usize = 16;
+    let (m, n, stride) = (dst.rows, dst.cols, dst.row_stride);
+    assert!(columns.len() == m * n && dst.col_stride == 1);
+    for i0 in (0..m).step_by(BLOCK) {
+        for j0 in (0..n).step_by(BLOCK) {
+            let (height, width) = (BLOCK.min(m - i0), BLOCK.min(n - j0));
+            let mut block = [[0f32; BLOCK]; BLOCK];
+            for j in 0..width {
+                let column = &columns[(j0 + j) * m + i0..][..height];
+                for (row, &x) in block.iter_mut().zip(column) {
+                    row[j] = x;
+                }
+            }
+            for (i, row) in block[..height].iter().enumerate() {
+                // SAFETY: rows i0 .. i0 + height < m and columns j0 .. j0 + width < n of `dst`, which is unique.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(row.as_ptr(), dst.start.add((i0 + i) * stride + j0), width);
+                }
+            }
+        }
+    }
+}
+
+/// How an `[m, n]` result is cut: tiles of `rows` by `cols` (the last ones smaller).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Grid {
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+}
+
+impl Grid {
+    /// Decides between parallelism across products (experts) and inside each.
+    ///
+    /// `heights` are the rows of each product, all of which have `width` columns. Many products: each is cut into few,
+    /// large tiles, which the kernel likes best. Few: tiles shrink until there are [`Self::TASKS`], or they would be too
+    /// small to be efficient. Depends on shapes only.
+    pub(super) fn plan(heights: impl Iterator<Item = usize> + Clone, width: usize) -> Self {
+        let mut grid = Self { rows: Self::LARGEST.rows, cols: Self::LARGEST.cols };
+        let tasks = |g: Grid| heights.clone().map(|m| m.div_ceil(g.rows)).sum::<usize>() * width.div_ceil(g.cols);
+        loop {
+            let smaller = if grid.rows > Self::SMALLEST.rows && grid.rows >= grid.cols {
+                Self { rows: grid.rows / 2, ..grid }
+            } else if grid.cols > Self::SMALLEST.cols {
+                Self { cols: grid.cols / 2, ..grid }
+            } else {
+                return grid;
+            };
+            if tasks(grid) >= Self::TASKS {
+                return grid;
+            }
+            grid = smaller;
+        }
+    }
+
+    /// Enough to keep some tens of cores busy to the end.
+    const TASKS: usize = 64;
+    const LARGEST: Self = Self { rows: 512, cols: 512 };
+    const SMALLEST: Self = Self { rows: 128, cols: 128 };
+
+    /// The tiles of an `[m, n]` result: `(rows, cols)` of each.
+    pub(super) fn tiles(
+        self,
+        m: usize,
+        n: usize,
+    ) -> impl Iterator<Item = (std::ops::Range<usize>, std::ops::Range<usize>)> {
+        let cut = |len: usize, step: usize| (0..len).step_by(step).map(move |at| at..len.min(at + step));
+        cut(n, self.cols).flat_map(move |cols| cut(m, self.rows).map(move |rows| (rows, cols.clone())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 37 + 11) % 17) as f32 - 8.0).collect()
+    }
+
+    #[test]
+    fn products_of_small_integers_are_exact_in_every_orientation() {
+        for (m, n, k) in [(1, 1, 1), (5, 3, 7), (64, 9, 33), (130, 17, 40), (3, 100, 300), (90, 20, 5), (7, 7, 0)] {
+            let (x, w) = (values(m * k), values(n * k));
+            let want: Vec<f32> =
+                (0..m * n).map(|i| (0..k).map(|c| x[i / n * k + c] * w[i % n * k + c]).sum()).collect();
+            let mut y = vec![f32::NAN; m * n];
+            product_nt(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k));
+            assert_eq!(y, want, "{m} {n} {k}");
+            product(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k).t(), 2.0, true);
+            assert!(y.iter().zip(&want).all(|(y, w)| *y == 3.0 * w), "{m} {n} {k}");
+        }
+    }
+
+    #[test]
+    fn tiles_cover_the_result_once() {
+        for (m, n) in [(0, 5), (1, 1), (513, 700), (230, 1024)] {
+            let mut seen = vec![0; m * n];
+            for (rows, cols) in (Grid { rows: 128, cols: 256 }).tiles(m, n) {
+                rows.for_each(|i| cols.clone().for_each(|j| seen[i * n + j] += 1));
+            }
+            assert!(seen.iter().all(|&s| s == 1));
+        }
+    }
+
+    #[test]
+    fn many_experts_get_large_tiles_and_a_single_product_small_ones() {
+        assert_eq!(Grid::plan(std::iter::repeat_n(230, 64), 1024), Grid { rows: 512, cols: 512 });
+        assert_eq!(Grid::plan(std::iter::once(1840), 1024), Grid { rows: 256, cols: 128 });
+        assert_eq!(Grid::plan(std::iter::once(1), 64), Grid { rows: 128, cols: 128 });
+        assert_eq!(Grid::plan(std::iter::once(1 << 16), 4096), Grid { rows: 512, cols: 512 });
+        assert_eq!(Grid::plan(std::iter::empty(), 8), Grid { rows: 128, cols: 128 });
+    }
+}

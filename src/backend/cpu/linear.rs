@@ -1,0 +1,57 @@
+//! Dense layers: y = x · wᵀ + b, the groups of `grouped.rs` with a single group.
+
+use rayon::prelude::*;
+
+use super::Cpu;
+use super::grouped::{self, Group, Sink, WeightGrad};
+use super::parallel::chunk_rows;
+use super::simd::{axpy, simd};
+use super::tensor::Tensor;
+use super::weight::Weight;
+
+pub(super) fn linear(cpu: &Cpu, x: &Tensor, w: &Weight, bias: Option<&Weight>) -> Tensor {
+    let mut y = cpu.pool.take(x.rows(), w.rows());
+    grouped::forward(x, &[Group { rows: 0..x.rows(), stack: &[w] }], &mut y);
+    if let Some(bias) = bias {
+        let n = y.cols();
+        assert!(bias.len() == n, "a bias of {} for {n} outputs", bias.len());
+        let bias = bias.read_all();
+        y.values_mut().par_chunks_mut((chunk_rows(n) * n).max(1)).for_each(|rows| {
+            simd(|| rows.chunks_exact_mut(n).for_each(|row| axpy(row, 1.0, &bias)));
+        });
+    }
+    y
+}
+
+pub(super) fn backward_input(cpu: &Cpu, dy: &Tensor, w: &Weight) -> Tensor {
+    let mut dx = cpu.pool.take(dy.rows(), w.cols());
+    grouped::backward_input(dy, &[Group { rows: 0..dy.rows(), stack: &[w] }], &mut dx);
+    dx
+}
+
+pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, dw: &mut [f32], offset: usize) {
+    assert!(dy.rows() == x.rows(), "dy has {} rows, x {}", dy.rows(), x.rows());
+    let job = WeightGrad { rows: 0..x.rows(), out: 0..dy.cols(), sink: Sink::Add(offset) };
+    grouped::backward_weight(dy, x, &[job], dw, &mut []);
+}
+
+/// db += column sums, rows in order within fixed chunks, chunks in order.
+pub(super) fn bias_backward(dy: &Tensor, db: &mut [f32], offset: usize) {
+    add_row_sums(dy.rows(), &mut db[offset..offset + dy.cols()], |row, sums| axpy(sums, 1.0, dy.row(row)));
+}
+
+/// into += Σ over rows of what `add(row, sums)` adds: partial sums of fixed chunks of rows, added in order.
+pub(super) fn add_row_sums(rows: usize, into: &mut [f32], add: impl Fn(usize, &mut [f32]) + Sync) {
+    const ROWS: usize = 64;
+    let partial: Vec<Vec<f32>> = (0..rows.div_ceil(ROWS))
+        .into_par_iter()
+        .map(|chunk| {
+            let mut sums = vec![0.0; into.len()];
+            simd(|| (chunk * ROWS..rows.min((chunk + 1) * ROWS)).for_each(|row| add(row, &mut sums)));
+            sums
+        })
+        .collect();
+    for sums in &partial {
+        axpy(into, 1.0, sums);
+    }
+}

@@ -1,0 +1,75 @@
+//! What changes parameters: norms, AdamW, and copies between stored weights and buffers.
+
+use rayon::prelude::*;
+
+use super::parallel::CHUNK;
+use super::simd::simd;
+use super::weight::Weight;
+use crate::backend::{AdamwStep, encode_into};
+
+/// In f64 throughout: a square of a finite f32 never overflows, so the sum is finite exactly if every entry is.
+pub(super) fn sum_squares(values: &[f32]) -> f64 {
+    let partial: Vec<f64> = values
+        .par_chunks(CHUNK)
+        .map(|chunk| {
+            simd(|| {
+                let mut lanes = [0f64; 32];
+                let (groups, rest) = chunk.as_chunks::<32>();
+                for group in groups {
+                    for i in 0..32 {
+                        let x = f64::from(group[i]);
+                        lanes[i] += x * x;
+                    }
+                }
+                lanes.iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
+            })
+        })
+        .collect();
+    partial.iter().sum()
+}
+
+pub(super) fn adamw(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], step: &AdamwStep) {
+    let &AdamwStep { lr, beta1, beta2, eps, weight_decay, step: t, grad_scale } = step;
+    assert!(t >= 1, "AdamW's steps count from 1");
+    // Scalars in f64, as PyTorch has them; only what meets an element is rounded.
+    let (correct1, correct2) = (1.0 - f64::from(beta1).powf(t as f64), 1.0 - f64::from(beta2).powf(t as f64));
+    let keep = (1.0 - f64::from(lr) * f64::from(weight_decay)) as f32;
+    let rate = (f64::from(lr) / correct1) as f32;
+    let root = correct2.sqrt() as f32;
+    let (take1, take2) = ((1.0 - f64::from(beta1)) as f32, (1.0 - f64::from(beta2)) as f32);
+    let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
+    let chunks = master.par_chunks_mut(CHUNK).zip(moments).zip(grad.par_chunks(CHUNK));
+    chunks.for_each(|((w, (m, v)), grad)| {
+        simd(|| {
+            for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(grad) {
+                let g = g * grad_scale;
+                *m += (g - *m) * take1;
+                *v = *v * beta2 + take2 * (g * g);
+                *w = *w * keep - rate * (*m / (v.sqrt() / root + eps));
+            }
+        });
+    });
+}
+
+pub(super) fn set_weight(w: &mut Weight, values: &[f32]) {
+    assert!(values.len() == w.len(), "{} values for a parameter [{}, {}]", values.len(), w.rows(), w.cols());
+    let dtype = w.dtype();
+    let chunks = w.bytes_mut().par_chunks_mut(CHUNK * dtype.size());
+    chunks.zip(values.par_chunks(CHUNK)).for_each(|(bytes, values)| encode_into(dtype, values, bytes));
+}
+
+pub(super) fn read_weight(w: &Weight, into: &mut [f32]) {
+    into.par_chunks_mut(CHUNK).enumerate().for_each(|(i, chunk)| w.read_into(i * CHUNK, chunk));
+}
+
+/// The element-wise operations on tensors.
+pub(super) fn zip_assign(x: &mut [f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
+    assert!(x.len() == y.len(), "{} and {} elements", x.len(), y.len());
+    x.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(x, y)| {
+        simd(|| {
+            for (x, y) in x.iter_mut().zip(y) {
+                *x = f(*x, *y);
+            }
+        });
+    });
+}
