@@ -17,14 +17,14 @@ pub mod tiny;
 mod transformer;
 mod weights;
 
+pub use attention::KvCache;
 pub use claim::Error as ClaimError;
 pub use config::{Error as ConfigError, LayerKind, ModelConfig, QkNorm};
 pub use families::{FAMILIES, Family};
+pub use feed_forward::{Observer, Routed};
 pub use hub::{Error as HubError, HubCache};
 pub use params::{Count, Group, ParamId, ParamKind, ParamSpec, ParamTable, Proj};
-pub use safetensors::{Header, HeaderError, StoredDtype, TensorInfo, write_header};
-pub use weights::{Checkpoint, Error as WeightsError, Shard, safe_file};
-pub use attention::KvCache;
-pub use feed_forward::{Observer, Routed};
 pub use plan::{GradPlan, expert_params};
+pub use safetensors::{Header, HeaderError, StoredDtype, TensorInfo, write_header};
 pub use transformer::{Forward, ForwardOptions, Inputs, LossGrads, Model, PassEnd, RouterGrad, Sinks};
+pub use weights::{Checkpoint, Error as WeightsError, Shard, safe_file};

@@ -13,3 +13,23 @@ mod trainer;
 mod verify;
 
 pub use train::{TrainSummary, identify, train};
+
+use crate::config::{CheckArgs, CompareArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs, RunConfig};
+use crate::exit::{self, Failure, Result};
+use crate::ui::Ui;
+fn absent() -> Result<()> {
+    Err(Failure::new(exit::INTERNAL, "not yet"))
+}
+macro_rules! commands {
+    ($($name:ident($($arg:ident: $kind:ty),*);)*) => {
+        $(#[doc = "See the command of this name."] pub fn $name($($arg: $kind),*) -> Result<()> { $(_ = $arg;)* absent() })*
+    };
+}
+commands! {
+    eval(args: &EvalArgs, ui: &Ui);
+    report(args: &ReportArgs, ui: &Ui);
+    compare(config: &RunConfig, args: &CompareArgs, ui: &Ui);
+    export(args: &ExportArgs, ui: &Ui);
+    check(config: &RunConfig, args: &CheckArgs, ui: &Ui);
+    quickstart(args: &QuickstartArgs, ui: &Ui);
+}

@@ -43,6 +43,11 @@ impl Dispatch {
         Self { offsets, row_of, slot_of, top_k }
     }
 
+    /// All rows in one group, in their order. For grouped products only: there are no tokens behind these rows.
+    pub(super) fn one_group(rows: usize) -> Self {
+        Self { offsets: vec![0, rows], row_of: Vec::new(), slot_of: Vec::new(), top_k: 1 }
+    }
+
     pub(super) fn tokens_per_expert(&self) -> Vec<usize> {
         self.offsets.windows(2).map(|w| w[1] - w[0]).collect()
     }
@@ -64,56 +69,51 @@ pub(super) fn dispatch_rows(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch) -> Tenso
     y
 }
 
-/// y\[t\] = Σ_k weight(t·K + k) · x\[row of (t, k)\], k ascending.
-fn weighted_sum(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch, weight: impl Fn(usize) -> f32 + Sync) -> Tensor {
+/// y\[t\] = Σ_k x\[row of (t, k)\], k ascending.
+pub(super) fn combine_rows(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch) -> Tensor {
     let (d, k) = (x.cols(), dispatch.top_k);
     x.expect_shape("x to be combined", dispatch.row_of.len(), d);
     let mut y = cpu.pool.take(dispatch.tokens(), d);
     y.values_mut().par_chunks_mut(d).enumerate().with_min_len(chunk_rows(d * k)).for_each(|(t, y)| {
         simd(|| {
             y.fill(0.0);
-            for slot in t * k..(t + 1) * k {
-                axpy(y, weight(slot), x.row(dispatch.row_of[slot] as usize));
+            for &row in &dispatch.row_of[t * k..(t + 1) * k] {
+                axpy(y, 1.0, x.row(row as usize));
             }
         });
     });
     y
 }
 
-pub(super) fn dispatch_rows_backward(cpu: &Cpu, dy: &Tensor, dispatch: &Dispatch) -> Tensor {
-    weighted_sum(cpu, dy, dispatch, |_| 1.0)
-}
-
-pub(super) fn combine(cpu: &Cpu, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
+/// y\[row of (t, k)\] = weight(t, k) · x\[row of (t, k)\].
+pub(super) fn weight_rows(cpu: &Cpu, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
+    let f = x.cols();
     routing.weights.expect_shape("routing weights", dispatch.tokens(), dispatch.top_k);
-    weighted_sum(cpu, x, dispatch, |slot| routing.weights.values()[slot])
+    x.expect_shape("x to be weighted", dispatch.slot_of.len(), f);
+    let mut y = cpu.pool.take(x.rows(), f);
+    let rows = y.values_mut().par_chunks_mut(f).zip(x.values().par_chunks(f)).zip(&dispatch.slot_of);
+    rows.with_min_len(chunk_rows(f)).for_each(|((y, x), &slot)| {
+        let weight = routing.weights.values()[slot as usize];
+        simd(|| y.iter_mut().zip(x).for_each(|(y, x)| *y = weight * x));
+    });
+    y
 }
 
-/// dx\[row of (t, k)\] = weight(t, k) · dy\[t\]; dweight(t, k) = ⟨dy\[t\], x\[row of (t, k)\]⟩.
-pub(super) fn combine_backward(
+/// dx = the same of dy; dweight(t, k) = ⟨dy, x⟩ of the row of (t, k).
+pub(super) fn weight_rows_backward(
     cpu: &Cpu,
     dy: &Tensor,
     x: &Tensor,
     routing: &Routing,
     dispatch: &Dispatch,
 ) -> (Tensor, Tensor) {
-    let (d, k) = (x.cols(), dispatch.top_k);
-    routing.weights.expect_shape("routing weights", dispatch.tokens(), k);
-    dy.expect_shape("dy of the combined rows", dispatch.tokens(), d);
-    x.expect_shape("x that was combined", dispatch.row_of.len(), d);
-    let mut dx = cpu.pool.take(x.rows(), d);
-    dx.values_mut().par_chunks_mut(d).zip(&dispatch.slot_of).with_min_len(chunk_rows(d)).for_each(|(dx, &slot)| {
-        let weight = routing.weights.values()[slot as usize];
-        simd(|| {
-            for (dx, dy) in dx.iter_mut().zip(dy.row(slot as usize / k)) {
-                *dx = weight * dy;
-            }
-        });
-    });
-    let mut dweights = cpu.pool.take(dispatch.tokens(), k);
-    let slots = dweights.values_mut().par_iter_mut().zip(&dispatch.row_of).enumerate();
-    slots.with_min_len(chunk_rows(d)).for_each(|(slot, (dw, &row))| {
-        *dw = simd(|| dot(dy.row(slot / k), x.row(row as usize))) as f32;
+    let f = x.cols();
+    dy.expect_shape("dy of the weighted rows", x.rows(), f);
+    let dx = weight_rows(cpu, dy, routing, dispatch);
+    let mut dweights = cpu.pool.take(dispatch.tokens(), dispatch.top_k);
+    let slots = dweights.values_mut().par_iter_mut().zip(&dispatch.row_of);
+    slots.with_min_len(chunk_rows(f)).for_each(|(dw, &row)| {
+        *dw = simd(|| dot(dy.row(row as usize), x.row(row as usize))) as f32;
     });
     (dx, dweights)
 }

@@ -55,6 +55,11 @@ impl Cpu {
         Self { threads, pool: Arc::new(Pool::default()) }
     }
 
+    /// Threads that operations run on.
+    pub fn threads(&self) -> usize {
+        self.threads.current_num_threads()
+    }
+
     /// Runs an operation on this backend's threads.
     fn run<R: Send>(&self, operation: impl FnOnce() -> R + Send) -> R {
         self.threads.install(operation)
@@ -254,14 +259,17 @@ impl Backend for Cpu {
     fn dispatch(&self, routing: &Routing, num_experts: usize) -> Dispatch {
         Dispatch::new(&routing.ids, routing.top_k(), num_experts)
     }
+    fn one_group(&self, rows: usize) -> Dispatch {
+        Dispatch::one_group(rows)
+    }
     fn tokens_per_expert(&self, dispatch: &Dispatch) -> Vec<usize> {
         dispatch.tokens_per_expert()
     }
     fn dispatch_rows(&self, x: &Tensor, dispatch: &Dispatch) -> Tensor {
         self.run(|| dispatch::dispatch_rows(self, x, dispatch))
     }
-    fn dispatch_rows_backward(&self, dy: &Tensor, dispatch: &Dispatch) -> Tensor {
-        self.run(|| dispatch::dispatch_rows_backward(self, dy, dispatch))
+    fn combine_rows(&self, x: &Tensor, dispatch: &Dispatch) -> Tensor {
+        self.run(|| dispatch::combine_rows(self, x, dispatch))
     }
     fn grouped_linear(&self, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
         let outputs = w.first().map_or(0, |stack| stack.iter().map(|w| w.rows()).sum());
@@ -288,11 +296,17 @@ impl Backend for Cpu {
         let jobs = grouped::planned(&dispatch.offsets, w, plan);
         self.run(|| grouped::backward_weight(dy, x, &jobs, &mut dw.0, &mut scores.0));
     }
-    fn combine(&self, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
-        self.run(|| dispatch::combine(self, x, routing, dispatch))
+    fn weight_rows(&self, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
+        self.run(|| dispatch::weight_rows(self, x, routing, dispatch))
     }
-    fn combine_backward(&self, dy: &Tensor, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> (Tensor, Tensor) {
-        self.run(|| dispatch::combine_backward(self, dy, x, routing, dispatch))
+    fn weight_rows_backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        routing: &Routing,
+        dispatch: &Dispatch,
+    ) -> (Tensor, Tensor) {
+        self.run(|| dispatch::weight_rows_backward(self, dy, x, routing, dispatch))
     }
 
     // --- losses and statistics -----------------------------------------------------------------------------------
