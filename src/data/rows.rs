@@ -95,7 +95,9 @@ impl<'a> Rows<'a> {
             Err(e) => {
                 let what = e.to_string();
                 let what = what.split(" at line ").next().unwrap_or_default();
-                let hint = if self.form == Form::Lines && e.is_eof() {
+                let hint = if self.form != Form::Lines && what.contains("trailing characters") {
+                    "; is a comma missing between rows?"
+                } else if self.form == Form::Lines && e.is_eof() {
                     "; a file is a JSON array of rows, or holds each row on one line"
                 } else if what.contains("surrogate") {
                     "; half of a surrogate pair is no character: write the character itself, or remove it"
@@ -119,23 +121,20 @@ impl<'a> Rows<'a> {
 
     fn next_element(&mut self, first: bool) -> Option<Result<(usize, Map<String, Value>), Error>> {
         self.skip_space();
-        match (self.byte(), first) {
-            (Some(b']'), _) => {
+        match self.byte() {
+            Some(b']') => {
                 self.at += 1;
                 self.skip_space();
                 self.form = Form::Done;
                 let line = self.line;
                 return self.byte().map(|_| Err(self.problem(line, "something follows the array's closing bracket")));
             }
-            (Some(b','), false) => {
+            Some(b',') if !first => {
                 self.at += 1;
                 self.skip_space();
             }
-            (Some(_), true) => {}
-            (Some(_), false) => {
-                return Some(Err(self.problem(self.line, "a comma or a closing bracket is missing after a row")));
-            }
-            (None, _) => {
+            Some(_) => {}
+            None => {
                 return Some(Err(self.problem(self.line, "the array has no closing bracket: is the file cut off?")));
             }
         }
@@ -213,7 +212,7 @@ mod tests {
             ("{\"a\":1}\n[1]", "f:2: a row should be an object, not a list"),
             ("{\"a\":1}\n{\"a\":", "f:2: not JSON: EOF while parsing a value"),
             ("{\n\"a\":1}", "holds each row on one line"),
-            ("[{\"a\":1}\n{\"a\":2}]", "f:1: not JSON: trailing characters"),
+            ("[{\"a\":1}\n{\"a\":2}]", "f:2: not JSON: trailing characters (column 1); is a comma missing"),
             ("[{\"a\":1},\n\n]", "f:3: not JSON: EOF"),
             ("[{\"a\":1},\n{\"a\":\n\n oops}]", "f:4: not JSON: expected value"),
             ("[{\"a\":1}", "f:1: the array has no closing bracket"),
