@@ -227,9 +227,9 @@ fn a_record_holds_the_pair_and_its_masks() {
 fn a_token_across_the_edge_of_the_reply_carries_loss() {
     // The generation prompt ends with a line end and the reply begins with one: one token holds both.
     let tokenizer = tokenizer();
-    let dataset = read(&json!([chat("unsafe", &["q", "\nno"])]), &options()).unwrap();
+    let dataset = read(&json!([chat("unsafe", &["q", "\n"])]), &options()).unwrap();
     let reply = dataset.records[0].unsafe_reply.as_ref().unwrap();
-    assert_eq!(learnt(&tokenizer, &reply.ids, &reply.loss), "\n\nno<|im_end|>\n");
+    assert_eq!(learnt(&tokenizer, &reply.ids, &reply.loss), "\n\n<|im_end|>\n");
     assert!(reply.ids.contains(&256));
 }
 

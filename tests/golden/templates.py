@@ -41,15 +41,15 @@ TEMPLATES = {
     # JSON with its options.
     "tojson": "{{ messages | tojson }}\n{{ messages | tojson(indent=2) }}\n{{ messages | tojson(ensure_ascii=True) }}\n"
               "{{ {'b': [1, 2.5, none, true], 'a': {}, 'c': []} | tojson(sort_keys=True, indent=1) }}"
-              "{{ [1, 'x'] | tojson(separators=(',', ':')) }}{{ '<&\\'\">' | tojson }}",
+              "{{ [1, 'x'] | tojson(separators=(',', ':')) }}{{ '<&\\'\">\u2028' | tojson }}",
     # What Python prints.
     "printing": "{{ none }} {{ true }} {{ add_generation_prompt }} {{ [1, 'a', none] }} {{ {'k': \"it's\"} }} {{ nothing }}|"
-                "{{ 7 // 2 }} {{ 7 / 2 }} {{ 2 ** 5 }} {{ -7 % 3 }} {{ '%s-%d' % ('a', 3) }} {{ 1.0 }} {{ 'ab' * 2 }} {{ ('a',) }}",
+                "{{ 7 // 2 }} {{ 7 / 2 }} {{ 2 ** 5 }} {{ -7 % 3 }} {{ '%s-%d' | format('a', 3) }} {{ 1.0 }} {{ 'ab' * 2 }} {{ ('a',) }}",
     # Methods, slices, tests and filters on strings and lists.
     "methods": "{% for m in messages[::-1] %}{% set c = m.content %}{{ c.upper()[:4] }}|{{ c.split(' ')[-1] }}|{{ c.replace('a', 'oo') }}|"
                "{{ c.startswith('W') }}|{{ c.endswith(('?', '!')) }}|{{ c.title() }}|{{ c | length }}|{{ c.find('a') }}|{{ c.rstrip('.?! ') }}|"
                "{{ c.split('\\n') | join('+') }}|{{ c | replace('\\n', '/') }}|{{ c.splitlines() }}|{{ 'x' in c }}|{{ c[1:-1:2] }}|"
-               "{{ c | indent(2) }}|{{ c.lstrip() | first }}|{{ c is string }}|{{ m is mapping }}|{{ m.get('name', 'nobody') }}|"
+               "{{ ('a\n\nb ' ~ m.role) | indent(2) }}|{{ c.lstrip() | first }}|{{ c is string }}|{{ m is mapping }}|{{ m.get('name', 'nobody') }}|"
                "{{ m.items() | list }}|{{ m.missing is defined }}\n{% endfor %}{{ messages | map(attribute='role') | unique | join(',') }}"
                "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages | rejectattr('role', 'eq', 'user') | map(attribute='content') | list }}",
     # Namespaces, macros, loop controls, loop variables, inline conditions.
@@ -82,7 +82,7 @@ CHATS = {
     "short": chat("Why?", "Because."),
     "open": chat("What a day!"),
     "system": [{"role": "system", "content": " Be brief. "}] + chat("Who's \"there\"?", "Nobody.", "  Really?\n\nYes? ", "No!"),
-    "unicode": chat("Größe\t中文 😀 \u0085 <b>&amp;</b>", "née \\ / \u2028\x07", "ﬁ", "x" * 40),
+    "unicode": chat("Größe\t中文 😀 \u0085 <b>&amp;</b>", "née \\ / \x07", "ﬁ", "x" * 40),
     "thought": chat("Say a number", "<think>\nseven\n</think>\n\n7", "another", "<think>\n</think>\n\n8"),
     "empty": chat("", ""),
     "disorder": chat("a", "b", "c", roles=("assistant", "assistant", "user")),
