@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use moewarden::data::{
     ChatTemplate, ChatTokenizer, DataOptions, Dataset, DropReason, Error, Kind, LongRows, LossOn, Message, MicroBatch,
-    samples_for_people,
+    micro_batches, order, samples_for_people,
 };
 use moewarden::exit::{self, Coded};
 use proptest::prelude::*;
@@ -361,6 +361,31 @@ proptest! {
     }
 }
 
+#[test]
+fn packed_micro_batches_predict_each_target_from_the_token_before_it() {
+    let dataset =
+        read(&json!([attack("g", "a"), chat("unsafe", &["q", "no"]), chat("unsafe", &["r", "never"])]), &options());
+    let dataset = dataset.unwrap();
+    for batch in micro_batches(&order(3, true, 5, 0), 2) {
+        let examples: Vec<_> = batch.iter().map(|i| dataset.records[*i].unsafe_reply.as_ref().unwrap()).collect();
+        let packed = MicroBatch::of_examples(examples.iter().copied());
+        assert_eq!(packed.packing.len(), examples.len());
+        for (s, example) in examples.iter().enumerate() {
+            let rows = packed.rows_of(s..s + 1);
+            assert_eq!(packed.ids[rows.clone()], example.ids);
+            assert_eq!(packed.is_response[rows.clone()], example.loss);
+            let mine = packed.loss_rows.iter().zip(&packed.targets).filter(|(row, _)| rows.contains(&(**row as usize)));
+            let mine: Vec<_> = mine.map(|(row, target)| (*row as usize - rows.start + 1, *target)).collect();
+            let wanted: Vec<_> =
+                (1..example.ids.len()).filter(|t| example.loss[*t]).map(|t| (t, example.ids[t])).collect();
+            assert_eq!(mine, wanted);
+        }
+    }
+    let prompts = dataset.records.iter().map(|r| r.unsafe_prompt.as_deref().unwrap());
+    let packed = MicroBatch::of_prompts(prompts.clone());
+    assert_eq!((packed.ids, packed.targets.len()), (prompts.collect::<Vec<_>>().concat(), 0));
+}
+
 // --- files that are not what they should be ------------------------------------------------------------------------------
 
 #[test]
@@ -432,8 +457,14 @@ fn the_template_comes_from_the_nearest_place() {
     fs::write(folder.path().join("chat_template.jinja"), "J").unwrap();
     assert_eq!(render(None).unwrap(), "J");
     let given = folder.path().join("mine");
-    fs::write(&given, "M{{ bos_token }}").unwrap();
-    assert_eq!(render(Some(&given)).unwrap(), "M");
+    // The older file's tokens count where the newer one says nothing.
+    fs::write(
+        folder.path().join("special_tokens_map.json"),
+        r#"{"bos_token": "<s>", "unk_token": {"content": "<u>"}}"#,
+    )
+    .unwrap();
+    fs::write(&given, "M{{ bos_token }}{{ unk_token }}{{ eos_token }}").unwrap();
+    assert_eq!(render(Some(&given)).unwrap(), "M<u><|im_end|>");
     assert_eq!(render(Some(Path::new("nowhere"))).unwrap_err().exit_code(), exit::NO_INPUT);
 }
 

@@ -7,6 +7,9 @@ use serde_json::{Map, Value};
 
 use super::Error;
 
+/// A row and the 1-based line of its first character, or what is wrong with it.
+type RawRow = Result<(usize, Map<String, Value>), Error>;
+
 /// The text of a data file: UTF-8, without its byte order mark.
 ///
 /// # Errors
@@ -86,7 +89,7 @@ impl<'a> Rows<'a> {
     }
 
     /// The row of `self.text[self.at..end]`, moving past it.
-    fn row(&mut self, end: usize) -> Result<(usize, Map<String, Value>), Error> {
+    fn row(&mut self, end: usize) -> RawRow {
         let (line, text) = (self.line, &self.text[self.at..end]);
         self.advance(end);
         match serde_json::from_str(text) {
@@ -99,6 +102,8 @@ impl<'a> Rows<'a> {
                     "; is a comma missing between rows?"
                 } else if self.form == Form::Lines && e.is_eof() {
                     "; a file is a JSON array of rows, or holds each row on one line"
+                } else if text.contains("NaN") || text.contains("Infinity") {
+                    "; NaN and Infinity are no JSON: write null"
                 } else if what.contains("surrogate") {
                     "; half of a surrogate pair is no character: write the character itself, or remove it"
                 } else {
@@ -109,7 +114,7 @@ impl<'a> Rows<'a> {
         }
     }
 
-    fn next_line(&mut self) -> Option<Result<(usize, Map<String, Value>), Error>> {
+    fn next_line(&mut self) -> Option<RawRow> {
         self.skip_space();
         let rest = &self.text[self.at..];
         if rest.is_empty() {
@@ -119,7 +124,7 @@ impl<'a> Rows<'a> {
         Some(self.row(end))
     }
 
-    fn next_element(&mut self, first: bool) -> Option<Result<(usize, Map<String, Value>), Error>> {
+    fn next_element(&mut self, first: bool) -> Option<RawRow> {
         self.skip_space();
         match self.byte() {
             Some(b']') => {
@@ -145,7 +150,7 @@ impl<'a> Rows<'a> {
 }
 
 impl Iterator for Rows<'_> {
-    type Item = Result<(usize, Map<String, Value>), Error>;
+    type Item = RawRow;
 
     fn next(&mut self) -> Option<Self::Item> {
         match self.form {
@@ -219,6 +224,7 @@ mod tests {
             ("[{\"a\":1}]\n{}", "f:2: something follows"),
             ("[{\"a\":\"\\ud800\"}]", "half of a surrogate pair"),
             ("{\"a\":\"\0\"}", "control character"),
+            ("{\"a\":NaN}", "write null"),
         ] {
             let error = read(text).unwrap_err();
             assert!(error.contains(message), "{text:?} gave {error:?}, expected {message:?}");
