@@ -104,7 +104,7 @@ impl<'a> Rows<'a> {
                     "; a file is a JSON array of rows, or holds each row on one line"
                 } else if text.contains("NaN") || text.contains("Infinity") {
                     "; NaN and Infinity are no JSON: write null"
-                } else if what.contains("surrogate") {
+                } else if what.contains("hex escape") {
                     "; half of a surrogate pair is no character: write the character itself, or remove it"
                 } else {
                     ""
