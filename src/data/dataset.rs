@@ -9,6 +9,7 @@ use super::kinds::{self, Parsed, Row, Side};
 use super::mask;
 use super::report::{DataReport, DropReason};
 use super::rows::{self, Rows};
+use super::tokenizer::Encoded;
 use super::{ChatTokenizer, Error, Example, LongRows, LossOn, Record};
 
 /// How a file is read.
@@ -26,7 +27,7 @@ pub struct DataOptions {
     pub keep_failed: bool,
     /// The reply to unsafe prompts of rows that bring none.
     pub safe_response: String,
-    /// A template to use instead of the model's.
+    /// A template to use instead of the model's; it is for [`ChatTokenizer::open`], and rides along with the rest.
     pub chat_template: Option<PathBuf>,
 }
 
@@ -201,10 +202,13 @@ impl Build<'_> {
 
     /// The turns before the reply, ending with the generation prompt.
     fn prompt(&self, line: usize, side: &Side) -> Result<Fit<Vec<u32>>, Error> {
-        let text = self.tokenizer.render(&side.messages[..side.prompt], true).map_err(|e| self.wrong(line, e))?;
-        if self.tokenizer.is_hopeless(&text, self.options.max_length) {
-            return self.too_long(line, format_args!("a prompt of {} bytes", text.len()));
+        let messages = &side.messages[..side.prompt];
+        // A line of a gigabyte is left out, whatever the rule, without being rendered.
+        let bytes = messages.iter().map(|m| m.content.len()).sum();
+        if self.tokenizer.is_hopeless(bytes, self.options.max_length) {
+            return self.too_long(line, format_args!("a prompt of {bytes} bytes"));
         }
+        let text = self.tokenizer.render(messages, true).map_err(|e| self.wrong(line, e))?;
         let mut ids = self.tokenizer.encode(&text)?;
         let Some(excess) = ids.len().checked_sub(self.options.max_length).filter(|n| *n > 0) else {
             return Ok(Fit::Whole(ids));
@@ -220,11 +224,12 @@ impl Build<'_> {
 
     /// The whole conversation with its mask.
     fn reply(&self, line: usize, side: &Side) -> Result<Fit<Example>, Error> {
-        let masked = mask::masked(self.tokenizer.template(), &side.messages).map_err(|e| self.wrong(line, e))?;
-        if self.tokenizer.is_hopeless(&masked.text, self.options.max_length) {
-            return self.too_long(line, format_args!("a conversation of {} bytes", masked.text.len()));
+        let bytes = side.messages.iter().map(|m| m.content.len()).sum();
+        if self.tokenizer.is_hopeless(bytes, self.options.max_length) {
+            return self.too_long(line, format_args!("a conversation of {bytes} bytes"));
         }
-        let (mut ids, offsets) = self.tokenizer.encode_with_offsets(&masked.text)?;
+        let masked = mask::masked(self.tokenizer.template(), &side.messages).map_err(|e| self.wrong(line, e))?;
+        let Encoded { mut ids, offsets } = self.tokenizer.encode_with_offsets(&masked.text)?;
         let mut loss = mask::token_mask(&offsets, &masked.spans);
         let Some(first) = loss.iter().position(|l| *l) else { return Ok(Fit::NoLoss) };
         let excess = ids.len().saturating_sub(self.options.max_length);

@@ -71,7 +71,44 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
         "join" => check_join(Some(value), args.first())?,
         _ => {}
     }
+    match (value.as_str(), name, args) {
+        (Some(text), "title", []) => return Ok(title(text).into()),
+        (Some(text), "splitlines", []) => return Ok(split_lines(text).into_iter().map(Value::from).collect()),
+        _ => {}
+    }
     pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// Letters after anything that is no letter in upper case, the others in lower case; pycompat's looks at spaces only.
+fn title(text: &str) -> String {
+    let (mut out, mut in_word) = (String::with_capacity(text.len()), false);
+    for c in text.chars() {
+        if in_word {
+            out.extend(c.to_lowercase());
+        } else {
+            let mut upper = c.to_uppercase();
+            out.extend(upper.next());
+            out.extend(upper.flat_map(char::to_lowercase));
+        }
+        in_word = c.is_lowercase() || c.is_uppercase();
+    }
+    out
+}
+
+/// Lines as Python splits them: at more characters than `\n`, which is all that pycompat knows.
+fn split_lines(text: &str) -> Vec<&str> {
+    let ends = ['\n', '\r', '\u{b}', '\u{c}', '\u{1c}', '\u{1d}', '\u{1e}', '\u{85}', '\u{2028}', '\u{2029}'];
+    let (mut lines, mut rest) = (Vec::new(), text);
+    while let Some(end) = rest.find(ends) {
+        lines.push(&rest[..end]);
+        let width =
+            if rest[end..].starts_with("\r\n") { 2 } else { rest[end..].chars().next().map_or(1, char::len_utf8) };
+        rest = &rest[end + width..];
+    }
+    if !rest.is_empty() {
+        lines.push(rest);
+    }
+    lines
 }
 
 /// Text, old, new.
@@ -303,8 +340,9 @@ fn civil(mut day: u64) -> (u64, usize, u64) {
     (year, month + 1, day + 1)
 }
 
-/// Turns `{% generation %}` tags into a filter block that minijinja knows, outside of comments, strings and raw blocks.
-/// Also says whether there was one. Line ends become `\n`, as Jinja2 makes them.
+/// Makes a source what minijinja understands as Jinja2 does, outside of comments, strings and raw blocks:
+/// `{% generation %}` becomes a filter block, `[::-1]` the filter `reverse`. Line ends become `\n`, as Jinja2 makes them.
+/// Also says whether there was a generation block.
 pub(super) fn prepare(source: &str) -> (String, bool) {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let (mut out, mut rest) = (String::with_capacity(source.len()), source.as_str());
@@ -331,28 +369,50 @@ pub(super) fn prepare(source: &str) -> (String, bool) {
         match word {
             "generation" if !raw => out.push_str(&tag.replace("generation", "filter __generation")),
             "endgeneration" if !raw => out.push_str(&tag.replace("endgeneration", "endfilter")),
-            _ => out.push_str(tag),
+            _ if raw || tag.starts_with("{#") => out.push_str(tag),
+            _ => push_with_reverse(tag, &mut out),
         }
     }
     out.push_str(rest);
     (out, marks)
 }
 
+/// Appends a tag with `x[::-1]` as `x|reverse`, unless something is asked of the result: minijinja 3.0.5 panics where
+/// the list is empty.
+fn push_with_reverse(tag: &str, out: &mut String) {
+    const SLICE: &str = "[::-1]";
+    let mut done = 0;
+    for (i, _) in unquoted(tag).filter(|(i, c)| *c == '[' && tag[*i..].starts_with(SLICE)) {
+        let end = i + SLICE.len();
+        if !tag[end..].trim_start().starts_with(['[', '.', '(']) {
+            out.push_str(&tag[done..i]);
+            out.push_str("|reverse");
+            done = end;
+        }
+    }
+    out.push_str(&tag[done..]);
+}
+
 /// Bytes of the tag at the start of `text`, which ends with `close` outside of strings.
 fn tag_length(text: &str, close: &str) -> usize {
+    let end = unquoted(text).skip(2).find(|(i, _)| text[*i..].starts_with(close));
+    end.map_or(text.len(), |(i, _)| i + close.len())
+}
+
+/// The characters of a tag that stand in no string.
+fn unquoted(tag: &str) -> impl Iterator<Item = (usize, char)> {
     let (mut quote, mut escaped) = (None, false);
-    for (i, c) in text.char_indices().skip(2) {
+    tag.char_indices().filter(move |(_, c)| {
+        let outside = quote.is_none();
         match (quote, c) {
             _ if escaped => escaped = false,
             (Some(_), '\\') => escaped = true,
-            (Some(q), c) if c == q => quote = None,
-            (Some(_), _) => {}
-            (None, '\'' | '"') => quote = Some(c),
-            (None, _) if text[i..].starts_with(close) => return i + close.len(),
+            (Some(q), c) if q == *c => quote = None,
+            (None, '\'' | '"') => quote = Some(*c),
             _ => {}
         }
-    }
-    text.len()
+        outside && quote.is_none()
+    })
 }
 
 #[cfg(test)]
@@ -381,6 +441,18 @@ mod tests {
             "{% if x == '%} {% generation %}' %}{% endif %}",
         ] {
             assert_eq!(prepare(other), (other.to_owned(), false));
+        }
+    }
+
+    #[test]
+    fn backward_slices_become_reverse_where_they_can() {
+        for (given, wanted) in [
+            ("{{ x[::-1] }}[::-1]", "{{ x|reverse }}[::-1]"),
+            ("{% for m in x[::-1] %}{{ '[::-1]' ~ y[::-1] }}", "{% for m in x|reverse %}{{ '[::-1]' ~ y|reverse }}"),
+            ("{{ x[::-1][0] }}", "{{ x[::-1][0] }}"),
+            ("{# x[::-1] #}{% raw %}{{ x[::-1] }}{% endraw %}", "{# x[::-1] #}{% raw %}{{ x[::-1] }}{% endraw %}"),
+        ] {
+            assert_eq!(prepare(given).0, wanted);
         }
     }
 }

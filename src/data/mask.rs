@@ -154,15 +154,16 @@ mod tests {
     #[test]
     fn tokens_at_the_edges() {
         let offsets = [(0, 2), (2, 5), (5, 5), (5, 6), (6, 8), (8, 8), (8, 9)];
-        let tokens = |spans: &[Range<usize>]| {
-            let mask = token_mask(&offsets, spans);
+        let tokens = |spans: &[(usize, usize)]| {
+            let spans: Vec<_> = spans.iter().map(|(start, end)| *start..*end).collect();
+            let mask = token_mask(&offsets, &spans);
             (0..offsets.len()).filter(|i| mask[*i]).collect::<Vec<_>>()
         };
-        assert_eq!(tokens(&[5..8]), [2, 3, 4]);
-        assert_eq!(tokens(&[4..7]), [1, 2, 3, 4]);
-        assert_eq!(tokens(&[6..6]), [0_usize; 0]);
-        assert_eq!(tokens(&[0..9]), [1, 2, 3, 4, 5, 6]);
-        assert_eq!(tokens(&[2..5, 8..9]), [1, 5, 6]);
+        assert_eq!(tokens(&[(5, 8)]), [2, 3, 4]);
+        assert_eq!(tokens(&[(4, 7)]), [1, 2, 3, 4]);
+        assert_eq!(tokens(&[(6, 6)]), [0_usize; 0]);
+        assert_eq!(tokens(&[(0, 9)]), [1, 2, 3, 4, 5, 6]);
+        assert_eq!(tokens(&[(2, 5), (8, 9)]), [1, 5, 6]);
         assert_eq!(tokens(&[]), [0_usize; 0]);
     }
 

@@ -16,7 +16,7 @@ mod error;
 mod jinja;
 mod kinds;
 mod mask;
-pub mod python_literal;
+mod python_literal;
 mod report;
 mod rows;
 mod template;
@@ -28,7 +28,7 @@ pub use error::Error;
 pub use kinds::Message;
 pub use report::{DataReport, DropReason, Kind, Padding};
 pub use template::{ChatTemplate, Rendered, TemplateError};
-pub use tokenizer::ChatTokenizer;
+pub use tokenizer::{ChatTokenizer, Encoded};
 
 use std::ops::Range;
 

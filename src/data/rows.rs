@@ -7,6 +7,9 @@ use serde_json::{Map, Value};
 
 use super::Error;
 
+/// A row and the 1-based line of its first character, or what is wrong with it.
+type RawRow = Result<(usize, Map<String, Value>), Error>;
+
 /// The text of a data file: UTF-8, without its byte order mark.
 ///
 /// # Errors
@@ -86,7 +89,7 @@ impl<'a> Rows<'a> {
     }
 
     /// The row of `self.text[self.at..end]`, moving past it.
-    fn row(&mut self, end: usize) -> Result<(usize, Map<String, Value>), Error> {
+    fn row(&mut self, end: usize) -> RawRow {
         let (line, text) = (self.line, &self.text[self.at..end]);
         self.advance(end);
         match serde_json::from_str(text) {
@@ -95,9 +98,13 @@ impl<'a> Rows<'a> {
             Err(e) => {
                 let what = e.to_string();
                 let what = what.split(" at line ").next().unwrap_or_default();
-                let hint = if self.form == Form::Lines && e.is_eof() {
+                let hint = if self.form != Form::Lines && what.contains("trailing characters") {
+                    "; is a comma missing between rows?"
+                } else if self.form == Form::Lines && e.is_eof() {
                     "; a file is a JSON array of rows, or holds each row on one line"
-                } else if what.contains("surrogate") {
+                } else if text.contains("NaN") || text.contains("Infinity") {
+                    "; NaN and Infinity are no JSON: write null"
+                } else if what.contains("hex escape") {
                     "; half of a surrogate pair is no character: write the character itself, or remove it"
                 } else {
                     ""
@@ -107,7 +114,7 @@ impl<'a> Rows<'a> {
         }
     }
 
-    fn next_line(&mut self) -> Option<Result<(usize, Map<String, Value>), Error>> {
+    fn next_line(&mut self) -> Option<RawRow> {
         self.skip_space();
         let rest = &self.text[self.at..];
         if rest.is_empty() {
@@ -117,25 +124,22 @@ impl<'a> Rows<'a> {
         Some(self.row(end))
     }
 
-    fn next_element(&mut self, first: bool) -> Option<Result<(usize, Map<String, Value>), Error>> {
+    fn next_element(&mut self, first: bool) -> Option<RawRow> {
         self.skip_space();
-        match (self.byte(), first) {
-            (Some(b']'), _) => {
+        match self.byte() {
+            Some(b']') => {
                 self.at += 1;
                 self.skip_space();
                 self.form = Form::Done;
                 let line = self.line;
                 return self.byte().map(|_| Err(self.problem(line, "something follows the array's closing bracket")));
             }
-            (Some(b','), false) => {
+            Some(b',') if !first => {
                 self.at += 1;
                 self.skip_space();
             }
-            (Some(_), true) => {}
-            (Some(_), false) => {
-                return Some(Err(self.problem(self.line, "a comma or a closing bracket is missing after a row")));
-            }
-            (None, _) => {
+            Some(_) => {}
+            None => {
                 return Some(Err(self.problem(self.line, "the array has no closing bracket: is the file cut off?")));
             }
         }
@@ -146,7 +150,7 @@ impl<'a> Rows<'a> {
 }
 
 impl Iterator for Rows<'_> {
-    type Item = Result<(usize, Map<String, Value>), Error>;
+    type Item = RawRow;
 
     fn next(&mut self) -> Option<Self::Item> {
         match self.form {
@@ -213,13 +217,14 @@ mod tests {
             ("{\"a\":1}\n[1]", "f:2: a row should be an object, not a list"),
             ("{\"a\":1}\n{\"a\":", "f:2: not JSON: EOF while parsing a value"),
             ("{\n\"a\":1}", "holds each row on one line"),
-            ("[{\"a\":1}\n{\"a\":2}]", "f:1: not JSON: trailing characters"),
+            ("[{\"a\":1}\n{\"a\":2}]", "f:2: not JSON: trailing characters (column 1); is a comma missing"),
             ("[{\"a\":1},\n\n]", "f:3: not JSON: EOF"),
             ("[{\"a\":1},\n{\"a\":\n\n oops}]", "f:4: not JSON: expected value"),
             ("[{\"a\":1}", "f:1: the array has no closing bracket"),
             ("[{\"a\":1}]\n{}", "f:2: something follows"),
             ("[{\"a\":\"\\ud800\"}]", "half of a surrogate pair"),
             ("{\"a\":\"\0\"}", "control character"),
+            ("{\"a\":NaN}", "write null"),
         ] {
             let error = read(text).unwrap_err();
             assert!(error.contains(message), "{text:?} gave {error:?}, expected {message:?}");

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -97,10 +98,12 @@ impl ChatTemplate {
         let bytes: usize = messages.iter().map(|m| m.content.len() + m.role.len()).sum();
         let limit = bytes.saturating_mul(MAX_GROWTH).saturating_add(SPARE_OUTPUT);
         let mut output = Bounded { bytes: Vec::new(), limit, full: false };
-        let result = self
-            .env
-            .get_template(NAME)
-            .and_then(|template| template.render_captured_to(context, &mut output).map(drop));
+        // A panic of the engine is the template's fault for its user, and must not end the process.
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            let template = self.env.get_template(NAME)?;
+            template.render_captured_to(context, &mut output).map(drop)
+        }));
+        let Ok(result) = result else { return Err(TemplateError::Render("it crashed the template engine".into())) };
         if output.full {
             return Err(TemplateError::Bounds(format!(
                 "it wrote more than {limit} bytes for {bytes} bytes of messages"
@@ -140,9 +143,7 @@ impl ChatTemplate {
         loop {
             match outcome.recv_timeout(Duration::from_millis(10)) {
                 Ok(outcome) => return outcome,
-                Err(mpsc::RecvTimeoutError::Disconnected) => {
-                    return Err(TemplateError::Bounds("it crashed the template engine".into()));
-                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => unreachable!("a rendering never unwinds"),
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
             }
             if start.elapsed() > TRIAL_TIME {

@@ -24,6 +24,15 @@ pub struct ChatTokenizer {
     longest_token: usize,
 }
 
+/// A tokenised text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// For each token the first byte of the text it stands for, and the byte after its last.
+    pub offsets: Vec<(usize, usize)>,
+}
+
 impl ChatTokenizer {
     /// Opens the tokenizer of a model folder, with the template of `chat_template` instead of the model's where given.
     ///
@@ -87,9 +96,9 @@ impl ChatTokenizer {
     ///
     /// # Errors
     /// What the tokenizer answers.
-    pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<(usize, usize)>), Error> {
+    pub fn encode_with_offsets(&self, text: &str) -> Result<Encoded, Error> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| Error::file(&self.path, e))?;
-        Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
+        Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
     }
 
     /// The text of ids, without the special tokens.
@@ -127,10 +136,10 @@ impl ChatTokenizer {
         self.special.iter().find(|t| text.contains(t.as_str())).map(String::as_str)
     }
 
-    /// Whether `text` is far too long to fit into `tokens` tokens, so that it need not be tokenised to know it. The
-    /// factor covers white space that some tokenizers drop.
-    pub(super) fn is_hopeless(&self, text: &str, tokens: usize) -> bool {
-        text.len() / 16 > tokens.max(1).saturating_mul(self.longest_token.max(1))
+    /// Whether a text of `bytes` is far too long for `tokens` tokens, so that it need not be tokenised to know it. The
+    /// factor covers white space that some tokenizers drop, and text that a template leaves out.
+    pub(super) fn is_hopeless(&self, bytes: usize, tokens: usize) -> bool {
+        bytes / 16 > tokens.max(1).saturating_mul(self.longest_token.max(1))
     }
 
     /// Checks that the model has an embedding for every id.
@@ -166,7 +175,10 @@ fn named_tokens(config: &Map<String, Value>, older: &Map<String, Value>) -> Map<
     let text = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(Value::from);
     let mut out = Map::new();
     for (name, value) in older.iter().chain(config) {
-        if let (true, Some(token)) = (name.ends_with("_token"), text(value)) {
+        if value.is_null() {
+            // It says that the model has no such token, whatever the older file holds.
+            out.shift_remove(name);
+        } else if let (true, Some(token)) = (name.ends_with("_token"), text(value)) {
             out.insert(name.clone(), token);
         } else if let ("additional_special_tokens", Some(list)) = (name.as_str(), value.as_array()) {
             out.insert(name.clone(), list.iter().filter_map(text).collect());
