@@ -234,19 +234,19 @@ fn heads(raw: &RawConfig, family: &Family, hidden_size: usize) -> Result<Heads, 
     let queries = raw.size("num_attention_heads")?.unwrap_or(family.defaults.heads);
     let default = if raw.is_null("num_key_value_heads") { None } else { family.defaults.kv_heads };
     let keys = raw.size("num_key_value_heads")?.or(default).unwrap_or(queries);
-    if queries % keys != 0 {
+    if !queries.is_multiple_of(keys) {
         return Err(raw.invalid("num_key_value_heads", format!("{queries} query heads are not divisible by {keys}")));
     }
     let dim = match raw.size("head_dim")? {
         Some(dim) => dim,
-        None if hidden_size % queries == 0 => hidden_size / queries,
+        None if hidden_size.is_multiple_of(queries) => hidden_size / queries,
         None => {
             let message =
                 format!("hidden_size {hidden_size} is not divisible by {queries} heads, and no head_dim is given");
             return Err(raw.invalid("num_attention_heads", message));
         }
     };
-    if dim % 2 != 0 {
+    if !dim.is_multiple_of(2) {
         return Err(raw.invalid("head_dim", format!("{dim} is odd; the rotary embedding turns pairs")));
     }
     if family.qk_norm == QkNorm::WholeWidth && dim.checked_mul(queries) != Some(hidden_size) {
@@ -262,7 +262,7 @@ fn layers(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<boo
     let mut moe = vec![true; num_layers];
     if family.dense_layers {
         let step = raw.size("decoder_sparse_step")?.unwrap_or(1);
-        moe.iter_mut().enumerate().for_each(|(l, moe)| *moe = (l + 1) % step == 0);
+        moe.iter_mut().enumerate().for_each(|(l, moe)| *moe = (l + 1).is_multiple_of(step));
         for value in raw.list("mlp_only_layers")?.into_iter().flatten() {
             let layer = value.as_u64().and_then(|l| moe.get_mut(l as usize));
             *layer

@@ -16,6 +16,7 @@ mod weights;
 pub use claim::Error as ClaimError;
 pub use config::{Error as ConfigError, LayerKind, ModelConfig, QkNorm};
 pub use families::{FAMILIES, Family};
+pub use finite::NotFinite;
 pub use hub::{Error as HubError, HubCache};
 pub use params::{Count, Group, ParamId, ParamKind, ParamSpec, ParamTable, Proj};
 pub use safetensors::{Header, HeaderError, StoredDtype, TensorInfo, write_header};

@@ -23,8 +23,8 @@ pub(super) fn read(
 ) -> Result<(Rope, Option<usize>), Error> {
     // An old key in a new file wins, as it does in transformers.
     let scaling = match raw.object("rope_scaling")? {
-        Some(scaling) => Some(scaling),
-        None => raw.object("rope_parameters")?,
+        Some(scaling) if !scaling.is_empty() => Some(scaling),
+        _ => raw.object("rope_parameters")?,
     };
     let top_theta = raw.number_above("rope_theta", 1.0)?.unwrap_or(default_theta);
     let Some(scaling) = scaling else {
