@@ -8,7 +8,10 @@ use moewarden::backend::{Dtype, HostTensor};
 use moewarden::checkpoint::{self, apply_delta, export, export_over, save_delta};
 use moewarden::exit::{self, Coded};
 use moewarden::model::tiny::{Layout, TinySpec, write_random_checkpoint};
-use moewarden::model::{Checkpoint, FAMILIES, Group, ModelConfig, ParamId, ParamKind, ParamTable, Proj};
+use moewarden::model::{
+    Checkpoint, FAMILIES, Group, HubCache, ModelConfig, ParamId, ParamKind, ParamTable, Proj, write_header,
+};
+use proptest::prelude::*;
 use tempfile::TempDir;
 
 /// A checkpoint on disk and open.
@@ -160,6 +163,24 @@ fn a_fused_expert_is_its_own_rows() {
 }
 
 #[test]
+fn a_weight_that_is_not_finite_is_found_by_name() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("in");
+    let spec = TinySpec { layout: Layout::Fused, dtype: Dtype::F16, ..TinySpec::new("mixtral") };
+    let model = make(&dir, &spec);
+    model.table.check_finite().unwrap();
+    let id = model.table.id(ParamKind::Expert(2, 3, Proj::Down)).unwrap();
+    let old = &model.table.params[id].value;
+    let mut values = old.to_f32();
+    values[17] = f32::NEG_INFINITY;
+    let bad = BTreeMap::from([(id, HostTensor::encode(old.dtype, old.shape.clone(), &values))]);
+    export(&dir, &model.checkpoint, &model.table, &bad, &out(&temp)).unwrap();
+    let error = open(&out(&temp)).table.check_finite().unwrap_err();
+    assert_eq!((error.exit_code(), error.index), (exit::NOT_FINITE, 17));
+    assert_eq!(error.tensor, "model.layers.2.block_sparse_moe.experts.3.down_proj.weight");
+}
+
+#[test]
 fn export_refuses_a_full_folder_and_over_replaces_it() {
     let temp = tempfile::tempdir().unwrap();
     let model = make(&temp.path().join("in"), &TinySpec::new("olmoe"));
@@ -212,6 +233,34 @@ fn export_takes_templates_and_leaves_other_weights_and_hidden_files() {
     expected.extend(kept);
     expected.sort();
     assert_eq!(names, expected);
+}
+
+#[test]
+fn a_cached_snapshot_is_found_and_exported_as_real_files() {
+    let temp = tempfile::tempdir().unwrap();
+    let (blobs, snapshot) =
+        (temp.path().join("models--org--name/blobs"), temp.path().join("models--org--name/snapshots/0a"));
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir(snapshot.join("../../refs")).unwrap();
+    fs::write(snapshot.join("../../refs/main"), "0a").unwrap();
+    make(&blobs, &TinySpec { shards: 2, ..TinySpec::new("qwen3_moe") });
+    for name in files(&blobs).keys() {
+        std::os::unix::fs::symlink(Path::new("../../blobs").join(name), snapshot.join(name)).unwrap();
+    }
+    let found = HubCache { root: temp.path().into() }.resolve("org/name").unwrap();
+    let model = open(&found);
+    export(&found, &model.checkpoint, &model.table, &BTreeMap::new(), &out(&temp)).unwrap();
+    assert!(files(&out(&temp)) == files(&blobs));
+    for name in files(&blobs).keys() {
+        assert!(!out(&temp).join(name).is_symlink(), "{name:?}");
+    }
+
+    // A small file that leads out of the cache is not copied into a folder that may be published.
+    fs::write(temp.path().join("secret"), "s").unwrap();
+    std::os::unix::fs::symlink(temp.path().join("secret"), snapshot.join("notes.txt")).unwrap();
+    let error = export_over(&found, &model.checkpoint, &model.table, &BTreeMap::new(), &out(&temp)).unwrap_err();
+    assert_eq!(error.exit_code(), exit::DATA, "{error}");
+    assert!(files(&out(&temp)) == files(&blobs), "the folder before is untouched");
 }
 
 #[test]
@@ -317,4 +366,101 @@ fn a_hostile_delta_is_refused() {
     let error = apply_delta(&other, &path, &out(&temp)).unwrap_err();
     assert!(matches!(error, checkpoint::Error::OtherBase { .. }), "{error}");
     apply_delta(&model.dir, &path, &out(&temp)).unwrap();
+}
+
+/// The same tensors in other files of other names and in another order.
+fn reshard(model: &Model, dir: &Path, names: &[String], seed: u64) {
+    fs::create_dir(dir).unwrap();
+    fs::copy(model.dir.join("config.json"), dir.join("config.json")).unwrap();
+    let mut files: Vec<Vec<_>> = vec![Vec::new(); names.len()];
+    let mut weight_map = serde_json::Map::new();
+    for (n, (shard, info)) in model.checkpoint.tensors().enumerate() {
+        // A hash deals the tensors out and orders them: any spread will do, as long as the seed decides it.
+        let hash = blake3::hash(format!("{seed} {n}").as_bytes());
+        let file = if n < names.len() { n } else { hash.as_bytes()[0] as usize % names.len() };
+        files[file].push((*hash.as_bytes(), info.name.clone(), shard.value(info).unwrap()));
+        weight_map.insert(info.name.clone(), names[file].clone().into());
+    }
+    for (name, mut tensors) in names.iter().zip(files) {
+        tensors.sort_by_key(|(hash, ..)| *hash);
+        let entries: Vec<_> = tensors.iter().map(|(_, name, t)| (name.clone(), t.dtype, t.shape.clone())).collect();
+        let mut bytes = Vec::new();
+        write_header(&mut bytes, &[("made".into(), format!("by a test, {seed}"))], &entries).unwrap();
+        tensors.iter().for_each(|(.., value)| bytes.extend_from_slice(&value.bytes));
+        fs::write(dir.join(name), bytes).unwrap();
+    }
+    let index = serde_json::json!({"metadata": {"total_size": 1}, "weight_map": weight_map});
+    fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// However the tensors are spread, the parameters are the same, an export changes nothing but what it should, and
+    /// the files keep their names and headers.
+    #[test]
+    fn sharding_names_and_order_change_no_parameter(
+        names in prop::collection::hash_set("[a-z0-9_-]{1,12}\\.safetensors", 1..5),
+        fused: bool,
+        seed: u64,
+    ) {
+        let temp = tempfile::tempdir().unwrap();
+        let layout = if fused { Layout::Fused } else { Layout::PerExpert };
+        let original = make(&temp.path().join("in"), &TinySpec { layout, ..TinySpec::new("qwen2_moe") });
+        let mut names: Vec<_> = names.into_iter().filter(|name| name != "model.safetensors").collect();
+        names.sort();
+        prop_assume!(!names.is_empty());
+        reshard(&original, &temp.path().join("sharded"), &names, seed);
+        let model = open(&temp.path().join("sharded"));
+        for (id, spec) in model.table.iter() {
+            prop_assert!(*spec.value.bytes == *original.table.params[id].value.bytes, "{}", spec.name());
+        }
+
+        let changed = some_changes(&model.table);
+        export(&model.dir, &model.checkpoint, &model.table, &changed, &out(&temp)).unwrap();
+        let written = open(&out(&temp));
+        prop_assert_eq!(written.checkpoint.layout_hash(), model.checkpoint.layout_hash());
+        for (id, spec) in written.table.iter() {
+            let expected = changed.get(&id).unwrap_or(&model.table.params[id].value);
+            prop_assert!(*spec.value.bytes == *expected.bytes, "{}", spec.name());
+        }
+    }
+}
+
+/// Runs in a process of its own, started by the test below with a limit on the size of files.
+#[test]
+#[ignore = "started by a_disk_that_fills_up_leaves_nothing"]
+fn export_onto_a_disk_that_fills_up() {
+    let from = PathBuf::from(std::env::var_os("MOEWARDEN_TEST_DIR").unwrap());
+    let model = open(&from.join("in"));
+    let error = export(&model.dir, &model.checkpoint, &model.table, &BTreeMap::new(), &from.join("out")).unwrap_err();
+    assert_eq!(error.exit_code(), exit::IO, "{error}");
+    assert!(error.to_string().contains(from.join("out/model.safetensors").to_str().unwrap()), "{error}");
+    let error =
+        save_delta(&model.checkpoint, &model.table, &some_changes(&model.table), &from.join("delta")).unwrap_err();
+    assert_eq!(error.exit_code(), exit::IO, "{error}");
+}
+
+#[test]
+fn a_disk_that_fills_up_leaves_nothing() {
+    use std::os::unix::process::CommandExt;
+    let temp = tempfile::tempdir().unwrap();
+    make(&temp.path().join("in"), &TinySpec::new("olmoe"));
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "export_onto_a_disk_that_fills_up", "--ignored", "--nocapture"]);
+    child.env("MOEWARDEN_TEST_DIR", temp.path());
+    // SAFETY: between fork and exec only these two async-signal-safe calls are made.
+    unsafe {
+        child.pre_exec(|| {
+            // A write beyond 64 KiB fails like one to a full disk, once the signal that would kill is ignored.
+            let limit = libc::rlimit { rlim_cur: 1 << 16, rlim_max: 1 << 16 };
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            if libc::setrlimit(libc::RLIMIT_FSIZE, &limit) == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        });
+    }
+    let output = child.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "the child ran no test");
+    let names: Vec<_> = fs::read_dir(temp.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["in"], "leftovers");
 }

@@ -9,6 +9,8 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
+
 use super::aside::AsideDir;
 use super::error::Error;
 use crate::backend::{HostTensor, SharedBytes};
@@ -74,11 +76,12 @@ fn write_model(
 ) -> Result<AsideDir, Error> {
     let aside = AsideDir::create(out_dir)?;
     let patches = patches(checkpoint, table, changed);
-    for (shard, patches) in checkpoint.shards().iter().zip(&patches) {
-        aside.write(Path::new(&shard.file), |out| write_patched(out, shard.bytes(), patches))?;
-    }
+    // Side by side: the file systems of clusters are slow for one stream and fast for many.
+    checkpoint.shards().par_iter().zip(&patches).try_for_each(|(shard, patches)| {
+        aside.write(Path::new(&shard.file), |out| write_patched(out, shard.bytes(), patches))
+    })?;
     for file in small_files(source_dir, checkpoint.index_file())? {
-        let from = safe_file(source_dir, &file.to_string_lossy())?;
+        let from = safe_file(source_dir, &file)?;
         let mut from = fs::File::open(&from).map_err(Error::read(&from))?;
         aside.write(&file, |out| io::copy(&mut from, out).map(|_| ()))?;
     }
@@ -103,10 +106,10 @@ fn patches(
         let same = value.shape == spec.value.shape && value.dtype == spec.value.dtype;
         assert!(same, "the changed value of `{}` has another shape or format", spec.name());
         patch(&spec.tensor, &spec.byte_range, &value.bytes);
-        if spec.kind == ParamKind::Embedding {
-            if let Some(head) = table.tied_head(checkpoint) {
-                patch(head, &spec.byte_range, &value.bytes);
-            }
+        if spec.kind == ParamKind::Embedding
+            && let Some(head) = table.tied_head(checkpoint)
+        {
+            patch(head, &spec.byte_range, &value.bytes);
         }
     }
     for shard in &mut patches {
@@ -135,14 +138,15 @@ fn small_files(dir: &Path, index: Option<&str>) -> Result<Vec<PathBuf>, Error> {
         for entry in fs::read_dir(&here).map_err(Error::read(&here))? {
             let entry = entry.map_err(Error::read(&here))?;
             let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with('.') || is_weights(&name, index) {
+                continue;
+            }
             let path = folder.join(entry.file_name());
-            let is_dir = fs::metadata(entry.path()).map_err(Error::read(&entry.path()))?.is_dir();
-            if is_dir {
-                if FOLDERS.contains(&&*name) && folder.as_os_str().is_empty() {
-                    folders.push(path);
-                }
-            } else if !name.starts_with('.') && !is_weights(&name, index) {
+            let kind = fs::metadata(entry.path()).map_err(Error::read(&entry.path()))?.file_type();
+            if kind.is_file() {
                 files.push(path);
+            } else if kind.is_dir() && folder.as_os_str().is_empty() && FOLDERS.contains(&&*name) {
+                folders.push(path);
             }
         }
     }

@@ -234,19 +234,19 @@ fn heads(raw: &RawConfig, family: &Family, hidden_size: usize) -> Result<Heads, 
     let queries = raw.size("num_attention_heads")?.unwrap_or(family.defaults.heads);
     let default = if raw.is_null("num_key_value_heads") { None } else { family.defaults.kv_heads };
     let keys = raw.size("num_key_value_heads")?.or(default).unwrap_or(queries);
-    if queries % keys != 0 {
+    if !queries.is_multiple_of(keys) {
         return Err(raw.invalid("num_key_value_heads", format!("{queries} query heads are not divisible by {keys}")));
     }
     let dim = match raw.size("head_dim")? {
         Some(dim) => dim,
-        None if hidden_size % queries == 0 => hidden_size / queries,
+        None if hidden_size.is_multiple_of(queries) => hidden_size / queries,
         None => {
             let message =
                 format!("hidden_size {hidden_size} is not divisible by {queries} heads, and no head_dim is given");
             return Err(raw.invalid("num_attention_heads", message));
         }
     };
-    if dim % 2 != 0 {
+    if !dim.is_multiple_of(2) {
         return Err(raw.invalid("head_dim", format!("{dim} is odd; the rotary embedding turns pairs")));
     }
     if family.qk_norm == QkNorm::WholeWidth && dim.checked_mul(queries) != Some(hidden_size) {
@@ -262,7 +262,7 @@ fn layers(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<boo
     let mut moe = vec![true; num_layers];
     if family.dense_layers {
         let step = raw.size("decoder_sparse_step")?.unwrap_or(1);
-        moe.iter_mut().enumerate().for_each(|(l, moe)| *moe = (l + 1) % step == 0);
+        moe.iter_mut().enumerate().for_each(|(l, moe)| *moe = (l + 1).is_multiple_of(step));
         for value in raw.list("mlp_only_layers")?.into_iter().flatten() {
             let layer = value.as_u64().and_then(|l| moe.get_mut(l as usize));
             *layer
@@ -304,4 +304,144 @@ fn windows(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<Op
         _ => Err(raw.unsupported("layer_types", format!("{value} is not supported"))),
     };
     types.iter().map(of_type).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// A configuration of this family with these keys, all others left to their defaults.
+    fn config(model_type: &str, extra: Value) -> Result<ModelConfig, Error> {
+        let mut object = extra;
+        object["model_type"] = model_type.into();
+        from_text(&object.to_string())
+    }
+
+    fn from_text(text: &str) -> Result<ModelConfig, Error> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), text).unwrap();
+        ModelConfig::from_dir(dir.path())
+    }
+
+    fn windows(config: &ModelConfig) -> Vec<Option<usize>> {
+        config.heads.iter().map(|heads| heads.window).collect()
+    }
+
+    #[test]
+    fn missing_keys_have_the_defaults_of_transformers() {
+        let olmoe = config("olmoe", json!({})).unwrap();
+        assert_eq!((olmoe.vocab_size, olmoe.hidden_size, olmoe.layers.len()), (50304, 2048, 16));
+        assert_eq!((olmoe.num_experts, olmoe.num_experts_per_tok, olmoe.expert_width), (64, 8, 2048));
+        assert_eq!(olmoe.heads[0], Heads { queries: 16, keys: 16, dim: 128, window: None });
+        assert!(!olmoe.renormalize && !olmoe.qkv_bias && !olmoe.o_bias && olmoe.clip_qkv.is_none());
+
+        let mixtral = config("mixtral", json!({})).unwrap();
+        assert!(mixtral.renormalize && mixtral.qk_norm == QkNorm::None);
+        assert_eq!(mixtral.heads[0].keys, 8);
+        assert_eq!(config("mixtral", json!({"num_key_value_heads": null})).unwrap().heads[0].keys, 32);
+
+        let qwen3 = config("qwen3_moe", json!({"head_dim": 128})).unwrap();
+        assert_eq!((qwen3.heads[0].dim, qwen3.qk_norm, qwen3.shared_expert_width), (128, QkNorm::PerHead, None));
+
+        let qwen2 = config("qwen2_moe", json!({})).unwrap();
+        assert_eq!((qwen2.qkv_bias, qwen2.o_bias, qwen2.shared_expert_width), (true, false, Some(5632)));
+    }
+
+    #[test]
+    fn both_names_of_the_expert_count_are_read() {
+        for model_type in ["olmoe", "mixtral", "qwen3_moe", "qwen2_moe"] {
+            for key in ["num_experts", "num_local_experts"] {
+                assert_eq!(config(model_type, json!({key: 17})).unwrap().num_experts, 17, "{model_type} {key}");
+            }
+        }
+    }
+
+    #[test]
+    fn biases_follow_the_family() {
+        let both = config("qwen3_moe", json!({"attention_bias": true})).unwrap();
+        assert!(both.qkv_bias && both.o_bias);
+        assert!(!config("qwen2_moe", json!({"qkv_bias": false, "attention_bias": true})).unwrap().qkv_bias);
+        assert!(!config("mixtral", json!({"attention_bias": true})).unwrap().qkv_bias);
+    }
+
+    #[test]
+    fn windows_follow_the_family() {
+        let layers = |extra: Value| {
+            let mut extra = extra;
+            extra["num_hidden_layers"] = 4.into();
+            extra
+        };
+        let of = |family, extra| windows(&config(family, layers(extra)).unwrap());
+        let w = Some(7);
+        assert_eq!(of("mixtral", json!({"sliding_window": 7})), [w; 4]);
+        assert_eq!(of("qwen3_moe", json!({"sliding_window": 7})), [None; 4]);
+        assert_eq!(of("qwen3_moe", json!({"sliding_window": 7, "use_sliding_window": true})), [w; 4]);
+        assert_eq!(of("qwen2_moe", json!({"sliding_window": 0})), [None; 4]);
+        let used = json!({"sliding_window": 7, "use_sliding_window": true});
+        assert_eq!(of("qwen2_moe", used.clone()), [w, None, w, None]);
+        let mut below = used.clone();
+        below["max_window_layers"] = 2.into();
+        assert_eq!(of("qwen2_moe", below), [w, None, None, None]);
+        let mut typed = used;
+        typed["layer_types"] = json!(["full_attention", "full_attention", "sliding_attention", "full_attention"]);
+        assert_eq!(of("qwen2_moe", typed), [None, None, w, None]);
+    }
+
+    #[test]
+    fn dense_layers_follow_list_and_step() {
+        let extra =
+            json!({"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3], "intermediate_size": 9});
+        let config = config("qwen3_moe", extra).unwrap();
+        assert_eq!(config.moe_layers().collect::<Vec<_>>(), [1, 5]);
+        assert_eq!(config.layers[3], LayerKind::Dense(9));
+    }
+
+    #[test]
+    fn what_cannot_be_right_names_its_key() {
+        let cases = [
+            ("olmoe", "num_experts", json!({"num_experts": 0}), exit::DATA),
+            ("olmoe", "num_experts_per_tok", json!({"num_experts": 4, "num_experts_per_tok": 5}), exit::DATA),
+            ("mixtral", "num_key_value_heads", json!({"num_key_value_heads": 5}), exit::DATA),
+            ("mixtral", "num_attention_heads", json!({"hidden_size": 100}), exit::DATA),
+            ("mixtral", "head_dim", json!({"head_dim": 7}), exit::DATA),
+            ("olmoe", "head_dim", json!({"head_dim": 64}), exit::DATA),
+            ("olmoe", "hidden_size", json!({"hidden_size": 1e30}), exit::DATA),
+            ("olmoe", "hidden_size", json!({"hidden_size": -1}), exit::DATA),
+            ("olmoe", "intermediate_size", json!({"num_experts": 1 << 28, "intermediate_size": 1 << 28}), exit::DATA),
+            ("olmoe", "num_hidden_layers", json!({"num_hidden_layers": 1 << 28}), exit::DATA),
+            ("olmoe", "rms_norm_eps", json!({"rms_norm_eps": -1e-5}), exit::DATA),
+            ("olmoe", "hidden_act", json!({"hidden_act": "gelu"}), exit::CONFIG),
+            ("olmoe", "sliding_window", json!({"sliding_window": 9}), exit::CONFIG),
+            ("olmoe", "quantization_config", json!({"quantization_config": {}}), exit::CONFIG),
+            ("mixtral", "sliding_window", json!({"sliding_window": 0}), exit::DATA),
+            ("qwen3_moe", "mlp_only_layers", json!({"mlp_only_layers": [24]}), exit::DATA),
+            ("qwen3_moe", "mlp_only_layers", json!({"num_hidden_layers": 1, "mlp_only_layers": [0]}), exit::DATA),
+            ("qwen3_moe", "decoder_sparse_step", json!({"decoder_sparse_step": 0}), exit::DATA),
+            ("qwen2_moe", "layer_types", json!({"layer_types": ["full_attention"]}), exit::DATA),
+        ];
+        for (model_type, key, extra, code) in cases {
+            let error = config(model_type, extra).unwrap_err();
+            assert_eq!(error.exit_code(), code, "{error}");
+            assert!(error.to_string().contains(&format!("config.json: {key}: ")), "{error} does not name {key}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_family_lists_the_known_ones() {
+        for text in [r#"{"model_type": "llama"}"#, "{}"] {
+            let error = from_text(text).unwrap_err();
+            assert_eq!(error.exit_code(), exit::CONFIG);
+            assert!(error.to_string().contains("olmoe, mixtral, qwen3_moe, qwen2_moe"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_no_configuration_is_bad_data() {
+        for text in ["", "[]", "{", r#"{"model_type": "olmoe", "rope_theta": NaN}"#, r#"{"a": 1, "a": 2}"#] {
+            assert_eq!(from_text(text).unwrap_err().exit_code(), exit::DATA, "{text}");
+        }
+        assert_eq!(ModelConfig::from_dir(Path::new("/no/such")).unwrap_err().exit_code(), exit::NO_INPUT);
+    }
 }

@@ -4,6 +4,23 @@ use rayon::prelude::*;
 
 use super::params::{ParamId, ParamSpec};
 use crate::backend::Dtype;
+use crate::exit::{self, Coded};
+
+/// A weight that is NaN or infinite.
+#[derive(Debug, thiserror::Error, PartialEq)]
+#[error("the weight `{tensor}` is not finite at entry {index}; the model is damaged or its training diverged")]
+pub struct NotFinite {
+    /// The parameter's name.
+    pub tensor: String,
+    /// The entry, row-major.
+    pub index: usize,
+}
+
+impl Coded for NotFinite {
+    fn exit_code(&self) -> u8 {
+        exit::NOT_FINITE
+    }
+}
 
 /// Bytes that one thread looks at in one go; a multiple of every element's size.
 const CHUNK: usize = 1 << 20;
@@ -64,7 +81,7 @@ mod tests {
                 value: HostTensor::encode(dtype, vec![values.len()], values),
             };
             let good = spec(&values);
-            assert_eq!(first(&[good.clone()]), None, "{dtype:?}");
+            assert_eq!(first(std::slice::from_ref(&good)), None, "{dtype:?}");
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut values = values.clone();
                 values[CHUNK + 2] = bad;

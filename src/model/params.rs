@@ -5,6 +5,7 @@ use std::fmt;
 
 use super::claim::Error as ClaimError;
 use super::config::{LayerKind, ModelConfig, QkNorm};
+use super::finite::NotFinite;
 use super::weights::Checkpoint;
 use crate::backend::HostTensor;
 
@@ -317,6 +318,17 @@ impl ParamTable {
     /// The first parameter with a NaN or an infinity, and the place of that entry in it. Reads all weights, on all cores.
     pub fn find_non_finite(&self) -> Option<(ParamId, usize)> {
         super::finite::first(&self.params)
+    }
+
+    /// Whether all weights are finite.
+    ///
+    /// # Errors
+    /// The first parameter and entry that is not.
+    pub fn check_finite(&self) -> Result<(), NotFinite> {
+        match self.find_non_finite() {
+            None => Ok(()),
+            Some((id, index)) => Err(NotFinite { tensor: self.params[id].name(), index }),
+        }
     }
 }
 

@@ -40,6 +40,10 @@ impl RawConfig {
         format!("{}{key}", self.prefix)
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
     /// The key's value; null is as good as absent.
     pub(super) fn get(&self, key: &str) -> Option<&Value> {
         self.members.get(key).filter(|value| !value.is_null())

@@ -23,8 +23,8 @@ pub(super) fn read(
 ) -> Result<(Rope, Option<usize>), Error> {
     // An old key in a new file wins, as it does in transformers.
     let scaling = match raw.object("rope_scaling")? {
-        Some(scaling) => Some(scaling),
-        None => raw.object("rope_parameters")?,
+        Some(scaling) if !scaling.is_empty() => Some(scaling),
+        _ => raw.object("rope_parameters")?,
     };
     let top_theta = raw.number_above("rope_theta", 1.0)?.unwrap_or(default_theta);
     let Some(scaling) = scaling else {
@@ -154,4 +154,83 @@ fn longrope(scaling: &RawConfig, theta: f64, dim: usize, original: usize, positi
     };
     let inv_freq = pos_freqs(theta, dim).zip(short).map(|(freq, factor)| (factor * freq).recip()).collect();
     Ok(Rope { inv_freq, scale: attention as f32 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::{Error, ModelConfig};
+    use serde_json::{Value, json};
+
+    /// A Mixtral of 4 heads of 16, 4096 positions, with these keys.
+    fn config(extra: Value) -> Result<ModelConfig, Error> {
+        let mut config = json!({
+            "model_type": "mixtral", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 16, "num_hidden_layers": 1, "max_position_embeddings": 4096,
+        });
+        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        ModelConfig::from_dir(dir.path())
+    }
+
+    /// Frequencies and scale that transformers 5.17 (`MixtralRotaryEmbedding`) gives for the same keys.
+    #[test]
+    #[rustfmt::skip]
+    fn frequencies_are_those_of_transformers() {
+        let cases: Vec<(Value, [f32; 8], f32)> = vec![
+            (json!({"rope_theta": 10000.0}), [1.0, 0.31622776, 0.1, 0.03162278, 0.01, 0.0031622779, 0.001, 0.0003162278], 1.0),
+            (json!({"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}}), [1.0, 0.17782794, 0.03162278, 0.0056234132, 0.001, 0.00017782794, 3.1622774e-05, 5.6234135e-06], 1.0),
+            (json!({}), [1.0, 0.17782794, 0.03162278, 0.0056234132, 0.001, 0.00017782794, 3.1622774e-05, 5.6234135e-06], 1.0),
+            (json!({"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4.0}}), [0.25, 0.07905694, 0.025, 0.007905695, 0.0025, 0.00079056947, 0.00025, 7.905695e-05], 1.0),
+            (json!({"rope_theta": 10000.0, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}), [1.0, 0.31622776, 0.1, 0.03162278, 0.01, 0.0031622779, 0.001, 0.0003162278], 1.0),
+            (json!({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}}), [1.0, 0.19392276, 0.027344134, 0.00091158313, 0.00017677668, 3.4281024e-05, 6.6478697e-06, 1.2891732e-06], 1.0),
+            (json!({"rope_theta": 1000000.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}), [1.0, 0.13337095, 0.01581139, 0.0014058533, 0.00025, 4.4456985e-05, 7.905694e-06, 1.4058534e-06], 1.1386294),
+            (json!({"rope_theta": 10000.0, "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 256, "beta_fast": 16, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": false}}), [1.0, 0.284115, 0.035863712, 0.00079056947, 0.00025, 7.905695e-05, 2.5e-05, 7.9056945e-06], 0.919156),
+            (json!({"rope_theta": 10000.0, "original_max_position_embeddings": 512, "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0], "long_factor": [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]}}), [1.0, 0.28747976, 0.083333336, 0.02108185, 0.005, 0.0012649111, 0.00033333333, 7.905695e-05], 1.1547005),
+        ];
+        for (keys, freqs, scale) in cases {
+            let rope = config(keys.clone()).unwrap().rope;
+            for (i, (ours, theirs)) in rope.inv_freq.iter().zip(freqs).enumerate() {
+                // Two implementations of pow in f32, each right to the last place; blends and quotients add a place or two.
+                assert!((ours - theirs).abs() <= 4.0 * f32::EPSILON * theirs, "{keys}: pair {i}: {ours} != {theirs}");
+            }
+            assert!((rope.scale - scale).abs() <= f32::EPSILON * scale, "{keys}: {} != {scale}", rope.scale);
+        }
+    }
+
+    #[test]
+    fn types_that_depend_on_the_length_have_a_limit() {
+        let longrope = json!({"type": "longrope", "factor": 4.0, "short_factor": [1, 1, 1, 1, 1, 1, 1, 1],
+            "long_factor": [2, 2, 2, 2, 2, 2, 2, 2], "original_max_position_embeddings": 512});
+        for (scaling, limit) in [(json!({"type": "dynamic", "factor": 2.0}), 4096), (longrope, 512)] {
+            let config = config(json!({"rope_scaling": scaling})).unwrap();
+            config.check_length(limit).unwrap();
+            let error = config.check_length(limit + 1).unwrap_err();
+            assert!(error.to_string().contains(&limit.to_string()), "{error}");
+        }
+        config(json!({})).unwrap().check_length(usize::MAX).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_right_names_its_key() {
+        let cases = [
+            ("rope_theta", json!({"rope_theta": -1.0})),
+            ("rope_theta", json!({"rope_theta": "big"})),
+            ("rope_scaling.factor", json!({"rope_scaling": {"type": "linear"}})),
+            ("rope_scaling.factor", json!({"rope_scaling": {"type": "yarn", "factor": 0}})),
+            ("rope_scaling.rope_type", json!({"rope_scaling": {"type": "mrope"}})),
+            (
+                "rope_scaling.high_freq_factor",
+                json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+                "low_freq_factor": 4.0, "high_freq_factor": 4.0}}),
+            ),
+            ("rope_parameters.partial_rotary_factor", json!({"rope_parameters": {"partial_rotary_factor": 0.5}})),
+            ("rope_parameters.full_attention", json!({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}})),
+            ("rope_scaling.short_factor", json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}})),
+        ];
+        for (key, keys) in cases {
+            let message = config(keys).unwrap_err().to_string();
+            assert!(message.contains(key) && message.contains("config.json"), "{message} lacks {key}");
+        }
+    }
 }

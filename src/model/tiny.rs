@@ -282,9 +282,14 @@ fn random_bytes(piece: &Piece, spec: &TinySpec) -> Vec<u8> {
     let mut rng = ChaCha8Rng::seed_from_u64(spec.seed);
     rng.set_stream(piece.stream);
     rng.set_word_pos(piece.start as u128);
+    let mut words = vec![0; 4 * piece.len];
+    rng.fill_bytes(&mut words);
     let half_width = spec.std * 3f32.sqrt();
-    let uniform = |word: u32| (word >> 8) as f32 / (1 << 23) as f32 - 1.0; // 24 bits are exact in f32
-    let values: Vec<f32> = (0..piece.len).map(|_| piece.centre + half_width * uniform(rng.next_u32())).collect();
+    let uniform = |word: [u8; 4]| {
+        let bits = u32::from_le_bytes(word) >> 8; // 24 bits are exact in f32
+        piece.centre + half_width * (bits as f32 / (1 << 23) as f32 - 1.0)
+    };
+    let values: Vec<f32> = words.as_chunks::<4>().0.iter().copied().map(uniform).collect();
     let mut bytes = vec![0; piece.len * spec.dtype.size()];
     encode_into(spec.dtype, &values, &mut bytes);
     bytes

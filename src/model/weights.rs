@@ -269,8 +269,8 @@ fn is_plain_name(file: &str) -> bool {
 ///
 /// # Errors
 /// A file that is not there, and a link that leads elsewhere.
-pub fn safe_file(dir: &Path, file: &str) -> Result<PathBuf, Error> {
-    let path = dir.join(file);
+pub fn safe_file(dir: &Path, file: impl AsRef<Path>) -> Result<PathBuf, Error> {
+    let path = dir.join(file.as_ref());
     let real = |path: &Path| path.canonicalize().map_err(|source| Error::Read { path: path.into(), source });
     let (dir, target) = (real(dir)?, real(&path)?);
     let snapshots = dir.parent().filter(|parent| parent.ends_with("snapshots"));
