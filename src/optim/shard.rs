@@ -98,7 +98,7 @@ mod tests {
             prop_assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1);
 
             let mut seen = Vec::new();
-            for rank in 0..world_size {
+            for (rank, count) in counts.into_iter().enumerate() {
                 let mut at = 0;
                 for piece in plan.pieces(rank) {
                     prop_assert_eq!(piece.at, at);
@@ -106,7 +106,7 @@ mod tests {
                     at += piece.elements.len();
                     seen.extend(piece.elements.map(|i| (piece.param, i)));
                 }
-                prop_assert_eq!(at, counts[rank]);
+                prop_assert_eq!(at, count);
             }
             let all: Vec<_> = lens.iter().enumerate().flat_map(|(p, len)| (0..*len).map(move |i| (p, i))).collect();
             prop_assert_eq!(seen, all);

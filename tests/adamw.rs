@@ -1,0 +1,152 @@
+//! AdamW over the CPU backend, against its formula in f64 and against itself.
+
+use moewarden::backend::cpu::Cpu;
+use moewarden::backend::{Backend, Dtype, HostTensor};
+use moewarden::optim::{AdamW, Gradient, Group, LearningRates, Trainable};
+
+const LRS: LearningRates = LearningRates { expert: 1e-2, router: 3e-3, other: 1e-3 };
+const DECAY: f64 = 0.01;
+
+fn initial(param: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|i| ((param * 13 + i * 7) % 19) as f32 / 8.0 - 1.0).collect()
+}
+
+fn gradient(step: usize, param: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|i| ((step * 5 + param * 11 + i * 3) % 17) as f32 / 4.0 - 2.0).collect()
+}
+
+/// Three parameters of one dtype.
+fn weights(cpu: &Cpu, dtype: Dtype) -> (Vec<Trainable>, Vec<<Cpu as Backend>::Weight>) {
+    let params: Vec<_> = [(6, Group::Expert), (4, Group::Expert), (5, Group::Router)]
+        .into_iter()
+        .enumerate()
+        .map(|(param, (len, group))| Trainable { param, len, group })
+        .collect();
+    let weight = |p: &Trainable| cpu.weight(HostTensor::encode(dtype, vec![p.len], &initial(p.param, p.len)));
+    let weights = params.iter().map(weight).collect();
+    (params, weights)
+}
+
+/// One step of these parameters; the gradients lie one after another.
+fn step(
+    cpu: &Cpu,
+    optimizer: &mut AdamW<Cpu>,
+    weights: &mut [<Cpu as Backend>::Weight],
+    number: usize,
+    params: &[Trainable],
+) {
+    let mut grads = cpu.buffer(params.iter().map(|p| p.len).sum());
+    let mut places = Vec::new();
+    let mut offset = 0;
+    for p in params {
+        cpu.buffer_write(&mut grads, offset, &gradient(number, p.param, p.len));
+        places.push(Gradient { param: p.param, offset });
+        offset += p.len;
+    }
+    optimizer.step(cpu, weights, &grads, &places, &LRS, DECAY, 0.5);
+}
+
+fn bytes(cpu: &Cpu, weights: &[<Cpu as Backend>::Weight]) -> Vec<Vec<u8>> {
+    weights.iter().map(|w| cpu.weight_host(w).bytes.to_vec()).collect()
+}
+
+#[test]
+fn each_parameter_follows_the_formula_by_its_own_count() {
+    let cpu = Cpu::new(1);
+    let (params, mut weights) = weights(&cpu, Dtype::F32);
+    let mut optimizer = AdamW::new();
+    optimizer.add(&cpu, &weights, &params);
+    // The second parameter is left out of every other step.
+    let takes_part = |number: usize, p: &Trainable| p.param != 1 || number.is_multiple_of(2);
+    for number in 0..7 {
+        let before = bytes(&cpu, &weights);
+        let active: Vec<_> = params.iter().copied().filter(|p| takes_part(number, p)).collect();
+        step(&cpu, &mut optimizer, &mut weights, number, &active);
+        for (p, (before, after)) in params.iter().zip(before.iter().zip(bytes(&cpu, &weights))) {
+            assert_eq!(*before != after, takes_part(number, p), "step {number}, parameter {}", p.param);
+        }
+    }
+    for p in &params {
+        let lr = if p.group == Group::Router { LRS.router } else { LRS.expert };
+        let mut w: Vec<f64> = initial(p.param, p.len).into_iter().map(f64::from).collect();
+        let (mut m, mut v, mut t) = (vec![0.0; p.len], vec![0.0; p.len], 0);
+        for number in (0..7).filter(|n| takes_part(*n, p)) {
+            t += 1;
+            for (i, g) in gradient(number, p.param, p.len).into_iter().enumerate() {
+                let g = 0.5 * f64::from(g);
+                m[i] = 0.9 * m[i] + 0.1 * g;
+                v[i] = 0.999 * v[i] + 0.001 * g * g;
+                let (m, v) = (m[i] / (1.0 - 0.9f64.powi(t)), v[i] / (1.0 - 0.999f64.powi(t)));
+                w[i] -= lr * DECAY * w[i] + lr * m / (v.sqrt() + 1e-8);
+            }
+        }
+        for (i, (x, y)) in cpu.weight_host(&weights[p.param]).to_f32().iter().zip(&w).enumerate() {
+            // Seven f32 updates of size 1e-2, each good to 1e-4 (β₂ = 0.999 in f32 is 5e-5 of 1 − β₂ off), on weights near 1.
+            assert!((f64::from(*x) - y).abs() < 2e-6, "parameter {}[{i}]: {x}, not {y}", p.param);
+        }
+    }
+}
+
+#[test]
+fn small_updates_add_up_behind_bf16() {
+    let cpu = Cpu::new(1);
+    let one = Trainable { param: 0, len: 1, group: Group::Expert };
+    let mut weights = vec![cpu.weight(HostTensor::encode(Dtype::Bf16, vec![1], &[1.0]))];
+    let mut optimizer = AdamW::new();
+    optimizer.add(&cpu, &weights, &[one]);
+    let lrs = LearningRates { expert: 1e-4, ..LRS }; // bf16 below 1 has steps of 2⁻⁸ = 4e-3: a single update rounds away
+    let mut grads = cpu.buffer(1);
+    cpu.buffer_write(&mut grads, 0, &[1.0]);
+    let mut value = |steps: usize| {
+        for _ in 0..steps {
+            optimizer.step(&cpu, &mut weights, &grads, &[Gradient { param: 0, offset: 0 }], &lrs, 0.0, 1.0);
+        }
+        cpu.weight_host(&weights[0]).to_f32()[0]
+    };
+    assert_eq!(value(1), 1.0);
+    assert_eq!(value(99), 0.98828125, "100 updates of 1e-4 make 0.99, in bf16 this");
+}
+
+#[test]
+fn a_resumed_optimizer_goes_on_bit_for_bit() {
+    let cpu = Cpu::new(1);
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let (params, mut weights) = weights(&cpu, dtype);
+        let mut whole = AdamW::new();
+        whole.add(&cpu, &weights, &params[..2]);
+        step(&cpu, &mut whole, &mut weights, 0, &params[..1]);
+        whole.add(&cpu, &weights, &params); // the third comes later; the first two keep their state
+        step(&cpu, &mut whole, &mut weights, 1, &params);
+
+        let saved: Vec<_> = whole.export(&cpu).collect();
+        assert_eq!(saved.iter().map(|s| (s.param, s.step)).collect::<Vec<_>>(), [(0, 2), (1, 1), (2, 1)]);
+        let mut others: Vec<_> = weights.iter().map(|w| cpu.weight(cpu.weight_host(w))).collect();
+        let mut resumed = AdamW::new();
+        resumed.add(&cpu, &others, &params);
+        for state in &saved {
+            resumed.import(&cpu, state).unwrap();
+        }
+        assert_eq!(resumed.bytes(), 15 * 12);
+        for number in 2..5 {
+            step(&cpu, &mut whole, &mut weights, number, &params);
+            step(&cpu, &mut resumed, &mut others, number, &params);
+        }
+        assert_eq!(bytes(&cpu, &weights), bytes(&cpu, &others));
+        assert_eq!(whole.export(&cpu).collect::<Vec<_>>(), resumed.export(&cpu).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_state_that_does_not_fit_is_refused() {
+    let cpu = Cpu::new(1);
+    let (params, weights) = weights(&cpu, Dtype::F32);
+    let mut optimizer = AdamW::new();
+    optimizer.add(&cpu, &weights, &params[..1]);
+    let good = optimizer.export(&cpu).next().unwrap();
+    let mut short = good.clone();
+    short.v.pop();
+    let error = optimizer.import(&cpu, &short).unwrap_err().to_string();
+    assert!(error.contains("parameter 0") && error.contains("v of 5 elements, not 6"), "{error}");
+    let unknown = moewarden::optim::ParamState { param: 2, ..good };
+    assert!(optimizer.import(&cpu, &unknown).unwrap_err().to_string().contains("not trained"));
+}
