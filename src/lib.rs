@@ -21,3 +21,4 @@ pub mod optim;
 pub mod report;
 pub mod routers;
 pub mod run;
+pub mod ui;

@@ -1,1 +1,47 @@
-fn main() {}
+//! The process's edge: modes and exit codes.
+
+use std::process::ExitCode;
+use std::{env, io, panic};
+
+use moewarden::{cli, exit};
+
+fn main() -> ExitCode {
+    panic::set_hook(Box::new(|fault| {
+        say(&format!(
+            "error: moewarden itself is at fault: {fault}\nPlease report this with the command line and the version \
+             ({}); RUST_BACKTRACE=1 adds where it came from.",
+            env!("CARGO_PKG_VERSION")
+        ));
+        let backtrace = std::backtrace::Backtrace::capture();
+        if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
+            say(&backtrace.to_string());
+        }
+    }));
+    panic::catch_unwind(|| ExitCode::from(run())).unwrap_or(ExitCode::from(exit::INTERNAL))
+}
+
+/// Parses, runs, and returns the exit code.
+fn run() -> u8 {
+    let cli = match cli::parse(env::args_os()) {
+        Ok(cli) => cli,
+        Err(help_or_error) => {
+            // a reader that went away is no error
+            _ = help_or_error.print();
+            return if help_or_error.use_stderr() { exit::USAGE } else { exit::OK };
+        }
+    };
+    match cli::run(&cli) {
+        Ok(()) => exit::OK,
+        Err(failure) => {
+            for (i, cause) in failure.chain().enumerate() {
+                say(&format!("{} {cause}", if i == 0 { "error:" } else { "caused by:" }));
+            }
+            failure.code()
+        }
+    }
+}
+
+/// A line on stderr, which may be closed.
+fn say(text: &str) {
+    _ = io::Write::write_all(&mut io::stderr(), format!("{text}\n").as_bytes());
+}

@@ -1,0 +1,189 @@
+//! The command line: its grammar, and which handler serves which command.
+
+mod argv;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use serde_json::Value;
+
+use crate::config::{
+    CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions, ReportArgs,
+    RunConfig, heading, is_bool, resolve,
+};
+use crate::exit::{self, Failure};
+use crate::run;
+use crate::ui::Ui;
+
+/// Find the experts of a Mixture-of-Experts language model that answer unsafe prompts, and retrain only those experts
+/// and the routers.
+#[derive(Debug, Parser)]
+#[command(name = "moewarden", version, arg_required_else_help = true, max_term_width = 120)]
+pub struct Cli {
+    /// Print no progress: only results, warnings and errors
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant)] // one a process
+pub enum Command {
+    /// Identify the unsafe experts, retrain them, align the routers; repeat for each round
+    Train(RunArgs),
+    /// Score and select experts; changes no weight
+    Identify(RunArgs),
+    /// Generate answers of a model, and measure refusals, loss and routing
+    Eval(EvalArgs),
+    /// Draw the scores and selections of finished runs, and compare them
+    Report(ReportArgs),
+    /// Train a matrix of methods and ablations from one configuration
+    Compare {
+        /// The matrix.
+        #[command(flatten)]
+        args: CompareArgs,
+        /// The configuration that all its cells share.
+        #[command(flatten)]
+        run: RunArgs,
+    },
+    /// Join a base model and a delta into a complete model folder
+    Export(ExportArgs),
+    /// Validate model, data and options, show the loss mask, predict memory and time; loads no weights
+    Check {
+        /// What to show.
+        #[command(flatten)]
+        args: CheckArgs,
+        /// The run that is checked.
+        #[command(flatten)]
+        run: RunArgs,
+    },
+    /// Make a tiny model and data set, train on them and report, in seconds
+    Quickstart(QuickstartArgs),
+}
+
+/// The options of a run, and the file that may hold some of them.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// YAML file with the names of these options; flags win over it. Paths in it are relative to the current folder
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The flags.
+    #[command(flatten)]
+    pub options: RawOptions,
+}
+
+impl RunArgs {
+    fn resolve(&self, ui: &Ui) -> exit::Result<RunConfig> {
+        let resolved = resolve(self.config.as_deref(), &self.options)?;
+        for warning in &resolved.warnings {
+            ui.warn(warning);
+        }
+        Ok(resolved.config)
+    }
+}
+
+/// Reads the command line. The error knows its exit code (2, or 0 for help and version) and prints itself.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let mut command = command();
+    let args = argv::canonical(args.into_iter().collect(), &mut command)?;
+    let matches = command.try_get_matches_from_mut(args)?;
+    Cli::from_arg_matches(&matches)
+}
+
+/// Runs one command to its end.
+pub fn run(cli: &Cli) -> exit::Result<()> {
+    let ui = &Ui::new(cli.quiet);
+    match &cli.command {
+        Command::Train(run) => run::train(&run.resolve(ui)?, ui),
+        Command::Identify(run) => {
+            refuse_training_flags(&run.options)?;
+            run::identify(&run.resolve(ui)?, ui)
+        }
+        Command::Eval(args) => run::eval(args, ui),
+        Command::Report(args) => run::report(args, ui),
+        Command::Compare { args, run } => run::compare(&run.resolve(ui)?, args, ui),
+        Command::Export(args) => run::export(args, ui),
+        Command::Check { args, run } => run::check(&run.resolve(ui)?, args, ui),
+        Command::Quickstart(args) => run::quickstart(args, ui),
+    }
+}
+
+/// The grammar: what clap derives, with defaults shown from [`RunConfig::default`], and true-or-false options that
+/// need no value.
+pub fn command() -> clap::Command {
+    let defaults = serde_json::to_value(RunConfig::default()).expect("the defaults are text and numbers");
+    let originals: String = ORIGINAL_SPELLINGS
+        .iter()
+        .map(|(spelling, option, value)| match *value {
+            "false" => format!("  --{spelling} = --no-{option}\n"),
+            value => format!("  --{spelling} = --{option} {value}\n"),
+        })
+        .collect();
+    let after = format!(
+        "Underscores may stand for the dashes of an option (--top_k_experts), and --no-OPTION for a false one.\n\
+         Spellings of the original scripts:\n{originals}"
+    );
+    Cli::command().mut_subcommands(|command| {
+        let is_run = command.get_arguments().any(|a| a.get_id() == "num_rounds");
+        let identify = command.get_name() == "identify";
+        let command = if is_run { command.after_help(after.clone()) } else { command };
+        command.mut_args(|arg| {
+            let arg = if is_run { run_option(arg, &defaults) } else { arg };
+            let hidden = identify && is_training(&arg);
+            arg.hide(hidden)
+        })
+    })
+}
+
+/// Shows a run option's default, and lets a true-or-false one stand alone.
+fn run_option(arg: Arg, defaults: &Value) -> Arg {
+    let default = arg.get_long().and_then(|name| defaults.get(name)).map_or_else(String::new, |value| match value {
+        Value::String(text) => text.clone(),
+        Value::Null => String::new(),
+        other => other.to_string(),
+    });
+    let is_bool = is_bool(&arg);
+    let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+    let name = arg.get_long().unwrap_or_default();
+    let help = match default.as_str() {
+        "true" if is_bool => format!("{help} [default: true; --no-{name} turns it off]"),
+        "false" if is_bool => help,
+        "" => help,
+        default => format!("{help} [default: {default}]"),
+    };
+    let arg = arg.help(help);
+    if is_bool {
+        arg.num_args(0..=1)
+            .require_equals(true)
+            .default_missing_value("true")
+            .hide_possible_values(true)
+            .value_name("BOOL")
+    } else {
+        arg
+    }
+}
+
+/// Whether an option decides about training only.
+fn is_training(arg: &Arg) -> bool {
+    matches!(arg.get_help_heading(), Some(heading::TRAINING | heading::OPTIMIZER | heading::ROUTERS))
+}
+
+/// `identify` shares the options file of `train`, but a flag that trains would do nothing.
+fn refuse_training_flags(flags: &RawOptions) -> exit::Result<()> {
+    let given = serde_json::to_value(flags).map_err(|e| Failure::new(exit::CONFIG, e))?;
+    let options = RawOptions::augment_args(clap::Command::new("options"));
+    for arg in options.get_arguments().filter(|a| is_training(a)) {
+        let name = arg.get_long().unwrap_or_default();
+        if !given[name].is_null() {
+            return Err(Failure::new(
+                exit::CONFIG,
+                format!("--{name} would do nothing: `identify` trains nothing; leave it out"),
+            ));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,137 @@
+//! The arguments of the commands that are not runs, and those that a run's commands have besides its options.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Device;
+use super::raw::heading::{INPUT, MACHINE, OUTPUT};
+use crate::data::LongRows;
+
+/// Answers the unsafe and the safe prompts of a data set, and measures refusals, loss and routing.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct EvalArgs {
+    /// Model: a Hugging Face folder, or a hub id found in the local hub cache
+    #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, visible_alias = "model")]
+    pub model_name: String,
+    /// Rows to measure on: a JSON array or JSONL
+    #[arg(long, value_name = "FILE", help_heading = INPUT, visible_alias = "dataset")]
+    pub dataset_path: PathBuf,
+    /// Jinja chat template to use instead of the model's own
+    #[arg(long, value_name = "FILE", help_heading = INPUT)]
+    pub chat_template: Option<PathBuf>,
+    /// Rows to use at most
+    #[arg(long, value_name = "ROWS", help_heading = INPUT, default_value_t = 128, value_parser = at_least_one)]
+    pub max_samples: usize,
+    /// Length of an example in tokens, template and response included
+    #[arg(long, value_name = "TOKENS", help_heading = INPUT, default_value_t = 512, value_parser = at_least_one)]
+    pub max_length: usize,
+    /// What happens to longer rows
+    #[arg(long, help_heading = INPUT, value_enum, default_value_t)]
+    pub long_rows: LongRows,
+    /// Keep attack rows whose own verdict says that the attack failed
+    #[arg(long, help_heading = INPUT)]
+    pub keep_failed: bool,
+    /// Examples in a micro-batch
+    #[arg(long, value_name = "EXAMPLES", help_heading = INPUT, default_value_t = 8, value_parser = at_least_one)]
+    pub batch_size: usize,
+
+    /// Tokens of an answer at most
+    #[arg(long, value_name = "TOKENS", help_heading = GENERATION, default_value_t = 128, value_parser = at_least_one)]
+    pub max_new_tokens: usize,
+    /// Sampling temperature; 0 always takes the likeliest token
+    #[arg(long, value_name = "T", help_heading = GENERATION, default_value_t = 0.0, value_parser = temperature)]
+    pub temperature: f64,
+    /// Sample among the likeliest tokens that together have this probability (above 0, at most 1)
+    #[arg(long, value_name = "P", help_heading = GENERATION, default_value_t = 1.0, value_parser = probability)]
+    pub top_p: f64,
+    /// Seed of the order of rows and of sampling
+    #[arg(long, value_name = "N", help_heading = GENERATION, default_value_t = 42, visible_alias = "random-seed")]
+    pub seed: u64,
+
+    /// Folder for everything that is written
+    #[arg(long, value_name = "FOLDER", help_heading = OUTPUT, default_value = "moewarden-eval")]
+    pub output_dir: PathBuf,
+    /// Remove an earlier run's outputs from the output folder first; refused if it holds anything else
+    #[arg(long, help_heading = OUTPUT)]
+    pub overwrite: bool,
+
+    /// Where the computation runs
+    #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
+    pub device: Device,
+    /// CPU threads; 0: one a core
+    #[arg(long, value_name = "THREADS", help_heading = MACHINE, default_value_t = 0)]
+    pub threads: usize,
+}
+
+const GENERATION: &str = "Generation";
+
+/// Draws heatmaps of the scores and selections of finished runs, and compares them.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct ReportArgs {
+    /// Output folders of `train` or `identify`; the first is what the others are compared with
+    #[arg(required = true, value_name = "RUN")]
+    pub runs: Vec<PathBuf>,
+    /// Folder for everything that is written
+    #[arg(long, value_name = "FOLDER", default_value = "moewarden-report")]
+    pub output_dir: PathBuf,
+    /// Write into a folder that is not empty, over files of the same names
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// Joins a base model and a delta into a complete Hugging Face folder.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct ExportArgs {
+    /// The model that the delta was trained from: a folder, or a hub id found in the local hub cache
+    #[arg(long, value_name = "FOLDER|ID")]
+    pub base: String,
+    /// A round's folder or safetensors file, as written with --save-rounds delta
+    #[arg(long, value_name = "PATH")]
+    pub delta: PathBuf,
+    /// Folder for everything that is written
+    #[arg(long, value_name = "FOLDER")]
+    pub output_dir: PathBuf,
+    /// Write into a folder that is not empty, over files of the same names
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// What `check` has besides a run's options.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct CheckArgs {
+    /// Rendered examples to show, with the tokens that carry loss marked
+    #[arg(long, value_name = "EXAMPLES", default_value_t = 2)]
+    pub show: usize,
+}
+
+/// Makes a tiny model and data set, trains on them, and reports: everything the program does, in seconds.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct QuickstartArgs {
+    /// Folder for everything that is written
+    #[arg(long, value_name = "FOLDER", default_value = "moewarden-quickstart")]
+    pub output_dir: PathBuf,
+    /// Write into a folder that is not empty, over files of the same names
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(n) => Ok(n),
+        Err(e) => Err(format!("{e}")),
+    }
+}
+
+fn number(text: &str, allowed: impl Fn(f64) -> bool, what: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|x| allowed(*x)).ok_or_else(|| format!("must be {what}"))
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    number(text, |t| t.is_finite() && t >= 0.0, "a finite number, 0 or above")
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    number(text, |p| p > 0.0 && p <= 1.0, "a number above 0, at most 1")
+}

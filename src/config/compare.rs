@@ -1,0 +1,143 @@
+//! The matrix of methods and ablations that `compare` runs.
+
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use super::{Mode, RunConfig, Schedule};
+use crate::experts::{Method, Selection};
+
+/// Which parts of the method are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ablation {
+    /// The selected experts; routers stay.
+    ExpertOnly,
+    /// The routers; experts stay.
+    RouterOnly,
+    /// Both.
+    Combined,
+    /// Nothing: runs and measures, changes no bit.
+    Frozen,
+    /// All parameters.
+    Baseline,
+}
+
+/// What `compare` has besides a run's options.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct CompareArgs {
+    /// Methods to compare, comma-separated
+    #[arg(long, value_name = "METHODS", value_delimiter = ',', default_value = "gradient,routing,random")]
+    pub methods: Vec<Method>,
+    /// Ablations to run for each method, comma-separated; those that train no selection run once
+    #[arg(long, value_name = "ABLATIONS", value_delimiter = ',', default_value = "combined")]
+    pub ablations: Vec<Ablation>,
+}
+
+/// One cell of the matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Variant {
+    /// Folder name: `gradient-combined`, `frozen`.
+    pub name: String,
+    /// What is trained.
+    pub ablation: Ablation,
+    /// The base configuration with this method and ablation, writing into a folder of this name in its output folder.
+    pub config: RunConfig,
+}
+
+impl Ablation {
+    /// The option's word for it.
+    pub fn name(self) -> String {
+        self.to_possible_value().expect("no ablation is hidden").get_name().to_owned()
+    }
+
+    /// Whether it depends on the method: whether it trains a selection.
+    fn selects(self) -> bool {
+        matches!(self, Ablation::ExpertOnly | Ablation::Combined)
+    }
+
+    /// `base` with this ablation. A base with a joint schedule keeps it only where experts and routers both train.
+    pub fn apply(self, base: &RunConfig) -> RunConfig {
+        let (mode, experts, routers) = match self {
+            Ablation::ExpertOnly => (Mode::Selective, true, false),
+            Ablation::RouterOnly => (Mode::Selective, false, true),
+            Ablation::Combined => (Mode::Selective, true, true),
+            Ablation::Frozen => (Mode::Selective, false, false),
+            Ablation::Baseline => (Mode::Baseline, true, !base.skip_router_training),
+        };
+        let joint = base.schedule == Schedule::Joint && experts && routers;
+        RunConfig {
+            mode,
+            finetune_unsafe_experts: experts,
+            skip_router_training: !routers,
+            schedule: if joint { Schedule::Joint } else { Schedule::Alternate },
+            use_router_consistency_loss: joint,
+            ..base.clone()
+        }
+    }
+}
+
+impl CompareArgs {
+    /// The cells, ablations outermost, each once.
+    pub fn variants(&self, base: &RunConfig) -> Vec<Variant> {
+        let mut variants: Vec<Variant> = Vec::new();
+        for ablation in &self.ablations {
+            for method in if ablation.selects() { &self.methods[..] } else { std::slice::from_ref(&base.method) } {
+                let method_name = method.to_possible_value().expect("no method is hidden").get_name().to_owned();
+                let ablation_name = ablation.name();
+                let name = if ablation.selects() { format!("{method_name}-{ablation_name}") } else { ablation_name };
+                if variants.iter().any(|v| v.name == name) {
+                    continue;
+                }
+                // random experts are drawn once a round
+                let selection = if *method == Method::Random { Selection::Global } else { base.selection };
+                let output_dir = base.output_dir.join(&name);
+                let config = RunConfig { method: *method, selection, output_dir, ..ablation.apply(base) };
+                variants.push(Variant { name, ablation: *ablation, config });
+            }
+        }
+        variants
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::validate;
+
+    #[test]
+    fn the_matrix_has_each_cell_once_and_every_cell_is_valid() {
+        let args =
+            CompareArgs { methods: Method::value_variants().to_vec(), ablations: Ablation::value_variants().to_vec() };
+        let joint = RunConfig {
+            schedule: Schedule::Joint,
+            use_router_consistency_loss: true,
+            selection: Selection::PerBatch,
+            ..RunConfig::default()
+        };
+        for base in [RunConfig::default(), joint] {
+            let variants = args.variants(&base);
+            let names: Vec<_> = variants.iter().map(|v| v.name.as_str()).collect();
+            assert_eq!(
+                names,
+                [
+                    "gradient-expert-only",
+                    "routing-expert-only",
+                    "random-expert-only",
+                    "router-only",
+                    "gradient-combined",
+                    "routing-combined",
+                    "random-combined",
+                    "frozen",
+                    "baseline"
+                ]
+            );
+            for v in &variants {
+                assert_eq!(validate::problems(&v.config), Vec::<String>::new(), "{}", v.name);
+                assert_eq!(v.config.output_dir, base.output_dir.join(&v.name));
+            }
+            let frozen = &variants[7].config;
+            assert!(!frozen.finetune_unsafe_experts && frozen.skip_router_training);
+            assert_eq!(variants[8].config.mode, Mode::Baseline);
+        }
+    }
+}

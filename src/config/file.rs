@@ -1,0 +1,178 @@
+//! The YAML file of options: a flat map with the names of the flags.
+
+use std::fmt;
+use std::path::Path;
+
+use clap::{Args, Command};
+use serde::de::{self, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
+use serde_saphyr::Spanned;
+
+use super::{ConfigError, Meaning, RawOptions, nearest, spelled};
+
+/// Reads a YAML file into the options it gives, by their kebab-case names. Every value has its option's type.
+///
+/// Fails with [`ConfigError::NotRead`], or with [`ConfigError::File`] at the first wrong line.
+pub(super) fn read(path: &Path) -> Result<Map<String, Value>, ConfigError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| ConfigError::NotRead { path: path.to_owned(), source })?;
+    parse(&text).map_err(|(line, message)| ConfigError::File { path: path.to_owned(), line, message })
+}
+
+/// [`read`] on the text; errors are (line, message).
+fn parse(text: &str) -> Result<Map<String, Value>, (u64, String)> {
+    let command = RawOptions::augment_args(Command::new("options"));
+    let Entries(entries) = serde_saphyr::from_str::<Option<Entries>>(text)
+        .map_err(|e| (e.location().map_or(0, |l| l.line()), e.without_snippet().to_string()))?
+        .unwrap_or_default();
+
+    let mut options = Map::new();
+    // canonical name → (line, key as written), to speak of the earlier spelling
+    let mut written: Vec<(String, u64, String)> = Vec::new();
+    for (key, Spanned { value: Scalar(value), .. }) in entries {
+        let (line, key) = (key.referenced.line(), key.value);
+        let Some(option) = spelled(&command, &key) else {
+            let hint = nearest(&command, &key).map_or_else(String::new, |known| format!("; did you mean `{known}`?"));
+            return Err((line, format!("unknown option `{key}`{hint}")));
+        };
+        let name = option.name().to_owned();
+        let value = match (option.meaning, value) {
+            (_, Value::Null) => continue, // an empty value gives nothing
+            (Meaning::Itself, value) => value,
+            (Meaning::Negated, Value::Bool(value)) => Value::Bool(!value),
+            (Meaning::Fixed("false"), Value::Bool(true)) => Value::Bool(false),
+            (Meaning::Fixed(text), Value::Bool(true)) => Value::String(text.to_owned()),
+            (Meaning::Fixed(_), Value::Bool(false)) => continue,
+            (_, value) => return Err((line, format!("`{key}` is {value}, expected true or false"))),
+        };
+        RawOptions::deserialize(Value::Object(Map::from_iter([(name.clone(), value.clone())])))
+            .map_err(|e| (line, format!("`{key}`: {e}")))?;
+        if let Some((_, earlier_line, earlier)) = written.iter().find(|(n, ..)| *n == name)
+            && options[&name] != value
+        {
+            return Err((
+                line,
+                format!("`{key}` and `{earlier}` (line {earlier_line}) give the same option two values"),
+            ));
+        }
+        written.push((name.clone(), line, key));
+        options.insert(name, value);
+    }
+    Ok(options)
+}
+
+/// The file's keys and values in order. A plain map type would merge spellings before they can be compared.
+#[derive(Default)]
+struct Entries(Vec<(Spanned<String>, Spanned<Scalar>)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Flat;
+        impl<'de> Visitor<'de> for Flat {
+            type Value = Entries;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a map of options, one `name: value` a line")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+        from.deserialize_map(Flat)
+    }
+}
+
+/// One value: true or false, a finite number, text, or nothing.
+struct Scalar(Value);
+
+impl<'de> Deserialize<'de> for Scalar {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct One;
+        impl Visitor<'_> for One {
+            type Value = Scalar;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("one value: true or false, a number or text")
+            }
+            fn visit_bool<E>(self, value: bool) -> Result<Scalar, E> {
+                Ok(Scalar(value.into()))
+            }
+            fn visit_i64<E>(self, value: i64) -> Result<Scalar, E> {
+                Ok(Scalar(value.into()))
+            }
+            fn visit_u64<E>(self, value: u64) -> Result<Scalar, E> {
+                Ok(Scalar(value.into()))
+            }
+            fn visit_f64<E: de::Error>(self, value: f64) -> Result<Scalar, E> {
+                // JSON, which carries the values from here on, has no infinity; no option wants one.
+                if value.is_finite() { Ok(Scalar(value.into())) } else { Err(E::custom("the number must be finite")) }
+            }
+            fn visit_str<E>(self, value: &str) -> Result<Scalar, E> {
+                Ok(Scalar(value.into()))
+            }
+            fn visit_unit<E>(self) -> Result<Scalar, E> {
+                Ok(Scalar(Value::Null))
+            }
+            fn visit_none<E>(self) -> Result<Scalar, E> {
+                Ok(Scalar(Value::Null))
+            }
+        }
+        from.deserialize_any(One)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn ok(text: &str) -> Value {
+        Value::Object(parse(text).unwrap())
+    }
+
+    #[test]
+    fn names_and_values_are_those_of_the_flags() {
+        assert_eq!(
+            ok("# a comment\ntop_k_experts: 128\nexpert-lr: 5e-5\nno-shuffle: true\nlayers: 8-15\nkl-type: reverse\n"),
+            json!({"top-k-experts": 128, "expert-lr": 5e-5, "shuffle": false, "layers": "8-15", "kl-type": "reverse"})
+        );
+        assert_eq!(ok("layers: 8\n"), json!({"layers": 8}));
+        assert_eq!(ok("use_random_experts: true\nfull_param_training: false\n"), json!({"method": "random"}));
+        assert_eq!(ok("skip-expert-training: true\n"), json!({"finetune-unsafe-experts": false}));
+        assert_eq!(ok("router_consistency_layers: unsafe_only\n"), json!({"router-consistency-layers": "unsafe_only"}));
+        assert_eq!(ok(""), json!({}));
+        assert_eq!(ok("max-grad-norm:\n"), json!({}));
+        assert_eq!(ok("seed: 1\nrandom-seed: 1\n"), json!({"seed": 1}));
+    }
+
+    #[test]
+    fn wrong_files_are_refused_with_their_line() {
+        let cases = [
+            ("seed: 1\ntop-k-expert: 3\n", 2, "did you mean `top-k-experts`"),
+            ("\n\nlearning_rat: 1e-4\n", 3, "did you mean `learning-rate`"),
+            ("zzz: 1\n", 1, "unknown option `zzz`"),
+            ("seed: 1\nkl-type: forwards\n", 2, "expected one of `forward`, `reverse`, `symmetric`"),
+            ("batch-size: eight\n", 1, "expected usize"),
+            ("batch-size: -8\n", 1, "expected usize"),
+            ("batch-size: 8.5\n", 1, "expected usize"),
+            ("shuffle: no\n", 1, "expected a boolean"),
+            ("use-random-experts: 7\n", 1, "expected true or false"),
+            ("layers: 8-x\n", 1, "one range of layers"),
+            ("seed: 1\nseed: 2\n", 2, "seed"),
+            ("random_seed: 1\nseed: 2\n", 2, "(line 1) give the same option two values"),
+            ("expert-lr: .inf\n", 1, "finite"),
+            ("layers: [1, 2]\n", 1, "one value"),
+            ("- seed\n", 1, "a map of options"),
+            ("seed: [\n", 2, ""),
+        ];
+        for (text, line, message) in cases {
+            let (at, why) = parse(text).expect_err(text);
+            assert!(why.contains(message), "{text:?}: {why}");
+            assert_eq!(at, line, "{text:?}: {why}");
+        }
+    }
+}

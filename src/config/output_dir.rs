@@ -1,0 +1,259 @@
+//! The output folder: never mixed with something else, never emptied of what moewarden did not write.
+
+use std::fs::{self, FileType};
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use super::{ConfigError, RunConfig};
+
+/// What happens to a folder that already holds something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// It is an error.
+    Refuse,
+    /// Known outputs are removed; anything else is an error, and then nothing is removed.
+    Replace,
+    /// It stays as it is.
+    Keep,
+}
+
+impl Existing {
+    /// By the two flags that exclude each other.
+    pub fn of(overwrite: bool, resume: bool) -> Self {
+        match (overwrite, resume) {
+            (true, _) => Existing::Replace,
+            (false, true) => Existing::Keep,
+            (false, false) => Existing::Refuse,
+        }
+    }
+}
+
+/// Makes the output folder of a run. See [`prepare_dir`].
+pub fn prepare_output_dir(config: &RunConfig) -> Result<(), ConfigError> {
+    prepare_dir(&config.output_dir, Existing::of(config.overwrite, config.resume))
+}
+
+/// Makes `dir` and its parents, and sees that it holds nothing but what `existing` allows.
+///
+/// [`Existing::Replace`] removes files and folders by name only: those of [`is_output`]. The whole tree is looked at
+/// before anything is removed; an unknown name, a symbolic link or a special file anywhere in it is an error.
+///
+/// Fails with [`ConfigError::OutputDir`] or [`ConfigError::OutputIo`].
+pub fn prepare_dir(dir: &Path, existing: Existing) -> Result<(), ConfigError> {
+    let refused = |message: String| ConfigError::OutputDir { path: dir.to_owned(), message };
+    match fs::metadata(dir) {
+        Ok(meta) if !meta.is_dir() => return Err(refused("is a file; give a folder with --output-dir".into())),
+        Ok(_) => {}
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            return fs::create_dir_all(dir).map_err(failed("make the output folder", dir));
+        }
+        Err(e) => return Err(failed("read", dir)(e)),
+    }
+    match existing {
+        Existing::Keep => Ok(()),
+        Existing::Refuse if entries(dir)?.is_empty() => Ok(()),
+        Existing::Refuse => Err(refused(
+            "is not empty; give another --output-dir, --overwrite to remove an earlier run's outputs from it, \
+             or (train) --resume to continue them"
+                .into(),
+        )),
+        Existing::Replace => {
+            let mut outputs = Outputs::default();
+            outputs.collect(dir, Place::Top)?;
+            if let Some(foreign) = outputs.foreign {
+                let name = foreign.strip_prefix(dir).unwrap_or(&foreign).display().to_string();
+                return Err(refused(format!(
+                    "holds {name}, which moewarden did not write: nothing was removed; move it away, or give another \
+                     --output-dir"
+                )));
+            }
+            for file in &outputs.files {
+                fs::remove_file(file).map_err(failed("remove", file))?;
+            }
+            for folder in &outputs.folders {
+                fs::remove_dir(folder).map_err(failed("remove", folder))?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Where in the output folder a name stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// The folder itself.
+    Top,
+    /// `round_1`, `final_model`: a Hugging Face folder, or a delta.
+    Model,
+    /// `checkpoints` and below: resume state, which belongs to the program whatever its names.
+    State,
+}
+
+/// Files of the folder itself.
+const TOP_FILES: [&str; 9] = [
+    "config.resolved.yaml",
+    "metrics.jsonl",
+    "expert_scores.json",
+    "expert_gradients.pkl",
+    "training_metadata.json",
+    "eval.json",
+    "generations.jsonl",
+    "compare.json",
+    "compare.md",
+];
+
+/// Files of a Hugging Face folder, besides `*.safetensors`.
+const MODEL_FILES: [&str; 14] = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "delta.json",
+];
+
+/// Whether moewarden writes a file, or (answering with the place inside it) a folder, of this name here.
+fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
+    let round = |name: &str| name.strip_prefix("round_").is_some_and(|n| n.parse::<u32>().is_ok());
+    match place {
+        Place::State if kind.is_dir() || kind.is_file() => Some(Place::State),
+        Place::Model if kind.is_file() && (MODEL_FILES.contains(&name) || name.ends_with(".safetensors")) => {
+            Some(place)
+        }
+        Place::Top if kind.is_file() && TOP_FILES.contains(&name) => Some(place),
+        Place::Top if kind.is_dir() && (name == "final_model" || round(name)) => Some(Place::Model),
+        Place::Top if kind.is_dir() && name == "checkpoints" => Some(Place::State),
+        _ => None,
+    }
+}
+
+/// What lies in a folder, folders after what they hold.
+#[derive(Default)]
+struct Outputs {
+    files: Vec<PathBuf>,
+    folders: Vec<PathBuf>,
+    /// The first thing that is no output.
+    foreign: Option<PathBuf>,
+}
+
+impl Outputs {
+    fn collect(&mut self, dir: &Path, place: Place) -> Result<(), ConfigError> {
+        for entry in entries(dir)? {
+            let path = entry.path();
+            // of the entry itself: a symbolic link is neither file nor folder here
+            let kind = entry.file_type().map_err(failed("read", &path))?;
+            match entry.file_name().to_str().and_then(|name| is_output(name, place, kind)) {
+                None => _ = self.foreign.get_or_insert(path),
+                Some(inside) if kind.is_dir() => {
+                    self.collect(&path, inside)?;
+                    self.folders.push(path);
+                }
+                Some(_) => self.files.push(path),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The entries of a folder, by name.
+fn entries(dir: &Path) -> Result<Vec<fs::DirEntry>, ConfigError> {
+    let mut entries =
+        fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(failed("read", dir))?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    Ok(entries)
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ConfigError {
+    let path = path.to_owned();
+    move |source| ConfigError::OutputIo { what, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder with these files; a name that ends with `/` is an empty folder.
+    fn folder(names: &[&str]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for name in names {
+            let path = dir.path().join(name);
+            fs::create_dir_all(if name.ends_with('/') { &path } else { path.parent().unwrap() }).unwrap();
+            if !name.ends_with('/') {
+                fs::write(path, name).unwrap();
+            }
+        }
+        dir
+    }
+
+    fn held(dir: &Path) -> usize {
+        entries(dir).unwrap().len()
+    }
+
+    const OUTPUTS: [&str; 6] = [
+        "config.resolved.yaml",
+        "metrics.jsonl",
+        "round_1/model-00001-of-00002.safetensors",
+        "final_model/config.json",
+        "checkpoints/step_7/state.bin",
+        "round_12/",
+    ];
+
+    #[test]
+    fn a_new_or_empty_folder_is_fine() {
+        let dir = tempfile::tempdir().unwrap();
+        for existing in [Existing::Refuse, Existing::Replace, Existing::Keep] {
+            prepare_dir(dir.path(), existing).unwrap();
+            let new = dir.path().join(format!("{existing:?}/deep"));
+            prepare_dir(&new, existing).unwrap();
+            assert!(new.is_dir());
+            fs::remove_dir_all(new.parent().unwrap()).unwrap();
+        }
+    }
+
+    #[test]
+    fn outputs_are_refused_kept_or_removed() {
+        let dir = folder(&OUTPUTS);
+        let count = held(dir.path());
+        let error = prepare_dir(dir.path(), Existing::Refuse).unwrap_err();
+        assert!(error.to_string().contains("not empty"), "{error}");
+        prepare_dir(dir.path(), Existing::Keep).unwrap();
+        assert_eq!(held(dir.path()), count);
+        prepare_dir(dir.path(), Existing::Replace).unwrap();
+        assert_eq!(held(dir.path()), 0);
+    }
+
+    #[test]
+    fn what_is_not_ours_saves_everything() {
+        for foreign in ["thesis.txt", "final_model/notes.md", "round_x/config.json", "data/", "round_1/old/"] {
+            let dir = folder(&[&OUTPUTS[..], &[foreign]].concat());
+            let error = prepare_dir(dir.path(), Existing::Replace).unwrap_err();
+            assert!(error.to_string().contains("did not write"), "{error}");
+            assert!(OUTPUTS.iter().all(|name| dir.path().join(name).exists()), "{foreign}: something was removed");
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_are_not_followed() {
+        let elsewhere = folder(&["config.json"]);
+        let dir = folder(&["metrics.jsonl"]);
+        std::os::unix::fs::symlink(elsewhere.path(), dir.path().join("final_model")).unwrap();
+        assert!(prepare_dir(dir.path(), Existing::Replace).is_err());
+        assert_eq!(held(elsewhere.path()), 1);
+    }
+
+    #[test]
+    fn a_file_is_no_folder() {
+        let dir = folder(&["file"]);
+        let error = prepare_dir(&dir.path().join("file"), Existing::Keep).unwrap_err();
+        assert!(error.to_string().contains("is a file"), "{error}");
+    }
+}
