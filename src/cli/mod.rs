@@ -144,6 +144,9 @@ fn run_option(arg: Arg, defaults: &Value) -> Arg {
     let default = arg.get_long().and_then(|name| defaults.get(name)).map_or_else(String::new, |value| match value {
         Value::String(text) => text.clone(),
         Value::Null => String::new(),
+        Value::Number(n) if n.as_f64().is_some_and(|x| x > 0.0 && x < 1e-3) => {
+            format!("{:e}", n.as_f64().unwrap_or_default())
+        }
         other => other.to_string(),
     });
     let is_bool = is_bool(&arg);
