@@ -36,7 +36,10 @@ pub struct SharedBytes {
 impl SharedBytes {
     /// Part of `owner`. Panics if the range lies outside it.
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Self {
-        assert!(range.start <= range.end && range.end <= (*owner).as_ref().len(), "byte range {range:?} outside its owner");
+        assert!(
+            range.start <= range.end && range.end <= (*owner).as_ref().len(),
+            "byte range {range:?} outside its owner"
+        );
         Self { owner, range }
     }
 
@@ -76,7 +79,11 @@ pub struct HostTensor {
 impl HostTensor {
     /// A tensor over these bytes. Panics if their number contradicts the shape.
     pub fn new(dtype: Dtype, shape: Vec<usize>, bytes: SharedBytes) -> Self {
-        assert_eq!(bytes.len(), shape.iter().product::<usize>() * dtype.size(), "bytes of a {dtype:?} tensor {shape:?}");
+        assert_eq!(
+            bytes.len(),
+            shape.iter().product::<usize>() * dtype.size(),
+            "bytes of a {dtype:?} tensor {shape:?}"
+        );
         Self { dtype, shape, bytes }
     }
 

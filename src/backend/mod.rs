@@ -299,12 +299,8 @@ pub trait Backend: Send + Sync + 'static {
     /// y[t] = Σ_k x[row of (t, k)], k ascending: `[T, D]`. Each is the backward of the other.
     fn combine_rows(&self, x: &Self::Tensor, dispatch: &Self::Dispatch) -> Self::Tensor;
     /// Each expert's rows times its own stacked weights: `[R, in]` → `[R, Σ out]`.
-    fn grouped_linear(
-        &self,
-        x: &Self::Tensor,
-        w: &Stacks<'_, Self::Weight>,
-        dispatch: &Self::Dispatch,
-    ) -> Self::Tensor;
+    fn grouped_linear(&self, x: &Self::Tensor, w: &Stacks<'_, Self::Weight>, dispatch: &Self::Dispatch)
+    -> Self::Tensor;
     /// dx `[R, in]`.
     fn grouped_linear_backward_input(
         &self,
@@ -353,13 +349,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Σ over the rows `rows` of softmax(logits): `[E]`.
     fn softmax_sum(&self, logits: &Self::Tensor, rows: Range<usize>) -> Vec<f64>;
     /// dlogits[rows] += the gradient through softmax of `dy` `[E]`, the same for every row.
-    fn softmax_sum_backward(
-        &self,
-        dy: &[f32],
-        logits: &Self::Tensor,
-        rows: Range<usize>,
-        dlogits: &mut Self::Tensor,
-    );
+    fn softmax_sum_backward(&self, dy: &[f32], logits: &Self::Tensor, rows: Range<usize>, dlogits: &mut Self::Tensor);
     /// Σ of the rows of each range: `[ranges · cols]`.
     fn segment_sum(&self, x: &Self::Tensor, segments: &[Range<usize>]) -> Vec<f64>;
     /// dx[row] += dy[segment of row], `dy` `[ranges · cols]`.

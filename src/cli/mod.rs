@@ -98,7 +98,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
 pub fn run(cli: &Cli) -> exit::Result<()> {
     let ui = &Ui::new(cli.quiet);
     match &cli.command {
-        Command::Train(run) => run::train(&run.resolve(ui)?, ui).map(drop),
+        Command::Train(run) => run::train(&run.resolve(ui)?, ui),
         Command::Identify(run) => {
             refuse_training_flags(&run.options)?;
             run::identify(&run.resolve(ui)?, ui)
@@ -144,6 +144,9 @@ fn run_option(arg: Arg, defaults: &Value) -> Arg {
     let default = arg.get_long().and_then(|name| defaults.get(name)).map_or_else(String::new, |value| match value {
         Value::String(text) => text.clone(),
         Value::Null => String::new(),
+        Value::Number(n) if n.as_f64().is_some_and(|x| x > 0.0 && x < 1e-3) => {
+            format!("{:e}", n.as_f64().unwrap_or_default())
+        }
         other => other.to_string(),
     });
     let is_bool = is_bool(&arg);

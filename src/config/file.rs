@@ -47,7 +47,7 @@ fn parse(text: &str) -> Result<Map<String, Value>, (u64, String)> {
             (_, value) => return Err((line, format!("`{key}` is {value}, expected true or false"))),
         };
         RawOptions::deserialize(Value::Object(Map::from_iter([(name.clone(), value.clone())])))
-            .map_err(|e| (line, format!("`{key}`: {e}")))?;
+            .map_err(|e| (line, format!("`{key}`: {}", plain(&e))))?;
         if let Some((_, earlier_line, earlier)) = written.iter().find(|(n, ..)| *n == name)
             && options[&name] != value
         {
@@ -60,6 +60,16 @@ fn parse(text: &str) -> Result<Map<String, Value>, (u64, String)> {
         options.insert(name, value);
     }
     Ok(options)
+}
+
+/// A type error, in words that are not Rust's.
+fn plain(error: &serde_json::Error) -> String {
+    let whole = "expected a whole number, not negative";
+    error
+        .to_string()
+        .replace("expected usize", whole)
+        .replace("expected u64", whole)
+        .replace("expected f64", "expected a number")
 }
 
 /// The file's keys and values in order. A plain map type would merge spellings before they can be compared.
@@ -156,18 +166,18 @@ mod tests {
             ("\n\nlearning_rat: 1e-4\n", 3, "did you mean `learning-rate`"),
             ("zzz: 1\n", 1, "unknown option `zzz`"),
             ("seed: 1\nkl-type: forwards\n", 2, "expected one of `forward`, `reverse`, `symmetric`"),
-            ("batch-size: eight\n", 1, "expected usize"),
-            ("batch-size: -8\n", 1, "expected usize"),
-            ("batch-size: 8.5\n", 1, "expected usize"),
-            ("shuffle: no\n", 1, "expected a boolean"),
+            ("batch-size: eight\n", 1, "expected a whole number, not negative"),
+            ("batch-size: -8\n", 1, "expected a whole number, not negative"),
+            ("batch-size: 8.5\n", 1, "expected a whole number, not negative"),
+            ("shuffle: maybe\n", 1, "expected a boolean"),
             ("use-random-experts: 7\n", 1, "expected true or false"),
             ("layers: 8-x\n", 1, "one range of layers"),
             ("seed: 1\nseed: 2\n", 2, "seed"),
             ("random_seed: 1\nseed: 2\n", 2, "(line 1) give the same option two values"),
             ("expert-lr: .inf\n", 1, "finite"),
             ("layers: [1, 2]\n", 1, "one value"),
-            ("- seed\n", 1, "a map of options"),
-            ("seed: [\n", 2, ""),
+            ("- seed\n", 1, "expected mapping"),
+            ("seed: 1\nlayers: 8: 9\n", 2, ""),
         ];
         for (text, line, message) in cases {
             let (at, why) = parse(text).expect_err(text);

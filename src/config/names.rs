@@ -42,10 +42,12 @@ impl Spelled<'_> {
     }
 }
 
-/// Whether an argument's values are true and false.
+/// Whether an argument's values are true and false. (A plain switch has no value.)
 pub fn is_bool(arg: &Arg) -> bool {
     let values = arg.get_possible_values();
-    values.len() == 2 && values.iter().all(|v| matches!(v.get_name(), "true" | "false"))
+    arg.get_action().takes_values()
+        && values.len() == 2
+        && values.iter().all(|v| matches!(v.get_name(), "true" | "false"))
 }
 
 /// The option of `command` that is spelled `name` (without dashes in front, underscores allowed).

@@ -89,18 +89,9 @@ enum Place {
     State,
 }
 
-/// Files of the folder itself.
-const TOP_FILES: [&str; 9] = [
-    "config.resolved.yaml",
-    "metrics.jsonl",
-    "expert_scores.json",
-    "expert_gradients.pkl",
-    "training_metadata.json",
-    "eval.json",
-    "generations.jsonl",
-    "compare.json",
-    "compare.md",
-];
+/// Files of the folder itself. A command that writes another one there adds its name, or --overwrite refuses it.
+const TOP_FILES: [&str; 5] =
+    ["config.resolved.yaml", "metrics.jsonl", "expert_scores.json", "expert_gradients.pkl", "training_metadata.json"];
 
 /// Files of a Hugging Face folder, besides `*.safetensors`.
 const MODEL_FILES: [&str; 14] = [

@@ -211,3 +211,20 @@ pub struct RawOptions {
     #[arg(long, help_heading = MACHINE)]
     pub recompute: Option<Recompute>,
 }
+
+impl RawOptions {
+    /// Complains of numbers that are not finite. (JSON, in which sources are laid over each other, would lose them.)
+    pub(super) fn not_finite(&self) -> Vec<String> {
+        let numbers = [
+            ("risk-threshold", self.risk_threshold),
+            ("expert-lr", self.expert_lr),
+            ("router-lr", self.router_lr),
+            ("weight-decay", self.weight_decay),
+            ("max-grad-norm", self.max_grad_norm),
+            ("router-consistency-weight", self.router_consistency_weight),
+            ("safe-ratio", self.safe_ratio),
+        ];
+        let wrong = numbers.iter().filter_map(|(name, x)| x.filter(|x| !x.is_finite()).map(|x| (name, x)));
+        wrong.map(|(name, x)| format!("--{name} is {x}, but must be a finite number")).collect()
+    }
+}

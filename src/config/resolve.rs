@@ -30,6 +30,10 @@ struct Layer {
 ///
 /// Fails with every variant of [`ConfigError`] but the two of the output folder.
 pub fn resolve(file: Option<&Path>, flags: &RawOptions) -> Result<Resolved, ConfigError> {
+    let wrong = flags.not_finite();
+    if !wrong.is_empty() {
+        return Err(ConfigError::Invalid(wrong));
+    }
     let file = file.map(|path| file::read(path)).transpose()?.unwrap_or_default();
     let (file, flags) = (Layer::new(file)?, Layer::new(given(flags)?)?);
 
