@@ -98,7 +98,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
 pub fn run(cli: &Cli) -> exit::Result<()> {
     let ui = &Ui::new(cli.quiet);
     match &cli.command {
-        Command::Train(run) => run::train(&run.resolve(ui)?, ui),
+        Command::Train(run) => run::train(&run.resolve(ui)?, ui).map(drop),
         Command::Identify(run) => {
             refuse_training_flags(&run.options)?;
             run::identify(&run.resolve(ui)?, ui)

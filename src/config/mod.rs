@@ -362,3 +362,8 @@ impl Coded for ConfigError {
         }
     }
 }
+
+/// The local Hugging Face cache that the environment names. (Only this module and the command line read the environment.)
+pub fn hub_cache() -> crate::model::HubCache {
+    crate::model::HubCache::from_vars(|name| std::env::var_os(name))
+}

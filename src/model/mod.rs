@@ -28,3 +28,4 @@ pub use plan::{GradPlan, expert_params};
 pub use safetensors::{Header, HeaderError, StoredDtype, TensorInfo, write_header};
 pub use transformer::{Forward, ForwardOptions, Inputs, LossGrads, Model, PassEnd, RouterGrad, Sinks};
 pub use weights::{Checkpoint, Error as WeightsError, Shard, safe_file};
+pub use feed_forward::{Observer, Routed};
