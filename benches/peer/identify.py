@@ -4,7 +4,7 @@
 `python identify.py --model DIR --rows FILE` scores every expert by the mean |gradient| of the micro-batches' mean
 cross-entropy and prints one JSON object: seconds and tokens/s of the pass (loading not counted), peak memory, settings.
 
-What makes it fast, each found by trial (README.md): the `grouped_mm` experts of transformers 5; SDPA; only expert weights require a
+What makes it fast (README.md has the trials): the `grouped_mm` experts of transformers 5; SDPA; only expert weights require a
 gradient, so the backward stops at the lowest experts; the head runs on the rows that predict a target alone; rows are
 packed without padding, with positions that start anew at each row; a hook reduces each weight's gradient the moment it
 is complete and frees it, so no two layers' gradients exist at once.
