@@ -126,6 +126,7 @@ mod tests {
             safe_ratio: 0.5,
             max_samples: 128,
             seed: 42,
+            held_out_loss: None,
             training_logs: vec![
                 TrainingLog { round: 1, step: TrainingStep::Expert, loss: Some(2.5), num_identified_experts: 12 },
                 TrainingLog { round: 1, step: TrainingStep::Router, loss: None, num_identified_experts: 12 },
