@@ -1,1 +1,180 @@
-fn main() {}
+//! Median time and rate of each CPU operation at the sizes of an identification pass: `cargo bench --bench ops`.
+//!
+//! Options: `-- NAME` runs the operations whose name contains it; the environment variable `THREADS` sets the threads
+//! (0 or unset: all cores). Nothing is asserted: machines differ, and so do their neighbours.
+
+use std::time::Instant;
+
+use moewarden::backend::cpu::{Cpu, Tensor, Weight};
+use moewarden::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Moment, Packing, Rope};
+
+/// Model width, expert width, experts, experts a token, vocabulary, head width.
+const D: usize = 1024;
+const F: usize = 512;
+const E: usize = 64;
+const K: usize = 8;
+const V: usize = 50304;
+const DIM: usize = 64;
+
+/// What a rate counts.
+enum Work {
+    /// Floating-point operations.
+    Flops(usize),
+    /// f32 values read or written.
+    Values(usize),
+}
+
+struct Bench {
+    filter: String,
+}
+
+impl Bench {
+    /// Prints the median of as many runs as fit into about a second, at least three.
+    fn time<R>(&self, name: &str, work: Work, mut f: impl FnMut() -> R) {
+        if !name.contains(&self.filter) {
+            return;
+        }
+        drop(f());
+        let (start, mut times) = (Instant::now(), Vec::new());
+        while times.len() < 3 || (start.elapsed().as_secs_f64() < 1.0 && times.len() < 200) {
+            let one = Instant::now();
+            let result = f();
+            times.push(one.elapsed().as_secs_f64());
+            drop(result);
+        }
+        times.sort_by(f64::total_cmp);
+        let t = times[times.len() / 2];
+        let rate = match work {
+            Work::Flops(n) => format!("{:8.1} GFLOP/s", n as f64 / t / 1e9),
+            Work::Values(n) => format!("{:8.1} GB/s", 4.0 * n as f64 / t / 1e9),
+        };
+        println!("{name:34} {:9.3} ms {rate}", t * 1e3);
+    }
+}
+
+fn noise(n: usize, scale: f32) -> Vec<f32> {
+    let mut state = 1u32;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            ((state >> 8) as f32 / (1 << 23) as f32 - 1.0) * scale
+        })
+        .collect()
+}
+
+fn weight(cpu: &Cpu, dtype: Dtype, rows: usize, cols: usize) -> Weight {
+    cpu.weight(HostTensor::encode(dtype, vec![rows, cols], &noise(rows * cols, 0.05)))
+}
+
+fn main() {
+    let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
+    let bench = Bench { filter };
+    let threads = std::env::var("THREADS").ok().and_then(|t| t.parse().ok()).unwrap_or(0);
+    let cpu = Cpu::new(threads);
+    let lengths = [60, 400, 230, 310, 120, 270, 350, 100];
+    let packing = Packing::of_lengths(lengths);
+    let t = packing.rows();
+    let inv_freq = (0..DIM / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / DIM as f32)).collect();
+    let seqs = cpu.sequences(&packing, &Rope { inv_freq, scale: 1.0 });
+    let tensor = |rows: usize, cols: usize| -> Tensor { cpu.upload(rows, cols, &noise(rows * cols, 1.0)) };
+    let (x, dy) = (tensor(t, D), tensor(t, D));
+
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let w = weight(&cpu, dtype, D, D);
+        let flops = 2 * t * D * D;
+        bench.time(&format!("linear {dtype:?}"), Work::Flops(flops), || cpu.linear(&x, &w, None));
+        bench.time(&format!("linear backward input {dtype:?}"), Work::Flops(flops), || {
+            cpu.linear_backward_input(&dy, &w)
+        });
+    }
+    let mut dw = cpu.buffer(E * D * F * 2);
+    bench
+        .time("linear backward weight", Work::Flops(2 * t * D * D), || cpu.linear_backward_weight(&dy, &x, &mut dw, 0));
+    let router = weight(&cpu, Dtype::F32, E, D);
+    bench.time("linear router", Work::Flops(2 * t * D * E), || cpu.linear(&x, &router, None));
+    let one = tensor(1, D);
+    let square = weight(&cpu, Dtype::F32, D, D);
+    bench.time("linear of one row", Work::Flops(2 * D * D), || cpu.linear(&one, &square, None));
+
+    let norm = cpu.weight(HostTensor::from_f32(vec![D], &vec![1.0; D]));
+    bench.time("rms_norm", Work::Values(2 * t * D), || cpu.rms_norm(&x, &norm, 1e-5));
+    bench.time("rms_norm backward", Work::Values(3 * t * D), || cpu.rms_norm_backward(&dy, &x, &norm, 1e-5, None));
+    let mut sum = tensor(t, D);
+    bench.time("add_assign", Work::Values(3 * t * D), || cpu.add_assign(&mut sum, &x));
+    bench.time("rope", Work::Values(2 * t * D), || cpu.rope(&mut sum, DIM, &seqs));
+
+    let heads = Heads { queries: D / DIM, keys: D / DIM, dim: DIM, window: None };
+    let causal: usize = lengths.iter().map(|n| n * (n + 1) / 2).sum();
+    let (k, v) = (tensor(t, D), tensor(t, D));
+    let y = cpu.attention(&x, &k, &v, &seqs, &heads);
+    bench.time("attention", Work::Flops(4 * causal * D), || cpu.attention(&x, &k, &v, &seqs, &heads));
+    bench.time("attention backward", Work::Flops(10 * causal * D), || {
+        cpu.attention_backward(&dy, &x, &k, &v, &y, &seqs, &heads)
+    });
+
+    let logits = tensor(t, E);
+    bench.time("route", Work::Values(2 * t * E), || cpu.route(&logits, K, false));
+    let routing = cpu.route(&logits, K, false);
+    bench.time("dispatch", Work::Values(t * K), || cpu.dispatch(&routing, E));
+    let dispatch = cpu.dispatch(&routing, E);
+    bench.time("dispatch_rows", Work::Values(2 * t * K * D), || cpu.dispatch_rows(&x, &dispatch));
+    let rows = cpu.dispatch_rows(&x, &dispatch);
+    bench
+        .time("dispatch_rows backward", Work::Values(t * (K + 1) * D), || cpu.dispatch_rows_backward(&rows, &dispatch));
+    bench.time("combine", Work::Values(t * (K + 1) * D), || cpu.combine(&rows, &routing, &dispatch));
+    bench.time("combine backward", Work::Values(t * K * D * 3), || {
+        cpu.combine_backward(&dy, &rows, &routing, &dispatch)
+    });
+
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let make = |n: usize, k: usize| -> Vec<Weight> { (0..E).map(|_| weight(&cpu, dtype, n, k)).collect() };
+        let (gate, up, down) = (make(F, D), make(F, D), make(D, F));
+        let gate_up: Vec<Vec<&Weight>> = gate.iter().zip(&up).map(|(g, u)| vec![g, u]).collect();
+        let down: Vec<Vec<&Weight>> = down.iter().map(|w| vec![w]).collect();
+        let (big, small) = (2 * t * K * D * 2 * F, 2 * t * K * D * F);
+        let name = |what: &str| format!("experts {what} {dtype:?}");
+        bench.time(&name("gate+up"), Work::Flops(big), || cpu.grouped_linear(&rows, &gate_up, &dispatch));
+        let h = cpu.grouped_linear(&rows, &gate_up, &dispatch);
+        bench.time("swiglu", Work::Values(t * K * 3 * F), || cpu.swiglu(&h));
+        let a = cpu.swiglu(&h);
+        bench.time("swiglu backward", Work::Values(t * K * 5 * F), || cpu.swiglu_backward(&a, &h));
+        bench.time(&name("down"), Work::Flops(small), || cpu.grouped_linear(&a, &down, &dispatch));
+        bench.time(&name("down dx"), Work::Flops(small), || cpu.grouped_linear_backward_input(&rows, &down, &dispatch));
+        bench
+            .time(&name("gate+up dx"), Work::Flops(big), || cpu.grouped_linear_backward_input(&h, &gate_up, &dispatch));
+        let mut scores = cpu.scores(E);
+        let score: Vec<ExpertGrad> = (0..E).map(|e| ExpertGrad::Score(Moment::Abs, e)).collect();
+        bench.time(&name("gate+up score"), Work::Flops(big), || {
+            cpu.grouped_linear_backward_weight(&h, &rows, &gate_up, &dispatch, &score, &mut dw, &mut scores)
+        });
+        bench.time(&name("down score"), Work::Flops(small), || {
+            cpu.grouped_linear_backward_weight(&rows, &a, &down, &dispatch, &score, &mut dw, &mut scores)
+        });
+        let add: Vec<ExpertGrad> = (0..E).map(|e| ExpertGrad::Accumulate(vec![e * D * F])).collect();
+        bench.time(&name("down accumulate"), Work::Flops(small), || {
+            cpu.grouped_linear_backward_weight(&rows, &a, &down, &dispatch, &add, &mut dw, &mut scores)
+        });
+    }
+
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        if !format!("cross-entropy {dtype:?}").contains(&bench.filter) {
+            continue;
+        }
+        let head = weight(&cpu, dtype, V, D);
+        let targets = cpu.indices(&(0..t as u32).collect::<Vec<_>>());
+        bench.time(&format!("cross-entropy {dtype:?}"), Work::Flops(2 * t * D * V), || {
+            cpu.linear_cross_entropy(&x, &head, &targets)
+        });
+        bench.time(&format!("cross-entropy {dtype:?} backward"), Work::Flops(4 * t * D * V), || {
+            cpu.linear_cross_entropy_backward(&x, &head, &targets, 1.0, None)
+        });
+        let ids = cpu.indices(&(0..t as u32).map(|i| i * 27).collect::<Vec<_>>());
+        bench.time(&format!("embedding {dtype:?}"), Work::Values(2 * t * D), || cpu.embedding(&ids, &head));
+    }
+
+    let n = E * D * F;
+    let (mut master, mut m, mut v) = (cpu.buffer(n), cpu.buffer(n), cpu.buffer(n));
+    let step = AdamwStep { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
+    bench.time("adamw", Work::Values(7 * n), || cpu.adamw(&mut master, &mut m, &mut v, 0..n, &dw, 0, &step));
+    bench.time("sum_squares", Work::Values(n), || cpu.sum_squares(&dw, 0..n));
+}

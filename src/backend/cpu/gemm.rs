@@ -233,7 +233,7 @@ mod tests {
     #[test]
     fn many_experts_get_large_tiles_and_a_single_product_small_ones() {
         assert_eq!(Grid::plan(std::iter::repeat_n(230, 64), 1024), Grid { rows: 512, cols: 512 });
-        assert_eq!(Grid::plan(std::iter::once(1840), 1024), Grid { rows: 256, cols: 128 });
+        assert_eq!(Grid::plan(std::iter::once(1840), 1024), Grid { rows: 128, cols: 128 });
         assert_eq!(Grid::plan(std::iter::once(1), 64), Grid { rows: 128, cols: 128 });
         assert_eq!(Grid::plan(std::iter::once(1 << 16), 4096), Grid { rows: 512, cols: 512 });
         assert_eq!(Grid::plan(std::iter::empty(), 8), Grid { rows: 128, cols: 128 });
