@@ -119,11 +119,11 @@ fn main() {
     let dispatch = cpu.dispatch(&routing, E);
     bench.time("dispatch_rows", Work::Values(2 * t * K * D), || cpu.dispatch_rows(&x, &dispatch));
     let rows = cpu.dispatch_rows(&x, &dispatch);
-    bench
-        .time("dispatch_rows backward", Work::Values(t * (K + 1) * D), || cpu.dispatch_rows_backward(&rows, &dispatch));
-    bench.time("combine", Work::Values(t * (K + 1) * D), || cpu.combine(&rows, &routing, &dispatch));
-    bench.time("combine backward", Work::Values(t * K * D * 3), || {
-        cpu.combine_backward(&dy, &rows, &routing, &dispatch)
+    bench.time("combine_rows", Work::Values(t * (K + 1) * D), || cpu.combine_rows(&rows, &dispatch));
+    let hidden = tensor(t * K, F);
+    bench.time("weight_rows", Work::Values(2 * t * K * F), || cpu.weight_rows(&hidden, &routing, &dispatch));
+    bench.time("weight_rows backward", Work::Values(4 * t * K * F), || {
+        cpu.weight_rows_backward(&hidden, &hidden, &routing, &dispatch)
     });
 
     for dtype in [Dtype::F32, Dtype::Bf16] {

@@ -309,7 +309,13 @@ fn routing_and_its_backward() {
             let dispatch = cpu.dispatch(&routing, e);
             let sums: Vec<f64> = forward(&wide(&logits)).chunks(k).map(|w| w.iter().sum()).collect();
             let ones = cpu.upload(t * k, 1, &vec![1.0; t * k]);
-            assert_close(&cpu.download(&cpu.combine(&ones, &routing, &dispatch)), &sums, 1e-6, 1e-6, "exp, 8 terms");
+            assert_close(
+                &cpu.download(&cpu.combine_rows(&cpu.weight_rows(&ones, &routing, &dispatch), &dispatch)),
+                &sums,
+                1e-6,
+                1e-6,
+                "exp, 8 terms",
+            );
             let dlogits = cpu.route_backward(&cpu.upload(t, k, &c), &routing);
             if t < 10 {
                 let want = r::gradient(&wide(&logits), |l| r::dot(&forward(l), &wide(&c)));
@@ -370,8 +376,9 @@ fn a_layer_of_experts_and_its_backward() {
         let rows = cpu.dispatch_rows(&tx, &dispatch);
         let h = cpu.grouped_linear(&rows, &stacks, &dispatch);
         let a = cpu.swiglu(&h);
-        let out = cpu.grouped_linear(&a, &downs, &dispatch);
-        let y = cpu.combine(&out, &routing, &dispatch);
+        let weighted = cpu.weight_rows(&a, &routing, &dispatch);
+        let out = cpu.grouped_linear(&weighted, &downs, &dispatch);
+        let y = cpu.combine_rows(&out, &dispatch);
         let ids = r::top_k(&wide(&logits), e, k);
         let counts = cpu.tokens_per_expert(&dispatch);
         assert_eq!(counts, (0..e).map(|x| ids.iter().filter(|&&i| i == x).count()).collect::<Vec<_>>());
@@ -399,10 +406,19 @@ fn a_layer_of_experts_and_its_backward() {
         let (mut dw_in, mut dw_out) = (cpu.buffer(e * 2 * f * d), cpu.buffer(e * d * f));
         let mut scores = cpu.scores(e);
         let dy = cpu.upload(t, d, &c);
-        let (dout, dweights) = cpu.combine_backward(&dy, &out, &routing, &dispatch);
-        cpu.grouped_linear_backward_weight(&dout, &a, &downs, &dispatch, &plan(&[d * f]), &mut dw_out, &mut scores);
+        let dout = cpu.dispatch_rows(&dy, &dispatch);
+        cpu.grouped_linear_backward_weight(
+            &dout,
+            &weighted,
+            &downs,
+            &dispatch,
+            &plan(&[d * f]),
+            &mut dw_out,
+            &mut scores,
+        );
         let score_out = cpu.scores_take(&mut scores);
-        let da = cpu.grouped_linear_backward_input(&dout, &downs, &dispatch);
+        let d_weighted = cpu.grouped_linear_backward_input(&dout, &downs, &dispatch);
+        let (da, dweights) = cpu.weight_rows_backward(&d_weighted, &a, &routing, &dispatch);
         let dh = cpu.swiglu_backward(&da, &h);
         cpu.grouped_linear_backward_weight(
             &dh,
@@ -415,7 +431,7 @@ fn a_layer_of_experts_and_its_backward() {
         );
         let score_in = cpu.scores_take(&mut scores);
         let drows = cpu.grouped_linear_backward_input(&dh, &stacks, &dispatch);
-        let dx = cpu.dispatch_rows_backward(&drows, &dispatch);
+        let dx = cpu.combine_rows(&drows, &dispatch);
         let dlogits = cpu.route_backward(&dweights, &routing);
 
         assert_close(&cpu.download(&dx), &r::gradient(&xw, |x| loss(x, &lw, &gate_up64, &down64)), ABS, REL, WHY);
@@ -697,19 +713,21 @@ fn everything(threads: usize) -> Vec<u64> {
         (w1.iter().map(|w| vec![w]).collect(), w2.iter().map(|w| vec![w]).collect());
     let h = cpu.grouped_linear(&rows, &s1, &dispatch);
     let act = cpu.swiglu(&h);
-    let out = cpu.grouped_linear(&act, &s2, &dispatch);
-    record(&cpu.download(&cpu.combine(&out, &routing, &dispatch)));
-    let (dout, dweights) = cpu.combine_backward(&dy, &out, &routing, &dispatch);
+    let weighted = cpu.weight_rows(&act, &routing, &dispatch);
+    let out = cpu.grouped_linear(&weighted, &s2, &dispatch);
+    record(&cpu.download(&cpu.combine_rows(&out, &dispatch)));
+    let dout = cpu.dispatch_rows(&dy, &dispatch);
+    let d_weighted = cpu.grouped_linear_backward_input(&dout, &s2, &dispatch);
+    let (dact, dweights) = cpu.weight_rows_backward(&d_weighted, &act, &routing, &dispatch);
     record(&cpu.download(&cpu.route_backward(&dweights, &routing)));
-    let dact = cpu.grouped_linear_backward_input(&dout, &s2, &dispatch);
     record(&cpu.download(&dact));
     let plan: Vec<ExpertGrad> = (0..e)
         .map(|i| if i == 0 { ExpertGrad::Accumulate(vec![500]) } else { ExpertGrad::Score(Moment::Abs, i) })
         .collect();
-    cpu.grouped_linear_backward_weight(&dout, &act, &s2, &dispatch, &plan, &mut dw, &mut scores);
+    cpu.grouped_linear_backward_weight(&dout, &weighted, &s2, &dispatch, &plan, &mut dw, &mut scores);
     let dh = cpu.swiglu_backward(&dact, &h);
     let drows = cpu.grouped_linear_backward_input(&dh, &s1, &dispatch);
-    record(&cpu.download(&cpu.dispatch_rows_backward(&drows, &dispatch)));
+    record(&cpu.download(&cpu.combine_rows(&drows, &dispatch)));
 
     let head = make(&mut rng, Dtype::F16, v, d);
     let targets: Vec<u32> = (0..t).map(|_| rng.below(v) as u32).collect();

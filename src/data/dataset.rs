@@ -47,6 +47,11 @@ enum Outcome {
 }
 
 impl Dataset {
+    /// Records made elsewhere (benchmarks, tests), with an empty report.
+    pub fn of_records(records: Vec<Record>) -> Self {
+        Self { records, report: DataReport::default() }
+    }
+
     /// Reads, filters, renders and tokenises a file: a JSON array, or one row a line.
     ///
     /// Attacks without a verdict are kept and counted; those whose verdict is null are left out. A row is kept whole or
@@ -57,22 +62,7 @@ impl Dataset {
     /// render; a row that is too long, under [`LongRows::Error`]; nothing left to train on.
     pub fn read(path: &Path, tokenizer: &ChatTokenizer, options: &DataOptions) -> Result<Self, Error> {
         let text = rows::read_text(path)?;
-        let mut report = DataReport {
-            path: path.to_owned(),
-            rows_read: 0,
-            kept: 0,
-            by_kind: BTreeMap::new(),
-            dropped: BTreeMap::new(),
-            stopped_early: false,
-            truncated: 0,
-            without_verdict: 0,
-            without_reply: 0,
-            special_tokens_in_content: 0,
-            first_special_token: None,
-            tokens: 0,
-            loss_tokens: 0,
-            lengths: vec![],
-        };
+        let mut report = DataReport { path: path.to_owned(), ..DataReport::default() };
         let mut parsed = Vec::new();
         for row in Rows::new(path, &text) {
             if options.max_samples > 0 && parsed.len() == options.max_samples {

@@ -57,7 +57,7 @@ impl fmt::Display for DropReason {
 }
 
 /// What reading a file came to. `Display` gives a few plain lines.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct DataReport {
     /// The file.
     pub path: PathBuf,

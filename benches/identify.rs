@@ -1,0 +1,90 @@
+//! Identification from end to end, for comparison with `benches/peer/identify.py`: the same checkpoint, the same rows.
+//!
+//!     cargo bench --bench identify -- MODEL ROWS [--micro-batch 8] [--threads 2] [--repeat 3] [--recompute auto] [--scores FILE]
+//!
+//! ROWS is what `benches/peer/make_rows.py` writes. Prints the seconds of each pass over all rows (loading left out, as the peer
+//! does), tokens/s of real tokens, and the process's peak resident memory.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use moewarden::backend::cpu::Cpu;
+use moewarden::collective::threads;
+use moewarden::config::{Recompute, RunConfig};
+use moewarden::data::{Dataset, Example, Record};
+use moewarden::model::{Checkpoint, Model, ModelConfig, ParamTable};
+use moewarden::run::engine::Engine;
+use moewarden::run::memory::peak_resident;
+use moewarden::run::progress::Progress;
+
+#[derive(serde::Deserialize)]
+struct Row {
+    ids: Vec<u32>,
+    /// The last tokens, which are targets.
+    loss: usize,
+}
+
+fn main() {
+    // `cargo bench` adds --bench.
+    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let option = |name: &str| args.iter().position(|a| a == name).and_then(|i| args.get(i + 1)).cloned();
+    let number = |name: &str, default: usize| option(name).map_or(default, |v| v.parse().expect(name));
+    let (Some(model), Some(rows)) = (args.first(), args.get(1)) else {
+        println!("identify: give MODEL and ROWS (see benches/peer/README.md); skipped");
+        return;
+    };
+    let recompute = match option("--recompute").as_deref() {
+        None | Some("auto") => Recompute::Auto,
+        Some("always") => Recompute::Always,
+        Some("never") => Recompute::Never,
+        Some(other) => panic!("--recompute {other}"),
+    };
+    let dir = PathBuf::from(model);
+    let rows: Vec<Row> = serde_json::from_slice(&std::fs::read(rows).expect("rows")).expect("rows");
+    let records = rows.into_iter().enumerate().map(|(i, row)| record(i + 1, row)).collect();
+    let data = Dataset::of_records(records);
+    let tokens: usize = data.records.iter().filter_map(|r| r.unsafe_reply.as_ref()).map(|e| e.ids.len()).sum();
+
+    let config = RunConfig {
+        shuffle: false,
+        top_k_experts: 1,
+        batch_size: number("--micro-batch", 8),
+        recompute,
+        ..RunConfig::default()
+    };
+    let shape = ModelConfig::from_dir(&dir).expect("config.json");
+    let table = ParamTable::build(&shape, &Checkpoint::open(&dir).expect("weights")).expect("parameters");
+    let cpu = Cpu::new(number("--threads", 2));
+    println!(
+        "{tokens} tokens in {} rows, {} a micro-batch, {} threads",
+        data.records.len(),
+        config.batch_size,
+        cpu.threads()
+    );
+    let model = Model::new(Arc::new(cpu), shape, table);
+    let world = Arc::new(threads::single());
+    let engine = Engine { model, world, config: &config, data: &data, touched: Default::default() };
+    for pass in 1..=number("--repeat", 3) {
+        let clock = Instant::now();
+        let found = engine.identify(0, &Progress::hidden()).expect("a finite loss");
+        let seconds = clock.elapsed().as_secs_f64();
+        println!(
+            "pass {pass}: {seconds:.3} s, {:.0} tokens/s, peak RSS {:.2} GiB, loss of the first micro-batch {:.6}",
+            tokens as f64 / seconds,
+            peak_resident() as f64 / (1u64 << 30) as f64,
+            found.losses[0]
+        );
+        if let Some(path) = option("--scores") {
+            let rows: Vec<&[f64]> = found.scores.rows().collect();
+            let scores = serde_json::json!({"layers": found.scores.layers, "losses": found.losses, "scores": rows});
+            std::fs::write(path, scores.to_string()).expect("scores");
+        }
+    }
+}
+
+fn record(line: usize, row: Row) -> Record {
+    let loss = (0..row.ids.len()).map(|t| t + row.loss >= row.ids.len()).collect();
+    let unsafe_reply = Some(Example { ids: row.ids, loss });
+    Record { line, request: String::new(), unsafe_reply, safe_reply: None, unsafe_prompt: None, safe_prompt: None }
+}
