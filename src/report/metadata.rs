@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::experts::{ExpertId, Method, ScorePer, Selection};
 use crate::routers::{ConsistencyLayers, KlType, Statistic};
@@ -48,7 +48,7 @@ pub struct TrainingMetadata {
 }
 
 /// A phase that has ended.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingLog {
     /// From 1.
     pub round: usize,
@@ -61,7 +61,7 @@ pub struct TrainingLog {
 }
 
 /// The phases that are logged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TrainingStep {
     /// Training of experts.

@@ -1,12 +1,11 @@
 //! One rank at work: a model, its share of the micro-batches, and the passes that all phases are made of.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::alignment::MoeLayers;
 use super::memory::{Activations, free_memory};
-use crate::backend::Backend;
+use crate::backend::{Backend, HostTensor};
 use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::{Dataset, MicroBatch};
@@ -87,6 +86,11 @@ impl<'a, B: Backend> Engine<'a, B> {
         Ok((sums[1] > 0.0).then(|| sums[0] / sums[1]))
     }
 
+    /// The present values of the parameters that an optimizer wrote.
+    pub fn changed(&self) -> BTreeMap<ParamId, HostTensor> {
+        self.touched.iter().map(|&id| (id, self.model.weight_host(id))).collect()
+    }
+
     /// Decoder layers that route.
     pub fn moe_layers(&self) -> MoeLayers {
         let kinds = &self.model.config.layers;
@@ -135,20 +139,5 @@ impl<'a, B: Backend> Engine<'a, B> {
                 self.config.dataset_path.display()
             ),
         ))
-    }
-}
-
-/// Seconds and tokens of a step, for the log.
-pub struct Stopwatch(Instant);
-
-impl Stopwatch {
-    /// Starts now.
-    pub fn start() -> Self {
-        Self(Instant::now())
-    }
-
-    /// Seconds since the start.
-    pub fn seconds(&self) -> f64 {
-        self.0.elapsed().as_secs_f64()
     }
 }

@@ -7,6 +7,7 @@ pub mod memory;
 pub mod outputs;
 pub mod phases;
 pub mod progress;
+pub mod resume;
 pub mod session;
 pub mod train;
 pub mod trainer;

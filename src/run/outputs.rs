@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use super::identify::Identification;
 use super::phases::StepResult;
 use crate::config::{Mode, RunConfig, Schedule};
 use crate::exit::Result;
-use crate::experts::Method;
+use crate::experts::{ExpertId, ExpertScores, Method};
 use crate::files;
 use crate::report::{
     IdentifiedExperts, MetricsLog, MetricsRow, Phase, RoundGradients, RoundScores, ScoresFile, TrainingLog,
@@ -16,7 +18,16 @@ use crate::report::{
 };
 use crate::ui::Ui;
 
-/// Writes everything of SPEC's outputs except the models.
+/// What the outputs hold after some rounds: enough to go on with them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Progressed {
+    steps: u64,
+    metrics_length: u64,
+    scores: ScoresFile,
+    training_logs: Vec<TrainingLog>,
+}
+
+/// Writes every output of a run but its models.
 pub struct Outputs<'a> {
     config: &'a RunConfig,
     ui: &'a Ui,
@@ -25,7 +36,6 @@ pub struct Outputs<'a> {
     step: u64,
     last: Instant,
     scores: ScoresFile,
-    rounds: Vec<RoundGradients>,
     metadata: TrainingMetadata,
 }
 
@@ -35,19 +45,36 @@ impl<'a> Outputs<'a> {
     /// # Errors
     /// A file that cannot be written.
     pub fn create(config: &'a RunConfig, ui: &'a Ui, layers: Vec<usize>, num_experts: usize) -> Result<Self> {
+        let scores = ScoresFile::new(config.method, config.score, layers, num_experts);
+        Self::resume(config, ui, Progressed { steps: 0, metrics_length: 0, scores, training_logs: Vec::new() })
+    }
+
+    /// Goes on where a checkpoint was made.
+    ///
+    /// # Errors
+    /// A log that is shorter than it was then, a file that cannot be written.
+    pub fn resume(config: &'a RunConfig, ui: &'a Ui, progressed: Progressed) -> Result<Self> {
         let dir = config.output_dir.clone();
         files::write(dir.join("config.resolved.yaml"), config.to_yaml()?)?;
-        Ok(Self {
-            config,
-            ui,
-            metrics: MetricsLog::create(dir.join("metrics.jsonl"))?,
-            dir,
-            step: 0,
-            last: Instant::now(),
-            scores: ScoresFile::new(config.method, config.score, layers, num_experts),
-            rounds: Vec::new(),
-            metadata: metadata(config),
-        })
+        let Progressed { steps, metrics_length, scores, training_logs } = progressed;
+        let metrics = MetricsLog::resume(dir.join("metrics.jsonl"), metrics_length)?;
+        let metadata = TrainingMetadata { training_logs, ..metadata(config) };
+        Ok(Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, metadata })
+    }
+
+    /// The newest round's selection; empty before the first.
+    pub fn last_selection(&self) -> Vec<ExpertId> {
+        self.scores.rounds.last_key_value().map_or_else(Vec::new, |(_, r)| r.selected.clone())
+    }
+
+    /// What a checkpoint keeps of the outputs.
+    pub fn progressed(&self) -> Progressed {
+        Progressed {
+            steps: self.step,
+            metrics_length: self.metrics.length(),
+            scores: self.scores.clone(),
+            training_logs: self.metadata.training_logs.clone(),
+        }
     }
 
     /// A path in the run's folder.
@@ -83,16 +110,24 @@ impl<'a> Outputs<'a> {
         let scored = self.config.method != Method::Random || found.micro_batches > 0;
         let scores = scored.then_some(&found.scores);
         let experts = &found.selected.experts;
-        let gradients: Vec<_> = experts.iter().filter_map(|id| Some((*id, scores?.get(*id)?))).collect();
-        self.scores.rounds.insert(round, RoundScores::new(scores, experts, found.micro_batches, found.losses.clone()));
-        self.metadata
-            .identified_experts_per_round
-            .insert(round, IdentifiedExperts { experts: experts.clone(), gradients });
-        let all = scores.map_or_else(Vec::new, |s| s.iter().collect());
-        self.rounds.push(RoundGradients { round, experts: experts.clone(), gradients: all });
+        let losses = found.losses.clone();
+        self.scores.rounds.insert(round, RoundScores::new(scores, experts, found.micro_batches, losses));
         write_json(self.path("expert_scores.json"), &self.scores)?;
-        files::write(self.path("expert_gradients.pkl"), gradients_pickle(&self.rounds))?;
+        let rounds: Vec<_> = self
+            .rounds()
+            .map(|(round, selected, all)| RoundGradients {
+                round,
+                experts: selected.to_vec(),
+                gradients: all.map_or_else(Vec::new, |s| s.iter().collect()),
+            })
+            .collect();
+        files::write(self.path("expert_gradients.pkl"), gradients_pickle(&rounds))?;
         Ok(())
+    }
+
+    /// Each round with its selection and all its scores.
+    fn rounds(&self) -> impl Iterator<Item = (usize, &[ExpertId], Option<ExpertScores>)> {
+        self.scores.rounds.iter().map(|(round, r)| (*round, &r.selected[..], self.scores.scores(*round)))
     }
 
     /// Records one optimizer step.
@@ -127,7 +162,13 @@ impl<'a> Outputs<'a> {
     /// A file that cannot be written.
     pub fn write_metadata(&self) -> Result<()> {
         self.metrics.sync()?;
-        Ok(write_json(self.path("training_metadata.json"), &self.metadata)?)
+        let identified = self.rounds().map(|(round, selected, all)| {
+            let score = |id: &ExpertId| Some((*id, all.as_ref()?.get(*id)?));
+            let gradients = selected.iter().filter_map(score).collect();
+            (round, IdentifiedExperts { experts: selected.to_vec(), gradients })
+        });
+        let metadata = TrainingMetadata { identified_experts_per_round: identified.collect(), ..self.metadata.clone() };
+        Ok(write_json(self.path("training_metadata.json"), &metadata)?)
     }
 
     /// What was measured on the held-out rows before and after.

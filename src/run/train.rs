@@ -1,6 +1,5 @@
 //! `train` and `identify`: rounds of finding experts, training them, and aligning the routers.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,10 +9,11 @@ use super::memory::{human, peak_resident};
 use super::outputs::Outputs;
 use super::phases::StepResult;
 use super::progress::Progress;
+use super::resume::{self, Measured};
 use super::session::Session;
 use super::verify::verify_frozen;
-use crate::backend::{Backend, HostTensor, cpu::Cpu};
-use crate::checkpoint::{export, save_delta};
+use crate::backend::{Backend, cpu::Cpu};
+use crate::checkpoint::{export_over, save_delta};
 use crate::config::{Mode, RunConfig, SaveRounds, Schedule, prepare_output_dir};
 use crate::data::{self, Dataset, MicroBatch};
 use crate::exit::Result;
@@ -25,12 +25,10 @@ use crate::ui::Ui;
 /// What a training run came to, for those who run several.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainSummary {
-    /// Mean cross-entropy of the unsafe prompts with their refusals, before and after.
-    pub ce_loss: [Option<f64>; 2],
-    /// The alignment loss between safe and unsafe prompts, before and after; `None` where the data hold no pairs.
-    pub router_loss: Option<[f64; 2]>,
-    /// Mean cross-entropy of the held-out rows, before and after.
-    pub held_out_loss: [Option<f64>; 2],
+    /// What was measured before the first round.
+    pub before: Measured,
+    /// And after the last.
+    pub after: Measured,
     /// The last round's selection.
     pub selected: Vec<ExpertId>,
     /// Elements that an optimizer wrote, and all elements.
@@ -74,31 +72,33 @@ pub fn train(config: &RunConfig, ui: &Ui) -> Result<TrainSummary> {
         "training at most {trained} of {total} parameters at once ({:.2} %)",
         100.0 * trained as f64 / total as f64
     ));
-    let mut outputs = outputs(config, ui, &engine)?;
     let clock = std::time::Instant::now();
 
-    let pairs = has_pairs(&session.data);
-    let ce_before = engine.measure(&unsafe_batches(&engine))?;
-    let router_before = if pairs { Some(engine.measure_alignment()?) } else { None };
-    let held_out_before = measure_held_out(&engine, &session)?;
-    ui.line(losses_line("before", ce_before, router_before, held_out_before));
+    let resumed = if config.resume { resume::load(&session, &mut engine, ui)? } else { None };
+    let (before, mut outputs, first) = match resumed {
+        Some(state) => (state.before, Outputs::resume(config, ui, state.outputs)?, state.rounds_done),
+        None => {
+            let outputs = outputs(config, ui, &engine)?;
+            (measure(&engine, &session)?, outputs, 0)
+        }
+    };
+    ui.line(losses_line("before", &before));
 
-    let mut selected = Vec::new();
-    for round in 0..config.num_rounds {
+    let mut selected = outputs.last_selection();
+    for round in first..config.num_rounds {
         selected = train_round(&mut engine, round, ui, &mut outputs)?;
         save_round(&session, &engine, round, &outputs, ui)?;
         outputs.write_metadata()?;
+        resume::save(&session, &engine, round + 1, outputs.progressed(), before)?;
     }
 
-    let ce_after = engine.measure(&unsafe_batches(&engine))?;
-    let router_after = if pairs { Some(engine.measure_alignment()?) } else { None };
-    let held_out_after = measure_held_out(&engine, &session)?;
-    ui.line(losses_line("after", ce_after, router_after, held_out_after));
-    outputs.held_out(held_out_before, held_out_after);
+    let after = measure(&engine, &session)?;
+    ui.line(losses_line("after", &after));
+    outputs.held_out(before.held_out_loss, after.held_out_loss);
     outputs.write_metadata()?;
 
     let final_model = outputs.path("final_model");
-    export(&session.dir, &session.checkpoint, &session.table, &changed(&engine), &final_model)?;
+    export_over(&session.dir, &session.checkpoint, &session.table, &engine.changed(), &final_model)?;
     let frozen = verify_frozen(&session, &final_model, &engine.touched)?;
     ui.result(format_args!(
         "frozen: {} parameters ({:.2} % of the elements) have the source's bits, blake3 {}",
@@ -110,9 +110,8 @@ pub fn train(config: &RunConfig, ui: &Ui) -> Result<TrainSummary> {
     ui.result(format_args!("final model: {}", final_model.display()));
     ui.line(format_args!("peak memory: {}", human(peak_resident())));
     Ok(TrainSummary {
-        ce_loss: [ce_before, ce_after],
-        router_loss: router_before.zip(router_after).map(|(a, b)| [a, b]),
-        held_out_loss: [held_out_before, held_out_after],
+        before,
+        after,
         selected,
         trained: [total - frozen.frozen_elements, total],
         seconds: clock.elapsed().as_secs_f64(),
@@ -222,11 +221,11 @@ fn save_round<B: Backend>(
     match engine.config.save_rounds {
         SaveRounds::None => return Ok(()),
         SaveRounds::Full => {
-            export(&session.dir, &session.checkpoint, &session.table, &changed(engine), &dir)?;
+            export_over(&session.dir, &session.checkpoint, &session.table, &engine.changed(), &dir)?;
         }
         SaveRounds::Delta => {
             std::fs::create_dir_all(&dir).map_err(|e| unwritable(&dir, e))?;
-            save_delta(&session.checkpoint, &session.table, &changed(engine), &dir.join("delta.safetensors"))?;
+            save_delta(&session.checkpoint, &session.table, &engine.changed(), &dir.join("delta.safetensors"))?;
         }
     }
     ui.line(format_args!("round {} saved: {}", round + 1, dir.display()));
@@ -235,11 +234,6 @@ fn save_round<B: Backend>(
 
 fn unwritable(dir: &Path, error: std::io::Error) -> crate::exit::Failure {
     crate::exit::Failure::new(crate::exit::CANNOT_CREATE, format!("{}: cannot be created: {error}", dir.display()))
-}
-
-/// The present values of the parameters that an optimizer wrote.
-fn changed<B: Backend>(engine: &Engine<'_, B>) -> BTreeMap<ParamId, HostTensor> {
-    engine.touched.iter().map(|&id| (id, engine.model.weight_host(id))).collect()
 }
 
 /// The most parameters that are trained at once.
@@ -280,18 +274,22 @@ fn measure_held_out<B: Backend>(engine: &Engine<'_, B>, session: &Session) -> Re
     engine.measure(&batches)
 }
 
-fn losses_line(when: &str, ce: Option<f64>, router: Option<f64>, held_out: Option<f64>) -> String {
-    let mut line = format!("{when}:");
-    if let Some(ce) = ce {
-        line += &format!(" cross-entropy of the refusals {ce:.4}");
-    }
-    if let Some(router) = router {
-        line += &format!(", divergence of the routers {router:.5}");
-    }
-    if let Some(held_out) = held_out {
-        line += &format!(", cross-entropy of the held-out refusals {held_out:.4}");
-    }
-    line
+/// Losses of the whole data, in file order, without gradient.
+fn measure<B: Backend>(engine: &Engine<'_, B>, session: &Session) -> Result<Measured> {
+    Ok(Measured {
+        ce_loss: engine.measure(&unsafe_batches(engine))?,
+        router_loss: if has_pairs(&session.data) { Some(engine.measure_alignment()?) } else { None },
+        held_out_loss: measure_held_out(engine, session)?,
+    })
+}
+
+fn losses_line(when: &str, m: &Measured) -> String {
+    let parts = [
+        m.ce_loss.map(|x| format!("cross-entropy of the refusals {x:.4}")),
+        m.router_loss.map(|x| format!("divergence of the routers {x:.5}")),
+        m.held_out_loss.map(|x| format!("cross-entropy of the held-out refusals {x:.4}")),
+    ];
+    format!("{when}: {}", parts.into_iter().flatten().collect::<Vec<_>>().join(", "))
 }
 
 fn describe_selection<B: Backend>(found: &Identification, engine: &Engine<'_, B>, ui: &Ui) {
