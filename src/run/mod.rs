@@ -7,14 +7,16 @@ pub mod memory;
 pub mod outputs;
 pub mod phases;
 pub mod progress;
+mod quickstart;
 pub mod session;
 pub mod train;
 pub mod trainer;
 pub mod verify;
 
+pub use quickstart::quickstart;
 pub use train::{TrainSummary, identify, train};
 
-use crate::config::{CheckArgs, CompareArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs, RunConfig};
+use crate::config::{CheckArgs, CompareArgs, EvalArgs, ExportArgs, ReportArgs, RunConfig};
 use crate::exit::{self, Failure, Result};
 use crate::ui::Ui;
 fn absent() -> Result<()> { Err(Failure::new(exit::INTERNAL, "not yet")) }
@@ -29,5 +31,4 @@ commands! {
     compare(config: &RunConfig, args: &CompareArgs, ui: &Ui);
     export(args: &ExportArgs, ui: &Ui);
     check(config: &RunConfig, args: &CheckArgs, ui: &Ui);
-    quickstart(args: &QuickstartArgs, ui: &Ui);
 }
