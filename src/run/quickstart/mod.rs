@@ -59,7 +59,7 @@ fn config(dir: &Path, model: &Path, rows: PathBuf, overwrite: bool) -> Result<Ru
         num_rounds: 1,
         expert_epochs_per_round: 6,
         router_epochs_per_round: 6,
-        expert_lr: 5e-3,
+        expert_lr: 1e-2,
         router_lr: 2e-3,
         logging_steps: 6,
         ..RunConfig::default()
