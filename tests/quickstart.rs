@@ -30,9 +30,11 @@ fn one_command_makes_trains_and_explains() {
     for (phase, loss) in [("expert", "ce_loss"), ("router", "router_loss")] {
         let losses: Vec<_> =
             steps.iter().filter(|step| step["phase"] == phase).map(|step| step[loss].as_f64().unwrap()).collect();
-        assert!(losses.len() == 18 && losses[17] < 0.7 * losses[0], "{phase}: {losses:?}");
+        assert!(losses.len() == 12 && losses[11] < 0.7 * losses[0], "{phase}: {losses:?}");
     }
-    for name in ["model/tokenizer.json", "rows.json", "run/final_model/tokenizer_config.json", "run/round_1/delta.safetensors"] {
+    for name in
+        ["model/tokenizer.json", "rows.json", "run/final_model/tokenizer_config.json", "run/round_1/delta.safetensors"]
+    {
         assert!(dir.join(name).is_file(), "{name} is missing");
     }
 

@@ -19,7 +19,9 @@ pub use train::{TrainSummary, identify, train};
 use crate::config::{CheckArgs, CompareArgs, EvalArgs, ExportArgs, ReportArgs, RunConfig};
 use crate::exit::{self, Failure, Result};
 use crate::ui::Ui;
-fn absent() -> Result<()> { Err(Failure::new(exit::INTERNAL, "not yet")) }
+fn absent() -> Result<()> {
+    Err(Failure::new(exit::INTERNAL, "not yet"))
+}
 macro_rules! commands {
     ($($name:ident($($arg:ident: $kind:ty),*);)*) => {
         $(#[doc = "See the command of this name."] pub fn $name($($arg: $kind),*) -> Result<()> { $(_ = $arg;)* absent() })*

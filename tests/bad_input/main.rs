@@ -77,7 +77,8 @@ impl Scene {
         ];
         let mut run = Command::new(env!("CARGO_BIN_EXE_moewarden"));
         run.arg(command).current_dir(self.temp.path()).timeout(PATIENCE);
-        let own = OWN.iter().filter(|[name, _]| !more.contains(name) && (command == "train" || *name != "--num-rounds"));
+        let own =
+            OWN.iter().filter(|[name, _]| !more.contains(name) && (command == "train" || *name != "--num-rounds"));
         run.args(own.flatten()).args(more);
         run
     }

@@ -17,9 +17,7 @@ fn a_model_that_is_not_there() {
 
 #[test]
 fn a_file_of_the_model_that_is_missing_or_empty() {
-    for (name, missing, empty) in
-        [("config.json", 66, 65), ("model.safetensors", 66, 65), ("tokenizer.json", 66, 65)]
-    {
+    for (name, missing, empty) in [("config.json", 66, 65), ("model.safetensors", 66, 65), ("tokenizer.json", 66, 65)] {
         let scene = Scene::new();
         fs::write(scene.model().join(name), "").unwrap();
         scene.refuses(&[], empty, &[name]);
@@ -150,7 +148,8 @@ fn a_checkpoint_of_pickles() {
 
 #[test]
 fn a_weight_that_is_not_a_number() {
-    for (tensor, value) in [("model.layers.1.mlp.experts.3.up_proj.weight", f32::NAN), ("lm_head.weight", f32::INFINITY)]
+    for (tensor, value) in
+        [("model.layers.1.mlp.experts.3.up_proj.weight", f32::NAN), ("lm_head.weight", f32::INFINITY)]
     {
         let scene = Scene::new();
         let mut weights = Weights::read(&scene);

@@ -57,11 +57,11 @@ fn config(dir: &Path, model: &Path, rows: PathBuf, overwrite: bool) -> Result<Ru
         save_rounds: SaveRounds::Delta,
         top_k_experts: 8,
         num_rounds: 1,
-        expert_epochs_per_round: 6,
-        router_epochs_per_round: 6,
+        expert_epochs_per_round: 4,
+        router_epochs_per_round: 4,
         expert_lr: 1e-2,
         router_lr: 2e-3,
-        logging_steps: 6,
+        logging_steps: 4,
         ..RunConfig::default()
     })
 }
@@ -102,7 +102,8 @@ fn describe(config: &RunConfig, summary: &TrainSummary, diff: &Diff) -> String {
         None => "not measured".into(),
     };
     let router = summary.router_loss;
-    let [model, rows, run] = [Path::new(&config.model_name), &config.dataset_path, &config.output_dir].map(Path::display);
+    let [model, rows, run] =
+        [Path::new(&config.model_name), &config.dataset_path, &config.output_dir].map(Path::display);
     let real = "allenai/OLMoE-1B-7B-0125-Instruct";
     format!(
         "
