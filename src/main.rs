@@ -1,11 +1,10 @@
 //! The process's edge: modes and exit codes.
 
-use std::process::ExitCode;
-use std::{env, io, panic};
+use std::{env, io, panic, process};
 
 use moewarden::{cli, exit};
 
-fn main() -> ExitCode {
+fn main() {
     panic::set_hook(Box::new(|fault| {
         say(&format!(
             "error: moewarden itself is at fault: {fault}\nPlease report this with the command line and the version \
@@ -17,7 +16,9 @@ fn main() -> ExitCode {
             say(&backtrace.to_string());
         }
     }));
-    panic::catch_unwind(|| ExitCode::from(run())).unwrap_or(ExitCode::from(exit::INTERNAL))
+    let code = panic::catch_unwind(run).unwrap_or(exit::INTERNAL);
+    // Not by returning: a thread may still render a template without end.
+    process::exit(code.into())
 }
 
 /// Parses, runs, and returns the exit code.

@@ -139,9 +139,9 @@ impl ChatTemplate {
             // The receiver has gone where the bounds were broken.
             let _ = done.send(outcome);
         });
-        let (start, before) = (Instant::now(), resident_bytes());
+        let (start, before) = (Instant::now(), anonymous_bytes());
         loop {
-            match outcome.recv_timeout(Duration::from_millis(10)) {
+            match outcome.recv_timeout(Duration::from_millis(2)) {
                 Ok(outcome) => return outcome,
                 Err(mpsc::RecvTimeoutError::Disconnected) => unreachable!("a rendering never unwinds"),
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
@@ -149,19 +149,22 @@ impl ChatTemplate {
             if start.elapsed() > TRIAL_TIME {
                 return Err(TemplateError::Bounds(format!("a short conversation took more than {TRIAL_TIME:?}")));
             }
-            // Other threads may be loading a model meanwhile, but an honest rendering takes microseconds.
-            if start.elapsed() > Duration::from_millis(100) && resident_bytes() > before + TRIAL_MEMORY {
+            // An honest rendering has ended long before it is first asked.
+            if anonymous_bytes() > before + TRIAL_MEMORY {
                 return Err(TemplateError::Bounds("a short conversation took more than 512 MiB of memory".into()));
             }
         }
     }
 }
 
-/// Memory of this process in bytes; 0 where the system does not say.
-fn resident_bytes() -> u64 {
-    let pages = std::fs::read_to_string("/proc/self/statm").ok();
-    let pages = pages.and_then(|s| s.split(' ').nth(1).and_then(|n| n.parse::<u64>().ok()));
-    pages.unwrap_or(0) * 4096
+/// Memory that this process has allocated and touched, in bytes, without mapped files; 0 where the system does not say.
+fn anonymous_bytes() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: Vec<u64> = pages.split(' ').map_while(|n| n.trim().parse().ok()).collect();
+    match pages[..] {
+        [_, resident, shared, ..] => resident.saturating_sub(shared) * 4096,
+        _ => 0,
+    }
 }
 
 /// An error of the engine with its place in the template.

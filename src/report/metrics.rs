@@ -94,7 +94,11 @@ impl MetricsLog {
     pub fn write(&mut self, row: &MetricsRow) -> Result<(), Error> {
         let mut line = serde_json::to_vec(row).expect("a row has string keys");
         line.push(b'\n');
-        self.file.write_all(&line).map_err(|e| self.failed("appending", e))?;
+        if let Err(source) = self.file.write_all(&line) {
+            // Of a full disk's last row a part was written: cut it off, so that the rows before it can be read.
+            _ = self.file.set_len(self.length);
+            return Err(self.failed("appending", source));
+        }
         self.length += line.len() as u64;
         Ok(())
     }

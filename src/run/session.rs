@@ -167,6 +167,12 @@ pub fn data_options(config: &RunConfig) -> DataOptions {
 
 /// Refuses a selection that this model cannot give, before anything is computed.
 fn check_selection(config: &RunConfig, model: &ModelConfig) -> Result<()> {
+    let depth = model.layers.len();
+    if let Some(range) = config.layers.as_ref().filter(|range| *range.end() >= depth) {
+        let (first, last) = (range.start(), range.end());
+        let message = format!("--layers {first}-{last} leaves the model, which has the layers 0-{}", depth - 1);
+        return Err(Failure::new(exit::CONFIG, message));
+    }
     let layers: Vec<_> = model.moe_layers().collect();
     super::identify::pool(config).check(&layers, model.num_experts)?;
     if config.method == Method::Random && config.selection == crate::experts::Selection::PerBatch {

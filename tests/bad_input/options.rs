@@ -1,0 +1,40 @@
+//! Options that do not exist, cannot be, or contradict each other.
+
+use std::fs;
+
+use super::Scene;
+
+#[test]
+fn a_name_that_is_almost_an_option() {
+    let scene = Scene::new();
+    scene.refuses(&["--top-k-expert", "3"], 2, &["--top-k-expert", "--top-k-experts"]);
+    scene.refuses(&["--frobnicate"], 2, &["--frobnicate"]);
+    fs::write(scene.path("run.yaml"), "seed: 1\n# a comment\ntop_k_expert: 3\n").unwrap();
+    scene.refuses(&["--config", "run.yaml"], 78, &["run.yaml:3", "top_k_expert", "did you mean `top-k-experts`?"]);
+    fs::write(scene.path("run.yaml"), "seed: [1\n").unwrap();
+    scene.refuses(&["--config", "run.yaml"], 78, &["run.yaml:"]);
+    scene.refuses(&["--config", "absent.yaml"], 66, &["absent.yaml"]);
+}
+
+#[test]
+fn a_bomb_of_yaml_aliases() {
+    let scene = Scene::new();
+    let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x]\n");
+    for i in 1..12 {
+        let before = vec![format!("*a{}", i - 1); 9].join(", ");
+        bomb += &format!("a{i}: &a{i} [{before}]\n");
+    }
+    fs::write(scene.path("run.yaml"), bomb).unwrap();
+    scene.refuses(&["--config", "run.yaml"], 78, &["run.yaml:1"]);
+}
+
+#[test]
+fn values_that_cannot_be() {
+    let scene = Scene::new();
+    scene.refuses(&["--batch-size", "0"], 78, &["--batch-size"]);
+    scene.refuses(&["--expert-lr", "nan"], 78, &["finite"]);
+    scene.refuses(&["--batch-size", "many"], 2, &["--batch-size", "many"]);
+    scene.refuses(&["--layers", "2-7"], 78, &["--layers 2-7", "layers 0-2"]);
+    scene.refuses(&["--layers", "7-2"], 78, &["7-2", "2-7"]);
+    scene.refuses(&["--kl-type", "backward"], 2, &["forward", "reverse", "symmetric"]);
+}

@@ -1,0 +1,163 @@
+//! What Python says of a run's outputs, where Python is there.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use moewarden::backend::Dtype;
+use moewarden::config::RunConfig;
+use moewarden::data::{ChatTokenizer, DataOptions, Dataset};
+use moewarden::model::tiny::{Layout, TinySpec, write_random_checkpoint};
+use moewarden::model::{Checkpoint, ModelConfig, ParamKind, ParamTable};
+use serde_json::{Value, json};
+
+fn golden(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case)
+}
+
+/// The interpreter: `MOEWARDEN_PYTHON`, or `python3`.
+fn python(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Option<Output> {
+    let python = std::env::var_os("MOEWARDEN_PYTHON").unwrap_or("python3".into());
+    Command::new(python).args(args).output().ok()
+}
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(name)
+}
+
+/// A short `train` on a model; its folder is `out` in the one given.
+fn train(folder: &Path, model: &Path, data: &Path) {
+    let options = "--num-rounds 2 --top-k-experts 4 --expert-lr 1e-2 --router-lr 1e-3 --save-rounds none";
+    moewarden(folder, "train", "out", model, data, options);
+}
+
+fn moewarden(folder: &Path, command: &str, out: &str, model: &Path, data: &Path, options: &str) {
+    let [model, data] = [model, data].map(|path| path.to_str().unwrap());
+    let output = Command::new(env!("CARGO_BIN_EXE_moewarden"))
+        .current_dir(folder)
+        .args([command, "--model-name", model, "--dataset-path", data, "--output-dir", out])
+        .args(options.split(' '))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[track_caller]
+fn passes(output: &Output) {
+    let said = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    assert!(output.status.success(), "{}\n{}", said[0], said[1]);
+}
+
+#[test]
+fn python_reads_the_pickle() {
+    if python(["--version"]).is_none_or(|output| !output.status.success()) {
+        println!("skipped: there is no python3");
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    train(temp.path(), &golden("olmoe").join("model"), &golden("olmoe").join("data.json"));
+    let [pickle, scores] =
+        ["expert_gradients.pkl", "expert_scores.json"].map(|name| temp.path().join("out").join(name));
+    let check = |pickle: &Path| python([script("check_pickle.py").as_path(), pickle, &scores]).unwrap();
+    passes(&check(&pickle));
+
+    // The check can fail: the last bit of the last gradient, which stands before SETITEMS three times and STOP.
+    let mut bytes = fs::read(&pickle).unwrap();
+    let last = bytes.len() - 5;
+    bytes[last] ^= 1;
+    let spoiled = temp.path().join("spoiled.pkl");
+    fs::write(&spoiled, bytes).unwrap();
+    let said = check(&spoiled);
+    assert!(!said.status.success() && String::from_utf8_lossy(&said.stderr).contains("is not its score"), "{said:?}");
+}
+
+/// Models of each family as transformers wrote them, in both layouts, and our own in the other layout and in bf16.
+fn models(folder: &Path) -> Vec<(PathBuf, PathBuf)> {
+    let mut models: Vec<_> = ["olmoe", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe_fused", "qwen2_fused"]
+        .map(|case| (golden(case).join("model"), golden(case).join("data.json")))
+        .into();
+    for (family, layout) in [
+        ("olmoe", Layout::PerExpert),
+        ("mixtral", Layout::PerExpert),
+        ("qwen3_moe", Layout::Fused),
+        ("qwen2_moe", Layout::Fused),
+    ] {
+        let dir = folder.join(format!("{family}_bf16"));
+        let spec = TinySpec { dtype: Dtype::Bf16, layout, ..TinySpec::new(family) };
+        write_random_checkpoint(&dir, &spec).unwrap();
+        for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+            // Some families keep the template in the configuration.
+            _ = fs::copy(golden(family).join("model").join(name), dir.join(name));
+        }
+        models.push((dir, golden(family).join("data.json")));
+    }
+    models
+}
+
+/// What check_export.py is to find in the export: the loss of each row alone, and the tensors that were trained.
+fn expectation(folder: &Path, model: &Path, data: &Path) -> Value {
+    let export = folder.join("out/final_model");
+    moewarden(folder, "identify", "each", &export, data, "--batch-size 1 --no-shuffle --top-k-experts 1");
+    let read = |path: &str| -> Value { serde_json::from_slice(&fs::read(folder.join(path)).unwrap()).unwrap() };
+    let losses = read("each/expert_scores.json")["rounds"]["1"]["losses"].clone();
+
+    let run = RunConfig::default();
+    let options = DataOptions {
+        max_samples: run.max_samples,
+        max_length: run.max_length,
+        long_rows: run.long_rows,
+        loss_on: run.loss_on,
+        keep_failed: run.keep_failed,
+        safe_response: run.safe_response,
+        chat_template: None,
+    };
+    let tokenizer = ChatTokenizer::open(model, None).unwrap();
+    let records = Dataset::read(data, &tokenizer, &options).unwrap().records;
+    let examples: Vec<_> = records.into_iter().filter_map(|record| record.unsafe_reply).collect();
+    assert_eq!(losses.as_array().unwrap().len(), examples.len());
+    let rows = examples.iter().zip(losses.as_array().unwrap()).filter_map(|(example, ce)| {
+        let n = example.loss.iter().filter(|loss| **loss).count();
+        let at_the_end = example.loss.iter().rev().take(n).all(|loss| *loss);
+        at_the_end.then(|| json!({"ids": example.ids, "loss": n, "ce": ce}))
+    });
+    let rows: Vec<_> = rows.collect();
+    assert!(rows.len() > 2, "too few rows end with their reply");
+
+    let scores = read("out/expert_scores.json");
+    let rounds = scores["rounds"].as_object().unwrap().values();
+    let selected: BTreeSet<_> = rounds.flat_map(|r| r["selected"].as_array().unwrap()).map(Value::to_string).collect();
+    let config = ModelConfig::from_dir(model).unwrap();
+    let table = ParamTable::build(&config, &Checkpoint::open(model).unwrap()).unwrap();
+    let trained = table.params.iter().filter(|spec| match spec.kind {
+        ParamKind::Expert(layer, expert, _) => selected.contains(&json!([layer, expert]).to_string()),
+        ParamKind::Router(_) => true,
+        _ => false,
+    });
+    let changed: BTreeSet<_> = trained.map(|spec| spec.tensor.to_string()).collect();
+    json!({"rows": rows, "changed": changed})
+}
+
+#[test]
+fn transformers_loads_what_was_exported() {
+    if python(["-c", "import torch, transformers, safetensors"]).is_none_or(|output| !output.status.success()) {
+        println!("skipped: python3 does not have torch, transformers and safetensors");
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    for (i, (model, data)) in models(temp.path()).into_iter().enumerate() {
+        let folder = temp.path().join(i.to_string());
+        fs::create_dir(&folder).unwrap();
+        train(&folder, &model, &data);
+        let rows = folder.join("rows.json");
+        fs::write(&rows, expectation(&folder, &model, &data).to_string()).unwrap();
+        let check = script("check_export.py");
+        let export = folder.join("out/final_model");
+        println!("{}", model.display());
+        passes(&python([&check, &model, &export, &rows]).unwrap());
+        // The check can fail: the source in place of what was trained.
+        let said = python([&check, &model, &model, &rows]).unwrap();
+        assert!(String::from_utf8_lossy(&said.stderr).contains("kept its bits but was trained"), "{said:?}");
+    }
+}
