@@ -2,24 +2,32 @@
 
 pub mod alignment;
 mod check;
+mod compare;
 pub mod engine;
+mod eval;
 mod export;
 pub mod forecast;
+pub mod generate;
 pub mod identify;
 pub mod memory;
 pub mod outputs;
 pub mod phases;
 pub mod progress;
+pub mod refusals;
+mod report;
 pub mod session;
 pub mod train;
 pub mod trainer;
 pub mod verify;
 
 pub use check::check;
+pub use compare::compare;
+pub use eval::eval;
 pub use export::export;
+pub use report::report;
 pub use train::{TrainSummary, identify, train};
 
-use crate::config::{CompareArgs, EvalArgs, QuickstartArgs, ReportArgs, RunConfig};
+use crate::config::QuickstartArgs;
 use crate::exit::{self, Failure, Result};
 use crate::ui::Ui;
 fn absent() -> Result<()> {
@@ -31,8 +39,5 @@ macro_rules! commands {
     };
 }
 commands! {
-    eval(args: &EvalArgs, ui: &Ui);
-    report(args: &ReportArgs, ui: &Ui);
-    compare(config: &RunConfig, args: &CompareArgs, ui: &Ui);
     quickstart(args: &QuickstartArgs, ui: &Ui);
 }
