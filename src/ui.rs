@@ -30,7 +30,7 @@ impl Ui {
     /// For this process's stdout and stderr. `quiet` leaves out progress. `NO_COLOR` (set and not empty) is honoured.
     pub fn new(quiet: bool) -> Self {
         let terminal = io::stderr().is_terminal();
-        let color = terminal && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+        let color = terminal && color_wanted();
         let bars = (terminal && !quiet).then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
         Self { level: if quiet { Level::Quiet } else { Level::Full }, bars, color }
     }
@@ -38,6 +38,11 @@ impl Ui {
     /// Shows nothing: for ranks other than 0, and for tests.
     pub fn silent() -> Self {
         Self { level: Level::Silent, bars: None, color: false }
+    }
+
+    /// Whether results may hold colours: stdout is a terminal, and `NO_COLOR` does not forbid them.
+    pub fn colors_results(&self) -> bool {
+        self.level != Level::Silent && io::stdout().is_terminal() && color_wanted()
     }
 
     /// A line of progress, on stdout. Left out by `--quiet`.
@@ -88,6 +93,11 @@ impl Ui {
             None => write(),
         }
     }
+}
+
+/// Whether the environment lets colours be (<https://no-color.org>).
+fn color_wanted() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
 /// Progress through a known amount of work. Dropped, it disappears from the terminal.

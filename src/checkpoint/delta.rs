@@ -17,7 +17,7 @@ use std::path::Path;
 
 use super::aside::write_file;
 use super::error::Error;
-use super::export::export;
+use super::export::{export, export_over};
 use crate::backend::HostTensor;
 use crate::model::{Checkpoint, ModelConfig, ParamId, ParamTable, Shard, write_header};
 
@@ -96,6 +96,20 @@ pub fn load_delta(
 /// # Errors
 /// Those of opening the base, of [`load_delta`] and of [`export`].
 pub fn apply_delta(base_dir: &Path, delta_file: &Path, out_dir: &Path) -> Result<(), Error> {
+    apply_delta_by(base_dir, delta_file, out_dir, export)
+}
+
+/// The same, but an `out_dir` that exists gives way to the new one once that is whole.
+///
+/// # Errors
+/// Those of opening the base, of [`load_delta`] and of [`export_over`].
+pub fn apply_delta_over(base_dir: &Path, delta_file: &Path, out_dir: &Path) -> Result<(), Error> {
+    apply_delta_by(base_dir, delta_file, out_dir, export_over)
+}
+
+type Export = fn(&Path, &Checkpoint, &ParamTable, &BTreeMap<ParamId, HostTensor>, &Path) -> Result<(), Error>;
+
+fn apply_delta_by(base_dir: &Path, delta_file: &Path, out_dir: &Path, export: Export) -> Result<(), Error> {
     let config = ModelConfig::from_dir(base_dir)?;
     let checkpoint = Checkpoint::open(base_dir)?;
     let table = ParamTable::build(&config, &checkpoint)?;

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Device;
 use super::raw::heading::{INPUT, MACHINE, OUTPUT};
+use super::{ConfigError, Device, RunConfig, validate};
 use crate::data::LongRows;
+use crate::experts::RoutingTokens;
 
 /// Answers the unsafe and the safe prompts of a data set, and measures refusals, loss and routing.
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -45,7 +46,7 @@ pub struct EvalArgs {
     /// Sample among the likeliest tokens that together have this probability (above 0, at most 1)
     #[arg(long, value_name = "P", help_heading = GENERATION, default_value_t = 1.0, value_parser = probability)]
     pub top_p: f64,
-    /// Seed of the order of rows and of sampling
+    /// Seed of sampling
     #[arg(long, value_name = "N", help_heading = GENERATION, default_value_t = 42, visible_alias = "random-seed")]
     pub seed: u64,
 
@@ -66,16 +67,51 @@ pub struct EvalArgs {
 
 const GENERATION: &str = "Generation";
 
+impl EvalArgs {
+    /// What a run that reads the same model and data, in the order of the file, would be configured as. Routing is counted
+    /// over the prompts, which differ between the sides where the replies are often the same.
+    ///
+    /// # Errors
+    /// Values that cannot be; a device that this build or machine does not have.
+    pub fn run_config(&self) -> Result<RunConfig, ConfigError> {
+        let config = RunConfig {
+            model_name: self.model_name.clone(),
+            dataset_path: self.dataset_path.clone(),
+            chat_template: self.chat_template.clone(),
+            max_samples: self.max_samples,
+            max_length: self.max_length,
+            long_rows: self.long_rows,
+            keep_failed: self.keep_failed,
+            shuffle: false,
+            seed: self.seed,
+            routing_tokens: RoutingTokens::Prompt,
+            top_k_experts: 1, // nothing is selected
+            batch_size: self.batch_size,
+            output_dir: self.output_dir.clone(),
+            overwrite: self.overwrite,
+            device: self.device,
+            threads: self.threads,
+            ..RunConfig::default()
+        };
+        let wrong = validate::problems(&config);
+        if !wrong.is_empty() {
+            return Err(ConfigError::Invalid(wrong));
+        }
+        validate::available(&config)?;
+        Ok(config)
+    }
+}
+
 /// Draws heatmaps of the scores and selections of finished runs, and compares them.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct ReportArgs {
-    /// Output folders of `train` or `identify`; the first is what the others are compared with
+    /// Output folders of `train`, `identify` or `eval`, in any mixture
     #[arg(required = true, value_name = "RUN")]
     pub runs: Vec<PathBuf>,
     /// Folder for everything that is written
     #[arg(long, value_name = "FOLDER", default_value = "moewarden-report")]
     pub output_dir: PathBuf,
-    /// Write into a folder that is not empty, over files of the same names
+    /// Remove an earlier run's outputs from the output folder first; refused if it holds anything else
     #[arg(long)]
     pub overwrite: bool,
 }
@@ -92,7 +128,7 @@ pub struct ExportArgs {
     /// Folder for everything that is written
     #[arg(long, value_name = "FOLDER")]
     pub output_dir: PathBuf,
-    /// Write into a folder that is not empty, over files of the same names
+    /// Replace the model in the output folder, once the new one is whole; refused if it holds anything else
     #[arg(long)]
     pub overwrite: bool,
 }

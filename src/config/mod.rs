@@ -15,7 +15,7 @@ mod resolve;
 mod validate;
 
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,9 @@ pub use commands::{CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
 pub use compare::{Ablation, CompareArgs, Variant};
 pub use layers::Layers;
 pub use names::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
-pub use output_dir::{Existing, prepare_dir, prepare_output_dir};
+pub use output_dir::{
+    Existing, check_model_dir, check_output_dir, prepare_dir, prepare_dir_keeping, prepare_output_dir,
+};
 pub use raw::{RawOptions, heading};
 pub use resolve::{Resolved, resolve};
 
@@ -289,6 +291,12 @@ impl RunConfig {
     /// Fails with [`ConfigError::NotText`] on a path that is not UTF-8, which [`resolve`] never lets through.
     pub fn to_yaml(&self) -> Result<String, ConfigError> {
         serde_saphyr::to_string(self).map_err(|e| ConfigError::NotText(e.to_string()))
+    }
+
+    /// The files and folders that the run reads. A hub id is none, and is among them.
+    pub fn inputs(&self) -> Vec<&Path> {
+        let optional = [&self.eval_dataset_path, &self.chat_template].into_iter().flatten();
+        [Path::new(&self.model_name), &self.dataset_path].into_iter().chain(optional.map(PathBuf::as_path)).collect()
     }
 
     /// Whether the router phase runs: the two-forward alignment of the alternating schedule.

@@ -4,6 +4,7 @@ use std::fs::{self, FileType};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use super::compare::is_variant;
 use super::{ConfigError, RunConfig};
 
 /// What happens to a folder that already holds something.
@@ -28,9 +29,22 @@ impl Existing {
     }
 }
 
-/// Makes the output folder of a run. See [`prepare_dir`].
+/// Makes the output folder of a run. See [`prepare_dir_keeping`].
 pub fn prepare_output_dir(config: &RunConfig) -> Result<(), ConfigError> {
-    prepare_dir(&config.output_dir, Existing::of(config.overwrite, config.resume))
+    prepare_dir_keeping(&config.output_dir, Existing::of(config.overwrite, config.resume), &config.inputs())
+}
+
+/// Says what [`prepare_output_dir`] would say, and touches nothing.
+pub fn check_output_dir(config: &RunConfig) -> Result<(), ConfigError> {
+    inspect(&config.output_dir, Existing::of(config.overwrite, config.resume), &config.inputs(), Place::Top).map(drop)
+}
+
+/// Whether a model may be written as the folder `dir`: it is absent or empty, or (with `overwrite`) holds a model and
+/// nothing else, none of `inputs` included. Touches nothing.
+///
+/// Fails with [`ConfigError::OutputDir`] or [`ConfigError::OutputIo`].
+pub fn check_model_dir(dir: &Path, overwrite: bool, inputs: &[&Path]) -> Result<(), ConfigError> {
+    inspect(dir, Existing::of(overwrite, false), inputs, Place::Model).map(drop)
 }
 
 /// Makes `dir` and its parents, and sees that it holds nothing but what `existing` allows.
@@ -40,26 +54,49 @@ pub fn prepare_output_dir(config: &RunConfig) -> Result<(), ConfigError> {
 ///
 /// Fails with [`ConfigError::OutputDir`] or [`ConfigError::OutputIo`].
 pub fn prepare_dir(dir: &Path, existing: Existing) -> Result<(), ConfigError> {
+    prepare_dir_keeping(dir, existing, &[])
+}
+
+/// [`prepare_dir`] for a command that reads `inputs`: to remove one of them together with an earlier run's outputs (the
+/// final model of a run, say, that is trained on) is an error. Inputs that do not exist are hub ids, or are reported by
+/// who opens them.
+///
+/// Fails with [`ConfigError::OutputDir`] or [`ConfigError::OutputIo`].
+pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> Result<(), ConfigError> {
+    let Some(outputs) = inspect(dir, existing, inputs, Place::Top)? else {
+        return fs::create_dir_all(dir).map_err(failed("make the output folder", dir));
+    };
+    for file in &outputs.files {
+        fs::remove_file(file).map_err(failed("remove", file))?;
+    }
+    for folder in &outputs.folders {
+        fs::remove_dir(folder).map_err(failed("remove", folder))?;
+    }
+    Ok(())
+}
+
+/// What is to be removed from `dir`; `None` where there is no such folder yet.
+fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Result<Option<Outputs>, ConfigError> {
     let refused = |message: String| ConfigError::OutputDir { path: dir.to_owned(), message };
     match fs::metadata(dir) {
         Ok(meta) if !meta.is_dir() => return Err(refused("is a file; give a folder with --output-dir".into())),
         Ok(_) => {}
-        Err(e) if e.kind() == ErrorKind::NotFound => {
-            return fs::create_dir_all(dir).map_err(failed("make the output folder", dir));
-        }
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(failed("read", dir)(e)),
     }
+    let mut outputs = Outputs::default();
     match existing {
-        Existing::Keep => Ok(()),
-        Existing::Refuse if entries(dir)?.is_empty() => Ok(()),
-        Existing::Refuse => Err(refused(
-            "is not empty; give another --output-dir, --overwrite to remove an earlier run's outputs from it, \
-             or (train) --resume to continue them"
-                .into(),
-        )),
+        Existing::Keep => {}
+        Existing::Refuse if entries(dir)?.is_empty() => {}
+        Existing::Refuse => {
+            return Err(refused(
+                "is not empty; give another --output-dir, --overwrite to remove an earlier run's outputs from it, \
+                 or (train) --resume to continue them"
+                    .into(),
+            ));
+        }
         Existing::Replace => {
-            let mut outputs = Outputs::default();
-            outputs.collect(dir, Place::Top)?;
+            outputs.collect(dir, place)?;
             if let Some(foreign) = outputs.foreign {
                 let name = foreign.strip_prefix(dir).unwrap_or(&foreign).display().to_string();
                 return Err(refused(format!(
@@ -67,15 +104,17 @@ pub fn prepare_dir(dir: &Path, existing: Existing) -> Result<(), ConfigError> {
                      --output-dir"
                 )));
             }
-            for file in &outputs.files {
-                fs::remove_file(file).map_err(failed("remove", file))?;
+            let whole = fs::canonicalize(dir).map_err(failed("read", dir))?;
+            let inside = |path: &&&Path| fs::canonicalize(path).is_ok_and(|path| path.starts_with(&whole));
+            if let Some(input) = inputs.iter().find(inside) {
+                return Err(refused(format!(
+                    "holds {}, which is to be read: --overwrite would remove it; give another --output-dir",
+                    input.display()
+                )));
             }
-            for folder in &outputs.folders {
-                fs::remove_dir(folder).map_err(failed("remove", folder))?;
-            }
-            Ok(())
         }
     }
+    Ok(Some(outputs))
 }
 
 /// Where in the output folder a name stands.
@@ -90,11 +129,28 @@ enum Place {
 }
 
 /// Files of the folder itself. A command that writes another one there adds its name, or --overwrite refuses it.
-const TOP_FILES: [&str; 5] =
-    ["config.resolved.yaml", "metrics.jsonl", "expert_scores.json", "expert_gradients.pkl", "training_metadata.json"];
+const TOP_FILES: [&str; 11] = [
+    "config.resolved.yaml",
+    "metrics.jsonl",
+    "expert_scores.json",
+    "expert_gradients.pkl",
+    "training_metadata.json",
+    "eval.json",
+    "generations.jsonl",
+    "report.html",
+    "compare.json",
+    "compare.html",
+    "compare.md",
+];
 
-/// Files of a Hugging Face folder, besides `*.safetensors`.
-const MODEL_FILES: [&str; 14] = [
+/// Files of a Hugging Face folder, besides `*.safetensors`; an export copies those that its source has.
+const MODEL_FILES: [&str; 20] = [
+    "README.md",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
     "config.json",
     "generation_config.json",
     "model.safetensors.index.json",
@@ -114,14 +170,17 @@ const MODEL_FILES: [&str; 14] = [
 /// Whether moewarden writes a file, or (answering with the place inside it) a folder, of this name here.
 fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
     let round = |name: &str| name.strip_prefix("round_").is_some_and(|n| n.parse::<u32>().is_ok());
+    let heatmap = |name: &str| name.starts_with("heatmap-") && name.ends_with(".svg");
     match place {
         Place::State if kind.is_dir() || kind.is_file() => Some(Place::State),
         Place::Model if kind.is_file() && (MODEL_FILES.contains(&name) || name.ends_with(".safetensors")) => {
             Some(place)
         }
-        Place::Top if kind.is_file() && TOP_FILES.contains(&name) => Some(place),
+        Place::Top if kind.is_file() && (TOP_FILES.contains(&name) || heatmap(name)) => Some(place),
         Place::Top if kind.is_dir() && (name == "final_model" || round(name)) => Some(Place::Model),
         Place::Top if kind.is_dir() && name == "checkpoints" => Some(Place::State),
+        // A variant of a comparison is a run of its own; it holds no variants, but a few names more allow nothing foreign.
+        Place::Top if kind.is_dir() && is_variant(name) => Some(Place::Top),
         _ => None,
     }
 }
@@ -188,9 +247,12 @@ mod tests {
         entries(dir).unwrap().len()
     }
 
-    const OUTPUTS: [&str; 6] = [
+    const OUTPUTS: [&str; 9] = [
         "config.resolved.yaml",
         "metrics.jsonl",
+        "heatmap-run-1-round-2.svg",
+        "random-combined/final_model/config.json",
+        "frozen/metrics.jsonl",
         "round_1/model-00001-of-00002.safetensors",
         "final_model/config.json",
         "checkpoints/step_7/state.bin",
@@ -229,6 +291,32 @@ mod tests {
             assert!(error.to_string().contains("did not write"), "{error}");
             assert!(OUTPUTS.iter().all(|name| dir.path().join(name).exists()), "{foreign}: something was removed");
         }
+    }
+
+    #[test]
+    fn what_is_to_be_read_is_not_removed() {
+        let dir = folder(&OUTPUTS);
+        let count = held(dir.path());
+        let model = dir.path().join("final_model");
+        let inputs = [Path::new("hub/id"), &model];
+        let error = prepare_dir_keeping(dir.path(), Existing::Replace, &inputs).unwrap_err();
+        assert!(error.to_string().contains("to be read"), "{error}");
+        assert_eq!(held(dir.path()), count);
+        prepare_dir_keeping(dir.path(), Existing::Keep, &inputs).unwrap();
+        prepare_dir_keeping(dir.path(), Existing::Replace, &inputs[..1]).unwrap();
+        assert_eq!(held(dir.path()), 0);
+    }
+
+    #[test]
+    fn a_model_replaces_a_model_and_nothing_else() {
+        let model = folder(&["config.json", "model.safetensors"]);
+        let run = folder(&["config.json", "metrics.jsonl"]);
+        assert!(check_model_dir(model.path(), false, &[]).is_err());
+        check_model_dir(model.path(), true, &[]).unwrap();
+        assert!(check_model_dir(model.path(), true, &[model.path()]).is_err());
+        assert!(check_model_dir(run.path(), true, &[]).is_err());
+        check_model_dir(&run.path().join("new"), false, &[]).unwrap();
+        assert!(!run.path().join("new").exists() && held(model.path()) == 2);
     }
 
     #[cfg(unix)]

@@ -156,6 +156,8 @@ impl Build<'_> {
             safe_reply: None,
             unsafe_prompt: None,
             safe_prompt: None,
+            unsafe_messages: row.unsafe_side.as_ref().map_or_else(Vec::new, Side::prompt_messages),
+            safe_messages: row.safe_side.as_ref().map_or_else(Vec::new, Side::prompt_messages),
         };
         /// The value that fits; returns the outcome where none does.
         macro_rules! fitting {

@@ -59,6 +59,11 @@ impl Side {
         Self { messages, prompt }
     }
 
+    /// The turns before the reply.
+    pub fn prompt_messages(&self) -> Vec<Message> {
+        self.messages[..self.prompt].to_vec()
+    }
+
     /// Whether there is an assistant turn to learn from.
     pub fn has_reply(&self) -> bool {
         self.prompt < self.messages.len()

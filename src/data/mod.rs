@@ -87,6 +87,10 @@ pub struct Record {
     pub unsafe_prompt: Option<Vec<u32>>,
     /// The safe prompt alone, ending with the generation prompt.
     pub safe_prompt: Option<Vec<u32>>,
+    /// The turns of the unsafe prompt as the row has them; none where it has no such side.
+    pub unsafe_messages: Vec<Message>,
+    /// The turns of the safe prompt as the row has them; none where it has no such side.
+    pub safe_messages: Vec<Message>,
 }
 
 /// What one rank puts through one forward and backward: examples one after another, without padding.

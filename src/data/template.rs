@@ -47,6 +47,7 @@ pub struct Rendered {
 /// A compiled chat template with the special tokens it may name.
 pub struct ChatTemplate {
     env: Environment<'static>,
+    digest: blake3::Hash,
     marks_generation: bool,
     /// `bos_token` and the like, by name.
     tokens: Vec<(String, Value)>,
@@ -63,10 +64,16 @@ impl ChatTemplate {
         if source.len() > MAX_SOURCE {
             return Err(TemplateError::Source(format!("it has {} bytes, more than {MAX_SOURCE}", source.len())));
         }
+        let digest = blake3::hash(source.as_bytes());
         let (source, marks_generation) = jinja::prepare(source);
         let mut env = jinja::environment();
         env.add_template_owned(NAME, source).map_err(|e| TemplateError::Source(described(&e)))?;
-        Ok(Self { env, marks_generation, tokens: tokens.into_iter().collect() })
+        Ok(Self { env, digest, marks_generation, tokens: tokens.into_iter().collect() })
+    }
+
+    /// blake3 of the source.
+    pub fn digest(&self) -> blake3::Hash {
+        self.digest
     }
 
     /// Whether the template itself says, by `{% generation %}`, what the assistant said.

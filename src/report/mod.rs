@@ -3,6 +3,8 @@
 //! Whole files are written aside and renamed ([`crate::files`]); `metrics.jsonl` alone grows.
 
 mod compare;
+mod curve;
+mod eval;
 mod heatmap;
 mod metadata;
 mod metrics;
@@ -11,6 +13,11 @@ mod pickle;
 mod scores_json;
 
 pub use compare::{Overlap, RunChoice, overlap, overlap_tables, spearman};
+pub use curve::{Series, curve_svg};
+pub use eval::{
+    EVAL_SCHEMA, EvalReport, EvaluatedModel, FinishReason, GENERATION_SCHEMA, GenerationRow, MeanLoss, PromptSide,
+    RefusalRate, RoutingDifference, Sampling, eval_tables,
+};
 pub use heatmap::heatmap_svg;
 pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata, TrainingStep};
 pub use metrics::{MetricsLog, MetricsRow, Phase, log_line};

@@ -103,6 +103,11 @@ impl GlobalAlignment {
         self.loss.loss
     }
 
+    /// The divergence of each layer in the loss.
+    pub fn by_layer(&self) -> &[f64] {
+        &self.loss.per_layer
+    }
+
     /// The gradient of `factor` times the loss through the unsafe side, for each decoder layer.
     pub fn through_unsafe(&self, side: &Side, layers: &MoeLayers, factor: f64) -> Vec<Option<RouterGrad>> {
         self.spread(layers, |i, place| side.gradient(place, &self.loss.d_unsafe[i], factor))

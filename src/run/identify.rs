@@ -213,7 +213,7 @@ impl<B: Backend> Engine<'_, B> {
 
     /// Risk differences of routing frequencies; forward passes alone. A batch is a micro-batch's unsafe replies against
     /// the safe replies of the same records, or, where safe rows stand alone, against as many of those in turn.
-    fn score_routing(&self, micro_batches: &[Vec<usize>], bar: &Progress<'_>) -> Result<(ExpertScores, u64)> {
+    pub fn score_routing(&self, micro_batches: &[Vec<usize>], bar: &Progress<'_>) -> Result<(ExpertScores, u64)> {
         let safe = self.safe_partners(|r| r.safe_reply.is_some()).ok_or_else(|| {
             Failure::new(
                 exit::CONFIG,

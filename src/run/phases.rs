@@ -195,9 +195,16 @@ impl<B: Backend> Engine<'_, B> {
 
     /// The alignment loss over the whole set in file order, without gradient: mean over micro-batches.
     pub fn measure_alignment(&self) -> Result<f64> {
+        let layers = self.measure_alignment_by_layer()?;
+        Ok(layers.iter().sum::<f64>() / layers.len() as f64)
+    }
+
+    /// The same for each layer that routes: its mean over micro-batches. All of them count the same, the last one too.
+    pub fn measure_alignment_by_layer(&self) -> Result<Vec<f64>> {
         let layers = self.moe_layers();
         let (partners, with_unsafe) = self.prompt_pairs()?;
-        let (mut sum, mut steps) = (0.0, 0.0);
+        let mut sums = vec![0.0; layers.layers.len()];
+        let mut steps = 0.0;
         for group in data::micro_batches(&with_unsafe, self.config.batch_size).chunks(self.world.world_size()) {
             let (safe, unsafe_) = self.pack_pairs(&partners, group);
             let (safe, unsafe_) = (self.observe_side(&safe), self.observe_side(&unsafe_));
@@ -205,11 +212,12 @@ impl<B: Backend> Engine<'_, B> {
             let places = layers.places();
             if let Some(a) = align(&*self.world, self.config.kl_type, &refs(&safe), &refs(&unsafe_), &places, experts)?
             {
-                sum += a.loss();
+                sums.iter_mut().zip(a.by_layer()).for_each(|(sum, kl)| *sum += kl);
                 steps += 1.0;
             }
         }
-        Ok(sum / f64::max(steps, 1.0))
+        sums.iter_mut().for_each(|sum| *sum /= f64::max(steps, 1.0));
+        Ok(sums)
     }
 
     /// (for each record the one with its safe prompt, records with an unsafe prompt).

@@ -7,7 +7,7 @@ use super::engine::Engine;
 use super::memory::{Activations, free_memory, human};
 use crate::backend::Backend;
 use crate::collective::{Collective, threads};
-use crate::config::{RunConfig, hub_cache};
+use crate::config::{RunConfig, Schedule, hub_cache};
 use crate::data::{ChatTokenizer, DataOptions, Dataset};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::Method;
@@ -36,8 +36,26 @@ impl Session {
     /// Opens and checks everything that `config` names, and reports what the data hold.
     ///
     /// # Errors
-    /// Those of the model's files, the tokenizer, and the data; options that contradict the model.
+    /// Those of [`Self::open_any`]; data without an unsafe row.
     pub fn open(config: &RunConfig, ui: &Ui) -> Result<Self> {
+        let session = Self::open_any(config, ui)?;
+        if session.data.records.iter().all(|r| r.unsafe_reply.is_none()) {
+            return Err(Failure::new(
+                exit::DATA,
+                format!(
+                    "{} holds no unsafe row: experts are found on unsafe prompts; label some rows unsafe",
+                    config.dataset_path.display()
+                ),
+            ));
+        }
+        Ok(session)
+    }
+
+    /// The same for data that may hold safe rows alone.
+    ///
+    /// # Errors
+    /// Those of the model's files, the tokenizer, and the data; options that contradict the model.
+    pub fn open_any(config: &RunConfig, ui: &Ui) -> Result<Self> {
         let dir = hub_cache().resolve(&config.model_name)?;
         let model = ModelConfig::from_dir(&dir)?;
         model.check_length(config.max_length)?;
@@ -68,16 +86,36 @@ impl Session {
                 Some(held_out)
             }
         };
-        if data.records.iter().all(|r| r.unsafe_reply.is_none()) {
-            return Err(Failure::new(
-                exit::DATA,
+        Ok(Self { dir, model, checkpoint, table, tokenizer, data, held_out })
+    }
+
+    /// Refuses data without the safe side that a phase of the run compares with, before an earlier phase has run for hours.
+    ///
+    /// # Errors
+    /// The phase, and how to do without it.
+    pub fn check_sides(&self, config: &RunConfig) -> Result<()> {
+        let records = &self.data.records;
+        let prompts = records.iter().any(|r| r.safe_prompt.is_some());
+        let replies = records.iter().any(|r| r.safe_reply.is_some());
+        let needs = [
+            (config.has_router_phase() && !prompts, "router alignment needs safe prompts", "--skip-router-training"),
+            (
+                config.schedule == Schedule::Joint && !replies,
+                "the joint schedule needs safe examples",
+                "--schedule alternate",
+            ),
+            (config.method == Method::Routing && !replies, "--method routing needs safe examples", "--method gradient"),
+        ];
+        match needs.into_iter().find(|(lacks, ..)| *lacks) {
+            None => Ok(()),
+            Some((_, what, instead)) => Err(Failure::new(
+                exit::CONFIG,
                 format!(
-                    "{} holds no unsafe row: experts are found on unsafe prompts; label some rows unsafe",
+                    "{what}, and {} holds none: add rows with the label safe, or take {instead}",
                     config.dataset_path.display()
                 ),
-            ));
+            )),
         }
-        Ok(Self { dir, model, checkpoint, table, tokenizer, data, held_out })
     }
 
     /// Puts the weights on a backend, with this process as the only rank.
@@ -122,29 +160,37 @@ impl Session {
         lines
     }
 
-    /// Expected memory of a rank, for people: weights, activations of the longest micro-batch, trained state.
+    /// Expected memory of a rank, for people: weights, activations of the longest micro-batches, trained state.
     pub fn describe_memory(&self, config: &RunConfig, trained: usize) -> String {
         let rows = self.longest_batch(config.batch_size);
         let activations = Activations::predict(&self.model, rows);
         let layers = self.model.layers.len();
-        let keep_from = activations.keep_from(config.recompute, layers, 0, free_memory());
-        let weights = self.table.total().bytes as u64;
+        let free = free_memory();
+        let keep_from = activations.keep_from(config.recompute, layers, 0, free);
+        // A joint step's divergence is that of all its micro-batches, so their forward passes wait for one another.
+        let (waiting, of) = match config.schedule {
+            Schedule::Joint => (config.grad_accum as u64, format!("{} micro-batches", config.grad_accum)),
+            Schedule::Alternate => (1, "a micro-batch".into()),
+        };
+        let peak = waiting * activations.peak(layers, 0, keep_from) - (waiting - 1) * activations.working;
+        let total = self.table.total();
         // Gradient, master and two moments in f32, and the weight itself out of its file.
-        let state = trained as u64 * 16 + trained as u64 * (weights / self.table.total().elements.max(1) as u64);
-        let peak = activations.peak(layers, 0, keep_from);
+        let state = trained as u64 * (16 + (total.bytes / total.elements.max(1)) as u64);
+        let weights = total.bytes as u64;
         format!(
-            "memory a rank: weights {} (memory-mapped), activations {} for a micro-batch of up to {rows} tokens ({} of \
-             {layers} layers kept, the others computed again), trained state {}; {} free",
+            "memory a rank: weights {} (memory-mapped: ranks on one machine share them), activations {} for {of} of up to \
+             {rows} tokens ({} of {layers} layers kept, the others computed again), trained state {}: {} in all; {} free",
             human(weights),
             human(peak),
             layers - keep_from,
             human(state),
-            human(free_memory()),
+            human(weights + peak + state),
+            human(free),
         )
     }
 
     /// Tokens of the largest micro-batch there can be.
-    fn longest_batch(&self, batch_size: usize) -> usize {
+    pub fn longest_batch(&self, batch_size: usize) -> usize {
         let replies = self.data.records.iter().flat_map(|r| [&r.unsafe_reply, &r.safe_reply]);
         let mut lengths: Vec<_> = replies.flatten().map(|e| e.ids.len()).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));

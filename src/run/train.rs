@@ -18,7 +18,7 @@ use crate::config::{Mode, RunConfig, SaveRounds, Schedule, prepare_output_dir};
 use crate::data::{self, Dataset, MicroBatch};
 use crate::exit::Result;
 use crate::experts::{ExpertId, Selection};
-use crate::model::ParamId;
+use crate::model::{ParamId, ParamKind};
 use crate::report::{Phase, TrainingStep};
 use crate::ui::Ui;
 
@@ -62,10 +62,11 @@ pub fn identify(config: &RunConfig, ui: &Ui) -> Result<()> {
 /// Anything that keeps the run from its end.
 pub fn train(config: &RunConfig, ui: &Ui) -> Result<TrainSummary> {
     let session = Session::open(config, ui)?;
+    session.check_sides(config)?;
     prepare_output_dir(config)?;
     let mut engine = session.engine(config, backend(config, ui))?;
     ui.line(session.describe());
-    let trained = trained_elements(&engine);
+    let trained = trained_elements(&session, config);
     ui.line(session.describe_memory(config, trained));
     let total = session.table.total().elements;
     ui.line(format_args!(
@@ -237,17 +238,18 @@ fn unwritable(dir: &Path, error: std::io::Error) -> crate::exit::Failure {
 }
 
 /// The most parameters that are trained at once.
-fn trained_elements<B: Backend>(engine: &Engine<'_, B>) -> usize {
-    let config = engine.config;
-    let elements = |ids: Vec<ParamId>| ids.iter().map(|&id| engine.model.table.params[id].value.len()).sum::<usize>();
+pub(super) fn trained_elements(session: &Session, config: &RunConfig) -> usize {
+    let elements = |chosen: fn(ParamKind) -> bool| session.table.count(|spec| chosen(spec.kind)).elements;
     let experts = match config.mode {
         _ if !config.finetune_unsafe_experts => 0,
-        Mode::Selective => {
-            config.top_k_experts * 3 * engine.model.config.hidden_size * engine.model.config.expert_width
-        }
-        _ => elements(engine.trainable_experts(&[])),
+        Mode::Selective => config.top_k_experts * 3 * session.model.hidden_size * session.model.expert_width,
+        Mode::Experts => elements(|kind| matches!(kind, ParamKind::Expert(..))),
+        Mode::Baseline => session.table.total().elements,
     };
-    let routers = if config.skip_router_training { 0 } else { elements(engine.routers()) };
+    let routers = match config.skip_router_training {
+        true => 0,
+        false => elements(|kind| matches!(kind, ParamKind::Router(_))),
+    };
     match (config.schedule, config.mode) {
         (Schedule::Joint, Mode::Selective | Mode::Experts) => experts + routers,
         _ => experts.max(routers),

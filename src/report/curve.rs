@@ -1,0 +1,178 @@
+//! Lines over steps: losses of one run or several.
+
+use std::fmt::Write;
+
+use super::page::escape;
+
+/// One line.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Series {
+    /// In the legend.
+    pub label: String,
+    /// (x, y), x ascending. A point that is not finite is left out.
+    pub points: Vec<(f64, f64)>,
+}
+
+const WIDTH: f64 = 720.0;
+const HEIGHT: f64 = 300.0;
+const LEFT: f64 = 64.0;
+const TOP: f64 = 40.0;
+/// Colours that stay apart for colour-blind readers (Okabe and Ito), on white.
+const COLOURS: [&str; 7] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
+
+/// The drawing as an SVG element to be put into a page; `None` where no series has a point. `id` distinguishes the
+/// drawings of one page (letters, digits and hyphens).
+pub fn curve_svg(id: &str, title: &str, x_label: &str, series: &[Series]) -> Option<String> {
+    assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{id:?} is no id");
+    let finite = |s: &Series| -> Vec<(f64, f64)> {
+        s.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect()
+    };
+    let lines: Vec<(&str, Vec<(f64, f64)>)> =
+        series.iter().map(|s| (s.label.as_str(), finite(s))).filter(|(_, points)| !points.is_empty()).collect();
+    let points = || lines.iter().flat_map(|(_, points)| points);
+    let x_axis = Axis::over(points().map(|p| p.0))?;
+    let y_axis = Axis::over(points().map(|p| p.1))?;
+    let (right, bottom) = (LEFT + WIDTH, TOP + HEIGHT);
+    let at = |(x, y): (f64, f64)| (LEFT + WIDTH * x_axis.place(x), bottom - HEIGHT * y_axis.place(y));
+
+    let height = bottom + 48.0 + 18.0 * lines.len() as f64;
+    let mut out = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" aria-labelledby=\"{id}-title {id}-desc\" width=\"{w}\" \
+         height=\"{height}\" viewBox=\"0 0 {w} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"11\">\n\
+         <title id=\"{id}-title\">{title}</title>\n<desc id=\"{id}-desc\">{}</desc>\n\
+         <text x=\"{LEFT}\" y=\"20\" font-size=\"14\" font-weight=\"bold\">{title}</text>\n",
+        escape(&description(&lines)),
+        w = right + 24.0,
+        title = escape(title),
+    );
+    for tick in y_axis.ticks() {
+        let (_, y) = at((x_axis.low, tick));
+        let _ = writeln!(
+            out,
+            "<line x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#dddddd\"/>\n\
+             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+            LEFT - 6.0,
+            y + 4.0,
+            number(tick)
+        );
+    }
+    for tick in x_axis.ticks() {
+        let (x, _) = at((tick, y_axis.low));
+        let _ =
+            writeln!(out, "<text x=\"{x:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>", bottom + 16.0, number(tick));
+    }
+    let _ = writeln!(out, "<text x=\"{right}\" y=\"{}\" text-anchor=\"end\">{}</text>", bottom + 32.0, escape(x_label));
+    for (i, (label, points)) in lines.iter().enumerate() {
+        let colour = COLOURS[i % COLOURS.len()];
+        // Beyond the colours, dashes tell lines apart.
+        let dashes = if i < COLOURS.len() { String::new() } else { format!(" stroke-dasharray=\"{}\"", 2 + i) };
+        if let [point] = points[..] {
+            let (x, y) = at(point); // a line of one point would not be seen
+            let _ = writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"{colour}\"/>");
+        } else {
+            let path: Vec<String> = points.iter().map(|p| at(*p)).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
+            let _ = writeln!(
+                out,
+                "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"{dashes} points=\"{}\"/>",
+                path.join(" ")
+            );
+        }
+        let y = bottom + 48.0 + 18.0 * i as f64;
+        let _ = writeln!(
+            out,
+            "<line x1=\"{LEFT}\" x2=\"{}\" y1=\"{}\" y2=\"{}\" stroke=\"{colour}\" stroke-width=\"3\"{dashes}/>\n\
+             <text x=\"{}\" y=\"{y}\">{}</text>",
+            LEFT + 24.0,
+            y - 4.0,
+            y - 4.0,
+            LEFT + 32.0,
+            escape(label)
+        );
+    }
+    Some(out + "</svg>\n")
+}
+
+/// The range of an axis.
+struct Axis {
+    low: f64,
+    high: f64,
+}
+
+impl Axis {
+    /// From the least to the largest; a range of one value gets room around it.
+    fn over(values: impl Iterator<Item = f64>) -> Option<Self> {
+        let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
+        (low <= high).then(|| {
+            let room = if high > low { 0.0 } else { f64::max(low.abs() * 0.1, 1e-6) };
+            Self { low: low - room, high: high + room }
+        })
+    }
+
+    fn place(&self, value: f64) -> f64 {
+        (value - self.low) / (self.high - self.low)
+    }
+
+    /// Four to nine round values within the range.
+    fn ticks(&self) -> Vec<f64> {
+        let rough = (self.high - self.low) / 8.0;
+        let power = 10f64.powf(rough.log10().floor());
+        let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= rough).unwrap_or(10.0 * power);
+        let first = (self.low / step).ceil() as i64;
+        let last = (self.high / step).floor() as i64;
+        (first..=last).map(|i| i as f64 * step).collect()
+    }
+}
+
+/// Without the noise of binary fractions.
+fn number(value: f64) -> String {
+    let text = format!("{value:.6}");
+    let short = text.trim_end_matches('0').trim_end_matches('.');
+    if short == "0" || short == "-0" {
+        return if value == 0.0 { "0".into() } else { format!("{value:.1e}") };
+    }
+    short.to_owned()
+}
+
+/// The drawing in words.
+fn description(lines: &[(&str, Vec<(f64, f64)>)]) -> String {
+    let line = |(label, points): &(&str, Vec<(f64, f64)>)| {
+        let (first, last) = (points[0], points[points.len() - 1]);
+        format!("{label}: from {:.4e} at {} to {:.4e} at {}.", first.1, first.0, last.1, last.0)
+    };
+    lines.iter().map(line).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::page::tests::assert_well_formed;
+    use super::*;
+
+    fn series(label: &str, ys: &[f64]) -> Series {
+        Series { label: label.into(), points: ys.iter().enumerate().map(|(i, y)| (i as f64 + 1.0, *y)).collect() }
+    }
+
+    #[test]
+    fn every_series_is_drawn_within_the_frame() {
+        let all = [series("a <b>", &[3.0, 2.0, f64::NAN, 1.0]), series("c", &[2.5]), series("none", &[f64::INFINITY])];
+        let svg = curve_svg("ce", "Loss & more", "step", &all).unwrap();
+        assert_well_formed(&svg);
+        assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (1, 1));
+        // Steps 1, 2 and 4 of 1 to 4; 3 is the largest value and 1 the least.
+        assert!(svg.contains("points=\"64.0,40.0 304.0,190.0 784.0,340.0\""), "{svg}");
+        assert!(svg.contains("a &lt;b&gt;: from 3.0000e0 at 1 to 1.0000e0 at 4."));
+        assert!(!svg.contains("none"));
+        assert_eq!(curve_svg("ce", "Loss", "step", &all[2..]), None);
+    }
+
+    #[test]
+    fn ticks_are_round_and_inside() {
+        for (low, high) in [(0.0, 1.0), (1.37, 9.2), (-3.0, 250.0), (1e-5, 2e-5), (2.0, 2.0)] {
+            let axis = Axis::over([low, high].into_iter()).unwrap();
+            let ticks = axis.ticks();
+            assert!((4..=9).contains(&ticks.len()), "{low}..{high}: {ticks:?}");
+            // A tick is a multiple of its step up to a rounding.
+            assert!(ticks.iter().all(|t| (-1e-9..=1.0 + 1e-9).contains(&axis.place(*t))), "{low}..{high}: {ticks:?}");
+        }
+        assert_eq!([0.1 + 0.2, 0.0, 2e-9, 1500.0].map(number), ["0.3", "0", "2.0e-9", "1500"]);
+    }
+}

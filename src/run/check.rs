@@ -1,0 +1,103 @@
+//! `check`: everything a run would stumble over, before it runs; no weight is loaded, nothing is written.
+
+use std::fmt::Write;
+use std::thread::available_parallelism;
+
+use super::forecast::{Forecast, measure_rate, probe_name};
+use super::memory::{Activations, free_memory};
+use super::session::Session;
+use super::train::trained_elements;
+use crate::backend::cpu::Cpu;
+use crate::config::{CheckArgs, Device, RunConfig, check_output_dir};
+use crate::data::{Sample, samples_for_people};
+use crate::exit::Result;
+use crate::ui::Ui;
+
+/// Opens model, tokenizer and data, shows what they hold, and predicts memory and time.
+///
+/// # Errors
+/// The error with which the run itself would end before its first step.
+pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
+    let session = Session::open(config, ui)?;
+    session.check_sides(config)?;
+    check_output_dir(config)?;
+    ui.result(session.describe());
+    for sample in samples_for_people(&session.data, &session.tokenizer, args.show) {
+        ui.result(show(&sample, ui.colors_results()));
+    }
+    let trained = trained_elements(&session, config);
+    let total = session.table.total().elements;
+    let share = 100.0 * trained as f64 / total as f64;
+    ui.result(format_args!("training at most {trained} of {total} parameters at once ({share:.2} %)"));
+    ui.result(session.describe_memory(config, trained));
+    forecast(&session, config, ui);
+    ui.result(format_args!("ready: `moewarden train` can run with these options"));
+    Ok(())
+}
+
+/// Predicts the time of the run on this machine's processors.
+fn forecast(session: &Session, config: &RunConfig, ui: &Ui) {
+    let layers = session.model.layers.len();
+    let longest = Activations::predict(&session.model, session.longest_batch(config.batch_size));
+    let recomputed = longest.keep_from(config.recompute, layers, 0, free_memory()) as f64 / layers as f64;
+    let forecast = Forecast::new(config, &session.model, &session.data.records, recomputed);
+    // Ranks are threads of one machine: they share its cores, and more of them do not add any.
+    let cores = available_parallelism().map_or(1, usize::from);
+    let threads = if config.threads == 0 { cores } else { (config.threads * config.ranks).min(cores) };
+    let dtype = session.table.params[0].value.dtype;
+    let rate = measure_rate(&Cpu::new(threads), dtype);
+    ui.result(forecast.at(rate));
+    ui.result(format_args!(
+        "  assumes that everything runs at the {:.0} GFLOP/s of a dense product, {} over {dtype:?} weights, just now on \
+         {threads} CPU threads; small batches and small experts run slower{}",
+        rate / 1e9,
+        probe_name(),
+        if config.device == Device::Cuda { ", a GPU much faster" } else { "" },
+    ));
+}
+
+/// A conversation with its loss tokens in green, or between ⟦ and ⟧. Control characters of the data are shown, not obeyed.
+fn show(sample: &Sample, colors: bool) -> String {
+    let (open, close) = if colors { ("\x1b[1;32m", "\x1b[0m") } else { ("⟦", "⟧") };
+    let side = if sample.is_unsafe { "unsafe" } else { "safe" };
+    let loss = sample.tokens.iter().filter(|(_, loss)| *loss).count();
+    let mut out = format!("line {}, {side} side, {loss} of {} tokens with loss:\n", sample.line, sample.tokens.len());
+    for run in sample.tokens.chunk_by(|a, b| a.1 == b.1) {
+        let text: String = run.iter().map(|(text, _)| text.as_str()).collect();
+        let text = visible(&text);
+        let _ = match run[0].1 {
+            true => write!(out, "{open}{text}{close}"),
+            false => write!(out, "{text}"),
+        };
+    }
+    out
+}
+
+/// Text that a terminal shows as it is.
+fn visible(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' | '\t' => out.push(c),
+            c if c.is_control() => out.extend(c.escape_default()),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loss_tokens_are_marked() {
+        let token = |text: &str, loss| (text.to_owned(), loss);
+        let tokens = vec![token("<user>\x1b[2J", false), token("hi\n", false), token("No", true), token(".", true)];
+        let sample = Sample { line: 7, is_unsafe: true, tokens };
+        let plain = show(&sample, false);
+        assert_eq!(plain, "line 7, unsafe side, 2 of 4 tokens with loss:\n<user>\\u{1b}[2Jhi\n⟦No.⟧");
+        let colored = show(&sample, true);
+        assert!(colored.ends_with("\x1b[1;32mNo.\x1b[0m") && colored.contains("\\u{1b}[2J"), "{colored}");
+    }
+}

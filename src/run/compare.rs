@@ -1,0 +1,226 @@
+//! `compare`: a matrix of methods and ablations from one configuration, each a run of its own, side by side.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::forecast::duration;
+use super::report::Run;
+use super::train::{TrainSummary, train};
+use crate::config::{CompareArgs, RunConfig, Variant, prepare_output_dir};
+use crate::exit::{self, Result};
+use crate::experts::ExpertId;
+use crate::files;
+use crate::report::{Overlap, Page, RunChoice, Series, Table, curve_svg, overlap, overlap_tables, write_json};
+use crate::ui::Ui;
+
+/// The value of `compare.json`'s schema.
+const COMPARE_SCHEMA: &str = "moewarden.compare/1";
+
+/// `compare.json`.
+#[derive(Serialize)]
+struct Comparison {
+    schema: &'static str,
+    model_name: String,
+    dataset_path: String,
+    variants: Vec<Outcome>,
+    overlaps: Vec<Pair>,
+}
+
+/// One variant: what it came to, or why it did not.
+#[derive(Serialize)]
+struct Outcome {
+    name: String,
+    folder: String,
+    /// Null where it did not end.
+    result: Option<Numbers>,
+    error: Option<Error>,
+}
+
+#[derive(Serialize)]
+struct Error {
+    exit_code: u8,
+    message: String,
+}
+
+#[derive(Serialize)]
+struct Numbers {
+    /// Each [before, after].
+    ce_loss: [Option<f64>; 2],
+    router_loss: Option<[f64; 2]>,
+    held_out_loss: [Option<f64>; 2],
+    /// The last round's.
+    selected: Vec<ExpertId>,
+    trained_parameters: usize,
+    all_parameters: usize,
+    seconds: f64,
+}
+
+/// Two variants' last selections.
+#[derive(Serialize)]
+struct Pair {
+    a: String,
+    b: String,
+    common: usize,
+    /// Of a's selection.
+    share: Option<f64>,
+    jaccard: Option<f64>,
+    spearman: Option<f64>,
+}
+
+/// Trains every variant in a folder of its own, then writes `compare.json`, `compare.md` and `compare.html`.
+///
+/// A variant that fails is reported, and the others go on: hours of the others are worth more than an early end. When all
+/// have run, the first failure is the command's. Only a checkpoint on request ends the comparison at once.
+///
+/// # Errors
+/// The first failure of a variant; an output that cannot be written.
+pub fn compare(config: &RunConfig, args: &CompareArgs, ui: &Ui) -> Result<()> {
+    prepare_output_dir(config)?;
+    let variants = args.variants(config);
+    let mut outcomes = Vec::new();
+    let mut first_failure = None;
+    for (i, variant) in variants.iter().enumerate() {
+        ui.result(format_args!("--- {} ({} of {})", variant.name, i + 1, variants.len()));
+        let result = train(&of_its_own(variant), ui);
+        let failure = match &result {
+            Err(failure) if failure.code() == exit::REQUEUE => return result.map(drop),
+            Err(failure) => Some(Error { exit_code: failure.code(), message: failure.to_string() }),
+            Ok(_) => None,
+        };
+        if let Some(failure) = &failure {
+            ui.warn(format_args!("{} failed: {}", variant.name, failure.message));
+        }
+        outcomes.push(Outcome {
+            name: variant.name.clone(),
+            folder: variant.config.output_dir.display().to_string(),
+            result: result.as_ref().ok().map(Numbers::of),
+            error: failure,
+        });
+        first_failure =
+            first_failure.or(result.err().map(|f| f.context(format!("the variant {} failed", variant.name))));
+    }
+    write(config, outcomes, ui)?;
+    first_failure.map_or(Ok(()), Err)
+}
+
+/// A variant's configuration: the folder of the comparison was made ready for all of them, and there is something to
+/// resume only where a variant had begun.
+fn of_its_own(variant: &Variant) -> RunConfig {
+    let resume = variant.config.resume && variant.config.output_dir.is_dir();
+    RunConfig { overwrite: false, resume, ..variant.config.clone() }
+}
+
+impl Numbers {
+    fn of(summary: &TrainSummary) -> Self {
+        Self {
+            ce_loss: summary.ce_loss,
+            router_loss: summary.router_loss,
+            held_out_loss: summary.held_out_loss,
+            selected: summary.selected.clone(),
+            trained_parameters: summary.trained[0],
+            all_parameters: summary.trained[1],
+            seconds: summary.seconds,
+        }
+    }
+}
+
+fn write(config: &RunConfig, outcomes: Vec<Outcome>, ui: &Ui) -> Result<()> {
+    let runs: Vec<Run> = outcomes
+        .iter()
+        .filter(|o| o.result.is_some())
+        .map(|o| Run::read(Path::new(&o.folder), o.name.clone()))
+        .collect::<Result<_>>()?;
+    let choices: Vec<RunChoice> = runs.iter().filter_map(Run::choice).collect();
+    let mut tables = vec![table(&outcomes)];
+    if choices.len() > 1 {
+        tables.extend(overlap_tables(&choices));
+    }
+    let failures = outcomes.iter().filter_map(|o| Some(format!("{} failed: {}", o.name, o.error.as_ref()?.message)));
+    let failures: Vec<String> = failures.collect();
+
+    let mut page = Page::new("moewarden compare");
+    let mut text = String::from("# moewarden compare\n");
+    failures.iter().for_each(|failure| {
+        page.text(failure);
+        text += &format!("\n{}\n", failure.replace('\n', " "));
+    });
+    for table in &tables {
+        page.table(table);
+        text += &markdown(table);
+        ui.result(table.to_text());
+    }
+    let series = |loss: fn(&crate::report::MetricsRow) -> Option<f64>| -> Vec<Series> {
+        let points = |run: &Run| run.metrics.iter().filter_map(|row| Some((row.step as f64, loss(row)?))).collect();
+        runs.iter().map(|run| Series { label: run.name.clone(), points: points(run) }).collect()
+    };
+    let drawings = [
+        curve_svg("ce", "Cross-entropy of the refusals (nats a token)", "step", &series(|row| row.ce_loss)),
+        curve_svg("kl", "Divergence of the routers (nats)", "step", &series(|row| row.router_loss)),
+    ];
+    drawings.iter().flatten().for_each(|svg| page.svg(svg));
+
+    let comparison = Comparison {
+        schema: COMPARE_SCHEMA,
+        model_name: config.model_name.clone(),
+        dataset_path: config.dataset_path.display().to_string(),
+        overlaps: pairs(&choices),
+        variants: outcomes,
+    };
+    let dir = &config.output_dir;
+    write_json(dir.join("compare.json"), &comparison)?;
+    files::write(dir.join("compare.md"), text)?;
+    files::write(dir.join("compare.html"), page.finish())?;
+    ui.result(format_args!("comparison: {}", dir.join("compare.html").display()));
+    Ok(())
+}
+
+fn pairs(choices: &[RunChoice]) -> Vec<Pair> {
+    let mut out = Vec::new();
+    for (i, a) in choices.iter().enumerate() {
+        for b in &choices[i + 1..] {
+            let Overlap { common, share, jaccard, spearman } = overlap(a, b);
+            out.push(Pair { a: a.name.clone(), b: b.name.clone(), common, share, jaccard, spearman });
+        }
+    }
+    out
+}
+
+fn table(outcomes: &[Outcome]) -> Table {
+    let mut table = Table::new(
+        "Variants: cross-entropy of the refusals (CE), divergence between safe and unsafe prompts (KL), and cross-entropy of \
+         the held-out rows, each before → after",
+        ["variant", "CE", "KL", "held-out CE", "selected", "trained", "time"],
+    );
+    let change = |[before, after]: [Option<f64>; 2], digits: usize| match (before, after) {
+        (Some(before), Some(after)) => format!("{before:.digits$} → {after:.digits$}"),
+        _ => "-".into(),
+    };
+    for outcome in outcomes {
+        let cells = match (&outcome.result, &outcome.error) {
+            (Some(n), _) => [
+                change(n.ce_loss, 4),
+                change(n.router_loss.map_or([None; 2], |both| both.map(Some)), 5),
+                change(n.held_out_loss, 4),
+                n.selected.len().to_string(),
+                format!("{:.2} %", 100.0 * n.trained_parameters as f64 / n.all_parameters as f64),
+                duration(n.seconds),
+            ],
+            (None, error) => {
+                let code = error.as_ref().map_or(exit::INTERNAL, |e| e.exit_code);
+                [format!("failed ({code})"), "-".into(), "-".into(), "-".into(), "-".into(), "-".into()]
+            }
+        };
+        table.row([outcome.name.clone()].into_iter().chain(cells));
+    }
+    table
+}
+
+fn markdown(table: &Table) -> String {
+    let line = |cells: &[String]| {
+        format!("| {} |\n", cells.iter().map(|c| c.replace('|', "\\|")).collect::<Vec<_>>().join(" | "))
+    };
+    let rule = format!("|---|{}\n", "---:|".repeat(table.header.len() - 1));
+    let rows: String = table.rows.iter().map(|row| line(row)).collect();
+    format!("\n{}\n\n{}{rule}{rows}", table.caption, line(&table.header))
+}

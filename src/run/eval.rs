@@ -1,0 +1,224 @@
+//! `eval`: what a model answers to the unsafe and the safe prompts of a data set, and how it routes them.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+use std::time::Instant;
+
+use super::engine::Engine;
+use super::generate::answer;
+use super::progress::Progress;
+use super::refusals::{LISTS, wilson};
+use super::session::Session;
+use super::train::backend;
+use crate::backend::Backend;
+use crate::config::{EvalArgs, Existing, RunConfig, prepare_dir_keeping};
+use crate::data::{self, Example, Message, MicroBatch, Record};
+use crate::exit::{self, Failure, Result};
+use crate::files::AtomicFile;
+use crate::report::{
+    EVAL_SCHEMA, EvalReport, EvaluatedModel, GENERATION_SCHEMA, GenerationRow, MeanLoss, PromptSide, RefusalRate,
+    RoutingDifference, Sampling, eval_tables, write_json,
+};
+use crate::ui::Ui;
+
+/// Experts shown of those that unsafe prompts visit more.
+const TOP_EXPERTS: usize = 10;
+
+/// Measures losses and routing, then lets the model answer every prompt. Writes `eval.json` and `generations.jsonl`.
+///
+/// # Errors
+/// Anything that keeps it from its end; then no output is written.
+pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
+    let config = args.run_config()?;
+    let session = Session::open_any(&config, ui)?;
+    session.model.check_length(args.max_length + args.max_new_tokens)?;
+    prepare_dir_keeping(&config.output_dir, Existing::of(args.overwrite, false), &config.inputs())?;
+    let engine = session.engine(&config, backend(&config, ui))?;
+    ui.line(session.describe());
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        max_new_tokens: args.max_new_tokens,
+        seed: args.seed,
+    };
+
+    let ce_unsafe = mean_loss(&engine, &config, |r| r.unsafe_reply.as_ref())?;
+    let ce_safe = mean_loss(&engine, &config, |r| r.safe_reply.as_ref())?;
+    let routing = routing_difference(&engine, ui)?;
+    let model = evaluated(&session);
+    let clock = Instant::now();
+    let refusals = answer_all(&session, &engine, &model, &sampling, &config, ui)?;
+    let report = EvalReport {
+        schema: EVAL_SCHEMA.into(),
+        model,
+        dataset_path: config.dataset_path.clone(),
+        rows: session.data.records.len(),
+        sampling,
+        ce_unsafe,
+        ce_safe,
+        refusals,
+        routing,
+        seconds: clock.elapsed().as_secs_f64(),
+    };
+    write_json(config.output_dir.join("eval.json"), &report)?;
+    let name = session.dir.file_name().map_or_else(|| args.model_name.clone(), |n| n.to_string_lossy().into_owned());
+    show_routing(&report.routing, ui);
+    for table in eval_tables(&[(name, report)]) {
+        ui.result(table.to_text().trim_end());
+    }
+    ui.result(format_args!("answers: {}", config.output_dir.join("generations.jsonl").display()));
+    Ok(())
+}
+
+fn mean_loss<B: Backend>(
+    engine: &Engine<'_, B>,
+    config: &RunConfig,
+    reply: impl Fn(&Record) -> Option<&Example>,
+) -> Result<MeanLoss> {
+    let examples: Vec<&Example> = engine.data.records.iter().filter_map(reply).collect();
+    let batches: Vec<_> =
+        examples.chunks(config.batch_size).map(|chunk| MicroBatch::of_examples(chunk.iter().copied())).collect();
+    let tokens = batches.iter().map(|b| b.targets.len()).sum();
+    let mean = engine.measure(&batches)?;
+    if let Some(mean) = mean.filter(|mean| !mean.is_finite()) {
+        return Err(Failure::new(
+            exit::NOT_FINITE,
+            format!(
+                "the mean cross-entropy of {} is {mean}: the weights of {} are damaged, or overflow",
+                config.dataset_path.display(),
+                config.model_name
+            ),
+        ));
+    }
+    Ok(MeanLoss { mean, tokens })
+}
+
+/// Safe against unsafe prompts, where the data hold both.
+fn routing_difference<B: Backend>(engine: &Engine<'_, B>, ui: &Ui) -> Result<RoutingDifference> {
+    let records = &engine.data.records;
+    let has = |side: fn(&Record) -> bool| records.iter().any(side);
+    let mut out = RoutingDifference::default();
+    if has(|r| r.safe_prompt.is_some()) && has(|r| r.unsafe_prompt.is_some()) {
+        out.divergence_by_layer =
+            engine.moe_layers().layers.into_iter().zip(engine.measure_alignment_by_layer()?).collect();
+    }
+    if has(|r| r.safe_reply.is_some()) && has(|r| r.unsafe_reply.is_some()) {
+        let micro_batches = data::micro_batches(&engine.unsafe_replies(), engine.config.batch_size);
+        let progress = Progress::new(ui, micro_batches.len(), "routing");
+        let (scores, _) = engine.score_routing(&micro_batches, &progress)?;
+        out.risk_difference_top = scores.ranked().into_iter().take(TOP_EXPERTS).collect();
+    }
+    Ok(out)
+}
+
+/// Answers the prompts of both sides, writes every answer, and counts refusals.
+fn answer_all<B: Backend>(
+    session: &Session,
+    engine: &Engine<'_, B>,
+    model: &EvaluatedModel,
+    sampling: &Sampling,
+    config: &RunConfig,
+    ui: &Ui,
+) -> Result<Vec<RefusalRate>> {
+    let prompts: Vec<_> = session.data.records.iter().flat_map(prompts_of).collect();
+    let progress = Progress::new(ui, prompts.len(), "answers");
+    let template_sha = blake3_name(session.tokenizer.template().digest());
+    let path = config.output_dir.join("generations.jsonl");
+    let mut file = AtomicFile::create(&path)?;
+    // (answers, refusals by list) of each side
+    let mut counts: BTreeMap<PromptSide, (usize, Vec<usize>)> = BTreeMap::new();
+    for (index, prompt) in prompts.iter().enumerate() {
+        let said = answer(&engine.model, prompt.ids, session.tokenizer.eos_ids(), sampling, index as u64)?;
+        let response = session.tokenizer.decode(&said.ids);
+        let verdicts: Vec<bool> = LISTS.iter().map(|list| list.calls_refusal(&response)).collect();
+        let (answers, refused) = counts.entry(prompt.side).or_insert_with(|| (0, vec![0; LISTS.len()]));
+        *answers += 1;
+        refused.iter_mut().zip(&verdicts).for_each(|(n, refusal)| *n += usize::from(*refusal));
+        let side = if prompt.side == PromptSide::Unsafe { "unsafe" } else { "safe" };
+        let row = GenerationRow {
+            schema: GENERATION_SCHEMA,
+            id: format!("{}-{side}", prompt.line),
+            behavior_id: prompt.line.to_string(),
+            category: prompt.side,
+            messages: prompt.messages,
+            prompt_text: session.tokenizer.token_texts(prompt.ids).concat(),
+            response,
+            finish_reason: said.finish,
+            n_tokens: said.ids.len(),
+            sampling,
+            model,
+            template_sha: &template_sha,
+            proxy: LISTS.iter().map(|list| list.id()).zip(verdicts).collect(),
+        };
+        let mut line = serde_json::to_vec(&row).expect("a row has string keys");
+        line.push(b'\n');
+        file.write_all(&line).map_err(|source| crate::files::Error::Write { path: path.clone(), source })?;
+        progress.step(prompt.ids.len() + said.ids.len(), "");
+    }
+    file.commit()?;
+    let rates = counts.into_iter().flat_map(|(side, (answers, refused))| {
+        LISTS.iter().zip(refused).map(move |(list, refused)| RefusalRate {
+            list: list.id(),
+            side,
+            refused,
+            answers,
+            rate: refused as f64 / answers as f64,
+            interval: wilson(refused, answers),
+        })
+    });
+    Ok(rates.collect())
+}
+
+/// One prompt to answer.
+struct Prompt<'a> {
+    line: usize,
+    side: PromptSide,
+    ids: &'a [u32],
+    messages: &'a [Message],
+}
+
+impl<'a> Prompt<'a> {
+    fn new(line: usize, side: PromptSide, ids: Option<&'a Vec<u32>>, messages: &'a [Message]) -> Option<Self> {
+        Some(Self { line, side, ids: ids?, messages })
+    }
+}
+
+fn prompts_of(r: &Record) -> impl Iterator<Item = Prompt<'_>> {
+    let unsafe_ = Prompt::new(r.line, PromptSide::Unsafe, r.unsafe_prompt.as_ref(), &r.unsafe_messages);
+    let safe = Prompt::new(r.line, PromptSide::Safe, r.safe_prompt.as_ref(), &r.safe_messages);
+    unsafe_.into_iter().chain(safe)
+}
+
+fn evaluated(session: &Session) -> EvaluatedModel {
+    let mut hasher = blake3::Hasher::new();
+    for spec in &session.table.params {
+        hasher.update_rayon(&spec.value.bytes);
+    }
+    let in_a_run = |dir: &Path| dir.parent().is_some_and(|run| run.join("training_metadata.json").is_file());
+    EvaluatedModel {
+        path: session.dir.clone(),
+        sha: blake3_name(hasher.finalize()),
+        variant: if in_a_run(&session.dir) { "tuned" } else { "base" }.into(),
+    }
+}
+
+fn blake3_name(hash: blake3::Hash) -> String {
+    format!("blake3:{hash}")
+}
+
+fn show_routing(routing: &RoutingDifference, ui: &Ui) {
+    if !routing.divergence_by_layer.is_empty() {
+        let layers: Vec<_> =
+            routing.divergence_by_layer.iter().map(|(layer, kl)| format!("{layer}: {kl:.5}")).collect();
+        ui.line(format_args!("divergence of routing by layer: {}", layers.join(", ")));
+    }
+    if !routing.risk_difference_top.is_empty() {
+        let experts: Vec<_> = routing
+            .risk_difference_top
+            .iter()
+            .map(|(id, d)| format!("layer {} expert {} {d:+.3}", id.layer, id.expert))
+            .collect();
+        ui.line(format_args!("more frequent on unsafe prompts: {}", experts.join(", ")));
+    }
+}

@@ -1,0 +1,41 @@
+//! `export`: a base model and a delta become a complete model folder.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::{apply_delta, apply_delta_over};
+use crate::config::{ExportArgs, check_model_dir, hub_cache};
+use crate::exit::{self, Failure, Result};
+use crate::ui::Ui;
+
+/// Writes the base model with the delta applied. What stands in the output folder gives way only when the new model is
+/// whole.
+///
+/// # Errors
+/// An input that is missing, a delta of another base, an output folder that holds something else.
+pub fn export(args: &ExportArgs, ui: &Ui) -> Result<()> {
+    let base = hub_cache().resolve(&args.base)?;
+    let delta = delta_file(args)?;
+    check_model_dir(&args.output_dir, args.overwrite, &[&base, &delta])?;
+    ui.line(format_args!("base {}, delta {}", base.display(), delta.display()));
+    let apply = if args.overwrite { apply_delta_over } else { apply_delta };
+    apply(&base, &delta, &args.output_dir)?;
+    ui.result(format_args!("model: {}", args.output_dir.display()));
+    Ok(())
+}
+
+/// The delta itself, or the one in a round's folder.
+fn delta_file(args: &ExportArgs) -> Result<PathBuf> {
+    let given = &args.delta;
+    let file = if given.is_dir() { given.join("delta.safetensors") } else { given.clone() };
+    if file.is_file() {
+        return Ok(file);
+    }
+    Err(Failure::new(
+        exit::NO_INPUT,
+        format!(
+            "{}: there is no such delta; --delta takes the folder of a round that was saved with --save-rounds delta, or \
+             the file in it",
+            file.display()
+        ),
+    ))
+}

@@ -1,0 +1,324 @@
+//! How long a run takes, before it runs: its floating-point work from shapes, at the rate of a short measurement.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use crate::backend::{Backend, Dtype, HostTensor};
+use crate::config::{Mode, RunConfig, Schedule};
+use crate::data::{Example, Record};
+use crate::model::{LayerKind, ModelConfig};
+
+/// Floating-point operations of one token (a multiplication and an addition are two), forward.
+///
+/// ```text
+/// linear     2 Σ_layers D (2 q + 2 kv) + (3 K F D + E D, and 3 D times the width of a shared or dense block)
+/// attention  4 Σ_layers (S/2) q             causal, S the mean sequence length seen by a token
+/// head       2 D V                          for tokens that carry loss
+/// experts    2 Σ_layers 3 K F D             the gradients of the routed experts' weights
+/// ```
+///
+/// A backward to the inputs does the linear part and the head once more, and attention 2.5 times.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenWork {
+    linear: f64,
+    attention: f64,
+    head: f64,
+    experts: f64,
+}
+
+/// Tokens of some sequences.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Tokens {
+    /// All of them.
+    pub all: f64,
+    /// Those that carry loss.
+    pub loss: f64,
+    /// Σ length², for the mean length that a token sees.
+    pub squares: f64,
+}
+
+/// The work of a whole run on all ranks, in floating-point operations.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Forecast {
+    /// Scoring.
+    pub identify: f64,
+    /// Training experts (and routers, in the joint schedule).
+    pub experts: f64,
+    /// Aligning routers.
+    pub routers: f64,
+    /// Measuring before and after.
+    pub measure: f64,
+}
+
+impl Tokens {
+    fn of<'a>(lengths: impl Iterator<Item = (usize, usize)> + 'a) -> Self {
+        lengths.fold(Self::default(), |sum, (all, loss)| Self {
+            all: sum.all + all as f64,
+            loss: sum.loss + loss as f64,
+            squares: sum.squares + (all * all) as f64,
+        })
+    }
+
+    fn of_replies<'a>(replies: impl Iterator<Item = &'a Example> + 'a) -> Self {
+        Self::of(replies.map(|e| (e.ids.len(), e.loss.iter().filter(|l| **l).count())))
+    }
+
+    fn of_prompts<'a>(prompts: impl Iterator<Item = &'a Vec<u32>> + 'a) -> Self {
+        Self::of(prompts.map(|p| (p.len(), 0)))
+    }
+
+    /// The length of the sequence that a token stands in, on average over tokens.
+    fn mean_length(&self) -> f64 {
+        self.squares / self.all.max(1.0)
+    }
+}
+
+impl TokenWork {
+    /// For sequences of this mean length.
+    pub fn new(config: &ModelConfig, length: f64) -> Self {
+        let d = config.hidden_size as f64;
+        let routed = 3.0 * (config.num_experts_per_tok * config.expert_width) as f64 * d;
+        let (mut linear, mut attention, mut experts) = (0.0, 0.0, 0.0);
+        for (kind, heads) in config.layers.iter().zip(&config.heads) {
+            let (q, kv) = ((heads.queries * heads.dim) as f64, (heads.keys * heads.dim) as f64);
+            let seen = (length / 2.0).min(heads.window.unwrap_or(usize::MAX) as f64);
+            attention += 4.0 * seen * q;
+            linear += 2.0 * d * (2.0 * q + 2.0 * kv);
+            linear += 2.0
+                * match kind {
+                    LayerKind::Dense(width) => 3.0 * d * *width as f64,
+                    LayerKind::Moe => {
+                        let shared = config.shared_expert_width.map_or(0.0, |width| d * (3 * width + 1) as f64);
+                        experts += 2.0 * routed;
+                        routed + config.num_experts as f64 * d + shared
+                    }
+                };
+        }
+        Self { linear, attention, head: 2.0 * d * config.vocab_size as f64, experts }
+    }
+
+    /// A forward pass.
+    pub fn forward(&self, t: &Tokens) -> f64 {
+        t.all * (self.linear + self.attention) + t.loss * self.head
+    }
+
+    /// The gradients of all activations.
+    pub fn backward_inputs(&self, t: &Tokens) -> f64 {
+        t.all * (self.linear + 2.5 * self.attention) + t.loss * self.head
+    }
+
+    /// The gradients of all routed experts' weights.
+    pub fn backward_experts(&self, t: &Tokens) -> f64 {
+        t.all * self.experts
+    }
+
+    /// The gradients of all weights.
+    fn backward_weights(&self, t: &Tokens) -> f64 {
+        t.all * self.linear + t.loss * self.head
+    }
+}
+
+impl Forecast {
+    /// Of a run by `config` over `records`. `recomputed`: the share of the layers whose forward is computed again. A
+    /// backward is taken to reach the lowest layer, which it need not where no expert of that layer is chosen.
+    pub fn new(config: &RunConfig, model: &ModelConfig, records: &[Record], recomputed: f64) -> Self {
+        let unsafe_replies = Tokens::of_replies(records.iter().filter_map(|r| r.unsafe_reply.as_ref()));
+        let safe_replies = Tokens::of_replies(records.iter().filter_map(|r| r.safe_reply.as_ref()));
+        let unsafe_prompts = Tokens::of_prompts(records.iter().filter_map(|r| r.unsafe_prompt.as_ref()));
+        let safe_prompts = Tokens::of_prompts(records.iter().filter_map(|r| r.safe_prompt.as_ref()));
+        let work = |t: &Tokens| TokenWork::new(model, t.mean_length());
+        let forward = |t: &Tokens| work(t).forward(t);
+        let again = |t: &Tokens| recomputed * t.all * (work(t).linear + work(t).attention);
+        let there_and_back = |t: &Tokens| forward(t) + again(t) + work(t).backward_inputs(t);
+        let weights = |t: &Tokens| match config.mode {
+            _ if !config.finetune_unsafe_experts => 0.0,
+            Mode::Selective => {
+                let all = model.moe_layers().count() * model.num_experts;
+                work(t).backward_experts(t) * (config.top_k_experts as f64 / all.max(1) as f64).min(1.0)
+            }
+            Mode::Experts => work(t).backward_experts(t),
+            Mode::Baseline => work(t).backward_weights(t),
+        };
+        let rounds = config.num_rounds as f64;
+        let passes = rounds * config.expert_epochs_per_round as f64;
+        let experts = match config.schedule {
+            Schedule::Joint => {
+                // As many safe examples go along as the ratio says, whatever number there is.
+                let ratio =
+                    config.safe_ratio / (1.0 - config.safe_ratio) * unsafe_replies.all / safe_replies.all.max(1.0);
+                let both = |t: &Tokens| there_and_back(t) + weights(t);
+                passes * (both(&unsafe_replies) + ratio * both(&safe_replies))
+            }
+            Schedule::Alternate if config.finetune_unsafe_experts => {
+                passes * (there_and_back(&unsafe_replies) + weights(&unsafe_replies))
+            }
+            Schedule::Alternate => 0.0,
+        };
+        let routers = match config.has_router_phase() {
+            true => {
+                let passes = rounds * config.router_epochs_per_round as f64;
+                passes * (forward(&safe_prompts) + there_and_back(&unsafe_prompts))
+            }
+            false => 0.0,
+        };
+        let pairs = if safe_prompts.all > 0.0 { forward(&safe_prompts) + forward(&unsafe_prompts) } else { 0.0 };
+        Self {
+            identify: rounds
+                * (there_and_back(&unsafe_replies) + work(&unsafe_replies).backward_experts(&unsafe_replies)),
+            experts,
+            routers,
+            measure: 2.0 * (forward(&unsafe_replies) + pairs),
+        }
+    }
+
+    /// All of it.
+    pub fn total(&self) -> f64 {
+        self.identify + self.experts + self.routers + self.measure
+    }
+
+    /// At this rate, for people. `rate` in operations a second, of all ranks together.
+    pub fn at(&self, rate: f64) -> impl fmt::Display {
+        let Self { identify, experts, routers, measure } = *self;
+        let seconds = |work: f64| duration(work / rate);
+        format!(
+            "time a rank: {} in all: identification {}, experts {}, routers {}, measuring {} ({:.2} TFLOP)",
+            seconds(self.total()),
+            seconds(identify),
+            seconds(experts),
+            seconds(routers),
+            seconds(measure),
+            self.total() / 1e12,
+        )
+    }
+}
+
+/// `[rows, width]` times `[width, width]`: the product of the measurement, 1.07 GFLOP.
+const PROBE: (usize, usize) = (512, 1024);
+
+/// Operations a second of a dense product over weights of this type, measured in at most a few tenths of a second.
+pub fn measure_rate<B: Backend>(backend: &B, dtype: Dtype) -> f64 {
+    let (rows, width) = PROBE;
+    let x = backend.upload(rows, width, &vec![0.5; rows * width]);
+    let bytes = vec![0; width * width * dtype.size()];
+    let w = backend.weight(HostTensor { dtype, shape: vec![width, width], bytes: bytes.into() });
+    let work = (2 * rows * width * width) as f64;
+    let product = || {
+        let start = Instant::now();
+        drop(backend.download(&backend.linear(&x, &w, None)));
+        start.elapsed()
+    };
+    // The first one also warms up; where it was slow, it is the measurement.
+    let mut best = product();
+    let mut spent = best;
+    while spent < Duration::from_millis(150) {
+        let took = product();
+        spent += took;
+        best = best.min(took);
+    }
+    work / best.as_secs_f64().max(1e-9)
+}
+
+/// What [`measure_rate`] measures, in words.
+pub fn probe_name() -> String {
+    let (rows, width) = PROBE;
+    format!("[{rows}, {width}] times [{width}, {width}]")
+}
+
+/// `3 min 20 s`, for people.
+pub fn duration(seconds: f64) -> String {
+    let whole = seconds.round() as u64;
+    match whole {
+        0..10 => format!("{seconds:.2} s"),
+        10..120 => format!("{whole} s"),
+        120..7200 => format!("{} min {} s", whole / 60, whole % 60),
+        _ => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Heads, Rope};
+    use crate::model::QkNorm;
+
+    /// allenai/OLMoE-1B-7B-0125-Instruct.
+    fn olmoe() -> ModelConfig {
+        ModelConfig {
+            model_type: "olmoe".into(),
+            vocab_size: 50304,
+            hidden_size: 2048,
+            layers: vec![LayerKind::Moe; 16],
+            heads: vec![Heads { queries: 16, keys: 16, dim: 128, window: None }; 16],
+            num_experts: 64,
+            num_experts_per_tok: 8,
+            expert_width: 1024,
+            renormalize: false,
+            shared_expert_width: None,
+            qk_norm: QkNorm::WholeWidth,
+            clip_qkv: None,
+            qkv_bias: false,
+            o_bias: false,
+            tie_word_embeddings: false,
+            rms_norm_eps: 1e-5,
+            rope: Rope { inv_freq: vec![1.0; 64], scale: 1.0 },
+            rope_limit: None,
+        }
+    }
+
+    #[test]
+    fn work_of_a_known_model() {
+        // By hand, GFLOP a token at 512 tokens with loss on all: linear 2.1517, head 0.2060, attention 0.0336, experts' dW
+        // 1.6106. Compared to the second decimal.
+        let t = Tokens { all: 1.0, loss: 1.0, squares: 512.0 };
+        let work = TokenWork::new(&olmoe(), t.mean_length());
+        let close = |found: f64, wanted: f64| assert!((found / 1e9 - wanted).abs() < 0.01, "{found} is not {wanted}e9");
+        close(work.forward(&t), 2.39);
+        let identification = work.forward(&t) + work.backward_inputs(&t) + work.backward_experts(&t);
+        close(identification, 6.44);
+        close(work.forward(&t) + work.backward_inputs(&t) + work.backward_experts(&t) / 16.0, 4.93);
+    }
+
+    #[test]
+    fn a_window_bounds_attention() {
+        let mut config = olmoe();
+        let whole = TokenWork::new(&config, 4096.0);
+        config.heads.iter_mut().for_each(|h| h.window = Some(512));
+        let windowed = TokenWork::new(&config, 4096.0);
+        assert_eq!(windowed.attention * 4.0, whole.attention, "512 of 2048 positions on average");
+        assert_eq!(windowed.linear, whole.linear);
+    }
+
+    #[test]
+    fn phases_that_do_not_run_cost_nothing() {
+        let reply = Example { ids: vec![0; 40], loss: [vec![false; 30], vec![true; 10]].concat() };
+        let record = Record {
+            line: 1,
+            request: String::new(),
+            unsafe_reply: Some(reply.clone()),
+            safe_reply: Some(reply),
+            unsafe_prompt: Some(vec![0; 30]),
+            safe_prompt: Some(vec![0; 20]),
+            unsafe_messages: vec![],
+            safe_messages: vec![],
+        };
+        let of = |change: fn(&mut RunConfig)| {
+            let mut config = RunConfig::default();
+            change(&mut config);
+            Forecast::new(&config, &olmoe(), std::slice::from_ref(&record), 0.0)
+        };
+        let base = of(|_| ());
+        assert!([base.identify, base.experts, base.routers, base.measure].iter().all(|work| *work > 0.0));
+        assert_eq!(of(|c| c.skip_router_training = true), Forecast { routers: 0.0, ..base });
+        assert_eq!(of(|c| c.finetune_unsafe_experts = false), Forecast { experts: 0.0, ..base });
+        assert!(of(|c| c.mode = Mode::Experts).experts > base.experts);
+        assert_eq!(of(|c| c.num_rounds = 6).identify, 2.0 * base.identify);
+    }
+
+    #[test]
+    fn times_for_people() {
+        let cases = [(0.004, "0.00 s"), (9.4, "9.40 s"), (75.2, "75 s"), (200.0, "3 min 20 s"), (9000.0, "2 h 30 min")];
+        for (seconds, text) in cases {
+            assert_eq!(duration(seconds), text);
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! `report`: finished runs as one page without links, heatmaps as files, and tables on the terminal.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::config::{Existing, ReportArgs, prepare_dir_keeping};
+use crate::exit::{self, Failure, Result};
+use crate::experts::ExpertScores;
+use crate::files;
+use crate::report::{
+    EvalReport, MetricsLog, MetricsRow, Page, Phase, RunChoice, ScoresFile, Series, Table, curve_svg, eval_tables,
+    heatmap_svg, overlap_tables, read_json,
+};
+use crate::ui::Ui;
+
+/// Experts listed of a selection.
+const TOP_EXPERTS: usize = 10;
+
+/// What a folder of `train`, `identify` or `eval` holds.
+pub(super) struct Run {
+    pub name: String,
+    pub scores: Option<ScoresFile>,
+    pub metrics: Vec<MetricsRow>,
+    metadata: Value,
+    eval: Option<EvalReport>,
+}
+
+/// Reads runs and writes `report.html` and a drawing for each round's scores.
+///
+/// # Errors
+/// A folder without anything to report, or with a damaged file; an output folder that is taken.
+pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
+    let names = names(&args.runs.iter().map(|run| run.as_path()).collect::<Vec<_>>());
+    let runs: Vec<Run> = args.runs.iter().zip(names).map(|(dir, name)| Run::read(dir, name)).collect::<Result<_>>()?;
+    let inputs: Vec<&Path> = args.runs.iter().map(|run| run.as_path()).collect();
+    prepare_dir_keeping(&args.output_dir, Existing::of(args.overwrite, false), &inputs)?;
+
+    let mut page = Page::new("moewarden report");
+    let show = |page: &mut Page, table: &Table| {
+        if !table.rows.is_empty() {
+            page.table(table);
+            ui.result(table.to_text());
+        }
+    };
+    let trained: Vec<&Run> = runs.iter().filter(|run| run.eval.is_none() || run.scores.is_some()).collect();
+    page.section("Runs");
+    show(&mut page, &summary(&trained));
+    losses(&mut page, &runs);
+    let evals: Vec<(String, EvalReport)> =
+        runs.iter().filter_map(|run| Some((run.name.clone(), run.eval.clone()?))).collect();
+    if !evals.is_empty() {
+        page.section("Evaluations");
+        eval_tables(&evals).iter().for_each(|table| show(&mut page, table));
+    }
+    let choices: Vec<RunChoice> = runs.iter().filter_map(Run::choice).collect();
+    if choices.len() > 1 {
+        page.section("Comparison of the last selections");
+        overlap_tables(&choices).iter().for_each(|table| show(&mut page, table));
+    }
+    for (i, run) in runs.iter().enumerate() {
+        let Some(scores) = &run.scores else { continue };
+        page.section(&run.name);
+        heatmaps(&mut page, i, run, scores, &args.output_dir)?;
+        top_experts(scores).iter().for_each(|table| page.table(table));
+    }
+    let path = args.output_dir.join("report.html");
+    files::write(&path, page.finish())?;
+    ui.result(format_args!("report: {}", path.display()));
+    Ok(())
+}
+
+impl Run {
+    /// Reads what is there; a file that is there must be whole.
+    pub fn read(dir: &Path, name: String) -> Result<Self> {
+        let there = |file: &str| Some(dir.join(file)).filter(|path| path.exists());
+        let scores = there("expert_scores.json").map(|path| ScoresFile::read(&path)).transpose()?;
+        let metrics = there("metrics.jsonl").map(|path| MetricsLog::read(&path)).transpose()?.unwrap_or_default();
+        let metadata = there("training_metadata.json").map(|path| read_json(&path)).transpose()?;
+        let eval = there("eval.json").map(|path| EvalReport::read(&path)).transpose()?;
+        if scores.is_none() && eval.is_none() {
+            return Err(Failure::new(
+                exit::NO_INPUT,
+                format!(
+                    "{} holds neither expert_scores.json nor eval.json: give output folders of `moewarden train`, \
+                     `identify` or `eval`",
+                    dir.display()
+                ),
+            ));
+        }
+        Ok(Self { name, scores, metrics, metadata: metadata.unwrap_or(Value::Null), eval })
+    }
+
+    /// The last round's selection and scores.
+    pub fn choice(&self) -> Option<RunChoice> {
+        let scores = self.scores.as_ref()?;
+        let (round, last) = scores.rounds.last_key_value()?;
+        Some(RunChoice { name: self.name.clone(), selected: last.selected.clone(), scores: scores.scores(*round) })
+    }
+
+    /// A value of the metadata, for people.
+    fn metadata(&self, key: &str) -> String {
+        match &self.metadata[key] {
+            Value::Null => "-".into(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        }
+    }
+}
+
+/// The folders' own names, or the whole paths where these do not differ.
+fn names(dirs: &[&Path]) -> Vec<String> {
+    let short = |dir: &Path| dir.file_name().map(|name| name.to_string_lossy().into_owned());
+    let distinct: std::collections::HashSet<_> = dirs.iter().map(|dir| short(dir)).collect();
+    let differ = distinct.len() == dirs.len() && !distinct.contains(&None);
+    let name = |dir: &&Path| short(dir).filter(|_| differ).unwrap_or_else(|| dir.display().to_string());
+    dirs.iter().map(name).collect()
+}
+
+fn summary(runs: &[&Run]) -> Table {
+    let mut table = Table::new(
+        "Runs: cross-entropy is that of the first and of the last step that has one",
+        ["run", "method", "strategy", "rounds", "selected", "first CE", "last CE", "first KL", "last KL", "held-out"],
+    );
+    for run in runs {
+        let scores = run.scores.as_ref();
+        let method = scores.map_or_else(|| "-".into(), |s| format!("{:?}", s.method).to_lowercase());
+        let rounds = scores.map_or(0, |s| s.rounds.len());
+        let selected = run.choice().map_or(0, |c| c.selected.len());
+        let ends = |loss: fn(&MetricsRow) -> Option<f64>| {
+            let mut all = run.metrics.iter().filter_map(loss);
+            let first = all.next();
+            [first, all.next_back().or(first)].map(|x| x.map_or_else(|| "-".into(), |x| format!("{x:.4}")))
+        };
+        let [ce_first, ce_last] = ends(|row| row.ce_loss);
+        let [kl_first, kl_last] = ends(|row| row.router_loss);
+        let held_out: Vec<String> = run.metadata["held_out_loss"]
+            .as_array()
+            .map(|both| both.iter().filter_map(Value::as_f64).map(|x| format!("{x:.4}")).collect())
+            .unwrap_or_default();
+        table.row([
+            run.name.clone(),
+            method,
+            run.metadata("training_strategy"),
+            rounds.to_string(),
+            selected.to_string(),
+            ce_first,
+            ce_last,
+            kl_first,
+            kl_last,
+            if held_out.is_empty() { "-".into() } else { held_out.join(" → ") },
+        ]);
+    }
+    table
+}
+
+/// Losses over steps, all runs in one drawing a kind.
+fn losses(page: &mut Page, runs: &[Run]) {
+    let series = |loss: fn(&MetricsRow) -> Option<f64>| -> Vec<Series> {
+        let trained = |row: &&MetricsRow| row.phase != Phase::Identify;
+        let points = |run: &Run| {
+            run.metrics.iter().filter(trained).filter_map(|row| Some((row.step as f64, loss(row)?))).collect()
+        };
+        runs.iter().map(|run| Series { label: run.name.clone(), points: points(run) }).collect()
+    };
+    let drawings = [
+        curve_svg("ce", "Cross-entropy of the refusals while training (nats a token)", "step", &series(|r| r.ce_loss)),
+        curve_svg("kl", "Divergence of the routers while aligning (nats)", "step", &series(|r| r.router_loss)),
+    ];
+    if drawings.iter().any(Option::is_some) {
+        page.section("Losses");
+    }
+    drawings.iter().flatten().for_each(|svg| page.svg(svg));
+}
+
+/// A drawing for each round, in the page and as a file.
+fn heatmaps(page: &mut Page, index: usize, run: &Run, scores: &ScoresFile, dir: &Path) -> Result<()> {
+    let plain: String = run.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    for (round, found) in &scores.rounds {
+        let title = format!("{}, round {round}: {}", run.name, measured(scores));
+        // A random selection without scores is drawn over zeros: who was drawn is what there is to see.
+        let drawn = scores.scores(*round).unwrap_or_else(|| ExpertScores {
+            layers: scores.layers.clone(),
+            num_experts: scores.num_experts,
+            values: vec![0.0; scores.layers.len() * scores.num_experts],
+        });
+        let svg = heatmap_svg(&format!("run-{index}-round-{round}"), &title, &drawn, &found.selected);
+        page.svg(&svg);
+        files::write(dir.join(format!("heatmap-{}-{plain}-round-{round}.svg", index + 1)), svg)?;
+    }
+    Ok(())
+}
+
+/// What the scores are, in words.
+fn measured(scores: &ScoresFile) -> String {
+    let method = format!("{:?}", scores.method).to_lowercase();
+    match scores.score {
+        Some(score) => {
+            let score = serde_json::to_value(score).ok().and_then(|v| v.as_str().map(str::to_owned));
+            format!("{method} ({})", score.unwrap_or_default())
+        }
+        None => method,
+    }
+}
+
+fn top_experts(scores: &ScoresFile) -> Option<Table> {
+    let (round, last) = scores.rounds.last_key_value()?;
+    let values = scores.scores(*round);
+    let caption = format!("The first {TOP_EXPERTS} of {} selected in round {round}", last.selected.len());
+    let mut table = Table::new(caption, ["rank", "layer", "expert", "score"]);
+    for (i, id) in last.selected.iter().take(TOP_EXPERTS).enumerate() {
+        let score = values.as_ref().and_then(|v| v.get(*id)).map_or_else(|| "-".into(), |x| format!("{x:.4e}"));
+        table.row([(i + 1).to_string(), id.layer.to_string(), id.expert.to_string(), score]);
+    }
+    Some(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_differ() {
+        let paths = |dirs: &[&'static str]| names(&dirs.iter().map(Path::new).collect::<Vec<_>>());
+        assert_eq!(paths(&["out/a", "out/b/"]), ["a", "b"]);
+        assert_eq!(paths(&["x/run", "y/run"]), ["x/run", "y/run"]);
+        assert_eq!(paths(&["..", "a"]), ["..", "a"]);
+    }
+}
