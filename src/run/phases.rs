@@ -12,6 +12,7 @@ use crate::data::{self, MicroBatch};
 use crate::exit::{self, Failure, Result};
 use crate::experts::{ExpertId, Selection};
 use crate::model::{Forward, Inputs, LossGrads, ParamId, ParamKind, PassEnd, expert_params};
+use crate::optim::LearningRates;
 use crate::routers::{ConsistencyLayers, KlType, Statistic};
 
 /// What one optimizer step did. The losses are those before the update.
@@ -148,7 +149,10 @@ impl<B: Backend> Engine<'_, B> {
         let records = group.concat();
         self.check_finite(loss, &format!("the loss of {what}"), &records)?;
         let grad_norm = trainer.reduce(self, &what, &records)?;
-        let factor = trainer.update(self, step, total, grad_norm);
+        // Mode `baseline` trains all parameters at this rate, the routers too.
+        let lr = self.config.expert_lr;
+        let rates = LearningRates { expert: lr, router: lr, other: lr };
+        let factor = trainer.update(self, rates, step, total, grad_norm);
         let lr = self.config.expert_lr * factor;
         Ok(StepResult {
             ce_loss: Some(loss),
@@ -297,7 +301,7 @@ impl<B: Backend> Engine<'_, B> {
             self.model.backward(&inputs, forward, grads, &mut trainer.sinks());
         }
         let grad_norm = trainer.reduce(self, &what, &records)?;
-        let factor = trainer.update(self, step, total, grad_norm);
+        let factor = trainer.update(self, self.rates(), step, total, grad_norm);
         Ok(StepResult {
             ce_loss: None,
             router_loss: Some(alignment.loss()),
@@ -341,6 +345,12 @@ impl<B: Backend> Engine<'_, B> {
             }
         }
         Ok(())
+    }
+
+    /// The rates of experts and routers, each its own.
+    fn rates(&self) -> LearningRates {
+        let (expert, router) = (self.config.expert_lr, self.config.router_lr);
+        LearningRates { expert, router, other: expert }
     }
 
     /// Safe examples in a joint micro-batch: `batch_size · safe_ratio`, rounded, at least one of each kind.
@@ -445,7 +455,7 @@ impl<B: Backend> Engine<'_, B> {
         let records: Vec<usize> = group.iter().flat_map(|j| j.records.iter().copied()).collect();
         self.check_finite(total_loss, &format!("the loss of {what}"), &records)?;
         let grad_norm = trainer.reduce(self, &what, &records)?;
-        let factor = trainer.update(self, step, total, grad_norm);
+        let factor = trainer.update(self, self.rates(), step, total, grad_norm);
         let lr = self.config.expert_lr * factor;
         Ok(StepResult { ce_loss: Some(ce_loss), router_loss, total_loss, lr, grad_norm, tokens: tokens as usize })
     }

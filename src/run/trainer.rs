@@ -86,13 +86,21 @@ impl<B: Backend> Trainer<B> {
         Ok(squares.sqrt())
     }
 
-    /// One AdamW update in step `step` of `total` (from 0), clipped by the options; the schedule's factor.
-    pub fn update(&mut self, engine: &mut Engine<'_, B>, step: usize, total: usize, grad_norm: f64) -> f64 {
+    /// One AdamW update in step `step` of `total` (from 0) at `rates` times the schedule's factor, clipped by the options;
+    /// that factor.
+    pub fn update(
+        &mut self,
+        engine: &mut Engine<'_, B>,
+        rates: LearningRates,
+        step: usize,
+        total: usize,
+        grad_norm: f64,
+    ) -> f64 {
         let config = engine.config;
         let schedule = LrPlan { schedule: config.lr_schedule, warmup_steps: config.warmup_steps, total_steps: total };
         let factor = schedule.factor(step);
-        let (expert, router) = (config.expert_lr * factor, config.router_lr * factor);
-        let lrs = LearningRates { expert, router, other: expert };
+        let LearningRates { expert, router, other } = rates;
+        let lrs = LearningRates { expert: expert * factor, router: router * factor, other: other * factor };
         let scale = clip_factor(grad_norm, config.max_grad_norm);
         let b = engine.model.backend.clone();
         self.optimizer.step(

@@ -1,0 +1,234 @@
+//! A golden case: its files, and an engine over them.
+
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use moewarden::backend::{Backend, Dtype, cpu::Cpu};
+use moewarden::config::{Recompute, RunConfig, Schedule};
+use moewarden::data::{Example, MicroBatch};
+use moewarden::experts::ExpertId;
+use moewarden::model::{GradPlan, LossGrads, ParamId, ParamKind, ParamSpec, PassEnd, Proj, Sinks};
+use moewarden::run::engine::Engine;
+use moewarden::run::phases::StepResult;
+use moewarden::run::progress::Progress;
+use moewarden::run::session::Session;
+use moewarden::ui::Ui;
+use serde_json::Value;
+
+/// One folder of `tests/golden`, opened.
+pub struct Case {
+    pub dir: PathBuf,
+    pub expect: Value,
+    /// The numbers of `options`, in the order of the file, nothing else changed.
+    pub config: RunConfig,
+    pub session: Session,
+}
+
+/// Where the golden cases are.
+pub fn golden_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+impl Case {
+    /// A case with the targets of its fixture, whatever ours are for the same rows.
+    pub fn open(name: &str) -> Self {
+        let mut case = Self::open_as_read(name);
+        let records = case.expect["records"].as_array().expect("records");
+        for (ours, theirs) in case.session.data.records.iter_mut().zip(records) {
+            ours.unsafe_reply = example(&theirs["unsafe_reply"], false);
+            ours.safe_reply = example(&theirs["safe_reply"], false);
+        }
+        case
+    }
+
+    /// A case as our own reading of its rows has it.
+    pub fn open_as_read(name: &str) -> Self {
+        let dir = golden_dir().join(name);
+        let text = std::fs::read_to_string(dir.join("expect.json")).expect("expect.json");
+        let expect: Value = serde_json::from_str(&text).expect("expect.json is JSON");
+        let options = &expect["options"];
+        let number = |key: &str| options[key].as_f64().unwrap_or_else(|| panic!("option {key}"));
+        let config = RunConfig {
+            model_name: dir.join("model").to_str().expect("a path in UTF-8").into(),
+            dataset_path: dir.join("data.json"),
+            shuffle: false,
+            num_rounds: 1,
+            batch_size: number("batch_size") as usize,
+            top_k_experts: number("top_k_experts") as usize,
+            expert_lr: number("expert_lr"),
+            router_lr: number("router_lr"),
+            router_consistency_weight: number("router_consistency_weight"),
+            safe_ratio: number("safe_ratio"),
+            weight_decay: number("weight_decay"),
+            recompute: Recompute::Never,
+            ..RunConfig::default()
+        };
+        let session = Session::open(&config, &Ui::silent()).expect("the case opens");
+        Self { dir, expect, config, session }
+    }
+
+    /// The weights of the case on the CPU. (`threads` decides nothing; tests use 1 and 2.)
+    pub fn engine<'a>(&'a self, config: &'a RunConfig, threads: usize) -> Engine<'a, Cpu> {
+        self.session.engine(config, Arc::new(Cpu::new(threads))).expect("finite weights")
+    }
+
+    /// Whether the weights are stored in 16 bits.
+    pub fn is_16_bit(&self) -> bool {
+        self.session.table.params[0].value.dtype != Dtype::F32
+    }
+
+    /// The selection that the case trains.
+    pub fn selected(&self) -> Vec<ExpertId> {
+        experts(&self.expect["selection"]["highest"])
+    }
+
+    /// The configuration with these options on top, by the names of `expect.json` (`grad_accum`, ...).
+    pub fn config_with(&self, options: &Value) -> RunConfig {
+        let mut all = serde_json::to_value(&self.config).expect("a configuration is data");
+        for (key, value) in options.as_object().expect("options") {
+            if key != "phase" {
+                let key = key.replace('_', "-");
+                assert!(all.get(&key).is_some(), "there is no option {key}");
+                all[key] = value.clone();
+            }
+        }
+        let mut config: RunConfig = serde_json::from_value(all).expect("options of a run");
+        if options["phase"] == "joint" {
+            config.schedule = Schedule::Joint;
+            config.use_router_consistency_loss = true;
+            config.batch_size = self.expect["options"]["joint_batch_size"].as_u64().expect("joint_batch_size") as usize;
+        }
+        config
+    }
+}
+
+/// Token ids, where the fixture has them.
+pub fn ids(value: &Value) -> Option<Vec<u32>> {
+    value.as_array().map(|ids| ids.iter().map(|id| id.as_u64().expect("an id") as u32).collect())
+}
+
+/// A reply of the fixture: `{ids, loss}` with the loss as half-open ranges, of which `last_turn` takes the last alone.
+pub fn example(value: &Value, last_turn: bool) -> Option<Example> {
+    let ids = ids(&value["ids"])?;
+    let mut loss = vec![false; ids.len()];
+    let ranges = value["loss"].as_array().expect("ranges");
+    for range in &ranges[if last_turn { ranges.len() - 1 } else { 0 }..] {
+        let edge = |i: usize| range[i].as_u64().expect("an edge") as usize;
+        loss[edge(0)..edge(1)].fill(true);
+    }
+    loss[0] = false; // nothing predicts the first token
+    Some(Example { ids, loss })
+}
+
+/// Micro-batches of all unsafe replies, in the order of the file.
+pub fn unsafe_batches(engine: &Engine<'_, Cpu>) -> Vec<MicroBatch> {
+    engine.identify_order(0).iter().map(|records| engine.pack_unsafe(records)).collect()
+}
+
+/// Runs one phase (`expert`, `router`, `joint`) of the engine's configuration; its steps.
+pub fn run_phase(engine: &mut Engine<'_, Cpu>, phase: &str, selected: &[ExpertId]) -> Vec<StepResult> {
+    let mut steps = Vec::new();
+    let bar = Progress::hidden();
+    let mut on_step = |_: usize, step: StepResult| {
+        steps.push(step);
+        Ok(())
+    };
+    match phase {
+        "expert" => engine.train_experts(0, selected, &bar, &mut on_step).map(drop),
+        "router" => engine.train_routers(0, &bar, &mut on_step),
+        "joint" => engine.train_jointly(0, selected, &bar, &mut on_step),
+        other => panic!("there is no phase {other}"),
+    }
+    .expect("the phase ends");
+    steps
+}
+
+/// The gradients of the mean cross-entropy of one micro-batch by these parameters, and the loss.
+pub fn ce_gradients(engine: &Engine<'_, Cpu>, batch: &MicroBatch, ids: &[ParamId]) -> (f64, Vec<Vec<f32>>) {
+    let (b, model) = (&*engine.model.backend, &engine.model);
+    let plan = GradPlan::train(&model.table, model.config.layers.len(), ids);
+    let inputs = engine.inputs(batch);
+    let forward = engine.forward(&inputs, Some(&plan), PassEnd::Loss { all_rows: false }, None);
+    let (mut grads, mut scores) = (b.buffer(plan.len()), b.scores(0));
+    let mut sinks = Sinks { plan: &plan, grads: &mut grads, scores: &mut scores };
+    let n = batch.targets.len() as f64;
+    let loss_grads = LossGrads { ce_scale: (1.0 / n) as f32, routers: &[] };
+    let loss = model.backward(&inputs, forward, loss_grads, &mut sinks).expect("a pass to the loss") / n;
+    let read = |id: &ParamId| {
+        let at = plan.slot(*id).expect("a slot");
+        b.buffer_read(&grads, at..at + model.table.params[*id].value.len())
+    };
+    (loss, ids.iter().map(read).collect())
+}
+
+/// The name that the fixtures give a parameter.
+pub fn fixture_name(spec: &ParamSpec) -> String {
+    match spec.kind {
+        ParamKind::Expert(layer, expert, proj) => {
+            let matrix = match proj {
+                Proj::Gate => "gate",
+                Proj::Up => "up",
+                Proj::Down => "down",
+            };
+            format!("layers.{layer}.experts.{expert}.{matrix}")
+        }
+        _ => spec.tensor.clone(),
+    }
+}
+
+/// `[Σ|x|, sqrt(Σ x²), Σ_i x_i · cos(i)]`
+pub fn digest(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
+    let mut out = [0.0; 3];
+    for (i, x) in values.into_iter().enumerate() {
+        out[0] += x.abs();
+        out[1] += x * x;
+        out[2] += x * (i as f64).cos();
+    }
+    vec![out[0], out[1].sqrt(), out[2]]
+}
+
+/// All numbers in a JSON value, in order, however they are nested.
+pub fn numbers(value: &Value) -> Vec<f64> {
+    match value {
+        Value::Array(items) => items.iter().flat_map(numbers).collect(),
+        other => vec![other.as_f64().unwrap_or_else(|| panic!("a number, not {other}"))],
+    }
+}
+
+/// A list of [layer, expert].
+pub fn experts(value: &Value) -> Vec<ExpertId> {
+    serde_json::from_value(value.clone()).expect("a list of experts")
+}
+
+/// How far a list may be from what is expected, and why that far.
+#[derive(Clone, Copy)]
+pub struct Tolerance {
+    /// Of the largest expected number of the list.
+    pub relative: f64,
+    /// Beside it.
+    pub absolute: f64,
+    /// Where it comes from.
+    pub why: &'static str,
+}
+
+/// Panics, naming the worst index, unless both lists agree within the tolerance. NaN is never close.
+#[track_caller]
+pub fn assert_near(what: &str, actual: &[f64], expected: &[f64], tolerance: Tolerance) {
+    assert_eq!(actual.len(), expected.len(), "{what}: lengths");
+    let largest = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+    let allowed = tolerance.absolute + tolerance.relative * largest;
+    for (i, (a, e)) in actual.iter().zip(expected).enumerate() {
+        let off = (a - e).abs();
+        if off > 0.0 && std::env::var_os("MOEWARDEN_SHOW_ERRORS").is_some() {
+            eprintln!("error {:.1e} of the tolerance: {what}[{i}]", off / allowed);
+        }
+        assert!(
+            off <= allowed,
+            "{what}, index {i} of {}: {a} instead of {e}, off by {off:.2e} where {allowed:.2e} is allowed ({})",
+            actual.len(),
+            tolerance.why
+        );
+    }
+}
