@@ -86,5 +86,14 @@ fn main() {
 fn record(line: usize, row: Row) -> Record {
     let loss = (0..row.ids.len()).map(|t| t + row.loss >= row.ids.len()).collect();
     let unsafe_reply = Some(Example { ids: row.ids, loss });
-    Record { line, request: String::new(), unsafe_reply, safe_reply: None, unsafe_prompt: None, safe_prompt: None }
+    Record {
+        line,
+        request: String::new(),
+        unsafe_reply,
+        safe_reply: None,
+        unsafe_prompt: None,
+        safe_prompt: None,
+        safe_messages: Default::default(),
+        unsafe_messages: Default::default(),
+    }
 }

@@ -1,14 +1,15 @@
 //! Every case of `tests/golden` against the library: what Hugging Face transformers and plain autograd made of the same
 //! checkpoint and the same rows. `tests/golden/README.md` says what the files hold.
 
-mod common;
 #[path = "common/case.rs"]
 mod case;
+mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use case::{
-    Case, Tolerance, assert_near, ce_gradients, digest, example, experts, fixture_name, ids, numbers, run_phase, unsafe_batches,
+    Case, Tolerance, assert_near, ce_gradients, digest, example, experts, fixture_name, ids, numbers, run_phase,
+    unsafe_batches,
 };
 use moewarden::backend::{Backend, cpu::Cpu};
 use moewarden::config::{Recompute, RunConfig};
@@ -295,7 +296,9 @@ fn train(case: &Case, run: &Value) {
     for (i, (step, expected)) in steps.iter().zip(expected).enumerate() {
         let check = |key: &str, ours: Option<f64>, tolerance| match (ours, expected[key].as_f64()) {
             (None, None) => {}
-            (Some(ours), Some(theirs)) => assert_near(&what(&format!("{key} of step {i}")), &[ours], &[theirs], tolerance),
+            (Some(ours), Some(theirs)) => {
+                assert_near(&what(&format!("{key} of step {i}")), &[ours], &[theirs], tolerance)
+            }
             (ours, theirs) => panic!("{} of step {i}: {ours:?} and {theirs:?}", what(key)),
         };
         check("ce_loss", step.ce_loss, later(case, LOSS));
@@ -319,7 +322,11 @@ fn train(case: &Case, run: &Value) {
 /// few per cent of the weights. In 16 bits, masters on either side of a tie round a whole unit apart.
 fn later(case: &Case, tolerance: Tolerance) -> Tolerance {
     if case.is_16_bit() {
-        Tolerance { relative: 2e-4, why: "16-bit weights: masters beside a tie round to different neighbours", ..tolerance }
+        Tolerance {
+            relative: 2e-4,
+            why: "16-bit weights: masters beside a tie round to different neighbours",
+            ..tolerance
+        }
     } else {
         Tolerance { relative: 2e-5, why: "weights after AdamW differ by 4e-4 of their update", ..tolerance }
     }

@@ -1,9 +1,9 @@
 //! Gradients of whole models: against finite differences, against candle's autograd, and of a part of the model against
 //! those of all of it.
 
-mod common;
 #[path = "common/autograd.rs"]
 mod autograd;
+mod common;
 #[path = "common/tiny_model.rs"]
 mod tiny_model;
 
@@ -60,7 +60,10 @@ fn check_along_gradients(name: &str, tiny: &mut Tiny, gradients: &[Vec<f32>], f:
             tiny.model.set_weight_host(id, before);
             // 1 %: the third derivative over such a step. The rest: the rounding of f over the step.
             let allowed = 0.01 * norm + ROUNDING / step;
-            assert!((measured - norm).abs() <= allowed, "{what}: {measured} by differences, {norm} by the backward pass");
+            assert!(
+                (measured - norm).abs() <= allowed,
+                "{what}: {measured} by differences, {norm} by the backward pass"
+            );
         }
     }
 }

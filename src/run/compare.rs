@@ -113,10 +113,11 @@ fn of_its_own(variant: &Variant) -> RunConfig {
 
 impl Numbers {
     fn of(summary: &TrainSummary) -> Self {
+        let (before, after) = (summary.before, summary.after);
         Self {
-            ce_loss: summary.ce_loss,
-            router_loss: summary.router_loss,
-            held_out_loss: summary.held_out_loss,
+            ce_loss: [before.ce_loss, after.ce_loss],
+            router_loss: before.router_loss.zip(after.router_loss).map(|(b, a)| [b, a]),
+            held_out_loss: [before.held_out_loss, after.held_out_loss],
             selected: summary.selected.clone(),
             trained_parameters: summary.trained[0],
             all_parameters: summary.trained[1],

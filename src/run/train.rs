@@ -18,7 +18,7 @@ use crate::config::{Mode, RunConfig, SaveRounds, Schedule, prepare_output_dir};
 use crate::data::{self, Dataset, MicroBatch};
 use crate::exit::Result;
 use crate::experts::{ExpertId, Selection};
-use crate::model::{ParamId, ParamKind};
+use crate::model::ParamKind;
 use crate::report::{Phase, TrainingStep};
 use crate::ui::Ui;
 

@@ -101,7 +101,7 @@ fn describe(config: &RunConfig, summary: &TrainSummary, diff: &Diff) -> String {
         Some((before, after)) => format!("{before:.digits$} before, {after:.digits$} after"),
         None => "not measured".into(),
     };
-    let router = summary.router_loss;
+    let (before, after) = (summary.before, summary.after);
     let [model, rows, run] =
         [Path::new(&config.model_name), &config.dataset_path, &config.output_dir].map(Path::display);
     let real = "allenai/OLMoE-1B-7B-0125-Instruct";
@@ -131,8 +131,8 @@ Next, on a real model (rows.jsonl holds your attack rows; README.md shows their 
   moewarden train --model-name {real} --dataset-path rows.jsonl --output-dir olmoe-run",
         seconds = summary.seconds,
         experts = experts.join(", "),
-        ce = fall(summary.ce_loss[0], summary.ce_loss[1], 3),
-        kl = fall(router.map(|r| r[0]), router.map(|r| r[1]), 5),
+        ce = fall(before.ce_loss, after.ce_loss, 3),
+        kl = fall(before.router_loss, after.router_loss, 5),
         tensors = diff.tensors,
         kept = diff.tensors - diff.changed.len(),
     )
