@@ -46,7 +46,7 @@ fn moewarden(folder: &Path, command: &str, out: &str, model: &Path, data: &Path,
 
 #[track_caller]
 fn passes(output: &Output) {
-    let said = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let said = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
     assert!(output.status.success(), "{}\n{}", said[0], said[1]);
 }
 
@@ -156,8 +156,10 @@ fn transformers_loads_what_was_exported() {
         let export = folder.join("out/final_model");
         println!("{}", model.display());
         passes(&python([&check, &model, &export, &rows]).unwrap());
-        // The check can fail: the source in place of what was trained.
-        let said = python([&check, &model, &model, &rows]).unwrap();
-        assert!(String::from_utf8_lossy(&said.stderr).contains("kept its bits but was trained"), "{said:?}");
+        if i == 0 {
+            // The check can fail: the source in place of what was trained.
+            let said = python([&check, &model, &model, &rows]).unwrap();
+            assert!(String::from_utf8_lossy(&said.stderr).contains("kept its bits but was trained"), "{said:?}");
+        }
     }
 }

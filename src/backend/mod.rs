@@ -269,7 +269,7 @@ pub trait Backend: Send + Sync + 'static {
     /// d gate_up.
     fn swiglu_backward(&self, dy: &Self::Tensor, gate_up: &Self::Tensor) -> Self::Tensor;
 
-    /// y[t] = sigmoid(gate[t]) · x[t], gate `[T, 1]` (the shared expert of Qwen2-MoE).
+    /// `y[t] = sigmoid(gate[t]) · x[t]`, gate `[T, 1]` (the shared expert of Qwen2-MoE).
     fn sigmoid_gate(&self, x: &Self::Tensor, gate: &Self::Tensor) -> Self::Tensor;
     /// (dx, dgate).
     fn sigmoid_gate_backward(
@@ -296,7 +296,7 @@ pub trait Backend: Send + Sync + 'static {
     fn tokens_per_expert(&self, dispatch: &Self::Dispatch) -> Vec<usize>;
     /// x_TD copied to the sorted rows: `[R, D]`.
     fn dispatch_rows(&self, x: &Self::Tensor, dispatch: &Self::Dispatch) -> Self::Tensor;
-    /// y[t] = Σ_k x[row of (t, k)], k ascending: `[T, D]`. Each is the backward of the other.
+    /// `y[t] = Σ_k x[row of (t, k)]`, k ascending: `[T, D]`. Each is the backward of the other.
     fn combine_rows(&self, x: &Self::Tensor, dispatch: &Self::Dispatch) -> Self::Tensor;
     /// Each expert's rows times its own stacked weights: `[R, in]` → `[R, Σ out]`.
     fn grouped_linear(&self, x: &Self::Tensor, w: &Stacks<'_, Self::Weight>, dispatch: &Self::Dispatch)
@@ -334,7 +334,7 @@ pub trait Backend: Send + Sync + 'static {
 
     // --- losses and statistics -----------------------------------------------------------------------------------
 
-    /// Σ over rows of −log softmax(x · wᵀ)[target], in chunks, so that no `[n, V]` logits exist.
+    /// Σ over rows of `−log softmax(x · wᵀ)[target]`, in chunks, so that no `[n, V]` logits exist.
     fn linear_cross_entropy(&self, x: &Self::Tensor, w: &Self::Weight, targets: &Self::Indices) -> f64;
     /// The same sum, and the gradient of `scale` times it: dx, and with a sink dw +=.
     fn linear_cross_entropy_backward(
@@ -348,11 +348,11 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Σ over the rows `rows` of softmax(logits): `[E]`.
     fn softmax_sum(&self, logits: &Self::Tensor, rows: Range<usize>) -> Vec<f64>;
-    /// dlogits[rows] += the gradient through softmax of `dy` `[E]`, the same for every row.
+    /// `dlogits[rows]` += the gradient through softmax of `dy` `[E]`, the same for every row.
     fn softmax_sum_backward(&self, dy: &[f32], logits: &Self::Tensor, rows: Range<usize>, dlogits: &mut Self::Tensor);
     /// Σ of the rows of each range: `[ranges · cols]`.
     fn segment_sum(&self, x: &Self::Tensor, segments: &[Range<usize>]) -> Vec<f64>;
-    /// dx[row] += dy[segment of row], `dy` `[ranges · cols]`.
+    /// `dx[row] += dy[segment of row]`, `dy` `[ranges · cols]`.
     fn segment_sum_backward(&self, dy: &[f32], segments: &[Range<usize>], dx: &mut Self::Tensor);
 
     // --- updates -------------------------------------------------------------------------------------------------

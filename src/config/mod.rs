@@ -1,7 +1,7 @@
 //! The resolved, validated configuration of a run. Nothing below this module reads flags, files of options or the
 //! environment.
 //!
-//! [`RawOptions`] holds what was asked for; [`resolve`] lays flags over the YAML file over the defaults
+//! [`RawOptions`] holds what was asked for; [`resolve()`] lays flags over the YAML file over the defaults
 //! ([`RunConfig::default`]) and returns a [`RunConfig`] that contradicts neither itself nor this build.
 
 mod commands;
@@ -223,7 +223,7 @@ pub struct RunConfig {
     pub recompute: Recompute,
 }
 
-/// The defaults. `model_name` and `dataset_path` have none: they are empty here, and [`resolve`] asks for them.
+/// The defaults. `model_name` and `dataset_path` have none: they are empty here, and [`resolve()`] asks for them.
 impl Default for RunConfig {
     fn default() -> Self {
         Self {
@@ -288,7 +288,7 @@ impl Default for RunConfig {
 impl RunConfig {
     /// The text of `config.resolved.yaml`: given back by `--config`, it resolves to this very configuration.
     ///
-    /// Fails with [`ConfigError::NotText`] on a path that is not UTF-8, which [`resolve`] never lets through.
+    /// Fails with [`ConfigError::NotText`] on a path that is not UTF-8, which [`resolve()`] never lets through.
     pub fn to_yaml(&self) -> Result<String, ConfigError> {
         serde_saphyr::to_string(self).map_err(|e| ConfigError::NotText(e.to_string()))
     }

@@ -49,7 +49,7 @@ pub fn check_model_dir(dir: &Path, overwrite: bool, inputs: &[&Path]) -> Result<
 
 /// Makes `dir` and its parents, and sees that it holds nothing but what `existing` allows.
 ///
-/// [`Existing::Replace`] removes files and folders by name only: those of [`is_output`]. The whole tree is looked at
+/// [`Existing::Replace`] removes files and folders by name only: those of `is_output`. The whole tree is looked at
 /// before anything is removed; an unknown name, a symbolic link or a special file anywhere in it is an error.
 ///
 /// Fails with [`ConfigError::OutputDir`] or [`ConfigError::OutputIo`].

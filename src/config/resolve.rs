@@ -34,7 +34,7 @@ pub fn resolve(file: Option<&Path>, flags: &RawOptions) -> Result<Resolved, Conf
     if !wrong.is_empty() {
         return Err(ConfigError::Invalid(wrong));
     }
-    let file = file.map(|path| file::read(path)).transpose()?.unwrap_or_default();
+    let file = file.map(file::read).transpose()?.unwrap_or_default();
     let (file, flags) = (Layer::new(file)?, Layer::new(given(flags)?)?);
 
     let mut all = given(&RunConfig::default())?;

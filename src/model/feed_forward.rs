@@ -182,6 +182,7 @@ impl<B: Backend> Model<B> {
 
     /// The gradient of h, from that of the sum (`None`: zero). Returns `None` where the plan needs none below, or where
     /// it is zero.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn feed_forward_backward(
         &self,
         p: &FeedForwardParams,

@@ -278,10 +278,10 @@ impl<B: Backend> Model<B> {
             dx =
                 self.layer_backward(l, dx, &x, kept, inputs, end, grads.routers.get(l).and_then(Option::as_ref), sinks);
         }
-        if sinks.plan.wants_embedding() {
-            if let (Some(dx), Some((dw, offset))) = (dx, sinks.slot(self.embedding)) {
-                b.embedding_backward(&dx, &inputs.ids, dw, offset);
-            }
+        if sinks.plan.wants_embedding()
+            && let (Some(dx), Some((dw, offset))) = (dx, sinks.slot(self.embedding))
+        {
+            b.embedding_backward(&dx, &inputs.ids, dw, offset);
         }
         loss
     }

@@ -1,6 +1,7 @@
 //! Router alignment on one rank: statistics of forward passes, agreed over all ranks, and their gradient brought back to each
 //! layer's logits.
 
+use std::iter;
 use std::ops::Range;
 
 use super::engine::Engine;
@@ -31,7 +32,9 @@ impl Side {
         sequences: Range<usize>,
     ) -> Self {
         let segments = match kind {
-            Statistic::TokenProbs => vec![packing.queries[sequences.start]..packing.queries[sequences.end]],
+            Statistic::TokenProbs => {
+                iter::once(packing.queries[sequences.start]..packing.queries[sequences.end]).collect()
+            }
             Statistic::SampleLogits => sequences.map(|s| packing.queries[s]..packing.queries[s + 1]).collect(),
         };
         let statistics = vec![LayerStatistic::zero(num_experts); num_layers];

@@ -1,7 +1,7 @@
 //! The CPU backend: the reference, and the fallback for people without a GPU, so it is fast too.
 //!
-//! One family of operations a file, each backward beside its forward. [`tensor`] says why it has a tensor of its own,
-//! [`gemm`] how products are cut for several threads, [`simd`] how plain loops get wide vectors. Work and sums are always
+//! One family of operations a file, each backward beside its forward. `tensor` says why it has a tensor of its own,
+//! `gemm` how products are cut for several threads, `simd` how plain loops get wide vectors. Work and sums are always
 //! cut by shape, never by the number of threads, so results do not depend on it.
 
 mod attention;
@@ -87,7 +87,7 @@ fn groups<'a>(w: &'a Stacks<'a, Weight>, dispatch: &Dispatch) -> Vec<Group<'a>> 
 }
 
 /// A sink's slice and offset.
-fn sink<'a>(dw: Option<(&'a mut Buffer, usize)>) -> Option<(&'a mut [f32], usize)> {
+fn sink(dw: Option<(&mut Buffer, usize)>) -> Option<(&mut [f32], usize)> {
     dw.map(|(buffer, offset)| (&mut buffer.0[..], offset))
 }
 

@@ -55,6 +55,7 @@ fn choose(p: &[f32], values: &mut [f32], ids: &mut [u32]) {
     let k = ids.len();
     let mut len = 0;
     for (i, &x) in p.iter().enumerate() {
+        #[expect(clippy::neg_cmp_op_on_partial_ord)] // a NaN is passed over, too
         if len == k && !(x > values[k - 1]) {
             continue;
         }

@@ -19,7 +19,7 @@ pub(super) fn exp(x: f32) -> f32 {
     // Adding and subtracting 1.5 · 2^23 rounds to an integer.
     const ROUND: f32 = 12_582_912.0;
     // ln 2 in two parts; the first has few enough bits that n · LN2_HI is exact.
-    const LN2_HI: f32 = 0.693_359_375;
+    const LN2_HI: f32 = 355.0 / 512.0;
     const LN2_LO: f32 = -2.121_944_4e-4;
     const LOWEST: f32 = -87.336_54;
     const HIGHEST: f32 = 88.722_83;
