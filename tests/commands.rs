@@ -1,0 +1,383 @@
+//! The commands besides `train`, as the user runs them: the real binary on tiny models.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use moewarden::exit;
+use serde_json::{Value, json};
+
+fn case(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+fn read_json(path: impl AsRef<Path>) -> Value {
+    let path = path.as_ref();
+    serde_json::from_slice(&fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).unwrap()
+}
+
+struct Ran {
+    code: u8,
+    out: String,
+    err: String,
+}
+
+impl Ran {
+    fn ok(self) -> Self {
+        assert_eq!(self.code, exit::OK, "{}\n{}", self.out, self.err);
+        self
+    }
+
+    /// Ended with this code and named this on stderr.
+    fn failed(self, code: u8, named: &str) {
+        assert_eq!(self.code, code, "{}\n{}", self.out, self.err);
+        assert!(self.err.contains(named), "{named:?} is not in {}", self.err);
+    }
+}
+
+fn moewarden<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Ran {
+    let mut command = Command::cargo_bin("moewarden").unwrap();
+    let output = command.args(args).env_remove("NO_COLOR").output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Ran { code: output.status.code().unwrap() as u8, out: text(output.stdout), err: text(output.stderr) }
+}
+
+/// A command on a golden case's model and data, in file order, with its batch size.
+fn on_case(command: &str, name: &str, output: &Path, more: &str) -> Ran {
+    let case = case(name);
+    let mut args = vec![command.to_owned()];
+    for (option, value) in [
+        ("--model-name", case.join("model")),
+        ("--dataset-path", case.join("data.json")),
+        ("--output-dir", output.into()),
+    ] {
+        args.extend([option.to_owned(), value.display().to_string()]);
+    }
+    args.extend("--batch-size 3 --threads 1".split(' ').chain(more.split_whitespace()).map(str::to_owned));
+    moewarden(args)
+}
+
+const SHORT: &str = "--no-shuffle --top-k-experts 4 --num-rounds 1";
+
+fn files_of(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+// --- check -------------------------------------------------------------------------------------------------------
+
+#[test]
+fn check_shows_everything_and_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("out");
+    let ran = on_case("check", "olmoe", &output, &format!("{SHORT} --show 1")).ok();
+    assert!(ran.out.trim_end().lines().last().unwrap().starts_with("ready"), "{}", ran.out);
+    for part in ["olmoe (3 layers", "rows read", "memory a rank", "time a rank", "GFLOP/s", "training at most"] {
+        assert!(ran.out.contains(part), "{part:?} is not in {}", ran.out);
+    }
+    // Both sides of the first row, and the reply between the marks: no colour, since stdout is no terminal.
+    assert_eq!(ran.out.matches('⟦').count(), 2, "{}", ran.out);
+    assert!(ran.out.contains("⟦I cannot assist with that request") && ran.out.contains("<|end|>⟧"), "{}", ran.out);
+    assert!(!ran.out.contains('\x1b'));
+    assert!(!output.exists(), "check writes nothing");
+}
+
+#[test]
+fn check_fails_as_the_run_would() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("out");
+    let check = |more: &str| on_case("check", "mixtral", &output, more);
+    check("--top-k-experts 1000").failed(exit::CONFIG, "--top-k-experts");
+    check("--top-k-experts 4 --eval-dataset-path /nowhere.json").failed(exit::NO_INPUT, "/nowhere.json");
+    fs::create_dir(&output).unwrap();
+    fs::write(output.join("thesis.txt"), "mine").unwrap();
+    check("--top-k-experts 4").failed(exit::CANNOT_CREATE, "not empty");
+    check("--top-k-experts 4 --overwrite").failed(exit::CANNOT_CREATE, "thesis.txt");
+}
+
+#[test]
+fn a_missing_safe_side_is_found_before_training() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = unsafe_rows(dir.path());
+    for command in ["check", "train"] {
+        on_unsafe(command, &dir.path().join("out"), &data, SHORT).failed(exit::CONFIG, "--skip-router-training");
+        assert!(!dir.path().join("out").exists(), "{command}");
+    }
+    on_unsafe("check", &dir.path().join("out"), &data, &format!("{SHORT} --skip-router-training")).ok();
+}
+
+/// Chat rows that are all unsafe.
+fn unsafe_rows(dir: &Path) -> PathBuf {
+    let path = dir.join("unsafe.jsonl");
+    let row = |i: usize| {
+        let messages = json!([
+            {"role": "user", "content": format!("Tell me how to paint a wall in {i} days")},
+            {"role": "assistant", "content": "I cannot help with that."},
+        ]);
+        json!({"messages": messages, "label": "unsafe"}).to_string()
+    };
+    fs::write(&path, (1..5).map(row).collect::<Vec<_>>().join("\n")).unwrap();
+    path
+}
+
+fn on_unsafe(command: &str, output: &Path, data: &Path, more: &str) -> Ran {
+    let model = case("olmoe").join("model").display().to_string();
+    let (data, output) = (data.display().to_string(), output.display().to_string());
+    let fixed = [command, "--model-name", &model, "--dataset-path", &data, "--output-dir", &output, "--threads", "1"];
+    moewarden(fixed.into_iter().chain(more.split_whitespace()))
+}
+
+// --- export ------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_delta_becomes_the_model_that_was_trained() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    on_case("train", "qwen3_moe", &run, &format!("{SHORT} --save-rounds delta")).ok();
+    let base = case("qwen3_moe").join("model");
+    let export = |delta: &Path, output: &Path, more: &[&str]| {
+        let [base, delta, output] = [&base, delta, output].map(|p: &Path| p.display().to_string());
+        let fixed = ["export", "--base", &base, "--delta", &delta, "--output-dir", &output];
+        moewarden(fixed.into_iter().chain(more.iter().copied()))
+    };
+    let model = dir.path().join("new/model");
+    export(&run.join("round_1"), &model, &[]).ok();
+    assert_eq!(files_of(&model), files_of(&run.join("final_model")));
+    for file in files_of(&model) {
+        let same = fs::read(model.join(&file)).unwrap() == fs::read(run.join("final_model").join(&file)).unwrap();
+        assert!(same, "{file} differs from the trained model's");
+    }
+    let changed = fs::read(model.join("model.safetensors")).unwrap();
+    assert!(changed != fs::read(base.join("model.safetensors")).unwrap(), "training changed something");
+
+    let delta = run.join("round_1/delta.safetensors");
+    export(&delta, &model, &[]).failed(exit::CANNOT_CREATE, "not empty");
+    fs::write(model.join("config.json"), "old").unwrap();
+    export(&delta, &model, &["--overwrite"]).ok();
+    assert!(fs::read(model.join("config.json")).unwrap() != b"old");
+    fs::write(model.join("thesis.txt"), "mine").unwrap();
+    export(&delta, &model, &["--overwrite"]).failed(exit::CANNOT_CREATE, "thesis.txt");
+    export(&delta, &run.join("round_1"), &["--overwrite"]).failed(exit::CANNOT_CREATE, "to be read");
+    export(&run.join("round_2"), &dir.path().join("x"), &[]).failed(exit::NO_INPUT, "round_2");
+    assert!(delta.exists() && !dir.path().join("x").exists());
+}
+
+// --- eval --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn eval_measures_what_the_reference_measures() {
+    for name in ["olmoe", "qwen3_moe"] {
+        let dir = tempfile::tempdir().unwrap();
+        let output = dir.path().join("eval");
+        let ran = on_case("eval", name, &output, "--max-new-tokens 4").ok();
+        assert!(ran.out.contains("proxy"), "{}", ran.out);
+        let (found, expect) = (read_json(output.join("eval.json")), read_json(case(name).join("expect.json")));
+        let records = expect["records"].as_array().unwrap();
+
+        // The reference's losses are means over micro-batches of three records.
+        let targets = |record: &Value| -> f64 {
+            let ranges: Vec<[f64; 2]> = serde_json::from_value(record["unsafe_reply"]["loss"].clone()).unwrap();
+            ranges.iter().map(|[a, b]| b - a).sum()
+        };
+        let unsafe_: Vec<&Value> = records.iter().filter(|r| !r["unsafe_reply"].is_null()).collect();
+        let losses: Vec<f64> = serde_json::from_value(expect["losses"].clone()).unwrap();
+        let weights: Vec<f64> = unsafe_.chunks(3).map(|chunk| chunk.iter().map(|r| targets(r)).sum()).collect();
+        let total: f64 = weights.iter().sum();
+        let mean = losses.iter().zip(&weights).map(|(loss, n)| loss * n).sum::<f64>() / total;
+        close(&found["ce_unsafe"]["mean"], mean, 1e-6, name);
+        assert_eq!(found["ce_unsafe"]["tokens"], total as u64);
+
+        if !expect["router_kl"].is_null() {
+            let kls: Vec<f64> = serde_json::from_value(expect["router_kl"]["token-probs"]["forward"].clone()).unwrap();
+            let by_layer: Vec<(usize, f64)> =
+                serde_json::from_value(found["routing"]["divergence_by_layer"].clone()).unwrap();
+            let mean = by_layer.iter().map(|(_, kl)| kl).sum::<f64>() / by_layer.len() as f64;
+            close(&json!(mean), kls.iter().sum::<f64>() / kls.len() as f64, 1e-5, name);
+
+            let rows: Vec<Vec<f64>> =
+                serde_json::from_value(expect["routing"]["prompt"]["risk_difference"].clone()).unwrap();
+            let top: Vec<([usize; 2], f64)> =
+                serde_json::from_value(found["routing"]["risk_difference_top"].clone()).unwrap();
+            assert_eq!(top.len(), 10);
+            let largest = rows.concat().into_iter().fold(f64::MIN, f64::max);
+            assert_eq!(rows[by_layer.iter().position(|(l, _)| *l == top[0].0[0]).unwrap()][top[0].0[1]], largest);
+            close(&json!(top[0].1), largest, 1e-6, name);
+            assert!(top.is_sorted_by(|a, b| a.1 >= b.1));
+        }
+        let rows: Vec<Value> = generations(&output);
+        let prompts =
+            records.iter().flat_map(|r| [&r["unsafe_prompt"], &r["safe_prompt"]]).filter(|ids| !ids.is_null()).count();
+        assert_eq!(rows.len(), prompts, "an answer to every prompt");
+        let counted: u64 = found["refusals"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|r| r["list"] == "gcg/1")
+            .map(|r| r["answers"].as_u64().unwrap())
+            .sum();
+        assert_eq!(counted as usize, prompts);
+    }
+}
+
+fn close(found: &Value, wanted: f64, tolerance: f64, what: &str) {
+    // The reference rounds to nine digits and computes in f64; the f32 pass is within 7e-7 of it (KL: a little more).
+    let found = found.as_f64().unwrap_or_else(|| panic!("{what}: {found}"));
+    assert!((found - wanted).abs() <= tolerance * wanted.abs(), "{what}: {found}, not {wanted}");
+}
+
+fn generations(output: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(output.join("generations.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn generations_are_whole_and_repeatable() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, more: &str| {
+        let output = dir.path().join(name);
+        on_case("eval", "olmoe", &output, &format!("--max-samples 2 --max-new-tokens 5 {more}")).ok();
+        generations(&output)
+    };
+    let greedy = run("greedy", "");
+    assert_eq!(greedy.len(), 4);
+    for row in &greedy {
+        assert_eq!(row["schema"], "moewarden.generation/1");
+        for key in ["id", "behavior_id", "category", "messages", "prompt_text", "response", "finish_reason", "n_tokens"]
+        {
+            assert!(!row[key].is_null(), "{key} is missing");
+        }
+        assert!(row["prompt_text"].as_str().unwrap().ends_with("<|assistant|>\n"), "{}", row["prompt_text"]);
+        assert!(row["n_tokens"].as_u64().unwrap() <= 5);
+        assert_eq!((&row["model"]["variant"], &row["sampling"]["temperature"]), (&json!("base"), &json!(0.0)));
+        assert!(row["model"]["sha"].as_str().unwrap().starts_with("blake3:"));
+        let lists: Vec<_> = row["proxy"].as_object().unwrap().keys().cloned().collect();
+        assert_eq!(lists, ["gcg-transfer/1", "gcg/1", "opening/1"]);
+    }
+    assert_eq!((&greedy[0]["category"], &greedy[1]["category"]), (&json!("unsafe"), &json!("safe")));
+    assert_eq!(greedy[0]["behavior_id"], greedy[1]["behavior_id"], "both sides of one row");
+    let last = |row: &Value| row["messages"].as_array().unwrap().last().unwrap().clone();
+    assert_eq!(last(&greedy[1])["content"], "Tell me how to open the pantry at midnight");
+    assert_eq!(last(&greedy[0])["role"], "user");
+
+    let sampled = run("sampled", "--temperature 1 --top-p 0.9 --seed 7");
+    assert_eq!(sampled, run("again", "--temperature 1 --top-p 0.9 --seed 7"));
+    let texts = |rows: &[Value]| rows.iter().map(|r| r["response"].clone()).collect::<Vec<_>>();
+    assert_ne!(texts(&sampled), texts(&run("other", "--temperature 1 --top-p 0.9 --seed 8")));
+}
+
+#[test]
+fn eval_never_removes_what_it_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("run/final_model");
+    copy_model(&case("olmoe").join("model"), &model);
+    let data = case("olmoe").join("data.json").display().to_string();
+    let model_text = model.display().to_string();
+    let output = dir.path().join("run").display().to_string();
+    let args = ["eval", "--model-name", &model_text, "--dataset-path", &data, "--output-dir", &output, "--overwrite"];
+    moewarden(args).failed(exit::CANNOT_CREATE, "to be read");
+    assert!(model.join("model.safetensors").exists());
+}
+
+fn copy_model(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for file in files_of(from) {
+        fs::copy(from.join(&file), to.join(&file)).unwrap();
+    }
+}
+
+// --- report and compare ------------------------------------------------------------------------------------------
+
+#[test]
+fn a_report_holds_runs_and_evaluations() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    on_case("train", "olmoe", &path("tuned"), &format!("{SHORT} --save-rounds none")).ok();
+    on_case("identify", "olmoe", &path("random"), "--top-k-experts 4 --method random").ok();
+    let tuned = path("tuned/final_model").display().to_string();
+    let data = case("olmoe").join("data.json").display().to_string();
+    let output = path("asked").display().to_string();
+    let eval = ["eval", "--model-name", &tuned, "--dataset-path", &data, "--output-dir", &output];
+    moewarden(eval.into_iter().chain("--max-new-tokens 2 --max-samples 2 --threads 1".split(' '))).ok();
+    assert_eq!(read_json(path("asked/eval.json"))["model"]["variant"], "tuned");
+
+    let report = |output: &Path, runs: &[&str], more: &[&str]| {
+        let mut args = vec!["report".to_owned(), "--output-dir".into(), output.display().to_string()];
+        args.extend(more.iter().map(|s| (*s).to_owned()));
+        args.extend(runs.iter().map(|run| path(run).display().to_string()));
+        moewarden(args)
+    };
+    let ran = report(&path("report"), &["tuned", "random", "asked"], &[]).ok();
+    assert_eq!(
+        files_of(&path("report")),
+        ["heatmap-1-tuned-round-1.svg", "heatmap-2-random-round-1.svg", "report.html"]
+    );
+    let html = fs::read_to_string(path("report/report.html")).unwrap();
+    for part in ["Jaccard", "Wilson", "Losses", "<polyline", "combined"] {
+        assert!(html.contains(part), "{part} is not in the page");
+    }
+    assert!(!html.replace("http://www.w3.org/2000/svg", "").contains("http"), "the page fetches nothing");
+    assert!(!html.contains("<script"));
+    for part in ["tuned", "random", "Jaccard", "asked, gcg/1"] {
+        assert!(ran.out.contains(part), "{part} is not in {}", ran.out);
+    }
+    let heatmap = fs::read_to_string(path("report/heatmap-1-tuned-round-1.svg")).unwrap();
+    assert_eq!(heatmap.matches(", selected, rank ").count(), 4);
+
+    report(&path("report"), &["tuned"], &[]).failed(exit::CANNOT_CREATE, "not empty");
+    report(&path("report"), &["tuned"], &["--overwrite"]).ok();
+    assert_eq!(files_of(&path("report")), ["heatmap-1-tuned-round-1.svg", "report.html"]);
+    report(&path("tuned"), &["tuned"], &["--overwrite"]).failed(exit::CANNOT_CREATE, "to be read");
+    report(&path("none"), &["absent"], &[]).failed(exit::NO_INPUT, "absent");
+    assert!(path("tuned/final_model").is_dir() && !path("none").exists());
+}
+
+#[test]
+fn a_comparison_has_a_row_for_each_variant() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("matrix");
+    let more = format!("{SHORT} --save-rounds none --methods gradient,random --ablations combined,frozen");
+    let ran = on_case("compare", "mixtral", &output, &more).ok();
+    let found = read_json(output.join("compare.json"));
+    assert_eq!(found["schema"], "moewarden.compare/1");
+    let variants = found["variants"].as_array().unwrap();
+    let names: Vec<_> = variants.iter().map(|v| v["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["gradient-combined", "random-combined", "frozen"]);
+    for (variant, name) in variants.iter().zip(&names) {
+        let result = &variant["result"];
+        let [before, after] = [0, 1].map(|i| result["ce_loss"][i].as_f64().unwrap());
+        let trained = result["trained_parameters"].as_u64().unwrap();
+        if *name == "frozen" {
+            assert_eq!((before, trained), (after, 0), "frozen moves nothing");
+        } else {
+            assert!(after < before && trained > 0, "{name}: {before} → {after}, {trained} trained");
+            assert_eq!(result["selected"].as_array().unwrap().len(), 4);
+        }
+        assert!(output.join(name).join("final_model/config.json").exists());
+        assert!(ran.out.contains(name));
+    }
+    let starts: Vec<_> = variants.iter().map(|v| &v["result"]["ce_loss"][0]).collect();
+    assert!(starts.iter().all(|s| *s == starts[0]), "all start from the same model");
+    assert_eq!(found["overlaps"].as_array().unwrap().len(), 3);
+    let markdown = fs::read_to_string(output.join("compare.md")).unwrap();
+    assert!(markdown.contains("| variant |") && markdown.contains("| frozen |"), "{markdown}");
+    assert!(fs::read_to_string(output.join("compare.html")).unwrap().contains("random-combined"));
+    // What it wrote is known to be its own.
+    let fewer = format!("{SHORT} --save-rounds none --methods gradient --ablations frozen --overwrite");
+    on_case("compare", "mixtral", &output, &fewer).ok();
+    assert_eq!(files_of(&output), ["compare.html", "compare.json", "compare.md", "frozen"]);
+}
+
+#[test]
+fn a_variant_that_fails_does_not_stop_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = unsafe_rows(dir.path());
+    let output = dir.path().join("matrix");
+    let more = format!("{SHORT} --save-rounds none --methods routing,gradient --ablations expert-only");
+    on_unsafe("compare", &output, &data, &more).failed(exit::CONFIG, "routing-expert-only");
+    let found = read_json(output.join("compare.json"));
+    assert_eq!(found["variants"][0]["error"]["exit_code"], exit::CONFIG);
+    assert!(found["variants"][0]["result"].is_null());
+    assert!(found["variants"][1]["result"]["seconds"].as_f64().unwrap() > 0.0);
+    assert!(fs::read_to_string(output.join("compare.md")).unwrap().contains("routing-expert-only failed"));
+}
