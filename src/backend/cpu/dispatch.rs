@@ -70,7 +70,7 @@ fn weighted_sum(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch, weight: impl Fn(usiz
     x.expect_shape("x to be combined", dispatch.row_of.len(), d);
     let mut y = cpu.pool.take(dispatch.tokens(), d);
     y.values_mut().par_chunks_mut(d).enumerate().with_min_len(chunk_rows(d * k)).for_each(|(t, y)| {
-        simd(|| {
+        simd!({
             y.fill(0.0);
             for slot in t * k..(t + 1) * k {
                 axpy(y, weight(slot), x.row(dispatch.row_of[slot] as usize));
@@ -104,7 +104,7 @@ pub(super) fn combine_backward(
     let mut dx = cpu.pool.take(x.rows(), d);
     dx.values_mut().par_chunks_mut(d).zip(&dispatch.slot_of).with_min_len(chunk_rows(d)).for_each(|(dx, &slot)| {
         let weight = routing.weights.values()[slot as usize];
-        simd(|| {
+        simd!({
             for (dx, dy) in dx.iter_mut().zip(dy.row(slot as usize / k)) {
                 *dx = weight * dy;
             }
@@ -113,7 +113,7 @@ pub(super) fn combine_backward(
     let mut dweights = cpu.pool.take(dispatch.tokens(), k);
     let slots = dweights.values_mut().par_iter_mut().zip(&dispatch.row_of).enumerate();
     slots.with_min_len(chunk_rows(d)).for_each(|(slot, (dw, &row))| {
-        *dw = simd(|| dot(dy.row(slot / k), x.row(row as usize))) as f32;
+        *dw = simd!(dot(dy.row(slot / k), x.row(row as usize))) as f32;
     });
     (dx, dweights)
 }

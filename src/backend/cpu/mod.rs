@@ -82,7 +82,7 @@ fn groups<'a>(w: &'a Stacks<'a, Weight>, dispatch: &Dispatch) -> Vec<Group<'a>> 
 }
 
 /// A sink's slice and offset.
-fn sink<'a>(dw: Option<(&'a mut Buffer, usize)>) -> Option<(&'a mut [f32], usize)> {
+fn sink(dw: Option<(&mut Buffer, usize)>) -> Option<(&mut [f32], usize)> {
     dw.map(|(buffer, offset)| (&mut buffer.0[..], offset))
 }
 
@@ -163,7 +163,11 @@ impl Backend for Cpu {
     fn clamp(&self, x: &mut Tensor, limit: f32) {
         self.run(|| {
             x.values_mut().par_chunks_mut(parallel::CHUNK).for_each(|chunk| {
-                simd::simd(|| chunk.iter_mut().for_each(|x| *x = x.clamp(-limit, limit)));
+                simd::simd!({
+                    for x in chunk {
+                        *x = x.clamp(-limit, limit);
+                    }
+                });
             });
         });
     }
