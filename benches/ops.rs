@@ -1,4 +1,5 @@
-//! Median time and rate of each CPU operation at the sizes of an identification pass: `cargo bench --bench ops`.
+//! Median time and rate (and the best rate, for machines with neighbours) of each CPU operation at the sizes of an
+//! identification pass: `cargo bench --bench ops`.
 //!
 //! Options: `-- NAME` runs the operations whose name contains it; the environment variable `THREADS` sets the threads
 //! (0 or unset: all cores). Nothing is asserted: machines differ, and so do their neighbours.
@@ -43,12 +44,13 @@ impl Bench {
             drop(result);
         }
         times.sort_by(f64::total_cmp);
-        let t = times[times.len() / 2];
-        let rate = match work {
-            Work::Flops(n) => format!("{:8.1} GFLOP/s", n as f64 / t / 1e9),
-            Work::Values(n) => format!("{:8.1} GB/s", 4.0 * n as f64 / t / 1e9),
+        let (median, best) = (times[times.len() / 2], times[0]);
+        let (amount, unit) = match work {
+            Work::Flops(n) => (n as f64, "GFLOP/s"),
+            Work::Values(n) => (4.0 * n as f64, "GB/s"),
         };
-        println!("{name:34} {:9.3} ms {rate}", t * 1e3);
+        let rate = |t: f64| amount / t / 1e9;
+        println!("{name:32} {:9.3} ms {:7.1} {unit:7} (best {:7.1})", median * 1e3, rate(median), rate(best));
     }
 }
 

@@ -136,7 +136,7 @@ fn probabilities(q: Matrix<'_>, k: &[f32], block: &Block, dim: usize, scores: &m
     let (n, m) = (block.rows.len(), block.keys.len());
     let k = Matrix::new(&k[block.keys.start * dim..], m, dim, dim);
     product(MatrixMut::new(scores, m, n, n).t(), q, k.t(), 1.0 / (dim as f32).sqrt(), false);
-    simd(|| block.softmax(scores));
+    simd!(block.softmax(scores));
 }
 
 pub(super) fn attention(cpu: &Cpu, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> Tensor {
@@ -210,7 +210,7 @@ pub(super) fn backward(
                 let values = Matrix::new(&v[keys.clone()], m, dim, dim);
                 product(MatrixMut::new(&mut ds, m, n, n).t(), dy_block, values.t(), 1.0, false);
                 let mut delta = [0f32; BLOCK];
-                simd(|| {
+                simd!({
                     for (delta, row) in delta.iter_mut().zip(rows.clone()) {
                         let columns = h * dim..(h + 1) * dim;
                         *delta = dot(&dy.row(row)[columns.clone()], &y.row(row)[columns]) as f32;

@@ -90,13 +90,15 @@ fn walk(x: &Tensor, block: Range<usize>, w: &Weight, segment: Range<usize>, mut 
         let w = w.read(start..start + tile);
         let scores = &mut scores[..tile * rows];
         logits(x, rows, &w, tile, d, scores);
-        let rescale = simd(|| running.absorb(scores, rows));
+        let rescale = simd!(running.absorb(scores, rows));
         if let Some(mean) = mean.as_deref_mut() {
             let first = start == segment.start;
             if !first && rescale.iter().any(|&r| r != 1.0) {
-                simd(|| {
+                simd!({
                     for (mean, r) in mean.chunks_exact_mut(d).zip(rescale) {
-                        mean.iter_mut().for_each(|m| *m *= r);
+                        for m in mean {
+                            *m *= r;
+                        }
                     }
                 });
             }
@@ -175,7 +177,7 @@ fn strip_loss(
             let log_sum = f64::from(highest) + total.ln();
             let target = targets[row] as usize;
             let w = w.read(target..target + 1);
-            (log_sum - simd(|| dot(x.row(row), &w)), log_sum)
+            (log_sum - simd!(dot(x.row(row), &w)), log_sum)
         })
         .collect();
     if let (Some((dx, scale, _)), Some(means)) = (dx, &means) {
@@ -185,7 +187,7 @@ fn strip_loss(
             let (highest, total) = merge(parts, lane);
             let target = targets[row] as usize;
             let w = w.read(target..target + 1);
-            simd(|| {
+            simd!({
                 dx.fill(0.0);
                 for (s, part) in parts.iter().enumerate() {
                     let share = f64::from(part.highest[lane] - highest).exp() / total;
@@ -241,7 +243,7 @@ fn weight_gradient(
         let w = w.read(first..first + tile);
         let mut grad = Scratch::take(tile * rows);
         logits(x, rows, &w, tile, d, &mut grad);
-        simd(|| {
+        simd!({
             for row in grad.chunks_exact_mut(rows) {
                 for (g, l) in row.iter_mut().zip(&log_sums) {
                     *g = scale * exp(*g - l);

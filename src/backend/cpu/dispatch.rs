@@ -75,7 +75,7 @@ pub(super) fn combine_rows(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch) -> Tensor
     x.expect_shape("x to be combined", dispatch.row_of.len(), d);
     let mut y = cpu.pool.take(dispatch.tokens(), d);
     y.values_mut().par_chunks_mut(d).enumerate().with_min_len(chunk_rows(d * k)).for_each(|(t, y)| {
-        simd(|| {
+        simd!({
             y.fill(0.0);
             for &row in &dispatch.row_of[t * k..(t + 1) * k] {
                 axpy(y, 1.0, x.row(row as usize));
@@ -94,7 +94,11 @@ pub(super) fn weight_rows(cpu: &Cpu, x: &Tensor, routing: &Routing, dispatch: &D
     let rows = y.values_mut().par_chunks_mut(f).zip(x.values().par_chunks(f)).zip(&dispatch.slot_of);
     rows.with_min_len(chunk_rows(f)).for_each(|((y, x), &slot)| {
         let weight = routing.weights.values()[slot as usize];
-        simd(|| y.iter_mut().zip(x).for_each(|(y, x)| *y = weight * x));
+        simd!({
+            for (y, x) in y.iter_mut().zip(x) {
+                *y = weight * x;
+            }
+        });
     });
     y
 }
@@ -113,7 +117,7 @@ pub(super) fn weight_rows_backward(
     let mut dweights = cpu.pool.take(dispatch.tokens(), dispatch.top_k);
     let slots = dweights.values_mut().par_iter_mut().zip(&dispatch.row_of);
     slots.with_min_len(chunk_rows(f)).for_each(|(dw, &row)| {
-        *dw = simd(|| dot(dy.row(row as usize), x.row(row as usize))) as f32;
+        *dw = simd!(dot(dy.row(row as usize), x.row(row as usize))) as f32;
     });
     (dx, dweights)
 }

@@ -50,6 +50,10 @@ fn scatter_add(dy: &Tensor, rows: &[u32], into: &mut [f32]) {
     same_row.into_par_iter().with_min_len(chunk_rows(d)).for_each(|same| {
         // SAFETY: each target row occurs in one element of `same_row` only.
         let row = unsafe { into.slice(rows[same[0]] as usize * d, d) };
-        simd(|| same.iter().for_each(|&i| axpy(row, 1.0, dy.row(i))));
+        simd!({
+            for &i in same {
+                axpy(row, 1.0, dy.row(i));
+            }
+        });
     });
 }

@@ -164,11 +164,11 @@ pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, jobs: &[WeightGrad<'_>], 
                     let mut g = Scratch::take(t.out.len() * k);
                     product(MatrixMut::new(&mut g, t.out.len(), k, k), dy_t, x, 1.0, false);
                     match moment {
-                        Moment::Abs => simd(|| sum(&g, f32::abs)),
-                        Moment::Square => simd(|| sum(&g, |g| g * g)),
+                        Moment::Abs => simd!(sum(&g, f32::abs)),
+                        Moment::Square => simd!(sum(&g, |g| g * g)),
                         Moment::AbsTimesWeight => {
                             let w = weight.read(t.out.clone());
-                            simd(|| sum2(&g, &w, |g, w| (g * w).abs()))
+                            simd!(sum2(&g, &w, |g, w| (g * w).abs()))
                         }
                     }
                 }

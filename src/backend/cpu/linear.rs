@@ -17,7 +17,11 @@ pub(super) fn linear(cpu: &Cpu, x: &Tensor, w: &Weight, bias: Option<&Weight>) -
         assert!(bias.len() == n, "a bias of {} for {n} outputs", bias.len());
         let bias = bias.read_all();
         y.values_mut().par_chunks_mut((chunk_rows(n) * n).max(1)).for_each(|rows| {
-            simd(|| rows.chunks_exact_mut(n).for_each(|row| axpy(row, 1.0, &bias)));
+            simd!({
+                for row in rows.chunks_exact_mut(n) {
+                    axpy(row, 1.0, &bias);
+                }
+            });
         });
     }
     y
@@ -37,17 +41,27 @@ pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, dw: &mut [f32], offset: u
 
 /// db += column sums, rows in order within fixed chunks, chunks in order.
 pub(super) fn bias_backward(dy: &Tensor, db: &mut [f32], offset: usize) {
-    add_row_sums(dy.rows(), &mut db[offset..offset + dy.cols()], |row, sums| axpy(sums, 1.0, dy.row(row)));
+    add_row_sums(
+        dy.rows(),
+        &mut db[offset..offset + dy.cols()],
+        #[inline(always)]
+        |row, sums| axpy(sums, 1.0, dy.row(row)),
+    );
 }
 
-/// into += Σ over rows of what `add(row, sums)` adds: partial sums of fixed chunks of rows, added in order.
+/// into += Σ over rows of what `add(row, sums)` adds: partial sums of fixed chunks of rows, added in order. `add` runs
+/// within [`simd!`] and is to be `#[inline(always)]`.
 pub(super) fn add_row_sums(rows: usize, into: &mut [f32], add: impl Fn(usize, &mut [f32]) + Sync) {
     const ROWS: usize = 64;
     let partial: Vec<Vec<f32>> = (0..rows.div_ceil(ROWS))
         .into_par_iter()
         .map(|chunk| {
             let mut sums = vec![0.0; into.len()];
-            simd(|| (chunk * ROWS..rows.min((chunk + 1) * ROWS)).for_each(|row| add(row, &mut sums)));
+            simd!({
+                for row in chunk * ROWS..rows.min((chunk + 1) * ROWS) {
+                    add(row, &mut sums);
+                }
+            });
             sums
         })
         .collect();

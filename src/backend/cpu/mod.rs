@@ -168,7 +168,11 @@ impl Backend for Cpu {
     fn clamp(&self, x: &mut Tensor, limit: f32) {
         self.run(|| {
             x.values_mut().par_chunks_mut(parallel::CHUNK).for_each(|chunk| {
-                simd::simd(|| chunk.iter_mut().for_each(|x| *x = x.clamp(-limit, limit)));
+                simd::simd!({
+                    for x in chunk {
+                        *x = x.clamp(-limit, limit);
+                    }
+                });
             });
         });
     }

@@ -27,7 +27,7 @@ pub(super) fn rms_norm(cpu: &Cpu, x: &Tensor, w: &Weight, eps: f32) -> Tensor {
     let mut y = cpu.pool.take(x.rows(), x.cols());
     let chunk = chunk_rows(n) * n;
     y.values_mut().par_chunks_mut(chunk).zip(x.values().par_chunks(chunk)).for_each(|(y, x)| {
-        simd(|| {
+        simd!({
             for (y, x) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
                 let r = inverse_rms(x, eps);
                 for ((y, x), w) in y.iter_mut().zip(x).zip(&*w) {
@@ -56,7 +56,7 @@ pub(super) fn backward(
     let chunk = chunk_rows(n) * n;
     let (dys, xs) = (dy.values().par_chunks(chunk), x.values().par_chunks(chunk));
     dx.values_mut().par_chunks_mut(chunk).zip(dys.zip(xs)).for_each(|(dx, (dy, x))| {
-        simd(|| {
+        simd!({
             for ((dx, dy), x) in dx.chunks_exact_mut(n).zip(dy.chunks_exact(n)).zip(x.chunks_exact(n)) {
                 let r = inverse_rms(x, eps);
                 for ((dx, dy), w) in dx.iter_mut().zip(dy).zip(&*weights) {

@@ -46,7 +46,7 @@ fn rotate(x: &mut Tensor, head_dim: usize, seqs: &Sequences, direction: f32) {
     assert!(rows == seqs.packing.rows(), "{rows} rows, sequences of {}", seqs.packing.rows());
     let step = chunk_rows(cols);
     x.values_mut().par_chunks_mut((step * cols).max(1)).enumerate().for_each(|(chunk, rows)| {
-        simd(|| {
+        simd!({
             for (i, row) in rows.chunks_exact_mut(cols).enumerate() {
                 let at = (chunk * step + i) * half;
                 let (cos, sin) = (&seqs.cos[at..at + half], &seqs.sin[at..at + half]);

@@ -39,7 +39,7 @@ pub(super) fn route(cpu: &Cpu, logits: &Tensor, top_k: usize, renormalize: bool)
     let rows = probabilities.values_mut().par_chunks_mut(e).zip(logits.values().par_chunks(e));
     let chosen = weights.values_mut().par_chunks_mut(top_k).zip(ids.par_chunks_mut(top_k));
     rows.zip(chosen).with_min_len(chunk_rows(e)).for_each(|((p, logits), (weights, ids))| {
-        simd(|| softmax(logits, p));
+        simd!(softmax(logits, p));
         choose(p, weights, ids);
         if renormalize {
             let total: f32 = weights.iter().sum();
@@ -55,11 +55,13 @@ fn choose(p: &[f32], values: &mut [f32], ids: &mut [u32]) {
     let k = ids.len();
     let mut len = 0;
     for (i, &x) in p.iter().enumerate() {
-        #[expect(clippy::neg_cmp_op_on_partial_ord)] // a NaN is passed over, too
-        if len == k && !(x > values[k - 1]) {
+        let mut at = if len < k {
+            len
+        } else if x > values[k - 1] {
+            k - 1
+        } else {
             continue;
-        }
-        let mut at = if len == k { k - 1 } else { len };
+        };
         while at > 0 && x > values[at - 1] {
             (values[at], ids[at]) = (values[at - 1], ids[at - 1]);
             at -= 1;
@@ -89,7 +91,7 @@ pub(super) fn backward(cpu: &Cpu, dweights: &Tensor, routing: &Routing) -> Tenso
             for (&id, dw) in ids.iter().zip(dw) {
                 dlogits[id as usize] = (dw - mean) * scale;
             }
-            simd(|| softmax_backward(p, dlogits));
+            simd!(softmax_backward(p, dlogits));
         },
     );
     dlogits

@@ -1,12 +1,26 @@
 //! Loops compiled for the widest vectors of the processor at hand, and an exponential that vectorises.
 
-/// Runs `f` as compiled for this processor's widest instruction set (AVX-512, AVX2 or the target's baseline).
+/// The value of an expression, compiled for this processor's widest instruction set (AVX-512, AVX2 or the baseline).
 ///
-/// What `f` calls must be `#[inline(always)]` to be compiled along with it.
+/// Only what is inlined is compiled along: the functions it calls must be `#[inline(always)]`, and its loops be `for`
+/// loops, as the closure of a `for_each` becomes a function of its own, compiled for the baseline.
+macro_rules! simd {
+    ($body:expr) => {
+        $crate::backend::cpu::simd::widest(
+            #[inline(always)]
+            || $body,
+        )
+    };
+}
+
+/// Behind [`simd!`]. The bound makes the compiler type the closure as `FnOnce`, whose body then is `call_once` itself;
+/// handed to `dispatch` directly it would be reached through a shim that is not inlined.
 #[inline(always)]
-pub(super) fn simd<R>(f: impl FnOnce() -> R) -> R {
+pub(super) fn widest<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
+
+pub(super) use simd;
 
 /// e^x in f32, at most 2 units in the last place off for results that are normal numbers; 0 below -87.33 (where e^x
 /// would be subnormal), ∞ above 88.72, NaN for NaN.
@@ -24,7 +38,8 @@ pub(super) fn exp(x: f32) -> f32 {
     const LOWEST: f32 = -87.336_54;
     const HIGHEST: f32 = 88.722_83;
     let clamped = x.clamp(LOWEST, HIGHEST);
-    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = (clamped - n * LN2_HI) - n * LN2_LO;
     let mut p = 1.987_569_1e-4;
     p = p * r + 1.398_199_9e-3;
@@ -33,11 +48,12 @@ pub(super) fn exp(x: f32) -> f32 {
     p = p * r + 1.666_666_5e-1;
     p = p * r + 0.5;
     let e = (p * (r * r) + r) + 1.0;
-    // 2^n in two factors: n reaches 128, which has no single bit pattern.
-    let n = n as i32;
+    // 2^n in two factors: n reaches 128, which has no single bit pattern. n stands in the low bits of `shifted`
+    // (a conversion with `as` saturates, which does not vectorise); what NaN makes of it does not matter, as e is NaN.
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = n >> 1;
-    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
-    let y = e * power(half) * power(n - half);
+    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
+    let y = e * power(half) * power(n.wrapping_sub(half));
     let y = if x < LOWEST { 0.0 } else { y };
     if x > HIGHEST { f32::INFINITY } else { y }
 }
@@ -48,11 +64,12 @@ pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Lanes of a running sum: two vectors of AVX-512, enough to hide an addition's latency on most processors.
-const LANES: usize = 32;
-/// Elements summed in f32 before the lanes are added up in f64: each lane sums at most 32 terms, so that rounding stays
-/// below 32 · 2^-24 of the sum of their sizes.
-const RUN: usize = 1024;
+/// Lanes of a running sum. So many that the compiler keeps a loop over them, which it vectorises; fewer it unrolls into
+/// scalars.
+const LANES: usize = 128;
+/// Elements summed in f32 before the lanes are added up: a lane sums at most 32 terms and 16 lanes' sums are folded from
+/// 8 each, so that rounding stays below 40 · 2^-24 of the sum of the terms' sizes. The rest is f64.
+const RUN: usize = 32 * LANES;
 
 /// Σ term(a\[i\], b\[i\]) in a fixed order: f32 lanes over short runs, then f64.
 #[inline(always)]
@@ -61,23 +78,20 @@ pub(super) fn sum2(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f64 
     let mut total = 0.0;
     for (a, b) in a.chunks(RUN).zip(b.chunks(RUN)) {
         let mut lanes = [0f32; LANES];
-        let (a, a_rest) = a.as_chunks::<LANES>();
-        let (b, b_rest) = b.as_chunks::<LANES>();
-        for (a, b) in a.iter().zip(b) {
-            for i in 0..LANES {
-                lanes[i] += term(a[i], b[i]);
+        for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+            for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+                *lane += term(*a, *b);
             }
         }
-        for ((lane, a), b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
-            *lane += term(*a, *b);
-        }
-        let mut run = [0f64; 8];
-        for group in lanes.as_chunks::<8>().0 {
-            for i in 0..8 {
-                run[i] += f64::from(group[i]);
+        let mut folded = [0f32; 16];
+        for group in lanes.as_chunks::<16>().0 {
+            for (f, x) in folded.iter_mut().zip(group) {
+                *f += x;
             }
         }
-        total += ((run[0] + run[4]) + (run[1] + run[5])) + ((run[2] + run[6]) + (run[3] + run[7]));
+        for x in folded {
+            total += f64::from(x);
+        }
     }
     total
 }
@@ -106,13 +120,16 @@ pub(super) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
 #[inline(always)]
 pub(super) fn max(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+    for chunk in x.chunks(LANES) {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
         }
     }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+    let mut highest = f32::NEG_INFINITY;
+    for lane in lanes {
+        highest = if lane > highest { lane } else { highest };
+    }
+    highest
 }
 
 /// softmax of `logits` into `out`; returns log Σ e^logit.
@@ -167,14 +184,14 @@ mod tests {
     fn every_instruction_set_gives_the_same_bits() {
         let x: Vec<f32> = (0..10_000).map(|i| (i as f32 - 5000.0) * 0.0171).collect();
         let plain: Vec<u32> = x.iter().map(|&x| exp(x).to_bits()).collect();
-        let wide: Vec<u32> = simd(|| x.iter().map(|&x| exp(x).to_bits()).collect());
+        let wide: Vec<u32> = simd!(x.iter().map(|&x| exp(x).to_bits()).collect());
         assert_eq!(plain, wide);
-        assert_eq!(dot(&x, &x).to_bits(), simd(|| dot(&x, &x)).to_bits());
+        assert_eq!(dot(&x, &x).to_bits(), simd!(dot(&x, &x)).to_bits());
     }
 
     #[test]
     fn sums_of_any_length() {
-        for n in [0, 1, 31, 32, 33, 1023, 1024, 1025, 5000] {
+        for n in [0, 1, 127, 128, 129, 4095, 4096, 4097, 9000] {
             let x: Vec<f32> = (0..n).map(|i| (i % 7) as f32).collect();
             let want: f64 = (0..n).map(|i| f64::from((i % 7) * (i % 7))).sum();
             // Small integers: every partial sum is exact.

@@ -12,14 +12,19 @@ use super::tensor::Tensor;
 /// Rows of one partial sum.
 const ROWS: usize = 64;
 
-/// Σ over `rows` of what `add(row, sums)` adds to `cols` sums: partial sums of fixed chunks, added in order.
+/// Σ over `rows` of what `add(row, sums)`, within [`simd!`], adds to `cols` sums: partial sums of fixed chunks, added
+/// in order.
 fn row_sums(rows: Range<usize>, cols: usize, add: impl Fn(usize, &mut [f64]) + Sync) -> Vec<f64> {
     let partial: Vec<Vec<f64>> = (0..rows.len().div_ceil(ROWS))
         .into_par_iter()
         .map(|chunk| {
             let start = rows.start + chunk * ROWS;
             let mut sums = vec![0.0; cols];
-            simd(|| (start..rows.end.min(start + ROWS)).for_each(|row| add(row, &mut sums)));
+            simd!({
+                for row in start..rows.end.min(start + ROWS) {
+                    add(row, &mut sums);
+                }
+            });
             sums
         })
         .collect();
@@ -38,11 +43,16 @@ fn add_row(sums: &mut [f64], row: &[f32]) {
 }
 
 pub(super) fn softmax_sum(logits: &Tensor, rows: Range<usize>) -> Vec<f64> {
-    row_sums(rows, logits.cols(), |row, sums| {
-        let mut p = Scratch::take(logits.cols());
-        softmax(logits.row(row), &mut p);
-        add_row(sums, &p);
-    })
+    row_sums(
+        rows,
+        logits.cols(),
+        #[inline(always)]
+        |row, sums| {
+            let mut p = Scratch::take(logits.cols());
+            softmax(logits.row(row), &mut p);
+            add_row(sums, &p);
+        },
+    )
 }
 
 pub(super) fn softmax_sum_backward(dy: &[f32], logits: &Tensor, rows: Range<usize>, dlogits: &mut Tensor) {
@@ -54,7 +64,7 @@ pub(super) fn softmax_sum_backward(dy: &[f32], logits: &Tensor, rows: Range<usiz
     dlogits.values_mut()[range].par_chunks_mut(e).zip(inputs).with_min_len(ROWS).for_each(|(dlogits, logits)| {
         let mut p = Scratch::take(e);
         let mut grad = Scratch::take(e);
-        simd(|| {
+        simd!({
             softmax(logits, &mut p);
             grad.copy_from_slice(dy);
             softmax_backward(&p, &mut grad);
@@ -64,10 +74,15 @@ pub(super) fn softmax_sum_backward(dy: &[f32], logits: &Tensor, rows: Range<usiz
 }
 
 pub(super) fn segment_sum(x: &Tensor, segments: &[Range<usize>]) -> Vec<f64> {
-    segments
-        .par_iter()
-        .flat_map_iter(|rows| row_sums(rows.clone(), x.cols(), |row, s| add_row(s, x.row(row))))
-        .collect()
+    let sum = |rows: &Range<usize>| {
+        row_sums(
+            rows.clone(),
+            x.cols(),
+            #[inline(always)]
+            |row, sums| add_row(sums, x.row(row)),
+        )
+    };
+    segments.par_iter().flat_map_iter(sum).collect()
 }
 
 pub(super) fn segment_sum_backward(dy: &[f32], segments: &[Range<usize>], dx: &mut Tensor) {
@@ -76,6 +91,6 @@ pub(super) fn segment_sum_backward(dy: &[f32], segments: &[Range<usize>], dx: &m
     // One after another: segments may overlap.
     for (rows, dy) in segments.iter().zip(dy.chunks_exact(d.max(1))) {
         let rows = &mut dx.values_mut()[rows.start * d..rows.end * d];
-        rows.par_chunks_mut(d).with_min_len(ROWS).for_each(|row| simd(|| axpy(row, 1.0, dy)));
+        rows.par_chunks_mut(d).with_min_len(ROWS).for_each(|row| simd!(axpy(row, 1.0, dy)));
     }
 }

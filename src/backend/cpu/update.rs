@@ -12,16 +12,19 @@ pub(super) fn sum_squares(values: &[f32]) -> f64 {
     let partial: Vec<f64> = values
         .par_chunks(CHUNK)
         .map(|chunk| {
-            simd(|| {
-                let mut lanes = [0f64; 32];
-                let (groups, rest) = chunk.as_chunks::<32>();
-                for group in groups {
-                    for i in 0..32 {
-                        let x = f64::from(group[i]);
-                        lanes[i] += x * x;
+            simd!({
+                // As many lanes as make a loop of them, see `sum2`.
+                let mut lanes = [0f64; 128];
+                for group in chunk.chunks(128) {
+                    for (lane, &x) in lanes.iter_mut().zip(group) {
+                        *lane += f64::from(x) * f64::from(x);
                     }
                 }
-                lanes.iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
+                let mut sum = 0.0;
+                for lane in lanes {
+                    sum += lane;
+                }
+                sum
             })
         })
         .collect();
@@ -40,7 +43,7 @@ pub(super) fn adamw(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f3
     let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
     let chunks = master.par_chunks_mut(CHUNK).zip(moments).zip(grad.par_chunks(CHUNK));
     chunks.for_each(|((w, (m, v)), grad)| {
-        simd(|| {
+        simd!({
             for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(grad) {
                 let g = g * grad_scale;
                 *m += (g - *m) * take1;
@@ -66,7 +69,7 @@ pub(super) fn read_weight(w: &Weight, into: &mut [f32]) {
 pub(super) fn zip_assign(x: &mut [f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
     assert!(x.len() == y.len(), "{} and {} elements", x.len(), y.len());
     x.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(x, y)| {
-        simd(|| {
+        simd!({
             for (x, y) in x.iter_mut().zip(y) {
                 *x = f(*x, *y);
             }

@@ -153,17 +153,17 @@ impl Weight {
 /// Widens little-endian `bytes` of `dtype`, with the processor's conversion instructions where it has them.
 fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     match dtype {
-        Dtype::F32 => simd(|| {
+        Dtype::F32 => simd!({
             for (x, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
                 *x = f32::from_le_bytes(*b);
             }
         }),
-        Dtype::Bf16 => simd(|| {
+        Dtype::Bf16 => simd!({
             for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
                 *x = bf16_bits_to_f32(u16::from_le_bytes(*b));
             }
         }),
-        Dtype::F16 => simd(|| {
+        Dtype::F16 => simd!({
             for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
                 *x = f16_bits_to_f32(u16::from_le_bytes(*b));
             }
