@@ -2,7 +2,7 @@
 # Runs every test. Needs Rust and a C linker, installs nothing, and ends with one line that sums up all test programs.
 #
 # Arguments go to `cargo test`. Checks by Python run where python3 is present, those by transformers where python3 has torch
-# and transformers (MOEWARDEN_PYTHON names another interpreter); what is left out prints a line that begins with "skipped".
+# and transformers (MOEWARDEN_PYTHON names another interpreter). `-- --show-output` shows what was skipped, and why.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

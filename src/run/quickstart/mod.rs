@@ -19,7 +19,7 @@ const VOCAB_SIZE: usize = 512;
 /// # Errors
 /// An output folder that is not empty or cannot be written to; what keeps [`train`] from its end.
 pub fn quickstart(args: &QuickstartArgs, ui: &Ui) -> Result<()> {
-    // By the same names, and what is not ours stays: the folders inside are looked at one by one.
+    // What else lies there stays; the folder of the run is looked at by `train`.
     prepare_dir(&args.output_dir, if args.overwrite { Existing::Keep } else { Existing::Refuse })?;
     let (model, rows) = (args.output_dir.join("model"), args.output_dir.join("rows.json"));
     ui.line("making a tiny model with random weights, a tokenizer and 24 harmless rows");
@@ -44,7 +44,7 @@ pub fn quickstart(args: &QuickstartArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-/// One round with rates a hundred times those for real models: the weights are random and the steps are few.
+/// One round, at rates far above those for real models: the weights are random and the steps are few.
 fn config(dir: &Path, model: &Path, rows: PathBuf, overwrite: bool) -> Result<RunConfig> {
     let model = model.to_str().ok_or_else(|| {
         Failure::new(exit::CONFIG, format!("{}: the path is not UTF-8; give another --output-dir", dir.display()))
@@ -125,7 +125,7 @@ Where things lie
   {run}/metrics.jsonl  every step
   {run}/config.resolved.yaml  every option of this run; `--config` takes it
 
-Next, on a real model (rows.jsonl holds your attack rows; README.md shows their form)
+Next, on a real model (rows.jsonl holds your attack rows, see README.md; `cargo install --path .` installs moewarden)
   hf download {real}
   moewarden check --model-name {real} --dataset-path rows.jsonl
   moewarden train --model-name {real} --dataset-path rows.jsonl --output-dir olmoe-run",
