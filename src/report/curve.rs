@@ -153,14 +153,14 @@ mod tests {
 
     #[test]
     fn every_series_is_drawn_within_the_frame() {
-        let all = [series("a <b>", &[3.0, 2.0, f64::NAN, 1.0]), series("c", &[2.5]), series("none", &[f64::INFINITY])];
+        let all = [series("a <b>", &[3.0, 2.0, f64::NAN, 1.0]), series("c", &[2.5]), series("nowhere", &[f64::INFINITY])];
         let svg = curve_svg("ce", "Loss & more", "step", &all).unwrap();
         assert_well_formed(&svg);
         assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (1, 1));
         // Steps 1, 2 and 4 of 1 to 4; 3 is the largest value and 1 the least.
         assert!(svg.contains("points=\"64.0,40.0 304.0,190.0 784.0,340.0\""), "{svg}");
         assert!(svg.contains("a &lt;b&gt;: from 3.0000e0 at 1 to 1.0000e0 at 4."));
-        assert!(!svg.contains("none"));
+        assert!(!svg.contains("nowhere"));
         assert_eq!(curve_svg("ce", "Loss", "step", &all[2..]), None);
     }
 

@@ -62,9 +62,8 @@ pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
         seconds: clock.elapsed().as_secs_f64(),
     };
     write_json(config.output_dir.join("eval.json"), &report)?;
-    let name = session.dir.file_name().map_or_else(|| args.model_name.clone(), |n| n.to_string_lossy().into_owned());
     show_routing(&report.routing, ui);
-    for table in eval_tables(&[(name, report)]) {
+    for table in eval_tables(&[(args.model_name.clone(), report)]) {
         ui.result(table.to_text().trim_end());
     }
     ui.result(format_args!("answers: {}", config.output_dir.join("generations.jsonl").display()));

@@ -86,16 +86,24 @@ pub fn peak_resident() -> u64 {
 
 /// `1.5 GB`: decimal, for people.
 pub fn human(bytes: u64) -> String {
-    let mut value = bytes as f64;
-    let mut unit = "B";
-    for next in ["kB", "MB", "GB", "TB"] {
-        if value < 1000.0 {
-            break;
-        }
+    scaled(bytes, &["B", "kB", "MB", "GB", "TB"])
+}
+
+/// `6.9 billion`, for people.
+pub fn human_count(n: u64) -> String {
+    scaled(n, &["", "thousand", "million", "billion", "trillion"]).trim_end().to_owned()
+}
+
+/// In the largest unit, each a thousand of the one before, of which there is at least one.
+fn scaled(n: u64, units: &[&str]) -> String {
+    let mut value = n as f64;
+    let mut place = 0;
+    while value >= 1000.0 && place + 1 < units.len() {
         value /= 1000.0;
-        unit = next;
+        place += 1;
     }
-    if unit == "B" { format!("{value} {unit}") } else { format!("{value:.1} {unit}") }
+    let digits = usize::from(place > 0);
+    format!("{value:.digits$} {}", units[place])
 }
 
 #[cfg(test)]
@@ -117,5 +125,7 @@ mod tests {
     fn bytes_for_people() {
         assert_eq!(human(999), "999 B");
         assert_eq!(human(61_100_000_000), "61.1 GB");
+        assert_eq!(human_count(999), "999");
+        assert_eq!(human_count(6_919_161_856), "6.9 billion");
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::engine::Engine;
-use super::memory::{Activations, free_memory, human};
+use super::memory::{Activations, free_memory, human, human_count};
 use crate::backend::Backend;
 use crate::collective::{Collective, threads};
 use crate::config::{RunConfig, Schedule, hub_cache};
@@ -143,14 +143,14 @@ impl Session {
     pub fn describe(&self) -> String {
         let total = self.table.total();
         let mut lines = format!(
-            "model {}: {} ({} layers, {} of them with {} experts, top-{}), {:.3} B parameters, {}",
+            "model {}: {} ({} layers, {} of them with {} experts, top-{}), {} parameters, {}",
             self.dir.display(),
             self.model.model_type,
             self.model.layers.len(),
             self.model.moe_layers().count(),
             self.model.num_experts,
             self.model.num_experts_per_tok,
-            total.elements as f64 / 1e9,
+            human_count(total.elements as u64),
             human(total.bytes as u64),
         );
         for (group, count) in self.table.by_group() {
