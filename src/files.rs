@@ -124,11 +124,15 @@ pub fn write(path: impl Into<PathBuf>, bytes: impl AsRef<[u8]>) -> Result<(), Er
 /// # Errors
 /// What the system says, bare.
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
-    File::open(folder)?.sync_all()
+    match File::open(folder)?.sync_all() {
+        // Some network file systems cannot do this for folders; their servers order renames themselves.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        other => other,
+    }
 }
 
 /// The folder that holds `path`; `.` for a bare name.
-fn folder_of(path: &Path) -> &Path {
+pub fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),

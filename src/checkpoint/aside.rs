@@ -1,4 +1,5 @@
-//! Writing aside: `.NAME.partial` beside the final place, brought to the disk, then renamed.
+//! Folders written aside: `.NAME.partial` beside the final place, brought to the disk, then renamed. (Single files:
+//! [`crate::files`].)
 //!
 //! The name is fixed, so that what a killed process left behind is found and cleared by the next one.
 
@@ -7,6 +8,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::error::Error;
+use crate::files::{folder_of, sync_folder};
 
 /// A folder that appears under its final name only when it is whole.
 ///
@@ -25,7 +27,7 @@ impl AsideDir {
     pub fn create(target: &Path) -> Result<Self, Error> {
         let partial = partial_path(target)?;
         clear(&partial)?;
-        fs::create_dir_all(parent(&partial)).map_err(Error::create(parent(&partial)))?;
+        fs::create_dir_all(folder_of(&partial)).map_err(Error::create(folder_of(&partial)))?;
         fs::create_dir(&partial).map_err(Error::create(&partial))?;
         Ok(Self { partial, target: target.into(), done: false })
     }
@@ -41,7 +43,7 @@ impl AsideDir {
     /// Those of `fill` and of the disk, with the file's path.
     pub fn write(&self, name: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Error> {
         let path = self.partial.join(name);
-        fs::create_dir_all(parent(&path)).map_err(Error::write(&path))?;
+        fs::create_dir_all(folder_of(&path)).map_err(Error::write(&path))?;
         write_synced(&path, fill).map_err(Error::write(&self.target.join(name)))
     }
 
@@ -63,7 +65,7 @@ impl AsideDir {
             _ => Error::Create { path: self.target.clone(), source },
         })?;
         self.done = true;
-        sync_dir(parent(&self.target)).map_err(Error::write(&self.target))?;
+        sync_folder(folder_of(&self.target)).map_err(Error::write(&self.target))?;
         clear(&old)
     }
 }
@@ -77,31 +79,12 @@ impl Drop for AsideDir {
     }
 }
 
-/// Writes a file that appears under its final name only when it is whole; what stood there is replaced.
-///
-/// # Errors
-/// Those of `fill` and of the disk, with the file's path.
-pub fn write_file(target: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Error> {
-    let partial = partial_path(target)?;
-    fs::create_dir_all(parent(target)).map_err(Error::create(parent(target)))?;
-    let written = write_synced(&partial, fill).and_then(|()| fs::rename(&partial, target));
-    if let Err(source) = written {
-        let _ = fs::remove_file(&partial);
-        return Err(Error::Write { path: target.into(), source });
-    }
-    sync_dir(parent(target)).map_err(Error::write(target))
-}
-
 fn partial_path(target: &Path) -> Result<PathBuf, Error> {
     let name = target.file_name().ok_or_else(|| Error::NoName(target.into()))?;
     let mut partial = std::ffi::OsString::from(".");
     partial.push(name);
     partial.push(".partial");
     Ok(target.with_file_name(partial))
-}
-
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Removes a folder of ours if it is there.
@@ -128,13 +111,5 @@ fn sync_tree(dir: &Path) -> io::Result<()> {
             sync_tree(&entry.path())?;
         }
     }
-    sync_dir(dir)
-}
-
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    match File::open(dir)?.sync_all() {
-        // Some network file systems cannot do this for folders; their servers order renames themselves.
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
-        other => other,
-    }
+    sync_folder(dir)
 }

@@ -13,12 +13,14 @@
 //! Both hashes are checked when a delta is applied, so it cannot land on another model.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io::Write;
 use std::path::Path;
 
-use super::aside::write_file;
 use super::error::Error;
 use super::export::{export, export_over};
 use crate::backend::HostTensor;
+use crate::files;
 use crate::model::{Checkpoint, ModelConfig, ParamId, ParamTable, Shard, write_header};
 
 /// The `schema` of a delta's metadata.
@@ -42,10 +44,11 @@ pub fn save_delta(
     ];
     let tensors: Vec<_> =
         changed.iter().map(|(&id, value)| (table.params[id].name(), value.dtype, value.shape.clone())).collect();
-    write_file(path, |mut out| {
-        write_header(&mut out, &metadata, &tensors)?;
+    fs::create_dir_all(files::folder_of(path)).map_err(Error::create(path))?;
+    Ok(files::write_with(path, |out| {
+        write_header(out, &metadata, &tensors)?;
         changed.values().try_for_each(|value| out.write_all(&value.bytes))
-    })
+    })?)
 }
 
 /// The changed parameters that the delta file holds, memory-mapped, checked to belong to this base model.

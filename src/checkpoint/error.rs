@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::exit::{self, Coded};
+use crate::files;
 use crate::model::{ClaimError, ConfigError, WeightsError};
 
 /// Why a model or a delta could not be written or applied.
@@ -26,6 +27,8 @@ pub enum Error {
     DeltaTensor { file: PathBuf, tensor: String, message: String },
     #[error("{file} was made from another base model than {base}: {message}")]
     OtherBase { file: PathBuf, base: PathBuf, message: &'static str },
+    #[error(transparent)]
+    File(#[from] files::Error),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -57,6 +60,7 @@ impl Coded for Error {
             Error::Create { .. } => exit::CANNOT_CREATE,
             Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
             Error::Write { .. } | Error::Read { .. } => exit::IO,
+            Error::File(e) => e.exit_code(),
             Error::NotADelta { .. } | Error::DeltaTensor { .. } | Error::OtherBase { .. } => exit::DATA,
             Error::Config(error) => error.exit_code(),
             Error::Weights(error) => error.exit_code(),

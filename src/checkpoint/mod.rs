@@ -7,7 +7,7 @@ mod delta;
 mod error;
 mod export;
 
-pub use aside::{AsideDir, write_file};
+pub use aside::AsideDir;
 pub use delta::{DELTA_SCHEMA, apply_delta, apply_delta_over, load_delta, save_delta};
 pub use error::Error;
 pub use export::{export, export_over};
