@@ -153,7 +153,8 @@ mod tests {
 
     #[test]
     fn every_series_is_drawn_within_the_frame() {
-        let all = [series("a <b>", &[3.0, 2.0, f64::NAN, 1.0]), series("c", &[2.5]), series("nowhere", &[f64::INFINITY])];
+        let all =
+            [series("a <b>", &[3.0, 2.0, f64::NAN, 1.0]), series("c", &[2.5]), series("nowhere", &[f64::INFINITY])];
         let svg = curve_svg("ce", "Loss & more", "step", &all).unwrap();
         assert_well_formed(&svg);
         assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (1, 1));
