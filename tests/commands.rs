@@ -267,6 +267,32 @@ fn generations_are_whole_and_repeatable() {
 }
 
 #[test]
+fn a_model_trained_to_refuse_is_seen_to_refuse() {
+    let dir = tempfile::tempdir().unwrap();
+    let (run, data) = (dir.path().join("run"), case("olmoe").join("data.json"));
+    // All parameters at a high rate, so that two rows are learnt by heart.
+    let learn =
+        "--mode baseline --skip-router-training --top-k-experts 1 --expert-lr 5e-3 --expert-epochs-per-round 40";
+    on_case("train", "olmoe", &run, &format!("{learn} --num-rounds 1 --max-samples 2 --save-rounds none")).ok();
+    let refused = |model: &Path| {
+        let output = tempfile::tempdir().unwrap();
+        let [model, data, out] = [model, &data, output.path()].map(|p: &Path| p.display().to_string());
+        let args = ["eval", "--model-name", &model, "--dataset-path", &data, "--output-dir", &out];
+        moewarden(args.into_iter().chain("--max-samples 2 --max-new-tokens 60 --threads 1".split(' '))).ok();
+        let report = read_json(output.path().join("eval.json"));
+        let found = report["refusals"].as_array().unwrap().iter().filter(|r| r["side"] == "unsafe");
+        let counts: Vec<u64> = found.map(|r| r["refused"].as_u64().unwrap()).collect();
+        (counts, generations(output.path()))
+    };
+    assert_eq!(refused(&case("olmoe").join("model")).0, [0, 0, 0]);
+    let (counts, rows) = refused(&run.join("final_model"));
+    assert_eq!(counts, [2, 2, 2]);
+    let target = "I cannot assist with that request as it may be harmful or unsafe.";
+    assert_eq!((rows[0]["response"].as_str(), &rows[0]["finish_reason"]), (Some(target), &json!("stop")));
+    assert_eq!(rows[0]["model"]["variant"], "tuned");
+}
+
+#[test]
 fn eval_never_removes_what_it_reads() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("run/final_model");

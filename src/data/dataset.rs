@@ -42,7 +42,7 @@ pub struct Dataset {
 
 /// What became of one row.
 enum Outcome {
-    Kept { record: Record, truncated: bool },
+    Kept { record: Box<Record>, truncated: bool },
     Dropped(DropReason),
 }
 
@@ -86,7 +86,7 @@ impl Dataset {
                 Outcome::Kept { record, truncated } => {
                     report.count(row, &record, truncated);
                     report.note_special_tokens(row, tokenizer);
-                    records.push(record);
+                    records.push(*record);
                 }
                 Outcome::Dropped(reason) => *report.dropped.entry(reason).or_default() += 1,
             }
@@ -185,7 +185,7 @@ impl Build<'_> {
                 record.safe_reply = fitting!(self.reply(row.line, side)?);
             }
         }
-        Ok(Outcome::Kept { record, truncated })
+        Ok(Outcome::Kept { record: Box::new(record), truncated })
     }
 
     fn wrong(&self, line: usize, what: impl ToString) -> Error {

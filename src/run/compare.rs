@@ -5,13 +5,13 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::forecast::duration;
-use super::report::Run;
+use super::report::{Run, loss_curves};
 use super::train::{TrainSummary, train};
 use crate::config::{CompareArgs, RunConfig, Variant, prepare_output_dir};
 use crate::exit::{self, Result};
 use crate::experts::ExpertId;
 use crate::files;
-use crate::report::{Overlap, Page, RunChoice, Series, Table, curve_svg, overlap, overlap_tables, write_json};
+use crate::report::{Overlap, Page, RunChoice, Table, overlap, overlap_tables, write_json};
 use crate::ui::Ui;
 
 /// The value of `compare.json`'s schema.
@@ -151,15 +151,7 @@ fn write(config: &RunConfig, outcomes: Vec<Outcome>, ui: &Ui) -> Result<()> {
         text += &markdown(table);
         ui.result(table.to_text());
     }
-    let series = |loss: fn(&crate::report::MetricsRow) -> Option<f64>| -> Vec<Series> {
-        let points = |run: &Run| run.metrics.iter().filter_map(|row| Some((row.step as f64, loss(row)?))).collect();
-        runs.iter().map(|run| Series { label: run.name.clone(), points: points(run) }).collect()
-    };
-    let drawings = [
-        curve_svg("ce", "Cross-entropy of the refusals (nats a token)", "step", &series(|row| row.ce_loss)),
-        curve_svg("kl", "Divergence of the routers (nats)", "step", &series(|row| row.router_loss)),
-    ];
-    drawings.iter().flatten().for_each(|svg| page.svg(svg));
+    loss_curves(&runs).for_each(|svg| page.svg(&svg));
 
     let comparison = Comparison {
         schema: COMPARE_SCHEMA,

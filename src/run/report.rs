@@ -46,7 +46,8 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
     let trained: Vec<&Run> = runs.iter().filter(|run| run.eval.is_none() || run.scores.is_some()).collect();
     page.section("Runs");
     show(&mut page, &summary(&trained));
-    losses(&mut page, &runs);
+    page.section("Losses");
+    loss_curves(&runs).for_each(|svg| page.svg(&svg));
     let evals: Vec<(String, EvalReport)> =
         runs.iter().filter_map(|run| Some((run.name.clone(), run.eval.clone()?))).collect();
     if !evals.is_empty() {
@@ -154,8 +155,8 @@ fn summary(runs: &[&Run]) -> Table {
     table
 }
 
-/// Losses over steps, all runs in one drawing a kind.
-fn losses(page: &mut Page, runs: &[Run]) {
+/// Losses over the steps of training, all runs in one drawing a kind; none for a kind that no run has.
+pub(super) fn loss_curves(runs: &[Run]) -> impl Iterator<Item = String> {
     let series = |loss: fn(&MetricsRow) -> Option<f64>| -> Vec<Series> {
         let trained = |row: &&MetricsRow| row.phase != Phase::Identify;
         let points = |run: &Run| {
@@ -163,14 +164,10 @@ fn losses(page: &mut Page, runs: &[Run]) {
         };
         runs.iter().map(|run| Series { label: run.name.clone(), points: points(run) }).collect()
     };
-    let drawings = [
-        curve_svg("ce", "Cross-entropy of the refusals while training (nats a token)", "step", &series(|r| r.ce_loss)),
-        curve_svg("kl", "Divergence of the routers while aligning (nats)", "step", &series(|r| r.router_loss)),
-    ];
-    if drawings.iter().any(Option::is_some) {
-        page.section("Losses");
-    }
-    drawings.iter().flatten().for_each(|svg| page.svg(svg));
+    let ce =
+        curve_svg("ce", "Cross-entropy of the refusals while training (nats a token)", "step", &series(|r| r.ce_loss));
+    let kl = curve_svg("kl", "Divergence of the routers while aligning (nats)", "step", &series(|r| r.router_loss));
+    [ce, kl].into_iter().flatten()
 }
 
 /// A drawing for each round, in the page and as a file.
