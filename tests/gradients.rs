@@ -1,9 +1,9 @@
 //! Gradients of whole models: against finite differences, against candle's autograd, and of a part of the model against
 //! those of all of it.
 
-mod common;
 #[path = "common/autograd.rs"]
 mod autograd;
+mod common;
 #[path = "common/tiny_model.rs"]
 mod tiny_model;
 

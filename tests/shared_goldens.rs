@@ -5,9 +5,9 @@
 //! `goldens` of the optional shared folder, and in the folder that `MOEWARDEN_CASES` names. Nothing below knows a
 //! particular case.
 
-mod common;
 #[path = "common/case.rs"]
 mod case;
+mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -155,8 +155,7 @@ impl Reference {
         let selected: BTreeSet<ExpertId> = experts(&self.expect["selected"]).into_iter().collect();
         let mut trained: BTreeSet<ParamKind> = BTreeSet::new();
         for (name, tensor) in file.tensors() {
-            let values: Vec<f32> =
-                tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            let values: Vec<f32> = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
             for (kind, theirs) in parts(&name, &values) {
                 compare_update(&name, &before[&kind], &after[&kind], theirs);
                 if !matches!(kind, ParamKind::Router(_)) {

@@ -96,12 +96,7 @@ impl Tiny {
         (loss.expect("a pass to the loss") / self.targets.len() as f64, gradients)
     }
 
-    pub fn backward(
-        &self,
-        ids: &[ParamId],
-        end: PassEnd,
-        grads: LossGrads<'_>,
-    ) -> (Option<f64>, Vec<Vec<f32>>) {
+    pub fn backward(&self, ids: &[ParamId], end: PassEnd, grads: LossGrads<'_>) -> (Option<f64>, Vec<Vec<f32>>) {
         let b = &*self.model.backend;
         let plan = self.plan(ids);
         let lowest = plan.lowest_layer().unwrap_or(self.model.config.layers.len());
