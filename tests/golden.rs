@@ -14,10 +14,11 @@ use case::{
 use moewarden::backend::{Backend, cpu::Cpu};
 use moewarden::config::{Recompute, RunConfig};
 use moewarden::data::{LossOn, MicroBatch};
-use moewarden::experts::{Method, RoutingTokens, Score, ScorePer, Select, token_mask};
+use moewarden::experts::{Method, Rank, RoutingTokens, Score, ScorePer, Select, select, token_mask};
 use moewarden::model::{Model, ParamId, PassEnd, Routed};
 use moewarden::routers::{KlType, Statistic};
 use moewarden::run::engine::Engine;
+use moewarden::run::identify::pool;
 use moewarden::run::progress::Progress;
 use moewarden::run::session::Session;
 use moewarden::ui::Ui;
@@ -27,21 +28,41 @@ use serde_json::{Value, json};
 // The fixtures are f64 products; ours are f32, of rows of 16 to 48 numbers (2⁻²⁴ = 6e-8 each). The README says what f32
 // alone makes of the same case in another order; a few times that is allowed.
 
-const LOSS: Tolerance = Tolerance { relative: 5e-7, absolute: 0.0, why: "f32 against f64, measured 1e-7" };
-const LOGITS: Tolerance = Tolerance { relative: 5e-6, absolute: 0.0, why: "f32 through all layers without a mean" };
-const SCORES: Tolerance = Tolerance { relative: 3e-6, absolute: 0.0, why: "f32 against f64, measured 5e-7" };
+const LOSS: Tolerance = Tolerance { relative: 1e-7, absolute: 0.0, why: "f32 against f64, measured 2e-8" };
+const LOGITS: Tolerance =
+    Tolerance { relative: 2e-6, absolute: 0.0, why: "f32 through all layers, no mean, measured 8e-7" };
+const SCORES: Tolerance = Tolerance { relative: 1.5e-6, absolute: 0.0, why: "f32 against f64, measured 5e-7" };
 const COUNTS: Tolerance = Tolerance { relative: 0.0, absolute: 1e-9, why: "ratios of counts with 9 digits" };
-const KL: Tolerance = Tolerance { relative: 3e-6, absolute: 0.0, why: "f32 against f64, measured 5e-7" };
+const KL: Tolerance = Tolerance { relative: 2e-6, absolute: 0.0, why: "f32 against f64, measured 7e-7" };
 const GRADIENTS: Tolerance = Tolerance {
-    relative: 5e-6,
-    absolute: 1e-6,
-    why: "f32 against f64, measured 1e-6; gradients that are zero but for rounding have digests of 1e-7",
+    relative: 2e-6,
+    absolute: 5e-7,
+    why: "f32 against f64, measured 7e-7; gradients that are zero but for rounding have digests of 1e-7",
 };
 const CHANGE: Tolerance = Tolerance {
-    relative: 2e-3,
+    relative: 1e-3,
     absolute: 1e-9,
-    why: "AdamW follows the sign of gradients: entries near zero feel their rounding, measured 4e-4",
+    why: "AdamW follows the sign of gradients: entries near zero feel their rounding, measured 2e-4",
 };
+const CHANGE_16: Tolerance = Tolerance {
+    relative: 4e-3,
+    absolute: 1e-9,
+    why: "16-bit weights: an update is a few units, and a master beside a tie rounds to the other neighbour",
+};
+
+/// The tolerance of step `i`. Later steps meet weights that differ by what AdamW makes of rounding: a few 1e-4 of an update
+/// which itself is a few per cent of the weights. In 16 bits, masters beside a tie also round a whole unit apart.
+fn at_step(case: &Case, i: usize, tolerance: Tolerance) -> Tolerance {
+    match (i, case.is_16_bit()) {
+        (0, _) => tolerance,
+        (_, false) => Tolerance {
+            relative: 20.0 * tolerance.relative,
+            why: "weights after AdamW differ by 2e-4 of their update",
+            ..tolerance
+        },
+        (_, true) => Tolerance { relative: 2e-4, why: "16-bit weights differ by whole units", ..tolerance },
+    }
+}
 
 /// Everything of a case, one test for each part.
 macro_rules! cases {
@@ -161,24 +182,39 @@ fn log_prob(logits: &[f32], target: u32) -> f64 {
 fn identification(name: &str) {
     let case = Case::open(name);
     let losses = numbers(&case.expect["losses"]);
-    for score in [Score::L1Mean, Score::L2, Score::Fisher, Score::Taylor] {
-        for score_per in [ScorePer::Param, ScorePer::Token] {
-            let config = RunConfig { score, score_per, ..case.config.clone() };
-            let found = case.engine(&config, 1).identify(0, &Progress::hidden()).unwrap();
-            let (score, per) = (json!(score), json!(score_per));
-            let theirs = &case.expect["scores"][score.as_str().unwrap()][per.as_str().unwrap()];
-            assert_near(&format!("scores {score} {per}"), &found.scores.values, &numbers(theirs), SCORES);
-            assert_near("losses", &found.losses, &losses, LOSS);
-            assert_eq!(json!(found.scores.layers), case.expect["layers"]);
+    // The long cases try every pair; the others every score and every divisor.
+    let both = [ScorePer::Param, ScorePer::Token];
+    let pers = |param_only| {
+        if case.is_long() {
+            &both[..]
+        } else if param_only {
+            &both[..1]
+        } else {
+            &both[1..]
         }
+    };
+    let kinds = [(Score::L1Mean, true), (Score::L2, false), (Score::Fisher, true), (Score::Taylor, false)];
+    for (score, score_per) in kinds.into_iter().flat_map(|(s, p)| pers(p).iter().map(move |per| (s, *per))) {
+        let config = RunConfig { score, score_per, ..case.config.clone() };
+        let found = case.engine(&config, 1).identify(0, &Progress::hidden()).unwrap();
+        let (score, per) = (json!(score), json!(score_per));
+        let theirs = &case.expect["scores"][score.as_str().unwrap()][per.as_str().unwrap()];
+        assert_near(&format!("scores {score} {per}"), &found.scores.values, &numbers(theirs), SCORES);
+        assert_near("losses", &found.losses, &losses, LOSS);
+        assert_eq!(json!(found.scores.layers), case.expect["layers"]);
     }
+
+    let found = case.engine(&case.config, 2).identify(0, &Progress::hidden()).unwrap();
+    let selection = &case.expect["selection"];
+    assert_eq!(found.selected.experts, experts(&selection["highest"]), "selection");
     // Two layers with a cap of 2 have 4 experts to give, where the fixture asked for 5.
-    let capped = experts(&case.expect["selection"]["at_most_2_per_layer"]).len();
+    let capped = experts(&selection["at_most_2_per_layer"]).len();
     let capped = RunConfig { experts_per_layer: Some(2), top_k_experts: capped, ..case.config.clone() };
-    let lowest = RunConfig { select: Select::Lowest, ..case.config.clone() };
-    for (config, key) in [(&case.config, "highest"), (&capped, "at_most_2_per_layer"), (&lowest, "lowest")] {
-        let found = case.engine(config, 2).identify(0, &Progress::hidden()).unwrap();
-        assert_eq!(found.selected.experts, experts(&case.expect["selection"][key]), "selection {key}");
+    for (config, key, end) in
+        [(&capped, "at_most_2_per_layer", Select::Highest), (&case.config, "lowest", Select::Lowest)]
+    {
+        let found = select(&found.scores, &pool(config), &Rank { select: end, threshold: None }).unwrap();
+        assert_eq!(found.experts, experts(&selection[key]), "selection {key}");
     }
 
     let config = RunConfig { loss_on: LossOn::All, ..case.config.clone() };
@@ -190,61 +226,67 @@ fn identification(name: &str) {
 
 /// Routing frequencies, their risk differences, and the divergence of the routers.
 fn routing(name: &str) {
-    let case = Case::open(name);
+    let mut case = Case::open(name);
     if case.expect["routing"].is_null() {
         let sides = |r: &moewarden::data::Record| r.unsafe_reply.is_some() && r.safe_reply.is_some();
         assert!(!case.session.data.records.iter().any(sides), "null is for rows of one side");
         assert!(case.expect["router_kl"].is_null());
         return;
     }
-    for tokens in [RoutingTokens::Response, RoutingTokens::Prompt, RoutingTokens::All] {
+    let engine = case.engine(&case.config, 1);
+    let all_tokens = [RoutingTokens::Response, RoutingTokens::Prompt, RoutingTokens::All];
+    for (i, records) in engine.identify_order(0).iter().enumerate() {
+        for (side, batch) in [("safe", engine.pack_safe(records)), ("unsafe", engine.pack_unsafe(records))] {
+            let chosen = chosen_experts(&engine, &batch);
+            for tokens in all_tokens {
+                let ours = frequencies(&engine, &chosen, &token_mask(tokens, &batch.is_response));
+                let theirs = numbers(&case.expect["routing"][json!(tokens).as_str().unwrap()][side][i]);
+                assert_near(&format!("{side} frequencies"), &ours, &theirs, COUNTS);
+            }
+        }
+    }
+    for tokens in all_tokens {
         let config =
             RunConfig { method: Method::Routing, routing_tokens: tokens, risk_threshold: -1.0, ..case.config.clone() };
-        let engine = case.engine(&config, 1);
-        let expect = &case.expect["routing"][json!(tokens).as_str().unwrap()];
-        for (i, records) in engine.identify_order(0).iter().enumerate() {
-            let frequencies = |batch| frequencies(&engine, &batch, tokens);
-            let (safe, unsafe_) = (engine.pack_safe(records), engine.pack_unsafe(records));
-            assert_near("safe frequencies", &frequencies(safe), &numbers(&expect["safe"][i]), COUNTS);
-            assert_near("unsafe frequencies", &frequencies(unsafe_), &numbers(&expect["unsafe"][i]), COUNTS);
-        }
-        let found = engine.identify(0, &Progress::hidden()).unwrap();
-        assert_near("risk differences", &found.scores.values, &numbers(&expect["risk_difference"]), COUNTS);
+        let found = case.engine(&config, 1).identify(0, &Progress::hidden()).unwrap();
+        let theirs = numbers(&case.expect["routing"][json!(tokens).as_str().unwrap()]["risk_difference"]);
+        assert_near("risk differences", &found.scores.values, &theirs, COUNTS);
     }
-    for router_statistic in [Statistic::TokenProbs, Statistic::SampleLogits] {
-        for kl_type in [KlType::Forward, KlType::Reverse, KlType::Symmetric] {
-            // At a rate of 0 every step meets the routers of the checkpoint.
-            let config = RunConfig { router_statistic, kl_type, router_lr: 0.0, ..case.config.clone() };
-            let mut engine = case.engine(&config, 1);
-            let theirs =
-                &case.expect["router_kl"][json!(router_statistic).as_str().unwrap()][json!(kl_type).as_str().unwrap()];
-            let theirs = numbers(theirs);
-            let measured = engine.measure_alignment().unwrap();
-            let mean = theirs.iter().sum::<f64>() / theirs.len() as f64;
-            assert_near("mean divergence", &[measured], &[mean], KL);
-            let steps = run_phase(&mut engine, "router", &[]);
-            let ours: Vec<f64> = steps.iter().map(|s| s.router_loss.unwrap()).collect();
-            assert_near(&format!("divergence {router_statistic:?} {kl_type:?}"), &ours, &theirs, KL);
+
+    let records = case.session.data.records.clone();
+    for (i, batch) in records.chunks(case.config.batch_size).enumerate() {
+        case.session.data.records = batch.to_vec();
+        for router_statistic in [Statistic::TokenProbs, Statistic::SampleLogits] {
+            for kl_type in [KlType::Forward, KlType::Reverse, KlType::Symmetric] {
+                let config = RunConfig { router_statistic, kl_type, ..case.config.clone() };
+                let measured = case.engine(&config, 1).measure_alignment().unwrap();
+                let (statistic, kl) = (json!(router_statistic), json!(kl_type));
+                let theirs = &case.expect["router_kl"][statistic.as_str().unwrap()][kl.as_str().unwrap()];
+                assert_near(&format!("{statistic}, {kl}"), &[measured], &numbers(&theirs[i]), KL);
+            }
         }
     }
 }
 
-/// Share of the chosen tokens that went to each expert, `[L · E]`.
-fn frequencies(engine: &Engine<'_, Cpu>, batch: &MicroBatch, tokens: RoutingTokens) -> Vec<f64> {
-    let b = &*engine.model.backend;
-    let mask = token_mask(tokens, &batch.is_response);
-    let count = mask.iter().filter(|m| **m).count() as f64;
+/// By layer that routes, the experts of each token, `[T · K]`.
+fn chosen_experts(engine: &Engine<'_, Cpu>, batch: &MicroBatch) -> Vec<Vec<u32>> {
     let mut out = Vec::new();
-    let mut observe = |routed: Routed<'_, Cpu>| {
-        let mut hits = vec![0.0; engine.model.config.num_experts];
-        let ids = b.expert_ids(routed.routing);
-        for (chosen, _) in ids.chunks(top_k(engine)).zip(&mask).filter(|(_, m)| **m) {
-            chosen.iter().for_each(|e| hits[*e as usize] += 1.0);
-        }
-        out.extend(hits.into_iter().map(|n| n / count));
-    };
-    engine.forward(&engine.inputs(batch), None, PassEnd::Loss { all_rows: true }, Some(&mut observe));
+    let mut observe = |routed: Routed<'_, Cpu>| out.push(engine.model.backend.expert_ids(routed.routing));
+    engine.forward(&engine.inputs(batch), None, PassEnd::Routers, Some(&mut observe));
     out
+}
+
+/// Share of the tokens in the mask that went to each expert, `[L · E]`.
+fn frequencies(engine: &Engine<'_, Cpu>, chosen: &[Vec<u32>], mask: &[bool]) -> Vec<f64> {
+    let count = mask.iter().filter(|m| **m).count() as f64;
+    let of_layer = |ids: &Vec<u32>| {
+        let mut hits = vec![0.0; engine.model.config.num_experts];
+        for (ids, _) in ids.chunks(top_k(engine)).zip(mask).filter(|(_, m)| **m) {
+            ids.iter().for_each(|e| hits[*e as usize] += 1.0);
+        }
+        hits.into_iter().map(move |n| n / count)
+    };
+    chosen.iter().flat_map(of_layer).collect()
 }
 
 /// Every parameter's gradient of the first micro-batch.
@@ -301,12 +343,12 @@ fn train(case: &Case, run: &Value) {
             }
             (ours, theirs) => panic!("{} of step {i}: {ours:?} and {theirs:?}", what(key)),
         };
-        check("ce_loss", step.ce_loss, later(case, LOSS));
-        check("router_loss", step.router_loss, later(case, KL));
+        check("ce_loss", step.ce_loss, at_step(case, i, LOSS));
+        check("router_loss", step.router_loss, at_step(case, i, KL));
         if phase == "joint" {
-            check("total_loss", Some(step.total_loss), later(case, LOSS));
+            check("total_loss", Some(step.total_loss), at_step(case, i, LOSS));
         }
-        check("grad_norm", Some(step.grad_norm), later(case, GRADIENTS));
+        check("grad_norm", Some(step.grad_norm), at_step(case, i, GRADIENTS));
         let exact = Tolerance { relative: 2e-9, absolute: 0.0, why: "f64, written with 9 digits" };
         check("lr_factor", Some(step.lr / rate), exact);
     }
@@ -314,22 +356,8 @@ fn train(case: &Case, run: &Value) {
     let mut base = case.engine(&case.config, 1);
     std::mem::swap(&mut base.model, &mut engine.model);
     let after = base.measure(&unsafe_batches(&base)).unwrap().unwrap();
-    assert_near(&what("loss after"), &[after], &numbers(&run["loss_after"]), later(case, LOSS));
+    assert_near(&what("loss after"), &[after], &numbers(&run["loss_after"]), at_step(case, steps.len(), LOSS));
     compare_changes(case, run, &base, &engine.touched);
-}
-
-/// After a first update the weights differ by what AdamW makes of rounding: a few 1e-4 of the update, which itself is a
-/// few per cent of the weights. In 16 bits, masters on either side of a tie round a whole unit apart.
-fn later(case: &Case, tolerance: Tolerance) -> Tolerance {
-    if case.is_16_bit() {
-        Tolerance {
-            relative: 2e-4,
-            why: "16-bit weights: masters beside a tie round to different neighbours",
-            ..tolerance
-        }
-    } else {
-        Tolerance { relative: 2e-5, why: "weights after AdamW differ by 4e-4 of their update", ..tolerance }
-    }
 }
 
 fn compare_changes(case: &Case, run: &Value, engine: &Engine<'_, Cpu>, touched: &BTreeSet<ParamId>) {
@@ -361,31 +389,23 @@ fn compare_changes(case: &Case, run: &Value, engine: &Engine<'_, Cpu>, touched: 
     assert!(expected.is_empty(), "trained there and unknown here: {:?}", expected.keys());
 }
 
-const CHANGE_16: Tolerance = Tolerance {
-    relative: 1e-2,
-    absolute: 1e-9,
-    why: "16-bit weights: an update is a few units, and a master beside a tie rounds to the other neighbour",
-};
-
-/// Gradients, scores, losses and updates with every layer's forward computed again, bit for bit.
+/// Gradients, scores and losses with every layer's forward computed again, bit for bit; in the long cases steps too.
 fn recomputing(name: &str) {
     let case = Case::open(name);
     let results = [Recompute::Never, Recompute::Always].map(|recompute| {
         let config = RunConfig { recompute, ..case.config.clone() };
-        let mut engine = case.engine(&config, 1);
+        let engine = case.engine(&config, 1);
         let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
         let (loss, gradients) = ce_gradients(&engine, &unsafe_batches(&engine)[0], &all);
         let gradients: Vec<Vec<u32>> = gradients.iter().map(|g| g.iter().map(|x| x.to_bits()).collect()).collect();
         let found = engine.identify(0, &Progress::hidden()).unwrap();
         let scores: Vec<u64> = found.scores.values.iter().chain(&found.losses).map(|x| x.to_bits()).collect();
-        let mut steps = Vec::new();
-        if !case.expect["router_kl"].is_null() {
-            steps = run_phase(&mut engine, "router", &[]);
-        }
-        let config = RunConfig { recompute, ..case.config_with(&json!({ "phase": "joint" })) };
-        let mut engine = case.engine(&config, 1);
-        steps.extend(run_phase(&mut engine, "joint", &case.selected()));
-        let steps: Vec<u64> = steps.iter().flat_map(|s| [s.total_loss.to_bits(), s.grad_norm.to_bits()]).collect();
+        let phases: &[&str] = if case.is_long() { &["router", "joint"] } else { &[] };
+        let steps = phases.iter().flat_map(|phase| {
+            let config = RunConfig { recompute, ..case.config_with(&json!({ "phase": phase })) };
+            run_phase(&mut case.engine(&config, 1), phase, &case.selected())
+        });
+        let steps: Vec<u64> = steps.flat_map(|s| [s.total_loss.to_bits(), s.grad_norm.to_bits()]).collect();
         (loss.to_bits(), gradients, scores, steps)
     });
     assert!(results[0] == results[1]);

@@ -74,6 +74,11 @@ impl Case {
         self.session.engine(config, Arc::new(Cpu::new(threads))).expect("finite weights")
     }
 
+    /// Whether it is one of the four (one a family) with the long list of training runs.
+    pub fn is_long(&self) -> bool {
+        self.expect["training"].as_array().expect("training runs").len() > 4
+    }
+
     /// Whether the weights are stored in 16 bits.
     pub fn is_16_bit(&self) -> bool {
         self.session.table.params[0].value.dtype != Dtype::F32
