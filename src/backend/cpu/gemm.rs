@@ -135,32 +135,26 @@ pub(super) fn product_nt(y: MatrixMut<'_>, x: Matrix<'_>, w: Matrix<'_>) {
 fn transpose(src: Matrix<'_>, dst: MatrixMut<'_>) {
     let (rows, cols) = (src.rows, src.cols);
     assert!(dst.rows == cols && dst.cols == rows && src.col_stride == 1 && dst.col_stride == 1);
-    // Blocks of 16 × 16: one cache line of each of 16 rows, on both sides.
-    for i0 in (0..rows).step_by(16) {
-        for j0 in (0..cols).step_by(16) {
-            let (i1, j1) = (rows.min(i0 + 16), cols.min(j0 + 16));
-            let (whole_i, whole_j) = (i0 + (i1 - i0) / 4 * 4, j0 + (j1 - j0) / 4 * 4);
-            for i in (i0..whole_i).step_by(4) {
-                for j in (j0..whole_j).step_by(4) {
-                    let mut block = [[0f32; 4]; 4];
-                    for (r, row) in block.iter_mut().enumerate() {
-                        row.copy_from_slice(&src.values[(i + r) * src.row_stride + j..][..4]);
-                    }
-                    for (c, column) in transpose_4x4(block).iter().enumerate() {
-                        // SAFETY: row j + c < cols of dst, its columns i .. i + 4 ≤ rows; dst is unique.
-                        unsafe {
-                            let to = dst.start.add((j + c) * dst.row_stride + i);
-                            std::ptr::copy_nonoverlapping(column.as_ptr(), to, 4);
-                        }
-                    }
+    let from = src.values.as_ptr();
+    let (whole_rows, whole_cols) = (rows / 4 * 4, cols / 4 * 4);
+    // Four rows of dst at a time, each written from its beginning to its end: rows are often 4 KiB apart, and blocks that
+    // touch more of them at once fall out of the few lines that the L1 cache has for such addresses.
+    for j in (0..whole_cols).step_by(4) {
+        for i in (0..whole_rows).step_by(4) {
+            // SAFETY: the block lies inside both matrices, which lie inside their slices; dst is unique, so they do not
+            // overlap; all accesses are unaligned ones.
+            unsafe {
+                let row = |r: usize| from.add((i + r) * src.row_stride + j).cast::<[f32; 4]>().read_unaligned();
+                for (c, column) in transpose_4x4([row(0), row(1), row(2), row(3)]).into_iter().enumerate() {
+                    dst.start.add((j + c) * dst.row_stride + i).cast::<[f32; 4]>().write_unaligned(column);
                 }
             }
-            for i in i0..i1 {
-                for j in if i < whole_i { whole_j } else { j0 }..j1 {
-                    // SAFETY: row j < cols and column i < rows of dst, which is unique.
-                    unsafe { *dst.start.add(j * dst.row_stride + i) = src.values[i * src.row_stride + j] };
-                }
-            }
+        }
+    }
+    for j in 0..cols {
+        for i in if j < whole_cols { whole_rows } else { 0 }..rows {
+            // SAFETY: (i, j) is inside src, so (j, i) is inside dst, which is unique.
+            unsafe { *dst.start.add(j * dst.row_stride + i) = *from.add(i * src.row_stride + j) };
         }
     }
 }
@@ -216,10 +210,10 @@ impl Grid {
         }
     }
 
-    /// Enough to keep some tens of cores busy to the end.
-    const TASKS: usize = 64;
+    /// Enough to keep some tens of cores busy.
+    const TASKS: usize = 32;
     const LARGEST: Self = Self { rows: 512, cols: 512 };
-    const SMALLEST: Self = Self { rows: 128, cols: 128 };
+    const SMALLEST: Self = Self { rows: 128, cols: 256 };
 
     /// The tiles of an `[m, n]` result: `(rows, cols)` of each.
     pub(super) fn tiles(
@@ -268,9 +262,9 @@ mod tests {
     #[test]
     fn many_experts_get_large_tiles_and_a_single_product_small_ones() {
         assert_eq!(Grid::plan(std::iter::repeat_n(230, 64), 1024), Grid { rows: 512, cols: 512 });
-        assert_eq!(Grid::plan(std::iter::once(1840), 1024), Grid { rows: 128, cols: 128 });
-        assert_eq!(Grid::plan(std::iter::once(1), 64), Grid { rows: 128, cols: 128 });
+        assert_eq!(Grid::plan(std::iter::once(1840), 1024), Grid { rows: 256, cols: 256 });
+        assert_eq!(Grid::plan(std::iter::once(1), 64), Grid { rows: 128, cols: 256 });
         assert_eq!(Grid::plan(std::iter::once(1 << 16), 4096), Grid { rows: 512, cols: 512 });
-        assert_eq!(Grid::plan(std::iter::empty(), 8), Grid { rows: 128, cols: 128 });
+        assert_eq!(Grid::plan(std::iter::empty(), 8), Grid { rows: 128, cols: 256 });
     }
 }
