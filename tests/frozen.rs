@@ -234,7 +234,7 @@ fn a_run_that_trains_nothing_changes_nothing() {
     };
     let summary = moewarden::run::train(&config, &Ui::silent()).unwrap();
     assert_eq!(summary.trained[0], 0);
-    assert_eq!(summary.ce_loss[0], summary.ce_loss[1]);
+    assert_eq!(summary.before.ce_loss, summary.after.ce_loss);
     let dir = config.output_dir.join("final_model");
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let table = ParamTable::build(&ModelConfig::from_dir(&dir).unwrap(), &checkpoint).unwrap();
