@@ -7,7 +7,7 @@ mod common;
 use std::collections::BTreeSet;
 
 use case::{Case, run_phase};
-use moewarden::backend::cpu::Cpu;
+use moewarden::backend::{Backend, cpu::Cpu};
 use moewarden::config::{Mode, RunConfig, SaveRounds};
 use moewarden::experts::{ExpertId, Selection};
 use moewarden::model::{
@@ -58,7 +58,6 @@ fn routers(model: &Model<Cpu>) -> BTreeSet<ParamId> {
 /// Experts that a token with a say in the loss was sent to. (All rows count but in the last layer, where only those with a
 /// target do.)
 fn visited(engine: &Engine<'_, Cpu>, safe_too: bool) -> BTreeSet<(usize, usize)> {
-    use moewarden::backend::Backend;
     let b = &*engine.model.backend;
     let mut out = BTreeSet::new();
     let mut observe = |routed: Routed<'_, Cpu>| {

@@ -23,7 +23,7 @@ use serde_json::Value;
 // Both sides are f32 with another order of summation; the reference pads its batches, we do not.
 const SCORES: f64 = 1e-4;
 const LOSS: Tolerance = Tolerance { relative: 0.0, absolute: 1e-5, why: "two f32 programs, measured 1e-6" };
-const SELECTED_IN_16_BITS: Tolerance = Tolerance {
+const LATER_IN_16_BITS: Tolerance = Tolerance {
     relative: 1e-3,
     absolute: 0.0,
     why: "the reference trains f32 copies, we round to the stored 16 bits after every step",
@@ -76,7 +76,7 @@ impl Reference {
         let whole = self.run(Run::Whole, &self.dir.join("model"), "whole");
         let experts_only = self.run(Run::Experts, &self.dir.join("model"), "experts");
         let before = weights(&self.dir.join("model"));
-        let later = if is_16_bit(&before) { SELECTED_IN_16_BITS } else { LOSS };
+        let later = if is_16_bit(&before) { LATER_IN_16_BITS } else { LOSS };
 
         let found = &json(&whole.join("expert_scores.json"))["rounds"]["1"];
         self.check_scores(found);
