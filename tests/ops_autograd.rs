@@ -98,8 +98,8 @@ fn a_layer_agrees_with_autograd() -> Result<()> {
     let rows = cpu.dispatch_rows(&h2, &dispatch);
     let gate_up = cpu.grouped_linear(&rows, &stacks, &dispatch);
     let act = cpu.swiglu(&gate_up);
-    let out = cpu.grouped_linear(&act, &downs, &dispatch);
-    let mut top = cpu.combine(&out, &routing, &dispatch);
+    let weighted = cpu.weight_rows(&act, &routing, &dispatch);
+    let mut top = cpu.combine_rows(&cpu.grouped_linear(&weighted, &downs, &dispatch), &dispatch);
     cpu.add_assign(&mut top, &mid);
     let mut dhead = cpu.buffer(V * WIDTH);
     let sink = Some((&mut dhead, 0));
@@ -107,15 +107,16 @@ fn a_layer_agrees_with_autograd() -> Result<()> {
 
     let (mut dexperts, mut scores) = (cpu.buffer(3 * E * F * WIDTH), cpu.scores(0));
     let (block, size) = (3 * F * WIDTH, F * WIDTH);
-    let (dout, dweights) = cpu.combine_backward(&dtop, &out, &routing, &dispatch);
+    let dout = cpu.dispatch_rows(&dtop, &dispatch);
     let plan: Vec<_> = (0..E).map(|e| ExpertGrad::Accumulate(vec![e * block + 2 * size])).collect();
-    cpu.grouped_linear_backward_weight(&dout, &act, &downs, &dispatch, &plan, &mut dexperts, &mut scores);
-    let dact = cpu.grouped_linear_backward_input(&dout, &downs, &dispatch);
+    cpu.grouped_linear_backward_weight(&dout, &weighted, &downs, &dispatch, &plan, &mut dexperts, &mut scores);
+    let dweighted = cpu.grouped_linear_backward_input(&dout, &downs, &dispatch);
+    let (dact, dweights) = cpu.weight_rows_backward(&dweighted, &act, &routing, &dispatch);
     let dgate_up = cpu.swiglu_backward(&dact, &gate_up);
     let plan: Vec<_> = (0..E).map(|e| ExpertGrad::Accumulate(vec![e * block, e * block + size])).collect();
     cpu.grouped_linear_backward_weight(&dgate_up, &rows, &stacks, &dispatch, &plan, &mut dexperts, &mut scores);
     let drows = cpu.grouped_linear_backward_input(&dgate_up, &stacks, &dispatch);
-    let mut dh2 = cpu.dispatch_rows_backward(&drows, &dispatch);
+    let mut dh2 = cpu.combine_rows(&drows, &dispatch);
     let dlogits = cpu.route_backward(&dweights, &routing);
     let mut drouter = cpu.buffer(E * WIDTH);
     cpu.linear_backward_weight(&dlogits, &h2, &mut drouter, 0);
