@@ -1,6 +1,5 @@
 //! `train` and `identify`: rounds of finding experts, training them, and aligning the routers.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use super::engine::Engine;
@@ -14,7 +13,7 @@ use super::session::Session;
 use super::verify::verify_frozen;
 use crate::backend::{Backend, cpu::Cpu};
 use crate::checkpoint::{export_over, save_delta};
-use crate::config::{Mode, RunConfig, SaveRounds, Schedule, prepare_output_dir};
+use crate::config::{Mode, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir};
 use crate::data::{self, Dataset, MicroBatch};
 use crate::exit::Result;
 use crate::experts::{ExpertId, Selection};
@@ -42,11 +41,12 @@ pub struct TrainSummary {
 /// # Errors
 /// Anything that keeps the run from its end.
 pub fn identify(config: &RunConfig, ui: &Ui) -> Result<()> {
+    check_output_dir(config)?;
     let session = Session::open(config, ui)?;
-    prepare_output_dir(config)?;
     ui.line(session.describe());
     ui.line(session.describe_memory(config, 0));
     let engine = session.engine(config, backend(config, ui))?;
+    prepare_output_dir(config)?;
     let mut outputs = outputs(config, ui, &engine)?;
     let found = identify_round(&engine, 0, ui, &mut outputs)?;
     outputs.write_metadata()?;
@@ -61,10 +61,11 @@ pub fn identify(config: &RunConfig, ui: &Ui) -> Result<()> {
 /// # Errors
 /// Anything that keeps the run from its end.
 pub fn train(config: &RunConfig, ui: &Ui) -> Result<TrainSummary> {
+    check_output_dir(config)?;
     let session = Session::open(config, ui)?;
     session.check_sides(config)?;
-    prepare_output_dir(config)?;
     let mut engine = session.engine(config, backend(config, ui))?;
+    prepare_output_dir(config)?;
     ui.line(session.describe());
     let trained = trained_elements(&session, config);
     ui.line(session.describe_memory(config, trained));
@@ -225,16 +226,11 @@ fn save_round<B: Backend>(
             export_over(&session.dir, &session.checkpoint, &session.table, &engine.changed(), &dir)?;
         }
         SaveRounds::Delta => {
-            std::fs::create_dir_all(&dir).map_err(|e| unwritable(&dir, e))?;
             save_delta(&session.checkpoint, &session.table, &engine.changed(), &dir.join("delta.safetensors"))?;
         }
     }
     ui.line(format_args!("round {} saved: {}", round + 1, dir.display()));
     Ok(())
-}
-
-fn unwritable(dir: &Path, error: std::io::Error) -> crate::exit::Failure {
-    crate::exit::Failure::new(crate::exit::CANNOT_CREATE, format!("{}: cannot be created: {error}", dir.display()))
 }
 
 /// The most parameters that are trained at once.
