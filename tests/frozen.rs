@@ -209,7 +209,7 @@ fn an_expert_no_longer_chosen_keeps_its_bits() {
             let mut engine = case.engine(&config, 1);
             let ids: Vec<_> = (0..after[n - 1].table.params.len()).collect();
             ids.iter().for_each(|&id| engine.model.set_weight_host(id, after[n - 1].weight_host(id)));
-            let found = engine.select_from(&[vec![n - 1]]).unwrap();
+            let found = engine.find(&[vec![n - 1]], 0, &Progress::hidden()).unwrap();
             let chosen = matrices(&engine.model, &found.selected.experts);
             assert_eq!(chosen, moved(&previous, &next), "{name}: what step {n} moves");
             dropped += (&chosen_before - &chosen).len();

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::params::{ParamId, ParamSpec};
-use crate::backend::Dtype;
+use crate::backend::{Dtype, HostTensor};
 use crate::exit::{self, Coded};
 
 /// A weight that is NaN or infinite.
@@ -40,6 +40,11 @@ pub(super) fn first(params: &[ParamSpec]) -> Option<(ParamId, usize)> {
     })
 }
 
+/// The first entry of a tensor that is NaN or infinite.
+pub fn find_non_finite(value: &HostTensor) -> Option<usize> {
+    in_bytes(value.dtype, &value.bytes)
+}
+
 /// An entry is not finite when all bits of its exponent are set.
 fn in_bytes(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
     let half = |mask: u16| {
@@ -65,7 +70,6 @@ fn in_bytes(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::HostTensor;
     use crate::model::ParamKind;
 
     #[test]

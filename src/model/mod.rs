@@ -22,7 +22,7 @@ pub use claim::Error as ClaimError;
 pub use config::{Error as ConfigError, LayerKind, ModelConfig, QkNorm};
 pub use families::{FAMILIES, Family};
 pub use feed_forward::{Observer, Routed};
-pub use finite::NotFinite;
+pub use finite::{NotFinite, find_non_finite};
 pub use hub::{Error as HubError, HubCache};
 pub use params::{Count, Group, ParamId, ParamKind, ParamSpec, ParamTable, Proj};
 pub use plan::{GradPlan, expert_params};

@@ -41,7 +41,8 @@ fn directed(p: &[f64], q: &[f64]) -> (f64, Vec<f64>, Vec<f64>) {
     // Σ u_i (ln(u_i/v_i) + 1) = KL + 1, and Σ v_i u_i/v_i = 1.
     let dp = ratio.iter().map(|r| (r.ln() - kl) / p_total).collect();
     let dq = ratio.iter().map(|r| (1.0 - r) / q_total).collect();
-    (kl.max(0.0), dp, dq) // the sum of a divergence of 0 may round to less
+    let kl = if kl < 0.0 { 0.0 } else { kl }; // the sum of a divergence of 0 may round to less; NaN stays NaN
+    (kl, dp, dq)
 }
 
 fn normalise(x: &[f64]) -> (Vec<f64>, f64) {
@@ -77,4 +78,16 @@ pub fn alignment(kind: KlType, safe: &[LayerStatistic], unsafe_: &[LayerStatisti
     }
     out.loss = out.per_layer.iter().sum::<f64>() / layers;
     (!out.per_layer.is_empty()).then_some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_divergence_that_is_no_number_is_not_taken_for_agreement() {
+        for kind in [KlType::Forward, KlType::Reverse, KlType::Symmetric] {
+            assert!(kl_and_gradient(kind, &[0.5, 0.5], &[f64::NAN, 0.5]).0.is_nan());
+        }
+    }
 }

@@ -6,8 +6,9 @@ use serde::Serialize;
 
 use super::forecast::duration;
 use super::report::{Run, loss_curves};
+use super::session::Session;
 use super::train::{TrainSummary, train};
-use crate::config::{CompareArgs, RunConfig, Variant, prepare_output_dir};
+use crate::config::{CompareArgs, RunConfig, Variant, check_output_dir, prepare_output_dir};
 use crate::exit::{self, Result};
 use crate::experts::ExpertId;
 use crate::files;
@@ -76,6 +77,9 @@ struct Pair {
 /// # Errors
 /// The first failure of a variant; an output that cannot be written.
 pub fn compare(config: &RunConfig, args: &CompareArgs, ui: &Ui) -> Result<()> {
+    // A wrong path is found before an earlier comparison is removed for nothing.
+    check_output_dir(config)?;
+    Session::open(config, &Ui::silent())?;
     prepare_output_dir(config)?;
     let variants = args.variants(config);
     let mut outcomes = Vec::new();

@@ -10,7 +10,9 @@ use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::{Dataset, MicroBatch};
 use crate::exit::{self, Failure, Result};
-use crate::model::{Forward, ForwardOptions, GradPlan, Inputs, LayerKind, Model, Observer, ParamId, PassEnd};
+use crate::model::{
+    Forward, ForwardOptions, GradPlan, Inputs, LayerKind, Model, Observer, ParamId, PassEnd, find_non_finite,
+};
 
 /// Everything a phase works with on one rank.
 pub struct Engine<'a, B: Backend> {
@@ -89,6 +91,23 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// The present values of the parameters that an optimizer wrote.
     pub fn changed(&self) -> BTreeMap<ParamId, HostTensor> {
         self.touched.iter().map(|&id| (id, self.model.weight_host(id))).collect()
+    }
+
+    /// An error if a weight that an optimizer wrote is not finite: in a 16-bit format it may have overflowed.
+    pub fn check_weights(&self, when: &str) -> Result<()> {
+        for (id, value) in self.changed() {
+            if let Some(index) = find_non_finite(&value) {
+                return Err(Failure::new(
+                    exit::NOT_FINITE,
+                    format!(
+                        "the weight {} is NaN or infinite at element {index} after {when}; the model of that round was not \
+                         saved. Lower the learning rates or set --max-grad-norm",
+                        self.model.table.params[id].name()
+                    ),
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Decoder layers that route.

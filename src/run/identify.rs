@@ -13,7 +13,7 @@ use crate::experts::{
     self, ExpertId, ExpertScores, FrequencyAccumulator, Method, Pool, RandomMatch, Rank, RoutingCounts,
     ScoreAccumulator, ScorePer, Selected, selection_hash, token_mask,
 };
-use crate::model::{GradPlan, LossGrads, PassEnd, Sinks};
+use crate::model::{GradPlan, LossGrads, Observer, PassEnd, Sinks};
 
 /// What an identification found. All ranks hold the same.
 pub struct Identification {
@@ -106,19 +106,23 @@ impl<B: Backend> Engine<'_, B> {
 
     /// Scores the whole set and selects. `round` counts from 0.
     pub fn identify(&self, round: usize, bar: &Progress<'_>) -> Result<Identification> {
+        self.find(&self.identify_order(round), round, bar)
+    }
+
+    /// Scores these micro-batches by the method asked for and selects; `round` decides the draw of the random one.
+    pub fn find(&self, micro_batches: &[Vec<usize>], round: usize, bar: &Progress<'_>) -> Result<Identification> {
         let config = self.config;
         let layers = self.moe_layers().layers;
         let num_experts = self.model.config.num_experts;
-        let micro_batches = self.identify_order(round);
         let rank = Rank { select: config.select, threshold: None };
         let found = match config.method {
             Method::Gradient => {
-                let scored = self.score_gradients(&micro_batches, bar)?;
+                let scored = self.score_gradients(micro_batches, bar)?;
                 let selected = experts::select(&scored.scores, &pool(config), &rank)?;
                 scored.select(selected)
             }
             Method::Routing => {
-                let (scores, micro_batches) = self.score_routing(&micro_batches, bar)?;
+                let (scores, micro_batches) = self.score_routing(micro_batches, bar)?;
                 let rank = Rank { threshold: Some(config.risk_threshold), ..rank };
                 let selected = experts::select(&scores, &pool(config), &rank)?;
                 Identification { selected, scores, micro_batches, losses: Vec::new(), tokens: Vec::new() }
@@ -131,7 +135,7 @@ impl<B: Backend> Engine<'_, B> {
                         (ExpertScores { layers: layers.clone(), num_experts, values }, None)
                     }
                     RandomMatch::Layer => {
-                        let scored = self.score_gradients(&micro_batches, bar)?;
+                        let scored = self.score_gradients(micro_batches, bar)?;
                         let selected = experts::select(&scored.scores, &pool(config), &rank)?;
                         (scored.scores, Some(selected.experts))
                     }
@@ -152,15 +156,6 @@ impl<B: Backend> Engine<'_, B> {
         Ok(found)
     }
 
-    /// The gradient method's choice from these micro-batches alone, for `--selection per-batch`.
-    pub fn select_from(&self, micro_batches: &[Vec<usize>]) -> Result<Identification> {
-        let scored = self.score_gradients(micro_batches, &Progress::hidden())?;
-        let rank = Rank { select: self.config.select, threshold: None };
-        let selected = experts::select(&scored.scores, &pool(self.config), &rank)?;
-        all_agree(&*self.world, "selection of experts", &selection_hash(&selected.experts))?;
-        Ok(scored.select(selected))
-    }
-
     /// One backward a micro-batch with the plan "score every expert": no expert gradient is ever stored.
     fn score_gradients(&self, micro_batches: &[Vec<usize>], bar: &Progress<'_>) -> Result<Scored> {
         let (b, model) = (&*self.model.backend, &self.model);
@@ -173,8 +168,9 @@ impl<B: Backend> Engine<'_, B> {
         let mut grads = b.buffer(0);
         let mut scores = b.scores(depth * num_experts);
         let (mut losses, mut tokens) = (Vec::new(), Vec::new());
-        // Rows without loss would miss from the last layer's counts.
-        let end = PassEnd::Loss { all_rows: config.score_per == ScorePer::Token };
+        // Only scores per token count tokens, and then rows without loss would miss from the last layer's counts.
+        let per_token = config.score_per == ScorePer::Token;
+        let end = PassEnd::Loss { all_rows: per_token };
         for Share { index, records } in share(micro_batches, &*self.world) {
             let batch = self.pack_unsafe(records);
             let targets = batch.targets.len();
@@ -189,12 +185,12 @@ impl<B: Backend> Engine<'_, B> {
                 let tokens = b.tokens_per_expert(routed.dispatch);
                 counts[row * num_experts..(row + 1) * num_experts].copy_from_slice(&tokens);
             };
-            let forward = self.forward(&inputs, Some(&plan), end, Some(&mut observe));
+            let observer: Option<Observer<'_, B>> = if per_token { Some(&mut observe) } else { None };
+            let forward = self.forward(&inputs, Some(&plan), end, observer);
             let mut sinks = Sinks { plan: &plan, grads: &mut grads, scores: &mut scores };
             let loss_grads = LossGrads { ce_scale: 1.0 / targets as f32, routers: &[] };
             let sum = model.backward(&inputs, forward, loss_grads, &mut sinks).expect("a pass to the loss");
             let loss = sum / targets as f64;
-            self.check_finite(loss, &format!("the loss of micro-batch {index} of the identification"), records)?;
             let all = b.scores_take(&mut scores);
             let moments: Vec<_> =
                 layers.iter().flat_map(|l| all[l * num_experts..(l + 1) * num_experts].iter().copied()).collect();
@@ -205,6 +201,10 @@ impl<B: Backend> Engine<'_, B> {
         }
         total.merge(&*self.world)?;
         let all_losses = self.gather_by_index(micro_batches.len(), &losses)?;
+        // Here, and not where a loss arises: all ranks see all losses, and leave together.
+        for (index, (loss, records)) in all_losses.iter().zip(micro_batches).enumerate() {
+            self.check_finite(*loss, &format!("the loss of micro-batch {index} of the identification"), records)?;
+        }
         let all_tokens = self.gather_by_index(micro_batches.len(), &tokens)?;
         let counted = all_losses.into_iter().zip(all_tokens).filter(|(_, tokens)| *tokens > 0.0);
         let (losses, tokens) = counted.map(|(loss, tokens)| (loss, tokens as usize)).unzip();

@@ -64,6 +64,11 @@ impl<B: Backend> Engine<'_, B> {
         ids
     }
 
+    /// Whether the experts are chosen anew at every step.
+    pub fn selects_per_batch(&self) -> bool {
+        self.config.selection == Selection::PerBatch && self.config.mode == Mode::Selective
+    }
+
     /// All routers, in the table's order.
     pub fn routers(&self) -> Vec<ParamId> {
         let id = |&l: &usize| self.model.table.id(ParamKind::Router(l)).expect("a layer that routes has a router");
@@ -103,7 +108,7 @@ impl<B: Backend> Engine<'_, B> {
         on_step: OnStep<'_>,
     ) -> Result<Option<Identification>> {
         let total = self.expert_steps();
-        let per_batch = self.config.selection == Selection::PerBatch && self.config.mode == Mode::Selective;
+        let per_batch = self.selects_per_batch();
         let first = if per_batch { Vec::new() } else { self.trainable_experts(selected) };
         let mut trainer = Trainer::new(self, &first);
         let mut choices = Choices::default();
@@ -112,7 +117,7 @@ impl<B: Backend> Engine<'_, B> {
             let order = self.identify_order(round * self.config.expert_epochs_per_round + epoch);
             for group in order.chunks(self.config.grad_accum * self.world.world_size()) {
                 if per_batch {
-                    let found = self.select_from(group)?;
+                    let found = self.find(group, round, &Progress::hidden())?;
                     trainer.choose(self, &self.trainable_experts(&found.selected.experts));
                     choices.add(found);
                 }
@@ -315,15 +320,42 @@ impl<B: Backend> Engine<'_, B> {
     // --- both ----------------------------------------------------------------------------------------------------
 
     /// Experts and routers in one step: cross-entropy, plus the weighted divergence between the batch's own safe and unsafe
-    /// examples where the consistency loss is on.
+    /// examples where the consistency loss is on. With `--selection per-batch` the experts are chosen here, as in
+    /// [`Self::train_experts`].
     pub fn train_jointly(
         &mut self,
         round: usize,
         selected: &[ExpertId],
         bar: &Progress<'_>,
         on_step: OnStep<'_>,
-    ) -> Result<()> {
+    ) -> Result<Option<Identification>> {
         let total = self.expert_steps();
+        let per_batch = self.selects_per_batch();
+        let mut trainer = Trainer::new(self, &self.trainable_jointly(selected));
+        let mut choices = Choices::default();
+        let mut selected = selected.to_vec();
+        let mut step = 0;
+        for epoch in 0..self.config.expert_epochs_per_round {
+            let order = self.joint_order(round * self.config.expert_epochs_per_round + epoch)?;
+            for group in order.chunks(self.config.grad_accum * self.world.world_size()) {
+                if per_batch {
+                    let unsafe_: Vec<_> = group.iter().map(|j| j.records[j.safe..].to_vec()).collect();
+                    let found = self.find(&unsafe_, round, &Progress::hidden())?;
+                    selected.clone_from(&found.selected.experts);
+                    trainer.choose(self, &self.trainable_jointly(&selected));
+                    choices.add(found);
+                }
+                let result = self.joint_step(&mut trainer, group, &selected, step, total)?;
+                step += 1;
+                bar.step(result.tokens, format!("loss {:.4}", result.total_loss));
+                on_step(step, result)?;
+            }
+        }
+        Ok(choices.finish())
+    }
+
+    /// The parameters that a joint step trains, in the table's order.
+    fn trainable_jointly(&self, selected: &[ExpertId]) -> Vec<ParamId> {
         let mut ids = Vec::new();
         if self.config.finetune_unsafe_experts {
             ids.extend(self.trainable_experts(selected));
@@ -333,18 +365,7 @@ impl<B: Backend> Engine<'_, B> {
         }
         ids.sort_unstable();
         ids.dedup(); // mode `baseline` has the routers already
-        let mut trainer = Trainer::new(self, &ids);
-        let mut step = 0;
-        for epoch in 0..self.config.expert_epochs_per_round {
-            let order = self.joint_order(round * self.config.expert_epochs_per_round + epoch)?;
-            for group in order.chunks(self.config.grad_accum * self.world.world_size()) {
-                let result = self.joint_step(&mut trainer, group, selected, step, total)?;
-                step += 1;
-                bar.step(result.tokens, format!("loss {:.4}", result.total_loss));
-                on_step(step, result)?;
-            }
-        }
-        Ok(())
+        ids
     }
 
     /// The rates of experts and routers, each its own.

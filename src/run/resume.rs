@@ -37,8 +37,8 @@ pub struct State {
     schema: String,
     /// Everything that decides the run, as YAML.
     config: String,
-    /// blake3 of the data file.
-    data: String,
+    /// blake3 of everything else that decides the run: the base model's values and small files, and the data.
+    inputs: String,
     /// Rounds that are done.
     pub rounds_done: usize,
     /// blake3 of `weights.safetensors`.
@@ -60,6 +60,20 @@ pub struct Measured {
     pub held_out_loss: Option<f64>,
 }
 
+impl Measured {
+    /// An error if a loss is NaN or infinite.
+    pub fn check_finite(&self) -> Result<()> {
+        let losses = [("refusals", self.ce_loss), ("routers", self.router_loss), ("held-out rows", self.held_out_loss)];
+        match losses.iter().find_map(|(what, loss)| loss.filter(|l| !l.is_finite()).map(|l| (what, l))) {
+            None => Ok(()),
+            Some((what, loss)) => Err(Failure::new(
+                exit::NOT_FINITE,
+                format!("the loss of the {what} is {loss}: the weights have diverged; lower the learning rates"),
+            )),
+        }
+    }
+}
+
 /// Saves a run after `rounds_done` rounds, and removes checkpoints older than the newest two.
 ///
 /// # Errors
@@ -79,7 +93,7 @@ pub fn save<B: Backend>(
     let state = State {
         schema: SCHEMA.into(),
         config: decisive(config)?,
-        data: hash_file(&config.dataset_path)?,
+        inputs: inputs(session, config)?,
         rounds_done,
         weights: hash_file(&weights)?,
         outputs,
@@ -112,7 +126,7 @@ pub fn load<B: Backend>(session: &Session, engine: &mut Engine<'_, B>, ui: &Ui) 
                 continue;
             }
         };
-        check_same(&state, config)?;
+        check_same(&state, session, config)?;
         let weights = load_delta(&session.checkpoint, &session.table, &path.join(WEIGHTS))?;
         engine.touched = weights.keys().copied().collect::<BTreeSet<_>>();
         for (id, value) in weights {
@@ -141,23 +155,42 @@ fn whole(path: &Path) -> Result<State> {
     Ok(state)
 }
 
-fn check_same(state: &State, config: &RunConfig) -> Result<()> {
+fn check_same(state: &State, session: &Session, config: &RunConfig) -> Result<()> {
     let ours = decisive(config)?;
-    if let Some((theirs, ours)) = state.config.lines().zip(ours.lines()).find(|(a, b)| a != b) {
+    if state.config != ours {
+        let mut differ = state.config.lines().zip(ours.lines()).filter(|(a, b)| a != b);
+        let (theirs, ours) = differ.next().unwrap_or(("other options", "these"));
+        return Err(Failure::new(
+            exit::CONFIG,
+            format!("the checkpoint was made with `{theirs}`, not `{ours}`: resume with its config.resolved.yaml"),
+        ));
+    }
+    if state.inputs != inputs(session, config)? {
         return Err(Failure::new(
             exit::CONFIG,
             format!(
-                "the checkpoint was made with `{theirs}`, not `{ours}`: resume with the options of its config.resolved.yaml"
+                "the model {} or the data have changed since the checkpoint was made: put back what was there, or start again \
+                 with --overwrite",
+                session.dir.display()
             ),
         ));
     }
-    if state.data != hash_file(&config.dataset_path)? {
-        return Err(Failure::new(
-            exit::CONFIG,
-            format!("{} has changed since the checkpoint was made", config.dataset_path.display()),
-        ));
-    }
     Ok(())
+}
+
+/// blake3 over the base model's parameters, its configuration and tokenizer, and the files of rows and template.
+fn inputs(session: &Session, config: &RunConfig) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    for spec in &session.table.params {
+        hasher.update_rayon(&spec.value.bytes);
+    }
+    let names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+    let model = names.iter().map(|name| session.dir.join(name)).filter(|path| path.is_file());
+    let files = [Some(&config.dataset_path), config.eval_dataset_path.as_ref(), config.chat_template.as_ref()];
+    for path in model.chain(files.into_iter().flatten().cloned()) {
+        hasher.update(hash_file(&path)?.as_bytes());
+    }
+    Ok(hasher.finalize().to_string())
 }
 
 /// The options that decide results, as YAML; the others are set to their defaults.

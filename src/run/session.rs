@@ -221,12 +221,6 @@ fn check_selection(config: &RunConfig, model: &ModelConfig) -> Result<()> {
     }
     let layers: Vec<_> = model.moe_layers().collect();
     super::identify::pool(config).check(&layers, model.num_experts)?;
-    if config.method == Method::Random && config.selection == crate::experts::Selection::PerBatch {
-        return Err(Failure::new(
-            exit::CONFIG,
-            "--selection per-batch scores each batch by its gradients; it does not go with --method random",
-        ));
-    }
     Ok(())
 }
 

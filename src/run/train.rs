@@ -43,6 +43,10 @@ pub struct TrainSummary {
 pub fn identify(config: &RunConfig, ui: &Ui) -> Result<()> {
     check_output_dir(config)?;
     let session = Session::open(config, ui)?;
+    // Nothing is trained: only the method itself may want safe rows.
+    let untrained = RunConfig { skip_router_training: true, schedule: Schedule::Alternate, ..config.clone() };
+    session.check_sides(&untrained)?;
+    ui.line(format_args!("options:\n{}", config.to_yaml()?.trim_end()));
     ui.line(session.describe());
     ui.line(session.describe_memory(config, 0));
     let engine = session.engine(config, backend(config, ui))?;
@@ -66,14 +70,12 @@ pub fn train(config: &RunConfig, ui: &Ui) -> Result<TrainSummary> {
     session.check_sides(config)?;
     let mut engine = session.engine(config, backend(config, ui))?;
     prepare_output_dir(config)?;
+    ui.line(format_args!("options:\n{}", config.to_yaml()?.trim_end()));
     ui.line(session.describe());
     let trained = trained_elements(&session, config);
     ui.line(session.describe_memory(config, trained));
     let total = session.table.total().elements;
-    ui.line(format_args!(
-        "training at most {trained} of {total} parameters at once ({:.2} %)",
-        100.0 * trained as f64 / total as f64
-    ));
+    describe_trained(&session, config, ui);
     let clock = std::time::Instant::now();
 
     let resumed = if config.resume { resume::load(&session, &mut engine, ui)? } else { None };
@@ -89,12 +91,14 @@ pub fn train(config: &RunConfig, ui: &Ui) -> Result<TrainSummary> {
     let mut selected = outputs.last_selection();
     for round in first..config.num_rounds {
         selected = train_round(&mut engine, round, ui, &mut outputs)?;
+        engine.check_weights(&format!("round {}", round + 1))?;
         save_round(&session, &engine, round, &outputs, ui)?;
         outputs.write_metadata()?;
         resume::save(&session, &engine, round + 1, outputs.progressed(), before)?;
     }
 
     let after = measure(&engine, &session)?;
+    after.check_finite()?;
     ui.line(losses_line("after", &after));
     outputs.held_out(before.held_out_loss, after.held_out_loss);
     outputs.write_metadata()?;
@@ -161,7 +165,7 @@ fn train_round<B: Backend>(
     outputs: &mut Outputs<'_>,
 ) -> Result<Vec<ExpertId>> {
     let config = engine.config;
-    let per_batch = config.selection == Selection::PerBatch && config.mode == Mode::Selective;
+    let per_batch = engine.selects_per_batch();
     let mut selected = Vec::new();
     if !per_batch {
         let found = identify_round(engine, round, ui, outputs)?;
@@ -170,8 +174,15 @@ fn train_round<B: Backend>(
     }
     if config.schedule == Schedule::Joint {
         let progress = Progress::new(ui, engine.expert_steps(), format!("round {} joint", round + 1));
-        let losses =
-            logged(outputs, Phase::Joint, round, |on_step| engine.train_jointly(round, &selected, &progress, on_step))?;
+        let mut found = None;
+        let losses = logged(outputs, Phase::Joint, round, |on_step| {
+            found = engine.train_jointly(round, &selected, &progress, on_step)?;
+            Ok(())
+        })?;
+        if let Some(found) = found {
+            outputs.identified(round + 1, &found)?;
+            selected = found.selected.experts;
+        }
         outputs.phase_done(round + 1, TrainingStep::Joint, &losses, selected.len());
         return Ok(selected);
     }
@@ -231,6 +242,31 @@ fn save_round<B: Backend>(
     }
     ui.line(format_args!("round {} saved: {}", round + 1, dir.display()));
     Ok(())
+}
+
+/// Elements that training writes, by kind: experts, routers, everything else.
+fn trained_by_kind(session: &Session, config: &RunConfig) -> [(&'static str, usize); 3] {
+    let elements = |chosen: fn(ParamKind) -> bool| session.table.count(|spec| chosen(spec.kind)).elements;
+    let all_routers = elements(|kind| matches!(kind, ParamKind::Router(_)));
+    let all_experts = elements(|kind| matches!(kind, ParamKind::Expert(..)));
+    let [experts, others] = match config.mode {
+        _ if !config.finetune_unsafe_experts => [0, 0],
+        Mode::Selective => [config.top_k_experts * 3 * session.model.hidden_size * session.model.expert_width, 0],
+        Mode::Experts => [all_experts, 0],
+        Mode::Baseline => [all_experts, session.table.total().elements - all_experts - all_routers],
+    };
+    let in_expert_phase = config.finetune_unsafe_experts && config.mode == Mode::Baseline;
+    let routers = if config.skip_router_training && !in_expert_phase { 0 } else { all_routers };
+    [("experts", experts), ("routers", routers), ("others", others)]
+}
+
+/// What will be trained, for people.
+fn describe_trained(session: &Session, config: &RunConfig, ui: &Ui) {
+    let total = session.table.total().elements;
+    let kinds = trained_by_kind(session, config)
+        .map(|(kind, elements)| format!("{kind} {elements} ({:.2} %)", 100.0 * elements as f64 / total as f64));
+    let at_a_time = if config.selection == Selection::PerBatch { ", chosen anew at every step" } else { "" };
+    ui.line(format_args!("trained parameters, of {total}: {}{at_a_time}", kinds.join(", ")));
 }
 
 /// The most parameters that are trained at once.

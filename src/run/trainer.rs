@@ -43,10 +43,14 @@ impl<B: Backend> Trainer<B> {
             })
             .collect();
         self.optimizer.add(b, model.weights(), &trainables);
+        let old = self.plan.len();
         self.plan = GradPlan::train(&model.table, model.config.layers.len(), ids);
         let offset = |param| self.plan.slot(param).expect("a trained parameter has a slot");
         self.gradients = ids.iter().map(|&param| Gradient { param, offset: offset(param) }).collect();
-        self.grads = b.buffer(self.plan.len());
+        if self.plan.len() != old {
+            self.grads = b.buffer(0); // the old one goes before the new one comes
+            self.grads = b.buffer(self.plan.len());
+        }
     }
 
     /// Bytes of gradients, masters and moments.

@@ -143,7 +143,7 @@ pub fn run_phase(engine: &mut Engine<'_, Cpu>, phase: &str, selected: &[ExpertId
     match phase {
         "expert" => engine.train_experts(0, selected, &bar, &mut on_step).map(drop),
         "router" => engine.train_routers(0, &bar, &mut on_step),
-        "joint" => engine.train_jointly(0, selected, &bar, &mut on_step),
+        "joint" => engine.train_jointly(0, selected, &bar, &mut on_step).map(drop),
         other => panic!("there is no phase {other}"),
     }
     .expect("the phase ends");
