@@ -94,9 +94,7 @@ impl Session {
     /// # Errors
     /// The phase, and how to do without it.
     pub fn check_sides(&self, config: &RunConfig) -> Result<()> {
-        let records = &self.data.records;
-        let prompts = records.iter().any(|r| r.safe_prompt.is_some());
-        let replies = records.iter().any(|r| r.safe_reply.is_some());
+        let (prompts, replies) = (self.data.has_both_prompts(), self.data.has_both_replies());
         let needs = [
             (config.has_router_phase() && !prompts, "router alignment needs safe prompts", "--skip-router-training"),
             (
