@@ -84,6 +84,13 @@ fn check_shows_everything_and_writes_nothing() {
 }
 
 #[test]
+fn check_takes_any_number_of_micro_batches_a_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let huge = format!("{SHORT} --schedule joint --use-router-consistency-loss --grad-accum {}", usize::MAX);
+    on_case("check", "olmoe", &dir.path().join("out"), &huge).ok();
+}
+
+#[test]
 fn check_fails_as_the_run_would() {
     let dir = tempfile::tempdir().unwrap();
     let output = dir.path().join("out");

@@ -170,7 +170,8 @@ impl Session {
             Schedule::Joint => (config.grad_accum as u64, format!("{} micro-batches", config.grad_accum)),
             Schedule::Alternate => (1, "a micro-batch".into()),
         };
-        let peak = waiting * activations.peak(layers, 0, keep_from) - (waiting - 1) * activations.working;
+        let kept = activations.peak(layers, 0, keep_from) - activations.working;
+        let peak = waiting.saturating_mul(kept).saturating_add(activations.working);
         let total = self.table.total();
         // Gradient, master and two moments in f32, and the weight itself out of its file.
         let state = trained as u64 * (16 + (total.bytes / total.elements.max(1)) as u64);
@@ -182,7 +183,7 @@ impl Session {
             human(peak),
             layers - keep_from,
             human(state),
-            human(weights + peak + state),
+            human(peak.saturating_add(weights + state)),
             human(free),
         )
     }
