@@ -99,6 +99,11 @@ impl Write for AtomicFile {
     }
 }
 
+/// The file that a killed process left this of: `metrics.jsonl` of `.metrics.jsonl.qX3f9a.part`.
+pub fn is_left_of(name: &str) -> Option<&str> {
+    Some(name.strip_prefix('.')?.strip_suffix(".part")?.rsplit_once('.')?.0)
+}
+
 /// Writes a whole file by `fill`: see [`AtomicFile`].
 ///
 /// # Errors

@@ -84,6 +84,13 @@ fn check_shows_everything_and_writes_nothing() {
 }
 
 #[test]
+fn check_takes_any_number_of_micro_batches_a_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let huge = format!("{SHORT} --schedule joint --use-router-consistency-loss --grad-accum {}", usize::MAX);
+    on_case("check", "olmoe", &dir.path().join("out"), &huge).ok();
+}
+
+#[test]
 fn check_fails_as_the_run_would() {
     let dir = tempfile::tempdir().unwrap();
     let output = dir.path().join("out");
@@ -105,6 +112,34 @@ fn a_missing_safe_side_is_found_before_training() {
         assert!(!dir.path().join("out").exists(), "{command}");
     }
     on_unsafe("check", &dir.path().join("out"), &data, &format!("{SHORT} --skip-router-training")).ok();
+}
+
+#[test]
+fn a_lone_unsafe_row_beside_attack_rows_takes_their_safe_sides_in_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    let attacks: Vec<Value> = serde_json::from_slice(&fs::read(case("olmoe").join("data.json")).unwrap()).unwrap();
+    let attacks = attacks.into_iter().filter(|row| row.get("all_prompt").is_some()).map(|row| row.to_string());
+    let rows: Vec<_> = attacks.chain([fs::read_to_string(unsafe_rows(dir.path())).unwrap()]).collect();
+    assert!(rows.len() > 2, "attack rows beside the chat rows");
+    let data = dir.path().join("mixed.jsonl");
+    fs::write(&data, rows.join("\n")).unwrap();
+    for more in ["", "--skip-router-training", "--method routing", "--schedule joint --use-router-consistency-loss"] {
+        let ran = on_unsafe("train", &dir.path().join("out"), &data, &format!("{SHORT} --overwrite {more}")).ok();
+        assert_eq!(ran.out.matches("divergence of the routers").count(), 2, "{more}: {}", ran.out);
+    }
+    let model = case("olmoe").join("model").display().to_string();
+    let (data, output) = (data.display().to_string(), dir.path().join("eval").display().to_string());
+    let eval = ["eval", "--model-name", &model, "--dataset-path", &data, "--output-dir", &output];
+    moewarden(eval.into_iter().chain(["--max-new-tokens", "1", "--threads", "1"])).ok();
+    assert!(!read_json(dir.path().join("eval/eval.json"))["routing"]["divergence_by_layer"].is_null());
+}
+
+#[test]
+fn without_a_safe_side_no_divergence_is_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = unsafe_rows(dir.path());
+    let ran = on_unsafe("train", &dir.path().join("out"), &data, &format!("{SHORT} --skip-router-training")).ok();
+    assert!(ran.out.contains("cross-entropy of the refusals") && !ran.out.contains("divergence"), "{}", ran.out);
 }
 
 /// Chat rows that are all unsafe.

@@ -79,6 +79,12 @@ impl Drop for AsideDir {
     }
 }
 
+/// The folder that a killed process left this of: `final_model` of `.final_model.partial` and `.final_model.old`.
+pub fn is_left_of(name: &str) -> Option<&str> {
+    let name = name.strip_prefix('.')?;
+    name.strip_suffix(".partial").or_else(|| name.strip_suffix(".old"))
+}
+
 fn partial_path(target: &Path) -> Result<PathBuf, Error> {
     let name = target.file_name().ok_or_else(|| Error::NoName(target.into()))?;
     let mut partial = std::ffi::OsString::from(".");

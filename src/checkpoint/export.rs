@@ -26,6 +26,9 @@ const WEIGHT_ENDINGS: [&str; 12] =
 /// Indices of weights; the one in use is written apart.
 const INDEX_ENDING: &str = ".index.json";
 
+/// The index of shards.
+const SHARD_INDEX: &str = "model.safetensors.index.json";
+
 /// Writes the model of `source_dir` with the parameters `changed` to the new folder `out_dir`.
 ///
 /// Shards keep their names, headers and order; the index, configuration, tokenizer and all other small files are copied
@@ -86,6 +89,17 @@ fn write_model(
         aside.write(&file, |out| io::copy(&mut from, out).map(|_| ()))?;
     }
     Ok(aside)
+}
+
+/// Whether an export may write a file of this name: a shard or one of the small files beside it.
+pub fn is_model_file(name: &str) -> bool {
+    let shard = Path::new(name).extension().is_some_and(|ending| ending == "safetensors");
+    shard || name == SHARD_INDEX || !name.starts_with('.') && !is_weights(name, None)
+}
+
+/// Whether an export copies a folder of this name.
+pub fn is_model_folder(name: &str) -> bool {
+    FOLDERS.contains(&name)
 }
 
 /// For each shard the byte ranges that change, in order.

@@ -7,7 +7,7 @@ mod delta;
 mod error;
 mod export;
 
-pub use aside::AsideDir;
+pub use aside::{AsideDir, is_left_of};
 pub use delta::{DELTA_SCHEMA, apply_delta, apply_delta_over, load_delta, save_delta};
 pub use error::Error;
-pub use export::{export, export_over};
+pub use export::{export, export_over, is_model_file, is_model_folder};

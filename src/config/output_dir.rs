@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::compare::is_variant;
 use super::{ConfigError, RunConfig};
+use crate::checkpoint::{self, is_model_file, is_model_folder};
+use crate::files;
 
 /// What happens to a folder that already holds something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,12 +41,18 @@ pub fn check_output_dir(config: &RunConfig) -> Result<(), ConfigError> {
     inspect(&config.output_dir, Existing::of(config.overwrite, config.resume), &config.inputs(), Place::Top).map(drop)
 }
 
-/// Whether a model may be written as the folder `dir`: it is absent or empty, or (with `overwrite`) holds a model and
-/// nothing else, none of `inputs` included. Touches nothing.
+/// Whether a model may be written as the folder `dir`: it is absent or empty, or (with `overwrite`) holds a model, with
+/// its configuration, and nothing else, none of `inputs` included. Touches nothing.
 ///
 /// Fails with [`ConfigError::OutputDir`] or [`ConfigError::OutputIo`].
 pub fn check_model_dir(dir: &Path, overwrite: bool, inputs: &[&Path]) -> Result<(), ConfigError> {
-    inspect(dir, Existing::of(overwrite, false), inputs, Place::Model).map(drop)
+    let Some(outputs) = inspect(dir, Existing::of(overwrite, false), inputs, Place::Model)? else { return Ok(()) };
+    // The name is the user's own here: a folder of other small files is none that an export has written.
+    if outputs.files.is_empty() || dir.join("config.json").is_file() {
+        return Ok(());
+    }
+    let message = "holds no config.json, so no model that --overwrite could replace; give another --output-dir".into();
+    Err(ConfigError::OutputDir { path: dir.to_owned(), message })
 }
 
 /// Makes `dir` and its parents, and sees that it holds nothing but what `existing` allows.
@@ -124,6 +132,8 @@ enum Place {
     Top,
     /// `round_1`, `final_model`: a Hugging Face folder, or a delta.
     Model,
+    /// A folder of such a folder that an export copies.
+    ModelFolder,
     /// `checkpoints` and below: resume state, which belongs to the program whatever its names.
     State,
 }
@@ -143,41 +153,27 @@ const TOP_FILES: [&str; 11] = [
     "compare.md",
 ];
 
-/// Files of a Hugging Face folder, besides `*.safetensors`; an export copies those that its source has.
-const MODEL_FILES: [&str; 20] = [
-    "README.md",
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "delta.json",
-];
-
-/// Whether moewarden writes a file, or (answering with the place inside it) a folder, of this name here.
+/// Whether moewarden writes a file, or (answering with the place inside it) a folder, of this name here; what it was
+/// writing when it was killed included.
 fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
+    if kind.is_file() {
+        let name = files::is_left_of(name).unwrap_or(name);
+        let heatmap = name.starts_with("heatmap-") && name.ends_with(".svg");
+        let ours = match place {
+            Place::Top => TOP_FILES.contains(&name) || heatmap,
+            // An export has copied whatever small files its source had.
+            Place::Model => is_model_file(name) && !TOP_FILES.contains(&name),
+            Place::ModelFolder => is_model_file(name),
+            Place::State => true,
+        };
+        return ours.then_some(place);
+    }
     let round = |name: &str| name.strip_prefix("round_").is_some_and(|n| n.parse::<u32>().is_ok());
-    let heatmap = |name: &str| name.starts_with("heatmap-") && name.ends_with(".svg");
+    let model = |name: &str| name == "final_model" || round(name);
     match place {
-        Place::State if kind.is_dir() || kind.is_file() => Some(Place::State),
-        Place::Model if kind.is_file() && (MODEL_FILES.contains(&name) || name.ends_with(".safetensors")) => {
-            Some(place)
-        }
-        Place::Top if kind.is_file() && (TOP_FILES.contains(&name) || heatmap(name)) => Some(place),
-        Place::Top if kind.is_dir() && (name == "final_model" || round(name)) => Some(Place::Model),
+        Place::State if kind.is_dir() => Some(Place::State),
+        Place::Model if kind.is_dir() && is_model_folder(name) => Some(Place::ModelFolder),
+        Place::Top if kind.is_dir() && model(checkpoint::is_left_of(name).unwrap_or(name)) => Some(Place::Model),
         Place::Top if kind.is_dir() && name == "checkpoints" => Some(Place::State),
         // A variant of a comparison is a run of its own; it holds no variants, but a few names more allow nothing foreign.
         Place::Top if kind.is_dir() && is_variant(name) => Some(Place::Top),
@@ -247,7 +243,7 @@ mod tests {
         entries(dir).unwrap().len()
     }
 
-    const OUTPUTS: [&str; 9] = [
+    const OUTPUTS: [&str; 15] = [
         "config.resolved.yaml",
         "metrics.jsonl",
         "heatmap-run-1-round-2.svg",
@@ -257,6 +253,13 @@ mod tests {
         "final_model/config.json",
         "checkpoints/step_7/state.bin",
         "round_12/",
+        "final_model/Modelfile",
+        "final_model/additional_chat_templates/tool_use.jinja",
+        // a killed run's
+        ".round_2.partial/model.safetensors",
+        ".final_model.old/config.json",
+        ".metrics.jsonl.qX3f9a.part",
+        "round_3/.delta.safetensors.0fG5hJ.part",
     ];
 
     #[test]
@@ -285,7 +288,17 @@ mod tests {
 
     #[test]
     fn what_is_not_ours_saves_everything() {
-        for foreign in ["thesis.txt", "final_model/notes.md", "round_x/config.json", "data/", "round_1/old/"] {
+        for foreign in [
+            "thesis.txt",
+            ".thesis.txt.qX3f9a.part",
+            ".data.partial/",
+            "final_model/pytorch_model.bin",
+            "final_model/.hidden",
+            "final_model/additional_chat_templates/deep/",
+            "round_x/config.json",
+            "data/",
+            "round_1/old/",
+        ] {
             let dir = folder(&[&OUTPUTS[..], &[foreign]].concat());
             let error = prepare_dir(dir.path(), Existing::Replace).unwrap_err();
             assert!(error.to_string().contains("did not write"), "{error}");
@@ -315,6 +328,8 @@ mod tests {
         check_model_dir(model.path(), true, &[]).unwrap();
         assert!(check_model_dir(model.path(), true, &[model.path()]).is_err());
         assert!(check_model_dir(run.path(), true, &[]).is_err());
+        let notes = folder(&["thesis.txt", "notes.md"]);
+        assert!(check_model_dir(notes.path(), true, &[]).unwrap_err().to_string().contains("config.json"));
         check_model_dir(&run.path().join("new"), false, &[]).unwrap();
         assert!(!run.path().join("new").exists() && held(model.path()) == 2);
     }

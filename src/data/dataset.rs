@@ -52,6 +52,18 @@ impl Dataset {
         Self { records, report: DataReport::default() }
     }
 
+    /// Whether some record has a safe prompt and some record an unsafe one: what aligning routers compares.
+    pub fn has_both_prompts(&self) -> bool {
+        let any = |side: fn(&Record) -> bool| self.records.iter().any(side);
+        any(|r| r.safe_prompt.is_some()) && any(|r| r.unsafe_prompt.is_some())
+    }
+
+    /// The same of prompts with their replies: what routing frequencies and the joint schedule compare.
+    pub fn has_both_replies(&self) -> bool {
+        let any = |side: fn(&Record) -> bool| self.records.iter().any(side);
+        any(|r| r.safe_reply.is_some()) && any(|r| r.unsafe_reply.is_some())
+    }
+
     /// Reads, filters, renders and tokenises a file: a JSON array, or one row a line.
     ///
     /// Attacks without a verdict are kept and counted; those whose verdict is null are left out. A row is kept whole or
@@ -59,7 +71,7 @@ impl Dataset {
     ///
     /// # Errors
     /// A file that cannot be read or is empty; the first row that is not what it should be, or that the template cannot
-    /// render; a row that is too long, under [`LongRows::Error`]; nothing left to train on.
+    /// render, or renders as an empty prompt; a row that is too long, under [`LongRows::Error`]; nothing left to train on.
     pub fn read(path: &Path, tokenizer: &ChatTokenizer, options: &DataOptions) -> Result<Self, Error> {
         let text = rows::read_text(path)?;
         let mut report = DataReport { path: path.to_owned(), ..DataReport::default() };
@@ -202,6 +214,13 @@ impl Build<'_> {
         }
         let text = self.tokenizer.render(messages, true).map_err(|e| self.wrong(line, e))?;
         let mut ids = self.tokenizer.encode(&text)?;
+        if ids.is_empty() {
+            return Err(self.wrong(
+                line,
+                "the chat template makes nothing of the turns before the reply, so the model would have nothing to \
+                 answer: correct the row, or give another template with --chat-template",
+            ));
+        }
         let Some(excess) = ids.len().checked_sub(self.options.max_length).filter(|n| *n > 0) else {
             return Ok(Fit::Whole(ids));
         };

@@ -43,7 +43,7 @@ fn forecast(session: &Session, config: &RunConfig, ui: &Ui) {
     let forecast = Forecast::new(config, &session.model, &session.data.records, recomputed);
     // Ranks are threads of one machine: they share its cores, and more of them do not add any.
     let cores = available_parallelism().map_or(1, usize::from);
-    let threads = if config.threads == 0 { cores } else { (config.threads * config.ranks).min(cores) };
+    let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(config.ranks).min(cores) };
     let dtype = session.table.params[0].value.dtype;
     let rate = measure_rate(&Cpu::new(threads), dtype);
     ui.result(forecast.at(rate));

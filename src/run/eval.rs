@@ -95,14 +95,12 @@ fn mean_loss<B: Backend>(
 
 /// Safe against unsafe prompts, where the data hold both.
 fn routing_difference<B: Backend>(engine: &Engine<'_, B>, ui: &Ui) -> Result<RoutingDifference> {
-    let records = &engine.data.records;
-    let has = |side: fn(&Record) -> bool| records.iter().any(side);
     let mut out = RoutingDifference::default();
-    if has(|r| r.safe_prompt.is_some()) && has(|r| r.unsafe_prompt.is_some()) {
+    if engine.data.has_both_prompts() {
         out.divergence_by_layer =
             engine.moe_layers().layers.into_iter().zip(engine.measure_alignment_by_layer()?).collect();
     }
-    if has(|r| r.safe_reply.is_some()) && has(|r| r.unsafe_reply.is_some()) {
+    if engine.data.has_both_replies() {
         let micro_batches = data::micro_batches(&engine.unsafe_replies(), engine.config.batch_size);
         let progress = Progress::new(ui, micro_batches.len(), "routing");
         let (scores, _) = engine.score_routing(&micro_batches, &progress)?;

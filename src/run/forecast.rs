@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::backend::{Backend, Dtype, HostTensor};
 use crate::config::{Mode, RunConfig, Schedule};
 use crate::data::{Example, Record};
+use crate::experts::{Method, RandomMatch, Selection};
 use crate::model::{LayerKind, ModelConfig};
 
 /// Floating-point operations of one token (a multiplication and an addition are two), forward.
@@ -33,6 +34,8 @@ pub struct Tokens {
     pub all: f64,
     /// Those that carry loss.
     pub loss: f64,
+    /// Sequences.
+    pub sequences: f64,
     /// Σ length², for the mean length that a token sees.
     pub squares: f64,
 }
@@ -55,6 +58,7 @@ impl Tokens {
         lengths.fold(Self::default(), |sum, (all, loss)| Self {
             all: sum.all + all as f64,
             loss: sum.loss + loss as f64,
+            sequences: sum.sequences + 1.0,
             squares: sum.squares + (all * all) as f64,
         })
     }
@@ -65,6 +69,13 @@ impl Tokens {
 
     fn of_prompts<'a>(prompts: impl Iterator<Item = &'a Vec<u32>> + 'a) -> Self {
         Self::of(prompts.map(|p| (p.len(), 0)))
+    }
+
+    /// So many sequences like these; of none, none.
+    fn like(self, sequences: f64) -> Self {
+        let factor = sequences / self.sequences.max(1.0);
+        let Self { all, loss, squares, .. } = self;
+        Self { all: all * factor, loss: loss * factor, squares: squares * factor, sequences }
     }
 
     /// The length of the sequence that a token stands in, on average over tokens.
@@ -99,7 +110,12 @@ impl TokenWork {
 
     /// A forward pass.
     pub fn forward(&self, t: &Tokens) -> f64 {
-        t.all * (self.linear + self.attention) + t.loss * self.head
+        self.routing(t) + t.loss * self.head
+    }
+
+    /// A forward pass that ends before the head.
+    pub fn routing(&self, t: &Tokens) -> f64 {
+        t.all * (self.linear + self.attention)
     }
 
     /// The gradients of all activations.
@@ -125,10 +141,15 @@ impl Forecast {
         let unsafe_replies = Tokens::of_replies(records.iter().filter_map(|r| r.unsafe_reply.as_ref()));
         let safe_replies = Tokens::of_replies(records.iter().filter_map(|r| r.safe_reply.as_ref()));
         let unsafe_prompts = Tokens::of_prompts(records.iter().filter_map(|r| r.unsafe_prompt.as_ref()));
+        // Each unsafe prompt is compared with one safe prompt, whatever number there is.
         let safe_prompts = Tokens::of_prompts(records.iter().filter_map(|r| r.safe_prompt.as_ref()));
+        let safe_prompts = match safe_prompts.all > 0.0 {
+            true => safe_prompts.like(unsafe_prompts.sequences),
+            false => safe_prompts,
+        };
         let work = |t: &Tokens| TokenWork::new(model, t.mean_length());
         let forward = |t: &Tokens| work(t).forward(t);
-        let again = |t: &Tokens| recomputed * t.all * (work(t).linear + work(t).attention);
+        let again = |t: &Tokens| recomputed * work(t).routing(t);
         let there_and_back = |t: &Tokens| forward(t) + again(t) + work(t).backward_inputs(t);
         let weights = |t: &Tokens| match config.mode {
             _ if !config.finetune_unsafe_experts => 0.0,
@@ -144,10 +165,9 @@ impl Forecast {
         let experts = match config.schedule {
             Schedule::Joint => {
                 // As many safe examples go along as the ratio says, whatever number there is.
-                let ratio =
-                    config.safe_ratio / (1.0 - config.safe_ratio) * unsafe_replies.all / safe_replies.all.max(1.0);
+                let ratio = config.safe_ratio / (1.0 - config.safe_ratio);
                 let both = |t: &Tokens| there_and_back(t) + weights(t);
-                passes * (both(&unsafe_replies) + ratio * both(&safe_replies))
+                passes * (both(&unsafe_replies) + both(&safe_replies.like(ratio * unsafe_replies.sequences)))
             }
             Schedule::Alternate if config.finetune_unsafe_experts => {
                 passes * (there_and_back(&unsafe_replies) + weights(&unsafe_replies))
@@ -162,13 +182,23 @@ impl Forecast {
             false => 0.0,
         };
         let pairs = if safe_prompts.all > 0.0 { forward(&safe_prompts) + forward(&unsafe_prompts) } else { 0.0 };
-        Self {
-            identify: rounds
-                * (there_and_back(&unsafe_replies) + work(&unsafe_replies).backward_experts(&unsafe_replies)),
-            experts,
-            routers,
-            measure: 2.0 * (forward(&unsafe_replies) + pairs),
-        }
+        let gradients = there_and_back(&unsafe_replies) + work(&unsafe_replies).backward_experts(&unsafe_replies);
+        let identification = match (config.method, config.random_match) {
+            (Method::Gradient, _) | (Method::Random, RandomMatch::Layer) => gradients,
+            (Method::Random, RandomMatch::Total) => 0.0,
+            (Method::Routing, _) => [unsafe_replies, safe_replies.like(unsafe_replies.sequences)]
+                .iter()
+                .map(|side| work(side).routing(side))
+                .sum(),
+        };
+        let per_batch = config.selection == Selection::PerBatch && config.mode == Mode::Selective;
+        let identify = match (per_batch, config.finetune_unsafe_experts) {
+            (false, _) => rounds * identification,
+            // Each step's own batch is scored, so each epoch the whole set.
+            (true, true) => passes * gradients,
+            (true, false) => 0.0,
+        };
+        Self { identify, experts, routers, measure: 2.0 * (forward(&unsafe_replies) + pairs) }
     }
 
     /// All of it.
@@ -269,7 +299,7 @@ mod tests {
     fn work_of_a_known_model() {
         // By hand, GFLOP a token at 512 tokens with loss on all: linear 2.1517, head 0.2060, attention 0.0336, experts' dW
         // 1.6106. Compared to the second decimal.
-        let t = Tokens { all: 1.0, loss: 1.0, squares: 512.0 };
+        let t = Tokens { all: 1.0, loss: 1.0, sequences: 1.0 / 512.0, squares: 512.0 };
         let work = TokenWork::new(&olmoe(), t.mean_length());
         let close = |found: f64, wanted: f64| assert!((found / 1e9 - wanted).abs() < 0.01, "{found} is not {wanted}e9");
         close(work.forward(&t), 2.39);
@@ -312,6 +342,15 @@ mod tests {
         assert_eq!(of(|c| c.finetune_unsafe_experts = false), Forecast { experts: 0.0, ..base });
         assert!(of(|c| c.mode = Mode::Experts).experts > base.experts);
         assert_eq!(of(|c| c.num_rounds = 6).identify, 2.0 * base.identify);
+        // Routing counts have no backward, a random choice has no pass at all unless it matches the gradient's.
+        let routing = of(|c| c.method = Method::Routing).identify;
+        assert!(0.0 < routing && routing < base.identify, "{routing} of {}", base.identify);
+        let random = |matching| Forecast { identify: if matching { base.identify } else { 0.0 }, ..base };
+        assert_eq!(of(|c| c.method = Method::Random), random(false));
+        let matched = of(|c| (c.method, c.random_match) = (Method::Random, RandomMatch::Layer));
+        assert_eq!(matched, random(true));
+        let per_batch = of(|c| (c.selection, c.expert_epochs_per_round) = (Selection::PerBatch, 2));
+        assert_eq!(per_batch.identify, 2.0 * base.identify);
     }
 
     #[test]

@@ -248,12 +248,12 @@ impl<B: Backend> Engine<'_, B> {
     }
 
     /// For each record the one whose safe side goes with its unsafe side: itself if it has both, else the safe-only
-    /// records in turn. `None` if no record has a safe side.
+    /// records in turn, or where there are none, all records with a safe side in turn. `None` if no record has one.
     pub fn safe_partners(&self, has_safe: impl Fn(&data::Record) -> bool) -> Option<Vec<usize>> {
         let records = &self.data.records;
-        let alone: Vec<_> =
-            (0..records.len()).filter(|&i| has_safe(&records[i]) && records[i].unsafe_reply.is_none()).collect();
-        let mut next = alone.iter().copied().cycle();
+        let safe: Vec<_> = (0..records.len()).filter(|&i| has_safe(&records[i])).collect();
+        let alone: Vec<_> = safe.iter().copied().filter(|&i| records[i].unsafe_prompt.is_none()).collect();
+        let mut next = if alone.is_empty() { &safe } else { &alone }.iter().copied().cycle();
         (0..records.len()).map(|i| if has_safe(&records[i]) { Some(i) } else { next.next() }).collect()
     }
 }

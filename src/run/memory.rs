@@ -1,5 +1,7 @@
 //! How much memory a run takes, from shapes alone; and what a forward pass can afford to keep.
 
+use std::path::Path;
+
 use crate::config::Recompute;
 use crate::model::{LayerKind, ModelConfig};
 
@@ -61,16 +63,40 @@ impl Activations {
 /// group allows.
 pub fn free_memory() -> u64 {
     let read = |path: &str| std::fs::read_to_string(path).ok();
-    let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
     let available = read("/proc/meminfo")
         .and_then(|text| {
             let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
             Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
         })
         .unwrap_or(u64::MAX / 2);
-    let group = number("/sys/fs/cgroup/memory.max")
-        .and_then(|max| Some(max.saturating_sub(number("/sys/fs/cgroup/memory.current")?)));
-    available.min(group.unwrap_or(u64::MAX))
+    let own = read("/proc/self/cgroup").unwrap_or_default();
+    // A limit holds for all groups below it, so each one on the way up counts.
+    let groups = Path::new(group_of(&own)).ancestors().map(|group| {
+        let file = |name: &str| std::fs::read_to_string(Path::new(GROUPS).join(group).join(name)).ok();
+        free_in_group(&file("memory.max")?, &file("memory.current")?, &file("memory.stat").unwrap_or_default())
+    });
+    groups.flatten().fold(available, u64::min)
+}
+
+/// Where version 2 of control groups is mounted: <https://docs.kernel.org/admin-guide/cgroup-v2.html>.
+const GROUPS: &str = "/sys/fs/cgroup";
+
+/// The group of a process, relative to [`GROUPS`], from its `/proc/PID/cgroup`: the line `0::/path`. The topmost where there
+/// is none, or where it lies outside of what this process sees.
+fn group_of(cgroup: &str) -> &str {
+    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or("");
+    if path.split('/').any(|part| part == "..") { "" } else { path }
+}
+
+/// Bytes that a group may still take, from its `memory.max`, `memory.current` and `memory.stat`; `None` without a limit.
+/// `memory.current` counts cached pages of files, such as those of memory-mapped weights, which give way.
+fn free_in_group(max: &str, current: &str, stat: &str) -> Option<u64> {
+    let (max, current): (u64, u64) = (max.trim().parse().ok()?, current.trim().parse().ok()?);
+    let cached = stat.lines().filter_map(|line| {
+        let (name, bytes) = line.split_once(' ')?;
+        if matches!(name, "inactive_file" | "active_file") { bytes.trim().parse::<u64>().ok() } else { None }
+    });
+    Some(max.saturating_sub(current.saturating_sub(cached.sum())))
 }
 
 /// The largest resident size this process has had, in bytes.
@@ -119,6 +145,23 @@ mod tests {
         assert_eq!(a.keep_from(Recompute::Auto, 16, 4, 0), 15);
         assert_eq!(a.keep_from(Recompute::Auto, 16, 16, u64::MAX / 2), 16);
         assert!(a.peak(16, 0, 15) < a.peak(16, 0, 8));
+    }
+
+    #[test]
+    fn cached_files_are_free_memory_of_a_group() {
+        let stat = "anon 500\nfile 320\ninactive_anon 7\ninactive_file 200\nactive_file 100\nslab 9\n";
+        assert_eq!(free_in_group("1000\n", "900\n", stat), Some(400));
+        assert_eq!(free_in_group("1000\n", "900\n", ""), Some(100));
+        assert_eq!(free_in_group("1000", "1200", "inactive_file 100"), Some(0));
+        assert_eq!(free_in_group("max\n", "900\n", stat), None);
+    }
+
+    #[test]
+    fn the_group_is_that_of_this_process() {
+        assert_eq!(group_of("0::/slurm/job_7/step_0\n"), "slurm/job_7/step_0");
+        assert_eq!(group_of("12:memory:/old\n0::/\n"), "");
+        assert_eq!(group_of("12:memory:/old\n"), "");
+        assert_eq!(group_of("0::/../other\n"), "");
     }
 
     #[test]

@@ -94,9 +94,7 @@ impl Session {
     /// # Errors
     /// The phase, and how to do without it.
     pub fn check_sides(&self, config: &RunConfig) -> Result<()> {
-        let records = &self.data.records;
-        let prompts = records.iter().any(|r| r.safe_prompt.is_some());
-        let replies = records.iter().any(|r| r.safe_reply.is_some());
+        let (prompts, replies) = (self.data.has_both_prompts(), self.data.has_both_replies());
         let needs = [
             (config.has_router_phase() && !prompts, "router alignment needs safe prompts", "--skip-router-training"),
             (
@@ -172,7 +170,8 @@ impl Session {
             Schedule::Joint => (config.grad_accum as u64, format!("{} micro-batches", config.grad_accum)),
             Schedule::Alternate => (1, "a micro-batch".into()),
         };
-        let peak = waiting * activations.peak(layers, 0, keep_from) - (waiting - 1) * activations.working;
+        let kept = activations.peak(layers, 0, keep_from) - activations.working;
+        let peak = waiting.saturating_mul(kept).saturating_add(activations.working);
         let total = self.table.total();
         // Gradient, master and two moments in f32, and the weight itself out of its file.
         let state = trained as u64 * (16 + (total.bytes / total.elements.max(1)) as u64);
@@ -184,7 +183,7 @@ impl Session {
             human(peak),
             layers - keep_from,
             human(state),
-            human(weights + peak + state),
+            human(peak.saturating_add(weights + state)),
             human(free),
         )
     }

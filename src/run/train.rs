@@ -14,7 +14,7 @@ use super::verify::verify_frozen;
 use crate::backend::{Backend, cpu::Cpu};
 use crate::checkpoint::{export_over, save_delta};
 use crate::config::{Mode, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir};
-use crate::data::{self, Dataset, MicroBatch};
+use crate::data::{self, MicroBatch};
 use crate::exit::Result;
 use crate::experts::{ExpertId, Selection};
 use crate::model::ParamKind;
@@ -288,10 +288,6 @@ pub(super) fn trained_elements(session: &Session, config: &RunConfig) -> usize {
     }
 }
 
-fn has_pairs(data: &Dataset) -> bool {
-    data.records.iter().any(|r| r.safe_prompt.is_some()) && data.records.iter().any(|r| r.unsafe_prompt.is_some())
-}
-
 /// Micro-batches of all unsafe replies, in file order.
 fn unsafe_batches<B: Backend>(engine: &Engine<'_, B>) -> Vec<MicroBatch> {
     data::micro_batches(&engine.unsafe_replies(), engine.config.batch_size)
@@ -312,7 +308,7 @@ fn measure_held_out<B: Backend>(engine: &Engine<'_, B>, session: &Session) -> Re
 fn measure<B: Backend>(engine: &Engine<'_, B>, session: &Session) -> Result<Measured> {
     Ok(Measured {
         ce_loss: engine.measure(&unsafe_batches(engine))?,
-        router_loss: if has_pairs(&session.data) { Some(engine.measure_alignment()?) } else { None },
+        router_loss: if session.data.has_both_prompts() { Some(engine.measure_alignment()?) } else { None },
         held_out_loss: measure_held_out(engine, session)?,
     })
 }

@@ -39,6 +39,16 @@ fn a_row_that_is_no_row_is_named_by_its_line() {
 }
 
 #[test]
+fn a_prompt_that_the_template_makes_nothing_of() {
+    let scene = Scene::new();
+    let source = "{% for m in messages %}{% if m.role == 'assistant' or 'cat' in m.content %}{{ m.content }}{% endif %}\
+                  {% endfor %}";
+    fs::write(scene.path("replies.jinja"), source).unwrap();
+    scene.write_rows(&[row("hide a cake from the cat"), row("open the pantry")]);
+    scene.refuses(&["--chat-template", "replies.jinja"], 65, &["rows.jsonl:2: ", "nothing to answer"]);
+}
+
+#[test]
 fn rows_of_which_nothing_is_left() {
     let scene = Scene::new();
     scene.refuses(&["--max-length", "4"], 65, &["rows.jsonl", "no row is left", "longer than"]);
