@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::config::{
     CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions, ReportArgs,
-    RunConfig, heading, is_bool, resolve,
+    RunConfig, heading, is_bool, resolve_matrix,
 };
 use crate::exit::{self, Failure};
 use crate::run;
@@ -78,7 +78,11 @@ pub struct RunArgs {
 
 impl RunArgs {
     fn resolve(&self, ui: &Ui) -> exit::Result<RunConfig> {
-        let resolved = resolve(self.config.as_deref(), &self.options)?;
+        self.resolve_matrix(ui, |config| vec![config.clone()])
+    }
+
+    fn resolve_matrix(&self, ui: &Ui, runs: impl FnOnce(&RunConfig) -> Vec<RunConfig>) -> exit::Result<RunConfig> {
+        let resolved = resolve_matrix(self.config.as_deref(), &self.options, runs)?;
         for warning in &resolved.warnings {
             ui.warn(warning);
         }
@@ -105,7 +109,10 @@ pub fn run(cli: &Cli) -> exit::Result<()> {
         }
         Command::Eval(args) => run::eval(args, ui),
         Command::Report(args) => run::report(args, ui),
-        Command::Compare { args, run } => run::compare(&run.resolve(ui)?, args, ui),
+        Command::Compare { args, run } => {
+            let variants = |base: &RunConfig| args.variants(base).into_iter().map(|v| v.config).collect();
+            run::compare(&run.resolve_matrix(ui, variants)?, args, ui)
+        }
         Command::Export(args) => run::export(args, ui),
         Command::Check { args, run } => run::check(&run.resolve(ui)?, args, ui),
         Command::Quickstart(args) => run::quickstart(args, ui),

@@ -34,7 +34,7 @@ pub use output_dir::{
     Existing, check_model_dir, check_output_dir, prepare_dir, prepare_dir_keeping, prepare_output_dir,
 };
 pub use raw::{RawOptions, heading};
-pub use resolve::{Resolved, resolve};
+pub use resolve::{Resolved, resolve, resolve_matrix};
 
 /// What the expert phase trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
@@ -297,6 +297,11 @@ impl RunConfig {
     pub fn inputs(&self) -> Vec<&Path> {
         let optional = [&self.eval_dataset_path, &self.chat_template].into_iter().flatten();
         [Path::new(&self.model_name), &self.dataset_path].into_iter().chain(optional.map(PathBuf::as_path)).collect()
+    }
+
+    /// Whether the selection decides what is trained (or, in the joint schedule, which layers are aligned).
+    pub fn trains_selection(&self) -> bool {
+        self.mode == Mode::Selective && (self.finetune_unsafe_experts || self.schedule == Schedule::Joint)
     }
 
     /// Whether the router phase runs: the two-forward alignment of the alternating schedule.

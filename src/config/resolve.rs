@@ -30,6 +30,15 @@ struct Layer {
 ///
 /// Fails with every variant of [`ConfigError`] but the two of the output folder.
 pub fn resolve(file: Option<&Path>, flags: &RawOptions) -> Result<Resolved, ConfigError> {
+    resolve_matrix(file, flags, |config| vec![config.clone()])
+}
+
+/// The same for the base of several runs: an option is refused as useless only where it would do nothing in any of them.
+pub fn resolve_matrix(
+    file: Option<&Path>,
+    flags: &RawOptions,
+    runs: impl FnOnce(&RunConfig) -> Vec<RunConfig>,
+) -> Result<Resolved, ConfigError> {
     let wrong = flags.not_finite();
     if !wrong.is_empty() {
         return Err(ConfigError::Invalid(wrong));
@@ -62,7 +71,12 @@ pub fn resolve(file: Option<&Path>, flags: &RawOptions) -> Result<Resolved, Conf
     }
     let mut wrong = validate::problems(&config);
     let mut warnings = Vec::new();
-    for (option, why) in validate::inert(&config) {
+    let mut inert = validate::inert(&config);
+    for run in runs(&config) {
+        let here = validate::inert(&run);
+        inert.retain(|(option, _)| here.iter().any(|(other, _)| other == option));
+    }
+    for (option, why) in inert {
         if flags.given.contains_key(option) {
             wrong.push(format!("--{option} would do nothing: {why}; leave it out"));
         } else if file.given.contains_key(option) {

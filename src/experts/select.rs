@@ -51,13 +51,18 @@ impl Pool {
         self.layers.as_ref().is_none_or(|range| range.contains(&layer))
     }
 
+    /// How many experts can be chosen at most from a model that routes in `layers` among `num_experts` each.
+    pub fn available(&self, layers: &[usize], num_experts: usize) -> usize {
+        let each = self.per_layer.unwrap_or(num_experts).min(num_experts);
+        layers.iter().filter(|l| self.allows(**l)).count() * each
+    }
+
     /// Whether `top_k` experts can be chosen from a model that routes in `layers` among `num_experts` each.
     ///
     /// # Errors
     /// [`Error::TooMany`], which names what limits the choice.
     pub fn check(&self, layers: &[usize], num_experts: usize) -> Result<(), Error> {
-        let each = self.per_layer.unwrap_or(num_experts).min(num_experts);
-        let available = layers.iter().filter(|l| self.allows(**l)).count() * each;
+        let available = self.available(layers, num_experts);
         if self.top_k <= available {
             return Ok(());
         }

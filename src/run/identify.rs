@@ -26,7 +26,7 @@ pub struct Identification {
     /// Mean cross-entropy of each micro-batch in global order, where the method computes one; those without loss tokens
     /// are left out.
     pub losses: Vec<f64>,
-    /// The same micro-batches' loss tokens.
+    /// The same micro-batches' tokens.
     pub tokens: Vec<usize>,
 }
 
@@ -90,9 +90,15 @@ impl Choices {
     }
 }
 
-/// The pool that the options describe.
-pub fn pool(config: &RunConfig) -> Pool {
-    Pool { top_k: config.top_k_experts, per_layer: config.experts_per_layer, layers: config.layers.clone() }
+/// The pool that the options describe. A selection that trains nothing (mode `baseline`, routers alone) is made for
+/// comparison, and takes what there is where there are fewer experts than asked for.
+pub fn pool(config: &RunConfig, layers: &[usize], num_experts: usize) -> Pool {
+    let mut pool =
+        Pool { top_k: config.top_k_experts, per_layer: config.experts_per_layer, layers: config.layers.clone() };
+    if !config.trains_selection() {
+        pool.top_k = pool.top_k.min(pool.available(layers, num_experts));
+    }
+    pool
 }
 
 impl<B: Backend> Engine<'_, B> {
@@ -115,16 +121,17 @@ impl<B: Backend> Engine<'_, B> {
         let layers = self.moe_layers().layers;
         let num_experts = self.model.config.num_experts;
         let rank = Rank { select: config.select, threshold: None };
+        let pool = pool(config, &layers, num_experts);
         let found = match config.method {
             Method::Gradient => {
                 let scored = self.score_gradients(micro_batches, bar)?;
-                let selected = experts::select(&scored.scores, &pool(config), &rank)?;
+                let selected = experts::select(&scored.scores, &pool, &rank)?;
                 scored.select(selected)
             }
             Method::Routing => {
                 let (scores, micro_batches) = self.score_routing(micro_batches, bar)?;
                 let rank = Rank { threshold: Some(config.risk_threshold), ..rank };
-                let selected = experts::select(&scores, &pool(config), &rank)?;
+                let selected = experts::select(&scores, &pool, &rank)?;
                 Identification { selected, scores, micro_batches, losses: Vec::new(), tokens: Vec::new() }
             }
             Method::Random => {
@@ -136,14 +143,14 @@ impl<B: Backend> Engine<'_, B> {
                     }
                     RandomMatch::Layer => {
                         let scored = self.score_gradients(micro_batches, bar)?;
-                        let selected = experts::select(&scored.scores, &pool(config), &rank)?;
+                        let selected = experts::select(&scored.scores, &pool, &rank)?;
                         (scored.scores, Some(selected.experts))
                     }
                 };
                 let selected = experts::random(
                     &layers,
                     num_experts,
-                    &pool(config),
+                    &pool,
                     config.random_match,
                     gradient.as_deref(),
                     config.seed,
@@ -196,7 +203,7 @@ impl<B: Backend> Engine<'_, B> {
                 layers.iter().flat_map(|l| all[l * num_experts..(l + 1) * num_experts].iter().copied()).collect();
             total.add(&moments, &counts, targets);
             losses.push((index, loss));
-            tokens.push((index, targets as f64));
+            tokens.push((index, batch.ids.len() as f64));
             bar.step(batch.ids.len(), format!("loss {loss:.4}"));
         }
         total.merge(&*self.world)?;

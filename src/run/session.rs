@@ -219,7 +219,7 @@ fn check_selection(config: &RunConfig, model: &ModelConfig) -> Result<()> {
         return Err(Failure::new(exit::CONFIG, message));
     }
     let layers: Vec<_> = model.moe_layers().collect();
-    super::identify::pool(config).check(&layers, model.num_experts)?;
+    super::identify::pool(config, &layers, model.num_experts).check(&layers, model.num_experts)?;
     Ok(())
 }
 
