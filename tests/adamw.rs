@@ -82,7 +82,7 @@ fn each_parameter_follows_the_formula_by_its_own_count() {
         }
         for (i, (x, y)) in cpu.weight_host(&weights[p.param]).to_f32().iter().zip(&w).enumerate() {
             // Seven f32 updates of size 1e-2, each good to 1e-4 (β₂ = 0.999 in f32 is 5e-5 of 1 − β₂ off), on weights near 1.
-            assert!((f64::from(*x) - y).abs() < 2e-6, "parameter {}[{i}]: {x}, not {y}", p.param);
+            assert!((f64::from(*x) - y).abs() < 3e-7, "parameter {}[{i}]: {x}, not {y}", p.param);
         }
     }
 }
@@ -126,7 +126,6 @@ fn a_resumed_optimizer_goes_on_bit_for_bit() {
         for state in &saved {
             resumed.import(&cpu, state).unwrap();
         }
-        assert_eq!(resumed.bytes(), 15 * 12);
         for number in 2..5 {
             step(&cpu, &mut whole, &mut weights, number, &params);
             step(&cpu, &mut resumed, &mut others, number, &params);

@@ -213,7 +213,12 @@ fn identification(name: &str) {
     for (config, key, end) in
         [(&capped, "at_most_2_per_layer", Select::Highest), (&case.config, "lowest", Select::Lowest)]
     {
-        let found = select(&found.scores, &pool(config), &Rank { select: end, threshold: None }).unwrap();
+        let found = select(
+            &found.scores,
+            &pool(config, &found.scores.layers, found.scores.num_experts),
+            &Rank { select: end, threshold: None },
+        )
+        .unwrap();
         assert_eq!(found.experts, experts(&selection[key]), "selection {key}");
     }
 

@@ -660,13 +660,13 @@ fn adamw_is_that_of_the_paper() {
         let s = AdamwStep { lr: 0.01, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.1, step, grad_scale: 0.5 };
         cpu.buffer_write(&mut g, 9, grad);
         cpu.adamw(&mut w, &mut m, &mut v, 1..n + 1, &g, 9, &s);
-        let (b1, b2) = (f64::from(s.beta1), f64::from(s.beta2));
+        let (b1, b2) = (s.beta1, s.beta2);
         for i in 0..n {
             let g = f64::from(grad[i]) * 0.5;
             m64[i] = b1 * m64[i] + (1.0 - b1) * g;
             v64[i] = b2 * v64[i] + (1.0 - b2) * g * g;
             let (mh, vh) = (m64[i] / (1.0 - b1.powi(step as i32)), v64[i] / (1.0 - b2.powi(step as i32)));
-            w64[i] -= f64::from(s.lr) * (mh / (vh.sqrt() + f64::from(s.eps)) + f64::from(s.weight_decay) * w64[i]);
+            w64[i] -= s.lr * (mh / (vh.sqrt() + s.eps) + s.weight_decay * w64[i]);
         }
         assert_close(&cpu.buffer_read(&w, 1..n + 1), &w64, 1e-6, 1e-6, "a dozen f32 roundings a step");
     }

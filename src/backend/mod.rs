@@ -123,19 +123,20 @@ pub enum ExpertGrad {
 /// (`[gate, up]`, each `[F, D]`, or `[down]`, `[D, F]`). All experts have the same shapes.
 pub type Stacks<'a, W> = [Vec<&'a W>];
 
-/// AdamW's numbers for one step (Loshchilov & Hutter, arXiv 1711.05101, as in PyTorch).
+/// AdamW's numbers for one step (Loshchilov & Hutter, arXiv 1711.05101, as in PyTorch). In f64, so that 1 − β₂ is rounded
+/// once: from the f32 next to 0.999 it would be 1.3e-5 of itself off.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamwStep {
     /// Learning rate of this step.
-    pub lr: f32,
+    pub lr: f64,
     /// Decay of the first moment.
-    pub beta1: f32,
+    pub beta1: f64,
     /// Decay of the second moment.
-    pub beta2: f32,
+    pub beta2: f64,
     /// Added to the root of the second moment.
-    pub eps: f32,
+    pub eps: f64,
     /// Decoupled weight decay; multiplied by `lr`.
-    pub weight_decay: f32,
+    pub weight_decay: f64,
     /// This step's number, from 1, for the bias corrections.
     pub step: u64,
     /// The gradient is multiplied by this first (averaging, clipping).

@@ -43,7 +43,6 @@ pub struct Inputs<B: Backend> {
     loss_rows: B::Indices,
     targets: B::Indices,
     rows: usize,
-    num_targets: usize,
 }
 
 /// How a forward pass is to run.
@@ -147,18 +146,12 @@ impl<B: Backend> Inputs<B> {
             loss_rows: b.indices(loss_rows),
             targets: b.indices(targets),
             rows: ids.len(),
-            num_targets: targets.len(),
         }
     }
 
     /// T
     pub fn rows(&self) -> usize {
         self.rows
-    }
-
-    /// Number of rows that carry loss.
-    pub fn num_targets(&self) -> usize {
-        self.num_targets
     }
 }
 

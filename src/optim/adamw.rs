@@ -59,7 +59,7 @@ pub struct Gradient {
     pub offset: usize,
 }
 
-/// The optimizer's state of one parameter, on the host: what a resumed run needs.
+/// The optimizer's state of one parameter, on the host: what a phase needs to go on midway.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ParamState {
     /// Whose.
@@ -112,8 +112,8 @@ impl<B: Backend> Default for AdamW<B> {
 }
 
 impl<B: Backend> AdamW<B> {
-    const BETAS: (f32, f32) = (0.9, 0.999);
-    const EPS: f32 = 1e-8;
+    const BETAS: (f64, f64) = (0.9, 0.999);
+    const EPS: f64 = 1e-8;
 
     /// Of no parameter yet.
     pub fn new() -> Self {
@@ -139,16 +139,6 @@ impl<B: Backend> AdamW<B> {
         self.slabs.push(slab);
     }
 
-    /// The parameters that have state, ascending.
-    pub fn params(&self) -> impl Iterator<Item = ParamId> + '_ {
-        self.slots.keys().copied()
-    }
-
-    /// Bytes of all state.
-    pub fn bytes(&self) -> usize {
-        self.slots.values().map(|s| 3 * size_of::<f32>() * s.range.len()).sum()
-    }
-
     /// Updates the parameters that have a gradient, each at most once. Gradients are multiplied by `grad_scale` first.
     ///
     /// # Panics
@@ -170,11 +160,11 @@ impl<B: Backend> AdamW<B> {
         for span in spans(&self.slots, gradients) {
             let Slab { master, m, v } = &mut self.slabs[span.slab];
             let step = AdamwStep {
-                lr: lrs.of(span.group) as f32,
+                lr: lrs.of(span.group),
                 beta1: Self::BETAS.0,
                 beta2: Self::BETAS.1,
                 eps: Self::EPS,
-                weight_decay: weight_decay as f32,
+                weight_decay,
                 step: span.step,
                 grad_scale: grad_scale as f32,
             };
@@ -186,7 +176,8 @@ impl<B: Backend> AdamW<B> {
         }
     }
 
-    /// The state of every parameter, one at a time, ascending.
+    /// The state of every parameter, one at a time, ascending: for a checkpoint within a phase. (Between phases there is
+    /// nothing to keep, each begins with fresh moments.)
     pub fn export<'a>(&'a self, backend: &'a B) -> impl Iterator<Item = ParamState> + 'a {
         self.slots.iter().map(move |(param, slot)| {
             let Slab { master, m, v } = &self.slabs[slot.slab];

@@ -6,7 +6,7 @@ mod schedule;
 mod shard;
 
 pub use adamw::{AdamW, Gradient, Group, LearningRates, ParamState, Trainable};
-pub use meter::{LossMeter, check_finite, clip_factor, global_norm};
+pub use meter::{LossMeter, clip_factor};
 pub use schedule::LrPlan;
 pub use shard::{Piece, ShardPlan};
 
@@ -16,17 +16,9 @@ use serde::{Deserialize, Serialize};
 use crate::exit::{self, Coded};
 use crate::model::ParamId;
 
-/// Why an update cannot be made or continued.
+/// Why an optimizer cannot go on from a saved state.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
-    /// A loss or a norm is NaN or infinite; nothing was updated.
-    #[error("{what} is {value}: nothing was updated (a lower learning rate or --max-grad-norm may help)")]
-    NotFinite {
-        /// What it is, of which step.
-        what: String,
-        /// NaN or infinite.
-        value: f64,
-    },
     /// A saved optimizer state does not fit the parameters that are trained.
     #[error("the saved optimizer state of parameter {param} does not fit this run: {reason}")]
     State {
@@ -40,7 +32,6 @@ pub enum Error {
 impl Coded for Error {
     fn exit_code(&self) -> u8 {
         match self {
-            Error::NotFinite { .. } => exit::NOT_FINITE,
             Error::State { .. } => exit::DATA,
         }
     }

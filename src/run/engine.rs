@@ -10,9 +10,14 @@ use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::{Dataset, MicroBatch};
 use crate::exit::{self, Failure, Result};
+<<<<<<< HEAD
 use crate::model::{
     Forward, ForwardOptions, GradPlan, Inputs, LayerKind, Model, Observer, ParamId, PassEnd, find_non_finite,
 };
+=======
+use crate::model::{Forward, ForwardOptions, GradPlan, Inputs, LayerKind, Model, Observer, ParamId, PassEnd};
+use crate::optim::LossMeter;
+>>>>>>> fix1
 
 /// Everything a phase works with on one rank.
 pub struct Engine<'a, B: Backend> {
@@ -74,18 +79,17 @@ impl<'a, B: Backend> Engine<'a, B> {
 
     /// Mean cross-entropy over the loss tokens of these micro-batches, without gradient; all ranks get the same.
     pub fn measure(&self, batches: &[MicroBatch]) -> Result<Option<f64>> {
-        let mut sums = [0.0, 0.0];
+        let mut losses = LossMeter::default();
         for batch in batches.iter().skip(self.world.rank()).step_by(self.world.world_size()) {
             if batch.targets.is_empty() {
                 continue;
             }
             let inputs = self.inputs(batch);
             let forward = self.forward(&inputs, None, PassEnd::Loss { all_rows: false }, None);
-            sums[0] += self.model.loss(&inputs, &forward);
-            sums[1] += batch.targets.len() as f64;
+            losses.add(self.model.loss(&inputs, &forward), batch.targets.len());
         }
-        self.world.all_reduce_f64(&mut sums)?;
-        Ok((sums[1] > 0.0).then(|| sums[0] / sums[1]))
+        losses.merge(&*self.world)?;
+        Ok(losses.mean())
     }
 
     /// The present values of the parameters that an optimizer wrote.

@@ -53,11 +53,6 @@ impl<B: Backend> Trainer<B> {
         }
     }
 
-    /// Bytes of gradients, masters and moments.
-    pub fn bytes(&self) -> usize {
-        self.optimizer.bytes() + self.plan.len() * size_of::<f32>()
-    }
-
     /// Zeroes the gradients for the next step.
     pub fn clear(&mut self, engine: &Engine<'_, B>) {
         engine.model.backend.buffer_clear(&mut self.grads);

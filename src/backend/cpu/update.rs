@@ -35,11 +35,12 @@ pub(super) fn adamw(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f3
     let &AdamwStep { lr, beta1, beta2, eps, weight_decay, step: t, grad_scale } = step;
     assert!(t >= 1, "AdamW's steps count from 1");
     // Scalars in f64, as PyTorch has them; only what meets an element is rounded.
-    let (correct1, correct2) = (1.0 - f64::from(beta1).powf(t as f64), 1.0 - f64::from(beta2).powf(t as f64));
-    let keep = (1.0 - f64::from(lr) * f64::from(weight_decay)) as f32;
-    let rate = (f64::from(lr) / correct1) as f32;
+    let (correct1, correct2) = (1.0 - beta1.powf(t as f64), 1.0 - beta2.powf(t as f64));
+    let keep = (1.0 - lr * weight_decay) as f32;
+    let rate = (lr / correct1) as f32;
     let root = correct2.sqrt() as f32;
-    let (take1, take2) = ((1.0 - f64::from(beta1)) as f32, (1.0 - f64::from(beta2)) as f32);
+    let (take1, take2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
+    let (beta2, eps) = (beta2 as f32, eps as f32);
     let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
     let chunks = master.par_chunks_mut(CHUNK).zip(moments).zip(grad.par_chunks(CHUNK));
     chunks.for_each(|((w, (m, v)), grad)| {
