@@ -10,14 +10,10 @@ use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::{Dataset, MicroBatch};
 use crate::exit::{self, Failure, Result};
-<<<<<<< HEAD
 use crate::model::{
     Forward, ForwardOptions, GradPlan, Inputs, LayerKind, Model, Observer, ParamId, PassEnd, find_non_finite,
 };
-=======
-use crate::model::{Forward, ForwardOptions, GradPlan, Inputs, LayerKind, Model, Observer, ParamId, PassEnd};
 use crate::optim::LossMeter;
->>>>>>> fix1
 
 /// Everything a phase works with on one rank.
 pub struct Engine<'a, B: Backend> {
