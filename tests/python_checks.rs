@@ -1,4 +1,5 @@
-//! What Python says of a run's outputs, where Python is there.
+//! What Python says of a run's outputs. Ignored unless asked for, so that what did not run does not count as passed;
+//! `tests/all.sh` asks where Python is there.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -17,10 +18,10 @@ fn golden(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case)
 }
 
-/// The interpreter: `MOEWARDEN_PYTHON`, or `python3`.
-fn python(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Option<Output> {
+/// The interpreter `MOEWARDEN_PYTHON`, or `python3`, with these arguments.
+fn python(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Output {
     let python = std::env::var_os("MOEWARDEN_PYTHON").unwrap_or("python3".into());
-    Command::new(python).args(args).output().ok()
+    Command::new(&python).args(args).output().unwrap_or_else(|e| panic!("{}: {e}", python.display()))
 }
 
 fn script(name: &str) -> PathBuf {
@@ -51,16 +52,13 @@ fn passes(output: &Output) {
 }
 
 #[test]
+#[ignore = "skipped: needs python3"]
 fn python_reads_the_pickle() {
-    if python(["--version"]).is_none_or(|output| !output.status.success()) {
-        println!("skipped: there is no python3");
-        return;
-    }
     let temp = tempfile::tempdir().unwrap();
     train(temp.path(), &golden("olmoe").join("model"), &golden("olmoe").join("data.json"));
     let [pickle, scores] =
         ["expert_gradients.pkl", "expert_scores.json"].map(|name| temp.path().join("out").join(name));
-    let check = |pickle: &Path| python([script("check_pickle.py").as_path(), pickle, &scores]).unwrap();
+    let check = |pickle: &Path| python([script("check_pickle.py").as_path(), pickle, &scores]);
     passes(&check(&pickle));
 
     // The check can fail: the last bit of the last gradient, which stands before SETITEMS three times and STOP.
@@ -73,17 +71,23 @@ fn python_reads_the_pickle() {
     assert!(!said.status.success() && String::from_utf8_lossy(&said.stderr).contains("is not its score"), "{said:?}");
 }
 
-/// Models of each family as transformers wrote them, in both layouts, and our own in the other layout and in bf16.
+/// Models of each family as transformers wrote them, in both layouts, and our own in the other layout and in bf16. Under CI,
+/// where time is short, one fused and one in bf16.
 fn models(folder: &Path) -> Vec<(PathBuf, PathBuf)> {
     let mut models: Vec<_> = ["olmoe", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe_fused", "qwen2_fused"]
         .map(|case| (golden(case).join("model"), golden(case).join("data.json")))
         .into();
-    for (family, layout) in [
-        ("olmoe", Layout::PerExpert),
-        ("mixtral", Layout::PerExpert),
+    let mut own = vec![
         ("qwen3_moe", Layout::Fused),
         ("qwen2_moe", Layout::Fused),
-    ] {
+        ("olmoe", Layout::PerExpert),
+        ("mixtral", Layout::PerExpert),
+    ];
+    if std::env::var_os("CI").is_some() {
+        models.truncate(5);
+        own.truncate(1);
+    }
+    for (family, layout) in own {
         let dir = folder.join(format!("{family}_bf16"));
         let spec = TinySpec { dtype: Dtype::Bf16, layout, ..TinySpec::new(family) };
         write_random_checkpoint(&dir, &spec).unwrap();
@@ -140,11 +144,8 @@ fn expectation(folder: &Path, model: &Path, data: &Path) -> Value {
 }
 
 #[test]
+#[ignore = "skipped: needs python3 with torch, transformers and safetensors"]
 fn transformers_loads_what_was_exported() {
-    if python(["-c", "import torch, transformers, safetensors"]).is_none_or(|output| !output.status.success()) {
-        println!("skipped: python3 does not have torch, transformers and safetensors");
-        return;
-    }
     let temp = tempfile::tempdir().unwrap();
     for (i, (model, data)) in models(temp.path()).into_iter().enumerate() {
         let folder = temp.path().join(i.to_string());
@@ -155,10 +156,10 @@ fn transformers_loads_what_was_exported() {
         let check = script("check_export.py");
         let export = folder.join("out/final_model");
         println!("{}", model.display());
-        passes(&python([&check, &model, &export, &rows]).unwrap());
+        passes(&python([&check, &model, &export, &rows]));
         if i == 0 {
             // The check can fail: the source in place of what was trained.
-            let said = python([&check, &model, &model, &rows]).unwrap();
+            let said = python([&check, &model, &model, &rows]);
             assert!(String::from_utf8_lossy(&said.stderr).contains("kept its bits but was trained"), "{said:?}");
         }
     }

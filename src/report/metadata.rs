@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::experts::{ExpertId, Method, ScorePer, Selection};
+use crate::experts::{ExpertId, Method, Score, ScorePer, Selection};
+use crate::optim::LrSchedule;
 use crate::routers::{ConsistencyLayers, KlType, Statistic};
 
 /// The whole file.
@@ -25,7 +26,13 @@ pub struct TrainingMetadata {
     pub expert_lr: f64,
     pub router_lr: f64,
     pub weight_decay: f64,
+    pub lr_schedule: LrSchedule,
+    pub warmup_steps: usize,
+    pub max_grad_norm: Option<f64>,
+    pub mode: String,
+    pub schedule: String,
     pub method: Method,
+    pub score: Score,
     pub score_per: ScorePer,
     pub selection: Selection,
     pub kl_type: KlType,
@@ -112,7 +119,13 @@ mod tests {
             expert_lr: 5e-5,
             router_lr: 1e-4,
             weight_decay: 0.01,
+            lr_schedule: LrSchedule::Constant,
+            warmup_steps: 0,
+            max_grad_norm: None,
+            mode: "selective".into(),
+            schedule: "alternate".into(),
             method: Method::Gradient,
+            score: Score::L1Mean,
             score_per: ScorePer::Param,
             selection: Selection::Global,
             kl_type: KlType::Forward,
@@ -144,6 +157,8 @@ mod tests {
             assert!(value.get(name).is_some(), "{name} is missing");
         }
         assert_eq!(value["kl_type"], "forward");
+        assert_eq!((&value["score"], &value["lr_schedule"]), (&"l1-mean".into(), &"constant".into()));
+        assert!(value["max_grad_norm"].is_null());
         let router = serde_json::json!({"round": 1, "step": "router", "loss": null, "num_identified_experts": 12});
         assert_eq!(value["training_logs"][1], router);
         let round = &value["identified_experts_per_round"]["1"];

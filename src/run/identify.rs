@@ -238,7 +238,13 @@ impl<B: Backend> Engine<'_, B> {
             bar.step(safe.ids.len() + unsafe_.ids.len(), "");
         }
         total.merge(&*self.world)?;
-        let batches = total.batches();
+        let (batches, skipped) = (total.batches(), total.skipped());
+        if skipped > 0 {
+            bar.warn(format_args!(
+                "{skipped} of {} batches have no token of --routing-tokens on one side and do not count",
+                batches + skipped,
+            ));
+        }
         Ok((total.finish()?, batches))
     }
 

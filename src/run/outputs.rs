@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::identify::Identification;
@@ -206,6 +207,11 @@ fn strategy(config: &RunConfig) -> &'static str {
     }
 }
 
+/// An option's value as it is given on the command line.
+fn name(value: impl ValueEnum) -> String {
+    value.to_possible_value().expect("no value is hidden").get_name().to_owned()
+}
+
 fn metadata(config: &RunConfig) -> TrainingMetadata {
     TrainingMetadata {
         model_name: config.model_name.clone(),
@@ -220,7 +226,13 @@ fn metadata(config: &RunConfig) -> TrainingMetadata {
         expert_lr: config.expert_lr,
         router_lr: config.router_lr,
         weight_decay: config.weight_decay,
+        lr_schedule: config.lr_schedule,
+        warmup_steps: config.warmup_steps,
+        max_grad_norm: config.max_grad_norm,
+        mode: name(config.mode),
+        schedule: name(config.schedule),
         method: config.method,
+        score: config.score,
         score_per: config.score_per,
         selection: config.selection,
         kl_type: config.kl_type,

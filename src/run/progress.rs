@@ -1,5 +1,6 @@
 //! A progress bar that also says how many tokens a second go through the model.
 
+use std::fmt::Display;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
@@ -8,6 +9,7 @@ use crate::ui::{Bar, Ui};
 /// Progress through the micro-batches or steps of one phase.
 pub struct Progress<'a> {
     bar: Option<Bar<'a>>,
+    ui: Option<&'a Ui>,
     started: Instant,
     tokens: AtomicUsize,
 }
@@ -15,12 +17,17 @@ pub struct Progress<'a> {
 impl<'a> Progress<'a> {
     /// Over `len` micro-batches or steps.
     pub fn new(ui: &'a Ui, len: usize, label: impl Into<String>) -> Self {
-        Self { bar: Some(ui.bar(len as u64, label)), started: Instant::now(), tokens: AtomicUsize::new(0) }
+        Self {
+            bar: Some(ui.bar(len as u64, label)),
+            ui: Some(ui),
+            started: Instant::now(),
+            tokens: AtomicUsize::new(0),
+        }
     }
 
     /// Shows nothing.
     pub fn hidden() -> Self {
-        Self { bar: None, started: Instant::now(), tokens: AtomicUsize::new(0) }
+        Self { bar: None, ui: None, started: Instant::now(), tokens: AtomicUsize::new(0) }
     }
 
     /// One unit more is done: `tokens` went through the model.
@@ -31,6 +38,13 @@ impl<'a> Progress<'a> {
             let gap = if message.as_ref().is_empty() { "" } else { ", " };
             bar.set_message(format!("{}{gap}{rate:.0} tokens/s", message.as_ref()));
             bar.inc(1);
+        }
+    }
+
+    /// A warning beside the bar.
+    pub fn warn(&self, text: impl Display) {
+        if let Some(ui) = self.ui {
+            ui.warn(text);
         }
     }
 }
