@@ -46,7 +46,11 @@ pub struct TrainingMetadata {
     pub safe_ratio: f64,
     pub max_samples: usize,
     pub seed: u64,
-    /// Mean cross-entropy of the held-out rows before and after; null where none were given.
+    /// Mean cross-entropy of all unsafe rows' refusals, before the first round and after the last; null until then.
+    pub ce_loss: Option<[Option<f64>; 2]>,
+    /// The divergence of the routers between safe and unsafe prompts, before and after.
+    pub router_loss: Option<[Option<f64>; 2]>,
+    /// Mean cross-entropy of the held-out rows, before and after; null where none were given.
     pub held_out_loss: Option<[Option<f64>; 2]>,
     /// One entry a phase.
     pub training_logs: Vec<TrainingLog>,
@@ -139,6 +143,8 @@ mod tests {
             safe_ratio: 0.5,
             max_samples: 128,
             seed: 42,
+            ce_loss: None,
+            router_loss: None,
             held_out_loss: None,
             training_logs: vec![
                 TrainingLog { round: 1, step: TrainingStep::Expert, loss: Some(2.5), num_identified_experts: 12 },

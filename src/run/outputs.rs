@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::identify::Identification;
 use super::phases::StepResult;
+use super::resume::Measured;
 use crate::config::{Mode, RunConfig, Schedule};
 use crate::exit::Result;
 use crate::experts::{ExpertId, ExpertScores, Method};
@@ -172,9 +173,15 @@ impl<'a> Outputs<'a> {
         Ok(write_json(self.path("training_metadata.json"), &metadata)?)
     }
 
-    /// What was measured on the held-out rows before and after.
-    pub fn held_out(&mut self, before: Option<f64>, after: Option<f64>) {
-        self.metadata.held_out_loss = Some([before, after]);
+    /// What was measured before the first round and after the last.
+    pub fn measured(&mut self, before: &Measured, after: &Measured) {
+        let both = |loss: fn(&Measured) -> Option<f64>| {
+            let both = [loss(before), loss(after)];
+            both.iter().any(Option::is_some).then_some(both)
+        };
+        self.metadata.ce_loss = both(|m| m.ce_loss);
+        self.metadata.router_loss = both(|m| m.router_loss);
+        self.metadata.held_out_loss = both(|m| m.held_out_loss);
     }
 
     fn row(&mut self, mut row: MetricsRow) -> Result<()> {
@@ -246,6 +253,8 @@ fn metadata(config: &RunConfig) -> TrainingMetadata {
         safe_ratio: config.safe_ratio,
         max_samples: config.max_samples,
         seed: config.seed,
+        ce_loss: None,
+        router_loss: None,
         held_out_loss: None,
         training_logs: Vec::new(),
         identified_experts_per_round: BTreeMap::new(),

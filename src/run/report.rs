@@ -120,36 +120,28 @@ fn names(dirs: &[&Path]) -> Vec<String> {
 
 fn summary(runs: &[&Run]) -> Table {
     let mut table = Table::new(
-        "Runs: cross-entropy is that of the first and of the last step that has one",
-        ["run", "method", "strategy", "rounds", "selected", "first CE", "last CE", "first KL", "last KL", "held-out"],
+        "Runs: losses over all rows, before the first round → after the last",
+        ["run", "method", "strategy", "rounds", "selected", "cross-entropy", "divergence", "held-out"],
     );
     for run in runs {
         let scores = run.scores.as_ref();
         let method = scores.map_or_else(|| "-".into(), |s| format!("{:?}", s.method).to_lowercase());
         let rounds = scores.map_or(0, |s| s.rounds.len());
         let selected = run.choice().map_or(0, |c| c.selected.len());
-        let ends = |loss: fn(&MetricsRow) -> Option<f64>| {
-            let mut all = run.metrics.iter().filter_map(loss);
-            let first = all.next();
-            [first, all.next_back().or(first)].map(|x| x.map_or_else(|| "-".into(), |x| format!("{x:.4}")))
+        let change = |name: &str| {
+            let number = |x: &Value| x.as_f64().map_or_else(|| "-".into(), |x| format!("{x:.4}"));
+            let both: Vec<String> = run.metadata[name].as_array().into_iter().flatten().map(number).collect();
+            if both.is_empty() { "-".into() } else { both.join(" → ") }
         };
-        let [ce_first, ce_last] = ends(|row| row.ce_loss);
-        let [kl_first, kl_last] = ends(|row| row.router_loss);
-        let held_out: Vec<String> = run.metadata["held_out_loss"]
-            .as_array()
-            .map(|both| both.iter().filter_map(Value::as_f64).map(|x| format!("{x:.4}")).collect())
-            .unwrap_or_default();
         table.row([
             run.name.clone(),
             method,
             run.metadata("training_strategy"),
             rounds.to_string(),
             selected.to_string(),
-            ce_first,
-            ce_last,
-            kl_first,
-            kl_last,
-            if held_out.is_empty() { "-".into() } else { held_out.join(" → ") },
+            change("ce_loss"),
+            change("router_loss"),
+            change("held_out_loss"),
         ]);
     }
     table

@@ -100,7 +100,7 @@ pub fn train(config: &RunConfig, ui: &Ui) -> Result<TrainSummary> {
     let after = measure(&engine, &session)?;
     after.check_finite()?;
     ui.line(losses_line("after", &after));
-    outputs.held_out(before.held_out_loss, after.held_out_loss);
+    outputs.measured(&before, &after);
     outputs.write_metadata()?;
 
     let final_model = outputs.path("final_model");
