@@ -10,13 +10,13 @@ use crate::exit::{self, Coded};
 #[non_exhaustive]
 pub enum Error {
     /// A file that cannot be read.
-    #[error("{}: {source}{hint}", path.display())]
+    #[error("{}: cannot be read; {hint}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// What the system answered.
         source: io::Error,
-        /// The way out, empty where there is none to name.
+        /// The way out.
         hint: &'static str,
     },
     /// A file that is not what it should be as a whole.
@@ -49,7 +49,7 @@ pub enum Error {
 
 impl Error {
     pub(super) fn read(path: &Path, source: io::Error) -> Self {
-        Self::Read { path: path.to_owned(), source, hint: "" }
+        Self::Read { path: path.to_owned(), source, hint: "is the path right, and is it a file that you may read?" }
     }
 
     pub(super) fn file(path: &Path, what: impl ToString) -> Self {

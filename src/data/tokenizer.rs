@@ -47,7 +47,7 @@ impl ChatTokenizer {
         let bytes = fs::read(&path).map_err(|source| Error::Read {
             path: path.clone(),
             source,
-            hint: "; a tokenizer of another form is converted with AutoTokenizer.from_pretrained(..).save_pretrained(..)",
+            hint: "a tokenizer of another form is converted with AutoTokenizer.from_pretrained(..).save_pretrained(..)",
         })?;
         let mut tokenizer =
             Tokenizer::from_bytes(&bytes).map_err(|e| Error::file(&path, format!("no tokenizer: {e}")))?;

@@ -74,7 +74,7 @@ pub struct ModelConfig {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum Error {
-    #[error("cannot read {path}")]
+    #[error("cannot read {path}; a model folder holds config.json beside its safetensors files")]
     Read { path: PathBuf, source: io::Error },
     #[error("{path} is not a model's configuration: {message}")]
     NotJson { path: PathBuf, message: String },
