@@ -153,6 +153,16 @@ const TOP_FILES: [&str; 11] = [
     "compare.md",
 ];
 
+/// Papers that model folders carry; an export copies them with all other small files.
+const PAPERS: [&str; 6] = ["README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md"];
+
+/// Whether a file's name is one that model folders have. An export copies more than these where its source has more, but
+/// what somebody may have put beside the model (notes.md, thesis.txt) must not be taken for it.
+fn is_of_a_model(name: &str) -> bool {
+    let endings = [".safetensors", ".json", ".jinja", ".model", ".tiktoken"];
+    PAPERS.contains(&name) || ["vocab.txt", "merges.txt"].contains(&name) || endings.iter().any(|e| name.ends_with(e))
+}
+
 /// Whether moewarden writes a file, or (answering with the place inside it) a folder, of this name here; what it was
 /// writing when it was killed included.
 fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
@@ -161,9 +171,8 @@ fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
         let heatmap = name.starts_with("heatmap-") && name.ends_with(".svg");
         let ours = match place {
             Place::Top => TOP_FILES.contains(&name) || heatmap,
-            // An export has copied whatever small files its source had.
-            Place::Model => is_model_file(name) && !TOP_FILES.contains(&name),
-            Place::ModelFolder => is_model_file(name),
+            Place::Model => is_model_file(name) && is_of_a_model(name) && !TOP_FILES.contains(&name),
+            Place::ModelFolder => is_model_file(name) && is_of_a_model(name),
             Place::State => true,
         };
         return ours.then_some(place);
@@ -253,7 +262,7 @@ mod tests {
         "final_model/config.json",
         "checkpoints/step_7/state.bin",
         "round_12/",
-        "final_model/Modelfile",
+        "final_model/tokenizer.tiktoken",
         "final_model/additional_chat_templates/tool_use.jinja",
         // a killed run's
         ".round_2.partial/model.safetensors",
@@ -290,6 +299,7 @@ mod tests {
     fn what_is_not_ours_saves_everything() {
         for foreign in [
             "thesis.txt",
+            "final_model/notes.md",
             ".thesis.txt.qX3f9a.part",
             ".data.partial/",
             "final_model/pytorch_model.bin",
@@ -328,8 +338,8 @@ mod tests {
         check_model_dir(model.path(), true, &[]).unwrap();
         assert!(check_model_dir(model.path(), true, &[model.path()]).is_err());
         assert!(check_model_dir(run.path(), true, &[]).is_err());
-        let notes = folder(&["thesis.txt", "notes.md"]);
-        assert!(check_model_dir(notes.path(), true, &[]).unwrap_err().to_string().contains("config.json"));
+        let data = folder(&["rows.json", "README.md"]);
+        assert!(check_model_dir(data.path(), true, &[]).unwrap_err().to_string().contains("config.json"));
         check_model_dir(&run.path().join("new"), false, &[]).unwrap();
         assert!(!run.path().join("new").exists() && held(model.path()) == 2);
     }
