@@ -8,7 +8,7 @@ use crate::exit::{self, Coded};
 
 /// A weight that is NaN or infinite.
 #[derive(Debug, thiserror::Error, PartialEq)]
-#[error("the weight `{tensor}` is not finite at entry {index}; the model is damaged or its training diverged")]
+#[error("the weight `{tensor}` is NaN or infinite at element {index}")]
 pub struct NotFinite {
     /// The parameter's name.
     pub tensor: String,

@@ -9,9 +9,9 @@ use crate::backend::{Backend, HostTensor};
 use crate::collective::Collective;
 use crate::config::RunConfig;
 use crate::data::{Dataset, MicroBatch};
-use crate::exit::{self, Failure, Result};
+use crate::exit::{self, Context, Failure, Result};
 use crate::model::{
-    Forward, ForwardOptions, GradPlan, Inputs, LayerKind, Model, Observer, ParamId, PassEnd, find_non_finite,
+    Forward, ForwardOptions, GradPlan, Inputs, LayerKind, Model, NotFinite, Observer, ParamId, PassEnd, find_non_finite,
 };
 use crate::optim::LossMeter;
 
@@ -97,14 +97,10 @@ impl<'a, B: Backend> Engine<'a, B> {
     pub fn check_weights(&self, when: &str) -> Result<()> {
         for (id, value) in self.changed() {
             if let Some(index) = find_non_finite(&value) {
-                return Err(Failure::new(
-                    exit::NOT_FINITE,
-                    format!(
-                        "the weight {} is NaN or infinite at element {index} after {when}; the model of that round was not \
-                         saved. Lower the learning rates or set --max-grad-norm",
-                        self.model.table.params[id].name()
-                    ),
-                ));
+                let what = format!(
+                    "training diverged in {when}, whose model was not saved: lower the learning rates or set --max-grad-norm"
+                );
+                return Err(NotFinite { tensor: self.model.table.params[id].name(), index }).context(what);
             }
         }
         Ok(())

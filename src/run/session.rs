@@ -11,7 +11,7 @@ use crate::config::{RunConfig, Schedule, hub_cache};
 use crate::data::{ChatTokenizer, DataOptions, Dataset};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::Method;
-use crate::model::{Checkpoint, Group, Model, ModelConfig, ParamTable};
+use crate::model::{Checkpoint, Model, ModelConfig, ParamTable};
 use crate::ui::Ui;
 
 /// What a run reads.
@@ -121,17 +121,8 @@ impl Session {
     /// # Errors
     /// A weight that is NaN or infinite.
     pub fn engine<'a, B: Backend>(&'a self, config: &'a RunConfig, backend: Arc<B>) -> Result<Engine<'a, B>> {
-        if let Some((id, index)) = self.table.find_non_finite() {
-            let spec = &self.table.params[id];
-            return Err(Failure::new(
-                exit::NOT_FINITE,
-                format!(
-                    "the weight {} of {} is NaN or infinite at element {index}: the checkpoint is damaged; fetch it again",
-                    spec.name(),
-                    self.dir.display()
-                ),
-            ));
-        }
+        let damaged = format!("the checkpoint {} is damaged: fetch it again", self.dir.display());
+        self.table.check_finite().context(damaged)?;
         let world: Arc<dyn Collective> = Arc::new(threads::single());
         let model = Model::new(backend, self.model.clone(), self.table.clone());
         Ok(Engine { model, world, config, data: &self.data, touched: Default::default() })
@@ -153,7 +144,7 @@ impl Session {
         );
         for (group, count) in self.table.by_group() {
             let share = 100.0 * count.elements as f64 / total.elements as f64;
-            lines += &format!("\n  {:<10} {:>14} parameters  {share:5.1} %", group_name(group), count.elements);
+            lines += &format!("\n  {:<10} {:>14} parameters  {share:5.1} %", group.to_string(), count.elements);
         }
         lines
     }
@@ -219,11 +210,5 @@ fn check_selection(config: &RunConfig, model: &ModelConfig) -> Result<()> {
         return Err(Failure::new(exit::CONFIG, message));
     }
     let layers: Vec<_> = model.moe_layers().collect();
-    super::identify::pool(config, &layers, model.num_experts).check(&layers, model.num_experts)?;
-    Ok(())
-}
-
-/// A group of parameters, as people call it.
-fn group_name(group: Group) -> String {
-    group.to_string()
+    Ok(super::identify::pool(config, &layers, model.num_experts).check(&layers, model.num_experts)?)
 }

@@ -172,34 +172,28 @@ fn train_round<B: Backend>(
         describe_selection(&found, engine, ui);
         selected = found.selected.experts;
     }
-    if config.schedule == Schedule::Joint {
-        let progress = Progress::new(ui, engine.expert_steps(), format!("round {} joint", round + 1));
+    let joint = config.schedule == Schedule::Joint;
+    if joint || config.finetune_unsafe_experts {
+        let (phase, step, name) = match joint {
+            true => (Phase::Joint, TrainingStep::Joint, "joint"),
+            false => (Phase::Expert, TrainingStep::Expert, "experts"),
+        };
+        let progress = Progress::new(ui, engine.expert_steps(), format!("round {} {name}", round + 1));
         let mut found = None;
-        let losses = logged(outputs, Phase::Joint, round, |on_step| {
-            found = engine.train_jointly(round, &selected, &progress, on_step)?;
+        let losses = logged(outputs, phase, round, |on_step| {
+            found = match joint {
+                true => engine.train_jointly(round, &selected, &progress, on_step)?,
+                false => engine.train_experts(round, &selected, &progress, on_step)?,
+            };
             Ok(())
         })?;
         if let Some(found) = found {
             outputs.identified(round + 1, &found)?;
             selected = found.selected.experts;
         }
-        outputs.phase_done(round + 1, TrainingStep::Joint, &losses, selected.len());
-        return Ok(selected);
+        outputs.phase_done(round + 1, step, &losses, selected.len());
     }
-    if config.finetune_unsafe_experts {
-        let progress = Progress::new(ui, engine.expert_steps(), format!("round {} experts", round + 1));
-        let mut found = None;
-        let losses = logged(outputs, Phase::Expert, round, |on_step| {
-            found = engine.train_experts(round, &selected, &progress, on_step)?;
-            Ok(())
-        })?;
-        if let Some(found) = found {
-            outputs.identified(round + 1, &found)?;
-            selected = found.selected.experts;
-        }
-        outputs.phase_done(round + 1, TrainingStep::Expert, &losses, selected.len());
-    }
-    if !config.skip_router_training {
+    if config.has_router_phase() {
         let progress = Progress::new(ui, engine.router_steps(), format!("round {} routers", round + 1));
         let losses = logged(outputs, Phase::Router, round, |on_step| engine.train_routers(round, &progress, on_step))?;
         outputs.phase_done(round + 1, TrainingStep::Router, &losses, selected.len());
@@ -271,20 +265,11 @@ fn describe_trained(session: &Session, config: &RunConfig, ui: &Ui) {
 
 /// The most parameters that are trained at once.
 pub(super) fn trained_elements(session: &Session, config: &RunConfig) -> usize {
-    let elements = |chosen: fn(ParamKind) -> bool| session.table.count(|spec| chosen(spec.kind)).elements;
-    let experts = match config.mode {
-        _ if !config.finetune_unsafe_experts => 0,
-        Mode::Selective => config.top_k_experts * 3 * session.model.hidden_size * session.model.expert_width,
-        Mode::Experts => elements(|kind| matches!(kind, ParamKind::Expert(..))),
-        Mode::Baseline => session.table.total().elements,
-    };
-    let routers = match config.skip_router_training {
-        true => 0,
-        false => elements(|kind| matches!(kind, ParamKind::Router(_))),
-    };
-    match (config.schedule, config.mode) {
-        (Schedule::Joint, Mode::Selective | Mode::Experts) => experts + routers,
-        _ => experts.max(routers),
+    let [(_, experts), (_, routers), (_, others)] = trained_by_kind(session, config);
+    if config.schedule == Schedule::Joint || config.mode == Mode::Baseline {
+        experts + routers + others
+    } else {
+        experts.max(routers)
     }
 }
 
