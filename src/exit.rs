@@ -63,6 +63,11 @@ impl Failure {
         Self { code: self.code, error: self.error.context(what) }
     }
 
+    /// Whether one of the causes is an error of this type.
+    pub fn is<E: std::error::Error + Send + Sync + 'static>(&self) -> bool {
+        self.error.chain().any(|cause| cause.is::<E>())
+    }
+
     /// The causes, outermost first.
     pub fn chain(&self) -> impl Iterator<Item = String> + '_ {
         self.error.chain().map(ToString::to_string)

@@ -1,6 +1,8 @@
 //! The routing method: how much more often unsafe prompts are routed to an expert than safe ones.
 
-use super::score::merge_sums;
+use serde::{Deserialize, Serialize};
+
+use super::score::{add_sums, merge_sums};
 use super::{Error, ExpertScores, RoutingTokens};
 use crate::collective::{self, Collective};
 
@@ -61,7 +63,7 @@ impl RoutingCounts {
 /// ```text
 /// r(l,e) = (1/B) Σ_b ( f_unsafe − f_safe )
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FrequencyAccumulator {
     layers: Vec<usize>,
     num_experts: usize,
@@ -99,6 +101,13 @@ impl FrequencyAccumulator {
     /// Batches without a chosen token on one side, of this rank before [`Self::merge`], of all after it.
     pub fn skipped(&self) -> u64 {
         self.skipped
+    }
+
+    /// Adds the sums and the counts of another rank of the same run.
+    pub fn absorb(&mut self, other: &Self) {
+        add_sums(&mut self.sums, &other.sums);
+        self.batches += other.batches;
+        self.skipped += other.skipped;
     }
 
     /// Adds up the sums and the counts of all ranks; all then hold the same.

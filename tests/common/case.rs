@@ -157,7 +157,7 @@ pub fn ce_gradients(engine: &Engine<'_, Cpu>, batch: &MicroBatch, ids: &[ParamId
     let inputs = engine.inputs(batch);
     let forward = engine.forward(&inputs, Some(&plan), PassEnd::Loss { all_rows: false }, None);
     let (mut grads, mut scores) = (b.buffer(plan.len()), b.scores(0));
-    let mut sinks = Sinks { plan: &plan, grads: &mut grads, scores: &mut scores };
+    let mut sinks = Sinks { plan: &plan, grads: &mut grads, scores: &mut scores, done: None };
     let n = batch.targets.len() as f64;
     let loss_grads = LossGrads { ce_scale: (1.0 / n) as f32, routers: &[] };
     let loss = model.backward(&inputs, forward, loss_grads, &mut sinks).expect("a pass to the loss") / n;
