@@ -7,6 +7,7 @@
 mod commands;
 mod compare;
 mod file;
+mod launch;
 mod layers;
 mod names;
 mod output_dir;
@@ -28,6 +29,7 @@ use crate::routers::{ConsistencyLayers, KlType, Statistic};
 
 pub use commands::{CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
 pub use compare::{Ablation, CompareArgs, Variant};
+pub use launch::{Launch, Launcher};
 pub use layers::Layers;
 pub use names::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
 pub use output_dir::{
@@ -340,6 +342,9 @@ pub enum ConfigError {
     /// This build or machine cannot do it.
     #[error("{0}")]
     Unavailable(String),
+    /// What started this process contradicts itself, the options or this build.
+    #[error("{0}")]
+    Launch(String),
     /// A path that YAML cannot hold.
     #[error("an option is not text, so that config.resolved.yaml could not hold it: {0}")]
     NotText(String),
@@ -370,7 +375,7 @@ impl Coded for ConfigError {
             ConfigError::NotRead { .. } => exit::IO,
             ConfigError::Missing(_) => exit::USAGE,
             ConfigError::File { .. } | ConfigError::Invalid(_) | ConfigError::NotText(_) => exit::CONFIG,
-            ConfigError::Unavailable(_) => exit::LAUNCHER,
+            ConfigError::Unavailable(_) | ConfigError::Launch(_) => exit::LAUNCHER,
             ConfigError::OutputDir { .. } | ConfigError::OutputIo { .. } => exit::CANNOT_CREATE,
         }
     }

@@ -134,10 +134,8 @@ impl FrequencyAccumulator {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::collective::threads;
+    use crate::collective::conformance::on_threads;
 
     fn counts(mask: &[bool], ids: &[u32]) -> RoutingCounts {
         let mut out = RoutingCounts::new(mask.to_vec(), 1, 3);
@@ -163,7 +161,7 @@ mod tests {
 
     #[test]
     fn the_mean_is_over_batches_and_skips_one_sided_ones() {
-        let merged = threads::run(2, Duration::from_secs(60), |c| {
+        let merged = on_threads(2, |c| {
             let mut acc = FrequencyAccumulator::new(vec![4], 3);
             if c.rank() == 0 {
                 acc.add(&counts(&[true; 2], &[0, 0]), &counts(&[true; 4], &[0, 1, 1, 1]));

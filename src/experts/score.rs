@@ -169,10 +169,8 @@ pub(super) fn merge_sums<const N: usize>(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::collective::threads;
+    use crate::collective::conformance::on_threads;
 
     fn accumulator(score: Score, per: ScorePer) -> ScoreAccumulator {
         ScoreAccumulator::new(score, per, vec![1, 3], 2, 4)
@@ -215,7 +213,7 @@ mod tests {
     fn ranks_merge_to_the_scores_of_one() {
         let moments = |b: usize| -> Vec<f64> { (0..4).map(|i| ((b * 7 + i * 3) % 11) as f64 / 7.0).collect() };
         let score = |ranks: usize| {
-            threads::run(ranks, Duration::from_secs(60), |c| {
+            on_threads(ranks, move |c| {
                 let mut acc = accumulator(Score::L2, ScorePer::Param);
                 for b in (0..10).filter(|b| b % ranks == c.rank()) {
                     acc.add(&moments(b), &[2; 4], if b == 4 { 0 } else { 5 });
