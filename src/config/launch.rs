@@ -79,6 +79,21 @@ impl Launch {
         )))
     }
 
+    /// That only one process was started, of a command that has no ranks.
+    ///
+    /// # Errors
+    /// [`ConfigError::Launch`] if there are more.
+    pub fn check_single(&self) -> Result<(), ConfigError> {
+        if self.world_size == 1 {
+            return Ok(());
+        }
+        let Self { launcher, world_size, .. } = self;
+        Err(ConfigError::Launch(format!(
+            "{launcher} started {world_size} processes of a command that runs as one (only `train` and `identify` have \
+             ranks): start it without {launcher}, or as one process"
+        )))
+    }
+
     /// That this build can join the processes that were started.
     ///
     /// # Errors

@@ -26,6 +26,8 @@ pub struct Engine<'a, B: Backend> {
     pub world: Arc<dyn Collective>,
     /// Ranks on this machine, this one included: they share its memory.
     pub ranks_here: usize,
+    /// Ranks for whose number the steps are made. A run that goes on with another number of ranks takes the same steps.
+    pub step_ranks: usize,
     /// Whether this process was asked to save and leave.
     pub stop: Stop,
     /// What is to go wrong on this rank, in tests.
@@ -54,6 +56,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             model,
             world: rank.world.clone(),
             ranks_here: rank.here,
+            step_ranks: rank.world.world_size(),
             stop: rank.stop.clone(),
             fault: rank.fault.clone(),
             config,
@@ -67,7 +70,7 @@ impl<'a, B: Backend> Engine<'a, B> {
     ///
     /// # Errors
     /// The error on purpose.
-    pub fn pass(&mut self, point: Point) -> Result<()> {
+    pub(super) fn pass(&mut self, point: Point) -> Result<()> {
         let Some(fault) = &self.fault else { return Ok(()) };
         match fault.pass(point)? {
             Some(Action::Nan) => self.poisoned = true,
@@ -81,6 +84,14 @@ impl<'a, B: Backend> Engine<'a, B> {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Passes a stage of saving a checkpoint.
+    ///
+    /// # Errors
+    /// The error on purpose.
+    pub(super) fn pass_save(&self) -> Result<()> {
+        self.fault.as_ref().map_or(Ok(()), |fault| fault.pass(Point::Save).map(drop))
     }
 
     /// Memory that this rank may take: its part of what is free on its machine.

@@ -146,7 +146,7 @@ impl<B: Backend> Engine<'_, B> {
     /// # Errors
     /// A failure of this rank or another; too many steps in a row with numbers that are not finite.
     pub fn train(&mut self, run: &mut PhaseRun<B>, bar: &Progress<'_>, on_step: OnStep<'_, B>) -> Result<ControlFlow<()>> {
-        let per_step = self.config.accum(run.phase) * self.world.world_size();
+        let per_step = self.config.accum(run.phase) * self.step_ranks;
         let epochs = self.config.epochs(run.phase);
         let mut order = (usize::MAX, Vec::new());
         while run.so_far.steps < run.total {
@@ -172,6 +172,7 @@ impl<B: Backend> Engine<'_, B> {
     }
 
     fn step(&mut self, run: &mut PhaseRun<B>, group: &[Batch], what: &str) -> Result<StepResult> {
+        self.poisoned = false;
         self.pass(Point::Step)?;
         if self.selects_per_batch() && run.phase != Phase::Router {
             let unsafe_: Vec<_> = group.iter().map(|batch| batch.records[batch.safe..].to_vec()).collect();
@@ -301,7 +302,7 @@ impl<B: Backend> Engine<'_, B> {
             Phase::Joint => self.unsafe_replies().len().div_ceil(self.config.batch_size - self.safe_a_batch()),
             _ => self.unsafe_replies().len().div_ceil(self.config.batch_size),
         };
-        let per_step = self.config.accum(phase) * self.world.world_size();
+        let per_step = self.config.accum(phase) * self.step_ranks;
         self.config.epochs(phase) * micro_batches.div_ceil(per_step)
     }
 

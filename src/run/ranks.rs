@@ -7,6 +7,7 @@ use super::fault::{Fault, Faulty};
 use super::stop::Stop;
 use crate::collective::threads::{self, Outcome};
 use crate::collective::{self, Collective};
+use crate::config::{Launch, RunConfig};
 use crate::exit::{self, Failure, Result};
 use crate::ui::Ui;
 
@@ -41,13 +42,28 @@ pub struct Rank {
 }
 
 impl Rank {
-    /// Whether this is the rank that writes and speaks for all.
-    pub fn leads(&self) -> bool {
-        self.world.rank() == 0
+    /// The only rank there is.
+    pub fn single(ui: Ui) -> Self {
+        Self { world: Arc::new(threads::single()), here: 1, ui, stop: Stop::default(), fault: None }
     }
 }
 
 impl Ranks {
+    /// Those that a launcher started and the options ask for. `stop` is what signals raise, `fault` what is to go wrong.
+    ///
+    /// # Errors
+    /// A launcher that the options or MPI contradict, or that this build cannot join.
+    pub fn of(config: &RunConfig, launch: &Launch, stop: Stop, fault: Option<Fault>) -> Result<Self> {
+        launch.check_ranks(config.ranks)?;
+        launch.check_build(cfg!(feature = "mpi"))?;
+        let timeout = Duration::from_secs(config.timeout);
+        let kind = match launch.world_size {
+            1 => Kind::Threads { world_size: config.ranks, timeout },
+            _ => Kind::Process { world: join(launch, timeout, &stop)?, here: launch.local_size },
+        };
+        Ok(Self { kind, stop, fault })
+    }
+
     /// Threads of this process; one is the process itself.
     pub fn threads(world_size: usize, timeout: Duration) -> Self {
         Self { kind: Kind::Threads { world_size, timeout }, stop: Stop::default(), fault: None }
@@ -56,11 +72,6 @@ impl Ranks {
     /// This process alone.
     pub fn single() -> Self {
         Self::threads(1, Duration::MAX)
-    }
-
-    /// This process is one of several; `here` of them run on this machine.
-    pub fn process(world: Arc<dyn Collective>, here: usize) -> Self {
-        Self { kind: Kind::Process { world, here }, stop: Stop::default(), fault: None }
     }
 
     /// All ranks of the run.
@@ -77,6 +88,19 @@ impl Ranks {
             Kind::Threads { world_size, .. } => *world_size,
             Kind::Process { here, .. } => *here,
         }
+    }
+
+    /// The processes that this one has to agree with.
+    pub fn other_processes(&self) -> Option<&dyn Collective> {
+        match &self.kind {
+            Kind::Threads { .. } => None,
+            Kind::Process { world, .. } => Some(&**world),
+        }
+    }
+
+    /// Whether this process holds rank 0, which writes and speaks for all.
+    pub fn leads(&self) -> bool {
+        self.other_processes().is_none_or(|world| world.rank() == 0)
     }
 
     /// Does something that each process does by itself (opening its files, say): in the end, either all processes were
@@ -116,8 +140,10 @@ impl Ranks {
                     rank.world.abort(failure.code(), &failure.to_string());
                 }
                 match rank.world.world_size() {
-                    1 => failure,
-                    n => failure.context(format!("rank {} of {n}", rank.world.rank())),
+                    n if n > 1 && failure.code() != exit::REQUEUE => {
+                        failure.context(format!("rank {} of {n}", rank.world.rank()))
+                    }
+                    _ => failure,
                 }
             })
         };
@@ -130,6 +156,19 @@ impl Ranks {
             }
         }
     }
+}
+
+/// The processes that the launcher started, joined by MPI.
+#[cfg(feature = "mpi")]
+fn join(launch: &Launch, timeout: Duration, stop: &Stop) -> Result<Arc<dyn Collective>> {
+    let world = collective::mpi::init(timeout, stop.flag())?;
+    launch.check_mpi(world.world_size())?;
+    Ok(Arc::new(world))
+}
+
+#[cfg(not(feature = "mpi"))]
+fn join(_: &Launch, _: Duration, _: &Stop) -> Result<Arc<dyn Collective>> {
+    unreachable!("a build without MPI has refused such a launch")
 }
 
 /// What rank 0 returned, or why there is nothing to return: a rank's own failure comes before what others heard of it.
@@ -207,8 +246,8 @@ mod tests {
         let sum = three().run(&Ui::silent(), |rank| {
             let mut sum = [rank.world.rank() as f64];
             rank.world.all_reduce_f64(&mut sum)?;
-            Ok((rank.leads(), sum[0]))
+            Ok((rank.world.rank(), sum[0]))
         });
-        assert_eq!(sum.unwrap(), (true, 3.0));
+        assert_eq!(sum.unwrap(), (0, 3.0));
     }
 }

@@ -22,7 +22,6 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::engine::Engine;
-use super::fault::Point;
 use super::identify::ScanState;
 use super::outputs::{Outputs, Progressed};
 use super::phase::{PhaseRun, SoFar};
@@ -32,7 +31,7 @@ use crate::backend::Backend;
 use crate::checkpoint::{
     AsideDir, Entry, Manifest, clear_left, load_delta, partial_path, read_optimizer, remove, save_delta, write_optimizer,
 };
-use crate::collective::all_ok;
+use crate::collective::{Collective, all_ok};
 use crate::config::{Device, Recompute, RunConfig};
 use crate::exit::{self, Failure, Result};
 use crate::files;
@@ -167,7 +166,7 @@ impl<'a> Checkpoints<'a> {
     /// A disk that refuses, ranks that differ.
     pub fn save<B: Backend>(
         &self,
-        engine: &mut Engine<'_, B>,
+        engine: &Engine<'_, B>,
         position: Position,
         within: Within<'_, B>,
         outputs: &Outputs<'_>,
@@ -177,7 +176,7 @@ impl<'a> Checkpoints<'a> {
         let leads = world.rank() == 0;
         replicas::check(engine)?;
         world.doing(&format!("saving {}", position.folder()));
-        engine.pass(Point::Save)?;
+        engine.pass_save()?;
         let target = self.folder().join(position.folder());
         let begun = || -> Result<Option<AsideDir>> {
             if !leads {
@@ -189,10 +188,10 @@ impl<'a> Checkpoints<'a> {
             Ok(Some(aside))
         };
         let aside = all_ok(&*world, begun())?;
-        engine.pass(Point::Save)?;
+        engine.pass_save()?;
         let dir = partial_path(&target)?;
         let own = self.write_own(engine, &dir, &within);
-        engine.pass(Point::Save)?;
+        engine.pass_save()?;
         let entries = serde_json::to_vec(&all_ok(&*world, own)?).expect("names and numbers");
         let all = world.all_gather(&entries)?;
         let finish = |aside: AsideDir| -> Result<()> {
@@ -213,13 +212,9 @@ impl<'a> Checkpoints<'a> {
                 files.extend(serde_json::from_slice::<BTreeMap<String, Entry>>(entries).expect("written above"));
             }
             Manifest::new(files).write(aside.path())?;
-            if let Some(fault) = &engine.fault {
-                fault.pass(Point::Save)?;
-            }
+            engine.pass_save()?;
             aside.finish(true)?;
-            if let Some(fault) = &engine.fault {
-                fault.pass(Point::Save)?;
-            }
+            engine.pass_save()?;
             self.prune(position)
         };
         all_ok(&*world, aside.map_or(Ok(()), finish))
@@ -301,11 +296,25 @@ impl<'a> Checkpoints<'a> {
         Ok(None)
     }
 
-    /// The checkpoint that rank 0 found by [`Self::newest`], read by a rank that trusts it.
+    /// [`Self::newest`] for all ranks: rank 0 looks at every bit, the others read what it chose.
     ///
     /// # Errors
-    /// A folder that this rank cannot read.
-    pub fn read(&self, folder: &Path) -> Result<Found> {
+    /// Those of [`Self::newest`]; a folder that a rank cannot read.
+    pub fn agree_on_newest(&self, world: &dyn Collective, ui: &Ui) -> Result<Option<Found>> {
+        world.doing("the choice of a checkpoint");
+        let found = all_ok(world, if world.rank() == 0 { self.newest(ui) } else { Ok(None) })?;
+        let name = found.as_ref().and_then(|found| found.folder.file_name()?.to_str()).unwrap_or_default();
+        let chosen = world.all_gather(name.as_bytes())?.swap_remove(0);
+        let chosen = String::from_utf8_lossy(&chosen).into_owned();
+        let read = || match &found {
+            Some(_) => Ok(found),
+            None if chosen.is_empty() => Ok(None),
+            None => self.read(&self.folder().join(&chosen)).map(Some),
+        };
+        all_ok(world, read())
+    }
+
+    fn read(&self, folder: &Path) -> Result<Found> {
         let state: State = read_json(&folder.join(STATE))?;
         if state.schema != SCHEMA {
             return Err(Failure::new(exit::DATA, format!("its schema is {:?}, not {SCHEMA:?}", state.schema)));

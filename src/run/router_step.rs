@@ -1,7 +1,7 @@
 //! The router phase: the safe prompts give the target, the unsafe ones follow it, by two forward passes a step.
 
 use super::alignment::{Side, align, refs, watch};
-use super::engine::Engine;
+use super::engine::{Engine, share};
 use super::phase::{Batch, PhaseRun, StepResult};
 use crate::backend::{Backend, Packing};
 use crate::data::{self, MicroBatch};
@@ -61,9 +61,9 @@ impl<B: Backend> Engine<'_, B> {
         let (partners, with_unsafe) = self.prompt_pairs()?;
         let mut sums = vec![0.0; layers.layers.len()];
         let mut steps = 0.0;
-        for group in data::micro_batches(&with_unsafe, self.config.batch_size).chunks(self.world.world_size()) {
-            let own = group.get(self.world.rank()).map_or(&[][..], |records| records);
-            let (safe, unsafe_) = self.pack_pairs(&partners, own);
+        for group in data::micro_batches(&with_unsafe, self.config.batch_size).chunks(self.step_ranks) {
+            let own: Vec<usize> = share(group, &*self.world).flat_map(|(_, records)| records.iter().copied()).collect();
+            let (safe, unsafe_) = self.pack_pairs(&partners, &own);
             let (safe, unsafe_) = (self.observe_side(&safe), self.observe_side(&unsafe_));
             let experts = self.model.config.num_experts;
             let places = layers.places();

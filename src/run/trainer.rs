@@ -112,7 +112,7 @@ impl<B: Backend> Trainer<B> {
     ) -> Result<T, collective::Error> {
         let (b, world) = (&*engine.model.backend, &*engine.world);
         b.buffer_clear(&mut self.grads);
-        if engine.poisons_gradient() {
+        if engine.poisoned {
             b.buffer_write(&mut self.grads, 0, &[f32::NAN]);
         }
         let Self { plan, shards, complete, grads, shard, scores, .. } = self;
