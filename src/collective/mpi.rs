@@ -131,12 +131,13 @@ pub(super) fn leave(code: u8) {
     wire::finalize();
 }
 
-/// A pause between two looks: none at first, when an answer is near, then longer ones that leave the core to others.
+/// A pause between two looks. A piece needs both its ranks to look often; who waits longer than a piece takes leaves the
+/// core to others.
 fn pause(waited: Duration) {
-    if waited < Duration::from_micros(200) {
+    if waited < Duration::from_millis(5) {
         std::thread::yield_now();
     } else {
-        std::thread::sleep((waited / 8).clamp(Duration::from_micros(50), Duration::from_micros(200)));
+        std::thread::sleep(Duration::from_micros(200));
     }
 }
 
