@@ -5,6 +5,7 @@
 //! is; once all are at the same place, rank 0 lets them go, else it tells all what is wrong. Then parts of vectors go from
 //! rank to rank. An error that comes up later reaches all by way of rank 0.
 
+mod link;
 mod wire;
 
 use std::io::Write;
@@ -14,9 +15,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use bytemuck::Pod;
-use serde::{Deserialize, Serialize};
 
-use self::wire::{Pending, Tag, Wire};
+use self::link::{Arrival, LAST_WORDS, Link, Message, pause};
+use self::wire::{Pending, Tag};
 use super::{At, Collective, Error, Result, check_counts};
 use crate::exit;
 
@@ -26,50 +27,11 @@ const PIECE: usize = 1 << 20;
 /// Elements up to which every rank sums whole vectors: half the messages one after another, for more bytes.
 const SHORT: usize = 4096;
 
-/// How long a failing rank waits for rank 0's view of the failure, and a rank that aborts for its words to be on their way.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-
 /// A rank that is told to stop says whom it waits for, unless they come within this time.
 const STILL_WAITING: Duration = Duration::from_millis(100);
 
 /// The timeout of [`init`], for [`leave`].
 static TIMEOUT: OnceLock<Duration> = OnceLock::new();
-
-/// What ranks and rank 0 tell each other.
-#[derive(Serialize, Deserialize)]
-enum Message {
-    /// To rank 0.
-    Here(Arrival),
-    /// From rank 0: all have come, and bring this many bytes each.
-    Go(Vec<usize>),
-    /// Either way: the group has failed.
-    Failed(Error),
-}
-
-/// A rank at the beginning of an operation.
-#[derive(Serialize, Deserialize)]
-struct Arrival {
-    at: At,
-    /// Length of what it brings, where each rank has its own.
-    bytes: usize,
-}
-
-/// This process's end of the connections.
-struct Link {
-    wire: Wire,
-    /// Messages that are sent and that nobody waits for.
-    outgoing: Vec<Pending>,
-    /// On rank 0: who has come, by rank.
-    arrivals: Vec<Option<Arrival>>,
-    /// On the others: rank 0's answer.
-    go: Option<Vec<usize>>,
-    /// The error that ended the group.
-    failed: Option<Error>,
-    /// Whether rank 0 has seen it: what others say is not final before.
-    told: bool,
-    /// Whether this rank has said whom it waits for.
-    warned: bool,
-}
 
 /// One rank of a group of processes.
 pub struct Mpi {
@@ -94,16 +56,7 @@ pub fn init(timeout: Duration, stopping: Arc<AtomicBool>) -> Result<Mpi> {
         return Err(Error::Library { rank, message: message.to_owned() });
     }
     _ = TIMEOUT.set(timeout);
-    let link = Link {
-        wire,
-        outgoing: Vec::new(),
-        arrivals: (0..world_size).map(|_| None).collect(),
-        go: None,
-        failed: None,
-        told: false,
-        warned: false,
-    };
-    Ok(Mpi { rank, world_size, timeout, stopping, doing: Mutex::default(), link: Mutex::new(link) })
+    Ok(Mpi { rank, world_size, timeout, stopping, doing: Mutex::default(), link: Mutex::new(Link::new(wire)) })
 }
 
 /// Ends MPI if it runs: together with the other ranks after "done" and "requeue me", else by ending them too.
@@ -129,59 +82,6 @@ pub(super) fn leave(code: u8) {
         });
     }
     wire::finalize();
-}
-
-/// A pause between two looks: none at first, when an answer is near, then longer ones that leave the core to others.
-fn pause(waited: Duration) {
-    if waited < Duration::from_micros(200) {
-        std::thread::yield_now();
-    } else {
-        std::thread::sleep((waited / 8).clamp(Duration::from_micros(50), Duration::from_micros(200)));
-    }
-}
-
-impl Link {
-    fn tell(&mut self, rank: usize, message: &Message) -> wire::Result<()> {
-        let bytes = serde_json::to_vec(message).expect("strings and numbers");
-        let pending = self.wire.send(rank, Tag::Control, bytes)?;
-        self.outgoing.push(pending);
-        Ok(())
-    }
-
-    /// Takes in what the others say, and lets go of what has been sent.
-    fn listen(&mut self) -> wire::Result<()> {
-        let mut outgoing = std::mem::take(&mut self.outgoing);
-        for mut message in outgoing.drain(..) {
-            if !message.is_done(&mut self.wire)? {
-                self.outgoing.push(message);
-            }
-        }
-        while let Some((from, len)) = self.wire.probe(Tag::Control)? {
-            let mut message = self.wire.receive(from, Tag::Control, len)?;
-            // It is here already.
-            while !message.is_done(&mut self.wire)? {
-                std::thread::yield_now();
-            }
-            let message = serde_json::from_slice(&message.into_bytes());
-            match message.map_err(|e| format!("rank {from} sent what cannot be read: {e}"))? {
-                Message::Here(arrival) => self.arrivals[from] = Some(arrival),
-                Message::Go(bytes) => self.go = Some(bytes),
-                Message::Failed(error) => {
-                    self.failed.get_or_insert(error);
-                    self.told |= from == 0;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Listens until `done`, or until the time for last words is over.
-    fn linger(&mut self, done: impl Fn(&Link) -> bool) {
-        let start = Instant::now();
-        while start.elapsed() < LAST_WORDS && self.listen().is_ok() && !done(self) {
-            pause(start.elapsed());
-        }
-    }
 }
 
 impl Mpi {
@@ -220,6 +120,8 @@ impl Mpi {
         for rank in 1..self.world_size {
             link.tell(rank, &go).map_err(|e| self.library(link, &at, &e))?;
         }
+        // Nothing moves once this rank computes again.
+        self.wait(link, &at, |link| Ok(link.untold()))?;
         Ok((at, guard, lengths))
     }
 
@@ -240,6 +142,7 @@ impl Mpi {
                 // Who waits for rank 0's answer does not know for whom rank 0 waits.
                 if let Error::Timeout { missing, .. } = &mut error
                     && *missing == [0]
+                    && !absent.is_empty()
                 {
                     missing.clone_from(&absent);
                 }
@@ -273,6 +176,9 @@ impl Mpi {
 
     /// Ends the group with `error`, or with what rank 0 holds for the cause; all get the same.
     fn fail(&self, link: &mut Link, error: Error) -> Error {
+        if let (true, Some(first)) = (link.told, &link.failed) {
+            return first.clone();
+        }
         link.told = true;
         if self.rank > 0 {
             // Where rank 0 cannot be told, the ranks find out by their timeouts.
@@ -283,7 +189,7 @@ impl Mpi {
         for rank in 1..self.world_size {
             _ = link.tell(rank, &Message::Failed(error.clone()));
         }
-        link.linger(|link| link.outgoing.is_empty());
+        link.linger(|link| link.untold().is_empty());
         link.failed = Some(error.clone());
         error
     }
