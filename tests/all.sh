@@ -2,6 +2,10 @@
 # Runs every test. Needs Rust and a C linker, and ends with one line that sums up all test programs. cargo fetches the
 # crates of Cargo.lock; nothing else is installed.
 #
+# Ranks over MPI are tested where mpicc and mpirun of Open MPI are present, the SLURM scripts where sbatch is, too (as root:
+# they start a SLURM of their own). Debian: apt-get install openmpi-bin libopenmpi-dev libclang-dev slurm-wlm \
+# slurm-wlm-basic-plugins libpmix2.
+#
 # Checks by Python run where python3 is present, those by transformers where it has torch, transformers and safetensors
 # (MOEWARDEN_PYTHON names another interpreter); where they do not run, a line says so, and they do not count as passed.
 # Arguments go to `cargo test` in place of all that: tests by Python then run with `-- --include-ignored` only.
@@ -14,6 +18,13 @@ for tool in cargo cc; do
         exit 69
     fi
 done
+
+features=()
+if command -v mpicc mpirun >/dev/null; then
+    features=(--features mpi)
+else
+    echo "skipped: tests/mpi.rs, tests/slurm.rs and all that starts ranks with mpirun: there is no mpicc or no mpirun"
+fi
 
 if (($# == 0)); then
     python=${MOEWARDEN_PYTHON:-python3}
@@ -31,7 +42,7 @@ fi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
-CARGO_TERM_COLOR=never cargo test --locked --no-fail-fast "$@" </dev/null 2>&1 | tee "$log" || status=$?
+CARGO_TERM_COLOR=never cargo test --locked --no-fail-fast "${features[@]}" "$@" </dev/null 2>&1 | tee "$log" || status=$?
 
 # "test result: ok. 12 passed; 0 failed; 1 ignored; ..." of each program; none at all is a failure, too.
 awk -v status="$status" '
