@@ -111,7 +111,10 @@ impl Ranks {
     pub fn all_ok<T>(&self, own: Result<T>) -> Result<T> {
         match &self.kind {
             Kind::Threads { .. } => own,
-            Kind::Process { world, .. } => collective::all_ok(&**world, own),
+            Kind::Process { world, .. } => {
+                let who = format!("rank {} of {}", world.rank(), world.world_size());
+                collective::all_ok(&**world, own).map_err(|failure| failure.context(who))
+            }
         }
     }
 

@@ -214,7 +214,7 @@ impl Session {
         format!(
             "memory a rank: weights {} (memory-mapped: ranks on one machine share them), activations {} for {of} of up to \
              {rows} tokens ({} of {layers} layers kept, the others computed again), trained state {} (gradients and new \
-             weights {}, its {world_size}. part of masters and moments {}): {} in all; {} free",
+             weights {}, 1/{world_size} of masters and moments {}): {} in all; {} free",
             human(weights),
             human(peak),
             layers - keep_from,
