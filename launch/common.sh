@@ -14,11 +14,15 @@ die() {
     exit "$1"
 }
 
-# One rank a GPU of this host, or one in all.
+# How many ranks this host takes: one a visible GPU, or one in all.
 ranks_here() {
-    local gpus
-    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || gpus=1
-    echo "$gpus"
+    local gpus=${CUDA_VISIBLE_DEVICES-}
+    if [[ $gpus ]]; then
+        tr , '\n' <<<"$gpus" | wc -l
+    else
+        gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || gpus=1
+        echo "$gpus"
+    fi
 }
 
 # mpirun_is NAME PATTERN: stops where mpirun is of another flavour, whose ranks would not find each other.
@@ -46,6 +50,16 @@ asked_to_stop='' interrupted=''
 forward() {
     # shellcheck disable=SC2064 # the name is to be put in now
     for signal in "$@"; do trap "asked_to_stop=$signal interrupted=1; kill -USR1 \"\${!-}\" 2>/dev/null || true" "$signal"; done
+}
+
+# Runs mpirun to its end; the script ends with its exit status.
+run_mpirun() {
+    # A process group of its own: Ctrl-C then reaches this shell alone, and mpirun gets USR1, the one signal that all pass on.
+    set -m
+    forward USR1 TERM INT
+    local status=0
+    run "$@" </dev/null || status=$?
+    exit "$status"
 }
 
 # --- under SLURM ---------------------------------------------------------------------------------------------------

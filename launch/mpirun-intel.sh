@@ -4,7 +4,7 @@
 #     launch/mpirun-intel.sh --config my.yaml --output-dir runs/first
 #     RANKS=16 MPIRUN_OPTIONS="-f hosts -ppn 8" launch/mpirun-intel.sh ...
 #
-# The same line again resumes. USR1 or TERM to this script saves a checkpoint; it then ends with 85.
+# The same line again resumes. USR1, TERM or Ctrl-C saves a checkpoint; it then ends with 85.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 : "${MPIRUN:=mpirun}"
@@ -13,8 +13,5 @@ mpirun_is "Intel MPI" "Intel\(R\) MPI"
 # A share of the host's cores for each rank, in which its threads may move.
 export I_MPI_PIN_DOMAIN=${I_MPI_PIN_DOMAIN:-auto}
 
-forward USR1 TERM
-status=0
 # shellcheck disable=SC2086 # options are words
-run "$MPIRUN" -n "${RANKS:-$(ranks_here)}" -genvall ${MPIRUN_OPTIONS:-} "$MOEWARDEN" train --resume "$@" || status=$?
-exit "$status"
+run_mpirun "$MPIRUN" -n "${RANKS:-$(ranks_here)}" -genvall ${MPIRUN_OPTIONS:-} "$MOEWARDEN" train --resume "$@"

@@ -4,15 +4,11 @@
 #     launch/mpirun-mpich.sh --config my.yaml --output-dir runs/first
 #     RANKS=16 MPIRUN_OPTIONS="-f hosts -ppn 8" launch/mpirun-mpich.sh ...
 #
-# The same line again resumes. USR1 or TERM to this script saves a checkpoint; it then ends with 85.
+# The same line again resumes. USR1, TERM or Ctrl-C saves a checkpoint; it then ends with 85.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 : "${MPIRUN:=mpirun}"
 mpirun_is "MPICH" "HYDRA"
 
-# Hydra passes on the environment, and USR1; USR2 would kill it.
-forward USR1 TERM
-status=0
 # shellcheck disable=SC2086 # options are words
-run "$MPIRUN" -n "${RANKS:-$(ranks_here)}" -bind-to none ${MPIRUN_OPTIONS:-} "$MOEWARDEN" train --resume "$@" || status=$?
-exit "$status"
+run_mpirun "$MPIRUN" -n "${RANKS:-$(ranks_here)}" -bind-to none ${MPIRUN_OPTIONS:-} "$MOEWARDEN" train --resume "$@"

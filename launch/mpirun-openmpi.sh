@@ -4,7 +4,7 @@
 #     launch/mpirun-openmpi.sh --config my.yaml --output-dir runs/first
 #     RANKS=16 MPIRUN_OPTIONS="--hostfile hosts" launch/mpirun-openmpi.sh ...
 #
-# The same line again resumes. USR1 or TERM to this script saves a checkpoint; it then ends with 85.
+# The same line again resumes. USR1, TERM or Ctrl-C saves a checkpoint; it then ends with 85.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 : "${MPIRUN:=mpirun}"
@@ -14,9 +14,6 @@ mpirun_is "Open MPI" "Open MPI|OpenRTE|PRRTE"
 pass=()
 for name in $(compgen -e | grep -E '^(MOEWARDEN_|NCCL_|HF_|CUDA_|LD_LIBRARY_PATH$)' || true); do pass+=(-x "$name"); done
 
-# By default it would bind a rank with all its threads to one core. And it ends ranks soon after TERM, but passes on USR1.
-forward USR1 TERM
-status=0
+# By default it would bind a rank with all its threads to one core.
 # shellcheck disable=SC2086 # options are words
-run "$MPIRUN" -n "${RANKS:-$(ranks_here)}" --bind-to none "${pass[@]}" ${MPIRUN_OPTIONS:-} "$MOEWARDEN" train --resume "$@" || status=$?
-exit "$status"
+run_mpirun "$MPIRUN" -n "${RANKS:-$(ranks_here)}" --bind-to none "${pass[@]}" ${MPIRUN_OPTIONS:-} "$MOEWARDEN" train --resume "$@"
