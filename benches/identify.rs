@@ -10,13 +10,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use moewarden::backend::cpu::Cpu;
-use moewarden::collective::threads;
+use moewarden::run::Rank;
 use moewarden::config::{Recompute, RunConfig};
 use moewarden::data::{Dataset, Example, Record};
 use moewarden::model::{Checkpoint, Model, ModelConfig, ParamTable};
 use moewarden::run::engine::Engine;
 use moewarden::run::memory::peak_resident;
 use moewarden::run::progress::Progress;
+use moewarden::ui::Ui;
 
 #[derive(serde::Deserialize)]
 struct Row {
@@ -63,8 +64,7 @@ fn main() {
         cpu.threads()
     );
     let model = Model::new(Arc::new(cpu), shape, table);
-    let world = Arc::new(threads::single());
-    let engine = Engine { model, world, config: &config, data: &data, touched: Default::default() };
+    let engine = Engine::new(model, &Rank::single(Ui::silent()), &config, &data);
     for pass in 1..=number("--repeat", 3) {
         let clock = Instant::now();
         let found = engine.identify(0, &Progress::hidden()).expect("a finite loss");

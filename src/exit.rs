@@ -31,6 +31,8 @@ pub const RANKS_DIFFER: u8 = 81;
 pub const HANG: u8 = 82;
 /// A checkpoint was saved because a signal asked for it: please requeue.
 pub const REQUEUE: u8 = 85;
+/// A signal ended it: 128 and SIGTERM's number, as shells say it.
+pub const TERMINATED: u8 = 143;
 
 /// How the process ends when this error reaches its edge.
 pub trait Coded {
@@ -61,6 +63,11 @@ impl Failure {
     /// Puts what was being done in front of the cause.
     pub fn context(self, what: impl fmt::Display + Send + Sync + 'static) -> Self {
         Self { code: self.code, error: self.error.context(what) }
+    }
+
+    /// Whether one of the causes is an error of this type.
+    pub fn is<E: std::error::Error + Send + Sync + 'static>(&self) -> bool {
+        self.error.chain().any(|cause| cause.is::<E>())
     }
 
     /// The causes, outermost first.

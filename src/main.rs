@@ -1,8 +1,8 @@
 //! The process's edge: modes and exit codes.
 
-use std::{env, io, panic, process};
+use std::{env, io, panic};
 
-use moewarden::{cli, exit};
+use moewarden::{cli, collective, exit};
 
 fn main() {
     panic::set_hook(Box::new(|fault| {
@@ -18,7 +18,7 @@ fn main() {
     }));
     let code = panic::catch_unwind(run).unwrap_or(exit::INTERNAL);
     // Not by returning: a thread may still render a template without end.
-    process::exit(code.into())
+    collective::leave(code)
 }
 
 /// Parses, runs, and returns the exit code.
@@ -33,6 +33,10 @@ fn run() -> u8 {
     };
     match cli::run(&cli) {
         Ok(()) => exit::OK,
+        Err(failure) if failure.code() == exit::REQUEUE => {
+            say(&failure.to_string());
+            exit::REQUEUE
+        }
         Err(failure) => {
             for (i, cause) in failure.chain().enumerate() {
                 say(&format!("{} {cause}", if i == 0 { "error:" } else { "caused by:" }));

@@ -9,7 +9,8 @@ use std::sync::Mutex;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// The user's side of the program. One a process; ranks other than 0 get [`Ui::silent`].
+/// The user's side of the program. One a process, and its clones; ranks other than 0 get [`Ui::silent`].
+#[derive(Clone)]
 pub struct Ui {
     level: Level,
     bars: Option<MultiProgress>,

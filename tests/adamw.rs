@@ -54,7 +54,7 @@ fn bytes(cpu: &Cpu, weights: &[<Cpu as Backend>::Weight]) -> Vec<Vec<u8>> {
 fn each_parameter_follows_the_formula_by_its_own_count() {
     let cpu = Cpu::new(1);
     let (params, mut weights) = weights(&cpu, Dtype::F32);
-    let mut optimizer = AdamW::new();
+    let mut optimizer = AdamW::new(0, 1);
     optimizer.add(&cpu, &weights, &params);
     // The second parameter is left out of every other step.
     let takes_part = |number: usize, p: &Trainable| p.param != 1 || number.is_multiple_of(2);
@@ -92,7 +92,7 @@ fn small_updates_add_up_behind_bf16() {
     let cpu = Cpu::new(1);
     let one = Trainable { param: 0, len: 1, group: Group::Expert };
     let mut weights = vec![cpu.weight(HostTensor::encode(Dtype::Bf16, vec![1], &[1.0]))];
-    let mut optimizer = AdamW::new();
+    let mut optimizer = AdamW::new(0, 1);
     optimizer.add(&cpu, &weights, &[one]);
     let lrs = LearningRates { expert: 1e-4, ..LRS }; // bf16 below 1 has steps of 2⁻⁸ = 4e-3: a single update rounds away
     let mut grads = cpu.buffer(1);
@@ -112,7 +112,7 @@ fn a_resumed_optimizer_goes_on_bit_for_bit() {
     let cpu = Cpu::new(1);
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let (params, mut weights) = weights(&cpu, dtype);
-        let mut whole = AdamW::new();
+        let mut whole = AdamW::new(0, 1);
         whole.add(&cpu, &weights, &params[..2]);
         step(&cpu, &mut whole, &mut weights, 0, &params[..1]);
         whole.add(&cpu, &weights, &params); // the third comes later; the first two keep their state
@@ -121,7 +121,7 @@ fn a_resumed_optimizer_goes_on_bit_for_bit() {
         let saved: Vec<_> = whole.export(&cpu).collect();
         assert_eq!(saved.iter().map(|s| (s.param, s.step)).collect::<Vec<_>>(), [(0, 2), (1, 1), (2, 1)]);
         let mut others: Vec<_> = weights.iter().map(|w| cpu.weight(cpu.weight_host(w))).collect();
-        let mut resumed = AdamW::new();
+        let mut resumed = AdamW::new(0, 1);
         resumed.add(&cpu, &others, &params);
         for state in &saved {
             resumed.import(&cpu, state).unwrap();
@@ -139,7 +139,7 @@ fn a_resumed_optimizer_goes_on_bit_for_bit() {
 fn a_state_that_does_not_fit_is_refused() {
     let cpu = Cpu::new(1);
     let (params, weights) = weights(&cpu, Dtype::F32);
-    let mut optimizer = AdamW::new();
+    let mut optimizer = AdamW::new(0, 1);
     optimizer.add(&cpu, &weights, &params[..1]);
     let good = optimizer.export(&cpu).next().unwrap();
     let mut short = good.clone();

@@ -14,6 +14,7 @@ use moewarden::model::{
     Checkpoint, Model, ModelConfig, ParamId, ParamKind, ParamTable, PassEnd, Routed, expert_params,
 };
 use moewarden::run::engine::Engine;
+use moewarden::run::Ranks;
 use moewarden::run::progress::Progress;
 use moewarden::ui::Ui;
 use serde_json::json;
@@ -231,7 +232,7 @@ fn a_run_that_trains_nothing_changes_nothing() {
         output_dir: out.path().join("run"),
         ..case.config.clone()
     };
-    let summary = moewarden::run::train(&config, &Ui::silent()).unwrap();
+    let summary = moewarden::run::train(&config, &Ranks::single(), &Ui::silent()).unwrap();
     assert_eq!(summary.trained[0], 0);
     assert_eq!(summary.before.ce_loss, summary.after.ce_loss);
     let dir = config.output_dir.join("final_model");

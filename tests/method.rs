@@ -2,9 +2,10 @@
 //! reference cases.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::Arc;
 
-use moewarden::collective::{Collective, threads};
+use moewarden::collective::Collective;
+use moewarden::collective::conformance::on_threads;
 use moewarden::experts::{ExpertId, ExpertScores, Pool, Rank, select};
 use moewarden::routers::{KlType, LayerStatistic, SampleSoftmax, alignment, all_reduce, kl_and_gradient};
 use proptest::prelude::*;
@@ -138,10 +139,11 @@ fn nothing_to_compare_is_no_loss() {
 
 #[test]
 fn ranks_compute_the_loss_of_the_global_batch() {
-    let rows: Vec<Vec<f64>> = (0..12).map(|t| numbers(100 + t, 4)).collect();
+    let rows: Arc<Vec<Vec<f64>>> = Arc::new((0..12).map(|t| numbers(100 + t, 4)).collect());
     let losses: Vec<f64> = (1..=4)
         .map(|world| {
-            let of_ranks = threads::run(world, Duration::from_secs(60), |c| {
+            let rows = rows.clone();
+            let of_ranks = on_threads(world, move |c| {
                 let mut sides = vec![LayerStatistic::zero(4); 2];
                 for (t, row) in rows.iter().enumerate().filter(|(t, _)| t % world == c.rank()) {
                     sides[usize::from(t % 3 == 0)].add(row, 1.0);

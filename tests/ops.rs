@@ -642,8 +642,10 @@ fn updates_of_buffers_and_weights() {
         assert_eq!(&*after.bytes, &bytes[..], "rounded to nearest even");
         assert_eq!((after.dtype, &after.shape), (dtype, &before.shape));
         assert_ne!(&*before.bytes, &bytes[..], "what was read before keeps its bits");
-        cpu.read_weight(&w, &mut b, 100);
+        cpu.read_weight(&w, 0..15, &mut b, 100);
         assert_eq!(cpu.buffer_read(&b, 100..115), after.to_f32());
+        cpu.read_weight(&w, 4..11, &mut b, 200);
+        assert_eq!(cpu.buffer_read(&b, 200..207), after.to_f32()[4..11]);
     }
 }
 

@@ -374,6 +374,6 @@ pub trait Backend: Send + Sync + 'static {
     );
     /// Overwrites a parameter with f32 values, rounded to nearest even into its stored dtype.
     fn set_weight(&self, w: &mut Self::Weight, values: &Self::Buffer, at: Range<usize>);
-    /// Reads a parameter as f32 into a buffer at `offset`.
-    fn read_weight(&self, w: &Self::Weight, into: &mut Self::Buffer, offset: usize);
+    /// Reads elements of a parameter as f32 into a buffer at `offset`.
+    fn read_weight(&self, w: &Self::Weight, elements: Range<usize>, into: &mut Self::Buffer, offset: usize);
 }

@@ -85,12 +85,42 @@ pub fn is_left_of(name: &str) -> Option<&str> {
     name.strip_suffix(".partial").or_else(|| name.strip_suffix(".old"))
 }
 
-fn partial_path(target: &Path) -> Result<PathBuf, Error> {
+/// Where the folder `target` is written until it is whole.
+///
+/// # Errors
+/// [`Error::NoName`].
+pub fn partial_path(target: &Path) -> Result<PathBuf, Error> {
     let name = target.file_name().ok_or_else(|| Error::NoName(target.into()))?;
     let mut partial = std::ffi::OsString::from(".");
     partial.push(name);
     partial.push(".partial");
     Ok(target.with_file_name(partial))
+}
+
+/// Removes a folder that was written here. Killed on the way, it leaves nothing under the folder's name.
+///
+/// # Errors
+/// A failing disk.
+pub fn remove(target: &Path) -> Result<(), Error> {
+    let old = partial_path(target)?.with_extension("old");
+    clear(&old)?;
+    fs::rename(target, &old).map_err(Error::write(target))?;
+    clear(&old)
+}
+
+/// Removes what killed processes left in a folder of folders, except `aside`, which is being written.
+///
+/// # Errors
+/// A failing disk.
+pub fn clear_left(folder: &Path, aside: &AsideDir) -> Result<(), Error> {
+    for entry in fs::read_dir(folder).map_err(Error::read(folder))? {
+        let entry = entry.map_err(Error::read(folder))?;
+        let left = entry.file_name().to_str().and_then(is_left_of).is_some();
+        if left && entry.path() != aside.path() {
+            clear(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes a folder of ours if it is there.

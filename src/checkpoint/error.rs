@@ -25,6 +25,8 @@ pub enum Error {
     NotADelta { file: PathBuf, message: String },
     #[error("{file}: tensor `{tensor}`: {message}")]
     DeltaTensor { file: PathBuf, tensor: String, message: String },
+    #[error("{file}: {message}")]
+    NotWhole { file: PathBuf, message: String },
     #[error("{file} was made from another base model than {base}: {message}")]
     OtherBase { file: PathBuf, base: PathBuf, message: &'static str },
     #[error(transparent)]
@@ -61,7 +63,7 @@ impl Coded for Error {
             Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
             Error::Write { .. } | Error::Read { .. } => exit::IO,
             Error::File(e) => e.exit_code(),
-            Error::NotADelta { .. } | Error::DeltaTensor { .. } | Error::OtherBase { .. } => exit::DATA,
+            Error::NotWhole { .. } | Error::NotADelta { .. } | Error::DeltaTensor { .. } | Error::OtherBase { .. } => exit::DATA,
             Error::Config(error) => error.exit_code(),
             Error::Weights(error) => error.exit_code(),
             Error::Claim(error) => error.exit_code(),

@@ -9,11 +9,11 @@ use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
 use crate::config::{
-    CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions, ReportArgs,
+    self, CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions, ReportArgs,
     RunConfig, heading, is_bool, resolve_matrix,
 };
 use crate::exit::{self, Failure};
-use crate::run;
+use crate::run::{self, Ranks, Stop};
 use crate::ui::Ui;
 
 /// Find the experts of a Mixture-of-Experts language model that answer unsafe prompts, and retrain only those experts
@@ -100,18 +100,31 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
 
 /// Runs one command to its end.
 pub fn run(cli: &Cli) -> exit::Result<()> {
-    let ui = &Ui::new(cli.quiet);
+    let launch = config::launch()?;
+    let ui = &if launch.rank == 0 { Ui::new(cli.quiet) } else { Ui::silent() };
+    let ranks = |config: &RunConfig| {
+        let fault = config::fault().map(|text| text.parse()).transpose()?;
+        Ranks::of(config, &launch, Stop::on_signals()?, fault)
+    };
+    if !matches!(cli.command, Command::Train(_) | Command::Identify(_)) {
+        launch.check_single()?;
+    }
     match &cli.command {
-        Command::Train(run) => run::train(&run.resolve(ui)?, ui).map(drop),
+        Command::Train(run) => {
+            let config = run.resolve(ui)?;
+            run::train(&config, &ranks(&config)?, ui).map(drop)
+        }
         Command::Identify(run) => {
             refuse_training_flags(&run.options)?;
-            run::identify(&run.resolve(ui)?, ui)
+            let config = run.resolve(ui)?;
+            run::identify(&config, &ranks(&config)?, ui)
         }
         Command::Eval(args) => run::eval(args, ui),
         Command::Report(args) => run::report(args, ui),
         Command::Compare { args, run } => {
             let variants = |base: &RunConfig| args.variants(base).into_iter().map(|v| v.config).collect();
-            run::compare(&run.resolve_matrix(ui, variants)?, args, ui)
+            let config = run.resolve_matrix(ui, variants)?;
+            run::compare(&config, args, &ranks(&config)?, ui)
         }
         Command::Export(args) => run::export(args, ui),
         Command::Check { args, run } => run::check(&run.resolve(ui)?, args, ui),
@@ -179,7 +192,7 @@ fn run_option(arg: Arg, defaults: &Value) -> Arg {
 
 /// Whether an option decides about training only.
 fn is_training(arg: &Arg) -> bool {
-    matches!(arg.get_help_heading(), Some(heading::TRAINING | heading::OPTIMIZER | heading::ROUTERS))
+    matches!(arg.get_help_heading(), Some(heading::TRAINING | heading::OPTIMIZER | heading::ROUTERS | heading::CHECKPOINTS))
 }
 
 /// `identify` shares the options file of `train`, but a flag that trains would do nothing.

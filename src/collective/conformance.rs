@@ -1,6 +1,8 @@
 //! What every [`Collective`] must do. Test programs call [`check`] on all ranks of a group, whatever joins them.
 
-use super::Collective;
+use std::time::Duration;
+
+use super::{Collective, threads};
 
 /// Lengths: none, one, odd, and longer than any piece in which an implementation moves long vectors.
 const LENGTHS: [usize; 4] = [0, 1, 7, 200_003];
@@ -47,11 +49,13 @@ pub fn check(c: &dyn Collective) {
         }
 
         let mut whole = vec![f32::NAN; len];
-        c.all_gather_f32(&part, &counts, &mut whole).expect("all_gather_f32");
+        let bytes: Vec<_> = counts.iter().map(|n| n * size_of::<f32>()).collect();
+        let (from, to) = (bytemuck::cast_slice(&part), bytemuck::cast_slice_mut(&mut whole));
+        c.all_gather_into(from, &bytes, to).expect("all_gather_into");
         c.all_reduce_f32(&mut values).expect("all_reduce_f32");
         for (i, x) in values.iter().enumerate() {
             assert_close(*x, expected(n, i), "all_reduce_f32", i);
-            assert_close(whole[i], expected(n, i), "all_gather_f32", i);
+            assert_close(whole[i], expected(n, i), "all_gather_into", i);
         }
 
         let mut doubles: Vec<f64> = (0..len).map(|i| f64::from(value(rank, i))).collect();
@@ -71,6 +75,17 @@ pub fn check(c: &dyn Collective) {
     let all = c.all_gather(&mine).expect("all_gather");
     assert_eq!(all, (0..n).map(|r| vec![r as u8; r * 3]).collect::<Vec<_>>(), "all_gather of different lengths");
     c.barrier().expect("barrier");
+}
+
+/// Runs `rank_main` on ranks that are threads: for tests of what ranks do together. Results by rank.
+///
+/// # Panics
+/// If a rank does.
+pub fn on_threads<T: Send + 'static>(
+    world_size: usize,
+    rank_main: impl Fn(threads::Threads) -> T + Send + Sync + 'static,
+) -> Vec<T> {
+    threads::run(world_size, Duration::from_secs(60), rank_main).into_iter().map(threads::Outcome::unwrap).collect()
 }
 
 fn assert_close(x: f32, y: f32, what: &str, i: usize) {

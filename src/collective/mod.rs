@@ -1,24 +1,31 @@
 //! What ranks say to each other: sums, copies, and that something went wrong. Nothing about models.
 //!
-//! [`threads`] runs n ranks as threads of one process; with n = 1 it is the single process. Every implementation passes
-//! [`conformance::check`].
+//! [`threads`] runs n ranks as threads of one process; with n = 1 it is the single process. `mpi` (the cargo feature of
+//! that name) joins processes. Every implementation passes [`conformance::check`].
 
 pub mod conformance;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 pub mod threads;
 
-use crate::exit::{self, Coded};
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::exit::{self, Coded, Failure};
 
 /// Why ranks could not work together. All ranks get an error when one does.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum Error {
     /// Two ranks called different operations, or the same one with different lengths.
     #[error("rank {rank} is at {theirs} while rank 0 is at {ours}: the ranks no longer run the same program")]
     Mismatch {
         /// The first rank that differs from rank 0.
         rank: usize,
-        /// Operation and length of that rank.
+        /// Operation, length and place of that rank.
         theirs: String,
-        /// Operation and length of rank 0.
+        /// Those of rank 0.
         ours: String,
     },
     /// Ranks hold different values of something that decides what happens next.
@@ -34,7 +41,7 @@ pub enum Error {
     Timeout {
         /// The rank that gave up.
         rank: usize,
-        /// The operation it was at.
+        /// The operation it was at, and what for.
         at: String,
         /// How long it waited.
         seconds: u64,
@@ -42,11 +49,13 @@ pub enum Error {
         missing: Vec<usize>,
     },
     /// A rank ended without finishing what the others were doing.
-    #[error("rank {rank} ended while the others were at {at}")]
+    #[error("rank {gone} ended while rank {rank} waited for it at {at}")]
     Gone {
-        /// The rank that is no more.
+        /// The rank that found out.
         rank: usize,
-        /// Where the others wait.
+        /// The rank that is no more.
+        gone: usize,
+        /// The operation that cannot end, and what for.
         at: String,
     },
     /// A rank called [`Collective::abort`].
@@ -59,6 +68,14 @@ pub enum Error {
         /// Its own words.
         reason: String,
     },
+    /// The library that joins the ranks is missing something or failed.
+    #[error("rank {rank}: MPI: {message}")]
+    Library {
+        /// The rank where it did.
+        rank: usize,
+        /// What it said, at which operation.
+        message: String,
+    },
 }
 
 impl Coded for Error {
@@ -66,7 +83,7 @@ impl Coded for Error {
         match self {
             Error::Mismatch { .. } | Error::Disagree { .. } => exit::RANKS_DIFFER,
             Error::Timeout { .. } => exit::HANG,
-            Error::Gone { .. } => exit::LAUNCHER,
+            Error::Gone { .. } | Error::Library { .. } => exit::LAUNCHER,
             Error::Aborted { code, .. } => *code,
         }
     }
@@ -124,14 +141,18 @@ pub trait Collective: Send + Sync {
     /// See [`Self::barrier`].
     fn reduce_scatter_f32(&self, values: &[f32], counts: &[usize], part: &mut [f32]) -> Result<()>;
 
-    /// The reverse: puts the ranks' parts, of lengths `counts`, one after another into `values`.
+    /// Puts the ranks' parts, of `counts` bytes, one after another into `out`. A part may be empty.
     ///
     /// # Errors
     /// See [`Self::barrier`].
-    fn all_gather_f32(&self, part: &[f32], counts: &[usize], values: &mut [f32]) -> Result<()>;
+    fn all_gather_into(&self, part: &[u8], counts: &[usize], out: &mut [u8]) -> Result<()>;
+
+    /// Says what this rank does from here on ("round 1, expert step 7"): errors and warnings name it. Tells nobody, and
+    /// waits for nobody.
+    fn doing(&self, what: &str);
 
     /// Makes every operation of every rank, waiting or to come, fail with [`Error::Aborted`]. `code` is the exit code of the
-    /// error that is the reason. Does not wait; the first abort of a group counts.
+    /// error that is the reason. Does not wait for the others; the first abort of a group counts.
     fn abort(&self, code: u8, reason: &str);
 }
 
@@ -144,6 +165,69 @@ pub fn all_agree(collective: &dyn Collective, what: &str, bytes: &[u8]) -> Resul
     match all.iter().position(|other| *other != all[0]) {
         Some(rank) => Err(Error::Disagree { what: what.to_owned(), rank }),
         None => Ok(()),
+    }
+}
+
+/// Lets no rank go on where another could not: every rank brings its own result, and all learn whether one is an error.
+/// The rank's own error comes back as it is.
+///
+/// # Errors
+/// The rank's own; else [`Error::Aborted`] with that of the lowest rank that has one; or those of [`Collective::barrier`].
+pub fn all_ok<T>(collective: &dyn Collective, result: Result<T, Failure>) -> Result<T, Failure> {
+    // Nothing, or an exit code and a message.
+    let mine = result.as_ref().err().map_or(Vec::new(), |e| [&[e.code()], e.to_string().as_bytes()].concat());
+    let all = collective.all_gather(&mine);
+    let value = result?;
+    for (rank, theirs) in all?.iter().enumerate() {
+        if let Some((code, reason)) = theirs.split_first() {
+            let reason = String::from_utf8_lossy(reason).into_owned();
+            return Err(Error::Aborted { rank, code: *code, reason }.into());
+        }
+    }
+    Ok(value)
+}
+
+/// Ends the process. If MPI runs, the other ranks come to the same end, or (any code but "done" and "requeue me") are
+/// ended with it: none is left waiting.
+pub fn leave(code: u8) -> ! {
+    #[cfg(feature = "mpi")]
+    mpi::leave(code);
+    std::process::exit(code.into())
+}
+
+/// The place of a rank in its program: operation, length that all ranks must have in common, and what for.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct At {
+    op: Cow<'static, str>,
+    /// `None` where each rank has its own.
+    len: Option<usize>,
+    doing: String,
+}
+
+impl At {
+    /// Whether two ranks may meet here.
+    fn meets(&self, other: &At) -> bool {
+        (&self.op, self.len) == (&other.op, other.len)
+    }
+
+    /// The error of the first rank that is elsewhere than rank 0.
+    fn first_mismatch<'a>(mut places: impl Iterator<Item = &'a At>) -> Option<Error> {
+        let ours = places.next()?;
+        let (i, theirs) = places.enumerate().find(|(_, place)| !place.meets(ours))?;
+        Some(Error::Mismatch { rank: i + 1, theirs: theirs.to_string(), ours: ours.to_string() })
+    }
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.op)?;
+        if let Some(len) = self.len {
+            write!(f, " of {len}")?;
+        }
+        if !self.doing.is_empty() {
+            write!(f, " in {}", self.doing)?;
+        }
+        Ok(())
     }
 }
 

@@ -6,31 +6,26 @@
 
 use std::any::Any;
 use std::ops::{AddAssign, Range};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use super::{Collective, Error, Result, check_counts};
+use super::{At, Collective, Error, Result, check_counts};
 use crate::exit;
 
 /// Elements a piece of a long vector: the pieces of a few ranks stay in the caches that they share.
 const PIECE: usize = 1 << 16;
 
+/// How long ranks may take to end after their group has failed.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
 /// What one rank brings to an exchange.
 struct Post {
-    op: &'static str,
-    /// Length that all ranks must have in common; `None` where each has its own.
-    len: Option<usize>,
+    at: At,
     values: Box<dyn Any + Send + Sync>,
 }
 
 impl Post {
-    fn describe(&self) -> String {
-        match self.len {
-            Some(len) => format!("{} of {len}", self.op),
-            None => self.op.to_owned(),
-        }
-    }
-
     /// The posted vector. Exchanges of one operation, which is checked, have one type.
     fn values<T: 'static>(&self) -> &[T] {
         self.values.downcast_ref::<Vec<T>>().expect("one operation, one type")
@@ -70,6 +65,17 @@ impl Shared {
         self.changed.notify_all();
         error
     }
+
+    /// Whether the group has failed, as it does when the others do not end within the timeout of the first that did.
+    fn end(&self, first: Option<(usize, Instant)>) -> bool {
+        let mut state = self.lock();
+        if let Some((rank, at)) = first.filter(|(_, at)| at.elapsed() >= self.timeout) {
+            let missing = (0..state.gone.len()).filter(|r| !state.gone[*r]).collect();
+            let (at, seconds) = ("the end of the run".to_owned(), at.elapsed().as_secs());
+            self.fail(&mut state, Error::Timeout { rank, at, seconds, missing });
+        }
+        state.failed.is_some()
+    }
 }
 
 /// One rank of a group of threads.
@@ -77,6 +83,7 @@ pub struct Threads {
     rank: usize,
     world_size: usize,
     shared: Arc<Shared>,
+    doing: Mutex<String>,
 }
 
 /// A group of `world_size` ranks; each goes to a thread of its own. A rank that waits longer than `timeout` for another
@@ -91,7 +98,7 @@ pub fn group(world_size: usize, timeout: Duration) -> Vec<Threads> {
         gone: vec![false; world_size],
     };
     let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), timeout });
-    (0..world_size).map(|rank| Threads { rank, world_size, shared: shared.clone() }).collect()
+    (0..world_size).map(|rank| Threads { rank, world_size, shared: shared.clone(), doing: Mutex::default() }).collect()
 }
 
 /// The only rank of a group of one.
@@ -99,28 +106,79 @@ pub fn single() -> Threads {
     group(1, Duration::MAX).remove(0)
 }
 
-/// Runs `rank_main` on `world_size` ranks, each a thread; one rank runs on the calling thread. Results by rank.
+/// How a rank ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome<T> {
+    /// It returned.
+    Done(T),
+    /// With this message.
+    Panicked(String),
+    /// Not at all: it hangs, and ends with the process.
+    Lost,
+}
+
+impl<T> Outcome<T> {
+    /// What the rank returned.
+    ///
+    /// # Panics
+    /// If it did not.
+    pub fn unwrap(self) -> T {
+        match self {
+            Outcome::Done(value) => value,
+            Outcome::Panicked(message) => panic!("a rank panicked: {message}"),
+            Outcome::Lost => panic!("a rank did not end"),
+        }
+    }
+}
+
+/// Runs `rank_main` on `world_size` ranks, each a thread; a single one runs on the calling thread. Outcomes by rank.
 ///
-/// # Panics
-/// With the panic of a rank, after all have ended: the others get [`Error::Aborted`].
-pub fn run<T: Send>(world_size: usize, timeout: Duration, rank_main: impl Fn(Threads) -> T + Sync) -> Vec<T> {
+/// Waits for no rank for ever: their end is a meeting like any other. Once the first has ended, the rest have `timeout`,
+/// and, once the group has failed, 5 s.
+pub fn run<T: Send + 'static>(
+    world_size: usize,
+    timeout: Duration,
+    rank_main: impl Fn(Threads) -> T + Send + Sync + 'static,
+) -> Vec<Outcome<T>> {
     let mut ranks = group(world_size, timeout);
     if world_size == 1 {
-        return vec![rank_main(ranks.remove(0))];
+        return vec![outcome(&rank_main, ranks.remove(0))];
     }
-    std::thread::scope(|scope| {
-        let rank_main = &rank_main;
-        let threads: Vec<_> = ranks
-            .into_iter()
-            .map(|rank| {
-                std::thread::Builder::new()
-                    .name(format!("rank {}", rank.rank))
-                    .spawn_scoped(scope, move || rank_main(rank))
-                    .expect("the system starts a thread")
-            })
-            .collect();
-        threads.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-    })
+    let shared = ranks[0].shared.clone();
+    let rank_main = Arc::new(rank_main);
+    let (sender, ended) = mpsc::channel();
+    for rank in ranks {
+        let (id, rank_main, sender) = (rank.rank, rank_main.clone(), sender.clone());
+        std::thread::Builder::new()
+            .name(format!("rank {id}"))
+            // Nobody listens any more to a rank that was given up.
+            .spawn(move || _ = sender.send((id, outcome(&*rank_main, rank))))
+            .expect("the system starts a thread");
+    }
+    let mut outcomes: Vec<_> = (0..world_size).map(|_| Outcome::Lost).collect();
+    let (mut running, mut first_end, mut failed) = (world_size, None, None);
+    while running > 0 && failed.is_none_or(|at: Instant| at.elapsed() < LAST_WORDS) {
+        if let Ok((id, outcome)) = ended.recv_timeout(Duration::from_millis(50)) {
+            outcomes[id] = outcome;
+            running -= 1;
+            first_end.get_or_insert((id, Instant::now()));
+        }
+        if failed.is_none() && shared.end(first_end) {
+            failed = Some(Instant::now());
+        }
+    }
+    outcomes
+}
+
+fn outcome<T>(rank_main: &impl Fn(Threads) -> T, rank: Threads) -> Outcome<T> {
+    // Nothing that a panic may have left half done is looked at again: the group has failed.
+    match catch_unwind(AssertUnwindSafe(|| rank_main(rank))) {
+        Ok(value) => Outcome::Done(value),
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+            Outcome::Panicked(text.or_else(|| panic.downcast_ref().cloned()).unwrap_or_default())
+        }
+    }
 }
 
 impl Threads {
@@ -136,43 +194,45 @@ impl Threads {
             return Err(error.clone());
         }
         let exchange = state.completed;
-        let post = Post { op, len, values: Box::new(values) };
-        let at = post.describe();
-        state.slots[self.rank] = Some(post);
+        let at = At { op: op.into(), len, doing: self.what().clone() };
+        state.slots[self.rank] = Some(Post { at: at.clone(), values: Box::new(values) });
         if state.slots.iter().all(Option::is_some) {
             let posts: Vec<Post> = state.slots.iter_mut().filter_map(Option::take).collect();
-            if let Some(rank) = posts.iter().position(|p| (p.op, p.len) != (posts[0].op, posts[0].len)) {
-                let (theirs, ours) = (posts[rank].describe(), posts[0].describe());
-                return Err(self.shared.fail(&mut state, Error::Mismatch { rank, theirs, ours }));
+            if let Some(error) = At::first_mismatch(posts.iter().map(|p| &p.at)) {
+                return Err(self.shared.fail(&mut state, error));
             }
             state.last = Arc::new(posts);
             state.completed += 1;
             self.shared.changed.notify_all();
             return Ok(state.last.clone());
         }
-        self.wait(state, exchange, at)
+        self.wait(state, exchange, &at)
     }
 
     /// Waits until `exchange` is complete or the group has failed.
-    fn wait(&self, mut state: MutexGuard<'_, State>, exchange: u64, at: String) -> Result<Posts> {
-        let start = Instant::now();
+    fn wait(&self, mut state: MutexGuard<'_, State>, exchange: u64, at: &At) -> Result<Posts> {
+        let (rank, start) = (self.rank, Instant::now());
         while state.completed == exchange {
             if let Some(error) = &state.failed {
                 return Err(error.clone());
             }
             let missing = || (0..self.world_size).filter(|r| state.slots[*r].is_none());
-            if let Some(rank) = missing().find(|r| state.gone[*r]) {
-                return Err(self.shared.fail(&mut state, Error::Gone { rank, at }));
+            if let Some(gone) = missing().find(|r| state.gone[*r]) {
+                return Err(self.shared.fail(&mut state, Error::Gone { rank, gone, at: at.to_string() }));
             }
             let waited = start.elapsed();
             if waited >= self.shared.timeout {
-                let (rank, missing, seconds) = (self.rank, missing().collect(), waited.as_secs());
+                let (at, missing, seconds) = (at.to_string(), missing().collect(), waited.as_secs());
                 return Err(self.shared.fail(&mut state, Error::Timeout { rank, at, seconds, missing }));
             }
             let left = self.shared.timeout - waited;
             state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(state.last.clone())
+    }
+
+    fn what(&self) -> MutexGuard<'_, String> {
+        self.doing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes into `out` the sum over the ranks, in their order, of what they posted at `range`.
@@ -251,16 +311,20 @@ impl Collective for Threads {
         Ok(())
     }
 
-    fn all_gather_f32(&self, part: &[f32], counts: &[usize], values: &mut [f32]) -> Result<()> {
-        check_counts(self.rank, self.world_size, counts, part.len(), values.len());
-        let posts = self.exchange("all_gather_f32", Some(values.len()), part.to_vec())?;
-        let mut rest = values;
+    fn all_gather_into(&self, part: &[u8], counts: &[usize], out: &mut [u8]) -> Result<()> {
+        check_counts(self.rank, self.world_size, counts, part.len(), out.len());
+        let posts = self.exchange("all_gather_into", Some(out.len()), part.to_vec())?;
+        let mut rest = out;
         for (post, count) in posts.iter().zip(counts) {
             let (here, after) = rest.split_at_mut(*count);
             here.copy_from_slice(post.values());
             rest = after;
         }
         Ok(())
+    }
+
+    fn doing(&self, what: &str) {
+        what.clone_into(&mut self.what());
     }
 
     fn abort(&self, code: u8, reason: &str) {
@@ -285,26 +349,35 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::collective::{all_agree, conformance};
-    use crate::exit::Coded;
+    use crate::collective::conformance::{self, on_threads};
+    use crate::collective::{all_agree, all_ok};
+    use crate::exit::{Coded, Failure};
 
-    const LONG: Duration = Duration::from_secs(60);
+    /// The outcomes of ranks that have this long to meet.
+    fn run_ms<T: Send + 'static>(
+        world_size: usize,
+        timeout: u64,
+        rank_main: impl Fn(Threads) -> T + Send + Sync + 'static,
+    ) -> Vec<Outcome<T>> {
+        run(world_size, Duration::from_millis(timeout), rank_main)
+    }
 
     #[test]
     fn one_to_four_ranks_conform() {
         for world_size in 1..=4 {
-            let ran = AtomicUsize::new(0);
-            run(world_size, LONG, |rank| {
+            let ran = Arc::new(AtomicUsize::new(0));
+            let count = ran.clone();
+            on_threads(world_size, move |rank| {
                 conformance::check(&rank);
-                ran.fetch_add(1, Ordering::Relaxed);
+                count.fetch_add(1, Ordering::Relaxed);
             });
-            assert_eq!(ran.into_inner(), world_size);
+            assert_eq!(ran.load(Ordering::Relaxed), world_size);
         }
     }
 
     #[test]
     fn an_abort_wakes_those_who_wait() {
-        let errors = run(3, LONG, |rank| {
+        let errors = on_threads(3, |rank| {
             if rank.rank() == 1 {
                 rank.abort(exit::NOT_FINITE, "the loss of step 7 is NaN");
             }
@@ -318,59 +391,98 @@ mod tests {
 
     #[test]
     fn a_rank_that_does_not_come_is_named() {
-        let errors = run(3, Duration::from_millis(100), |rank| {
+        let outcomes = run_ms(3, 100, |rank| {
+            rank.doing("round 1, expert step 7");
             if rank.rank() == 2 {
                 std::thread::sleep(Duration::from_millis(400));
             }
-            rank.barrier().unwrap_err()
+            rank.all_reduce_f32(&mut [0.0; 1000]).unwrap_err()
         });
-        for error in errors {
+        for error in outcomes.into_iter().map(Outcome::unwrap) {
             assert_eq!(error.exit_code(), exit::HANG);
             assert!(matches!(&error, Error::Timeout { missing, .. } if *missing == [2]), "{error}");
+            assert!(error.to_string().contains("at all_reduce_f32 of 1000 in round 1, expert step 7 for"), "{error}");
         }
     }
 
     #[test]
     fn a_rank_that_ended_is_named_at_once() {
-        let errors = run(2, LONG, |rank| (rank.rank() == 0).then(|| rank.barrier().unwrap_err()));
-        assert_eq!(errors[0], Some(Error::Gone { rank: 1, at: "barrier".into() }));
+        let errors = on_threads(2, |rank| (rank.rank() == 0).then(|| rank.barrier().unwrap_err()));
+        assert_eq!(errors[0], Some(Error::Gone { rank: 0, gone: 1, at: "barrier".into() }));
     }
 
     #[test]
     fn a_panic_reaches_the_others() {
-        let seen = Mutex::new(None);
-        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            run(2, LONG, |rank| {
-                assert_eq!(rank.rank(), 0, "rank 1 panics on purpose");
-                *seen.lock().unwrap() = rank.barrier().err();
-            })
-        }));
-        assert!(ended.is_err());
-        assert!(matches!(seen.into_inner().unwrap(), Some(Error::Aborted { rank: 1, code: exit::INTERNAL, .. })));
+        let outcomes = run_ms(2, 60_000, |rank| {
+            assert_eq!(rank.rank(), 0, "rank 1 panics on purpose");
+            rank.barrier().unwrap_err()
+        });
+        assert!(matches!(outcomes[0], Outcome::Done(Error::Aborted { rank: 1, code: exit::INTERNAL, .. })));
+        assert!(matches!(&outcomes[1], Outcome::Panicked(text) if text.contains("rank 1 panics on purpose")));
+        let alone = run_ms(1, 60_000, |_| {
+            if true {
+                panic!("alone")
+            }
+        });
+        assert_eq!(alone, [Outcome::Panicked("alone".into())]);
+    }
+
+    #[test]
+    fn nobody_waits_for_ever_for_a_rank_that_hangs() {
+        let hang = |rank: Threads| match rank.rank() {
+            1 => loop {
+                std::thread::park();
+            },
+            // Rank 0 waits for rank 1; rank 2 just ends.
+            0 => rank.barrier().err(),
+            _ => None,
+        };
+        let outcomes = run_ms(2, 100, hang);
+        assert!(matches!(&outcomes[0], Outcome::Done(Some(Error::Timeout { missing, .. })) if *missing == [1]));
+        assert_eq!(outcomes[1], Outcome::Lost);
+        let outcomes = run_ms(3, 100, move |rank| if rank.rank() == 0 { None } else { hang(rank) });
+        assert_eq!(outcomes, [Outcome::Done(None), Outcome::Lost, Outcome::Done(None)]);
     }
 
     #[test]
     fn different_programs_are_found_out() {
-        let lengths = run(3, LONG, |rank| rank.all_reduce_f64(&mut vec![0.0; 4 + rank.rank() / 2]).unwrap_err());
+        let lengths = on_threads(3, |rank| {
+            rank.doing(if rank.rank() == 0 { "step 1" } else { "step 2" });
+            rank.barrier().expect("what a rank is doing is compared with nobody");
+            rank.all_reduce_f64(&mut vec![0.0; 4 + rank.rank() / 2]).unwrap_err()
+        });
         for error in lengths {
             assert_eq!(error.exit_code(), exit::RANKS_DIFFER);
-            let text = error.to_string();
-            assert!(
-                text.contains("rank 2 is at all_reduce_f64 of 5") && text.contains("all_reduce_f64 of 4"),
-                "{text}"
-            );
+            let expected =
+                "rank 2 is at all_reduce_f64 of 5 in step 2 while rank 0 is at all_reduce_f64 of 4 in step 1:";
+            assert!(error.to_string().starts_with(expected), "{error}");
         }
-        let ops = run(2, LONG, |rank| if rank.rank() == 0 { rank.barrier() } else { rank.all_gather(&[]).map(drop) });
+        let ops = on_threads(2, |rank| if rank.rank() == 0 { rank.barrier() } else { rank.all_gather(&[]).map(drop) });
         assert!(ops.iter().all(|r| matches!(r, Err(Error::Mismatch { rank: 1, .. }))));
     }
 
     #[test]
     fn disagreement_is_found_out() {
-        let same = run(3, LONG, |rank| all_agree(&rank, "selection", b"abc"));
+        let same = on_threads(3, |rank| all_agree(&rank, "selection", b"abc"));
         assert!(same.iter().all(Result::is_ok));
-        let other = run(3, LONG, |rank| all_agree(&rank, "selection", &[rank.rank() as u8 / 2]).unwrap_err());
+        let other = on_threads(3, |rank| all_agree(&rank, "selection", &[rank.rank() as u8 / 2]).unwrap_err());
         for error in other {
             assert_eq!(error, Error::Disagree { what: "selection".into(), rank: 2 });
         }
+    }
+
+    #[test]
+    fn one_failure_is_the_failure_of_all() {
+        let results = on_threads(4, |rank| {
+            let id = rank.rank();
+            assert_eq!(all_ok(&rank, Ok(id)).unwrap(), id);
+            let mine = if id >= 2 { Err(Failure::new(exit::IO, format!("disk {id} is full"))) } else { Ok(()) };
+            let error = all_ok(&rank, mine).unwrap_err();
+            rank.barrier().expect("the group is whole");
+            (error.code(), error.to_string())
+        });
+        let expected =
+            ["rank 2 stopped the run: disk 2 is full"; 2].into_iter().chain(["disk 2 is full", "disk 3 is full"]);
+        assert_eq!(results, expected.map(|text| (exit::IO, text.to_owned())).collect::<Vec<_>>());
     }
 }

@@ -7,7 +7,9 @@
 mod commands;
 mod compare;
 mod file;
+mod launch;
 mod layers;
+mod lock;
 mod names;
 mod output_dir;
 mod raw;
@@ -28,7 +30,9 @@ use crate::routers::{ConsistencyLayers, KlType, Statistic};
 
 pub use commands::{CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
 pub use compare::{Ablation, CompareArgs, Variant};
+pub use launch::{Launch, Launcher};
 pub use layers::Layers;
+pub use lock::{LOCK_FILE, OutputLock};
 pub use names::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
 pub use output_dir::{
     Existing, check_model_dir, check_output_dir, prepare_dir, prepare_dir_keeping, prepare_output_dir,
@@ -185,6 +189,8 @@ pub struct RunConfig {
     pub weight_decay: f64,
     /// Gradients are scaled down to this global norm; `None`: never.
     pub max_grad_norm: Option<f64>,
+    /// Steps in a row that are skipped because a number is not finite, before the run ends.
+    pub max_skipped_steps: usize,
     /// The router phase's statistic.
     pub router_statistic: Statistic,
     /// The router phase's divergence.
@@ -211,6 +217,10 @@ pub struct RunConfig {
     pub save_rounds: SaveRounds,
     /// Steps between two lines of the log.
     pub logging_steps: usize,
+    /// Steps between two checkpoints within a phase; 0: none but at the ends of phases.
+    pub save_steps: usize,
+    /// Newest checkpoints that are kept.
+    pub keep_checkpoints: usize,
 
     // the machine
     /// Where the computation runs.
@@ -221,6 +231,10 @@ pub struct RunConfig {
     pub threads: usize,
     /// Time against memory.
     pub recompute: Recompute,
+    /// Training steps between two comparisons of the ranks' weights; 0: at checkpoints alone.
+    pub check_replicas: usize,
+    /// Seconds that a rank waits for the others.
+    pub timeout: u64,
 }
 
 /// The defaults. `model_name` and `dataset_path` have none: they are empty here, and [`resolve()`] asks for them.
@@ -265,6 +279,7 @@ impl Default for RunConfig {
             warmup_steps: 0,
             weight_decay: 0.01,
             max_grad_norm: None,
+            max_skipped_steps: 3,
             router_statistic: Statistic::TokenProbs,
             kl_type: KlType::Forward,
             use_router_consistency_loss: false,
@@ -277,10 +292,14 @@ impl Default for RunConfig {
             resume: false,
             save_rounds: SaveRounds::Full,
             logging_steps: 100,
+            save_steps: 500,
+            keep_checkpoints: 2,
             device: Device::Auto,
             ranks: 1,
             threads: 0,
             recompute: Recompute::Auto,
+            check_replicas: 0,
+            timeout: 600,
         }
     }
 }
@@ -340,6 +359,9 @@ pub enum ConfigError {
     /// This build or machine cannot do it.
     #[error("{0}")]
     Unavailable(String),
+    /// What started this process contradicts itself, the options or this build.
+    #[error("{0}")]
+    Launch(String),
     /// A path that YAML cannot hold.
     #[error("an option is not text, so that config.resolved.yaml could not hold it: {0}")]
     NotText(String),
@@ -370,7 +392,7 @@ impl Coded for ConfigError {
             ConfigError::NotRead { .. } => exit::IO,
             ConfigError::Missing(_) => exit::USAGE,
             ConfigError::File { .. } | ConfigError::Invalid(_) | ConfigError::NotText(_) => exit::CONFIG,
-            ConfigError::Unavailable(_) => exit::LAUNCHER,
+            ConfigError::Unavailable(_) | ConfigError::Launch(_) => exit::LAUNCHER,
             ConfigError::OutputDir { .. } | ConfigError::OutputIo { .. } => exit::CANNOT_CREATE,
         }
     }
@@ -379,4 +401,16 @@ impl Coded for ConfigError {
 /// The local Hugging Face cache that the environment names. (Only this module and the command line read the environment.)
 pub fn hub_cache() -> crate::model::HubCache {
     crate::model::HubCache::from_vars(|name| std::env::var_os(name))
+}
+
+/// Who started this process, by its environment.
+///
+/// Fails with [`ConfigError::Launch`] on variables that contradict each other.
+pub fn launch() -> Result<Launch, ConfigError> {
+    Launch::detect(|name| std::env::var(name).ok())
+}
+
+/// What is to go wrong on purpose: `MOEWARDEN_FAULT`.
+pub fn fault() -> Option<String> {
+    std::env::var("MOEWARDEN_FAULT").ok()
 }

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use super::compare::is_variant;
+use super::lock::LOCK_FILE;
 use super::{ConfigError, RunConfig};
 use crate::checkpoint::{self, is_model_file, is_model_folder};
 use crate::files;
@@ -95,7 +96,8 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
     let mut outputs = Outputs::default();
     match existing {
         Existing::Keep => {}
-        Existing::Refuse if entries(dir)?.is_empty() => {}
+        // The lock is this process's own, or left by one that was killed.
+        Existing::Refuse if entries(dir)?.iter().all(|entry| entry.file_name() == LOCK_FILE) => {}
         Existing::Refuse => {
             return Err(refused(
                 "is not empty; give another --output-dir, --overwrite to remove an earlier run's outputs from it, \
@@ -139,7 +141,8 @@ enum Place {
 }
 
 /// Files of the folder itself. A command that writes another one there adds its name, or --overwrite refuses it.
-const TOP_FILES: [&str; 11] = [
+const TOP_FILES: [&str; 12] = [
+    LOCK_FILE,
     "config.resolved.yaml",
     "metrics.jsonl",
     "expert_scores.json",

@@ -25,6 +25,8 @@ pub mod heading {
     pub const ROUTERS: &str = "Router alignment";
     /// What is written.
     pub const OUTPUT: &str = "Output";
+    /// What an interrupted run goes on from.
+    pub const CHECKPOINTS: &str = "Checkpoints";
     /// Where it runs.
     pub const MACHINE: &str = "Machine";
 }
@@ -160,6 +162,10 @@ pub struct RawOptions {
     #[arg(long, value_name = "NORM", help_heading = OPTIMIZER)]
     pub max_grad_norm: Option<f64>,
 
+    /// Steps in a row that are skipped because a loss or gradient is not finite, before the run ends; 0: it ends at once
+    #[arg(long, value_name = "STEPS", help_heading = OPTIMIZER)]
+    pub max_skipped_steps: Option<usize>,
+
     /// Alternating schedule: how a layer's logits become one distribution
     #[arg(long, help_heading = ROUTERS)]
     pub router_statistic: Option<Statistic>,
@@ -188,15 +194,25 @@ pub struct RawOptions {
     /// Remove an earlier run's outputs from the output folder first; refused if it holds anything else
     #[arg(long, help_heading = OUTPUT)]
     pub overwrite: Option<bool>,
-    /// Continue the newest whole checkpoint of the output folder, or start if there is none
-    #[arg(long, help_heading = OUTPUT)]
-    pub resume: Option<bool>,
-    /// What is kept of each round's model
-    #[arg(long, help_heading = OUTPUT)]
-    pub save_rounds: Option<SaveRounds>,
     /// Optimizer steps between two lines of the log
     #[arg(long, value_name = "STEPS", help_heading = OUTPUT)]
     pub logging_steps: Option<usize>,
+
+    /// Continue the newest whole checkpoint of the output folder, or start if there is none
+    #[arg(long, help_heading = CHECKPOINTS)]
+    pub resume: Option<bool>,
+    /// Steps between two checkpoints within a phase; 0: none but at the ends of phases and on SIGUSR1 or SIGTERM
+    #[arg(long, value_name = "STEPS", help_heading = CHECKPOINTS)]
+    pub save_steps: Option<usize>,
+    /// Newest checkpoints that are kept
+    #[arg(long, value_name = "CHECKPOINTS", help_heading = CHECKPOINTS)]
+    pub keep_checkpoints: Option<usize>,
+    /// Training steps between two proofs that all ranks hold the same weights; 0: at every checkpoint
+    #[arg(long, value_name = "STEPS", help_heading = CHECKPOINTS)]
+    pub check_replicas: Option<usize>,
+    /// What is kept of each round's model
+    #[arg(long, help_heading = CHECKPOINTS)]
+    pub save_rounds: Option<SaveRounds>,
 
     /// Where the computation runs
     #[arg(long, help_heading = MACHINE)]
@@ -204,12 +220,15 @@ pub struct RawOptions {
     /// Data-parallel ranks, as threads of this process
     #[arg(long, value_name = "RANKS", help_heading = MACHINE)]
     pub ranks: Option<usize>,
-    /// CPU threads of a rank; 0: one a core
+    /// CPU threads of a rank; 0: its part of the machine's cores
     #[arg(long, value_name = "THREADS", help_heading = MACHINE)]
     pub threads: Option<usize>,
     /// When a layer's forward is computed again in its backward instead of being kept
     #[arg(long, help_heading = MACHINE)]
     pub recompute: Option<Recompute>,
+    /// Seconds that a rank waits for the others before it takes them for hung
+    #[arg(long, value_name = "SECONDS", help_heading = MACHINE)]
+    pub timeout: Option<u64>,
 }
 
 impl RawOptions {

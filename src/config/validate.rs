@@ -32,7 +32,9 @@ fn counts(c: &RunConfig, wrong: &mut Vec<String>) {
         ),
         ("router-epochs-per-round", c.router_epochs_per_round, 1, "to train no router, use --skip-router-training"),
         ("logging-steps", c.logging_steps, 1, "give a large number for few lines"),
+        ("keep-checkpoints", c.keep_checkpoints, 1, "a run that is interrupted goes on from one"),
         ("ranks", c.ranks, 1, "1 is a run without data parallelism"),
+        ("timeout", c.timeout as usize, 1, "ranks that never wait would never meet"),
     ];
     for (option, value, least, hint) in at_least {
         if value < least {
@@ -180,10 +182,6 @@ pub(super) fn available(c: &RunConfig) -> Result<(), ConfigError> {
     if c.device == Device::Cuda {
         let message = "--device cuda: this build has no CUDA backend yet; use --device cpu";
         return Err(ConfigError::Unavailable(message.into()));
-    }
-    if c.ranks > 1 {
-        let message = format!("--ranks {}: this build runs one rank; leave the option out", c.ranks);
-        return Err(ConfigError::Unavailable(message));
     }
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! The routing method: how much more often unsafe prompts are routed to an expert than safe ones.
 
-use super::score::merge_sums;
+use serde::{Deserialize, Serialize};
+
+use super::score::{add_sums, merge_sums};
 use super::{Error, ExpertScores, RoutingTokens};
 use crate::collective::{self, Collective};
 
@@ -61,7 +63,7 @@ impl RoutingCounts {
 /// ```text
 /// r(l,e) = (1/B) Σ_b ( f_unsafe − f_safe )
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FrequencyAccumulator {
     layers: Vec<usize>,
     num_experts: usize,
@@ -101,6 +103,13 @@ impl FrequencyAccumulator {
         self.skipped
     }
 
+    /// Adds the sums and the counts of another rank of the same run.
+    pub fn absorb(&mut self, other: &Self) {
+        add_sums(&mut self.sums, &other.sums);
+        self.batches += other.batches;
+        self.skipped += other.skipped;
+    }
+
     /// Adds up the sums and the counts of all ranks; all then hold the same.
     ///
     /// # Errors
@@ -125,10 +134,8 @@ impl FrequencyAccumulator {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::collective::threads;
+    use crate::collective::conformance::on_threads;
 
     fn counts(mask: &[bool], ids: &[u32]) -> RoutingCounts {
         let mut out = RoutingCounts::new(mask.to_vec(), 1, 3);
@@ -154,7 +161,7 @@ mod tests {
 
     #[test]
     fn the_mean_is_over_batches_and_skips_one_sided_ones() {
-        let merged = threads::run(2, Duration::from_secs(60), |c| {
+        let merged = on_threads(2, |c| {
             let mut acc = FrequencyAccumulator::new(vec![4], 3);
             if c.rank() == 0 {
                 acc.add(&counts(&[true; 2], &[0, 0]), &counts(&[true; 4], &[0, 1, 1, 1]));

@@ -1,5 +1,7 @@
 //! Scores of experts, from sums over gradients to means over micro-batches.
 
+use serde::{Deserialize, Serialize};
+
 use super::{Error, ExpertId, Score, ScorePer};
 use crate::backend::Moment;
 use crate::collective::{self, Collective};
@@ -24,7 +26,7 @@ impl Score {
 }
 
 /// One number for each expert of each layer that routes.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ExpertScores {
     /// Decoder-layer numbers of the layers that route, ascending.
     pub layers: Vec<usize>,
@@ -72,7 +74,7 @@ pub(super) fn experts_of(layers: &[usize], num_experts: usize) -> impl Iterator<
 ///
 /// where L_b is the *mean* loss of micro-batch b (the method of arXiv 2602.04448). |·| is not linear, so micro-batches
 /// are scored one by one, and ranks merge sums of scores, never gradients.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ScoreAccumulator {
     score: Score,
     per: ScorePer,
@@ -115,6 +117,12 @@ impl ScoreAccumulator {
         self.micro_batches
     }
 
+    /// Adds the sums and the counts of another rank of the same run.
+    pub fn absorb(&mut self, other: &Self) {
+        add_sums(&mut self.sums, &other.sums);
+        self.micro_batches += other.micro_batches;
+    }
+
     /// Adds up the sums and the counts of all ranks; all then hold the same.
     ///
     /// # Errors
@@ -137,6 +145,12 @@ impl ScoreAccumulator {
     }
 }
 
+/// Adds one rank's sums to another's.
+pub(super) fn add_sums(sums: &mut [f64], others: &[f64]) {
+    assert_eq!(sums.len(), others.len(), "sums of the same experts");
+    sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
+}
+
 /// All-reduces sums together with counts (exact in f64 up to 2⁵³).
 pub(super) fn merge_sums<const N: usize>(
     collective: &dyn Collective,
@@ -155,10 +169,8 @@ pub(super) fn merge_sums<const N: usize>(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::collective::threads;
+    use crate::collective::conformance::on_threads;
 
     fn accumulator(score: Score, per: ScorePer) -> ScoreAccumulator {
         ScoreAccumulator::new(score, per, vec![1, 3], 2, 4)
@@ -201,7 +213,7 @@ mod tests {
     fn ranks_merge_to_the_scores_of_one() {
         let moments = |b: usize| -> Vec<f64> { (0..4).map(|i| ((b * 7 + i * 3) % 11) as f64 / 7.0).collect() };
         let score = |ranks: usize| {
-            threads::run(ranks, Duration::from_secs(60), |c| {
+            on_threads(ranks, move |c| {
                 let mut acc = accumulator(Score::L2, ScorePer::Param);
                 for b in (0..10).filter(|b| b % ranks == c.rank()) {
                     acc.add(&moments(b), &[2; 4], if b == 4 { 0 } else { 5 });

@@ -6,6 +6,7 @@ use std::ops::RangeInclusive;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 use super::score::experts_of;
 use super::{Error, ExpertId, ExpertScores, RandomMatch, Select};
@@ -31,7 +32,7 @@ pub struct Rank {
 }
 
 /// A selection.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Selected {
     /// Best first; for a random selection by (layer, expert).
     pub experts: Vec<ExpertId>,

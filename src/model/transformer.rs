@@ -96,6 +96,9 @@ pub struct Sinks<'a, B: Backend> {
     pub grads: &'a mut B::Buffer,
     /// `layers · experts` sums; accumulates.
     pub scores: &'a mut B::Scores,
+    /// Told of each decoder layer whose gradients are complete, and shown the gradients: what has arrived can leave while
+    /// the layers below still compute. The head's are complete before the first of them.
+    pub done: Option<&'a mut dyn FnMut(usize, &B::Buffer)>,
 }
 
 impl<B: Backend> Sinks<'_, B> {
@@ -270,6 +273,9 @@ impl<B: Backend> Model<B> {
             let LayerSaved { x, kept } = forward.layers[l].take().expect("layers from the lowest up are saved");
             dx =
                 self.layer_backward(l, dx, &x, kept, inputs, end, grads.routers.get(l).and_then(Option::as_ref), sinks);
+            if let Some(done) = &mut sinks.done {
+                done(l, sinks.grads);
+            }
         }
         if sinks.plan.wants_embedding()
             && let (Some(dx), Some((dw, offset))) = (dx, sinks.slot(self.embedding))

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::{Error, ShardPlan};
+use super::{Error, piece};
 use crate::backend::{AdamwStep, Backend};
 use crate::model::ParamId;
 
@@ -30,6 +30,11 @@ pub struct LearningRates {
 }
 
 impl LearningRates {
+    /// All of them multiplied by a schedule's factor.
+    pub fn scaled(&self, factor: f64) -> Self {
+        Self { expert: self.expert * factor, router: self.router * factor, other: self.other * factor }
+    }
+
     fn of(&self, group: Group) -> f64 {
         match group {
             Group::Expert => self.expert,
@@ -50,7 +55,7 @@ pub struct Trainable {
     pub group: Group,
 }
 
-/// Where a parameter's gradient lies in a step's buffer.
+/// Where the gradient of this rank's piece of a parameter lies in a step's buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gradient {
     /// Whose.
@@ -59,14 +64,14 @@ pub struct Gradient {
     pub offset: usize,
 }
 
-/// The optimizer's state of one parameter, on the host: what a phase needs to go on midway.
+/// The optimizer's state of this rank's piece of one parameter, on the host: what a phase needs to go on midway.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ParamState {
     /// Whose.
     pub param: ParamId,
     /// Updates it has had.
     pub step: u64,
-    /// Its value before it was rounded into its stored dtype.
+    /// The values before they were rounded into their stored dtype.
     pub master: Vec<f32>,
     /// First moment.
     pub m: Vec<f32>,
@@ -85,6 +90,7 @@ struct Slab<B: Backend> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Slot {
     slab: usize,
+    /// As long as this rank's piece of the parameter.
     range: Range<usize>,
     group: Group,
     step: u64,
@@ -98,26 +104,22 @@ struct Slot {
 /// ```
 ///
 /// The master weight w is f32, whatever the stored dtype: in bf16 an update of 1e-5 of a weight rounds away. State exists
-/// for added parameters only (12 bytes an element). A parameter without a gradient in a step is left alone altogether: no
-/// decay, no momentum, no count, so t is its own number of updates.
+/// for added parameters only (12 bytes an element), and of each for this rank's [`piece`] only. A parameter without a
+/// gradient in a step is left alone altogether: no decay, no momentum, no count, so t is its own number of updates.
 pub struct AdamW<B: Backend> {
+    rank: usize,
+    world_size: usize,
     slabs: Vec<Slab<B>>,
     slots: BTreeMap<ParamId, Slot>,
-}
-
-impl<B: Backend> Default for AdamW<B> {
-    fn default() -> Self {
-        Self { slabs: Vec::new(), slots: BTreeMap::new() }
-    }
 }
 
 impl<B: Backend> AdamW<B> {
     const BETAS: (f64, f64) = (0.9, 0.999);
     const EPS: f64 = 1e-8;
 
-    /// Of no parameter yet.
-    pub fn new() -> Self {
-        Self::default()
+    /// Of no parameter yet; the part of one rank.
+    pub fn new(rank: usize, world_size: usize) -> Self {
+        Self { rank, world_size, slabs: Vec::new(), slots: BTreeMap::new() }
     }
 
     /// Makes room for parameters, in this order, and reads their master weights; those already there keep their state.
@@ -127,19 +129,25 @@ impl<B: Backend> AdamW<B> {
         if new.is_empty() {
             return;
         }
-        let plan = ShardPlan::new(new.iter().map(|p| p.len), 1);
-        let buffer = || backend.buffer(plan.total());
+        let piece = |p: &Trainable| piece(p.len, self.rank, self.world_size);
+        let total = new.iter().map(|p| piece(p).len()).sum();
+        let buffer = || backend.buffer(total);
         let mut slab = Slab { master: buffer(), m: buffer(), v: buffer() };
-        for (i, p) in new.into_iter().enumerate() {
-            let range = plan.param(i);
-            backend.read_weight(&weights[p.param], &mut slab.master, range.start);
+        let mut start = 0;
+        for p in new {
+            let piece = piece(p);
+            let range = start..start + piece.len();
+            start = range.end;
+            backend.read_weight(&weights[p.param], piece, &mut slab.master, range.start);
             let slot = Slot { slab: self.slabs.len(), range, group: p.group, step: 0 };
             assert!(self.slots.insert(p.param, slot).is_none(), "parameter {} is added twice", p.param);
         }
         self.slabs.push(slab);
     }
 
-    /// Updates the parameters that have a gradient, each at most once. Gradients are multiplied by `grad_scale` first.
+    /// Updates this rank's pieces of the parameters that have a gradient, each at most once. Gradients are multiplied by
+    /// `grad_scale` first. The only rank writes `weights` too; of several, each has the new values of its piece
+    /// ([`Self::master`]), which they have yet to exchange.
     ///
     /// # Panics
     /// If a parameter was not added.
@@ -170,10 +178,26 @@ impl<B: Backend> AdamW<B> {
             };
             backend.adamw(master, m, v, span.at, grads, span.grad_at, &step);
         }
-        for Gradient { param, .. } in gradients {
+        for Gradient { param, .. } in gradients.iter().filter(|_| self.world_size == 1) {
             let slot = &self.slots[param];
             backend.set_weight(&mut weights[*param], &self.slabs[slot.slab].master, slot.range.clone());
         }
+    }
+
+    /// The master weights of this rank's piece of a parameter that was added.
+    pub fn master(&self, backend: &B, param: ParamId) -> Vec<f32> {
+        let slot = &self.slots[&param];
+        backend.buffer_read(&self.slabs[slot.slab].master, slot.range.clone())
+    }
+
+    /// Bytes of state that this rank keeps.
+    pub fn bytes(&self) -> usize {
+        self.slots.values().map(|slot| 3 * size_of::<f32>() * slot.range.len()).sum()
+    }
+
+    /// (parameter, its updates, elements of this rank's piece) of every parameter, ascending.
+    pub fn layout(&self) -> Vec<(ParamId, u64, usize)> {
+        self.slots.iter().map(|(param, slot)| (*param, slot.step, slot.range.len())).collect()
     }
 
     /// The state of every parameter, one at a time, ascending: for a checkpoint within a phase. (Between phases there is

@@ -41,15 +41,13 @@ pub fn clip_factor(norm: f64, max_norm: Option<f64>) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::collective::threads;
+    use crate::collective::conformance::on_threads;
 
     #[test]
     fn the_mean_is_over_tokens_on_any_number_of_ranks() {
         for world in 1..=3 {
-            let means = threads::run(world, Duration::from_secs(60), |c| {
+            let means = on_threads(world, move |c| {
                 let mut meter = LossMeter::default();
                 for (i, (sum, tokens)) in [(6.0, 3), (0.0, 0), (2.0, 1)].into_iter().enumerate() {
                     if i % world == c.rank() {

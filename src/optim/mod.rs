@@ -8,7 +8,7 @@ mod shard;
 pub use adamw::{AdamW, Gradient, Group, LearningRates, ParamState, Trainable};
 pub use meter::{LossMeter, clip_factor};
 pub use schedule::LrPlan;
-pub use shard::{Piece, ShardPlan};
+pub use shard::{ShardPlan, piece};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};

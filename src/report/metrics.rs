@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Error;
 
-/// Part of a round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Part of a round, in the order in which they come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
     /// Scoring experts.
@@ -45,6 +45,9 @@ pub struct MetricsRow {
     pub tokens: u64,
     /// Wall-clock time of the step.
     pub seconds: f64,
+    /// True where a number was not finite, so that nothing was updated.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
 }
 
 /// The growing log. Each row is handed to the system whole, so that a killed run leaves whole rows.
@@ -159,6 +162,7 @@ mod tests {
             grad_norm: None,
             tokens: 640,
             seconds: 0.25,
+            skipped: false,
         }
     }
 

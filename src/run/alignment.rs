@@ -146,6 +146,11 @@ impl GlobalAlignment {
     }
 }
 
+/// Each side by reference, as [`align`] takes them.
+pub fn refs(sides: &[Side]) -> Vec<&Side> {
+    sides.iter().collect()
+}
+
 /// The decoder layers that route, and how many decoder layers there are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MoeLayers {

@@ -29,7 +29,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     let total = session.table.total().elements;
     let share = 100.0 * trained as f64 / total as f64;
     ui.result(format_args!("training at most {trained} of {total} parameters at once ({share:.2} %)"));
-    ui.result(session.describe_memory(config, trained));
+    ui.result(session.describe_memory(config, trained, config.ranks, config.ranks));
     forecast(&session, config, ui);
     ui.result(format_args!("ready: `moewarden train` can run with these options"));
     Ok(())

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::forecast::duration;
+use super::ranks::Ranks;
 use super::report::{Run, loss_curves};
 use super::session::Session;
 use super::train::{TrainSummary, train};
@@ -76,7 +77,7 @@ struct Pair {
 ///
 /// # Errors
 /// The first failure of a variant; an output that cannot be written.
-pub fn compare(config: &RunConfig, args: &CompareArgs, ui: &Ui) -> Result<()> {
+pub fn compare(config: &RunConfig, args: &CompareArgs, ranks: &Ranks, ui: &Ui) -> Result<()> {
     // A wrong path is found before an earlier comparison is removed for nothing.
     check_output_dir(config)?;
     Session::open(config, &Ui::silent())?;
@@ -86,7 +87,7 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, ui: &Ui) -> Result<()> {
     let mut first_failure = None;
     for (i, variant) in variants.iter().enumerate() {
         ui.result(format_args!("--- {} ({} of {})", variant.name, i + 1, variants.len()));
-        let result = train(&of_its_own(variant), ui);
+        let result = train(&of_its_own(variant), ranks, ui);
         let failure = match &result {
             Err(failure) if failure.code() == exit::REQUEUE => return result.map(drop),
             Err(failure) => Some(Error { exit_code: failure.code(), message: failure.to_string() }),

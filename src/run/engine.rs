@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::alignment::MoeLayers;
+use super::fault::{Action, Fault, Point};
 use super::memory::{Activations, free_memory};
+use super::ranks::Rank;
+use super::stop::Stop;
 use crate::backend::{Backend, HostTensor};
 use crate::collective::Collective;
 use crate::config::RunConfig;
@@ -21,34 +24,81 @@ pub struct Engine<'a, B: Backend> {
     pub model: Model<B>,
     /// The other ranks.
     pub world: Arc<dyn Collective>,
+    /// Ranks on this machine, this one included: they share its memory.
+    pub ranks_here: usize,
+    /// Ranks for whose number the steps are made. A run that goes on with another number of ranks takes the same steps.
+    pub step_ranks: usize,
+    /// Whether this process was asked to save and leave.
+    pub stop: Stop,
+    /// What is to go wrong on this rank, in tests.
+    pub fault: Option<Fault>,
     /// What was asked for.
     pub config: &'a RunConfig,
     /// The training rows.
     pub data: &'a Dataset,
     /// Parameters that an optimizer has written.
     pub touched: BTreeSet<ParamId>,
+    /// The next gradient is to be NaN, in tests.
+    pub poisoned: bool,
 }
 
-/// One micro-batch of the global order and the records in it.
-#[derive(Debug, Clone, Copy)]
-pub struct Share<'a> {
-    /// Place in the global order.
-    pub index: usize,
-    /// Indices of records (what they index is the phase's business).
-    pub records: &'a [usize],
-}
-
-/// The micro-batches of the global order that belong to this rank: number i belongs to rank i mod world.
-pub fn share<'a>(micro_batches: &'a [Vec<usize>], world: &dyn Collective) -> impl Iterator<Item = Share<'a>> + use<'a> {
+/// The micro-batches of the global order that belong to this rank, each with its place in that order: number i belongs to
+/// rank i mod world.
+pub fn share<'a, M>(micro_batches: &'a [M], world: &dyn Collective) -> impl Iterator<Item = (usize, &'a M)> + use<'a, M> {
     let (rank, size) = (world.rank(), world.world_size());
-    micro_batches
-        .iter()
-        .enumerate()
-        .filter(move |(i, _)| i % size == rank)
-        .map(|(index, records)| Share { index, records })
+    micro_batches.iter().enumerate().filter(move |(i, _)| i % size == rank)
 }
 
 impl<'a, B: Backend> Engine<'a, B> {
+    /// Puts a model at the disposal of one rank.
+    pub fn new(model: Model<B>, rank: &Rank, config: &'a RunConfig, data: &'a Dataset) -> Self {
+        Self {
+            model,
+            world: rank.world.clone(),
+            ranks_here: rank.here,
+            step_ranks: rank.world.world_size(),
+            stop: rank.stop.clone(),
+            fault: rank.fault.clone(),
+            config,
+            data,
+            touched: BTreeSet::new(),
+            poisoned: false,
+        }
+    }
+
+    /// Passes a point at which a fault may have been asked for.
+    ///
+    /// # Errors
+    /// The error on purpose.
+    pub(super) fn pass(&mut self, point: Point) -> Result<()> {
+        let Some(fault) = &self.fault else { return Ok(()) };
+        match fault.pass(point)? {
+            Some(Action::Nan) => self.poisoned = true,
+            Some(Action::Perturb) => {
+                let id = *self.touched.first().expect("a weight is perturbed after it was trained");
+                let value = self.model.weight_host(id);
+                let mut bytes = value.bytes.to_vec();
+                bytes[0] ^= 1;
+                self.model.set_weight_host(id, HostTensor::new(value.dtype, value.shape.clone(), bytes.into()));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Passes a stage of saving a checkpoint.
+    ///
+    /// # Errors
+    /// The error on purpose.
+    pub(super) fn pass_save(&self) -> Result<()> {
+        self.fault.as_ref().map_or(Ok(()), |fault| fault.pass(Point::Save).map(drop))
+    }
+
+    /// Memory that this rank may take: its part of what is free on its machine.
+    pub fn free_memory(&self) -> u64 {
+        free_memory() / self.ranks_here as u64
+    }
+
     /// Puts a micro-batch on the device.
     pub fn inputs(&self, batch: &MicroBatch) -> Inputs<B> {
         Inputs::new(&self.model, &batch.ids, &batch.packing, &batch.loss_rows, &batch.targets)
@@ -68,7 +118,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             self.config.recompute,
             layers,
             lowest,
-            free_memory(),
+            self.free_memory(),
         );
         self.model.forward(inputs, ForwardOptions { lowest, keep_from, end }, observer)
     }
@@ -140,12 +190,14 @@ impl<'a, B: Backend> Engine<'a, B> {
 
     /// An error unless a value that all ranks hold is finite.
     pub fn check_finite(&self, value: f64, what: &str, records: &[usize]) -> Result<()> {
-        if value.is_finite() {
-            return Ok(());
-        }
+        if value.is_finite() { Ok(()) } else { Err(self.not_finite(value, what, records)) }
+    }
+
+    /// The error of a value that is not finite, with the rows that it came from.
+    pub fn not_finite(&self, value: f64, what: &str, records: &[usize]) -> Failure {
         let mut lines: Vec<_> = records.iter().map(|&i| self.data.records[i].line.to_string()).collect();
         lines.truncate(16);
-        Err(Failure::new(
+        Failure::new(
             exit::NOT_FINITE,
             format!(
                 "{what} is {value} (rows at lines {} of {}); nothing was updated with it. Lower the learning rate, set \
@@ -153,6 +205,6 @@ impl<'a, B: Backend> Engine<'a, B> {
                 lines.join(", "),
                 self.config.dataset_path.display()
             ),
-        ))
+        )
     }
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::engine::Engine;
 use super::generate::answer;
 use super::progress::Progress;
+use super::ranks::Rank;
 use super::refusals::{LISTS, wilson};
 use super::session::Session;
 use super::train::backend;
@@ -34,7 +35,8 @@ pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     let session = Session::open_any(&config, ui)?;
     session.model.check_length(args.max_length + args.max_new_tokens)?;
     prepare_dir_keeping(&config.output_dir, Existing::of(args.overwrite, false), &config.inputs())?;
-    let engine = session.engine(&config, backend(&config, ui))?;
+    session.check_weights()?;
+    let engine = session.engine(&config, backend(&config, 1, ui), &Rank::single(ui.clone()));
     ui.line(session.describe());
     let sampling = Sampling {
         temperature: args.temperature,

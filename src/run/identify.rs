@@ -1,8 +1,12 @@
 //! Finding experts: a scoring pass over the data, by the method asked for, and the selection.
 
-use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
-use super::engine::{Engine, Share, share};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::engine::Engine;
+use super::fault::Point;
 use super::progress::Progress;
 use crate::backend::Backend;
 use crate::collective::all_agree;
@@ -15,7 +19,12 @@ use crate::experts::{
 };
 use crate::model::{GradPlan, LossGrads, Observer, PassEnd, Sinks};
 
+/// Micro-batches of a rank between two moments at which an identification may pause. Ranks wait for each other there; over
+/// several micro-batches their work evens out.
+const BETWEEN_PAUSES: usize = 4;
+
 /// What an identification found. All ranks hold the same.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Identification {
     /// By the method asked for; zero everywhere for the random one.
     pub scores: ExpertScores,
@@ -47,17 +56,21 @@ impl Scored {
 
 /// The choices of a round that chooses at every step: mean scores over all micro-batches, and every expert that was ever
 /// chosen, the most often chosen first.
-#[derive(Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Choices {
     sum: Option<Identification>,
-    times: BTreeMap<ExpertId, usize>,
+    /// By expert, ascending.
+    times: Vec<(ExpertId, usize)>,
 }
 
 impl Choices {
     /// Adds one step's choice.
     pub fn add(&mut self, found: Identification) {
         for id in &found.selected.experts {
-            *self.times.entry(*id).or_default() += 1;
+            match self.times.binary_search_by_key(id, |(id, _)| *id) {
+                Ok(i) => self.times[i].1 += 1,
+                Err(i) => self.times.insert(i, (*id, 1)),
+            }
         }
         let weight = found.micro_batches as f64;
         match &mut self.sum {
@@ -78,16 +91,74 @@ impl Choices {
     }
 
     /// What the round found; `None` if no step chose.
-    pub fn finish(self) -> Option<Identification> {
-        let mut found = self.sum?;
+    pub fn finish(&self) -> Option<Identification> {
+        let mut found = self.sum.clone()?;
         let batches = found.micro_batches as f64;
         found.scores.values.iter_mut().for_each(|s| *s /= batches);
-        let mut times: Vec<_> = self.times.into_iter().collect();
+        let mut times = self.times.clone();
         times.sort_by_key(|(id, times)| (std::cmp::Reverse(*times), *id));
         let experts: Vec<_> = times.into_iter().map(|(id, _)| id).collect();
         found.selected = Selected { asked: experts.len(), experts };
         Some(found)
     }
+}
+
+/// A scoring pass under way on one rank.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Scan<A> {
+    sums: A,
+    /// (place in the global order, mean loss)
+    losses: Vec<(usize, f64)>,
+    /// (place in the global order, tokens)
+    tokens: Vec<(usize, f64)>,
+}
+
+/// Sums of one kind of score on one rank.
+trait Sums: Serialize + DeserializeOwned {
+    /// Adds those of another rank.
+    fn absorb(&mut self, other: &Self);
+}
+
+impl Sums for ScoreAccumulator {
+    fn absorb(&mut self, other: &Self) {
+        ScoreAccumulator::absorb(self, other);
+    }
+}
+
+impl Sums for FrequencyAccumulator {
+    fn absorb(&mut self, other: &Self) {
+        FrequencyAccumulator::absorb(self, other);
+    }
+}
+
+/// Where a scoring pass stands: what a checkpoint keeps of it.
+#[derive(Debug, Clone, Default)]
+pub struct ScanState {
+    /// Micro-batches of the global order that are done.
+    pub next: usize,
+    /// What this rank has added up, as bytes; of several ranks where their number has changed, of none at the beginning.
+    pub sums: Vec<Vec<u8>>,
+}
+
+/// A moment at which a scoring pass may pause.
+pub struct Pause<'p> {
+    /// Micro-batches of the global order that are done.
+    pub next: usize,
+    /// Whether some rank was asked to save and leave.
+    pub stop: bool,
+    /// Gives what this rank has added up.
+    pub sums: &'p dyn Fn() -> Vec<u8>,
+}
+
+/// Is shown each pause; what it answers, the same on all ranks, decides whether the pass goes on.
+pub type OnPause<'a, B> = &'a mut dyn FnMut(&Engine<'_, B>, Pause<'_>) -> Result<ControlFlow<()>>;
+
+/// A scoring pass: over which micro-batches, from where on, and who is shown its pauses (`None`: it has none).
+struct Passing<'a, B: Backend> {
+    micro_batches: &'a [Vec<usize>],
+    from: ScanState,
+    on_pause: Option<OnPause<'a, B>>,
+    bar: &'a Progress<'a>,
 }
 
 /// The pool that the options describe. A selection that trains nothing (mode `baseline`, routers alone) is made for
@@ -111,12 +182,38 @@ impl<B: Backend> Engine<'_, B> {
     }
 
     /// Scores the whole set and selects. `round` counts from 0.
+    ///
+    /// # Errors
+    /// See [`Self::find`].
     pub fn identify(&self, round: usize, bar: &Progress<'_>) -> Result<Identification> {
         self.find(&self.identify_order(round), round, bar)
     }
 
+    /// The same from `from` on, with pauses; `None` if it was paused for good.
+    ///
+    /// # Errors
+    /// See [`Self::find`], and those of `on_pause`.
+    pub fn identify_from(
+        &self,
+        round: usize,
+        from: ScanState,
+        bar: &Progress<'_>,
+        on_pause: OnPause<'_, B>,
+    ) -> Result<Option<Identification>> {
+        let order = self.identify_order(round);
+        self.find_in(Passing { micro_batches: &order, from, on_pause: Some(on_pause), bar }, round)
+    }
+
     /// Scores these micro-batches by the method asked for and selects; `round` decides the draw of the random one.
+    ///
+    /// # Errors
+    /// A loss that is not finite, a selection that cannot be made, ranks that differ.
     pub fn find(&self, micro_batches: &[Vec<usize>], round: usize, bar: &Progress<'_>) -> Result<Identification> {
+        let passing = Passing { micro_batches, from: ScanState::default(), on_pause: None, bar };
+        Ok(self.find_in(passing, round)?.expect("a pass without pauses ends"))
+    }
+
+    fn find_in(&self, passing: Passing<'_, B>, round: usize) -> Result<Option<Identification>> {
         let config = self.config;
         let layers = self.moe_layers().layers;
         let num_experts = self.model.config.num_experts;
@@ -124,12 +221,12 @@ impl<B: Backend> Engine<'_, B> {
         let pool = pool(config, &layers, num_experts);
         let found = match config.method {
             Method::Gradient => {
-                let scored = self.score_gradients(micro_batches, bar)?;
+                let Some(scored) = self.score_gradients(passing)? else { return Ok(None) };
                 let selected = experts::select(&scored.scores, &pool, &rank)?;
                 scored.select(selected)
             }
             Method::Routing => {
-                let (scores, micro_batches) = self.score_routing(micro_batches, bar)?;
+                let Some((scores, micro_batches)) = self.score_routing_in(passing)? else { return Ok(None) };
                 let rank = Rank { threshold: Some(config.risk_threshold), ..rank };
                 let selected = experts::select(&scores, &pool, &rank)?;
                 Identification { selected, scores, micro_batches, losses: Vec::new(), tokens: Vec::new() }
@@ -142,7 +239,7 @@ impl<B: Backend> Engine<'_, B> {
                         (ExpertScores { layers: layers.clone(), num_experts, values }, None)
                     }
                     RandomMatch::Layer => {
-                        let scored = self.score_gradients(micro_batches, bar)?;
+                        let Some(scored) = self.score_gradients(passing)? else { return Ok(None) };
                         let selected = experts::select(&scored.scores, &pool, &rank)?;
                         (scored.scores, Some(selected.experts))
                     }
@@ -160,30 +257,81 @@ impl<B: Backend> Engine<'_, B> {
             }
         };
         all_agree(&*self.world, "selection of experts", &selection_hash(&found.selected.experts))?;
-        Ok(found)
+        Ok(Some(found))
+    }
+
+    /// Walks this rank's micro-batches; `None` if it was paused for good.
+    fn scan<A: Sums>(
+        &self,
+        passing: Passing<'_, B>,
+        nothing: A,
+        mut add: impl FnMut(&mut Scan<A>, usize, &[usize]),
+    ) -> Result<Option<Scan<A>>> {
+        let Passing { micro_batches, from, mut on_pause, .. } = passing;
+        let mut scan = Scan { sums: nothing, losses: Vec::new(), tokens: Vec::new() };
+        for (i, bytes) in from.sums.iter().enumerate() {
+            let other: Scan<A> = serde_json::from_slice(bytes).map_err(|e| {
+                Failure::new(exit::DATA, format!("the scores so far in the checkpoint cannot be read: {e}"))
+            })?;
+            if i == 0 {
+                scan = other; // not added to zeros: -0.0 stays what it is
+                continue;
+            }
+            scan.sums.absorb(&other.sums);
+            scan.losses.extend(other.losses);
+            scan.tokens.extend(other.tokens);
+        }
+        let (rank, size) = (self.world.rank(), self.world.world_size());
+        let mut next = from.next;
+        while next < micro_batches.len() {
+            self.world.doing(&format!("identification, micro-batches from {next}"));
+            let until = match on_pause {
+                Some(_) => micro_batches.len().min(next + BETWEEN_PAUSES * size),
+                None => micro_batches.len(),
+            };
+            for index in (next..until).filter(|i| i % size == rank) {
+                if let Some(fault) = &self.fault {
+                    fault.pass(Point::Batch)?;
+                }
+                add(&mut scan, index, &micro_batches[index]);
+            }
+            next = until;
+            let Some(on_pause) = on_pause.as_mut().filter(|_| next < micro_batches.len()) else { continue };
+            let finite = scan.losses.iter().all(|(_, loss)| loss.is_finite());
+            let mut flags = [self.stop.is_asked(), !finite].map(|flag| f64::from(u8::from(flag)));
+            self.world.all_reduce_f64(&mut flags)?;
+            if flags[1] > 0.0 {
+                break; // the caller, who has the losses of all ranks, says which it was
+            }
+            let sums = || serde_json::to_vec(&scan).expect("sums are numbers");
+            if on_pause(self, Pause { next, stop: flags[0] > 0.0, sums: &sums })?.is_break() {
+                return Ok(None);
+            }
+        }
+        Ok(Some(scan))
     }
 
     /// One backward a micro-batch with the plan "score every expert": no expert gradient is ever stored.
-    fn score_gradients(&self, micro_batches: &[Vec<usize>], bar: &Progress<'_>) -> Result<Scored> {
+    fn score_gradients(&self, passing: Passing<'_, B>) -> Result<Option<Scored>> {
         let (b, model) = (&*self.model.backend, &self.model);
         let config = self.config;
         let (depth, num_experts) = (model.config.layers.len(), model.config.num_experts);
         let layers = self.moe_layers().layers;
         let params = 3 * model.config.hidden_size * model.config.expert_width;
         let plan = GradPlan::score(&model.table, depth, num_experts, config.score.moment());
-        let mut total = ScoreAccumulator::new(config.score, config.score_per, layers.clone(), num_experts, params);
+        let nothing = ScoreAccumulator::new(config.score, config.score_per, layers.clone(), num_experts, params);
         let mut grads = b.buffer(0);
         let mut scores = b.scores(depth * num_experts);
-        let (mut losses, mut tokens) = (Vec::new(), Vec::new());
         // Only scores per token count tokens, and then rows without loss would miss from the last layer's counts.
         let per_token = config.score_per == ScorePer::Token;
         let end = PassEnd::Loss { all_rows: per_token };
-        for Share { index, records } in share(micro_batches, &*self.world) {
+        let (micro_batches, bar) = (passing.micro_batches, passing.bar);
+        let scanned = self.scan(passing, nothing, |scan, index, records| {
             let batch = self.pack_unsafe(records);
             let targets = batch.targets.len();
             if targets == 0 {
                 bar.step(0, "");
-                continue;
+                return;
             }
             let inputs = self.inputs(&batch);
             let mut counts = vec![0; layers.len() * num_experts];
@@ -194,18 +342,19 @@ impl<B: Backend> Engine<'_, B> {
             };
             let observer: Option<Observer<'_, B>> = if per_token { Some(&mut observe) } else { None };
             let forward = self.forward(&inputs, Some(&plan), end, observer);
-            let mut sinks = Sinks { plan: &plan, grads: &mut grads, scores: &mut scores };
+            let mut sinks = Sinks { plan: &plan, grads: &mut grads, scores: &mut scores, done: None };
             let loss_grads = LossGrads { ce_scale: 1.0 / targets as f32, routers: &[] };
             let sum = model.backward(&inputs, forward, loss_grads, &mut sinks).expect("a pass to the loss");
             let loss = sum / targets as f64;
             let all = b.scores_take(&mut scores);
             let moments: Vec<_> =
                 layers.iter().flat_map(|l| all[l * num_experts..(l + 1) * num_experts].iter().copied()).collect();
-            total.add(&moments, &counts, targets);
-            losses.push((index, loss));
-            tokens.push((index, batch.ids.len() as f64));
+            scan.sums.add(&moments, &counts, targets);
+            scan.losses.push((index, loss));
+            scan.tokens.push((index, batch.ids.len() as f64));
             bar.step(batch.ids.len(), format!("loss {loss:.4}"));
-        }
+        })?;
+        let Some(Scan { sums: mut total, losses, tokens }) = scanned else { return Ok(None) };
         total.merge(&*self.world)?;
         let all_losses = self.gather_by_index(micro_batches.len(), &losses)?;
         // Here, and not where a loss arises: all ranks see all losses, and leave together.
@@ -215,12 +364,20 @@ impl<B: Backend> Engine<'_, B> {
         let all_tokens = self.gather_by_index(micro_batches.len(), &tokens)?;
         let counted = all_losses.into_iter().zip(all_tokens).filter(|(_, tokens)| *tokens > 0.0);
         let (losses, tokens) = counted.map(|(loss, tokens)| (loss, tokens as usize)).unzip();
-        Ok(Scored { micro_batches: total.micro_batches(), scores: total.finish()?, losses, tokens })
+        Ok(Some(Scored { micro_batches: total.micro_batches(), scores: total.finish()?, losses, tokens }))
     }
 
     /// Risk differences of routing frequencies; forward passes alone. A batch is a micro-batch's unsafe replies against
     /// the safe replies of the same records, or, where safe rows stand alone, against as many of those in turn.
+    ///
+    /// # Errors
+    /// Data without safe replies; those of the collective.
     pub fn score_routing(&self, micro_batches: &[Vec<usize>], bar: &Progress<'_>) -> Result<(ExpertScores, u64)> {
+        let passing = Passing { micro_batches, from: ScanState::default(), on_pause: None, bar };
+        Ok(self.score_routing_in(passing)?.expect("a pass without pauses ends"))
+    }
+
+    fn score_routing_in(&self, passing: Passing<'_, B>) -> Result<Option<(ExpertScores, u64)>> {
         let safe = self.safe_partners(|r| r.safe_reply.is_some()).ok_or_else(|| {
             Failure::new(
                 exit::CONFIG,
@@ -229,14 +386,15 @@ impl<B: Backend> Engine<'_, B> {
             )
         })?;
         let layers = self.moe_layers().layers;
-        let num_experts = self.model.config.num_experts;
-        let mut total = FrequencyAccumulator::new(layers.clone(), num_experts);
-        for Share { records, .. } in share(micro_batches, &*self.world) {
+        let nothing = FrequencyAccumulator::new(layers.clone(), self.model.config.num_experts);
+        let bar = passing.bar;
+        let scanned = self.scan(passing, nothing, |scan, _, records| {
             let partners: Vec<_> = records.iter().map(|&r| safe[r]).collect();
             let (safe, unsafe_) = (self.pack_safe(&partners), self.pack_unsafe(records));
-            total.add(&self.count_routing(&safe, &layers), &self.count_routing(&unsafe_, &layers));
+            scan.sums.add(&self.count_routing(&safe, &layers), &self.count_routing(&unsafe_, &layers));
             bar.step(safe.ids.len() + unsafe_.ids.len(), "");
-        }
+        })?;
+        let Some(Scan { sums: mut total, .. }) = scanned else { return Ok(None) };
         total.merge(&*self.world)?;
         let (batches, skipped) = (total.batches(), total.skipped());
         if skipped > 0 {
@@ -245,7 +403,7 @@ impl<B: Backend> Engine<'_, B> {
                 batches + skipped,
             ));
         }
-        Ok((total.finish()?, batches))
+        Ok(Some((total.finish()?, batches)))
     }
 
     fn count_routing(&self, batch: &MicroBatch, layers: &[usize]) -> RoutingCounts {

@@ -59,6 +59,23 @@ impl Activations {
     }
 }
 
+/// Bytes that training adds on one rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TrainedState {
+    /// The gradient in f32 and the new weights: on every rank whole.
+    pub whole: u64,
+    /// Masters and two moments in f32, and the sum of the gradient: each rank has its part.
+    pub sharded: u64,
+}
+
+impl TrainedState {
+    /// For `trained` elements of `weight` bytes each.
+    pub fn predict(trained: u64, weight: u64, world_size: usize) -> Self {
+        let sharded = if world_size == 1 { 12 * trained } else { (16 * trained).div_ceil(world_size as u64) };
+        Self { whole: trained * (4 + weight), sharded }
+    }
+}
+
 /// Bytes of memory that this process may still take: what the kernel calls available, and no more than the control
 /// group allows.
 pub fn free_memory() -> u64 {

@@ -7,9 +7,12 @@ use std::time::Instant;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::engine::Engine;
 use super::identify::Identification;
-use super::phases::StepResult;
+use super::phase::StepResult;
 use super::resume::Measured;
+use crate::backend::Backend;
+use crate::collective::all_ok;
 use crate::config::{Mode, RunConfig, Schedule};
 use crate::exit::Result;
 use crate::experts::{ExpertId, ExpertScores, Method};
@@ -29,12 +32,13 @@ pub struct Progressed {
     training_logs: Vec<TrainingLog>,
 }
 
-/// Writes every output of a run but its models.
+/// Writes every output of a run but its models. Each rank keeps the account; rank 0 writes it.
 pub struct Outputs<'a> {
     config: &'a RunConfig,
     ui: &'a Ui,
     dir: PathBuf,
-    metrics: MetricsLog,
+    /// Of the rank that writes.
+    metrics: Option<MetricsLog>,
     step: u64,
     last: Instant,
     scores: ScoresFile,
@@ -46,22 +50,49 @@ impl<'a> Outputs<'a> {
     ///
     /// # Errors
     /// A file that cannot be written.
-    pub fn create(config: &'a RunConfig, ui: &'a Ui, layers: Vec<usize>, num_experts: usize) -> Result<Self> {
-        let scores = ScoresFile::new(config.method, config.score, layers, num_experts);
-        Self::resume(config, ui, Progressed { steps: 0, metrics_length: 0, scores, training_logs: Vec::new() })
+    pub fn create<B: Backend>(engine: &Engine<'a, B>, ui: &'a Ui) -> Result<Self> {
+        let config = engine.config;
+        let layers = engine.moe_layers().layers;
+        let scores = ScoresFile::new(config.method, config.score, layers, engine.model.config.num_experts);
+        Self::resume(engine, ui, Progressed { steps: 0, metrics_length: 0, scores, training_logs: Vec::new() })
     }
 
     /// Goes on where a checkpoint was made.
     ///
     /// # Errors
     /// A log that is shorter than it was then, a file that cannot be written.
-    pub fn resume(config: &'a RunConfig, ui: &'a Ui, progressed: Progressed) -> Result<Self> {
+    pub fn resume<B: Backend>(engine: &Engine<'a, B>, ui: &'a Ui, progressed: Progressed) -> Result<Self> {
+        let (config, world) = (engine.config, &*engine.world);
         let dir = config.output_dir.clone();
-        files::write(dir.join("config.resolved.yaml"), config.to_yaml()?)?;
         let Progressed { steps, metrics_length, scores, training_logs } = progressed;
-        let metrics = MetricsLog::resume(dir.join("metrics.jsonl"), metrics_length)?;
-        let metadata = TrainingMetadata { training_logs, ..metadata(config) };
+        let open = || -> Result<Option<MetricsLog>> {
+            if world.rank() != 0 {
+                return Ok(None);
+            }
+            files::write(dir.join("config.resolved.yaml"), config.to_yaml()?)?;
+            Ok(Some(MetricsLog::resume(dir.join("metrics.jsonl"), metrics_length)?))
+        };
+        let metrics = all_ok(world, open())?;
+        let metadata = TrainingMetadata { training_logs, ..metadata(config, world.world_size()) };
         Ok(Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, metadata })
+    }
+
+    /// Whether this rank writes.
+    fn writes(&self) -> bool {
+        self.metrics.is_some()
+    }
+
+    /// Steps of the whole run so far.
+    pub fn steps(&self) -> u64 {
+        self.step
+    }
+
+    /// Makes the log survive a crash of the machine.
+    ///
+    /// # Errors
+    /// A log that cannot be written.
+    pub fn sync(&self) -> Result<()> {
+        Ok(self.metrics.as_ref().map_or(Ok(()), MetricsLog::sync)?)
     }
 
     /// The newest round's selection; empty before the first.
@@ -73,7 +104,7 @@ impl<'a> Outputs<'a> {
     pub fn progressed(&self) -> Progressed {
         Progressed {
             steps: self.step,
-            metrics_length: self.metrics.length(),
+            metrics_length: self.metrics.as_ref().map_or(0, MetricsLog::length),
             scores: self.scores.clone(),
             training_logs: self.metadata.training_logs.clone(),
         }
@@ -107,6 +138,7 @@ impl<'a> Outputs<'a> {
                 grad_norm: None,
                 tokens: *tokens as u64,
                 seconds,
+                skipped: false,
             })?;
         }
         let scored = self.config.method != Method::Random || found.micro_batches > 0;
@@ -114,6 +146,9 @@ impl<'a> Outputs<'a> {
         let experts = &found.selected.experts;
         let losses = found.losses.clone();
         self.scores.rounds.insert(round, RoundScores::new(scores, experts, found.micro_batches, losses));
+        if !self.writes() {
+            return Ok(());
+        }
         write_json(self.path("expert_scores.json"), &self.scores)?;
         let rounds: Vec<_> = self
             .rounds()
@@ -136,7 +171,7 @@ impl<'a> Outputs<'a> {
     ///
     /// # Errors
     /// A log that cannot be appended to.
-    pub fn step(&mut self, phase: Phase, round: usize, result: StepResult) -> Result<()> {
+    pub fn step(&mut self, phase: Phase, round: usize, result: &StepResult) -> Result<()> {
         let seconds = self.lap();
         self.row(MetricsRow {
             phase,
@@ -149,6 +184,7 @@ impl<'a> Outputs<'a> {
             grad_norm: Some(result.grad_norm),
             tokens: result.tokens as u64,
             seconds,
+            skipped: result.skipped.is_some(),
         })
     }
 
@@ -163,7 +199,10 @@ impl<'a> Outputs<'a> {
     /// # Errors
     /// A file that cannot be written.
     pub fn write_metadata(&self) -> Result<()> {
-        self.metrics.sync()?;
+        if !self.writes() {
+            return Ok(());
+        }
+        self.sync()?;
         let identified = self.rounds().map(|(round, selected, all)| {
             let score = |id: &ExpertId| Some((*id, all.as_ref()?.get(*id)?));
             let gradients = selected.iter().filter_map(score).collect();
@@ -187,7 +226,9 @@ impl<'a> Outputs<'a> {
     fn row(&mut self, mut row: MetricsRow) -> Result<()> {
         self.step += 1;
         row.step = self.step;
-        self.metrics.write(&row)?;
+        if let Some(metrics) = &mut self.metrics {
+            metrics.write(&row)?;
+        }
         if self.step.is_multiple_of(self.config.logging_steps as u64) {
             self.ui.line(log_line(&row));
         }
@@ -219,7 +260,7 @@ fn name(value: impl ValueEnum) -> String {
     value.to_possible_value().expect("no value is hidden").get_name().to_owned()
 }
 
-fn metadata(config: &RunConfig) -> TrainingMetadata {
+fn metadata(config: &RunConfig, world_size: usize) -> TrainingMetadata {
     TrainingMetadata {
         model_name: config.model_name.clone(),
         training_strategy: strategy(config).into(),
@@ -229,7 +270,7 @@ fn metadata(config: &RunConfig) -> TrainingMetadata {
         top_k_experts: config.top_k_experts,
         batch_size: config.batch_size,
         grad_accum: config.grad_accum,
-        world_size: config.ranks,
+        world_size,
         expert_lr: config.expert_lr,
         router_lr: config.router_lr,
         weight_decay: config.weight_decay,

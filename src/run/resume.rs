@@ -1,37 +1,80 @@
-//! Checkpoints at the ends of rounds, and continuing from the newest whole one.
+//! Checkpoints of a run, and going on from the newest whole one.
 //!
-//! A round begins with fresh moments and its order of rows depends on the seed and its number alone, so the weights that
-//! changed, the log's length and the results so far are all there is to a run between two rounds: a resumed run equals an
-//! uninterrupted one bit for bit.
+//! `checkpoints/round_2-expert-step_40/` is named by what comes next: step 41 of the expert phase of round 2. It holds
 //!
-//! `checkpoints/round_N/` holds `weights.safetensors` (a delta) and `state.json`, which names the blake3 hash of the
-//! former. The folder is written aside and renamed, so it is whole or not there.
+//! | file | from | what |
+//! |---|---|---|
+//! | `state.json` | rank 0 | options, position, results so far |
+//! | `weights.safetensors` | rank 0 | the weights that changed, as a delta |
+//! | `optimizer-R-of-N.safetensors` | each rank | within a training phase: its pieces of masters and moments |
+//! | `identify-R-of-N.json` | each rank | within an identification: what it has added up |
+//! | `manifest.json` | rank 0 | size and blake3 of all others |
+//!
+//! The folder is written aside by all ranks, brought to the disk, and renamed, so it is whole or not there. The order of
+//! the rows depends on the seed and the round alone, and a phase begins with fresh moments: nothing else makes a run. So a
+//! resumed run equals an uninterrupted one, bit for bit with as many ranks; with another number it takes the same steps
+//! over the same rows, and differs by the rounding of sums.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::engine::Engine;
-use super::outputs::Progressed;
+use super::identify::ScanState;
+use super::outputs::{Outputs, Progressed};
+use super::phase::{PhaseRun, SoFar};
+use super::replicas;
 use super::session::Session;
 use crate::backend::Backend;
-use crate::checkpoint::{AsideDir, load_delta, save_delta};
+use crate::checkpoint::{
+    AsideDir, Entry, Manifest, clear_left, load_delta, partial_path, read_optimizer, remove, save_delta, write_optimizer,
+};
+use crate::collective::{Collective, all_ok};
 use crate::config::{Device, Recompute, RunConfig};
 use crate::exit::{self, Failure, Result};
-use crate::report::{read_json, write_json};
+use crate::files;
+use crate::report::{Phase, read_json, write_json};
 use crate::ui::Ui;
 
 /// The value of [`State::schema`].
-const SCHEMA: &str = "moewarden.checkpoint/1";
+const SCHEMA: &str = "moewarden.checkpoint/2";
 const WEIGHTS: &str = "weights.safetensors";
 const STATE: &str = "state.json";
 
-/// Checkpoints that are kept: the newest, and one more in case the disk damages it.
-const KEPT: usize = 2;
+/// Where a run stands: the phase and the step in it that come next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Position {
+    /// From 0.
+    pub round: usize,
+    /// A phase that the run may not have: then the one after it comes next.
+    pub phase: Phase,
+    /// Steps (in an identification: micro-batches) of the phase that are done.
+    pub step: usize,
+}
 
-/// A run between two rounds.
+impl Position {
+    /// The beginning of a phase.
+    pub fn start(round: usize, phase: Phase) -> Self {
+        Self { round, phase, step: 0 }
+    }
+
+    /// The name of its checkpoint.
+    fn folder(self) -> String {
+        let phase = serde_json::to_value(self.phase).expect("a phase has a name");
+        format!("round_{}-{}-step_{}", self.round + 1, phase.as_str().unwrap_or_default(), self.step)
+    }
+
+    fn of_folder(name: &str) -> Option<Self> {
+        let [round, phase, step] = name.split('-').collect::<Vec<_>>().try_into().ok()?;
+        let round = round.strip_prefix("round_")?.parse::<usize>().ok()?.checked_sub(1)?;
+        let phase = serde_json::from_value(phase.into()).ok()?;
+        Some(Self { round, phase, step: step.strip_prefix("step_")?.parse().ok()? })
+    }
+}
+
+/// What is between two steps of a run; the same on all ranks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct State {
     schema: String,
@@ -39,10 +82,14 @@ pub struct State {
     config: String,
     /// blake3 of everything else that decides the run: the base model's values and small files, and the data.
     inputs: String,
-    /// Rounds that are done.
-    pub rounds_done: usize,
-    /// blake3 of `weights.safetensors`.
-    weights: String,
+    /// Ranks that wrote it.
+    world_size: usize,
+    /// Ranks for whose number the steps are made: those that began the run.
+    pub step_ranks: usize,
+    /// What comes next.
+    pub position: Position,
+    /// Within a training phase: its steps so far.
+    pub so_far: Option<SoFar>,
     /// The outputs so far.
     pub outputs: Progressed,
     /// Cross-entropy, alignment loss and held-out loss before the first round.
@@ -74,161 +121,332 @@ impl Measured {
     }
 }
 
-/// Saves a run after `rounds_done` rounds, and removes checkpoints older than the newest two.
-///
-/// # Errors
-/// A disk that refuses.
-pub fn save<B: Backend>(
-    session: &Session,
-    engine: &Engine<'_, B>,
-    rounds_done: usize,
-    outputs: Progressed,
-    before: Measured,
-) -> Result<()> {
-    let config = engine.config;
-    let target = folder(config).join(format!("round_{rounds_done}"));
-    let aside = AsideDir::create(&target)?;
-    let weights = aside.path().join(WEIGHTS);
-    save_delta(&session.checkpoint, &session.table, &engine.changed(), &weights)?;
-    let state = State {
-        schema: SCHEMA.into(),
-        config: decisive(config)?,
-        inputs: inputs(session, config)?,
-        rounds_done,
-        weights: hash_file(&weights)?,
-        outputs,
-        before,
-    };
-    write_json(aside.path().join(STATE), &state)?;
-    aside.finish(true)?;
-    let old = saved(config).into_iter().rev().skip(KEPT);
-    for (_, path) in old {
-        fs::remove_dir_all(&path)
-            .map_err(|e| Failure::new(exit::IO, format!("{}: cannot be removed: {e}", path.display())))?;
-    }
-    Ok(())
+/// What a phase under way adds to a checkpoint.
+pub enum Within<'a, B: Backend> {
+    /// Nothing: a phase has ended.
+    Nothing,
+    /// What this rank has added up in an identification.
+    Identification(Vec<u8>),
+    /// A training phase.
+    Training(&'a PhaseRun<B>),
 }
 
-/// Puts the newest whole checkpoint's weights into the engine; its state. `None` where there is none at all. Says which
-/// checkpoints were passed over and why.
-///
-/// # Errors
-/// A checkpoint of other options or other data; checkpoints of which none is whole.
-pub fn load<B: Backend>(session: &Session, engine: &mut Engine<'_, B>, ui: &Ui) -> Result<Option<State>> {
-    let config = engine.config;
-    let found = saved(config);
-    let any = !found.is_empty();
-    for (round, path) in found.into_iter().rev() {
-        let state = match whole(&path) {
-            Ok(state) => state,
-            Err(failure) => {
-                ui.warn(format_args!("checkpoint {} is passed over: {failure}", path.display()));
-                continue;
+/// Saves a run, and finds what it saved.
+pub struct Checkpoints<'a> {
+    session: &'a Session,
+    config: &'a RunConfig,
+    /// The options that decide results, as YAML.
+    decisive: String,
+}
+
+/// A checkpoint to go on from.
+pub struct Found {
+    /// What all ranks have in common.
+    pub state: State,
+    folder: PathBuf,
+}
+
+impl<'a> Checkpoints<'a> {
+    /// Those in the run's output folder.
+    ///
+    /// # Errors
+    /// Options that are not text.
+    pub fn new(session: &'a Session, config: &'a RunConfig) -> Result<Self> {
+        Ok(Self { session, config, decisive: decisive(config)? })
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.config.output_dir.join("checkpoints")
+    }
+
+    /// Saves a run at `position`, after the ranks have proved to each other that they hold the same weights, and removes
+    /// all but the newest checkpoints. All ranks take part.
+    ///
+    /// # Errors
+    /// A disk that refuses, ranks that differ.
+    pub fn save<B: Backend>(
+        &self,
+        engine: &Engine<'_, B>,
+        position: Position,
+        within: Within<'_, B>,
+        outputs: &Outputs<'_>,
+        before: Measured,
+    ) -> Result<()> {
+        let world = engine.world.clone();
+        let leads = world.rank() == 0;
+        replicas::check(engine)?;
+        world.doing(&format!("saving {}", position.folder()));
+        engine.pass_save()?;
+        let target = self.folder().join(position.folder());
+        let begun = || -> Result<Option<AsideDir>> {
+            if !leads {
+                return Ok(None);
             }
+            outputs.sync()?;
+            let aside = AsideDir::create(&target)?;
+            clear_left(&self.folder(), &aside)?;
+            Ok(Some(aside))
         };
-        check_same(&state, session, config)?;
-        let weights = load_delta(&session.checkpoint, &session.table, &path.join(WEIGHTS))?;
-        engine.touched = weights.keys().copied().collect::<BTreeSet<_>>();
+        let aside = all_ok(&*world, begun())?;
+        engine.pass_save()?;
+        let dir = partial_path(&target)?;
+        let own = self.write_own(engine, &dir, &within);
+        engine.pass_save()?;
+        let entries = serde_json::to_vec(&all_ok(&*world, own)?).expect("names and numbers");
+        let all = world.all_gather(&entries)?;
+        let finish = |aside: AsideDir| -> Result<()> {
+            let state = State {
+                schema: SCHEMA.into(),
+                config: self.decisive.clone(),
+                inputs: self.session.fingerprint(self.config)?.to_string(),
+                world_size: world.world_size(),
+                step_ranks: engine.step_ranks,
+                position,
+                so_far: if let Within::Training(run) = &within { Some(run.so_far.clone()) } else { None },
+                outputs: outputs.progressed(),
+                before,
+            };
+            write_json(aside.path().join(STATE), &state)?;
+            let mut files = BTreeMap::from([(STATE.to_owned(), Entry::of(&aside.path().join(STATE))?)]);
+            for entries in &all {
+                files.extend(serde_json::from_slice::<BTreeMap<String, Entry>>(entries).expect("written above"));
+            }
+            Manifest::new(files).write(aside.path())?;
+            engine.pass_save()?;
+            aside.finish(true)?;
+            engine.pass_save()?;
+            self.prune(position)
+        };
+        all_ok(&*world, aside.map_or(Ok(()), finish))
+    }
+
+    /// The files that this rank contributes, with their hashes.
+    fn write_own<B: Backend>(
+        &self,
+        engine: &Engine<'_, B>,
+        dir: &Path,
+        within: &Within<'_, B>,
+    ) -> Result<BTreeMap<String, Entry>> {
+        let (rank, world_size) = (engine.world.rank(), engine.world.world_size());
+        let mut names = Vec::new();
+        match within {
+            Within::Nothing => {}
+            Within::Identification(sums) => {
+                let name = identify_name(rank, world_size);
+                files::write(dir.join(&name), sums)?;
+                names.push(name);
+            }
+            Within::Training(run) => {
+                let (name, optimizer) = (optimizer_name(rank, world_size), run.trainer.optimizer());
+                let states = optimizer.export(&engine.model.backend);
+                write_optimizer(&self.session.table, &optimizer.layout(), states, &dir.join(&name))?;
+                names.push(name);
+            }
+        }
+        if rank == 0 {
+            save_delta(&self.session.checkpoint, &self.session.table, &engine.changed(), &dir.join(WEIGHTS))?;
+            names.push(WEIGHTS.into());
+        }
+        names.into_iter().map(|name| Ok((name.clone(), Entry::of(&dir.join(&name))?))).collect()
+    }
+
+    /// Removes all but the newest checkpoints up to `position`, and those after it, which the run has left behind.
+    fn prune(&self, position: Position) -> Result<()> {
+        let found = self.found();
+        let (past, future): (Vec<_>, Vec<_>) = found.into_iter().partition(|(at, _)| *at <= position);
+        let old = past.into_iter().rev().skip(self.config.keep_checkpoints);
+        for (_, path) in old.chain(future) {
+            remove(&path)?;
+        }
+        Ok(())
+    }
+
+    /// All checkpoints, oldest first.
+    fn found(&self) -> Vec<(Position, PathBuf)> {
+        let entries = fs::read_dir(self.folder()).into_iter().flatten().flatten();
+        let mut found: Vec<_> = entries
+            .filter_map(|entry| Some((Position::of_folder(entry.file_name().to_str()?)?, entry.path())))
+            .collect();
+        found.sort();
+        found
+    }
+
+    /// The newest whole checkpoint; `None` where there is none at all. Says which were passed over and why.
+    ///
+    /// # Errors
+    /// Checkpoints of which none is whole; one of other options or other data.
+    pub fn newest(&self, ui: &Ui) -> Result<Option<Found>> {
+        let found = self.found();
+        let any = !found.is_empty();
+        for (_, folder) in found.into_iter().rev() {
+            let whole = Manifest::verify(&folder).map_err(Failure::from).and_then(|()| self.read(&folder));
+            match whole {
+                Ok(found) => {
+                    self.check_same(&found.state)?;
+                    ui.line(format_args!("resuming from {}", folder.display()));
+                    return Ok(Some(found));
+                }
+                Err(failure) => ui.warn(format_args!("checkpoint {} is passed over: {failure}", folder.display())),
+            }
+        }
+        if any {
+            let message = format!("no checkpoint of {} is whole; start again with --overwrite", self.folder().display());
+            return Err(Failure::new(exit::DATA, message));
+        }
+        Ok(None)
+    }
+
+    /// [`Self::newest`] for all ranks: rank 0 looks at every bit, the others read what it chose.
+    ///
+    /// # Errors
+    /// Those of [`Self::newest`]; a folder that a rank cannot read.
+    pub fn agree_on_newest(&self, world: &dyn Collective, ui: &Ui) -> Result<Option<Found>> {
+        world.doing("the choice of a checkpoint");
+        let found = all_ok(world, if world.rank() == 0 { self.newest(ui) } else { Ok(None) })?;
+        let name = found.as_ref().and_then(|found| found.folder.file_name()?.to_str()).unwrap_or_default();
+        let chosen = world.all_gather(name.as_bytes())?.swap_remove(0);
+        let chosen = String::from_utf8_lossy(&chosen).into_owned();
+        let read = || match &found {
+            Some(_) => Ok(found),
+            None if chosen.is_empty() => Ok(None),
+            None => self.read(&self.folder().join(&chosen)).map(Some),
+        };
+        all_ok(world, read())
+    }
+
+    fn read(&self, folder: &Path) -> Result<Found> {
+        let state: State = read_json(&folder.join(STATE))?;
+        if state.schema != SCHEMA {
+            return Err(Failure::new(exit::DATA, format!("its schema is {:?}, not {SCHEMA:?}", state.schema)));
+        }
+        Ok(Found { state, folder: folder.into() })
+    }
+
+    fn check_same(&self, state: &State) -> Result<()> {
+        if state.config != self.decisive {
+            let mut differ = state.config.lines().zip(self.decisive.lines()).filter(|(a, b)| a != b);
+            let (theirs, ours) = differ.next().unwrap_or(("other options", "these"));
+            return Err(Failure::new(
+                exit::CONFIG,
+                format!("the checkpoint was made with `{theirs}`, not `{ours}`: resume with its config.resolved.yaml"),
+            ));
+        }
+        if state.inputs != self.session.fingerprint(self.config)?.to_string() {
+            return Err(Failure::new(
+                exit::CONFIG,
+                format!(
+                    "the model {} or the data have changed since the checkpoint was made: put back what was there, or \
+                     start again with --overwrite",
+                    self.session.dir.display()
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Found {
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Puts the weights into the engine.
+    ///
+    /// # Errors
+    /// A delta that does not fit the model.
+    pub fn load_weights<B: Backend>(&self, session: &Session, engine: &mut Engine<'_, B>) -> Result<()> {
+        engine.step_ranks = self.state.step_ranks;
+        let weights = load_delta(&session.checkpoint, &session.table, &self.folder.join(WEIGHTS))?;
+        engine.touched = weights.keys().copied().collect();
         for (id, value) in weights {
             engine.model.set_weight_host(id, value);
         }
-        ui.line(format_args!("resuming after round {round}: {}", path.display()));
-        return Ok(Some(state));
+        Ok(())
     }
-    if any {
-        return Err(Failure::new(
-            exit::DATA,
-            format!("no checkpoint of {} is whole; start again with --overwrite", folder(config).display()),
-        ));
+
+    /// Where an identification goes on on this rank.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn scan<B: Backend>(&self, engine: &Engine<'_, B>) -> Result<ScanState> {
+        let (next, writers) = (self.state.position.step, self.state.world_size);
+        if next == 0 {
+            return Ok(ScanState::default());
+        }
+        let mine = match engine.world.rank() {
+            rank if writers == engine.world.world_size() => rank..rank + 1,
+            0 => 0..writers,
+            _ => 0..0,
+        };
+        let read = |rank| {
+            let path = self.folder.join(identify_name(rank, writers));
+            fs::read(&path).map_err(|e| Failure::new(exit::IO, format!("{}: {e}", path.display())))
+        };
+        Ok(ScanState { next, sums: mine.map(read).collect::<Result<_>>()? })
     }
-    Ok(None)
+
+    /// Brings a training phase that has just begun to where it was.
+    ///
+    /// # Errors
+    /// A state that does not fit.
+    pub fn restore<B: Backend>(&self, engine: &Engine<'_, B>, run: &mut PhaseRun<B>) -> Result<()> {
+        let Some(so_far) = &self.state.so_far else { return Ok(()) };
+        run.so_far = so_far.clone();
+        let writers = self.state.world_size;
+        let files: Vec<_> = (0..writers).map(|rank| self.folder.join(optimizer_name(rank, writers))).collect();
+        let (rank, world_size) = (engine.world.rank(), engine.world.world_size());
+        for state in read_optimizer(&engine.model.table, &files, rank, world_size)? {
+            run.trainer.import(engine, &state)?;
+        }
+        Ok(())
+    }
 }
 
-fn whole(path: &Path) -> Result<State> {
-    let state: State = read_json(&path.join(STATE))?;
-    if state.schema != SCHEMA {
-        return Err(Failure::new(exit::DATA, format!("its schema is {:?}, not {SCHEMA:?}", state.schema)));
-    }
-    if hash_file(&path.join(WEIGHTS))? != state.weights {
-        return Err(Failure::new(exit::DATA, format!("{WEIGHTS} is damaged: its hash is not the one in {STATE}")));
-    }
-    Ok(state)
+fn identify_name(rank: usize, world_size: usize) -> String {
+    format!("identify-{rank}-of-{world_size}.json")
 }
 
-fn check_same(state: &State, session: &Session, config: &RunConfig) -> Result<()> {
-    let ours = decisive(config)?;
-    if state.config != ours {
-        let mut differ = state.config.lines().zip(ours.lines()).filter(|(a, b)| a != b);
-        let (theirs, ours) = differ.next().unwrap_or(("other options", "these"));
-        return Err(Failure::new(
-            exit::CONFIG,
-            format!("the checkpoint was made with `{theirs}`, not `{ours}`: resume with its config.resolved.yaml"),
-        ));
-    }
-    if state.inputs != inputs(session, config)? {
-        return Err(Failure::new(
-            exit::CONFIG,
-            format!(
-                "the model {} or the data have changed since the checkpoint was made: put back what was there, or start again \
-                 with --overwrite",
-                session.dir.display()
-            ),
-        ));
-    }
-    Ok(())
-}
-
-/// blake3 over the base model's parameters, its configuration and tokenizer, and the files of rows and template.
-fn inputs(session: &Session, config: &RunConfig) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    for spec in &session.table.params {
-        hasher.update_rayon(&spec.value.bytes);
-    }
-    let names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
-    let model = names.iter().map(|name| session.dir.join(name)).filter(|path| path.is_file());
-    let files = [Some(&config.dataset_path), config.eval_dataset_path.as_ref(), config.chat_template.as_ref()];
-    for path in model.chain(files.into_iter().flatten().cloned()) {
-        hasher.update(hash_file(&path)?.as_bytes());
-    }
-    Ok(hasher.finalize().to_string())
+fn optimizer_name(rank: usize, world_size: usize) -> String {
+    format!("optimizer-{rank}-of-{world_size}.safetensors")
 }
 
 /// The options that decide results, as YAML; the others are set to their defaults.
-fn decisive(config: &RunConfig) -> Result<String> {
+pub fn decisive(config: &RunConfig) -> Result<String> {
+    let default = RunConfig::default();
     let config = RunConfig {
         overwrite: false,
         resume: false,
         output_dir: PathBuf::new(),
         threads: 0,
+        ranks: 1,
         device: Device::Auto,
         recompute: Recompute::Auto,
         logging_steps: 1,
+        save_steps: default.save_steps,
+        keep_checkpoints: default.keep_checkpoints,
+        check_replicas: default.check_replicas,
+        timeout: default.timeout,
         ..config.clone()
     };
     Ok(config.to_yaml()?)
 }
 
-fn folder(config: &RunConfig) -> PathBuf {
-    config.output_dir.join("checkpoints")
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// (rounds done, folder) of each checkpoint, oldest first.
-fn saved(config: &RunConfig) -> Vec<(usize, PathBuf)> {
-    let entries = fs::read_dir(folder(config)).into_iter().flatten().flatten();
-    let mut found: Vec<_> = entries
-        .filter_map(|entry| {
-            let round = entry.file_name().to_str()?.strip_prefix("round_")?.parse().ok()?;
-            Some((round, entry.path()))
-        })
-        .collect();
-    found.sort_unstable();
-    found
-}
-
-fn hash_file(path: &Path) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    hasher
-        .update_mmap_rayon(path)
-        .map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display())))?;
-    Ok(hasher.finalize().to_string())
+    #[test]
+    fn a_folder_names_its_position() {
+        for phase in [Phase::Identify, Phase::Expert, Phase::Router, Phase::Joint] {
+            let position = Position { round: 1, phase, step: 40 };
+            assert_eq!(Position::of_folder(&position.folder()), Some(position));
+        }
+        assert_eq!(Position::start(1, Phase::Expert).folder(), "round_2-expert-step_0");
+        for other in ["round_2", ".round_2-expert-step_0.partial", "round_0-expert-step_0", "round_2-lunch-step_0"] {
+            assert_eq!(Position::of_folder(other), None, "{other}");
+        }
+        let order = [(0, Phase::Identify, 7), (0, Phase::Expert, 0), (0, Phase::Expert, 2), (0, Phase::Router, 1), (1, Phase::Identify, 0)];
+        assert!(order.map(|(round, phase, step)| Position { round, phase, step }).is_sorted());
+    }
 }

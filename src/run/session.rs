@@ -1,12 +1,13 @@
 //! Opening what a run reads: model, tokenizer, data. Everything is checked here, before anything is written.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use super::engine::Engine;
-use super::memory::{Activations, free_memory, human, human_count};
+use super::memory::{Activations, TrainedState, free_memory, human, human_count};
+use super::ranks::{Rank, Ranks};
 use crate::backend::Backend;
-use crate::collective::{Collective, threads};
+use crate::collective::all_agree;
 use crate::config::{RunConfig, Schedule, hub_cache};
 use crate::data::{ChatTokenizer, DataOptions, Dataset};
 use crate::exit::{self, Context, Failure, Result};
@@ -30,6 +31,7 @@ pub struct Session {
     pub data: Dataset,
     /// Rows that are only measured.
     pub held_out: Option<Dataset>,
+    fingerprint: OnceLock<blake3::Hash>,
 }
 
 impl Session {
@@ -86,7 +88,7 @@ impl Session {
                 Some(held_out)
             }
         };
-        Ok(Self { dir, model, checkpoint, table, tokenizer, data, held_out })
+        Ok(Self { dir, model, checkpoint, table, tokenizer, data, held_out, fingerprint: OnceLock::new() })
     }
 
     /// Refuses data without the safe side that a phase of the run compares with, before an earlier phase has run for hours.
@@ -116,16 +118,58 @@ impl Session {
         }
     }
 
-    /// Puts the weights on a backend, with this process as the only rank.
+    /// Refuses weights that are NaN or infinite.
     ///
     /// # Errors
-    /// A weight that is NaN or infinite.
-    pub fn engine<'a, B: Backend>(&'a self, config: &'a RunConfig, backend: Arc<B>) -> Result<Engine<'a, B>> {
+    /// The first such weight.
+    pub fn check_weights(&self) -> Result<()> {
         let damaged = format!("the checkpoint {} is damaged: fetch it again", self.dir.display());
-        self.table.check_finite().context(damaged)?;
-        let world: Arc<dyn Collective> = Arc::new(threads::single());
-        let model = Model::new(backend, self.model.clone(), self.table.clone());
-        Ok(Engine { model, world, config, data: &self.data, touched: Default::default() })
+        self.table.check_finite().context(damaged)
+    }
+
+    /// Puts the weights on the backend of one rank.
+    pub fn engine<'a, B: Backend>(&'a self, config: &'a RunConfig, backend: Arc<B>, rank: &Rank) -> Engine<'a, B> {
+        Engine::new(Model::new(backend, self.model.clone(), self.table.clone()), rank, config, &self.data)
+    }
+
+    /// blake3 over the base model's parameters, its configuration and tokenizer, and the files of rows and template.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn fingerprint(&self, config: &RunConfig) -> Result<blake3::Hash> {
+        if let Some(hash) = self.fingerprint.get() {
+            return Ok(*hash);
+        }
+        let mut hasher = blake3::Hasher::new();
+        for spec in &self.table.params {
+            hasher.update_rayon(&spec.value.bytes);
+        }
+        hasher.update(self.fingerprint_of_files(config)?.as_bytes());
+        Ok(*self.fingerprint.get_or_init(|| hasher.finalize()))
+    }
+
+    fn fingerprint_of_files(&self, config: &RunConfig) -> Result<blake3::Hash> {
+        let mut hasher = blake3::Hasher::new();
+        let names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+        let model = names.iter().map(|name| self.dir.join(name)).filter(|path| path.is_file());
+        for path in model.chain(data_files(config)) {
+            hasher.update(hash_file(&path)?.as_bytes());
+        }
+        Ok(hasher.finalize())
+    }
+
+    /// Proves that all ranks have the same program, options, rows and model. Nothing to prove where they are threads.
+    ///
+    /// # Errors
+    /// What differs, and on which rank.
+    pub fn agree(&self, config: &RunConfig, ranks: &Ranks) -> Result<()> {
+        let Some(world) = ranks.other_processes() else { return Ok(()) };
+        world.doing("the check that all ranks have the same inputs");
+        all_agree(world, "version of moewarden", env!("CARGO_PKG_VERSION").as_bytes())?;
+        all_agree(world, "set of options", super::resume::decisive(config)?.as_bytes())?;
+        let files = self.fingerprint_of_files(config)?;
+        all_agree(world, "file of rows, chat template, tokenizer or config.json", files.as_bytes())?;
+        Ok(all_agree(world, "set of model weights", self.fingerprint(config)?.as_bytes())?)
     }
 
     /// Parameters by kind, for people.
@@ -149,12 +193,13 @@ impl Session {
         lines
     }
 
-    /// Expected memory of a rank, for people: weights, activations of the longest micro-batches, trained state.
-    pub fn describe_memory(&self, config: &RunConfig, trained: usize) -> String {
+    /// Expected memory of a rank, for people: weights, activations of the longest micro-batches, trained state. `here` of
+    /// the `world_size` ranks share this machine.
+    pub fn describe_memory(&self, config: &RunConfig, trained: usize, world_size: usize, here: usize) -> String {
         let rows = self.longest_batch(config.batch_size);
         let activations = Activations::predict(&self.model, rows);
         let layers = self.model.layers.len();
-        let free = free_memory();
+        let free = free_memory() / here as u64;
         let keep_from = activations.keep_from(config.recompute, layers, 0, free);
         // A joint step's divergence is that of all its micro-batches, so their forward passes wait for one another.
         let (waiting, of) = match config.schedule {
@@ -164,17 +209,19 @@ impl Session {
         let kept = activations.peak(layers, 0, keep_from) - activations.working;
         let peak = waiting.saturating_mul(kept).saturating_add(activations.working);
         let total = self.table.total();
-        // Gradient, master and two moments in f32, and the weight itself out of its file.
-        let state = trained as u64 * (16 + (total.bytes / total.elements.max(1)) as u64);
+        let state = TrainedState::predict(trained as u64, (total.bytes / total.elements.max(1)) as u64, world_size);
         let weights = total.bytes as u64;
         format!(
             "memory a rank: weights {} (memory-mapped: ranks on one machine share them), activations {} for {of} of up to \
-             {rows} tokens ({} of {layers} layers kept, the others computed again), trained state {}: {} in all; {} free",
+             {rows} tokens ({} of {layers} layers kept, the others computed again), trained state {} (gradients and new \
+             weights {}, its {world_size}. part of masters and moments {}): {} in all; {} free",
             human(weights),
             human(peak),
             layers - keep_from,
-            human(state),
-            human(peak.saturating_add(weights + state)),
+            human(state.whole + state.sharded),
+            human(state.whole),
+            human(state.sharded),
+            human(peak.saturating_add(weights + state.whole + state.sharded)),
             human(free),
         )
     }
@@ -186,6 +233,20 @@ impl Session {
         lengths.sort_unstable_by(|a, b| b.cmp(a));
         lengths.iter().take(batch_size).sum()
     }
+}
+
+/// The files of rows and template that a run reads.
+fn data_files(config: &RunConfig) -> impl Iterator<Item = PathBuf> + '_ {
+    let files = [Some(&config.dataset_path), config.eval_dataset_path.as_ref(), config.chat_template.as_ref()];
+    files.into_iter().flatten().cloned()
+}
+
+fn hash_file(path: &Path) -> Result<blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
+    hasher
+        .update_mmap_rayon(path)
+        .map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display())))?;
+    Ok(hasher.finalize())
 }
 
 /// The options of reading rows.

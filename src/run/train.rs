@@ -1,21 +1,27 @@
 //! `train` and `identify`: rounds of finding experts, training them, and aligning the routers.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::thread::available_parallelism;
+use std::time::Duration;
 
 use super::engine::Engine;
-use super::identify::Identification;
+use super::identify::{Identification, ScanState};
 use super::memory::{human, peak_resident};
 use super::outputs::Outputs;
-use super::phases::StepResult;
+use super::phase::PhaseRun;
 use super::progress::Progress;
-use super::resume::{self, Measured};
+use super::ranks::{Rank, Ranks};
+use super::replicas;
+use super::resume::{Checkpoints, Found, Measured, Position, Within};
 use super::session::Session;
 use super::verify::verify_frozen;
 use crate::backend::{Backend, cpu::Cpu};
 use crate::checkpoint::{export_over, save_delta};
-use crate::config::{Mode, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir};
+use crate::collective::{Collective, all_ok};
+use crate::config::{LOCK_FILE, Mode, OutputLock, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir};
 use crate::data::{self, MicroBatch};
-use crate::exit::Result;
+use crate::exit::{self, Failure, Result};
 use crate::experts::{ExpertId, Selection};
 use crate::model::ParamKind;
 use crate::report::{Phase, TrainingStep};
@@ -40,111 +46,348 @@ pub struct TrainSummary {
 ///
 /// # Errors
 /// Anything that keeps the run from its end.
-pub fn identify(config: &RunConfig, ui: &Ui) -> Result<()> {
-    check_output_dir(config)?;
-    let session = Session::open(config, ui)?;
+pub fn identify(config: &RunConfig, ranks: &Ranks, ui: &Ui) -> Result<()> {
     // Nothing is trained: only the method itself may want safe rows.
     let untrained = RunConfig { skip_router_training: true, schedule: Schedule::Alternate, ..config.clone() };
-    session.check_sides(&untrained)?;
-    ui.line(format_args!("options:\n{}", config.to_yaml()?.trim_end()));
-    ui.line(session.describe());
-    ui.line(session.describe_memory(config, 0));
-    let engine = session.engine(config, backend(config, ui))?;
-    prepare_output_dir(config)?;
-    let mut outputs = outputs(config, ui, &engine)?;
-    let found = identify_round(&engine, 0, ui, &mut outputs)?;
-    outputs.write_metadata()?;
-    describe_selection(&found, &engine, ui);
-    ui.result(format_args!("scores and selection: {}", outputs.path("expert_scores.json").display()));
-    ui.line(format_args!("peak memory: {}", human(peak_resident())));
-    Ok(())
+    let session = open(config, &untrained, ranks, ui)?;
+    let _lock = take_output_dir(config, ranks)?;
+    describe(&session, config, ranks, 0, ui)?;
+    let config = config.clone();
+    ranks.run(ui, move |rank| {
+        let (config, ui) = (&config, &rank.ui);
+        let engine = session.engine(config, backend(config, rank.here, ui), rank);
+        let mut outputs = Outputs::create(&engine, ui)?;
+        let found = identify_round(&engine, 0, ScanState::default(), &mut outputs, ui, &mut |_, _, pause| {
+            if pause.stop {
+                let message = "stopped by a signal: nothing was saved (only `train` makes checkpoints)";
+                return Err(Failure::new(exit::TERMINATED, message));
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        let found = found.expect("it is never paused for good");
+        all_ok(&*rank.world, outputs.write_metadata())?;
+        describe_selection(&found, &engine, ui);
+        ui.result(format_args!("scores and selection: {}", outputs.path("expert_scores.json").display()));
+        ui.line(peak_memory(&*rank.world)?);
+        Ok(())
+    })
 }
 
 /// Runs all rounds and writes the final model.
 ///
 /// # Errors
 /// Anything that keeps the run from its end.
-pub fn train(config: &RunConfig, ui: &Ui) -> Result<TrainSummary> {
-    check_output_dir(config)?;
-    let session = Session::open(config, ui)?;
-    session.check_sides(config)?;
-    let mut engine = session.engine(config, backend(config, ui))?;
-    prepare_output_dir(config)?;
-    ui.line(format_args!("options:\n{}", config.to_yaml()?.trim_end()));
-    ui.line(session.describe());
+pub fn train(config: &RunConfig, ranks: &Ranks, ui: &Ui) -> Result<TrainSummary> {
+    let session = open(config, config, ranks, ui)?;
+    let _lock = take_output_dir(config, ranks)?;
     let trained = trained_elements(&session, config);
-    ui.line(session.describe_memory(config, trained));
-    let total = session.table.total().elements;
+    describe(&session, config, ranks, trained, ui)?;
     describe_trained(&session, config, ui);
-    let clock = std::time::Instant::now();
-
-    let resumed = if config.resume { resume::load(&session, &mut engine, ui)? } else { None };
-    let (before, mut outputs, first) = match resumed {
-        Some(state) => (state.before, Outputs::resume(config, ui, state.outputs)?, state.rounds_done),
-        None => {
-            let outputs = outputs(config, ui, &engine)?;
-            (measure(&engine, &session)?, outputs, 0)
-        }
-    };
-    ui.line(losses_line("before", &before));
-
-    let mut selected = outputs.last_selection();
-    for round in first..config.num_rounds {
-        selected = train_round(&mut engine, round, ui, &mut outputs)?;
-        engine.check_weights(&format!("round {}", round + 1))?;
-        save_round(&session, &engine, round, &outputs, ui)?;
-        outputs.write_metadata()?;
-        resume::save(&session, &engine, round + 1, outputs.progressed(), before)?;
-    }
-
-    let after = measure(&engine, &session)?;
-    after.check_finite()?;
-    ui.line(losses_line("after", &after));
-    outputs.measured(&before, &after);
-    outputs.write_metadata()?;
-
-    let final_model = outputs.path("final_model");
-    export_over(&session.dir, &session.checkpoint, &session.table, &engine.changed(), &final_model)?;
-    let frozen = verify_frozen(&session, &final_model, &engine.touched)?;
-    ui.result(format_args!(
-        "frozen: {} parameters ({:.2} % of the elements) have the source's bits, blake3 {}",
-        frozen.frozen,
-        100.0 * frozen.frozen_elements as f64 / total as f64,
-        &frozen.hash.to_hex()[..16]
-    ));
-    ui.result(format_args!("trained: {} parameters, {} of them changed", frozen.trained, frozen.changed));
-    ui.result(format_args!("final model: {}", final_model.display()));
-    ui.line(format_args!("peak memory: {}", human(peak_resident())));
-    Ok(TrainSummary {
-        before,
-        after,
-        selected,
-        trained: [total - frozen.frozen_elements, total],
-        seconds: clock.elapsed().as_secs_f64(),
-    })
+    let config = config.clone();
+    ranks.run(ui, move |rank| train_rank(&session, &config, rank))
 }
 
-/// The backend that the options ask for. (`config` has refused what this build does not have.)
-pub fn backend(config: &RunConfig, ui: &Ui) -> Arc<Cpu> {
-    let cpu = Cpu::new(config.threads);
-    ui.line(format_args!("device: cpu, {} threads", cpu.threads()));
+/// Opens and checks everything that the run reads, on all processes; `for_sides` says what its phases need.
+fn open(config: &RunConfig, for_sides: &RunConfig, ranks: &Ranks, ui: &Ui) -> Result<Arc<Session>> {
+    let own = || {
+        check_output_dir(config)?;
+        let session = Session::open(config, ui)?;
+        session.check_sides(for_sides)?;
+        session.check_weights()?;
+        Ok(Arc::new(session))
+    };
+    let session = ranks.all_ok(own())?;
+    session.agree(config, ranks)?;
+    Ok(session)
+}
+
+/// Prepares the output folder, takes it for this run, and proves that all ranks see the same one.
+fn take_output_dir(config: &RunConfig, ranks: &Ranks) -> Result<Option<OutputLock>> {
+    let own = || {
+        if !ranks.leads() {
+            return Ok(None);
+        }
+        check_output_dir(config)?;
+        let lock = OutputLock::take(&config.output_dir)?;
+        prepare_output_dir(config)?;
+        Ok(Some(lock))
+    };
+    let lock = ranks.all_ok(own())?;
+    if let Some(world) = ranks.other_processes() {
+        let holder = lock.as_ref().map_or_else(String::new, |lock| lock.holder.clone());
+        let shared = world.all_gather(holder.as_bytes())?.swap_remove(0);
+        ranks.all_ok(see_lock(config, &shared))?;
+    }
+    Ok(lock)
+}
+
+/// Waits until this rank sees the lock of rank 0: network file systems show new files with a delay.
+fn see_lock(config: &RunConfig, holder: &[u8]) -> Result<()> {
+    const TRIES: usize = 300;
+    let path = config.output_dir.join(LOCK_FILE);
+    for _ in 0..TRIES {
+        if std::fs::read(&path).is_ok_and(|bytes| bytes == holder) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Err(Failure::new(
+        exit::CANNOT_CREATE,
+        format!(
+            "this rank does not see the files of rank 0 in {}: give an --output-dir on a file system that all machines share",
+            config.output_dir.display()
+        ),
+    ))
+}
+
+/// What is about to happen, for people.
+fn describe(session: &Session, config: &RunConfig, ranks: &Ranks, trained: usize, ui: &Ui) -> Result<()> {
+    ui.line(format_args!("options:\n{}", config.to_yaml()?.trim_end()));
+    ui.line(session.describe());
+    if ranks.world_size() > 1 {
+        ui.line(format_args!("ranks: {} ({} on this machine)", ranks.world_size(), ranks.here()));
+    }
+    ui.line(session.describe_memory(config, trained, ranks.world_size(), ranks.here()));
+    Ok(())
+}
+
+/// One rank of a training run.
+fn train_rank(session: &Session, config: &RunConfig, rank: &Rank) -> Result<TrainSummary> {
+    let (ui, world) = (&rank.ui, &*rank.world);
+    let mut engine = session.engine(config, backend(config, rank.here, ui), rank);
+    let clock = std::time::Instant::now();
+    let checkpoints = Checkpoints::new(session, config)?;
+    let found = if config.resume { checkpoints.agree_on_newest(world, ui)? } else { None };
+    let (before, outputs) = match &found {
+        Some(found) => {
+            all_ok(world, found.load_weights(session, &mut engine))?;
+            (found.state.before, Outputs::resume(&engine, ui, found.state.outputs.clone())?)
+        }
+        None => (measure(&engine, session)?, Outputs::create(&engine, ui)?),
+    };
+    ui.line(losses_line("before", &before));
+    let at = found.as_ref().map_or(Position::start(0, Phase::Identify), |found| found.state.position);
+    let mut run = Run { session, checkpoints, outputs, before, ui };
+    for round in at.round..config.num_rounds {
+        let (at, found) =
+            if round == at.round { (at, found.as_ref()) } else { (Position::start(round, Phase::Identify), None) };
+        run.round(&mut engine, at, found)?;
+    }
+    run.finish(&mut engine, clock.elapsed().as_secs_f64())
+}
+
+/// A training run as one rank walks through it.
+struct Run<'a> {
+    session: &'a Session,
+    checkpoints: Checkpoints<'a>,
+    outputs: Outputs<'a>,
+    before: Measured,
+    ui: &'a Ui,
+}
+
+impl Run<'_> {
+    /// What is left of a round from `at` on; `found` is the checkpoint that it goes on from.
+    fn round<B: Backend>(&mut self, engine: &mut Engine<'_, B>, at: Position, found: Option<&Found>) -> Result<()> {
+        let (config, round) = (engine.config, at.round);
+        let expert_phase = engine.expert_phase();
+        if at.phase == Phase::Identify && !(engine.selects_per_batch() && expert_phase.is_some()) {
+            let from = found.map_or(Ok(ScanState::default()), |found| found.scan(engine))?;
+            self.identify(engine, round, from)?;
+            if let Some(next) = expert_phase.or(config.has_router_phase().then_some(Phase::Router)) {
+                self.save(engine, Position::start(round, next))?;
+            }
+        }
+        if let Some(phase) = expert_phase.filter(|phase| at.phase <= *phase) {
+            self.phase(engine, phase, round, found.filter(|_| at.phase == phase))?;
+            if config.has_router_phase() {
+                self.save(engine, Position::start(round, Phase::Router))?;
+            }
+        }
+        if config.has_router_phase() {
+            self.phase(engine, Phase::Router, round, found.filter(|_| at.phase == Phase::Router))?;
+        }
+        engine.check_weights(&format!("round {}", round + 1))?;
+        engine.world.doing(&format!("saving the model of round {}", round + 1));
+        all_ok(&*engine.world, self.save_round(engine, round))?;
+        self.save(engine, Position::start(round + 1, Phase::Identify))
+    }
+
+    fn identify<B: Backend>(&mut self, engine: &mut Engine<'_, B>, round: usize, from: ScanState) -> Result<()> {
+        let Self { checkpoints, outputs, before, ui, .. } = self;
+        let every = engine.config.save_steps;
+        let mut saved = from.next;
+        let found = identify_round(engine, round, from, outputs, ui, &mut |engine, outputs, pause| {
+            if pause.stop || (every > 0 && pause.next - saved >= every) {
+                let position = Position { round, phase: Phase::Identify, step: pause.next };
+                checkpoints.save(engine, position, Within::Identification((pause.sums)()), outputs, *before)?;
+                saved = pause.next;
+            }
+            Ok(if pause.stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        })?;
+        let found = found.ok_or_else(|| requeue(engine.config))?;
+        describe_selection(&found, engine, ui);
+        Ok(())
+    }
+
+    fn phase<B: Backend>(
+        &mut self,
+        engine: &mut Engine<'_, B>,
+        phase: Phase,
+        round: usize,
+        found: Option<&Found>,
+    ) -> Result<()> {
+        let Self { checkpoints, outputs, before, ui, .. } = self;
+        let config = engine.config;
+        let mut run: PhaseRun<B> = engine.begin(phase, round, &outputs.last_selection())?;
+        if let Some(found) = found {
+            all_ok(&*engine.world, found.restore(engine, &mut run))?;
+        }
+        let (step, name) = match phase {
+            Phase::Router => (TrainingStep::Router, "routers"),
+            Phase::Joint => (TrainingStep::Joint, "joint"),
+            _ => (TrainingStep::Expert, "experts"),
+        };
+        let progress = Progress::new(ui, run.total - run.so_far.steps, format!("round {} {name}", round + 1));
+        outputs.start_clock();
+        let every = |n: usize, steps: u64| n > 0 && steps.is_multiple_of(n as u64);
+        let end = engine.train(&mut run, &progress, &mut |engine, run, result| {
+            outputs.step(phase, round + 1, result)?;
+            if let Some(reason) = &result.skipped {
+                ui.warn(format_args!("step {} is skipped: {reason}", outputs.steps()));
+            }
+            let steps = outputs.steps();
+            let last = run.so_far.steps == run.total; // the end of the phase is saved, too
+            if !last && (result.stop || every(config.save_steps, steps)) {
+                let position = Position { round, phase, step: run.so_far.steps };
+                checkpoints.save(engine, position, Within::Training(run), outputs, *before)?;
+            } else if every(config.check_replicas, steps) {
+                replicas::check(engine)?;
+            }
+            Ok(if result.stop && !last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        })?;
+        if end.is_break() {
+            return Err(requeue(config));
+        }
+        if let Some(found) = run.so_far.choices.finish() {
+            outputs.identified(round + 1, &found)?;
+            run.selected = found.selected.experts;
+        }
+        outputs.phase_done(round + 1, step, &run.so_far.losses, run.selected.len());
+        Ok(())
+    }
+
+    /// Saves the run between two phases; if it was asked to stop, this is the place.
+    fn save<B: Backend>(&self, engine: &Engine<'_, B>, position: Position) -> Result<()> {
+        self.checkpoints.save::<B>(engine, position, Within::Nothing, &self.outputs, self.before)?;
+        let mut stop = [f64::from(u8::from(engine.stop.is_asked()))];
+        engine.world.all_reduce_f64(&mut stop)?;
+        if stop[0] > 0.0 { Err(requeue(engine.config)) } else { Ok(()) }
+    }
+
+    /// What rank 0 writes after a round.
+    fn save_round<B: Backend>(&self, engine: &Engine<'_, B>, round: usize) -> Result<()> {
+        if engine.world.rank() != 0 {
+            return Ok(());
+        }
+        let session = self.session;
+        let dir = self.outputs.path(format!("round_{}", round + 1));
+        match engine.config.save_rounds {
+            SaveRounds::None => {}
+            SaveRounds::Full => {
+                export_over(&session.dir, &session.checkpoint, &session.table, &engine.changed(), &dir)?;
+            }
+            SaveRounds::Delta => {
+                save_delta(&session.checkpoint, &session.table, &engine.changed(), &dir.join("delta.safetensors"))?;
+            }
+        }
+        if engine.config.save_rounds != SaveRounds::None {
+            self.ui.line(format_args!("round {} saved: {}", round + 1, dir.display()));
+        }
+        self.outputs.write_metadata()
+    }
+
+    /// Measures the trained model, writes it, and proves that what was frozen kept its bits.
+    fn finish<B: Backend>(mut self, engine: &mut Engine<'_, B>, seconds: f64) -> Result<TrainSummary> {
+        let world = engine.world.clone();
+        let after = measure(engine, self.session)?;
+        after.check_finite()?;
+        self.ui.line(losses_line("after", &after));
+        self.outputs.measured(&self.before, &after);
+        world.doing("writing the final model");
+        all_ok(&*world, if world.rank() == 0 { self.write_final(engine) } else { Ok(()) })?;
+        self.ui.line(peak_memory(&*world)?);
+        let table = &self.session.table;
+        let trained = engine.touched.iter().map(|&id| table.params[id].value.len()).sum();
+        Ok(TrainSummary {
+            before: self.before,
+            after,
+            selected: self.outputs.last_selection(),
+            trained: [trained, table.total().elements],
+            seconds,
+        })
+    }
+
+    fn write_final<B: Backend>(&self, engine: &Engine<'_, B>) -> Result<()> {
+        let Self { session, outputs, ui, .. } = self;
+        outputs.write_metadata()?;
+        let final_model = outputs.path("final_model");
+        export_over(&session.dir, &session.checkpoint, &session.table, &engine.changed(), &final_model)?;
+        let frozen = verify_frozen(session, &final_model, &engine.touched)?;
+        ui.result(format_args!(
+            "frozen: {} parameters ({:.2} % of the elements) have the source's bits, blake3 {}",
+            frozen.frozen,
+            100.0 * frozen.frozen_elements as f64 / session.table.total().elements as f64,
+            &frozen.hash.to_hex()[..16]
+        ));
+        ui.result(format_args!("trained: {} parameters, {} of them changed", frozen.trained, frozen.changed));
+        ui.result(format_args!("final model: {}", final_model.display()));
+        Ok(())
+    }
+}
+
+/// How a run ends that was asked to save and leave.
+fn requeue(config: &RunConfig) -> Failure {
+    Failure::new(
+        exit::REQUEUE,
+        format!("stopped as asked, and saved in {}: --resume goes on from there", config.output_dir.display()),
+    )
+}
+
+/// The backend that the options ask for, for one of `here` ranks of this machine. (`config` has refused what this build
+/// does not have.)
+pub fn backend(config: &RunConfig, here: usize, ui: &Ui) -> Arc<Cpu> {
+    let cores = available_parallelism().map_or(1, usize::from);
+    let cpu = Cpu::new(if config.threads == 0 { (cores / here).max(1) } else { config.threads });
+    ui.line(format_args!("device: cpu, {} threads{}", cpu.threads(), if here > 1 { " a rank" } else { "" }));
     Arc::new(cpu)
 }
 
-fn outputs<'a, B: Backend>(config: &'a RunConfig, ui: &'a Ui, engine: &Engine<'_, B>) -> Result<Outputs<'a>> {
-    Outputs::create(config, ui, engine.moe_layers().layers, engine.model.config.num_experts)
+/// The largest resident size of each process.
+fn peak_memory(world: &dyn Collective) -> Result<String> {
+    let all = world.all_gather(&peak_resident().to_le_bytes())?;
+    let peaks = all.iter().map(|bytes| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes));
+    let peaks: Vec<String> = peaks.map(human).collect();
+    Ok(format!("peak memory{}: {}", if peaks.len() > 1 { " of each rank's process" } else { "" }, peaks.join(", ")))
 }
 
+/// What is called at each pause of an identification.
+type OnPause<'p, B> =
+    &'p mut dyn FnMut(&Engine<'_, B>, &mut Outputs<'_>, super::identify::Pause<'_>) -> Result<ControlFlow<()>>;
+
+/// Scores from `from` on and selects; `None` if it was paused for good.
 fn identify_round<B: Backend>(
     engine: &Engine<'_, B>,
     round: usize,
-    ui: &Ui,
+    from: ScanState,
     outputs: &mut Outputs<'_>,
-) -> Result<Identification> {
+    ui: &Ui,
+    on_pause: OnPause<'_, B>,
+) -> Result<Option<Identification>> {
     outputs.start_clock();
-    let label = format!("round {} identify", round + 1);
-    let progress = Progress::new(ui, engine.identify_order(round).len(), label);
-    let found = engine.identify(round, &progress)?;
+    let left = engine.identify_order(round).len() - from.next;
+    let progress = Progress::new(ui, left.div_ceil(engine.world.world_size()), format!("round {} identify", round + 1));
+    let found = engine.identify_from(round, from, &progress, &mut |engine, pause| on_pause(engine, outputs, pause))?;
+    let Some(found) = found else { return Ok(None) };
     outputs.identified(round + 1, &found)?;
     if found.selected.shortfall() > 0 {
         ui.warn(format_args!(
@@ -154,88 +397,7 @@ fn identify_round<B: Backend>(
             engine.config.risk_threshold
         ));
     }
-    Ok(found)
-}
-
-/// One round; the selection that it trained.
-fn train_round<B: Backend>(
-    engine: &mut Engine<'_, B>,
-    round: usize,
-    ui: &Ui,
-    outputs: &mut Outputs<'_>,
-) -> Result<Vec<ExpertId>> {
-    let config = engine.config;
-    let per_batch = engine.selects_per_batch();
-    let mut selected = Vec::new();
-    if !per_batch {
-        let found = identify_round(engine, round, ui, outputs)?;
-        describe_selection(&found, engine, ui);
-        selected = found.selected.experts;
-    }
-    let joint = config.schedule == Schedule::Joint;
-    if joint || config.finetune_unsafe_experts {
-        let (phase, step, name) = match joint {
-            true => (Phase::Joint, TrainingStep::Joint, "joint"),
-            false => (Phase::Expert, TrainingStep::Expert, "experts"),
-        };
-        let progress = Progress::new(ui, engine.expert_steps(), format!("round {} {name}", round + 1));
-        let mut found = None;
-        let losses = logged(outputs, phase, round, |on_step| {
-            found = match joint {
-                true => engine.train_jointly(round, &selected, &progress, on_step)?,
-                false => engine.train_experts(round, &selected, &progress, on_step)?,
-            };
-            Ok(())
-        })?;
-        if let Some(found) = found {
-            outputs.identified(round + 1, &found)?;
-            selected = found.selected.experts;
-        }
-        outputs.phase_done(round + 1, step, &losses, selected.len());
-    }
-    if config.has_router_phase() {
-        let progress = Progress::new(ui, engine.router_steps(), format!("round {} routers", round + 1));
-        let losses = logged(outputs, Phase::Router, round, |on_step| engine.train_routers(round, &progress, on_step))?;
-        outputs.phase_done(round + 1, TrainingStep::Router, &losses, selected.len());
-    }
-    Ok(selected)
-}
-
-/// Runs a phase with its steps written to the log; the total losses of its steps.
-fn logged(
-    outputs: &mut Outputs<'_>,
-    phase: Phase,
-    round: usize,
-    run: impl FnOnce(&mut dyn FnMut(usize, StepResult) -> Result<()>) -> Result<()>,
-) -> Result<Vec<f64>> {
-    let mut losses = Vec::new();
-    outputs.start_clock();
-    run(&mut |_, result| {
-        losses.push(result.total_loss);
-        outputs.step(phase, round + 1, result)
-    })?;
-    Ok(losses)
-}
-
-fn save_round<B: Backend>(
-    session: &Session,
-    engine: &Engine<'_, B>,
-    round: usize,
-    outputs: &Outputs<'_>,
-    ui: &Ui,
-) -> Result<()> {
-    let dir = outputs.path(format!("round_{}", round + 1));
-    match engine.config.save_rounds {
-        SaveRounds::None => return Ok(()),
-        SaveRounds::Full => {
-            export_over(&session.dir, &session.checkpoint, &session.table, &engine.changed(), &dir)?;
-        }
-        SaveRounds::Delta => {
-            save_delta(&session.checkpoint, &session.table, &engine.changed(), &dir.join("delta.safetensors"))?;
-        }
-    }
-    ui.line(format_args!("round {} saved: {}", round + 1, dir.display()));
-    Ok(())
+    Ok(Some(found))
 }
 
 /// Elements that training writes, by kind: experts, routers, everything else.

@@ -1,119 +1,338 @@
-//! The parameters of a phase on their way through one step: gradient buffer, agreement over ranks, update.
+//! The parameters of a phase on their way through one step: gradients, their sum over ranks, update, new weights.
+//!
+//! With several ranks the optimizer is sharded (ZeRO stage 1, arXiv 1910.02054): the gradient is reduce-scattered in
+//! buckets, so that each rank gets the sum of its own pieces; it updates these, and all ranks gather the new weights in
+//! their stored dtype. A bucket leaves as soon as the last backward pass of the step has completed it, while the layers
+//! below still compute.
+
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
 
 use super::engine::Engine;
-use crate::backend::Backend;
+use crate::backend::{Backend, HostTensor, encode_into};
+use crate::collective::{self, Collective};
 use crate::exit::Result;
-use crate::model::{GradPlan, ParamId, ParamKind, Sinks};
-use crate::optim::{AdamW, Gradient, Group, LearningRates, LrPlan, Trainable, clip_factor};
+use crate::model::{Forward, GradPlan, Inputs, LossGrads, Model, ParamId, ParamKind, Sinks};
+use crate::optim::{AdamW, Error, Gradient, Group, LearningRates, ParamState, ShardPlan, Trainable, clip_factor};
+
+/// Elements after which a bucket is full: 32 MiB of f32, long enough for the network's bandwidth, short enough that the
+/// first leaves early. (PyTorch's DistributedDataParallel takes 25 MiB.)
+const BUCKET: usize = 8 << 20;
+
+/// Buckets that may wait for the network before the backward pass waits for them: a bound on their memory.
+const WAITING: usize = 2;
 
 /// What a phase trains. Each phase begins with fresh moments.
 pub struct Trainer<B: Backend> {
     optimizer: AdamW<B>,
     /// What the present step's backward computes.
     pub plan: GradPlan,
-    gradients: Vec<Gradient>,
+    params: Vec<ParamId>,
+    shards: ShardPlan,
+    /// For each bucket the decoder layer whose backward completes it; `None`: the end of the pass does.
+    complete: Vec<Option<usize>>,
+    /// The gradient of this rank's micro-batches, flat.
     grads: B::Buffer,
+    /// This rank's pieces of the sum over all ranks. Unused with one rank, where `grads` is that.
+    shard: B::Buffer,
+    /// Where they lie.
+    pieces: Vec<Gradient>,
     scores: B::Scores,
+}
+
+/// The global gradient's size.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Norm {
+    /// L2, over all trained parameters.
+    pub value: f64,
+    /// The first parameter of which it is not finite.
+    pub blame: Option<ParamId>,
 }
 
 impl<B: Backend> Trainer<B> {
     /// Trains these parameters.
     pub fn new(engine: &Engine<'_, B>, ids: &[ParamId]) -> Self {
         let b = &*engine.model.backend;
-        let plan = GradPlan::train(&engine.model.table, engine.model.config.layers.len(), &[]);
-        let (grads, scores) = (b.buffer(0), b.scores(0));
-        let mut trainer = Self { optimizer: AdamW::new(), plan, gradients: Vec::new(), grads, scores };
+        let world = &*engine.world;
+        let mut trainer = Self {
+            optimizer: AdamW::new(world.rank(), world.world_size()),
+            plan: GradPlan::train(&engine.model.table, engine.model.config.layers.len(), &[]),
+            params: Vec::new(),
+            shards: ShardPlan::new([], world.world_size(), BUCKET),
+            complete: Vec::new(),
+            grads: b.buffer(0),
+            shard: b.buffer(0),
+            pieces: Vec::new(),
+            scores: b.scores(0),
+        };
         trainer.choose(engine, ids);
         trainer
     }
 
     /// From the next step on trains these; others keep their value and their moments until they are chosen again.
     pub fn choose(&mut self, engine: &Engine<'_, B>, ids: &[ParamId]) {
-        let (b, model) = (&*engine.model.backend, &engine.model);
-        let trainables: Vec<_> = ids
-            .iter()
-            .map(|&param| {
-                let spec = &model.table.params[param];
-                let group = match spec.kind {
-                    ParamKind::Expert(..) => Group::Expert,
-                    ParamKind::Router(_) => Group::Router,
-                    _ => Group::Other,
-                };
-                Trainable { param, len: spec.value.len(), group }
+        let (b, model, world) = (&*engine.model.backend, &engine.model, &*engine.world);
+        let rank = world.rank();
+        let old = (self.plan.len(), self.shards.shard_len(rank));
+        self.optimizer.add(b, model.weights(), &trainables(model, ids));
+        self.plan = GradPlan::train(&model.table, model.config.layers.len(), ids);
+        self.params = ids.to_vec();
+        let lens = ids.iter().map(|&id| model.table.params[id].value.len());
+        self.shards = ShardPlan::new(lens, world.world_size(), BUCKET);
+        let layer = |&id: &ParamId| completed_by(model, id);
+        self.complete = self.shards.buckets().iter().map(|bucket| lowest(ids[bucket.clone()].iter().map(layer))).collect();
+        let mut offset = 0;
+        self.pieces = (0..ids.len())
+            .map(|i| {
+                let piece = Gradient { param: ids[i], offset };
+                offset += self.shards.piece(i, rank).len();
+                piece
             })
             .collect();
-        self.optimizer.add(b, model.weights(), &trainables);
-        let old = self.plan.len();
-        self.plan = GradPlan::train(&model.table, model.config.layers.len(), ids);
-        let offset = |param| self.plan.slot(param).expect("a trained parameter has a slot");
-        self.gradients = ids.iter().map(|&param| Gradient { param, offset: offset(param) }).collect();
-        if self.plan.len() != old {
-            self.grads = b.buffer(0); // the old one goes before the new one comes
+        // An old buffer goes before the new one comes.
+        if self.plan.len() != old.0 {
+            self.grads = b.buffer(0);
             self.grads = b.buffer(self.plan.len());
         }
+        if !self.alone() && self.shards.shard_len(rank) != old.1 {
+            self.shard = b.buffer(0);
+            self.shard = b.buffer(self.shards.shard_len(rank));
+        }
     }
 
-    /// Zeroes the gradients for the next step.
-    pub fn clear(&mut self, engine: &Engine<'_, B>) {
-        engine.model.backend.buffer_clear(&mut self.grads);
-    }
-
-    /// Where a backward pass puts its gradients.
-    pub fn sinks(&mut self) -> Sinks<'_, B> {
-        Sinks { plan: &self.plan, grads: &mut self.grads, scores: &mut self.scores }
-    }
-
-    /// Adds up the gradients of all ranks; their global L2 norm.
+    /// Runs this rank's backward passes of a step by `run`, and adds up the gradients of all ranks.
     ///
     /// # Errors
-    /// A norm that is not finite, with the first tensor to blame.
-    pub fn reduce(&mut self, engine: &Engine<'_, B>, what: &str, records: &[usize]) -> Result<f64> {
-        let b = &*engine.model.backend;
-        if engine.world.world_size() > 1 {
-            let mut values = b.buffer_read(&self.grads, 0..self.plan.len());
-            engine.world.all_reduce_f32(&mut values)?;
-            b.buffer_write(&mut self.grads, 0, &values);
+    /// Those of the collective.
+    pub fn accumulate<T>(
+        &mut self,
+        engine: &Engine<'_, B>,
+        run: impl FnOnce(&mut Passes<'_, B>) -> T,
+    ) -> Result<T, collective::Error> {
+        let (b, world) = (&*engine.model.backend, &*engine.world);
+        b.buffer_clear(&mut self.grads);
+        if engine.poisoned {
+            b.buffer_write(&mut self.grads, 0, &[f32::NAN]);
         }
-        // By parameter, so that the sum does not depend on how the buffer is cut.
-        let mut squares = 0.0;
-        for &Gradient { param, offset } in &self.gradients {
-            let spec = &engine.model.table.params[param];
-            let sum = b.sum_squares(&self.grads, offset..offset + spec.value.len());
-            engine.check_finite(sum, &format!("the gradient of {} in {what}", spec.name()), records)?;
-            squares += sum;
+        let Self { plan, shards, complete, grads, shard, scores, .. } = self;
+        if world.world_size() == 1 {
+            return Ok(run(&mut Passes { plan, grads, scores, leaving: None }));
         }
-        Ok(squares.sqrt())
+        thread::scope(|scope| {
+            let (send, receive) = sync_channel(WAITING);
+            let reduced = scope.spawn(|| reduce_scatter(world, shards, receive));
+            let leaving = Leaving { backend: b, shards, complete, next: 0, send };
+            let mut passes = Passes { plan, grads, scores, leaving: Some(leaving) };
+            let out = run(&mut passes);
+            passes.leave(None);
+            drop(passes); // and with it the sending end: no more buckets will come
+            let parts = reduced.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            for (bucket, part) in parts {
+                b.buffer_write(shard, shards.shard_start(bucket.start, world.rank()), &part);
+            }
+            Ok(out)
+        })
     }
 
-    /// One AdamW update in step `step` of `total` (from 0) at `rates` times the schedule's factor, clipped by the options;
-    /// that factor.
+    /// The size of the gradient that [`Self::accumulate`] left; all ranks get the same.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn norm(&self, engine: &Engine<'_, B>) -> Result<Norm, collective::Error> {
+        let (b, world) = (&*engine.model.backend, &*engine.world);
+        let reduced = if self.alone() { &self.grads } else { &self.shard };
+        let sum = |i: usize| {
+            let (start, len) = (self.pieces[i].offset, self.shards.piece(i, world.rank()).len());
+            b.sum_squares(reduced, start..start + len)
+        };
+        let mut squares: Vec<f64> = (0..self.pieces.len()).map(sum).collect();
+        world.all_reduce_f64(&mut squares)?;
+        let blame = squares.iter().position(|s| !s.is_finite()).map(|i| self.params[i]);
+        Ok(Norm { value: squares.iter().sum::<f64>().sqrt(), blame })
+    }
+
+    /// Whether this rank is the only one.
+    fn alone(&self) -> bool {
+        self.shards.world_size() == 1
+    }
+
+    /// One AdamW update at these rates, with the gradient clipped by the options; then all ranks hold the new weights.
+    ///
+    /// # Errors
+    /// Those of the collective.
     pub fn update(
         &mut self,
         engine: &mut Engine<'_, B>,
-        rates: LearningRates,
-        step: usize,
-        total: usize,
-        grad_norm: f64,
-    ) -> f64 {
+        rates: &LearningRates,
+        norm: f64,
+    ) -> Result<(), collective::Error> {
         let config = engine.config;
-        let schedule = LrPlan { schedule: config.lr_schedule, warmup_steps: config.warmup_steps, total_steps: total };
-        let factor = schedule.factor(step);
-        let LearningRates { expert, router, other } = rates;
-        let lrs = LearningRates { expert: expert * factor, router: router * factor, other: other * factor };
-        let scale = clip_factor(grad_norm, config.max_grad_norm);
+        let scale = clip_factor(norm, config.max_grad_norm);
         let b = engine.model.backend.clone();
-        self.optimizer.step(
-            &b,
-            engine.model.weights_mut(),
-            &self.grads,
-            &self.gradients,
-            &lrs,
-            config.weight_decay,
-            scale,
-        );
-        for &Gradient { param, .. } in &self.gradients {
-            engine.touched.insert(param);
+        let grads = if self.alone() { &self.grads } else { &self.shard };
+        let weights = engine.model.weights_mut();
+        self.optimizer.step(&b, weights, grads, &self.pieces, rates, config.weight_decay, scale);
+        if !self.alone() {
+            self.exchange(engine)?;
         }
-        factor
+        engine.touched.extend(&self.params);
+        Ok(())
     }
+
+    /// Gathers the new weights of all ranks' pieces, in their stored dtype.
+    fn exchange(&self, engine: &mut Engine<'_, B>) -> Result<(), collective::Error> {
+        let b = engine.model.backend.clone();
+        for bucket in self.shards.buckets() {
+            let sizes: Vec<usize> = self.params[bucket.clone()]
+                .iter()
+                .map(|&id| engine.model.table.params[id].value.dtype.size())
+                .collect();
+            let len = |i: usize, rank: usize| self.shards.piece(bucket.start + i, rank).len() * sizes[i];
+            let counts: Vec<usize> =
+                (0..self.shards.world_size()).map(|rank| (0..sizes.len()).map(|i| len(i, rank)).sum()).collect();
+            let mut mine = Vec::with_capacity(counts[engine.world.rank()]);
+            for &id in &self.params[bucket.clone()] {
+                let master = self.optimizer.master(&b, id);
+                let dtype = engine.model.table.params[id].value.dtype;
+                let start = mine.len();
+                mine.resize(start + master.len() * dtype.size(), 0);
+                encode_into(dtype, &master, &mut mine[start..]);
+            }
+            let mut all = vec![0; counts.iter().sum()];
+            engine.world.all_gather_into(&mine, &counts, &mut all)?;
+            // Rank by rank in `all`, parameter by parameter in the model.
+            let mut next: Vec<usize> = counts.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();
+            for (i, &id) in self.params[bucket.clone()].iter().enumerate() {
+                let old = &engine.model.table.params[id].value;
+                let (dtype, shape) = (old.dtype, old.shape.clone());
+                let mut bytes = Vec::with_capacity(old.bytes.len());
+                for (rank, at) in next.iter_mut().enumerate() {
+                    bytes.extend_from_slice(&all[*at..*at + len(i, rank)]);
+                    *at += len(i, rank);
+                }
+                engine.model.set_weight_host(id, HostTensor::new(dtype, shape, bytes.into()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The optimizer's state, this rank's part.
+    pub fn optimizer(&self) -> &AdamW<B> {
+        &self.optimizer
+    }
+
+    /// Puts back what [`AdamW::export`] gave, for a parameter that may or may not be trained in the next step.
+    ///
+    /// # Errors
+    /// A state that does not fit this model.
+    pub fn import(&mut self, engine: &Engine<'_, B>, state: &ParamState) -> Result<(), Error> {
+        let (b, model) = (&*engine.model.backend, &engine.model);
+        self.optimizer.add(b, model.weights(), &trainables(model, &[state.param]));
+        self.optimizer.import(b, state)
+    }
+}
+
+/// One step's backward passes on this rank.
+pub struct Passes<'t, B: Backend> {
+    plan: &'t GradPlan,
+    grads: &'t mut B::Buffer,
+    scores: &'t mut B::Scores,
+    leaving: Option<Leaving<'t, B>>,
+}
+
+impl<B: Backend> Passes<'_, B> {
+    /// The gradients of one pass are added to the step's; the summed cross-entropy, if the pass went to the loss. With
+    /// the `last` pass of the step, buckets begin to leave.
+    pub fn backward(
+        &mut self,
+        model: &Model<B>,
+        inputs: &Inputs<B>,
+        forward: Forward<B>,
+        loss: LossGrads<'_>,
+        last: bool,
+    ) -> Option<f64> {
+        let leaving = &mut self.leaving;
+        let mut done = |layer: usize, grads: &B::Buffer| {
+            if let Some(leaving) = leaving {
+                leaving.leave(Some(layer), grads);
+            }
+        };
+        let done: Option<&mut dyn FnMut(usize, &B::Buffer)> = if last { Some(&mut done) } else { None };
+        model.backward(inputs, forward, loss, &mut Sinks { plan: self.plan, grads: self.grads, scores: self.scores, done })
+    }
+
+    fn leave(&mut self, layer: Option<usize>) {
+        if let Some(leaving) = &mut self.leaving {
+            leaving.leave(layer, self.grads);
+        }
+    }
+}
+
+/// Buckets on their way to the thread that reduces them.
+struct Leaving<'t, B: Backend> {
+    backend: &'t B,
+    shards: &'t ShardPlan,
+    complete: &'t [Option<usize>],
+    next: usize,
+    send: SyncSender<(Range<usize>, Vec<f32>)>,
+}
+
+impl<B: Backend> Leaving<'_, B> {
+    /// Sends the buckets that are complete after decoder layer `layer`; all that are left after the end (`None`).
+    fn leave(&mut self, layer: Option<usize>, grads: &B::Buffer) {
+        let buckets = self.shards.buckets();
+        while self.next < buckets.len() && layer.is_none_or(|l| self.complete[self.next].is_some_and(|by| by >= l)) {
+            let bucket = buckets[self.next].clone();
+            let flat = self.backend.buffer_read(grads, self.shards.flat(bucket.clone()));
+            // It fails only when the other end has met an error, which is found when that thread is joined.
+            let _ = self.send.send((bucket.clone(), self.shards.pack(bucket, &flat)));
+            self.next += 1;
+        }
+    }
+}
+
+/// Sums each bucket over the ranks; this rank's parts. All ranks send the same buckets in the same order.
+#[allow(clippy::type_complexity)]
+fn reduce_scatter(
+    world: &dyn Collective,
+    shards: &ShardPlan,
+    buckets: Receiver<(Range<usize>, Vec<f32>)>,
+) -> Result<Vec<(Range<usize>, Vec<f32>)>, collective::Error> {
+    let mut parts = Vec::new();
+    for (bucket, packed) in buckets {
+        let counts = shards.counts(bucket.clone());
+        let mut part = vec![0.0; counts[world.rank()]];
+        world.reduce_scatter_f32(&packed, &counts, &mut part)?;
+        parts.push((bucket, part));
+    }
+    Ok(parts)
+}
+
+/// The decoder layer whose backward is the last that adds to the gradient of a parameter; `None`: the end of the pass.
+fn completed_by<B: Backend>(model: &Model<B>, id: ParamId) -> Option<usize> {
+    match model.table.params[id].kind {
+        ParamKind::Embedding => None,
+        // Before the first layer; the callback of that layer is the first that comes.
+        ParamKind::FinalNorm | ParamKind::LmHead => Some(model.config.layers.len() - 1),
+        kind => kind.layer(),
+    }
+}
+
+/// The lowest of these; `None` if one is.
+fn lowest(layers: impl Iterator<Item = Option<usize>>) -> Option<usize> {
+    layers.reduce(|a, b| Some(a?.min(b?))).flatten()
+}
+
+fn trainables<B: Backend>(model: &Model<B>, ids: &[ParamId]) -> Vec<Trainable> {
+    let trainable = |&param: &ParamId| {
+        let spec = &model.table.params[param];
+        let group = match spec.kind {
+            ParamKind::Expert(..) => Group::Expert,
+            ParamKind::Router(_) => Group::Router,
+            _ => Group::Other,
+        };
+        Trainable { param, len: spec.value.len(), group }
+    };
+    ids.iter().map(trainable).collect()
 }

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,8 +11,10 @@ use moewarden::config::{Recompute, RunConfig, Schedule};
 use moewarden::data::{Example, MicroBatch};
 use moewarden::experts::ExpertId;
 use moewarden::model::{GradPlan, LossGrads, ParamId, ParamKind, ParamSpec, PassEnd, Proj, Sinks};
+use moewarden::report::Phase;
+use moewarden::run::Rank;
 use moewarden::run::engine::Engine;
-use moewarden::run::phases::StepResult;
+use moewarden::run::phase::StepResult;
 use moewarden::run::progress::Progress;
 use moewarden::run::session::Session;
 use moewarden::ui::Ui;
@@ -71,7 +74,7 @@ impl Case {
 
     /// The weights of the case on the CPU. (`threads` decides nothing; tests use 1 and 2.)
     pub fn engine<'a>(&'a self, config: &'a RunConfig, threads: usize) -> Engine<'a, Cpu> {
-        self.session.engine(config, Arc::new(Cpu::new(threads))).expect("finite weights")
+        self.session.engine(config, Arc::new(Cpu::new(threads)), &Rank::single(Ui::silent()))
     }
 
     /// Whether it is one of the four (one a family) with the long list of training runs.
@@ -134,19 +137,19 @@ pub fn unsafe_batches(engine: &Engine<'_, Cpu>) -> Vec<MicroBatch> {
 
 /// Runs one phase (`expert`, `router`, `joint`) of the engine's configuration; its steps.
 pub fn run_phase(engine: &mut Engine<'_, Cpu>, phase: &str, selected: &[ExpertId]) -> Vec<StepResult> {
-    let mut steps = Vec::new();
-    let bar = Progress::hidden();
-    let mut on_step = |_: usize, step: StepResult| {
-        steps.push(step);
-        Ok(())
-    };
-    match phase {
-        "expert" => engine.train_experts(0, selected, &bar, &mut on_step).map(drop),
-        "router" => engine.train_routers(0, &bar, &mut on_step),
-        "joint" => engine.train_jointly(0, selected, &bar, &mut on_step).map(drop),
+    let phase = match phase {
+        "expert" => Phase::Expert,
+        "router" => Phase::Router,
+        "joint" => Phase::Joint,
         other => panic!("there is no phase {other}"),
-    }
-    .expect("the phase ends");
+    };
+    let mut steps = Vec::new();
+    let mut run = engine.begin(phase, 0, selected).expect("data for the phase");
+    let ended = engine.train(&mut run, &Progress::hidden(), &mut |_, _, step| {
+        steps.push(step.clone());
+        Ok(ControlFlow::Continue(()))
+    });
+    assert!(ended.expect("the phase ends").is_continue());
     steps
 }
 
@@ -157,7 +160,7 @@ pub fn ce_gradients(engine: &Engine<'_, Cpu>, batch: &MicroBatch, ids: &[ParamId
     let inputs = engine.inputs(batch);
     let forward = engine.forward(&inputs, Some(&plan), PassEnd::Loss { all_rows: false }, None);
     let (mut grads, mut scores) = (b.buffer(plan.len()), b.scores(0));
-    let mut sinks = Sinks { plan: &plan, grads: &mut grads, scores: &mut scores };
+    let mut sinks = Sinks { plan: &plan, grads: &mut grads, scores: &mut scores, done: None };
     let n = batch.targets.len() as f64;
     let loss_grads = LossGrads { ce_scale: (1.0 / n) as f32, routers: &[] };
     let loss = model.backward(&inputs, forward, loss_grads, &mut sinks).expect("a pass to the loss") / n;

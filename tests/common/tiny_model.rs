@@ -103,7 +103,7 @@ impl Tiny {
         let inputs = self.inputs();
         let forward = self.model.forward(&inputs, ForwardOptions { lowest, keep_from: lowest, end }, None);
         let (mut buffer, mut scores) = (b.buffer(plan.len()), b.scores(0));
-        let mut sinks = Sinks { plan: &plan, grads: &mut buffer, scores: &mut scores };
+        let mut sinks = Sinks { plan: &plan, grads: &mut buffer, scores: &mut scores, done: None };
         let loss = self.model.backward(&inputs, forward, grads, &mut sinks);
         let read = |id: &ParamId| {
             let at = plan.slot(*id).expect("a slot");

@@ -364,8 +364,8 @@ impl Backend for Cpu {
     fn set_weight(&self, w: &mut Weight, values: &Buffer, at: Range<usize>) {
         self.run(|| update::set_weight(w, &values.0[at]));
     }
-    fn read_weight(&self, w: &Weight, into: &mut Buffer, offset: usize) {
-        let into = &mut into.0[offset..offset + w.len()];
-        self.run(|| update::read_weight(w, into));
+    fn read_weight(&self, w: &Weight, elements: Range<usize>, into: &mut Buffer, offset: usize) {
+        let into = &mut into.0[offset..offset + elements.len()];
+        self.run(|| update::read_weight(w, elements.start, into));
     }
 }

@@ -62,8 +62,8 @@ pub(super) fn set_weight(w: &mut Weight, values: &[f32]) {
     chunks.zip(values.par_chunks(CHUNK)).for_each(|(bytes, values)| encode_into(dtype, values, bytes));
 }
 
-pub(super) fn read_weight(w: &Weight, into: &mut [f32]) {
-    into.par_chunks_mut(CHUNK).enumerate().for_each(|(i, chunk)| w.read_into(i * CHUNK, chunk));
+pub(super) fn read_weight(w: &Weight, start: usize, into: &mut [f32]) {
+    into.par_chunks_mut(CHUNK).enumerate().for_each(|(i, chunk)| w.read_into(start + i * CHUNK, chunk));
 }
 
 /// The element-wise operations on tensors.

@@ -4,6 +4,7 @@ mod sample;
 
 use std::path::{Path, PathBuf};
 
+use super::ranks::Ranks;
 use super::train::{TrainSummary, train};
 use crate::config::{Existing, QuickstartArgs, RunConfig, SaveRounds, prepare_dir};
 use crate::exit::{self, Context, Failure, Result};
@@ -38,7 +39,7 @@ pub fn quickstart(args: &QuickstartArgs, ui: &Ui) -> Result<()> {
     sample::write_tokenizer(&model, VOCAB_SIZE)?;
 
     let config = config(&args.output_dir, &model, rows, args.overwrite)?;
-    let summary = train(&config, ui)?;
+    let summary = train(&config, &Ranks::single(), ui)?;
     let diff = Diff::of(&model, &config.output_dir.join("final_model")).context("comparing the two models")?;
     ui.result(describe(&config, &summary, &diff));
     Ok(())

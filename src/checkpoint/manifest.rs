@@ -1,0 +1,155 @@
+//! `manifest.json`: what a folder holds, by size and hash. A folder that differs from its manifest in one bit is not whole.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::Error;
+use crate::files;
+
+/// The value of the schema.
+const SCHEMA: &str = "moewarden.manifest/1";
+const NAME: &str = "manifest.json";
+
+/// The other files of a folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    schema: String,
+    files: BTreeMap<String, Entry>,
+}
+
+/// One file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// Its length.
+    pub bytes: u64,
+    /// The hash of its contents.
+    pub blake3: String,
+}
+
+impl Entry {
+    /// Of a file as it is.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn of(path: &Path) -> Result<Self, Error> {
+        let bytes = fs::metadata(path).map_err(Error::read(path))?.len();
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_mmap_rayon(path).map_err(Error::read(path))?;
+        Ok(Self { bytes, blake3: hasher.finalize().to_string() })
+    }
+}
+
+impl Manifest {
+    /// Of these files.
+    pub fn new(files: BTreeMap<String, Entry>) -> Self {
+        Self { schema: SCHEMA.into(), files }
+    }
+
+    fn text(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).expect("names and numbers")
+    }
+
+    /// Writes it into the folder: last of all files.
+    ///
+    /// # Errors
+    /// A write that fails.
+    pub fn write(&self, folder: &Path) -> Result<(), Error> {
+        Ok(files::write(folder.join(NAME), self.text())?)
+    }
+
+    /// Checks that the folder holds what its manifest says, bit by bit, and nothing else.
+    ///
+    /// # Errors
+    /// [`Error::NotWhole`] with the file and what is wrong with it; a file that cannot be read.
+    pub fn verify(folder: &Path) -> Result<(), Error> {
+        let path = folder.join(NAME);
+        let not_whole = |name: &str, message: String| Err(Error::NotWhole { file: folder.join(name), message });
+        let text = fs::read(&path).map_err(Error::read(&path))?;
+        let manifest: Self = match serde_json::from_slice(&text) {
+            Ok(manifest) => manifest,
+            Err(e) => return not_whole(NAME, format!("it is damaged: {e}")),
+        };
+        // As it was written, byte by byte: also the bits that mean nothing have to be right.
+        if manifest.schema != SCHEMA || manifest.text() != text {
+            return not_whole(NAME, "it is damaged, or of another version".into());
+        }
+        for (name, entry) in &manifest.files {
+            let path = folder.join(name);
+            if !path.is_file() {
+                return not_whole(name, "it is missing".into());
+            }
+            let found = Entry::of(&path)?;
+            if found.bytes != entry.bytes {
+                return not_whole(name, format!("it has {} bytes, not {}", found.bytes, entry.bytes));
+            }
+            if found != *entry {
+                return not_whole(name, "it is damaged: its hash is not the one in the manifest".into());
+            }
+        }
+        for file in fs::read_dir(folder).map_err(Error::read(folder))? {
+            let name = file.map_err(Error::read(folder))?.file_name().to_string_lossy().into_owned();
+            if name != NAME && !manifest.files.contains_key(&name) {
+                return not_whole(&name, "it is not in the manifest".into());
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let mut entries = BTreeMap::new();
+        for (name, text) in [("a.bin", "some bytes"), ("b.bin", "same bytes"), ("c.json", "{}")] {
+            fs::write(dir.path().join(name), text).unwrap();
+            entries.insert(name.to_owned(), Entry::of(&dir.path().join(name)).unwrap());
+        }
+        Manifest::new(entries).write(dir.path()).unwrap();
+        dir
+    }
+
+    #[test]
+    fn every_flipped_bit_of_every_file_is_found() {
+        let dir = folder();
+        Manifest::verify(dir.path()).unwrap();
+        for name in ["a.bin", "b.bin", "c.json", NAME] {
+            let path = dir.path().join(name);
+            let good = fs::read(&path).unwrap();
+            for bit in 0..8 * good.len() {
+                let mut bad = good.clone();
+                bad[bit / 8] ^= 1 << (bit % 8);
+                fs::write(&path, bad).unwrap();
+                assert!(Manifest::verify(dir.path()).is_err(), "bit {bit} of {name}");
+            }
+            fs::write(&path, &good[..good.len() - 1]).unwrap();
+            assert!(Manifest::verify(dir.path()).is_err(), "{name} cut");
+            fs::remove_file(&path).unwrap();
+            assert!(Manifest::verify(dir.path()).is_err(), "{name} deleted");
+            fs::write(&path, good).unwrap();
+        }
+        Manifest::verify(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn swapped_and_foreign_files_are_found() {
+        let dir = folder();
+        let [a, b] = ["a.bin", "b.bin"].map(|name| dir.path().join(name));
+        let (of_a, of_b) = (fs::read(&a).unwrap(), fs::read(&b).unwrap());
+        fs::write(&a, &of_b).unwrap();
+        fs::write(&b, &of_a).unwrap();
+        let error = Manifest::verify(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("a.bin") && error.contains("hash"), "{error}");
+        fs::write(&a, of_a).unwrap();
+        fs::write(&b, of_b).unwrap();
+        fs::write(dir.path().join("d.bin"), "").unwrap();
+        assert!(Manifest::verify(dir.path()).unwrap_err().to_string().contains("d.bin"));
+    }
+}

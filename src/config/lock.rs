@@ -1,0 +1,91 @@
+//! One run a folder: two that write the same files would destroy each other's.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use super::ConfigError;
+
+/// The file that is locked while a run works in its output folder.
+pub const LOCK_FILE: &str = ".moewarden.lock";
+
+/// An output folder that is this process's alone until this is dropped.
+#[derive(Debug)]
+pub struct OutputLock {
+    path: PathBuf,
+    file: File,
+    /// What the file holds: who has it.
+    pub holder: String,
+}
+
+impl OutputLock {
+    /// Makes the folder, if need be, and takes it.
+    ///
+    /// Fails with [`ConfigError::OutputDir`] where another process has it, which it names.
+    pub fn take(dir: &Path) -> Result<Self, ConfigError> {
+        let path = dir.join(LOCK_FILE);
+        let failed = |source| ConfigError::OutputIo { what: "lock", path: path.clone(), source };
+        std::fs::create_dir_all(dir).map_err(failed)?;
+        let mut file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+        match file.try_lock() {
+            // Another process may have ended, and removed the file, since it was opened.
+            Ok(()) if is_at(&file, &path).map_err(failed)? => {}
+            Ok(()) | Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                _ = file.read_to_string(&mut holder);
+                return Err(ConfigError::OutputDir {
+                    path: dir.into(),
+                    message: format!(
+                        "another run works here ({}): wait for it, end it, or give another --output-dir",
+                        if holder.is_empty() { "it has just begun or ended" } else { holder.trim() }
+                    ),
+                });
+            }
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
+        }
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
+        let holder = format!("process {} on {}, {since}", std::process::id(), host.trim());
+        file.set_len(0).and_then(|()| file.write_all(holder.as_bytes())).map_err(failed)?;
+        Ok(Self { path, file, holder })
+    }
+}
+
+impl Drop for OutputLock {
+    fn drop(&mut self) {
+        _ = std::fs::remove_file(&self.path); // while it is locked: nobody else has it
+        _ = self.file.unlock();
+    }
+}
+
+/// Whether the file is the one under this name.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let (ours, there) = (file.metadata()?, std::fs::metadata(path));
+    Ok(there.is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_has_one_holder_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        let lock = OutputLock::take(&run).unwrap();
+        let error = OutputLock::take(&run).unwrap_err().to_string();
+        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        drop(lock);
+        assert!(!run.join(LOCK_FILE).exists());
+        OutputLock::take(&run).unwrap();
+    }
+
+    #[test]
+    fn a_dead_holder_holds_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(LOCK_FILE), "process 1 on a machine that crashed").unwrap();
+        OutputLock::take(dir.path()).unwrap();
+    }
+}

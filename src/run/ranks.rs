@@ -1,0 +1,253 @@
+//! The ranks of a run: threads of this process, or processes that a launcher started.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::fault::{Fault, Faulty};
+use super::stop::Stop;
+use crate::collective::threads::{self, Outcome};
+use crate::collective::{self, Collective};
+use crate::config::{Launch, RunConfig};
+use crate::exit::{self, Failure, Result};
+use crate::ui::Ui;
+
+/// Who takes part in a run, and how the ranks of this process find the others.
+pub struct Ranks {
+    kind: Kind,
+    /// Whether this process was asked to save and leave.
+    pub stop: Stop,
+    /// What is to go wrong, in tests.
+    pub fault: Option<Fault>,
+}
+
+enum Kind {
+    /// All of them are threads of this process.
+    Threads { world_size: usize, timeout: Duration },
+    /// This process is one of them.
+    Process { world: Arc<dyn Collective>, here: usize },
+}
+
+/// One rank.
+pub struct Rank {
+    /// The others.
+    pub world: Arc<dyn Collective>,
+    /// Ranks on this machine, this one included.
+    pub here: usize,
+    /// The user's side of rank 0; silence on the others.
+    pub ui: Ui,
+    /// Whether this process was asked to save and leave.
+    pub stop: Stop,
+    /// What is to go wrong on this rank, in tests.
+    pub fault: Option<Fault>,
+}
+
+impl Rank {
+    /// The only rank there is.
+    pub fn single(ui: Ui) -> Self {
+        Self { world: Arc::new(threads::single()), here: 1, ui, stop: Stop::default(), fault: None }
+    }
+}
+
+impl Ranks {
+    /// Those that a launcher started and the options ask for. `stop` is what signals raise, `fault` what is to go wrong.
+    ///
+    /// # Errors
+    /// A launcher that the options or MPI contradict, or that this build cannot join.
+    pub fn of(config: &RunConfig, launch: &Launch, stop: Stop, fault: Option<Fault>) -> Result<Self> {
+        launch.check_ranks(config.ranks)?;
+        launch.check_build(cfg!(feature = "mpi"))?;
+        let timeout = Duration::from_secs(config.timeout);
+        let kind = match launch.world_size {
+            1 => Kind::Threads { world_size: config.ranks, timeout },
+            _ => Kind::Process { world: join(launch, timeout, &stop)?, here: launch.local_size },
+        };
+        Ok(Self { kind, stop, fault })
+    }
+
+    /// Threads of this process; one is the process itself.
+    pub fn threads(world_size: usize, timeout: Duration) -> Self {
+        Self { kind: Kind::Threads { world_size, timeout }, stop: Stop::default(), fault: None }
+    }
+
+    /// This process alone.
+    pub fn single() -> Self {
+        Self::threads(1, Duration::MAX)
+    }
+
+    /// All ranks of the run.
+    pub fn world_size(&self) -> usize {
+        match &self.kind {
+            Kind::Threads { world_size, .. } => *world_size,
+            Kind::Process { world, .. } => world.world_size(),
+        }
+    }
+
+    /// Ranks on this machine.
+    pub fn here(&self) -> usize {
+        match &self.kind {
+            Kind::Threads { world_size, .. } => *world_size,
+            Kind::Process { here, .. } => *here,
+        }
+    }
+
+    /// The processes that this one has to agree with.
+    pub fn other_processes(&self) -> Option<&dyn Collective> {
+        match &self.kind {
+            Kind::Threads { .. } => None,
+            Kind::Process { world, .. } => Some(&**world),
+        }
+    }
+
+    /// Whether this process holds rank 0, which writes and speaks for all.
+    pub fn leads(&self) -> bool {
+        self.other_processes().is_none_or(|world| world.rank() == 0)
+    }
+
+    /// Does something that each process does by itself (opening its files, say): in the end, either all processes were
+    /// able to, or none goes on.
+    ///
+    /// # Errors
+    /// This process's own failure, or that of the first other.
+    pub fn all_ok<T>(&self, own: Result<T>) -> Result<T> {
+        match &self.kind {
+            Kind::Threads { .. } => own,
+            Kind::Process { world, .. } => collective::all_ok(&**world, own),
+        }
+    }
+
+    /// Runs `main` on every rank of this process; what the lowest of them returned. If one fails or panics, the others
+    /// leave at their next collective operation.
+    ///
+    /// # Errors
+    /// The failure that was the first cause, with its rank.
+    pub fn run<T: Send + 'static>(
+        &self,
+        ui: &Ui,
+        main: impl Fn(&Rank) -> Result<T> + Send + Sync + 'static,
+    ) -> Result<T> {
+        let (stop, fault, ui) = (self.stop.clone(), self.fault.clone(), ui.clone());
+        let guarded = move |world: Arc<dyn Collective>, here: usize| {
+            let fault = fault.clone().filter(|fault| fault.rank == world.rank());
+            let world: Arc<dyn Collective> = match &fault {
+                Some(fault) => Arc::new(Faulty { inner: world, fault: fault.clone() }),
+                None => world,
+            };
+            let ui = if world.rank() == 0 { ui.clone() } else { Ui::silent() };
+            let rank = Rank { world, here, ui, stop: stop.clone(), fault };
+            main(&rank).map_err(|failure| {
+                // A rank that asks for a requeue leaves together with the others.
+                if failure.code() != exit::REQUEUE {
+                    rank.world.abort(failure.code(), &failure.to_string());
+                }
+                match rank.world.world_size() {
+                    n if n > 1 && failure.code() != exit::REQUEUE => {
+                        failure.context(format!("rank {} of {n}", rank.world.rank()))
+                    }
+                    _ => failure,
+                }
+            })
+        };
+        match &self.kind {
+            Kind::Process { world, here } => guarded(world.clone(), *here),
+            Kind::Threads { world_size: 1, .. } => guarded(Arc::new(threads::single()), 1),
+            Kind::Threads { world_size, timeout } => {
+                let here = *world_size;
+                first_of(threads::run(*world_size, *timeout, move |world| guarded(Arc::new(world), here)))
+            }
+        }
+    }
+}
+
+/// The processes that the launcher started, joined by MPI.
+#[cfg(feature = "mpi")]
+fn join(launch: &Launch, timeout: Duration, stop: &Stop) -> Result<Arc<dyn Collective>> {
+    let world = collective::mpi::init(timeout, stop.flag())?;
+    launch.check_mpi(world.world_size())?;
+    Ok(Arc::new(world))
+}
+
+#[cfg(not(feature = "mpi"))]
+fn join(_: &Launch, _: Duration, _: &Stop) -> Result<Arc<dyn Collective>> {
+    unreachable!("a build without MPI has refused such a launch")
+}
+
+/// What rank 0 returned, or why there is nothing to return: a rank's own failure comes before what others heard of it.
+fn first_of<T>(outcomes: Vec<Outcome<Result<T>>>) -> Result<T> {
+    let mut heard = None;
+    let mut first = None;
+    let mut lost = Vec::new();
+    for (rank, outcome) in outcomes.into_iter().enumerate() {
+        match outcome {
+            Outcome::Done(Ok(value)) => _ = first.get_or_insert(value),
+            Outcome::Done(Err(failure)) if failure.is::<collective::Error>() => _ = heard.get_or_insert(failure),
+            Outcome::Done(Err(failure)) => return Err(failure),
+            Outcome::Panicked(message) => {
+                return Err(Failure::new(exit::INTERNAL, format!("rank {rank} panicked: {message}")));
+            }
+            Outcome::Lost => lost.push(rank),
+        }
+    }
+    match (heard, first) {
+        (Some(failure), _) => Err(failure),
+        (None, Some(value)) if lost.is_empty() => Ok(value),
+        _ => Err(Failure::new(exit::HANG, format!("rank(s) {lost:?} did not end"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn three() -> Ranks {
+        Ranks::threads(3, Duration::from_secs(20))
+    }
+
+    #[test]
+    fn the_first_cause_is_reported_and_nobody_stays() {
+        let failed = three().run(&Ui::silent(), |rank| {
+            if rank.world.rank() == 2 {
+                return Err(Failure::new(exit::IO, "the disk is full"));
+            }
+            rank.world.barrier()?;
+            Ok(())
+        });
+        let failure = failed.unwrap_err();
+        assert_eq!(failure.code(), exit::IO);
+        assert_eq!(failure.to_string(), "rank 2 of 3: the disk is full");
+
+        let panicked = three().run(&Ui::silent(), |rank| {
+            assert!(rank.world.rank() != 1, "on purpose");
+            rank.world.barrier()?;
+            Ok(())
+        });
+        let failure = panicked.unwrap_err();
+        assert!(failure.code() == exit::INTERNAL && failure.to_string().contains("rank 1 panicked"), "{failure}");
+    }
+
+    #[test]
+    fn a_rank_that_hangs_is_left_behind() {
+        let ranks = Ranks::threads(2, Duration::from_millis(200));
+        let hung = ranks.run(&Ui::silent(), |rank| {
+            while rank.world.rank() == 1 {
+                std::thread::park();
+            }
+            rank.world.doing("expert step 7");
+            rank.world.barrier()?;
+            Ok(())
+        });
+        let failure = hung.unwrap_err();
+        assert_eq!(failure.code(), exit::HANG);
+        let text = failure.to_string();
+        assert!(text.contains("[1]") && text.contains("barrier") && text.contains("expert step 7"), "{text}");
+    }
+
+    #[test]
+    fn all_ranks_of_a_process_work_for_one_result() {
+        let sum = three().run(&Ui::silent(), |rank| {
+            let mut sum = [rank.world.rank() as f64];
+            rank.world.all_reduce_f64(&mut sum)?;
+            Ok((rank.world.rank(), sum[0]))
+        });
+        assert_eq!(sum.unwrap(), (0, 3.0));
+    }
+}
