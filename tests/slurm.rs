@@ -25,7 +25,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// The options of a training on the tiny model, by default of some hundred steps.
+/// The options of a training on the tiny model.
 fn training(output: &Path, more: &str) -> Vec<String> {
     let case = repository().join("tests/golden/olmoe_bf16");
     let (model, rows, output) = (case.join("model"), case.join("data.json"), output);
@@ -35,7 +35,12 @@ fn training(output: &Path, more: &str) -> Vec<String> {
     format!("{paths} {options} {more}").split_whitespace().map(str::to_owned).collect()
 }
 
-const LONG: &str = "--expert-epochs-per-round 400 --skip-router-training";
+/// Some seconds of training, which only the signals of these tests cut short.
+const LONG: &str = if cfg!(debug_assertions) {
+    "--expert-epochs-per-round 60 --skip-router-training"
+} else {
+    "--expert-epochs-per-round 2000 --skip-router-training"
+};
 
 /// All weights of a finished training.
 fn weights(output: &Path) -> blake3::Hash {
@@ -208,6 +213,8 @@ fn a_job_that_is_interrupted_three_times_ends_with_the_same_weights() {
     let job = cluster.submit(TWO_NODES, &training(&output, LONG), &[]);
 
     let steps = job.progress(&output, 0);
+    // The ranks stand still until SLURM, which takes its time, wakes them with the signal to leave.
+    cluster.slurm(&format!("scancel --signal=STOP {}.0", job.id));
     let urgent =
         cluster.slurm("sbatch --parsable --partition=high --nodes=2 --exclusive --output=/dev/null --wrap=true");
     job.requeued(1);
@@ -234,19 +241,21 @@ fn a_job_that_is_interrupted_three_times_ends_with_the_same_weights() {
 #[test]
 fn a_sweep_trains_each_line_in_its_folder_on_its_gpu() {
     let Some(cluster) = Cluster::start() else { return };
-    let lines = ["--seed 1", "--seed 2 --top-k-experts 2", "--seed 3"];
+    let lines = ["--seed 1", "--seed 2 --expert-lr 1e-3", "--seed 3"];
     fs::write(cluster.path("sweep.txt"), lines.join("\n")).unwrap();
-    let mut options = training(&cluster.path("unused"), "--skip-router-training --expert-epochs-per-round 20");
+    let mut options = training(&cluster.path("unused"), "--expert-epochs-per-round 4 --skip-router-training");
     let at = options.iter().position(|option| option == "--output-dir").unwrap();
     options.drain(at..at + 2);
 
     // One node of two GPUs: two tasks at a time.
-    let line = "slurm-array-sweep.sbatch --array=1-3 --cpus-per-task=1 --nodelist=n1 --output=%a.log --wait";
-    cluster.submit(line, &options, &[("SWEEP", "sweep.txt"), ("SWEEP_DIR", "runs")]);
+    let line = "slurm-array-sweep.sbatch --array=1-3 --cpus-per-task=1 --nodelist=n1 --output=%A_%a.log";
+    let array = cluster.submit(line, &options, &[("SWEEP", "sweep.txt"), ("SWEEP_DIR", "runs")]);
     let mut gpus = Vec::new();
     for (task, line) in (1..).zip(lines) {
+        let job = Job { cluster: &cluster, id: format!("{}_{task}", array.id) };
+        assert_eq!(job.end(MINUTE), "COMPLETED 0:0", "{}", job.log());
         weights(&cluster.path(&format!("runs/{task}")));
-        let log = fs::read_to_string(cluster.path(&format!("{task}.log"))).unwrap();
+        let log = job.log();
         assert!(log.contains(&format!("launch: task {task}: {line}\n")), "{log}");
         let (_, rest) = log.split_once("on n1, GPUs ").unwrap_or_else(|| panic!("no GPU in {log}"));
         gpus.push(rest.split(',').next().unwrap().to_owned());
