@@ -14,6 +14,8 @@ use tempfile::TempDir;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_moewarden");
 
+const MINUTE: Duration = Duration::from_secs(60);
+
 /// Two ranks, one a node.
 const TWO_NODES: &str = "slurm-multi.sbatch --ntasks-per-node=1 --gpus-per-task=1 --cpus-per-task=1";
 
@@ -179,23 +181,21 @@ impl Job<'_> {
         format!("{} {}", self.field("JobState"), self.field("ExitCode"))
     }
 
-    /// Waits until the training has made steps that are not in `before`; returns their count.
-    fn progress(&self, output: &Path, before: usize) -> usize {
+    /// Waits until the training is some steps further than now.
+    fn progress(&self, output: &Path) {
         let steps = || fs::read_to_string(output.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
-        self.wait_until("some steps further", Duration::from_secs(60), || steps() > before + 3);
-        steps()
+        let before = steps();
+        self.wait_until("some steps further", MINUTE, || steps() > before + 3);
     }
 
     /// Waits until the job is back in the queue for the `times`-th time, and spares it most of SLURM's two minutes there:
     /// not all, since a node refuses to start a job in the second in which it ended it ("Job credential revoked").
     fn requeued(&self, times: usize) {
         let back = || self.field("JobState") == "PENDING" && self.field("Restarts") == times.to_string();
-        self.wait_until("back in the queue", Duration::from_secs(60), back);
+        self.wait_until("back in the queue", MINUTE, back);
         self.cluster.slurm(&format!("scontrol update JobId={} StartTime=now+2", self.id));
     }
 }
-
-const MINUTE: Duration = Duration::from_secs(60);
 
 #[test]
 fn two_nodes_equal_two_threads() {
@@ -212,19 +212,19 @@ fn a_job_that_is_interrupted_three_times_ends_with_the_same_weights() {
     let output = cluster.path("out");
     let job = cluster.submit(TWO_NODES, &training(&output, LONG), &[]);
 
-    let steps = job.progress(&output, 0);
+    job.progress(&output);
     // The ranks stand still until SLURM, which takes its time, wakes them with the signal to leave.
     cluster.slurm(&format!("scancel --signal=STOP {}.0", job.id));
     let urgent =
         cluster.slurm("sbatch --parsable --partition=high --nodes=2 --exclusive --output=/dev/null --wrap=true");
     job.requeued(1);
-    let steps = job.progress(&output, steps);
+    job.progress(&output);
     assert_eq!(Job { cluster: &cluster, id: urgent }.end(MINUTE), "COMPLETED 0:0");
 
     // As before the time limit.
     cluster.slurm(&format!("scancel --batch --signal=USR1 {}", job.id));
     job.requeued(2);
-    job.progress(&output, steps);
+    job.progress(&output);
 
     // By an administrator, or at preemption without grace: TERM to everything at once.
     cluster.slurm(&format!("scontrol requeue {}", job.id));
@@ -281,17 +281,17 @@ fn requeues_are_bounded_and_a_cancelled_job_stays_cancelled() {
 
     let output = cluster.path("bounded");
     let job = cluster.submit(TWO_NODES, &training(&output, LONG), &[("MAX_REQUEUES", "1")]);
-    let steps = job.progress(&output, 0);
+    job.progress(&output);
     cluster.slurm(&format!("scancel --batch --signal=USR1 {}", job.id));
     job.requeued(1);
-    job.progress(&output, steps);
+    job.progress(&output);
     cluster.slurm(&format!("scancel --batch --signal=USR1 {}", job.id));
     assert_eq!(job.end(MINUTE), requeue, "{}", job.log());
     assert!(job.log().contains("MAX_REQUEUES=1 is reached: submit the job again"), "{}", job.log());
 
     let output = cluster.path("cancelled");
     let job = cluster.submit(TWO_NODES, &training(&output, LONG), &[]);
-    job.progress(&output, 0);
+    job.progress(&output);
     cluster.slurm(&format!("scancel {}", job.id));
     assert_eq!(job.end(MINUTE), format!("CANCELLED {}:0", exit::REQUEUE), "{}", job.log());
     assert_eq!(job.field("Restarts"), "0");
