@@ -204,6 +204,14 @@ fn slurm(var: &impl Var) -> Result<Launch, ConfigError> {
             "the environment variable SLURM_LOCALID is {local_rank}, but this node has {local_size} of {world_size} tasks"
         )));
     }
+    // What the three ways of `srun --mpi` tell a rank. Without any, Open MPI ends the process, and others start runs of one.
+    let connected = ["PMIX_RANK", "PMI_RANK", "PMI_CONTROL_PORT"].iter().any(|name| var(name).is_some());
+    if world_size > 1 && !connected {
+        return Err(ConfigError::Launch(format!(
+            "srun started {world_size} processes that MPI cannot join, as --mpi=none does: srun needs --mpi=pmix for Open \
+             MPI, --mpi=pmi2 for MPICH (srun --mpi=list shows what it has)"
+        )));
+    }
     Ok(Launch { launcher: Launcher::Slurm, rank, world_size, local_rank, local_size })
 }
 
@@ -250,7 +258,7 @@ mod tests {
     const HYDRA: &str = "PMI_RANK=5 PMI_SIZE=8 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=4";
     const BATCH: &str = "SLURM_JOB_ID=7 SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_LOCALID=0 SLURM_NODEID=0";
     const STEP: &str = "SLURM_STEP_ID=0 SLURM_PROCID=6 SLURM_NTASKS=8 SLURM_STEP_NUM_TASKS=7 SLURM_LOCALID=2 \
-                        SLURM_NODEID=1 SLURM_STEP_TASKS_PER_NODE=4,3";
+                        SLURM_NODEID=1 SLURM_STEP_TASKS_PER_NODE=4,3 PMIX_RANK=6";
     /// What Slurm tells the helper that `mpirun` starts on each node.
     const HELPER: &str = "SLURM_STEP_ID=0 SLURM_PROCID=1 SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=0 \
                           SLURM_NODEID=1 SLURM_STEP_TASKS_PER_NODE=1(x2)";
@@ -285,7 +293,7 @@ mod tests {
             (format!("{OPEN_MPI} {HYDRA}"), open_mpi),
             // Without numbers per machine there is one machine.
             ("PMI_RANK=1 PMI_SIZE=2".into(), of(Launcher::Hydra, 1, 2, 1, 2)),
-            ("SLURM_STEP_ID=3 SLURM_PROCID=1 SLURM_NTASKS=2".into(), of(Launcher::Slurm, 1, 2, 1, 2)),
+            ("SLURM_STEP_ID=3 SLURM_PROCID=1 SLURM_NTASKS=2 PMIX_RANK=1".into(), of(Launcher::Slurm, 1, 2, 1, 2)),
             // torchrun of one process, and its variables where another launcher started the process.
             ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=0".into(), ALONE),
             (format!("{OPEN_MPI} RANK=5 WORLD_SIZE=8"), open_mpi),
@@ -310,6 +318,7 @@ mod tests {
             (STEP.replace("SLURM_LOCALID=2", "SLURM_LOCALID=3"), "SLURM_LOCALID is 3"),
             (STEP.replace("=4,3", "=4(x"), "SLURM_STEP_TASKS_PER_NODE is \"4(x\""),
             (STEP.replace("=4,3", "=7"), "SLURM_STEP_TASKS_PER_NODE is \"7\""),
+            (STEP.replace("PMIX_RANK=6", ""), "--mpi=pmix for Open MPI"),
             ("SLURM_STEP_ID=x".into(), "SLURM_STEP_ID is \"x\""),
             ("SLURM_STEP_ID=0".into(), "SLURM_PROCID is not"),
             ("RANK=0 WORLD_SIZE=4".into(), "RANK and WORLD_SIZE are set"),
