@@ -87,10 +87,11 @@ preflight() {
     if ((status != 0)); then die "$status" "the check before the start failed with exit code $status"; fi
 }
 
-# Starts a rank a task. Ranks that outlive another have ten minutes to end by themselves, with a message and an exit code of
-# their own: --kill-on-bad-exit=1 would end them at once, even while they leave a checkpoint, and srun with 143.
+# Starts a rank a task. Ranks that outlive another have ten seconds to end by themselves, with a message and an exit code of
+# their own, which is enough: they notice at once, and ranks that save a checkpoint end together. --kill-on-bad-exit=1 would end them at once, and srun with
+# 143 in place of that code.
 # shellcheck disable=SC2034 # used by the scripts
-ranks_by_srun=(srun --mpi="${MPI_TYPE:-pmix}" --kill-on-bad-exit=0 --wait=600 --cpu-bind="${CPU_BIND:-cores}")
+ranks_by_srun=(srun --mpi="${MPI_TYPE:-pmix}" --kill-on-bad-exit=0 --wait=10 --cpu-bind="${CPU_BIND:-cores}")
 
 # train_job COMMAND...: runs the training to the end of this job, and sends the job back to the queue where it left a checkpoint.
 train_job() {

@@ -89,7 +89,8 @@ impl Cluster {
             // Not by `eprintln`, which is shown for failed tests only.
             Some(code) if code == i32::from(exit::LAUNCHER) => {
                 let reason = text(&stderr);
-                writeln!(io::stderr(), "skipped: tests/slurm.rs: {}", reason.trim_end()).unwrap();
+                let line = format!("skipped: tests/slurm.rs: {}\n", reason.trim_end());
+                io::stderr().write_all(line.as_bytes()).unwrap();
                 None
             }
             _ => panic!("{}", text(&stderr)),
@@ -272,6 +273,20 @@ fn ranks_that_srun_does_not_connect_say_so_and_end() {
     assert_eq!(job.end(MINUTE), format!("FAILED {}:0", exit::LAUNCHER), "{}", job.log());
     assert!(job.log().contains("--mpi=pmix"), "no way out in {}", job.log());
     assert!(!output.join("final_model").exists());
+}
+
+#[test]
+fn a_rank_that_dies_ends_the_job() {
+    let Some(cluster) = Cluster::start() else { return };
+    let output = cluster.path("out");
+    let fault = [("MOEWARDEN_FAULT", "rank=1,at=step:9,do=kill")];
+    let job = cluster.submit(TWO_NODES, &training(&output, LONG), &fault);
+    job.progress(&output);
+    // The other rank notices at once; SLURM takes its time to tell.
+    let end = job.end(Duration::from_secs(15));
+    assert!(end.starts_with("FAILED "), "{end}: {}", job.log());
+    let named = "rank 1 ended while rank 0 waited for it at";
+    assert!(job.log().contains(named) && !output.join("final_model").exists(), "{}", job.log());
 }
 
 #[test]

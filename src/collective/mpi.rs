@@ -5,6 +5,7 @@
 //! is; once all are at the same place, rank 0 lets them go, else it tells all what is wrong. Then parts of vectors go from
 //! rank to rank. An error that comes up later reaches all by way of rank 0.
 
+mod lifeline;
 mod link;
 mod wire;
 
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use bytemuck::Pod;
 
+use self::lifeline::{Lifelines, Offer};
 use self::link::{Arrival, LAST_WORDS, Link, Message, pause};
 use self::wire::{Pending, Tag};
 use super::{At, Collective, Error, Result, check_counts};
@@ -41,6 +43,7 @@ pub struct Mpi {
     stopping: Arc<AtomicBool>,
     doing: Mutex<String>,
     link: Mutex<Link>,
+    lifelines: Lifelines,
 }
 
 /// Starts MPI and joins all processes of the launch. A rank that waits longer than `timeout` for another ends the group.
@@ -56,7 +59,12 @@ pub fn init(timeout: Duration, stopping: Arc<AtomicBool>) -> Result<Mpi> {
         return Err(Error::Library { rank, message: message.to_owned() });
     }
     _ = TIMEOUT.set(timeout);
-    Ok(Mpi { rank, world_size, timeout, stopping, doing: Mutex::default(), link: Mutex::new(Link::new(wire)) })
+    let link = Mutex::new(Link::new(wire));
+    let lifelines = Lifelines::default();
+    let mut mpi = Mpi { rank, world_size, timeout, stopping, doing: Mutex::default(), link, lifelines };
+    mpi.doing("the start");
+    mpi.lifelines = mpi.connect()?;
+    Ok(mpi)
 }
 
 /// Ends MPI if it runs: together with the other ranks after "done" and "requeue me", else by ending them too.
@@ -85,6 +93,24 @@ pub(super) fn leave(code: u8) {
 }
 
 impl Mpi {
+    /// The lines by which ranks notice each other's end.
+    fn connect(&self) -> Result<Lifelines> {
+        let offer = if self.rank == 0 { Offer::new() } else { None };
+        let bytes = offer.as_ref().map_or_else(Vec::new, Offer::to_bytes);
+        let theirs = self.all_gather(&bytes)?.swap_remove(0);
+        let Some(offer) = offer else {
+            let lines = if self.rank == 0 { Lifelines::default() } else { Lifelines::take(&theirs, self.rank) };
+            self.barrier()?;
+            return Ok(lines);
+        };
+        let mut met = Ok(());
+        let lines = offer.accept(self.world_size, || {
+            met = self.barrier();
+            met.is_ok()
+        });
+        met.map(|()| lines)
+    }
+
     fn what(&self) -> MutexGuard<'_, String> {
         self.doing.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -155,6 +181,11 @@ impl Mpi {
             if waited >= self.timeout {
                 let (rank, at, seconds) = (self.rank, at.to_string(), waited.as_secs());
                 return Err(self.fail(link, Error::Timeout { rank, at, seconds, missing: absent }));
+            }
+            if waited >= STILL_WAITING
+                && let Some(gone) = self.lifelines.ended(&absent)
+            {
+                return Err(self.fail(link, Error::Gone { rank: self.rank, gone, at: at.to_string() }));
             }
             if waited >= STILL_WAITING && !link.warned && self.stopping.load(Ordering::Relaxed) {
                 link.warned = true;

@@ -13,7 +13,7 @@ use super::engine::Engine;
 use crate::backend::{Backend, HostTensor, encode_into};
 use crate::collective::{self, Collective};
 use crate::exit::Result;
-use crate::model::{Forward, GradPlan, Inputs, LossGrads, Model, ParamId, ParamKind, Sinks};
+use crate::model::{Forward, GradPlan, Inputs, LossGrads, Model, OnLayer, ParamId, ParamKind, Sinks};
 use crate::optim::{AdamW, Error, Gradient, Group, LearningRates, ParamState, ShardPlan, Trainable, clip_factor};
 
 /// Elements after which a bucket is full: 32 MiB of f32, long enough for the network's bandwidth, short enough that the
@@ -81,7 +81,8 @@ impl<B: Backend> Trainer<B> {
         let lens = ids.iter().map(|&id| model.table.params[id].value.len());
         self.shards = ShardPlan::new(lens, world.world_size(), BUCKET);
         let layer = |&id: &ParamId| completed_by(model, id);
-        self.complete = self.shards.buckets().iter().map(|bucket| lowest(ids[bucket.clone()].iter().map(layer))).collect();
+        self.complete =
+            self.shards.buckets().iter().map(|bucket| lowest(ids[bucket.clone()].iter().map(layer))).collect();
         let mut offset = 0;
         self.pieces = (0..ids.len())
             .map(|i| {
@@ -258,8 +259,13 @@ impl<B: Backend> Passes<'_, B> {
                 leaving.leave(Some(layer), grads);
             }
         };
-        let done: Option<&mut dyn FnMut(usize, &B::Buffer)> = if last { Some(&mut done) } else { None };
-        model.backward(inputs, forward, loss, &mut Sinks { plan: self.plan, grads: self.grads, scores: self.scores, done })
+        let done: Option<OnLayer<'_, B>> = if last { Some(&mut done) } else { None };
+        model.backward(
+            inputs,
+            forward,
+            loss,
+            &mut Sinks { plan: self.plan, grads: self.grads, scores: self.scores, done },
+        )
     }
 
     fn leave(&mut self, layer: Option<usize>) {
