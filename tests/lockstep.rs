@@ -1,0 +1,250 @@
+//! Any number of ranks takes the same steps: over the same micro-batches they find the same experts, have the same losses
+//! and end with the same weights; and processes have the bits of threads.
+//!
+//! A step of the expert and joint phases has grad-accum · ranks micro-batches, one of the router phase has ranks
+//! micro-batches. So the runs here share a step of 12 examples among 1, 2, 3 or 4 ranks by one or the other option. There are
+//! 13 rows: in the second step of each phase all ranks but one have nothing to do.
+
+#[path = "common/binary.rs"]
+mod binary;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use binary::{Outputs, moewarden, read_weights, start, write_rows};
+use moewarden::backend::{Dtype, HostTensor};
+use serde_json::Value;
+
+const ROWS: usize = 13;
+const STEP: usize = 12;
+
+/// By which option the ranks share the examples of a step.
+#[derive(Clone, Copy)]
+enum Shared {
+    /// Cross-entropy is a mean over tokens: micro-batches of one size, as many a rank as it takes.
+    ByAccumulation(usize),
+    /// The router phase compares whole batches: smaller ones. (Gradient scores would be means over other micro-batches.)
+    ByBatchSize,
+}
+
+use Shared::{ByAccumulation, ByBatchSize};
+
+impl Shared {
+    fn options(self, ranks: usize) -> String {
+        match self {
+            ByAccumulation(batch) => format!("--batch-size {batch} --grad-accum {}", STEP / ranks),
+            ByBatchSize => format!("--batch-size {}", STEP / ranks),
+        }
+    }
+}
+
+/// A training run, whatever the number of ranks.
+struct Job {
+    model: &'static str,
+    shared: Shared,
+    options: &'static str,
+    /// The steps that it is known to take, by phase.
+    steps: &'static [(&'static str, usize)],
+    /// How far scores may be apart.
+    scores: f64,
+}
+
+/// f64 sums of the same f32 micro-batches, in another order.
+const SAME_WEIGHTS: f64 = 1e-12;
+/// Those of weights that have been trained.
+const TRAINED_WEIGHTS: f64 = 1e-5;
+/// f32 sums of up to 500 terms in another order.
+const LOSSES: f64 = 1e-6;
+/// Of a tensor's size; 16-bit weights beside that by one step where a master falls on the other side of a half.
+const WEIGHTS: f64 = 1e-5;
+
+const EXPERTS: &str = "--num-rounds 1 --skip-router-training --expert-lr 1e-3";
+
+impl Job {
+    fn new(shared: Shared, options: &'static str, steps: &'static [(&'static str, usize)]) -> Self {
+        Self { model: "olmoe", shared, options, steps, scores: SAME_WEIGHTS }
+    }
+
+    /// Runs it on threads of a process, or each rank in its own process.
+    fn run(&self, dir: &Path, ranks: usize, processes: bool) -> Outputs {
+        let [data, output] = [dir.join("data.json"), dir.join(format!("{ranks}-{processes}"))];
+        write_rows(&data, ROWS);
+        let threads = if processes { String::new() } else { format!("--ranks {ranks}") };
+        let text = format!(
+            "train --model-name {} --dataset-path {} --output-dir {} {} {threads} {} --top-k-experts 4 \
+             --save-rounds none --save-steps 0 --threads 1 --quiet",
+            binary::model(self.model).display(),
+            data.display(),
+            output.display(),
+            self.shared.options(ranks),
+            self.options.replace("{EXPERTS}", EXPERTS),
+        );
+        start(moewarden(if processes { ranks } else { 0 }, text.split_whitespace())).end().ok();
+        Outputs::read(&output)
+    }
+
+    /// Compares runs on 2, 3 and 4 ranks with one on a single rank.
+    fn check(&self) {
+        let dir = tempfile::tempdir().unwrap();
+        let single = self.run(dir.path(), 1, false);
+        let mut steps: BTreeMap<&str, usize> = BTreeMap::new();
+        for row in &single.metrics {
+            *steps.entry(row["phase"].as_str().unwrap()).or_default() += 1;
+        }
+        assert_eq!(steps, self.steps.iter().copied().collect(), "{}", self.options);
+        self.check_trained(&single);
+        for ranks in 2..=4 {
+            let what = format!("{ranks} ranks, {}", self.options);
+            let several = self.run(dir.path(), ranks, false);
+            check_scores(&single.scores(), &several.scores(), self.scores, &what);
+            check_metrics(&single.metrics, &several.metrics, &what);
+            check_weights(&single.weights, &several.weights, &what);
+        }
+    }
+
+    /// A comparison of runs that train nothing would show nothing.
+    fn check_trained(&self, run: &Outputs) {
+        let source = read_weights(&binary::model(self.model));
+        let moved = run.weights.iter().filter(|(name, value)| value.bytes[..] != source[*name].bytes[..]).count();
+        assert!(moved > 2, "{}: {moved} tensors moved", self.options);
+    }
+}
+
+fn close(a: f64, b: f64, relative: f64) -> bool {
+    (a - b).abs() <= relative * b.abs()
+}
+
+fn check_scores(single: &Value, several: &Value, tolerance: f64, what: &str) {
+    for (round, a) in single["rounds"].as_object().unwrap() {
+        let b = &several["rounds"][round];
+        assert!(!a["selected"].as_array().unwrap().is_empty());
+        assert_eq!(a["selected"], b["selected"], "{what}: selection");
+        assert_eq!(a["micro_batches"], b["micro_batches"], "{what}");
+        for (name, tolerance) in [("scores", tolerance), ("losses", LOSSES)] {
+            let [a, b] = [&a[name], &b[name]].map(numbers);
+            assert_eq!(a.len(), b.len(), "{what}: {name}");
+            for (i, (a, b)) in a.iter().zip(&b).enumerate() {
+                assert!(close(*a, *b, tolerance), "{what}: {name}[{i}] is {b:e}, not {a:e}");
+            }
+        }
+    }
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    match value {
+        Value::Array(items) => items.iter().flat_map(numbers).collect(),
+        other => other.as_f64().into_iter().collect(),
+    }
+}
+
+fn check_metrics(single: &[Value], several: &[Value], what: &str) {
+    assert_eq!(single.len(), several.len(), "{what}: steps");
+    for (a, b) in single.iter().zip(several) {
+        for same in ["phase", "round", "step", "lr", "tokens"] {
+            assert_eq!(a[same], b[same], "{what}: {same} of {a}");
+        }
+        for loss in ["ce_loss", "router_loss", "total_loss", "grad_norm"] {
+            match (a[loss].as_f64(), b[loss].as_f64()) {
+                (Some(a), Some(b)) if close(a, b, LOSSES) => {}
+                (None, None) => {}
+                (a_loss, b_loss) => panic!("{what}: {loss} is {b_loss:?}, not {a_loss:?}, in {a}"),
+            }
+        }
+    }
+}
+
+fn check_weights(single: &BTreeMap<String, HostTensor>, several: &BTreeMap<String, HostTensor>, what: &str) {
+    assert_eq!(single.len(), several.len());
+    for (name, a) in single {
+        let b = &several[name];
+        // A step of bf16 is at most 2⁻⁷ of the value.
+        let step = |x: f32| if a.dtype == Dtype::F32 { 0.0 } else { f64::from(x).abs() / 128.0 };
+        let (a, b) = (a.to_f32(), b.to_f32());
+        let size = a.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let apart = |(a, b): (&f32, &f32)| (f64::from(*a) - f64::from(*b)).abs();
+        let beyond = |pair: (&f32, &f32)| f64::max(apart(pair) - step(*pair.0), 0.0).powi(2);
+        let error = a.iter().zip(&b).map(beyond).sum::<f64>().sqrt();
+        if std::env::var_os("MOEWARDEN_SHOW_ERRORS").is_some() {
+            let other = a.iter().zip(&b).filter(|(a, b)| a != b).count();
+            eprintln!("{:.1e} {:.1e} {other} of {}: {name}, {what}", error / size, a.iter().zip(&b).map(apart).fold(0.0, f64::max), a.len());
+        }
+        assert!(error <= WEIGHTS * size, "{what}: {name} is off by {:.1e} of its size", error / size);
+        let flipped = a.iter().zip(&b).filter(|(a, b)| a != b && step(**a) > 0.0).count();
+        assert!(flipped <= a.len() / 100, "{what}: {flipped} of {} values of {name} were rounded otherwise", a.len());
+    }
+}
+
+const ONE_EXPERT_PHASE: &[(&str, usize)] = &[("identify", 13), ("expert", 2)];
+
+#[test]
+fn the_expert_phase() {
+    Job::new(ByAccumulation(1), "{EXPERTS}", ONE_EXPERT_PHASE).check();
+}
+
+#[test]
+fn scores_per_token_and_clipped_gradients() {
+    let options = "{EXPERTS} --score fisher --score-per token --max-grad-norm 0.05 --weight-decay 0.1";
+    Job::new(ByAccumulation(1), options, ONE_EXPERT_PHASE).check();
+}
+
+#[test]
+fn frequencies_of_routing() {
+    Job::new(ByAccumulation(1), "{EXPERTS} --method routing --risk-threshold -1", &[("expert", 2)]).check();
+}
+
+#[test]
+fn random_experts_as_many_a_layer_as_by_gradient() {
+    Job::new(ByAccumulation(1), "{EXPERTS} --method random --random-match layer", &[("expert", 2)]).check();
+}
+
+#[test]
+fn all_parameters() {
+    Job::new(ByAccumulation(1), "{EXPERTS} --mode baseline", ONE_EXPERT_PHASE).check();
+}
+
+#[test]
+fn all_experts_of_a_model_with_shared_experts() {
+    let job = Job::new(ByAccumulation(1), "{EXPERTS} --mode experts", ONE_EXPERT_PHASE);
+    Job { model: "qwen2_moe", ..job }.check();
+}
+
+#[test]
+fn experts_chosen_at_every_step() {
+    let job = Job::new(ByAccumulation(1), "{EXPERTS} --selection per-batch", ONE_EXPERT_PHASE);
+    Job { scores: TRAINED_WEIGHTS, ..job }.check();
+}
+
+#[test]
+fn weights_in_16_bits() {
+    let job = Job::new(ByAccumulation(1), "{EXPERTS}", ONE_EXPERT_PHASE);
+    Job { model: "olmoe_bf16", ..job }.check();
+}
+
+#[test]
+fn fused_experts() {
+    let job = Job::new(ByAccumulation(1), "{EXPERTS}", ONE_EXPERT_PHASE);
+    Job { model: "olmoe_fused", ..job }.check();
+}
+
+#[test]
+fn experts_and_routers_in_one_step() {
+    // Micro-batches of one safe and one unsafe example.
+    let options = "--num-rounds 1 --use-router-consistency-loss --expert-lr 1e-3 --router-lr 1e-3";
+    Job::new(ByAccumulation(2), options, &[("identify", 7), ("joint", 2)]).check();
+}
+
+#[test]
+fn the_router_phase_by_either_statistic() {
+    for options in [
+        "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3",
+        "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3 --router-statistic sample-logits --kl-type symmetric",
+    ] {
+        Job::new(ByBatchSize, options, &[("router", 2)]).check();
+    }
+}
+
+#[test]
+fn rounds_of_both_phases() {
+    let options = "--method random --num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3 --lr-schedule cosine";
+    Job::new(ByBatchSize, options, &[("expert", 4), ("router", 4)]).check();
+}
