@@ -7,13 +7,14 @@
 
 #[path = "common/binary.rs"]
 mod binary;
+#[path = "common/closeness.rs"]
+mod closeness;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use binary::{Outputs, moewarden, read_weights, start, write_rows};
-use moewarden::backend::{Dtype, HostTensor};
-use serde_json::Value;
+use closeness::{SAME_WEIGHTS, TRAINED_WEIGHTS, check_close};
 
 const ROWS: usize = 13;
 const STEP: usize = 12;
@@ -48,15 +49,6 @@ struct Job {
     /// How far scores may be apart.
     scores: f64,
 }
-
-/// f64 sums of the same f32 micro-batches, in another order.
-const SAME_WEIGHTS: f64 = 1e-12;
-/// Those of weights that have been trained.
-const TRAINED_WEIGHTS: f64 = 1e-5;
-/// f32 sums of up to 500 terms in another order.
-const LOSSES: f64 = 1e-6;
-/// Of a tensor's size; 16-bit weights beside that by one step where a master falls on the other side of a half.
-const WEIGHTS: f64 = 1e-5;
 
 const EXPERTS: &str = "--num-rounds 1 --skip-router-training --expert-lr 1e-3";
 
@@ -96,9 +88,7 @@ impl Job {
         for ranks in 2..=4 {
             let what = format!("{ranks} ranks, {}", self.options);
             let several = self.run(dir.path(), ranks, false);
-            check_scores(&single.scores(), &several.scores(), self.scores, &what);
-            check_metrics(&single.metrics, &several.metrics, &what);
-            check_weights(&single.weights, &several.weights, &what);
+            check_close(&single, &several, self.scores, &what);
         }
     }
 
@@ -107,70 +97,6 @@ impl Job {
         let source = read_weights(&binary::model(self.model));
         let moved = run.weights.iter().filter(|(name, value)| value.bytes[..] != source[*name].bytes[..]).count();
         assert!(moved > 2, "{}: {moved} tensors moved", self.options);
-    }
-}
-
-fn close(a: f64, b: f64, relative: f64) -> bool {
-    (a - b).abs() <= relative * b.abs()
-}
-
-fn check_scores(single: &Value, several: &Value, tolerance: f64, what: &str) {
-    for (round, a) in single["rounds"].as_object().unwrap() {
-        let b = &several["rounds"][round];
-        assert!(!a["selected"].as_array().unwrap().is_empty());
-        assert_eq!(a["selected"], b["selected"], "{what}: selection");
-        assert_eq!(a["micro_batches"], b["micro_batches"], "{what}");
-        for (name, tolerance) in [("scores", tolerance), ("losses", LOSSES)] {
-            let [a, b] = [&a[name], &b[name]].map(numbers);
-            assert_eq!(a.len(), b.len(), "{what}: {name}");
-            for (i, (a, b)) in a.iter().zip(&b).enumerate() {
-                assert!(close(*a, *b, tolerance), "{what}: {name}[{i}] is {b:e}, not {a:e}");
-            }
-        }
-    }
-}
-
-fn numbers(value: &Value) -> Vec<f64> {
-    match value {
-        Value::Array(items) => items.iter().flat_map(numbers).collect(),
-        other => other.as_f64().into_iter().collect(),
-    }
-}
-
-fn check_metrics(single: &[Value], several: &[Value], what: &str) {
-    assert_eq!(single.len(), several.len(), "{what}: steps");
-    for (a, b) in single.iter().zip(several) {
-        for same in ["phase", "round", "step", "lr", "tokens"] {
-            assert_eq!(a[same], b[same], "{what}: {same} of {a}");
-        }
-        for loss in ["ce_loss", "router_loss", "total_loss", "grad_norm"] {
-            match (a[loss].as_f64(), b[loss].as_f64()) {
-                (Some(a), Some(b)) if close(a, b, LOSSES) => {}
-                (None, None) => {}
-                (a_loss, b_loss) => panic!("{what}: {loss} is {b_loss:?}, not {a_loss:?}, in {a}"),
-            }
-        }
-    }
-}
-
-fn check_weights(single: &BTreeMap<String, HostTensor>, several: &BTreeMap<String, HostTensor>, what: &str) {
-    assert_eq!(single.len(), several.len());
-    for (name, a) in single {
-        let b = &several[name];
-        // A step of bf16 is at most 2⁻⁷ of the value.
-        let step = |x: f32| if a.dtype == Dtype::F32 { 0.0 } else { f64::from(x).abs() / 128.0 };
-        let (a, b) = (a.to_f32(), b.to_f32());
-        let size = a.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-        let apart = |(a, b): (&f32, &f32)| (f64::from(*a) - f64::from(*b)).abs();
-        let beyond = |pair: (&f32, &f32)| f64::max(apart(pair) - step(*pair.0), 0.0).powi(2);
-        let error = a.iter().zip(&b).map(beyond).sum::<f64>().sqrt();
-        if std::env::var_os("MOEWARDEN_SHOW_ERRORS").is_some() {
-            let other = a.iter().zip(&b).filter(|(a, b)| a != b).count();
-            eprintln!("{:.1e} {:.1e} {other} of {}: {name}, {what}", error / size, a.iter().zip(&b).map(apart).fold(0.0, f64::max), a.len());
-        }
-        assert!(error <= WEIGHTS * size, "{what}: {name} is off by {:.1e} of its size", error / size);
-        let flipped = a.iter().zip(&b).filter(|(a, b)| a != b && step(**a) > 0.0).count();
-        assert!(flipped <= a.len() / 100, "{what}: {flipped} of {} values of {name} were rounded otherwise", a.len());
     }
 }
 
