@@ -165,7 +165,11 @@ fn the_pieces_of_three_ranks_are_the_whole_bit_for_bit() {
                 cpu.buffer_write(&mut grads, 0, &shard);
                 part.step(&cpu, &mut untouched, &grads, &places, &LRS, DECAY, 0.5);
             }
-            assert_eq!(bytes(&cpu, &untouched), bytes(&cpu, &initial), "one of several leaves the weights to the exchange");
+            assert_eq!(
+                bytes(&cpu, &untouched),
+                bytes(&cpu, &initial),
+                "one of several leaves the weights to the exchange"
+            );
         }
 
         assert_eq!(parts.iter().map(AdamW::bytes).sum::<usize>(), whole.bytes());

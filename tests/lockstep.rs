@@ -174,3 +174,22 @@ fn rounds_of_both_phases() {
     let options = "--method random --num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3 --lr-schedule cosine";
     Job::new(ByBatchSize, options, &[("expert", 4), ("router", 4)]).check();
 }
+
+#[cfg(feature = "mpi")]
+#[test]
+fn processes_have_the_bits_of_threads() {
+    let joint = "--num-rounds 1 --use-router-consistency-loss --expert-lr 1e-3 --router-lr 1e-3";
+    let both = "--num-rounds 1 --method random --expert-lr 1e-3 --router-lr 1e-3";
+    for (ranks, model, shared, options) in [
+        (2, "olmoe", ByAccumulation(1), "{EXPERTS} --mode baseline --score-per token"),
+        (3, "olmoe_bf16", ByAccumulation(1), "{EXPERTS} --selection per-batch"),
+        (4, "qwen2_moe", ByBatchSize, both),
+        (3, "olmoe", ByAccumulation(2), joint),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let job = Job { model, ..Job::new(shared, options, &[]) };
+        let threads = job.run(dir.path(), ranks, false);
+        job.check_trained(&threads);
+        job.run(dir.path(), ranks, true).assert_same(&threads, &format!("{ranks} processes, {options}"));
+    }
+}

@@ -144,8 +144,11 @@ fn other_kinds_of_steps_go_on_too() {
         ("olmoe", "--num-rounds 1 --use-router-consistency-loss --expert-lr 1e-3 --router-lr 1e-3 --batch-size 2"),
         ("olmoe_bf16", "--num-rounds 1 --mode baseline --expert-lr 1e-3 --router-lr 1e-3 --batch-size 1"),
         ("olmoe_fused", "--num-rounds 2 --selection per-batch --skip-router-training --expert-lr 1e-3 --batch-size 1"),
-        ("olmoe", "--num-rounds 1 --method routing --risk-threshold -1 --expert-lr 1e-3 --router-lr 1e-3 --batch-size 1 \
-                   --lr-schedule cosine --warmup-steps 2 --expert-epochs-per-round 2"),
+        (
+            "olmoe",
+            "--num-rounds 1 --method routing --risk-threshold -1 --expert-lr 1e-3 --router-lr 1e-3 --batch-size 1 \
+                   --lr-schedule cosine --warmup-steps 2 --expert-epochs-per-round 2",
+        ),
     ];
     for (model, options) in kinds {
         let job = Job { model, rows: 9, options };

@@ -181,7 +181,9 @@ impl Outputs {
         for (name, bytes) in &self.files {
             assert!(*bytes == other.files[name], "{what}: {name} differs");
         }
-        self.weights.iter().for_each(|(name, w)| assert!(w.bytes[..] == other.weights[name].bytes[..], "{what}: {name} differs"));
+        self.weights
+            .iter()
+            .for_each(|(name, w)| assert!(w.bytes[..] == other.weights[name].bytes[..], "{what}: {name} differs"));
         assert_eq!(self.weights.len(), other.weights.len(), "{what}");
     }
 }

@@ -81,7 +81,12 @@ fn check_weights(expected: &BTreeMap<String, HostTensor>, found: &BTreeMap<Strin
         let error = a.iter().zip(&b).map(beyond).sum::<f64>().sqrt();
         if std::env::var_os("MOEWARDEN_SHOW_ERRORS").is_some() {
             let other = a.iter().zip(&b).filter(|(a, b)| a != b).count();
-            eprintln!("{:.1e} {:.1e} {other} of {}: {name}, {what}", error / size, a.iter().zip(&b).map(apart).fold(0.0, f64::max), a.len());
+            eprintln!(
+                "{:.1e} {:.1e} {other} of {}: {name}, {what}",
+                error / size,
+                a.iter().zip(&b).map(apart).fold(0.0, f64::max),
+                a.len()
+            );
         }
         assert!(error <= WEIGHTS * size, "{what}: {name} is off by {:.1e} of its size", error / size);
         let flipped = a.iter().zip(&b).filter(|(a, b)| a != b && step(**a) > 0.0).count();
