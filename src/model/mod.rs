@@ -27,5 +27,5 @@ pub use hub::{Error as HubError, HubCache};
 pub use params::{Count, Group, ParamId, ParamKind, ParamSpec, ParamTable, Proj};
 pub use plan::{GradPlan, expert_params};
 pub use safetensors::{Header, HeaderError, StoredDtype, TensorInfo, write_header};
-pub use transformer::{Forward, ForwardOptions, Inputs, LossGrads, Model, PassEnd, RouterGrad, Sinks};
+pub use transformer::{Forward, ForwardOptions, Inputs, LossGrads, Model, OnLayer, PassEnd, RouterGrad, Sinks};
 pub use weights::{Checkpoint, Error as WeightsError, Shard, safe_file};

@@ -88,6 +88,9 @@ struct LayerKept<B: Backend> {
     feed_forward: FeedForwardSaved<B>,
 }
 
+/// Is told of each decoder layer whose gradients are complete, and shown the gradients.
+pub type OnLayer<'a, B> = &'a mut dyn FnMut(usize, &<B as Backend>::Buffer);
+
 /// Where a backward pass puts gradients and scores.
 pub struct Sinks<'a, B: Backend> {
     /// What to do with each parameter.
@@ -96,9 +99,9 @@ pub struct Sinks<'a, B: Backend> {
     pub grads: &'a mut B::Buffer,
     /// `layers · experts` sums; accumulates.
     pub scores: &'a mut B::Scores,
-    /// Told of each decoder layer whose gradients are complete, and shown the gradients: what has arrived can leave while
-    /// the layers below still compute. The head's are complete before the first of them.
-    pub done: Option<&'a mut dyn FnMut(usize, &B::Buffer)>,
+    /// Learns what is complete, which can leave while the layers below still compute. The head's gradients are complete
+    /// before those of the first layer that it is told of.
+    pub done: Option<OnLayer<'a, B>>,
 }
 
 impl<B: Backend> Sinks<'_, B> {

@@ -13,7 +13,7 @@ use super::engine::Engine;
 use crate::backend::{Backend, HostTensor, encode_into};
 use crate::collective::{self, Collective};
 use crate::exit::Result;
-use crate::model::{Forward, GradPlan, Inputs, LossGrads, Model, ParamId, ParamKind, Sinks};
+use crate::model::{Forward, GradPlan, Inputs, LossGrads, Model, OnLayer, ParamId, ParamKind, Sinks};
 use crate::optim::{AdamW, Error, Gradient, Group, LearningRates, ParamState, ShardPlan, Trainable, clip_factor};
 
 /// Elements after which a bucket is full: 32 MiB of f32, long enough for the network's bandwidth, short enough that the
@@ -267,7 +267,7 @@ impl<B: Backend> Passes<'_, B> {
                 leaving.leave(Some(layer), grads);
             }
         };
-        let done: Option<&mut dyn FnMut(usize, &B::Buffer)> = if last { Some(&mut done) } else { None };
+        let done: Option<OnLayer<'_, B>> = if last { Some(&mut done) } else { None };
         model.backward(
             inputs,
             forward,
