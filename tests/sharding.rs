@@ -1,92 +1,33 @@
 //! Each rank keeps its part of the optimizer and no more, and gradients leave while the backward pass is under way.
 
+#[cfg(feature = "mpi")]
 #[path = "common/binary.rs"]
 mod binary;
 #[path = "common/case.rs"]
 mod case;
 
-use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
-use binary::{moewarden, start, write_rows};
 use case::Case;
 use moewarden::backend::{Backend, cpu::Cpu};
 use moewarden::collective::conformance::on_threads;
-use moewarden::collective::{Collective, Result};
-use moewarden::model::tiny::{TinySpec, write_random_checkpoint};
-use moewarden::model::{LossGrads, ParamId, ParamKind, PassEnd, Sinks};
-use moewarden::optim::LearningRates;
+use moewarden::model::{GradPlan, LossGrads, ParamId, ParamKind, PassEnd, Sinks};
+use moewarden::optim::{LearningRates, ShardPlan};
 use moewarden::run::engine::Engine;
-use moewarden::run::memory::{TrainedState, human};
+use moewarden::run::memory::TrainedState;
 use moewarden::run::trainer::{Passes, Trainer};
 use moewarden::run::{Rank, Stop};
 use moewarden::ui::Ui;
 
-/// Counts the buckets that have reached the network.
-struct Counting<C> {
-    inner: C,
-    reduced: Arc<AtomicUsize>,
-}
-
-impl<C: Collective> Collective for Counting<C> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn world_size(&self) -> usize {
-        self.inner.world_size()
-    }
-
-    fn doing(&self, what: &str) {
-        self.inner.doing(what);
-    }
-
-    fn barrier(&self) -> Result<()> {
-        self.inner.barrier()
-    }
-
-    fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
-        self.inner.broadcast(bytes)
-    }
-
-    fn all_reduce_f64(&self, values: &mut [f64]) -> Result<()> {
-        self.inner.all_reduce_f64(values)
-    }
-
-    fn all_reduce_f32(&self, values: &mut [f32]) -> Result<()> {
-        self.inner.all_reduce_f32(values)
-    }
-
-    fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.inner.all_gather(bytes)
-    }
-
-    fn reduce_scatter_f32(&self, values: &[f32], counts: &[usize], part: &mut [f32]) -> Result<()> {
-        self.reduced.fetch_add(1, Ordering::SeqCst);
-        self.inner.reduce_scatter_f32(values, counts, part)
-    }
-
-    fn all_gather_into(&self, part: &[u8], counts: &[usize], out: &mut [u8]) -> Result<()> {
-        self.inner.all_gather_into(part, counts, out)
-    }
-
-    fn abort(&self, code: u8, reason: &str) {
-        self.inner.abort(code, reason);
-    }
-}
-
-/// Does `work` on the engine of each of so many ranks; it is told how many buckets have reached the network.
-fn on_ranks<T: Send + 'static>(
-    ranks: usize,
-    work: impl Fn(Engine<'_, Cpu>, Arc<AtomicUsize>) -> T + Send + Sync + 'static,
-) -> Vec<T> {
+/// Does `work` on the engine of each of so many ranks.
+fn on_ranks<T: Send + 'static>(ranks: usize, work: impl Fn(Engine<'_, Cpu>) -> T + Send + Sync + 'static) -> Vec<T> {
     let case = Arc::new(Case::open("olmoe"));
     on_threads(ranks, move |world| {
-        let reduced = Arc::new(AtomicUsize::new(0));
-        let world = Arc::new(Counting { inner: world, reduced: reduced.clone() });
-        let rank = Rank { world, here: ranks, ui: Ui::silent(), stop: Stop::default(), fault: None };
-        work(case.session.engine(&case.config, Arc::new(Cpu::new(1)), &rank), reduced)
+        let rank = Rank { world: Arc::new(world), here: ranks, ui: Ui::silent(), stop: Stop::default(), fault: None };
+        work(case.session.engine(&case.config, Arc::new(Cpu::new(1)), &rank))
     })
 }
 
@@ -98,13 +39,7 @@ const END: PassEnd = PassEnd::Loss { all_rows: false };
 const LOSS: LossGrads<'static> = LossGrads { ce_scale: 0.01, routers: &[] };
 
 /// A backward pass of one record.
-fn backward(
-    engine: &Engine<'_, Cpu>,
-    plan: &moewarden::model::GradPlan,
-    passes: &mut Passes<'_, Cpu>,
-    record: usize,
-    last: bool,
-) {
+fn backward(engine: &Engine<'_, Cpu>, plan: &GradPlan, passes: &mut Passes<'_, Cpu>, record: usize, last: bool) {
     let inputs = engine.inputs(&engine.pack_unsafe(&[record]));
     let forward = engine.forward(&inputs, Some(plan), END, None);
     passes.backward(&engine.model, &inputs, forward, LOSS, last);
@@ -112,7 +47,7 @@ fn backward(
 
 #[test]
 fn a_layer_that_is_done_has_all_its_gradients_and_those_below_have_none() {
-    on_ranks(1, |engine, _| {
+    on_ranks(1, |engine| {
         let (model, b) = (&engine.model, &*engine.model.backend);
         let trainer = Trainer::new(&engine, &all_params(&engine));
         let plan = &trainer.plan;
@@ -147,30 +82,44 @@ fn a_layer_that_is_done_has_all_its_gradients_and_those_below_have_none() {
 
 #[test]
 fn buckets_leave_with_the_last_pass_before_it_ends() {
-    let seen = on_ranks(2, |engine, reduced| {
-        let mut trainer = Trainer::with_bucket(&engine, &all_params(&engine), 1); // one for each parameter
+    // Rank 0 trains; rank 1 has nothing to add and counts what comes from rank 0.
+    let come = AtomicUsize::new(0);
+    on_ranks(2, move |engine| {
+        let all = all_params(&engine);
+        if engine.world.rank() == 1 {
+            let lens = all.iter().map(|&id| engine.model.table.params[id].value.len());
+            let shards = ShardPlan::new(lens, 2, 1);
+            for bucket in shards.buckets() {
+                let counts = shards.counts(bucket.clone());
+                let zeros = vec![0.0; counts.iter().sum()];
+                engine.world.reduce_scatter_f32(&zeros, &counts, &mut vec![0.0; counts[1]]).unwrap();
+                come.fetch_add(1, Ordering::SeqCst);
+            }
+            return;
+        }
+        let mut trainer = Trainer::with_bucket(&engine, &all, 1); // a bucket for each parameter
         let plan = trainer.plan.clone();
-        let seen = trainer.accumulate(&engine, |passes| {
-            let mut pass = |record, last| {
-                backward(&engine, &plan, passes, record, last);
-                reduced.load(Ordering::SeqCst)
-            };
-            [pass(0, false), pass(1, true)]
+        let ran = trainer.accumulate(&engine, |passes| {
+            backward(&engine, &plan, passes, 0, false);
+            sleep(Duration::from_millis(100));
+            assert_eq!(come.load(Ordering::SeqCst), 0, "a gradient that will still grow has left");
+            backward(&engine, &plan, passes, 1, true);
+            // The step has not ended; but every gradient is complete, and all but the embedding's are after some layer.
+            let start = Instant::now();
+            while come.load(Ordering::SeqCst) < all.len() - 1 {
+                let come = come.load(Ordering::SeqCst);
+                assert!(start.elapsed() < Duration::from_secs(30), "{come} of {} buckets have left", all.len());
+                sleep(Duration::from_millis(1));
+            }
         });
-        (seen.unwrap(), reduced.load(Ordering::SeqCst), engine.model.table.params.len())
+        ran.unwrap();
     });
-    for ([within, at_the_end], all, params) in seen {
-        assert_eq!(within, 0, "a gradient that will still grow has left");
-        // The embedding's gradient is complete last; two may wait, and one may be about to leave.
-        assert!(at_the_end >= params - 4, "{at_the_end} of {params}");
-        assert_eq!(all, params);
-    }
 }
 
 #[test]
 fn the_size_of_buckets_decides_nothing() {
     let weights = |bucket: usize| {
-        let ranks = on_ranks(2, move |mut engine, _| {
+        let ranks = on_ranks(2, move |mut engine| {
             let mut trainer = Trainer::with_bucket(&engine, &all_params(&engine), bucket);
             for step in 0..2 {
                 let (plan, rank) = (trainer.plan.clone(), engine.world.rank());
@@ -191,7 +140,7 @@ fn the_size_of_buckets_decides_nothing() {
 
 #[test]
 fn each_of_four_ranks_keeps_a_quarter_of_the_optimizer() {
-    let ranks = on_ranks(4, |engine, _| {
+    let ranks = on_ranks(4, |engine| {
         let trainer = Trainer::new(&engine, &all_params(&engine));
         (trainer.optimizer().bytes(), engine.model.table.total().elements, engine.model.table.params.len())
     });
@@ -205,72 +154,78 @@ fn each_of_four_ranks_keeps_a_quarter_of_the_optimizer() {
     }
 }
 
-/// Bytes of `12.3 MB`.
 #[cfg(feature = "mpi")]
-fn bytes(text: &str) -> f64 {
-    let (number, unit) = text.trim().split_once(' ').unwrap();
-    let power = ["B", "kB", "MB", "GB", "TB"].iter().position(|u| *u == unit).unwrap();
-    number.parse::<f64>().unwrap() * 1000f64.powi(power as i32)
-}
+mod processes {
+    use std::fs;
 
-/// Whole processes, by the kernel's count: with one rank, masters and moments take 12 bytes a parameter; of four each has a
-/// quarter of that, and of the gradient's sum, which a single rank needs no room for.
-#[cfg(feature = "mpi")]
-#[test]
-fn processes_that_share_an_optimizer_are_smaller() {
-    let dir = tempfile::tempdir().unwrap();
-    let [model, data] = ["model", "rows.json"].map(|name| dir.path().join(name));
-    // Few rows of few tokens, many small experts: no bucket is much larger than it has to be.
-    let spec = TinySpec {
-        vocab_size: 320,
-        hidden_size: 256,
-        num_layers: 4,
-        head_dim: 64,
-        num_experts: 64,
-        expert_width: 192,
-        ..TinySpec::new("olmoe")
-    };
-    write_random_checkpoint(&model, &spec).unwrap();
-    for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
-        let source = binary::model("olmoe").join(file);
-        if source.exists() {
-            fs::copy(source, model.join(file)).unwrap();
-        }
+    use moewarden::model::tiny::{TinySpec, write_random_checkpoint};
+    use moewarden::model::{Checkpoint, ModelConfig, ParamTable};
+    use moewarden::run::memory::{TrainedState, human};
+
+    use super::binary::{self, moewarden, start, write_rows};
+
+    /// Bytes of `12.3 MB`.
+    fn bytes(text: &str) -> f64 {
+        let (number, unit) = text.trim().split_once(' ').unwrap();
+        let power = ["B", "kB", "MB", "GB", "TB"].iter().position(|u| *u == unit).unwrap();
+        number.parse::<f64>().unwrap() * 1000f64.powi(power as i32)
     }
-    write_rows(&data, 4);
-    let run = |ranks: usize| {
-        let output = dir.path().join(format!("on-{ranks}"));
-        let text = format!(
-            "train --model-name {} --dataset-path {} --output-dir {} --batch-size 1 --grad-accum {} --num-rounds 1 \
-             --mode baseline --skip-router-training --method random --threads 1 --save-rounds none --save-steps 0",
-            model.display(),
-            data.display(),
-            output.display(),
-            4 / ranks,
-        );
-        let ran = start(moewarden(ranks, text.split_whitespace())).end().ok();
-        fs::remove_dir_all(&output).unwrap();
-        let line = ran.out.lines().find(|line| line.starts_with("peak memory")).unwrap();
-        let peaks: Vec<f64> = line.split_once(": ").unwrap().1.split(", ").map(bytes).collect();
-        assert_eq!(peaks.len(), ranks, "{line}");
-        (peaks, ran.out)
-    };
-    let (single, _) = run(1);
-    let (four, out) = run(4);
-    let elements = moewarden::model::ParamTable::build(
-        &moewarden::model::ModelConfig::from_dir(&model).unwrap(),
-        &moewarden::model::Checkpoint::open(&model).unwrap(),
-    )
-    .unwrap()
-    .total()
-    .elements;
-    let predicted = TrainedState::predict(elements as u64, 4, 4).sharded;
-    assert!(out.contains(&format!("its 4. part of masters and moments {}", human(predicted))), "{out}");
-    // 12 bytes a parameter become 16/4. Up to four buckets of 32 MiB on their way take some of it back: two that wait, the one
-    // that is made and the one that is sent.
-    let (less, buckets) = (8.0 * elements as f64, 4.0 * f64::from(32 << 20));
-    for peak in four {
-        let saved = single[0] - peak;
-        assert!(saved > less - buckets && saved < 1.1 * less, "{saved} bytes less, not {less}");
+
+    /// Whole processes, by the kernel's count: with one rank, masters and moments take 12 bytes a parameter; of four each has a
+    /// quarter of that, and of the gradient's sum, which a single rank needs no room for.
+    #[test]
+    fn processes_that_share_an_optimizer_are_smaller() {
+        let dir = tempfile::tempdir().unwrap();
+        let [model, data] = ["model", "rows.json"].map(|name| dir.path().join(name));
+        // Few rows of few tokens, many small experts: no bucket is much larger than it has to be.
+        let spec = TinySpec {
+            vocab_size: 320,
+            hidden_size: 256,
+            num_layers: 4,
+            head_dim: 64,
+            num_experts: 64,
+            expert_width: 192,
+            ..TinySpec::new("olmoe")
+        };
+        write_random_checkpoint(&model, &spec).unwrap();
+        for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+            let source = binary::model("olmoe").join(file);
+            if source.exists() {
+                fs::copy(source, model.join(file)).unwrap();
+            }
+        }
+        write_rows(&data, 4);
+        let run = |ranks: usize| {
+            let output = dir.path().join(format!("on-{ranks}"));
+            let text = format!(
+                "train --model-name {} --dataset-path {} --output-dir {} --batch-size 1 --grad-accum {} --num-rounds 1 \
+                 --mode baseline --skip-router-training --method random --threads 1 --save-rounds none --save-steps 0",
+                model.display(),
+                data.display(),
+                output.display(),
+                4 / ranks,
+            );
+            let ran = start(moewarden(ranks, text.split_whitespace())).end().ok();
+            fs::remove_dir_all(&output).unwrap();
+            let line = ran.out.lines().find(|line| line.starts_with("peak memory")).unwrap();
+            let peaks: Vec<f64> = line.split_once(": ").unwrap().1.split(", ").map(bytes).collect();
+            assert_eq!(peaks.len(), ranks, "{line}");
+            (peaks, ran.out)
+        };
+        let (single, _) = run(1);
+        let (four, out) = run(4);
+        let elements = ParamTable::build(&ModelConfig::from_dir(&model).unwrap(), &Checkpoint::open(&model).unwrap())
+            .unwrap()
+            .total()
+            .elements;
+        let predicted = TrainedState::predict(elements as u64, 4, 4).sharded;
+        assert!(out.contains(&format!("its 4. part of masters and moments {}", human(predicted))), "{out}");
+        // 12 bytes a parameter become 16/4. Up to four buckets of 32 MiB on their way take some of it back: two that wait, the one
+        // that is made and the one that is sent.
+        let (less, buckets) = (8.0 * elements as f64, 4.0 * f64::from(32 << 20));
+        for peak in four {
+            let saved = single[0] - peak;
+            assert!(saved > less - buckets && saved < 1.1 * less, "{saved} bytes less, not {less}");
+        }
     }
 }
