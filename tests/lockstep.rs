@@ -69,7 +69,7 @@ impl Job {
             data.display(),
             output.display(),
             self.shared.options(ranks),
-            self.options.replace("{EXPERTS}", EXPERTS),
+            self.options.replace("{EXPERTS}", EXPERTS).replace("{DATA}", &data.display().to_string()),
         );
         start(moewarden(if processes { ranks } else { 0 }, text.split_whitespace())).end().ok();
         Outputs::read(&output)
@@ -124,8 +124,9 @@ fn random_experts_as_many_a_layer_as_by_gradient() {
 }
 
 #[test]
-fn all_parameters() {
-    Job::new(ByAccumulation(1), "{EXPERTS} --mode baseline", ONE_EXPERT_PHASE).check();
+fn all_parameters_and_held_out_rows() {
+    let options = "{EXPERTS} --mode baseline --eval-dataset-path {DATA}";
+    Job::new(ByAccumulation(1), options, ONE_EXPERT_PHASE).check();
 }
 
 #[test]

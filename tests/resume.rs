@@ -33,10 +33,13 @@ const ALTERNATE: Job = Job { model: "olmoe", rows: 9, options: "--num-rounds 2 -
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Team {
     Threads(usize),
+    #[cfg_attr(not(feature = "mpi"), allow(dead_code))]
     Processes(usize),
 }
 
-use Team::{Processes, Threads};
+#[cfg(feature = "mpi")]
+use Team::Processes;
+use Team::Threads;
 
 impl Job {
     fn start(&self, output: &Path, team: Team, more: &str) -> Running {
@@ -50,7 +53,7 @@ impl Job {
         }
         let (processes, ranks) = match team {
             Threads(n) => (0, format!("--ranks {n}")),
-            Processes(n) => (n, String::new()),
+            Team::Processes(n) => (n, String::new()),
         };
         let text = format!(
             "train --model-name {} --dataset-path {} --output-dir {} {ranks} {} {more} --top-k-experts 4 --save-rounds none \
@@ -163,18 +166,37 @@ fn other_kinds_of_steps_go_on_too() {
 
 #[test]
 fn other_numbers_of_ranks_take_the_same_steps() {
+    let alternate = "--num-rounds 1 --batch-size 1 --expert-lr 1e-3 --router-lr 1e-3";
+    let choosing = "--num-rounds 1 --batch-size 2 --expert-lr 1e-3 --router-lr 1e-3 --selection per-batch \
+                    --use-router-consistency-loss";
     // So many rows that an identification on four ranks pauses.
-    let job = Job { rows: 18, options: "--num-rounds 1 --batch-size 1 --expert-lr 1e-3 --router-lr 1e-3", ..ALTERNATE };
-    for (writers, readers, more) in [(4, &[1, 2][..], ""), (1, &[3], "--grad-accum 4")] {
+    for (rows, writers, readers, options, more) in [
+        (18, 4, &[1, 2][..], alternate, ""),
+        (18, 1, &[3], alternate, "--grad-accum 4"),
+        (9, 3, &[2], choosing, "--grad-accum 1"),
+    ] {
+        let job = Job { rows, options, ..ALTERNATE };
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
         let whole = job.run_saving(&run, Threads(writers), more);
         for readers in readers {
             for (from, outputs) in resumed(&job, &run, 4, Threads(*readers), more) {
                 // Scores that were not finished are added up in another order.
-                check_close(&whole, &outputs, TRAINED_WEIGHTS, &format!("{writers} → {readers} ranks, {from}"));
+                let what = format!("{options}: {writers} → {readers} ranks, {from}");
+                check_close(&whole, &outputs, TRAINED_WEIGHTS, &what);
             }
         }
+    }
+}
+
+#[cfg(feature = "mpi")]
+#[test]
+fn threads_go_on_where_processes_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let whole = ALTERNATE.run_saving(&run, Processes(2), "--batch-size 1");
+    for (from, outputs) in resumed(&ALTERNATE, &run, 9, Threads(2), "--batch-size 1") {
+        outputs.assert_same(&whole, &format!("processes → threads, {from}"));
     }
 }
 
@@ -232,6 +254,7 @@ fn the_newest_whole_checkpoint_of_the_same_run_counts() {
     }
     assert!(ran.out.contains(&format!("resuming from {}", run.join("checkpoints").join(&kept[0]).display())));
     Outputs::read(&run).assert_same(&whole, "resumed from the last whole checkpoint");
+    assert_eq!(checkpoints(&run), kept, "whole ones have come in the place of the damaged ones");
 
     for checkpoint in checkpoints(&run) {
         fs::remove_file(run.join("checkpoints").join(checkpoint).join("manifest.json")).unwrap();
@@ -294,11 +317,57 @@ fn interrupted_ranks_go_on() {
     check_interrupted(Threads(2), &[libc::SIGTERM, libc::SIGUSR1], 2);
 }
 
+/// `identify` makes no checkpoints.
+#[test]
+fn an_identification_alone_says_that_nothing_was_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let [rows, output] = ["rows.json", "run"].map(|name| dir.path().join(name));
+    write_rows(&rows, 100);
+    let [model, data, dir] = [binary::model("olmoe"), rows, output.clone()].map(|path| path.display().to_string());
+    let args = ["identify", "--model-name", &model, "--dataset-path", &data, "--output-dir", &dir, "--ranks", "2"];
+    let mut running = start(moewarden(0, args.into_iter().chain(["--batch-size", "1", "--top-k-experts", "4"])));
+    assert!(running.wait_for(|| output.join("config.resolved.yaml").exists()));
+    running.signal(libc::SIGTERM);
+    running.end().failed(exit::TERMINATED, &["nothing was saved"]);
+    assert!(!output.join("expert_scores.json").exists());
+}
+
 /// `mpirun` hands SIGUSR1 on to its processes. (With SIGTERM it ends them, in its own way.)
 #[cfg(feature = "mpi")]
 #[test]
 fn interrupted_processes_go_on() {
     check_interrupted(Processes(2), &[libc::SIGUSR1], 3);
+}
+
+/// As a scheduler may do that takes one machine away.
+#[cfg(feature = "mpi")]
+#[test]
+fn one_process_that_is_told_to_stop_stops_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let [plain, run] = ["plain", "run"].map(|name| dir.path().join(name));
+    ALTERNATE.run(&plain, Processes(2), "--batch-size 1").ok();
+    let mut running = ALTERNATE.start(&run, Processes(2), "--batch-size 1");
+    assert!(running.wait_for(|| run.join("config.resolved.yaml").exists()));
+    let one = processes_with(&run).pop().expect("two are running");
+    // SAFETY: signals a process that this test has started.
+    assert_eq!(unsafe { libc::kill(one, libc::SIGTERM) }, 0);
+    running.end().failed(exit::REQUEUE, &["stopped as asked"]);
+    ALTERNATE.run(&run, Processes(2), "--batch-size 1 --resume").ok();
+    Outputs::read(&run).assert_same(&Outputs::read(&plain), "one of two processes was told to stop");
+}
+
+/// The processes of the binary that have this folder among their arguments.
+#[cfg(feature = "mpi")]
+fn processes_with(folder: &Path) -> Vec<i32> {
+    let folder = folder.to_str().unwrap();
+    let numbers = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let has_it = |pid: &i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line);
+        let mut args = line.split('\0');
+        args.next() == Some(env!("CARGO_BIN_EXE_moewarden")) && args.any(|arg| arg == folder)
+    };
+    numbers.filter(has_it).collect()
 }
 
 #[test]

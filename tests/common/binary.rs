@@ -174,6 +174,10 @@ impl Outputs {
         serde_json::from_slice(&self.files["expert_scores.json"]).unwrap()
     }
 
+    pub fn metadata(&self) -> Value {
+        serde_json::from_slice(&self.files["training_metadata.json"]).unwrap()
+    }
+
     /// Panics on the first bit that differs.
     #[track_caller]
     pub fn assert_same(&self, other: &Self, what: &str) {

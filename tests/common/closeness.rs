@@ -22,6 +22,12 @@ const WEIGHTS: f64 = 1e-5;
 pub fn check_close(expected: &Outputs, found: &Outputs, scores: f64, what: &str) {
     check_scores(&expected.scores(), &found.scores(), scores, what);
     check_metrics(&expected.metrics, &found.metrics, what);
+    let [a, b] = [expected, found].map(Outputs::metadata);
+    for loss in ["ce_loss", "held_out_loss"] {
+        let [a, b] = [&a[loss], &b[loss]].map(numbers);
+        let same = a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| close(*a, *b, LOSSES));
+        assert!(same, "{what}: {loss} before and after is {b:?}, not {a:?}");
+    }
     check_weights(&expected.weights, &found.weights, what);
 }
 
