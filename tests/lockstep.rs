@@ -64,7 +64,7 @@ impl Job {
         let threads = if processes { String::new() } else { format!("--ranks {ranks}") };
         let text = format!(
             "train --model-name {} --dataset-path {} --output-dir {} {} {threads} {} --top-k-experts 4 \
-             --save-rounds none --save-steps 0 --threads 1 --quiet",
+             --safe-response No. --save-rounds none --save-steps 0 --threads 1 --quiet",
             binary::model(self.model).display(),
             data.display(),
             output.display(),

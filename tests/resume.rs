@@ -27,7 +27,8 @@ struct Job {
 }
 
 /// Two rounds of five steps a phase, on one rank by `--batch-size 2`, on two by 1. An identification pauses once.
-const ALTERNATE: Job = Job { model: "olmoe", rows: 9, options: "--num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3" };
+const ALTERNATE: Job =
+    Job { model: "olmoe", rows: 9, options: "--num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3 --safe-response No." };
 
 /// Who works.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -144,21 +145,22 @@ fn two_ranks_go_on_from_every_step() {
 #[test]
 fn other_kinds_of_steps_go_on_too() {
     let kinds = [
-        ("olmoe", "--num-rounds 1 --use-router-consistency-loss --expert-lr 1e-3 --router-lr 1e-3 --batch-size 2"),
-        ("olmoe_bf16", "--num-rounds 1 --mode baseline --expert-lr 1e-3 --router-lr 1e-3 --batch-size 1"),
-        ("olmoe_fused", "--num-rounds 2 --selection per-batch --skip-router-training --expert-lr 1e-3 --batch-size 1"),
+        ("olmoe", "--num-rounds 1 --use-router-consistency-loss --router-lr 1e-3 --batch-size 2"),
+        ("olmoe_bf16", "--num-rounds 1 --mode baseline --router-lr 1e-3 --batch-size 1"),
+        ("olmoe_fused", "--num-rounds 2 --selection per-batch --skip-router-training --batch-size 1"),
         (
             "olmoe",
-            "--num-rounds 1 --method routing --risk-threshold -1 --expert-lr 1e-3 --router-lr 1e-3 --batch-size 1 \
-                   --lr-schedule cosine --warmup-steps 2 --expert-epochs-per-round 2",
+            "--num-rounds 1 --method routing --risk-threshold -1 --batch-size 1 --lr-schedule cosine --warmup-steps 2 \
+             --expert-epochs-per-round 2",
         ),
     ];
+    let more = "--expert-lr 1e-3 --safe-response No.";
     for (model, options) in kinds {
         let job = Job { model, rows: 9, options };
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
-        let whole = job.run_saving(&run, Threads(2), "");
-        for (from, outputs) in resumed(&job, &run, 3, Threads(2), "") {
+        let whole = job.run_saving(&run, Threads(2), more);
+        for (from, outputs) in resumed(&job, &run, 3, Threads(2), more) {
             outputs.assert_same(&whole, &format!("{options}, {from}"));
         }
     }
@@ -166,8 +168,8 @@ fn other_kinds_of_steps_go_on_too() {
 
 #[test]
 fn other_numbers_of_ranks_take_the_same_steps() {
-    let alternate = "--num-rounds 1 --batch-size 1 --expert-lr 1e-3 --router-lr 1e-3";
-    let choosing = "--num-rounds 1 --batch-size 2 --expert-lr 1e-3 --router-lr 1e-3 --selection per-batch \
+    let alternate = "--num-rounds 1 --safe-response No. --batch-size 1 --expert-lr 1e-3 --router-lr 1e-3";
+    let choosing = "--num-rounds 1 --safe-response No. --batch-size 2 --expert-lr 1e-3 --selection per-batch \
                     --use-router-consistency-loss";
     // So many rows that an identification on four ranks pauses.
     for (rows, writers, readers, options, more) in [
@@ -280,14 +282,16 @@ const SOON: Duration = Duration::from_secs(20);
 /// Interrupts a run at random moments, and resumes it, until it ends by itself.
 fn check_interrupted(team: Team, signals: &[i32], seed: u64) {
     let dir = tempfile::tempdir().unwrap();
+    // Longer replies than elsewhere: time to interrupt it.
+    let job = Job { options: "--num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3", ..ALTERNATE };
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let [plain, run] = ["plain", "run"].map(|name| dir.path().join(name));
-    ALTERNATE.run(&plain, team, "--batch-size 1").ok();
+    job.run(&plain, team, "--batch-size 1").ok();
     let mut times = 0;
     loop {
         let more = if times == 0 { "--batch-size 1" } else { "--batch-size 1 --resume" };
         fs::remove_file(run.join("config.resolved.yaml")).ok();
-        let mut running = ALTERNATE.start(&run, team, more);
+        let mut running = job.start(&run, team, more);
         let is_under_way = running.wait_for(|| run.join("config.resolved.yaml").exists());
         assert!(is_under_way, "{}", running.end().err);
         sleep(Duration::from_millis(random.random_range(0..300)));
