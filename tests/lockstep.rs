@@ -164,7 +164,8 @@ fn experts_and_routers_in_one_step() {
 fn the_router_phase_by_either_statistic() {
     for options in [
         "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3",
-        "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3 --router-statistic sample-logits --kl-type symmetric",
+        "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3 --router-statistic sample-logits \
+         --kl-type symmetric",
     ] {
         Job::new(ByBatchSize, options, &[("router", 2)]).check();
     }
