@@ -2,7 +2,7 @@
 
 use moewarden::backend::cpu::Cpu;
 use moewarden::backend::{Backend, Dtype, HostTensor};
-use moewarden::optim::{AdamW, Gradient, Group, LearningRates, Trainable};
+use moewarden::optim::{AdamW, Gradient, Group, LearningRates, ParamState, Trainable, piece};
 
 const LRS: LearningRates = LearningRates { expert: 1e-2, router: 3e-3, other: 1e-3 };
 const DECAY: f64 = 0.01;
@@ -136,6 +136,57 @@ fn a_resumed_optimizer_goes_on_bit_for_bit() {
 }
 
 #[test]
+fn the_pieces_of_three_ranks_are_the_whole_bit_for_bit() {
+    const RANKS: usize = 3;
+    let cpu = Cpu::new(1);
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        // 6, 4 and 5 elements: pieces of unequal lengths.
+        let (params, mut weights) = weights(&cpu, dtype);
+        let initial: Vec<_> = weights.iter().map(|w| cpu.weight(cpu.weight_host(w))).collect();
+        let mut whole = AdamW::new(0, 1);
+        whole.add(&cpu, &weights, &params);
+        let active = |number: usize| params.iter().copied().filter(move |p| p.param != 1 || number.is_multiple_of(2));
+        for number in 0..5 {
+            step(&cpu, &mut whole, &mut weights, number, &active(number).collect::<Vec<_>>());
+        }
+
+        let mut parts: Vec<AdamW<Cpu>> = (0..RANKS).map(|rank| AdamW::new(rank, RANKS)).collect();
+        for (rank, part) in parts.iter_mut().enumerate() {
+            part.add(&cpu, &initial, &params);
+            let mut untouched: Vec<_> = initial.iter().map(|w| cpu.weight(cpu.weight_host(w))).collect();
+            for number in 0..5 {
+                let mut shard = Vec::new();
+                let mut places = Vec::new();
+                for p in active(number) {
+                    places.push(Gradient { param: p.param, offset: shard.len() });
+                    shard.extend_from_slice(&gradient(number, p.param, p.len)[piece(p.len, rank, RANKS)]);
+                }
+                let mut grads = cpu.buffer(shard.len());
+                cpu.buffer_write(&mut grads, 0, &shard);
+                part.step(&cpu, &mut untouched, &grads, &places, &LRS, DECAY, 0.5);
+            }
+            assert_eq!(
+                bytes(&cpu, &untouched),
+                bytes(&cpu, &initial),
+                "one of several leaves the weights to the exchange"
+            );
+        }
+
+        assert_eq!(parts.iter().map(AdamW::bytes).sum::<usize>(), whole.bytes());
+        let states: Vec<Vec<_>> = parts.iter().map(|part| part.export(&cpu).collect()).collect();
+        for (i, expected) in whole.export(&cpu).enumerate() {
+            let together = |part: fn(&ParamState) -> &[f32]| states.iter().flat_map(|s| part(&s[i])).copied().collect();
+            let mut found = states[0][i].clone();
+            (found.master, found.m, found.v) = (together(|s| &s.master), together(|s| &s.m), together(|s| &s.v));
+            assert_eq!(found, expected);
+            let masters: Vec<f32> = parts.iter().flat_map(|part| part.master(&cpu, expected.param)).collect();
+            let rounded = HostTensor::encode(dtype, vec![masters.len()], &masters);
+            assert_eq!(rounded.bytes[..], cpu.weight_host(&weights[expected.param]).bytes[..]);
+        }
+    }
+}
+
+#[test]
 fn a_state_that_does_not_fit_is_refused() {
     let cpu = Cpu::new(1);
     let (params, weights) = weights(&cpu, Dtype::F32);
@@ -146,6 +197,6 @@ fn a_state_that_does_not_fit_is_refused() {
     short.v.pop();
     let error = optimizer.import(&cpu, &short).unwrap_err().to_string();
     assert!(error.contains("parameter 0") && error.contains("v of 5 elements, not 6"), "{error}");
-    let unknown = moewarden::optim::ParamState { param: 2, ..good };
+    let unknown = ParamState { param: 2, ..good };
     assert!(optimizer.import(&cpu, &unknown).unwrap_err().to_string().contains("not trained"));
 }

@@ -256,7 +256,6 @@ fn exit_codes_and_messages_of_the_process() {
         (format!("{run} --batch-size 0"), 78, "--batch-size is 0"),
         ("identify --model-name m --dataset-path d --expert-lr 1e-3".into(), 78, "`identify` trains nothing"),
         (format!("{run} --device cuda"), 69, "no CUDA backend yet"),
-        (format!("{run} --ranks 2"), 69, "--ranks 2"),
     ];
     for (line, code, message) in cases {
         let output = moewarden(&line).output().unwrap();

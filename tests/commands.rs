@@ -65,55 +65,6 @@ fn files_of(dir: &Path) -> Vec<String> {
     names
 }
 
-// --- resume ------------------------------------------------------------------------------------------------------
-
-/// The folder of a finished run as it was while the round after `rounds` was under way, but for logs that know more.
-fn cut_after(run: &Path, copy: &Path, rounds: usize) {
-    let checkpoint = format!("checkpoints/round_{rounds}");
-    fs::create_dir_all(copy.join(&checkpoint)).unwrap();
-    let logs = ["metrics.jsonl", "expert_scores.json", "training_metadata.json", "expert_gradients.pkl"];
-    let kept = files_of(&run.join(&checkpoint)).into_iter().map(|file| format!("{checkpoint}/{file}"));
-    for file in kept.chain(logs.map(str::to_owned)) {
-        fs::copy(run.join(&file), copy.join(&file)).unwrap();
-    }
-}
-
-#[test]
-fn a_resumed_run_equals_an_unbroken_one_and_knows_its_own() {
-    let dir = tempfile::tempdir().unwrap();
-    let options = "--top-k-experts 4 --num-rounds 3 --save-rounds none --expert-lr 1e-3 --router-lr 1e-3";
-    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
-    on_case("train", "olmoe_bf16", &whole, options).ok();
-    assert_eq!(files_of(&whole.join("checkpoints")), ["round_2", "round_3"], "the newest two are kept");
-
-    cut_after(&whole, &broken, 2);
-    let resume = |more: &str| on_case("train", "olmoe_bf16", &broken, &format!("{options} --resume {more}"));
-    resume("--seed 7").failed(exit::CONFIG, "seed");
-    assert!(resume("").ok().out.contains("resuming after round 2"));
-    let same =
-        ["final_model/model.safetensors", "expert_scores.json", "training_metadata.json", "expert_gradients.pkl"];
-    for file in same {
-        assert!(fs::read(whole.join(file)).unwrap() == fs::read(broken.join(file)).unwrap(), "{file} differs");
-    }
-    let lines = |run: &Path| fs::read_to_string(run.join("metrics.jsonl")).unwrap().lines().count();
-    assert_eq!(lines(&whole), lines(&broken), "no step is logged twice");
-
-    // A damaged checkpoint is passed over for the one before it; without a whole one there is nothing to go on from.
-    for (round, code) in [(3, exit::OK), (2, exit::DATA)] {
-        let weights = broken.join(format!("checkpoints/round_{round}/weights.safetensors"));
-        let mut bytes = fs::read(&weights).unwrap();
-        *bytes.last_mut().unwrap() ^= 1;
-        fs::write(&weights, bytes).unwrap();
-        if code == exit::OK {
-            let ran = resume("").ok();
-            assert!(ran.err.contains("passed over") && ran.out.contains("resuming after round 2"), "{}", ran.err);
-            fs::remove_dir_all(broken.join("checkpoints/round_3")).unwrap();
-        } else {
-            resume("").failed(code, "no checkpoint");
-        }
-    }
-}
-
 // --- check -------------------------------------------------------------------------------------------------------
 
 #[test]

@@ -29,6 +29,8 @@ pub struct Trainer<B: Backend> {
     /// What the present step's backward computes.
     pub plan: GradPlan,
     params: Vec<ParamId>,
+    /// Elements after which a bucket is full.
+    bucket: usize,
     shards: ShardPlan,
     /// For each bucket the decoder layer whose backward completes it; `None`: the end of the pass does.
     complete: Vec<Option<usize>>,
@@ -53,13 +55,19 @@ pub struct Norm {
 impl<B: Backend> Trainer<B> {
     /// Trains these parameters.
     pub fn new(engine: &Engine<'_, B>, ids: &[ParamId]) -> Self {
+        Self::with_bucket(engine, ids, BUCKET)
+    }
+
+    /// The same with buckets of another size.
+    pub fn with_bucket(engine: &Engine<'_, B>, ids: &[ParamId], bucket: usize) -> Self {
         let b = &*engine.model.backend;
         let world = &*engine.world;
         let mut trainer = Self {
             optimizer: AdamW::new(world.rank(), world.world_size()),
             plan: GradPlan::train(&engine.model.table, engine.model.config.layers.len(), &[]),
             params: Vec::new(),
-            shards: ShardPlan::new([], world.world_size(), BUCKET),
+            bucket,
+            shards: ShardPlan::new([], world.world_size(), bucket),
             complete: Vec::new(),
             grads: b.buffer(0),
             shard: b.buffer(0),
@@ -79,7 +87,7 @@ impl<B: Backend> Trainer<B> {
         self.plan = GradPlan::train(&model.table, model.config.layers.len(), ids);
         self.params = ids.to_vec();
         let lens = ids.iter().map(|&id| model.table.params[id].value.len());
-        self.shards = ShardPlan::new(lens, world.world_size(), BUCKET);
+        self.shards = ShardPlan::new(lens, world.world_size(), self.bucket);
         let layer = |&id: &ParamId| completed_by(model, id);
         self.complete =
             self.shards.buckets().iter().map(|bucket| lowest(ids[bucket.clone()].iter().map(layer))).collect();
