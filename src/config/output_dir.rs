@@ -75,7 +75,9 @@ pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> 
     let Some(outputs) = inspect(dir, existing, inputs, Place::Top)? else {
         return fs::create_dir_all(dir).map_err(failed("make the output folder", dir));
     };
-    for file in &outputs.files {
+    // The lock is this process's own by now, or another's: who holds it removes it.
+    let lock = dir.join(LOCK_FILE);
+    for file in outputs.files.iter().filter(|file| **file != lock) {
         fs::remove_file(file).map_err(failed("remove", file))?;
     }
     for folder in &outputs.folders {
@@ -296,6 +298,14 @@ mod tests {
         assert_eq!(held(dir.path()), count);
         prepare_dir(dir.path(), Existing::Replace).unwrap();
         assert_eq!(held(dir.path()), 0);
+    }
+
+    #[test]
+    fn a_lock_outlives_what_it_guards() {
+        let dir = folder(&[LOCK_FILE, "metrics.jsonl", "frozen/.moewarden.lock", "frozen/metrics.jsonl"]);
+        prepare_dir(dir.path(), Existing::Replace).unwrap();
+        assert!(held(dir.path()) == 1 && dir.path().join(LOCK_FILE).exists());
+        prepare_dir(dir.path(), Existing::Refuse).unwrap();
     }
 
     #[test]
