@@ -9,9 +9,9 @@ use super::engine::{Engine, share};
 use super::fault::Point;
 use super::identify::Choices;
 use super::progress::Progress;
+use super::replicas;
 use super::trainer::Trainer;
 use crate::backend::Backend;
-use crate::collective;
 use crate::config::{Mode, RunConfig, Schedule};
 use crate::data::{self, MicroBatch};
 use crate::exit::{self, Failure, Result};
@@ -83,8 +83,7 @@ pub struct Batch {
 }
 
 /// Receives each step of a phase as it is done. What it answers, the same on all ranks, decides whether the phase goes on.
-pub type OnStep<'a, B> =
-    &'a mut dyn FnMut(&mut Engine<'_, B>, &PhaseRun<B>, &StepResult) -> Result<ControlFlow<()>>;
+pub type OnStep<'a, B> = &'a mut dyn FnMut(&mut Engine<'_, B>, &PhaseRun<B>, &StepResult) -> Result<ControlFlow<()>>;
 
 /// What all ranks have to know of a step before they begin.
 pub(super) struct Agreed {
@@ -145,7 +144,12 @@ impl<B: Backend> Engine<'_, B> {
     ///
     /// # Errors
     /// A failure of this rank or another; too many steps in a row with numbers that are not finite.
-    pub fn train(&mut self, run: &mut PhaseRun<B>, bar: &Progress<'_>, on_step: OnStep<'_, B>) -> Result<ControlFlow<()>> {
+    pub fn train(
+        &mut self,
+        run: &mut PhaseRun<B>,
+        bar: &Progress<'_>,
+        on_step: OnStep<'_, B>,
+    ) -> Result<ControlFlow<()>> {
         let per_step = self.config.accum(run.phase) * self.step_ranks;
         let epochs = self.config.epochs(run.phase);
         let mut order = (usize::MAX, Vec::new());
@@ -158,10 +162,7 @@ impl<B: Backend> Engine<'_, B> {
             let group = order.1.chunks(per_step).nth(step).expect("an order has micro-batches for its steps");
             let what = format!("round {}, {} step {}", run.round + 1, name(run.phase), run.so_far.steps + 1);
             self.world.doing(&what);
-            let result = self.step(run, group, &what).map_err(|failure| match failure.is::<collective::Error>() {
-                true => failure, // says itself where it happened
-                false => failure.context(format!("in {what}")),
-            })?;
+            let result = self.step(run, group, &what)?;
             self.count(run, &result)?;
             bar.step(result.tokens, format!("loss {:.4}", result.total_loss));
             if on_step(self, run, &result)?.is_break() {
@@ -229,13 +230,18 @@ impl<B: Backend> Engine<'_, B> {
         result.grad_norm = norm.value;
         let blame = match norm.blame {
             _ if !result.total_loss.is_finite() => Some((result.total_loss, format!("the loss of {what}"))),
-            Some(id) => {
-                Some((norm.value, format!("the gradient of {} in {what}", self.model.table.params[id].name())))
-            }
+            Some(id) => Some((norm.value, format!("the gradient of {} in {what}", self.model.table.params[id].name()))),
             None => None,
         };
         match blame {
-            None => run.trainer.update(self, &rates, norm.value)?,
+            None => {
+                if self.config.check_replicas > 0 && (run.so_far.steps + 1).is_multiple_of(self.config.check_replicas) {
+                    // Before the update, which replaces the weights of this step on all ranks.
+                    replicas::check(self)?;
+                    self.world.doing(what);
+                }
+                run.trainer.update(self, &rates, norm.value)?;
+            }
             Some((value, blame)) => {
                 let records: Vec<usize> = group.iter().flat_map(|batch| batch.records.iter().copied()).collect();
                 result.skipped = Some(self.not_finite(value, &blame, &records).to_string());
