@@ -238,7 +238,6 @@ impl<B: Backend> Engine<'_, B> {
                 if self.config.check_replicas > 0 && (run.so_far.steps + 1).is_multiple_of(self.config.check_replicas) {
                     // Before the update, which replaces the weights of this step on all ranks.
                     replicas::check(self)?;
-                    self.world.doing(what);
                 }
                 run.trainer.update(self, &rates, norm.value)?;
             }

@@ -3,13 +3,11 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 use std::{env, fs};
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-
-/// One at a time: tries that share the cores look like ranks that hang.
-static ONE: Mutex<()> = Mutex::new(());
 
 /// How often a kind of fault is tried.
 #[derive(Clone, Copy)]
@@ -29,13 +27,12 @@ fn repeats() -> usize {
 
 /// Tries a fault, by number and with random numbers of its own, and fails if a try does. `row` describes it in the table.
 pub fn campaign(row: &str, tries: Tries, one: impl Fn(usize, &mut ChaCha8Rng)) {
-    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let count = match (tries, repeats()) {
         (Tries::Exactly(n) | Tries::AtLeast(n) | Tries::AtLeast50(n), 0) | (Tries::Exactly(n), _) => n,
         (Tries::AtLeast(n), repeats) => n.max(repeats),
         (Tries::AtLeast50(n), repeats) => n.max(repeats).max(50),
     };
-    let mut lost = Vec::new();
+    let (mut lost, start) = (Vec::new(), Instant::now());
     for i in 0..count {
         // The row and the number make the seed, so that a campaign repeats what a short run has tried.
         let seed =
@@ -47,6 +44,7 @@ pub fn campaign(row: &str, tries: Tries, one: impl Fn(usize, &mut ChaCha8Rng)) {
             lost.push(panic);
         }
     }
+    println!("{row}: {count} tries, {} lost, in {:.1} s", lost.len(), start.elapsed().as_secs_f64());
     record(row, count, lost.len());
     if let Some(first) = lost.into_iter().next() {
         resume_unwind(first);
@@ -55,7 +53,9 @@ pub fn campaign(row: &str, tries: Tries, one: impl Fn(usize, &mut ChaCha8Rng)) {
 
 /// Puts a row into the table, in the place of an older one of the same fault.
 fn record(row: &str, tries: usize, lost: usize) {
+    static TABLE: Mutex<()> = Mutex::new(());
     let Ok(path) = env::var("MOEWARDEN_FAULT_TABLE") else { return };
+    let _table = TABLE.lock().unwrap_or_else(PoisonError::into_inner);
     let text = fs::read_to_string(&path).unwrap_or_default();
     let key = |line: &str| line.split('|').nth(1).map(|cell| cell.trim().to_owned());
     let mut rows: BTreeMap<_, _> = text.lines().filter_map(|line| Some((key(line)?, line.to_owned()))).collect();

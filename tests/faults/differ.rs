@@ -18,17 +18,18 @@ fn machine(scene: &Scene, name: &str) -> std::path::PathBuf {
     for file in names(&golden().join("model")) {
         fs::copy(golden().join("model").join(&file), dir.join("model").join(&file)).unwrap();
     }
-    fs::copy(scene.data(), dir.join("data.json")).unwrap();
+    fs::copy(scene.path("data.json"), dir.join("data.json")).unwrap();
     dir
 }
 
 /// Starts rank 0 in one folder and rank 1 in another, each with options of its own.
 fn two(scene: &Scene, folders: [&Path; 2], more: [&str; 2]) -> Ended {
     let mut command = mpirun();
+    let out = scene.out().display().to_string();
     for (i, (folder, more)) in folders.into_iter().zip(more).enumerate() {
         command.args(if i == 0 { &[][..] } else { &[":"] });
         command.arg("-wdir").arg(folder).args(["-n", "1", env!("CARGO_BIN_EXE_moewarden")]);
-        command.args(scene.args(&format!("--model-name model --dataset-path data.json {more}")));
+        command.args(scene.args(&format!("--model-name model --output-dir {out} {more}")));
     }
     scene.spawn(command).wait()
 }

@@ -39,13 +39,13 @@ impl Drop for Disk {
 #[test]
 fn a_full_disk() {
     for &by in By::ALL {
-        campaign(&format!("a full disk, {}", by.name()), Tries::AtLeast(3), |_, random| {
+        campaign(&format!("a full disk, {}", by.name()), Tries::AtLeast(2), |_, random| {
             let scene = Scene::new();
             // Two checkpoints, a third on its way and the model need 400 KiB.
             let size = random.random_range(4..300) << 10;
             let Some(disk) = Disk::mount(scene.out(), &format!("size={size}")) else { return };
             let ended = scene.run(by, "", None);
-            ended.expect(exit::IO, &["error: ", &scene.out().display().to_string(), "No space left on device"]);
+            ended.expect(exit::IO, &["error: ", "out/", "No space left on device"]);
             ended.soon(SOON);
             assert!(!names(&scene.out()).iter().any(|name| name == "final_model"));
             disk.remount("size=64m");
@@ -65,8 +65,7 @@ fn a_folder_that_is_read_only() {
             }
             let before = names(&scene.checkpoints());
             disk.remount("ro");
-            let out = scene.out().display().to_string();
-            scene.run(by, "--resume", None).expect(exit::CANNOT_CREATE, &["error: ", &out, "Read-only file system"]);
+            scene.run(by, "--resume", None).expect(exit::CANNOT_CREATE, &["error: ", "out", "Read-only file system"]);
             assert_eq!(names(&scene.checkpoints()), before);
             disk.remount("rw");
             scene.resumes(by);

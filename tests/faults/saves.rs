@@ -13,7 +13,7 @@ pub const STAGES: [u64; 2] = [5, 3];
 #[test]
 fn killed_at_a_stage_of_a_save() {
     for &by in By::ALL {
-        campaign(&format!("SIGKILL at a stage of a save, {}", by.name()), Tries::AtLeast50(3), |i, random| {
+        campaign(&format!("SIGKILL at a stage of a save, {}", by.name()), Tries::AtLeast50(2), |i, random| {
             let scene = Scene::new();
             // One process holds both ranks where they are threads.
             let rank = if by == By::Threads { 0 } else { i % 2 };
@@ -30,7 +30,7 @@ fn killed_at_a_stage_of_a_save() {
 #[test]
 fn killed_at_any_moment_of_a_save() {
     for &by in By::ALL {
-        campaign(&format!("SIGKILL at a moment of a save, {}", by.name()), Tries::AtLeast50(2), |_, random| {
+        campaign(&format!("SIGKILL at a moment of a save, {}", by.name()), Tries::AtLeast50(1), |_, random| {
             let scene = Scene::new();
             let mut run = scene.start(by, "", None);
             let save = random.random_range(0..SAVES);
@@ -59,7 +59,7 @@ fn killed_at_any_moment_of_a_save() {
 #[test]
 fn killed_at_any_moment_of_a_run() {
     for &by in By::ALL {
-        campaign(&format!("SIGKILL at a moment of a run, {}", by.name()), Tries::AtLeast50(2), |_, random| {
+        campaign(&format!("SIGKILL at a moment of a run, {}", by.name()), Tries::AtLeast50(1), |_, random| {
             let scene = Scene::new();
             let mut run = scene.start(by, "", None);
             std::thread::sleep(duration(by).mul_f64(random.random_range(0.0..1.0)));

@@ -72,16 +72,12 @@ impl Scene {
         let kept = rows.iter().filter(|row| row["judge_success_gpt4"] == 1);
         let rows: Vec<_> = kept.flat_map(|row| [row, row]).collect();
         assert_eq!(rows.len() as u64, STEPS);
-        fs::write(scene.data(), serde_json::to_vec(&rows).unwrap()).unwrap();
+        fs::write(scene.path("data.json"), serde_json::to_vec(&rows).unwrap()).unwrap();
         scene
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
         self.temp.path().join(name)
-    }
-
-    pub fn data(&self) -> PathBuf {
-        self.path("data.json")
     }
 
     pub fn out(&self) -> PathBuf {
@@ -95,13 +91,8 @@ impl Scene {
     /// The arguments of the run; an option in `more` takes the place of the run's own.
     pub fn args(&self, more: &str) -> Vec<String> {
         let more: Vec<_> = more.split_whitespace().collect();
-        let (model, data, out) = (golden().join("model"), self.data(), self.out());
-        let own = format!(
-            "--model-name {} --dataset-path {} --output-dir {} {OPTIONS}",
-            model.display(),
-            data.display(),
-            out.display()
-        );
+        let model = golden().join("model");
+        let own = format!("--model-name {} --dataset-path data.json --output-dir out {OPTIONS}", model.display());
         let own: Vec<_> = own.split_whitespace().map(str::to_owned).collect();
         let own = own.chunks(2).filter(|pair| !more.contains(&&*pair[0])).flatten().cloned();
         std::iter::once("train".to_owned()).chain(own).chain(more.iter().map(|&arg| arg.to_owned())).collect()
@@ -131,7 +122,7 @@ impl Scene {
         let log = self.path(&format!("log-{number}.txt"));
         let file = File::create(&log).unwrap();
         let mark = format!("{}-{number}", process::id());
-        command.env(MARK, &mark).env_remove("RUST_BACKTRACE").stdin(Stdio::null());
+        command.current_dir(self.temp.path()).env(MARK, &mark).env_remove("RUST_BACKTRACE").stdin(Stdio::null());
         command.stdout(file.try_clone().unwrap()).stderr(file);
         Run { child: command.spawn().unwrap(), log, mark, start: Instant::now(), struck: None }
     }

@@ -18,7 +18,7 @@ fn a_signal_anywhere() {
     for &by in By::ALL {
         for action in ["term", "usr1"] {
             let row = format!("SIG{} to one rank, {}", action.to_uppercase(), by.name());
-            campaign(&row, Tries::AtLeast(if by == By::Threads { 4 } else { 1 }), |i, random| {
+            campaign(&row, Tries::AtLeast(if by == By::Threads { 2 } else { 1 }), |i, random| {
                 let scene = Scene::new();
                 let place = place(i, random.random_range(0..2), random);
                 let ended = scene.run(by, "", Some(&format!("{place},do={action}")));
@@ -35,7 +35,7 @@ fn a_signal_anywhere() {
 fn a_signal_from_outside() {
     for &by in By::ALL {
         let row = format!("SIGTERM or SIGUSR1 from outside, {}", by.name());
-        campaign(&row, Tries::AtLeast(if by == By::Threads { 2 } else { 1 }), |i, random| {
+        campaign(&row, Tries::AtLeast(1), |i, random| {
             let scene = Scene::new();
             let mut run = scene.start(by, "", None);
             run.wait_for(|run| run.text().contains("options:"));
