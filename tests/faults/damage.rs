@@ -77,7 +77,9 @@ fn a_damaged_file() {
         campaign(&row, Tries::AtLeast50([5, 2, 2][kind]), |i, random| {
             is_passed_over(By::ALL[i / 5 % By::ALL.len()], |folder, files| {
                 let file = &files[i % files.len()];
-                (file.clone(), damage(&folder.join(file), kind, random))
+                let reason = damage(&folder.join(file), kind, random);
+                // A manifest with another bit may still be one: then it is at odds with a file, and that is named.
+                if kind == 0 && file == "manifest.json" { (String::new(), "") } else { (file.clone(), reason) }
             });
         });
     }
