@@ -72,7 +72,7 @@ fn is_passed_over(by: By, spoil: impl FnOnce(&Path, &[String]) -> (String, &'sta
 
 #[test]
 fn a_damaged_file() {
-    for (kind, what) in ["one flipped bit in", "a truncated", "a deleted"].into_iter().enumerate() {
+    for (kind, what) in ["one flipped bit in a", "a truncated", "a deleted"].into_iter().enumerate() {
         let row = format!("{what} file of a checkpoint");
         campaign(&row, Tries::AtLeast50([5, 2, 2][kind]), |i, random| {
             is_passed_over(By::ALL[i / 5 % By::ALL.len()], |folder, files| {
