@@ -80,7 +80,8 @@ fn a_weight_that_differs_on_one_rank() {
 #[test]
 fn a_weight_that_differs_at_the_next_checkpoint() {
     for &by in By::ALL {
-        campaign(&format!("the same without --check-replicas, {}", by.name()), Tries::AtLeast(1), |_, _| {
+        let row = format!("one bit of a weight on one rank, until the next checkpoint, {}", by.name());
+        campaign(&row, Tries::AtLeast(1), |_, _| {
             let scene = Scene::new();
             let fault = format!("rank=1,at=step:{},do=perturb", STEPS / 2 + 1);
             let ended = scene.run(by, "", Some(&fault));
