@@ -35,10 +35,15 @@ pub enum Error {
 impl Coded for Error {
     fn exit_code(&self) -> u8 {
         match self {
-            Error::Create { .. } => exit::CANNOT_CREATE,
-            Error::Write { .. } => exit::IO,
+            Error::Create { source, .. } if !is_full(source) => exit::CANNOT_CREATE,
+            Error::Create { .. } | Error::Write { .. } => exit::IO,
         }
     }
+}
+
+/// Whether a disk is full, or has no room for one more entry: a fault midway, not a wrong place.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// A file on its way: what is written to it appears under its name at [`AtomicFile::commit`], or never.

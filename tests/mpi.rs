@@ -1,22 +1,25 @@
 //! Ranks over MPI. Each test starts this very program under `mpirun`, where [`worker`] plays one rank of it.
 
+#[path = "common/processes.rs"]
+mod processes;
+
 use std::io::Read;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
-use std::{env, fs, process};
+use std::{env, process};
 
 use moewarden::collective::conformance::{self, on_threads};
 use moewarden::collective::mpi::{self, Mpi};
 use moewarden::collective::{Collective, Error, all_agree, all_ok, leave};
 use moewarden::exit::{self, Coded, Failure};
+use processes::{MARK, marked, mpirun};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 const CASE: &str = "MOEWARDEN_MPI_CASE";
-const MARK: &str = "MOEWARDEN_MPI_MARK";
 
 const LONG: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_secs(2);
@@ -45,19 +48,7 @@ fn launch(case: &str, ranks: usize) -> Ended {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let mark = format!("{}-{}", process::id(), LAUNCHES.fetch_add(1, Ordering::Relaxed));
 
-    let version = Command::new("mpirun").arg("--version").output();
-    let version =
-        version.expect("mpirun is on the PATH: the feature `mpi` is tested with the MPI that it was built for");
-    let mut mpirun = Command::new("mpirun");
-    if String::from_utf8_lossy(&version.stdout).contains("Open MPI") {
-        mpirun.args(["--oversubscribe", "--bind-to", "none"]);
-        // SAFETY: has no preconditions.
-        if unsafe { libc::getuid() } == 0 {
-            mpirun.arg("--allow-run-as-root");
-        }
-        // Without the copies from process to process that containers forbid.
-        mpirun.env("OMPI_MCA_btl", "self,vader").env("OMPI_MCA_btl_vader_single_copy_mechanism", "none");
-    }
+    let mut mpirun = mpirun();
     mpirun.args(["-n", &ranks.to_string()]).arg(env::current_exe().unwrap());
     mpirun.args(["worker", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
     mpirun.env(CASE, case).env(MARK, &mark).stdin(Stdio::null());
@@ -86,25 +77,11 @@ fn launch(case: &str, ranks: usize) -> Ended {
     std::io::Seek::rewind(&mut log).unwrap();
     log.read_to_string(&mut text).unwrap();
     let left = marked(&mark);
-    for pid in &left {
-        // SAFETY: ends a process that this test started.
-        unsafe { libc::kill(*pid, libc::SIGKILL) };
-    }
+    left.iter().for_each(|process| process.signal(libc::SIGKILL));
+    let left: Vec<_> = left.iter().map(|process| process.pid).collect();
     assert!(left.is_empty(), "{case}: processes {left:?} are left behind\n{text}");
     let status = status.unwrap_or_else(|| panic!("{case} does not end\n{text}"));
     Ended { code: status.code(), text, took }
-}
-
-/// Processes whose environment holds the mark of a launch.
-fn marked(mark: &str) -> Vec<i32> {
-    let wanted = format!("{MARK}={mark}\0");
-    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    processes
-        .filter(|pid| {
-            let environ = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-            String::from_utf8_lossy(&environ).contains(&wanted)
-        })
-        .collect()
 }
 
 /// Plays one rank of the case that the environment names. Never returns to the test harness.

@@ -57,8 +57,7 @@ impl Coded for Error {
     fn exit_code(&self) -> u8 {
         match self {
             Error::Exists(_) | Error::NoName(_) => exit::CANNOT_CREATE,
-            // A disk that is full, or has no room for one more entry, is a fault midway, not a wrong place.
-            Error::Create { source, .. } if is_full(source) => exit::IO,
+            Error::Create { source, .. } if files::is_full(source) => exit::IO,
             Error::Create { .. } => exit::CANNOT_CREATE,
             Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
             Error::Write { .. } | Error::Read { .. } => exit::IO,
@@ -71,8 +70,4 @@ impl Coded for Error {
             Error::Claim(error) => error.exit_code(),
         }
     }
-}
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

@@ -151,6 +151,9 @@ pub trait Collective: Send + Sync {
     /// waits for nobody.
     fn doing(&self, what: &str);
 
+    /// What this rank has said last that it does; empty if nothing.
+    fn place(&self) -> String;
+
     /// Makes every operation of every rank, waiting or to come, fail with [`Error::Aborted`]. `code` is the exit code of the
     /// error that is the reason. Does not wait for the others; the first abort of a group counts.
     fn abort(&self, code: u8, reason: &str);

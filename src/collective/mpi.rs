@@ -407,6 +407,10 @@ impl Collective for Mpi {
         what.clone_into(&mut self.what());
     }
 
+    fn place(&self) -> String {
+        self.what().clone()
+    }
+
     fn abort(&self, code: u8, reason: &str) {
         let start = Instant::now();
         let mut link = loop {

@@ -174,11 +174,14 @@ fn outcome<T>(rank_main: &impl Fn(Threads) -> T, rank: Threads) -> Outcome<T> {
     // Nothing that a panic may have left half done is looked at again: the group has failed.
     match catch_unwind(AssertUnwindSafe(|| rank_main(rank))) {
         Ok(value) => Outcome::Done(value),
-        Err(panic) => {
-            let text = panic.downcast_ref::<&str>().map(ToString::to_string);
-            Outcome::Panicked(text.or_else(|| panic.downcast_ref().cloned()).unwrap_or_default())
-        }
+        Err(panic) => Outcome::Panicked(panic_message(&*panic)),
     }
+}
+
+/// The words of a panic.
+pub fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    text.or_else(|| panic.downcast_ref().cloned()).unwrap_or_default()
 }
 
 impl Threads {
@@ -325,6 +328,10 @@ impl Collective for Threads {
 
     fn doing(&self, what: &str) {
         what.clone_into(&mut self.what());
+    }
+
+    fn place(&self) -> String {
+        self.what().clone()
     }
 
     fn abort(&self, code: u8, reason: &str) {

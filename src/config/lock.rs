@@ -47,8 +47,9 @@ impl OutputLock {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
         let holder = format!("process {} on {}, {since}", std::process::id(), host.trim());
-        file.set_len(0).and_then(|()| file.write_all(holder.as_bytes())).map_err(failed)?;
-        Ok(Self { path, file, holder })
+        let mut lock = Self { path: path.clone(), file, holder };
+        lock.file.set_len(0).and_then(|()| lock.file.write_all(lock.holder.as_bytes())).map_err(failed)?;
+        Ok(lock)
     }
 }
 

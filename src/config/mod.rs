@@ -393,6 +393,7 @@ impl Coded for ConfigError {
             ConfigError::Missing(_) => exit::USAGE,
             ConfigError::File { .. } | ConfigError::Invalid(_) | ConfigError::NotText(_) => exit::CONFIG,
             ConfigError::Unavailable(_) | ConfigError::Launch(_) => exit::LAUNCHER,
+            ConfigError::OutputIo { source, .. } if crate::files::is_full(source) => exit::IO,
             ConfigError::OutputDir { .. } | ConfigError::OutputIo { .. } => exit::CANNOT_CREATE,
         }
     }

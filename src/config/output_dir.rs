@@ -17,7 +17,7 @@ pub enum Existing {
     Refuse,
     /// Known outputs are removed; anything else is an error, and then nothing is removed.
     Replace,
-    /// It stays as it is.
+    /// It stays as it is, but for what a killed run was writing.
     Keep,
 }
 
@@ -75,7 +75,12 @@ pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> 
     let Some(outputs) = inspect(dir, existing, inputs, Place::Top)? else {
         return fs::create_dir_all(dir).map_err(failed("make the output folder", dir));
     };
-    for file in &outputs.files {
+    if existing == Existing::Keep {
+        clear_left(dir, Place::Top)?;
+    }
+    // The lock is this process's own by now, or another's: who holds it removes it.
+    let lock = dir.join(LOCK_FILE);
+    for file in outputs.files.iter().filter(|file| **file != lock) {
         fs::remove_file(file).map_err(failed("remove", file))?;
     }
     for folder in &outputs.folders {
@@ -221,6 +226,27 @@ impl Outputs {
     }
 }
 
+/// Removes what a killed run was writing aside. (Variants of a comparison are left to the runs that go on in them.)
+fn clear_left(dir: &Path, place: Place) -> Result<(), ConfigError> {
+    for entry in entries(dir)? {
+        let path = entry.path();
+        let kind = entry.file_type().map_err(failed("read", &path))?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        match is_output(name, place, kind) {
+            Some(_) if kind.is_file() && files::is_left_of(name).is_some() => {
+                fs::remove_file(&path).map_err(failed("remove", &path))?;
+            }
+            Some(_) if kind.is_dir() && checkpoint::is_left_of(name).is_some() => {
+                fs::remove_dir_all(&path).map_err(failed("remove", &path))?;
+            }
+            Some(inside) if kind.is_dir() && inside != Place::Top => clear_left(&path, inside)?,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// The entries of a folder, by name.
 fn entries(dir: &Path) -> Result<Vec<fs::DirEntry>, ConfigError> {
     let mut entries =
@@ -292,10 +318,33 @@ mod tests {
         let count = held(dir.path());
         let error = prepare_dir(dir.path(), Existing::Refuse).unwrap_err();
         assert!(error.to_string().contains("not empty"), "{error}");
-        prepare_dir(dir.path(), Existing::Keep).unwrap();
         assert_eq!(held(dir.path()), count);
         prepare_dir(dir.path(), Existing::Replace).unwrap();
         assert_eq!(held(dir.path()), 0);
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_cleared_where_the_rest_is_kept() {
+        let dir = folder(&OUTPUTS);
+        let foreign =
+            ["checkpoints/.round_1-expert-step_3.old/state.json", ".thesis.txt.qX3f9a.part", ".data.partial/a"];
+        for name in foreign {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, name).unwrap();
+        }
+        prepare_dir(dir.path(), Existing::Keep).unwrap();
+        let gone = [&OUTPUTS[11..], &foreign[..1]].concat();
+        assert!(gone.iter().all(|name| !dir.path().join(name).exists()));
+        assert!(OUTPUTS[..11].iter().chain(&foreign[1..]).all(|name| dir.path().join(name).exists()));
+    }
+
+    #[test]
+    fn a_lock_outlives_what_it_guards() {
+        let dir = folder(&[LOCK_FILE, "metrics.jsonl", "frozen/.moewarden.lock", "frozen/metrics.jsonl"]);
+        prepare_dir(dir.path(), Existing::Replace).unwrap();
+        assert!(held(dir.path()) == 1 && dir.path().join(LOCK_FILE).exists());
+        prepare_dir(dir.path(), Existing::Refuse).unwrap();
     }
 
     #[test]
@@ -328,7 +377,6 @@ mod tests {
         let error = prepare_dir_keeping(dir.path(), Existing::Replace, &inputs).unwrap_err();
         assert!(error.to_string().contains("to be read"), "{error}");
         assert_eq!(held(dir.path()), count);
-        prepare_dir_keeping(dir.path(), Existing::Keep, &inputs).unwrap();
         prepare_dir_keeping(dir.path(), Existing::Replace, &inputs[..1]).unwrap();
         assert_eq!(held(dir.path()), 0);
     }

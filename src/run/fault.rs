@@ -1,9 +1,11 @@
 //! Faults on purpose: how the tests show that a run survives them, and how anybody can repeat it.
 //!
-//! `MOEWARDEN_FAULT=rank=1,at=step:3,do=kill` lets rank 1 die as it begins the third training step of this process. Never
-//! set it in earnest.
+//! `MOEWARDEN_FAULT=rank=1,at=step:3,do=kill` lets rank 1 die as it begins the third training step of this process, and
+//! `at=step:3-7` strikes at each of five steps. It says so on stderr. Never set it in earnest.
 
 use std::fmt;
+use std::io::Write;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,8 +19,8 @@ pub struct Fault {
     /// To whom.
     pub rank: usize,
     at: Point,
-    /// The how manieth passing of that point, from 1.
-    number: u64,
+    /// The how manieth passings of that point, from 1.
+    numbers: RangeInclusive<u64>,
     action: Action,
     passed: Arc<AtomicU64>,
 }
@@ -43,6 +45,10 @@ pub enum Action {
     Kill,
     /// SIGSTOP: the process is there and does nothing.
     Stop,
+    /// SIGTERM, which asks to save and leave.
+    Term,
+    /// SIGUSR1, which asks the same.
+    Usr1,
     /// The rank sleeps for ever.
     Hang,
     /// A panic.
@@ -58,9 +64,11 @@ pub enum Action {
 const POINTS: [(&str, Point); 4] =
     [("batch", Point::Batch), ("step", Point::Step), ("collective", Point::Collective), ("save", Point::Save)];
 
-const ACTIONS: [(&str, Action); 7] = [
+const ACTIONS: [(&str, Action); 9] = [
     ("kill", Action::Kill),
     ("stop", Action::Stop),
+    ("term", Action::Term),
+    ("usr1", Action::Usr1),
     ("hang", Action::Hang),
     ("panic", Action::Panic),
     ("fail", Action::Fail),
@@ -74,33 +82,41 @@ impl FromStr for Fault {
     fn from_str(text: &str) -> Result<Self, Failure> {
         let parse = || {
             let [rank, at, action] = text.split(',').collect::<Vec<_>>().try_into().ok()?;
-            let (point, number) = at.strip_prefix("at=")?.split_once(':')?;
+            let (point, numbers) = at.strip_prefix("at=")?.split_once(':')?;
+            let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
             let named = |name: &str| POINTS.iter().find(|(n, _)| *n == name).map(|(_, p)| *p);
             let action = action.strip_prefix("do=")?;
-            Some(Self {
+            let fault = Self {
                 rank: rank.strip_prefix("rank=")?.parse().ok()?,
                 at: named(point)?,
-                number: number.parse().ok()?,
+                numbers: first.parse().ok()?..=last.parse().ok()?,
                 action: ACTIONS.iter().find(|(n, _)| *n == action)?.1,
                 passed: Arc::default(),
-            })
+            };
+            let only_a_step_can = matches!(fault.action, Action::Nan | Action::Perturb);
+            (fault.at == Point::Step || !only_a_step_can).then_some(fault)
         };
         parse().ok_or_else(|| {
-            Failure::new(exit::CONFIG, format!("MOEWARDEN_FAULT={text}: expected rank=R,at=POINT:NUMBER,do=ACTION"))
+            Failure::new(
+                exit::CONFIG,
+                format!("MOEWARDEN_FAULT={text}: expected rank=R,at=POINT:NUMBER[-NUMBER],do=ACTION"),
+            )
         })
     }
 }
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} on rank {} at {:?} {}", self.action, self.rank, self.at, self.number)
+        let (first, last) = (self.numbers.start(), self.numbers.end());
+        write!(f, "{:?} on rank {} at {:?} {first}", self.action, self.rank, self.at)?;
+        if last > first { write!(f, " to {last}") } else { Ok(()) }
     }
 }
 
 impl Fault {
     /// Whether this rank, passing `point`, has come to the place; every call is one passing.
     fn is_due(&self, point: Point) -> bool {
-        self.at == point && self.passed.fetch_add(1, Ordering::Relaxed) + 1 == self.number
+        self.at == point && self.numbers.contains(&(self.passed.fetch_add(1, Ordering::Relaxed) + 1))
     }
 
     /// Passes a point. What only the caller can do to itself is returned.
@@ -111,9 +127,12 @@ impl Fault {
         if !self.is_due(point) {
             return Ok(None);
         }
+        _ = std::io::stderr().write_all(format!("MOEWARDEN_FAULT: {self}\n").as_bytes());
         match self.action {
             Action::Kill => raise(libc::SIGKILL),
             Action::Stop => raise(libc::SIGSTOP),
+            Action::Term => raise(libc::SIGTERM),
+            Action::Usr1 => raise(libc::SIGUSR1),
             Action::Hang => loop {
                 std::thread::park();
             },
@@ -158,6 +177,10 @@ impl Collective for Faulty {
 
     fn doing(&self, what: &str) {
         self.inner.doing(what);
+    }
+
+    fn place(&self) -> String {
+        self.inner.place()
     }
 
     fn barrier(&self) -> Result<()> {
@@ -213,8 +236,17 @@ mod tests {
         assert!(fault.clone().pass(Point::Step).is_err(), "clones count together");
         assert!(fault.pass(Point::Step).unwrap().is_none());
         assert_eq!("rank=0,at=step:1,do=nan".parse::<Fault>().unwrap().pass(Point::Step).unwrap(), Some(Action::Nan));
-        for wrong in ["", "rank=0", "rank=x,at=step:1,do=kill", "rank=0,at=lunch:1,do=kill", "rank=0,at=step:1,do=eat"]
-        {
+        let often: Fault = "rank=0,at=save:2-3,do=fail".parse().unwrap();
+        assert_eq!([(); 4].map(|()| often.pass(Point::Save).is_err()), [false, true, true, false]);
+        for wrong in [
+            "",
+            "rank=0",
+            "rank=x,at=step:1,do=kill",
+            "rank=0,at=lunch:1,do=kill",
+            "rank=0,at=step:1-,do=kill",
+            "rank=0,at=step:1,do=eat",
+            "rank=0,at=save:1,do=nan",
+        ] {
             assert!(wrong.parse::<Fault>().is_err(), "{wrong}");
         }
     }

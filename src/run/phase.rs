@@ -9,9 +9,9 @@ use super::engine::{Engine, share};
 use super::fault::Point;
 use super::identify::Choices;
 use super::progress::Progress;
+use super::replicas;
 use super::trainer::Trainer;
 use crate::backend::Backend;
-use crate::collective;
 use crate::config::{Mode, RunConfig, Schedule};
 use crate::data::{self, MicroBatch};
 use crate::exit::{self, Failure, Result};
@@ -162,10 +162,7 @@ impl<B: Backend> Engine<'_, B> {
             let group = order.1.chunks(per_step).nth(step).expect("an order has micro-batches for its steps");
             let what = format!("round {}, {} step {}", run.round + 1, name(run.phase), run.so_far.steps + 1);
             self.world.doing(&what);
-            let result = self.step(run, group, &what).map_err(|failure| match failure.is::<collective::Error>() {
-                true => failure, // says itself where it happened
-                false => failure.context(format!("in {what}")),
-            })?;
+            let result = self.step(run, group, &what)?;
             self.count(run, &result)?;
             bar.step(result.tokens, format!("loss {:.4}", result.total_loss));
             if on_step(self, run, &result)?.is_break() {
@@ -237,7 +234,13 @@ impl<B: Backend> Engine<'_, B> {
             None => None,
         };
         match blame {
-            None => run.trainer.update(self, &rates, norm.value)?,
+            None => {
+                if self.config.check_replicas > 0 && (run.so_far.steps + 1).is_multiple_of(self.config.check_replicas) {
+                    // Before the update, which replaces the weights of this step on all ranks.
+                    replicas::check(self)?;
+                }
+                run.trainer.update(self, &rates, norm.value)?;
+            }
             Some((value, blame)) => {
                 let records: Vec<usize> = group.iter().flat_map(|batch| batch.records.iter().copied()).collect();
                 result.skipped = Some(self.not_finite(value, &blame, &records).to_string());

@@ -1,5 +1,6 @@
 //! The ranks of a run: threads of this process, or processes that a launcher started.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -137,18 +138,10 @@ impl Ranks {
             };
             let ui = if world.rank() == 0 { ui.clone() } else { Ui::silent() };
             let rank = Rank { world, here, ui, stop: stop.clone(), fault };
-            main(&rank).map_err(|failure| {
-                // A rank that asks for a requeue leaves together with the others.
-                if failure.code() != exit::REQUEUE {
-                    rank.world.abort(failure.code(), &failure.to_string());
-                }
-                match rank.world.world_size() {
-                    n if n > 1 && failure.code() != exit::REQUEUE => {
-                        failure.context(format!("rank {} of {n}", rank.world.rank()))
-                    }
-                    _ => failure,
-                }
-            })
+            let ended = catch_unwind(AssertUnwindSafe(|| main(&rank))).unwrap_or_else(|panic| {
+                Err(Failure::new(exit::INTERNAL, format!("panicked: {}", threads::panic_message(&*panic))))
+            });
+            ended.map_err(|failure| last_words(&*rank.world, failure))
         };
         match &self.kind {
             Kind::Process { world, here } => guarded(world.clone(), *here),
@@ -172,6 +165,28 @@ fn join(launch: &Launch, timeout: Duration, stop: &Stop) -> Result<Arc<dyn Colle
 #[cfg(not(feature = "mpi"))]
 fn join(_: &Launch, _: Duration, _: &Stop) -> Result<Arc<dyn Collective>> {
     unreachable!("a build without MPI has refused such a launch")
+}
+
+/// Tells the other ranks that this one failed, and the user on which rank and where.
+fn last_words(world: &dyn Collective, failure: Failure) -> Failure {
+    if failure.code() == exit::REQUEUE {
+        return failure; // they leave, too
+    }
+    let (rank, world_size) = (world.rank(), world.world_size());
+    let place = match world.place() {
+        // An error of the ranks together says itself where.
+        _ if failure.is::<collective::Error>() => String::new(),
+        place if place.is_empty() => String::new(),
+        place => format!("in {place}"),
+    };
+    let reason = if place.is_empty() { failure.to_string() } else { format!("{place}: {failure}") };
+    world.abort(failure.code(), &reason);
+    match (world_size, &*place) {
+        (1, "") => failure,
+        (1, _) => failure.context(place),
+        (_, "") => failure.context(format!("rank {rank} of {world_size}")),
+        _ => failure.context(format!("rank {rank} of {world_size}, {place}")),
+    }
 }
 
 /// What rank 0 returned, or why there is nothing to return: a rank's own failure comes before what others heard of it.
@@ -219,12 +234,14 @@ mod tests {
         assert_eq!(failure.to_string(), "rank 2 of 3: the disk is full");
 
         let panicked = three().run(&Ui::silent(), |rank| {
+            rank.world.doing("expert step 7");
             assert!(rank.world.rank() != 1, "on purpose");
             rank.world.barrier()?;
             Ok(())
         });
         let failure = panicked.unwrap_err();
-        assert!(failure.code() == exit::INTERNAL && failure.to_string().contains("rank 1 panicked"), "{failure}");
+        assert_eq!(failure.code(), exit::INTERNAL);
+        assert_eq!(failure.to_string(), "rank 1 of 3, in expert step 7: panicked: on purpose");
     }
 
     #[test]

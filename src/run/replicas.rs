@@ -17,7 +17,8 @@ pub fn check<B: Backend>(engine: &Engine<'_, B>) -> Result<()> {
     if world.world_size() == 1 {
         return Ok(());
     }
-    world.doing("the check that all ranks hold the same weights");
+    let place = world.place();
+    world.doing(&format!("the comparison of all ranks' weights in {place}"));
     let hashes: Vec<(ParamId, blake3::Hash)> = engine
         .touched
         .iter()
@@ -29,6 +30,7 @@ pub fn check<B: Backend>(engine: &Engine<'_, B>) -> Result<()> {
     }
     let digests = world.all_gather(all.finalize().as_bytes())?;
     if digests.iter().all(|digest| *digest == digests[0]) {
+        world.doing(&place);
         return Ok(());
     }
     // Rare, so that it may be slow: every rank's list of hashes, to find the tensor.

@@ -7,7 +7,7 @@ use super::engine::Engine;
 use super::memory::{Activations, TrainedState, free_memory, human, human_count};
 use super::ranks::{Rank, Ranks};
 use crate::backend::Backend;
-use crate::collective::all_agree;
+use crate::collective::{self, Collective, all_agree};
 use crate::config::{RunConfig, Schedule, hub_cache};
 use crate::data::{ChatTokenizer, DataOptions, Dataset};
 use crate::exit::{self, Context, Failure, Result};
@@ -166,7 +166,7 @@ impl Session {
         let Some(world) = ranks.other_processes() else { return Ok(()) };
         world.doing("the check that all ranks have the same inputs");
         all_agree(world, "version of moewarden", env!("CARGO_PKG_VERSION").as_bytes())?;
-        all_agree(world, "set of options", super::resume::decisive(config)?.as_bytes())?;
+        agree_on_options(world, &super::resume::decisive(config)?)?;
         let files = self.fingerprint_of_files(config)?;
         all_agree(world, "file of rows, chat template, tokenizer or config.json", files.as_bytes())?;
         Ok(all_agree(world, "set of model weights", self.fingerprint(config)?.as_bytes())?)
@@ -233,6 +233,16 @@ impl Session {
         lengths.sort_unstable_by(|a, b| b.cmp(a));
         lengths.iter().take(batch_size).sum()
     }
+}
+
+/// Proves that all ranks have these options, a line each; the error names the first that differs.
+fn agree_on_options(world: &dyn Collective, options: &str) -> Result<()> {
+    let all = world.all_gather(options.as_bytes())?;
+    let Some(rank) = all.iter().position(|other| *other != all[0]) else { return Ok(()) };
+    let [ours, theirs] = [0, rank].map(|rank| String::from_utf8_lossy(&all[rank]));
+    let mut lines = ours.lines().zip(theirs.lines()).filter(|(ours, theirs)| ours != theirs);
+    let (ours, theirs) = lines.next().unwrap_or(("fewer of them", "more"));
+    Err(collective::Error::Disagree { what: format!("set of options (`{theirs}`, not `{ours}`)"), rank }.into())
 }
 
 /// The files of rows and template that a run reads.

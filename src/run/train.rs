@@ -12,7 +12,6 @@ use super::outputs::Outputs;
 use super::phase::PhaseRun;
 use super::progress::Progress;
 use super::ranks::{Rank, Ranks};
-use super::replicas;
 use super::resume::{Checkpoints, Found, Measured, Position, Within};
 use super::session::Session;
 use super::verify::verify_frozen;
@@ -165,7 +164,10 @@ fn train_rank(session: &Session, config: &RunConfig, rank: &Rank) -> Result<Trai
             all_ok(world, found.load_weights(session, &mut engine))?;
             (found.state.before, Outputs::resume(&engine, ui, found.state.outputs.clone())?)
         }
-        None => (measure(&engine, session)?, Outputs::create(&engine, ui)?),
+        None => {
+            world.doing("measuring the losses before training");
+            (measure(&engine, session)?, Outputs::create(&engine, ui)?)
+        }
     };
     ui.line(losses_line("before", &before));
     let at = found.as_ref().map_or(Position::start(0, Phase::Identify), |found| found.state.position);
@@ -208,6 +210,7 @@ impl Run<'_> {
         if config.has_router_phase() {
             self.phase(engine, Phase::Router, round, found.filter(|_| at.phase == Phase::Router))?;
         }
+        engine.world.doing(&format!("the end of round {}", round + 1));
         engine.check_weights(&format!("round {}", round + 1))?;
         engine.world.doing(&format!("saving the model of round {}", round + 1));
         all_ok(&*engine.world, self.save_round(engine, round))?;
@@ -251,19 +254,16 @@ impl Run<'_> {
         };
         let progress = Progress::new(ui, run.total - run.so_far.steps, format!("round {} {name}", round + 1));
         outputs.start_clock();
-        let every = |n: usize, steps: u64| n > 0 && steps.is_multiple_of(n as u64);
+        let every = config.save_steps as u64;
         let end = engine.train(&mut run, &progress, &mut |engine, run, result| {
             outputs.step(phase, round + 1, result)?;
             if let Some(reason) = &result.skipped {
                 ui.warn(format_args!("step {} is skipped: {reason}", outputs.steps()));
             }
-            let steps = outputs.steps();
             let last = run.so_far.steps == run.total; // the end of the phase is saved, too
-            if !last && (result.stop || every(config.save_steps, steps)) {
+            if !last && (result.stop || (every > 0 && outputs.steps().is_multiple_of(every))) {
                 let position = Position { round, phase, step: run.so_far.steps };
                 checkpoints.save(engine, position, Within::Training(run), outputs, *before)?;
-            } else if every(config.check_replicas, steps) {
-                replicas::check(engine)?;
             }
             Ok(if result.stop && !last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })?;
@@ -311,6 +311,7 @@ impl Run<'_> {
     /// Measures the trained model, writes it, and proves that what was frozen kept its bits.
     fn finish<B: Backend>(mut self, engine: &mut Engine<'_, B>, seconds: f64) -> Result<TrainSummary> {
         let world = engine.world.clone();
+        world.doing("measuring the losses after training");
         let after = measure(engine, self.session)?;
         after.check_finite()?;
         self.ui.line(losses_line("after", &after));

@@ -124,8 +124,8 @@ fn a_disk_that_is_full() {
     nothing_is_half_written(&out);
     assert!(files(&out).contains(&"metrics.jsonl".into()));
 
-    fs::write(out.join("metrics.jsonl"), vec![b' '; 200 << 10]).unwrap();
-    _ = fs::write(out.join("thesis.txt"), vec![b' '; 256 << 10]);
-    scene.train(&["--output-dir", "out/sub"]).is(74, &["out/sub"]);
-    nothing_is_half_written(&out.join("sub"));
+    // Now not even the lock has room.
+    fs::write(out.join("thesis.txt"), vec![b' '; 256 << 10]).unwrap_err();
+    scene.train(&["--output-dir", "out/sub"]).is(74, &["out/sub", "No space left"]);
+    assert_eq!(files(&out.join("sub")), Vec::<String>::new());
 }
