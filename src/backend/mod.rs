@@ -13,6 +13,7 @@
 //! - Shapes are the caller's contract: a mismatch is a bug and panics with both shapes.
 
 pub mod cpu;
+pub mod cuda;
 mod host;
 
 pub use host::{Dtype, HostTensor, SharedBytes, decode_into, encode_into};
