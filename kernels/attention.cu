@@ -1,53 +1,33 @@
-// Causal attention within sequences of different lengths, grouped queries, an optional window, softmax in f32.
-//
-// q, y and their gradients are [T, heads * dim]; k, v and theirs [keys, key_heads * dim]; dim is at most 256. Sequence s owns
-// query rows queries[s] .. queries[s + 1] and key rows keys[s] .. keys[s + 1]; its queries are the last positions of its keys.
-// A query at position p sees key j where j <= p and p - j < window.
+// Attention by ordinary arithmetic, for F32 and for heads that attention_mma.cu does not take; dim is at most 256.
 //
 // A block takes 32 rows (of queries, or of keys) of one head against 32 of the others at a time, in shared memory as f32, with
 // 8 threads a row: thread `sub` of a row has the scores of columns sub, sub + 8, .. and dimensions sub, sub + 8, .. of the
 // sums. No [T, T] matrix exists. All sums have one owner and a fixed order.
-// Blocks of 256 threads with 3 * 32 * (dim | 1) floats of shared memory. Grid: (T / 32 + sequences) * heads blocks, or more;
-// for keys with their rows and heads.
+// Blocks of 256 threads with 3 * 32 * (dim | 1) floats of shared memory. Grid: for each sequence ceil(rows / 32) * heads
+// blocks, rows and heads of the queries or of the keys.
 
 const u32 ROWS = 32, SUBS = 8, THREADS = ROWS * SUBS, WIDEST = 256;
 
-struct Geometry {
-    const u32 *queries, *keys;
-    u64 sequences, heads, key_heads, dim, window;
-
-    DEVICE u64 pitch() const { return dim | 1; }  // odd: a column of shared memory lies in 32 banks
-    DEVICE float scale() const { return 1.0f / sqrtf((float)dim); }
-    DEVICE u64 key_head(u64 head) const { return head / (heads / key_heads); }
-};
-
-// One sequence: its first rows and how many keys come before the first query.
-struct Sequence {
-    u64 query, key, queries, keys, before;
-    DEVICE Sequence(const Geometry& g, u64 s)
-        : query(g.queries[s]), key(g.keys[s]), queries(g.queries[s + 1] - query), keys(g.keys[s + 1] - key),
-          before(keys - queries) {}
-};
-
-DEVICE bool sees(u64 position, u64 key, u64 window) { return key <= position && position - key < window; }
+// Odd: a column of shared memory lies in 32 banks.
+DEVICE u64 pitch(const Geometry& g) { return g.dim | 1; }
 
 // Rows `row .. row + count` (at most 32) of one head into shared memory, zeros below them.
 template <class T> DEVICE void take(float* to, const T* x, u64 row, u64 count, u64 head, u64 heads, const Geometry& g) {
     u32 dim = (u32)g.dim;
     for (u32 i = threadIdx.x; i < ROWS * dim; i += THREADS) {
         u32 r = i / dim, d = i % dim;
-        to[r * g.pitch() + d] = r < count ? to_f32(x[((row + r) * heads + head) * dim + d]) : 0.0f;
+        to[r * pitch(g) + d] = r < count ? to_f32(x[((row + r) * heads + head) * dim + d]) : 0.0f;
     }
 }
 
 // s[i] = ⟨row, rows[sub + 8 i]⟩
 DEVICE void products(float (&s)[4], const float* row, const float* rows, const Geometry& g) {
-    const float* from = rows + threadIdx.x % SUBS * g.pitch();
+    const float* from = rows + threadIdx.x % SUBS * pitch(g);
 #pragma unroll
     for (int i = 0; i < 4; i++) s[i] = 0.0f;
     for (u32 d = 0; d < (u32)g.dim; d++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) s[i] = fmaf(row[d], from[i * SUBS * g.pitch() + d], s[i]);
+        for (int i = 0; i < 4; i++) s[i] = fmaf(row[d], from[i * SUBS * pitch(g) + d], s[i]);
 }
 
 // Dimensions sub, sub + 8, .. of a row of sums.
@@ -66,7 +46,7 @@ struct Sum {
         for (int i = 0; i < 4; i++)
             for (u32 s = 0; s < SUBS; s++) {
                 float w = __shfl_sync(FULL_WARP, weights[i], (int)(first + s));
-                const float* row = rows + (i * SUBS + s) * g.pitch();
+                const float* row = rows + (i * SUBS + s) * pitch(g);
 #pragma unroll
                 for (u32 j = 0; j < WIDEST / SUBS; j++)
                     if (sub + j * SUBS < (u32)g.dim) v[j] = fmaf(w, row[sub + j * SUBS], v[j]);
@@ -121,19 +101,9 @@ struct Softmax {
     }
 };
 
-// The keys that rows `row .. row + rows` of a sequence see.
-struct Span {
-    u64 first, end;
-    DEVICE Span(const Sequence& s, u64 row, u64 rows, u64 window) {
-        u64 position = s.before + row;
-        first = position >= window ? position - window + 1 : 0;
-        end = position + rows;
-    }
-};
-
 template <class T> DEVICE void forward(T* y, const T* q, const T* k, const T* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
-    float *queries = reinterpret_cast<float*>(memory), *keys = queries + ROWS * g.pitch(), *values = keys + ROWS * g.pitch();
+    float *queries = reinterpret_cast<float*>(memory), *keys = queries + ROWS * pitch(g), *values = keys + ROWS * pitch(g);
     Place p = find_place(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
@@ -149,7 +119,7 @@ template <class T> DEVICE void forward(T* y, const T* q, const T* k, const T* v,
         take(values, v, s.key + key, count, g.key_head(head), g.key_heads, g);
         __syncthreads();
         float weights[4];
-        products(weights, queries + row * g.pitch(), keys, g);
+        products(weights, queries + row * pitch(g), keys, g);
         sum.scale(softmax.add(weights, position, key, g));
         sum.add(weights, values, g);
     }
@@ -164,7 +134,7 @@ template <class T>
 DEVICE void backward_queries(T* dq, float* normaliser, float* delta, const T* dy, const T* q, const T* k, const T* v,
                              const T* y, const Geometry& g) {
     DYNAMIC_SHARED(memory);
-    float *queries = reinterpret_cast<float*>(memory), *dys = queries + ROWS * g.pitch(), *keys = dys + ROWS * g.pitch();
+    float *queries = reinterpret_cast<float*>(memory), *dys = queries + ROWS * pitch(g), *keys = dys + ROWS * pitch(g);
     Place p = find_place(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
@@ -172,7 +142,7 @@ DEVICE void backward_queries(T* dq, float* normaliser, float* delta, const T* dy
     Span span(s, p.row - s.query, p.rows, g.window);
     take(queries, q, p.row, p.rows, head, g.heads, g);
     take(dys, dy, p.row, p.rows, head, g.heads, g);
-    const float *own_q = queries + row * g.pitch(), *own_dy = dys + row * g.pitch();
+    const float *own_q = queries + row * pitch(g), *own_dy = dys + row * pitch(g);
 
     Softmax softmax;
     for (u64 key = span.first; key < span.end; key += ROWS) {
@@ -221,23 +191,20 @@ template <class T>
 DEVICE void backward_keys(T* dk, T* dv, const float* normaliser, const float* delta, const T* dy, const T* q, const T* k,
                           const T* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
-    float *keys = reinterpret_cast<float*>(memory), *values = keys + ROWS * g.pitch(), *others = values + ROWS * g.pitch();
+    float *keys = reinterpret_cast<float*>(memory), *values = keys + ROWS * pitch(g), *others = values + ROWS * pitch(g);
     Place p = find_place(g.keys, g.sequences, ROWS, g.key_heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
     u64 group = g.heads / g.key_heads, row = threadIdx.x / SUBS, key = p.row - s.key + row;
     take(keys, k, p.row, p.rows, p.column, g.key_heads, g);
     take(values, v, p.row, p.rows, p.column, g.key_heads, g);
-    const float *own_k = keys + row * g.pitch(), *own_v = values + row * g.pitch();
+    const float *own_k = keys + row * pitch(g), *own_v = values + row * pitch(g);
 
-    // Queries whose positions see one of these keys.
-    u64 first_key = p.row - s.key, last_key = first_key + p.rows - 1, window = least(g.window, s.keys);
-    u64 first = first_key > s.before ? first_key - s.before : 0;
-    u64 end = last_key + window > s.before ? least(s.queries, last_key + window - s.before) : 0;
+    Seeing seeing(s, p.row - s.key, p.rows, g.window);
     Sum sum_k = {}, sum_v = {};
     for (u64 head = p.column * group; head < (p.column + 1) * group; head++)
-        for (u64 query = first; query < end; query += ROWS) {
-            u64 count = least((u64)ROWS, end - query);
+        for (u64 query = seeing.first; query < seeing.end; query += ROWS) {
+            u64 count = least((u64)ROWS, seeing.end - query);
             float weights[4], ds[4];
             __syncthreads();
             take(others, dy, s.query + query, count, head, g.heads, g);
@@ -250,7 +217,7 @@ DEVICE void backward_keys(T* dk, T* dv, const float* normaliser, const float* de
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 u64 other = query + threadIdx.x % SUBS + i * SUBS, at = (s.query + other) * g.heads + head;
-                bool seen = other < end && sees(s.before + other, key, g.window);
+                bool seen = other < seeing.end && sees(s.before + other, key, g.window);
                 weights[i] = seen ? expf(weights[i] * g.scale() - normaliser[at]) : 0.0f;
                 ds[i] = seen ? weights[i] * (ds[i] - delta[at]) * g.scale() : 0.0f;
             }
@@ -266,7 +233,6 @@ DEVICE void backward_keys(T* dk, T* dv, const float* normaliser, const float* de
     sum_v.put(dv + at, g);
 }
 
-#define GEOMETRY const u32 *queries, const u32 *keys, u64 sequences, u64 heads, u64 key_heads, u64 dim, u64 window
 #define TYPED(T, name)                                                                                                 \
     KERNEL(THREADS, attention_##name, (T * y, const T* q, const T* k, const T* v, GEOMETRY)) {                         \
         forward(y, q, k, v, {queries, keys, sequences, heads, key_heads, dim, window});                                \

@@ -55,6 +55,10 @@ template <class T> struct Width {
     static const int value = 16 / (int)sizeof(T);
 };
 
+// function<T, W>(..) for rows of n elements: 16 bytes at a time where every row then starts aligned, else one by one.
+#define BY_WIDTH(T, n, function, ...) \
+    (n) % Width<T>::value ? function<T, 1>(__VA_ARGS__) : function<T, Width<T>::value>(__VA_ARGS__)
+
 struct alignas(16) Quad {
     u32 word[4];
 };

@@ -1,106 +1,8 @@
 // A tile of a product of BF16 on tensor cores: mma.sync.m16n8k16 (sm_80 and later), fed by cp.async through three stages
-// of shared memory and ldmatrix. Same interface as tile_simt.cuh.
+// of shared memory and ldmatrix, see mma.cuh. Same interface as tile_simt.cuh.
 //
 // Operands are read as they are stored, whichever way the depth runs; ldmatrix transposes on the way into registers.
 // 16-byte pieces of a row are permuted in shared memory such that neither cp.async nor ldmatrix meets a bank twice.
-
-#define TENSOR_CORES
-
-// --- instructions ----------------------------------------------------------------------------------------------------
-
-// Two bf16 in a register, the first in the lower half.
-struct Fragment {
-    u32 r[4];
-};
-
-#ifdef __CUDA_ARCH__
-
-DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
-
-// 16 bytes from global to shared memory, in the background; zeros unless `valid`.
-DEVICE void copy_16(bf16* to, const bf16* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
-}
-// Ends a group of copies.
-DEVICE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all but the last `pending` groups have arrived.
-template <int pending> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
-
-// Four 8 x 8 matrices; lane 8 i + r gives the address of row r of matrix i. Of matrix i, r[i] gets row lane / 4, columns
-// 2 (lane % 4) and the next; of its transpose if `transposed`.
-template <bool transposed> DEVICE Fragment load_matrices(const bf16* row) {
-    Fragment f;
-    if constexpr (transposed)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
-                     : "r"(shared_address(row))
-                     : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
-                     : "r"(shared_address(row))
-                     : "memory");
-    return f;
-}
-
-// c += a · b with a 16 x 16, b 16 x 8, in f32.
-DEVICE void multiply_add(float (&c)[4], const Fragment& a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
-}
-
-#else  // The same by what the PTX manual says of the fragments' layouts, so that tests can run it on the CPU.
-
-DEVICE void copy_16(bf16* to, const bf16* from, bool valid) {
-    for (int i = 0; i < 8; i++) to[i].bits = valid ? from[i].bits : 0;
-}
-DEVICE void copies_end() {}
-template <int pending> DEVICE void copies_wait() {}
-
-DEVICE u32 pair(bf16 low, bf16 high) { return (u32)low.bits | (u32)high.bits << 16; }
-
-template <bool transposed> DEVICE Fragment load_matrices(const bf16* row) {
-    int lane = (int)(threadIdx.x % 32), at = lane / 4, two = lane % 4 * 2;
-    Fragment f;
-    for (int i = 0; i < 4; i++) {
-        const bf16* mine = __shfl_sync(FULL_WARP, row, 8 * i + at);
-        const bf16* first = __shfl_sync(FULL_WARP, row, 8 * i + two);
-        const bf16* second = __shfl_sync(FULL_WARP, row, 8 * i + two + 1);
-        f.r[i] = transposed ? pair(first[at], second[at]) : pair(mine[two], mine[two + 1]);
-    }
-    __syncwarp();
-    return f;
-}
-
-// Element (row, k) of a is in lane 4 (row % 8) + k % 8 / 2, register row / 8 + 2 (k / 8), half k % 2; element (k, col) of b
-// in lane 4 col + k % 8 / 2, register k / 8, half k % 2; c[0..2] are row lane / 4, columns 2 (lane % 4) and the next,
-// c[2..4] those 8 rows below.
-DEVICE void multiply_add(float (&c)[4], const Fragment& a, u32 b0, u32 b1) {
-    int lane = (int)(threadIdx.x % 32);
-    u32 mine[6] = {a.r[0], a.r[1], a.r[2], a.r[3], b0, b1};
-    const u32* all[32];
-    for (int i = 0; i < 12; i++) {
-        // The lanes with this lane's two rows of a and two columns of b.
-        int from = i < 4 ? lane / 4 * 4 + i : lane % 4 * 8 + i - 4;
-        all[from] = __shfl_sync(FULL_WARP, (const u32*)mine, from);
-    }
-    auto half = [](u32 two, int k) { return __int_as_float((int)(k % 2 ? two & 0xffff0000u : two << 16)); };
-    for (int i = 0; i < 4; i++)
-        for (int k = 0; k < 16; k++) {
-            u32 x = all[lane / 4 * 4 + k % 8 / 2][i / 2 + k / 8 * 2];
-            u32 y = all[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2][4 + k / 8];
-            c[i] += half(x, k) * half(y, k);
-        }
-    __syncwarp();
-}
-
-#endif
-
-// --- tiles -----------------------------------------------------------------------------------------------------------
 
 // Part of a row-major matrix as it is stored; what lies beyond `rows` and `cols` counts as zero. Rows start aligned to 16
 // bytes, and where they end is a multiple of 8.
@@ -121,7 +23,7 @@ const int STAGE = TILE * TILE_DEPTH;
 // `along`: the depth runs along the rows, and the stage holds [128][32]; else it holds [32][128].
 template <bool along> struct Feed {
     const bf16* from;
-    u64 second, step, depth, at;
+    u32 second, step, at;  // elements; a row is shorter than 2^26
     bool valid[2];
     u32 to[2];
 
@@ -129,13 +31,12 @@ template <bool along> struct Feed {
         return along ? row * 32 + (piece ^ (row / 2 % 4)) * 8 : row * 128 + (piece ^ (row % 8)) * 8;
     }
 
-    DEVICE void start(const Part<bf16>& part, u64 total) {
+    DEVICE void start(const Part<bf16>& part) {
         const u32 pieces = along ? 4 : 16, apart = 256 / pieces;
         u32 row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
         from = part.at + row * part.stride + piece * 8;
-        second = apart * part.stride;
-        step = along ? TILE_DEPTH : TILE_DEPTH * part.stride;
-        depth = total;
+        second = apart * (u32)part.stride;
+        step = along ? TILE_DEPTH : TILE_DEPTH * (u32)part.stride;
         at = along ? piece * 8 : row;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -145,7 +46,7 @@ template <bool along> struct Feed {
     }
 
     // Copies one step and moves on.
-    DEVICE void copy(bf16* stage) {
+    DEVICE void copy(bf16* stage, u32 depth) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
             copy_16(stage + to[i], from + i * second, valid[i] && at + (along ? 0 : i * 16) < depth);
@@ -192,24 +93,24 @@ struct Tile {
 
         Feed<!a_transposed> a;
         Feed<b_transposed> b;
-        u64 steps_of_part = (depth + TILE_DEPTH - 1) / TILE_DEPTH, steps = count * steps_of_part;
-        u64 part = 0, left = 0;  // steps of this part that are not yet fed
+        u32 steps_of_part = (u32)((depth + TILE_DEPTH - 1) / TILE_DEPTH), steps = (u32)count * steps_of_part;
+        u32 part = 0, left = 0;  // steps of this part that are not yet fed
         auto feed = [&](u32 stage) {
             if (left == 0 && part < count) {
                 Parts<T> next = parts(part++);
-                a.start(next.a, depth);
-                b.start(next.b, depth);
+                a.start(next.a);
+                b.start(next.b);
                 left = steps_of_part;
             }
             if (left > 0) {
-                a.copy(stages + stage * 2 * STAGE);
-                b.copy(stages + stage * 2 * STAGE + STAGE);
+                a.copy(stages + stage * 2 * STAGE, (u32)depth);
+                b.copy(stages + stage * 2 * STAGE + STAGE, (u32)depth);
                 left--;
             }
             copies_end();  // an empty group at the end, so that the count of groups stays that of steps
         };
         for (u32 s = 0; s < STAGES - 1; s++) feed(s);
-        for (u64 step = 0, stage = 0; step < steps; step++) {
+        for (u32 step = 0, stage = 0; step < steps; step++) {
             copies_wait<STAGES - 2>();
             __syncthreads();  // this stage has arrived for all, and all are done with the one before
             feed((stage + STAGES - 1) % STAGES);

@@ -60,6 +60,25 @@ impl Grouped {
     }
 }
 
+/// How attention is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttentionForm {
+    /// On tensor cores, compiled for heads of at most this width.
+    TensorCores(usize),
+    /// By ordinary arithmetic.
+    Arithmetic,
+}
+
+/// The form for heads of width `dim`: tensor cores are fed in pieces of 8 numbers, and compiled for two widths.
+pub fn attention(dim: usize, dtype: Dtype, architecture: Architecture) -> AttentionForm {
+    match dim {
+        1..=128 if dtype == Dtype::Bf16 && architecture.sm >= 80 && dim.is_multiple_of(8) => {
+            AttentionForm::TensorCores(if dim <= 64 { 64 } else { 128 })
+        }
+        _ => AttentionForm::Arithmetic,
+    }
+}
+
 impl fmt::Display for Grouped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -82,6 +101,15 @@ impl fmt::Display for Form {
             Form::TensorCores => "one kernel for all groups on tensor cores",
             Form::Arithmetic => "one kernel for all groups by ordinary arithmetic",
         })
+    }
+}
+
+impl fmt::Display for AttentionForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AttentionForm::TensorCores(width) => write!(f, "tensor cores, heads in {width} columns"),
+            AttentionForm::Arithmetic => f.write_str("ordinary arithmetic"),
+        }
     }
 }
 
@@ -122,5 +150,17 @@ mod tests {
         assert_eq!(shape.to_string(), "32768 rows in 64 groups, weights [1024, 2048] in Bf16, 2.15 GFLOP a group");
         let architecture = Architecture { sm: 90, processors: 132, shared: 227 * 1024 };
         assert_eq!(shape.form(architecture).to_string(), "one kernel for all groups on tensor cores");
+    }
+
+    #[test]
+    fn attention_by_width() {
+        let form = |dim, dtype, sm| attention(dim, dtype, Architecture { sm, processors: 132, shared: 227 * 1024 });
+        assert_eq!(form(128, Dtype::Bf16, 90), AttentionForm::TensorCores(128));
+        assert_eq!(form(80, Dtype::Bf16, 80), AttentionForm::TensorCores(128));
+        assert_eq!(form(64, Dtype::Bf16, 80), AttentionForm::TensorCores(64));
+        for other in [(256, Dtype::Bf16, 90), (128, Dtype::F32, 90), (60, Dtype::Bf16, 90), (128, Dtype::Bf16, 75)] {
+            assert_eq!(form(other.0, other.1, other.2), AttentionForm::Arithmetic);
+        }
+        assert_eq!(form(128, Dtype::Bf16, 90).to_string(), "tensor cores, heads in 128 columns");
     }
 }
