@@ -121,8 +121,10 @@ impl Case {
     }
 
     fn check(&self, form: Form) {
-        let what =
-            format!("{:?} x {}, [{}, {}], {:?}, {form}", self.counts, self.stack, self.outputs, self.inputs, self.dtype);
+        let what = format!(
+            "{:?} x {}, [{}, {}], {:?}, {form}",
+            self.counts, self.stack, self.outputs, self.inputs, self.dtype
+        );
         let want = self.run(&Cpu::new(1));
         let got = self.run(&cuda(Emulated::new(), self.dtype, form));
         close(&got.y, &want.y, self.dtype, &format!("y, {what}"));
@@ -229,16 +231,10 @@ fn one_group_is_a_plain_product_that_waits_for_nothing() {
         (0..2).map(|_| HostTensor::from_f32(vec![outputs, inputs], &rng.values(inputs * outputs, 1.0))).collect();
     let on_cpu: Vec<_> = hosts.iter().map(|w| cpu.weight(w.clone())).collect();
     let on_gpu: Vec<_> = hosts.iter().map(|w| gpu.weight(w.clone())).collect();
-    let want = cpu.grouped_linear(
-        &cpu.upload(rows, inputs, &x),
-        &[on_cpu.iter().collect::<Vec<_>>()],
-        &cpu.one_group(rows),
-    );
-    let got = gpu.grouped_linear(
-        &gpu.upload(rows, inputs, &x),
-        &[on_gpu.iter().collect::<Vec<_>>()],
-        &gpu.one_group(rows),
-    );
+    let want =
+        cpu.grouped_linear(&cpu.upload(rows, inputs, &x), &[on_cpu.iter().collect::<Vec<_>>()], &cpu.one_group(rows));
+    let got =
+        gpu.grouped_linear(&gpu.upload(rows, inputs, &x), &[on_gpu.iter().collect::<Vec<_>>()], &gpu.one_group(rows));
     close(&gpu.download(&got), &cpu.download(&want), Dtype::F32, "one group");
 }
 

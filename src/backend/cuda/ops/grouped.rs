@@ -119,13 +119,28 @@ impl<'a> Call<'a> {
     }
 
     /// A product in the compute type, result in `c_dtype`.
-    fn gemm(&self, [m, n, k]: [usize; 3], [a, b]: [Operand; 2], (c, c_stride, c_dtype): (Address, usize, Dtype), beta: f32) {
+    fn gemm(
+        &self,
+        [m, n, k]: [usize; 3],
+        [a, b]: [Operand; 2],
+        (c, c_stride, c_dtype): (Address, usize, Dtype),
+        beta: f32,
+    ) {
         let dtype = self.dtype;
         self.cuda.gemm(&Gemm { m, n, k, a, b, dtype, c, c_stride, c_dtype, alpha: 1.0, beta });
     }
 
     /// The gradient of rows `out` of one weight: dyᵀ · x over a group's rows.
-    fn gradient(&self, dy: &Tensor, x: &Tensor, rows: &Range<usize>, index: usize, out: Range<usize>, to: Address, beta: f32) {
+    fn gradient(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        rows: &Range<usize>,
+        index: usize,
+        out: Range<usize>,
+        to: Address,
+        beta: f32,
+    ) {
         let first = (index * self.outputs + out.start) * self.dtype.size();
         let a = Operand { at: dy.row(rows.start).offset(first), stride: dy.cols(), transposed: true };
         let b = Operand { at: x.row(rows.start), stride: self.inputs, transposed: false };
