@@ -53,7 +53,7 @@ impl Emulated {
 
     /// With room for `limit` bytes.
     pub fn with_room(limit: usize) -> Self {
-        Self { limit, ..Self::new() }
+        Self { seed: 0, limit, state: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -81,7 +81,7 @@ impl State {
             for (at, where_) in [(start - GUARD as u64, "before"), (start + len as u64, "behind")] {
                 // SAFETY: the guards are part of the allocation.
                 let guard = unsafe { std::slice::from_raw_parts(at as *const u8, GUARD) };
-                assert!(guard.iter().all(|&b| b == POISON), "{after} wrote {where_} an allocation of {len} bytes");
+                assert!(guard == [POISON; GUARD], "{after} wrote {where_} an allocation of {len} bytes");
             }
         }
     }
