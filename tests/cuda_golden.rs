@@ -16,9 +16,11 @@ use moewarden::model::ParamId;
 use moewarden::run::progress::Progress;
 use serde_json::json;
 
-const F32: Tolerance = Tolerance { relative: 1e-4, absolute: 1e-6, why: "f32 in another order than the CPU's" };
-/// A bf16 number is within 2^-9 = 0.2 % of what it stands for; over two layers such errors add up as random ones do.
-const BF16: Tolerance = Tolerance { relative: 0.03, absolute: 1e-3, why: "activations of 8 significant bits" };
+const F32: Tolerance =
+    Tolerance { relative: 1e-5, absolute: 1e-7, why: "f32 in another order than the CPU's, measured 1e-6" };
+/// A bf16 number is within 2^-9 = 0.2 % of what it stands for, and scores and losses are means over many of them.
+const BF16: Tolerance =
+    Tolerance { relative: 4e-3, absolute: 0.0, why: "activations of 8 significant bits, measured 1.3e-3" };
 
 fn cuda(dtype: Dtype) -> Arc<Cuda> {
     Arc::new(Cuda::new(Arc::new(Emulated::new()), dtype, Reuse::Classes))
@@ -90,7 +92,7 @@ fn training(name: &str, phase: &str) {
 
 #[test]
 fn identification_in_f32() {
-    for name in ["olmoe", "qwen2_moe", "mixtral_window"] {
+    for name in ["olmoe", "qwen2_moe"] {
         identification(name, Dtype::F32, F32);
     }
 }
@@ -104,17 +106,15 @@ fn identification_in_bf16() {
 
 #[test]
 fn gradients_of_all_parameters() {
-    for name in ["olmoe_clip", "qwen2_moe", "qwen3_sparse"] {
+    for name in ["olmoe_clip", "qwen3_sparse"] {
         gradients(name);
     }
 }
 
 #[test]
 fn training_of_experts_and_routers() {
-    for name in ["olmoe", "qwen2_moe"] {
-        for phase in ["expert", "router", "joint"] {
-            training(name, phase);
-        }
+    for (name, phase) in [("olmoe", "expert"), ("mixtral", "router"), ("qwen2_moe", "joint")] {
+        training(name, phase);
     }
 }
 
