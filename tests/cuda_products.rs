@@ -177,9 +177,7 @@ fn grouped_products_on_tensor_cores() {
         (&[0, 0], [1, 8, 8]),
     ];
     for (seed, (counts, sizes)) in cases.into_iter().enumerate() {
-        for shift in 0..2 {
-            Case::new(2 * seed as u64 + shift, Dtype::Bf16, counts, sizes).check(Form::TensorCores);
-        }
+        Case::new(seed as u64, Dtype::Bf16, counts, sizes).check(Form::TensorCores);
     }
 }
 
