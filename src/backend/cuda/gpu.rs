@@ -109,7 +109,8 @@ pub struct Operand {
 
 /// `c = alpha · op(a) · op(b) + beta · c`, all row-major, accumulated in f32.
 ///
-/// With `beta` 0, c is not read. The operands share a number format (F32 or BF16); c may be either.
+/// With `beta` 0, c is not read. The operands share a number format (F32 or BF16); c is F32, or like them. F32 operands are
+/// multiplied as such, not rounded to TF32.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Gemm {
     /// Rows of c.

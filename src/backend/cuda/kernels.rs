@@ -17,7 +17,17 @@ macro_rules! modules {
 }
 
 modules! {
+    COLUMNS = "columns";
+    CROSS_ENTROPY = "cross_entropy";
+    DISPATCH = "dispatch";
     ELEMENTS = "elements";
+    NORM = "norm";
+    ROPE = "rope";
+    ROUTE = "route";
+    ROWS = "rows";
+    STATISTICS = "statistics";
+    SWIGLU = "swiglu";
+    UPDATE = "update";
 }
 
 /// A kernel that exists once for each type of activations: `<name>_f32` and `<name>_bf16`.

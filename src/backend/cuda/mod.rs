@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use self::gpu::{Address, Arg, Error, Gemm, Gpu, Grid, Kernel};
 use self::pool::{Memory, Pool, Reuse};
-pub use self::tensor::{Buffer, Dispatch, Indices, Scores, Sequences, Tensor, Weight};
+pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
 use super::Dtype;
 use crate::exit::Failure;
 

@@ -150,6 +150,29 @@ impl Indices {
     }
 }
 
+/// The chosen experts of each token and their weights, with the probabilities for the backward.
+pub struct Routing {
+    /// u32 `[T·K]`, by decreasing probability.
+    pub(super) ids: Memory,
+    /// F32 `[T, K]`
+    pub(super) weights: Tensor,
+    /// Softmax over all experts, F32 `[T, E]`.
+    pub(super) probabilities: Tensor,
+    pub(super) renormalize: bool,
+}
+
+impl Routing {
+    /// Tokens, T.
+    pub fn tokens(&self) -> usize {
+        self.weights.rows
+    }
+
+    /// Experts a token visits, K.
+    pub fn top_k(&self) -> usize {
+        self.weights.cols
+    }
+}
+
 /// A stable counting sort of the routed rows (t, k), in order of t·K + k, by expert. It stays on the GPU; nothing waits
 /// for it.
 pub struct Dispatch {
@@ -161,9 +184,27 @@ pub struct Dispatch {
     pub(super) top_k: usize,
     /// u32 `[E + 1]`: expert `e` owns sorted rows `offsets[e]..offsets[e + 1]`.
     pub(super) offsets: Memory,
-    /// u32 `[T·K]` and `[R]`: the sorted row of each (t, k), and t·K + k of each sorted row. Absent where no tokens are
-    /// behind the rows.
-    pub(super) order: Option<(Memory, Memory)>,
+    /// Absent where no tokens are behind the rows.
+    pub(super) order: Option<RowOrder>,
+}
+
+/// Which sorted row is whose.
+pub(super) struct RowOrder {
+    /// u32 `[T·K]`: the sorted row of each (t, k).
+    pub(super) row_of: Memory,
+    /// u32 `[R]`: t·K + k of each sorted row.
+    pub(super) slot_of: Memory,
+}
+
+impl Dispatch {
+    /// Panics for rows without tokens.
+    pub(super) fn order(&self) -> &RowOrder {
+        self.order.as_ref().expect("rows that tokens were routed to")
+    }
+
+    pub(super) fn tokens(&self) -> usize {
+        self.rows / self.top_k
+    }
 }
 
 /// Packed sequences and the rotations of their positions.
