@@ -121,8 +121,10 @@ impl Case {
     }
 
     fn check(&self, form: Form) {
-        let what =
-            format!("{:?} x {}, [{}, {}], {:?}, {form}", self.counts, self.stack, self.outputs, self.inputs, self.dtype);
+        let what = format!(
+            "{:?} x {}, [{}, {}], {:?}, {form}",
+            self.counts, self.stack, self.outputs, self.inputs, self.dtype
+        );
         let want = self.run(&Cpu::new(1));
         let got = self.run(&cuda(Emulated::new(), self.dtype, form));
         close(&got.y, &want.y, self.dtype, &format!("y, {what}"));
@@ -165,6 +167,14 @@ fn grouped_products_of_each_group() {
             Case::new(seed as u64 + 10, dtype, counts, sizes).check(Form::EachGroup);
         }
     }
+}
+
+#[test]
+fn a_gradient_beyond_the_scratch_is_made_in_slabs() {
+    // 17.6 MB of F32, of which 16 MiB are made at once.
+    let case = Case::new(2, Dtype::F32, &[2], [1, 2100, 2100]);
+    assert!(matches!(case.plan[0], ExpertGrad::Score(Moment::Abs, _)));
+    case.check(Form::EachGroup);
 }
 
 #[test]
@@ -227,16 +237,10 @@ fn one_group_is_a_plain_product_that_waits_for_nothing() {
         (0..2).map(|_| HostTensor::from_f32(vec![outputs, inputs], &rng.values(inputs * outputs, 1.0))).collect();
     let on_cpu: Vec<_> = hosts.iter().map(|w| cpu.weight(w.clone())).collect();
     let on_gpu: Vec<_> = hosts.iter().map(|w| gpu.weight(w.clone())).collect();
-    let want = cpu.grouped_linear(
-        &cpu.upload(rows, inputs, &x),
-        &[on_cpu.iter().collect::<Vec<_>>()],
-        &cpu.one_group(rows),
-    );
-    let got = gpu.grouped_linear(
-        &gpu.upload(rows, inputs, &x),
-        &[on_gpu.iter().collect::<Vec<_>>()],
-        &gpu.one_group(rows),
-    );
+    let want =
+        cpu.grouped_linear(&cpu.upload(rows, inputs, &x), &[on_cpu.iter().collect::<Vec<_>>()], &cpu.one_group(rows));
+    let got =
+        gpu.grouped_linear(&gpu.upload(rows, inputs, &x), &[on_gpu.iter().collect::<Vec<_>>()], &gpu.one_group(rows));
     close(&gpu.download(&got), &cpu.download(&want), Dtype::F32, "one group");
 }
 
