@@ -231,8 +231,25 @@ impl Gpu for Emulated {
         unsafe {
             let n = g.n as isize;
             ::gemm::gemm(
-                g.m, g.n, g.k, y.as_mut_ptr(), 1, n, false, a.as_ptr(), a_col, a_row, b.as_ptr(), b_col, b_row, 0.0,
-                g.alpha, false, false, false, Parallelism::None,
+                g.m,
+                g.n,
+                g.k,
+                y.as_mut_ptr(),
+                1,
+                n,
+                false,
+                a.as_ptr(),
+                a_col,
+                a_row,
+                b.as_ptr(),
+                b_col,
+                b_row,
+                0.0,
+                g.alpha,
+                false,
+                false,
+                false,
+                Parallelism::None,
             );
         }
         let size = g.c_dtype.size();
@@ -267,15 +284,8 @@ fn encoded(arg: &Arg) -> (u8, u64) {
     }
 }
 
-type Launch = unsafe extern "C" fn(
-    *const c_char,
-    *const u32,
-    u32,
-    usize,
-    *const c_char,
-    *const u64,
-    u64,
-) -> *const c_char;
+type Launch =
+    unsafe extern "C" fn(*const c_char, *const u32, u32, usize, *const c_char, *const u64, u64) -> *const c_char;
 
 /// A module as a library. It runs one launch at a time.
 struct Compiled {

@@ -6,21 +6,36 @@ use crate::backend::Dtype;
 /// What every module is compiled behind.
 pub const COMMON: &str = include_str!("../../../kernels/common.cuh");
 
+/// `NAME = "stem";` is `kernels/stem.cu`, `NAME = "stem": "file", ..;` several files of `kernels/` one after another.
 macro_rules! modules {
-    ($($name:ident = $stem:literal;)*) => {
-        $(pub(super) static $name: Module =
-            Module { stem: $stem, source: include_str!(concat!("../../../kernels/", $stem, ".cu")) };)*
+    ($($name:ident = $stem:literal $(: $($file:literal),+)?;)*) => {
+        $(pub(super) static $name: Module = Module { stem: $stem, source: source!($stem $(, $($file),+)?) };)*
 
         /// All modules.
         pub static MODULES: &[&Module] = &[$(&$name),*];
     };
 }
 
+macro_rules! source {
+    ($stem:literal) => {
+        include_str!(concat!("../../../kernels/", $stem, ".cu"))
+    };
+    ($stem:literal, $($file:literal),+) => {
+        concat!($(include_str!(concat!("../../../kernels/", $file))),+)
+    };
+}
+
 modules! {
+    ATTENTION_MMA = "attention_mma": "groups.cuh", "mma.cuh", "attention.cuh", "attention_mma.cu";
+    ATTENTION = "attention": "groups.cuh", "attention.cuh", "attention.cu";
     COLUMNS = "columns";
     CROSS_ENTROPY = "cross_entropy";
     DISPATCH = "dispatch";
     ELEMENTS = "elements";
+    GRADIENT_MAGNITUDE = "gradient_magnitude": "tile_simt.cuh", "gradient_magnitude.cu";
+    GRADIENT_MAGNITUDE_MMA = "gradient_magnitude_mma": "mma.cuh", "tile_mma.cuh", "gradient_magnitude.cu";
+    GROUPED = "grouped": "groups.cuh", "tile_simt.cuh", "grouped.cu";
+    GROUPED_MMA = "grouped_mma": "groups.cuh", "mma.cuh", "tile_mma.cuh", "grouped.cu";
     NORM = "norm";
     ROPE = "rope";
     ROUTE = "route";

@@ -4,16 +4,22 @@
 //! master weights and moments are F32, scores and statistics F64. Everything runs on one stream; only what returns host
 //! values waits for it. `ops/` has the launchers, one family of operations a file, named as the CPU's.
 
+mod backend;
 pub mod gpu;
 pub mod kernels;
 mod ops;
+pub mod plan;
 pub mod pool;
+mod tables;
 mod tensor;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use self::gpu::{Address, Arg, Error, Gemm, Gpu, Grid, Kernel};
+use self::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel};
+use self::plan::{AttentionForm, Form, Grouped};
 use self::pool::{Memory, Pool, Reuse};
+use self::tables::Tables;
+use self::tensor::Angles;
 pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
 use super::Dtype;
 use crate::exit::Failure;
@@ -24,6 +30,13 @@ pub struct Cuda {
     pool: Arc<Pool>,
     /// Type of the activations.
     compute: Dtype,
+    /// Chooses the form of grouped products.
+    forms: fn(&Grouped, Architecture) -> Form,
+    /// The same of attention, by head width.
+    attention_forms: fn(usize, Dtype, Architecture) -> AttentionForm,
+    tables: Tables,
+    /// The rotary angles that were needed last.
+    angles: Mutex<Option<Arc<Angles>>>,
 }
 
 /// The operations cannot fail, so an error of the GPU unwinds with a [`Failure`] as its payload; whoever runs a rank turns
@@ -36,7 +49,33 @@ impl Cuda {
     /// A backend over this GPU with activations of type `compute`. Panics at F16, which has too small a range.
     pub fn new(gpu: Arc<dyn Gpu>, compute: Dtype, reuse: Reuse) -> Self {
         assert!(compute != Dtype::F16, "activations are F32 or BF16");
-        Self { pool: Pool::new(gpu.clone(), reuse), gpu, compute }
+        Self {
+            pool: Pool::new(gpu.clone(), reuse),
+            gpu,
+            compute,
+            forms: Grouped::form,
+            attention_forms: plan::attention,
+            tables: Tables::default(),
+            angles: Mutex::default(),
+        }
+    }
+
+    /// The same with another choice of the form of grouped products, for comparing forms.
+    pub fn with_forms(self, forms: fn(&Grouped, Architecture) -> Form) -> Self {
+        Self { forms, ..self }
+    }
+
+    /// The same with another choice of the form of attention.
+    pub fn with_attention_forms(self, attention_forms: fn(usize, Dtype, Architecture) -> AttentionForm) -> Self {
+        Self { attention_forms, ..self }
+    }
+
+    fn form(&self, shape: &Grouped) -> Form {
+        (self.forms)(shape, self.gpu.architecture())
+    }
+
+    fn attention_form(&self, dim: usize) -> AttentionForm {
+        (self.attention_forms)(dim, self.compute, self.gpu.architecture())
     }
 
     /// The GPU.

@@ -184,6 +184,8 @@ pub struct Dispatch {
     pub(super) top_k: usize,
     /// u32 `[E + 1]`: expert `e` owns sorted rows `offsets[e]..offsets[e + 1]`.
     pub(super) offsets: Memory,
+    /// The offsets on the host, once they were read.
+    pub(super) host_offsets: std::sync::OnceLock<Vec<u32>>,
     /// Absent where no tokens are behind the rows.
     pub(super) order: Option<RowOrder>,
 }

@@ -1,5 +1,8 @@
 //! Routed rows sorted by expert, to the experts and back. The sort runs on the GPU and nothing waits for its counts.
 
+use std::ops::Range;
+use std::sync::OnceLock;
+
 use super::row_grid;
 use crate::backend::Dtype;
 use crate::backend::cuda::gpu::{Grid, Kernel};
@@ -45,19 +48,25 @@ pub fn dispatch(cuda: &Cuda, routing: &Routing, num_experts: usize) -> Dispatch 
     ];
     cuda.launch(&PLACE, Grid::row(chunks, CHUNK as u32), &args);
     let order = Some(RowOrder { row_of, slot_of });
-    Dispatch { rows: slots, num_experts, top_k: routing.top_k(), offsets, order }
+    Dispatch { rows: slots, num_experts, top_k: routing.top_k(), offsets, host_offsets: OnceLock::new(), order }
 }
 
 /// All rows in one group, in their order. For grouped products only: there are no tokens behind these rows.
 pub fn one_group(cuda: &Cuda, rows: usize) -> Dispatch {
     let end = u32::try_from(rows).expect("fewer than 2^32 rows");
-    Dispatch { rows, num_experts: 1, top_k: 1, offsets: cuda.uploaded(&[0, end]), order: None }
+    let (offsets, host_offsets) = (cuda.uploaded(&[0, end]), vec![0, end].into());
+    Dispatch { rows, num_experts: 1, top_k: 1, offsets, host_offsets, order: None }
+}
+
+/// The sorted rows of each expert. The first call for a dispatch waits for the sort.
+pub fn group_rows(cuda: &Cuda, dispatch: &Dispatch) -> Vec<Range<usize>> {
+    let read = || cuda.copy_out(dispatch.offsets.address(), dispatch.num_experts + 1);
+    dispatch.host_offsets.get_or_init(read).windows(2).map(|w| w[0] as usize..w[1] as usize).collect()
 }
 
 /// Routed rows of each expert; waits for the sort.
 pub fn tokens_per_expert(cuda: &Cuda, dispatch: &Dispatch) -> Vec<usize> {
-    let offsets: Vec<u32> = cuda.copy_out(dispatch.offsets.address(), dispatch.num_experts + 1);
-    offsets.windows(2).map(|w| (w[1] - w[0]) as usize).collect()
+    group_rows(cuda, dispatch).into_iter().map(|rows| rows.len()).collect()
 }
 
 /// x copied to the sorted rows.

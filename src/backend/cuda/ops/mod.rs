@@ -1,8 +1,10 @@
 //! The launchers: for each operation what it allocates and which kernels it queues. One file a family, named as the CPU's.
 
+pub mod attention;
 pub mod cross_entropy;
 pub mod dispatch;
 pub mod elements;
+pub mod grouped;
 pub mod linear;
 pub mod norm;
 pub mod rope;

@@ -29,14 +29,20 @@ pub fn rms_norm(cuda: &Cuda, x: &Tensor, w: &Weight, eps: f32) -> Tensor {
     let (groups, n) = groups(x, w);
     let w = weight_in(cuda, w, x.dtype());
     let y = cuda.tensor(x.rows(), x.cols(), x.dtype());
-    let args =
-        [x.address().into(), w.address().into(), y.address().into(), groups.into(), n.into(), eps.into()];
+    let args = [x.address().into(), w.address().into(), y.address().into(), groups.into(), n.into(), eps.into()];
     cuda.launch(FORWARD.of(x.dtype()), grid(groups, n), &args);
     y
 }
 
 /// dx; with a sink, dw += Σ dy · x / sqrt(mean(x²) + eps) too.
-pub fn backward(cuda: &Cuda, dy: &Tensor, x: &Tensor, w: &Weight, eps: f32, dw: Option<(&mut Buffer, usize)>) -> Tensor {
+pub fn backward(
+    cuda: &Cuda,
+    dy: &Tensor,
+    x: &Tensor,
+    w: &Weight,
+    eps: f32,
+    dw: Option<(&mut Buffer, usize)>,
+) -> Tensor {
     let (groups, n) = groups(x, w);
     dy.expect_shape("dy of the norm", x.rows(), x.cols());
     assert!(dy.dtype() == x.dtype(), "dy in {:?}, x in {:?}", dy.dtype(), x.dtype());

@@ -12,7 +12,16 @@ const EMBEDDING_BACKWARD: Typed = typed!(ROWS, "embedding_backward");
 
 /// `to[i] = from[index[i] / divide]` for `n` rows of `cols` elements of `dtype`.
 #[allow(clippy::too_many_arguments)]
-pub fn gather(cuda: &Cuda, from: Address, index: Address, divide: u32, to: Address, n: usize, cols: usize, dtype: Dtype) {
+pub fn gather(
+    cuda: &Cuda,
+    from: Address,
+    index: Address,
+    divide: u32,
+    to: Address,
+    n: usize,
+    cols: usize,
+    dtype: Dtype,
+) {
     let args = [from.into(), index.into(), divide.into(), to.into(), (cols * dtype.size()).into()];
     cuda.launch(&GATHER, row_grid(n, cols, dtype), &args);
 }

@@ -1,7 +1,6 @@
 //! Between host and GPU.
 
-use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use crate::backend::cuda::tensor::Angles;
 use crate::backend::cuda::{Buffer, Cuda, Indices, Scores, Sequences, Tensor, Weight};
@@ -56,11 +55,6 @@ pub fn buffer(cuda: &Cuda, len: usize) -> Buffer {
     b
 }
 
-/// Part of a buffer.
-pub fn buffer_read(cuda: &Cuda, b: &Buffer, range: Range<usize>) -> Vec<f32> {
-    cuda.copy_out(b.at(range.start, range.len()), range.len())
-}
-
 /// `n` sums, all zero.
 pub fn scores(cuda: &Cuda, n: usize) -> Scores {
     let s = Scores { len: n, memory: cuda.scratch(8 * n) };
@@ -76,13 +70,13 @@ pub fn scores_take(cuda: &Cuda, s: &mut Scores) -> Vec<f64> {
 }
 
 /// Packed sequences. The angles of the positions are made on the host, as the CPU's are, and kept for the next batch.
-pub fn sequences(cuda: &Cuda, packing: &Packing, rope: &Rope, kept: &Mutex<Option<Arc<Angles>>>) -> Sequences {
+pub fn sequences(cuda: &Cuda, packing: &Packing, rope: &Rope) -> Sequences {
     let ends = [&packing.queries, &packing.keys];
     let ordered = ends.iter().all(|ends| ends[0] == 0 && ends.is_sorted());
     assert!(ordered && packing.queries.len() == packing.keys.len(), "row offsets of a packing: {packing:?}");
     let positions = packing.positions();
     let needed = positions.iter().max().map_or(0, |&p| p as usize + 1);
-    let mut kept = kept.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut kept = cuda.angles.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let angles = match &*kept {
         Some(angles) if angles.rope == *rope && angles.positions >= needed => angles.clone(),
         // Twice as many, so that decoding token by token makes few tables.
