@@ -316,6 +316,7 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const flo
             sum_k.add(ds, queries);
             __syncthreads();
         }
+    copies_end();  // keys and values that no query sees
     copies_wait<0>();
     u64 stride = g.key_heads * g.dim, at = p.row * stride + p.column * g.dim;
     sum_k.put(dk + at, row, p.rows, stride, g.dim, g.scale(), g.scale());

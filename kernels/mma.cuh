@@ -54,26 +54,48 @@ DEVICE u32 rounded_pair(float low, float high) {
     return two;
 }
 
-#else  // The same by what the PTX manual says of the fragments' layouts, so that tests can run it on the CPU.
+#else  // The same by what the PTX manual says, so that tests can run it on the CPU.
+
+// Each thread's groups of copies, the last one open. A copy happens only when it is waited for, so that what is read too
+// early is not there yet.
+struct Copy {
+    bf16* to;
+    const bf16* from;
+    bool valid;
+};
+static std::vector<std::vector<Copy>> copies[1024];
 
 DEVICE void copy_16(bf16* to, const bf16* from, bool valid) {
-    for (int i = 0; i < 8; i++) to[i].bits = valid ? from[i].bits : 0;
+    auto& groups = copies[threadIdx.x];
+    if (groups.empty()) groups.emplace_back();
+    groups.back().push_back({to, from, valid});
 }
-DEVICE void copies_end() {}
-template <int pending> DEVICE void copies_wait() {}
+DEVICE void copies_end() {
+    auto& groups = copies[threadIdx.x];
+    groups.resize(groups.empty() ? 2 : groups.size() + 1);
+}
+template <int pending> DEVICE void copies_wait() {
+    auto& groups = copies[threadIdx.x];
+    for (; groups.size() > pending + 1; groups.erase(groups.begin()))
+        for (const Copy& copy : groups.front())
+            for (int i = 0; i < 8; i++) copy.to[i].bits = copy.valid ? copy.from[i].bits : 0;
+}
 
 DEVICE u32 pair(bf16 low, bf16 high) { return (u32)low.bits | (u32)high.bits << 16; }
 DEVICE u32 rounded_pair(float low, float high) { return pair(to_bf16(low), to_bf16(high)); }
 
+// What the lanes of a warp show each other.
+static const bf16* shown_rows[1024];
+static u32 shown_factors[1024][6];
+
 template <bool transposed> DEVICE Fragment load_matrices(const bf16* row) {
     int lane = (int)(threadIdx.x % 32), at = lane / 4, two = lane % 4 * 2;
+    const bf16** rows = shown_rows + (threadIdx.x - lane);
+    rows[lane] = row;
+    __syncwarp();
     Fragment f;
-    for (int i = 0; i < 4; i++) {
-        const bf16* mine = __shfl_sync(FULL_WARP, row, 8 * i + at);
-        const bf16* first = __shfl_sync(FULL_WARP, row, 8 * i + two);
-        const bf16* second = __shfl_sync(FULL_WARP, row, 8 * i + two + 1);
-        f.r[i] = transposed ? pair(first[at], second[at]) : pair(mine[two], mine[two + 1]);
-    }
+    for (int i = 0; i < 4; i++, rows += 8)
+        f.r[i] = transposed ? pair(rows[two][at], rows[two + 1][at]) : pair(rows[at][two], rows[at][two + 1]);
     __syncwarp();
     return f;
 }
@@ -83,18 +105,16 @@ template <bool transposed> DEVICE Fragment load_matrices(const bf16* row) {
 // c[2..4] those 8 rows below.
 DEVICE void multiply_add(float (&c)[4], const Fragment& a, u32 b0, u32 b1) {
     int lane = (int)(threadIdx.x % 32);
-    u32 mine[6] = {a.r[0], a.r[1], a.r[2], a.r[3], b0, b1};
-    const u32* all[32];
-    for (int i = 0; i < 12; i++) {
-        // The lanes with this lane's two rows of a and two columns of b.
-        int from = i < 4 ? lane / 4 * 4 + i : lane % 4 * 8 + i - 4;
-        all[from] = __shfl_sync(FULL_WARP, (const u32*)mine, from);
-    }
+    u32(*factors)[6] = shown_factors + (threadIdx.x - lane);
+    for (int i = 0; i < 4; i++) factors[lane][i] = a.r[i];
+    factors[lane][4] = b0;
+    factors[lane][5] = b1;
+    __syncwarp();
     auto half = [](u32 two, int k) { return __int_as_float((int)(k % 2 ? two & 0xffff0000u : two << 16)); };
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 16; k++) {
-            u32 x = all[lane / 4 * 4 + k % 8 / 2][i / 2 + k / 8 * 2];
-            u32 y = all[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2][4 + k / 8];
+            u32 x = factors[lane / 4 * 4 + k % 8 / 2][i / 2 + k / 8 * 2];
+            u32 y = factors[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2][4 + k / 8];
             c[i] += half(x, k) * half(y, k);
         }
     __syncwarp();

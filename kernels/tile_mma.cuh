@@ -4,6 +4,12 @@
 // Operands are read as they are stored, whichever way the depth runs; ldmatrix transposes on the way into registers.
 // 16-byte pieces of a row are permuted in shared memory such that neither cp.async nor ldmatrix meets a bank twice.
 
+#ifdef __CUDA_ARCH__
+// Two blocks must fit a multiprocessor's registers: one computes while the other waits.
+#undef KERNEL
+#define KERNEL(threads, name, parameters) extern "C" __global__ void __launch_bounds__(threads, 2) name parameters
+#endif
+
 // Part of a row-major matrix as it is stored; what lies beyond `rows` and `cols` counts as zero. Rows start aligned to 16
 // bytes, and where they end is a multiple of 8.
 template <class T> struct Part {

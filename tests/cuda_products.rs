@@ -170,6 +170,14 @@ fn grouped_products_of_each_group() {
 }
 
 #[test]
+fn a_gradient_beyond_the_scratch_is_made_in_slabs() {
+    // 17.6 MB of F32, of which 16 MiB are made at once.
+    let case = Case::new(2, Dtype::F32, &[2], [1, 2100, 2100]);
+    assert!(matches!(case.plan[0], ExpertGrad::Score(Moment::Abs, _)));
+    case.check(Form::EachGroup);
+}
+
+#[test]
 fn grouped_products_on_tensor_cores() {
     let cases: [(&[usize], [usize; 3]); 5] = [
         (&[0, 1, 5, 0, 70], [2, 8, 16]),
@@ -179,9 +187,7 @@ fn grouped_products_on_tensor_cores() {
         (&[0, 0], [1, 8, 8]),
     ];
     for (seed, (counts, sizes)) in cases.into_iter().enumerate() {
-        for shift in 0..2 {
-            Case::new(2 * seed as u64 + shift, Dtype::Bf16, counts, sizes).check(Form::TensorCores);
-        }
+        Case::new(seed as u64, Dtype::Bf16, counts, sizes).check(Form::TensorCores);
     }
 }
 
