@@ -18,9 +18,10 @@ use serde_json::json;
 
 const F32: Tolerance =
     Tolerance { relative: 1e-5, absolute: 1e-7, why: "f32 in another order than the CPU's, measured 1e-6" };
-/// A bf16 number is within 2^-9 = 0.2 % of what it stands for, and scores and losses are means over many of them.
+/// A bf16 number is within 2^-9 = 0.2 % of what it stands for, and here the f32 parameters are rounded too. Scores and losses
+/// are means over many such errors, but an expert that few tokens reach has few.
 const BF16: Tolerance =
-    Tolerance { relative: 4e-3, absolute: 0.0, why: "activations of 8 significant bits, measured 1.3e-3" };
+    Tolerance { relative: 0.015, absolute: 0.0, why: "activations of 8 significant bits, measured 9e-3" };
 
 fn cuda(dtype: Dtype) -> Arc<Cuda> {
     Arc::new(Cuda::new(Arc::new(Emulated::new()), dtype, Reuse::Classes))

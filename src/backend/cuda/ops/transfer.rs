@@ -79,7 +79,7 @@ pub fn sequences(cuda: &Cuda, packing: &Packing, rope: &Rope) -> Sequences {
     let mut kept = cuda.angles.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let angles = match &*kept {
         Some(angles) if angles.rope == *rope && angles.positions >= needed => angles.clone(),
-        // Twice as many, so that decoding token by token makes few tables.
+        // Up to a power of two, so that decoding token by token makes few tables.
         _ => kept.insert(Arc::new(make_angles(cuda, rope, needed.next_power_of_two()))).clone(),
     };
     let offsets = |ends: &[usize]| {
