@@ -13,6 +13,7 @@
 //! - Shapes are the caller's contract: a mismatch is a bug and panics with both shapes.
 
 pub mod cpu;
+pub mod cuda;
 mod host;
 
 pub use host::{Dtype, HostTensor, SharedBytes, decode_into, encode_into};
@@ -144,6 +145,9 @@ pub struct AdamwStep {
 }
 
 /// The operations. See the module's documentation for the conventions that hold for all of them.
+///
+/// A backend may keep activations in 16 bits; router logits and what is computed of them (routing weights, their
+/// gradients), losses, gradients of parameters and statistics are f32 or wider everywhere.
 pub trait Backend: Send + Sync + 'static {
     /// Activations `[rows, cols]`.
     type Tensor: Send + Sync;
@@ -170,6 +174,8 @@ pub trait Backend: Send + Sync + 'static {
     fn download(&self, x: &Self::Tensor) -> Vec<f32>;
     /// A tensor of zeros.
     fn zeros(&self, rows: usize, cols: usize) -> Self::Tensor;
+    /// Zeros in the shape and number format of x.
+    fn zeros_like(&self, x: &Self::Tensor) -> Self::Tensor;
     /// `(rows, cols)`.
     fn shape(&self, x: &Self::Tensor) -> (usize, usize);
     /// Row numbers or ids.
@@ -230,6 +236,8 @@ pub trait Backend: Send + Sync + 'static {
 
     /// y = x · wᵀ (+ bias): `[n, in]` → `[n, out]`.
     fn linear(&self, x: &Self::Tensor, w: &Self::Weight, bias: Option<&Self::Weight>) -> Self::Tensor;
+    /// The same product of a router, in f32 whatever the activations are: its logits decide which experts run.
+    fn router_logits(&self, x: &Self::Tensor, w: &Self::Weight) -> Self::Tensor;
     /// dx = dy · w.
     fn linear_backward_input(&self, dy: &Self::Tensor, w: &Self::Weight) -> Self::Tensor;
     /// dw += dyᵀ · x, layout `[out, in]`.

@@ -123,12 +123,10 @@ impl<B: Backend> Model<B> {
         match rows {
             Some(rows) => {
                 self.projection_grads(p.o, &dh, &b.gather_rows(&saved.o, rows), sinks);
-                let (t, width) = b.shape(&saved.o);
-                let mut spread = b.zeros(t, width);
+                let mut spread = b.zeros_like(&saved.o);
                 b.gather_rows_backward(&b.linear_backward_input(&dh, self.weight(p.o.weight)), rows, &mut spread);
                 d_o = spread;
-                let (t, width) = b.shape(x);
-                dx = b.zeros(t, width);
+                dx = b.zeros_like(x);
                 b.gather_rows_backward(&dh, rows, &mut dx);
             }
             None => {

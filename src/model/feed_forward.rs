@@ -150,7 +150,7 @@ impl<B: Backend> Model<B> {
         observer: Option<Observer<'_, B>>,
     ) -> (Option<B::Tensor>, MoeSaved<B>) {
         let b = &*self.backend;
-        let logits = b.linear(x, self.weight(p.router), None);
+        let logits = b.router_logits(x, self.weight(p.router));
         if extent == Extent::Router && observer.is_none() {
             return (None, MoeSaved { logits, experts: None });
         }
@@ -248,8 +248,7 @@ impl<B: Backend> Model<B> {
             }
         }
         if let Some(grad) = router_grad {
-            let (rows, experts) = b.shape(&saved.logits);
-            let d = dlogits.get_or_insert_with(|| b.zeros(rows, experts));
+            let d = dlogits.get_or_insert_with(|| b.zeros_like(&saved.logits));
             grad.add_to(b, &saved.logits, d);
         }
         if let Some(dlogits) = dlogits {

@@ -74,7 +74,12 @@ impl Case {
 
     /// The weights of the case on the CPU. (`threads` decides nothing; tests use 1 and 2.)
     pub fn engine<'a>(&'a self, config: &'a RunConfig, threads: usize) -> Engine<'a, Cpu> {
-        self.session.engine(config, Arc::new(Cpu::new(threads)), &Rank::single(Ui::silent()))
+        self.engine_on(config, Arc::new(Cpu::new(threads)))
+    }
+
+    /// The weights of the case on another backend.
+    pub fn engine_on<'a, B: Backend>(&'a self, config: &'a RunConfig, backend: Arc<B>) -> Engine<'a, B> {
+        self.session.engine(config, backend, &Rank::single(Ui::silent()))
     }
 
     /// Whether it is one of the four (one a family) with the long list of training runs.
@@ -131,12 +136,12 @@ pub fn example(value: &Value, last_turn: bool) -> Option<Example> {
 }
 
 /// Micro-batches of all unsafe replies, in the order of the file.
-pub fn unsafe_batches(engine: &Engine<'_, Cpu>) -> Vec<MicroBatch> {
+pub fn unsafe_batches<B: Backend>(engine: &Engine<'_, B>) -> Vec<MicroBatch> {
     engine.identify_order(0).iter().map(|records| engine.pack_unsafe(records)).collect()
 }
 
 /// Runs one phase (`expert`, `router`, `joint`) of the engine's configuration; its steps.
-pub fn run_phase(engine: &mut Engine<'_, Cpu>, phase: &str, selected: &[ExpertId]) -> Vec<StepResult> {
+pub fn run_phase<B: Backend>(engine: &mut Engine<'_, B>, phase: &str, selected: &[ExpertId]) -> Vec<StepResult> {
     let phase = match phase {
         "expert" => Phase::Expert,
         "router" => Phase::Router,
@@ -154,7 +159,7 @@ pub fn run_phase(engine: &mut Engine<'_, Cpu>, phase: &str, selected: &[ExpertId
 }
 
 /// The gradients of the mean cross-entropy of one micro-batch by these parameters, and the loss.
-pub fn ce_gradients(engine: &Engine<'_, Cpu>, batch: &MicroBatch, ids: &[ParamId]) -> (f64, Vec<Vec<f32>>) {
+pub fn ce_gradients<B: Backend>(engine: &Engine<'_, B>, batch: &MicroBatch, ids: &[ParamId]) -> (f64, Vec<Vec<f32>>) {
     let (b, model) = (&*engine.model.backend, &engine.model);
     let plan = GradPlan::train(&model.table, model.config.layers.len(), ids);
     let inputs = engine.inputs(batch);

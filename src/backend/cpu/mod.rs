@@ -115,6 +115,9 @@ impl Backend for Cpu {
     fn zeros(&self, rows: usize, cols: usize) -> Tensor {
         self.pool.zeros(rows, cols)
     }
+    fn zeros_like(&self, x: &Tensor) -> Tensor {
+        self.pool.zeros(x.rows(), x.cols())
+    }
     fn shape(&self, x: &Tensor) -> (usize, usize) {
         (x.rows(), x.cols())
     }
@@ -205,6 +208,9 @@ impl Backend for Cpu {
     }
     fn linear(&self, x: &Tensor, w: &Weight, bias: Option<&Weight>) -> Tensor {
         self.run(|| linear::linear(self, x, w, bias))
+    }
+    fn router_logits(&self, x: &Tensor, w: &Weight) -> Tensor {
+        self.linear(x, w, None)
     }
     fn linear_backward_input(&self, dy: &Tensor, w: &Weight) -> Tensor {
         self.run(|| linear::backward_input(self, dy, w))

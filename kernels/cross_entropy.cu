@@ -1,0 +1,50 @@
+// Cross-entropy of rows of logits. Bound by memory: logits are read twice (a row of 600 kB comes from L2 the second time),
+// their gradient is written once.
+
+// losses[row] = log Σ e^logit − logit[target]; with `grad`, grad[row] = scale · (softmax − one-hot). Rows are `stride` apart,
+// a multiple of 8, in both. Grid: a block of 512 threads for each row. Each thread keeps a running maximum and sum of its
+// own logits (the "online" softmax), which then meet in a fixed tree, in f64.
+template <class T> DEVICE void cross_entropy(const float* logits, const u32* targets, double* losses, T* grad, u64 classes,
+                                             u64 stride, float scale) {
+    const int W = 8;
+    logits += blockIdx.x * stride;
+    u32 target = targets[blockIdx.x];
+    float highest = NEGATIVE_INFINITY, sum = 0.0f;
+    for (u64 c = threadIdx.x * W; c < classes; c += blockDim.x * W) {
+        Pack<W> l = load<W>(logits + c);
+        float h = highest;
+#pragma unroll
+        for (int j = 0; j < W; j++) h = c + j < classes ? most(h, l.v[j]) : h;
+        if (h > highest) {
+            sum *= expf(highest - h);  // 0 the first time: e^-∞
+            highest = h;
+        }
+#pragma unroll
+        for (int j = 0; j < W; j++) sum += c + j < classes ? expf(l.v[j] - highest) : 0.0f;
+    }
+    float all = block_max(highest);
+    // A thread without logits has nothing to bring in; -∞ − -∞ would be NaN.
+    double total = block_sum(highest == NEGATIVE_INFINITY ? (double)sum : (double)sum * (double)expf(highest - all));
+    if (threadIdx.x == 0) losses[blockIdx.x] = (double)all + log(total) - (double)logits[target];
+    if (!grad) return;
+    grad += blockIdx.x * stride;
+    float inverse = (float)(1.0 / total);
+    for (u64 c = threadIdx.x * W; c < classes; c += blockDim.x * W) {
+        Pack<W> l = load<W>(logits + c);
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+            float p = expf(l.v[j] - all) * inverse;
+            l.v[j] = c + j < classes ? scale * (p - (c + j == target ? 1.0f : 0.0f)) : 0.0f;
+        }
+        store<W>(grad + c, l);
+    }
+}
+
+#define TYPED(T, name)                                                                                              \
+    KERNEL(512, cross_entropy_##name, (const float* logits, const u32* targets, double* losses, T* grad, u64 classes, \
+                                       u64 stride, float scale)) {                                                  \
+        cross_entropy(logits, targets, losses, grad, classes, stride, scale);                                       \
+    }
+
+TYPED(float, f32)
+TYPED(bf16, bf16)

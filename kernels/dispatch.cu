@@ -1,0 +1,143 @@
+// Routed rows sorted by expert, to the experts and back.
+
+// --- the stable counting sort of the slots (t, k), numbered t·K + k, by expert ---------------------------------------
+//
+// 1. count: how many slots of each chunk of 256 go to each expert;
+// 2. scan_chunks: those counts become sums over the earlier chunks, for each expert;
+// 3. scan_experts: the experts' totals become offsets;
+// 4. place: each slot's row is its expert's offset + the earlier chunks' slots + the earlier slots of its own chunk.
+// Integers only; the result does not depend on the order of anything. Bound by latency: a few hundred kB at most.
+
+#define CHUNK 256
+
+// counts [E, chunks]. Grid: a block of CHUNK threads for each chunk; dynamic shared memory: 4·E bytes.
+KERNEL(CHUNK, dispatch_count, (const u32* ids, u32* counts, u64 slots, u32 experts)) {
+    DYNAMIC_SHARED(bytes);
+    u32* count = (u32*)bytes;
+    for (u32 e = threadIdx.x; e < experts; e += CHUNK) count[e] = 0;
+    __syncthreads();
+    u64 slot = (u64)blockIdx.x * CHUNK + threadIdx.x;
+    if (slot < slots) atomicAdd(&count[ids[slot]], 1u);
+    __syncthreads();
+    for (u32 e = threadIdx.x; e < experts; e += CHUNK) counts[(u64)e * gridDim.x + blockIdx.x] = count[e];
+}
+
+// The sum of the lower lanes' values; `total`: of all.
+DEVICE u32 warp_prefix(u32 x, u32& total) {
+    u32 lane = threadIdx.x % 32, sum = x;
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) {
+        u32 below = __shfl_up_sync(FULL_WARP, sum, step);
+        if (lane >= step) sum += below;
+    }
+    total = __shfl_sync(FULL_WARP, sum, 31);
+    return sum - x;
+}
+
+// values[i] becomes Σ values[..i]; returns the sum of all. For one warp.
+DEVICE u32 scan(u32* values, u32 n) {
+    u32 before = 0;
+    for (u32 start = 0; start < n; start += 32) {
+        u32 i = start + threadIdx.x % 32, total;
+        u32 sum = warp_prefix(i < n ? values[i] : 0, total);
+        if (i < n) values[i] = before + sum;
+        before += total;
+    }
+    return before;
+}
+
+// counts [E, chunks] in place; totals [E]. Grid: a warp for each expert.
+KERNEL(32, dispatch_scan_chunks, (u32* counts, u32* totals, u32 chunks)) {
+    u32 total = scan(counts + (u64)blockIdx.x * chunks, chunks);
+    if (threadIdx.x == 0) totals[blockIdx.x] = total;
+}
+
+// offsets [E + 1]: holds the totals, becomes the offsets. Grid: one warp.
+KERNEL(32, dispatch_scan_experts, (u32* offsets, u32 experts)) {
+    u32 total = scan(offsets, experts);
+    if (threadIdx.x == 0) offsets[experts] = total;
+}
+
+// row_of [slots], slot_of [rows]. Grid: a block of CHUNK threads for each chunk.
+KERNEL(CHUNK, dispatch_place, (const u32* ids, const u32* counts, const u32* offsets, u32* row_of, u32* slot_of, u64 slots)) {
+    SHARED(u32, chunk, [CHUNK]);
+    u64 slot = (u64)blockIdx.x * CHUNK + threadIdx.x;
+    u32 id = slot < slots ? ids[slot] : 0xffffffffu;
+    chunk[threadIdx.x] = id;
+    __syncthreads();
+    if (slot >= slots) return;
+    u32 rank = 0;
+    for (u32 i = 0; i < threadIdx.x; i++) rank += chunk[i] == id;
+    u32 row = offsets[id] + counts[(u64)id * gridDim.x + blockIdx.x] + rank;
+    row_of[slot] = row;
+    slot_of[row] = (u32)slot;
+}
+
+// --- rows ------------------------------------------------------------------------------------------------------------
+//
+// Bound by memory: every row is read once. Grid: a block of up to 256 threads for each row of the result.
+
+// y[t] = Σ_k x[row_of[t·K + k]], k ascending, summed in f32.
+template <class T, int W> DEVICE void combine(const T* x, const u32* row_of, T* y, u32 top_k, u64 cols) {
+    row_of += (u64)blockIdx.x * top_k;
+    y += blockIdx.x * cols;
+    for (u64 c = threadIdx.x * W; c < cols; c += blockDim.x * W) {
+        Pack<W> sum = {};
+        for (u32 k = 0; k < top_k; k++) {
+            Pack<W> a = load<W>(x + (u64)row_of[k] * cols + c);
+#pragma unroll
+            for (int j = 0; j < W; j++) sum.v[j] += a.v[j];
+        }
+        store<W>(y + c, sum);
+    }
+}
+
+// y[row] = weights[slot_of[row]] · x[row]
+template <class T, int W> DEVICE void weight(const T* x, const float* weights, const u32* slot_of, T* y, u64 cols) {
+    float w = weights[slot_of[blockIdx.x]];
+    x += blockIdx.x * cols;
+    y += blockIdx.x * cols;
+    for (u64 c = threadIdx.x * W; c < cols; c += blockDim.x * W) {
+        Pack<W> a = load<W>(x + c);
+#pragma unroll
+        for (int j = 0; j < W; j++) a.v[j] *= w;
+        store<W>(y + c, a);
+    }
+}
+
+// dx[row] = weights[slot] · dy[row]; dweights[slot] = ⟨dy[row], x[row]⟩, slot = slot_of[row].
+template <class T, int W>
+DEVICE void weight_backward(const T* dy, const T* x, const float* weights, const u32* slot_of, T* dx, float* dweights,
+                            u64 cols) {
+    u32 slot = slot_of[blockIdx.x];
+    float w = weights[slot], dot = 0.0f;
+    dy += blockIdx.x * cols;
+    x += blockIdx.x * cols;
+    dx += blockIdx.x * cols;
+    for (u64 c = threadIdx.x * W; c < cols; c += blockDim.x * W) {
+        Pack<W> g = load<W>(dy + c), a = load<W>(x + c);
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+            dot += g.v[j] * a.v[j];
+            g.v[j] *= w;
+        }
+        store<W>(dx + c, g);
+    }
+    dot = block_sum(dot);
+    if (threadIdx.x == 0) dweights[slot] = dot;
+}
+
+#define TYPED(T, name)                                                                                               \
+    KERNEL(256, combine_rows_##name, (const T* x, const u32* row_of, T* y, u32 top_k, u64 cols)) {                   \
+        BY_WIDTH(T, cols, combine, x, row_of, y, top_k, cols);                                                       \
+    }                                                                                                                \
+    KERNEL(256, weight_rows_##name, (const T* x, const float* weights, const u32* slot_of, T* y, u64 cols)) {        \
+        BY_WIDTH(T, cols, weight, x, weights, slot_of, y, cols);                                                     \
+    }                                                                                                                \
+    KERNEL(256, weight_rows_backward_##name,                                                                         \
+           (const T* dy, const T* x, const float* weights, const u32* slot_of, T* dx, float* dweights, u64 cols)) {  \
+        BY_WIDTH(T, cols, weight_backward, dy, x, weights, slot_of, dx, dweights, cols);                             \
+    }
+
+TYPED(float, f32)
+TYPED(bf16, bf16)

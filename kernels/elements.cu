@@ -1,0 +1,111 @@
+// Element by element: sums, clamps, changes of number format. Bound by memory: each element is read and written once.
+
+// Runs `at<T, W>(.., i)` for i over n elements that start at aligned addresses: a thread takes 16 bytes of T, the last one
+// the tail, element by element. Grid: n / Width<T> threads or more, blocks of 256.
+#define EACH(T, n, at, ...)                                       \
+    do {                                                          \
+        const int W = Width<T>::value;                            \
+        u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * W; \
+        if (i + W <= n) {                                         \
+            at<T, W>(__VA_ARGS__, i);                             \
+        } else {                                                  \
+            for (; i < n; i++) at<T, 1>(__VA_ARGS__, i);          \
+        }                                                         \
+    } while (0)
+
+// x += y
+template <class T, int W> DEVICE void add_at(T* x, const T* y, u64 i) {
+    Pack<W> a = load<W>(x + i), b = load<W>(y + i);
+#pragma unroll
+    for (int j = 0; j < W; j++) a.v[j] += b.v[j];
+    store<W>(x + i, a);
+}
+
+// x clamped to [-limit, limit]; NaN stays.
+template <class T, int W> DEVICE void clamp_at(T* x, float limit, u64 i) {
+    Pack<W> a = load<W>(x + i);
+#pragma unroll
+    for (int j = 0; j < W; j++) a.v[j] = a.v[j] > limit ? limit : a.v[j] < -limit ? -limit : a.v[j];
+    store<W>(x + i, a);
+}
+
+// dy where |y| < limit, else 0
+template <class T, int W> DEVICE void clamp_backward_at(T* dy, const T* y, float limit, u64 i) {
+    Pack<W> g = load<W>(dy + i), a = load<W>(y + i);
+#pragma unroll
+    for (int j = 0; j < W; j++) g.v[j] = fabsf(a.v[j]) < limit ? g.v[j] : 0.0f;
+    store<W>(dy + i, g);
+}
+
+#define TYPED(T, name)                                                                         \
+    KERNEL(256, add_##name, (T * x, const T* y, u64 n)) { EACH(T, n, add_at, x, y); }          \
+    KERNEL(256, clamp_##name, (T * x, u64 n, float limit)) { EACH(T, n, clamp_at, x, limit); } \
+    KERNEL(256, clamp_backward_##name, (T * dy, const T* y, u64 n, float limit)) {             \
+        EACH(T, n, clamp_backward_at, dy, y, limit);                                           \
+    }
+
+TYPED(float, f32)
+TYPED(bf16, bf16)
+
+// Every row of y becomes x. Grid: a block of any size for each row.
+template <class T> DEVICE void repeat_row(const T* x, T* y, u64 cols) {
+    y += blockIdx.x * cols;
+    for (u64 c = threadIdx.x; c < cols; c += blockDim.x) y[c] = x[c];
+}
+
+KERNEL(256, repeat_row_f32, (const float* x, float* y, u64 cols)) { repeat_row(x, y, cols); }
+KERNEL(256, repeat_row_bf16, (const bf16* x, bf16* y, u64 cols)) { repeat_row(x, y, cols); }
+
+// --- changes of number format ----------------------------------------------------------------------------------------
+
+// IEEE half precision: parameters may be stored in it, activations never are.
+struct f16 {
+    u16 bits;
+};
+
+// The exponent is moved by a multiplication with 2^112, which is exact and right for subnormals too.
+DEVICE float to_f32(f16 x) {
+    u32 magnitude = (u32)(x.bits & 0x7fff) << 13;
+    u32 finite = (u32)__float_as_int(__int_as_float((int)magnitude) * __int_as_float((127 + 112) << 23));
+    u32 bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : finite;
+    return __int_as_float((int)(bits | (u32)(x.bits & 0x8000) << 16));
+}
+
+// To nearest even. Below 2^-14 the result is subnormal: adding 0.5 lines its bits up with the unit 2^-24.
+template <> DEVICE f16 from_f32<f16>(float x) {
+    u32 bits = (u32)__float_as_int(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    f16 y;
+    if (size > 0x7f800000) {
+        y.bits = (u16)(sign | 0x7e00);
+    } else if (size >= 0x47800000) {  // 2^16 and above
+        y.bits = (u16)(sign | 0x7c00);
+    } else if (size < 0x38800000) {
+        float shifted = __fadd_rn(__int_as_float((int)size), 0.5f);
+        y.bits = (u16)(sign | ((u32)__float_as_int(shifted) - 0x3f000000));
+    } else {
+        u32 rebiased = size - (112u << 23);
+        y.bits = (u16)(sign | ((rebiased + 0xfff + (rebiased >> 13 & 1)) >> 13));
+    }
+    return y;
+}
+
+// `from` and `to` may start at any element. Grid: n / 8 threads or more, blocks of 256.
+template <class A, class B> DEVICE void cast(const A* from, B* to, u64 n) {
+    u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    bool aligned = ((u64)from | (u64)to) % 16 == 0;
+    if (aligned && i + 8 <= n) {
+        store<8>(to + i, load<8>(from + i));
+    } else {
+        for (u64 end = least(i + 8, n); i < end; i++) to[i] = from_f32<B>(to_f32(from[i]));
+    }
+}
+
+#define CAST(A, B, name) \
+    KERNEL(256, cast_##name, (const A* from, B* to, u64 n)) { cast(from, to, n); }
+
+CAST(float, bf16, f32_bf16)
+CAST(float, f16, f32_f16)
+CAST(bf16, float, bf16_f32)
+CAST(bf16, f16, bf16_f16)
+CAST(f16, float, f16_f32)
+CAST(f16, bf16, f16_bf16)

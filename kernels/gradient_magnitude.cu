@@ -1,0 +1,81 @@
+// One number for the gradient of a weight, without the gradient: a tile of dyᵀ · x is summed in registers over the group's
+// rows, reduced there, and leaves one partial sum. dy and x are read as they lie, both transposed on the way into registers.
+// Over `Tile` of tile_simt.cuh or tile_mma.cuh. Sums run in a fixed order: f32 within a thread, f64 beyond.
+
+// partial[block] = the part of one tile in the moment of the gradient of one weight [out, in].
+// Rows are sorted by group, `offsets` [groups + 1]; dy [R, stack * out], x [R, in]; `weights` [groups * stack] addresses.
+// `jobs` [n, 3]: a group, its moment (0: Σ |g|, 1: Σ g², 2: Σ |g · w|), the index of its score.
+// Grid: n * stack * ceil(out / M) * ceil(in / N) blocks of Tile::THREADS threads.
+template <class T>
+DEVICE void magnitude(double* partial, const T* dy, const T* x, const T* const* weights, const u32* offsets, const u64* jobs,
+                      u64 stack, u64 in, u64 out) {
+    u64 across = (in + Tile::N - 1) / Tile::N, down = (out + Tile::M - 1) / Tile::M;
+    u64 matrix = blockIdx.x / (across * down), index = matrix % stack;
+    const u64* job = jobs + matrix / stack * 3;
+    u64 row = offsets[job[0]], rows = offsets[job[0] + 1] - row;
+    float total = 0.0f;
+    if (rows > 0) {
+        u64 m = blockIdx.x / across % down * Tile::M, n = blockIdx.x % across * Tile::N;
+        u64 height = least(out - m, (u64)Tile::M), width = least(in - n, (u64)Tile::N);
+        Tile tile;
+        // What lies beyond height and width is summed as zero, and adds nothing to any moment.
+        tile.multiply<T, true, false>(1, rows, [&](u64) {
+            return Parts<T>{{dy + row * stack * out + index * out + m, stack * out, rows, height},
+                            {x + row * in + n, in, rows, width}};
+        });
+        u64 moment = job[1];
+        const T* w = weights[job[0] * stack + index] + m * in + n;
+        tile.each([&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
+#pragma unroll
+            for (u32 i = 0; i < Tile::WIDE; i++) {
+                float g = v.v[i];
+                if (moment == 1) g *= g;
+                if (moment == 2) g *= row < height && col + i < width ? to_f32(w[row * in + col + i]) : 0.0f;
+                total += fabsf(g);
+            }
+        });
+    }
+    double sum = block_sum((double)total);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+#define TYPED(T, name)                                                                                                   \
+    KERNEL(Tile::THREADS, gradient_magnitude_##name,                                                                     \
+           (double* partial, const T* dy, const T* x, const T* const* weights, const u32* offsets, const u64* jobs, u64 stack, \
+            u64 in, u64 out)) {                                                                                          \
+        magnitude(partial, dy, x, weights, offsets, jobs, stack, in, out);                                               \
+    }
+
+#ifndef TENSOR_CORES
+TYPED(float, f32)
+
+// The same for part of a gradient that lies in memory: partial[block] = the moment over elements block * 4096 .. of n.
+// Grid: ceil(n / 4096) blocks of 256 threads.
+template <class T> DEVICE void magnitude_of(double* partial, const float* gradient, const T* w, u64 n, u64 moment) {
+    float total = 0.0f;
+    u64 end = least(n, ((u64)blockIdx.x + 1) * 4096);
+    for (u64 i = (u64)blockIdx.x * 4096 + threadIdx.x; i < end; i += 256) {
+        float g = gradient[i];
+        if (moment == 1) g *= g;
+        if (moment == 2) g *= to_f32(w[i]);
+        total += fabsf(g);
+    }
+    double sum = block_sum((double)total);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+KERNEL(256, magnitude_of_f32, (double* partial, const float* gradient, const float* w, u64 n, u64 moment)) {
+    magnitude_of(partial, gradient, w, n, moment);
+}
+KERNEL(256, magnitude_of_bf16, (double* partial, const float* gradient, const bf16* w, u64 n, u64 moment)) {
+    magnitude_of(partial, gradient, w, n, moment);
+}
+
+// scores[index of job i] += the sum of its n partial sums. Grid: a block of 256 threads for each job.
+KERNEL(256, add_magnitudes, (double* scores, const double* partial, const u64* jobs, u64 n)) {
+    double sum = 0.0;
+    for (u64 i = threadIdx.x; i < n; i += 256) sum += partial[blockIdx.x * n + i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) scores[jobs[blockIdx.x * 3 + 2]] += sum;
+}
+#endif
+TYPED(bf16, bf16)

@@ -1,0 +1,95 @@
+// Products of groups of rows with their groups' own weights, over `Tile` of tile_simt.cuh or, for BF16, tile_mma.cuh.
+//
+// Rows are sorted by group; `offsets` [groups + 1] stays on the GPU. A group has `stack` weights [out, in] whose outputs lie
+// side by side: `weights` [groups * stack] are their addresses. Each output is one thread's sum in the order of the depth.
+// Blocks of Tile::THREADS threads; grids below. R: all rows. Beyond what a product must do, weights are read once for each
+// band of 8 * Tile::M rows, and these meet in the L2 cache.
+
+DEVICE u64 tiles_of(u64 n, u64 tile) { return (n + tile - 1) / tile; }
+
+// W neighbours at column `col` of a row's tile that is `width` wide.
+template <int W, class T> DEVICE void put(T* row, const Pack<W>& x, u64 col, u64 width) {
+#pragma unroll
+    for (int i = 0; i < W; i++)
+        if (col + i < width) row[col + i] = from_f32<T>(x.v[i]);
+}
+
+// y [R, stack * out] = x [R, in] · wᵀ. Grid: (R / M + groups) * stack * ceil(out / N) blocks, or more.
+template <class T>
+DEVICE void linear(T* y, const T* x, const T* const* weights, const u32* offsets, u64 groups, u64 stack, u64 in, u64 out) {
+    u64 tiles = tiles_of(out, Tile::N);
+    Place p = find_place(offsets, groups, Tile::M, stack * tiles);
+    if (p.rows == 0) return;
+    u64 index = p.column / tiles, first = p.column % tiles * Tile::N, width = least(out - first, (u64)Tile::N);
+    const T* w = weights[p.group * stack + index] + first * in;
+    Tile tile;
+    tile.multiply<T, false, true>(
+        1, in, [&](u64) { return Parts<T>{{x + p.row * in, in, p.rows, in}, {w, in, width, in}}; });
+    T* to = y + p.row * stack * out + index * out + first;
+    tile.each([&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
+        if (row < p.rows) put(to + row * stack * out, v, col, width);
+    });
+}
+
+// dx [R, in] = dy [R, stack * out] · w, summed over the stack. Grid: (R / M + groups) * ceil(in / N) blocks, or more.
+template <class T>
+DEVICE void backward_input(T* dx, const T* dy, const T* const* weights, const u32* offsets, u64 groups, u64 stack, u64 in,
+                           u64 out) {
+    Place p = find_place(offsets, groups, Tile::M, tiles_of(in, Tile::N));
+    if (p.rows == 0) return;
+    u64 first = p.column * Tile::N, width = least(in - first, (u64)Tile::N);
+    Tile tile;
+    tile.multiply<T, false, false>(stack, out, [&](u64 index) {
+        return Parts<T>{{dy + p.row * stack * out + index * out, stack * out, p.rows, out},
+                        {weights[p.group * stack + index] + first, in, out, width}};
+    });
+    T* to = dx + p.row * in + first;
+    tile.each([&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
+        if (row < p.rows) put(to + row * in, v, col, width);
+    });
+}
+
+// dw += dyᵀ · x for some groups. `jobs` [n, 1 + stack]: a group and where the gradient of each of its weights begins in dw.
+// Grid: n * stack * ceil(out / M) * ceil(in / N) blocks.
+template <class T>
+DEVICE void backward_weight(float* dw, const T* dy, const T* x, const u32* offsets, const u64* jobs, u64 stack, u64 in,
+                            u64 out) {
+    u64 across = tiles_of(in, Tile::N), down = tiles_of(out, Tile::M);
+    u64 matrix = blockIdx.x / (across * down), index = matrix % stack;
+    const u64* job = jobs + matrix / stack * (1 + stack);
+    u64 row = offsets[job[0]], rows = offsets[job[0] + 1] - row;
+    if (rows == 0) return;
+    u64 m = blockIdx.x / across % down * Tile::M, n = blockIdx.x % across * Tile::N;
+    u64 height = least(out - m, (u64)Tile::M), width = least(in - n, (u64)Tile::N);
+    Tile tile;
+    tile.multiply<T, true, false>(1, rows, [&](u64) {
+        return Parts<T>{{dy + row * stack * out + index * out + m, stack * out, rows, height},
+                        {x + row * in + n, in, rows, width}};
+    });
+    float* to = dw + job[1 + index] + m * in + n;
+    tile.each([&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
+        if (row >= height) return;
+#pragma unroll
+        for (u32 i = 0; i < Tile::WIDE; i++)
+            if (col + i < width) to[row * in + col + i] += v.v[i];
+    });
+}
+
+#define TYPED(T, name)                                                                                              \
+    KERNEL(Tile::THREADS, grouped_linear_##name,                                                                    \
+           (T * y, const T* x, const T* const* weights, const u32* offsets, u64 groups, u64 stack, u64 in, u64 out)) { \
+        linear(y, x, weights, offsets, groups, stack, in, out);                                                     \
+    }                                                                                                               \
+    KERNEL(Tile::THREADS, grouped_backward_input_##name,                                                            \
+           (T * dx, const T* dy, const T* const* weights, const u32* offsets, u64 groups, u64 stack, u64 in, u64 out)) { \
+        backward_input(dx, dy, weights, offsets, groups, stack, in, out);                                           \
+    }                                                                                                               \
+    KERNEL(Tile::THREADS, grouped_backward_weight_##name,                                                           \
+           (float* dw, const T* dy, const T* x, const u32* offsets, const u64* jobs, u64 stack, u64 in, u64 out)) { \
+        backward_weight(dw, dy, x, offsets, jobs, stack, in, out);                                                  \
+    }
+
+#ifndef TENSOR_CORES
+TYPED(float, f32)
+#endif
+TYPED(bf16, bf16)

@@ -1,0 +1,53 @@
+// Rows by number: gathered, added back, and the gradient of an embedding. Bound by memory: every row is moved once.
+
+// y[i] = x[index[i] / divide], whatever the rows hold; `bytes` is even. Grid: a block of up to 256 threads for each i.
+KERNEL(256, gather_rows, (const unsigned char* x, const u32* index, u32 divide, unsigned char* y, u64 bytes)) {
+    x += (u64)(index[blockIdx.x] / divide) * bytes;
+    y += blockIdx.x * bytes;
+    if (bytes % 16 == 0) {
+        const Quad* from = (const Quad*)x;
+        Quad* to = (Quad*)y;
+        for (u64 i = threadIdx.x; i < bytes / 16; i += blockDim.x) to[i] = from[i];
+    } else {
+        const u16* from = (const u16*)x;
+        u16* to = (u16*)y;
+        for (u64 i = threadIdx.x; i < bytes / 2; i += blockDim.x) to[i] = from[i];
+    }
+}
+
+// x[index[i]] += y[i] for distinct rows. Grid: a block of up to 256 threads for each i.
+template <class T, int W> DEVICE void add_rows(T* x, const u32* index, const T* y, u64 cols) {
+    x += (u64)index[blockIdx.x] * cols;
+    y += blockIdx.x * cols;
+    for (u64 c = threadIdx.x * W; c < cols; c += blockDim.x * W) {
+        Pack<W> a = load<W>(x + c), b = load<W>(y + c);
+#pragma unroll
+        for (int j = 0; j < W; j++) a.v[j] += b.v[j];
+        store<W>(x + c, a);
+    }
+}
+
+// dw[id] += Σ dy[t] over the tokens t of that id, one after another. `order` holds the tokens sorted by id, stably;
+// those of one id are order[starts[s]..starts[s + 1]]. dw may start at any element. Grid: a block for each s.
+template <class T> DEVICE void embedding_backward(const T* dy, const u32* ids, const u32* order, const u32* starts, float* dw,
+                                                  u64 cols) {
+    u32 first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
+    dw += (u64)ids[order[first]] * cols;
+    for (u64 c = threadIdx.x; c < cols; c += blockDim.x) {
+        float sum = dw[c];
+        for (u32 i = first; i < end; i++) sum += to_f32(dy[(u64)order[i] * cols + c]);
+        dw[c] = sum;
+    }
+}
+
+#define TYPED(T, name)                                                                                                \
+    KERNEL(256, add_rows_##name, (T * x, const u32* index, const T* y, u64 cols)) {                                   \
+        BY_WIDTH(T, cols, add_rows, x, index, y, cols);                                                               \
+    }                                                                                                                 \
+    KERNEL(256, embedding_backward_##name,                                                                            \
+           (const T* dy, const u32* ids, const u32* order, const u32* starts, float* dw, u64 cols)) {                 \
+        embedding_backward(dy, ids, order, starts, dw, cols);                                                         \
+    }
+
+TYPED(float, f32)
+TYPED(bf16, bf16)

@@ -1,0 +1,73 @@
+// Sums over the tokens that the router objective is made of, in f64 and a fixed order, and their backwards. All read f32
+// router logits once: bound by memory, and small.
+
+#define ROWS 64
+
+// The largest logit of a row and 1 / Σ e^(logit − highest), for a whole warp.
+DEVICE void softmax_of_warp(const float* row, u64 cols, float& highest, float& inverse) {
+    highest = NEGATIVE_INFINITY;
+    for (u64 c = threadIdx.x % 32; c < cols; c += 32) highest = most(highest, row[c]);
+    highest = warp_max(highest);
+    float total = 0.0f;
+    for (u64 c = threadIdx.x % 32; c < cols; c += 32) total += expf(row[c] - highest);
+    inverse = 1.0f / warp_sum(total);
+}
+
+// partial[b, c] = Σ over the rows of chunk b of x[row, c], or of softmax(x[row])[c]. Grid: a block of 256 threads for each
+// chunk of ROWS rows.
+KERNEL(256, sum_rows, (const float* x, double* partial, u64 rows, u64 cols, int softmax)) {
+    SHARED(float, highest, [ROWS]);
+    SHARED(float, inverse, [ROWS]);
+    u64 first = (u64)blockIdx.x * ROWS;
+    u32 count = (u32)least((u64)ROWS, rows - first);
+    x += first * cols;
+    if (softmax) {
+        for (u32 i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
+            float h, s;
+            softmax_of_warp(x + i * cols, cols, h, s);
+            if (threadIdx.x % 32 == 0) highest[i] = h, inverse[i] = s;
+        }
+        __syncthreads();
+    }
+    for (u64 c = threadIdx.x; c < cols; c += blockDim.x) {
+        double sum = 0.0;
+        for (u32 i = 0; i < count; i++) {
+            float value = x[i * cols + c];
+            sum += (double)(softmax ? expf(value - highest[i]) * inverse[i] : value);
+        }
+        partial[blockIdx.x * cols + c] = sum;
+    }
+}
+
+// out[c] = Σ_p partial[p, c], p ascending. Grid: cols threads or more, blocks of 256.
+KERNEL(256, sum_partials, (const double* partial, double* out, u64 parts, u64 cols)) {
+    u64 c = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= cols) return;
+    double sum = 0.0;
+    for (u64 p = 0; p < parts; p++) sum += partial[p * cols + c];
+    out[c] = sum;
+}
+
+// dlogits[row] += p · (dy − Σ p·dy), p = softmax(logits[row]). Grid: a warp for each row, 4 to a block.
+KERNEL(128, softmax_sum_backward, (const float* dy, const float* logits, float* dlogits, u64 rows, u64 cols)) {
+    u64 row = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= rows) return;
+    logits += row * cols;
+    dlogits += row * cols;
+    float highest, inverse, along = 0.0f;
+    softmax_of_warp(logits, cols, highest, inverse);
+    for (u64 c = threadIdx.x % 32; c < cols; c += 32) along += expf(logits[c] - highest) * inverse * dy[c];
+    along = warp_sum(along);
+    for (u64 c = threadIdx.x % 32; c < cols; c += 32) {
+        dlogits[c] += expf(logits[c] - highest) * inverse * (dy[c] - along);
+    }
+}
+
+// Every row += dy. Grid: a block of up to 256 threads for each row.
+template <class T> DEVICE void add_to_rows(const float* dy, T* dx, u64 cols) {
+    dx += blockIdx.x * cols;
+    for (u64 c = threadIdx.x; c < cols; c += blockDim.x) dx[c] = from_f32<T>(to_f32(dx[c]) + dy[c]);
+}
+
+KERNEL(256, segment_sum_backward_f32, (const float* dy, float* dx, u64 cols)) { add_to_rows(dy, dx, cols); }
+KERNEL(256, segment_sum_backward_bf16, (const float* dy, bf16* dx, u64 cols)) { add_to_rows(dy, dx, cols); }

@@ -1,0 +1,81 @@
+// Gated activations: silu(gate) · up, and the sigmoid gate of a shared expert. Bound by memory: every operand is read once.
+// Grid of all: a block of up to 256 threads for each row.
+
+// gate_up [n, 2F] → y [n, F]
+template <class T, int W> DEVICE void swiglu(const T* gate_up, T* y, u64 f) {
+    const T* gate = gate_up + blockIdx.x * 2 * f;
+    const T* up = gate + f;
+    y += blockIdx.x * f;
+    for (u64 c = threadIdx.x * W; c < f; c += blockDim.x * W) {
+        Pack<W> g = load<W>(gate + c), u = load<W>(up + c);
+#pragma unroll
+        for (int j = 0; j < W; j++) g.v[j] = g.v[j] * sigmoid(g.v[j]) * u.v[j];
+        store<W>(y + c, g);
+    }
+}
+
+// silu'(g) = σ(g) · (1 + g · (1 − σ(g)))
+template <class T, int W> DEVICE void swiglu_backward(const T* dy, const T* gate_up, T* dx, u64 f) {
+    const T* gate = gate_up + blockIdx.x * 2 * f;
+    const T* up = gate + f;
+    dy += blockIdx.x * f;
+    dx += blockIdx.x * 2 * f;
+    for (u64 c = threadIdx.x * W; c < f; c += blockDim.x * W) {
+        Pack<W> g = load<W>(gate + c), u = load<W>(up + c), d = load<W>(dy + c);
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+            float s = sigmoid(g.v[j]), value = g.v[j] * s;
+            g.v[j] = d.v[j] * u.v[j] * s * (1.0f + g.v[j] * (1.0f - s));
+            u.v[j] = d.v[j] * value;
+        }
+        store<W>(dx + c, g);
+        store<W>(dx + f + c, u);
+    }
+}
+
+// y[t] = σ(gate[t]) · x[t]
+template <class T, int W> DEVICE void sigmoid_gate(const T* x, const T* gate, T* y, u64 d) {
+    float s = sigmoid(to_f32(gate[blockIdx.x]));
+    x += blockIdx.x * d;
+    y += blockIdx.x * d;
+    for (u64 c = threadIdx.x * W; c < d; c += blockDim.x * W) {
+        Pack<W> a = load<W>(x + c);
+#pragma unroll
+        for (int j = 0; j < W; j++) a.v[j] *= s;
+        store<W>(y + c, a);
+    }
+}
+
+// dx = σ · dy; dgate = σ · (1 − σ) · ⟨dy, x⟩
+template <class T, int W> DEVICE void sigmoid_gate_backward(const T* dy, const T* x, const T* gate, T* dx, T* dgate, u64 d) {
+    float s = sigmoid(to_f32(gate[blockIdx.x])), dot = 0.0f;
+    dy += blockIdx.x * d;
+    x += blockIdx.x * d;
+    dx += blockIdx.x * d;
+    for (u64 c = threadIdx.x * W; c < d; c += blockDim.x * W) {
+        Pack<W> a = load<W>(x + c), g = load<W>(dy + c);
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+            dot += g.v[j] * a.v[j];
+            g.v[j] *= s;
+        }
+        store<W>(dx + c, g);
+    }
+    dot = block_sum(dot);
+    if (threadIdx.x == 0) dgate[blockIdx.x] = from_f32<T>(s * (1.0f - s) * dot);
+}
+
+#define TYPED(T, name)                                                                                            \
+    KERNEL(256, swiglu_##name, (const T* gate_up, T* y, u64 f)) { BY_WIDTH(T, f, swiglu, gate_up, y, f); }        \
+    KERNEL(256, swiglu_backward_##name, (const T* dy, const T* gate_up, T* dx, u64 f)) {                          \
+        BY_WIDTH(T, f, swiglu_backward, dy, gate_up, dx, f);                                                      \
+    }                                                                                                             \
+    KERNEL(256, sigmoid_gate_##name, (const T* x, const T* gate, T* y, u64 d)) {                                  \
+        BY_WIDTH(T, d, sigmoid_gate, x, gate, y, d);                                                              \
+    }                                                                                                             \
+    KERNEL(256, sigmoid_gate_backward_##name, (const T* dy, const T* x, const T* gate, T* dx, T* dgate, u64 d)) { \
+        BY_WIDTH(T, d, sigmoid_gate_backward, dy, x, gate, dx, dgate, d);                                         \
+    }
+
+TYPED(float, f32)
+TYPED(bf16, bf16)

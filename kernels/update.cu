@@ -1,0 +1,58 @@
+// What changes parameters, and sums that decide whether it may. Bound by memory: AdamW reads 16 and writes 12 bytes an
+// element, a sum of squares reads 4.
+
+// PyTorch's AdamW, rounding by rounding as on the CPU: the _rn functions keep the compiler from fusing a product with a sum.
+DEVICE void adamw_one(float& w, float& m, float& v, float g, float grad_scale, float take1, float beta2, float take2,
+                      float keep, float rate, float root, float eps) {
+    g = __fmul_rn(g, grad_scale);
+    m = __fadd_rn(m, __fmul_rn(__fsub_rn(g, m), take1));
+    v = __fadd_rn(__fmul_rn(v, beta2), __fmul_rn(take2, __fmul_rn(g, g)));
+    float step = __fdiv_rn(m, __fadd_rn(__fdiv_rn(__fsqrt_rn(v), root), eps));
+    w = __fsub_rn(__fmul_rn(w, keep), __fmul_rn(rate, step));
+}
+
+template <int W>
+DEVICE void adamw_at(float* master, float* m, float* v, const float* grad, u64 i, float grad_scale, float take1, float beta2,
+                     float take2, float keep, float rate, float root, float eps) {
+    Pack<W> w = load<W>(master + i), a = load<W>(m + i), b = load<W>(v + i), g = load<W>(grad + i);
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+        adamw_one(w.v[j], a.v[j], b.v[j], g.v[j], grad_scale, take1, beta2, take2, keep, rate, root, eps);
+    }
+    store<W>(master + i, w);
+    store<W>(m + i, a);
+    store<W>(v + i, b);
+}
+
+// The rows may start at any element. Grid: n / 4 threads or more, blocks of 256.
+KERNEL(256, adamw, (float* master, float* m, float* v, const float* grad, u64 n, float grad_scale, float take1, float beta2,
+                    float take2, float keep, float rate, float root, float eps)) {
+    u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    bool aligned = ((u64)master | (u64)m | (u64)v | (u64)grad) % 16 == 0;
+    if (aligned && i + 4 <= n) {
+        adamw_at<4>(master, m, v, grad, i, grad_scale, take1, beta2, take2, keep, rate, root, eps);
+    } else {
+        for (u64 end = least(i + 4, n); i < end; i++) {
+            adamw_at<1>(master, m, v, grad, i, grad_scale, take1, beta2, take2, keep, rate, root, eps);
+        }
+    }
+}
+
+// partial[b] = Σ x² of the block's share, in f64: a square of a finite f32 never overflows, so the sum is finite exactly
+// if every entry is. Grid: any number of blocks of 256 threads.
+KERNEL(256, sum_squares, (const float* x, double* partial, u64 n)) {
+    double sum = 0.0;
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
+        sum += (double)x[i] * (double)x[i];
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// out = Σ values. Grid: one block of 512 threads.
+KERNEL(512, total, (const double* values, double* out, u64 n)) {
+    double sum = 0.0;
+    for (u64 i = threadIdx.x; i < n; i += blockDim.x) sum += values[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *out = sum;
+}

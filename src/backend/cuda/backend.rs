@@ -1,0 +1,270 @@
+//! The operations of a [`Backend`], each by its launcher.
+
+use std::ops::Range;
+
+use super::ops::{
+    attention, cross_entropy, dispatch, elements, grouped, linear, norm, rope, route, rows, statistics, swiglu,
+    transfer, update,
+};
+use super::{Buffer, Cuda, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
+use crate::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, Stacks};
+
+impl Backend for Cuda {
+    type Tensor = Tensor;
+    type Weight = Weight;
+    type Buffer = Buffer;
+    type Indices = Indices;
+    type Sequences = Sequences;
+    type Routing = Routing;
+    type Dispatch = Dispatch;
+    type Scores = Scores;
+
+    // --- moving things -------------------------------------------------------------------------------------------
+
+    fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Tensor {
+        transfer::upload(self, rows, cols, values, self.compute)
+    }
+    fn download(&self, x: &Tensor) -> Vec<f32> {
+        transfer::download(self, x)
+    }
+    fn zeros(&self, rows: usize, cols: usize) -> Tensor {
+        transfer::zeros(self, rows, cols, self.compute)
+    }
+    fn zeros_like(&self, x: &Tensor) -> Tensor {
+        transfer::zeros(self, x.rows(), x.cols(), x.dtype())
+    }
+    fn shape(&self, x: &Tensor) -> (usize, usize) {
+        (x.rows(), x.cols())
+    }
+    fn indices(&self, values: &[u32]) -> Indices {
+        transfer::indices(self, values)
+    }
+    fn sequences(&self, packing: &Packing, rope: &Rope) -> Sequences {
+        transfer::sequences(self, packing, rope)
+    }
+    fn weight(&self, host: HostTensor) -> Weight {
+        transfer::weight(self, &host)
+    }
+    fn weight_host(&self, w: &Weight) -> HostTensor {
+        transfer::weight_host(self, w)
+    }
+    fn buffer(&self, len: usize) -> Buffer {
+        transfer::buffer(self, len)
+    }
+    fn buffer_read(&self, b: &Buffer, range: Range<usize>) -> Vec<f32> {
+        self.copy_out(b.at(range.start, range.len()), range.len())
+    }
+    fn buffer_write(&self, b: &mut Buffer, offset: usize, values: &[f32]) {
+        self.copy_in(b.at(offset, values.len()), values);
+    }
+    fn buffer_clear(&self, b: &mut Buffer) {
+        self.zero(b.at(0, b.len), 4 * b.len);
+    }
+    fn scores(&self, n: usize) -> Scores {
+        transfer::scores(self, n)
+    }
+    fn scores_take(&self, s: &mut Scores) -> Vec<f64> {
+        transfer::scores_take(self, s)
+    }
+
+    // --- rows and elements ---------------------------------------------------------------------------------------
+
+    fn add_assign(&self, x: &mut Tensor, y: &Tensor) {
+        elements::add_assign(self, x, y);
+    }
+    fn gather_rows(&self, x: &Tensor, rows: &Indices) -> Tensor {
+        rows::gather_rows(self, x, rows)
+    }
+    fn gather_rows_backward(&self, dy: &Tensor, rows: &Indices, dx: &mut Tensor) {
+        rows::gather_rows_backward(self, dy, rows, dx);
+    }
+    fn append_rows(&self, x: &mut Tensor, y: &Tensor) {
+        rows::append_rows(self, x, y);
+    }
+    fn clamp(&self, x: &mut Tensor, limit: f32) {
+        elements::clamp(self, x, limit);
+    }
+    fn clamp_backward(&self, dy: &mut Tensor, y: &Tensor, limit: f32) {
+        elements::clamp_backward(self, dy, y, limit);
+    }
+
+    // --- dense layers --------------------------------------------------------------------------------------------
+
+    fn embedding(&self, ids: &Indices, w: &Weight) -> Tensor {
+        rows::embedding(self, ids, w)
+    }
+    fn embedding_backward(&self, dy: &Tensor, ids: &Indices, dw: &mut Buffer, offset: usize) {
+        rows::embedding_backward(self, dy, ids, dw, offset);
+    }
+    fn rms_norm(&self, x: &Tensor, w: &Weight, eps: f32) -> Tensor {
+        norm::rms_norm(self, x, w, eps)
+    }
+    fn rms_norm_backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Weight,
+        eps: f32,
+        dw: Option<(&mut Buffer, usize)>,
+    ) -> Tensor {
+        norm::backward(self, dy, x, w, eps, dw)
+    }
+    fn linear(&self, x: &Tensor, w: &Weight, bias: Option<&Weight>) -> Tensor {
+        linear::linear(self, x, w, bias, self.compute)
+    }
+    fn router_logits(&self, x: &Tensor, w: &Weight) -> Tensor {
+        linear::linear(self, x, w, None, Dtype::F32)
+    }
+    fn linear_backward_input(&self, dy: &Tensor, w: &Weight) -> Tensor {
+        linear::backward_input(self, dy, w)
+    }
+    fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, dw: &mut Buffer, offset: usize) {
+        linear::backward_weight(self, dy, x, dw, offset);
+    }
+    fn bias_backward(&self, dy: &Tensor, db: &mut Buffer, offset: usize) {
+        linear::bias_backward(self, dy, db, offset);
+    }
+    fn rope(&self, x: &mut Tensor, head_dim: usize, seqs: &Sequences) {
+        rope::rotate(self, x, head_dim, seqs, 1.0);
+    }
+    /// The transpose of a rotation (times the scale) is the rotation back (times the scale).
+    fn rope_backward(&self, dy: &mut Tensor, head_dim: usize, seqs: &Sequences) {
+        rope::rotate(self, dy, head_dim, seqs, -1.0);
+    }
+    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> Tensor {
+        attention::attention(self, q, k, v, seqs, heads)
+    }
+    fn attention_backward(
+        &self,
+        dy: &Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        y: &Tensor,
+        seqs: &Sequences,
+        heads: &Heads,
+    ) -> (Tensor, Tensor, Tensor) {
+        attention::backward(self, dy, q, k, v, y, seqs, heads)
+    }
+    fn swiglu(&self, gate_up: &Tensor) -> Tensor {
+        swiglu::swiglu(self, gate_up)
+    }
+    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor) -> Tensor {
+        swiglu::backward(self, dy, gate_up)
+    }
+    fn sigmoid_gate(&self, x: &Tensor, gate: &Tensor) -> Tensor {
+        swiglu::sigmoid_gate(self, x, gate)
+    }
+    fn sigmoid_gate_backward(&self, dy: &Tensor, x: &Tensor, gate: &Tensor) -> (Tensor, Tensor) {
+        swiglu::sigmoid_gate_backward(self, dy, x, gate)
+    }
+
+    // --- routed experts ------------------------------------------------------------------------------------------
+
+    fn route(&self, logits: &Tensor, top_k: usize, renormalize: bool) -> Routing {
+        route::route(self, logits, top_k, renormalize)
+    }
+    fn route_backward(&self, dweights: &Tensor, routing: &Routing) -> Tensor {
+        route::backward(self, dweights, routing)
+    }
+    fn expert_ids(&self, routing: &Routing) -> Vec<u32> {
+        self.copy_out(routing.ids.address(), routing.tokens() * routing.top_k())
+    }
+    fn dispatch(&self, routing: &Routing, num_experts: usize) -> Dispatch {
+        dispatch::dispatch(self, routing, num_experts)
+    }
+    fn one_group(&self, rows: usize) -> Dispatch {
+        dispatch::one_group(self, rows)
+    }
+    fn tokens_per_expert(&self, dispatch: &Dispatch) -> Vec<usize> {
+        dispatch::tokens_per_expert(self, dispatch)
+    }
+    fn dispatch_rows(&self, x: &Tensor, dispatch: &Dispatch) -> Tensor {
+        dispatch::dispatch_rows(self, x, dispatch)
+    }
+    fn combine_rows(&self, x: &Tensor, dispatch: &Dispatch) -> Tensor {
+        dispatch::combine_rows(self, x, dispatch)
+    }
+    fn grouped_linear(&self, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
+        grouped::forward(self, x, w, dispatch)
+    }
+    fn grouped_linear_backward_input(&self, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
+        grouped::backward_input(self, dy, w, dispatch)
+    }
+    fn grouped_linear_backward_weight(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Stacks<'_, Weight>,
+        dispatch: &Dispatch,
+        plan: &[ExpertGrad],
+        dw: &mut Buffer,
+        scores: &mut Scores,
+    ) {
+        grouped::backward_weight(self, dy, x, w, dispatch, plan, dw, scores);
+    }
+    fn weight_rows(&self, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
+        dispatch::weight_rows(self, x, routing, dispatch)
+    }
+    fn weight_rows_backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        routing: &Routing,
+        dispatch: &Dispatch,
+    ) -> (Tensor, Tensor) {
+        dispatch::weight_rows_backward(self, dy, x, routing, dispatch)
+    }
+
+    // --- losses and statistics -----------------------------------------------------------------------------------
+
+    fn linear_cross_entropy(&self, x: &Tensor, w: &Weight, targets: &Indices) -> f64 {
+        cross_entropy::forward(self, x, w, targets)
+    }
+    fn linear_cross_entropy_backward(
+        &self,
+        x: &Tensor,
+        w: &Weight,
+        targets: &Indices,
+        scale: f32,
+        dw: Option<(&mut Buffer, usize)>,
+    ) -> (f64, Tensor) {
+        cross_entropy::backward(self, x, w, targets, scale, dw)
+    }
+    fn softmax_sum(&self, logits: &Tensor, rows: Range<usize>) -> Vec<f64> {
+        statistics::softmax_sum(self, logits, rows)
+    }
+    fn softmax_sum_backward(&self, dy: &[f32], logits: &Tensor, rows: Range<usize>, dlogits: &mut Tensor) {
+        statistics::softmax_sum_backward(self, dy, logits, rows, dlogits);
+    }
+    fn segment_sum(&self, x: &Tensor, segments: &[Range<usize>]) -> Vec<f64> {
+        statistics::segment_sum(self, x, segments)
+    }
+    fn segment_sum_backward(&self, dy: &[f32], segments: &[Range<usize>], dx: &mut Tensor) {
+        statistics::segment_sum_backward(self, dy, segments, dx);
+    }
+
+    // --- updates -------------------------------------------------------------------------------------------------
+
+    fn sum_squares(&self, b: &Buffer, range: Range<usize>) -> f64 {
+        update::sum_squares(self, b, range)
+    }
+    fn adamw(
+        &self,
+        master: &mut Buffer,
+        m: &mut Buffer,
+        v: &mut Buffer,
+        at: Range<usize>,
+        grad: &Buffer,
+        grad_at: usize,
+        step: &AdamwStep,
+    ) {
+        update::adamw(self, master, m, v, at, grad, grad_at, step);
+    }
+    fn set_weight(&self, w: &mut Weight, values: &Buffer, at: Range<usize>) {
+        update::set_weight(self, w, values, at);
+    }
+    fn read_weight(&self, w: &Weight, elements: Range<usize>, into: &mut Buffer, offset: usize) {
+        update::read_weight(self, w, elements, into, offset);
+    }
+}

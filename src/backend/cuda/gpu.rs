@@ -1,0 +1,254 @@
+//! The little that a GPU does for us.
+//!
+//! Everything above this trait (launchers, offsets, heuristics, the pool) is plain Rust and runs in tests over a GPU
+//! that is emulated on the CPU; everything below is a thin shell over the driver and cuBLAS.
+
+use crate::backend::Dtype;
+use crate::exit::{self, Coded};
+
+/// A place in the GPU's memory. Null is never allocated; kernels take it for "not given".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address(pub u64);
+
+impl Address {
+    /// Nowhere.
+    pub const NULL: Address = Address(0);
+
+    /// The place `bytes` further on.
+    pub fn offset(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+}
+
+/// One argument of a kernel, with exactly the type that the kernel declares.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Arg {
+    /// A pointer.
+    Pointer(Address),
+    /// `int`
+    I32(i32),
+    /// `u32`
+    U32(u32),
+    /// `u64`: every size and every index of an element.
+    U64(u64),
+    /// `float`
+    F32(f32),
+    /// `double`
+    F64(f64),
+}
+
+macro_rules! arg_from {
+    ($($from:ty => $kind:ident),*) => {$(
+        impl From<$from> for Arg {
+            fn from(value: $from) -> Self {
+                Arg::$kind(value.into())
+            }
+        }
+    )*};
+}
+
+arg_from!(Address => Pointer, i32 => I32, u32 => U32, u64 => U64, f32 => F32, f64 => F64);
+
+impl From<usize> for Arg {
+    fn from(value: usize) -> Self {
+        Arg::U64(value as u64)
+    }
+}
+
+/// A source file of kernels. What is compiled is `common.cuh` followed by it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Module {
+    /// The file's stem in `kernels/`.
+    pub stem: &'static str,
+    /// Its text.
+    pub source: &'static str,
+}
+
+/// A kernel: a module's function of this name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kernel {
+    /// Where it is written.
+    pub module: &'static Module,
+    /// Its `extern "C"` name.
+    pub name: &'static str,
+}
+
+/// How many threads run a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    /// Blocks in x, y and z.
+    pub blocks: [u32; 3],
+    /// Threads of a block, in x.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: usize,
+}
+
+impl Grid {
+    /// A row of blocks. Panics at more blocks than a launch can have.
+    pub fn row(blocks: usize, threads: u32) -> Self {
+        Self { blocks: [u32::try_from(blocks).expect("fewer than 2^31 blocks"), 1, 1], threads, shared: 0 }
+    }
+
+    /// The same with dynamic shared memory.
+    pub fn shared(self, bytes: usize) -> Self {
+        Self { shared: bytes, ..self }
+    }
+}
+
+/// One factor of a product: a row-major matrix as it is stored.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Operand {
+    /// The first element.
+    pub at: Address,
+    /// Elements from one stored row to the next.
+    pub stride: usize,
+    /// Whether the product uses its transpose.
+    pub transposed: bool,
+}
+
+/// `c = alpha · op(a) · op(b) + beta · c`, all row-major, accumulated in f32.
+///
+/// With `beta` 0, c is not read. The operands share a number format (F32 or BF16); c is F32, or like them. F32 operands are
+/// multiplied as such, not rounded to TF32.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Gemm {
+    /// Rows of c.
+    pub m: usize,
+    /// Columns of c.
+    pub n: usize,
+    /// The length of the sums.
+    pub k: usize,
+    /// `[m, k]`, or stored `[k, m]`.
+    pub a: Operand,
+    /// `[k, n]`, or stored `[n, k]`.
+    pub b: Operand,
+    /// Number format of a and b.
+    pub dtype: Dtype,
+    /// The first element of c.
+    pub c: Address,
+    /// Elements from one row of c to the next.
+    pub c_stride: usize,
+    /// Number format of c.
+    pub c_dtype: Dtype,
+    /// Factor of the product.
+    pub alpha: f32,
+    /// Factor of what c held.
+    pub beta: f32,
+}
+
+/// What kind of GPU it is, for choosing among kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Architecture {
+    /// Compute capability, 90 for 9.0; 0: no GPU, so no tensor cores.
+    pub sm: u32,
+    /// Streaming multiprocessors.
+    pub processors: u32,
+    /// Bytes of shared memory that a block may ask for.
+    pub shared: usize,
+}
+
+/// Bytes of the GPU's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryInfo {
+    /// Unused by any process.
+    pub free: usize,
+    /// All.
+    pub total: usize,
+}
+
+/// Why a GPU cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An allocation was refused.
+    #[error(
+        "the GPU's memory is full: {} were asked for, {} are in use, {} of {} are free. \
+         What helps: a smaller --batch-size, a smaller --max-length, --recompute always, a smaller --top-k-experts, \
+         more ranks",
+        gib(*.asked), gib(*.used), gib(.info.free), gib(.info.total)
+    )]
+    OutOfMemory {
+        /// Bytes of the allocation.
+        asked: usize,
+        /// Bytes that this process holds for tensors.
+        used: usize,
+        /// The GPU's view.
+        info: MemoryInfo,
+    },
+    /// Anything else: a kernel's fault, a lost device, a library that refuses.
+    #[error("{call}: {message}")]
+    Fault {
+        /// What was called.
+        call: String,
+        /// What it answered.
+        message: String,
+    },
+}
+
+impl Coded for Error {
+    fn exit_code(&self) -> u8 {
+        exit::LAUNCHER
+    }
+}
+
+fn gib(bytes: usize) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
+}
+
+/// A GPU, or what stands in for one. All work goes to one stream: it runs in the order of the calls.
+pub trait Gpu: Send + Sync + 'static {
+    /// Its name for people, such as "NVIDIA H200".
+    fn name(&self) -> String;
+    /// Its kind.
+    fn architecture(&self) -> Architecture;
+    /// How full its memory is.
+    ///
+    /// # Errors
+    /// A GPU that does not answer.
+    fn memory(&self) -> Result<MemoryInfo, Error>;
+    /// `bytes` > 0 of memory, aligned to 256, holding anything; `None` if there is no room.
+    ///
+    /// # Errors
+    /// Any failure but a lack of room.
+    fn allocate(&self, bytes: usize) -> Result<Option<Address>, Error>;
+    /// Gives memory back, after the work queued so far.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn free(&self, at: Address) -> Result<(), Error>;
+    /// Copies from the host. The host's bytes may change as soon as this returns.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn copy_in(&self, to: Address, bytes: &[u8]) -> Result<(), Error>;
+    /// Copies to the host, after the work queued so far. Faults of that work show here.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn copy_out(&self, from: Address, bytes: &mut [u8]) -> Result<(), Error>;
+    /// Copies between places that do not overlap.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), Error>;
+    /// Sets bytes to zero.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn zero(&self, at: Address, bytes: usize) -> Result<(), Error>;
+    /// Queues a kernel. No dimension of the grid is zero.
+    ///
+    /// # Errors
+    /// A kernel that does not compile or cannot be started.
+    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error>;
+    /// Queues a product. No dimension is zero.
+    ///
+    /// # Errors
+    /// A fault of the library.
+    fn gemm(&self, gemm: &Gemm) -> Result<(), Error>;
+    /// Waits for all queued work.
+    ///
+    /// # Errors
+    /// A fault of that work.
+    fn synchronize(&self) -> Result<(), Error>;
+}

@@ -1,0 +1,160 @@
+//! The GPU backend: kernels of our own (`kernels/*.cu`) and plain products, over the [`Gpu`] seam.
+//!
+//! Activations are of one compute type, BF16 or F32; router logits, routing weights, losses, gradients of parameters,
+//! master weights and moments are F32, scores and statistics F64. Everything runs on one stream; only what returns host
+//! values waits for it. `ops/` has the launchers, one family of operations a file, named as the CPU's.
+
+mod backend;
+pub mod gpu;
+pub mod kernels;
+mod ops;
+pub mod plan;
+pub mod pool;
+mod tables;
+mod tensor;
+
+use std::sync::{Arc, Mutex};
+
+use self::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel};
+use self::plan::{AttentionForm, Form, Grouped};
+use self::pool::{Memory, Pool, Reuse};
+use self::tables::Tables;
+use self::tensor::Angles;
+pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
+use super::Dtype;
+use crate::exit::Failure;
+
+/// One GPU.
+pub struct Cuda {
+    gpu: Arc<dyn Gpu>,
+    pool: Arc<Pool>,
+    /// Type of the activations.
+    compute: Dtype,
+    /// Chooses the form of grouped products.
+    forms: fn(&Grouped, Architecture) -> Form,
+    /// The same of attention, by head width.
+    attention_forms: fn(usize, Dtype, Architecture) -> AttentionForm,
+    tables: Tables,
+    /// The rotary angles that were needed last.
+    angles: Mutex<Option<Arc<Angles>>>,
+}
+
+/// The operations cannot fail, so an error of the GPU unwinds with a [`Failure`] as its payload; whoever runs a rank turns
+/// it back into the error.
+fn must<T>(result: Result<T, Error>) -> T {
+    result.unwrap_or_else(|error| std::panic::panic_any(Failure::from(error)))
+}
+
+impl Cuda {
+    /// A backend over this GPU with activations of type `compute`. Panics at F16, which has too small a range.
+    pub fn new(gpu: Arc<dyn Gpu>, compute: Dtype, reuse: Reuse) -> Self {
+        assert!(compute != Dtype::F16, "activations are F32 or BF16");
+        Self {
+            pool: Pool::new(gpu.clone(), reuse),
+            gpu,
+            compute,
+            forms: Grouped::form,
+            attention_forms: plan::attention,
+            tables: Tables::default(),
+            angles: Mutex::default(),
+        }
+    }
+
+    /// The same with another choice of the form of grouped products, for comparing forms.
+    pub fn with_forms(self, forms: fn(&Grouped, Architecture) -> Form) -> Self {
+        Self { forms, ..self }
+    }
+
+    /// The same with another choice of the form of attention.
+    pub fn with_attention_forms(self, attention_forms: fn(usize, Dtype, Architecture) -> AttentionForm) -> Self {
+        Self { attention_forms, ..self }
+    }
+
+    fn form(&self, shape: &Grouped) -> Form {
+        (self.forms)(shape, self.gpu.architecture())
+    }
+
+    fn attention_form(&self, dim: usize) -> AttentionForm {
+        (self.attention_forms)(dim, self.compute, self.gpu.architecture())
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Arc<dyn Gpu> {
+        &self.gpu
+    }
+
+    /// Its memory.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// Type of the activations.
+    pub fn compute(&self) -> Dtype {
+        self.compute
+    }
+
+    /// Memory holding anything.
+    pub(in crate::backend::cuda) fn scratch(&self, bytes: usize) -> Memory {
+        must(self.pool.take(bytes))
+    }
+
+    /// A tensor holding anything.
+    pub(in crate::backend::cuda) fn tensor(&self, rows: usize, cols: usize, dtype: Dtype) -> Tensor {
+        Tensor { rows, cols, dtype, memory: self.scratch(rows * cols * dtype.size()) }
+    }
+
+    /// Queues a kernel; an empty grid is no work.
+    pub(in crate::backend::cuda) fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
+        if grid.blocks.iter().all(|&n| n > 0) {
+            must(self.gpu.launch(kernel, grid, args));
+        }
+    }
+
+    /// Queues a product. An empty result is no work; an empty sum only scales c by `beta`, 0 or 1.
+    pub(in crate::backend::cuda) fn gemm(&self, gemm: &Gemm) {
+        if gemm.m == 0 || gemm.n == 0 {
+            return;
+        }
+        if gemm.k > 0 {
+            must(self.gpu.gemm(gemm));
+        } else if gemm.beta == 0.0 {
+            assert!(gemm.c_stride == gemm.n, "an empty sum into part of a matrix");
+            self.zero(gemm.c, gemm.m * gemm.n * gemm.c_dtype.size());
+        }
+    }
+
+    fn zero(&self, at: Address, bytes: usize) {
+        if bytes > 0 {
+            must(self.gpu.zero(at, bytes));
+        }
+    }
+
+    fn copy(&self, from: Address, to: Address, bytes: usize) {
+        if bytes > 0 {
+            must(self.gpu.copy(from, to, bytes));
+        }
+    }
+
+    /// Host values to the GPU.
+    fn copy_in<T: bytemuck::NoUninit>(&self, to: Address, values: &[T]) {
+        if !values.is_empty() {
+            must(self.gpu.copy_in(to, bytemuck::cast_slice(values)));
+        }
+    }
+
+    /// `n` values to the host, after everything queued.
+    fn copy_out<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(&self, from: Address, n: usize) -> Vec<T> {
+        let mut out = vec![T::zeroed(); n];
+        if n > 0 {
+            must(self.gpu.copy_out(from, bytemuck::cast_slice_mut(&mut out)));
+        }
+        out
+    }
+
+    /// Host values in new memory.
+    fn uploaded<T: bytemuck::NoUninit>(&self, values: &[T]) -> Memory {
+        let memory = self.scratch(std::mem::size_of_val(values));
+        self.copy_in(memory.address(), values);
+        memory
+    }
+}

@@ -1,0 +1,120 @@
+//! Cross-entropy of a linear head, in chunks of rows: a chunk's logits, their losses and gradient in one kernel, and
+//! straight back through the head, so that logits exist once and only for one chunk.
+
+use super::linear::operand;
+use crate::backend::Dtype;
+use crate::backend::cuda::gpu::{Address, Gemm, Grid, Kernel};
+use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::ops::elements::weight_in;
+use crate::backend::cuda::pool::Memory;
+use crate::backend::cuda::{Buffer, Cuda, Indices, Tensor, Weight};
+
+const CROSS_ENTROPY: Typed = typed!(CROSS_ENTROPY, "cross_entropy");
+const TOTAL: Kernel = kernel!(UPDATE, "total");
+
+/// Bytes of a chunk's logits and their gradient. The head is read once a chunk for each product, which at this size is
+/// hidden behind the arithmetic of 300 rows or more.
+const BUDGET: usize = 256 << 20;
+
+/// Rows of a chunk for a vocabulary of `v`: within the budget, in whole tiles of a product, at least one tile.
+fn chunk_rows(v: usize, dtype: Dtype) -> usize {
+    (BUDGET / (v * (4 + dtype.size()))).next_multiple_of(64).max(64)
+}
+
+/// Σ of the losses of all rows; `dx` is given for a gradient.
+fn run(
+    cuda: &Cuda,
+    x: &Tensor,
+    w: &Weight,
+    targets: &Indices,
+    scale: f32,
+    dx: Option<&Tensor>,
+    dw: Option<Address>,
+) -> f64 {
+    let (n, v, d, dtype) = (x.rows(), w.rows(), w.cols(), x.dtype());
+    assert!(x.cols() == d, "x [{n}, {}], head [{v}, {d}]", x.cols());
+    assert!(targets.len() == n, "{n} rows, {} targets", targets.len());
+    let bad = targets.host.iter().find(|&&t| t as usize >= v);
+    assert!(bad.is_none(), "target {} of {v} classes", bad.unwrap_or(&0));
+    if n == 0 {
+        return 0.0;
+    }
+    let w = weight_in(cuda, w, dtype);
+    let chunk = chunk_rows(v, dtype).min(n);
+    let stride = v.next_multiple_of(8);
+    let logits = cuda.scratch(4 * chunk * stride);
+    let grad = dx.is_some().then(|| cuda.scratch(dtype.size() * chunk * stride));
+    let grad_at = grad.as_ref().map_or(Address::NULL, Memory::address);
+    let losses = cuda.scratch(8 * (n + 1));
+    for start in (0..n).step_by(chunk) {
+        let rows = chunk.min(n - start);
+        let product = Gemm {
+            m: rows,
+            n: v,
+            k: d,
+            a: operand(x.row(start), d, false),
+            b: operand(w.address(), d, true),
+            dtype,
+            c: logits.address(),
+            c_stride: stride,
+            c_dtype: Dtype::F32,
+            alpha: 1.0,
+            beta: 0.0,
+        };
+        cuda.gemm(&product);
+        let args = [
+            logits.address().into(),
+            targets.address().offset(4 * start).into(),
+            losses.address().offset(8 * start).into(),
+            grad_at.into(),
+            v.into(),
+            stride.into(),
+            scale.into(),
+        ];
+        cuda.launch(CROSS_ENTROPY.of(dtype), Grid::row(rows, 512), &args);
+        if let Some(dx) = dx {
+            let (a, b) = (operand(grad_at, stride, false), operand(w.address(), d, false));
+            cuda.gemm(&Gemm { n: d, k: v, a, b, c: dx.row(start), c_stride: d, c_dtype: dtype, ..product });
+        }
+        if let Some(dw) = dw {
+            let (a, b) = (operand(grad_at, stride, true), operand(x.row(start), d, false));
+            cuda.gemm(&Gemm { m: v, n: d, k: rows, a, b, c: dw, c_stride: d, beta: 1.0, ..product });
+        }
+    }
+    let sum = losses.address().offset(8 * n);
+    cuda.launch(&TOTAL, Grid::row(1, 512), &[losses.address().into(), sum.into(), n.into()]);
+    cuda.copy_out::<f64>(sum, 1)[0]
+}
+
+/// Σ over rows of −log softmax(x · wᵀ)\[target\].
+pub fn forward(cuda: &Cuda, x: &Tensor, w: &Weight, targets: &Indices) -> f64 {
+    run(cuda, x, w, targets, 0.0, None, None)
+}
+
+/// The same sum, and the gradient of `scale` times it: dx, and with a sink dw +=.
+pub fn backward(
+    cuda: &Cuda,
+    x: &Tensor,
+    w: &Weight,
+    targets: &Indices,
+    scale: f32,
+    dw: Option<(&mut Buffer, usize)>,
+) -> (f64, Tensor) {
+    let dx = cuda.tensor(x.rows(), x.cols(), x.dtype());
+    let dw = dw.map(|(dw, offset)| dw.at(offset, w.len()));
+    let loss = run(cuda, x, w, targets, scale, Some(&dx), dw);
+    (loss, dx)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_is_whole_tiles_near_the_budget() {
+        for (v, dtype, rows) in [(50_304, Dtype::Bf16, 896), (151_936, Dtype::Bf16, 320), (32_000, Dtype::F32, 1088)] {
+            assert_eq!(chunk_rows(v, dtype), rows);
+        }
+        assert_eq!(chunk_rows(1 << 30, Dtype::Bf16), 64);
+    }
+}

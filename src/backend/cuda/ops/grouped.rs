@@ -1,0 +1,221 @@
+//! Products of groups of rows with their own weights: the experts.
+//!
+//! Each has three forms, see [`Form`]. The kernels for all groups read the groups' offsets on the GPU, so nothing waits;
+//! products for each group need them on the host, where a dispatch keeps them once they were read.
+
+mod gradient;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+pub use self::gradient::backward_weight;
+use crate::backend::cuda::gpu::{Address, Gemm, Grid, Kernel, Operand};
+use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::ops::dispatch::group_rows;
+use crate::backend::cuda::ops::elements::{InDtype, weight_in};
+use crate::backend::cuda::plan::{Form, Grouped};
+use crate::backend::cuda::pool::Memory;
+use crate::backend::cuda::{Cuda, Dispatch, Tensor, Weight};
+use crate::backend::{Dtype, Stacks};
+
+/// A kernel over all groups, as ordinary arithmetic and, for BF16, on tensor cores.
+struct Kernels {
+    arithmetic: Typed,
+    tensor_cores: Kernel,
+}
+
+const LINEAR: Kernels = Kernels {
+    arithmetic: typed!(GROUPED, "grouped_linear"),
+    tensor_cores: kernel!(GROUPED_MMA, "grouped_linear_bf16"),
+};
+const BACKWARD_INPUT: Kernels = Kernels {
+    arithmetic: typed!(GROUPED, "grouped_backward_input"),
+    tensor_cores: kernel!(GROUPED_MMA, "grouped_backward_input_bf16"),
+};
+/// The shapes of one call, and the weights where kernels find them.
+struct Call<'a> {
+    cuda: &'a Cuda,
+    dispatch: &'a Dispatch,
+    form: Form,
+    /// Weights a group.
+    stack: usize,
+    /// Columns and rows of each weight.
+    inputs: usize,
+    outputs: usize,
+    dtype: Dtype,
+    /// The weights in the compute type, `stack` a group.
+    weights: Vec<InDtype>,
+}
+
+impl<'a> Call<'a> {
+    fn new(cuda: &'a Cuda, w: &Stacks<'_, Weight>, dispatch: &'a Dispatch) -> Self {
+        assert!(w.len() == dispatch.num_experts, "weights of {} groups, rows of {}", w.len(), dispatch.num_experts);
+        let stack = w.first().map_or(0, Vec::len);
+        let (outputs, inputs) = w.first().and_then(|w| w.first()).map_or((0, 0), |w| (w.rows(), w.cols()));
+        for group in w {
+            assert!(group.len() == stack, "a stack of {} weights beside one of {stack}", group.len());
+            for w in group {
+                assert!(
+                    (w.rows(), w.cols()) == (outputs, inputs),
+                    "a weight [{}, {}] beside one [{outputs}, {inputs}]",
+                    w.rows(),
+                    w.cols()
+                );
+            }
+        }
+        let dtype = cuda.compute();
+        let shape = Grouped { rows: dispatch.rows, groups: w.len(), inputs, outputs, dtype };
+        let weights = w.iter().flatten().map(|w| weight_in(cuda, w, dtype)).collect();
+        Self { form: cuda.form(&shape), cuda, dispatch, stack, inputs, outputs, dtype, weights }
+    }
+
+    fn expect(&self, what: &str, x: &Tensor, cols: usize) {
+        x.expect_shape(what, self.dispatch.rows, cols);
+        assert!(x.dtype() == self.dtype, "{what} in {:?}, the weights in {:?}", x.dtype(), self.dtype);
+    }
+
+    /// Whether there is nothing to sum up.
+    fn is_empty(&self) -> bool {
+        self.dispatch.rows == 0 || self.weights.is_empty() || self.inputs * self.outputs == 0
+    }
+
+    /// The weights' addresses on the GPU.
+    fn pointers(&self) -> Arc<Memory> {
+        let addresses: Vec<u64> = self.weights.iter().map(|w| w.address().0).collect();
+        if self.weights.iter().all(|w| matches!(w, InDtype::There(_))) {
+            self.cuda.table(addresses)
+        } else {
+            Arc::new(self.cuda.uploaded(&addresses)) // scratch does not recur
+        }
+    }
+
+    /// A kernel over all groups in this call's form, with the sides of its tiles and its shared memory.
+    fn tiled(&self, kernels: &Kernels) -> Tiled {
+        match self.form {
+            Form::TensorCores => Tiled { kernel: kernels.tensor_cores, side: 128, shared: 48 << 10 },
+            _ => Tiled { kernel: *kernels.arithmetic.of(self.dtype), side: 64, shared: 0 },
+        }
+    }
+
+    /// Rows of each group on the host, with the group's number, without the empty ones.
+    fn groups(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        group_rows(self.cuda, self.dispatch).into_iter().enumerate().filter(|(_, rows)| !rows.is_empty())
+    }
+
+    fn weight(&self, group: usize, index: usize) -> Address {
+        self.weights[group * self.stack + index].address()
+    }
+
+    /// A product in the compute type, result in `c_dtype`.
+    fn gemm(
+        &self,
+        [m, n, k]: [usize; 3],
+        [a, b]: [Operand; 2],
+        (c, c_stride, c_dtype): (Address, usize, Dtype),
+        beta: f32,
+    ) {
+        let dtype = self.dtype;
+        self.cuda.gemm(&Gemm { m, n, k, a, b, dtype, c, c_stride, c_dtype, alpha: 1.0, beta });
+    }
+}
+
+/// A kernel whose blocks make square tiles.
+struct Tiled {
+    kernel: Kernel,
+    side: usize,
+    shared: usize,
+}
+
+impl Tiled {
+    fn grid(&self, blocks: usize) -> Grid {
+        Grid::row(blocks, 256).shared(self.shared)
+    }
+
+    /// At least the row tiles that all groups can have together: each may end with a part of one.
+    fn row_tiles(&self, dispatch: &Dispatch) -> usize {
+        dispatch.rows / self.side + dispatch.num_experts.min(dispatch.rows)
+    }
+
+    /// Tiles of one weight.
+    fn weight_tiles(&self, call: &Call<'_>) -> usize {
+        call.outputs.div_ceil(self.side) * call.inputs.div_ceil(self.side)
+    }
+}
+
+/// y = x · wᵀ for each group; the outputs of stacked weights lie side by side.
+pub fn forward(cuda: &Cuda, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
+    let call = Call::new(cuda, w, dispatch);
+    call.expect("x of grouped products", x, call.inputs);
+    let width = call.stack * call.outputs;
+    let y = cuda.tensor(x.rows(), width, call.dtype);
+    if call.is_empty() {
+        cuda.zero(y.address(), y.len() * call.dtype.size());
+        return y;
+    }
+    if call.form == Form::EachGroup {
+        for (group, rows) in call.groups() {
+            for index in 0..call.stack {
+                let a = Operand { at: x.row(rows.start), stride: call.inputs, transposed: false };
+                let b = Operand { at: call.weight(group, index), stride: call.inputs, transposed: true };
+                let to = y.row(rows.start).offset(index * call.outputs * call.dtype.size());
+                call.gemm([rows.len(), call.outputs, call.inputs], [a, b], (to, width, call.dtype), 0.0);
+            }
+        }
+        return y;
+    }
+    let tiled = call.tiled(&LINEAR);
+    let blocks = tiled.row_tiles(dispatch) * call.stack * call.outputs.div_ceil(tiled.side);
+    launch_over_rows(&call, &tiled, blocks, &y, x);
+    y
+}
+
+/// dx = dy · w for each group, summed over its stacked weights.
+pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
+    let call = Call::new(cuda, w, dispatch);
+    let width = call.stack * call.outputs;
+    call.expect("dy of grouped products", dy, width);
+    let dx = cuda.tensor(dy.rows(), call.inputs, call.dtype);
+    if call.is_empty() {
+        cuda.zero(dx.address(), dx.len() * call.dtype.size());
+        return dx;
+    }
+    if call.form == Form::EachGroup {
+        // The sum over a stack is rounded once: in F32 first where there are several.
+        let wide = call.stack > 1 && call.dtype != Dtype::F32;
+        let sums = wide.then(|| cuda.tensor(dy.rows(), call.inputs, Dtype::F32));
+        let to = sums.as_ref().unwrap_or(&dx);
+        for (group, rows) in call.groups() {
+            for index in 0..call.stack {
+                let at = dy.row(rows.start).offset(index * call.outputs * call.dtype.size());
+                let a = Operand { at, stride: width, transposed: false };
+                let b = Operand { at: call.weight(group, index), stride: call.inputs, transposed: false };
+                let beta = if index == 0 { 0.0 } else { 1.0 };
+                let to = (to.row(rows.start), call.inputs, to.dtype());
+                call.gemm([rows.len(), call.inputs, call.outputs], [a, b], to, beta);
+            }
+        }
+        if let Some(sums) = sums {
+            super::elements::cast(cuda, sums.address(), Dtype::F32, dx.address(), call.dtype, dx.len());
+        }
+        return dx;
+    }
+    let tiled = call.tiled(&BACKWARD_INPUT);
+    let blocks = tiled.row_tiles(dispatch) * call.inputs.div_ceil(tiled.side);
+    launch_over_rows(&call, &tiled, blocks, &dx, dy);
+    dx
+}
+
+fn launch_over_rows(call: &Call<'_>, tiled: &Tiled, blocks: usize, to: &Tensor, from: &Tensor) {
+    let pointers = call.pointers();
+    let args = [
+        to.address().into(),
+        from.address().into(),
+        pointers.address().into(),
+        call.dispatch.offsets.address().into(),
+        call.dispatch.num_experts.into(),
+        call.stack.into(),
+        call.inputs.into(),
+        call.outputs.into(),
+    ];
+    call.cuda.launch(&tiled.kernel, tiled.grid(blocks), &args);
+}

@@ -1,0 +1,237 @@
+//! What becomes of the gradients of the groups' weights: added to the gradient buffer, or reduced to one number a group.
+
+use std::ops::Range;
+
+use super::{Call, Kernels, group_rows};
+use crate::backend::cuda::gpu::{Address, Grid, Kernel, Operand};
+use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::plan::Form;
+use crate::backend::cuda::pool::Memory;
+use crate::backend::cuda::{Buffer, Cuda, Dispatch, Scores, Tensor, Weight};
+use crate::backend::{Dtype, ExpertGrad, Moment, Stacks};
+
+const BACKWARD_WEIGHT: Kernels = Kernels {
+    arithmetic: typed!(GROUPED, "grouped_backward_weight"),
+    tensor_cores: kernel!(GROUPED_MMA, "grouped_backward_weight_bf16"),
+};
+const MAGNITUDE: Kernels = Kernels {
+    arithmetic: typed!(GRADIENT_MAGNITUDE, "gradient_magnitude"),
+    tensor_cores: kernel!(GRADIENT_MAGNITUDE_MMA, "gradient_magnitude_bf16"),
+};
+const MAGNITUDE_OF: Typed = typed!(GRADIENT_MAGNITUDE, "magnitude_of");
+const ADD_MAGNITUDES: Kernel = kernel!(GRADIENT_MAGNITUDE, "add_magnitudes");
+/// Elements of a gradient that a block of `magnitude_of` reduces.
+const MAGNITUDE_SPAN: usize = 4096;
+/// Bytes of a gradient that is made in scratch: it stays in the L2 cache beside its operands.
+const SCRATCH: usize = 16 << 20;
+
+/// For each group what `plan[group]` says.
+#[allow(clippy::too_many_arguments)]
+pub fn backward_weight(
+    cuda: &Cuda,
+    dy: &Tensor,
+    x: &Tensor,
+    w: &Stacks<'_, Weight>,
+    dispatch: &Dispatch,
+    plan: &[ExpertGrad],
+    dw: &mut Buffer,
+    scores: &mut Scores,
+) {
+    let call = Call::new(cuda, w, dispatch);
+    call.expect("dy of grouped products", dy, call.stack * call.outputs);
+    call.expect("x of grouped products", x, call.inputs);
+    assert!(plan.len() == dispatch.num_experts, "a plan for {} groups, rows of {}", plan.len(), dispatch.num_experts);
+    let gradients = Gradients { call, dy, x };
+    let (adds, sums) = (gradients.adds(plan, dw), sums(plan, scores));
+    if gradients.call.is_empty() {
+        return;
+    }
+    match gradients.call.form {
+        Form::EachGroup => {
+            let rows = group_rows(cuda, dispatch);
+            gradients.add_each(&adds, &rows, dw);
+            gradients.score_each(&sums, &rows, scores);
+        }
+        Form::TensorCores | Form::Arithmetic => {
+            gradients.add(&adds, dw);
+            gradients.score(&sums, scores);
+        }
+    }
+}
+
+/// A group, and where the gradients of its weights begin.
+struct Add<'a> {
+    group: usize,
+    at: &'a [usize],
+}
+
+/// A group, its moment and the index of its score.
+struct Sum {
+    group: usize,
+    moment: Moment,
+    index: usize,
+}
+
+fn sums(plan: &[ExpertGrad], scores: &Scores) -> Vec<Sum> {
+    let mut sums = Vec::new();
+    for (group, grad) in plan.iter().enumerate() {
+        if let &ExpertGrad::Score(moment, index) = grad {
+            assert!(index < scores.len, "score {index} of {}", scores.len);
+            sums.push(Sum { group, moment, index });
+        }
+    }
+    let mut indices: Vec<usize> = sums.iter().map(|s| s.index).collect();
+    indices.sort_unstable();
+    assert!(indices.windows(2).all(|w| w[0] < w[1]), "two groups share a score");
+    sums
+}
+
+/// dyᵀ · x of each group.
+struct Gradients<'a> {
+    call: Call<'a>,
+    dy: &'a Tensor,
+    x: &'a Tensor,
+}
+
+impl Gradients<'_> {
+    /// Elements of the gradient of one weight.
+    fn size(&self) -> usize {
+        self.call.outputs * self.call.inputs
+    }
+
+    fn adds<'p>(&self, plan: &'p [ExpertGrad], dw: &Buffer) -> Vec<Add<'p>> {
+        let (mut adds, mut starts) = (Vec::new(), Vec::new());
+        for (group, grad) in plan.iter().enumerate() {
+            if let ExpertGrad::Accumulate(at) = grad {
+                assert!(at.len() == self.call.stack, "{} offsets for {} stacked matrices", at.len(), self.call.stack);
+                for &at in at {
+                    dw.at(at, self.size());
+                    starts.push(at);
+                }
+                adds.push(Add { group, at });
+            }
+        }
+        starts.sort_unstable();
+        let apart = starts.windows(2).all(|w| w[0] + self.size() <= w[1]);
+        assert!(apart, "two gradients share a place in the buffer");
+        adds
+    }
+
+    fn add(&self, adds: &[Add<'_>], dw: &Buffer) {
+        if adds.is_empty() {
+            return;
+        }
+        let call = &self.call;
+        let tiled = call.tiled(&BACKWARD_WEIGHT);
+        let jobs = adds.iter().flat_map(|add| std::iter::once(add.group).chain(add.at.iter().copied()));
+        let jobs = call.cuda.table(jobs.map(|n| n as u64).collect());
+        let args = [
+            dw.at(0, 0).into(),
+            self.dy.address().into(),
+            self.x.address().into(),
+            call.dispatch.offsets.address().into(),
+            jobs.address().into(),
+            call.stack.into(),
+            call.inputs.into(),
+            call.outputs.into(),
+        ];
+        call.cuda.launch(&tiled.kernel, tiled.grid(adds.len() * call.stack * tiled.weight_tiles(call)), &args);
+    }
+
+    fn add_each(&self, adds: &[Add<'_>], rows: &[Range<usize>], dw: &Buffer) {
+        for add in adds.iter().filter(|add| !rows[add.group].is_empty()) {
+            for (index, &at) in add.at.iter().enumerate() {
+                self.product(&rows[add.group], index, 0..self.call.outputs, dw.at(at, self.size()), 1.0);
+            }
+        }
+    }
+
+    /// Every tile of every gradient leaves one partial sum.
+    fn score(&self, sums: &[Sum], scores: &Scores) {
+        if sums.is_empty() {
+            return;
+        }
+        let call = &self.call;
+        let tiled = call.tiled(&MAGNITUDE);
+        let each = call.stack * tiled.weight_tiles(call);
+        let partial = call.cuda.scratch(8 * sums.len() * each);
+        let (pointers, jobs) = (call.pointers(), self.jobs(sums));
+        let args = [
+            partial.address().into(),
+            self.dy.address().into(),
+            self.x.address().into(),
+            pointers.address().into(),
+            call.dispatch.offsets.address().into(),
+            jobs.address().into(),
+            call.stack.into(),
+            call.inputs.into(),
+            call.outputs.into(),
+        ];
+        call.cuda.launch(&tiled.kernel, tiled.grid(sums.len() * each), &args);
+        self.add_partials(scores, partial.address(), jobs.address(), each, sums.len());
+    }
+
+    /// One gradient after another, slab by slab in scratch.
+    fn score_each(&self, sums: &[Sum], rows: &[Range<usize>], scores: &Scores) {
+        if sums.is_empty() {
+            return;
+        }
+        let call = &self.call;
+        let jobs = self.jobs(sums);
+        let height = (SCRATCH / (4 * call.inputs)).clamp(1, call.outputs);
+        let slab = call.cuda.scratch(4 * height * call.inputs);
+        let slabs: Vec<Range<usize>> =
+            (0..call.outputs).step_by(height).map(|at| at..call.outputs.min(at + height)).collect();
+        let blocks = |slab: &Range<usize>| (slab.len() * call.inputs).div_ceil(MAGNITUDE_SPAN);
+        let each = call.stack * slabs.iter().map(blocks).sum::<usize>();
+        let partial = call.cuda.scratch(8 * each);
+        for (i, sum) in sums.iter().enumerate().filter(|(_, sum)| !rows[sum.group].is_empty()) {
+            let mut at = partial.address();
+            for index in 0..call.stack {
+                for out in &slabs {
+                    self.product(&rows[sum.group], index, out.clone(), slab.address(), 0.0);
+                    let weight = call.weight(sum.group, index).offset(out.start * call.inputs * call.dtype.size());
+                    let args = [
+                        at.into(),
+                        slab.address().into(),
+                        weight.into(),
+                        (out.len() * call.inputs).into(),
+                        code(sum.moment).into(),
+                    ];
+                    call.cuda.launch(MAGNITUDE_OF.of(call.dtype), Grid::row(blocks(out), 256), &args);
+                    at = at.offset(8 * blocks(out));
+                }
+            }
+            self.add_partials(scores, partial.address(), jobs.address().offset(i * 3 * 8), each, 1);
+        }
+    }
+
+    /// As gradient_magnitude.cu reads them.
+    fn jobs(&self, sums: &[Sum]) -> std::sync::Arc<Memory> {
+        self.call.cuda.table(sums.iter().flat_map(|s| [s.group as u64, code(s.moment), s.index as u64]).collect())
+    }
+
+    /// The score of each of `n` jobs += its `each` partial sums.
+    fn add_partials(&self, scores: &Scores, partial: Address, jobs: Address, each: usize, n: usize) {
+        let args = [scores.address().into(), partial.into(), jobs.into(), each.into()];
+        self.call.cuda.launch(&ADD_MAGNITUDES, Grid::row(n, 256), &args);
+    }
+
+    /// to = rows `out` of one gradient + beta · to
+    fn product(&self, rows: &Range<usize>, index: usize, out: Range<usize>, to: Address, beta: f32) {
+        let call = &self.call;
+        let first = (index * call.outputs + out.start) * call.dtype.size();
+        let a = Operand { at: self.dy.row(rows.start).offset(first), stride: self.dy.cols(), transposed: true };
+        let b = Operand { at: self.x.row(rows.start), stride: call.inputs, transposed: false };
+        call.gemm([out.len(), call.inputs, rows.len()], [a, b], (to, call.inputs, Dtype::F32), beta);
+    }
+}
+
+/// As gradient_magnitude.cu numbers them.
+fn code(moment: Moment) -> u64 {
+    match moment {
+        Moment::Abs => 0,
+        Moment::Square => 1,
+        Moment::AbsTimesWeight => 2,
+    }
+}

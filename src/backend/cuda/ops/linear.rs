@@ -1,0 +1,164 @@
+//! Dense layers: y = x · wᵀ + b.
+
+use super::row_grid;
+use crate::backend::Dtype;
+use crate::backend::cuda::gpu::{Address, Gemm, Grid, Kernel, Operand};
+use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::ops::elements::{cast, in_dtype, weight_in};
+use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight};
+
+const COLUMN_SUMS: Typed = typed!(COLUMNS, "column_sums");
+const ADD_PARTIALS: Kernel = kernel!(COLUMNS, "add_partials");
+const REPEAT_ROW: Typed = typed!(ELEMENTS, "repeat_row");
+
+/// A matrix as it is stored, or its transpose.
+pub fn operand(at: Address, stride: usize, transposed: bool) -> Operand {
+    Operand { at, stride, transposed }
+}
+
+/// x · wᵀ (+ bias) in `dtype`: that of x and w, or F32.
+pub fn linear(cuda: &Cuda, x: &Tensor, w: &Weight, bias: Option<&Weight>, dtype: Dtype) -> Tensor {
+    let (m, n, k) = (x.rows(), w.rows(), w.cols());
+    x.expect_shape("x of a dense layer", m, k);
+    let w = weight_in(cuda, w, x.dtype());
+    let y = cuda.tensor(m, n, dtype);
+    if let Some(bias) = bias {
+        assert!(bias.len() == n, "a bias of {} for {n} outputs", bias.len());
+        // Added within the product, so that the sum is rounded once.
+        let bias = weight_in(cuda, bias, dtype);
+        let args = [bias.address().into(), y.address().into(), n.into()];
+        cuda.launch(REPEAT_ROW.of(dtype), row_grid(m, n, dtype), &args);
+    }
+    cuda.gemm(&Gemm {
+        m,
+        n,
+        k,
+        a: operand(x.address(), k, false),
+        b: operand(w.address(), k, true),
+        dtype: x.dtype(),
+        c: y.address(),
+        c_stride: n,
+        c_dtype: dtype,
+        alpha: 1.0,
+        beta: if bias.is_some() { 1.0 } else { 0.0 },
+    });
+    y
+}
+
+/// dx = dy · w, in the compute type. An F32 gradient of router logits is multiplied as F32.
+pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Weight) -> Tensor {
+    let (m, n, k) = (dy.rows(), w.cols(), w.rows());
+    dy.expect_shape("dy of a dense layer", m, k);
+    let w = weight_in(cuda, w, dy.dtype());
+    let dx = cuda.tensor(m, n, dy.dtype());
+    cuda.gemm(&Gemm {
+        m,
+        n,
+        k,
+        a: operand(dy.address(), k, false),
+        b: operand(w.address(), n, false),
+        dtype: dy.dtype(),
+        c: dx.address(),
+        c_stride: n,
+        c_dtype: dx.dtype(),
+        alpha: 1.0,
+        beta: 0.0,
+    });
+    if dx.dtype() == cuda.compute() {
+        return dx;
+    }
+    let rounded = cuda.tensor(m, n, cuda.compute());
+    cast(cuda, dx.address(), dx.dtype(), rounded.address(), rounded.dtype(), m * n);
+    rounded
+}
+
+/// dw += dyᵀ · x. Where one of them is F32, so is the product.
+pub fn backward_weight(cuda: &Cuda, dy: &Tensor, x: &Tensor, dw: &mut Buffer, offset: usize) {
+    assert!(dy.rows() == x.rows(), "dy has {} rows, x {}", dy.rows(), x.rows());
+    let (m, n, k) = (dy.cols(), x.cols(), dy.rows());
+    let dtype = if dy.dtype() == x.dtype() { dy.dtype() } else { Dtype::F32 };
+    let (dy, x) = (in_dtype(cuda, dy, dtype), in_dtype(cuda, x, dtype));
+    cuda.gemm(&Gemm {
+        m,
+        n,
+        k,
+        a: operand(dy.address(), m, true),
+        b: operand(x.address(), n, false),
+        dtype,
+        c: dw.at(offset, m * n),
+        c_stride: n,
+        c_dtype: Dtype::F32,
+        alpha: 1.0,
+        beta: 1.0,
+    });
+}
+
+/// db += column sums of dy.
+pub fn bias_backward(cuda: &Cuda, dy: &Tensor, db: &mut Buffer, offset: usize) {
+    let n = dy.cols();
+    add_column_sums(cuda, dy, None, dy.rows(), n, db.at(offset, n));
+}
+
+/// How [`add_column_sums`] cuts its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Parts {
+    /// Parts of a block: threads that have no column of the first are given rows of their own.
+    lanes: usize,
+    /// Rows of a part.
+    chunk: usize,
+    blocks: usize,
+}
+
+fn parts(rows: usize, cols: usize, dtype: Dtype) -> Parts {
+    let width = 16 / dtype.size();
+    let loads = if cols.is_multiple_of(width) { cols / width } else { cols };
+    let lanes = 256 / loads.next_power_of_two().clamp(1, 256);
+    // Short parts keep all processors busy, long ones leave few partial sums.
+    let chunk = rows.div_ceil(lanes * 1024).clamp(16, 256);
+    Parts { lanes, chunk, blocks: rows.div_ceil(lanes * chunk) }
+}
+
+/// `into[c] += Σ over rows of dy[row, c]`, or of `dy · x · r[row]`, both seen as `[rows, cols]`.
+pub fn add_column_sums(
+    cuda: &Cuda,
+    dy: &Tensor,
+    x: Option<(&Tensor, Address)>,
+    rows: usize,
+    cols: usize,
+    into: Address,
+) {
+    let Parts { lanes, chunk, blocks } = parts(rows, cols, dy.dtype());
+    let partial = cuda.scratch(4 * blocks * lanes * cols);
+    let (x, r) = x.map_or((Address::NULL, Address::NULL), |(x, r)| (x.address(), r));
+    let args = [
+        dy.address().into(),
+        x.into(),
+        r.into(),
+        partial.address().into(),
+        rows.into(),
+        cols.into(),
+        (lanes as u32).into(),
+        (chunk as u32).into(),
+    ];
+    cuda.launch(COLUMN_SUMS.of(dy.dtype()), Grid::row(blocks, 256), &args);
+    let args = [into.into(), partial.address().into(), (blocks * lanes).into(), cols.into()];
+    cuda.launch(&ADD_PARTIALS, Grid::row(cols.div_ceil(32), 256), &args);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_rows_are_covered_and_all_threads_have_work() {
+        for (rows, cols) in [(1, 1), (0, 5), (4096, 2048), (131_072, 128), (70, 4097), (1 << 20, 64)] {
+            for dtype in [Dtype::F32, Dtype::Bf16] {
+                let p = parts(rows, cols, dtype);
+                assert!(p.blocks * p.lanes * p.chunk >= rows && (1..=256).contains(&p.lanes), "{p:?}");
+                assert!(rows == 0 || (p.blocks - 1) * p.lanes * p.chunk < rows, "{p:?} has an idle block");
+            }
+        }
+        assert_eq!(parts(4096, 2048, Dtype::Bf16), Parts { lanes: 1, chunk: 16, blocks: 256 });
+        assert_eq!(parts(131_072, 128, Dtype::Bf16), Parts { lanes: 16, chunk: 16, blocks: 512 });
+    }
+}

@@ -1,0 +1,232 @@
+//! What lies in the GPU's memory.
+
+use super::gpu::Address;
+use super::pool::Memory;
+use crate::backend::Dtype;
+
+/// Activations: a dense row-major matrix of F32 or BF16.
+pub struct Tensor {
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) dtype: Dtype,
+    pub(super) memory: Memory,
+}
+
+impl Tensor {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// Whether it holds no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Number format of its elements.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The first element.
+    pub fn address(&self) -> Address {
+        self.memory.address()
+    }
+
+    /// The first element of a row.
+    pub fn row(&self, row: usize) -> Address {
+        self.address().offset(row * self.cols * self.dtype.size())
+    }
+
+    /// Panics with both shapes unless this is `[rows, cols]`.
+    #[track_caller]
+    pub(super) fn expect_shape(&self, what: &str, rows: usize, cols: usize) {
+        assert!(
+            (self.rows, self.cols) == (rows, cols),
+            "{what} has shape [{}, {}], expected [{rows}, {cols}]",
+            self.rows,
+            self.cols
+        );
+    }
+}
+
+/// A parameter in its stored number format. Its address never changes; a step writes over its value.
+pub struct Weight {
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    pub(super) memory: Memory,
+}
+
+impl Weight {
+    /// Output width; 1 of a vector.
+    pub fn rows(&self) -> usize {
+        if self.shape.len() == 2 { self.shape[0] } else { 1 }
+    }
+
+    /// Input width, or the length of a vector.
+    pub fn cols(&self) -> usize {
+        self.shape[self.shape.len() - 1]
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.rows() * self.cols()
+    }
+
+    /// Whether it holds no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The stored number format.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The first element.
+    pub fn address(&self) -> Address {
+        self.memory.address()
+    }
+}
+
+/// A flat row of f32.
+pub struct Buffer {
+    pub(super) len: usize,
+    pub(super) memory: Memory,
+}
+
+impl Buffer {
+    /// The element at `index`, which may be the end. Panics unless `len` elements follow.
+    #[track_caller]
+    pub(super) fn at(&self, index: usize, len: usize) -> Address {
+        assert!(index + len <= self.len, "elements {index}..{} of a buffer of {}", index + len, self.len);
+        self.memory.address().offset(4 * index)
+    }
+}
+
+/// Running sums in f64.
+pub struct Scores {
+    pub(super) len: usize,
+    pub(super) memory: Memory,
+}
+
+impl Scores {
+    /// The first sum.
+    pub fn address(&self) -> Address {
+        self.memory.address()
+    }
+}
+
+/// Row numbers, token ids or class ids (u32), on the GPU and on the host.
+pub struct Indices {
+    pub(super) host: Vec<u32>,
+    pub(super) memory: Memory,
+}
+
+impl Indices {
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.host.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.host.is_empty()
+    }
+
+    /// The first of them.
+    pub fn address(&self) -> Address {
+        self.memory.address()
+    }
+}
+
+/// The chosen experts of each token and their weights, with the probabilities for the backward.
+pub struct Routing {
+    /// u32 `[T·K]`, by decreasing probability.
+    pub(super) ids: Memory,
+    /// F32 `[T, K]`
+    pub(super) weights: Tensor,
+    /// Softmax over all experts, F32 `[T, E]`.
+    pub(super) probabilities: Tensor,
+    pub(super) renormalize: bool,
+}
+
+impl Routing {
+    /// Tokens, T.
+    pub fn tokens(&self) -> usize {
+        self.weights.rows
+    }
+
+    /// Experts a token visits, K.
+    pub fn top_k(&self) -> usize {
+        self.weights.cols
+    }
+}
+
+/// A stable counting sort of the routed rows (t, k), in order of t·K + k, by expert. It stays on the GPU; nothing waits
+/// for it.
+pub struct Dispatch {
+    /// Rows of all experts together, R.
+    pub(super) rows: usize,
+    /// E
+    pub(super) num_experts: usize,
+    /// K
+    pub(super) top_k: usize,
+    /// u32 `[E + 1]`: expert `e` owns sorted rows `offsets[e]..offsets[e + 1]`.
+    pub(super) offsets: Memory,
+    /// The offsets on the host, once they were read.
+    pub(super) host_offsets: std::sync::OnceLock<Vec<u32>>,
+    /// Absent where no tokens are behind the rows.
+    pub(super) order: Option<RowOrder>,
+}
+
+/// Which sorted row is whose.
+pub(super) struct RowOrder {
+    /// u32 `[T·K]`: the sorted row of each (t, k).
+    pub(super) row_of: Memory,
+    /// u32 `[R]`: t·K + k of each sorted row.
+    pub(super) slot_of: Memory,
+}
+
+impl Dispatch {
+    /// Panics for rows without tokens.
+    pub(super) fn order(&self) -> &RowOrder {
+        self.order.as_ref().expect("rows that tokens were routed to")
+    }
+
+    pub(super) fn tokens(&self) -> usize {
+        self.rows / self.top_k
+    }
+}
+
+/// Packed sequences and the rotations of their positions.
+pub struct Sequences {
+    /// On the host.
+    pub(super) packing: crate::backend::Packing,
+    /// u32 `[sequences + 1]`: row offsets of the queries.
+    pub(super) queries: Memory,
+    /// u32 `[sequences + 1]`: row offsets of the keys.
+    pub(super) keys: Memory,
+    /// u32 `[T]`: position of each query row within its sequence.
+    pub(super) positions: Memory,
+    /// cos and sin of every position's angles.
+    pub(super) angles: std::sync::Arc<Angles>,
+}
+
+/// f32 `[positions, half]`: cos and sin of the angles, times the rope's scale.
+pub(super) struct Angles {
+    pub(super) rope: crate::backend::Rope,
+    pub(super) positions: usize,
+    pub(super) cos: Memory,
+    pub(super) sin: Memory,
+}
