@@ -6,6 +6,7 @@
 
 pub mod gpu;
 pub mod kernels;
+pub mod nvidia;
 mod ops;
 pub mod pool;
 mod tensor;
