@@ -4,6 +4,7 @@
 //! Function by function as in the NCCL manual, <https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api.html>; the
 //! constants are cudarc's, made from nccl.h.
 
+use std::error::Error as _;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -94,6 +95,44 @@ pub(super) struct Functions {
     pub(super) broadcast: unsafe extern "C" fn(Send, Receive, usize, c_int, c_int, Comm, Stream) -> Code,
 }
 
+type Version = unsafe extern "C" fn(*mut c_int) -> Code;
+
+impl Functions {
+    /// The functions of a library, and the one that tells its version; or the name of the first that it lacks.
+    ///
+    /// # Safety
+    /// The library is NCCL.
+    unsafe fn of(library: &'static Library) -> std::result::Result<(Self, Version), &'static str> {
+        /// # Safety
+        /// `F` is a function pointer of its C type.
+        unsafe fn function<F: Copy>(library: &Library, name: &'static CStr) -> std::result::Result<F, &'static str> {
+            let found = unsafe { library.get::<F>(name.to_bytes_with_nul()) };
+            found.map(|symbol| *symbol).map_err(|_| name.to_str().expect("names are ASCII"))
+        }
+        // SAFETY: the caller's promise.
+        let functions = unsafe {
+            Self {
+                unique_id: function(library, c"ncclGetUniqueId")?,
+                error_string: function(library, c"ncclGetErrorString")?,
+                last_error: function(library, c"ncclGetLastError")?,
+                init: function(library, c"ncclCommInitRankConfig")?,
+                async_error: function(library, c"ncclCommGetAsyncError")?,
+                finalize: function(library, c"ncclCommFinalize")?,
+                destroy: function(library, c"ncclCommDestroy")?,
+                abort: function(library, c"ncclCommAbort")?,
+                group_start: function(library, c"ncclGroupStart")?,
+                group_end: function(library, c"ncclGroupEnd")?,
+                all_reduce: function(library, c"ncclAllReduce")?,
+                reduce_scatter: function(library, c"ncclReduceScatter")?,
+                all_gather: function(library, c"ncclAllGather")?,
+                reduce: function(library, c"ncclReduce")?,
+                broadcast: function(library, c"ncclBroadcast")?,
+            }
+        };
+        Ok((functions, unsafe { function(library, c"ncclGetVersion") }?))
+    }
+}
+
 impl Nccl {
     /// Loads this file, or what the loader finds under this name, on `rank`.
     ///
@@ -102,43 +141,16 @@ impl Nccl {
     pub fn load(path: &Path, rank: usize) -> Result<Self> {
         let failed = |message| Error::Nccl { rank, message };
         // SAFETY: NCCL may be loaded from any thread; its initializers only set up its own state.
-        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) };
-        let library = library.map_err(|e| failed(format!("{} cannot be loaded: {e}", path.display())))?;
+        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| {
+            // The loader's words, with the path, are one level down.
+            failed(e.source().map_or_else(|| e.to_string(), ToString::to_string))
+        })?;
         // To the end of the process: its threads may outlive every communicator.
         let library: &'static Library = Box::leak(Box::new(library));
-        let symbol = |name: &CStr| {
-            // SAFETY: only the address is taken.
-            let found = unsafe { library.get::<*mut c_void>(name.to_bytes_with_nul()) };
-            found.map(|symbol| *symbol).map_err(|_| {
-                let name = name.to_string_lossy();
-                failed(format!("{} lacks {name}: NCCL 2.18 or later is needed", path.display()))
-            })
-        };
-        /// A function of the C type that the table's field has, at this address.
-        macro_rules! function {
-            ($name:literal) => {
-                // SAFETY: the types of the table are those of nccl.h.
-                unsafe { std::mem::transmute::<*mut c_void, _>(symbol($name)?) }
-            };
-        }
-        let functions = Functions {
-            unique_id: function!(c"ncclGetUniqueId"),
-            error_string: function!(c"ncclGetErrorString"),
-            last_error: function!(c"ncclGetLastError"),
-            init: function!(c"ncclCommInitRankConfig"),
-            async_error: function!(c"ncclCommGetAsyncError"),
-            finalize: function!(c"ncclCommFinalize"),
-            destroy: function!(c"ncclCommDestroy"),
-            abort: function!(c"ncclCommAbort"),
-            group_start: function!(c"ncclGroupStart"),
-            group_end: function!(c"ncclGroupEnd"),
-            all_reduce: function!(c"ncclAllReduce"),
-            reduce_scatter: function!(c"ncclReduceScatter"),
-            all_gather: function!(c"ncclAllGather"),
-            reduce: function!(c"ncclReduce"),
-            broadcast: function!(c"ncclBroadcast"),
-        };
-        let version: unsafe extern "C" fn(*mut c_int) -> Code = function!(c"ncclGetVersion");
+        // SAFETY: the types are those of nccl.h.
+        let loaded = unsafe { Functions::of(library) };
+        let (functions, version) =
+            loaded.map_err(|name| failed(format!("{} lacks {name}: NCCL 2.18 or later is needed", path.display())))?;
         let mut number = 0;
         // SAFETY: it writes an integer.
         let code = unsafe { version(&mut number) };
@@ -229,6 +241,7 @@ pub(super) mod fake {
     }
 
     /// Only the functions above may be called.
+    #[allow(clippy::missing_transmute_annotations)] // the table says the types
     pub fn nccl() -> Nccl {
         unsafe extern "C" fn not_called() {
             unreachable!("the stand-in has no such function");

@@ -37,7 +37,7 @@ impl Driver {
         // SAFETY: it may be called before cuInit (CUDA Driver API, "Version Management").
         let asked = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
         let started = asked.and_then(|()| result::init());
-        judged(version, started.and_then(|()| result::device::get_count()), |e| driver_says(e))
+        judged(version, started.and_then(|()| result::device::get_count()), driver_says)
     }
 }
 

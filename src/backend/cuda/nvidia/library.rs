@@ -6,6 +6,7 @@
 //! `cublas.rs`, `collective::nccl`): what the errors and the log name is what runs. The driver is cudarc's; it is opened
 //! here first, and stays open, so that cudarc's search finds it loaded.
 
+use std::error::Error as _;
 use std::ffi::{CStr, OsStr, OsString, c_void};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -264,13 +265,16 @@ fn open_at(library: Library, path: &Path) -> Result<Open, String> {
     let handle = load(path)?;
     // SAFETY: it is not called, only its address is looked at.
     let probe = unsafe { handle.get::<*const c_void>(library.probe().to_bytes_with_nul()) };
-    let probe = *probe.map_err(|e| format!("{}: {e}", path.display()))?;
+    let probe = *probe.map_err(|_| format!("{} lacks {}", path.display(), library.probe().to_string_lossy()))?;
     Ok(Open { library, handle: Box::leak(Box::new(handle)), path: file_of(probe).unwrap_or_else(|| path.to_owned()) })
 }
 
 fn load(path: &Path) -> Result<Handle, String> {
     // SAFETY: NVIDIA's libraries may be loaded from any thread; their initializers only set up their own state.
-    unsafe { Handle::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| e.to_string())
+    unsafe { Handle::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| {
+        // The loader's words, with the path, are one level down.
+        e.source().map_or_else(|| e.to_string(), ToString::to_string)
+    })
 }
 
 /// The file that this address was loaded from.
