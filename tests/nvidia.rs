@@ -1,31 +1,37 @@
-//! `Nvidia` over a stand-in for the driver, NVRTC and cuBLAS (`tests/stand_in/cuda.c`), whose stream does everything as
-//! late as it may: what is called with which arguments, in which order, and that all is given back.
+//! `Nvidia` and NCCL's communicator over a stand-in for the libraries (`tests/stand_in/cuda.c`), whose streams do
+//! everything as late as they may: what is called with which arguments, in which order, and that all is given back.
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use moewarden::backend::Dtype;
 use moewarden::backend::cuda::gpu::{Address, Arg, Gemm, Gpu, Grid, Kernel, Operand};
 use moewarden::backend::cuda::kernels::MODULES;
-use moewarden::backend::cuda::nvidia::library::Surroundings;
+use moewarden::backend::cuda::nvidia::library::{self, Library, Surroundings};
 use moewarden::backend::cuda::nvidia::{Error, Nvidia};
+use moewarden::collective::nccl::{Communicator, DeviceCollective, Nccl};
+use moewarden::collective::threads;
 
 /// Set in the process that has the stand-in, to the folder of the kernel cache.
 const INSIDE: &str = "MOEWARDEN_TEST_STAND_IN";
 
-/// The loader reads `LD_LIBRARY_PATH` when a process starts, so the test runs in a second one.
+/// The loader reads `LD_LIBRARY_PATH` when a process starts, so this test runs itself in a second one.
 #[test]
 fn the_calls_are_those_that_the_libraries_expect() {
+    if let Some(cache) = std::env::var_os(INSIDE) {
+        return inside(Path::new(&cache));
+    }
     let folder = tempfile::tempdir().unwrap();
     let library = folder.path().join("libcuda.so.1");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stand_in/cuda.c");
     let built = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-w", "-o"]).arg(&library).arg(source).status();
     assert!(built.expect("tests need a C compiler").success());
-    for name in ["libcuda.so", "libnvrtc.so.13", "libcublas.so.13"] {
+    for name in ["libcuda.so", "libnvrtc.so.13", "libcublas.so.13", "libnccl.so.2"] {
         std::os::unix::fs::symlink(&library, folder.path().join(name)).unwrap();
     }
     let inside = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "inside", "--include-ignored", "--nocapture"])
+        .args(["--exact", "the_calls_are_those_that_the_libraries_expect", "--nocapture"])
         .env("LD_LIBRARY_PATH", folder.path())
         .env(INSIDE, folder.path().join("kernels"))
         .output()
@@ -44,12 +50,9 @@ fn count(name: &str) -> i32 {
     }
 }
 
-#[test]
-#[ignore = "part of the_calls_are_those_that_the_libraries_expect, in a process of its own"]
-fn inside() {
-    let Some(cache) = std::env::var_os(INSIDE) else { return };
+fn inside(cache: &Path) {
     let surroundings = Surroundings::read(|name| std::env::var_os(name));
-    let open = |index| Nvidia::open(index, &surroundings, Some(Path::new(&cache)));
+    let open = |index| Nvidia::open(index, &surroundings, Some(cache));
     assert!(matches!(open(1), Err(Error::NoSuchDevice { index: 1, devices: 1 })));
 
     let gpu = open(0).unwrap();
@@ -62,6 +65,7 @@ fn inside() {
             room(&gpu);
             kernels(&gpu);
             products(&gpu);
+            sums(&gpu, &library::open(Library::Nccl, 13, &surroundings).unwrap().path);
         });
     });
     drop(gpu);
@@ -156,6 +160,50 @@ fn products(gpu: &Nvidia) {
     let error = gpu.gemm(&Gemm { dtype: Dtype::Bf16, ..gemm }).unwrap_err().to_string();
     assert!(error.contains("not supported") && error.contains("Bf16"), "{error}");
     for at in [at_a, at_b, at_c] {
+        gpu.free(at).unwrap();
+    }
+}
+
+fn sums(gpu: &Nvidia, nccl: &Path) {
+    let load = || Nccl::load(nccl, 0).unwrap();
+    let timeout = Duration::from_secs(60);
+    // Two ranks, and one GPU.
+    std::thread::scope(|scope| {
+        for host in threads::group(2, timeout) {
+            scope.spawn(move || {
+                gpu.bind().unwrap();
+                let Err(error) = Communicator::new(load(), &host, gpu.stream(), timeout) else { panic!("they joined") };
+                assert!(error.to_string().contains("ranks 0 and 1 use the same GPU"), "{error}");
+            });
+        }
+    });
+
+    let host = threads::single();
+    let group = Communicator::new(load(), &host, gpu.stream(), timeout).unwrap();
+    let len = 1000;
+    let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
+    let [first, second] = [0; 2].map(|_| gpu.allocate(4 * len).unwrap().unwrap());
+    // Each step reads what the one before has written, across both streams.
+    gpu.copy_in(first, bytemuck::cast_slice(&values)).unwrap();
+    group.all_reduce_f32(first.0, len).unwrap();
+    group.reduce_scatter_f32(first.0, &[len], second.0).unwrap();
+    group.join().unwrap();
+    gpu.copy(second, first, 4 * len).unwrap();
+    gpu.zero(second, 4 * len).unwrap();
+    group.all_gather_into(first.0, &[4 * len], second.0).unwrap();
+    group.join().unwrap();
+    group.wait().unwrap();
+    let mut got = vec![0f32; len];
+    gpu.copy_out(second, bytemuck::cast_slice_mut(&mut got)).unwrap();
+    assert!(got.iter().zip(&values).all(|(got, value)| *got == value + 2.0), "{:?}", &got[..8]);
+
+    drop(group);
+    let group = Communicator::new(load(), &host, gpu.stream(), timeout).unwrap();
+    group.all_reduce_f32(first.0, len).unwrap();
+    group.abort();
+    assert!(group.wait().unwrap_err().to_string().contains("ended on request"));
+    drop(group);
+    for at in [first, second] {
         gpu.free(at).unwrap();
     }
 }
