@@ -84,7 +84,7 @@ fn inside(cache: &Path) {
 fn copies(gpu: &Nvidia) {
     for len in [1, 64 << 10, (64 << 10) + 1, 8 << 20, (8 << 20) + 1, (45 << 20) + 7] {
         let (first, second) = (gpu.allocate(len).unwrap().unwrap(), gpu.allocate(len).unwrap().unwrap());
-        let mut bytes: Vec<u8> = (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let mut bytes: Vec<u8> = (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let sent = bytes.clone();
         gpu.copy_in(first, &bytes).unwrap();
         bytes.fill(0xee); // they may change as soon as it returns
@@ -183,17 +183,19 @@ fn sums(gpu: &Nvidia, nccl: &Path) {
     let len = 1000;
     let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
     let [first, second] = [0; 2].map(|_| gpu.allocate(4 * len).unwrap().unwrap());
+    let mut got = vec![0f32; len];
     // Each step reads what the one before has written, across both streams.
     gpu.copy_in(first, bytemuck::cast_slice(&values)).unwrap();
     group.all_reduce_f32(first.0, len).unwrap();
+    group.join().unwrap();
+    gpu.copy_out(first, bytemuck::cast_slice_mut(&mut got)).unwrap();
+    assert!(got.iter().zip(&values).all(|(got, value)| *got == value + 1.0), "{:?}", &got[..8]);
     group.reduce_scatter_f32(first.0, &[len], second.0).unwrap();
     group.join().unwrap();
     gpu.copy(second, first, 4 * len).unwrap();
     gpu.zero(second, 4 * len).unwrap();
     group.all_gather_into(first.0, &[4 * len], second.0).unwrap();
-    group.join().unwrap();
     group.wait().unwrap();
-    let mut got = vec![0f32; len];
     gpu.copy_out(second, bytemuck::cast_slice_mut(&mut got)).unwrap();
     assert!(got.iter().zip(&values).all(|(got, value)| *got == value + 2.0), "{:?}", &got[..8]);
 
