@@ -1,4 +1,4 @@
-//! The GPU backend: kernels of our own (`kernels/*.cu`) and plain products, over the [`Gpu`](gpu::Gpu) seam.
+//! The GPU backend: kernels of our own (`kernels/*.cu`) and plain products, over the [`Gpu`] seam.
 //!
 //! Activations are of one compute type, BF16 or F32; router logits, routing weights, losses, gradients of parameters,
 //! master weights and moments are F32, scores and statistics F64. Everything runs on one stream; only what returns host

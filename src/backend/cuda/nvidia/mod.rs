@@ -7,13 +7,14 @@
 mod cache;
 mod cublas;
 mod driver;
+mod error;
 pub mod library;
 mod nvrtc;
 mod staging;
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{CudaContext, DriverError, result, sys};
@@ -23,12 +24,12 @@ use self::cache::Cache;
 use self::cublas::Cublas;
 pub use self::driver::Driver;
 use self::driver::driver_says;
+pub use self::error::Error;
 use self::library::{Library, Surroundings};
 pub use self::nvrtc::{Compiled, Nvrtc, options};
 use self::staging::Staging;
 use super::gpu::{self, Address, Architecture, Arg, Gemm, Gpu, Grid, Kernel, MemoryInfo, Module};
 use super::kernels::MODULES;
-use crate::exit::{self, Coded};
 
 /// The oldest GPUs with bf16.
 const OLDEST_SM: u32 = 80;
@@ -36,113 +37,6 @@ const OLDEST_SM: u32 = 80;
 const SHARED_WITHOUT_ASKING: usize = 48 << 10;
 /// Copies of no more than this go without staging.
 const SMALL: usize = 64 << 10;
-
-/// Why there is no GPU to work with. All of them end the process with [`exit::LAUNCHER`].
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A library is nowhere, or nothing that could be loaded.
-    #[error(
-        "{library} ({names}) was not found; {remedy}. Looked in: {}.{}",
-        .looked_in.join("; "),
-        .refused.iter().map(|why| format!(" Not usable: {why}.")).collect::<String>()
-    )]
-    Missing {
-        /// Which.
-        library: Library,
-        /// Its file's names.
-        names: String,
-        /// Every place.
-        looked_in: Vec<String>,
-        /// Files that were there but could not be loaded, and why.
-        refused: Vec<String>,
-        /// How one gets it.
-        remedy: &'static str,
-    },
-    /// A library is too old.
-    #[error("{}: {library} lacks the function {name}: a newer one is needed", .path.display())]
-    Function {
-        /// Which.
-        library: Library,
-        /// Its file.
-        path: PathBuf,
-        /// What it lacks.
-        name: String,
-    },
-    /// The driver is too old.
-    #[error(
-        "the NVIDIA driver is for CUDA {}.{}; CUDA {oldest}.0 or later is needed: update the driver to version 525 or later \
-         (580 for CUDA 13), or use --device cpu", version.0, version.1
-    )]
-    OldDriver {
-        /// The CUDA version that it is for.
-        version: (u32, u32),
-        /// The one that is needed.
-        oldest: u32,
-    },
-    /// The driver shows no GPU.
-    #[error(
-        "the NVIDIA driver shows no GPU: does nvidia-smi list one? CUDA_VISIBLE_DEVICES may hide it, a SLURM job needs \
-         --gpus, a container --gpus all or --nv; without a GPU use --device cpu"
-    )]
-    NoDevice,
-    /// The toolkit's stand-in for linking was loaded in the driver's place.
-    #[error("the libcuda that was loaded is the CUDA toolkit's stub: take its folder `stubs` out of LD_LIBRARY_PATH")]
-    Stub,
-    /// A GPU that does not exist was asked for.
-    #[error("there is no GPU {index}: the driver shows {devices}, counted from 0")]
-    NoSuchDevice {
-        /// The one that was asked for.
-        index: usize,
-        /// Those that are there.
-        devices: usize,
-    },
-    /// The GPU is too old.
-    #[error("{name} has compute capability {}.{}; 8.0 or later (A100, RTX 30) is needed for bf16: use --device cpu", sm / 10, sm % 10)]
-    OldGpu {
-        /// Its name.
-        name: String,
-        /// Its compute capability, 75 for 7.5.
-        sm: u32,
-    },
-    /// The driver refused.
-    #[error("the NVIDIA driver: {call}: {message}")]
-    Driver {
-        /// What was called.
-        call: &'static str,
-        /// What it answered.
-        message: String,
-    },
-    /// cuBLAS refused.
-    #[error("{call}: status {code}, {why}")]
-    Cublas {
-        /// What was called.
-        call: String,
-        /// What it answered.
-        code: i32,
-        /// In words.
-        why: &'static str,
-    },
-    /// A kernel does not compile.
-    #[error("kernels/{file}: {compiler} with {options} refuses it (code {code}): {log}")]
-    Compile {
-        /// The source.
-        file: String,
-        /// Name, version and file of the compiler.
-        compiler: String,
-        /// What it was told; a GPU newer than the compiler shows here.
-        options: String,
-        /// Its code.
-        code: i32,
-        /// Its words.
-        log: String,
-    },
-}
-
-impl Coded for Error {
-    fn exit_code(&self) -> u8 {
-        exit::LAUNCHER
-    }
-}
 
 /// One GPU: a context, and one stream that all its work goes to.
 pub struct Nvidia {
@@ -467,6 +361,7 @@ impl Drop for Nvidia {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exit::{self, Coded};
 
     #[test]
     fn arguments_lie_where_the_kernel_reads_them() {
