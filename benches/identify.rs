@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use moewarden::backend::cpu::Cpu;
+use moewarden::run::Rank;
 use moewarden::config::{Recompute, RunConfig};
 use moewarden::data::{Dataset, Example, Record};
 use moewarden::model::{Checkpoint, Model, ModelConfig, ParamTable};
-use moewarden::run::Rank;
 use moewarden::run::engine::Engine;
 use moewarden::run::memory::peak_resident;
 use moewarden::run::progress::Progress;

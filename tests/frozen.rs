@@ -13,8 +13,8 @@ use moewarden::experts::{ExpertId, Selection};
 use moewarden::model::{
     Checkpoint, Model, ModelConfig, ParamId, ParamKind, ParamTable, PassEnd, Routed, expert_params,
 };
-use moewarden::run::Ranks;
 use moewarden::run::engine::Engine;
+use moewarden::run::Ranks;
 use moewarden::run::progress::Progress;
 use moewarden::ui::Ui;
 use serde_json::json;

@@ -63,9 +63,7 @@ impl Coded for Error {
             Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
             Error::Write { .. } | Error::Read { .. } => exit::IO,
             Error::File(e) => e.exit_code(),
-            Error::NotWhole { .. } | Error::NotADelta { .. } | Error::DeltaTensor { .. } | Error::OtherBase { .. } => {
-                exit::DATA
-            }
+            Error::NotWhole { .. } | Error::NotADelta { .. } | Error::DeltaTensor { .. } | Error::OtherBase { .. } => exit::DATA,
             Error::Config(error) => error.exit_code(),
             Error::Weights(error) => error.exit_code(),
             Error::Claim(error) => error.exit_code(),

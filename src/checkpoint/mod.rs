@@ -12,6 +12,6 @@ mod shard_state;
 pub use aside::{AsideDir, clear_left, is_left_of, partial_path, remove};
 pub use delta::{DELTA_SCHEMA, apply_delta, apply_delta_over, load_delta, save_delta};
 pub use error::Error;
-pub use export::{export, export_over, is_model_file, is_model_folder};
 pub use manifest::{Entry, Manifest};
 pub use shard_state::{read_optimizer, write_optimizer};
+pub use export::{export, export_over, is_model_file, is_model_folder};

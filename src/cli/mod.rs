@@ -192,10 +192,7 @@ fn run_option(arg: Arg, defaults: &Value) -> Arg {
 
 /// Whether an option decides about training only.
 fn is_training(arg: &Arg) -> bool {
-    matches!(
-        arg.get_help_heading(),
-        Some(heading::TRAINING | heading::OPTIMIZER | heading::ROUTERS | heading::CHECKPOINTS)
-    )
+    matches!(arg.get_help_heading(), Some(heading::TRAINING | heading::OPTIMIZER | heading::ROUTERS | heading::CHECKPOINTS))
 }
 
 /// `identify` shares the options file of `train`, but a flag that trains would do nothing.

@@ -44,10 +44,7 @@ pub struct Engine<'a, B: Backend> {
 
 /// The micro-batches of the global order that belong to this rank, each with its place in that order: number i belongs to
 /// rank i mod world.
-pub fn share<'a, M>(
-    micro_batches: &'a [M],
-    world: &dyn Collective,
-) -> impl Iterator<Item = (usize, &'a M)> + use<'a, M> {
+pub fn share<'a, M>(micro_batches: &'a [M], world: &dyn Collective) -> impl Iterator<Item = (usize, &'a M)> + use<'a, M> {
     let (rank, size) = (world.rank(), world.world_size());
     micro_batches.iter().enumerate().filter(move |(i, _)| i % size == rank)
 }

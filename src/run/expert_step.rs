@@ -19,9 +19,7 @@ impl<B: Backend> Engine<'_, B> {
                 let inputs = self.inputs(batch);
                 let forward = self.forward(&inputs, Some(&plan), PassEnd::Loss { all_rows: false }, None);
                 let loss = LossGrads { ce_scale, routers: &[] };
-                passes
-                    .backward(&self.model, &inputs, forward, loss, i + 1 == with_loss.len())
-                    .expect("a pass to the loss")
+                passes.backward(&self.model, &inputs, forward, loss, i + 1 == with_loss.len()).expect("a pass to the loss")
             };
             with_loss.iter().copied().enumerate().map(pass).sum()
         })?;

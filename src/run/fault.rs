@@ -213,8 +213,7 @@ mod tests {
         assert!(fault.clone().pass(Point::Step).is_err(), "clones count together");
         assert!(fault.pass(Point::Step).unwrap().is_none());
         assert_eq!("rank=0,at=step:1,do=nan".parse::<Fault>().unwrap().pass(Point::Step).unwrap(), Some(Action::Nan));
-        for wrong in ["", "rank=0", "rank=x,at=step:1,do=kill", "rank=0,at=lunch:1,do=kill", "rank=0,at=step:1,do=eat"]
-        {
+        for wrong in ["", "rank=0", "rank=x,at=step:1,do=kill", "rank=0,at=lunch:1,do=kill", "rank=0,at=step:1,do=eat"] {
             assert!(wrong.parse::<Fault>().is_err(), "{wrong}");
         }
     }

@@ -67,9 +67,7 @@ impl<B: Backend> Engine<'_, B> {
         let sum: f64 = run.trainer.accumulate(self, |backward| {
             let pass = |(i, (pass, routers)): (usize, (JointPass<B>, &Vec<_>))| {
                 let loss = LossGrads { ce_scale, routers };
-                backward
-                    .backward(&self.model, &pass.inputs, pass.forward, loss, i + 1 == last)
-                    .expect("a pass to the loss")
+                backward.backward(&self.model, &pass.inputs, pass.forward, loss, i + 1 == last).expect("a pass to the loss")
             };
             passes.into_iter().zip(&routers).enumerate().map(pass).sum()
         })?;

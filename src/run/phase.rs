@@ -83,7 +83,8 @@ pub struct Batch {
 }
 
 /// Receives each step of a phase as it is done. What it answers, the same on all ranks, decides whether the phase goes on.
-pub type OnStep<'a, B> = &'a mut dyn FnMut(&mut Engine<'_, B>, &PhaseRun<B>, &StepResult) -> Result<ControlFlow<()>>;
+pub type OnStep<'a, B> =
+    &'a mut dyn FnMut(&mut Engine<'_, B>, &PhaseRun<B>, &StepResult) -> Result<ControlFlow<()>>;
 
 /// What all ranks have to know of a step before they begin.
 pub(super) struct Agreed {
@@ -144,12 +145,7 @@ impl<B: Backend> Engine<'_, B> {
     ///
     /// # Errors
     /// A failure of this rank or another; too many steps in a row with numbers that are not finite.
-    pub fn train(
-        &mut self,
-        run: &mut PhaseRun<B>,
-        bar: &Progress<'_>,
-        on_step: OnStep<'_, B>,
-    ) -> Result<ControlFlow<()>> {
+    pub fn train(&mut self, run: &mut PhaseRun<B>, bar: &Progress<'_>, on_step: OnStep<'_, B>) -> Result<ControlFlow<()>> {
         let per_step = self.config.accum(run.phase) * self.step_ranks;
         let epochs = self.config.epochs(run.phase);
         let mut order = (usize::MAX, Vec::new());
@@ -233,7 +229,9 @@ impl<B: Backend> Engine<'_, B> {
         result.grad_norm = norm.value;
         let blame = match norm.blame {
             _ if !result.total_loss.is_finite() => Some((result.total_loss, format!("the loss of {what}"))),
-            Some(id) => Some((norm.value, format!("the gradient of {} in {what}", self.model.table.params[id].name()))),
+            Some(id) => {
+                Some((norm.value, format!("the gradient of {} in {what}", self.model.table.params[id].name())))
+            }
             None => None,
         };
         match blame {

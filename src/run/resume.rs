@@ -29,8 +29,7 @@ use super::replicas;
 use super::session::Session;
 use crate::backend::Backend;
 use crate::checkpoint::{
-    AsideDir, Entry, Manifest, clear_left, load_delta, partial_path, read_optimizer, remove, save_delta,
-    write_optimizer,
+    AsideDir, Entry, Manifest, clear_left, load_delta, partial_path, read_optimizer, remove, save_delta, write_optimizer,
 };
 use crate::collective::{Collective, all_ok};
 use crate::config::{Device, Recompute, RunConfig};
@@ -291,8 +290,7 @@ impl<'a> Checkpoints<'a> {
             }
         }
         if any {
-            let message =
-                format!("no checkpoint of {} is whole; start again with --overwrite", self.folder().display());
+            let message = format!("no checkpoint of {} is whole; start again with --overwrite", self.folder().display());
             return Err(Failure::new(exit::DATA, message));
         }
         Ok(None)
@@ -448,13 +446,7 @@ mod tests {
         for other in ["round_2", ".round_2-expert-step_0.partial", "round_0-expert-step_0", "round_2-lunch-step_0"] {
             assert_eq!(Position::of_folder(other), None, "{other}");
         }
-        let order = [
-            (0, Phase::Identify, 7),
-            (0, Phase::Expert, 0),
-            (0, Phase::Expert, 2),
-            (0, Phase::Router, 1),
-            (1, Phase::Identify, 0),
-        ];
+        let order = [(0, Phase::Identify, 7), (0, Phase::Expert, 0), (0, Phase::Expert, 2), (0, Phase::Router, 1), (1, Phase::Identify, 0)];
         assert!(order.map(|(round, phase, step)| Position { round, phase, step }).is_sorted());
     }
 }

@@ -19,9 +19,7 @@ use super::verify::verify_frozen;
 use crate::backend::{Backend, cpu::Cpu};
 use crate::checkpoint::{export_over, save_delta};
 use crate::collective::{Collective, all_ok};
-use crate::config::{
-    LOCK_FILE, Mode, OutputLock, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir,
-};
+use crate::config::{LOCK_FILE, Mode, OutputLock, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir};
 use crate::data::{self, MicroBatch};
 use crate::exit::{self, Failure, Result};
 use crate::experts::{ExpertId, Selection};

@@ -81,8 +81,7 @@ impl<B: Backend> Trainer<B> {
         let lens = ids.iter().map(|&id| model.table.params[id].value.len());
         self.shards = ShardPlan::new(lens, world.world_size(), BUCKET);
         let layer = |&id: &ParamId| completed_by(model, id);
-        self.complete =
-            self.shards.buckets().iter().map(|bucket| lowest(ids[bucket.clone()].iter().map(layer))).collect();
+        self.complete = self.shards.buckets().iter().map(|bucket| lowest(ids[bucket.clone()].iter().map(layer))).collect();
         let mut offset = 0;
         self.pieces = (0..ids.len())
             .map(|i| {
@@ -260,12 +259,7 @@ impl<B: Backend> Passes<'_, B> {
             }
         };
         let done: Option<&mut dyn FnMut(usize, &B::Buffer)> = if last { Some(&mut done) } else { None };
-        model.backward(
-            inputs,
-            forward,
-            loss,
-            &mut Sinks { plan: self.plan, grads: self.grads, scores: self.scores, done },
-        )
+        model.backward(inputs, forward, loss, &mut Sinks { plan: self.plan, grads: self.grads, scores: self.scores, done })
     }
 
     fn leave(&mut self, layer: Option<usize>) {
