@@ -20,7 +20,7 @@ for tool in cargo cc; do
 done
 
 features=()
-if command -v mpicc mpirun >/dev/null; then
+if type mpicc mpirun >/dev/null 2>&1; then
     features=(--features mpi)
 else
     echo "skipped: tests/mpi.rs, tests/slurm.rs and all that starts ranks with mpirun: there is no mpicc or no mpirun"

@@ -1,11 +1,13 @@
 //! What ranks say to each other: sums, copies, and that something went wrong. Nothing about models.
 //!
 //! [`threads`] runs n ranks as threads of one process; with n = 1 it is the single process. `mpi` (the cargo feature of
-//! that name) joins processes. Every implementation passes [`conformance::check`].
+//! that name) joins processes. Every implementation passes [`conformance::check`]. [`nccl`] adds operations between the
+//! memories of GPUs to either.
 
 pub mod conformance;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub mod nccl;
 pub mod threads;
 
 use std::borrow::Cow;
@@ -76,6 +78,14 @@ pub enum Error {
         /// What it said, at which operation.
         message: String,
     },
+    /// NCCL is missing something or failed.
+    #[error("rank {rank}: NCCL: {message}")]
+    Nccl {
+        /// The rank where it did.
+        rank: usize,
+        /// What it said, at which operation.
+        message: String,
+    },
 }
 
 impl Coded for Error {
@@ -83,7 +93,7 @@ impl Coded for Error {
         match self {
             Error::Mismatch { .. } | Error::Disagree { .. } => exit::RANKS_DIFFER,
             Error::Timeout { .. } => exit::HANG,
-            Error::Gone { .. } | Error::Library { .. } => exit::LAUNCHER,
+            Error::Gone { .. } | Error::Library { .. } | Error::Nccl { .. } => exit::LAUNCHER,
             Error::Aborted { code, .. } => *code,
         }
     }

@@ -7,6 +7,7 @@
 mod backend;
 pub mod gpu;
 pub mod kernels;
+pub mod nvidia;
 mod ops;
 pub mod plan;
 pub mod pool;

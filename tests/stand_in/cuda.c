@@ -1,0 +1,300 @@
+// A driver, an NVRTC, a cuBLAS and an NCCL for machines that have none: as much of them as moewarden calls.
+//
+// Device memory is the host's. Streams are as late as they may be: what is queued runs only when somebody waits for it, or
+// for an event behind it. So a buffer that is used again too early, or read too early, shows. The "kernel" adds its
+// arguments up; the product is computed as cuBLAS's manual has it, column-major; NCCL's sums are those with a second rank
+// whose values are all 1.
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_READY = 600 };
+
+static const size_t MEMORY = (size_t)1 << 28;
+static size_t used;
+
+// Counts that the test reads.
+int stand_in_compilations, stand_in_open; // compiled programs; things that were made and not yet given back
+
+// --- the stream ------------------------------------------------------------------------------------------------------
+
+struct stream;
+
+struct work {
+    enum { COPY, FILL, ADD_ONE, WAIT } kind;
+    void *to, *from, *owned;
+    size_t bytes;
+    int fill;
+    struct stream* stream; // WAIT: for what this stream had
+    int after;
+};
+
+static struct stream {
+    struct work queue[4096];
+    int queued, done, priority;
+} streams[4];
+static int made;
+
+static int push(struct stream* s, struct work w) {
+    if (s->queued == 4096) return INVALID;
+    s->queue[s->queued++] = w;
+    return OK;
+}
+
+static void run_until(struct stream* s, int end) {
+    while (s->done < end) {
+        struct work* w = &s->queue[s->done++];
+        if (w->kind == COPY) memmove(w->to, w->from, w->bytes);
+        if (w->kind == FILL) memset(w->to, w->fill, w->bytes);
+        if (w->kind == ADD_ONE)
+            for (size_t i = 0; i < w->bytes / 4; i++) ((float*)w->to)[i] = ((float*)w->from)[i] + 1;
+        if (w->kind == WAIT) run_until(w->stream, w->after);
+        free(w->owned);
+    }
+}
+
+struct event {
+    struct stream* stream;
+    int after;
+};
+
+int cuStreamCreateWithPriority(struct stream** s, unsigned flags, int priority) {
+    if (made == 4) return INVALID;
+    stand_in_open++, *s = &streams[made++], (*s)->priority = priority;
+    return OK;
+}
+int cuStreamCreate(struct stream** s, unsigned flags) { return cuStreamCreateWithPriority(s, flags, 0); }
+int cuCtxGetStreamPriorityRange(int* least, int* greatest) { *least = 0, *greatest = -5; return OK; }
+int cuStreamDestroy_v2(struct stream* s) { stand_in_open--, s->done = s->queued; return OK; }
+int cuStreamSynchronize(struct stream* s) { run_until(s, s->queued); return OK; }
+int cuStreamWaitEvent(struct stream* s, struct event* e, unsigned flags) {
+    return push(s, (struct work){.kind = WAIT, .stream = e->stream, .after = e->after});
+}
+int cuEventCreate(struct event** e, unsigned flags) { stand_in_open++; *e = calloc(1, sizeof **e); return OK; }
+int cuEventDestroy_v2(struct event* e) { stand_in_open--; free(e); return OK; }
+int cuEventRecord(struct event* e, struct stream* s) { e->stream = s, e->after = s->queued; return OK; }
+int cuEventSynchronize(struct event* e) {
+    if (e->stream) run_until(e->stream, e->after);
+    return OK;
+}
+// Ready at every third question.
+int cuEventQuery(struct event* e) {
+    static int asked;
+    if (++asked % 3) return NOT_READY;
+    return cuEventSynchronize(e);
+}
+
+// --- device and context ----------------------------------------------------------------------------------------------
+
+static __thread void* current;
+static int context;
+
+int cuInit(unsigned flags) { return OK; }
+int cuDriverGetVersion(int* version) { *version = 13000; return OK; }
+int cuDeviceGetCount(int* count) { *count = 1; return OK; }
+int cuDeviceGet(int* device, int index) { *device = index; return index == 0 ? OK : INVALID; }
+int cuDeviceGetName(char* name, int len, int device) { snprintf(name, len, "stand-in"); return OK; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+    switch (attribute) {
+        case 75: *value = 9; return OK;       // compute capability, major
+        case 76: *value = 0; return OK;       // minor
+        case 16: *value = 132; return OK;     // multiprocessors
+        case 97: *value = 232448; return OK;  // shared memory with asking
+        default: *value = 0; return OK;
+    }
+}
+int cuDevicePrimaryCtxRetain(void** ctx, int device) { stand_in_open++; *ctx = &context; return OK; }
+int cuDevicePrimaryCtxRelease_v2(int device) { stand_in_open--; return OK; }
+int cuCtxGetDevice(int* device) { *device = 0; return current ? OK : INVALID; }
+int cuDeviceGetUuid_v2(char* uuid, int device) { memset(uuid, 7, 16); return OK; }
+int cuCtxGetCurrent(void** ctx) { *ctx = current; return OK; }
+int cuCtxSetCurrent(void* ctx) { current = ctx; return OK; }
+int cuGetErrorName(int code, const char** name) { *name = code == OUT_OF_MEMORY ? "OUT_OF_MEMORY" : "ERROR"; return OK; }
+int cuGetErrorString(int code, const char** text) { *text = "the stand-in says no"; return OK; }
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+static struct { char* at; size_t bytes; } pinned[16];
+
+// Each block knows its size.
+int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
+    if (!current) return INVALID;
+    if (used + bytes > MEMORY) return OUT_OF_MEMORY;
+    size_t* block = aligned_alloc(256, (bytes + 511) / 256 * 256);
+    block[0] = bytes;
+    memset(block + 32, 0xff, bytes);
+    used += bytes, stand_in_open++, *at = (uint64_t)(block + 32);
+    return OK;
+}
+int cuMemFree_v2(uint64_t at) {
+    for (int i = 0; i < made; i++)
+        if (streams[i].done < streams[i].queued) return INVALID; // somebody may still use it
+    size_t* block = (size_t*)at - 32;
+    used -= block[0], stand_in_open--;
+    free(block);
+    return OK;
+}
+int cuMemGetInfo_v2(size_t* free, size_t* total) { *free = MEMORY - used, *total = MEMORY; return current ? OK : INVALID; }
+int cuMemHostAlloc(void** at, size_t bytes, unsigned flags) {
+    for (int i = 0; i < 16; i++)
+        if (!pinned[i].at) {
+            pinned[i].at = *at = malloc(bytes), pinned[i].bytes = bytes, stand_in_open++;
+            return OK;
+        }
+    return OUT_OF_MEMORY;
+}
+int cuMemFreeHost(void* at) {
+    for (int i = 0; i < 16; i++)
+        if (pinned[i].at == at) pinned[i].at = 0;
+    stand_in_open--;
+    free(at);
+    return OK;
+}
+static int is_pinned(const char* at) {
+    for (int i = 0; i < 16; i++)
+        if (pinned[i].at && at >= pinned[i].at && at < pinned[i].at + pinned[i].bytes) return 1;
+    return 0;
+}
+// From pageable memory it takes the bytes at once; pinned memory is read when its turn comes.
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, struct stream* stream) {
+    if (is_pinned(from)) return push(stream, (struct work){.to = (void*)to, .from = (void*)from, .bytes = bytes});
+    void* copy = memcpy(malloc(bytes), from, bytes);
+    return push(stream, (struct work){.to = (void*)to, .from = copy, .owned = copy, .bytes = bytes});
+}
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, struct stream* stream) {
+    return push(stream, (struct work){.to = to, .from = (void*)from, .bytes = bytes});
+}
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, struct stream* stream) {
+    return push(stream, (struct work){.to = (void*)to, .from = (void*)from, .bytes = bytes});
+}
+int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, struct stream* stream) {
+    return push(stream, (struct work){.to = (void*)to, .kind = FILL, .fill = value, .bytes = bytes});
+}
+
+// --- kernels: any function of a module is (pointer to 64 bits, f32, u32, u64), which adds the numbers up -------------
+
+static int allowed = 48 << 10;
+enum { STATICALLY = 1024 };
+
+int cuModuleLoadData(void** module, const void* image) {
+    stand_in_open++;
+    *module = strdup(image);
+    return strcmp(image, "cubin --gpu-architecture=sm_90a") ? INVALID : OK;
+}
+int cuModuleUnload(void* module) { stand_in_open--; free(module); return OK; }
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+    *function = module;
+    return strncmp(name, "add_", 4) ? 500 : OK; // not found
+}
+int cuFuncGetAttribute(int* value, int attribute, void* function) { *value = STATICALLY; return attribute == 1 ? OK : INVALID; }
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+    if (attribute != 8 || value + STATICALLY > 232448) return INVALID;
+    allowed = value + STATICALLY;
+    return OK;
+}
+int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   struct stream* stream, void** args, void** extra) {
+    if (!current || extra || !gx || !gy || !gz || by != 1 || bz != 1 || (int)shared + STATICALLY > allowed) return INVALID;
+    double* sum = malloc(sizeof *sum);
+    *sum = *(float*)args[1] + *(uint32_t*)args[2] + (double)*(uint64_t*)args[3] + gx * 1e3 + gy * 1e4 + gz * 1e5 + bx * 1e6;
+    return push(stream, (struct work){.to = *(void**)args[0], .from = sum, .owned = sum, .bytes = sizeof *sum});
+}
+
+// --- NVRTC: the machine code is the word "cubin" and the first option ------------------------------------------------
+
+int nvrtcVersion(int* major, int* minor) { *major = 13, *minor = 0; return 0; }
+int nvrtcCreateProgram(char** program, const char* text, const char* name, int n, const char** h, const char** i) {
+    stand_in_open++;
+    *program = calloc(1, 256);
+    return strstr(text, name) ? 0 : INVALID; // "#line 1 name.cu"
+}
+int nvrtcCompileProgram(char* program, int n, const char** options) {
+    __atomic_add_fetch(&stand_in_compilations, 1, __ATOMIC_RELAXED);
+    snprintf(program, 256, "cubin %s", options[0]);
+    return 0;
+}
+int nvrtcGetCUBINSize(char* program, size_t* size) { *size = strlen(program) + 1; return 0; }
+int nvrtcGetCUBIN(char* program, char* to) { strcpy(to, program); return 0; }
+int nvrtcGetProgramLogSize(char* program, size_t* size) { *size = 1; return 0; }
+int nvrtcGetProgramLog(char* program, char* to) { *to = 0; return 0; }
+int nvrtcDestroyProgram(char** program) { stand_in_open--; free(*program); return 0; }
+
+// --- cuBLAS ----------------------------------------------------------------------------------------------------------
+
+struct handle {
+    struct stream* stream;
+    void* workspace;
+    int math;
+};
+
+int cublasCreate_v2(struct handle** h) { stand_in_open++; *h = calloc(1, sizeof **h); return current ? 0 : 1; }
+int cublasDestroy_v2(struct handle* h) { stand_in_open--; free(h); return 0; }
+int cublasSetStream_v2(struct handle* h, struct stream* stream) { h->stream = stream, h->workspace = 0; return 0; }
+int cublasSetWorkspace_v2(struct handle* h, void* workspace, size_t bytes) { h->workspace = workspace; return 0; }
+int cublasSetMathMode(struct handle* h, int math) { h->math = math; return 0; }
+int cublasGemmEx(struct handle* h, int ta, int tb, int m, int n, int k, const float* alpha, const float* a, int at, int lda,
+                 const float* b, int bt, int ldb, const float* beta, float* c, int ct, int ldc, int compute, int algorithm) {
+    // f32 in, f32 out, f32 sums, the default choice of algorithm; a stream and a workspace; no TF32.
+    if (at || bt || ct || compute != 68 || algorithm != -1) return 15;
+    if (!h->stream || !h->workspace || h->math != 16) return 7;
+    run_until(h->stream, h->stream->queued);
+    for (int col = 0; col < n; col++)
+        for (int row = 0; row < m; row++) {
+            float sum = 0;
+            for (int i = 0; i < k; i++)
+                sum += a[ta ? row * lda + i : i * lda + row] * b[tb ? i * ldb + col : col * ldb + i];
+            float* to = &c[col * ldc + row];
+            *to = *alpha * sum + (*beta == 0 ? 0 : *beta * *to);
+        }
+    return 0;
+}
+
+// --- NCCL: a group of one, in which every call takes a while -----------------------------------------------------------
+
+struct comm {
+    int busy;
+};
+struct id {
+    char bytes[128];
+};
+
+enum { IN_PROGRESS = 7 };
+
+int ncclGetVersion(int* version) { *version = 23203; return 0; }
+int ncclGetUniqueId(struct id* id) { memset(id, 9, sizeof *id); return 0; }
+const char* ncclGetErrorString(int code) { return "the stand-in says no"; }
+const char* ncclGetLastError(struct comm* comm) { return ""; }
+int ncclCommInitRankConfig(struct comm** comm, int ranks, struct id id, int rank, int* config) {
+    // size, magic, version 2.18, not blocking
+    if (ranks != 1 || rank != 0 || id.bytes[127] != 9 || config[0] != 48 || config[2] != 0xcafebeef || config[4]) return 4;
+    stand_in_open++, *comm = calloc(1, sizeof **comm), (*comm)->busy = 2;
+    return IN_PROGRESS;
+}
+int ncclCommGetAsyncError(struct comm* comm, int* error) {
+    *error = comm->busy > 0 ? IN_PROGRESS : 0;
+    comm->busy--;
+    return 0;
+}
+int ncclCommFinalize(struct comm* comm) { comm->busy = 2; return IN_PROGRESS; }
+int ncclCommDestroy(struct comm* comm) { stand_in_open--; free(comm); return 0; }
+int ncclCommAbort(struct comm* comm) { return ncclCommDestroy(comm); }
+int ncclGroupStart(void) { return 0; }
+int ncclGroupEnd(void) { return 0; }
+static int busy_with(struct comm* comm, struct stream* s, struct work w) {
+    if (comm->busy > 0 || s->priority != -5) return 5; // the last call is not through, or not the stream of its own
+    comm->busy = 2;
+    return push(s, w) ? 3 : IN_PROGRESS;
+}
+int ncclAllReduce(void* from, void* to, size_t n, int type, int op, struct comm* comm, struct stream* s) {
+    return type == 7 && op == 0 ? busy_with(comm, s, (struct work){.kind = ADD_ONE, .to = to, .from = from, .bytes = 4 * n}) : 4;
+}
+int ncclReduceScatter(void* from, void* to, size_t n, int type, int op, struct comm* comm, struct stream* s) {
+    return ncclAllReduce(from, to, n, type, op, comm, s);
+}
+int ncclAllGather(void* from, void* to, size_t n, int type, struct comm* comm, struct stream* s) {
+    return type == 1 ? busy_with(comm, s, (struct work){.to = to, .from = from, .bytes = n}) : 4;
+}
+int ncclReduce(void* from, void* to, size_t n, int type, int op, int root, struct comm* comm, struct stream* s) { return 3; }
+int ncclBroadcast(void* from, void* to, size_t n, int type, int root, struct comm* comm, struct stream* s) { return 3; }
