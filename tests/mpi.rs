@@ -88,7 +88,8 @@ fn launch(case: &str, ranks: usize) -> Ended {
 #[test]
 #[ignore = "the tests start it under mpirun"]
 fn worker() {
-    let case = env::var(CASE).expect("started by a test of this file");
+    // With --include-ignored it is started outside of mpirun, too: then there is nothing to play.
+    let Ok(case) = env::var(CASE) else { return };
     let code = std::panic::catch_unwind(|| play(&case)).unwrap_or(exit::INTERNAL);
     leave(code)
 }

@@ -71,6 +71,9 @@ pub fn check(c: &dyn Collective) {
         super::all_agree(c, "sum", &bits).expect("the same bits on all ranks");
     }
 
+    let slow = super::meanwhile(c, || std::thread::sleep(std::time::Duration::from_millis(150 * rank as u64)));
+    slow.expect("meanwhile");
+
     let mine: Vec<u8> = vec![rank as u8; rank * 3];
     let all = c.all_gather(&mine).expect("all_gather");
     assert_eq!(all, (0..n).map(|r| vec![r as u8; r * 3]).collect::<Vec<_>>(), "all_gather of different lengths");

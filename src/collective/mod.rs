@@ -169,6 +169,33 @@ pub trait Collective: Send + Sync {
     fn abort(&self, code: u8, reason: &str);
 }
 
+/// Does work that each rank does by itself, and that may take one of them longer than ranks wait for each other (writing a
+/// model, say): meanwhile they go on meeting, so that a rank that dies or stops is still found. Returns when all are done.
+///
+/// # Errors
+/// Those of [`Collective::barrier`].
+pub fn meanwhile<T: Send>(collective: &dyn Collective, work: impl FnOnce() -> T + Send) -> Result<T> {
+    const BEAT: std::time::Duration = std::time::Duration::from_millis(100);
+    if collective.world_size() == 1 {
+        return Ok(work());
+    }
+    std::thread::scope(|scope| {
+        let (tell, told) = std::sync::mpsc::channel::<()>();
+        let worker = scope.spawn(move || {
+            let _told_when_dropped = tell;
+            work()
+        });
+        let mut beat = std::time::Duration::ZERO; // short work is not made longer
+        loop {
+            let done = told.recv_timeout(beat) != Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+            if collective.all_gather(&[u8::from(done)])?.iter().all(|done| *done == [1]) {
+                return Ok(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+            beat = BEAT;
+        }
+    })
+}
+
 /// Proves that all ranks hold the same `bytes` (a hash, say) of `what`.
 ///
 /// # Errors

@@ -212,9 +212,11 @@ impl Mpi {
         }
         link.told = true;
         if self.rank > 0 {
-            // Where rank 0 cannot be told, the ranks find out by their timeouts.
-            _ = link.tell(0, &Message::Failed(error.clone()));
-            link.linger(|link| link.failed.is_some());
+            // Where rank 0 cannot be told, the ranks find out by themselves.
+            if !matches!(error, Error::Gone { gone: 0, .. }) {
+                _ = link.tell(0, &Message::Failed(error.clone()));
+                link.linger(|link| link.failed.is_some());
+            }
             return link.failed.get_or_insert(error).clone();
         }
         for rank in 1..self.world_size {

@@ -73,7 +73,7 @@ impl<'a> Outputs<'a> {
             Ok(Some(MetricsLog::resume(dir.join("metrics.jsonl"), metrics_length)?))
         };
         let metrics = all_ok(world, open())?;
-        let metadata = TrainingMetadata { training_logs, ..metadata(config, world.world_size()) };
+        let metadata = TrainingMetadata { training_logs, ..metadata(config, engine.step_ranks) };
         Ok(Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, metadata })
     }
 

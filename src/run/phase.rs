@@ -177,7 +177,14 @@ impl<B: Backend> Engine<'_, B> {
         self.pass(Point::Step)?;
         if self.selects_per_batch() && run.phase != Phase::Router {
             let unsafe_: Vec<_> = group.iter().map(|batch| batch.records[batch.safe..].to_vec()).collect();
-            let found = self.find(&unsafe_, run.round, &Progress::hidden())?;
+            let found = match self.find(&unsafe_, run.round, &Progress::hidden()) {
+                // All ranks have seen all losses, and skip the step together.
+                Err(failure) if failure.code() == exit::NOT_FINITE => {
+                    let skipped = Some(failure.to_string());
+                    return Ok(StepResult { total_loss: f64::NAN, skipped, ..StepResult::default() });
+                }
+                found => found?,
+            };
             run.selected.clone_from(&found.selected.experts);
             let ids = match run.phase {
                 Phase::Joint => self.trainable_jointly(&run.selected),

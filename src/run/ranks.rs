@@ -57,6 +57,11 @@ impl Ranks {
     pub fn of(config: &RunConfig, launch: &Launch, stop: Stop, fault: Option<Fault>) -> Result<Self> {
         launch.check_ranks(config.ranks)?;
         launch.check_build(cfg!(feature = "mpi"))?;
+        let world_size = launch.world_size.max(config.ranks);
+        if let Some(fault) = fault.as_ref().filter(|fault| fault.rank >= world_size) {
+            let message = format!("MOEWARDEN_FAULT strikes rank {}, but there are {world_size}", fault.rank);
+            return Err(Failure::new(exit::CONFIG, message));
+        }
         let timeout = Duration::from_secs(config.timeout);
         let kind = match launch.world_size {
             1 => Kind::Threads { world_size: config.ranks, timeout },

@@ -32,7 +32,7 @@ use crate::checkpoint::{
     AsideDir, Entry, Manifest, clear_left, load_delta, partial_path, read_optimizer, remove, save_delta,
     write_optimizer,
 };
-use crate::collective::{Collective, all_ok};
+use crate::collective::{Collective, all_ok, meanwhile};
 use crate::config::{Device, Recompute, RunConfig};
 use crate::exit::{self, Failure, Result};
 use crate::files;
@@ -191,7 +191,7 @@ impl<'a> Checkpoints<'a> {
         let aside = all_ok(&*world, begun())?;
         engine.pass_save()?;
         let dir = partial_path(&target)?;
-        let own = self.write_own(engine, &dir, &within);
+        let own = meanwhile(&*world, || self.write_own(engine, &dir, &within))?;
         engine.pass_save()?;
         let entries = serde_json::to_vec(&all_ok(&*world, own)?).expect("names and numbers");
         let all = world.all_gather(&entries)?;
@@ -304,7 +304,8 @@ impl<'a> Checkpoints<'a> {
     /// Those of [`Self::newest`]; a folder that a rank cannot read.
     pub fn agree_on_newest(&self, world: &dyn Collective, ui: &Ui) -> Result<Option<Found>> {
         world.doing("the choice of a checkpoint");
-        let found = all_ok(world, if world.rank() == 0 { self.newest(ui) } else { Ok(None) })?;
+        let newest = || if world.rank() == 0 { self.newest(ui) } else { Ok(None) };
+        let found = all_ok(world, meanwhile(world, newest)?)?;
         let name = found.as_ref().and_then(|found| found.folder.file_name()?.to_str()).unwrap_or_default();
         let chosen = world.all_gather(name.as_bytes())?.swap_remove(0);
         let chosen = String::from_utf8_lossy(&chosen).into_owned();

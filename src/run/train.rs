@@ -17,7 +17,7 @@ use super::session::Session;
 use super::verify::verify_frozen;
 use crate::backend::{Backend, cpu::Cpu};
 use crate::checkpoint::{export_over, save_delta};
-use crate::collective::{Collective, all_ok};
+use crate::collective::{Collective, all_ok, meanwhile};
 use crate::config::{
     LOCK_FILE, Mode, OutputLock, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir,
 };
@@ -213,7 +213,7 @@ impl Run<'_> {
         engine.world.doing(&format!("the end of round {}", round + 1));
         engine.check_weights(&format!("round {}", round + 1))?;
         engine.world.doing(&format!("saving the model of round {}", round + 1));
-        all_ok(&*engine.world, self.save_round(engine, round))?;
+        all_ok(&*engine.world, meanwhile(&*engine.world, || self.save_round(engine, round))?)?;
         self.save(engine, Position::start(round + 1, Phase::Identify))
     }
 
@@ -281,9 +281,7 @@ impl Run<'_> {
     /// Saves the run between two phases; if it was asked to stop, this is the place.
     fn save<B: Backend>(&self, engine: &Engine<'_, B>, position: Position) -> Result<()> {
         self.checkpoints.save::<B>(engine, position, Within::Nothing, &self.outputs, self.before)?;
-        let mut stop = [f64::from(u8::from(engine.stop.is_asked()))];
-        engine.world.all_reduce_f64(&mut stop)?;
-        if stop[0] > 0.0 { Err(requeue(engine.config)) } else { Ok(()) }
+        stop_if_asked(engine)
     }
 
     /// What rank 0 writes after a round.
@@ -315,9 +313,11 @@ impl Run<'_> {
         let after = measure(engine, self.session)?;
         after.check_finite()?;
         self.ui.line(losses_line("after", &after));
+        stop_if_asked(engine)?; // the end of the last round is saved
         self.outputs.measured(&self.before, &after);
         world.doing("writing the final model");
-        all_ok(&*world, if world.rank() == 0 { self.write_final(engine) } else { Ok(()) })?;
+        let write = || if world.rank() == 0 { self.write_final(engine) } else { Ok(()) };
+        all_ok(&*world, meanwhile(&*world, write)?)?;
         self.ui.line(peak_memory(&*world)?);
         let table = &self.session.table;
         let trained = engine.touched.iter().map(|&id| table.params[id].value.len()).sum();
@@ -346,6 +346,13 @@ impl Run<'_> {
         ui.result(format_args!("final model: {}", final_model.display()));
         Ok(())
     }
+}
+
+/// Ends the run on all ranks if one of them was asked to.
+fn stop_if_asked<B: Backend>(engine: &Engine<'_, B>) -> Result<()> {
+    let mut stop = [f64::from(u8::from(engine.stop.is_asked()))];
+    engine.world.all_reduce_f64(&mut stop)?;
+    if stop[0] > 0.0 { Err(requeue(engine.config)) } else { Ok(()) }
 }
 
 /// How a run ends that was asked to save and leave.

@@ -98,9 +98,7 @@ fn a_process_that_is_stopped() {
 #[cfg(feature = "mpi")]
 fn a_process_that_is_killed() {
     strikes(By::Mpirun, "kill", |_, ended, rank, _| {
-        let other = 1 - rank;
-        let whom = if rank == 0 { "rank 0's answer" } else { "rank(s) [1]" };
-        ended.says(&[&format!("rank {other} was told to stop while it waited at "), &format!("for {whom}")]);
+        ended.says(&[&format!("rank {rank} ended while rank {} waited for it at ", 1 - rank)]);
         ended.soon(SOON);
     });
 }
