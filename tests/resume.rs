@@ -286,15 +286,23 @@ fn check_interrupted(team: Team, signals: &[i32], seed: u64) {
     let job = Job { options: "--num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3", ..ALTERNATE };
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let [plain, run] = ["plain", "run"].map(|name| dir.path().join(name));
-    job.run(&plain, team, "--batch-size 1").ok();
+    let under_way = |output: &Path, more: &str| {
+        let config = output.join("config.resolved.yaml");
+        fs::remove_file(&config).ok();
+        let mut running = job.start(output, team, more);
+        assert!(running.wait_for(|| config.exists()), "{}", running.end().err);
+        running
+    };
+    let uninterrupted = under_way(&plain, "--batch-size 1");
+    let start = Instant::now();
+    uninterrupted.end().ok();
+    // Some signals come before the first step, which is no progress.
+    let longest = start.elapsed() / 4;
     let mut times = 0;
     loop {
         let more = if times == 0 { "--batch-size 1" } else { "--batch-size 1 --resume" };
-        fs::remove_file(run.join("config.resolved.yaml")).ok();
-        let mut running = job.start(&run, team, more);
-        let is_under_way = running.wait_for(|| run.join("config.resolved.yaml").exists());
-        assert!(is_under_way, "{}", running.end().err);
-        sleep(Duration::from_millis(random.random_range(0..300)));
+        let running = under_way(&run, more);
+        sleep(longest.mul_f64(random.random_range(0.0..1.0)));
         running.signal(signals[times % signals.len()]);
         let signalled = Instant::now();
         let ran = running.end();

@@ -219,7 +219,7 @@ mod processes {
             .total()
             .elements;
         let predicted = TrainedState::predict(elements as u64, 4, 4).sharded;
-        assert!(out.contains(&format!("its 4. part of masters and moments {}", human(predicted))), "{out}");
+        assert!(out.contains(&format!("1/4 of masters and moments {}", human(predicted))), "{out}");
         // 12 bytes a parameter become 16/4. Up to four buckets of 32 MiB on their way take some of it back: two that wait, the one
         // that is made and the one that is sent.
         let (less, buckets) = (8.0 * elements as f64, 4.0 * f64::from(32 << 20));

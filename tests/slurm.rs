@@ -16,6 +16,9 @@ const BINARY: &str = env!("CARGO_BIN_EXE_moewarden");
 
 const MINUTE: Duration = Duration::from_secs(60);
 
+/// For a whole training: the ranks of two jobs may share two cores, and poll.
+const WHOLE: Duration = Duration::from_secs(300);
+
 /// Two ranks, one a node.
 const TWO_NODES: &str = "slurm-multi.sbatch --ntasks-per-node=1 --gpus-per-task=1 --cpus-per-task=1";
 
@@ -171,7 +174,7 @@ impl Job<'_> {
         while !done() {
             let state = self.field("JobState");
             assert!(start.elapsed() < limit, "job {} is {state}, and still not {what}:\n{}", self.id, self.log());
-            thread::sleep(Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(100));
         }
     }
 
@@ -203,8 +206,8 @@ fn two_nodes_equal_two_threads() {
     let Some(cluster) = Cluster::start() else { return };
     let output = cluster.path("out");
     let job = cluster.submit(TWO_NODES, &training(&output, LONG), &[]);
-    assert_eq!(job.end(MINUTE), "COMPLETED 0:0", "{}", job.log());
-    assert_eq!(weights(&output), expected_weights());
+    assert_eq!(job.end(WHOLE), "COMPLETED 0:0", "{}", job.log());
+    assert!(weights(&output) == expected_weights(), "other weights: {}", job.log());
 }
 
 #[test]
@@ -231,8 +234,8 @@ fn a_job_that_is_interrupted_three_times_ends_with_the_same_weights() {
     cluster.slurm(&format!("scontrol requeue {}", job.id));
     job.requeued(3);
 
-    assert_eq!(job.end(MINUTE), "COMPLETED 0:0", "{}", job.log());
-    assert_eq!(weights(&output), expected_weights());
+    assert_eq!(job.end(WHOLE), "COMPLETED 0:0", "{}", job.log());
+    assert!(weights(&output) == expected_weights(), "other weights: {}", job.log());
     let log = job.log();
     for line in ["requeues so far: 3", "launch: checkpointed; requeued", "launch: moewarden ended with exit code 0"] {
         assert!(log.contains(line), "{line:?} is not in {log}");

@@ -32,6 +32,9 @@ const SHORT: usize = 4096;
 /// A rank that is told to stop says whom it waits for, unless they come within this time.
 const STILL_WAITING: Duration = Duration::from_millis(100);
 
+/// How long the last messages of a rank that has ended may take to be seen.
+const LAST_MAIL: Duration = Duration::from_millis(200);
+
 /// The timeout of [`init`], for [`leave`].
 static TIMEOUT: OnceLock<Duration> = OnceLock::new();
 
@@ -159,19 +162,14 @@ impl Mpi {
         mut missing: impl FnMut(&mut Link) -> wire::Result<Vec<usize>>,
     ) -> Result<()> {
         let start = Instant::now();
+        let mut end_noticed: Option<Instant> = None;
         loop {
             let absent = link.listen().and_then(|()| missing(link)).map_err(|e| self.library(link, at, &e))?;
-            if let Some(mut error) = link.failed.clone() {
+            if let Some(error) = link.failed.clone() {
                 if link.told {
                     return Err(error);
                 }
-                // Who waits for rank 0's answer does not know for whom rank 0 waits.
-                if let Error::Timeout { missing, .. } = &mut error
-                    && *missing == [0]
-                    && !absent.is_empty()
-                {
-                    missing.clone_from(&absent);
-                }
+                let error = self.blame(link, error, &absent);
                 return Err(self.fail(link, error));
             }
             if absent.is_empty() {
@@ -180,10 +178,14 @@ impl Mpi {
             let waited = start.elapsed();
             if waited >= self.timeout {
                 let (rank, at, seconds) = (self.rank, at.to_string(), waited.as_secs());
-                return Err(self.fail(link, Error::Timeout { rank, at, seconds, missing: absent }));
+                let error = Error::Timeout { rank, at, seconds, missing: absent.clone() };
+                let error = self.blame(link, error, &absent);
+                return Err(self.fail(link, error));
             }
             if waited >= STILL_WAITING
                 && let Some(gone) = self.lifelines.ended(&absent)
+                // What it said before may take several looks to arrive, and says more.
+                && end_noticed.get_or_insert_with(Instant::now).elapsed() >= LAST_MAIL
             {
                 return Err(self.fail(link, Error::Gone { rank: self.rank, gone, at: at.to_string() }));
             }
@@ -193,6 +195,29 @@ impl Mpi {
             }
             pause(waited);
         }
+    }
+
+    /// On rank 0, a timeout with the ranks that hang for those missing: a rank that waits for one that hangs is missing too, and
+    /// who waits for rank 0's answer does not know for whom rank 0 waits. But who says that it waits does not hang.
+    fn blame(&self, link: &mut Link, mut error: Error, absent: &[usize]) -> Error {
+        let Error::Timeout { missing, .. } = &mut error else { return error };
+        if self.rank > 0 {
+            return error;
+        }
+        let hung = |link: &Link| {
+            let named = |r: &usize| absent.contains(r) || link.waits.iter().any(|(_, missing)| missing.contains(r));
+            let speaks = |r: &usize| link.waits.iter().any(|(rank, _)| rank == r);
+            let (hung, rest): (Vec<_>, _) = (1..self.world_size).partition(|r| named(r) && !speaks(r));
+            let clear = hung.len() <= 1 && rest.iter().all(speaks);
+            (hung, clear)
+        };
+        // They began to wait at about the same time.
+        link.linger(LAST_WORDS / 2, |link| hung(link).1);
+        let (hung, _) = hung(link);
+        if !hung.is_empty() {
+            *missing = hung;
+        }
+        error
     }
 
     /// One line on stderr, which may be closed.
@@ -215,14 +240,14 @@ impl Mpi {
             // Where rank 0 cannot be told, the ranks find out by themselves.
             if !matches!(error, Error::Gone { gone: 0, .. }) {
                 _ = link.tell(0, &Message::Failed(error.clone()));
-                link.linger(|link| link.failed.is_some());
+                link.linger(LAST_WORDS, |link| link.failed.is_some());
             }
             return link.failed.get_or_insert(error).clone();
         }
         for rank in 1..self.world_size {
             _ = link.tell(rank, &Message::Failed(error.clone()));
         }
-        link.linger(|link| link.untold().is_empty());
+        link.linger(LAST_WORDS, |link| link.untold().is_empty());
         link.failed = Some(error.clone());
         error
     }

@@ -40,6 +40,8 @@ pub(super) struct Link {
     pub go: Option<Vec<usize>>,
     /// The error that ended the group.
     pub failed: Option<Error>,
+    /// On rank 0: which ranks have waited too long, and for whom.
+    pub waits: Vec<(usize, Vec<usize>)>,
     /// Whether rank 0 has seen it: what others say is not final before.
     pub told: bool,
     /// Whether this rank has said whom it waits for.
@@ -59,7 +61,16 @@ pub(super) fn pause(waited: Duration) {
 impl Link {
     pub fn new(wire: Wire) -> Self {
         let arrivals = (0..wire.world_size).map(|_| None).collect();
-        Self { wire, outgoing: Vec::new(), arrivals, go: None, failed: None, told: false, warned: false }
+        Self {
+            wire,
+            outgoing: Vec::new(),
+            arrivals,
+            go: None,
+            failed: None,
+            waits: Vec::new(),
+            told: false,
+            warned: false,
+        }
     }
 
     /// Sends without waiting.
@@ -93,6 +104,9 @@ impl Link {
                 Message::Here(arrival) => self.arrivals[from] = Some(arrival),
                 Message::Go(bytes) => self.go = Some(bytes),
                 Message::Failed(error) => {
+                    if let Error::Timeout { rank, missing, .. } = &error {
+                        self.waits.push((*rank, missing.clone()));
+                    }
                     self.failed.get_or_insert(error);
                     self.told |= from == 0;
                 }
@@ -106,10 +120,10 @@ impl Link {
         self.outgoing.iter().map(|(rank, _)| *rank).collect()
     }
 
-    /// Listens until `done`, or until the time for last words is over.
-    pub fn linger(&mut self, done: impl Fn(&Link) -> bool) {
+    /// Listens until `done`, for `time` at most.
+    pub fn linger(&mut self, time: Duration, done: impl Fn(&Link) -> bool) {
         let start = Instant::now();
-        while start.elapsed() < LAST_WORDS && self.listen().is_ok() && !done(self) {
+        while start.elapsed() < time && self.listen().is_ok() && !done(self) {
             pause(start.elapsed());
         }
     }
