@@ -6,6 +6,9 @@ use moewarden::{cli, collective, exit};
 
 fn main() {
     panic::set_hook(Box::new(|fault| {
+        if fault.payload().is::<exit::Failure>() {
+            return; // no fault of ours, and reported where it is caught
+        }
         say(&format!(
             "error: moewarden itself is at fault: {fault}\nPlease report this with the command line and the version \
              ({}); RUST_BACKTRACE=1 adds where it came from.",

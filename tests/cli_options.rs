@@ -255,7 +255,9 @@ fn exit_codes_and_messages_of_the_process() {
         (format!("{run} --config /nowhere.yaml"), 66, "/nowhere.yaml"),
         (format!("{run} --batch-size 0"), 78, "--batch-size is 0"),
         ("identify --model-name m --dataset-path d --expert-lr 1e-3".into(), 78, "`identify` trains nothing"),
-        (format!("{run} --device cuda"), 69, "no CUDA backend yet"),
+        (format!("{run} --device cpu --precision bf16"), 78, "--precision would do nothing: it belongs to GPUs"),
+        (format!("{run} --device cpu --transport host"), 78, "--transport would do nothing"),
+        (format!("{run} --ranks 0"), 78, "--ranks is 0"),
     ];
     for (line, code, message) in cases {
         let output = moewarden(&line).output().unwrap();

@@ -224,7 +224,7 @@ fn identification(name: &str) {
 
     let config = RunConfig { loss_on: LossOn::All, ..case.config.clone() };
     let session = Session::open(&config, &Ui::silent()).unwrap();
-    let engine = session.engine(&config, Cpu::new(1).into(), &moewarden::run::Rank::single(Ui::silent()));
+    let engine = session.engine(&config, Cpu::new(1).into(), None, &moewarden::run::Rank::single(Ui::silent()));
     let found = engine.identify(0, &Progress::hidden()).unwrap();
     assert_near("losses on all tokens", &found.losses, &numbers(&case.expect["losses_on_all_tokens"]), LOSS);
 }

@@ -296,26 +296,30 @@ fn check_interrupted(team: Team, signals: &[i32], seed: u64) {
     let uninterrupted = under_way(&plain, "--batch-size 1");
     let start = Instant::now();
     uninterrupted.end().ok();
-    // Some signals come before the first step, which is no progress.
-    let longest = start.elapsed() / 4;
+    let mut longest = start.elapsed() / 8;
     let mut times = 0;
     loop {
-        let more = if times == 0 { "--batch-size 1" } else { "--batch-size 1 --resume" };
+        let more = if times == 0 { "--batch-size 1 --overwrite" } else { "--batch-size 1 --resume" };
         let running = under_way(&run, more);
         sleep(longest.mul_f64(random.random_range(0.0..1.0)));
         running.signal(signals[times % signals.len()]);
         let signalled = Instant::now();
         let ran = running.end();
         if ran.code == Some(exit::OK.into()) {
-            break; // it was faster than the signal
+            // It was faster than the signal.
+            if times > 2 {
+                break;
+            }
+            (times, longest) = (0, longest / 2);
+            continue;
         }
         assert!(signalled.elapsed() < SOON, "{:?}", signalled.elapsed());
         assert!(ran.err.contains("saved") && ran.err.contains("--resume"), "{}", ran.err);
         ran.ended(exit::REQUEUE);
         times += 1;
-        assert!(times < 100, "it does not move");
+        // A machine may become slower meanwhile, and signals before the first step are no progress.
+        longest = longest.mul_f64(1.1);
     }
-    assert!(times > 2, "hardly ever interrupted");
     Outputs::read(&run).assert_same(&Outputs::read(&plain), &format!("{team:?}, interrupted {times} times"));
 }
 

@@ -16,18 +16,18 @@ use moewarden::backend::{Backend, cpu::Cpu};
 use moewarden::collective::conformance::on_threads;
 use moewarden::model::{GradPlan, LossGrads, ParamId, ParamKind, PassEnd, Sinks};
 use moewarden::optim::{LearningRates, ShardPlan};
+use moewarden::run::Rank;
 use moewarden::run::engine::Engine;
 use moewarden::run::memory::TrainedState;
 use moewarden::run::trainer::{Passes, Trainer};
-use moewarden::run::{Rank, Stop};
 use moewarden::ui::Ui;
 
 /// Does `work` on the engine of each of so many ranks.
 fn on_ranks<T: Send + 'static>(ranks: usize, work: impl Fn(Engine<'_, Cpu>) -> T + Send + Sync + 'static) -> Vec<T> {
     let case = Arc::new(Case::open("olmoe"));
     on_threads(ranks, move |world| {
-        let rank = Rank { world: Arc::new(world), here: ranks, ui: Ui::silent(), stop: Stop::default(), fault: None };
-        work(case.session.engine(&case.config, Arc::new(Cpu::new(1)), &rank))
+        let rank = Rank::new(Arc::new(world), Ui::silent());
+        work(case.session.engine(&case.config, Arc::new(Cpu::new(1)), None, &rank))
     })
 }
 

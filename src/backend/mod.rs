@@ -166,6 +166,15 @@ pub trait Backend: Send + Sync + 'static {
     /// Running sums, one f64 an index.
     type Scores: Send + Sync;
 
+    // --- memory --------------------------------------------------------------------------------------------------
+
+    /// Bytes of one element of an activation.
+    fn activation_size(&self) -> usize;
+    /// Bytes that this device has left for what a run makes, in a memory of its own; `None`: it takes the host's.
+    fn free_memory(&self) -> Option<u64>;
+    /// The most bytes that it held at once in a memory of its own.
+    fn peak_memory(&self) -> Option<u64>;
+
     // --- moving things -------------------------------------------------------------------------------------------
 
     /// A tensor from row-major host values, `[rows, cols]`.

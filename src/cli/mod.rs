@@ -104,7 +104,7 @@ pub fn run(cli: &Cli) -> exit::Result<()> {
     let ui = &if launch.rank == 0 { Ui::new(cli.quiet) } else { Ui::silent() };
     let ranks = |config: &RunConfig| {
         let fault = config::fault().map(|text| text.parse()).transpose()?;
-        Ranks::of(config, &launch, Stop::on_signals()?, fault)
+        Ranks::of(config, &launch, Stop::on_signals()?, fault, ui)
     };
     if !matches!(cli.command, Command::Train(_) | Command::Identify(_)) {
         launch.check_single()?;

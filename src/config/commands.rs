@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::raw::heading::{INPUT, MACHINE, OUTPUT};
-use super::{ConfigError, Device, RunConfig, validate};
+use super::{ConfigError, Device, Precision, RunConfig, validate};
 use crate::data::LongRows;
 use crate::experts::RoutingTokens;
 
@@ -60,6 +60,9 @@ pub struct EvalArgs {
     /// Where the computation runs
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub device: Device,
+    /// GPU: number format of activations
+    #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
+    pub precision: Precision,
     /// CPU threads; 0: one a core
     #[arg(long, value_name = "THREADS", help_heading = MACHINE, default_value_t = 0)]
     pub threads: usize,
@@ -90,6 +93,7 @@ impl EvalArgs {
             output_dir: self.output_dir.clone(),
             overwrite: self.overwrite,
             device: self.device,
+            precision: self.precision,
             threads: self.threads,
             ..RunConfig::default()
         };
@@ -97,7 +101,6 @@ impl EvalArgs {
         if !wrong.is_empty() {
             return Err(ConfigError::Invalid(wrong));
         }
-        validate::available(&config)?;
         Ok(config)
     }
 }

@@ -68,10 +68,8 @@ impl Launch {
     ///
     /// # Errors
     /// [`ConfigError::Launch`] if they are.
-    pub fn check_ranks(&self, ranks: usize) -> Result<(), ConfigError> {
-        if ranks == 1 || self.world_size == 1 {
-            return Ok(());
-        }
+    pub fn check_ranks(&self, ranks: Option<usize>) -> Result<(), ConfigError> {
+        let Some(ranks) = ranks.filter(|ranks| *ranks > 1 && self.world_size > 1) else { return Ok(()) };
         let Self { launcher, world_size, .. } = self;
         Err(ConfigError::Launch(format!(
             "--ranks {ranks} asks for threads of one process, but {launcher} started {world_size} processes: leave out \
@@ -343,8 +341,10 @@ mod tests {
     #[test]
     fn ranks_come_from_one_place() {
         let many = detect(OPEN_MPI).unwrap();
-        assert!(many.check_ranks(1).is_ok() && ALONE.check_ranks(4).is_ok());
-        let error = many.check_ranks(4).unwrap_err().to_string();
+        assert!(
+            many.check_ranks(None).is_ok() && many.check_ranks(Some(1)).is_ok() && ALONE.check_ranks(Some(4)).is_ok()
+        );
+        let error = many.check_ranks(Some(4)).unwrap_err().to_string();
         assert!(error.contains("--ranks 4") && error.contains("8 processes"), "{error}");
         assert!(many.check_build(true).is_ok() && ALONE.check_build(false).is_ok());
         let error = many.check_build(false).unwrap_err();

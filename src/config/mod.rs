@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::backend::cuda::nvidia::library::Surroundings;
 use crate::data::{LongRows, LossOn};
 use crate::exit::{self, Coded};
 use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
@@ -88,6 +89,32 @@ pub enum Device {
     Cpu,
     /// An NVIDIA GPU.
     Cuda,
+}
+
+/// Number format of activations on a GPU. (The CPU computes in f32.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// bf16 for weights of 16 bits, f32 for weights of 32.
+    #[default]
+    Auto,
+    /// 32 bits, never rounded to TF32: slow, to compare with the CPU.
+    F32,
+    /// 16 bits, with sums in f32.
+    Bf16,
+}
+
+/// How gradients and new weights get from GPU to GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// NCCL where each rank has a GPU of its own, else the host.
+    #[default]
+    Auto,
+    /// NCCL, from memory to memory.
+    Nccl,
+    /// By way of the host, as on the CPU.
+    Host,
 }
 
 /// When a layer's forward is computed again for its backward instead of being kept.
@@ -225,8 +252,12 @@ pub struct RunConfig {
     // the machine
     /// Where the computation runs.
     pub device: Device,
-    /// Data-parallel ranks, as threads of this process.
-    pub ranks: usize,
+    /// Of activations on a GPU.
+    pub precision: Precision,
+    /// Data-parallel ranks, as threads of this process; `None`: one, or one a visible GPU.
+    pub ranks: Option<usize>,
+    /// Between the ranks' GPUs.
+    pub transport: Transport,
     /// Threads of a rank; 0: as many as there are cores.
     pub threads: usize,
     /// Time against memory.
@@ -295,7 +326,9 @@ impl Default for RunConfig {
             save_steps: 500,
             keep_checkpoints: 2,
             device: Device::Auto,
-            ranks: 1,
+            precision: Precision::Auto,
+            ranks: None,
+            transport: Transport::Auto,
             threads: 0,
             recompute: Recompute::Auto,
             check_replicas: 0,
@@ -356,9 +389,6 @@ pub enum ConfigError {
     /// Values that cannot be, or contradict each other, one a line.
     #[error("{}", .0.join("\n"))]
     Invalid(Vec<String>),
-    /// This build or machine cannot do it.
-    #[error("{0}")]
-    Unavailable(String),
     /// What started this process contradicts itself, the options or this build.
     #[error("{0}")]
     Launch(String),
@@ -392,7 +422,7 @@ impl Coded for ConfigError {
             ConfigError::NotRead { .. } => exit::IO,
             ConfigError::Missing(_) => exit::USAGE,
             ConfigError::File { .. } | ConfigError::Invalid(_) | ConfigError::NotText(_) => exit::CONFIG,
-            ConfigError::Unavailable(_) | ConfigError::Launch(_) => exit::LAUNCHER,
+            ConfigError::Launch(_) => exit::LAUNCHER,
             ConfigError::OutputIo { source, .. } if crate::files::is_full(source) => exit::IO,
             ConfigError::OutputDir { .. } | ConfigError::OutputIo { .. } => exit::CANNOT_CREATE,
         }
@@ -409,6 +439,18 @@ pub fn hub_cache() -> crate::model::HubCache {
 /// Fails with [`ConfigError::Launch`] on variables that contradict each other.
 pub fn launch() -> Result<Launch, ConfigError> {
     Launch::detect(|name| std::env::var(name).ok())
+}
+
+/// Where this machine may have NVIDIA's libraries, by the environment.
+pub fn surroundings() -> Surroundings {
+    Surroundings::read(|name| std::env::var_os(name))
+}
+
+/// The folder that keeps compiled kernels: `moewarden/kernels` in the user's cache; none where there is no home.
+pub fn kernel_cache() -> Option<PathBuf> {
+    let folder = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = folder("XDG_CACHE_HOME").filter(|cache| cache.is_absolute());
+    cache.or_else(|| Some(folder("HOME")?.join(".cache"))).map(|cache| cache.join("moewarden/kernels"))
 }
 
 /// What is to go wrong on purpose: `MOEWARDEN_FAULT`.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::{Device, Layers, Mode, Recompute, SaveRounds, Schedule};
+use super::{Device, Layers, Mode, Precision, Recompute, SaveRounds, Schedule, Transport};
 use crate::data::{LongRows, LossOn};
 use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
@@ -217,9 +217,15 @@ pub struct RawOptions {
     /// Where the computation runs
     #[arg(long, help_heading = MACHINE)]
     pub device: Option<Device>,
-    /// Data-parallel ranks, as threads of this process
+    /// GPU: number format of activations
+    #[arg(long, help_heading = MACHINE)]
+    pub precision: Option<Precision>,
+    /// Data-parallel ranks, as threads of this process (one; on GPUs one for each that is visible)
     #[arg(long, value_name = "RANKS", help_heading = MACHINE)]
     pub ranks: Option<usize>,
+    /// GPU: how gradients and new weights get from rank to rank
+    #[arg(long, help_heading = MACHINE)]
+    pub transport: Option<Transport>,
     /// CPU threads of a rank; 0: its part of the machine's cores
     #[arg(long, value_name = "THREADS", help_heading = MACHINE)]
     pub threads: Option<usize>,

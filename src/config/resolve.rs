@@ -86,7 +86,6 @@ pub fn resolve_matrix(
     if !wrong.is_empty() {
         return Err(ConfigError::Invalid(wrong));
     }
-    validate::available(&config)?;
     Ok(Resolved { config, warnings })
 }
 

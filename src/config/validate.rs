@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{ConfigError, Device, Mode, RunConfig, Schedule};
+use super::{Device, Mode, RunConfig, Schedule};
 use crate::experts::{Method, RandomMatch, Selection};
 
 /// All contradictions and values out of range, each with its way out.
@@ -33,7 +33,7 @@ fn counts(c: &RunConfig, wrong: &mut Vec<String>) {
         ("router-epochs-per-round", c.router_epochs_per_round, 1, "to train no router, use --skip-router-training"),
         ("logging-steps", c.logging_steps, 1, "give a large number for few lines"),
         ("keep-checkpoints", c.keep_checkpoints, 1, "a run that is interrupted goes on from one"),
-        ("ranks", c.ranks, 1, "1 is a run without data parallelism"),
+        ("ranks", c.ranks.unwrap_or(1), 1, "1 is a run without data parallelism"),
         ("timeout", c.timeout as usize, 1, "ranks that never wait would never meet"),
     ];
     for (option, value, least, hint) in at_least {
@@ -136,7 +136,7 @@ pub(super) fn inert(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
     let joint = c.schedule == Schedule::Joint;
     let random = c.method == Method::Random;
     let gradient_scores = c.method == Method::Gradient || random && c.random_match == RandomMatch::Layer;
-    let rules: [(bool, &str, &[&str]); 10] = [
+    let rules: [(bool, &str, &[&str]); 11] = [
         (!gradient_scores, "it belongs to the gradient method (--method gradient)", &["score", "score-per"]),
         (c.method != Method::Routing, "it belongs to --method routing", &["risk-threshold", "routing-tokens"]),
         (!random, "it belongs to --method random", &["random-match"]),
@@ -158,6 +158,7 @@ pub(super) fn inert(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
             "it belongs to the router phase of --schedule alternate",
             &["router-epochs-per-round", "router-statistic", "kl-type"],
         ),
+        (c.device == Device::Cpu, "it belongs to GPUs (--device cuda)", &["precision", "transport"]),
         (
             !joint,
             "it belongs to --use-router-consistency-loss",
@@ -175,13 +176,4 @@ pub(super) fn inert(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
         }
     }
     found
-}
-
-/// What this build cannot do.
-pub(super) fn available(c: &RunConfig) -> Result<(), ConfigError> {
-    if c.device == Device::Cuda {
-        let message = "--device cuda: this build has no CUDA backend yet; use --device cpu";
-        return Err(ConfigError::Unavailable(message.into()));
-    }
-    Ok(())
 }

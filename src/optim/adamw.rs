@@ -186,8 +186,14 @@ impl<B: Backend> AdamW<B> {
 
     /// The master weights of this rank's piece of a parameter that was added.
     pub fn master(&self, backend: &B, param: ParamId) -> Vec<f32> {
+        let (master, at) = self.master_at(param);
+        backend.buffer_read(master, at)
+    }
+
+    /// Where they are.
+    pub fn master_at(&self, param: ParamId) -> (&B::Buffer, Range<usize>) {
         let slot = &self.slots[&param];
-        backend.buffer_read(&self.slabs[slot.slab].master, slot.range.clone())
+        (&self.slabs[slot.slab].master, slot.range.clone())
     }
 
     /// Bytes of state that this rank keeps.

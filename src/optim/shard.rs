@@ -17,7 +17,8 @@ pub fn piece(len: usize, rank: usize, world_size: usize) -> Range<usize> {
 /// With one rank, the shard is the whole and packed is flat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardPlan {
-    lens: Vec<usize>,
+    /// Where each parameter begins in the flat whole, and the end of the last.
+    starts: Vec<usize>,
     world_size: usize,
     buckets: Vec<Range<usize>>,
 }
@@ -36,7 +37,12 @@ impl ShardPlan {
                 (end, held) = (param, 0);
             }
         }
-        Self { lens, world_size, buckets }
+        let mut starts = vec![0];
+        starts.extend(lens.iter().scan(0, |end, len| {
+            *end += len;
+            Some(*end)
+        }));
+        Self { starts, world_size, buckets }
     }
 
     /// Number of ranks.
@@ -51,7 +57,7 @@ impl ShardPlan {
 
     /// The piece of a parameter that a rank keeps.
     pub fn piece(&self, param: usize, rank: usize) -> Range<usize> {
-        piece(self.lens[param], rank, self.world_size)
+        piece(self.starts[param + 1] - self.starts[param], rank, self.world_size)
     }
 
     /// Elements of each rank's pieces of these parameters.
@@ -61,7 +67,7 @@ impl ShardPlan {
 
     /// Elements of the shard of a rank.
     pub fn shard_len(&self, rank: usize) -> usize {
-        self.shard_start(self.lens.len(), rank)
+        self.shard_start(self.starts.len() - 1, rank)
     }
 
     /// Where the piece of a parameter begins in the shard of a rank.
@@ -71,19 +77,16 @@ impl ShardPlan {
 
     /// Where these parameters lie in the flat whole.
     pub fn flat(&self, params: Range<usize>) -> Range<usize> {
-        let start: usize = self.lens[..params.start].iter().sum();
-        start..start + self.lens[params].iter().sum::<usize>()
+        self.starts[params.start]..self.starts[params.end]
     }
 
     /// Puts the flat values of a bucket's parameters into packed order.
     pub fn pack(&self, params: Range<usize>, flat: &[f32]) -> Vec<f32> {
         let mut packed = Vec::with_capacity(flat.len());
         for rank in 0..self.world_size {
-            let mut start = 0;
             for param in params.clone() {
-                let piece = self.piece(param, rank);
+                let (start, piece) = (self.starts[param] - self.starts[params.start], self.piece(param, rank));
                 packed.extend_from_slice(&flat[start + piece.start..start + piece.end]);
-                start += self.lens[param];
             }
         }
         packed

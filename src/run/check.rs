@@ -1,14 +1,17 @@
 //! `check`: everything a run would stumble over, before it runs; no weight is loaded, nothing is written.
 
 use std::fmt::Write;
+use std::sync::Arc;
 use std::thread::available_parallelism;
 
+use super::device::{Device, Opened};
 use super::forecast::{Forecast, measure_rate, probe_name};
-use super::memory::{Activations, free_memory};
+use super::memory::{Activations, Place};
+use super::ranks::{Rank, caught};
 use super::session::Session;
 use super::train::trained_elements;
 use crate::backend::cpu::Cpu;
-use crate::config::{CheckArgs, Device, RunConfig, check_output_dir};
+use crate::config::{CheckArgs, RunConfig, check_output_dir};
 use crate::data::{Sample, samples_for_people};
 use crate::exit::Result;
 use crate::ui::Ui;
@@ -29,21 +32,29 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     let total = session.table.total().elements;
     let share = 100.0 * trained as f64 / total as f64;
     ui.result(format_args!("training at most {trained} of {total} parameters at once ({share:.2} %)"));
-    ui.result(session.describe_memory(config, trained, config.ranks, config.ranks));
-    forecast(&session, config, ui);
+    let device = Arc::new(Device::find(config, ui)?);
+    let ranks = config.ranks.unwrap_or_else(|| device.ranks());
+    let rank = Rank { here: ranks, device, ..Rank::single(ui.clone()) };
+    let place = match caught(|| rank.device.open(config, session.stored_dtype(), &rank))? {
+        Opened::Cpu(cpu) => Place::of(&*cpu, ranks),
+        Opened::Cuda(cuda, _) => Place::of(&*cuda, ranks),
+    };
+    ui.result(session.predict_memory(config, trained, ranks, place).1);
+    forecast(&session, config, ranks, place, ui);
     ui.result(format_args!("ready: `moewarden train` can run with these options"));
     Ok(())
 }
 
 /// Predicts the time of the run on this machine's processors.
-fn forecast(session: &Session, config: &RunConfig, ui: &Ui) {
+fn forecast(session: &Session, config: &RunConfig, ranks: usize, place: Place, ui: &Ui) {
     let layers = session.model.layers.len();
-    let longest = Activations::predict(&session.model, session.longest_batch(config.batch_size));
-    let recomputed = longest.keep_from(config.recompute, layers, 0, free_memory()) as f64 / layers as f64;
+    let rows = session.longest_batch(config.batch_size);
+    let longest = Activations::predict(&session.model, rows, place.activation);
+    let recomputed = longest.keep_from(config.recompute, layers, 0, place.free) as f64 / layers as f64;
     let forecast = Forecast::new(config, &session.model, &session.data.records, recomputed);
     // Ranks are threads of one machine: they share its cores, and more of them do not add any.
     let cores = available_parallelism().map_or(1, usize::from);
-    let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(config.ranks).min(cores) };
+    let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(ranks).min(cores) };
     let dtype = session.table.params[0].value.dtype;
     let rate = measure_rate(&Cpu::new(threads), dtype);
     ui.result(forecast.at(rate));
@@ -52,7 +63,7 @@ fn forecast(session: &Session, config: &RunConfig, ui: &Ui) {
          {threads} CPU threads; small batches and small experts run slower{}",
         rate / 1e9,
         probe_name(),
-        if config.device == Device::Cuda { ", a GPU much faster" } else { "" },
+        if place.device { ", a GPU much faster" } else { "" },
     ));
 }
 

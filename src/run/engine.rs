@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::alignment::MoeLayers;
+use super::direct::Direct;
 use super::fault::{Action, Fault, Point};
 use super::memory::{Activations, free_memory};
 use super::ranks::Rank;
@@ -24,6 +25,8 @@ pub struct Engine<'a, B: Backend> {
     pub model: Model<B>,
     /// The other ranks.
     pub world: Arc<dyn Collective>,
+    /// The way from this rank's device to those of the others; `None`: by way of the host.
+    pub direct: Option<Arc<dyn Direct<B>>>,
     /// Ranks on this machine, this one included: they share its memory.
     pub ranks_here: usize,
     /// Ranks for whose number the steps are made. A run that goes on with another number of ranks takes the same steps.
@@ -58,6 +61,7 @@ impl<'a, B: Backend> Engine<'a, B> {
         Self {
             model,
             world: rank.world.clone(),
+            direct: None,
             ranks_here: rank.here,
             step_ranks: rank.world.world_size(),
             stop: rank.stop.clone(),
@@ -97,9 +101,9 @@ impl<'a, B: Backend> Engine<'a, B> {
         self.fault.as_ref().map_or(Ok(()), |fault| fault.pass(Point::Save).map(drop))
     }
 
-    /// Memory that this rank may take: its part of what is free on its machine.
+    /// Memory that this rank may take: what its device has left, or its part of what is free on its machine.
     pub fn free_memory(&self) -> u64 {
-        free_memory() / self.ranks_here as u64
+        self.model.backend.free_memory().unwrap_or_else(|| free_memory() / self.ranks_here as u64)
     }
 
     /// Puts a micro-batch on the device.
@@ -117,7 +121,8 @@ impl<'a, B: Backend> Engine<'a, B> {
     ) -> Forward<B> {
         let layers = self.model.config.layers.len();
         let lowest = plan.and_then(GradPlan::lowest_layer).unwrap_or(layers);
-        let keep_from = Activations::predict(&self.model.config, inputs.rows()).keep_from(
+        let size = self.model.backend.activation_size();
+        let keep_from = Activations::predict(&self.model.config, inputs.rows(), size).keep_from(
             self.config.recompute,
             layers,
             lowest,

@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
+use super::device::{Device, Opened};
 use super::engine::Engine;
 use super::generate::answer;
 use super::progress::Progress;
-use super::ranks::Rank;
+use super::ranks::{Rank, caught};
 use super::refusals::{LISTS, wilson};
 use super::session::Session;
-use super::train::backend;
 use crate::backend::Backend;
-use crate::config::{EvalArgs, Existing, RunConfig, prepare_dir_keeping};
+use crate::config::{EvalArgs, Existing, prepare_dir_keeping};
 use crate::data::{self, Example, Message, MicroBatch, Record};
 use crate::exit::{self, Failure, Result};
 use crate::files::AtomicFile;
@@ -36,8 +37,16 @@ pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     session.model.check_length(args.max_length + args.max_new_tokens)?;
     prepare_dir_keeping(&config.output_dir, Existing::of(args.overwrite, false), &config.inputs())?;
     session.check_weights()?;
-    let engine = session.engine(&config, backend(&config, 1, ui), &Rank::single(ui.clone()));
     ui.line(session.describe());
+    let rank = Rank { device: Arc::new(Device::find(&config, ui)?), ..Rank::single(ui.clone()) };
+    caught(|| match rank.device.open(&config, session.stored_dtype(), &rank)? {
+        Opened::Cpu(cpu) => eval_on(args, &session, &session.engine(&config, cpu, None, &rank), ui),
+        Opened::Cuda(cuda, direct) => eval_on(args, &session, &session.engine(&config, cuda, direct, &rank), ui),
+    })
+}
+
+fn eval_on<B: Backend>(args: &EvalArgs, session: &Session, engine: &Engine<'_, B>, ui: &Ui) -> Result<()> {
+    let config = engine.config;
     let sampling = Sampling {
         temperature: args.temperature,
         top_p: args.top_p,
@@ -45,12 +54,12 @@ pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
         seed: args.seed,
     };
 
-    let ce_unsafe = mean_loss(&engine, &config, |r| r.unsafe_reply.as_ref())?;
-    let ce_safe = mean_loss(&engine, &config, |r| r.safe_reply.as_ref())?;
-    let routing = routing_difference(&engine, ui)?;
-    let model = evaluated(&session);
+    let ce_unsafe = mean_loss(engine, |r| r.unsafe_reply.as_ref())?;
+    let ce_safe = mean_loss(engine, |r| r.safe_reply.as_ref())?;
+    let routing = routing_difference(engine, ui)?;
+    let model = evaluated(session);
     let clock = Instant::now();
-    let refusals = answer_all(&session, &engine, &model, &sampling, &config, ui)?;
+    let refusals = answer_all(session, engine, &model, &sampling, ui)?;
     let report = EvalReport {
         schema: EVAL_SCHEMA.into(),
         model,
@@ -72,11 +81,8 @@ pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-fn mean_loss<B: Backend>(
-    engine: &Engine<'_, B>,
-    config: &RunConfig,
-    reply: impl Fn(&Record) -> Option<&Example>,
-) -> Result<MeanLoss> {
+fn mean_loss<B: Backend>(engine: &Engine<'_, B>, reply: impl Fn(&Record) -> Option<&Example>) -> Result<MeanLoss> {
+    let config = engine.config;
     let examples: Vec<&Example> = engine.data.records.iter().filter_map(reply).collect();
     let batches: Vec<_> =
         examples.chunks(config.batch_size).map(|chunk| MicroBatch::of_examples(chunk.iter().copied())).collect();
@@ -117,13 +123,12 @@ fn answer_all<B: Backend>(
     engine: &Engine<'_, B>,
     model: &EvaluatedModel,
     sampling: &Sampling,
-    config: &RunConfig,
     ui: &Ui,
 ) -> Result<Vec<RefusalRate>> {
     let prompts: Vec<_> = session.data.records.iter().flat_map(prompts_of).collect();
     let progress = Progress::new(ui, prompts.len(), "answers");
     let template_sha = blake3_name(session.tokenizer.template().digest());
-    let path = config.output_dir.join("generations.jsonl");
+    let path = engine.config.output_dir.join("generations.jsonl");
     let mut file = AtomicFile::create(&path)?;
     // (answers, refusals by list) of each side
     let mut counts: BTreeMap<PromptSide, (usize, Vec<usize>)> = BTreeMap::new();

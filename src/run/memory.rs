@@ -2,11 +2,32 @@
 
 use std::path::Path;
 
+use crate::backend::Backend;
 use crate::config::Recompute;
 use crate::model::{LayerKind, ModelConfig};
 
-/// Activations are f32 on the CPU.
-const ACTIVATION: u64 = 4;
+/// Where a rank's tensors are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Bytes of one element of an activation.
+    pub activation: usize,
+    /// Bytes that it may take.
+    pub free: u64,
+    /// Whether that is the memory of a device; weights are copied there, and not memory-mapped.
+    pub device: bool,
+}
+
+impl Place {
+    /// Of one of `here` ranks on this machine.
+    pub fn of(backend: &impl Backend, here: usize) -> Self {
+        let own = backend.free_memory();
+        Self {
+            activation: backend.activation_size(),
+            free: own.unwrap_or_else(|| free_memory() / here as u64),
+            device: own.is_some(),
+        }
+    }
+}
 
 /// Bytes of activations for one micro-batch of `rows` tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,9 +41,9 @@ pub struct Activations {
 }
 
 impl Activations {
-    /// The largest layer's figures.
-    pub fn predict(config: &ModelConfig, rows: usize) -> Self {
-        let t = rows as u64;
+    /// The largest layer's figures, with `size` bytes an element.
+    pub fn predict(config: &ModelConfig, rows: usize, size: usize) -> Self {
+        let (t, size) = (rows as u64, size as u64);
         let d = config.hidden_size as u64;
         let heads = config.heads.first().expect("a model has layers");
         let (q, kv) = ((heads.queries * heads.dim) as u64, (heads.keys * heads.dim) as u64);
@@ -36,7 +57,7 @@ impl Activations {
         let kept = attention + d + moe.max(2 * dense.unwrap_or(0));
         // Gathered rows and their gradients [R, D], SwiGLU's output, its gradient and that of its input [R, 4F], and a few [T, D].
         let working = routed * (2 * d + 4 * f) + 4 * d + 3 * (q + 2 * kv);
-        Self { input: t * d * ACTIVATION, kept: t * kept * ACTIVATION, working: t * working * ACTIVATION }
+        Self { input: t * d * size, kept: t * kept * size, working: t * working * size }
     }
 
     /// The lowest layer that keeps its activations, of `layers` layers of which a backward visits those from `lowest` up.

@@ -3,6 +3,8 @@
 pub mod alignment;
 mod check;
 mod compare;
+mod device;
+mod direct;
 pub mod engine;
 mod eval;
 mod expert_step;
@@ -31,6 +33,8 @@ pub mod verify;
 
 pub use check::check;
 pub use compare::compare;
+pub use device::{Device, Opened};
+pub use direct::{BetweenGpus, Direct};
 pub use eval::eval;
 pub use export::export;
 pub use quickstart::quickstart;

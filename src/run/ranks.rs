@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::device::Device;
 use super::fault::{Fault, Faulty};
 use super::stop::Stop;
 use crate::collective::threads::{self, Outcome};
@@ -15,6 +16,7 @@ use crate::ui::Ui;
 /// Who takes part in a run, and how the ranks of this process find the others.
 pub struct Ranks {
     kind: Kind,
+    device: Arc<Device>,
     /// Whether this process was asked to save and leave.
     pub stop: Stop,
     /// What is to go wrong, in tests.
@@ -25,15 +27,19 @@ enum Kind {
     /// All of them are threads of this process.
     Threads { world_size: usize, timeout: Duration },
     /// This process is one of them.
-    Process { world: Arc<dyn Collective>, here: usize },
+    Process { world: Arc<dyn Collective>, local: usize, here: usize },
 }
 
 /// One rank.
 pub struct Rank {
     /// The others.
     pub world: Arc<dyn Collective>,
+    /// This one among those on its machine.
+    pub local: usize,
     /// Ranks on this machine, this one included.
     pub here: usize,
+    /// What it computes on.
+    pub device: Arc<Device>,
     /// The user's side of rank 0; silence on the others.
     pub ui: Ui,
     /// Whether this process was asked to save and leave.
@@ -43,9 +49,15 @@ pub struct Rank {
 }
 
 impl Rank {
+    /// One of the ranks of `world`, all of which share this machine's processors.
+    pub fn new(world: Arc<dyn Collective>, ui: Ui) -> Self {
+        let (local, here, device) = (world.rank(), world.world_size(), Arc::new(Device::Cpu));
+        Self { world, local, here, device, ui, stop: Stop::default(), fault: None }
+    }
+
     /// The only rank there is.
     pub fn single(ui: Ui) -> Self {
-        Self { world: Arc::new(threads::single()), here: 1, ui, stop: Stop::default(), fault: None }
+        Self::new(Arc::new(threads::single()), ui)
     }
 }
 
@@ -53,26 +65,34 @@ impl Ranks {
     /// Those that a launcher started and the options ask for. `stop` is what signals raise, `fault` what is to go wrong.
     ///
     /// # Errors
-    /// A launcher that the options or MPI contradict, or that this build cannot join.
-    pub fn of(config: &RunConfig, launch: &Launch, stop: Stop, fault: Option<Fault>) -> Result<Self> {
+    /// A launcher that the options or MPI contradict, or that this build cannot join; a device that is not there.
+    pub fn of(config: &RunConfig, launch: &Launch, stop: Stop, fault: Option<Fault>, ui: &Ui) -> Result<Self> {
         launch.check_ranks(config.ranks)?;
         launch.check_build(cfg!(feature = "mpi"))?;
-        let world_size = launch.world_size.max(config.ranks);
+        let device = Device::find(config, ui)?;
+        let world_size = match launch.world_size {
+            1 => config.ranks.unwrap_or_else(|| device.ranks()),
+            processes => processes,
+        };
         if let Some(fault) = fault.as_ref().filter(|fault| fault.rank >= world_size) {
             let message = format!("MOEWARDEN_FAULT strikes rank {}, but there are {world_size}", fault.rank);
             return Err(Failure::new(exit::CONFIG, message));
         }
         let timeout = Duration::from_secs(config.timeout);
         let kind = match launch.world_size {
-            1 => Kind::Threads { world_size: config.ranks, timeout },
-            _ => Kind::Process { world: join(launch, timeout, &stop)?, here: launch.local_size },
+            1 => Kind::Threads { world_size, timeout },
+            _ => {
+                let (local, here) = (launch.local_rank, launch.local_size);
+                Kind::Process { world: join(launch, timeout, &stop)?, local, here }
+            }
         };
-        Ok(Self { kind, stop, fault })
+        Ok(Self { kind, device: Arc::new(device), stop, fault })
     }
 
-    /// Threads of this process; one is the process itself.
+    /// Threads of this process, on its processors; one is the process itself.
     pub fn threads(world_size: usize, timeout: Duration) -> Self {
-        Self { kind: Kind::Threads { world_size, timeout }, stop: Stop::default(), fault: None }
+        let (kind, device) = (Kind::Threads { world_size, timeout }, Arc::new(Device::Cpu));
+        Self { kind, device, stop: Stop::default(), fault: None }
     }
 
     /// This process alone.
@@ -134,29 +154,40 @@ impl Ranks {
         ui: &Ui,
         main: impl Fn(&Rank) -> Result<T> + Send + Sync + 'static,
     ) -> Result<T> {
-        let (stop, fault, ui) = (self.stop.clone(), self.fault.clone(), ui.clone());
-        let guarded = move |world: Arc<dyn Collective>, here: usize| {
+        let (device, stop, fault, ui) = (self.device.clone(), self.stop.clone(), self.fault.clone(), ui.clone());
+        let guarded = move |world: Arc<dyn Collective>, local: usize, here: usize| {
             let fault = fault.clone().filter(|fault| fault.rank == world.rank());
             let world: Arc<dyn Collective> = match &fault {
                 Some(fault) => Arc::new(Faulty { inner: world, fault: fault.clone() }),
                 None => world,
             };
             let ui = if world.rank() == 0 { ui.clone() } else { Ui::silent() };
-            let rank = Rank { world, here, ui, stop: stop.clone(), fault };
-            let ended = catch_unwind(AssertUnwindSafe(|| main(&rank))).unwrap_or_else(|panic| {
-                Err(Failure::new(exit::INTERNAL, format!("panicked: {}", threads::panic_message(&*panic))))
-            });
-            ended.map_err(|failure| last_words(&*rank.world, failure))
+            let rank = Rank { world, local, here, device: device.clone(), ui, stop: stop.clone(), fault };
+            caught(|| main(&rank)).map_err(|failure| last_words(&*rank.world, failure))
         };
         match &self.kind {
-            Kind::Process { world, here } => guarded(world.clone(), *here),
-            Kind::Threads { world_size: 1, .. } => guarded(Arc::new(threads::single()), 1),
+            Kind::Process { world, local, here } => guarded(world.clone(), *local, *here),
+            Kind::Threads { world_size: 1, .. } => guarded(Arc::new(threads::single()), 0, 1),
             Kind::Threads { world_size, timeout } => {
                 let here = *world_size;
-                first_of(threads::run(*world_size, *timeout, move |world| guarded(Arc::new(world), here)))
+                first_of(threads::run(*world_size, *timeout, move |world| {
+                    let local = world.rank();
+                    guarded(Arc::new(world), local, here)
+                }))
             }
         }
     }
+}
+
+/// Does something in which a GPU may fail: its operations return no errors, but panic with them.
+///
+/// # Errors
+/// Those of `main`, those of the GPU, and panics.
+pub fn caught<T>(main: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(main)).unwrap_or_else(|panic| match panic.downcast::<Failure>() {
+        Ok(failure) => Err(*failure),
+        Err(panic) => Err(Failure::new(exit::INTERNAL, format!("panicked: {}", threads::panic_message(&*panic)))),
+    })
 }
 
 /// The processes that the launcher started, joined by MPI.

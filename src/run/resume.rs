@@ -33,7 +33,7 @@ use crate::checkpoint::{
     write_optimizer,
 };
 use crate::collective::{Collective, all_ok, meanwhile};
-use crate::config::{Device, Recompute, RunConfig};
+use crate::config::{Device, Recompute, RunConfig, Transport};
 use crate::exit::{self, Failure, Result};
 use crate::files;
 use crate::report::{Phase, read_json, write_json};
@@ -422,8 +422,9 @@ pub fn decisive(config: &RunConfig) -> Result<String> {
         resume: false,
         output_dir: PathBuf::new(),
         threads: 0,
-        ranks: 1,
+        ranks: None,
         device: Device::Auto,
+        transport: Transport::Auto,
         recompute: Recompute::Auto,
         logging_steps: 1,
         save_steps: default.save_steps,

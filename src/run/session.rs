@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use super::direct::Direct;
 use super::engine::Engine;
-use super::memory::{Activations, TrainedState, free_memory, human, human_count};
+use super::memory::{Activations, Place, TrainedState, human, human_count};
 use super::ranks::{Rank, Ranks};
-use crate::backend::Backend;
+use crate::backend::{Backend, Dtype};
 use crate::collective::{self, Collective, all_agree};
 use crate::config::{RunConfig, Schedule, hub_cache};
 use crate::data::{ChatTokenizer, DataOptions, Dataset};
@@ -118,6 +119,12 @@ impl Session {
         }
     }
 
+    /// The number format of all weights; F32 only if none is narrower.
+    pub fn stored_dtype(&self) -> Dtype {
+        let mut dtypes = self.table.params.iter().map(|spec| spec.value.dtype);
+        dtypes.find(|dtype| *dtype != Dtype::F32).unwrap_or(Dtype::F32)
+    }
+
     /// Refuses weights that are NaN or infinite.
     ///
     /// # Errors
@@ -128,8 +135,15 @@ impl Session {
     }
 
     /// Puts the weights on the backend of one rank.
-    pub fn engine<'a, B: Backend>(&'a self, config: &'a RunConfig, backend: Arc<B>, rank: &Rank) -> Engine<'a, B> {
-        Engine::new(Model::new(backend, self.model.clone(), self.table.clone()), rank, config, &self.data)
+    pub fn engine<'a, B: Backend>(
+        &'a self,
+        config: &'a RunConfig,
+        backend: Arc<B>,
+        direct: Option<Arc<dyn Direct<B>>>,
+        rank: &Rank,
+    ) -> Engine<'a, B> {
+        let model = Model::new(backend, self.model.clone(), self.table.clone());
+        Engine { direct, ..Engine::new(model, rank, config, &self.data) }
     }
 
     /// blake3 over the base model's parameters, its configuration and tokenizer, and the files of rows and template.
@@ -193,13 +207,15 @@ impl Session {
         lines
     }
 
-    /// Expected memory of a rank, for people: weights, activations of the longest micro-batches, trained state. `here` of
-    /// the `world_size` ranks share this machine.
-    pub fn describe_memory(&self, config: &RunConfig, trained: usize, world_size: usize, here: usize) -> String {
+    /// Expected memory of a rank in bytes, and for people: weights, activations of the longest micro-batches, trained state.
+    pub fn predict_memory(&self, config: &RunConfig, trained: usize, world_size: usize, place: Place) -> (u64, String) {
         let rows = self.longest_batch(config.batch_size);
-        let activations = Activations::predict(&self.model, rows);
+        let activations = Activations::predict(&self.model, rows, place.activation);
         let layers = self.model.layers.len();
-        let free = free_memory() / here as u64;
+        let total = self.table.total();
+        let weights = total.bytes as u64;
+        // A device's memory has to hold the weights first.
+        let free = if place.device { place.free.saturating_sub(weights) } else { place.free };
         let keep_from = activations.keep_from(config.recompute, layers, 0, free);
         // A joint step's divergence is that of all its micro-batches, so their forward passes wait for one another.
         let (waiting, of) = match config.schedule {
@@ -208,22 +224,23 @@ impl Session {
         };
         let kept = activations.peak(layers, 0, keep_from) - activations.working;
         let peak = waiting.saturating_mul(kept).saturating_add(activations.working);
-        let total = self.table.total();
         let state = TrainedState::predict(trained as u64, (total.bytes / total.elements.max(1)) as u64, world_size);
-        let weights = total.bytes as u64;
-        format!(
-            "memory a rank: weights {} (memory-mapped: ranks on one machine share them), activations {} for {of} of up to \
-             {rows} tokens ({} of {layers} layers kept, the others computed again), trained state {} (gradients and new \
-             weights {}, 1/{world_size} of masters and moments {}): {} in all; {} free",
+        let all = peak.saturating_add(weights + state.whole + state.sharded);
+        let text = format!(
+            "memory a rank: weights {}{}, activations {} for {of} of up to {rows} tokens ({} of {layers} layers kept, the \
+             others computed again), trained state {} (gradients and new weights {}, 1/{world_size} of masters and moments \
+             {}): {} in all; {} free",
             human(weights),
+            if place.device { "" } else { " (memory-mapped: ranks on one machine share them)" },
             human(peak),
             layers - keep_from,
             human(state.whole + state.sharded),
             human(state.whole),
             human(state.sharded),
-            human(peak.saturating_add(weights + state.whole + state.sharded)),
-            human(free),
-        )
+            human(all),
+            human(place.free),
+        );
+        (all, text)
     }
 
     /// Tokens of the largest micro-batch there can be.

@@ -2,12 +2,13 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::thread::available_parallelism;
 use std::time::Duration;
 
+use super::device::Opened;
+use super::direct::Direct;
 use super::engine::Engine;
 use super::identify::{Identification, ScanState};
-use super::memory::{human, peak_resident};
+use super::memory::{Place, human, peak_resident};
 use super::outputs::Outputs;
 use super::phase::PhaseRun;
 use super::progress::Progress;
@@ -15,9 +16,9 @@ use super::ranks::{Rank, Ranks};
 use super::resume::{Checkpoints, Found, Measured, Position, Within};
 use super::session::Session;
 use super::verify::verify_frozen;
-use crate::backend::{Backend, cpu::Cpu};
+use crate::backend::Backend;
 use crate::checkpoint::{export_over, save_delta};
-use crate::collective::{Collective, all_ok, meanwhile};
+use crate::collective::{all_ok, meanwhile};
 use crate::config::{
     LOCK_FILE, Mode, OutputLock, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir,
 };
@@ -52,26 +53,39 @@ pub fn identify(config: &RunConfig, ranks: &Ranks, ui: &Ui) -> Result<()> {
     let untrained = RunConfig { skip_router_training: true, schedule: Schedule::Alternate, ..config.clone() };
     let session = open(config, &untrained, ranks, ui)?;
     let _lock = take_output_dir(config, ranks)?;
-    describe(&session, config, ranks, 0, ui)?;
+    describe(&session, config, ranks, ui)?;
     let config = config.clone();
-    ranks.run(ui, move |rank| {
-        let (config, ui) = (&config, &rank.ui);
-        let engine = session.engine(config, backend(config, rank.here, ui), rank);
-        let mut outputs = Outputs::create(&engine, ui)?;
-        let found = identify_round(&engine, 0, ScanState::default(), &mut outputs, ui, &mut |_, _, pause| {
-            if pause.stop {
-                let message = "stopped by a signal: nothing was saved (only `train` makes checkpoints)";
-                return Err(Failure::new(exit::TERMINATED, message));
-            }
-            Ok(ControlFlow::Continue(()))
-        })?;
-        let found = found.expect("it is never paused for good");
-        all_ok(&*rank.world, outputs.write_metadata())?;
-        describe_selection(&found, &engine, ui);
-        ui.result(format_args!("scores and selection: {}", outputs.path("expert_scores.json").display()));
-        ui.line(peak_memory(&*rank.world)?);
-        Ok(())
+    ranks.run(ui, move |rank| match rank.device.open(&config, session.stored_dtype(), rank)? {
+        Opened::Cpu(cpu) => identify_rank(&session, &config, rank, cpu, None),
+        Opened::Cuda(cuda, direct) => identify_rank(&session, &config, rank, cuda, direct),
     })
+}
+
+/// One rank of an identification.
+fn identify_rank<B: Backend>(
+    session: &Session,
+    config: &RunConfig,
+    rank: &Rank,
+    backend: Arc<B>,
+    direct: Option<Arc<dyn Direct<B>>>,
+) -> Result<()> {
+    let ui = &rank.ui;
+    let predicted = predict_memory(session, config, rank, 0, &*backend);
+    let engine = session.engine(config, backend, direct, rank);
+    let mut outputs = Outputs::create(&engine, ui)?;
+    let found = identify_round(&engine, 0, ScanState::default(), &mut outputs, ui, &mut |_, _, pause| {
+        if pause.stop {
+            let message = "stopped by a signal: nothing was saved (only `train` makes checkpoints)";
+            return Err(Failure::new(exit::TERMINATED, message));
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    let found = found.expect("it is never paused for good");
+    all_ok(&*rank.world, outputs.write_metadata())?;
+    describe_selection(&found, &engine, ui);
+    ui.result(format_args!("scores and selection: {}", outputs.path("expert_scores.json").display()));
+    ui.line(peak_memory(&engine, predicted)?);
+    Ok(())
 }
 
 /// Runs all rounds and writes the final model.
@@ -81,11 +95,13 @@ pub fn identify(config: &RunConfig, ranks: &Ranks, ui: &Ui) -> Result<()> {
 pub fn train(config: &RunConfig, ranks: &Ranks, ui: &Ui) -> Result<TrainSummary> {
     let session = open(config, config, ranks, ui)?;
     let _lock = take_output_dir(config, ranks)?;
-    let trained = trained_elements(&session, config);
-    describe(&session, config, ranks, trained, ui)?;
+    describe(&session, config, ranks, ui)?;
     describe_trained(&session, config, ui);
     let config = config.clone();
-    ranks.run(ui, move |rank| train_rank(&session, &config, rank))
+    ranks.run(ui, move |rank| match rank.device.open(&config, session.stored_dtype(), rank)? {
+        Opened::Cpu(cpu) => train_rank(&session, &config, rank, cpu, None),
+        Opened::Cuda(cuda, direct) => train_rank(&session, &config, rank, cuda, direct),
+    })
 }
 
 /// Opens and checks everything that the run reads, on all processes; `for_sides` says what its phases need.
@@ -142,20 +158,34 @@ fn see_lock(config: &RunConfig, holder: &[u8]) -> Result<()> {
 }
 
 /// What is about to happen, for people.
-fn describe(session: &Session, config: &RunConfig, ranks: &Ranks, trained: usize, ui: &Ui) -> Result<()> {
+fn describe(session: &Session, config: &RunConfig, ranks: &Ranks, ui: &Ui) -> Result<()> {
     ui.line(format_args!("options:\n{}", config.to_yaml()?.trim_end()));
     ui.line(session.describe());
     if ranks.world_size() > 1 {
         ui.line(format_args!("ranks: {} ({} on this machine)", ranks.world_size(), ranks.here()));
     }
-    ui.line(session.describe_memory(config, trained, ranks.world_size(), ranks.here()));
     Ok(())
 }
 
+/// Says how much memory a rank is expected to take, and returns it.
+fn predict_memory(session: &Session, config: &RunConfig, rank: &Rank, trained: usize, backend: &impl Backend) -> u64 {
+    let place = Place::of(backend, rank.here);
+    let (bytes, text) = session.predict_memory(config, trained, rank.world.world_size(), place);
+    rank.ui.line(text);
+    bytes
+}
+
 /// One rank of a training run.
-fn train_rank(session: &Session, config: &RunConfig, rank: &Rank) -> Result<TrainSummary> {
+fn train_rank<B: Backend>(
+    session: &Session,
+    config: &RunConfig,
+    rank: &Rank,
+    backend: Arc<B>,
+    direct: Option<Arc<dyn Direct<B>>>,
+) -> Result<TrainSummary> {
     let (ui, world) = (&rank.ui, &*rank.world);
-    let mut engine = session.engine(config, backend(config, rank.here, ui), rank);
+    let predicted = predict_memory(session, config, rank, trained_elements(session, config), &*backend);
+    let mut engine = session.engine(config, backend, direct, rank);
     let clock = std::time::Instant::now();
     let checkpoints = Checkpoints::new(session, config)?;
     let found = if config.resume { checkpoints.agree_on_newest(world, ui)? } else { None };
@@ -177,7 +207,7 @@ fn train_rank(session: &Session, config: &RunConfig, rank: &Rank) -> Result<Trai
             if round == at.round { (at, found.as_ref()) } else { (Position::start(round, Phase::Identify), None) };
         run.round(&mut engine, at, found)?;
     }
-    run.finish(&mut engine, clock.elapsed().as_secs_f64())
+    run.finish(&mut engine, clock.elapsed().as_secs_f64(), predicted)
 }
 
 /// A training run as one rank walks through it.
@@ -307,7 +337,12 @@ impl Run<'_> {
     }
 
     /// Measures the trained model, writes it, and proves that what was frozen kept its bits.
-    fn finish<B: Backend>(mut self, engine: &mut Engine<'_, B>, seconds: f64) -> Result<TrainSummary> {
+    fn finish<B: Backend>(
+        mut self,
+        engine: &mut Engine<'_, B>,
+        seconds: f64,
+        predicted_memory: u64,
+    ) -> Result<TrainSummary> {
         let world = engine.world.clone();
         world.doing("measuring the losses after training");
         let after = measure(engine, self.session)?;
@@ -318,7 +353,7 @@ impl Run<'_> {
         world.doing("writing the final model");
         let write = || if world.rank() == 0 { self.write_final(engine) } else { Ok(()) };
         all_ok(&*world, meanwhile(&*world, write)?)?;
-        self.ui.line(peak_memory(&*world)?);
+        self.ui.line(peak_memory(engine, predicted_memory)?);
         let table = &self.session.table;
         let trained = engine.touched.iter().map(|&id| table.params[id].value.len()).sum();
         Ok(TrainSummary {
@@ -363,21 +398,22 @@ fn requeue(config: &RunConfig) -> Failure {
     )
 }
 
-/// The backend that the options ask for, for one of `here` ranks of this machine. (`config` has refused what this build
-/// does not have.)
-pub fn backend(config: &RunConfig, here: usize, ui: &Ui) -> Arc<Cpu> {
-    let cores = available_parallelism().map_or(1, usize::from);
-    let cpu = Cpu::new(if config.threads == 0 { (cores / here).max(1) } else { config.threads });
-    ui.line(format_args!("device: cpu, {} threads{}", cpu.threads(), if here > 1 { " a rank" } else { "" }));
-    Arc::new(cpu)
-}
-
-/// The largest resident size of each process.
-fn peak_memory(world: &dyn Collective) -> Result<String> {
-    let all = world.all_gather(&peak_resident().to_le_bytes())?;
-    let peaks = all.iter().map(|bytes| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes));
-    let peaks: Vec<String> = peaks.map(human).collect();
-    Ok(format!("peak memory{}: {}", if peaks.len() > 1 { " of each rank's process" } else { "" }, peaks.join(", ")))
+/// The largest resident size of each process, and what each rank took most of a device's memory.
+fn peak_memory<B: Backend>(engine: &Engine<'_, B>, predicted: u64) -> Result<String> {
+    let device = engine.model.backend.peak_memory();
+    let own = [peak_resident(), device.unwrap_or(0)].map(u64::to_le_bytes).concat();
+    let all = engine.world.all_gather(&own)?;
+    let nth = |i: usize| {
+        let bytes = all.iter().map(|both| both[8 * i..][..8].try_into().map_or(0, u64::from_le_bytes));
+        bytes.map(human).collect::<Vec<_>>().join(", ")
+    };
+    let many = all.len() > 1;
+    let mut text = format!("peak memory{}: {}", if many { " of each rank's process" } else { "" }, nth(0));
+    if device.is_some() {
+        let of = if many { " of each rank's tensors" } else { " of tensors" };
+        text += &format!("\npeak memory on the GPU{of}: {} (predicted: {})", nth(1), human(predicted));
+    }
+    Ok(text)
 }
 
 /// What is called at each pause of an identification.

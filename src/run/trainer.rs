@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
+use super::direct::Direct;
 use super::engine::Engine;
 use crate::backend::{Backend, HostTensor, encode_into};
 use crate::collective::{self, Collective};
@@ -124,14 +125,26 @@ impl<B: Backend> Trainer<B> {
         if engine.poisoned {
             b.buffer_write(&mut self.grads, 0, &[f32::NAN]);
         }
-        let Self { plan, shards, complete, grads, shard, scores, .. } = self;
+        let Self { plan, shards, complete, grads, shard, pieces, scores, .. } = self;
         if world.world_size() == 1 {
             return Ok(run(&mut Passes { plan, grads, scores, leaving: None }));
+        }
+        if let Some(direct) = &engine.direct {
+            let way = Way::Direct { direct: &**direct, shard, pieces, failed: None };
+            let leaving = Leaving { shards, complete, next: 0, way };
+            let mut passes = Passes { plan, grads, scores, leaving: Some(leaving) };
+            let out = run(&mut passes);
+            passes.leave(None);
+            if let Some(Leaving { way: Way::Direct { failed: Some(error), .. }, .. }) = passes.leaving {
+                return Err(error);
+            }
+            direct.finish()?;
+            return Ok(out);
         }
         thread::scope(|scope| {
             let (send, receive) = sync_channel(WAITING);
             let reduced = scope.spawn(|| reduce_scatter(world, shards, receive));
-            let leaving = Leaving { backend: b, shards, complete, next: 0, send };
+            let leaving = Leaving { shards, complete, next: 0, way: Way::Host { backend: b, send } };
             let mut passes = Passes { plan, grads, scores, leaving: Some(leaving) };
             let out = run(&mut passes);
             passes.leave(None);
@@ -192,6 +205,13 @@ impl<B: Backend> Trainer<B> {
     /// Gathers the new weights of all ranks' pieces, in their stored dtype.
     fn exchange(&self, engine: &mut Engine<'_, B>) -> Result<(), collective::Error> {
         let b = engine.model.backend.clone();
+        if let Some(direct) = engine.direct.clone() {
+            for (i, &id) in self.params.iter().enumerate() {
+                let (master, at) = self.optimizer.master_at(id);
+                direct.all_gather(master, at, &self.shards.counts(i..i + 1), &mut engine.model.weights_mut()[id])?;
+            }
+            return direct.finish();
+        }
         for bucket in self.shards.buckets() {
             let sizes: Vec<usize> = self.params[bucket.clone()]
                 .iter()
@@ -283,25 +303,50 @@ impl<B: Backend> Passes<'_, B> {
     }
 }
 
-/// Buckets on their way to the thread that reduces them.
+/// Buckets on their way to the other ranks.
 struct Leaving<'t, B: Backend> {
-    backend: &'t B,
     shards: &'t ShardPlan,
     complete: &'t [Option<usize>],
     next: usize,
-    send: SyncSender<(Range<usize>, Vec<f32>)>,
+    way: Way<'t, B>,
+}
+
+/// How they go.
+enum Way<'t, B: Backend> {
+    /// To the thread that reduces them.
+    Host { backend: &'t B, send: SyncSender<(Range<usize>, Vec<f32>)> },
+    /// From device to device, parameter by parameter: pieces lie in rank order there, and need no packing.
+    Direct {
+        direct: &'t dyn Direct<B>,
+        shard: &'t B::Buffer,
+        pieces: &'t [Gradient],
+        failed: Option<collective::Error>,
+    },
 }
 
 impl<B: Backend> Leaving<'_, B> {
     /// Sends the buckets that are complete after decoder layer `layer`; all that are left after the end (`None`).
     fn leave(&mut self, layer: Option<usize>, grads: &B::Buffer) {
-        let buckets = self.shards.buckets();
+        let shards = self.shards;
+        let buckets = shards.buckets();
         while self.next < buckets.len() && layer.is_none_or(|l| self.complete[self.next].is_some_and(|by| by >= l)) {
             let bucket = buckets[self.next].clone();
-            let flat = self.backend.buffer_read(grads, self.shards.flat(bucket.clone()));
-            // It fails only when the other end has met an error, which is found when that thread is joined.
-            let _ = self.send.send((bucket.clone(), self.shards.pack(bucket, &flat)));
             self.next += 1;
+            match &mut self.way {
+                Way::Host { backend, send } => {
+                    let flat = backend.buffer_read(grads, shards.flat(bucket.clone()));
+                    // It fails only when the other end has met an error, which is found when that thread is joined.
+                    let _ = send.send((bucket.clone(), shards.pack(bucket, &flat)));
+                }
+                Way::Direct { failed: Some(_), .. } => {}
+                Way::Direct { direct, shard, pieces, failed } => {
+                    let sum = |i: usize| {
+                        let at = shards.flat(i..i + 1).start;
+                        direct.reduce_scatter(grads, at, &shards.counts(i..i + 1), shard, pieces[i].offset)
+                    };
+                    *failed = bucket.rev().try_for_each(sum).err();
+                }
+            }
         }
     }
 }

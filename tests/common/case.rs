@@ -79,7 +79,7 @@ impl Case {
 
     /// The weights of the case on another backend.
     pub fn engine_on<'a, B: Backend>(&'a self, config: &'a RunConfig, backend: Arc<B>) -> Engine<'a, B> {
-        self.session.engine(config, backend, &Rank::single(Ui::silent()))
+        self.session.engine(config, backend, None, &Rank::single(Ui::silent()))
     }
 
     /// Whether it is one of the four (one a family) with the long list of training runs.

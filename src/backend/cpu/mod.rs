@@ -101,6 +101,18 @@ impl Backend for Cpu {
     type Dispatch = Dispatch;
     type Scores = Scores;
 
+    // --- memory --------------------------------------------------------------------------------------------------
+
+    fn activation_size(&self) -> usize {
+        size_of::<f32>()
+    }
+    fn free_memory(&self) -> Option<u64> {
+        None
+    }
+    fn peak_memory(&self) -> Option<u64> {
+        None
+    }
+
     // --- moving things -------------------------------------------------------------------------------------------
 
     fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Tensor {

@@ -19,6 +19,18 @@ impl Backend for Cuda {
     type Dispatch = Dispatch;
     type Scores = Scores;
 
+    // --- memory --------------------------------------------------------------------------------------------------
+
+    fn activation_size(&self) -> usize {
+        self.compute.size()
+    }
+    fn free_memory(&self) -> Option<u64> {
+        Some(self.room.saturating_sub(self.pool.usage().used) as u64)
+    }
+    fn peak_memory(&self) -> Option<u64> {
+        Some(self.pool.usage().peak as u64)
+    }
+
     // --- moving things -------------------------------------------------------------------------------------------
 
     fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Tensor {

@@ -14,6 +14,7 @@ pub mod pool;
 mod tables;
 mod tensor;
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use self::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel};
@@ -31,6 +32,8 @@ pub struct Cuda {
     pool: Arc<Pool>,
     /// Type of the activations.
     compute: Dtype,
+    /// Bytes that all tensors together may take.
+    room: usize,
     /// Chooses the form of grouped products.
     forms: fn(&Grouped, Architecture) -> Form,
     /// The same of attention, by head width.
@@ -47,10 +50,18 @@ fn must<T>(result: Result<T, Error>) -> T {
 }
 
 impl Cuda {
-    /// A backend over this GPU with activations of type `compute`. Panics at F16, which has too small a range.
+    /// A backend over this GPU with activations of type `compute`. Panics at F16, which has too small a range. It plans with
+    /// the memory that is free now.
     pub fn new(gpu: Arc<dyn Gpu>, compute: Dtype, reuse: Reuse) -> Self {
+        let free = must(gpu.memory()).free;
+        Self::with_room(gpu, compute, reuse, free)
+    }
+
+    /// The same, planning with `room` bytes: for backends that share a GPU.
+    pub fn with_room(gpu: Arc<dyn Gpu>, compute: Dtype, reuse: Reuse, room: usize) -> Self {
         assert!(compute != Dtype::F16, "activations are F32 or BF16");
         Self {
+            room,
             pool: Pool::new(gpu.clone(), reuse),
             gpu,
             compute,
@@ -92,6 +103,11 @@ impl Cuda {
     /// Type of the activations.
     pub fn compute(&self) -> Dtype {
         self.compute
+    }
+
+    /// Overwrites the elements from `start` on of a parameter with f32 values, rounded to nearest even.
+    pub fn set_weight_part(&self, w: &mut Weight, start: usize, values: &Buffer, at: Range<usize>) {
+        ops::update::set_weight_part(self, w, start, values, at);
     }
 
     /// Memory holding anything.

@@ -108,7 +108,7 @@ pub struct Buffer {
 impl Buffer {
     /// The element at `index`, which may be the end. Panics unless `len` elements follow.
     #[track_caller]
-    pub(super) fn at(&self, index: usize, len: usize) -> Address {
+    pub fn at(&self, index: usize, len: usize) -> Address {
         assert!(index + len <= self.len, "elements {index}..{} of a buffer of {}", index + len, self.len);
         self.memory.address().offset(4 * index)
     }

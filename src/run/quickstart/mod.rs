@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::ranks::Ranks;
 use super::train::{TrainSummary, train};
-use crate::config::{Existing, QuickstartArgs, RunConfig, SaveRounds, prepare_dir};
+use crate::config::{Device, Existing, QuickstartArgs, RunConfig, SaveRounds, prepare_dir};
 use crate::exit::{self, Context, Failure, Result};
 use crate::model::tiny::{TinySpec, write_random_checkpoint};
 use crate::model::{Checkpoint, WeightsError};
@@ -56,6 +56,7 @@ fn config(dir: &Path, model: &Path, rows: PathBuf, overwrite: bool) -> Result<Ru
         output_dir: dir.join("run"),
         overwrite,
         save_rounds: SaveRounds::Delta,
+        device: Device::Cpu,
         top_k_experts: 8,
         num_rounds: 1,
         expert_epochs_per_round: 4,

@@ -122,6 +122,15 @@ impl Nvidia {
         &self.software
     }
 
+    /// What tells this GPU from all others, on this machine and elsewhere.
+    ///
+    /// # Errors
+    /// A driver that does not answer.
+    pub fn uuid(&self) -> Result<Vec<u8>, gpu::Error> {
+        let uuid = self.context.uuid().map_err(fault("cuDeviceGetUuid"))?;
+        Ok(uuid.bytes.map(|byte| byte as u8).to_vec())
+    }
+
     /// The stream, for work of others that has to be ordered with it: `collective::nccl`.
     pub fn stream(&self) -> sys::CUstream {
         self.stream

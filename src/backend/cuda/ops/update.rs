@@ -69,6 +69,13 @@ pub fn set_weight(cuda: &Cuda, w: &mut Weight, values: &Buffer, at: Range<usize>
     cast(cuda, values.at(at.start, at.len()), Dtype::F32, w.address(), w.dtype(), w.len());
 }
 
+/// The same for part of a parameter, from element `start` on.
+pub fn set_weight_part(cuda: &Cuda, w: &mut Weight, start: usize, values: &Buffer, at: Range<usize>) {
+    assert!(start + at.len() <= w.len(), "elements {start}..{} of {}", start + at.len(), w.len());
+    let to = w.address().offset(start * w.dtype().size());
+    cast(cuda, values.at(at.start, at.len()), Dtype::F32, to, w.dtype(), at.len());
+}
+
 /// Reads elements of a parameter as f32.
 pub fn read_weight(cuda: &Cuda, w: &Weight, elements: Range<usize>, into: &mut Buffer, offset: usize) {
     let n = elements.len();
