@@ -8,11 +8,11 @@ use super::memory::{Activations, TrainedState, free_memory, human, human_count};
 use super::ranks::{Rank, Ranks};
 use crate::backend::Backend;
 use crate::collective::{self, Collective, all_agree};
-use crate::config::{RunConfig, Schedule, hub_cache};
+use crate::config::{Init, RunConfig, Schedule, hub_cache};
 use crate::data::{ChatTokenizer, DataOptions, Dataset};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::Method;
-use crate::model::{Checkpoint, Model, ModelConfig, ParamTable};
+use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit};
 use crate::ui::Ui;
 
 /// What a run reads.
@@ -21,8 +21,8 @@ pub struct Session {
     pub dir: PathBuf,
     /// Its shape and family.
     pub model: ModelConfig,
-    /// Its weights, memory-mapped.
-    pub checkpoint: Checkpoint,
+    /// Its weights, memory-mapped; `None`: they are random, and nothing is worth saving of them.
+    pub checkpoint: Option<Checkpoint>,
     /// Its parameters.
     pub table: ParamTable,
     /// Its tokenizer and chat template.
@@ -61,8 +61,14 @@ impl Session {
         let dir = hub_cache().resolve(&config.model_name)?;
         let model = ModelConfig::from_dir(&dir)?;
         model.check_length(config.max_length)?;
-        let checkpoint = Checkpoint::open(&dir)?;
-        let table = ParamTable::build(&model, &checkpoint)?;
+        let (checkpoint, table) = match config.init {
+            Init::Checkpoint => {
+                let checkpoint = Checkpoint::open(&dir)?;
+                let table = ParamTable::build(&model, &checkpoint)?;
+                (Some(checkpoint), table)
+            }
+            Init::Random => (None, ParamTable::random(&model, RandomInit::from_dir(&dir, config.seed)?)),
+        };
         check_selection(config, &model)?;
         let tokenizer = ChatTokenizer::open(&dir, config.chat_template.as_deref())?;
         tokenizer.check_vocab(model.vocab_size)?;
@@ -141,8 +147,12 @@ impl Session {
             return Ok(*hash);
         }
         let mut hasher = blake3::Hasher::new();
-        for spec in &self.table.params {
-            hasher.update_rayon(&spec.value.bytes);
+        if let Some(init) = &self.table.random {
+            hasher.update(&init.seed.to_le_bytes()); // with config.json, below, it decides all values
+        } else {
+            for spec in &self.table.params {
+                hasher.update_rayon(&spec.value.bytes);
+            }
         }
         hasher.update(self.fingerprint_of_files(config)?.as_bytes());
         Ok(*self.fingerprint.get_or_init(|| hasher.finalize()))
@@ -186,6 +196,11 @@ impl Session {
             human_count(total.elements as u64),
             human(total.bytes as u64),
         );
+        if let Some(init) = &self.table.random {
+            let RandomInit { seed, std, dtype } = init;
+            lines +=
+                &format!("\n  random weights (seed {seed}, standard deviation {std}, {dtype:?}): no model is written");
+        }
         for (group, count) in self.table.by_group() {
             let share = 100.0 * count.elements as f64 / total.elements as f64;
             lines += &format!("\n  {:<10} {:>14} parameters  {share:5.1} %", group.to_string(), count.elements);
@@ -211,8 +226,12 @@ impl Session {
         let total = self.table.total();
         let state = TrainedState::predict(trained as u64, (total.bytes / total.elements.max(1)) as u64, world_size);
         let weights = total.bytes as u64;
+        let shared = match self.checkpoint {
+            Some(_) => "memory-mapped: ranks on one machine share them",
+            None => "random: each rank makes its own",
+        };
         format!(
-            "memory a rank: weights {} (memory-mapped: ranks on one machine share them), activations {} for {of} of up to \
+            "memory a rank: weights {} ({shared}), activations {} for {of} of up to \
              {rows} tokens ({} of {layers} layers kept, the others computed again), trained state {} (gradients and new \
              weights {}, 1/{world_size} of masters and moments {}): {} in all; {} free",
             human(weights),
