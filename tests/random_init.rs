@@ -200,7 +200,7 @@ fn identify_gives_the_same_scores_whatever_the_ranks_and_others_by_another_seed(
     let scene = Scene::new();
     let identify = |output: &str, more: &str| {
         let ran = scene.run("identify", output, &format!("--init random {more}")).ok();
-        assert!(ran.err.contains("random weights (seed "), "{}", ran.err);
+        assert!(ran.out.contains("weights: random F32 of seed"), "{}", ran.out);
         scene.scores(output)
     };
     let one = identify("one", "");

@@ -196,10 +196,8 @@ impl Session {
             human_count(total.elements as u64),
             human(total.bytes as u64),
         );
-        if let Some(init) = &self.table.random {
-            let RandomInit { seed, std, dtype } = init;
-            lines +=
-                &format!("\n  random weights (seed {seed}, standard deviation {std}, {dtype:?}): no model is written");
+        if let Some(RandomInit { seed, std, dtype }) = &self.table.random {
+            lines += &format!("\n  weights: random {dtype:?} of seed {seed}, standard deviation {std}; none is saved");
         }
         for (group, count) in self.table.by_group() {
             let share = 100.0 * count.elements as f64 / total.elements as f64;
