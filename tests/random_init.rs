@@ -89,10 +89,31 @@ fn the_format_and_the_size_of_weights_come_from_config_json() {
         (json!({"dtype": "float8_e4m3fn"}), exit::CONFIG, "dtype: `float8_e4m3fn`"),
         (json!({"dtype": null, "torch_dtype": 16}), exit::DATA, "torch_dtype"),
         (json!({"initializer_range": 0}), exit::DATA, "initializer_range"),
+        (json!({"initializer_range": 1e5}), exit::DATA, "initializer_range"),
     ] {
         let error = init(changes).unwrap_err();
         assert_eq!(error.exit_code(), code, "{error}");
         assert!(error.to_string().contains(key), "{error} does not name {key}");
+    }
+}
+
+#[test]
+fn published_shapes_have_their_known_number_of_parameters() {
+    let known = [
+        // allenai/OLMoE-1B-7B-0125-Instruct
+        (json!({"model_type": "olmoe", "intermediate_size": 1024}), 6_919_161_856),
+        // mistralai/Mixtral-8x7B-Instruct-v0.1
+        (json!({"model_type": "mixtral"}), 46_702_792_704),
+        // Qwen/Qwen3-30B-A3B
+        (json!({"model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128}), 30_532_122_624),
+    ];
+    let temp = tempfile::tempdir().unwrap();
+    for (config, parameters) in known {
+        fs::write(temp.path().join("config.json"), config.to_string()).unwrap();
+        let shape = ModelConfig::from_dir(temp.path()).unwrap();
+        let table = ParamTable::random(&shape, RandomInit::from_dir(temp.path(), 1).unwrap());
+        let total = table.total();
+        assert_eq!((total.elements, total.bytes), (parameters, 2 * parameters), "{config}");
     }
 }
 

@@ -15,6 +15,9 @@ use crate::backend::{Backend, Dtype, HostTensor, random_bits};
 /// What transformers takes where config.json gives no `initializer_range`.
 const DEFAULT_STD: f64 = 0.02;
 
+/// Finite in every number format, and far beyond what a model has.
+const LARGEST_STD: f64 = 1000.0;
+
 /// Number formats as config.json names them.
 pub(super) const DTYPE_NAMES: [(&str, Dtype); 3] =
     [("bfloat16", Dtype::Bf16), ("float16", Dtype::F16), ("float32", Dtype::F32)];
@@ -38,11 +41,14 @@ impl RandomInit {
     /// A file that cannot be read, a value that is wrong or a number format that is not supported; each names the key.
     pub fn from_dir(dir: &Path, seed: u64) -> Result<Self, Error> {
         let raw = RawConfig::read(&dir.join("config.json"))?;
-        let std = raw.number_above("initializer_range", 0.0)?.unwrap_or(DEFAULT_STD) as f32;
+        let std = raw.number_above("initializer_range", 0.0)?.unwrap_or(DEFAULT_STD);
+        if std > LARGEST_STD {
+            return Err(raw.invalid("initializer_range", format!("{std} must be at most {LARGEST_STD}")));
+        }
         let key = if raw.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
         let name = raw.string(key)?.unwrap_or("bfloat16");
         match DTYPE_NAMES.iter().find(|(known, _)| name.trim_start_matches("torch.") == *known) {
-            Some(&(_, dtype)) => Ok(Self { seed, std, dtype }),
+            Some(&(_, dtype)) => Ok(Self { seed, std: std as f32, dtype }),
             None => {
                 Err(raw.unsupported(key, format!("`{name}` is none of {}", DTYPE_NAMES.map(|(n, _)| n).join(", "))))
             }

@@ -6,7 +6,7 @@ use super::parallel::{CHUNK, Scratch};
 use super::simd::simd;
 use super::weight::Weight;
 use crate::backend::random::{uniform, uniform_step};
-use crate::backend::{AdamwStep, Dtype, encode_into};
+use crate::backend::{AdamwStep, Dtype, HostTensor, encode_into};
 
 /// In f64 throughout: a square of a finite f32 never overflows, so the sum is finite exactly if every entry is.
 pub(super) fn sum_squares(values: &[f32]) -> f64 {
@@ -64,7 +64,7 @@ pub(super) fn set_weight(w: &mut Weight, values: &[f32]) {
 }
 
 pub(super) fn random_weight(dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Weight {
-    let mut w = Weight::unwritten(dtype, shape);
+    let mut w = Weight::new(HostTensor::absent(dtype, shape));
     let step = uniform_step(std);
     w.bytes_mut().par_chunks_mut(CHUNK * dtype.size()).enumerate().for_each(|(i, bytes)| {
         let mut values = Scratch::take(bytes.len() / dtype.size());

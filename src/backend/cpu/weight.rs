@@ -59,12 +59,6 @@ impl Weight {
         Self { dtype: host.dtype, shape: host.shape, bytes: Bytes::Loaded(host.bytes) }
     }
 
-    /// Zeros, to be overwritten.
-    pub(super) fn unwritten(dtype: Dtype, shape: Vec<usize>) -> Self {
-        let len = shape.iter().product::<usize>() * dtype.size();
-        Self { dtype, shape, bytes: Bytes::Written(Arc::new(Words { words: vec![0; len.div_ceil(4)], len })) }
-    }
-
     pub(super) fn host(&self) -> HostTensor {
         let bytes = match &self.bytes {
             Bytes::Loaded(bytes) => bytes.clone(),
