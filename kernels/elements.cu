@@ -1,4 +1,5 @@
-// Element by element: sums, clamps, changes of number format. Bound by memory: each element is read and written once.
+// Element by element: sums, clamps, changes of number format, random values. Bound by memory: each element is read and
+// written once.
 
 // Runs `at<T, W>(.., i)` for i over n elements that start at aligned addresses: a thread takes 16 bytes of T, the last one
 // the tail, element by element. Grid: n / Width<T> threads or more, blocks of 256.
@@ -109,3 +110,29 @@ CAST(bf16, float, bf16_f32)
 CAST(bf16, f16, bf16_f16)
 CAST(f16, float, f16_f32)
 CAST(f16, bf16, f16_bf16)
+
+// --- random values ---------------------------------------------------------------------------------------------------
+
+// Bits at a place of the sequence that `seed` begins: SplitMix64.
+DEVICE u64 random_bits(u64 seed, u64 place) {
+    u64 z = seed + (place + 1) * 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+// Uniform around 0, one of 2^24 values `step` apart; each depends on the seed and its place alone. 24 bits are exact in f32:
+// the product, and then the number format, are all that rounds.
+template <class T, int W> DEVICE void random_at(T* to, u64 seed, float step, u64 i) {
+    Pack<W> x;
+#pragma unroll
+    for (int j = 0; j < W; j++) x.v[j] = (float)((int)(random_bits(seed, i + j) >> 40) - (1 << 23)) * step;
+    store<W>(to + i, x);
+}
+
+#define RANDOM(T, name) \
+    KERNEL(256, random_##name, (T * to, u64 n, u64 seed, float step)) { EACH(T, n, random_at, to, seed, step); }
+
+RANDOM(float, f32)
+RANDOM(bf16, bf16)
+RANDOM(f16, f16)

@@ -167,6 +167,7 @@ fn contradictions_and_impossible_values_are_configuration_errors() {
         ("--mode baseline --no-finetune-unsafe-experts", "leave one out"),
         ("--method random --selection per-batch", "--selection global"),
         ("--overwrite --resume", "leave one out"),
+        ("--init random --resume", "leave one out"),
         ("--output-dir=~/runs", "`~`"),
         ("--num-epochs 2 --expert-epochs-per-round 3", "leave one out"),
         ("--num-epochs 2 --epochs-per-round 3", "leave one out"),

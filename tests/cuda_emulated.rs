@@ -358,6 +358,21 @@ fn updates_round_as_on_the_cpu() {
 }
 
 #[test]
+fn random_weights_have_the_bits_of_the_cpu() {
+    let (gpu, cpu) = (cuda(Emulated::new(), Dtype::Bf16, Reuse::Never), Cpu::new(2));
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        for (shape, seed) in
+            [(vec![1], 0), (vec![7], u64::MAX), (vec![33, 65], 42), (vec![2, 8191], 1 << 40), (vec![3, 0], 5)]
+        {
+            let made = |w: HostTensor| (w.dtype, w.shape.clone(), w.bytes.to_vec());
+            let on_gpu = gpu.weight_host(&gpu.random_weight(dtype, shape.clone(), seed, 0.02));
+            let on_cpu = cpu.weight_host(&cpu.random_weight(dtype, shape.clone(), seed, 0.02));
+            assert!(made(on_gpu) == made(on_cpu), "{dtype:?} {shape:?}");
+        }
+    }
+}
+
+#[test]
 fn every_f32_rounds_to_16_bits_as_the_half_crate_says() {
     let gpu = cuda(Emulated::new(), Dtype::F32, Reuse::Never);
     // Every pattern of the upper 16 bits, with lower halves around the ties of both formats.

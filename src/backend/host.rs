@@ -43,6 +43,16 @@ impl SharedBytes {
         Self { owner, range }
     }
 
+    /// How many; does not read them.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
     /// Part of these bytes, sharing the owner.
     pub fn slice(&self, range: Range<usize>) -> Self {
         assert!(range.end <= self.range.len(), "byte range {range:?} outside {} bytes", self.range.len());
@@ -62,6 +72,15 @@ impl Deref for SharedBytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+/// What owns bytes that are nowhere on the host.
+struct Absent;
+
+impl AsRef<[u8]> for Absent {
+    fn as_ref(&self) -> &[u8] {
+        panic!("these values were made on the device; the host has none to read")
     }
 }
 
@@ -85,6 +104,12 @@ impl HostTensor {
             "bytes of a {dtype:?} tensor {shape:?}"
         );
         Self { dtype, shape, bytes }
+    }
+
+    /// A tensor that the host knows by format and shape alone. Reading its bytes panics.
+    pub fn absent(dtype: Dtype, shape: Vec<usize>) -> Self {
+        let range = 0..shape.iter().product::<usize>() * dtype.size();
+        Self::new(dtype, shape, SharedBytes { owner: Arc::new(Absent), range })
     }
 
     /// An owned f32 tensor.

@@ -15,8 +15,10 @@
 pub mod cpu;
 pub mod cuda;
 mod host;
+mod random;
 
 pub use host::{Dtype, HostTensor, SharedBytes, decode_into, encode_into};
+pub use random::random_bits;
 
 use std::ops::Range;
 
@@ -193,6 +195,9 @@ pub trait Backend: Send + Sync + 'static {
     fn sequences(&self, packing: &Packing, rope: &Rope) -> Self::Sequences;
     /// A parameter over host bytes; the CPU keeps the (memory-mapped) bytes where they are.
     fn weight(&self, host: HostTensor) -> Self::Weight;
+    /// A parameter made here, of independent uniform values with mean 0 and standard deviation `std`, rounded into
+    /// `dtype`. The seed decides them; every backend makes the same bits.
+    fn random_weight(&self, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Self::Weight;
     /// The parameter's present value in its stored dtype.
     fn weight_host(&self, w: &Self::Weight) -> HostTensor;
     /// A buffer of `len` zeros.

@@ -41,6 +41,17 @@ pub use output_dir::{
 pub use raw::{RawOptions, heading};
 pub use resolve::{Resolved, resolve, resolve_matrix};
 
+/// Where the weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Init {
+    /// The model's safetensors files.
+    #[default]
+    Checkpoint,
+    /// The seed: the model folder needs no weights, and no model is written.
+    Random,
+}
+
 /// What the expert phase trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -137,6 +148,8 @@ pub struct RunConfig {
     // the model and the data
     /// As given: a folder or a hub id.
     pub model_name: String,
+    /// Where the weights come from.
+    pub init: Init,
     /// JSON or JSONL.
     pub dataset_path: PathBuf,
     /// A held-out file, measured before and after, never trained on.
@@ -157,7 +170,7 @@ pub struct RunConfig {
     pub safe_response: String,
     /// Seeded order, rather than the file's.
     pub shuffle: bool,
-    /// Of the order of the rows and of the random method.
+    /// Of the order of the rows, of the random method and of random weights.
     pub seed: u64,
 
     // finding experts
@@ -273,6 +286,7 @@ impl Default for RunConfig {
     fn default() -> Self {
         Self {
             model_name: String::new(),
+            init: Init::Checkpoint,
             dataset_path: PathBuf::new(),
             eval_dataset_path: None,
             chat_template: None,

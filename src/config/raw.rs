@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::{Device, Layers, Mode, Precision, Recompute, SaveRounds, Schedule, Transport};
+use super::{Device, Init, Layers, Mode, Precision, Recompute, SaveRounds, Schedule, Transport};
 use crate::data::{LongRows, LossOn};
 use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
@@ -41,6 +41,9 @@ pub struct RawOptions {
     /// Model: a Hugging Face folder, or a hub id found in the local hub cache (required)
     #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, visible_alias = "model")]
     pub model_name: Option<String>,
+    /// Where the weights come from; random ones show a model's size and speed without its safetensors files
+    #[arg(long, help_heading = INPUT)]
+    pub init: Option<Init>,
     /// Training rows: a JSON array or JSONL (required)
     #[arg(long, value_name = "FILE", help_heading = INPUT, visible_alias = "dataset")]
     pub dataset_path: Option<PathBuf>,
@@ -71,7 +74,7 @@ pub struct RawOptions {
     /// Order the rows by the seed instead of keeping the file's order
     #[arg(long, help_heading = INPUT)]
     pub shuffle: Option<bool>,
-    /// Seed of the order of rows and of random experts
+    /// Seed of the order of rows, of random experts and of random weights
     #[arg(long, value_name = "N", help_heading = INPUT, visible_alias = "random-seed")]
     pub seed: Option<u64>,
     /// Examples in a micro-batch of one rank; gradient scores are means over micro-batches

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Device, Mode, RunConfig, Schedule};
+use super::{Device, Init, Mode, RunConfig, SaveRounds, Schedule};
 use crate::experts::{Method, RandomMatch, Selection};
 
 /// All contradictions and values out of range, each with its way out.
@@ -103,6 +103,10 @@ fn contradictions(c: &RunConfig, wrong: &mut Vec<String>) {
             "random experts are drawn once a round, so that they stay as many as the method they control: \
              use --selection global",
         ),
+        (
+            c.init == Init::Random && c.resume,
+            "--resume goes on from a checkpoint, and a run of --init random makes none: leave one out",
+        ),
         (c.overwrite && c.resume, "--overwrite removes the outputs that --resume continues: leave one out"),
     ];
     wrong.extend(cases.into_iter().filter(|(holds, _)| *holds).map(|(_, message)| message.to_owned()));
@@ -136,7 +140,9 @@ pub(super) fn inert(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
     let joint = c.schedule == Schedule::Joint;
     let random = c.method == Method::Random;
     let gradient_scores = c.method == Method::Gradient || random && c.random_match == RandomMatch::Layer;
-    let rules: [(bool, &str, &[&str]); 11] = [
+    let random_weights = c.init == Init::Random;
+    let no_model = "random weights are not worth writing (--init random)";
+    let rules: [(bool, &str, &[&str]); 14] = [
         (!gradient_scores, "it belongs to the gradient method (--method gradient)", &["score", "score-per"]),
         (c.method != Method::Routing, "it belongs to --method routing", &["risk-threshold", "routing-tokens"]),
         (!random, "it belongs to --method random", &["random-match"]),
@@ -164,6 +170,9 @@ pub(super) fn inert(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
             "it belongs to --use-router-consistency-loss",
             &["router-consistency-weight", "router-consistency-type", "router-consistency-layers", "safe-ratio"],
         ),
+        (random_weights && c.save_rounds != SaveRounds::None, no_model, &["save-rounds"]),
+        (random_weights && c.save_steps > 0, no_model, &["save-steps"]),
+        (random_weights, no_model, &["keep-checkpoints"]),
     ];
     let value = |c: &RunConfig| serde_json::to_value(c).unwrap_or(Value::Null);
     let (config, default) = (value(c), value(&RunConfig::default()));

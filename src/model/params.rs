@@ -6,6 +6,7 @@ use std::fmt;
 use super::claim::Error as ClaimError;
 use super::config::{LayerKind, ModelConfig, QkNorm};
 use super::finite::NotFinite;
+use super::random::RandomInit;
 use super::weights::Checkpoint;
 use crate::backend::HostTensor;
 
@@ -109,11 +110,11 @@ impl fmt::Display for Group {
 pub struct ParamSpec {
     /// What it is.
     pub kind: ParamKind,
-    /// The checkpoint tensor that holds it.
+    /// The checkpoint tensor that holds it, or would if there were one.
     pub tensor: String,
     /// Where in that tensor's bytes it lies.
     pub byte_range: std::ops::Range<usize>,
-    /// Its value, memory-mapped; shape `[out, in]` or `[n]`.
+    /// Its value, memory-mapped, or absent where it is random; shape `[out, in]` or `[n]`.
     pub value: HostTensor,
 }
 
@@ -122,6 +123,8 @@ pub struct ParamSpec {
 pub struct ParamTable {
     /// In order; a [`ParamId`] is a place in this list.
     pub params: Vec<ParamSpec>,
+    /// How the values are made, where there is no checkpoint.
+    pub random: Option<RandomInit>,
 }
 
 impl ParamKind {
@@ -277,7 +280,12 @@ impl ParamTable {
     /// A tensor that is missing, that nothing claims, or whose shape or number format is not what config.json says; a
     /// tied head that differs from the embedding. Each names the tensor.
     pub fn build(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Self, ClaimError> {
-        super::claim::claim(config, checkpoint).map(|params| Self { params })
+        super::claim::claim(config, checkpoint).map(|params| Self { params, random: None })
+    }
+
+    /// The parameters of a model that has no checkpoint.
+    pub fn random(config: &ModelConfig, init: RandomInit) -> Self {
+        Self { params: init.params(config), random: Some(init) }
     }
 
     /// The place of a parameter, if the model has it.
@@ -315,9 +323,10 @@ impl ParamTable {
         super::claim::tied_head(checkpoint, &self.params).map(|(_, tensor)| &*tensor.name)
     }
 
-    /// The first parameter with a NaN or an infinity, and the place of that entry in it. Reads all weights, on all cores.
+    /// The first parameter with a NaN or an infinity, and the place of that entry in it. Reads all weights, on all cores;
+    /// random ones are finite unread.
     pub fn find_non_finite(&self) -> Option<(ParamId, usize)> {
-        super::finite::first(&self.params)
+        if self.random.is_some() { None } else { super::finite::first(&self.params) }
     }
 
     /// Whether all weights are finite.
@@ -372,7 +381,7 @@ mod tests {
             byte_range: 0..4,
             value: HostTensor::from_f32(vec![1], &[0.0]),
         };
-        let table = ParamTable { params: kinds.iter().copied().map(spec).collect() };
+        let table = ParamTable { params: kinds.iter().copied().map(spec).collect(), random: None };
         for (place, kind) in kinds.iter().enumerate() {
             assert_eq!(table.id(*kind), Some(place), "{kind:?}");
         }

@@ -16,6 +16,7 @@ use super::claim::{BlockNames, tensor_name, tensor_shape};
 use super::config::{self, ModelConfig};
 use super::families::{Family, Rule};
 use super::params::{Group, ParamKind};
+use super::random::DTYPE_NAMES;
 use super::safetensors::write_header;
 use crate::backend::{Dtype, encode_into};
 use crate::exit::{self, Coded};
@@ -115,11 +116,7 @@ impl TinySpec {
     }
 
     fn config_json(&self, family: &Family) -> Map<String, Value> {
-        let dtype = match self.dtype {
-            Dtype::F32 => "float32",
-            Dtype::F16 => "float16",
-            Dtype::Bf16 => "bfloat16",
-        };
+        let (dtype, _) = DTYPE_NAMES.iter().find(|(_, dtype)| *dtype == self.dtype).expect("every format has a name");
         let experts_key = if self.model_type == "mixtral" { "num_local_experts" } else { "num_experts" };
         let Value::Object(mut object) = json!({
             "architectures": [family.architecture],

@@ -162,9 +162,9 @@ impl<B: Backend> Inputs<B> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Puts a checkpoint's parameters on the backend. The CPU leaves them memory-mapped.
+    /// Puts the parameters on the backend. The CPU leaves a checkpoint's memory-mapped.
     pub fn new(backend: Arc<B>, config: ModelConfig, table: ParamTable) -> Self {
-        let weights = table.params.iter().map(|p| backend.weight(p.value.clone())).collect();
+        let weights = table.weights(&*backend);
         let must = |kind| table.id(kind).expect("the table was checked against the family");
         let embedding = must(ParamKind::Embedding);
         let layers = (0..config.layers.len())

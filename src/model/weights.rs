@@ -23,7 +23,10 @@ const INDEX: &str = "model.safetensors.index.json";
 pub enum Error {
     #[error("{0} is not a folder")]
     NoFolder(PathBuf),
-    #[error("{0} holds neither {SINGLE} nor {INDEX}")]
+    #[error(
+        "{0} holds neither {SINGLE} nor {INDEX}; to try its size and speed without them, give `train` or `identify` \
+         --init random"
+    )]
     NoWeights(PathBuf),
     #[error(
         "{0} is a pickle, which can run code when it is read, so moewarden does not read it. Convert it with: \

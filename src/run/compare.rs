@@ -73,7 +73,7 @@ struct Pair {
 /// Trains every variant in a folder of its own, then writes `compare.json`, `compare.md` and `compare.html`.
 ///
 /// A variant that fails is reported, and the others go on: hours of the others are worth more than an early end. When all
-/// have run, the first failure is the command's. Only a checkpoint on request ends the comparison at once.
+/// have run, the first failure is the command's. Only a signal that asks for its end ends the comparison at once.
 ///
 /// # Errors
 /// The first failure of a variant; an output that cannot be written.
@@ -89,7 +89,7 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, ranks: &Ranks, ui: &Ui) -
         ui.result(format_args!("--- {} ({} of {})", variant.name, i + 1, variants.len()));
         let result = train(&of_its_own(variant), ranks, ui);
         let failure = match &result {
-            Err(failure) if failure.code() == exit::REQUEUE => return result.map(drop),
+            Err(failure) if [exit::REQUEUE, exit::TERMINATED].contains(&failure.code()) => return result.map(drop),
             Err(failure) => Some(Error { exit_code: failure.code(), message: failure.to_string() }),
             Ok(_) => None,
         };

@@ -36,6 +36,7 @@ use crate::collective::{Collective, all_ok, meanwhile};
 use crate::config::{Device, Recompute, RunConfig, Transport};
 use crate::exit::{self, Failure, Result};
 use crate::files;
+use crate::model::Checkpoint;
 use crate::report::{Phase, read_json, write_json};
 use crate::ui::Ui;
 
@@ -161,7 +162,7 @@ impl<'a> Checkpoints<'a> {
     }
 
     /// Saves a run at `position`, after the ranks have proved to each other that they hold the same weights, and removes
-    /// all but the newest checkpoints. All ranks take part.
+    /// all but the newest checkpoints. All ranks take part. Of random weights only the proof is left.
     ///
     /// # Errors
     /// A disk that refuses, ranks that differ.
@@ -176,6 +177,7 @@ impl<'a> Checkpoints<'a> {
         let world = engine.world.clone();
         let leads = world.rank() == 0;
         replicas::check(engine)?;
+        let Some(base) = &self.session.checkpoint else { return Ok(()) };
         world.doing(&format!("saving {}", position.folder()));
         engine.pass_save()?;
         let target = self.folder().join(position.folder());
@@ -191,7 +193,7 @@ impl<'a> Checkpoints<'a> {
         let aside = all_ok(&*world, begun())?;
         engine.pass_save()?;
         let dir = partial_path(&target)?;
-        let own = meanwhile(&*world, || self.write_own(engine, &dir, &within))?;
+        let own = meanwhile(&*world, || self.write_own(engine, base, &dir, &within))?;
         engine.pass_save()?;
         let entries = serde_json::to_vec(&all_ok(&*world, own)?).expect("names and numbers");
         let all = world.all_gather(&entries)?;
@@ -225,6 +227,7 @@ impl<'a> Checkpoints<'a> {
     fn write_own<B: Backend>(
         &self,
         engine: &Engine<'_, B>,
+        base: &Checkpoint,
         dir: &Path,
         within: &Within<'_, B>,
     ) -> Result<BTreeMap<String, Entry>> {
@@ -245,7 +248,7 @@ impl<'a> Checkpoints<'a> {
             }
         }
         if rank == 0 {
-            save_delta(&self.session.checkpoint, &self.session.table, &engine.changed(), &dir.join(WEIGHTS))?;
+            save_delta(base, &self.session.table, &engine.changed(), &dir.join(WEIGHTS))?;
             names.push(WEIGHTS.into());
         }
         names.into_iter().map(|name| Ok((name.clone(), Entry::of(&dir.join(&name))?))).collect()
@@ -360,7 +363,8 @@ impl Found {
     /// A delta that does not fit the model.
     pub fn load_weights<B: Backend>(&self, session: &Session, engine: &mut Engine<'_, B>) -> Result<()> {
         engine.step_ranks = self.state.step_ranks;
-        let weights = load_delta(&session.checkpoint, &session.table, &self.folder.join(WEIGHTS))?;
+        let base = session.checkpoint.as_ref().expect("a run of random weights makes no checkpoint");
+        let weights = load_delta(base, &session.table, &self.folder.join(WEIGHTS))?;
         engine.touched = weights.keys().copied().collect();
         for (id, value) in weights {
             engine.model.set_weight_host(id, value);

@@ -9,11 +9,11 @@ use super::memory::{Activations, Place, TrainedState, human, human_count};
 use super::ranks::{Rank, Ranks};
 use crate::backend::{Backend, Dtype};
 use crate::collective::{self, Collective, all_agree};
-use crate::config::{RunConfig, Schedule, hub_cache};
+use crate::config::{Init, RunConfig, Schedule, hub_cache};
 use crate::data::{ChatTokenizer, DataOptions, Dataset};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::Method;
-use crate::model::{Checkpoint, Model, ModelConfig, ParamTable};
+use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit};
 use crate::ui::Ui;
 
 /// What a run reads.
@@ -22,8 +22,8 @@ pub struct Session {
     pub dir: PathBuf,
     /// Its shape and family.
     pub model: ModelConfig,
-    /// Its weights, memory-mapped.
-    pub checkpoint: Checkpoint,
+    /// Its weights, memory-mapped; `None`: they are random, and nothing is worth saving of them.
+    pub checkpoint: Option<Checkpoint>,
     /// Its parameters.
     pub table: ParamTable,
     /// Its tokenizer and chat template.
@@ -62,8 +62,14 @@ impl Session {
         let dir = hub_cache().resolve(&config.model_name)?;
         let model = ModelConfig::from_dir(&dir)?;
         model.check_length(config.max_length)?;
-        let checkpoint = Checkpoint::open(&dir)?;
-        let table = ParamTable::build(&model, &checkpoint)?;
+        let (checkpoint, table) = match config.init {
+            Init::Checkpoint => {
+                let checkpoint = Checkpoint::open(&dir)?;
+                let table = ParamTable::build(&model, &checkpoint)?;
+                (Some(checkpoint), table)
+            }
+            Init::Random => (None, ParamTable::random(&model, RandomInit::from_dir(&dir, config.seed)?)),
+        };
         check_selection(config, &model)?;
         let tokenizer = ChatTokenizer::open(&dir, config.chat_template.as_deref())?;
         tokenizer.check_vocab(model.vocab_size)?;
@@ -155,8 +161,12 @@ impl Session {
             return Ok(*hash);
         }
         let mut hasher = blake3::Hasher::new();
-        for spec in &self.table.params {
-            hasher.update_rayon(&spec.value.bytes);
+        if let Some(init) = &self.table.random {
+            hasher.update(&init.seed.to_le_bytes()); // with config.json, below, it decides all values
+        } else {
+            for spec in &self.table.params {
+                hasher.update_rayon(&spec.value.bytes);
+            }
         }
         hasher.update(self.fingerprint_of_files(config)?.as_bytes());
         Ok(*self.fingerprint.get_or_init(|| hasher.finalize()))
@@ -200,6 +210,9 @@ impl Session {
             human_count(total.elements as u64),
             human(total.bytes as u64),
         );
+        if let Some(RandomInit { seed, std, dtype }) = &self.table.random {
+            lines += &format!("\n  weights: random {dtype:?} of seed {seed}, standard deviation {std}; none is saved");
+        }
         for (group, count) in self.table.by_group() {
             let share = 100.0 * count.elements as f64 / total.elements as f64;
             lines += &format!("\n  {:<10} {:>14} parameters  {share:5.1} %", group.to_string(), count.elements);
@@ -226,12 +239,16 @@ impl Session {
         let peak = waiting.saturating_mul(kept).saturating_add(activations.working);
         let state = TrainedState::predict(trained as u64, (total.bytes / total.elements.max(1)) as u64, world_size);
         let all = peak.saturating_add(weights + state.whole + state.sharded);
+        let kind = match self.checkpoint {
+            _ if place.device => "",
+            Some(_) => " (memory-mapped: ranks on one machine share them)",
+            None => " (random: each rank makes its own)",
+        };
         let text = format!(
-            "memory a rank: weights {}{}, activations {} for {of} of up to {rows} tokens ({} of {layers} layers kept, the \
+            "memory a rank: weights {}{kind}, activations {} for {of} of up to {rows} tokens ({} of {layers} layers kept, the \
              others computed again), trained state {} (gradients and new weights {}, 1/{world_size} of masters and moments \
              {}): {} in all; {} free",
             human(weights),
-            if place.device { "" } else { " (memory-mapped: ranks on one machine share them)" },
             human(peak),
             layers - keep_from,
             human(state.whole + state.sharded),

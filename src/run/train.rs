@@ -20,7 +20,7 @@ use crate::backend::Backend;
 use crate::checkpoint::{export_over, save_delta};
 use crate::collective::{all_ok, meanwhile};
 use crate::config::{
-    LOCK_FILE, Mode, OutputLock, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir,
+    Init, LOCK_FILE, Mode, OutputLock, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir,
 };
 use crate::data::{self, MicroBatch};
 use crate::exit::{self, Failure, Result};
@@ -321,13 +321,14 @@ impl Run<'_> {
         }
         let session = self.session;
         let dir = self.outputs.path(format!("round_{}", round + 1));
+        let Some(checkpoint) = &session.checkpoint else { return self.outputs.write_metadata() };
         match engine.config.save_rounds {
             SaveRounds::None => {}
             SaveRounds::Full => {
-                export_over(&session.dir, &session.checkpoint, &session.table, &engine.changed(), &dir)?;
+                export_over(&session.dir, checkpoint, &session.table, &engine.changed(), &dir)?;
             }
             SaveRounds::Delta => {
-                save_delta(&session.checkpoint, &session.table, &engine.changed(), &dir.join("delta.safetensors"))?;
+                save_delta(checkpoint, &session.table, &engine.changed(), &dir.join("delta.safetensors"))?;
             }
         }
         if engine.config.save_rounds != SaveRounds::None {
@@ -368,8 +369,12 @@ impl Run<'_> {
     fn write_final<B: Backend>(&self, engine: &Engine<'_, B>) -> Result<()> {
         let Self { session, outputs, ui, .. } = self;
         outputs.write_metadata()?;
+        let Some(checkpoint) = &session.checkpoint else {
+            ui.result("no model is written: its weights are random (--init random)");
+            return Ok(());
+        };
         let final_model = outputs.path("final_model");
-        export_over(&session.dir, &session.checkpoint, &session.table, &engine.changed(), &final_model)?;
+        export_over(&session.dir, checkpoint, &session.table, &engine.changed(), &final_model)?;
         let frozen = verify_frozen(session, &final_model, &engine.touched)?;
         ui.result(format_args!(
             "frozen: {} parameters ({:.2} % of the elements) have the source's bits, blake3 {}",
@@ -392,6 +397,9 @@ fn stop_if_asked<B: Backend>(engine: &Engine<'_, B>) -> Result<()> {
 
 /// How a run ends that was asked to save and leave.
 fn requeue(config: &RunConfig) -> Failure {
+    if config.init == Init::Random {
+        return Failure::new(exit::TERMINATED, "stopped by a signal: nothing of random weights is saved");
+    }
     Failure::new(
         exit::REQUEUE,
         format!("stopped as asked, and saved in {}: --resume goes on from there", config.output_dir.display()),

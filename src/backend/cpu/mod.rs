@@ -34,7 +34,7 @@ pub use self::route::Routing;
 use self::tensor::Pool;
 pub use self::tensor::Tensor;
 pub use self::weight::Weight;
-use super::{AdamwStep, Backend, ExpertGrad, Heads, HostTensor, Packing, Rope, Stacks};
+use super::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, Stacks};
 
 /// The processors of this machine.
 pub struct Cpu {
@@ -141,6 +141,9 @@ impl Backend for Cpu {
     }
     fn weight(&self, host: HostTensor) -> Weight {
         Weight::new(host)
+    }
+    fn random_weight(&self, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Weight {
+        self.run(|| update::random_weight(dtype, shape, seed, std))
     }
     fn weight_host(&self, w: &Weight) -> HostTensor {
         w.host()

@@ -1,11 +1,12 @@
-//! What changes parameters: norms, AdamW, and copies between stored weights and buffers.
+//! What makes and changes parameters: random values, norms, AdamW, copies between stored weights and buffers.
 
 use rayon::prelude::*;
 
-use super::parallel::CHUNK;
+use super::parallel::{CHUNK, Scratch};
 use super::simd::simd;
 use super::weight::Weight;
-use crate::backend::{AdamwStep, encode_into};
+use crate::backend::random::{uniform, uniform_step};
+use crate::backend::{AdamwStep, Dtype, HostTensor, encode_into};
 
 /// In f64 throughout: a square of a finite f32 never overflows, so the sum is finite exactly if every entry is.
 pub(super) fn sum_squares(values: &[f32]) -> f64 {
@@ -60,6 +61,19 @@ pub(super) fn set_weight(w: &mut Weight, values: &[f32]) {
     let dtype = w.dtype();
     let chunks = w.bytes_mut().par_chunks_mut(CHUNK * dtype.size());
     chunks.zip(values.par_chunks(CHUNK)).for_each(|(bytes, values)| encode_into(dtype, values, bytes));
+}
+
+pub(super) fn random_weight(dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Weight {
+    let mut w = Weight::new(HostTensor::absent(dtype, shape));
+    let step = uniform_step(std);
+    w.bytes_mut().par_chunks_mut(CHUNK * dtype.size()).enumerate().for_each(|(i, bytes)| {
+        let mut values = Scratch::take(bytes.len() / dtype.size());
+        for (place, x) in (i * CHUNK..).zip(&mut *values) {
+            *x = uniform(seed, place as u64, step);
+        }
+        encode_into(dtype, &values, bytes);
+    });
+    w
 }
 
 pub(super) fn read_weight(w: &Weight, start: usize, into: &mut [f32]) {

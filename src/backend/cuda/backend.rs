@@ -57,6 +57,9 @@ impl Backend for Cuda {
     fn weight(&self, host: HostTensor) -> Weight {
         transfer::weight(self, &host)
     }
+    fn random_weight(&self, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Weight {
+        elements::random_weight(self, dtype, shape, seed, std)
+    }
     fn weight_host(&self, w: &Weight) -> HostTensor {
         transfer::weight_host(self, w)
     }

@@ -1,4 +1,4 @@
-//! Element by element: sums, clamps, changes of number format.
+//! Element by element: sums, clamps, changes of number format, random values.
 
 use super::flat_grid;
 use crate::backend::Dtype;
@@ -6,6 +6,7 @@ use crate::backend::cuda::gpu::{Address, Kernel};
 use crate::backend::cuda::kernels::{Typed, kernel, typed};
 use crate::backend::cuda::pool::Memory;
 use crate::backend::cuda::{Cuda, Tensor, Weight};
+use crate::backend::random::uniform_step;
 
 const ADD: Typed = typed!(ELEMENTS, "add");
 const CLAMP: Typed = typed!(ELEMENTS, "clamp");
@@ -91,4 +92,21 @@ pub fn cast(cuda: &Cuda, from: Address, from_dtype: Dtype, to: Address, to_dtype
         _ => return cuda.copy(from, to, n * to_dtype.size()),
     };
     cuda.launch(&kernel, flat_grid(n, 8), &[from.into(), to.into(), n.into()]);
+}
+
+/// A parameter of random values that never were on the host.
+pub fn random_weight(cuda: &Cuda, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Weight {
+    const F32: Kernel = kernel!(ELEMENTS, "random_f32");
+    const BF16: Kernel = kernel!(ELEMENTS, "random_bf16");
+    const F16: Kernel = kernel!(ELEMENTS, "random_f16");
+    let n: usize = shape.iter().product();
+    let w = Weight { dtype, shape, memory: cuda.scratch(n * dtype.size()) };
+    let kernel = match dtype {
+        Dtype::F32 => F32,
+        Dtype::Bf16 => BF16,
+        Dtype::F16 => F16,
+    };
+    let args = [w.address().into(), n.into(), seed.into(), uniform_step(std).into()];
+    cuda.launch(&kernel, flat_grid(n, 16 / dtype.size()), &args);
+    w
 }
