@@ -251,6 +251,13 @@ static void run_block(std::vector<unsigned>& order, bool shuffled) {
 
 }  // namespace emulator
 
+// The types of a kernel's arguments; null if there is no such kernel.
+extern "C" const char* emulator_signature(const char* name) {
+    for (const auto& k : emulator::kernels())
+        if (k.name == name) return k.signature.c_str();
+    return nullptr;
+}
+
 // Runs a kernel; null, or what went wrong. A seed other than 0 shuffles blocks and threads.
 extern "C" const char* emulator_launch(const char* name, const unsigned* blocks, unsigned threads, size_t shared,
                                        const char* signature, const uint64_t* arguments, uint64_t seed) {

@@ -308,7 +308,8 @@ fn compiled(module: &'static Module) -> &'static Compiled {
     })
 }
 
-fn build(module: &Module) -> PathBuf {
+/// A module as a library, a file.
+pub fn build(module: &Module) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator");
     std::fs::create_dir_all(&folder).expect("a folder below target/");
     let line = |file: &str| format!("\n#line 1 \"{file}\"\n");

@@ -4,7 +4,13 @@
 // for an event behind it. So a buffer that is used again too early, or read too early, shows. The "kernel" adds its
 // arguments up; the product is computed as cuBLAS's manual has it, column-major; NCCL's sums are those with a second rank
 // whose values are all 1.
+//
+// With STAND_IN_MODULES, a folder of emulated modules (tests/emulator), NVRTC "compiles" NAME.cu to the path of NAME.so there,
+// and kernels run for real: so the whole program does. STAND_IN_MEMORY is the GPU's memory in bytes.
 
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,8 +18,17 @@
 
 enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_READY = 600 };
 
-static const size_t MEMORY = (size_t)1 << 28;
+static const char* modules(void) { return getenv("STAND_IN_MODULES"); }
+static size_t memory(void) {
+    const char* bytes = getenv("STAND_IN_MEMORY");
+    return bytes ? strtoull(bytes, 0, 10) : (size_t)1 << 28;
+}
 static size_t used;
+
+// One call at a time.
+static pthread_mutex_t mutex = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+static void unlock(pthread_mutex_t** locked) { pthread_mutex_unlock(*locked); }
+#define LOCKED pthread_mutex_t* locked __attribute__((cleanup(unlock))) = (pthread_mutex_lock(&mutex), &mutex)
 
 // Counts that the test reads.
 int stand_in_compilations, stand_in_open; // compiled programs; things that were made and not yet given back
@@ -23,7 +38,7 @@ int stand_in_compilations, stand_in_open; // compiled programs; things that were
 struct stream;
 
 struct work {
-    enum { COPY, FILL, ADD_ONE, WAIT } kind;
+    enum { COPY, FILL, ADD_ONE, WAIT, LAUNCH } kind;
     void *to, *from, *owned;
     size_t bytes;
     int fill;
@@ -31,21 +46,21 @@ struct work {
     int after;
 };
 
+enum { WAITING = 4096 };
+
 static struct stream {
-    struct work queue[4096];
+    struct work queue[WAITING];
     int queued, done, priority;
-} streams[4];
+} streams[8];
 static int made;
 
-static int push(struct stream* s, struct work w) {
-    if (s->queued == 4096) return INVALID;
-    s->queue[s->queued++] = w;
-    return OK;
-}
+static void launch(void* owned);
 
 static void run_until(struct stream* s, int end) {
+    LOCKED;
     while (s->done < end) {
-        struct work* w = &s->queue[s->done++];
+        struct work* w = &s->queue[s->done++ % WAITING];
+        if (w->kind == LAUNCH) launch(w->owned);
         if (w->kind == COPY) memmove(w->to, w->from, w->bytes);
         if (w->kind == FILL) memset(w->to, w->fill, w->bytes);
         if (w->kind == ADD_ONE)
@@ -55,26 +70,34 @@ static void run_until(struct stream* s, int end) {
     }
 }
 
+static int push(struct stream* s, struct work w) {
+    LOCKED;
+    if (s->queued - s->done == WAITING) run_until(s, s->done + 1);
+    s->queue[s->queued++ % WAITING] = w;
+    return OK;
+}
+
 struct event {
     struct stream* stream;
     int after;
 };
 
 int cuStreamCreateWithPriority(struct stream** s, unsigned flags, int priority) {
-    if (made == 4) return INVALID;
+    LOCKED;
+    if (made == 8) return INVALID;
     stand_in_open++, *s = &streams[made++], (*s)->priority = priority;
     return OK;
 }
 int cuStreamCreate(struct stream** s, unsigned flags) { return cuStreamCreateWithPriority(s, flags, 0); }
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) { *least = 0, *greatest = -5; return OK; }
 int cuStreamDestroy_v2(struct stream* s) { stand_in_open--, s->done = s->queued; return OK; }
-int cuStreamSynchronize(struct stream* s) { run_until(s, s->queued); return OK; }
+int cuStreamSynchronize(struct stream* s) { LOCKED; run_until(s, s->queued); return OK; }
 int cuStreamWaitEvent(struct stream* s, struct event* e, unsigned flags) {
     return push(s, (struct work){.kind = WAIT, .stream = e->stream, .after = e->after});
 }
 int cuEventCreate(struct event** e, unsigned flags) { stand_in_open++; *e = calloc(1, sizeof **e); return OK; }
 int cuEventDestroy_v2(struct event* e) { stand_in_open--; free(e); return OK; }
-int cuEventRecord(struct event* e, struct stream* s) { e->stream = s, e->after = s->queued; return OK; }
+int cuEventRecord(struct event* e, struct stream* s) { LOCKED; e->stream = s, e->after = s->queued; return OK; }
 int cuEventSynchronize(struct event* e) {
     if (e->stream) run_until(e->stream, e->after);
     return OK;
@@ -120,8 +143,9 @@ static struct { char* at; size_t bytes; } pinned[16];
 
 // Each block knows its size.
 int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
+    LOCKED;
     if (!current) return INVALID;
-    if (used + bytes > MEMORY) return OUT_OF_MEMORY;
+    if (used + bytes > memory()) return OUT_OF_MEMORY;
     size_t* block = aligned_alloc(256, (bytes + 511) / 256 * 256);
     block[0] = bytes;
     memset(block + 32, 0xff, bytes);
@@ -129,15 +153,21 @@ int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
     return OK;
 }
 int cuMemFree_v2(uint64_t at) {
-    for (int i = 0; i < made; i++)
+    LOCKED;
+    for (int i = 0; i < made && !modules(); i++)
         if (streams[i].done < streams[i].queued) return INVALID; // somebody may still use it
     size_t* block = (size_t*)at - 32;
     used -= block[0], stand_in_open--;
     free(block);
     return OK;
 }
-int cuMemGetInfo_v2(size_t* free, size_t* total) { *free = MEMORY - used, *total = MEMORY; return current ? OK : INVALID; }
+int cuMemGetInfo_v2(size_t* free, size_t* total) {
+    LOCKED;
+    *free = memory() - used, *total = memory();
+    return current ? OK : INVALID;
+}
 int cuMemHostAlloc(void** at, size_t bytes, unsigned flags) {
+    LOCKED;
     for (int i = 0; i < 16; i++)
         if (!pinned[i].at) {
             pinned[i].at = *at = malloc(bytes), pinned[i].bytes = bytes, stand_in_open++;
@@ -146,6 +176,7 @@ int cuMemHostAlloc(void** at, size_t bytes, unsigned flags) {
     return OUT_OF_MEMORY;
 }
 int cuMemFreeHost(void* at) {
+    LOCKED;
     for (int i = 0; i < 16; i++)
         if (pinned[i].at == at) pinned[i].at = 0;
     stand_in_open--;
@@ -153,6 +184,7 @@ int cuMemFreeHost(void* at) {
     return OK;
 }
 static int is_pinned(const char* at) {
+    LOCKED;
     for (int i = 0; i < 16; i++)
         if (pinned[i].at && at >= pinned[i].at && at < pinned[i].at + pinned[i].bytes) return 1;
     return 0;
@@ -178,13 +210,46 @@ int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, struct strea
 static int allowed = 48 << 10;
 enum { STATICALLY = 1024 };
 
+struct function {
+    const char* (*run)(const char*, const unsigned*, unsigned, size_t, const char*, const uint64_t*, uint64_t);
+    const char *name, *signature;
+};
+struct launch {
+    struct function* function;
+    unsigned blocks[3], threads, shared;
+    uint64_t arguments[64];
+};
+
+static void launch(void* owned) {
+    struct launch* l = owned;
+    struct function* f = l->function;
+    const char* error = f->run(f->name, l->blocks, l->threads, l->shared, f->signature, l->arguments, 0);
+    if (error) fprintf(stderr, "%s\n", error), abort();
+}
+
 int cuModuleLoadData(void** module, const void* image) {
+    LOCKED;
     stand_in_open++;
+    if (modules()) {
+        *module = dlopen(image, RTLD_NOW | RTLD_LOCAL);
+        return *module ? OK : INVALID;
+    }
     *module = strdup(image);
     return strcmp(image, "cubin --gpu-architecture=sm_90a") ? INVALID : OK;
 }
-int cuModuleUnload(void* module) { stand_in_open--; free(module); return OK; }
+int cuModuleUnload(void* module) {
+    stand_in_open--;
+    if (!modules()) free(module);
+    return OK;
+}
 int cuModuleGetFunction(void** function, void* module, const char* name) {
+    if (modules()) {
+        const char* (*signature)(const char*) = dlsym(module, "emulator_signature");
+        struct function f = {dlsym(module, "emulator_launch"), strdup(name), signature(name)};
+        if (!f.signature) return 500; // not found
+        *function = memcpy(malloc(sizeof f), &f, sizeof f);
+        return OK;
+    }
     *function = module;
     return strncmp(name, "add_", 4) ? 500 : OK; // not found
 }
@@ -197,6 +262,13 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    struct stream* stream, void** args, void** extra) {
     if (!current || extra || !gx || !gy || !gz || by != 1 || bz != 1 || (int)shared + STATICALLY > allowed) return INVALID;
+    if (modules()) {
+        struct launch* l = calloc(1, sizeof *l);
+        *l = (struct launch){.function = f, .blocks = {gx, gy, gz}, .threads = bx, .shared = shared};
+        const char* types = l->function->signature;
+        for (int i = 0; types[i]; i++) memcpy(&l->arguments[i], args[i], strchr("pld", types[i]) ? 8 : 4);
+        return push(stream, (struct work){.kind = LAUNCH, .owned = l});
+    }
     double* sum = malloc(sizeof *sum);
     *sum = *(float*)args[1] + *(uint32_t*)args[2] + (double)*(uint64_t*)args[3] + gx * 1e3 + gy * 1e4 + gz * 1e5 + bx * 1e6;
     return push(stream, (struct work){.to = *(void**)args[0], .from = sum, .owned = sum, .bytes = sizeof *sum});
@@ -206,20 +278,21 @@ int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
 
 int nvrtcVersion(int* major, int* minor) { *major = 13, *minor = 0; return 0; }
 int nvrtcCreateProgram(char** program, const char* text, const char* name, int n, const char** h, const char** i) {
-    stand_in_open++;
-    *program = calloc(1, 256);
+    __atomic_add_fetch(&stand_in_open, 1, __ATOMIC_RELAXED);
+    *program = calloc(1, 4096);
+    if (modules()) snprintf(*program, 4096, "%s/%.*s.so", modules(), (int)strcspn(name, "."), name);
     return strstr(text, name) ? 0 : INVALID; // "#line 1 name.cu"
 }
 int nvrtcCompileProgram(char* program, int n, const char** options) {
     __atomic_add_fetch(&stand_in_compilations, 1, __ATOMIC_RELAXED);
-    snprintf(program, 256, "cubin %s", options[0]);
+    if (!modules()) snprintf(program, 4096, "cubin %s", options[0]);
     return 0;
 }
 int nvrtcGetCUBINSize(char* program, size_t* size) { *size = strlen(program) + 1; return 0; }
 int nvrtcGetCUBIN(char* program, char* to) { strcpy(to, program); return 0; }
 int nvrtcGetProgramLogSize(char* program, size_t* size) { *size = 1; return 0; }
 int nvrtcGetProgramLog(char* program, char* to) { *to = 0; return 0; }
-int nvrtcDestroyProgram(char** program) { stand_in_open--; free(*program); return 0; }
+int nvrtcDestroyProgram(char** program) { __atomic_sub_fetch(&stand_in_open, 1, __ATOMIC_RELAXED); free(*program); return 0; }
 
 // --- cuBLAS ----------------------------------------------------------------------------------------------------------
 
@@ -229,24 +302,42 @@ struct handle {
     int math;
 };
 
+// A number as cuBLAS's data types say: f32, or bf16.
+static float number(const void* at, int type, size_t i) {
+    if (type == 0) return ((const float*)at)[i];
+    uint32_t bits = (uint32_t)((const uint16_t*)at)[i] << 16;
+    float x;
+    return memcpy(&x, &bits, 4), x;
+}
+static void set_number(void* at, int type, size_t i, float x) {
+    if (type == 0) {
+        ((float*)at)[i] = x;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    ((uint16_t*)at)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; // to nearest even; no NaN comes here
+}
+
 int cublasCreate_v2(struct handle** h) { stand_in_open++; *h = calloc(1, sizeof **h); return current ? 0 : 1; }
 int cublasDestroy_v2(struct handle* h) { stand_in_open--; free(h); return 0; }
 int cublasSetStream_v2(struct handle* h, struct stream* stream) { h->stream = stream, h->workspace = 0; return 0; }
 int cublasSetWorkspace_v2(struct handle* h, void* workspace, size_t bytes) { h->workspace = workspace; return 0; }
 int cublasSetMathMode(struct handle* h, int math) { h->math = math; return 0; }
-int cublasGemmEx(struct handle* h, int ta, int tb, int m, int n, int k, const float* alpha, const float* a, int at, int lda,
-                 const float* b, int bt, int ldb, const float* beta, float* c, int ct, int ldc, int compute, int algorithm) {
-    // f32 in, f32 out, f32 sums, the default choice of algorithm; a stream and a workspace; no TF32.
-    if (at || bt || ct || compute != 68 || algorithm != -1) return 15;
+int cublasGemmEx(struct handle* h, int ta, int tb, int m, int n, int k, const float* alpha, const void* a, int at, int lda,
+                 const void* b, int bt, int ldb, const float* beta, void* c, int ct, int ldc, int compute, int algorithm) {
+    LOCKED;
+    // f32 or bf16 in and out, f32 sums, the default choice of algorithm; a stream and a workspace; no TF32.
+    if ((at && at != 14) || bt != at || (ct && ct != at) || compute != 68 || algorithm != -1) return 15;
     if (!h->stream || !h->workspace || h->math != 16) return 7;
     run_until(h->stream, h->stream->queued);
     for (int col = 0; col < n; col++)
         for (int row = 0; row < m; row++) {
             float sum = 0;
             for (int i = 0; i < k; i++)
-                sum += a[ta ? row * lda + i : i * lda + row] * b[tb ? i * ldb + col : col * ldb + i];
-            float* to = &c[col * ldc + row];
-            *to = *alpha * sum + (*beta == 0 ? 0 : *beta * *to);
+                sum += number(a, at, ta ? row * lda + i : i * lda + row) * number(b, bt, tb ? i * ldb + col : col * ldb + i);
+            size_t to = (size_t)col * ldc + row;
+            set_number(c, ct, to, *alpha * sum + (*beta == 0 ? 0 : *beta * number(c, ct, to)));
         }
     return 0;
 }
