@@ -29,16 +29,20 @@ fn f32_tolerance() -> Tolerance {
     }
 }
 
-/// A bf16 number is within 2^-9 = 0.2 % of what it stands for, and here the f32 parameters are rounded too. Scores and losses
-/// are means over many such errors, but an expert that few tokens reach has few.
-const BF16: Tolerance =
-    Tolerance { relative: 0.015, absolute: 0.0, why: "activations of 8 significant bits, measured 9e-3" };
-
-const BF16_STEPS: Tolerance = Tolerance { relative: 0.03, why: "as BF16, norms of gradients of few tokens", ..BF16 };
+/// A bf16 number is within 2^-9 = 0.2 % of what it stands for, and here the f32 parameters are rounded too. Scores are means over
+/// many such errors, but an expert that few tokens reach has few.
+fn bf16_tolerance() -> Tolerance {
+    if device::is_real() {
+        // All cases, which were within 2e-2 on the emulator; tensor cores round the probabilities of attention, too.
+        Tolerance { relative: 0.04, absolute: 0.0, why: "activations of 8 significant bits" }
+    } else {
+        Tolerance { relative: 0.015, absolute: 0.0, why: "activations of 8 significant bits, measured 9e-3" }
+    }
+}
 
 /// The cases that a test covers: all of them on a real GPU, `few` where kernels are emulated.
 fn cases(few: &[&str]) -> Vec<String> {
-    if !device::is_real() && std::env::var_os("HGPU_ALL").is_none() {
+    if !device::is_real() {
         return few.iter().map(|name| name.to_string()).collect();
     }
     let entries = std::fs::read_dir(golden_dir()).unwrap().map(|entry| entry.unwrap());
@@ -50,7 +54,7 @@ fn cases(few: &[&str]) -> Vec<String> {
 
 /// Cases with a phase: of the four long ones every phase on a real GPU, `few` where kernels are emulated.
 fn long_cases(few: &[(&str, &'static str)]) -> Vec<(String, &'static str)> {
-    if !device::is_real() && std::env::var_os("HGPU_ALL").is_none() {
+    if !device::is_real() {
         return few.iter().map(|&(name, phase)| (name.to_string(), phase)).collect();
     }
     let long = cases(&[]).into_iter().filter(|name| Case::open(name).is_long());
@@ -110,9 +114,13 @@ struct Apart {
 }
 
 fn apart(dtype: Dtype) -> Apart {
-    match dtype {
-        Dtype::Bf16 => Apart { losses: BF16_STEPS, change: 0.5 },
-        _ => Apart { losses: f32_tolerance(), change: if device::is_real() { 1e-2 } else { 2e-3 } },
+    let losses = Tolerance { relative: 0.01, absolute: 0.0, why: "means over activations of 8 bits, measured 2e-3" };
+    match (dtype, device::is_real()) {
+        (Dtype::Bf16, false) => Apart { losses, change: 0.3 },
+        // All cases, which were within 0.43 on the emulator: that expert saw few tokens, and 1 of 20 of its entries turned.
+        (Dtype::Bf16, true) => Apart { losses, change: 0.6 },
+        (_, false) => Apart { losses: f32_tolerance(), change: 2e-3 },
+        (_, true) => Apart { losses: f32_tolerance(), change: 1e-2 },
     }
 }
 
@@ -175,7 +183,7 @@ fn identification_in_f32() {
 #[test]
 fn identification_in_bf16() {
     for name in cases(&["olmoe_bf16", "qwen3_moe"]) {
-        identification(&name, Dtype::Bf16, BF16);
+        identification(&name, Dtype::Bf16, bf16_tolerance());
     }
 }
 
@@ -209,7 +217,7 @@ fn training_in_bf16() {
 
 #[test]
 fn two_runs_have_the_same_bits() {
-    for (name, phase) in long_cases(&[("qwen2_moe", "joint")]) {
+    for (name, phase) in long_cases(&[("qwen3_sparse", "expert")]) {
         let types: &[Dtype] = if device::is_real() { &[Dtype::F32, Dtype::Bf16] } else { &[Dtype::Bf16] };
         for &dtype in types {
             let [one, other] = [device::gpu(), device::shuffled(3)].map(|gpu| bits(&name, phase, dtype, gpu));

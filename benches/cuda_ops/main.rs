@@ -2,7 +2,7 @@
 //! layer of OLMoE-1B-7B, Qwen3-30B-A3B and Mixtral-8x7B: `cargo bench --bench cuda_ops`.
 //!
 //! Options: `-- NAME` runs the operations whose line contains it, `--markdown` prints tables, `--gpu N` takes another GPU.
-//! `--emulate` runs everything once in tiny shapes on an emulated GPU, which says that this program works and nothing else.
+//! `--open` only says which GPU and which libraries there are. `--emulate` runs everything once in tiny shapes on an emulated GPU, which says that this program works and nothing else.
 //!
 //! Grouped products and gradient magnitudes are timed in both forms; at the end is said where `backend::cuda::plan`
 //! chooses the slower one.
@@ -54,6 +54,9 @@ fn main() -> ExitCode {
             }
         }
     };
+    if flag("--open") {
+        return ExitCode::SUCCESS;
+    }
     let mut report = Report::new(gpu.clone(), filter, flag("--markdown"));
     let (models, batches): (&[Shape], &[(usize, usize)]) =
         if flag("--emulate") { (&TINY, &[(2, 9)]) } else { (&MODELS, &[(8, 512), (16, 2048)]) };

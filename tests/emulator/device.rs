@@ -1,12 +1,14 @@
-//! Where comparisons run: on the emulator, or on the GPU whose index `MOEWARDEN_TEST_GPU` gives.
+//! Where comparisons run: on the emulator, or on the GPU whose index `MOEWARDEN_TEST_GPU` gives. There, fresh memory is filled
+//! with NaN and guarded, unless `MOEWARDEN_TEST_PLAIN_MEMORY` is set: for checkers that want to see what was never written.
 
 use std::collections::HashMap;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use moewarden::backend::cuda::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo};
 use moewarden::backend::cuda::nvidia::Nvidia;
 use moewarden::backend::cuda::nvidia::library::Surroundings;
+use moewarden::exit::Failure;
 
 use super::{Emulated, GUARD, POISON};
 
@@ -28,10 +30,29 @@ pub fn gpu() -> Arc<dyn Gpu> {
 
 /// Another one: emulated, its blocks and threads run in an order that depends on the seed; a real GPU has its own orders.
 pub fn shuffled(seed: u64) -> Arc<dyn Gpu> {
+    show_failures();
     match index() {
-        Some(index) => Arc::new(Guarded::new(Lent::open(index))),
+        Some(index) => {
+            let guarded = Guarded::new(Lent::open(index));
+            let plain = std::env::var_os("MOEWARDEN_TEST_PLAIN_MEMORY").is_some();
+            Arc::new(Guarded { guard: if plain { 0 } else { guarded.guard }, ..guarded })
+        }
         None => Arc::new(Emulated::shuffled(seed)),
     }
+}
+
+/// Operations fail by unwinding with a [`Failure`], of which the usual hook has nothing to say.
+fn show_failures() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if let Some(failure) = info.payload().downcast_ref::<Failure>() {
+                eprintln!("{failure}");
+            }
+            usual(info);
+        }));
+    });
 }
 
 /// Whether the test runs: not on a real GPU. `what` it is about is said where it does not.
@@ -80,13 +101,15 @@ impl Drop for Lent {
 pub struct Guarded<G> {
     /// The device.
     gpu: G,
+    /// Bytes of each guard; 0: memory is left as it is.
+    guard: usize,
     /// Bytes of each allocation.
     blocks: Mutex<HashMap<Address, usize>>,
 }
 
 impl<G: Deref<Target: Gpu>> Guarded<G> {
     pub fn new(gpu: G) -> Self {
-        Self { gpu, blocks: Mutex::default() }
+        Self { gpu, guard: GUARD, blocks: Mutex::default() }
     }
 
     fn poison(&self, at: Address, bytes: usize) -> Result<(), Error> {
@@ -115,22 +138,26 @@ impl<G: Deref<Target: Gpu> + Send + Sync + 'static> Gpu for Guarded<G> {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Option<Address>, Error> {
-        let Some(start) = self.gpu.allocate(bytes + 2 * GUARD)? else { return Ok(None) };
-        self.poison(start, bytes + 2 * GUARD)?;
-        let at = start.offset(GUARD);
+        let Some(start) = self.gpu.allocate(bytes + 2 * self.guard)? else { return Ok(None) };
+        if self.guard > 0 {
+            self.poison(start, bytes + 2 * self.guard)?;
+        }
+        let at = start.offset(self.guard);
         lock(&self.blocks).insert(at, bytes);
         Ok(Some(at))
     }
 
     fn free(&self, at: Address) -> Result<(), Error> {
         let bytes = lock(&self.blocks).remove(&at).expect("an allocation");
-        let start = Address(at.0 - GUARD as u64);
-        for (guard, place) in [(start, "before"), (at.offset(bytes), "behind")] {
-            let mut found = [0; GUARD];
-            self.gpu.copy_out(guard, &mut found)?;
-            // A second panic would hide the first.
-            let whole = found == [POISON; GUARD] || std::thread::panicking();
-            assert!(whole, "something wrote {place} an allocation of {bytes} bytes");
+        let start = Address(at.0 - self.guard as u64);
+        if self.guard > 0 {
+            for (guard, place) in [(start, "before"), (at.offset(bytes), "behind")] {
+                let mut found = vec![0; self.guard];
+                self.gpu.copy_out(guard, &mut found)?;
+                // A second panic would hide the first.
+                let whole = found.iter().all(|&byte| byte == POISON) || std::thread::panicking();
+                assert!(whole, "something wrote {place} an allocation of {bytes} bytes");
+            }
         }
         self.gpu.free(start)
     }
