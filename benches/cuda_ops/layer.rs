@@ -159,8 +159,10 @@ fn experts(report: &mut Report, gpu: &Arc<dyn Gpu>, b: &Cuda, shape: &Shape, x: 
     report.time("softmax_sum_backward", bytes(12 * t * experts), || {
         b.softmax_sum_backward(&dy, &logits, 0..t, &mut dlogits)
     });
-    report.time("segment_sum", bytes(4 * t * experts), || b.segment_sum(&logits, &[0..t]));
-    report.time("segment_sum_backward", bytes(8 * t * experts), || b.segment_sum_backward(&dy, &[0..t], &mut dlogits));
+    let (halves, both) = ([0..t / 2, t / 2..t], noise(2 * experts, 1.0));
+    report.time("segment_sum", bytes(4 * t * experts), || b.segment_sum(&logits, &halves));
+    report
+        .time("segment_sum_backward", bytes(8 * t * experts), || b.segment_sum_backward(&both, &halves, &mut dlogits));
     report.time("dispatch_rows", bytes((t + rows) * d * A), || b.dispatch_rows(x, &dispatch));
 
     let sorted = b.dispatch_rows(x, &dispatch);
