@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use case::{Case, Tolerance, assert_near, fixture_name};
-use emulator::Emulated;
+use emulator::device;
 use moewarden::backend::Dtype;
 use moewarden::backend::cuda::Cuda;
 use moewarden::backend::cuda::gpu::{Address, Gpu};
@@ -119,7 +119,7 @@ fn train(
     let case = Arc::new(Case::open(name));
     let mut all = on_threads(ranks, move |world| {
         let world: Arc<dyn Collective> = Arc::new(world);
-        let gpu: Arc<dyn Gpu> = Arc::new(Emulated::new());
+        let gpu = device::gpu();
         let cuda = Arc::new(Cuda::new(gpu.clone(), Dtype::F32, Reuse::Classes));
         let count = Arc::new(Mutex::new(0));
         let late = Late { gpu, world: world.clone(), queue: Mutex::default(), count: count.clone() };
@@ -187,7 +187,7 @@ fn ranks_agree_whichever_way_gradients_take() {
 fn a_rank_that_fails_frees_those_that_wait_for_its_gpu() {
     let errors = on_threads(2, |world| {
         let world: Arc<dyn Collective> = Arc::new(world);
-        let gpu: Arc<dyn Gpu> = Arc::new(Emulated::new());
+        let gpu = device::gpu();
         let cuda = Arc::new(Cuda::new(gpu.clone(), Dtype::F32, Reuse::Classes));
         if world.rank() == 1 {
             world.abort(moewarden::exit::IO, "the disk is full");

@@ -3,7 +3,7 @@
 #![allow(dead_code)]
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use moewarden::backend::{Backend, Dtype, cpu::Cpu};
@@ -29,9 +29,11 @@ pub struct Case {
     pub session: Session,
 }
 
-/// Where the golden cases are.
+/// Where the golden cases are. cargo sets the variable for tests, too; without cargo it tells a test that was built elsewhere
+/// where the sources are.
 pub fn golden_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    root.join("tests/golden")
 }
 
 impl Case {

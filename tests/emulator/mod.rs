@@ -3,6 +3,8 @@
 
 #![allow(dead_code)]
 
+pub mod device;
+
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_char};

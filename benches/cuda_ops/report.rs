@@ -1,0 +1,147 @@
+//! Timing, and rates beside what the GPU could do at best.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use moewarden::backend::cuda::gpu::Gpu;
+use moewarden::backend::cuda::plan::Form;
+
+/// What a GPU can do in a second, by a part of its name: bytes of its memory and multiplications and additions of dense BF16
+/// products. From NVIDIA's data sheets.
+const BOUNDS: [(&str, f64, f64); 7] = [
+    ("H200", 4.8e12, 989e12),
+    ("H100 80GB HBM3", 3.35e12, 989e12),
+    ("H100 PCIe", 2.0e12, 756e12),
+    ("A100-SXM4-80GB", 2.039e12, 312e12),
+    ("A100-SXM4-40GB", 1.555e12, 312e12),
+    ("L40S", 0.864e12, 362e12),
+    ("RTX 4090", 1.008e12, 165e12),
+];
+
+/// Seconds of one measurement, and how many there are.
+const SPAN: f64 = 0.05;
+const ROUNDS: usize = 5;
+
+/// What an operation cannot do without.
+#[derive(Clone, Copy)]
+pub struct Work {
+    pub flops: f64,
+    /// Each operand read once, each result written once.
+    pub bytes: f64,
+}
+
+/// An operation that moves bytes.
+pub fn bytes(n: usize) -> Work {
+    Work { flops: 0.0, bytes: n as f64 }
+}
+
+/// A product.
+pub fn product(flops: usize, bytes: usize) -> Work {
+    Work { flops: flops as f64, bytes: bytes as f64 }
+}
+
+/// Both forms of one product.
+struct Choice {
+    what: String,
+    chosen: Form,
+    /// Seconds of the form chosen and of the other.
+    seconds: [f64; 2],
+}
+
+/// Prints lines as they come.
+pub struct Report {
+    gpu: Arc<dyn Gpu>,
+    bounds: Option<(f64, f64)>,
+    filter: String,
+    markdown: bool,
+    title: String,
+    choices: Vec<Choice>,
+}
+
+impl Report {
+    pub fn new(gpu: Arc<dyn Gpu>, filter: String, markdown: bool) -> Self {
+        let name = gpu.name();
+        let bounds = BOUNDS.iter().find(|(part, ..)| name.contains(part)).map(|&(_, bytes, flops)| (bytes, flops));
+        match bounds {
+            Some((bytes, flops)) => println!("bounds: {:.2} TB/s, {:.0} TFLOP/s", bytes / 1e12, flops / 1e12),
+            None => println!("bounds of {name} unknown"),
+        }
+        Self { gpu, bounds, filter, markdown, title: String::new(), choices: Vec::new() }
+    }
+
+    pub fn title(&mut self, title: &str) {
+        self.title = title.into();
+        if self.markdown {
+            println!("\n### {title}\n\n| operation | ms | rate | of the bound |\n|---|---|---|---|");
+        } else {
+            println!("\n{title}");
+        }
+    }
+
+    /// The median of a few loops between two waits, each long enough for launches to overlap with work; `None` if the filter
+    /// leaves it out.
+    pub fn time<R>(&self, name: &str, work: Work, mut f: impl FnMut() -> R) -> Option<f64> {
+        if !format!("{}: {name}", self.title).contains(&self.filter) {
+            return None;
+        }
+        let mut run = |n: usize| {
+            let start = Instant::now();
+            (0..n).for_each(|_| drop(f()));
+            self.gpu.synchronize().expect("the queued work ends");
+            start.elapsed().as_secs_f64()
+        };
+        run(1); // allocates, loads the kernel
+        let n = ((SPAN / run(2).max(1e-9) * 2.0) as usize).clamp(1, 5000);
+        let mut times: Vec<f64> = (0..ROUNDS).map(|_| run(n) / n as f64).collect();
+        times.sort_by(f64::total_cmp);
+        let median = times[ROUNDS / 2];
+        self.line(name, work, median);
+        Some(median)
+    }
+
+    /// The same of both forms of a product, of which the first is what is chosen.
+    pub fn compare<R>(&mut self, name: &str, work: Work, forms: [Form; 2], mut f: impl FnMut(Form) -> R) {
+        let times = forms.map(|form| self.time(&format!("{name}: {form}"), work, || f(form)));
+        if let [Some(chosen), Some(other)] = times {
+            let what = format!("{}, {name}", self.title);
+            self.choices.push(Choice { what, chosen: forms[0], seconds: [chosen, other] });
+        }
+    }
+
+    fn line(&self, name: &str, work: Work, seconds: f64) {
+        let (tera, giga) = (work.flops / seconds / 1e12, work.bytes / seconds / 1e9);
+        let by_bytes = format!("{giga:.0} GB/s");
+        let by_flops = format!("{tera:.1} TFLOP/s");
+        let (rate, share) = match self.bounds {
+            None => (if work.flops > 0.0 { by_flops } else { by_bytes }, "bound unknown".to_owned()),
+            Some((bytes, flops)) => {
+                let (moving, computing) = (work.bytes / bytes, work.flops / flops);
+                let rate = if computing > moving { by_flops } else { by_bytes };
+                (rate, format!("{:.0} %", 100.0 * moving.max(computing) / seconds))
+            }
+        };
+        let ms = 1e3 * seconds;
+        if self.markdown {
+            println!("| {name} | {ms:.3} | {rate} | {share} |");
+        } else {
+            println!("  {name:64} {ms:10.3} ms {rate:>16} {share:>14}");
+        }
+    }
+
+    /// Where the choice of form was the slower one.
+    pub fn judge_choices(&self) {
+        if self.choices.is_empty() {
+            return;
+        }
+        let slower: Vec<&Choice> = self.choices.iter().filter(|c| c.seconds[0] > c.seconds[1]).collect();
+        println!("\nThe form chosen was the slower one {} of {} times:\n", slower.len(), self.choices.len());
+        for Choice { what, chosen, seconds: [mine, other] } in slower {
+            println!(
+                "- {what}: {chosen}, {:.3} ms instead of {:.3} ({:.2} times)",
+                1e3 * mine,
+                1e3 * other,
+                mine / other
+            );
+        }
+    }
+}

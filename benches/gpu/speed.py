@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""Whole identifications and trainings at full size, moewarden and transformers in turns: `speed.py OUT --binary moewarden --model
+OLMoE-1B-7B`. Appends one JSON line a run to OUT/speed.jsonl; `speed.py OUT --table` prints what all of them came to.
+
+Weights are random and made on the device. Our identification is timed in the second round of a training (metrics.jsonl: warm,
+as the peer's measured steps are), its memory in an `identify` of its own; training is the median step after two. The peak is
+what nvidia-smi shows of the whole GPU, sampled 10 times a second, for both programs.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PEER = os.path.join(HERE, "../peer/gpu.py")
+# Micro-batches that are measured, by their rows and length.
+BATCHES = {"8x512": 10, "16x2048": 4}
+# Experts that are trained: 6.25 % of all, and of Mixtral-8x7B the 8 that fit on one H200.
+TOP_K = {"OLMoE-1B-7B": [64], "Qwen3-30B-A3B": [100, 384], "Mixtral-8x7B": [8]}
+# Seconds of a step that a roofline of 790 TFLOP/s and 4.3 TB/s allows (an H200 in practice): every operation by the larger of its
+# two terms, no layer recomputed; training 6.25 % of the experts.
+FLOOR = {
+    ("OLMoE-1B-7B", "identify"): {"8x512": 36.3e-3, "16x2048": 0.304},
+    ("Qwen3-30B-A3B", "identify"): {"8x512": 96.2e-3, "16x2048": 0.839},
+    ("Mixtral-8x7B", "identify"): {"8x512": 0.391, "16x2048": 3.188},
+    ("OLMoE-1B-7B", "train"): {"8x512": 28.5e-3, "16x2048": 0.241},
+    ("Qwen3-30B-A3B", "train"): {"8x512": 78.5e-3, "16x2048": 0.698},
+    ("Mixtral-8x7B", "train"): {"8x512": 0.282, "16x2048": 2.311},
+}
+
+
+class Memory:
+    """The most memory of the GPU that is in use while this is open, in GiB."""
+
+    def __enter__(self):
+        self.peak, self.open = None, True
+        self.thread = threading.Thread(target=self.sample, daemon=True)
+        self.thread.start()
+        return self
+
+    def sample(self):
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        command = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"]
+        try:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as smi:
+                self.smi = smi
+                for line in smi.stdout:
+                    if not self.open:
+                        break
+                    if line.strip().isdigit():
+                        self.peak = max(self.peak or 0, int(line) / 1024)
+                smi.terminate()
+        except OSError:
+            pass  # no nvidia-smi, no figure
+
+    def __exit__(self, *_):
+        self.open = False
+        if hasattr(self, "smi"):
+            self.smi.terminate()
+        self.thread.join(timeout=5)
+
+
+def run(command, log, limit):
+    """(exit code, stdout, peak memory); 124 where the limit was reached. Everything goes into the log."""
+    begin = time.time()
+    with Memory() as memory:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            code, out, err = done.returncode, done.stdout, done.stderr
+        except subprocess.TimeoutExpired as error:
+            text = lambda b: b.decode(errors="replace") if isinstance(b, bytes) else b or ""
+            code, out, err = 124, text(error.stdout), text(error.stderr)
+        except OSError as error:
+            code, out, err = 127, "", f"{command[0]}: {error}"
+    with open(log, "a") as f:
+        f.write(f"$ {' '.join(command)}\n{out}{err}exit {code} after {time.time() - begin:.0f} s\n\n")
+    return code, out, err, memory.peak
+
+
+def metrics(folder):
+    with open(f"{folder}/metrics.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+class Scene:
+    def __init__(self, a):
+        self.a, self.folder = a, f"{a.out}/scene-{a.model}"
+        batches = [x for size, n in a.batches.items() for x in ("--batch", f"{size}:{n}")]
+        tiny = ["--tiny"] if a.tiny else []
+        subprocess.run([sys.executable, f"{HERE}/scene.py", self.folder, "--model", a.model, *batches, *tiny], check=True)
+
+    def log(self, result):
+        print(json.dumps(result), flush=True)
+        with open(f"{self.a.out}/speed.jsonl", "a") as f:
+            f.write(json.dumps(result) + "\n")
+
+    def ours(self, task, size, top_k):
+        a, out = self.a, f"{self.folder}/out-{task}"
+        shutil.rmtree(out, ignore_errors=True)
+        rows, length = size.split("x")
+        command = [a.binary, "--quiet", task, "--model-name", self.folder, "--init", "random", "--device", a.device,
+                   "--dataset-path", f"{self.folder}/{size}.json", "--output-dir", out, "--batch-size", rows,
+                   "--max-length", length, "--max-samples", "1000000", "--top-k-experts", str(top_k)]
+        if task == "train":
+            command += ["--num-rounds", "2", "--skip-router-training", "--save-steps", "0"]
+        code, _, err, peak = run(command, f"{self.folder}/moewarden.log", a.limit)
+        result = {"program": "moewarden", "model": a.model, "size": size, "task": task, "top_k": top_k, "exit": code, "peak_gib": peak}
+        if code != 0:
+            said = err.strip().splitlines()
+            self.log(result | {"message": said[-1] if said else ""})
+            return code
+        rows = metrics(out)
+        found = [r for r in rows if r["phase"] == "identify" and r["round"] == max(x["round"] for x in rows)]
+        rate = sum(r["tokens"] for r in found) / sum(r["seconds"] for r in found)
+        if task == "identify":
+            self.log(result | {"cold_tokens_per_second": rate})
+            return code
+        self.log(result | {"task": "identify", "peak_gib": None, "tokens_per_second": rate})
+        steps = [r for r in rows if r["phase"] == "expert"][2:] or rows[-1:]
+        self.log(result | {"tokens_per_second": statistics.median(r["tokens"] / r["seconds"] for r in steps)})
+        return code
+
+    def peer(self, task, size, top_k):
+        a, scores = self.a, f"{self.folder}/out-train/expert_scores.json"
+        rows, length = size.split("x")
+        steps = "6" if int(length) < 2048 else "3"
+        command = [a.python, PEER, "--model", a.model, "--task", task, "--rows", rows, "--length", length, "--steps", steps]
+        if task == "train" and os.path.exists(scores):
+            command += ["--selected", scores]  # the experts that we trained
+        if a.tiny:
+            command += ["--tiny", "--warmup", "1", "--steps", "1"]
+        if a.device == "cpu":
+            command += ["--device", "cpu"]
+        code, out, err, peak = run(command, f"{self.folder}/peer.log", a.limit)
+        result = {"program": "transformers", "model": a.model, "size": size, "task": task, "top_k": top_k, "exit": code, "peak_gib": peak}
+        if code == 0:
+            found = json.loads(out.strip().splitlines()[-1])
+            keep = ("oom", "tokens_per_second", "recompute", "versions", "message")
+            result |= {k: found[k] for k in keep if k in found} | {"torch_peak_gib": found.get("peak_gib")}
+        else:
+            said = err.strip().splitlines()
+            result["message"] = said[-1] if said else ""
+        self.log(result)
+        return code
+
+
+def measure(a):
+    scene, codes = Scene(a), []
+    for size in a.batches:
+        for i, top_k in enumerate(a.top_k):
+            for _ in range(a.rounds):
+                codes.append(scene.ours("train", size, top_k))
+                if codes[-1] == 69:
+                    return 69  # no GPU: nothing else would run either
+                if not a.no_peer:
+                    codes.append(scene.peer("train", size, top_k))
+                if i == 0:
+                    codes.append(scene.ours("identify", size, top_k))
+                    if not a.no_peer:
+                        codes.append(scene.peer("identify", size, top_k))
+    return max(codes)
+
+
+def table(a):
+    runs = []
+    if os.path.exists(f"{a.out}/speed.jsonl"):
+        with open(f"{a.out}/speed.jsonl") as f:
+            runs = [json.loads(line) for line in f]
+    print("| model | tokens | task | trained | moewarden, tokens/s | peer | ratio | peak GiB, ours | peer's | of the floor |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    keys = dict.fromkeys((r["model"], r["size"], r["task"], r["top_k"] if r["task"] == "train" else "") for r in runs)
+    for model, size, task, top_k in keys:
+        mine = [r for r in runs if (r["model"], r["size"], r["task"]) == (model, size, task) and top_k in ("", r["top_k"])]
+        cells, rates = {}, {}
+        for program in ("moewarden", "transformers"):
+            all_ = [r for r in mine if r["program"] == program]
+            speeds = [r["tokens_per_second"] for r in all_ if "tokens_per_second" in r]
+            peaks = [r["peak_gib"] for r in all_ if r.get("peak_gib")]
+            bad = [r for r in all_ if r["exit"] != 0 or r.get("oom")]
+            rates[program] = statistics.median(speeds) if speeds else None
+            missing = "out of memory" if any(r.get("oom") for r in bad) else f"exit {bad[0]['exit']}" if bad else "–"
+            again = ", layers recomputed" if any(r.get("recompute") for r in all_) else ""
+            cells[program] = (f"{rates[program]:.0f}{again}" if speeds else missing, f"{max(peaks):.1f}" if peaks else "–")
+        ours, peer = rates["moewarden"], rates["transformers"]
+        ratio = f"{ours / peer:.2f}" if ours and peer else "–"
+        tokens = tokens_of(size)
+        floor = FLOOR.get((model, task), {}).get(size)
+        share = f"{100 * ours * floor / tokens:.0f} %" if ours and floor else "–"
+        print(f"| {model} | {size} | {task} | {top_k} | {cells['moewarden'][0]} | {cells['transformers'][0]} | {ratio} | "
+              f"{cells['moewarden'][1]} | {cells['transformers'][1]} | {share} |")
+
+
+def tokens_of(size):
+    rows, length = map(int, size.split("x"))
+    return rows * length
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--binary", default="moewarden")
+    parser.add_argument("--model", choices=list(TOP_K))
+    parser.add_argument("--python", default=sys.executable, help="has torch and transformers")
+    parser.add_argument("--size", choices=list(BATCHES), help="only this one")
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of all programs")
+    parser.add_argument("--limit", type=float, default=300, help="seconds of one program")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="toys of the same families, to see that all of this runs")
+    a = parser.parse_args()
+    if a.table:
+        return table(a)
+    if not a.model:
+        parser.error("--model or --table")
+    a.batches, a.top_k = ({"2x40": 4}, [2]) if a.tiny else (BATCHES, TOP_K[a.model])
+    if a.size and not a.tiny:
+        a.batches = {a.size: BATCHES[a.size]}
+    os.makedirs(a.out, exist_ok=True)
+    sys.exit(measure(a))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+//! Where comparisons run: on the emulator, or on the GPU whose index `MOEWARDEN_TEST_GPU` gives. There, fresh memory is filled
+//! with NaN and guarded, unless `MOEWARDEN_TEST_PLAIN_MEMORY` is set: for checkers that want to see what was never written.
+
+use std::collections::HashMap;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+
+use moewarden::backend::cuda::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo};
+use moewarden::backend::cuda::nvidia::Nvidia;
+use moewarden::backend::cuda::nvidia::library::Surroundings;
+use moewarden::exit::Failure;
+
+use super::{Emulated, GUARD, POISON};
+
+/// The index of the real GPU, if the tests run on one.
+fn index() -> Option<usize> {
+    let index = std::env::var("MOEWARDEN_TEST_GPU").ok()?;
+    Some(index.parse().unwrap_or_else(|_| panic!("MOEWARDEN_TEST_GPU={index} is no index of a GPU")))
+}
+
+/// Whether the tests run on a real GPU.
+pub fn is_real() -> bool {
+    index().is_some()
+}
+
+/// A device whose memory holds NaN at first, and that finds what is written beside an allocation.
+pub fn gpu() -> Arc<dyn Gpu> {
+    shuffled(0)
+}
+
+/// Another one: emulated, its blocks and threads run in an order that depends on the seed; a real GPU has its own orders.
+pub fn shuffled(seed: u64) -> Arc<dyn Gpu> {
+    show_failures();
+    match index() {
+        Some(index) => {
+            let guarded = Guarded::new(Lent::open(index));
+            let plain = std::env::var_os("MOEWARDEN_TEST_PLAIN_MEMORY").is_some();
+            Arc::new(Guarded { guard: if plain { 0 } else { guarded.guard }, ..guarded })
+        }
+        None => Arc::new(Emulated::shuffled(seed)),
+    }
+}
+
+/// Operations fail by unwinding with a [`Failure`], of which the usual hook has nothing to say.
+fn show_failures() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if let Some(failure) = info.payload().downcast_ref::<Failure>() {
+                eprintln!("{failure}");
+            }
+            usual(info);
+        }));
+    });
+}
+
+/// Whether the test runs: not on a real GPU. `what` it is about is said where it does not.
+pub fn emulator_only(what: &str) -> bool {
+    if is_real() {
+        use std::io::Write;
+        _ = writeln!(std::io::stderr(), "skipped on the GPU: {what}"); // unlike eprintln!, not captured
+    }
+    !is_real()
+}
+
+/// Opened GPUs that no test uses now. Each test has its own, with a stream of its own; statics are never dropped, so that
+/// nothing is given back to a driver that is shutting down.
+static IDLE: Mutex<Vec<Nvidia>> = Mutex::new(Vec::new());
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A real GPU that another test takes over afterwards.
+struct Lent(Option<Nvidia>);
+
+impl Lent {
+    fn open(index: usize) -> Self {
+        let idle = lock(&IDLE).pop();
+        let cache = std::env::temp_dir().join("moewarden-test-kernels");
+        let open = || Nvidia::open(index, &Surroundings::read(|name| std::env::var_os(name)), Some(&cache));
+        Self(Some(idle.unwrap_or_else(|| open().unwrap_or_else(|error| panic!("{error}")))))
+    }
+}
+
+impl Deref for Lent {
+    type Target = Nvidia;
+    fn deref(&self) -> &Nvidia {
+        self.0.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        lock(&IDLE).extend(self.0.take());
+    }
+}
+
+/// A device that fills fresh memory with NaN and finds, when memory is freed, what was written beside it.
+pub struct Guarded<G> {
+    /// The device.
+    gpu: G,
+    /// Bytes of each guard; 0: memory is left as it is.
+    guard: usize,
+    /// Bytes of each allocation.
+    blocks: Mutex<HashMap<Address, usize>>,
+}
+
+impl<G: Deref<Target: Gpu>> Guarded<G> {
+    pub fn new(gpu: G) -> Self {
+        Self { gpu, guard: GUARD, blocks: Mutex::default() }
+    }
+
+    fn poison(&self, at: Address, bytes: usize) -> Result<(), Error> {
+        let mut done = bytes.min(1 << 16);
+        self.gpu.copy_in(at, &vec![POISON; done])?;
+        while done < bytes {
+            let more = done.min(bytes - done);
+            self.gpu.copy(at, at.offset(done), more)?;
+            done += more;
+        }
+        Ok(())
+    }
+}
+
+impl<G: Deref<Target: Gpu> + Send + Sync + 'static> Gpu for Guarded<G> {
+    fn name(&self) -> String {
+        self.gpu.name()
+    }
+
+    fn architecture(&self) -> Architecture {
+        self.gpu.architecture()
+    }
+
+    fn memory(&self) -> Result<MemoryInfo, Error> {
+        self.gpu.memory()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Option<Address>, Error> {
+        let Some(start) = self.gpu.allocate(bytes + 2 * self.guard)? else { return Ok(None) };
+        if self.guard > 0 {
+            self.poison(start, bytes + 2 * self.guard)?;
+        }
+        let at = start.offset(self.guard);
+        lock(&self.blocks).insert(at, bytes);
+        Ok(Some(at))
+    }
+
+    fn free(&self, at: Address) -> Result<(), Error> {
+        let bytes = lock(&self.blocks).remove(&at).expect("an allocation");
+        let start = Address(at.0 - self.guard as u64);
+        if self.guard > 0 {
+            for (guard, place) in [(start, "before"), (at.offset(bytes), "behind")] {
+                let mut found = vec![0; self.guard];
+                self.gpu.copy_out(guard, &mut found)?;
+                // A second panic would hide the first.
+                let whole = found.iter().all(|&byte| byte == POISON) || std::thread::panicking();
+                assert!(whole, "something wrote {place} an allocation of {bytes} bytes");
+            }
+        }
+        self.gpu.free(start)
+    }
+
+    fn copy_in(&self, to: Address, bytes: &[u8]) -> Result<(), Error> {
+        self.gpu.copy_in(to, bytes)
+    }
+
+    fn copy_out(&self, from: Address, bytes: &mut [u8]) -> Result<(), Error> {
+        self.gpu.copy_out(from, bytes)
+    }
+
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), Error> {
+        self.gpu.copy(from, to, bytes)
+    }
+
+    fn zero(&self, at: Address, bytes: usize) -> Result<(), Error> {
+        self.gpu.zero(at, bytes)
+    }
+
+    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
+        self.gpu.launch(kernel, grid, args)
+    }
+
+    fn gemm(&self, gemm: &Gemm) -> Result<(), Error> {
+        self.gpu.gemm(gemm)
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        self.gpu.synchronize()
+    }
+}
