@@ -137,9 +137,12 @@ fn an_identification_finds_what_the_cpu_finds() {
     let machine = Machine::new();
     machine.ok("identify", "olmoe", "cpu", &format!("{FEW} --device cpu"));
     let said = machine.ok("identify", "olmoe", "gpu", FEW);
-    for part in
-        ["device: cuda, stand-in (compute capability 9.0", "activations F32", "peak memory on the GPU of tensors"]
-    {
+    for part in [
+        "device: cuda, stand-in (compute capability 9.0",
+        "weights [16, 32] in F32, 0.00 GFLOP a group: one kernel for all groups by ordinary arithmetic",
+        "activations F32",
+        "peak memory on the GPU of tensors",
+    ] {
         assert!(said.contains(part), "{part:?} is not in {said}");
     }
     let (cpu, gpu) = (machine.scores("cpu"), machine.scores("gpu"));

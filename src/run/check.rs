@@ -35,7 +35,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     let device = Arc::new(Device::find(config, ui)?);
     let ranks = config.ranks.unwrap_or_else(|| device.ranks());
     let rank = Rank { here: ranks, device, ..Rank::single(ui.clone()) };
-    let place = match caught(|| rank.device.open(config, session.stored_dtype(), &rank))? {
+    let place = match caught(|| rank.device.open(config, &session, &rank))? {
         Opened::Cpu(cpu) => Place::of(&*cpu, ranks),
         Opened::Cuda(cuda, _) => Place::of(&*cuda, ranks),
     };

@@ -7,12 +7,14 @@ use std::thread::available_parallelism;
 use super::direct::{BetweenGpus, Direct};
 use super::memory::human;
 use super::ranks::Rank;
+use super::session::Session;
 use crate::backend::Dtype;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::gpu::Gpu;
 use crate::backend::cuda::nvidia::library::{self, Library, Surroundings};
 use crate::backend::cuda::nvidia::{Driver, Error, Nvidia};
+use crate::backend::cuda::plan::Grouped;
 use crate::backend::cuda::pool::Reuse;
 use crate::collective::nccl::{Communicator, Nccl};
 use crate::collective::{all_agree, all_ok};
@@ -78,11 +80,11 @@ impl Device {
         }
     }
 
-    /// Takes this rank's part of it. All ranks come here. Weights are stored as `stored`.
+    /// Takes this rank's part of it. All ranks come here.
     ///
     /// # Errors
     /// Ranks on different kinds of device; a GPU or a library that is missing or refuses.
-    pub fn open(&self, config: &RunConfig, stored: Dtype, rank: &Rank) -> Result<Opened> {
+    pub fn open(&self, config: &RunConfig, session: &Session, rank: &Rank) -> Result<Opened> {
         let kind: &[u8] = match self {
             Device::Cpu => b"cpu",
             Device::Gpus(_) => b"cuda",
@@ -90,7 +92,7 @@ impl Device {
         all_agree(&*rank.world, "device (give --device)", kind)?;
         match self {
             Device::Cpu => Ok(Opened::Cpu(processors(config, rank))),
-            Device::Gpus(gpus) => gpus.open(config, stored, rank),
+            Device::Gpus(gpus) => gpus.open(config, session, rank),
         }
     }
 }
@@ -104,7 +106,7 @@ fn processors(config: &RunConfig, rank: &Rank) -> Arc<Cpu> {
 }
 
 impl Gpus {
-    fn open(&self, config: &RunConfig, stored: Dtype, rank: &Rank) -> Result<Opened> {
+    fn open(&self, config: &RunConfig, session: &Session, rank: &Rank) -> Result<Opened> {
         let (world, ui) = (&rank.world, &rank.ui);
         // Where each process sees GPUs of its own, the modulus brings it to one of them.
         let opened = Nvidia::open(rank.local % self.driver.devices, &self.surroundings, self.kernel_cache.as_deref());
@@ -116,7 +118,7 @@ impl Gpus {
         let memory = all_ok(&**world, gpu.memory().map_err(Failure::from))?;
         let compute = match config.precision {
             Precision::F32 => Dtype::F32,
-            Precision::Auto if stored == Dtype::F32 => Dtype::F32,
+            Precision::Auto if session.stored_dtype() == Dtype::F32 => Dtype::F32,
             Precision::Auto | Precision::Bf16 => Dtype::Bf16,
         };
         let kind = gpu.architecture();
@@ -134,6 +136,15 @@ impl Gpus {
         let gpu = Arc::new(gpu);
         let room = memory.free / sharing;
         let cuda = Arc::new(Cuda::with_room(gpu.clone(), compute, Reuse::Classes, room));
+        let model = &session.model;
+        let shape = Grouped {
+            rows: session.longest_batch(config.batch_size) * model.num_experts_per_tok,
+            groups: model.num_experts,
+            inputs: model.hidden_size,
+            outputs: model.expert_width,
+            dtype: compute,
+        };
+        ui.line(cuda.choices(&shape, model.heads.first().map_or(0, |heads| heads.dim)));
         let mut distinct = uuids.clone();
         distinct.sort();
         distinct.dedup();

@@ -39,7 +39,7 @@ pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     session.check_weights()?;
     ui.line(session.describe());
     let rank = Rank { device: Arc::new(Device::find(&config, ui)?), ..Rank::single(ui.clone()) };
-    caught(|| match rank.device.open(&config, session.stored_dtype(), &rank)? {
+    caught(|| match rank.device.open(&config, &session, &rank)? {
         Opened::Cpu(cpu) => eval_on(args, &session, &session.engine(&config, cpu, None, &rank), ui),
         Opened::Cuda(cuda, direct) => eval_on(args, &session, &session.engine(&config, cuda, direct, &rank), ui),
     })

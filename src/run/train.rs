@@ -55,7 +55,7 @@ pub fn identify(config: &RunConfig, ranks: &Ranks, ui: &Ui) -> Result<()> {
     let _lock = take_output_dir(config, ranks)?;
     describe(&session, config, ranks, ui)?;
     let config = config.clone();
-    ranks.run(ui, move |rank| match rank.device.open(&config, session.stored_dtype(), rank)? {
+    ranks.run(ui, move |rank| match rank.device.open(&config, &session, rank)? {
         Opened::Cpu(cpu) => identify_rank(&session, &config, rank, cpu, None),
         Opened::Cuda(cuda, direct) => identify_rank(&session, &config, rank, cuda, direct),
     })
@@ -98,7 +98,7 @@ pub fn train(config: &RunConfig, ranks: &Ranks, ui: &Ui) -> Result<TrainSummary>
     describe(&session, config, ranks, ui)?;
     describe_trained(&session, config, ui);
     let config = config.clone();
-    ranks.run(ui, move |rank| match rank.device.open(&config, session.stored_dtype(), rank)? {
+    ranks.run(ui, move |rank| match rank.device.open(&config, &session, rank)? {
         Opened::Cpu(cpu) => train_rank(&session, &config, rank, cpu, None),
         Opened::Cuda(cuda, direct) => train_rank(&session, &config, rank, cuda, direct),
     })

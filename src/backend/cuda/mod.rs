@@ -82,6 +82,11 @@ impl Cuda {
         Self { attention_forms, ..self }
     }
 
+    /// The forms chosen for products of this shape and for heads of width `dim`, for people.
+    pub fn choices(&self, shape: &Grouped, dim: usize) -> String {
+        format!("experts: {shape}: {}; attention: {}", self.form(shape), self.attention_form(dim))
+    }
+
     fn form(&self, shape: &Grouped) -> Form {
         (self.forms)(shape, self.gpu.architecture())
     }
