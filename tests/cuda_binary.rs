@@ -181,6 +181,10 @@ fn a_training_moves_the_weights_as_on_the_cpu() {
         }
         assert!(moved > 3, "{moved} tensors moved");
     }
+    // By way of NCCL, to itself.
+    let said = machine.ok("train", "olmoe", "nccl", &format!("{options} --ranks 1 --transport nccl"));
+    assert!(said.contains("from GPU to GPU by NCCL 2.32.3"), "{said}");
+    assert!(machine.weights("nccl") == machine.weights("gpu-1"));
 }
 
 #[test]

@@ -157,7 +157,7 @@ fn products(gpu: &Nvidia) {
         let sum: f32 = (0..k).map(|i| a[row * k + i] * b[col * k + i]).sum();
         assert_eq!(got[row * n + col], 2.0 * sum + 3.0 * c[row * n + col], "[{row}, {col}]");
     }
-    let error = gpu.gemm(&Gemm { dtype: Dtype::Bf16, ..gemm }).unwrap_err().to_string();
+    let error = gpu.gemm(&Gemm { c_dtype: Dtype::Bf16, ..gemm }).unwrap_err().to_string();
     assert!(error.contains("not supported") && error.contains("Bf16"), "{error}");
     for at in [at_a, at_b, at_c] {
         gpu.free(at).unwrap();

@@ -31,6 +31,8 @@ if [[ -z ${BIN:-} ]]; then
 fi
 BIN=$(cd "$BIN" && pwd) || exit 2
 export OUT BIN
+visible=${CUDA_VISIBLE_DEVICES:-0}
+export CUDA_VISIBLE_DEVICES=${visible%%,*}
 # Where pip put NVIDIA's libraries.
 wheels=$("$PYTHON" -c 'import glob, site; print(":".join(d for p in site.getsitepackages() for d in sorted(glob.glob(p + "/nvidia/*/lib"))))' 2>/dev/null)
 export LD_LIBRARY_PATH=$wheels${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}

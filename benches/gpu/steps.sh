@@ -53,9 +53,13 @@ step_sanitizer() {
 train() {
     local case=$root/tests/golden/$1 out=$2
     shift 2
-    timeout "$LIMIT" "$BIN/moewarden" --quiet train --model-name "$case/model" --dataset-path "$case/data.json" \
+    mkdir -p "$(dirname "$out")"
+    timeout "$LIMIT" "$BIN/moewarden" train --model-name "$case/model" --dataset-path "$case/data.json" \
         --output-dir "$out" --overwrite --batch-size 2 --top-k-experts 4 --num-rounds 1 --save-steps 0 --save-rounds none \
-        --expert-lr 1e-3 --threads 1 "$@"
+        --expert-lr 1e-3 --threads 1 "$@" >"$out.log" 2>&1 && return
+    local code=$?
+    tail -n 20 "$out.log"
+    return "$code"
 }
 
 # The same steps by one rank, by two on one GPU, by one over NCCL, and on the CPU: of experts, then of experts and routers. (A
@@ -73,6 +77,10 @@ step_lockstep() {
         train "$case" "$at/$case-one" --device "$DEVICE" "${f32[@]}" "$phase" --grad-accum 2 || return
         train "$case" "$at/$case-two" --device "$DEVICE" "${f32[@]}" "${host[@]}" "$phase" --ranks 2 --grad-accum 1 || return
         train "$case" "$at/$case-nccl" --device "$DEVICE" "${f32[@]}" "${nccl[@]}" "$phase" --grad-accum 2 || return
+        if [[ $DEVICE == cuda ]] && ! grep -q 'by NCCL' "$at/$case-nccl.log"; then
+            echo "NCCL was not used: $at/$case-nccl.log"
+            return 1
+        fi
         model=$root/tests/golden/$case/model
         for other in one two nccl; do
             echo "--- $case: cpu and $other"

@@ -162,7 +162,7 @@ impl Mpi {
         mut missing: impl FnMut(&mut Link) -> wire::Result<Vec<usize>>,
     ) -> Result<()> {
         let start = Instant::now();
-        let mut end_noticed: Option<Instant> = None;
+        let mut noticed: Option<(usize, Instant)> = None;
         loop {
             let absent = link.listen().and_then(|()| missing(link)).map_err(|e| self.library(link, at, &e))?;
             if let Some(error) = link.failed.clone() {
@@ -184,10 +184,13 @@ impl Mpi {
             }
             if waited >= STILL_WAITING
                 && let Some(gone) = self.lifelines.ended(&absent)
-                // What it said before may take several looks to arrive, and says more.
-                && end_noticed.get_or_insert_with(Instant::now).elapsed() >= LAST_MAIL
             {
-                return Err(self.fail(link, Error::Gone { rank: self.rank, gone, at: at.to_string() }));
+                // What it said before may take several looks to arrive, and says more.
+                let since = noticed.filter(|(rank, _)| *rank == gone).map_or_else(Instant::now, |(_, since)| since);
+                noticed = Some((gone, since));
+                if since.elapsed() >= LAST_MAIL {
+                    return Err(self.fail(link, Error::Gone { rank: self.rank, gone, at: at.to_string() }));
+                }
             }
             if waited >= STILL_WAITING && !link.warned && self.stopping.load(Ordering::Relaxed) {
                 link.warned = true;

@@ -35,9 +35,13 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     let device = Arc::new(Device::find(config, ui)?);
     let ranks = config.ranks.unwrap_or_else(|| device.ranks());
     let rank = Rank { here: ranks, device, ..Rank::single(ui.clone()) };
+    rank.device.check(config, ranks)?;
     let place = match caught(|| rank.device.open(config, &session, &rank))? {
         Opened::Cpu(cpu) => Place::of(&*cpu, ranks),
-        Opened::Cuda(cuda, _) => Place::of(&*cuda, ranks),
+        Opened::Cuda(cuda, _) => {
+            let place = Place::of(&*cuda, ranks);
+            Place { free: place.free / rank.device.sharing(ranks) as u64, ..place }
+        }
     };
     ui.result(session.predict_memory(config, trained, ranks, place).1);
     forecast(&session, config, ranks, place, ui);

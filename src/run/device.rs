@@ -19,13 +19,13 @@ use crate::backend::cuda::pool::Reuse;
 use crate::collective::nccl::{Communicator, Nccl};
 use crate::collective::{all_agree, all_ok};
 use crate::config::{self, Precision, RunConfig, Transport};
-use crate::exit::{Failure, Result};
+use crate::exit::{self, Failure, Result};
 use crate::ui::Ui;
 
 /// What this process computes on.
 pub enum Device {
-    /// The processors.
-    Cpu,
+    /// The processors, and why there is no GPU, if one was wanted.
+    Cpu(Option<String>),
     /// NVIDIA's GPUs.
     Gpus(Gpus),
 }
@@ -52,31 +52,61 @@ impl Device {
     /// GPUs are asked for, and there is none or no driver for it.
     pub fn find(config: &RunConfig, ui: &Ui) -> Result<Self> {
         if config.device == config::Device::Cpu {
-            return Ok(Device::Cpu);
+            return Ok(Device::Cpu(None));
         }
         let surroundings = config::surroundings();
-        match Driver::start(&surroundings) {
-            Ok(driver) => Ok(Device::Gpus(Gpus { driver, surroundings, kernel_cache: config::kernel_cache() })),
-            Err(error) if config.device == config::Device::Cuda => Err(error.into()),
-            Err(error) => {
-                match error {
-                    Error::Missing { .. } => ui.line("no GPU: there is no NVIDIA driver"),
-                    Error::NoDevice => ui.line("no GPU: the NVIDIA driver shows none"),
-                    error => ui.warn(format_args!("the GPU cannot be used: {error}")),
-                }
-                if config.precision == Precision::Bf16 {
-                    ui.warn("--precision bf16 does nothing: the CPU computes in f32");
-                }
-                Ok(Device::Cpu)
-            }
+        let found = Driver::start(&surroundings).and_then(|driver| driver.check_age().map(|()| driver));
+        let error = match found {
+            Ok(driver) => return Ok(Device::Gpus(Gpus { driver, surroundings, kernel_cache: config::kernel_cache() })),
+            Err(error) if config.device == config::Device::Cuda => return Err(error.into()),
+            Err(error) => error,
+        };
+        let why = match &error {
+            Error::Missing { .. } => "there is no NVIDIA driver".to_owned(),
+            Error::NoDevice => "the NVIDIA driver shows none".to_owned(),
+            error => error.to_string(),
+        };
+        if matches!(error, Error::Missing { .. } | Error::NoDevice) {
+            ui.line(format_args!("no GPU: {why}"));
+        } else {
+            ui.warn(format_args!("the GPU cannot be used: {why}"));
         }
+        if config.precision == Precision::Bf16 {
+            ui.warn("--precision bf16 does nothing: the CPU computes in f32");
+        }
+        if config.transport != Transport::Auto {
+            ui.warn("--transport does nothing: it is for GPUs");
+        }
+        Ok(Device::Cpu(Some(why)))
     }
 
     /// Ranks that a single process makes where nobody says how many.
     pub fn ranks(&self) -> usize {
         match self {
-            Device::Cpu => 1,
+            Device::Cpu(_) => 1,
             Device::Gpus(gpus) => gpus.driver.devices,
+        }
+    }
+
+    /// Refuses what [`Self::open`] would refuse on `ranks` ranks of this machine, but for GPUs that do not open.
+    ///
+    /// # Errors
+    /// NCCL is missing.
+    pub fn check(&self, config: &RunConfig, ranks: usize) -> Result<()> {
+        match self {
+            Device::Gpus(gpus) if ranks > 1 && ranks <= gpus.driver.devices && config.transport != Transport::Host => {
+                library::open(Library::Nccl, gpus.driver.version.0, &gpus.surroundings)?;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Ranks that share one device, of `ranks` ranks on this machine.
+    pub fn sharing(&self, ranks: usize) -> usize {
+        match self {
+            Device::Cpu(_) => ranks,
+            Device::Gpus(gpus) => ranks.div_ceil(gpus.driver.devices),
         }
     }
 
@@ -85,13 +115,23 @@ impl Device {
     /// # Errors
     /// Ranks on different kinds of device; a GPU or a library that is missing or refuses.
     pub fn open(&self, config: &RunConfig, session: &Session, rank: &Rank) -> Result<Opened> {
-        let kind: &[u8] = match self {
-            Device::Cpu => b"cpu",
-            Device::Gpus(_) => b"cuda",
+        let has: &[u8] = match self {
+            Device::Cpu(None) => b"the CPU (--device cpu)",
+            Device::Cpu(Some(why)) => why.as_bytes(),
+            Device::Gpus(_) => b"",
         };
-        all_agree(&*rank.world, "device (give --device)", kind)?;
+        let all = rank.world.all_gather(has)?;
+        let with = all.iter().position(|why| why.is_empty());
+        let without = all.iter().position(|why| !why.is_empty());
+        if let (Some(with), Some(without)) = (with, without) {
+            let why = String::from_utf8_lossy(&all[without]);
+            let message = format!(
+                "rank {with} has a GPU, and rank {without} has none: {why}; mend that, or give all ranks --device cpu"
+            );
+            return Err(Failure::new(exit::LAUNCHER, message));
+        }
         match self {
-            Device::Cpu => Ok(Opened::Cpu(processors(config, rank))),
+            Device::Cpu(_) => Ok(Opened::Cpu(processors(config, rank))),
             Device::Gpus(gpus) => gpus.open(config, session, rank),
         }
     }
@@ -112,6 +152,7 @@ impl Gpus {
         let opened = Nvidia::open(rank.local % self.driver.devices, &self.surroundings, self.kernel_cache.as_deref());
         let uuid = opened.map_err(Failure::from).and_then(|gpu| Ok((gpu.uuid()?, gpu)));
         let (uuid, gpu) = all_ok(&**world, uuid)?;
+        all_agree(&**world, "--transport", format!("{:?}", config.transport).as_bytes())?;
         let uuids = world.all_gather(&uuid)?;
         let sharing = uuids.iter().filter(|other| **other == uuid).count();
         // All have their contexts by now, and none has tensors.
@@ -150,9 +191,8 @@ impl Gpus {
         distinct.dedup();
         let twins = distinct.len() < uuids.len();
         let direct = match config.transport {
-            _ if world.world_size() == 1 => None,
             Transport::Host => None,
-            Transport::Auto if twins => None,
+            Transport::Auto if twins || world.world_size() == 1 => None,
             Transport::Auto | Transport::Nccl => Some(self.nccl(config, rank, &gpu, &cuda)?),
         };
         if world.world_size() > 1 && direct.is_none() {

@@ -8,7 +8,7 @@ use crate::backend::cuda::{Buffer, Cuda, Weight};
 use crate::collective::nccl::DeviceCollective;
 use crate::collective::{Collective, Result};
 
-/// What a sharded update sends between devices. All ranks call the same in the same order.
+/// What a sharded update sends between devices (a single rank: to itself). All ranks call the same in the same order.
 ///
 /// What is sent may not be written, and what is received not be read, before [`Self::finish`].
 pub trait Direct<B: Backend>: Send + Sync {
@@ -81,7 +81,7 @@ impl Direct<Cuda> for BetweenGpus {
     /// A rank that was lost is found at the barrier, by name and soon; a GPU that waits for it can only wait. Once all are
     /// there, everything they wait for is queued.
     fn finish(&self) -> Result<()> {
-        self.host.barrier()?;
+        self.host.barrier().inspect_err(|_| self.device.abort())?;
         self.device.wait()?;
         self.device.join()
     }

@@ -51,7 +51,7 @@ pub struct Rank {
 impl Rank {
     /// One of the ranks of `world`, all of which share this machine's processors.
     pub fn new(world: Arc<dyn Collective>, ui: Ui) -> Self {
-        let (local, here, device) = (world.rank(), world.world_size(), Arc::new(Device::Cpu));
+        let (local, here, device) = (world.rank(), world.world_size(), Arc::new(Device::Cpu(None)));
         Self { world, local, here, device, ui, stop: Stop::default(), fault: None }
     }
 
@@ -69,29 +69,32 @@ impl Ranks {
     pub fn of(config: &RunConfig, launch: &Launch, stop: Stop, fault: Option<Fault>, ui: &Ui) -> Result<Self> {
         launch.check_ranks(config.ranks)?;
         launch.check_build(cfg!(feature = "mpi"))?;
-        let device = Device::find(config, ui)?;
-        let world_size = match launch.world_size {
-            1 => config.ranks.unwrap_or_else(|| device.ranks()),
-            processes => processes,
+        let timeout = Duration::from_secs(config.timeout);
+        let (kind, device) = match launch.world_size {
+            1 => {
+                let device = Device::find(config, ui)?;
+                let world_size = config.ranks.unwrap_or_else(|| device.ranks());
+                (Kind::Threads { world_size, timeout }, device)
+            }
+            // First the ranks, so that what one of them lacks is known to all.
+            _ => {
+                let (world, local, here) = (join(launch, timeout, &stop)?, launch.local_rank, launch.local_size);
+                let device = collective::all_ok(&*world, Device::find(config, ui))?;
+                (Kind::Process { world, local, here }, device)
+            }
         };
-        if let Some(fault) = fault.as_ref().filter(|fault| fault.rank >= world_size) {
+        let ranks = Self { kind, device: Arc::new(device), stop, fault };
+        let world_size = ranks.world_size();
+        if let Some(fault) = ranks.fault.as_ref().filter(|fault| fault.rank >= world_size) {
             let message = format!("MOEWARDEN_FAULT strikes rank {}, but there are {world_size}", fault.rank);
             return Err(Failure::new(exit::CONFIG, message));
         }
-        let timeout = Duration::from_secs(config.timeout);
-        let kind = match launch.world_size {
-            1 => Kind::Threads { world_size, timeout },
-            _ => {
-                let (local, here) = (launch.local_rank, launch.local_size);
-                Kind::Process { world: join(launch, timeout, &stop)?, local, here }
-            }
-        };
-        Ok(Self { kind, device: Arc::new(device), stop, fault })
+        Ok(ranks)
     }
 
     /// Threads of this process, on its processors; one is the process itself.
     pub fn threads(world_size: usize, timeout: Duration) -> Self {
-        let (kind, device) = (Kind::Threads { world_size, timeout }, Arc::new(Device::Cpu));
+        let (kind, device) = (Kind::Threads { world_size, timeout }, Arc::new(Device::Cpu(None)));
         Self { kind, device, stop: Stop::default(), fault: None }
     }
 

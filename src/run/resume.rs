@@ -86,6 +86,8 @@ pub struct State {
     inputs: String,
     /// Ranks that wrote it.
     world_size: usize,
+    /// Bytes of one element of its activations.
+    activation_size: usize,
     /// Ranks for whose number the steps are made: those that began the run.
     pub step_ranks: usize,
     /// What comes next.
@@ -203,6 +205,7 @@ impl<'a> Checkpoints<'a> {
                 config: self.decisive.clone(),
                 inputs: self.session.fingerprint(self.config)?.to_string(),
                 world_size: world.world_size(),
+                activation_size: engine.model.backend.activation_size(),
                 step_ranks: engine.step_ranks,
                 position,
                 so_far: if let Within::Training(run) = &within { Some(run.so_far.clone()) } else { None },
@@ -362,6 +365,16 @@ impl Found {
     /// # Errors
     /// A delta that does not fit the model.
     pub fn load_weights<B: Backend>(&self, session: &Session, engine: &mut Engine<'_, B>) -> Result<()> {
+        let (theirs, ours) = (self.state.activation_size, engine.model.backend.activation_size());
+        if theirs != ours {
+            let message = format!(
+                "the checkpoint was made with activations of {} bits, and here they have {}: resume with the --device and \
+                 --precision of that run, or start again with --overwrite",
+                8 * theirs,
+                8 * ours
+            );
+            return Err(Failure::new(exit::CONFIG, message));
+        }
         engine.step_ranks = self.state.step_ranks;
         let base = session.checkpoint.as_ref().expect("a run of random weights makes no checkpoint");
         let weights = load_delta(base, &session.table, &self.folder.join(WEIGHTS))?;

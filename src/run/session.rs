@@ -237,7 +237,9 @@ impl Session {
         };
         let kept = activations.peak(layers, 0, keep_from) - activations.working;
         let peak = waiting.saturating_mul(kept).saturating_add(activations.working);
-        let state = TrainedState::predict(trained as u64, (total.bytes / total.elements.max(1)) as u64, world_size);
+        // A device's weights are overwritten; memory-mapped ones are replaced.
+        let new = if place.device { 0 } else { (total.bytes / total.elements.max(1)) as u64 };
+        let state = TrainedState::predict(trained as u64, new, world_size);
         let all = peak.saturating_add(weights + state.whole + state.sharded);
         let kind = match self.checkpoint {
             _ if place.device => "",
@@ -246,12 +248,13 @@ impl Session {
         };
         let text = format!(
             "memory a rank: weights {}{kind}, activations {} for {of} of up to {rows} tokens ({} of {layers} layers kept, the \
-             others computed again), trained state {} (gradients and new weights {}, 1/{world_size} of masters and moments \
+             others computed again), trained state {} ({} {}, 1/{world_size} of masters and moments \
              {}): {} in all; {} free",
             human(weights),
             human(peak),
             layers - keep_from,
             human(state.whole + state.sharded),
+            if place.device { "gradients" } else { "gradients and new weights" },
             human(state.whole),
             human(state.sharded),
             human(all),

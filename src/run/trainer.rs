@@ -37,11 +37,13 @@ pub struct Trainer<B: Backend> {
     complete: Vec<Option<usize>>,
     /// The gradient of this rank's micro-batches, flat.
     grads: B::Buffer,
-    /// This rank's pieces of the sum over all ranks. Unused with one rank, where `grads` is that.
+    /// This rank's pieces of the sum over all ranks. Unused by a rank that is alone, where `grads` is that.
     shard: B::Buffer,
     /// Where they lie.
     pieces: Vec<Gradient>,
     scores: B::Scores,
+    /// Whether nothing goes to other ranks.
+    alone: bool,
 }
 
 /// The global gradient's size.
@@ -74,6 +76,7 @@ impl<B: Backend> Trainer<B> {
             shard: b.buffer(0),
             pieces: Vec::new(),
             scores: b.scores(0),
+            alone: world.world_size() == 1 && engine.direct.is_none(),
         };
         trainer.choose(engine, ids);
         trainer
@@ -105,7 +108,7 @@ impl<B: Backend> Trainer<B> {
             self.grads = b.buffer(0);
             self.grads = b.buffer(self.plan.len());
         }
-        if !self.alone() && self.shards.shard_len(rank) != old.1 {
+        if !self.alone && self.shards.shard_len(rank) != old.1 {
             self.shard = b.buffer(0);
             self.shard = b.buffer(self.shards.shard_len(rank));
         }
@@ -125,8 +128,8 @@ impl<B: Backend> Trainer<B> {
         if engine.poisoned {
             b.buffer_write(&mut self.grads, 0, &[f32::NAN]);
         }
-        let Self { plan, shards, complete, grads, shard, pieces, scores, .. } = self;
-        if world.world_size() == 1 {
+        let Self { plan, shards, complete, grads, shard, pieces, scores, alone, .. } = self;
+        if *alone {
             return Ok(run(&mut Passes { plan, grads, scores, leaving: None }));
         }
         if let Some(direct) = &engine.direct {
@@ -163,7 +166,7 @@ impl<B: Backend> Trainer<B> {
     /// Those of the collective.
     pub fn norm(&self, engine: &Engine<'_, B>) -> Result<Norm, collective::Error> {
         let (b, world) = (&*engine.model.backend, &*engine.world);
-        let reduced = if self.alone() { &self.grads } else { &self.shard };
+        let reduced = if self.alone { &self.grads } else { &self.shard };
         let sum = |i: usize| {
             let (start, len) = (self.pieces[i].offset, self.shards.piece(i, world.rank()).len());
             b.sum_squares(reduced, start..start + len)
@@ -172,11 +175,6 @@ impl<B: Backend> Trainer<B> {
         world.all_reduce_f64(&mut squares)?;
         let blame = squares.iter().position(|s| !s.is_finite()).map(|i| self.params[i]);
         Ok(Norm { value: squares.iter().sum::<f64>().sqrt(), blame })
-    }
-
-    /// Whether this rank is the only one.
-    fn alone(&self) -> bool {
-        self.shards.world_size() == 1
     }
 
     /// One AdamW update at these rates, with the gradient clipped by the options; then all ranks hold the new weights.
@@ -192,10 +190,10 @@ impl<B: Backend> Trainer<B> {
         let config = engine.config;
         let scale = clip_factor(norm, config.max_grad_norm);
         let b = engine.model.backend.clone();
-        let grads = if self.alone() { &self.grads } else { &self.shard };
+        let grads = if self.alone { &self.grads } else { &self.shard };
         let weights = engine.model.weights_mut();
         self.optimizer.step(&b, weights, grads, &self.pieces, rates, config.weight_decay, scale);
-        if !self.alone() {
+        if !self.alone {
             self.exchange(engine)?;
         }
         engine.touched.extend(&self.params);

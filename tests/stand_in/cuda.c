@@ -6,7 +6,7 @@
 // whose values are all 1.
 //
 // With STAND_IN_MODULES, a folder of emulated modules (tests/emulator), NVRTC "compiles" NAME.cu to the path of NAME.so there,
-// and kernels run for real: so the whole program does. STAND_IN_MEMORY is the GPU's memory in bytes.
+// and kernels run for real: so the whole program does, and NCCL's group has one rank and its own values. STAND_IN_MEMORY is the GPU's memory in bytes.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -368,9 +368,7 @@ int ncclCommGetAsyncError(struct comm* comm, int* error) {
     comm->busy--;
     return 0;
 }
-int ncclCommFinalize(struct comm* comm) { comm->busy = 2; return IN_PROGRESS; }
-int ncclCommDestroy(struct comm* comm) { stand_in_open--; free(comm); return 0; }
-int ncclCommAbort(struct comm* comm) { return ncclCommDestroy(comm); }
+int ncclCommAbort(struct comm* comm) { stand_in_open--; free(comm); return 0; }
 int ncclGroupStart(void) { return 0; }
 int ncclGroupEnd(void) { return 0; }
 static int busy_with(struct comm* comm, struct stream* s, struct work w) {
@@ -379,7 +377,7 @@ static int busy_with(struct comm* comm, struct stream* s, struct work w) {
     return push(s, w) ? 3 : IN_PROGRESS;
 }
 int ncclAllReduce(void* from, void* to, size_t n, int type, int op, struct comm* comm, struct stream* s) {
-    return type == 7 && op == 0 ? busy_with(comm, s, (struct work){.kind = ADD_ONE, .to = to, .from = from, .bytes = 4 * n}) : 4;
+    return type == 7 && op == 0 ? busy_with(comm, s, (struct work){.kind = modules() ? COPY : ADD_ONE, .to = to, .from = from, .bytes = 4 * n}) : 4;
 }
 int ncclReduceScatter(void* from, void* to, size_t n, int type, int op, struct comm* comm, struct stream* s) {
     return ncclAllReduce(from, to, n, type, op, comm, s);

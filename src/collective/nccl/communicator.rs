@@ -256,19 +256,10 @@ impl DeviceCollective for Communicator {
 }
 
 impl Drop for Communicator {
-    /// In peace if all is well: operations end first, which takes all ranks. Else at once.
+    /// At once, whatever is queued: a rank that fails must not wait for the others. Where all is well nothing is queued, for
+    /// ranks wait for their operations, and meet on the host before they end.
     fn drop(&mut self) {
-        let mut state = self.lock();
-        if std::thread::panicking() {
-            _ = self.fail(&mut state, Error::Nccl { rank: self.rank, message: "a panic".into() });
-        }
-        if let Ok(comm) = *state {
-            // SAFETY: the communicator is alive, and not used again after its end.
-            let code = unsafe { (self.nccl.functions.finalize)(comm) };
-            if self.settle(&mut state, code, &"ncclCommFinalize").is_ok() {
-                unsafe { (self.nccl.functions.destroy)(comm) };
-            }
-        }
+        _ = self.fail(&mut self.lock(), Error::Nccl { rank: self.rank, message: "the communicator is closed".into() });
         // SAFETY: nothing is queued any more; the compute stream keeps what it waits for.
         unsafe {
             _ = result::event::destroy(self.ready);

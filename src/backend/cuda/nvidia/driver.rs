@@ -2,8 +2,8 @@
 
 use cudarc::driver::{DriverError, result, sys};
 
-use super::Error;
 use super::library::{self, Library, Surroundings};
+use super::{Error, OLDEST_SM};
 
 /// The oldest CUDA that a driver must be for: NVRTC 12 is the first that has all of `sm_90a`.
 const OLDEST: u32 = 12;
@@ -38,6 +38,35 @@ impl Driver {
         let asked = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
         let started = asked.and_then(|()| result::init());
         judged(version, started.and_then(|()| result::device::get_count()), driver_says)
+    }
+}
+
+impl Driver {
+    /// Refuses GPUs that are too old, before any is opened.
+    ///
+    /// # Errors
+    /// [`Error::OldGpu`], or what the driver says.
+    pub fn check_age(&self) -> Result<(), Error> {
+        use sys::CUdevice_attribute as Attribute;
+        for index in 0..self.devices {
+            let asked = result::device::get(index as i32).and_then(|device| {
+                // SAFETY: the device is of this driver.
+                let major = unsafe {
+                    result::device::get_attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?
+                };
+                let minor = unsafe {
+                    result::device::get_attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?
+                };
+                Ok((device, (10 * major + minor) as u32))
+            });
+            let says = |e| Error::Driver { call: "cuDeviceGetAttribute", message: driver_says(e) };
+            let (device, sm) = asked.map_err(says)?;
+            if sm < OLDEST_SM {
+                let name = result::device::get_name(device).map_err(says)?;
+                return Err(Error::OldGpu { name, sm });
+            }
+        }
+        Ok(())
     }
 }
 
