@@ -257,6 +257,7 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
                 float w = exp2f(weights.v[j][c] * scale - log_total[c / 2]);
                 ds.v[j][c] = seen ? w * (ds.v[j][c] - dot[c / 2]) : 0.0f;
             }
+        __syncwarp();  // the product below is the whole warp's
         sum.add(ds, keys);
         __syncthreads();
     }
@@ -308,10 +309,12 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const flo
                 for (int c = 0; c < 4; c++) {
                     u32 other = j * 8 + threadIdx.x % 4 * 2 + c % 2;
                     bool seen = other < count && sees(s.before + query + other, key + c / 2 * 8, g.window);
-                    float w = seen ? exp2f(weights.v[j][c] * scale - log_total[other]) : 0.0f;
-                    weights.v[j][c] = w;
+                    // Without a branch; what lies behind `count` is thrown away.
+                    float w = exp2f(weights.v[j][c] * scale - log_total[other]);
+                    weights.v[j][c] = seen ? w : 0.0f;
                     ds.v[j][c] = seen ? w * (ds.v[j][c] - dot[other]) : 0.0f;
                 }
+            __syncwarp();  // the products below are the whole warp's
             sum_v.add(weights, dys);
             sum_k.add(ds, queries);
             __syncthreads();

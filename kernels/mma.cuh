@@ -41,7 +41,8 @@ template <bool transposed> DEVICE Fragment load_matrices(const bf16* row) {
 
 // c += a · b with a 16 x 16, b 16 x 8, in f32.
 DEVICE void multiply_add(float (&c)[4], const Fragment& a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    // Volatile: the whole warp executes it together, so it must not be moved into a branch.
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));

@@ -175,21 +175,21 @@ fn bits(name: &str, phase: &str, dtype: Dtype, gpu: Arc<dyn Gpu>) -> (Vec<u64>, 
 
 #[test]
 fn identification_in_f32() {
-    for name in cases(&["olmoe", "qwen2_moe"]) {
+    for name in cases(&["qwen2_moe"]) {
         identification(&name, Dtype::F32, f32_tolerance());
     }
 }
 
 #[test]
 fn identification_in_bf16() {
-    for name in cases(&["olmoe_bf16", "qwen3_moe"]) {
+    for name in cases(&["olmoe_bf16"]) {
         identification(&name, Dtype::Bf16, bf16_tolerance());
     }
 }
 
 #[test]
 fn gradients_of_all_parameters() {
-    for name in cases(&["olmoe_clip", "qwen3_sparse"]) {
+    for name in cases(&["qwen3_sparse"]) {
         gradients(&name);
     }
 }

@@ -87,7 +87,8 @@ pub struct Grid {
 impl Grid {
     /// A row of blocks. Panics at more blocks than a launch can have.
     pub fn row(blocks: usize, threads: u32) -> Self {
-        Self { blocks: [u32::try_from(blocks).expect("fewer than 2^31 blocks"), 1, 1], threads, shared: 0 }
+        let blocks = i32::try_from(blocks).expect("fewer than 2^31 blocks");
+        Self { blocks: [blocks as u32, 1, 1], threads, shared: 0 }
     }
 
     /// The same with dynamic shared memory.

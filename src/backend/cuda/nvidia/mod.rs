@@ -44,6 +44,8 @@ pub struct Nvidia {
     /// Driver and libraries, for the log.
     software: String,
     architecture: Architecture,
+    /// Whether it reads the host's memory without staging, as on Grace Hopper.
+    reads_pageable: bool,
     stream: sys::CUstream,
     cublas: Option<Cublas>,
     workspace: Address,
@@ -87,6 +89,8 @@ impl Nvidia {
         if architecture.sm < OLDEST_SM {
             return Err(Error::OldGpu { name, sm: architecture.sm });
         }
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS;
+        let reads_pageable = context.attribute(attribute).map_err(refused("cuDeviceGetAttribute"))? != 0;
         let cubins = cubins(&nvrtc, &Cache::new(kernel_cache), architecture.sm)?;
 
         let stream =
@@ -97,6 +101,7 @@ impl Nvidia {
             name,
             software,
             architecture,
+            reads_pageable,
             stream,
             cublas: None,
             workspace: Address::NULL,
@@ -278,10 +283,11 @@ impl Gpu for Nvidia {
     fn copy_in(&self, to: Address, bytes: &[u8]) -> Result<(), gpu::Error> {
         self.bind()?;
         if bytes.len() <= SMALL {
-            // From pageable memory the call returns once the bytes were taken over, before they have arrived (CUDA Driver API,
-            // "API synchronization behavior"), so the stream goes on.
             // SAFETY: the range lies in the caller's allocation.
-            return unsafe { result::memcpy_htod_async(to.0, bytes, self.stream) }.map_err(fault("cuMemcpyHtoDAsync"));
+            unsafe { result::memcpy_htod_async(to.0, bytes, self.stream) }.map_err(fault("cuMemcpyHtoDAsync"))?;
+            // Pageable memory is staged before the call returns (CUDA Driver API, "API synchronization behavior"), so that the
+            // stream may go on, but where the GPU can read it as it is.
+            return if self.reads_pageable { self.synchronize() } else { Ok(()) };
         }
         self.with_staging(|staging| staging.copy_in(to.0, bytes, self.stream)).map_err(fault("a copy to the GPU"))
     }
