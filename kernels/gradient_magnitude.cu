@@ -2,6 +2,16 @@
 // rows, reduced there, and leaves one partial sum. dy and x are read as they lie, both transposed on the way into registers.
 // Over `Tile` of tile_simt.cuh or tile_mma.cuh. Sums run in a fixed order: f32 within a thread, f64 beyond.
 
+// The sum over this thread's numbers of a tile, of(number, row, col).
+template <class F> DEVICE float total_of(const Tile& tile, F of) {
+    float total = 0.0f;
+    tile.each([&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
+#pragma unroll
+        for (u32 i = 0; i < Tile::WIDE; i++) total += of(v.v[i], row, col + i);
+    });
+    return total;
+}
+
 // partial[block] = the part of one tile in the moment of the gradient of one weight [out, in].
 // Rows are sorted by group, `offsets` [groups + 1]; dy [R, stack * out], x [R, in]; `weights` [groups * stack] addresses.
 // `jobs` [n, 3]: a group, its moment (0: Σ |g|, 1: Σ g², 2: Σ |g · w|), the index of its score.
@@ -23,17 +33,16 @@ DEVICE void magnitude(double* partial, const T* dy, const T* x, const T* const* 
             return Parts<T>{{dy + row * stack * out + index * out + m, stack * out, rows, height},
                             {x + row * in + n, in, rows, width}};
         });
-        u64 moment = job[1];
         const T* w = weights[job[0] * stack + index] + m * in + n;
-        tile.each([&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
-#pragma unroll
-            for (u32 i = 0; i < Tile::WIDE; i++) {
-                float g = v.v[i];
-                if (moment == 1) g *= g;
-                if (moment == 2) g *= row < height && col + i < width ? to_f32(w[row * in + col + i]) : 0.0f;
-                total += fabsf(g);
-            }
-        });
+        // A loop for each moment, not a choice within one.
+        if (job[1] == 0)
+            total = total_of(tile, [](float g, u64, u64) { return fabsf(g); });
+        else if (job[1] == 1)
+            total = total_of(tile, [](float g, u64, u64) { return g * g; });
+        else
+            total = total_of(tile, [&](float g, u64 row, u64 col) {
+                return row < height && col < width ? fabsf(g * to_f32(w[row * in + col])) : 0.0f;
+            });
     }
     double sum = block_sum((double)total);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;

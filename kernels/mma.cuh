@@ -57,19 +57,27 @@ DEVICE u32 rounded_pair(float low, float high) {
 
 #else  // The same by what the PTX manual says, so that tests can run it on the CPU.
 
-// Each thread's groups of copies, the last one open. A copy happens only when it is waited for, so that what is read too
-// early is not there yet.
+// Each thread's groups of copies, the last one open.
 struct Copy {
     bf16* to;
     const bf16* from;
     bool valid;
+
+    void run() const {
+        for (int i = 0; i < 8; i++) to[i].bits = valid ? from[i].bits : 0;
+    }
 };
 static std::vector<std::vector<Copy>> copies[1024];
+// Whether a thread's copies arrived without being shown to products of warpgroups (wgmma.cuh).
+static bool unshown[1024];
+
+DEVICE u32 shared_address(const void* at) { return (u32)(static_cast<const unsigned char*>(at) - emulator::arena.bytes); }
 
 DEVICE void copy_16(bf16* to, const bf16* from, bool valid) {
     auto& groups = copies[threadIdx.x];
     if (groups.empty()) groups.emplace_back();
     groups.back().push_back({to, from, valid});
+    if (emulator::at_once) groups.back().back().run();
 }
 DEVICE void copies_end() {
     auto& groups = copies[threadIdx.x];
@@ -78,8 +86,10 @@ DEVICE void copies_end() {
 template <int pending> DEVICE void copies_wait() {
     auto& groups = copies[threadIdx.x];
     for (; groups.size() > pending + 1; groups.erase(groups.begin()))
-        for (const Copy& copy : groups.front())
-            for (int i = 0; i < 8; i++) copy.to[i].bits = copy.valid ? copy.from[i].bits : 0;
+        for (const Copy& copy : groups.front()) {
+            unshown[threadIdx.x] = true;
+            if (!emulator::at_once) copy.run();
+        }
 }
 
 DEVICE u32 pair(bf16 low, bf16 high) { return (u32)low.bits | (u32)high.bits << 16; }

@@ -39,6 +39,7 @@ fn cuda(gpu: Arc<dyn Gpu>, dtype: Dtype, form: Form) -> Cuda {
     match form {
         Form::EachGroup => cuda.with_forms(|_, _| Form::EachGroup),
         Form::TensorCores => cuda.with_forms(|_, _| Form::TensorCores),
+        Form::Warpgroups => cuda.with_forms(|_, _| Form::Warpgroups),
         Form::Arithmetic => cuda.with_forms(|_, _| Form::Arithmetic),
     }
 }
@@ -199,6 +200,25 @@ fn grouped_products_on_tensor_cores() {
     ];
     for (seed, (counts, sizes)) in cases.into_iter().enumerate() {
         Case::new(seed as u64, Dtype::Bf16, counts, sizes).check(Form::TensorCores);
+    }
+}
+
+#[test]
+fn grouped_products_of_warpgroups() {
+    let sm = device::gpu().architecture().sm;
+    if device::is_real() && sm != 90 {
+        return eprintln!("skipped: the products of warpgroups of compute capability 9.0, on one of {sm}");
+    }
+    let cases: [(&[usize], [usize; 3]); 5] = [
+        (&[0, 1, 5, 0, 70], [2, 8, 16]),
+        // More steps than stages, along every depth; the last ones ragged.
+        (&[17, 33, 0, 1], [1, 456, 136]),
+        (&[203, 2], [2, 40, 264]),
+        (&[3, 100], [1, 136, 8]),
+        (&[0, 0], [1, 8, 8]),
+    ];
+    for (seed, (counts, sizes)) in cases.into_iter().enumerate() {
+        Case::new(seed as u64, Dtype::Bf16, counts, sizes).check(Form::Warpgroups);
     }
 }
 

@@ -190,33 +190,36 @@ fn experts(report: &mut Report, gpu: &Arc<dyn Gpu>, b: &Cuda, shape: &Shape, x: 
 /// The backend once for each form of grouped products.
 struct Forms<'a> {
     chosen: &'a Cuda,
-    each: Cuda,
-    together: Cuda,
-    /// The kernel for all groups that this GPU can run.
-    kernel: Form,
+    /// Those that this GPU can run.
+    all: Vec<(Form, Cuda)>,
 }
 
 impl<'a> Forms<'a> {
     fn new(gpu: &Arc<dyn Gpu>, chosen: &'a Cuda) -> Self {
         let cuda = || Cuda::new(gpu.clone(), Dtype::Bf16, Reuse::Classes);
-        let (kernel, together) = if gpu.architecture().sm >= 80 {
-            (Form::TensorCores, cuda().with_forms(|_, _| Form::TensorCores))
-        } else {
-            (Form::Arithmetic, cuda().with_forms(|_, _| Form::Arithmetic))
-        };
-        Self { chosen, each: cuda().with_forms(|_, _| Form::EachGroup), together, kernel }
+        let mut all = vec![(Form::EachGroup, cuda().with_forms(|_, _| Form::EachGroup))];
+        match gpu.architecture().sm {
+            ..80 => all.push((Form::Arithmetic, cuda().with_forms(|_, _| Form::Arithmetic))),
+            sm => {
+                all.push((Form::TensorCores, cuda().with_forms(|_, _| Form::TensorCores)));
+                if sm == 90 {
+                    all.push((Form::Warpgroups, cuda().with_forms(|_, _| Form::Warpgroups)));
+                }
+            }
+        }
+        Self { chosen, all }
     }
 
     fn of(&self, form: Form) -> &Cuda {
-        if form == Form::EachGroup { &self.each } else { &self.together }
+        let found = self.all.iter().find(|(this, _)| *this == form);
+        &found.expect("one of those that this GPU can run").1
     }
 
-    /// The form chosen for a shape, then the other.
-    fn order(&self, shape: &Grouped) -> [Form; 2] {
-        match shape.form(self.chosen.gpu().architecture()) {
-            Form::EachGroup => [Form::EachGroup, self.kernel],
-            _ => [self.kernel, Form::EachGroup],
-        }
+    /// The form chosen for a shape, then the others.
+    fn order(&self, shape: &Grouped) -> Vec<Form> {
+        let chosen = shape.form(self.chosen.gpu().architecture());
+        let others = self.all.iter().map(|(form, _)| *form).filter(|&form| form != chosen);
+        std::iter::once(chosen).chain(others).collect()
     }
 }
 
@@ -245,14 +248,14 @@ impl Products {
         let (flops, operands) = (2 * rows * self.inputs * width, rows * (self.inputs + width) * A);
 
         let all = product(flops, operands + self.weights.len() * size * A);
-        report.compare(&name("forward"), all, order, |form| forms.of(form).grouped_linear(x, &stacks, dispatch));
-        report.compare(&name("backward_input"), all, order, |form| {
+        report.compare(&name("forward"), all, &order, |form| forms.of(form).grouped_linear(x, &stacks, dispatch));
+        report.compare(&name("backward_input"), all, &order, |form| {
             forms.of(form).grouped_linear_backward_input(dy, &stacks, dispatch)
         });
 
         let (mut scores, mut nothing) = (b.scores(experts), b.buffer(1));
         let plan: Vec<_> = (0..experts).map(|e| ExpertGrad::Score(Moment::Abs, e)).collect();
-        report.compare(&name("gradient magnitude"), product(flops, operands), order, |form| {
+        report.compare(&name("gradient magnitude"), product(flops, operands), &order, |form| {
             let b = forms.of(form);
             b.grouped_linear_backward_weight(dy, x, &stacks, dispatch, &plan, &mut nothing, &mut scores)
         });
@@ -266,7 +269,7 @@ impl Products {
         let part = counts[..trained].iter().sum::<usize>() as f64 / rows as f64;
         let gradients = (8 * trained * self.stack * size) as f64;
         let work = Work { flops: flops as f64 * part, bytes: operands as f64 * part + gradients };
-        report.compare(&name(&format!("gradients of {trained} of {experts}")), work, order, |form| {
+        report.compare(&name(&format!("gradients of {trained} of {experts}")), work, &order, |form| {
             let b = forms.of(form);
             b.grouped_linear_backward_weight(dy, x, &stacks, dispatch, &plan, &mut dw, &mut scores)
         });

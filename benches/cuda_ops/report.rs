@@ -40,12 +40,11 @@ pub fn product(flops: usize, bytes: usize) -> Work {
     Work { flops: flops as f64, bytes: bytes as f64 }
 }
 
-/// Both forms of one product.
+/// Forms of one product with their seconds: the one chosen, and the best of the others.
 struct Choice {
     what: String,
-    chosen: Form,
-    /// Seconds of the form chosen and of the other.
-    seconds: [f64; 2],
+    chosen: (Form, f64),
+    best: (Form, f64),
 }
 
 /// Prints lines as they come.
@@ -99,12 +98,16 @@ impl Report {
         Some(median)
     }
 
-    /// The same of both forms of a product, of which the first is what is chosen.
-    pub fn compare<R>(&mut self, name: &str, work: Work, forms: [Form; 2], mut f: impl FnMut(Form) -> R) {
-        let times = forms.map(|form| self.time(&format!("{name}: {form}"), work, || f(form)));
-        if let [Some(chosen), Some(other)] = times {
-            let what = format!("{}, {name}", self.title);
-            self.choices.push(Choice { what, chosen: forms[0], seconds: [chosen, other] });
+    /// The same of all forms of a product, of which the first is what is chosen.
+    pub fn compare<R>(&mut self, name: &str, work: Work, forms: &[Form], mut f: impl FnMut(Form) -> R) {
+        let mut timed = forms
+            .iter()
+            .filter_map(|&form| Some((form, self.time(&format!("{name}: {form}"), work, || f(form))?)))
+            .collect::<Vec<_>>()
+            .into_iter();
+        let chosen = timed.next();
+        if let Some((chosen, best)) = chosen.zip(timed.min_by(|a, b| a.1.total_cmp(&b.1))) {
+            self.choices.push(Choice { what: format!("{}, {name}", self.title), chosen, best });
         }
     }
 
@@ -133,15 +136,11 @@ impl Report {
         if self.choices.is_empty() {
             return;
         }
-        let slower: Vec<&Choice> = self.choices.iter().filter(|c| c.seconds[0] > c.seconds[1]).collect();
+        let slower: Vec<&Choice> = self.choices.iter().filter(|c| c.chosen.1 > c.best.1).collect();
         println!("\nThe form chosen was the slower one {} of {} times:\n", slower.len(), self.choices.len());
-        for Choice { what, chosen, seconds: [mine, other] } in slower {
-            println!(
-                "- {what}: {chosen}, {:.3} ms instead of {:.3} ({:.2} times)",
-                1e3 * mine,
-                1e3 * other,
-                mine / other
-            );
+        for &Choice { ref what, chosen: (form, mine), best: (better, other) } in slower {
+            let (ms, instead, times) = (1e3 * mine, 1e3 * other, mine / other);
+            println!("- {what}: {form}, {ms:.3} ms instead of {instead:.3} by {better} ({times:.2} times)");
         }
     }
 }

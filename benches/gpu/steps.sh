@@ -44,7 +44,7 @@ step_sanitizer() {
         MOEWARDEN_TEST_GPU=0 timeout "$LIMIT" "$sanitizer" --tool "$tool" --error-exitcode 1 "$BIN/cuda_emulated" \
             --test-threads 1 agrees || code=$?
         MOEWARDEN_TEST_GPU=0 timeout "$LIMIT" "$sanitizer" --tool "$tool" --error-exitcode 1 "$BIN/cuda_products" \
-            --test-threads 1 tensor_cores || code=$?
+            --test-threads 1 tensor_cores of_warpgroups || code=$?
     done
     return "$code"
 }

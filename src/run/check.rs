@@ -37,9 +37,9 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     let rank = Rank { here: ranks, device, ..Rank::single(ui.clone()) };
     rank.device.check(config, ranks)?;
     let place = match caught(|| rank.device.open(config, &session, &rank))? {
-        Opened::Cpu(cpu) => Place::of(&*cpu, ranks),
+        Opened::Cpu(cpu) => Place::of(&*cpu, ranks, session.model.vocab_size),
         Opened::Cuda(cuda, _) => {
-            let place = Place::of(&*cuda, ranks);
+            let place = Place::of(&*cuda, ranks, session.model.vocab_size);
             Place { free: place.free / rank.device.sharing(ranks) as u64, ..place }
         }
     };

@@ -11,6 +11,8 @@ use crate::model::{LayerKind, ModelConfig};
 pub struct Place {
     /// Bytes of one element of an activation.
     pub activation: usize,
+    /// Rows whose logits it holds at once at most, and how many logits a row has.
+    pub logits: (usize, usize),
     /// Bytes that it may take.
     pub free: u64,
     /// Whether that is the memory of a device; weights are copied there, and not memory-mapped.
@@ -18,14 +20,21 @@ pub struct Place {
 }
 
 impl Place {
-    /// Of one of `here` ranks on this machine.
-    pub fn of(backend: &impl Backend, here: usize) -> Self {
+    /// Of one of `here` ranks on this machine, with so many tokens in its vocabulary.
+    pub fn of(backend: &impl Backend, here: usize, vocabulary: usize) -> Self {
         let own = backend.free_memory();
         Self {
             activation: backend.activation_size(),
+            logits: (backend.rows_of_logits(vocabulary), vocabulary),
             free: own.unwrap_or_else(|| free_memory() / here as u64),
             device: own.is_some(),
         }
+    }
+
+    /// Bytes of logits and their gradient that exist at once for `rows` tokens.
+    pub fn logits(&self, rows: usize) -> u64 {
+        let (most, vocabulary) = self.logits;
+        (rows.min(most) * vocabulary * (4 + self.activation)) as u64
     }
 }
 

@@ -236,7 +236,8 @@ impl Session {
             Schedule::Alternate => (1, "a micro-batch".into()),
         };
         let kept = activations.peak(layers, 0, keep_from) - activations.working;
-        let peak = waiting.saturating_mul(kept).saturating_add(activations.working);
+        let working = activations.working.max(place.logits(rows));
+        let peak = waiting.saturating_mul(kept).saturating_add(working);
         // A device's weights are overwritten; memory-mapped ones are replaced.
         let new = if place.device { 0 } else { (total.bytes / total.elements.max(1)) as u64 };
         let state = TrainedState::predict(trained as u64, new, world_size);

@@ -169,7 +169,7 @@ fn describe(session: &Session, config: &RunConfig, ranks: &Ranks, ui: &Ui) -> Re
 
 /// Says how much memory a rank is expected to take, and returns it.
 fn predict_memory(session: &Session, config: &RunConfig, rank: &Rank, trained: usize, backend: &impl Backend) -> u64 {
-    let place = Place::of(backend, rank.here);
+    let place = Place::of(backend, rank.here, session.model.vocab_size);
     let (bytes, text) = session.predict_memory(config, trained, rank.world.world_size(), place);
     rank.ui.line(text);
     bytes

@@ -185,18 +185,19 @@ static const u64* exchange(unsigned mask, u64 value) {
 // --- shared memory ---------------------------------------------------------------------------------------------------
 
 const size_t STATIC_LIMIT = 48 * 1024, ARENA = 512 * 1024;
+const size_t DYNAMIC_AT = 256;  // aligned to no more, as behind static arrays on a GPU
 const unsigned char POISON = 0xff;  // NaN in every floating-point format
-struct alignas(16) Arena {
+struct alignas(1024) Arena {
     unsigned char bytes[ARENA];
 };
 static Arena arena;
 static std::vector<std::pair<const void*, size_t>> arrays;  // of this block: whose declaration, where
-static size_t dynamic_bytes, arena_used;
+static size_t dynamic_end, arena_used;
 
 static void begin_shared(size_t dynamic) {
-    dynamic_bytes = (dynamic + 15) / 16 * 16;
+    dynamic_end = DYNAMIC_AT + (dynamic + 15) / 16 * 16;
     arrays.clear();
-    arena_used = dynamic_bytes + 64;
+    arena_used = dynamic_end + 64;
     memset(arena.bytes, POISON, arena_used);
 }
 
@@ -205,11 +206,15 @@ static void* shared(const void* declaration, size_t size) {
         if (a.first == declaration) return arena.bytes + a.second;
     size_t at = arena_used;
     arena_used += (size + 15) / 16 * 16;
-    if (arena_used - dynamic_bytes - 64 > STATIC_LIMIT) fail("more than 48 KiB of static shared memory");
+    if (arena_used - dynamic_end - 64 > STATIC_LIMIT) fail("more than 48 KiB of static shared memory");
     memset(arena.bytes + at, POISON, arena_used - at);
     arrays.push_back({declaration, at});
     return arena.bytes + at;
 }
+
+// What runs in the background happens at once in shuffled launches, else only when it is waited for: so both what is read too
+// early and what is overwritten too early shows.
+static bool at_once;
 
 // --- running ---------------------------------------------------------------------------------------------------------
 
@@ -246,7 +251,7 @@ static void run_block(std::vector<unsigned>& order, bool shuffled) {
         }
     }
     for (size_t i = 0; i < 64; i++)
-        if (arena.bytes[dynamic_bytes + i] != POISON) error = "written beyond the dynamic shared memory";
+        if (arena.bytes[dynamic_end + i] != POISON) error = "written beyond the dynamic shared memory";
 }
 
 }  // namespace emulator
@@ -283,6 +288,7 @@ extern "C" const char* emulator_launch(const char* name, const unsigned* blocks,
     blockDim = {threads, 1, 1};
     threadIdx = {0, 0, 0};
     random_state = seed;
+    at_once = seed != 0;
     std::vector<unsigned> order(threads);
     for (unsigned t = 0; t < threads; t++) order[t] = t;
     std::vector<u64> grid((u64)blocks[0] * blocks[1] * blocks[2]);
@@ -312,7 +318,7 @@ extern "C" const char* emulator_launch(const char* name, const unsigned* blocks,
     static const char name##_declaration = 0; \
     name##_array& name = *static_cast<name##_array*>(emulator::shared(&name##_declaration, sizeof(name##_array)))
 
-#define DYNAMIC_SHARED(name) unsigned char* name = emulator::arena.bytes
+#define DYNAMIC_SHARED(name) unsigned char* name = emulator::arena.bytes + emulator::DYNAMIC_AT
 
 static inline void __syncthreads() { emulator::arrive(emulator::block.barrier, blockDim.x); }
 static inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::exchange(mask, 0); }

@@ -30,6 +30,9 @@ impl Backend for Cuda {
     fn peak_memory(&self) -> Option<u64> {
         Some(self.pool.usage().peak as u64)
     }
+    fn rows_of_logits(&self, classes: usize) -> usize {
+        cross_entropy::chunk_rows(classes, self.compute)
+    }
 
     // --- moving things -------------------------------------------------------------------------------------------
 

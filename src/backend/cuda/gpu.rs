@@ -62,6 +62,15 @@ pub struct Module {
     pub stem: &'static str,
     /// Its text.
     pub source: &'static str,
+    /// The one compute capability that it is written for (90 for 9.0); none: any.
+    pub only: Option<u32>,
+}
+
+impl Module {
+    /// Whether a GPU of this compute capability can have it.
+    pub fn runs_on(&self, sm: u32) -> bool {
+        self.only.is_none_or(|only| only == sm)
+    }
 }
 
 /// A kernel: a module's function of this name.

@@ -6,13 +6,24 @@ use crate::backend::Dtype;
 /// What every module is compiled behind.
 pub const COMMON: &str = include_str!("../../../kernels/common.cuh");
 
-/// `NAME = "stem";` is `kernels/stem.cu`, `NAME = "stem": "file", ..;` several files of `kernels/` one after another.
+/// `NAME = "stem";` is `kernels/stem.cu`, `NAME = "stem": "file", ..;` several files of `kernels/` one after another, with
+/// `for sm` only for GPUs of that compute capability.
 macro_rules! modules {
-    ($($name:ident = $stem:literal $(: $($file:literal),+)?;)*) => {
-        $(pub(super) static $name: Module = Module { stem: $stem, source: source!($stem $(, $($file),+)?) };)*
+    ($($name:ident = $stem:literal $(for $sm:literal)? $(: $($file:literal),+)?;)*) => {
+        $(pub(super) static $name: Module =
+            Module { stem: $stem, source: source!($stem $(, $($file),+)?), only: only!($($sm)?) };)*
 
         /// All modules.
         pub static MODULES: &[&Module] = &[$(&$name),*];
+    };
+}
+
+macro_rules! only {
+    () => {
+        None
+    };
+    ($sm:literal) => {
+        Some($sm)
     };
 }
 
@@ -33,9 +44,12 @@ modules! {
     DISPATCH = "dispatch";
     ELEMENTS = "elements";
     GRADIENT_MAGNITUDE = "gradient_magnitude": "tile_simt.cuh", "gradient_magnitude.cu";
-    GRADIENT_MAGNITUDE_MMA = "gradient_magnitude_mma": "mma.cuh", "tile_mma.cuh", "gradient_magnitude.cu";
+    GRADIENT_MAGNITUDE_MMA = "gradient_magnitude_mma": "mma.cuh", "stages.cuh", "tile_mma.cuh", "gradient_magnitude.cu";
+    GRADIENT_MAGNITUDE_WGMMA = "gradient_magnitude_wgmma" for 90: "mma.cuh", "wgmma.cuh", "stages.cuh", "tile_wgmma.cuh",
+        "gradient_magnitude.cu";
     GROUPED = "grouped": "groups.cuh", "tile_simt.cuh", "grouped.cu";
-    GROUPED_MMA = "grouped_mma": "groups.cuh", "mma.cuh", "tile_mma.cuh", "grouped.cu";
+    GROUPED_MMA = "grouped_mma": "groups.cuh", "mma.cuh", "stages.cuh", "tile_mma.cuh", "grouped.cu";
+    GROUPED_WGMMA = "grouped_wgmma" for 90: "groups.cuh", "mma.cuh", "wgmma.cuh", "stages.cuh", "tile_wgmma.cuh", "grouped.cu";
     NORM = "norm";
     ROPE = "rope";
     ROUTE = "route";

@@ -26,8 +26,10 @@ pub enum Form {
     /// One product of the vendor's library a group. It must know how many rows each group has, so the first such product
     /// of a dispatch waits for the GPU.
     EachGroup,
-    /// One kernel over all groups, on tensor cores.
+    /// One kernel over all groups, on tensor cores, warp by warp (`mma.sync`).
     TensorCores,
+    /// The same by products of whole warpgroups (`wgmma`), which GPUs of compute capability 9.0 have.
+    Warpgroups,
     /// One kernel over all groups, by ordinary arithmetic.
     Arithmetic,
 }
@@ -53,7 +55,7 @@ impl Grouped {
         if self.groups <= 1 || self.work() >= threshold {
             Form::EachGroup
         } else if self.dtype == Dtype::Bf16 && architecture.sm >= 80 && whole_pieces {
-            Form::TensorCores
+            if architecture.sm == 90 { Form::Warpgroups } else { Form::TensorCores }
         } else {
             Form::Arithmetic
         }
@@ -98,7 +100,8 @@ impl fmt::Display for Form {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Form::EachGroup => "a library product for each group",
-            Form::TensorCores => "one kernel for all groups on tensor cores",
+            Form::TensorCores => "one kernel for all groups on tensor cores (mma.sync)",
+            Form::Warpgroups => "one kernel for all groups on tensor cores (wgmma)",
             Form::Arithmetic => "one kernel for all groups by ordinary arithmetic",
         })
     }
@@ -126,10 +129,11 @@ mod tests {
     fn forms_of_known_models() {
         // 4,096 and 32,768 tokens of OLMoE-1B-7B, Qwen3-30B-A3B and Mixtral-8x7B.
         for tokens in [4096, 32768] {
-            assert_eq!(form(tokens * 8, 128, 2048, 768, Dtype::Bf16, 90), Form::TensorCores);
+            assert_eq!(form(tokens * 8, 128, 2048, 768, Dtype::Bf16, 80), Form::TensorCores);
+            assert_eq!(form(tokens * 8, 128, 2048, 768, Dtype::Bf16, 90), Form::Warpgroups);
             assert_eq!(form(tokens * 2, 8, 4096, 14336, Dtype::Bf16, 90), Form::EachGroup);
         }
-        assert_eq!(form(4096 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::TensorCores);
+        assert_eq!(form(4096 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::Warpgroups);
         assert_eq!(form(32768 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::EachGroup);
         assert_eq!(form(4096, 1, 2048, 5632, Dtype::Bf16, 90), Form::EachGroup);
     }
@@ -137,6 +141,7 @@ mod tests {
     #[test]
     fn tensor_cores_want_bf16_whole_pieces_and_ampere() {
         assert_eq!(form(64, 4, 32, 16, Dtype::Bf16, 80), Form::TensorCores);
+        assert_eq!(form(64, 4, 32, 16, Dtype::Bf16, 100), Form::TensorCores);
         assert_eq!(form(64, 4, 32, 16, Dtype::Bf16, 75), Form::Arithmetic);
         assert_eq!(form(64, 4, 33, 16, Dtype::Bf16, 90), Form::Arithmetic);
         assert_eq!(form(64, 4, 32, 12, Dtype::Bf16, 90), Form::Arithmetic);
@@ -150,7 +155,7 @@ mod tests {
         let shape = Grouped { rows: 32768, groups: 64, inputs: 2048, outputs: 1024, dtype: Dtype::Bf16 };
         assert_eq!(shape.to_string(), "32768 rows in 64 groups, weights [1024, 2048] in Bf16, 2.15 GFLOP a group");
         let architecture = Architecture { sm: 90, processors: 132, shared: 227 * 1024 };
-        assert_eq!(shape.form(architecture).to_string(), "one kernel for all groups on tensor cores");
+        assert_eq!(shape.form(architecture).to_string(), "one kernel for all groups on tensor cores (wgmma)");
     }
 
     #[test]

@@ -68,7 +68,26 @@ impl Communicator {
         let stopped = AtomicBool::new(false);
         let new = Self { nccl, rank, world_size, timeout, compute, stream, ready, done, comm, stopped };
         new.settle(&mut new.lock(), code, &"ncclCommInitRank")?;
+        new.connect()?;
         Ok(new)
+    }
+
+    /// One of each operation, for NCCL connects ranks when they first need it. Here all of them come; later, a rank could wait
+    /// in vain for one that was lost meanwhile, before the host has found that out.
+    fn connect(&self) -> Result<()> {
+        let (ones, bytes) = (vec![1; self.world_size], vec![size_of::<f32>(); self.world_size]);
+        let failed = |e| Error::Nccl { rank: self.rank, message: said("memory for ncclAllReduce", e) };
+        // SAFETY: its own memory, which is freed when nothing uses it any more.
+        let values = unsafe { result::malloc_sync(4 * self.world_size) }.map_err(failed)?;
+        let part = values + 4 * self.rank as u64;
+        let connected = unsafe { result::memset_d8_async(values, 0, 4 * self.world_size, self.compute) }
+            .map_err(failed)
+            .and_then(|()| self.all_reduce_f32(values, self.world_size))
+            .and_then(|()| self.reduce_scatter_f32(values, &ones, part))
+            .and_then(|()| self.all_gather_into(part, &bytes, values))
+            .and_then(|()| self.wait());
+        // SAFETY: after the wait, or after an error that ended NCCL's work.
+        unsafe { result::free_sync(values) }.map_err(failed).and(connected)
     }
 
     /// NCCL and its version, for the log.

@@ -5,18 +5,17 @@
 //!
 //! ```text
 //! backward, top to bottom                    compute stream     NCCL's stream
-//!   the last parameter of bucket 0 is done   ...
-//!   reduce_scatter_f32(bucket 0, part 0)     layer below        waits for bucket 0, sums it
-//!   the last parameter of bucket 1 is done   ...                sums bucket 1 when both are there
+//!   the gradient of the last parameter       ...
+//!   reduce_scatter_f32(that gradient)        layer below        waits for it, sums it
+//!   the gradient of the one before           ...                sums it when both are there
 //! wait(), join()                             waits for the parts
 //! norm and finiteness, AdamW on the shard    ...
-//! all_gather_into(weights of bucket i)                          gathers, bucket by bucket
+//! all_gather_into(new weights)                                  gathers, parameter by parameter
 //! wait(), join()                             next forward
 //! ```
 //!
-//! Buckets are those of the optimizer's shard plan, the last parameters first, since the backward finishes those first; in
-//! a bucket the pieces of one rank stand together, so that one operation moves it. The gradient buffer of a bucket must not
-//! be written again before [`DeviceCollective::join`].
+//! A parameter's gradient goes as soon as the backward has finished it, where it lies, in the parts of the optimizer's shard
+//! plan; it must not be written again before [`DeviceCollective::join`].
 //!
 //! A GPU cannot be told to give up: a stream that waits for an operation that a lost rank never joins waits for ever, and so
 //! would the host at its next copy from the GPU. So the host calls [`DeviceCollective::wait`] before it blocks on the compute

@@ -91,7 +91,8 @@ impl Nvidia {
         }
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS;
         let reads_pageable = context.attribute(attribute).map_err(refused("cuDeviceGetAttribute"))? != 0;
-        let cubins = cubins(&nvrtc, &Cache::new(kernel_cache), architecture.sm)?;
+        let modules: Vec<_> = MODULES.iter().filter(|module| module.runs_on(architecture.sm)).collect();
+        let cubins = cubins(&nvrtc, &Cache::new(kernel_cache), &modules, architecture.sm)?;
 
         let stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(refused("cuStreamCreate"))?;
@@ -110,7 +111,7 @@ impl Nvidia {
             staging: Mutex::default(),
             context,
         };
-        for (module, cubin) in MODULES.iter().zip(cubins) {
+        for (module, cubin) in modules.iter().zip(cubins) {
             // SAFETY: NVRTC's output (or the same from the cache, whose hash was right) is a whole cubin.
             let loaded = unsafe { result::module::load_data(cubin.as_ptr().cast()) };
             gpu.modules.insert(module.stem, loaded.map_err(refused("cuModuleLoadData"))?);
@@ -205,18 +206,18 @@ fn architecture(context: &CudaContext) -> Result<Architecture, DriverError> {
     Ok(Architecture { sm: (10 * major + minor) as u32, processors: processors as u32, shared: shared as usize })
 }
 
-/// Machine code of all modules, in their order, for a GPU of compute capability `sm`.
-fn cubins(nvrtc: &Nvrtc, cache: &Cache, sm: u32) -> Result<Vec<Vec<u8>>, Error> {
+/// Machine code of these modules, in their order, for a GPU of compute capability `sm`.
+fn cubins(nvrtc: &Nvrtc, cache: &Cache, modules: &[&&Module], sm: u32) -> Result<Vec<Vec<u8>>, Error> {
     let options = options(sm);
     let compiler = format!("{:?}", nvrtc.version());
-    let cubin = |module: &&Module| {
+    let cubin = |module: &&&Module| {
         let source = nvrtc::source(module);
         let mut parts = vec![source.as_str(), &compiler];
         parts.extend(options.iter().map(String::as_str));
         let stem = format!("{}-sm_{sm}", module.stem);
         cache.get(&stem, &parts, || Ok(nvrtc.compile(module, &options)?.cubin))
     };
-    MODULES.par_iter().map(cubin).collect()
+    modules.par_iter().map(cubin).collect()
 }
 
 fn refused(call: &'static str) -> impl Fn(DriverError) -> Error {

@@ -17,7 +17,7 @@ const TOTAL: Kernel = kernel!(UPDATE, "total");
 const BUDGET: usize = 256 << 20;
 
 /// Rows of a chunk for a vocabulary of `v`: within the budget, in whole tiles of a product, at least one tile.
-fn chunk_rows(v: usize, dtype: Dtype) -> usize {
+pub fn chunk_rows(v: usize, dtype: Dtype) -> usize {
     (BUDGET / (v * (4 + dtype.size()))).next_multiple_of(64).max(64)
 }
 

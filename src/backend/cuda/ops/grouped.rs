@@ -18,19 +18,22 @@ use crate::backend::cuda::pool::Memory;
 use crate::backend::cuda::{Cuda, Dispatch, Tensor, Weight};
 use crate::backend::{Dtype, Stacks};
 
-/// A kernel over all groups, as ordinary arithmetic and, for BF16, on tensor cores.
+/// A kernel over all groups, as ordinary arithmetic and, for BF16, on tensor cores by products of warps or of warpgroups.
 struct Kernels {
     arithmetic: Typed,
     tensor_cores: Kernel,
+    warpgroups: Kernel,
 }
 
 const LINEAR: Kernels = Kernels {
     arithmetic: typed!(GROUPED, "grouped_linear"),
     tensor_cores: kernel!(GROUPED_MMA, "grouped_linear_bf16"),
+    warpgroups: kernel!(GROUPED_WGMMA, "grouped_linear_bf16"),
 };
 const BACKWARD_INPUT: Kernels = Kernels {
     arithmetic: typed!(GROUPED, "grouped_backward_input"),
     tensor_cores: kernel!(GROUPED_MMA, "grouped_backward_input_bf16"),
+    warpgroups: kernel!(GROUPED_WGMMA, "grouped_backward_input_bf16"),
 };
 /// The shapes of one call, and the weights where kernels find them.
 struct Call<'a> {
@@ -93,6 +96,7 @@ impl<'a> Call<'a> {
     fn tiled(&self, kernels: &Kernels) -> Tiled {
         match self.form {
             Form::TensorCores => Tiled { kernel: kernels.tensor_cores, side: 128, shared: 48 << 10 },
+            Form::Warpgroups => Tiled { kernel: kernels.warpgroups, side: 128, shared: 97 << 10 },
             _ => Tiled { kernel: *kernels.arithmetic.of(self.dtype), side: 64, shared: 0 },
         }
     }

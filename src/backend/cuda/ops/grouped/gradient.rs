@@ -13,10 +13,12 @@ use crate::backend::{Dtype, ExpertGrad, Moment, Stacks};
 const BACKWARD_WEIGHT: Kernels = Kernels {
     arithmetic: typed!(GROUPED, "grouped_backward_weight"),
     tensor_cores: kernel!(GROUPED_MMA, "grouped_backward_weight_bf16"),
+    warpgroups: kernel!(GROUPED_WGMMA, "grouped_backward_weight_bf16"),
 };
 const MAGNITUDE: Kernels = Kernels {
     arithmetic: typed!(GRADIENT_MAGNITUDE, "gradient_magnitude"),
     tensor_cores: kernel!(GRADIENT_MAGNITUDE_MMA, "gradient_magnitude_bf16"),
+    warpgroups: kernel!(GRADIENT_MAGNITUDE_WGMMA, "gradient_magnitude_bf16"),
 };
 const MAGNITUDE_OF: Typed = typed!(GRADIENT_MAGNITUDE, "magnitude_of");
 const ADD_MAGNITUDES: Kernel = kernel!(GRADIENT_MAGNITUDE, "add_magnitudes");
@@ -52,7 +54,7 @@ pub fn backward_weight(
             gradients.add_each(&adds, &rows, dw);
             gradients.score_each(&sums, &rows, scores);
         }
-        Form::TensorCores | Form::Arithmetic => {
+        Form::TensorCores | Form::Warpgroups | Form::Arithmetic => {
             gradients.add(&adds, dw);
             gradients.score(&sums, scores);
         }
