@@ -175,7 +175,7 @@ fn bits(name: &str, phase: &str, dtype: Dtype, gpu: Arc<dyn Gpu>) -> (Vec<u64>, 
 
 #[test]
 fn identification_in_f32() {
-    for name in cases(&["qwen2_moe"]) {
+    for name in cases(&["olmoe"]) {
         identification(&name, Dtype::F32, f32_tolerance());
     }
 }

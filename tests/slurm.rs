@@ -286,7 +286,7 @@ fn a_rank_that_dies_ends_the_job() {
     let job = cluster.submit(TWO_NODES, &training(&output, LONG), &fault);
     job.progress(&output);
     // The other rank notices at once; SLURM takes its time to tell.
-    let end = job.end(Duration::from_secs(15));
+    let end = job.end(MINUTE);
     assert!(end.starts_with("FAILED "), "{end}: {}", job.log());
     let named = "rank 1 ended while rank 0 waited for it at";
     assert!(job.log().contains(named) && !output.join("final_model").exists(), "{}", job.log());

@@ -21,7 +21,7 @@ pub enum Tries {
 }
 
 /// What `MOEWARDEN_FAULT_REPEATS` asks for; 0 without it.
-fn repeats() -> usize {
+pub fn repeats() -> usize {
     env::var("MOEWARDEN_FAULT_REPEATS").map_or(0, |text| text.parse().expect("MOEWARDEN_FAULT_REPEATS is a number"))
 }
 
