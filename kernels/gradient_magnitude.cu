@@ -1,11 +1,11 @@
 // One number for the gradient of a weight, without the gradient: a tile of dyᵀ · x is summed in registers over the group's
-// rows, reduced there, and leaves one partial sum. dy and x are read as they lie, both transposed on the way into registers.
-// Over `Tile` of tile_simt.cuh or tile_mma.cuh. Sums run in a fixed order: f32 within a thread, f64 beyond.
+// rows, reduced there, and leaves one partial sum. dy and x are read as they lie, and nowhere else is a transpose of them. Over
+// `Tile` of tile_simt.cuh, tile_mma.cuh or tile_wgmma.cuh. Sums run in a fixed order: f32 within a thread, f64 beyond.
 
 // The sum over this thread's numbers of a tile, of(number, row, col).
 template <class F> DEVICE float total_of(const Tile& tile, F of) {
     float total = 0.0f;
-    tile.each([&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
+    each(tile, [&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
 #pragma unroll
         for (u32 i = 0; i < Tile::WIDE; i++) total += of(v.v[i], row, col + i);
     });
@@ -28,7 +28,7 @@ DEVICE void magnitude(double* partial, const T* dy, const T* x, const T* const* 
         u64 m = blockIdx.x / across % down * Tile::M, n = blockIdx.x % across * Tile::N;
         u64 height = least(out - m, (u64)Tile::M), width = least(in - n, (u64)Tile::N);
         Tile tile;
-        // What lies beyond height and width is summed as zero, and adds nothing to any moment.
+        // What lies beyond height and width is summed as zero (as NaN, if a factor is not finite), and adds nothing to any moment.
         tile.multiply<T, true, false>(1, rows, [&](u64) {
             return Parts<T>{{dy + row * stack * out + index * out + m, stack * out, rows, height},
                             {x + row * in + n, in, rows, width}};
@@ -39,6 +39,8 @@ DEVICE void magnitude(double* partial, const T* dy, const T* x, const T* const* 
             total = total_of(tile, [](float g, u64, u64) { return fabsf(g); });
         else if (job[1] == 1)
             total = total_of(tile, [](float g, u64, u64) { return g * g; });
+        else if (height == Tile::M && width == Tile::N)  // without conditions, so that many weights are read at once
+            total = total_of(tile, [&](float g, u64 row, u64 col) { return fabsf(g * to_f32(w[row * in + col])); });
         else
             total = total_of(tile, [&](float g, u64 row, u64 col) {
                 return row < height && col < width ? fabsf(g * to_f32(w[row * in + col])) : 0.0f;

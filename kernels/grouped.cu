@@ -1,4 +1,5 @@
-// Products of groups of rows with their groups' own weights, over `Tile` of tile_simt.cuh or, for BF16, tile_mma.cuh.
+// Products of groups of rows with their groups' own weights, over `Tile` of tile_simt.cuh or, for BF16, of tile_mma.cuh or
+// tile_wgmma.cuh.
 //
 // Rows are sorted by group; `offsets` [groups + 1] stays on the GPU. A group has `stack` weights [out, in] whose outputs lie
 // side by side: `weights` [groups * stack] are their addresses. Each output is one thread's sum in the order of the depth.
@@ -9,9 +10,14 @@ DEVICE u64 tiles_of(u64 n, u64 tile) { return (n + tile - 1) / tile; }
 
 // W neighbours at column `col` of a row's tile that is `width` wide.
 template <int W, class T> DEVICE void put(T* row, const Pack<W>& x, u64 col, u64 width) {
+#ifdef TENSOR_CORES
+    // Rows are aligned to 16 bytes, and no pair lies across their end.
+    if (col < width) *reinterpret_cast<u32*>(row + col) = rounded_pair(x.v[0], x.v[1]);
+#else
 #pragma unroll
     for (int i = 0; i < W; i++)
         if (col + i < width) row[col + i] = from_f32<T>(x.v[i]);
+#endif
 }
 
 // y [R, stack * out] = x [R, in] · wᵀ. Grid: (R / M + groups) * stack * ceil(out / N) blocks, or more.
@@ -26,7 +32,7 @@ DEVICE void linear(T* y, const T* x, const T* const* weights, const u32* offsets
     tile.multiply<T, false, true>(
         1, in, [&](u64) { return Parts<T>{{x + p.row * in, in, p.rows, in}, {w, in, width, in}}; });
     T* to = y + p.row * stack * out + index * out + first;
-    tile.each([&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
+    each(tile, [&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
         if (row < p.rows) put(to + row * stack * out, v, col, width);
     });
 }
@@ -44,9 +50,28 @@ DEVICE void backward_input(T* dx, const T* dy, const T* const* weights, const u3
                         {weights[p.group * stack + index] + first, in, out, width}};
     });
     T* to = dx + p.row * in + first;
-    tile.each([&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
+    each(tile, [&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
         if (row < p.rows) put(to + row * in, v, col, width);
     });
+}
+
+// to += a whole tile, in rows `stride` apart. Several are read before any is written, so that they come together.
+DEVICE void add_tile(float* to, const Tile& tile, u64 stride) {
+    const int AT_ONCE = Tile::PACKS < 8 ? Tile::PACKS : 8;
+#pragma unroll
+    for (int first = 0; first < Tile::PACKS; first += AT_ONCE) {
+        float sum[AT_ONCE][Tile::WIDE];
+#pragma unroll
+        for (int p = 0; p < AT_ONCE; p++)
+#pragma unroll
+            for (int i = 0; i < Tile::WIDE; i++)
+                sum[p][i] = to[tile.row(first + p) * stride + tile.col(first + p) + i] + tile.pack(first + p).v[i];
+#pragma unroll
+        for (int p = 0; p < AT_ONCE; p++)
+#pragma unroll
+            for (int i = 0; i < Tile::WIDE; i++)
+                to[tile.row(first + p) * stride + tile.col(first + p) + i] = sum[p][i];
+    }
 }
 
 // dw += dyᵀ · x for some groups. `jobs` [n, 1 + stack]: a group and where the gradient of each of its weights begins in dw.
@@ -67,12 +92,16 @@ DEVICE void backward_weight(float* dw, const T* dy, const T* x, const u32* offse
                         {x + row * in + n, in, rows, width}};
     });
     float* to = dw + job[1 + index] + m * in + n;
-    tile.each([&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
-        if (row >= height) return;
+    if (height == Tile::M && width == Tile::N) {
+        add_tile(to, tile, in);
+    } else {
+        each(tile, [&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
+            if (row >= height) return;
 #pragma unroll
-        for (u32 i = 0; i < Tile::WIDE; i++)
-            if (col + i < width) to[row * in + col + i] += v.v[i];
-    });
+            for (u32 i = 0; i < Tile::WIDE; i++)
+                if (col + i < width) to[row * in + col + i] += v.v[i];
+        });
+    }
 }
 
 #define TYPED(T, name)                                                                                              \

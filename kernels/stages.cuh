@@ -12,24 +12,13 @@
 
 const u32 TILE = 128, TILE_THREADS = 256;
 
-// Part of a row-major matrix as it is stored; what lies beyond `rows` and `cols` counts as zero. Rows start aligned to 16
-// bytes, and where they end is a multiple of 8.
-template <class T> struct Part {
-    const T* at;
-    u64 stride, rows, cols;
-};
-
-template <class T> struct Parts {
-    Part<T> a, b;
-};
-
 // One operand's way. Each thread copies a few pieces of a step, below each other.
 template <class Stage, bool along> struct Feed {
     static const u32 PIECES = (along ? Stage::DEPTH : TILE) / 8, APART = TILE_THREADS / PIECES;
     static const u32 EACH = TILE * Stage::DEPTH / 8 / TILE_THREADS;
 
     const bf16* from;
-    u32 below, step;  // elements; a row is shorter than 2^26
+    u32 below, step;  // elements; a row is shorter than 2^25
     u32 row, col, rows, cols, to;
 
     DEVICE void start(const Part<bf16>& part) {

@@ -15,7 +15,7 @@ struct Stage {
 // M x N sums in the registers of THREADS threads: 8 warps, 2 down and 4 along, each with 64 x 32 of them.
 // Needs 48 KiB of dynamic shared memory.
 struct Tile {
-    static const int M = TILE, N = TILE, THREADS = TILE_THREADS, WIDE = 2;
+    static const int M = TILE, N = TILE, THREADS = TILE_THREADS, WIDE = 2, PACKS = 32;
     float sum[4][4][4];
 
     // 16 x 16 of a from row m and depth k of a stage.
@@ -72,18 +72,10 @@ struct Tile {
         copies_wait<0>();
     }
 
-    // f(row, col, WIDE neighbouring sums) for all sums of this thread.
-    template <class F> DEVICE void each(F f) const {
-        u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        u64 row = warp % 2 * 64 + lane / 4, col = warp / 2 * 32 + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    Pack<2> x = {{sum[i][j][half * 2], sum[i][j][half * 2 + 1]}};
-                    f(row + i * 16 + half * 8, col + j * 8, x);
-                }
+    static DEVICE u32 row(int i) { return threadIdx.x / 32 % 2 * 64 + threadIdx.x % 32 / 4 + i / 8 * 16 + i % 2 * 8; }
+    static DEVICE u32 col(int i) { return threadIdx.x / 64 * 32 + threadIdx.x % 4 * 2 + i / 2 % 4 * 8; }
+    DEVICE Pack<2> pack(int i) const {
+        const float* two = sum[i / 8][i / 2 % 4] + i % 2 * 2;
+        return {{two[0], two[1]}};
     }
 };

@@ -1,19 +1,9 @@
 // A tile of a product by ordinary arithmetic, for F32, and for BF16 whose rows do not start aligned to 16 bytes.
-// tile_mma.cuh has the same `Tile` on tensor cores; kernels are written over either.
-
-// Part of a row-major matrix as it is stored; what lies beyond `rows` and `cols` counts as zero.
-template <class T> struct Part {
-    const T* at;
-    u64 stride, rows, cols;
-};
-
-template <class T> struct Parts {
-    Part<T> a, b;
-};
+// tile_mma.cuh and tile_wgmma.cuh have the same `Tile` on tensor cores; kernels are written over any of them.
 
 // M x N sums in the registers of THREADS threads, each with 4 x 4 of them.
 struct Tile {
-    static const int M = 64, N = 64, THREADS = 256, WIDE = 4;
+    static const int M = 64, N = 64, THREADS = 256, WIDE = 4, PACKS = 4;
     static const int DEPTH = 16, PITCH = 68;
     float sum[4][4];
 
@@ -57,12 +47,7 @@ struct Tile {
         }
     }
 
-    // f(row, col, WIDE neighbouring sums) for all sums of this thread.
-    template <class F> DEVICE void each(F f) const {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            Pack<4> x = {{sum[i][0], sum[i][1], sum[i][2], sum[i][3]}};
-            f((u64)(threadIdx.x / 16 * 4 + i), (u64)(threadIdx.x % 16 * 4), x);
-        }
-    }
+    static DEVICE u32 row(int i) { return threadIdx.x / 16 * 4 + i; }
+    static DEVICE u32 col(int) { return threadIdx.x % 16 * 4; }
+    DEVICE Pack<4> pack(int i) const { return {{sum[i][0], sum[i][1], sum[i][2], sum[i][3]}}; }
 };

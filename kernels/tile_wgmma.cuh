@@ -17,7 +17,7 @@ struct Stage {
 
 // M x N sums in the registers of THREADS threads. Needs 97 KiB of dynamic shared memory.
 struct Tile {
-    static const int M = TILE, N = TILE, THREADS = TILE_THREADS, WIDE = 2;
+    static const int M = TILE, N = TILE, THREADS = TILE_THREADS, WIDE = 2, PACKS = 32;
     Sums sums;
 
     // The sum over `count` pairs of parts, `parts(i)`, of op(a) · op(b): a is [M, depth], or stored as [depth, M] if
@@ -30,7 +30,8 @@ struct Tile {
         for (int i = 0; i < 64; i++) sums[i] = 0.0f;
 
         Feeds<Stage, !a_transposed, b_transposed> feeds(whole_atoms(memory), count, depth);
-        // Either way half a step of a is 64 rows of it, those of one warpgroup. A register that all lanes share holds where.
+        // Either way half a step of a is 64 rows of it, those of one warpgroup. By the shuffle the compiler knows that this is the
+        // same in all lanes, as what describes a factor has to be.
         u32 warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / 128, 0);
         const u64 a = factor(feeds.step_of_a(0) + warpgroup * HALF, HALF * sizeof(bf16), ATOM);
         const u64 b = factor(feeds.step_of_b(0), HALF * sizeof(bf16), ATOM);
@@ -38,8 +39,8 @@ struct Tile {
         for (u32 s = 0; s < Stage::COUNT - 1; s++) feeds.copy(s, parts);
         for (u32 step = 0, stage = 0; step < steps; step++) {
             copies_wait<Stage::COUNT - 2>();
-            copies_show();
-            products_wait(sums);
+            copies_show();  // each thread its own, hence before the barrier
+            products_wait(sums);  // which also lets copies overwrite what they have read
             __syncthreads();  // this stage has arrived for all, and all are done with the one before
             products_begin(sums);
 #pragma unroll
@@ -54,16 +55,7 @@ struct Tile {
         copies_wait<0>();
     }
 
-    // f(row, col, WIDE neighbouring sums) for all sums of this thread.
-    template <class F> DEVICE void each(F f) const {
-        u32 lane = threadIdx.x % 32;
-        u64 row = threadIdx.x / 32 * 16 + lane / 4, col = lane % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < 16; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                Pack<2> x = {{sums[j * 4 + half * 2], sums[j * 4 + half * 2 + 1]}};
-                f(row + half * 8, col + j * 8, x);
-            }
-    }
+    static DEVICE u32 row(int i) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8; }
+    static DEVICE u32 col(int i) { return threadIdx.x % 4 * 2 + i / 2 * 8; }
+    DEVICE Pack<2> pack(int i) const { return {{sums[i * 2], sums[i * 2 + 1]}}; }
 };

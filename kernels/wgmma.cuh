@@ -32,7 +32,8 @@ DEVICE bf16* whole_atoms(unsigned char* memory) {
 // The sums as operands, so that the compiler keeps what it does with them on the right side.
 #define SUMS SUMS_16(0), SUMS_16(16), SUMS_16(32), SUMS_16(48)
 
-// What this thread copied may be read by products; a barrier must follow before others' products read it.
+// What this thread copied may be read by products, which see memory another way ("async proxy"); a barrier must follow before
+// others' products read it.
 DEVICE void copies_show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first of some products that add to these sums. The whole warpgroup must come here, and to all below.
@@ -40,15 +41,15 @@ DEVICE void products_begin(Sums& c) { asm volatile("wgmma.fence.sync.aligned;" :
 // c += a · b over a depth of 16, in the background. `a_along`: a is K-major; `b_along`: b is.
 template <bool a_along, bool b_along> DEVICE void product(Sums& c, u64 a, u64 b) {
     asm volatile(
-        "{ .reg .pred add; setp.eq.u32 add, %68, %68;"
+        "{ .reg .pred onto; setp.ne.b32 onto, %68, 0;"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, add, 1, 1, %66, %67; }"
+        "%64, %65, onto, 1, 1, %66, %67; }"
         : SUMS
-        : "l"(a), "l"(b), "n"(a_along ? 0 : 1), "n"(b_along ? 0 : 1), "r"(0));
+        : "l"(a), "l"(b), "n"(a_along ? 0 : 1), "n"(b_along ? 0 : 1), "r"(1));
 }
 // Ends a group of products.
 DEVICE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -70,49 +71,91 @@ DEVICE float element(u64 factor, bool along, u32 row, u32 k) {
     return to_f32(*reinterpret_cast<const bf16*>(shared_at(at)));
 }
 
-// Products under way, noted by the first thread of each warpgroup: with what they were given.
-struct Product {
-    u64 a, b;
-    bool a_along, b_along;
-    std::vector<float> factors;
-};
-static std::vector<Product> products[8];
-
-static std::vector<float> factors_of(const Product& p) {
+static std::vector<float> elements(u64 a, bool a_along, u64 b, bool b_along) {
     std::vector<float> all;
     for (u32 k = 0; k < 16; k++) {
-        for (u32 m = 0; m < 64; m++) all.push_back(element(p.a, p.a_along, m, k));
-        for (u32 n = 0; n < 128; n++) all.push_back(element(p.b, p.b_along, n, k));
+        for (u32 m = 0; m < 64; m++) all.push_back(element(a, a_along, m, k));
+        for (u32 n = 0; n < 128; n++) all.push_back(element(b, b_along, n, k));
     }
     return all;
 }
 
-DEVICE void products_begin(Sums&) { __syncwarp(); }
+// A warpgroup's products of this block: what its first thread to come gave them, and what they read, until they are done.
+struct Product {
+    u64 a, b;
+    std::vector<float> (*read)(u64, u64);
+    std::vector<float> factors;
+};
+struct Products {
+    u64 block;
+    std::vector<Product> all;
+    size_t done;
+};
+static Products warpgroups[8];
+
+// A thread's products of this block, and its sums while some are under way.
+struct Issued {
+    u64 block;
+    size_t count;
+    bool begun, under_way, ended;
+    Sums sums;
+};
+static Issued issued[1024];
+
+template <class T> T& of_this_block(T& state) {
+    if (state.block != emulator::blocks_run) state = T{};
+    state.block = emulator::blocks_run;
+    return state;
+}
+
+DEVICE void products_begin(Sums&) {
+    of_this_block(issued[threadIdx.x]).begun = true;
+    __syncwarp();
+}
 template <bool a_along, bool b_along> DEVICE void product(Sums& c, u64 a, u64 b) {
+    auto& mine = of_this_block(issued[threadIdx.x]);
+    auto& group = of_this_block(warpgroups[threadIdx.x / 128]);
+    if (!mine.begun) emulator::fail("a product that was not begun");
+    if (group.all.size() == mine.count)
+        group.all.push_back({a, b, [](u64 a, u64 b) { return elements(a, a_along, b, b_along); }, {}});
+    Product& p = group.all[mine.count++];
+    if (p.a != a || p.b != b) emulator::fail("a warpgroup's threads give a product different factors");
     if (threadIdx.x % 128 == 0) {
         for (u32 t = 0; t < blockDim.x; t++)
             if (unshown[t]) emulator::fail("a product before all copies were shown to it");
         for (u64 f : {a, b})
             if (f >> 62 != 1 || f >> 46 << 48 != 0) emulator::fail("a factor that is not in atoms of 128-byte lines");
-        products[threadIdx.x / 128].push_back({a, b, a_along, b_along, {}});
-        auto& p = products[threadIdx.x / 128].back();
-        p.factors = factors_of(p);
+        p.factors = p.read(a, b);
     }
+    if (!mine.under_way) {
+        memcpy(mine.sums, c, sizeof c);
+        for (float& sum : c) sum = __int_as_float(-1);  // NaN, until it is waited for
+    }
+    mine.under_way = true;
+    mine.ended = false;
     u32 lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     for (u32 k = 0; k < 16; k++) {
         float x[2] = {element(a, a_along, row, k), element(a, a_along, row + 8, k)};
-        for (u32 i = 0; i < 64; i++) c[i] += x[i / 2 % 2] * element(b, b_along, i / 4 * 8 + lane % 4 * 2 + i % 2, k);
+        for (u32 i = 0; i < 64; i++)
+            mine.sums[i] += x[i / 2 % 2] * element(b, b_along, i / 4 * 8 + lane % 4 * 2 + i % 2, k);
     }
 }
-DEVICE void products_end() {}
-DEVICE void products_wait(Sums&) {
-    if (threadIdx.x % 128 == 0) {
-        for (const Product& p : products[threadIdx.x / 128]) {
-            auto now = factors_of(p);  // compared as bits: NaN is equal to itself
-            if (memcmp(now.data(), p.factors.data(), now.size() * sizeof(float)))
-                emulator::fail("a factor was overwritten before its product was done");
-        }
-        products[threadIdx.x / 128].clear();
+DEVICE void products_end() {
+    issued[threadIdx.x].begun = false;
+    issued[threadIdx.x].ended = true;
+}
+DEVICE void products_wait(Sums& c) {
+    auto& mine = of_this_block(issued[threadIdx.x]);
+    auto& group = of_this_block(warpgroups[threadIdx.x / 128]);
+    if (mine.under_way && !mine.ended) emulator::fail("products are waited for whose group was not ended");
+    if (mine.under_way) memcpy(c, mine.sums, sizeof c);
+    mine.under_way = false;
+    for (; threadIdx.x % 128 == 0 && group.done < mine.count; group.done++) {
+        Product& p = group.all[group.done];
+        auto now = p.read(p.a, p.b);  // compared as bits: NaN is equal to itself
+        if (memcmp(now.data(), p.factors.data(), now.size() * sizeof(float)))
+            emulator::fail("a factor was overwritten before its product was done");
+        p.factors = {};
     }
     __syncwarp();
 }

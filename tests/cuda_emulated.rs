@@ -456,6 +456,7 @@ fn full_memory_is_reported_after_what_lies_idle_was_released() {
 // --- the emulator finds what it is there to find -------------------------------------------------------------------------
 
 static FAULTY: Module = Module {
+    only: None,
     stem: "faulty",
     source: r#"
         KERNEL(64, beyond, (float* x, u64 n)) { x[n + threadIdx.x % 2] = 1.0f; }

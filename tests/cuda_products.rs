@@ -44,6 +44,11 @@ fn cuda(gpu: Arc<dyn Gpu>, dtype: Dtype, form: Form) -> Cuda {
     }
 }
 
+/// Whether the device has this form.
+fn runs(form: &Form) -> bool {
+    !device::is_real() || *form != Form::Warpgroups || device::gpu().architecture().sm == 90
+}
+
 fn attending(gpu: Arc<dyn Gpu>, dtype: Dtype, form: AttentionForm) -> Cuda {
     let cuda = Cuda::new(gpu, dtype, Reuse::Never);
     match form {
@@ -205,9 +210,8 @@ fn grouped_products_on_tensor_cores() {
 
 #[test]
 fn grouped_products_of_warpgroups() {
-    let sm = device::gpu().architecture().sm;
-    if device::is_real() && sm != 90 {
-        return eprintln!("skipped: the products of warpgroups of compute capability 9.0, on one of {sm}");
+    if !runs(&Form::Warpgroups) {
+        return eprintln!("skipped: {}", Form::Warpgroups);
     }
     let cases: [(&[usize], [usize; 3]); 5] = [
         (&[0, 1, 5, 0, 70], [2, 8, 16]),
@@ -224,7 +228,7 @@ fn grouped_products_of_warpgroups() {
 
 #[test]
 fn weights_stored_in_another_format_are_converted() {
-    for form in [Form::Arithmetic, Form::TensorCores] {
+    for form in [Form::Arithmetic, Form::TensorCores, Form::Warpgroups].into_iter().filter(runs) {
         let mut case = Case::new(3, Dtype::Bf16, &[2, 0, 9, 4, 1], [2, 16, 24]);
         let want = case.run(&cuda(device::gpu(), Dtype::Bf16, form));
         for w in &mut case.weights {
@@ -236,7 +240,7 @@ fn weights_stored_in_another_format_are_converted() {
 
 #[test]
 fn numbers_of_one_group_never_reach_another() {
-    for form in [Form::Arithmetic, Form::EachGroup, Form::TensorCores] {
+    for form in [Form::Arithmetic, Form::EachGroup, Form::TensorCores, Form::Warpgroups].into_iter().filter(runs) {
         let counts = [3, 40, 7];
         let mut case = Case::new(1, Dtype::Bf16, &counts, [1, 16, 24]);
         let moments = |g: usize| ExpertGrad::Score(Moment::Abs, g);

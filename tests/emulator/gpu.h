@@ -215,6 +215,7 @@ static void* shared(const void* declaration, size_t size) {
 // What runs in the background happens at once in shuffled launches, else only when it is waited for: so both what is read too
 // early and what is overwritten too early shows.
 static bool at_once;
+static u64 blocks_run;  // before this one
 
 // --- running ---------------------------------------------------------------------------------------------------------
 
@@ -231,16 +232,20 @@ template <class T> void shuffle(std::vector<T>& items) {
 static void run_block(std::vector<unsigned>& order, bool shuffled) {
     unsigned threads = blockDim.x;
     block.barrier = {};
+    blocks_run++;
     for (auto& masks : block.warps) masks.clear();
     for (unsigned t = 0; t < threads; t++) fibers[t]->done = false, fibers[t]->waiting = nullptr;
     if (shuffled) shuffle(order);
+    unsigned halted = 0;  // warps that others leave behind for a while: a bit each
     for (unsigned left = threads; left > 0;) {
         bool moved = false;
+        if (shuffled && below(8) == 0) halted = below(1u << 16) << 16 | below(1u << 16);
         for (unsigned t : order) {
             Fiber* fiber = fibers[t].get();
             if (fiber->done || (fiber->waiting && fiber->waiting->generation == fiber->generation)) continue;
-            threadIdx.x = t;
             moved = true;
+            if (halted >> t / 32 & 1) continue;
+            threadIdx.x = t;
             resume(fiber);
             if (!error.empty()) return;
             left -= fiber->done;

@@ -255,6 +255,7 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 }
 int cuFuncGetAttribute(int* value, int attribute, void* function) { *value = STATICALLY; return attribute == 1 ? OK : INVALID; }
 int cuFuncSetAttribute(void* function, int attribute, int value) {
+    if (attribute == 9) return value >= 0 && value <= 100 ? OK : INVALID;  // the preferred share of the cache
     if (attribute != 8 || value + STATICALLY > 232448) return INVALID;
     allowed = value + STATICALLY;
     return OK;

@@ -43,13 +43,14 @@ modules! {
     CROSS_ENTROPY = "cross_entropy";
     DISPATCH = "dispatch";
     ELEMENTS = "elements";
-    GRADIENT_MAGNITUDE = "gradient_magnitude": "tile_simt.cuh", "gradient_magnitude.cu";
-    GRADIENT_MAGNITUDE_MMA = "gradient_magnitude_mma": "mma.cuh", "stages.cuh", "tile_mma.cuh", "gradient_magnitude.cu";
-    GRADIENT_MAGNITUDE_WGMMA = "gradient_magnitude_wgmma" for 90: "mma.cuh", "wgmma.cuh", "stages.cuh", "tile_wgmma.cuh",
-        "gradient_magnitude.cu";
-    GROUPED = "grouped": "groups.cuh", "tile_simt.cuh", "grouped.cu";
-    GROUPED_MMA = "grouped_mma": "groups.cuh", "mma.cuh", "stages.cuh", "tile_mma.cuh", "grouped.cu";
-    GROUPED_WGMMA = "grouped_wgmma" for 90: "groups.cuh", "mma.cuh", "wgmma.cuh", "stages.cuh", "tile_wgmma.cuh", "grouped.cu";
+    GRADIENT_MAGNITUDE = "gradient_magnitude": "tile.cuh", "tile_simt.cuh", "gradient_magnitude.cu";
+    GRADIENT_MAGNITUDE_MMA = "gradient_magnitude_mma": "mma.cuh", "tile.cuh", "stages.cuh", "tile_mma.cuh", "gradient_magnitude.cu";
+    GRADIENT_MAGNITUDE_WGMMA = "gradient_magnitude_wgmma" for 90: "mma.cuh", "wgmma.cuh", "tile.cuh", "stages.cuh",
+        "tile_wgmma.cuh", "gradient_magnitude.cu";
+    GROUPED = "grouped": "groups.cuh", "tile.cuh", "tile_simt.cuh", "grouped.cu";
+    GROUPED_MMA = "grouped_mma": "groups.cuh", "mma.cuh", "tile.cuh", "stages.cuh", "tile_mma.cuh", "grouped.cu";
+    GROUPED_WGMMA = "grouped_wgmma" for 90: "groups.cuh", "mma.cuh", "wgmma.cuh", "tile.cuh", "stages.cuh", "tile_wgmma.cuh",
+        "grouped.cu";
     NORM = "norm";
     ROPE = "rope";
     ROUTE = "route";
@@ -94,7 +95,7 @@ macro_rules! typed {
 
 /// `kernel!(MODULE, "name")`: one kernel of a module.
 macro_rules! kernel {
-    ($module:ident, $name:literal) => {
+    ($module:ident, $name:expr) => {
         $crate::backend::cuda::gpu::Kernel { module: &$crate::backend::cuda::kernels::$module, name: $name }
     };
 }

@@ -173,16 +173,21 @@ impl Nvidia {
         Ok(function)
     }
 
-    /// Allows a kernel more dynamic shared memory than it has without asking, once.
+    /// Allows a kernel more dynamic shared memory than it has without asking, once; of the cache that serves as shared memory it
+    /// then prefers all, so that a second block finds room.
     fn allow(&self, kernel: &Kernel, function: Function, shared: usize) -> Result<(), gpu::Error> {
-        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        use sys::CUfunction_attribute as Attribute;
         let bytes = i32::try_from(shared).expect("shared memory is small");
+        let (most, carveout) = (
+            Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+        );
         // SAFETY: the function's module stays loaded.
-        unsafe { result::function::set_function_attribute(function.raw, attribute, bytes) }.map_err(|e| {
-            gpu::Error::Fault {
-                call: format!("{shared} bytes of shared memory for {}", kernel.name),
-                message: driver_says(e),
-            }
+        let set =
+            |attribute, value| unsafe { result::function::set_function_attribute(function.raw, attribute, value) };
+        set(most, bytes).and_then(|()| set(carveout, 100)).map_err(|e| gpu::Error::Fault {
+            call: format!("{shared} bytes of shared memory for {}", kernel.name),
+            message: driver_says(e),
         })?;
         lock(&self.functions).insert((kernel.module.stem, kernel.name), Function { shared, ..function });
         Ok(())

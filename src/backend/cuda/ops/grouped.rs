@@ -25,16 +25,21 @@ struct Kernels {
     warpgroups: Kernel,
 }
 
-const LINEAR: Kernels = Kernels {
-    arithmetic: typed!(GROUPED, "grouped_linear"),
-    tensor_cores: kernel!(GROUPED_MMA, "grouped_linear_bf16"),
-    warpgroups: kernel!(GROUPED_WGMMA, "grouped_linear_bf16"),
-};
-const BACKWARD_INPUT: Kernels = Kernels {
-    arithmetic: typed!(GROUPED, "grouped_backward_input"),
-    tensor_cores: kernel!(GROUPED_MMA, "grouped_backward_input_bf16"),
-    warpgroups: kernel!(GROUPED_WGMMA, "grouped_backward_input_bf16"),
-};
+/// The kernels of one name in these modules.
+macro_rules! kernels {
+    ($arithmetic:ident, $tensor_cores:ident, $warpgroups:ident, $name:literal) => {
+        Kernels {
+            arithmetic: typed!($arithmetic, $name),
+            tensor_cores: kernel!($tensor_cores, concat!($name, "_bf16")),
+            warpgroups: kernel!($warpgroups, concat!($name, "_bf16")),
+        }
+    };
+}
+use kernels;
+
+const LINEAR: Kernels = kernels!(GROUPED, GROUPED_MMA, GROUPED_WGMMA, "grouped_linear");
+const BACKWARD_INPUT: Kernels = kernels!(GROUPED, GROUPED_MMA, GROUPED_WGMMA, "grouped_backward_input");
+
 /// The shapes of one call, and the weights where kernels find them.
 struct Call<'a> {
     cuda: &'a Cuda,

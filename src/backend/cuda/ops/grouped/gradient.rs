@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Call, Kernels, group_rows};
+use super::{Call, Kernels, group_rows, kernels};
 use crate::backend::cuda::gpu::{Address, Grid, Kernel, Operand};
 use crate::backend::cuda::kernels::{Typed, kernel, typed};
 use crate::backend::cuda::plan::Form;
@@ -10,16 +10,9 @@ use crate::backend::cuda::pool::Memory;
 use crate::backend::cuda::{Buffer, Cuda, Dispatch, Scores, Tensor, Weight};
 use crate::backend::{Dtype, ExpertGrad, Moment, Stacks};
 
-const BACKWARD_WEIGHT: Kernels = Kernels {
-    arithmetic: typed!(GROUPED, "grouped_backward_weight"),
-    tensor_cores: kernel!(GROUPED_MMA, "grouped_backward_weight_bf16"),
-    warpgroups: kernel!(GROUPED_WGMMA, "grouped_backward_weight_bf16"),
-};
-const MAGNITUDE: Kernels = Kernels {
-    arithmetic: typed!(GRADIENT_MAGNITUDE, "gradient_magnitude"),
-    tensor_cores: kernel!(GRADIENT_MAGNITUDE_MMA, "gradient_magnitude_bf16"),
-    warpgroups: kernel!(GRADIENT_MAGNITUDE_WGMMA, "gradient_magnitude_bf16"),
-};
+const BACKWARD_WEIGHT: Kernels = kernels!(GROUPED, GROUPED_MMA, GROUPED_WGMMA, "grouped_backward_weight");
+const MAGNITUDE: Kernels =
+    kernels!(GRADIENT_MAGNITUDE, GRADIENT_MAGNITUDE_MMA, GRADIENT_MAGNITUDE_WGMMA, "gradient_magnitude");
 const MAGNITUDE_OF: Typed = typed!(GRADIENT_MAGNITUDE, "magnitude_of");
 const ADD_MAGNITUDES: Kernel = kernel!(GRADIENT_MAGNITUDE, "add_magnitudes");
 /// Elements of a gradient that a block of `magnitude_of` reduces.
