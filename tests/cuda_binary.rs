@@ -191,8 +191,13 @@ fn a_training_moves_the_weights_as_on_the_cpu() {
 fn bf16_is_near_and_eval_answers() {
     let machine = Machine::new();
     machine.ok("identify", "olmoe", "cpu", &format!("{FEW} --device cpu"));
-    let said = machine.ok("identify", "olmoe", "gpu", &format!("{FEW} --precision bf16"));
+    let said = machine.ok("identify", "olmoe", "gpu", &format!("{FEW} --precision bf16 --profile"));
     assert!(said.contains("activations Bf16"), "{said}");
+    for part in
+        ["where the GPU's time went, of ", "gradient_magnitude_bf16 (gradient_magnitude_wgmma.cu)", "cuBLAS, Bf16"]
+    {
+        assert!(said.contains(part), "{part:?} is not in: {said}");
+    }
     // A token whose experts are near a tie may go to others, so single scores may differ by much.
     let (gpu, cpu) = (machine.scores("gpu").0, machine.scores("cpu").0);
     let off: f64 = gpu.iter().zip(&cpu).map(|(x, y)| (x - y).abs()).sum();

@@ -17,6 +17,7 @@ use moewarden::backend::cpu::Cpu;
 use moewarden::backend::cuda::Cuda;
 use moewarden::backend::cuda::gpu::{Address, Arg, Gpu, Grid, Kernel, Module};
 use moewarden::backend::cuda::pool::Reuse;
+use moewarden::backend::cuda::profile::{Profiled, Times};
 use moewarden::backend::{AdamwStep, Backend, Dtype, HostTensor, Packing, Rope};
 use moewarden::exit::{self, Failure};
 
@@ -410,6 +411,24 @@ fn ties_go_to_the_lower_expert_and_nan_still_gives_distinct_ones() {
     assert_eq!(chosen(&late, 4), [33, 69, 0, 1]);
     assert_eq!(chosen(&[f32::NAN; 40], 3), [0, 1, 2]);
     assert_eq!(chosen(&[1.0, f32::NAN, 3.0], 3), [0, 1, 2], "one NaN makes all probabilities NaN");
+}
+
+#[test]
+fn a_profile_counts_what_the_gpu_does() {
+    let times = Arc::<Times>::default();
+    let gpu = Arc::new(Profiled::new(device::gpu(), times.clone()));
+    let b = Cuda::new(gpu, Dtype::F32, Reuse::Classes).with_times(times);
+    let (x, w) = (b.upload(3, 4, &[1.0; 12]), b.weight(HostTensor::from_f32(vec![4], &[1.0; 4])));
+    (0..3).for_each(|_| drop(b.rms_norm(&x, &w, 1e-5)));
+    b.download(&x);
+    let text = b.profile().unwrap();
+    let rows: Vec<&str> = text.lines().skip(1).collect();
+    for (count, name) in [(3, "rms_norm_f32 (norm.cu)"), (2, "copy from the host"), (1, "copy to the host")] {
+        let row = rows.iter().find(|row| row.ends_with(name)).unwrap_or_else(|| panic!("{name} is not in {text}"));
+        assert!(row.contains(&format!(" {count} x ")), "{text}");
+    }
+    let shares: Vec<f64> = rows.iter().map(|row| row.split_whitespace().next().unwrap().parse().unwrap()).collect();
+    assert!((shares.iter().sum::<f64>() - 100.0).abs() < 0.6 && shares.is_sorted_by(|a, b| a >= b), "{text}");
 }
 
 #[test]

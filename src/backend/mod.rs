@@ -176,6 +176,8 @@ pub trait Backend: Send + Sync + 'static {
     fn free_memory(&self) -> Option<u64>;
     /// The most bytes that it held at once in a memory of its own.
     fn peak_memory(&self) -> Option<u64>;
+    /// Where its time went, for people, if that was counted.
+    fn profile(&self) -> Option<String>;
     /// Rows whose logits over so many classes a cross-entropy holds at once, in f32, and their gradient as activations; 0: it
     /// never holds a row's.
     fn rows_of_logits(&self, classes: usize) -> usize;

@@ -271,6 +271,8 @@ pub struct RunConfig {
     pub ranks: Option<usize>,
     /// Between the ranks' GPUs.
     pub transport: Transport,
+    /// Whether each operation of a GPU is waited for and counted.
+    pub profile: bool,
     /// Threads of a rank; 0: as many as there are cores.
     pub threads: usize,
     /// Time against memory.
@@ -343,6 +345,7 @@ impl Default for RunConfig {
             precision: Precision::Auto,
             ranks: None,
             transport: Transport::Auto,
+            profile: false,
             threads: 0,
             recompute: Recompute::Auto,
             check_replicas: 0,

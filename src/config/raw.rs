@@ -229,6 +229,9 @@ pub struct RawOptions {
     /// GPU: how gradients and new weights get from rank to rank
     #[arg(long, help_heading = MACHINE)]
     pub transport: Option<Transport>,
+    /// GPU: wait for each operation and show at the end where the time went; slows the run down
+    #[arg(long, help_heading = MACHINE)]
+    pub profile: Option<bool>,
     /// CPU threads of a rank; 0: its part of the machine's cores
     #[arg(long, value_name = "THREADS", help_heading = MACHINE)]
     pub threads: Option<usize>,

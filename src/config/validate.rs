@@ -164,7 +164,7 @@ pub(super) fn inert(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
             "it belongs to the router phase of --schedule alternate",
             &["router-epochs-per-round", "router-statistic", "kl-type"],
         ),
-        (c.device == Device::Cpu, "it belongs to GPUs (--device cuda)", &["precision", "transport"]),
+        (c.device == Device::Cpu, "it belongs to GPUs (--device cuda)", &["precision", "transport", "profile"]),
         (
             !joint,
             "it belongs to --use-router-consistency-loss",

@@ -16,6 +16,7 @@ use crate::backend::cuda::nvidia::library::{self, Library, Surroundings};
 use crate::backend::cuda::nvidia::{Driver, Error, Nvidia};
 use crate::backend::cuda::plan::Grouped;
 use crate::backend::cuda::pool::Reuse;
+use crate::backend::cuda::profile::{Profiled, Times};
 use crate::collective::nccl::{Communicator, Nccl};
 use crate::collective::{all_agree, all_ok};
 use crate::config::{self, Precision, RunConfig, Transport};
@@ -176,7 +177,13 @@ impl Gpus {
         ));
         let gpu = Arc::new(gpu);
         let room = memory.free / sharing;
-        let cuda = Arc::new(Cuda::with_room(gpu.clone(), compute, Reuse::Classes, room));
+        let cuda = Arc::new(if config.profile {
+            let times = Arc::<Times>::default();
+            let profiled = Arc::new(Profiled::new(gpu.clone(), times.clone()));
+            Cuda::with_room(profiled, compute, Reuse::Classes, room).with_times(times)
+        } else {
+            Cuda::with_room(gpu.clone(), compute, Reuse::Classes, room)
+        });
         let model = &session.model;
         let shape = Grouped {
             rows: session.longest_batch(config.batch_size) * model.num_experts_per_tok,

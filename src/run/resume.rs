@@ -442,6 +442,7 @@ pub fn decisive(config: &RunConfig) -> Result<String> {
         ranks: None,
         device: Device::Auto,
         transport: Transport::Auto,
+        profile: false,
         recompute: Recompute::Auto,
         logging_steps: 1,
         save_steps: default.save_steps,

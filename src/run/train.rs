@@ -84,7 +84,7 @@ fn identify_rank<B: Backend>(
     all_ok(&*rank.world, outputs.write_metadata())?;
     describe_selection(&found, &engine, ui);
     ui.result(format_args!("scores and selection: {}", outputs.path("expert_scores.json").display()));
-    ui.line(peak_memory(&engine, predicted)?);
+    ui.line(resources(&engine, predicted)?);
     Ok(())
 }
 
@@ -354,7 +354,7 @@ impl Run<'_> {
         world.doing("writing the final model");
         let write = || if world.rank() == 0 { self.write_final(engine) } else { Ok(()) };
         all_ok(&*world, meanwhile(&*world, write)?)?;
-        self.ui.line(peak_memory(engine, predicted_memory)?);
+        self.ui.line(resources(engine, predicted_memory)?);
         let table = &self.session.table;
         let trained = engine.touched.iter().map(|&id| table.params[id].value.len()).sum();
         Ok(TrainSummary {
@@ -406,8 +406,9 @@ fn requeue(config: &RunConfig) -> Failure {
     )
 }
 
-/// The largest resident size of each process, and what each rank took most of a device's memory.
-fn peak_memory<B: Backend>(engine: &Engine<'_, B>, predicted: u64) -> Result<String> {
+/// The largest resident size of each process, what each rank took most of a device's memory, and where its time went if that
+/// was counted.
+fn resources<B: Backend>(engine: &Engine<'_, B>, predicted: u64) -> Result<String> {
     let device = engine.model.backend.peak_memory();
     let own = [peak_resident(), device.unwrap_or(0)].map(u64::to_le_bytes).concat();
     let all = engine.world.all_gather(&own)?;
@@ -420,6 +421,10 @@ fn peak_memory<B: Backend>(engine: &Engine<'_, B>, predicted: u64) -> Result<Str
     if device.is_some() {
         let of = if many { " of each rank's tensors" } else { " of tensors" };
         text += &format!("\npeak memory on the GPU{of}: {} (predicted: {})", nth(1), human(predicted));
+    }
+    if let Some(profile) = engine.model.backend.profile() {
+        let whose = if many { format!("of rank {}, ", engine.world.rank()) } else { String::new() };
+        text += &format!("\n{whose}{profile}");
     }
     Ok(text)
 }

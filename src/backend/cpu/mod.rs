@@ -112,6 +112,9 @@ impl Backend for Cpu {
     fn peak_memory(&self) -> Option<u64> {
         None
     }
+    fn profile(&self) -> Option<String> {
+        None
+    }
     fn rows_of_logits(&self, _: usize) -> usize {
         0
     }

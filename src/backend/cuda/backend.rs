@@ -30,6 +30,9 @@ impl Backend for Cuda {
     fn peak_memory(&self) -> Option<u64> {
         Some(self.pool.usage().peak as u64)
     }
+    fn profile(&self) -> Option<String> {
+        self.times.as_ref().map(ToString::to_string)
+    }
     fn rows_of_logits(&self, classes: usize) -> usize {
         cross_entropy::chunk_rows(classes, self.compute)
     }

@@ -11,6 +11,7 @@ pub mod nvidia;
 mod ops;
 pub mod plan;
 pub mod pool;
+pub mod profile;
 mod tables;
 mod tensor;
 
@@ -20,6 +21,7 @@ use std::sync::{Arc, Mutex};
 use self::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel};
 use self::plan::{AttentionForm, Form, Grouped};
 use self::pool::{Memory, Pool, Reuse};
+use self::profile::Times;
 use self::tables::Tables;
 use self::tensor::Angles;
 pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
@@ -41,6 +43,8 @@ pub struct Cuda {
     tables: Tables,
     /// The rotary angles that were needed last.
     angles: Mutex<Option<Arc<Angles>>>,
+    /// What its GPU counts, if it does.
+    times: Option<Arc<Times>>,
 }
 
 /// The operations cannot fail, so an error of the GPU unwinds with a [`Failure`] as its payload; whoever runs a rank turns
@@ -69,7 +73,13 @@ impl Cuda {
             attention_forms: plan::attention,
             tables: Tables::default(),
             angles: Mutex::default(),
+            times: None,
         }
+    }
+
+    /// The same over a [`Profiled`](profile::Profiled) GPU, whose times it shows.
+    pub fn with_times(self, times: Arc<Times>) -> Self {
+        Self { times: Some(times), ..self }
     }
 
     /// The same with another choice of the form of grouped products, for comparing forms.

@@ -1,0 +1,117 @@
+//! Where a GPU's time goes: every operation is waited for, and its time counted under its name.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo};
+
+/// A GPU that waits for each operation before the next. So a run takes longer, by some microseconds an operation, and whatever
+/// would overlap does not.
+pub struct Profiled {
+    gpu: Arc<dyn Gpu>,
+    times: Arc<Times>,
+}
+
+/// What was counted, by name.
+#[derive(Default)]
+pub struct Times(Mutex<HashMap<String, Time>>);
+
+/// Operations of one name.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Time {
+    count: u64,
+    total: Duration,
+}
+
+impl Profiled {
+    /// Counts what this GPU does into `times`.
+    pub fn new(gpu: Arc<dyn Gpu>, times: Arc<Times>) -> Self {
+        Self { gpu, times }
+    }
+
+    fn timed<T>(&self, name: impl FnOnce() -> String, run: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+        let start = Instant::now();
+        let out = run()?;
+        self.gpu.synchronize()?;
+        self.times.add(name(), start.elapsed());
+        Ok(out)
+    }
+}
+
+impl Times {
+    fn add(&self, name: String, time: Duration) {
+        let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = times.entry(name).or_default();
+        entry.count += 1;
+        entry.total += time;
+    }
+}
+
+/// The longest first: share, seconds, how often, name.
+impl fmt::Display for Times {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rows: Vec<_> = times.iter().collect();
+        rows.sort_by(|a, b| b.1.total.cmp(&a.1.total).then_with(|| a.0.cmp(b.0)));
+        let all: Duration = rows.iter().map(|(_, time)| time.total).sum();
+        write!(f, "where the GPU's time went, of {:.3} s", all.as_secs_f64())?;
+        for (name, Time { count, total }) in rows {
+            let share = 100.0 * total.as_secs_f64() / all.as_secs_f64().max(f64::MIN_POSITIVE);
+            write!(f, "\n  {share:5.1} % {:10.3} s {count:9} x {name}", total.as_secs_f64())?;
+        }
+        Ok(())
+    }
+}
+
+impl Gpu for Profiled {
+    fn name(&self) -> String {
+        self.gpu.name()
+    }
+
+    fn architecture(&self) -> Architecture {
+        self.gpu.architecture()
+    }
+
+    fn memory(&self) -> Result<MemoryInfo, Error> {
+        self.gpu.memory()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Option<Address>, Error> {
+        self.timed(|| "allocation".into(), || self.gpu.allocate(bytes))
+    }
+
+    fn free(&self, at: Address) -> Result<(), Error> {
+        self.gpu.free(at)
+    }
+
+    fn copy_in(&self, to: Address, bytes: &[u8]) -> Result<(), Error> {
+        self.timed(|| "copy from the host".into(), || self.gpu.copy_in(to, bytes))
+    }
+
+    fn copy_out(&self, from: Address, bytes: &mut [u8]) -> Result<(), Error> {
+        self.timed(|| "copy to the host".into(), || self.gpu.copy_out(from, bytes))
+    }
+
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), Error> {
+        self.timed(|| "copy".into(), || self.gpu.copy(from, to, bytes))
+    }
+
+    fn zero(&self, at: Address, bytes: usize) -> Result<(), Error> {
+        self.timed(|| "zero".into(), || self.gpu.zero(at, bytes))
+    }
+
+    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
+        self.timed(|| format!("{} ({}.cu)", kernel.name, kernel.module.stem), || self.gpu.launch(kernel, grid, args))
+    }
+
+    fn gemm(&self, gemm: &Gemm) -> Result<(), Error> {
+        let name = || format!("cuBLAS, {:?}, sums of {} into rows of {}", gemm.dtype, gemm.k, gemm.n);
+        self.timed(name, || self.gpu.gemm(gemm))
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        self.gpu.synchronize()
+    }
+}
