@@ -8,6 +8,7 @@ what nvidia-smi shows of the whole GPU, sampled 10 times a second, for both prog
 """
 
 import argparse
+import glob
 import json
 import os
 import shutil
@@ -100,16 +101,32 @@ class Scene:
         with open(f"{self.a.out}/speed.jsonl", "a") as f:
             f.write(json.dumps(result) + "\n")
 
-    def ours(self, task, size, top_k):
+    def command(self, task, size, top_k, rounds):
         a, out = self.a, f"{self.folder}/out-{task}"
         shutil.rmtree(out, ignore_errors=True)
         rows, length = size.split("x")
-        command = [a.binary, "--quiet", task, "--model-name", self.folder, "--init", "random", "--device", a.device,
+        command = [a.binary, task, "--model-name", self.folder, "--init", "random", "--device", a.device,
                    "--dataset-path", f"{self.folder}/{size}.json", "--output-dir", out, "--batch-size", rows,
                    "--max-length", length, "--max-samples", "1000000", "--top-k-experts", str(top_k)]
         if task == "train":
-            command += ["--num-rounds", "2", "--skip-router-training", "--save-steps", "0"]
-        code, _, err, peak = run(command, f"{self.folder}/moewarden.log", a.limit)
+            command += ["--num-rounds", str(rounds), "--skip-router-training", "--save-steps", "0"]
+        return command, out
+
+    def profile(self, task, size, top_k):
+        """Where the GPU's time goes, into a file; of the first round, in which everything happens for the first time."""
+        a = self.a
+        command, _ = self.command(task, size, top_k, 1)
+        code, out, err, _ = run(command + ["--profile"], f"{self.folder}/profile.log", a.limit)
+        _, found, profile = (out + err).partition("where the GPU's time went")
+        if found:
+            with open(f"{a.out}/profile-{a.model}-{size}-{task}.txt", "w") as f:
+                f.write(found + profile)
+        return code or int(not found)
+
+    def ours(self, task, size, top_k):
+        a = self.a
+        command, out = self.command(task, size, top_k, 2)
+        code, _, err, peak = run(command + ["--quiet"], f"{self.folder}/moewarden.log", a.limit)
         result = {"program": "moewarden", "model": a.model, "size": size, "task": task, "top_k": top_k, "exit": code, "peak_gib": peak}
         if code != 0:
             said = err.strip().splitlines()
@@ -164,6 +181,8 @@ def measure(a):
                     codes.append(scene.ours("identify", size, top_k))
                     if not a.no_peer:
                         codes.append(scene.peer("identify", size, top_k))
+        if a.device == "cuda":
+            codes += [scene.profile(task, size, a.top_k[0]) for task in ("identify", "train")]
     return max(codes)
 
 
@@ -194,6 +213,10 @@ def table(a):
         share = f"{100 * ours * floor / tokens:.0f} %" if ours and floor else "–"
         print(f"| {model} | {size} | {task} | {top_k} | {cells['moewarden'][0]} | {cells['transformers'][0]} | {ratio} | "
               f"{cells['moewarden'][1]} | {cells['transformers'][1]} | {share} |")
+    for profile in sorted(glob.glob(f"{a.out}/profile-*.txt")):
+        with open(profile) as f:
+            head = "".join(f.readlines()[:13]).rstrip()
+        print(f"\n{os.path.basename(profile)}:\n\n```\n{head}\n```")
 
 
 def tokens_of(size):
