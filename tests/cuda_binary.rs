@@ -141,7 +141,7 @@ fn an_identification_finds_what_the_cpu_finds() {
         "device: cuda, stand-in (compute capability 9.0",
         "weights [16, 32] in F32, 0.00 GFLOP a group: one kernel for all groups by ordinary arithmetic",
         "activations F32",
-        "peak memory on the GPU of tensors",
+        "peak memory on the GPU, for tensors: ",
     ] {
         assert!(said.contains(part), "{part:?} is not in {said}");
     }

@@ -16,7 +16,7 @@ use emulator::{Emulated, device};
 use moewarden::backend::cpu::Cpu;
 use moewarden::backend::cuda::Cuda;
 use moewarden::backend::cuda::gpu::{Address, Arg, Gpu, Grid, Kernel, Module};
-use moewarden::backend::cuda::pool::Reuse;
+use moewarden::backend::cuda::pool::{Pool, Reuse};
 use moewarden::backend::cuda::profile::{Profiled, Times};
 use moewarden::backend::{AdamwStep, Backend, Dtype, HostTensor, Packing, Rope};
 use moewarden::exit::{self, Failure};
@@ -340,7 +340,7 @@ fn no_order_of_blocks_or_threads_changes_a_bit() {
         let first = bits(&everything(&cuda(device::gpu(), dtype, Reuse::Never), dtype, dtype));
         for seed in [0, 3] {
             // With reuse: recycled memory must not show either.
-            let again = everything(&cuda(device::shuffled(seed), dtype, Reuse::Classes), dtype, dtype);
+            let again = everything(&cuda(device::shuffled(seed), dtype, Reuse::Segments), dtype, dtype);
             for (one, other) in first.iter().zip(&bits(&again)) {
                 assert_eq!(one, other, "seed {seed}");
             }
@@ -417,7 +417,7 @@ fn ties_go_to_the_lower_expert_and_nan_still_gives_distinct_ones() {
 fn a_profile_counts_what_the_gpu_does() {
     let times = Arc::<Times>::default();
     let gpu = Arc::new(Profiled::new(device::gpu(), times.clone()));
-    let b = Cuda::new(gpu, Dtype::F32, Reuse::Classes).with_times(times);
+    let b = Cuda::new(gpu, Dtype::F32, Reuse::Segments).with_times(times);
     let (x, w) = (b.upload(3, 4, &[1.0; 12]), b.weight(HostTensor::from_f32(vec![4], &[1.0; 4])));
     (0..3).for_each(|_| drop(b.rms_norm(&x, &w, 1e-5)));
     b.download(&x);
@@ -433,7 +433,7 @@ fn a_profile_counts_what_the_gpu_does() {
 
 #[test]
 fn in_steady_state_nothing_is_allocated() {
-    let gpu = cuda(device::gpu(), Dtype::Bf16, Reuse::Classes);
+    let gpu = cuda(device::gpu(), Dtype::Bf16, Reuse::Segments);
     // The first pass leaves the rotary angles behind, the second meets them.
     everything(&gpu, Dtype::Bf16, Dtype::Bf16);
     everything(&gpu, Dtype::Bf16, Dtype::Bf16);
@@ -442,7 +442,34 @@ fn in_steady_state_nothing_is_allocated() {
     let after = gpu.pool().usage();
     assert_eq!(after.allocations, before.allocations);
     assert_eq!(after.peak, before.peak);
-    assert!(after.idle > 0 && after.used < after.peak, "{after:?}");
+    assert!(after.used < after.held && after.held <= after.peak, "{after:?}");
+}
+
+#[test]
+fn ragged_shapes_hold_little_more_than_they_use() {
+    let pool = Pool::new(device::gpu(), Reuse::Segments);
+    let mut random = Rng::new(3);
+    let (mut most, mut seen) = (0, 0);
+    for step in 0..200 {
+        // As in a layer: a few that stay for a while, several that come and go, lengths that differ from step to step.
+        let rows = 2000 + random.below(2000);
+        let take = |width: usize| pool.take(rows * width).unwrap();
+        let kept: Vec<_> = [4 << 10, 12 << 10, 1 << 10].into_iter().map(take).collect();
+        for width in [44 << 10, 22 << 10, 44 << 10, 6 << 10] {
+            let both = (take(width), take(width / 2));
+            most = most.max(pool.usage().used);
+            drop(both);
+        }
+        drop(kept);
+        if step == 100 {
+            seen = pool.usage().allocations;
+        }
+    }
+    let usage = pool.usage();
+    assert!(usage.peak as f64 <= 1.3 * most as f64, "{most} bytes at most in use, {usage:?}");
+    assert!(usage.allocations <= seen + 1, "{seen} allocations in the first half, {usage:?}");
+    pool.release().unwrap();
+    assert_eq!((pool.usage().held, pool.usage().used), (0, 0));
 }
 
 /// What a panic carried as a [`Failure`].
@@ -456,11 +483,19 @@ fn full_memory_is_reported_after_what_lies_idle_was_released() {
     if !device::emulator_only("full memory") {
         return;
     }
-    let gpu = cuda(Arc::new(Emulated::with_room(1 << 20)), Dtype::F32, Reuse::Classes);
+    let gpu = cuda(Arc::new(Emulated::with_room(1 << 20)), Dtype::F32, Reuse::Segments);
     // Fills most of the memory, then gives it back to the pool.
     drop(gpu.zeros(200, 1000));
     let held = gpu.zeros(100, 1000);
-    assert!(gpu.pool().usage().idle == 0, "there was room only without the idle block");
+    assert_eq!(
+        gpu.pool().usage().allocations,
+        1 + 2,
+        "shared, shared after a release, of its own; then a part of that"
+    );
+    drop(held);
+    // There is room only without what lies idle.
+    let held = gpu.zeros(100, 2500);
+    assert_eq!(gpu.pool().usage().held, 1_000_448);
     let error = failure(|| drop(gpu.zeros(1000, 1000)));
     assert_eq!(error.code(), exit::LAUNCHER);
     let text = error.to_string();
@@ -469,7 +504,7 @@ fn full_memory_is_reported_after_what_lies_idle_was_released() {
     {
         assert!(text.contains(part), "{part} is not in: {text}");
     }
-    assert_eq!(gpu.download(&held), vec![0.0; 100_000], "what is held stays as it was");
+    assert_eq!(gpu.download(&held), vec![0.0; 250_000], "what is held stays as it was");
 }
 
 // --- the emulator finds what it is there to find -------------------------------------------------------------------------

@@ -120,7 +120,7 @@ fn train(
     let mut all = on_threads(ranks, move |world| {
         let world: Arc<dyn Collective> = Arc::new(world);
         let gpu = device::gpu();
-        let cuda = Arc::new(Cuda::new(gpu.clone(), Dtype::F32, Reuse::Classes));
+        let cuda = Arc::new(Cuda::new(gpu.clone(), Dtype::F32, Reuse::Segments));
         let count = Arc::new(Mutex::new(0));
         let late = Late { gpu, world: world.clone(), queue: Mutex::default(), count: count.clone() };
         let direct: Arc<dyn Direct<Cuda>> = Arc::new(BetweenGpus::new(Box::new(late), world.clone(), cuda.clone()));
@@ -188,7 +188,7 @@ fn a_rank_that_fails_frees_those_that_wait_for_its_gpu() {
     let errors = on_threads(2, |world| {
         let world: Arc<dyn Collective> = Arc::new(world);
         let gpu = device::gpu();
-        let cuda = Arc::new(Cuda::new(gpu.clone(), Dtype::F32, Reuse::Classes));
+        let cuda = Arc::new(Cuda::new(gpu.clone(), Dtype::F32, Reuse::Segments));
         if world.rank() == 1 {
             world.abort(moewarden::exit::IO, "the disk is full");
             return None;

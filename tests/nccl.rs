@@ -35,7 +35,9 @@ fn what_is_not_nccl_is_refused_by_name() {
 /// Sums over one rank change nothing, but they go through NCCL, its second stream, and what orders the two.
 #[test]
 fn one_rank_on_a_gpu() {
-    let Ok(index) = std::env::var("MOEWARDEN_TEST_GPU") else { return };
+    let Ok(index) = std::env::var("MOEWARDEN_TEST_GPU") else {
+        return nvidia::say("skipped: NCCL on a GPU, which MOEWARDEN_TEST_GPU does not name");
+    };
     let library = nvidia::library(Library::Nccl, "NCCL on the GPU").expect("NCCL, where a GPU is to be tested");
     let surroundings = Surroundings::read(|name| std::env::var_os(name));
     let gpu = Nvidia::open(index.parse().expect("an index"), &surroundings, None).unwrap();

@@ -44,7 +44,7 @@ fn host(rows: usize, cols: usize) -> HostTensor {
 
 /// Times every operation for these sequences.
 pub fn run(report: &mut Report, gpu: &Arc<dyn Gpu>, shape: &Shape, lengths: &[usize]) {
-    let cuda = Cuda::new(gpu.clone(), Dtype::Bf16, Reuse::Classes);
+    let cuda = Cuda::new(gpu.clone(), Dtype::Bf16, Reuse::Segments);
     let packing = Packing::of_lengths(lengths.iter().copied());
     let t = packing.rows();
     let x = cuda.upload(t, shape.d, &noise(t * shape.d, 1.0));
@@ -196,7 +196,7 @@ struct Forms<'a> {
 
 impl<'a> Forms<'a> {
     fn new(gpu: &Arc<dyn Gpu>, chosen: &'a Cuda) -> Self {
-        let cuda = || Cuda::new(gpu.clone(), Dtype::Bf16, Reuse::Classes);
+        let cuda = || Cuda::new(gpu.clone(), Dtype::Bf16, Reuse::Segments);
         let mut all = vec![(Form::EachGroup, cuda().with_forms(|_, _| Form::EachGroup))];
         match gpu.architecture().sm {
             ..80 => all.push((Form::Arithmetic, cuda().with_forms(|_, _| Form::Arithmetic))),

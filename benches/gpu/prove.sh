@@ -37,10 +37,11 @@ export CUDA_VISIBLE_DEVICES=${visible%%,*}
 wheels=$("$PYTHON" -c 'import glob, site; print(":".join(d for p in site.getsitepackages() for d in sorted(glob.glob(p + "/nvidia/*/lib"))))' 2>/dev/null)
 export LD_LIBRARY_PATH=$wheels${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 
-steps=(versions ops sanitizer products golden nccl lockstep repeat bench)
+steps=(versions products ops golden nccl lockstep repeat bench)
 for model in "${models[@]}"; do
     steps+=("speed:$model:8x512" "speed:$model:16x2048")
 done
+steps+=(sanitizer) # may take long
 [[ -n ${STEPS:-} ]] && read -ra steps <<<"$STEPS"
 
 rows=() failed=0 without_gpu=0

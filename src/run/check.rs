@@ -8,7 +8,7 @@ use super::device::{Device, Opened};
 use super::forecast::{Forecast, measure_rate, probe_name};
 use super::memory::{Activations, Place};
 use super::ranks::{Rank, caught};
-use super::session::Session;
+use super::session::{Session, passes_at_once};
 use super::train::trained_elements;
 use crate::backend::cpu::Cpu;
 use crate::config::{CheckArgs, RunConfig, check_output_dir};
@@ -44,7 +44,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
         }
     };
     ui.result(session.predict_memory(config, trained, ranks, place).1);
-    forecast(&session, config, ranks, place, ui);
+    forecast(&session, config, ranks, session.loaded(trained, ranks, place), ui);
     ui.result(format_args!("ready: `moewarden train` can run with these options"));
     Ok(())
 }
@@ -53,8 +53,9 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
 fn forecast(session: &Session, config: &RunConfig, ranks: usize, place: Place, ui: &Ui) {
     let layers = session.model.layers.len();
     let rows = session.longest_batch(config.batch_size);
-    let longest = Activations::predict(&session.model, rows, place.activation);
-    let recomputed = longest.keep_from(config.recompute, layers, 0, place.free) as f64 / layers as f64;
+    let longest = Activations::predict(&session.model, rows, &place);
+    let recomputed =
+        longest.keep_from(config.recompute, layers, 0, &place, passes_at_once(config)) as f64 / layers as f64;
     let forecast = Forecast::new(config, &session.model, &session.data.records, recomputed);
     // Ranks are threads of one machine: they share its cores, and more of them do not add any.
     let cores = available_parallelism().map_or(1, usize::from);

@@ -180,9 +180,9 @@ impl Gpus {
         let cuda = Arc::new(if config.profile {
             let times = Arc::<Times>::default();
             let profiled = Arc::new(Profiled::new(gpu.clone(), times.clone()));
-            Cuda::with_room(profiled, compute, Reuse::Classes, room).with_times(times)
+            Cuda::with_room(profiled, compute, Reuse::Segments, room).with_times(times)
         } else {
-            Cuda::with_room(gpu.clone(), compute, Reuse::Classes, room)
+            Cuda::with_room(gpu.clone(), compute, Reuse::Segments, room)
         });
         let model = &session.model;
         let shape = Grouped {

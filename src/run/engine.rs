@@ -6,8 +6,9 @@ use std::sync::Arc;
 use super::alignment::MoeLayers;
 use super::direct::Direct;
 use super::fault::{Action, Fault, Point};
-use super::memory::{Activations, free_memory};
+use super::memory::{Activations, Place};
 use super::ranks::Rank;
+use super::session::passes_at_once;
 use super::stop::Stop;
 use crate::backend::{Backend, HostTensor};
 use crate::collective::Collective;
@@ -101,11 +102,6 @@ impl<'a, B: Backend> Engine<'a, B> {
         self.fault.as_ref().map_or(Ok(()), |fault| fault.pass(Point::Save).map(drop))
     }
 
-    /// Memory that this rank may take: what its device has left, or its part of what is free on its machine.
-    pub fn free_memory(&self) -> u64 {
-        self.model.backend.free_memory().unwrap_or_else(|| free_memory() / self.ranks_here as u64)
-    }
-
     /// Puts a micro-batch on the device.
     pub fn inputs(&self, batch: &MicroBatch) -> Inputs<B> {
         Inputs::new(&self.model, &batch.ids, &batch.packing, &batch.loss_rows, &batch.targets)
@@ -121,12 +117,13 @@ impl<'a, B: Backend> Engine<'a, B> {
     ) -> Forward<B> {
         let layers = self.model.config.layers.len();
         let lowest = plan.and_then(GradPlan::lowest_layer).unwrap_or(layers);
-        let size = self.model.backend.activation_size();
-        let keep_from = Activations::predict(&self.model.config, inputs.rows(), size).keep_from(
+        let place = Place::of(&*self.model.backend, self.ranks_here, self.model.config.vocab_size);
+        let keep_from = Activations::predict(&self.model.config, inputs.rows(), &place).keep_from(
             self.config.recompute,
             layers,
             lowest,
-            self.free_memory(),
+            &place,
+            passes_at_once(self.config),
         );
         self.model.forward(inputs, ForwardOptions { lowest, keep_from, end }, observer)
     }

@@ -45,14 +45,14 @@ pub struct Activations {
     pub input: u64,
     /// What one layer keeps so that its backward computes nothing again.
     pub kept: u64,
-    /// What is alive beside that while one layer's backward runs.
+    /// What is alive beside that while one layer's backward runs, or the head's.
     pub working: u64,
 }
 
 impl Activations {
-    /// The largest layer's figures, with `size` bytes an element.
-    pub fn predict(config: &ModelConfig, rows: usize, size: usize) -> Self {
-        let (t, size) = (rows as u64, size as u64);
+    /// The largest layer's figures there.
+    pub fn predict(config: &ModelConfig, rows: usize, place: &Place) -> Self {
+        let (t, size) = (rows as u64, place.activation as u64);
         let d = config.hidden_size as u64;
         let heads = config.heads.first().expect("a model has layers");
         let (q, kv) = ((heads.queries * heads.dim) as u64, (heads.keys * heads.dim) as u64);
@@ -66,19 +66,31 @@ impl Activations {
         let kept = attention + d + moe.max(2 * dense.unwrap_or(0));
         // Gathered rows and their gradients [R, D], SwiGLU's output, its gradient and that of its input [R, 4F], and a few [T, D].
         let working = routed * (2 * d + 4 * f) + 4 * d + 3 * (q + 2 * kv);
-        Self { input: t * d * size, kept: t * kept * size, working: t * working * size }
+        let working = (t * working * size).max(place.logits(rows));
+        Self { input: t * d * size, kept: t * kept * size, working }
     }
 
-    /// The lowest layer that keeps its activations, of `layers` layers of which a backward visits those from `lowest` up.
-    pub fn keep_from(&self, recompute: Recompute, layers: usize, lowest: usize, free: u64) -> usize {
+    /// The lowest layer that keeps its activations, of `layers` layers of which a backward visits those from `lowest` up, where
+    /// `passes` forward passes wait for their backward at once.
+    pub fn keep_from(&self, recompute: Recompute, layers: usize, lowest: usize, place: &Place, passes: usize) -> usize {
         let visited = layers.saturating_sub(lowest);
         let affordable = match recompute {
             Recompute::Never => visited,
             // The top layer is the first that its backward visits: keeping it costs nothing beyond what recomputing would.
             Recompute::Always => 1,
-            Recompute::Auto => ((free / 4) / self.kept.max(1)).max(1) as usize,
+            Recompute::Auto => (self.budget(visited, place, passes) / self.kept.max(1)).max(1) as usize,
         };
         layers - affordable.min(visited)
+    }
+
+    /// Bytes for what a pass keeps. The host has other tenants, and the pages of memory-mapped weights: a quarter of what is free.
+    /// A device's memory is the run's: what nothing else needs, but for an eighth, for its free parts do not always fit.
+    fn budget(&self, visited: usize, place: &Place, passes: usize) -> u64 {
+        if !place.device {
+            return place.free / 4;
+        }
+        let others = self.working.saturating_add(passes as u64 * visited as u64 * self.input);
+        (place.free - place.free / 8).saturating_sub(others) / passes.max(1) as u64
     }
 
     /// Peak of one forward and backward.
@@ -186,11 +198,17 @@ mod tests {
     #[test]
     fn keeps_what_fits_and_always_the_top() {
         let a = Activations { input: 10, kept: 100, working: 50 };
-        assert_eq!(a.keep_from(Recompute::Never, 16, 4, 0), 4);
-        assert_eq!(a.keep_from(Recompute::Always, 16, 4, u64::MAX), 15);
-        assert_eq!(a.keep_from(Recompute::Auto, 16, 4, 4 * 350), 13);
-        assert_eq!(a.keep_from(Recompute::Auto, 16, 4, 0), 15);
-        assert_eq!(a.keep_from(Recompute::Auto, 16, 16, u64::MAX / 2), 16);
+        let host = |free| Place { activation: 4, logits: (0, 8), free, device: false };
+        assert_eq!(a.keep_from(Recompute::Never, 16, 4, &host(0), 1), 4);
+        assert_eq!(a.keep_from(Recompute::Always, 16, 4, &host(u64::MAX), 1), 15);
+        assert_eq!(a.keep_from(Recompute::Auto, 16, 4, &host(4 * 350), 1), 13);
+        assert_eq!(a.keep_from(Recompute::Auto, 16, 4, &host(0), 1), 15);
+        assert_eq!(a.keep_from(Recompute::Auto, 16, 16, &host(u64::MAX / 2), 1), 16);
+        // A device: 7/8 of it less 50 and 12 inputs of 10 are 3 layers of 100; for two passes at once, a layer each.
+        let device = |free| Place { device: true, ..host(free) };
+        assert_eq!(a.keep_from(Recompute::Auto, 16, 4, &device(544), 1), 13);
+        assert_eq!(a.keep_from(Recompute::Auto, 16, 4, &device(544), 2), 15);
+        assert_eq!(a.keep_from(Recompute::Auto, 16, 4, &device(0), 1), 15);
         assert!(a.peak(16, 0, 15) < a.peak(16, 0, 8));
     }
 

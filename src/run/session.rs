@@ -223,24 +223,16 @@ impl Session {
     /// Expected memory of a rank in bytes, and for people: weights, activations of the longest micro-batches, trained state.
     pub fn predict_memory(&self, config: &RunConfig, trained: usize, world_size: usize, place: Place) -> (u64, String) {
         let rows = self.longest_batch(config.batch_size);
-        let activations = Activations::predict(&self.model, rows, place.activation);
+        let activations = Activations::predict(&self.model, rows, &place);
         let layers = self.model.layers.len();
-        let total = self.table.total();
-        let weights = total.bytes as u64;
-        // A device's memory has to hold the weights first.
-        let free = if place.device { place.free.saturating_sub(weights) } else { place.free };
-        let keep_from = activations.keep_from(config.recompute, layers, 0, free);
-        // A joint step's divergence is that of all its micro-batches, so their forward passes wait for one another.
-        let (waiting, of) = match config.schedule {
-            Schedule::Joint => (config.grad_accum as u64, format!("{} micro-batches", config.grad_accum)),
-            Schedule::Alternate => (1, "a micro-batch".into()),
-        };
+        let weights = self.table.total().bytes as u64;
+        let loaded = self.loaded(trained, world_size, place);
+        let waiting = passes_at_once(config);
+        let of = if waiting == 1 { "a micro-batch".into() } else { format!("{waiting} micro-batches") };
+        let keep_from = activations.keep_from(config.recompute, layers, 0, &loaded, waiting);
         let kept = activations.peak(layers, 0, keep_from) - activations.working;
-        let working = activations.working.max(place.logits(rows));
-        let peak = waiting.saturating_mul(kept).saturating_add(working);
-        // A device's weights are overwritten; memory-mapped ones are replaced.
-        let new = if place.device { 0 } else { (total.bytes / total.elements.max(1)) as u64 };
-        let state = TrainedState::predict(trained as u64, new, world_size);
+        let peak = kept.saturating_mul(waiting as u64).saturating_add(activations.working);
+        let state = self.trained_state(trained, world_size, place);
         let all = peak.saturating_add(weights + state.whole + state.sharded);
         let kind = match self.checkpoint {
             _ if place.device => "",
@@ -264,12 +256,38 @@ impl Session {
         (all, text)
     }
 
+    /// What training adds.
+    fn trained_state(&self, trained: usize, world_size: usize, place: Place) -> TrainedState {
+        let total = self.table.total();
+        // A device's weights are overwritten; memory-mapped ones are replaced.
+        let new = if place.device { 0 } else { (total.bytes / total.elements.max(1)) as u64 };
+        TrainedState::predict(trained as u64, new, world_size)
+    }
+
+    /// The same place once weights and trained state are there, which a device has to hold.
+    pub fn loaded(&self, trained: usize, world_size: usize, place: Place) -> Place {
+        if !place.device {
+            return place;
+        }
+        let state = self.trained_state(trained, world_size, place);
+        let there = self.table.total().bytes as u64 + state.whole + state.sharded;
+        Place { free: place.free.saturating_sub(there), ..place }
+    }
+
     /// Tokens of the largest micro-batch there can be.
     pub fn longest_batch(&self, batch_size: usize) -> usize {
         let replies = self.data.records.iter().flat_map(|r| [&r.unsafe_reply, &r.safe_reply]);
         let mut lengths: Vec<_> = replies.flatten().map(|e| e.ids.len()).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
         lengths.iter().take(batch_size).sum()
+    }
+}
+
+/// Forward passes that wait for their backward at once: a joint step's divergence is that of all its micro-batches.
+pub fn passes_at_once(config: &RunConfig) -> usize {
+    match config.schedule {
+        Schedule::Joint => config.grad_accum,
+        Schedule::Alternate => 1,
     }
 }
 

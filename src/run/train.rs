@@ -419,8 +419,8 @@ fn resources<B: Backend>(engine: &Engine<'_, B>, predicted: u64) -> Result<Strin
     let many = all.len() > 1;
     let mut text = format!("peak memory{}: {}", if many { " of each rank's process" } else { "" }, nth(0));
     if device.is_some() {
-        let of = if many { " of each rank's tensors" } else { " of tensors" };
-        text += &format!("\npeak memory on the GPU{of}: {} (predicted: {})", nth(1), human(predicted));
+        let whose = if many { " of each rank" } else { "" };
+        text += &format!("\npeak memory on the GPU{whose}, for tensors: {} (predicted: {})", nth(1), human(predicted));
     }
     if let Some(profile) = engine.model.backend.profile() {
         let whose = if many { format!("of rank {}, ", engine.world.rank()) } else { String::new() };

@@ -28,7 +28,7 @@ impl Backend for Cuda {
         Some(self.room.saturating_sub(self.pool.usage().used) as u64)
     }
     fn peak_memory(&self) -> Option<u64> {
-        Some(self.pool.usage().peak as u64)
+        Some(self.pool.usage().peak as u64) // with what lies between tensors
     }
     fn profile(&self) -> Option<String> {
         self.times.as_ref().map(ToString::to_string)

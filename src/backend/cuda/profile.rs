@@ -107,7 +107,11 @@ impl Gpu for Profiled {
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<(), Error> {
-        let name = || format!("cuBLAS, {:?}, sums of {} into rows of {}", gemm.dtype, gemm.k, gemm.n);
+        // By the sizes of the weight, however many rows there are.
+        let name = || match gemm.a.transposed {
+            true => format!("cuBLAS, {:?}, gradient of a weight [{}, {}]", gemm.dtype, gemm.m, gemm.n),
+            false => format!("cuBLAS, {:?}, rows of {} to rows of {}", gemm.dtype, gemm.k, gemm.n),
+        };
         self.timed(name, || self.gpu.gemm(gemm))
     }
 
