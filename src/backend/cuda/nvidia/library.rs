@@ -61,9 +61,14 @@ impl Library {
         }
     }
 
-    /// How one gets it.
-    fn remedy(self) -> &'static str {
+    /// How one gets it for this CUDA version.
+    fn remedy(self, major: u32) -> &'static str {
         match self {
+            Library::Nvrtc if major == 12 => "it comes with the CUDA toolkit, or: pip install nvidia-cuda-nvrtc-cu12",
+            Library::Cublas if major == 12 => "it comes with the CUDA toolkit, or: pip install nvidia-cublas-cu12",
+            Library::Nccl if major == 12 => {
+                "get it as a package of your system (libnccl2), or: pip install nvidia-nccl-cu12"
+            }
             Library::Driver => {
                 "it comes with NVIDIA's driver: install that, in a container pass the GPU in \
                  (docker run --gpus all, apptainer --nv), or use --device cpu"
@@ -245,13 +250,17 @@ pub fn open(library: Library, major: u32, surroundings: &Surroundings) -> Result
     for candidate in candidates {
         match open_at(library, &candidate) {
             Ok(open) => return Ok(open),
-            // That the loader does not know a name is the usual case; a file that cannot be loaded is worth a word.
-            Err(why) if candidate.is_absolute() => refused.push(why),
-            Err(_) => {}
+            // That the loader finds no file of this name is the usual case; one that cannot be loaded is worth a word.
+            Err(why) => {
+                let absent = format!("{}: cannot open shared object file", candidate.display());
+                if candidate.is_absolute() || !why.starts_with(&absent) {
+                    refused.push(why);
+                }
+            }
         }
     }
     let names = library.names(major).join(" or ");
-    Err(Error::Missing { library, names, looked_in, refused, remedy: library.remedy() })
+    Err(Error::Missing { library, names, looked_in, refused, remedy: library.remedy(major) })
 }
 
 /// Opens this file, or what the loader finds under this name.
@@ -398,7 +407,7 @@ mod tests {
             names: Library::Nvrtc.names(13).join(" or "),
             looked_in,
             refused: vec!["/z/libnvrtc.so.13: file too short".into()],
-            remedy: Library::Nvrtc.remedy(),
+            remedy: Library::Nvrtc.remedy(13),
         };
         let message = error.to_string();
         for part in [
