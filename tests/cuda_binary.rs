@@ -73,7 +73,12 @@ impl Machine {
 
     #[track_caller]
     fn ok(&self, command: &str, case: &str, output: &str, options: &str) -> String {
-        let ran = self.run(command, case, output, options, &[]);
+        self.ok_with(command, case, output, options, &[])
+    }
+
+    #[track_caller]
+    fn ok_with(&self, command: &str, case: &str, output: &str, options: &str, variables: &[(&str, &str)]) -> String {
+        let ran = self.run(command, case, output, options, variables);
         let said = String::from_utf8_lossy(&[ran.stdout, ran.stderr].concat()).into_owned();
         assert_eq!(ran.status.code(), Some(0), "{said}");
         said
@@ -164,7 +169,7 @@ fn an_identification_finds_what_the_cpu_finds() {
 fn a_training_moves_the_weights_as_on_the_cpu() {
     let machine = Machine::new();
     let options = format!("{FEW} --num-rounds 1 --save-rounds none --expert-lr 1e-3 --router-lr 1e-3");
-    for ranks in [1, 2] {
+    for ranks in [1, 3] {
         let [cpu, gpu] = ["cpu", "gpu"].map(|device| format!("{device}-{ranks}"));
         machine.ok("train", "olmoe", &cpu, &format!("{options} --ranks {ranks} --device cpu"));
         machine.ok("train", "olmoe", &gpu, &format!("{options} --ranks {ranks}"));
@@ -185,6 +190,11 @@ fn a_training_moves_the_weights_as_on_the_cpu() {
     let said = machine.ok("train", "olmoe", "nccl", &format!("{options} --ranks 1 --transport nccl"));
     assert!(said.contains("from GPU to GPU by NCCL 2.32.3"), "{said}");
     assert!(machine.weights("nccl") == machine.weights("gpu-1"));
+    // Between three GPUs, of which each is a rank's without being asked for, in parts that are not of one length: the sums are
+    // those by way of the host.
+    let said = machine.ok_with("train", "olmoe", "between", &options, &[("STAND_IN_DEVICES", "3")]);
+    assert!(said.contains("from GPU to GPU by NCCL 2.32.3") && said.contains("ranks: 3"), "{said}");
+    assert!(machine.weights("between") == machine.weights("gpu-3"));
 }
 
 #[test]

@@ -6,11 +6,13 @@
 // whose values are all 1.
 //
 // With STAND_IN_MODULES, a folder of emulated modules (tests/emulator), NVRTC "compiles" NAME.cu to the path of NAME.so there,
-// and kernels run for real: so the whole program does, and NCCL's group has one rank and its own values. STAND_IN_MEMORY is the GPU's memory in bytes.
+// and kernels run for real: so the whole program does, and NCCL's ranks, threads of one process, sum their own values.
+// STAND_IN_MEMORY is the GPU's memory in bytes, STAND_IN_DEVICES how many there are.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,12 +40,14 @@ int stand_in_compilations, stand_in_open; // compiled programs; things that were
 struct stream;
 
 struct work {
-    enum { COPY, FILL, ADD_ONE, WAIT, LAUNCH } kind;
+    enum { COPY, FILL, ADD_ONE, WAIT, LAUNCH, COLLECTIVE } kind;
     void *to, *from, *owned;
     size_t bytes;
     int fill;
     struct stream* stream; // WAIT: for what this stream had
     int after;
+    struct group* group; // COLLECTIVE: its operation of this number
+    int number;
 };
 
 enum { WAITING = 4096 };
@@ -51,28 +55,38 @@ enum { WAITING = 4096 };
 static struct stream {
     struct work queue[WAITING];
     int queued, done, priority;
-} streams[8];
+} streams[32];
 static int made;
 
 static void launch(void* owned);
+static int together(struct group* group, int number);
 
-static void run_until(struct stream* s, int end) {
+// As far as it comes: to an operation of NCCL that other ranks have not queued yet, at worst. Whether that is the end.
+static int try_until(struct stream* s, int end) {
     LOCKED;
     while (s->done < end) {
-        struct work* w = &s->queue[s->done++ % WAITING];
+        struct work* w = &s->queue[s->done % WAITING];
         if (w->kind == LAUNCH) launch(w->owned);
         if (w->kind == COPY) memmove(w->to, w->from, w->bytes);
         if (w->kind == FILL) memset(w->to, w->fill, w->bytes);
         if (w->kind == ADD_ONE)
             for (size_t i = 0; i < w->bytes / 4; i++) ((float*)w->to)[i] = ((float*)w->from)[i] + 1;
-        if (w->kind == WAIT) run_until(w->stream, w->after);
+        if (w->kind == WAIT && !try_until(w->stream, w->after)) return 0;
+        if (w->kind == COLLECTIVE && !together(w->group, w->number)) return 0;
         free(w->owned);
+        s->done++;
     }
+    return 1;
+}
+
+// Nobody may hold the lock: others have to queue what this waits for.
+static void run_until(struct stream* s, int end) {
+    while (!try_until(s, end)) sched_yield();
 }
 
 static int push(struct stream* s, struct work w) {
+    while (s->queued - s->done == WAITING) run_until(s, s->done + 1);
     LOCKED;
-    if (s->queued - s->done == WAITING) run_until(s, s->done + 1);
     s->queue[s->queued++ % WAITING] = w;
     return OK;
 }
@@ -84,14 +98,14 @@ struct event {
 
 int cuStreamCreateWithPriority(struct stream** s, unsigned flags, int priority) {
     LOCKED;
-    if (made == 8) return INVALID;
+    if (made == 32) return INVALID;
     stand_in_open++, *s = &streams[made++], (*s)->priority = priority;
     return OK;
 }
 int cuStreamCreate(struct stream** s, unsigned flags) { return cuStreamCreateWithPriority(s, flags, 0); }
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) { *least = 0, *greatest = -5; return OK; }
 int cuStreamDestroy_v2(struct stream* s) { stand_in_open--, s->done = s->queued; return OK; }
-int cuStreamSynchronize(struct stream* s) { LOCKED; run_until(s, s->queued); return OK; }
+int cuStreamSynchronize(struct stream* s) { run_until(s, s->queued); return OK; }
 int cuStreamWaitEvent(struct stream* s, struct event* e, unsigned flags) {
     return push(s, (struct work){.kind = WAIT, .stream = e->stream, .after = e->after});
 }
@@ -106,18 +120,22 @@ int cuEventSynchronize(struct event* e) {
 int cuEventQuery(struct event* e) {
     static int asked;
     if (++asked % 3) return NOT_READY;
-    return cuEventSynchronize(e);
+    return !e->stream || try_until(e->stream, e->after) ? OK : NOT_READY;
 }
 
 // --- device and context ----------------------------------------------------------------------------------------------
 
-static __thread void* current;
-static int context;
+static int devices(void) {
+    const char* n = getenv("STAND_IN_DEVICES");
+    return n ? atoi(n) : 1;
+}
+static __thread char* current;
+static char contexts[8];
 
 int cuInit(unsigned flags) { return OK; }
 int cuDriverGetVersion(int* version) { *version = 13000; return OK; }
-int cuDeviceGetCount(int* count) { *count = 1; return OK; }
-int cuDeviceGet(int* device, int index) { *device = index; return index == 0 ? OK : INVALID; }
+int cuDeviceGetCount(int* count) { *count = devices(); return OK; }
+int cuDeviceGet(int* device, int index) { *device = index; return index < devices() ? OK : INVALID; }
 int cuDeviceGetName(char* name, int len, int device) { snprintf(name, len, "stand-in"); return OK; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
     switch (attribute) {
@@ -128,10 +146,10 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
         default: *value = 0; return OK;
     }
 }
-int cuDevicePrimaryCtxRetain(void** ctx, int device) { stand_in_open++; *ctx = &context; return OK; }
+int cuDevicePrimaryCtxRetain(void** ctx, int device) { stand_in_open++; *ctx = &contexts[device]; return OK; }
 int cuDevicePrimaryCtxRelease_v2(int device) { stand_in_open--; return OK; }
-int cuCtxGetDevice(int* device) { *device = 0; return current ? OK : INVALID; }
-int cuDeviceGetUuid_v2(char* uuid, int device) { memset(uuid, 7, 16); return OK; }
+int cuCtxGetDevice(int* device) { *device = (int)(current - contexts); return current ? OK : INVALID; }
+int cuDeviceGetUuid_v2(char* uuid, int device) { memset(uuid, 7 + device, 16); return OK; }
 int cuCtxGetCurrent(void** ctx) { *ctx = current; return OK; }
 int cuCtxSetCurrent(void* ctx) { current = ctx; return OK; }
 int cuGetErrorName(int code, const char** name) { *name = code == OUT_OF_MEMORY ? "OUT_OF_MEMORY" : "ERROR"; return OK; }
@@ -327,11 +345,11 @@ int cublasSetWorkspace_v2(struct handle* h, void* workspace, size_t bytes) { h->
 int cublasSetMathMode(struct handle* h, int math) { h->math = math; return 0; }
 int cublasGemmEx(struct handle* h, int ta, int tb, int m, int n, int k, const float* alpha, const void* a, int at, int lda,
                  const void* b, int bt, int ldb, const float* beta, void* c, int ct, int ldc, int compute, int algorithm) {
+    run_until(h->stream, h->stream->queued);
     LOCKED;
     // f32 or bf16 in and out, f32 sums, the default choice of algorithm; a stream and a workspace; no TF32.
     if ((at && at != 14) || bt != at || (ct && ct != at) || compute != 68 || algorithm != -1) return 15;
     if (!h->stream || !h->workspace || h->math != 16) return 7;
-    run_until(h->stream, h->stream->queued);
     for (int col = 0; col < n; col++)
         for (int row = 0; row < m; row++) {
             float sum = 0;
@@ -343,48 +361,113 @@ int cublasGemmEx(struct handle* h, int ta, int tb, int m, int n, int k, const fl
     return 0;
 }
 
-// --- NCCL: a group of one, in which every call takes a while -----------------------------------------------------------
+// --- NCCL: ranks in the threads of one process; every call takes a while ------------------------------------------------
+
+enum { RANKS = 8, OPERATIONS = 65536 };
+enum { ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, REDUCE, BROADCAST };
+struct group {
+    int ranks, joined;
+    struct operation {
+        int kind, root, queued, done, at[RANKS];
+        size_t bytes;
+        char *from[RANKS], *to[RANKS];
+        struct stream* streams[RANKS];
+    } operations[OPERATIONS];
+};
+static struct group* groups[64];
+static unsigned char ids;
 
 struct comm {
-    int busy;
+    int busy, rank, count;
+    struct group* group;
 };
 struct id {
-    char bytes[128];
+    unsigned char bytes[128];
 };
 
 enum { IN_PROGRESS = 7 };
 
+// Does an operation for all ranks, once all have queued it and everything before it is done. Whether it is done.
+static int together(struct group* g, int number) {
+    struct operation* o = &g->operations[number];
+    if (o->done) return 1;
+    if (o->queued < g->ranks) return 0;
+    for (int r = 0; r < g->ranks; r++)
+        if (!try_until(o->streams[r], o->at[r])) return 0;
+    size_t n = o->bytes / 4, parts = o->kind == REDUCE_SCATTER ? g->ranks : 1;
+    char* out = malloc(o->bytes * g->ranks);
+    if (o->kind == ALL_GATHER || o->kind == BROADCAST)
+        for (int r = 0; r < g->ranks; r++) memcpy(out + r * o->bytes, o->from[o->kind == BROADCAST ? o->root : r], o->bytes);
+    else
+        for (size_t i = 0; i < n * parts; i++) {
+            float sum = 0;
+            for (int r = 0; r < g->ranks; r++) sum += ((float*)o->from[r])[i];
+            ((float*)out)[i] = sum;
+        }
+    for (int r = 0; r < g->ranks; r++) {
+        if (o->kind == ALL_GATHER) memcpy(o->to[r], out, o->bytes * g->ranks);
+        if (o->kind == BROADCAST || o->kind == ALL_REDUCE) memcpy(o->to[r], out, o->bytes);
+        if (o->kind == REDUCE_SCATTER) memcpy(o->to[r], out + r * o->bytes, o->bytes);
+        if (o->kind == REDUCE && r == o->root) memcpy(o->to[r], out, o->bytes);
+    }
+    free(out);
+    return o->done = 1;
+}
+
 int ncclGetVersion(int* version) { *version = 23203; return 0; }
-int ncclGetUniqueId(struct id* id) { memset(id, 9, sizeof *id); return 0; }
+int ncclGetUniqueId(struct id* id) { LOCKED; memset(id, 9, sizeof *id); id->bytes[0] = ids++; return 0; }
 const char* ncclGetErrorString(int code) { return "the stand-in says no"; }
 const char* ncclGetLastError(struct comm* comm) { return ""; }
 int ncclCommInitRankConfig(struct comm** comm, int ranks, struct id id, int rank, int* config) {
+    LOCKED;
     // size, magic, version 2.18, not blocking
-    if (ranks != 1 || rank != 0 || id.bytes[127] != 9 || config[0] != 48 || config[2] != 0xcafebeef || config[4]) return 4;
-    stand_in_open++, *comm = calloc(1, sizeof **comm), (*comm)->busy = 2;
+    if (ranks > RANKS || rank >= ranks || id.bytes[127] != 9 || config[0] != 48 || config[2] != 0xcafebeef || config[4]) return 4;
+    struct group** group = &groups[id.bytes[0] % 64];
+    if (!*group) *group = calloc(1, sizeof **group), (*group)->ranks = ranks;
+    if ((*group)->ranks != ranks || (*group)->joined++ == ranks) return 4;
+    stand_in_open++, *comm = calloc(1, sizeof **comm);
+    **comm = (struct comm){.busy = 2, .rank = rank, .group = *group};
     return IN_PROGRESS;
 }
 int ncclCommGetAsyncError(struct comm* comm, int* error) {
-    *error = comm->busy > 0 ? IN_PROGRESS : 0;
+    *error = comm->busy > 0 || comm->group->joined < comm->group->ranks ? IN_PROGRESS : 0;
     comm->busy--;
     return 0;
 }
 int ncclCommAbort(struct comm* comm) { stand_in_open--; free(comm); return 0; }
-int ncclGroupStart(void) { return 0; }
-int ncclGroupEnd(void) { return 0; }
-static int busy_with(struct comm* comm, struct stream* s, struct work w) {
-    if (comm->busy > 0 || s->priority != -5) return 5; // the last call is not through, or not the stream of its own
-    comm->busy = 2;
-    return push(s, w) ? 3 : IN_PROGRESS;
+
+// Several calls that start together.
+static __thread int grouped;
+static __thread struct comm* last;
+int ncclGroupStart(void) { grouped = 1, last = 0; return 0; }
+int ncclGroupEnd(void) { grouped = 0; return last ? last->busy = 2, IN_PROGRESS : 0; }
+
+static int queue(struct comm* c, struct stream* s, int kind, void* from, void* to, size_t bytes, int root) {
+    LOCKED;
+    if (c->busy > 0 || s->priority != -5 || !current) return 5; // the last call is not through, or not the stream of its own
+    if (c->count == OPERATIONS) return 3;
+    struct operation* o = &c->group->operations[c->count];
+    if (o->queued && (o->kind != kind || o->bytes != bytes || o->root != root)) return 5; // ranks differ
+    o->kind = kind, o->bytes = bytes, o->root = root, o->queued++;
+    o->from[c->rank] = from, o->to[c->rank] = to, o->streams[c->rank] = s, o->at[c->rank] = s->queued;
+    last = c;
+    if (!grouped) c->busy = 2;
+    struct work w = {.kind = COLLECTIVE, .group = c->group, .number = c->count++};
+    if (!modules()) w = (struct work){.kind = kind == ALL_GATHER ? COPY : ADD_ONE, .to = to, .from = from, .bytes = bytes};
+    return push(s, w) ? 3 : grouped ? 0 : IN_PROGRESS;
 }
 int ncclAllReduce(void* from, void* to, size_t n, int type, int op, struct comm* comm, struct stream* s) {
-    return type == 7 && op == 0 ? busy_with(comm, s, (struct work){.kind = modules() ? COPY : ADD_ONE, .to = to, .from = from, .bytes = 4 * n}) : 4;
+    return type == 7 && op == 0 ? queue(comm, s, ALL_REDUCE, from, to, 4 * n, 0) : 4;
 }
 int ncclReduceScatter(void* from, void* to, size_t n, int type, int op, struct comm* comm, struct stream* s) {
-    return ncclAllReduce(from, to, n, type, op, comm, s);
+    return type == 7 && op == 0 ? queue(comm, s, REDUCE_SCATTER, from, to, 4 * n, 0) : 4;
 }
 int ncclAllGather(void* from, void* to, size_t n, int type, struct comm* comm, struct stream* s) {
-    return type == 1 ? busy_with(comm, s, (struct work){.to = to, .from = from, .bytes = n}) : 4;
+    return type == 1 ? queue(comm, s, ALL_GATHER, from, to, n, 0) : 4;
 }
-int ncclReduce(void* from, void* to, size_t n, int type, int op, int root, struct comm* comm, struct stream* s) { return 3; }
-int ncclBroadcast(void* from, void* to, size_t n, int type, int root, struct comm* comm, struct stream* s) { return 3; }
+int ncclReduce(void* from, void* to, size_t n, int type, int op, int root, struct comm* comm, struct stream* s) {
+    return type == 7 && op == 0 ? queue(comm, s, REDUCE, from, to, 4 * n, root) : 4;
+}
+int ncclBroadcast(void* from, void* to, size_t n, int type, int root, struct comm* comm, struct stream* s) {
+    return type == 1 ? queue(comm, s, BROADCAST, from, to, n, root) : 4;
+}
