@@ -17,6 +17,7 @@ pub enum Tries {
     /// The same, but at least 50 times in a campaign.
     AtLeast50(usize),
     /// As often in both: each case once.
+    #[cfg_attr(not(feature = "mpi"), allow(dead_code))]
     Exactly(usize),
 }
 
