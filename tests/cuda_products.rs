@@ -230,11 +230,14 @@ fn grouped_products_of_warpgroups() {
 fn weights_stored_in_another_format_are_converted() {
     for form in [Form::Arithmetic, Form::TensorCores, Form::Warpgroups].into_iter().filter(runs) {
         let mut case = Case::new(3, Dtype::Bf16, &[2, 0, 9, 4, 1], [2, 16, 24]);
-        let want = case.run(&cuda(device::gpu(), Dtype::Bf16, form));
-        for w in &mut case.weights {
-            *w = HostTensor::encode(Dtype::F32, w.shape.clone(), &w.to_f32());
+        for stored in [Dtype::F32, Dtype::F16] {
+            let encode = |w: &HostTensor, dtype| HostTensor::encode(dtype, w.shape.clone(), &w.to_f32());
+            let there: Vec<_> = case.weights.iter().map(|w| encode(w, stored)).collect();
+            case.weights = there.iter().map(|w| encode(w, Dtype::Bf16)).collect();
+            let want = case.run(&cuda(device::gpu(), Dtype::Bf16, form));
+            case.weights = there;
+            assert_eq!(case.run(&cuda(device::gpu(), Dtype::Bf16, form)), want, "{stored:?}, {form}");
         }
-        assert_eq!(case.run(&cuda(device::gpu(), Dtype::Bf16, form)), want);
     }
 }
 
