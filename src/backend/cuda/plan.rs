@@ -37,6 +37,9 @@ pub enum Form {
 /// Work of one group's product, in floating-point operations, from which it keeps the whole GPU busy for longer than a launch
 /// takes (some 15 µs), so that the library's faster inner loop pays. An estimate, not a measurement.
 const WORTH_A_LAUNCH: u64 = 10_000_000_000;
+/// The same beside products of warpgroups, whose inner loop is nearer to the library's: only where the wait for the counts is lost
+/// in the work of a layer.
+const WORTH_A_LAUNCH_WARPGROUPS: u64 = 40_000_000_000;
 /// The same for F32, where the grouped kernel is ordinary arithmetic.
 const WORTH_A_LAUNCH_F32: u64 = 500_000_000;
 
@@ -49,16 +52,19 @@ impl Grouped {
     /// The form for this shape. A single group needs no counts; few large ones are done best by the library; many small
     /// ones only fill the GPU together.
     pub fn form(&self, architecture: Architecture) -> Form {
-        let threshold = if self.dtype == Dtype::Bf16 { WORTH_A_LAUNCH } else { WORTH_A_LAUNCH_F32 };
         // Tensor cores are fed in pieces of 8 numbers, which must not cross a row's end.
         let whole_pieces = self.inputs.is_multiple_of(8) && self.outputs.is_multiple_of(8);
-        if self.groups <= 1 || self.work() >= threshold {
-            Form::EachGroup
-        } else if self.dtype == Dtype::Bf16 && architecture.sm >= 80 && whole_pieces {
-            if architecture.sm == 90 { Form::Warpgroups } else { Form::TensorCores }
-        } else {
-            Form::Arithmetic
-        }
+        let together = match architecture.sm {
+            90 if self.dtype == Dtype::Bf16 && whole_pieces => Form::Warpgroups,
+            80.. if self.dtype == Dtype::Bf16 && whole_pieces => Form::TensorCores,
+            _ => Form::Arithmetic,
+        };
+        let threshold = match together {
+            Form::Warpgroups => WORTH_A_LAUNCH_WARPGROUPS,
+            _ if self.dtype == Dtype::Bf16 => WORTH_A_LAUNCH,
+            _ => WORTH_A_LAUNCH_F32,
+        };
+        if self.groups <= 1 || self.work() >= threshold { Form::EachGroup } else { together }
     }
 }
 
@@ -134,7 +140,8 @@ mod tests {
             assert_eq!(form(tokens * 2, 8, 4096, 14336, Dtype::Bf16, 90), Form::EachGroup);
         }
         assert_eq!(form(4096 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::Warpgroups);
-        assert_eq!(form(32768 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::EachGroup);
+        assert_eq!(form(32768 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::Warpgroups);
+        assert_eq!(form(32768 * 8, 64, 2048, 1024, Dtype::Bf16, 80), Form::EachGroup);
         assert_eq!(form(4096, 1, 2048, 5632, Dtype::Bf16, 90), Form::EachGroup);
     }
 
