@@ -85,6 +85,10 @@ fn rows(report: &Report, b: &Cuda, shape: &Shape, x: &Tensor) {
     let (w, dy) = (b.weight(host(q, d)), b.zeros(t, q));
     let (flops, operands) = (2 * t * d * q, (t * d + t * q) * A);
     report.time("linear (queries)", product(flops, operands + d * q * A), || b.linear(x, &w, None));
+    let bias = b.weight(HostTensor::encode(Dtype::Bf16, vec![q], &noise(q, 0.05)));
+    report.time("linear, with a bias", product(flops, operands + d * q * A), || b.linear(x, &w, Some(&bias)));
+    let stored = b.weight(HostTensor::encode(Dtype::F16, vec![q, d], &noise(q * d, 0.05)));
+    report.time("linear of a weight in F16", product(flops, operands + 3 * d * q * A), || b.linear(x, &stored, None));
     report.time("linear_backward_input", product(flops, operands + d * q * A), || b.linear_backward_input(&dy, &w));
     let mut dw = b.buffer(d * q);
     report.time("linear_backward_weight", product(flops, operands + 8 * d * q), || {
@@ -260,6 +264,14 @@ impl Products {
             b.grouped_linear_backward_weight(dy, x, &stacks, dispatch, &plan, &mut nothing, &mut scores)
         });
 
+        for (moment, read) in [(Moment::Square, 0), (Moment::AbsTimesWeight, self.weights.len() * size * A)] {
+            let plan: Vec<_> = (0..experts).map(|e| ExpertGrad::Score(moment, e)).collect();
+            let what = name(&format!("gradient magnitude, {moment:?}: {}", order[0]));
+            report.time(&what, product(flops, operands + read), || {
+                b.grouped_linear_backward_weight(dy, x, &stacks, dispatch, &plan, &mut nothing, &mut scores)
+            });
+        }
+
         let trained = experts.div_ceil(TRAINED);
         let mut dw: Buffer = b.buffer(trained * self.stack * size);
         let place = |e: usize| (0..self.stack).map(|i| (e * self.stack + i) * size).collect();
@@ -283,6 +295,7 @@ fn updates(report: &Report, b: &Cuda, shape: &Shape) {
     let [mut master, mut m, mut v, mut grad] = [0; 4].map(|_| b.buffer(n));
     let mut w = b.weight(HostTensor::encode(Dtype::Bf16, vec![rows, cols], &vec![0.5; n]));
     let step = AdamwStep { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
+    report.time("random_weight", bytes(A * n), || b.random_weight(Dtype::Bf16, vec![rows, cols], 1, 0.02));
     report.time("adamw", bytes(28 * n), || b.adamw(&mut master, &mut m, &mut v, 0..n, &grad, 0, &step));
     report.time("sum_squares", bytes(4 * n), || b.sum_squares(&grad, 0..n));
     report.time("set_weight", bytes((4 + A) * n), || b.set_weight(&mut w, &master, 0..n));
