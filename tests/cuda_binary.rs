@@ -226,6 +226,8 @@ fn what_is_missing_or_full_is_said() {
     // Less than the workspace of products and the weights.
     machine.failed(exit::LAUNCHER, FEW, &[("STAND_IN_MEMORY", "33600000")], &full);
     machine.failed(exit::LAUNCHER, &format!("{FEW} --ranks 2"), &[("STAND_IN_MEMORY", "67160000")], &full);
+    // Less than that workspace.
+    machine.failed(exit::LAUNCHER, FEW, &[("STAND_IN_MEMORY", "1000000")], &["cuMemAlloc", "nvidia-smi"]);
     let shared = ["ranks 0 and 1 use the same GPU"];
     machine.failed(exit::LAUNCHER, &format!("{FEW} --ranks 2 --transport nccl"), &[], &shared);
     fs::remove_file(machine.path("libraries/libnvrtc.so.13")).unwrap();

@@ -226,7 +226,15 @@ fn cubins(nvrtc: &Nvrtc, cache: &Cache, modules: &[&&Module], sm: u32) -> Result
 }
 
 fn refused(call: &'static str) -> impl Fn(DriverError) -> Error {
-    move |e| Error::Driver { call, message: driver_says(e) }
+    move |e| {
+        let hint = match e.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                ": no room even to begin with; nvidia-smi shows who has it, CUDA_VISIBLE_DEVICES chooses another GPU"
+            }
+            _ => "",
+        };
+        Error::Driver { call, message: driver_says(e) + hint }
+    }
 }
 
 fn fault(call: &'static str) -> impl Fn(DriverError) -> gpu::Error {
