@@ -85,13 +85,18 @@ fn identification(name: &str, dtype: Dtype, tolerance: Tolerance) {
     assert_eq!(bits(&run().scores.values), bits(&found.scores.values), "{name}: two runs differ");
 }
 
+/// Loss and gradients of all parameters for the first batch: on the GPU with activations of this type, then on the CPU.
+fn all_gradients(case: &Case, dtype: Dtype) -> [(f64, Vec<Vec<f32>>); 2] {
+    let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
+    let (gpu, cpu) = (case.engine_on(&case.config, cuda(dtype)), case.engine(&case.config, 1));
+    let batch = &unsafe_batches(&cpu)[0];
+    [ce_gradients(&gpu, batch, &all), ce_gradients(&cpu, batch, &all)]
+}
+
 /// Every parameter's gradient against the CPU's.
 fn gradients(name: &str) {
     let case = Case::open(name);
-    let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
-    let (gpu, cpu) = (case.engine_on(&case.config, cuda(Dtype::F32)), case.engine(&case.config, 1));
-    let batch = &unsafe_batches(&cpu)[0];
-    let ((loss, ours), (expected, theirs)) = (ce_gradients(&gpu, batch, &all), ce_gradients(&cpu, batch, &all));
+    let [(loss, ours), (expected, theirs)] = all_gradients(&case, Dtype::F32);
     assert_near("loss", &[loss], &[expected], f32_tolerance());
     for ((ours, theirs), spec) in ours.iter().zip(&theirs).zip(&case.session.table.params) {
         let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
@@ -110,11 +115,7 @@ const BF16_GRADIENTS: f64 = 0.2;
 
 /// The gradients of all parameters in BF16 against those in F32 on the CPU: as one vector, the length of the difference.
 fn gradients_in_bf16(name: &str) {
-    let case = Case::open(name);
-    let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
-    let (gpu, cpu) = (case.engine_on(&case.config, cuda(Dtype::Bf16)), case.engine(&case.config, 1));
-    let batch = &unsafe_batches(&cpu)[0];
-    let ((loss, ours), (expected, theirs)) = (ce_gradients(&gpu, batch, &all), ce_gradients(&cpu, batch, &all));
+    let [(loss, ours), (expected, theirs)] = all_gradients(&Case::open(name), Dtype::Bf16);
     assert!((loss - expected).abs() < 0.01 * expected, "{name}: loss {loss} instead of {expected}");
     let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>();
     let off = squares(&mut ours.iter().flatten().zip(theirs.iter().flatten()).map(|(x, y)| x - y));

@@ -345,11 +345,11 @@ int cublasSetWorkspace_v2(struct handle* h, void* workspace, size_t bytes) { h->
 int cublasSetMathMode(struct handle* h, int math) { h->math = math; return 0; }
 int cublasGemmEx(struct handle* h, int ta, int tb, int m, int n, int k, const float* alpha, const void* a, int at, int lda,
                  const void* b, int bt, int ldb, const float* beta, void* c, int ct, int ldc, int compute, int algorithm) {
+    if (!h->stream || !h->workspace || h->math != 16) return 7;
     run_until(h->stream, h->stream->queued);
     LOCKED;
     // f32 or bf16 in and out, f32 sums, the default choice of algorithm; a stream and a workspace; no TF32.
     if ((at && at != 14) || bt != at || (ct && ct != at) || compute != 68 || algorithm != -1) return 15;
-    if (!h->stream || !h->workspace || h->math != 16) return 7;
     for (int col = 0; col < n; col++)
         for (int row = 0; row < m; row++) {
             float sum = 0;

@@ -91,7 +91,7 @@ impl Nvidia {
         }
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS;
         let reads_pageable = context.attribute(attribute).map_err(refused("cuDeviceGetAttribute"))? != 0;
-        let modules: Vec<_> = MODULES.iter().filter(|module| module.runs_on(architecture.sm)).collect();
+        let modules: Vec<_> = MODULES.iter().copied().filter(|module| module.runs_on(architecture.sm)).collect();
         let cubins = cubins(&nvrtc, &Cache::new(kernel_cache), &modules, architecture.sm)?;
 
         let stream =
@@ -212,10 +212,10 @@ fn architecture(context: &CudaContext) -> Result<Architecture, DriverError> {
 }
 
 /// Machine code of these modules, in their order, for a GPU of compute capability `sm`.
-fn cubins(nvrtc: &Nvrtc, cache: &Cache, modules: &[&&Module], sm: u32) -> Result<Vec<Vec<u8>>, Error> {
+fn cubins(nvrtc: &Nvrtc, cache: &Cache, modules: &[&Module], sm: u32) -> Result<Vec<Vec<u8>>, Error> {
     let options = options(sm);
     let compiler = format!("{:?}", nvrtc.version());
-    let cubin = |module: &&&Module| {
+    let cubin = |module: &&Module| {
         let source = nvrtc::source(module);
         let mut parts = vec![source.as_str(), &compiler];
         parts.extend(options.iter().map(String::as_str));
