@@ -23,14 +23,14 @@ features=()
 if type mpicc mpirun >/dev/null 2>&1; then
     features=(--features mpi)
 else
-    echo "skipped: tests/mpi.rs, tests/slurm.rs and all that starts ranks with mpirun: there is no mpicc or no mpirun"
+    echo "skipped: tests/mpi and all that starts ranks with mpirun: there is no mpicc or no mpirun"
 fi
 
 if (($# == 0)); then
     python=${MOEWARDEN_PYTHON:-python3}
     part=export_onto_a_disk_that_fills_up # ignored because another test runs it in a process of its own
     if ! "$python" --version >/dev/null 2>&1; then
-        echo "skipped: tests/python_checks.rs: there is no $python"
+        echo "skipped: tests/binary/python.rs: there is no $python"
     elif ! "$python" -c 'import torch, transformers, safetensors' >/dev/null 2>&1; then
         echo "skipped: transformers_loads_what_was_exported: $python does not have torch, transformers and safetensors"
         set -- -- --include-ignored --skip "$part" --skip transformers_loads_what_was_exported

@@ -8,6 +8,7 @@
 //! chooses the slower one.
 
 #[path = "../../tests/emulator/mod.rs"]
+#[allow(dead_code)] // the tests use more of it
 mod emulator;
 mod layer;
 mod report;

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 messages=$(mktemp)
 trap 'rm -f "$messages"' EXIT
 cargo test --locked --profile "${PROFILE:-release}" --no-run --message-format=json-render-diagnostics \
-    --test cuda_emulated --test cuda_products --test cuda_golden --test nccl --bench cuda_ops >"$messages"
+    --test cuda --bench cuda_ops >"$messages"
 cargo build --locked --profile "${PROFILE:-release}" --message-format=json-render-diagnostics --bin moewarden >>"$messages"
 python3 - "$messages" "$folder" <<'PYTHON'
 import json, shutil, sys

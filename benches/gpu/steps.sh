@@ -9,11 +9,9 @@ gpu() {
     [[ $DEVICE == cpu ]] || "$BIN/cuda_ops" --open
 }
 
-# A test program with its comparisons on the GPU, one test at a time: they share one GPU.
+# The tests of one file of tests/cuda with their comparisons on the GPU, one test at a time: they share one GPU.
 on_gpu() {
-    local program=$1
-    shift
-    gpu && MOEWARDEN_TEST_GPU=0 "$BIN/$program" --test-threads 1 "$@"
+    gpu && MOEWARDEN_TEST_GPU=0 "$BIN/cuda" --test-threads 1 "$1::"
 }
 
 step_versions() {
@@ -24,9 +22,9 @@ step_versions() {
     gpu
 }
 
-step_ops() { on_gpu cuda_emulated; }
-step_products() { on_gpu cuda_products; }
-step_golden() { on_gpu cuda_golden; }
+step_ops() { on_gpu ops; }
+step_products() { on_gpu products; }
+step_golden() { on_gpu golden; }
 step_nccl() { on_gpu nccl; }
 
 step_sanitizer() {
@@ -41,9 +39,9 @@ step_sanitizer() {
     export MOEWARDEN_TEST_PLAIN_MEMORY=1
     for tool in memcheck racecheck initcheck; do
         echo "--- $tool"
-        MOEWARDEN_TEST_GPU=0 timeout "$LIMIT" "$sanitizer" --tool "$tool" --error-exitcode 1 "$BIN/cuda_emulated" \
+        MOEWARDEN_TEST_GPU=0 timeout "$LIMIT" "$sanitizer" --tool "$tool" --error-exitcode 1 "$BIN/cuda" \
             --test-threads 1 agrees || code=$?
-        MOEWARDEN_TEST_GPU=0 timeout "$LIMIT" "$sanitizer" --tool "$tool" --error-exitcode 1 "$BIN/cuda_products" \
+        MOEWARDEN_TEST_GPU=0 timeout "$LIMIT" "$sanitizer" --tool "$tool" --error-exitcode 1 "$BIN/cuda" \
             --test-threads 1 tensor_cores of_warpgroups || code=$?
     done
     return "$code"

@@ -1,12 +1,10 @@
 //! A golden case: its files, and an engine over them.
 
-#![allow(dead_code)]
-
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use moewarden::backend::{Backend, Dtype, cpu::Cpu};
+use moewarden::backend::{Backend, cpu::Cpu};
 use moewarden::config::{Recompute, RunConfig, Schedule};
 use moewarden::data::{Example, MicroBatch};
 use moewarden::experts::ExpertId;
@@ -22,7 +20,6 @@ use serde_json::Value;
 
 /// One folder of `tests/golden`, opened.
 pub struct Case {
-    pub dir: PathBuf,
     pub expect: Value,
     /// The numbers of `options`, in the order of the file, nothing else changed.
     pub config: RunConfig,
@@ -71,7 +68,7 @@ impl Case {
             ..RunConfig::default()
         };
         let session = Session::open(&config, &Ui::silent()).expect("the case opens");
-        Self { dir, expect, config, session }
+        Self { expect, config, session }
     }
 
     /// The weights of the case on the CPU. (`threads` decides nothing; tests use 1 and 2.)
@@ -87,11 +84,6 @@ impl Case {
     /// Whether it is one of the four (one a family) with the long list of training runs.
     pub fn is_long(&self) -> bool {
         self.expect["training"].as_array().expect("training runs").len() > 4
-    }
-
-    /// Whether the weights are stored in 16 bits.
-    pub fn is_16_bit(&self) -> bool {
-        self.session.table.params[0].value.dtype != Dtype::F32
     }
 
     /// The selection that the case trains.
@@ -191,17 +183,6 @@ pub fn fixture_name(spec: &ParamSpec) -> String {
         }
         _ => spec.tensor.clone(),
     }
-}
-
-/// `[Σ|x|, sqrt(Σ x²), Σ_i x_i · cos(i)]`
-pub fn digest(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
-    let mut out = [0.0; 3];
-    for (i, x) in values.into_iter().enumerate() {
-        out[0] += x.abs();
-        out[1] += x * x;
-        out[2] += x * (i as f64).cos();
-    }
-    vec![out[0], out[1].sqrt(), out[2]]
 }
 
 /// All numbers in a JSON value, in order, however they are nested.

@@ -1,7 +1,5 @@
 //! Processes that tests start: ranks under `mpirun`, and proof that none outlives its test.
 
-#![allow(dead_code)]
-
 use std::fs;
 use std::process::Command;
 

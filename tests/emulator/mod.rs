@@ -1,8 +1,6 @@
 //! A GPU on the CPU: the kernels compiled by the system's C++ compiler behind `gpu.h`, memory that shows every mistake it
 //! can, and plain products rounded as cuBLAS rounds them.
 
-#![allow(dead_code)]
-
 pub mod device;
 
 use std::alloc::{Layout, alloc, dealloc};

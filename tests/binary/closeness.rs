@@ -1,0 +1,100 @@
+//! How close runs are that add up the same numbers in another order.
+
+use std::collections::BTreeMap;
+
+use moewarden::backend::{Dtype, HostTensor};
+use serde_json::Value;
+
+use crate::binary::Outputs;
+
+/// f64 sums of the same f32 micro-batches, in another order.
+pub const SAME_WEIGHTS: f64 = 1e-12;
+/// Those of weights that have been trained.
+pub const TRAINED_WEIGHTS: f64 = 1e-5;
+/// f32 sums of up to 500 terms in another order.
+const LOSSES: f64 = 1e-6;
+/// Of a tensor's size; 16-bit weights beside that by one step where a master falls on the other side of a half.
+const WEIGHTS: f64 = 1e-5;
+
+/// Panics unless two runs took the same steps, with the same selection, losses and weights; `scores` says how far scores
+/// may be apart.
+pub fn check_close(expected: &Outputs, found: &Outputs, scores: f64, what: &str) {
+    check_scores(&expected.scores(), &found.scores(), scores, what);
+    check_metrics(&expected.metrics, &found.metrics, what);
+    let [a, b] = [expected, found].map(Outputs::metadata);
+    for loss in ["ce_loss", "held_out_loss"] {
+        let [a, b] = [&a[loss], &b[loss]].map(numbers);
+        let same = a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| close(*a, *b, LOSSES));
+        assert!(same, "{what}: {loss} before and after is {b:?}, not {a:?}");
+    }
+    check_weights(&expected.weights, &found.weights, what);
+}
+
+fn close(a: f64, b: f64, relative: f64) -> bool {
+    (a - b).abs() <= relative * b.abs()
+}
+
+fn check_scores(expected: &Value, found: &Value, tolerance: f64, what: &str) {
+    for (round, a) in expected["rounds"].as_object().unwrap() {
+        let b = &found["rounds"][round];
+        assert!(!a["selected"].as_array().unwrap().is_empty());
+        assert_eq!(a["selected"], b["selected"], "{what}: selection");
+        assert_eq!(a["micro_batches"], b["micro_batches"], "{what}");
+        for (name, tolerance) in [("scores", tolerance), ("losses", LOSSES)] {
+            let [a, b] = [&a[name], &b[name]].map(numbers);
+            assert_eq!(a.len(), b.len(), "{what}: {name}");
+            for (i, (a, b)) in a.iter().zip(&b).enumerate() {
+                assert!(close(*a, *b, tolerance), "{what}: {name}[{i}] is {b:e}, not {a:e}");
+            }
+        }
+    }
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    match value {
+        Value::Array(items) => items.iter().flat_map(numbers).collect(),
+        other => other.as_f64().into_iter().collect(),
+    }
+}
+
+fn check_metrics(expected: &[Value], found: &[Value], what: &str) {
+    assert_eq!(expected.len(), found.len(), "{what}: steps");
+    for (a, b) in expected.iter().zip(found) {
+        for same in ["phase", "round", "step", "lr", "tokens"] {
+            assert_eq!(a[same], b[same], "{what}: {same} of {a}");
+        }
+        for loss in ["ce_loss", "router_loss", "total_loss", "grad_norm"] {
+            match (a[loss].as_f64(), b[loss].as_f64()) {
+                (Some(a), Some(b)) if close(a, b, LOSSES) => {}
+                (None, None) => {}
+                (a_loss, b_loss) => panic!("{what}: {loss} is {b_loss:?}, not {a_loss:?}, in {a}"),
+            }
+        }
+    }
+}
+
+fn check_weights(expected: &BTreeMap<String, HostTensor>, found: &BTreeMap<String, HostTensor>, what: &str) {
+    assert_eq!(expected.len(), found.len());
+    for (name, a) in expected {
+        let b = &found[name];
+        // A step of bf16 is at most 2⁻⁷ of the value.
+        let step = |x: f32| if a.dtype == Dtype::F32 { 0.0 } else { f64::from(x).abs() / 128.0 };
+        let (a, b) = (a.to_f32(), b.to_f32());
+        let size = a.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let apart = |(a, b): (&f32, &f32)| (f64::from(*a) - f64::from(*b)).abs();
+        let beyond = |pair: (&f32, &f32)| f64::max(apart(pair) - step(*pair.0), 0.0).powi(2);
+        let error = a.iter().zip(&b).map(beyond).sum::<f64>().sqrt();
+        if std::env::var_os("MOEWARDEN_SHOW_ERRORS").is_some() {
+            let other = a.iter().zip(&b).filter(|(a, b)| a != b).count();
+            eprintln!(
+                "{:.1e} {:.1e} {other} of {}: {name}, {what}",
+                error / size,
+                a.iter().zip(&b).map(apart).fold(0.0, f64::max),
+                a.len()
+            );
+        }
+        assert!(error <= WEIGHTS * size, "{what}: {name} is off by {:.1e} of its size", error / size);
+        let flipped = a.iter().zip(&b).filter(|(a, b)| a != b && step(**a) > 0.0).count();
+        assert!(flipped <= a.len() / 100, "{what}: {flipped} of {} values of {name} were rounded otherwise", a.len());
+    }
+}

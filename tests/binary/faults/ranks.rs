@@ -1,0 +1,104 @@
+//! One of two ranks dies, fails or hangs, anywhere: the other leaves soon and says why, and the run can go on.
+
+use std::time::Duration;
+
+use moewarden::exit;
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
+
+use super::campaign::{Tries, campaign};
+use super::saves::STAGES;
+use super::scene::{By, SAVES, SOON, STEPS, Scene, TIMEOUT};
+
+/// Collective operations that a rank surely comes to.
+const COLLECTIVES: u64 = 100;
+
+/// A place on a rank, of the `i`th kind of four, as `MOEWARDEN_FAULT` has it.
+pub fn place(i: usize, rank: usize, random: &mut ChaCha8Rng) -> String {
+    let (point, passings) = match i % 4 {
+        0 => ("step", STEPS),
+        1 => ("save", SAVES * STAGES[rank]),
+        2 => ("collective", COLLECTIVES),
+        _ => ("batch", STEPS / 2),
+    };
+    format!("rank={rank},at={point}:{}", random.random_range(1..=passings))
+}
+
+/// What the messages of a failing rank call a place.
+fn in_words(place: &str) -> &'static str {
+    match place {
+        _ if place.contains("step") => "in round 1, ",
+        _ if place.contains("save") => "in saving round_",
+        _ if place.contains("batch") => "in identification",
+        _ => "in ",
+    }
+}
+
+/// Tries an action on a random rank at places of all kinds; `check` gets the rank and the place.
+fn strikes(by: By, action: &str, check: impl Fn(&Scene, super::scene::Ended, usize, &str)) {
+    let row = format!("do={action} on one rank, {}", by.name());
+    // Threads that hang are waited for.
+    let threads = if action == "hang" { 1 } else { 2 };
+    campaign(&row, Tries::AtLeast(if by == By::Threads { threads } else { 1 }), |i, random| {
+        let scene = Scene::new();
+        let rank = random.random_range(0..2);
+        let place = place(i, rank, random);
+        let timeout = format!("--timeout {TIMEOUT}");
+        let ended = scene.run(by, &timeout, Some(&format!("{place},do={action}")));
+        ended.says(&["MOEWARDEN_FAULT: "]);
+        ended.failed();
+        check(&scene, ended, rank, &place);
+        scene.resumes(by);
+    });
+}
+
+#[test]
+fn an_error_of_one_rank() {
+    for &by in By::ALL {
+        strikes(by, "fail", |_, ended, rank, place| {
+            // Within a collective operation, only a panic can be made.
+            let code = if place.contains("collective") { exit::INTERNAL } else { exit::IO };
+            ended.expect(code, &["on purpose", &format!("rank {rank}"), in_words(place)]);
+            ended.soon(SOON);
+        });
+    }
+}
+
+#[test]
+fn a_panic_of_one_rank() {
+    for &by in By::ALL {
+        strikes(by, "panic", |_, ended, rank, place| {
+            let whose = format!("rank {rank} of 2, {}", in_words(place));
+            ended.expect(exit::INTERNAL, &["panicked: a panic on purpose", &whose]);
+            ended.soon(SOON);
+        });
+    }
+}
+
+#[test]
+fn a_rank_that_hangs() {
+    for &by in By::ALL {
+        strikes(by, "hang", |_, ended, rank, _| {
+            ended.expect(exit::HANG, &["waited 5 s at ", " in ", &format!("for rank(s) [{rank}]")]);
+            ended.soon(SOON + Duration::from_secs(TIMEOUT));
+        });
+    }
+}
+
+#[test]
+#[cfg(feature = "mpi")]
+fn a_process_that_is_stopped() {
+    strikes(By::Mpirun, "stop", |_, ended, rank, _| {
+        ended.expect(exit::HANG, &["waited 5 s at ", " in ", &format!("for rank(s) [{rank}]")]);
+        ended.soon(SOON + Duration::from_secs(TIMEOUT));
+    });
+}
+
+#[test]
+#[cfg(feature = "mpi")]
+fn a_process_that_is_killed() {
+    strikes(By::Mpirun, "kill", |_, ended, rank, _| {
+        ended.says(&[&format!("rank {rank} ended while rank {} waited for it at ", 1 - rank)]);
+        ended.soon(SOON);
+    });
+}

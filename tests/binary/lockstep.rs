@@ -1,0 +1,192 @@
+//! Any number of ranks takes the same steps: over the same micro-batches they find the same experts, have the same losses
+//! and end with the same weights; and processes have the bits of threads.
+//!
+//! A step of the expert and joint phases has grad-accum · ranks micro-batches, one of the router phase has ranks
+//! micro-batches. So the runs here share a step of 12 examples among 1, 2, 3 or 4 ranks by one or the other option. There are
+//! 13 rows: in the second step of each phase all ranks but one have nothing to do.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::binary::{self, Outputs, moewarden, read_weights, start, write_rows};
+use crate::closeness::{SAME_WEIGHTS, TRAINED_WEIGHTS, check_close};
+
+const ROWS: usize = 13;
+const STEP: usize = 12;
+
+/// By which option the ranks share the examples of a step.
+#[derive(Clone, Copy)]
+enum Shared {
+    /// Cross-entropy is a mean over tokens: micro-batches of one size, as many a rank as it takes.
+    ByAccumulation(usize),
+    /// The router phase compares whole batches: smaller ones. (Gradient scores would be means over other micro-batches.)
+    ByBatchSize,
+}
+
+use Shared::{ByAccumulation, ByBatchSize};
+
+impl Shared {
+    fn options(self, ranks: usize) -> String {
+        match self {
+            ByAccumulation(batch) => format!("--batch-size {batch} --grad-accum {}", STEP / ranks),
+            ByBatchSize => format!("--batch-size {}", STEP / ranks),
+        }
+    }
+}
+
+/// A training run, whatever the number of ranks.
+struct Job {
+    model: &'static str,
+    shared: Shared,
+    options: &'static str,
+    /// The steps that it is known to take, by phase.
+    steps: &'static [(&'static str, usize)],
+    /// How far scores may be apart.
+    scores: f64,
+}
+
+const EXPERTS: &str = "--num-rounds 1 --skip-router-training --expert-lr 1e-3";
+
+impl Job {
+    fn new(shared: Shared, options: &'static str, steps: &'static [(&'static str, usize)]) -> Self {
+        Self { model: "olmoe", shared, options, steps, scores: SAME_WEIGHTS }
+    }
+
+    /// Runs it on threads of a process, or each rank in its own process.
+    fn run(&self, dir: &Path, ranks: usize, processes: bool) -> Outputs {
+        let [data, output] = [dir.join("data.json"), dir.join(format!("{ranks}-{processes}"))];
+        write_rows(&data, ROWS);
+        let threads = if processes { String::new() } else { format!("--ranks {ranks}") };
+        let text = format!(
+            "train --model-name {} --dataset-path {} --output-dir {} {} {threads} {} --top-k-experts 4 \
+             --safe-response No. --save-rounds none --save-steps 0 --threads 1 --quiet",
+            binary::model(self.model).display(),
+            data.display(),
+            output.display(),
+            self.shared.options(ranks),
+            self.options.replace("{EXPERTS}", EXPERTS).replace("{DATA}", &data.display().to_string()),
+        );
+        start(moewarden(if processes { ranks } else { 0 }, text.split_whitespace())).end().ok();
+        Outputs::read(&output)
+    }
+
+    /// Compares runs on 2, 3 and 4 ranks with one on a single rank.
+    fn check(&self) {
+        let dir = tempfile::tempdir().unwrap();
+        let single = self.run(dir.path(), 1, false);
+        let mut steps: BTreeMap<&str, usize> = BTreeMap::new();
+        for row in &single.metrics {
+            *steps.entry(row["phase"].as_str().unwrap()).or_default() += 1;
+        }
+        assert_eq!(steps, self.steps.iter().copied().collect(), "{}", self.options);
+        self.check_trained(&single);
+        for ranks in 2..=4 {
+            let what = format!("{ranks} ranks, {}", self.options);
+            let several = self.run(dir.path(), ranks, false);
+            check_close(&single, &several, self.scores, &what);
+        }
+    }
+
+    /// A comparison of runs that train nothing would show nothing.
+    fn check_trained(&self, run: &Outputs) {
+        let source = read_weights(&binary::model(self.model));
+        let moved = run.weights.iter().filter(|(name, value)| value.bytes[..] != source[*name].bytes[..]).count();
+        assert!(moved > 2, "{}: {moved} tensors moved", self.options);
+    }
+}
+
+const ONE_EXPERT_PHASE: &[(&str, usize)] = &[("identify", 13), ("expert", 2)];
+
+#[test]
+fn the_expert_phase() {
+    Job::new(ByAccumulation(1), "{EXPERTS}", ONE_EXPERT_PHASE).check();
+}
+
+#[test]
+fn scores_per_token_and_clipped_gradients() {
+    let options = "{EXPERTS} --score fisher --score-per token --max-grad-norm 0.05 --weight-decay 0.1";
+    Job::new(ByAccumulation(1), options, ONE_EXPERT_PHASE).check();
+}
+
+#[test]
+fn frequencies_of_routing() {
+    Job::new(ByAccumulation(1), "{EXPERTS} --method routing --risk-threshold -1", &[("expert", 2)]).check();
+}
+
+#[test]
+fn random_experts_as_many_a_layer_as_by_gradient() {
+    Job::new(ByAccumulation(1), "{EXPERTS} --method random --random-match layer", &[("expert", 2)]).check();
+}
+
+#[test]
+fn all_parameters_and_held_out_rows() {
+    let options = "{EXPERTS} --mode baseline --eval-dataset-path {DATA}";
+    Job::new(ByAccumulation(1), options, ONE_EXPERT_PHASE).check();
+}
+
+#[test]
+fn all_experts_of_a_model_with_shared_experts() {
+    let job = Job::new(ByAccumulation(1), "{EXPERTS} --mode experts", ONE_EXPERT_PHASE);
+    Job { model: "qwen2_moe", ..job }.check();
+}
+
+#[test]
+fn experts_chosen_at_every_step() {
+    let job = Job::new(ByAccumulation(1), "{EXPERTS} --selection per-batch", ONE_EXPERT_PHASE);
+    Job { scores: TRAINED_WEIGHTS, ..job }.check();
+}
+
+#[test]
+fn weights_in_16_bits() {
+    let job = Job::new(ByAccumulation(1), "{EXPERTS}", ONE_EXPERT_PHASE);
+    Job { model: "olmoe_bf16", ..job }.check();
+}
+
+#[test]
+fn fused_experts() {
+    let job = Job::new(ByAccumulation(1), "{EXPERTS}", ONE_EXPERT_PHASE);
+    Job { model: "olmoe_fused", ..job }.check();
+}
+
+#[test]
+fn experts_and_routers_in_one_step() {
+    // Micro-batches of one safe and one unsafe example.
+    let options = "--num-rounds 1 --use-router-consistency-loss --expert-lr 1e-3 --router-lr 1e-3";
+    Job::new(ByAccumulation(2), options, &[("identify", 7), ("joint", 2)]).check();
+}
+
+#[test]
+fn the_router_phase_by_either_statistic() {
+    for options in [
+        "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3",
+        "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3 --router-statistic sample-logits \
+         --kl-type symmetric",
+    ] {
+        Job::new(ByBatchSize, options, &[("router", 2)]).check();
+    }
+}
+
+#[test]
+fn rounds_of_both_phases() {
+    let options = "--method random --num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3 --lr-schedule cosine";
+    Job::new(ByBatchSize, options, &[("expert", 4), ("router", 4)]).check();
+}
+
+#[cfg(feature = "mpi")]
+#[test]
+fn processes_have_the_bits_of_threads() {
+    let joint = "--num-rounds 1 --use-router-consistency-loss --expert-lr 1e-3 --router-lr 1e-3";
+    let both = "--num-rounds 1 --method random --expert-lr 1e-3 --router-lr 1e-3";
+    for (ranks, model, shared, options) in [
+        (2, "olmoe", ByAccumulation(1), "{EXPERTS} --mode baseline --score-per token"),
+        (3, "olmoe_bf16", ByAccumulation(1), "{EXPERTS} --selection per-batch"),
+        (4, "qwen2_moe", ByBatchSize, both),
+        (3, "olmoe", ByAccumulation(2), joint),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let job = Job { model, ..Job::new(shared, options, &[]) };
+        let threads = job.run(dir.path(), ranks, false);
+        job.check_trained(&threads);
+        job.run(dir.path(), ranks, true).assert_same(&threads, &format!("{ranks} processes, {options}"));
+    }
+}

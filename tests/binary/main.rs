@@ -1,0 +1,20 @@
+//! Tests that run the real binary: its commands and options, bad input, resumed runs, faults, and ranks as threads and, with
+//! the feature `mpi`, as processes.
+
+#[path = "../common/processes.rs"]
+mod processes;
+
+mod binary;
+mod closeness;
+
+mod bad_input;
+mod cli_options;
+mod commands;
+mod faults;
+mod lockstep;
+mod python;
+mod quickstart;
+mod random_init;
+mod resume;
+#[cfg(feature = "mpi")]
+mod sharding;

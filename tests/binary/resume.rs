@@ -1,0 +1,409 @@
+//! A run that was cut off goes on as if it had not been: from every checkpoint, with the same bits; with another number of
+//! ranks over the same steps; past damaged checkpoints; and after signals.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::binary::{self, Outputs, Ran, Running, moewarden, start, write_rows};
+use crate::closeness::{TRAINED_WEIGHTS, check_close};
+use moewarden::exit;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// A run without a place.
+#[derive(Clone, Copy)]
+struct Job {
+    model: &'static str,
+    rows: usize,
+    options: &'static str,
+}
+
+/// Two rounds of five steps a phase, on one rank by `--batch-size 2`, on two by 1. An identification pauses once.
+const ALTERNATE: Job =
+    Job { model: "olmoe", rows: 9, options: "--num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3 --safe-response No." };
+
+/// Who works.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Team {
+    Threads(usize),
+    #[cfg_attr(not(feature = "mpi"), allow(dead_code))]
+    Processes(usize),
+}
+
+#[cfg(feature = "mpi")]
+use Team::Processes;
+use Team::Threads;
+
+impl Job {
+    fn start(&self, output: &Path, team: Team, more: &str) -> Running {
+        start(self.command(output, team, more))
+    }
+
+    fn command(&self, output: &Path, team: Team, more: &str) -> Command {
+        let data = output.with_file_name("rows.json");
+        if !data.exists() {
+            write_rows(&data, self.rows);
+        }
+        let (processes, ranks) = match team {
+            Threads(n) => (0, format!("--ranks {n}")),
+            Team::Processes(n) => (n, String::new()),
+        };
+        let text = format!(
+            "train --model-name {} --dataset-path {} --output-dir {} {ranks} {} {more} --top-k-experts 4 --save-rounds none \
+             --threads 1",
+            binary::model(self.model).display(),
+            data.display(),
+            output.display(),
+            self.options,
+        );
+        moewarden(processes, text.split_whitespace())
+    }
+
+    fn run(&self, output: &Path, team: Team, more: &str) -> Ran {
+        self.start(output, team, more).end()
+    }
+
+    /// A run that saves at every step and keeps everything.
+    fn run_saving(&self, output: &Path, team: Team, more: &str) -> Outputs {
+        self.run(output, team, &format!("{more} --save-steps 1 --keep-checkpoints 1000")).ok();
+        Outputs::read(output)
+    }
+}
+
+/// The names of a run's checkpoints, oldest first.
+fn checkpoints(run: &Path) -> Vec<String> {
+    let names = fs::read_dir(run.join("checkpoints")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let place = |name: &str| {
+        let [round, phase, step] = name.split('-').collect::<Vec<_>>().try_into().ok()?;
+        let phase = ["identify", "expert", "router", "joint"].iter().position(|p| *p == phase)?;
+        let number = |text: &str| text.split_once('_')?.1.parse::<usize>().ok();
+        Some((number(round)?, phase, number(step)?))
+    };
+    let mut names: Vec<String> = names.collect();
+    names.sort_by_key(|name| place(name).unwrap_or_else(|| panic!("{name} in checkpoints")));
+    names
+}
+
+/// The folder of a finished run as it was when it had made this checkpoint, but for logs that know more.
+fn cut_at(run: &Path, checkpoint: &str, copy: &Path) {
+    let folder = Path::new("checkpoints").join(checkpoint);
+    fs::create_dir_all(copy.join(&folder)).unwrap();
+    let files = fs::read_dir(run.join(&folder)).unwrap().map(|file| folder.join(file.unwrap().file_name()));
+    let logs = ["metrics.jsonl", "expert_scores.json", "training_metadata.json", "expert_gradients.pkl"];
+    for file in files.chain(logs.map(PathBuf::from)) {
+        fs::copy(run.join(&file), copy.join(&file)).unwrap();
+    }
+}
+
+/// Goes on from every `stride`th checkpoint of a run, by whom `resume` says; the outputs, each with where it went on.
+fn resumed(job: &Job, run: &Path, stride: usize, team: Team, more: &str) -> Vec<(String, Outputs)> {
+    let all = checkpoints(run);
+    let chosen = all.into_iter().step_by(stride);
+    let resume = |checkpoint: String| {
+        let copy = run.with_extension(format!("from-{checkpoint}"));
+        cut_at(run, &checkpoint, &copy);
+        let ran = job.run(&copy, team, &format!("{more} --resume")).ok();
+        assert!(ran.out.contains(&format!("checkpoints/{checkpoint}")), "{}", ran.out);
+        let outputs = Outputs::read(&copy);
+        fs::remove_dir_all(&copy).unwrap();
+        (checkpoint, outputs)
+    };
+    chosen.map(resume).collect()
+}
+
+/// From every checkpoint of a run of two rounds, by as many ranks.
+fn check_every_step(team: Team, more: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let whole = ALTERNATE.run_saving(&run, team, more);
+    assert_eq!(whole.metrics.iter().filter(|row| row["phase"] != "identify").count(), 20);
+    // In each round one within the identification, five a phase, and the end.
+    assert_eq!(checkpoints(&run).len(), 2 * 12, "{:?}", checkpoints(&run));
+    for (from, outputs) in resumed(&ALTERNATE, &run, 1, team, more) {
+        outputs.assert_same(&whole, &format!("{team:?}, {from}"));
+    }
+}
+
+#[test]
+fn one_rank_goes_on_from_every_step() {
+    check_every_step(Threads(1), "--batch-size 2");
+}
+
+#[test]
+fn two_ranks_go_on_from_every_step() {
+    check_every_step(Threads(2), "--batch-size 1");
+}
+
+#[test]
+fn other_kinds_of_steps_go_on_too() {
+    let kinds = [
+        ("olmoe", "--num-rounds 1 --use-router-consistency-loss --router-lr 1e-3 --batch-size 2"),
+        ("olmoe_bf16", "--num-rounds 1 --mode baseline --router-lr 1e-3 --batch-size 1"),
+        ("olmoe_fused", "--num-rounds 2 --selection per-batch --skip-router-training --batch-size 1"),
+        (
+            "olmoe",
+            "--num-rounds 1 --method routing --risk-threshold -1 --batch-size 1 --lr-schedule cosine --warmup-steps 2 \
+             --expert-epochs-per-round 2",
+        ),
+    ];
+    let more = "--expert-lr 1e-3 --safe-response No.";
+    for (model, options) in kinds {
+        let job = Job { model, rows: 9, options };
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        let whole = job.run_saving(&run, Threads(2), more);
+        for (from, outputs) in resumed(&job, &run, 3, Threads(2), more) {
+            outputs.assert_same(&whole, &format!("{options}, {from}"));
+        }
+    }
+}
+
+#[test]
+fn other_numbers_of_ranks_take_the_same_steps() {
+    let alternate = "--num-rounds 1 --safe-response No. --batch-size 1 --expert-lr 1e-3 --router-lr 1e-3";
+    let choosing = "--num-rounds 1 --safe-response No. --batch-size 2 --expert-lr 1e-3 --selection per-batch \
+                    --use-router-consistency-loss";
+    // So many rows that an identification on four ranks pauses.
+    for (rows, writers, readers, options, more) in [
+        (18, 4, &[1, 2][..], alternate, ""),
+        (18, 1, &[3], alternate, "--grad-accum 4"),
+        (9, 3, &[2], choosing, "--grad-accum 1"),
+    ] {
+        let job = Job { rows, options, ..ALTERNATE };
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        let whole = job.run_saving(&run, Threads(writers), more);
+        for readers in readers {
+            for (from, outputs) in resumed(&job, &run, 4, Threads(*readers), more) {
+                // Scores that were not finished are added up in another order.
+                let what = format!("{options}: {writers} → {readers} ranks, {from}");
+                check_close(&whole, &outputs, TRAINED_WEIGHTS, &what);
+            }
+        }
+    }
+}
+
+#[cfg(feature = "mpi")]
+#[test]
+fn threads_go_on_where_processes_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let whole = ALTERNATE.run_saving(&run, Processes(2), "--batch-size 1");
+    for (from, outputs) in resumed(&ALTERNATE, &run, 9, Threads(2), "--batch-size 1") {
+        outputs.assert_same(&whole, &format!("processes → threads, {from}"));
+    }
+}
+
+// --- which checkpoint --------------------------------------------------------------------------------------------------
+
+#[test]
+fn the_newest_whole_checkpoint_of_the_same_run_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let team = Threads(2);
+    ALTERNATE.run(&run, team, "--batch-size 1 --save-steps 1 --keep-checkpoints 3").ok();
+    let whole = Outputs::read(&run);
+    let kept = checkpoints(&run);
+    assert_eq!(kept, ["round_2-router-step_3", "round_2-router-step_4", "round_3-identify-step_0"], "the newest three");
+    let resume = |more: &str| ALTERNATE.run(&run, team, &format!("--resume --keep-checkpoints 3 {more}"));
+
+    // Once more at its end: nothing is trained, nothing changes.
+    resume("--batch-size 1").ok();
+    Outputs::read(&run).assert_same(&whole, "resumed at the end");
+    assert_eq!(checkpoints(&run), kept);
+
+    resume("--batch-size 1 --seed 7").failed(exit::CONFIG, &["seed: 42", "seed: 7"]);
+    resume("--batch-size 2").failed(exit::CONFIG, &["batch-size: 1", "batch-size: 2"]);
+    let rows = run.with_file_name("rows.json");
+    write_rows(&rows, ALTERNATE.rows + 1);
+    resume("--batch-size 1").failed(exit::CONFIG, &["data", "--overwrite"]);
+    write_rows(&rows, ALTERNATE.rows);
+
+    // What a killed run had begun to write does not disturb, and goes away with the next checkpoint.
+    let left = run.join("checkpoints/.round_2-router-step_2.partial");
+    fs::create_dir(&left).unwrap();
+    fs::write(left.join("state.json"), "{").unwrap();
+    fs::remove_dir_all(run.join("checkpoints").join(&kept[2])).unwrap();
+    resume("--batch-size 1").ok();
+    Outputs::read(&run).assert_same(&whole, "resumed beside a part of a checkpoint");
+    assert!(!left.exists());
+    assert_eq!(checkpoints(&run), kept);
+
+    // A damaged one is passed over for the one before it; without a whole one there is nothing to go on from.
+    let damage = |checkpoint: &str, file: &str| {
+        let path = run.join("checkpoints").join(checkpoint).join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(path, bytes).unwrap();
+    };
+    damage(&kept[2], "weights.safetensors");
+    damage(&kept[1], "optimizer-1-of-2.safetensors");
+    let ran = resume("--batch-size 1").ok();
+    for (checkpoint, file) in [(&kept[2], "weights.safetensors"), (&kept[1], "optimizer-1-of-2.safetensors")] {
+        let said = ran.err.lines().any(|line| {
+            line.contains("passed over") && [checkpoint, file, "hash"].iter().all(|part| line.contains(part))
+        });
+        assert!(said, "nothing of {file} in {checkpoint}: {}", ran.err);
+    }
+    assert!(ran.out.contains(&format!("resuming from {}", run.join("checkpoints").join(&kept[0]).display())));
+    Outputs::read(&run).assert_same(&whole, "resumed from the last whole checkpoint");
+    assert_eq!(checkpoints(&run), kept, "whole ones have come in the place of the damaged ones");
+
+    for checkpoint in checkpoints(&run) {
+        fs::remove_file(run.join("checkpoints").join(checkpoint).join("manifest.json")).unwrap();
+    }
+    resume("--batch-size 1").failed(exit::DATA, &["passed over", "manifest.json", "no checkpoint", "--overwrite"]);
+}
+
+#[test]
+fn without_a_checkpoint_a_resumed_run_begins() {
+    let dir = tempfile::tempdir().unwrap();
+    let job = Job { rows: 3, options: "--num-rounds 1 --skip-router-training", ..ALTERNATE };
+    let [new, plain] = ["new", "plain"].map(|name| dir.path().join(name));
+    job.run(&new, Threads(1), "--resume").ok();
+    job.run(&plain, Threads(1), "").ok();
+    Outputs::read(&new).assert_same(&Outputs::read(&plain), "resumed from nothing");
+}
+
+// --- signals -----------------------------------------------------------------------------------------------------------
+
+/// From a signal to the end of the process: a step of these models takes a tenth of a second, where the cores are free.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Interrupts a run at random moments, and resumes it, until it ends by itself.
+fn check_interrupted(team: Team, signals: &[i32], seed: u64) {
+    let dir = tempfile::tempdir().unwrap();
+    // Longer replies than elsewhere: time to interrupt it.
+    let job = Job { options: "--num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3", ..ALTERNATE };
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let [plain, run] = ["plain", "run"].map(|name| dir.path().join(name));
+    let under_way = |output: &Path, more: &str| {
+        let config = output.join("config.resolved.yaml");
+        fs::remove_file(&config).ok();
+        let mut running = job.start(output, team, more);
+        assert!(running.wait_for(|| config.exists()), "{}", running.end().err);
+        running
+    };
+    let uninterrupted = under_way(&plain, "--batch-size 1");
+    let start = Instant::now();
+    uninterrupted.end().ok();
+    let mut longest = start.elapsed() / 8;
+    let mut times = 0;
+    loop {
+        let more = if times == 0 { "--batch-size 1 --overwrite" } else { "--batch-size 1 --resume" };
+        let running = under_way(&run, more);
+        sleep(longest.mul_f64(random.random_range(0.0..1.0)));
+        running.signal(signals[times % signals.len()]);
+        let signalled = Instant::now();
+        let ran = running.end();
+        if ran.code == Some(exit::OK.into()) {
+            // It was faster than the signal.
+            if times > 2 {
+                break;
+            }
+            (times, longest) = (0, longest / 2);
+            continue;
+        }
+        assert!(signalled.elapsed() < SOON, "{:?}", signalled.elapsed());
+        assert!(ran.err.contains("saved") && ran.err.contains("--resume"), "{}", ran.err);
+        ran.ended(exit::REQUEUE);
+        times += 1;
+        // A machine may become slower meanwhile, and signals before the first step are no progress.
+        longest = longest.mul_f64(1.1);
+    }
+    Outputs::read(&run).assert_same(&Outputs::read(&plain), &format!("{team:?}, interrupted {times} times"));
+}
+
+#[test]
+fn an_interrupted_rank_goes_on() {
+    check_interrupted(Threads(1), &[libc::SIGUSR1, libc::SIGTERM], 1);
+}
+
+#[test]
+fn interrupted_ranks_go_on() {
+    check_interrupted(Threads(2), &[libc::SIGTERM, libc::SIGUSR1], 2);
+}
+
+/// `identify` makes no checkpoints.
+#[test]
+fn an_identification_alone_says_that_nothing_was_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let [rows, output] = ["rows.json", "run"].map(|name| dir.path().join(name));
+    write_rows(&rows, 100);
+    let [model, data, dir] = [binary::model("olmoe"), rows, output.clone()].map(|path| path.display().to_string());
+    let args = ["identify", "--model-name", &model, "--dataset-path", &data, "--output-dir", &dir, "--ranks", "2"];
+    let mut running = start(moewarden(0, args.into_iter().chain(["--batch-size", "1", "--top-k-experts", "4"])));
+    assert!(running.wait_for(|| output.join("config.resolved.yaml").exists()));
+    running.signal(libc::SIGTERM);
+    running.end().failed(exit::TERMINATED, &["nothing was saved"]);
+    assert!(!output.join("expert_scores.json").exists());
+}
+
+/// `mpirun` hands SIGUSR1 on to its processes. (With SIGTERM it ends them, in its own way.)
+#[cfg(feature = "mpi")]
+#[test]
+fn interrupted_processes_go_on() {
+    check_interrupted(Processes(2), &[libc::SIGUSR1], 3);
+}
+
+/// As a scheduler may do that takes one machine away.
+#[cfg(feature = "mpi")]
+#[test]
+fn one_process_that_is_told_to_stop_stops_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let [plain, run] = ["plain", "run"].map(|name| dir.path().join(name));
+    ALTERNATE.run(&plain, Processes(2), "--batch-size 1").ok();
+    let mut running = ALTERNATE.start(&run, Processes(2), "--batch-size 1");
+    assert!(running.wait_for(|| run.join("config.resolved.yaml").exists()));
+    let one = processes_with(&run).pop().expect("two are running");
+    // SAFETY: signals a process that this test has started.
+    assert_eq!(unsafe { libc::kill(one, libc::SIGTERM) }, 0);
+    running.end().failed(exit::REQUEUE, &["stopped as asked"]);
+    ALTERNATE.run(&run, Processes(2), "--batch-size 1 --resume").ok();
+    Outputs::read(&run).assert_same(&Outputs::read(&plain), "one of two processes was told to stop");
+}
+
+/// The processes of the binary that have this folder among their arguments.
+#[cfg(feature = "mpi")]
+fn processes_with(folder: &Path) -> Vec<i32> {
+    let folder = folder.to_str().unwrap();
+    let numbers = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let has_it = |pid: &i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line);
+        let mut args = line.split('\0');
+        args.next() == Some(env!("CARGO_BIN_EXE_moewarden")) && args.any(|arg| arg == folder)
+    };
+    numbers.filter(has_it).collect()
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let [plain, run] = ["plain", "run"].map(|name| dir.path().join(name));
+    let job = Job { rows: 5, options: "--num-rounds 1 --batch-size 1 --expert-lr 1e-3 --router-lr 1e-3", ..ALTERNATE };
+    job.run(&plain, Threads(1), "").ok();
+    let whole = Outputs::read(&plain);
+    for signal in [libc::SIGTERM, libc::SIGUSR1] {
+        let more = if run.exists() { "--overwrite" } else { "" };
+        // It saves the first two steps, and hangs at the third.
+        let mut hanging = job.command(&run, Threads(1), &format!("{more} --save-steps 1"));
+        hanging.env("MOEWARDEN_FAULT", "rank=0,at=step:3,do=hang");
+        let mut running = start(hanging);
+        let saved = run.join("checkpoints/round_1-expert-step_2");
+        assert!(running.wait_for(|| saved.exists()), "{}", running.end().err);
+        running.signal(signal);
+        sleep(Duration::from_millis(300));
+        let second = Instant::now();
+        running.signal(signal);
+        running.end().ended(128 + signal as u8);
+        assert!(second.elapsed() < SOON, "{:?}", second.elapsed());
+        let ran = job.run(&run, Threads(1), "--resume").ok();
+        assert!(ran.out.contains("round_1-expert-step_2"), "{}", ran.out);
+        Outputs::read(&run).assert_same(&whole, "after a second signal");
+    }
+}

@@ -1,0 +1,264 @@
+//! Whole identifications and training steps of golden cases on the GPU backend, its kernels run on the CPU, which is slow: a
+//! few cases. With `MOEWARDEN_TEST_GPU=0` they run on that GPU, all of them.
+
+use std::sync::Arc;
+
+use crate::case::{
+    Case, Tolerance, assert_near, ce_gradients, experts, fixture_name, golden_dir, numbers, run_phase, unsafe_batches,
+};
+use crate::emulator::device;
+use moewarden::backend::Dtype;
+use moewarden::backend::cuda::Cuda;
+use moewarden::backend::cuda::gpu::Gpu;
+use moewarden::backend::cuda::pool::Reuse;
+use moewarden::config::RunConfig;
+use moewarden::model::ParamId;
+use moewarden::run::progress::Progress;
+use serde_json::json;
+
+/// What f32 may be off by.
+fn f32_tolerance() -> Tolerance {
+    if device::is_real() {
+        Tolerance { relative: 1e-4, absolute: 1e-7, why: "f32 on a GPU: other sums, fused products, its own expf" }
+    } else {
+        Tolerance { relative: 1e-5, absolute: 1e-7, why: "f32 in another order than the CPU's, measured 1e-6" }
+    }
+}
+
+/// A bf16 number is within 2^-9 = 0.2 % of what it stands for, and here the f32 parameters are rounded too. Scores are means over
+/// many such errors, but an expert that few tokens reach has few.
+fn bf16_tolerance() -> Tolerance {
+    if device::is_real() {
+        // All cases, which were within 2e-2 on the emulator; tensor cores round the probabilities of attention, too.
+        Tolerance { relative: 0.04, absolute: 0.0, why: "activations of 8 significant bits" }
+    } else {
+        Tolerance { relative: 0.015, absolute: 0.0, why: "activations of 8 significant bits, measured 9e-3" }
+    }
+}
+
+/// The cases that a test covers: all of them on a real GPU, `few` where kernels are emulated.
+fn cases(few: &[&str]) -> Vec<String> {
+    if !device::is_real() {
+        return few.iter().map(|name| name.to_string()).collect();
+    }
+    let entries = std::fs::read_dir(golden_dir()).unwrap().map(|entry| entry.unwrap());
+    let found = entries.filter(|entry| entry.path().join("expect.json").exists());
+    let mut names: Vec<_> = found.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Cases with a phase: of the four long ones every phase on a real GPU, `few` where kernels are emulated.
+fn long_cases(few: &[(&str, &'static str)]) -> Vec<(String, &'static str)> {
+    if !device::is_real() {
+        return few.iter().map(|&(name, phase)| (name.to_string(), phase)).collect();
+    }
+    let long = cases(&[]).into_iter().filter(|name| Case::open(name).is_long());
+    long.flat_map(|name| ["expert", "router", "joint"].map(|phase| (name.clone(), phase))).collect()
+}
+
+fn cuda(dtype: Dtype) -> Arc<Cuda> {
+    cuda_on(device::gpu(), dtype)
+}
+
+fn cuda_on(gpu: Arc<dyn Gpu>, dtype: Dtype) -> Arc<Cuda> {
+    Arc::new(Cuda::new(gpu, dtype, Reuse::Segments))
+}
+
+/// Scores, losses and selection of the fixture.
+fn identification(name: &str, dtype: Dtype, tolerance: Tolerance) {
+    let case = Case::open(name);
+    let backend = cuda(dtype);
+    let run = || case.engine_on(&case.config, backend.clone()).identify(0, &Progress::hidden()).unwrap();
+    let found = run();
+    let theirs = numbers(&case.expect["scores"]["l1-mean"]["param"]);
+    assert_near(&format!("{name}: scores"), &found.scores.values, &theirs, tolerance);
+    assert_near(&format!("{name}: losses"), &found.losses, &numbers(&case.expect["losses"]), tolerance);
+    if dtype == Dtype::F32 {
+        assert_eq!(found.selected.experts, experts(&case.expect["selection"]["highest"]), "{name}: selection");
+    }
+    let bits = |x: &[f64]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&run().scores.values), bits(&found.scores.values), "{name}: two runs differ");
+}
+
+/// Loss and gradients of all parameters for the first batch: on the GPU with activations of this type, then on the CPU.
+fn all_gradients(case: &Case, dtype: Dtype) -> [(f64, Vec<Vec<f32>>); 2] {
+    let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
+    let (gpu, cpu) = (case.engine_on(&case.config, cuda(dtype)), case.engine(&case.config, 1));
+    let batch = &unsafe_batches(&cpu)[0];
+    [ce_gradients(&gpu, batch, &all), ce_gradients(&cpu, batch, &all)]
+}
+
+/// Every parameter's gradient against the CPU's.
+fn gradients(name: &str) {
+    let case = Case::open(name);
+    let [(loss, ours), (expected, theirs)] = all_gradients(&case, Dtype::F32);
+    assert_near("loss", &[loss], &[expected], f32_tolerance());
+    for ((ours, theirs), spec) in ours.iter().zip(&theirs).zip(&case.session.table.params) {
+        let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        assert_near(
+            &format!("{name}: gradient of {}", fixture_name(spec)),
+            &wide(ours),
+            &wide(theirs),
+            f32_tolerance(),
+        );
+    }
+}
+
+/// How far all gradients together may be from those of F32: activations of 8 bits, their gradients too. A token near
+/// a tie goes to another expert: on the emulator olmoe is 0.037 off, mixtral 0.093.
+const BF16_GRADIENTS: f64 = 0.2;
+
+/// The gradients of all parameters in BF16 against those in F32 on the CPU: as one vector, the length of the difference.
+fn gradients_in_bf16(name: &str) {
+    let [(loss, ours), (expected, theirs)] = all_gradients(&Case::open(name), Dtype::Bf16);
+    assert!((loss - expected).abs() < 0.01 * expected, "{name}: loss {loss} instead of {expected}");
+    let squares = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>();
+    let off = squares(&mut ours.iter().flatten().zip(theirs.iter().flatten()).map(|(x, y)| x - y));
+    let share = (off / squares(&mut theirs.iter().flatten().copied())).sqrt();
+    assert!(share > 0.0 && share < BF16_GRADIENTS, "{name}: the gradients are {share} of their length off");
+}
+
+/// How far a training run may be from the CPU's.
+struct Apart {
+    /// Losses and norms of gradients.
+    losses: Tolerance,
+    /// The change of a parameter, as a share of its size. AdamW follows the sign of gradients: an entry near zero may turn,
+    /// the update as a whole may not.
+    change: f64,
+}
+
+fn apart(dtype: Dtype) -> Apart {
+    let losses = Tolerance { relative: 0.01, absolute: 0.0, why: "means over activations of 8 bits, measured 2e-3" };
+    match (dtype, device::is_real()) {
+        (Dtype::Bf16, false) => Apart { losses, change: 0.3 },
+        // All cases, which were within 0.43 on the emulator: that expert saw few tokens, and 1 of 20 of its entries turned.
+        (Dtype::Bf16, true) => Apart { losses, change: 0.6 },
+        (_, false) => Apart { losses: f32_tolerance(), change: 2e-3 },
+        (_, true) => Apart { losses: f32_tolerance(), change: 1e-2 },
+    }
+}
+
+/// Steps of a phase, and every parameter afterwards, against the CPU's.
+fn training(name: &str, phase: &str, dtype: Dtype) {
+    let case = Case::open(name);
+    let config: RunConfig = case.config_with(&json!({ "phase": phase }));
+    let selected = case.selected();
+    let mut gpu = case.engine_on(&config, cuda(dtype));
+    let mut cpu = case.engine(&config, 1);
+    let (ours, theirs) = (run_phase(&mut gpu, phase, &selected), run_phase(&mut cpu, phase, &selected));
+    assert_eq!(ours.len(), theirs.len());
+    assert!(!ours.is_empty());
+    let (what, apart) = (format!("{name}, {phase}, {dtype:?}"), apart(dtype));
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        assert_near(&what, &[ours.total_loss, ours.grad_norm], &[theirs.total_loss, theirs.grad_norm], apart.losses);
+    }
+    let mut moved = 0;
+    for (id, spec) in case.session.table.iter() {
+        let wide = |x: Vec<f32>| x.into_iter().map(f64::from).collect::<Vec<_>>();
+        let (ours, theirs) = (gpu.model.weight_host(id), cpu.model.weight_host(id));
+        if *theirs.bytes == *spec.value.bytes {
+            assert!(*ours.bytes == *spec.value.bytes, "{what}: {} moved", fixture_name(spec));
+            continue;
+        }
+        moved += 1;
+        let before = wide(spec.value.to_f32());
+        let change = |after: Vec<f32>| wide(after).iter().zip(&before).map(|(a, b)| a - b).collect::<Vec<_>>();
+        let (ours, theirs) = (change(ours.to_f32()), change(theirs.to_f32()));
+        let size = theirs.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let off = ours.iter().zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt();
+        if std::env::var_os("MOEWARDEN_SHOW_ERRORS").is_some() {
+            eprintln!("change off by {:.1e} of its size: {what}, {}", off / size, fixture_name(spec));
+        }
+        assert!(off <= apart.change * size, "{what}: change of {} off by {off} of {size}", fixture_name(spec));
+    }
+    assert!(moved > 0);
+}
+
+/// The bits of a whole identification and of all weights after a whole phase of training.
+fn bits(name: &str, phase: &str, dtype: Dtype, gpu: Arc<dyn Gpu>) -> (Vec<u64>, Vec<Vec<u8>>) {
+    let case = Case::open(name);
+    let config: RunConfig = case.config_with(&json!({ "phase": phase }));
+    let mut engine = case.engine_on(&config, cuda_on(gpu, dtype));
+    let found = engine.identify(0, &Progress::hidden()).unwrap();
+    let mut numbers: Vec<u64> = found.scores.values.iter().chain(&found.losses).map(|x| x.to_bits()).collect();
+    let steps = run_phase(&mut engine, phase, &case.selected());
+    numbers.extend(steps.iter().flat_map(|step| [step.total_loss.to_bits(), step.grad_norm.to_bits()]));
+    let weights = case.session.table.iter().map(|(id, _)| engine.model.weight_host(id).bytes.to_vec());
+    (numbers, weights.collect())
+}
+
+#[test]
+fn identification_in_f32() {
+    for name in cases(&["olmoe"]) {
+        identification(&name, Dtype::F32, f32_tolerance());
+    }
+}
+
+#[test]
+fn identification_in_bf16() {
+    for name in cases(&["olmoe_bf16"]) {
+        identification(&name, Dtype::Bf16, bf16_tolerance());
+    }
+}
+
+#[test]
+fn gradients_of_all_parameters() {
+    for name in cases(&["qwen3_sparse"]) {
+        gradients(&name);
+    }
+}
+
+#[test]
+fn gradients_of_all_parameters_in_bf16() {
+    for name in cases(&["olmoe", "mixtral"]) {
+        gradients_in_bf16(&name);
+    }
+}
+
+#[test]
+fn training_of_experts() {
+    for name in cases(&["olmoe"]) {
+        training(&name, "expert", Dtype::F32);
+    }
+}
+
+#[test]
+fn training_of_routers_and_of_both() {
+    for (name, phase) in long_cases(&[("mixtral", "router"), ("qwen2_moe", "joint")]) {
+        training(&name, phase, Dtype::F32);
+    }
+}
+
+#[test]
+fn training_in_bf16() {
+    for name in cases(&["qwen3_moe"]) {
+        training(&name, "expert", Dtype::Bf16);
+    }
+}
+
+#[test]
+fn two_runs_have_the_same_bits() {
+    for (name, phase) in long_cases(&[("qwen3_sparse", "expert")]) {
+        let types: &[Dtype] = if device::is_real() { &[Dtype::F32, Dtype::Bf16] } else { &[Dtype::Bf16] };
+        for &dtype in types {
+            let [one, other] = [device::gpu(), device::shuffled(3)].map(|gpu| bits(&name, phase, dtype, gpu));
+            assert!(one == other, "{name}, {phase}, {dtype:?}");
+        }
+    }
+}
+
+#[test]
+fn decoding_with_a_growing_cache() {
+    let case = Case::open("qwen3_moe");
+    let (gpu, cpu) = (case.engine_on(&case.config, cuda(Dtype::F32)), case.engine(&case.config, 1));
+    let (mut ours, mut theirs) = (gpu.model.kv_cache(), cpu.model.kv_cache());
+    for ids in [&[3u32, 9, 4][..], &[7], &[2], &[11, 5], &[1]] {
+        let wide = |x: Vec<f32>| x.into_iter().map(f64::from).collect::<Vec<_>>();
+        let (a, b) = (gpu.model.decode(ids, &mut ours), cpu.model.decode(ids, &mut theirs));
+        assert_near("logits", &wide(a), &wide(b), f32_tolerance());
+    }
+    let b = &*gpu.model.backend;
+    assert!(b.pool().usage().used > 0 && b.compute() == Dtype::F32);
+    b.gpu().synchronize().unwrap();
+}

@@ -1,0 +1,20 @@
+//! Tests of the CUDA backend that need no GPU: the kernels run emulated on the CPU, NVIDIA's libraries are replaced by a
+//! stand-in or loaded from their wheels. With `MOEWARDEN_TEST_GPU=0` the comparisons run on that GPU.
+
+#[path = "../common/case.rs"]
+mod case;
+#[path = "../emulator/mod.rs"]
+mod emulator;
+#[path = "../common/values.rs"]
+mod values;
+
+mod nvidia;
+
+mod driver;
+mod golden;
+mod nccl;
+mod nvrtc;
+mod ops;
+mod products;
+mod program;
+mod ranks;

@@ -1,0 +1,196 @@
+//! Training over several ranks on the GPU backend, its kernels run on the CPU: gradients and weights go from GPU to GPU, or by
+//! way of the host, to the same end.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use crate::case::{Case, Tolerance, assert_near, fixture_name};
+use crate::emulator::device;
+use moewarden::backend::Dtype;
+use moewarden::backend::cuda::Cuda;
+use moewarden::backend::cuda::gpu::{Address, Gpu};
+use moewarden::backend::cuda::pool::Reuse;
+use moewarden::collective::conformance::on_threads;
+use moewarden::collective::nccl::DeviceCollective;
+use moewarden::collective::{Collective, Error, Result};
+use moewarden::model::{LossGrads, ParamId, ParamKind, PassEnd};
+use moewarden::optim::LearningRates;
+use moewarden::run::trainer::Trainer;
+use moewarden::run::{BetweenGpus, Direct, Rank};
+use moewarden::ui::Ui;
+
+type Queued = Box<dyn FnOnce() -> Result<()> + Send>;
+
+/// Does everything as late as it may, which is when the host waits: what must not be touched before is then still at work.
+struct Late {
+    gpu: Arc<dyn Gpu>,
+    world: Arc<dyn Collective>,
+    queue: Mutex<VecDeque<Queued>>,
+    /// Operations that were queued.
+    count: Arc<Mutex<usize>>,
+}
+
+impl Late {
+    fn queue(&self, operation: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+        *self.count.lock().unwrap() += 1;
+        self.queue.lock().unwrap().push_back(Box::new(operation));
+        Ok(())
+    }
+}
+
+fn read<T: bytemuck::Pod>(gpu: &dyn Gpu, at: u64, len: usize) -> Vec<T> {
+    let mut values = vec![T::zeroed(); len];
+    if len > 0 {
+        gpu.copy_out(Address(at), bytemuck::cast_slice_mut(&mut values)).unwrap();
+    }
+    values
+}
+
+fn write<T: bytemuck::Pod>(gpu: &dyn Gpu, at: u64, values: &[T]) {
+    if !values.is_empty() {
+        gpu.copy_in(Address(at), bytemuck::cast_slice(values)).unwrap();
+    }
+}
+
+impl DeviceCollective for Late {
+    fn rank(&self) -> usize {
+        self.world.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.world.world_size()
+    }
+
+    fn all_reduce_f32(&self, values: u64, len: usize) -> Result<()> {
+        let (gpu, world) = (self.gpu.clone(), self.world.clone());
+        self.queue(move || {
+            let mut sum = read(&*gpu, values, len);
+            world.all_reduce_f32(&mut sum)?;
+            write(&*gpu, values, &sum);
+            Ok(())
+        })
+    }
+
+    fn reduce_scatter_f32(&self, values: u64, counts: &[usize], part: u64) -> Result<()> {
+        let (gpu, world, counts) = (self.gpu.clone(), self.world.clone(), counts.to_vec());
+        self.queue(move || {
+            let mut own = vec![0.0; counts[world.rank()]];
+            world.reduce_scatter_f32(&read(&*gpu, values, counts.iter().sum()), &counts, &mut own)?;
+            write(&*gpu, part, &own);
+            Ok(())
+        })
+    }
+
+    fn all_gather_into(&self, part: u64, counts: &[usize], out: u64) -> Result<()> {
+        let (gpu, world, counts) = (self.gpu.clone(), self.world.clone(), counts.to_vec());
+        self.queue(move || {
+            let mut all = vec![0u8; counts.iter().sum()];
+            world.all_gather_into(&read(&*gpu, part, counts[world.rank()]), &counts, &mut all)?;
+            write(&*gpu, out, &all);
+            Ok(())
+        })
+    }
+
+    fn join(&self) -> Result<()> {
+        assert!(self.queue.lock().unwrap().is_empty(), "the host has not waited");
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<()> {
+        std::mem::take(&mut *self.queue.lock().unwrap()).into_iter().try_for_each(|operation| operation())
+    }
+
+    fn abort(&self) {}
+}
+
+/// Gradient norms and all weights after two steps that train `chosen`, of one row a rank; and how many operations went
+/// between GPUs. One rank takes the rows of two.
+fn train(
+    name: &str,
+    chosen: fn(ParamKind) -> bool,
+    ranks: usize,
+    between_gpus: bool,
+) -> (Vec<f64>, Vec<Vec<f32>>, usize) {
+    const LOSS: LossGrads<'static> = LossGrads { ce_scale: 0.01, routers: &[] };
+    let case = Arc::new(Case::open(name));
+    let mut all = on_threads(ranks, move |world| {
+        let world: Arc<dyn Collective> = Arc::new(world);
+        let gpu = device::gpu();
+        let cuda = Arc::new(Cuda::new(gpu.clone(), Dtype::F32, Reuse::Segments));
+        let count = Arc::new(Mutex::new(0));
+        let late = Late { gpu, world: world.clone(), queue: Mutex::default(), count: count.clone() };
+        let direct: Arc<dyn Direct<Cuda>> = Arc::new(BetweenGpus::new(Box::new(late), world.clone(), cuda.clone()));
+        let rank = Rank::new(world, Ui::silent());
+        let mut engine = case.session.engine(&case.config, cuda, between_gpus.then_some(direct), &rank);
+        let ids: Vec<ParamId> =
+            engine.model.table.iter().filter(|(_, spec)| chosen(spec.kind)).map(|(id, _)| id).collect();
+        let mut trainer = Trainer::with_bucket(&engine, &ids, 3000);
+        let mut norms = Vec::new();
+        for step in 0..2 {
+            let plan = trainer.plan.clone();
+            let rows = (0..2).filter(|row| row % ranks == engine.world.rank());
+            let passes = trainer.accumulate(&engine, |passes| {
+                for row in rows {
+                    let inputs = engine.inputs(&engine.pack_unsafe(&[2 * step + row]));
+                    let forward = engine.forward(&inputs, Some(&plan), PassEnd::Loss { all_rows: false }, None);
+                    passes.backward(&engine.model, &inputs, forward, LOSS, row + ranks >= 2);
+                }
+            });
+            passes.unwrap();
+            let norm = trainer.norm(&engine).unwrap();
+            trainer
+                .update(&mut engine, &LearningRates { expert: 1e-3, router: 1e-3, other: 1e-3 }, norm.value)
+                .unwrap();
+            norms.push(norm.value);
+        }
+        let weights = (0..case.session.table.params.len()).map(|id| engine.model.weight_host(id).to_f32()).collect();
+        let operations = *count.lock().unwrap();
+        (norms, weights, operations)
+    });
+    let first = all.swap_remove(0);
+    assert!(all.iter().all(|other| other.1 == first.1), "{name}: the ranks hold different weights");
+    first
+}
+
+#[test]
+fn ranks_agree_whichever_way_gradients_take() {
+    let layer: fn(ParamKind) -> bool = |kind| kind.layer() == Some(1);
+    let experts: fn(ParamKind) -> bool = |kind| matches!(kind, ParamKind::Expert(_, expert, _) if expert % 3 == 0);
+    for (name, chosen) in [("olmoe", experts), ("qwen2_moe", layer)] {
+        let (norms, single, _) = train(name, chosen, 1, true);
+        let (over_host, weights_over_host, none) = train(name, chosen, 2, false);
+        let (direct, weights, operations) = train(name, chosen, 2, true);
+        assert_eq!(none, 0);
+        let params = Case::open(name).session.table.params.iter().filter(|spec| chosen(spec.kind)).count();
+        assert_eq!(operations, 2 * 2 * params, "{name}: in each step a sum and a gathering of each parameter");
+        // The sums of two ranks have one order.
+        assert_eq!(direct, over_host, "{name}: norms");
+        assert!(weights == weights_over_host, "{name}: weights");
+        let tolerance = Tolerance { relative: 1e-5, absolute: 0.0, why: "f32 sums over ranks in place of passes" };
+        assert_near(name, &direct, &norms, tolerance);
+        for (id, spec) in Case::open(name).session.table.iter() {
+            let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
+            let near =
+                Tolerance { relative: 0.0, absolute: 2e-5, why: "of steps of 1e-3: AdamW divides by tiny gradients" };
+            assert_near(&format!("{name}: {}", fixture_name(spec)), &wide(&weights[id]), &wide(&single[id]), near);
+            let source = spec.value.to_f32();
+            assert_eq!(weights[id] != source, chosen(spec.kind), "{name}: {} moved", fixture_name(spec));
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_fails_frees_those_that_wait_for_its_gpu() {
+    let errors = on_threads(2, |world| {
+        let world: Arc<dyn Collective> = Arc::new(world);
+        let gpu = device::gpu();
+        let cuda = Arc::new(Cuda::new(gpu.clone(), Dtype::F32, Reuse::Segments));
+        if world.rank() == 1 {
+            world.abort(moewarden::exit::IO, "the disk is full");
+            return None;
+        }
+        let late = Late { gpu, world: world.clone(), queue: Mutex::default(), count: Arc::default() };
+        BetweenGpus::new(Box::new(late), world, cuda).finish().err()
+    });
+    assert!(matches!(&errors[0], Some(Error::Aborted { rank: 1, .. })), "{errors:?}");
+}

@@ -1,0 +1,241 @@
+//! What each mode trains moves, all of it; everything else keeps its bits.
+
+use std::collections::BTreeSet;
+
+use crate::case::{Case, run_phase};
+use moewarden::backend::{Backend, cpu::Cpu};
+use moewarden::config::{Mode, RunConfig, SaveRounds};
+use moewarden::experts::{ExpertId, Selection};
+use moewarden::model::{
+    Checkpoint, Model, ModelConfig, ParamId, ParamKind, ParamTable, PassEnd, Routed, expert_params,
+};
+use moewarden::run::Ranks;
+use moewarden::run::engine::Engine;
+use moewarden::run::progress::Progress;
+use moewarden::ui::Ui;
+use serde_json::json;
+
+/// Every family, a dense layer, tied embeddings, layers that route in turns, experts in one tensor. (In 16 bits an update
+/// may round to nothing; the goldens hold those.)
+const CASES: [&str; 7] = ["olmoe", "mixtral", "qwen3_moe", "qwen2_moe", "qwen3_dense", "qwen3_sparse", "mixtral_fused"];
+
+/// Without weight decay AdamW moves a parameter if and only if its gradient is not zero, so that one test tells both: what
+/// is to be trained has a gradient, and nothing else is touched. In one step, so that the first forward pass says which
+/// experts are visited.
+fn config(case: &Case) -> RunConfig {
+    RunConfig { weight_decay: 0.0, grad_accum: usize::from(u8::MAX), ..case.config.clone() }
+}
+
+/// The bits of all parameters, by their place.
+fn bits(model: &Model<Cpu>) -> Vec<Vec<u8>> {
+    (0..model.table.params.len()).map(|id| model.weight_host(id).bytes.to_vec()).collect()
+}
+
+fn moved(before: &[Vec<u8>], after: &[Vec<u8>]) -> BTreeSet<ParamId> {
+    (0..before.len()).filter(|&id| before[id] != after[id]).collect()
+}
+
+/// Names, for messages.
+fn names(model: &Model<Cpu>, ids: &BTreeSet<ParamId>) -> Vec<String> {
+    ids.iter().map(|&id| model.table.params[id].name()).collect()
+}
+
+fn of_kind(model: &Model<Cpu>, wanted: impl Fn(ParamKind) -> bool) -> BTreeSet<ParamId> {
+    model.table.iter().filter(|(_, spec)| wanted(spec.kind)).map(|(id, _)| id).collect()
+}
+
+fn matrices(model: &Model<Cpu>, experts: &[ExpertId]) -> BTreeSet<ParamId> {
+    experts.iter().flat_map(|id| expert_params(&model.table, id.layer, id.expert)).collect()
+}
+
+fn routers(model: &Model<Cpu>) -> BTreeSet<ParamId> {
+    of_kind(model, |kind| matches!(kind, ParamKind::Router(_)))
+}
+
+/// Experts that a token with a say in the loss was sent to. (All rows count but in the last layer, where only those with a
+/// target do.)
+fn visited(engine: &Engine<'_, Cpu>, safe_too: bool) -> BTreeSet<(usize, usize)> {
+    let b = &*engine.model.backend;
+    let mut out = BTreeSet::new();
+    let mut observe = |routed: Routed<'_, Cpu>| {
+        let tokens = b.tokens_per_expert(routed.dispatch);
+        out.extend(tokens.iter().enumerate().filter(|(_, n)| **n > 0).map(|(e, _)| (routed.layer, e)));
+    };
+    let records: Vec<usize> = (0..engine.data.records.len()).collect();
+    let mut batches = vec![engine.pack_unsafe(&records)];
+    if safe_too {
+        batches.push(engine.pack_safe(&records));
+    }
+    for batch in batches {
+        engine.forward(&engine.inputs(&batch), None, PassEnd::Loss { all_rows: false }, Some(&mut observe));
+    }
+    out
+}
+
+/// Runs a phase; exactly `trained` may move, and all of it that has a gradient must.
+fn check(what: &str, engine: &mut Engine<'_, Cpu>, phase: &str, selected: &[ExpertId], trained: &BTreeSet<ParamId>) {
+    let visited = visited(engine, phase == "joint");
+    let before = bits(&engine.model);
+    run_phase(engine, phase, selected);
+    let model = &engine.model;
+    let moved = moved(&before, &bits(model));
+    assert_eq!(names(model, &engine.touched), names(model, trained), "{what}: written by an optimizer");
+    let expected: BTreeSet<ParamId> = trained
+        .iter()
+        .copied()
+        .filter(|&id| match model.table.params[id].kind {
+            ParamKind::Expert(layer, expert, _) => visited.contains(&(layer, expert)),
+            _ => true,
+        })
+        .collect();
+    let missing = &expected - &moved;
+    assert!(missing.is_empty(), "{what}: no gradient for {:?}", names(model, &missing));
+    let astray = &moved - trained;
+    assert!(astray.is_empty(), "{what}: frozen and moved: {:?}", names(model, &astray));
+}
+
+#[test]
+fn selective_trains_the_selected_experts() {
+    for name in CASES {
+        let case = Case::open(name);
+        let config = config(&case);
+        let mut engine = case.engine(&config, 1);
+        let selected = case.selected();
+        let trained = matrices(&engine.model, &selected);
+        assert_eq!(trained.len(), 3 * selected.len(), "{name}: gate, up and down of each");
+        check(name, &mut engine, "expert", &selected, &trained);
+    }
+}
+
+#[test]
+fn experts_trains_every_expert() {
+    for name in CASES {
+        let case = Case::open(name);
+        let config = RunConfig { mode: Mode::Experts, ..config(&case) };
+        let mut engine = case.engine(&config, 1);
+        let trained = of_kind(&engine.model, |kind| matches!(kind, ParamKind::Expert(..)));
+        let model = &engine.model.config;
+        assert_eq!(trained.len(), 3 * model.num_experts * model.moe_layers().count(), "{name}");
+        check(name, &mut engine, "expert", &case.selected(), &trained);
+    }
+}
+
+#[test]
+fn baseline_trains_everything() {
+    for name in CASES {
+        let case = Case::open(name);
+        let config = RunConfig { mode: Mode::Baseline, ..config(&case) };
+        let mut engine = case.engine(&config, 1);
+        let trained = of_kind(&engine.model, |_| true);
+        check(name, &mut engine, "expert", &[], &trained);
+    }
+}
+
+#[test]
+fn the_router_phase_trains_every_router_and_no_expert_of_the_phase_before() {
+    for name in CASES {
+        let case = Case::open(name);
+        let config = config(&case);
+        let mut engine = case.engine(&config, 1);
+        run_phase(&mut engine, "expert", &case.selected());
+        engine.touched.clear();
+        let trained = routers(&engine.model);
+        check(name, &mut engine, "router", &[], &trained);
+    }
+}
+
+#[test]
+fn the_joint_schedule_trains_selected_experts_and_routers() {
+    for name in CASES {
+        let case = Case::open(name);
+        let joint = case.config_with(&json!({ "phase": "joint" }));
+        let joint = RunConfig { weight_decay: 0.0, grad_accum: usize::from(u8::MAX), ..joint };
+        let selected = case.selected();
+        let mut engine = case.engine(&joint, 1);
+        let (experts, routers) = (matrices(&engine.model, &selected), routers(&engine.model));
+        check(name, &mut engine, "joint", &selected, &(&experts | &routers));
+
+        if name != CASES[0] {
+            continue;
+        }
+        let no_routers = RunConfig { skip_router_training: true, ..joint.clone() };
+        let mut engine = case.engine(&no_routers, 1);
+        check(&format!("{name}, experts alone"), &mut engine, "joint", &selected, &experts);
+
+        let no_experts = RunConfig { finetune_unsafe_experts: false, ..joint.clone() };
+        let mut engine = case.engine(&no_experts, 1);
+        check(&format!("{name}, routers alone"), &mut engine, "joint", &selected, &routers);
+    }
+}
+
+/// Only experts of the layers asked for are chosen, and only they move.
+#[test]
+fn layers_outside_the_range_are_left_alone() {
+    let case = Case::open("olmoe");
+    let config = RunConfig { layers: Some(2..=2), top_k_experts: 3, ..config(&case) };
+    let mut engine = case.engine(&config, 1);
+    let selected = engine.identify(0, &Progress::hidden()).unwrap().selected.experts;
+    assert_eq!(selected.len(), 3);
+    assert!(selected.iter().all(|id| id.layer == 2), "{selected:?}");
+    let trained = matrices(&engine.model, &selected);
+    check("layer 2", &mut engine, "expert", &selected, &trained);
+}
+
+/// With a choice at every step, an expert that was chosen and no longer is must not drift on its momentum, nor decay.
+#[test]
+fn an_expert_no_longer_chosen_keeps_its_bits() {
+    for name in ["olmoe", "mixtral"] {
+        let mut case = Case::open(name);
+        // With weight decay, which would move what has no gradient. One row a step.
+        let config =
+            RunConfig { selection: Selection::PerBatch, top_k_experts: 2, batch_size: 1, ..case.config.clone() };
+        let all = case.session.data.records.clone();
+        // The model after each number of steps. At a constant rate a shorter run is the beginning of a longer one.
+        let steps = 4;
+        let mut after = vec![case.engine(&config, 1).model];
+        for n in 1..=steps {
+            case.session.data.records.truncate(n);
+            let mut engine = case.engine(&config, 1);
+            run_phase(&mut engine, "expert", &[]);
+            after.push(engine.model);
+            case.session.data.records = all.clone();
+        }
+        let (mut dropped, mut chosen_before) = (0, BTreeSet::new());
+        for (n, next) in (1..=steps).zip(after.iter().skip(1).map(bits)) {
+            let previous = bits(&after[n - 1]);
+            let mut engine = case.engine(&config, 1);
+            let ids: Vec<_> = (0..after[n - 1].table.params.len()).collect();
+            ids.iter().for_each(|&id| engine.model.set_weight_host(id, after[n - 1].weight_host(id)));
+            let found = engine.find(&[vec![n - 1]], 0, &Progress::hidden()).unwrap();
+            let chosen = matrices(&engine.model, &found.selected.experts);
+            assert_eq!(chosen, moved(&previous, &next), "{name}: what step {n} moves");
+            dropped += (&chosen_before - &chosen).len();
+            chosen_before = chosen;
+        }
+        assert!(dropped > 0, "{name}: every expert is chosen again at every step, which shows nothing");
+    }
+}
+
+/// Neither experts nor routers: the run goes its way and leaves every bit.
+#[test]
+fn a_run_that_trains_nothing_changes_nothing() {
+    let case = Case::open("qwen3_moe");
+    let out = tempfile::tempdir().unwrap();
+    let config = RunConfig {
+        finetune_unsafe_experts: false,
+        skip_router_training: true,
+        save_rounds: SaveRounds::None,
+        output_dir: out.path().join("run"),
+        ..case.config.clone()
+    };
+    let summary = moewarden::run::train(&config, &Ranks::single(), &Ui::silent()).unwrap();
+    assert_eq!(summary.trained[0], 0);
+    assert_eq!(summary.before.ce_loss, summary.after.ce_loss);
+    let dir = config.output_dir.join("final_model");
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let table = ParamTable::build(&ModelConfig::from_dir(&dir).unwrap(), &checkpoint).unwrap();
+    for (ours, source) in table.params.iter().zip(&case.session.table.params) {
+        assert_eq!(ours.tensor, source.tensor);
+        assert!(*ours.value.bytes == *source.value.bytes, "{}", source.name());
+    }
+}

@@ -1,0 +1,432 @@
+//! Every case of `tests/golden` against the library: what Hugging Face transformers and plain autograd made of the same
+//! checkpoint and the same rows. `tests/golden/README.md` says what the files hold.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::case::{
+    self, Case, Tolerance, assert_near, ce_gradients, example, experts, fixture_name, ids, numbers, run_phase,
+    unsafe_batches,
+};
+use moewarden::backend::{Backend, Dtype, cpu::Cpu};
+use moewarden::config::{Recompute, RunConfig};
+use moewarden::data::{LossOn, MicroBatch};
+use moewarden::experts::{Method, Rank, RoutingTokens, Score, ScorePer, Select, select, token_mask};
+use moewarden::model::{Model, ParamId, PassEnd, Routed};
+use moewarden::routers::{KlType, Statistic};
+use moewarden::run::engine::Engine;
+use moewarden::run::identify::pool;
+use moewarden::run::progress::Progress;
+use moewarden::run::session::Session;
+use moewarden::ui::Ui;
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+
+// The fixtures are f64 products; ours are f32, of rows of 16 to 48 numbers (2⁻²⁴ = 6e-8 each). The README says what f32
+// alone makes of the same case in another order; a few times that is allowed.
+
+const LOSS: Tolerance = Tolerance { relative: 1e-7, absolute: 0.0, why: "f32 against f64, measured 2e-8" };
+const LOGITS: Tolerance =
+    Tolerance { relative: 2e-6, absolute: 0.0, why: "f32 through all layers, no mean, measured 8e-7" };
+const SCORES: Tolerance = Tolerance { relative: 1.5e-6, absolute: 0.0, why: "f32 against f64, measured 5e-7" };
+const COUNTS: Tolerance = Tolerance { relative: 0.0, absolute: 1e-9, why: "ratios of counts with 9 digits" };
+const KL: Tolerance = Tolerance { relative: 2e-6, absolute: 0.0, why: "f32 against f64, measured 7e-7" };
+const GRADIENTS: Tolerance = Tolerance {
+    relative: 2e-6,
+    absolute: 5e-7,
+    why: "f32 against f64, measured 7e-7; gradients that are zero but for rounding have digests of 1e-7",
+};
+const CHANGE: Tolerance = Tolerance {
+    relative: 1e-3,
+    absolute: 1e-9,
+    why: "AdamW follows the sign of gradients: entries near zero feel their rounding, measured 2e-4",
+};
+const CHANGE_16: Tolerance = Tolerance {
+    relative: 4e-3,
+    absolute: 1e-9,
+    why: "16-bit weights: an update is a few units, and a master beside a tie rounds to the other neighbour",
+};
+
+/// Whether the weights are stored in 16 bits.
+fn is_16_bit(case: &Case) -> bool {
+    case.session.table.params[0].value.dtype != Dtype::F32
+}
+
+/// `[Σ|x|, sqrt(Σ x²), Σ_i x_i · cos(i)]`
+fn digest(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
+    let mut out = [0.0; 3];
+    for (i, x) in values.into_iter().enumerate() {
+        out[0] += x.abs();
+        out[1] += x * x;
+        out[2] += x * (i as f64).cos();
+    }
+    vec![out[0], out[1].sqrt(), out[2]]
+}
+
+/// The tolerance of step `i`. Later steps meet weights that differ by what AdamW makes of rounding: a few 1e-4 of an update
+/// which itself is a few per cent of the weights. In 16 bits, masters beside a tie also round a whole unit apart.
+fn at_step(case: &Case, i: usize, tolerance: Tolerance) -> Tolerance {
+    match (i, is_16_bit(case)) {
+        (0, _) => tolerance,
+        (_, false) => Tolerance {
+            relative: 20.0 * tolerance.relative,
+            why: "weights after AdamW differ by 2e-4 of their update",
+            ..tolerance
+        },
+        (_, true) => Tolerance { relative: 2e-4, why: "16-bit weights differ by whole units", ..tolerance },
+    }
+}
+
+/// Everything of a case, one test for each part.
+macro_rules! cases {
+    ($($case:ident)*) => {
+        $(mod $case {
+            const NAME: &str = stringify!($case);
+            #[test]
+            fn rows() { super::rows(NAME) }
+            #[test]
+            fn forward() { super::forward(NAME) }
+            #[test]
+            fn identification() { super::identification(NAME) }
+            #[test]
+            fn routing() { super::routing(NAME) }
+            #[test]
+            fn gradients() { super::gradients(NAME) }
+            #[test]
+            fn training() { super::training(NAME) }
+            #[test]
+            fn recomputing_changes_no_bit() { super::recomputing(NAME) }
+        })*
+
+        #[test]
+        fn every_case_is_tested() {
+            let tested: BTreeSet<String> = [$(stringify!($case).to_string()),*].into();
+            let there = std::fs::read_dir(case::golden_dir()).unwrap().map(|entry| entry.unwrap());
+            let there = there.filter(|entry| entry.path().is_dir() && entry.path().join("expect.json").exists());
+            let there: BTreeSet<_> = there.map(|entry| entry.file_name().into_string().unwrap()).collect();
+            assert_eq!(tested, there);
+        }
+    };
+}
+
+cases! {
+    olmoe mixtral qwen3_moe qwen2_moe
+    olmoe_k1 mixtral_k1 mixtral_kall qwen3_raw
+    olmoe_clip mixtral_window qwen3_window qwen2_window qwen2_plain
+    olmoe_linear qwen3_yarn mixtral_yarn mixtral_llama3
+    qwen3_dense qwen3_sparse
+    olmoe_fused olmoe_bf16 mixtral_fused qwen2_fused
+}
+
+/// Token ids and targets of every record.
+fn rows(name: &str) {
+    let case = Case::open_as_read(name);
+    let records = case.expect["records"].as_array().unwrap();
+    // The fixture's targets are all assistant turns. In the prompt of a pair or an attack ours are not: what the attack
+    // has the model say is what it must not learn.
+    let chat = name == "olmoe_fused";
+    assert_eq!(case.session.data.records.len(), records.len(), "records kept");
+    for (i, (ours, theirs)) in case.session.data.records.iter().zip(records).enumerate() {
+        for (side, ours) in [("unsafe_reply", &ours.unsafe_reply), ("safe_reply", &ours.safe_reply)] {
+            assert_eq!(*ours, example(&theirs[side], !chat), "record {i}, {side}");
+        }
+        for (side, ours) in [("unsafe_prompt", &ours.unsafe_prompt), ("safe_prompt", &ours.safe_prompt)] {
+            assert_eq!(*ours, ids(&theirs[side]), "record {i}, {side}");
+        }
+    }
+}
+
+/// Logits (through the decoder with its cache, a token at a time), losses, and what the routers did, of the first row.
+fn forward(name: &str) {
+    let case = Case::open(name);
+    let engine = case.engine(&case.config, 1);
+    let expect = &case.expect["forward"];
+    let record = case.session.data.records.iter().find_map(|r| r.unsafe_reply.as_ref()).unwrap();
+    let batch = MicroBatch::of_examples([record]);
+
+    let logits = decode_all(&engine.model, &record.ids);
+    let theirs = numbers(&expect["logits"]);
+    assert_near("digest of the logits", &digest(wide(&logits.concat())), &theirs, LOGITS);
+    let last = &logits[logits.len() - 1][..8];
+    assert_near("last logits", &wide(last).collect::<Vec<_>>(), &numbers(&expect["last_logits"]), LOGITS);
+    let rows = batch.loss_rows.iter().zip(&batch.targets);
+    let losses: Vec<f64> = rows.map(|(row, target)| -log_prob(&logits[*row as usize], *target)).collect();
+    let theirs = numbers(&expect["token_losses"]);
+    assert_near("token losses", &losses, &theirs, LOGITS);
+
+    let b = &*engine.model.backend;
+    let (mut routers, mut chosen) = (Vec::new(), Vec::new());
+    let mut observe = |routed: Routed<'_, Cpu>| {
+        routers.push(digest(wide(&b.download(routed.logits))));
+        let mut last: Vec<u32> = b.expert_ids(routed.routing).split_off((record.ids.len() - 1) * top_k(&engine));
+        last.sort_unstable();
+        chosen.push(last);
+    };
+    let inputs = engine.inputs(&batch);
+    let forward = engine.forward(&inputs, None, PassEnd::Loss { all_rows: true }, Some(&mut observe));
+    assert_near("summed loss", &[engine.model.loss(&inputs, &forward)], &[theirs.iter().sum()], LOSS);
+    assert_eq!(json!(chosen), expect["experts_of_last_token"], "experts of the last token");
+    for (layer, (ours, theirs)) in routers.iter().zip(expect["router_logits"].as_array().unwrap()).enumerate() {
+        assert_near(&format!("router logits {layer}"), ours, &numbers(theirs), LOGITS);
+    }
+    assert_eq!(routers.len(), expect["router_logits"].as_array().unwrap().len());
+}
+
+fn decode_all(model: &Model<Cpu>, ids: &[u32]) -> Vec<Vec<f32>> {
+    let mut cache = model.kv_cache();
+    ids.iter().map(|&id| model.decode(&[id], &mut cache)).collect()
+}
+
+fn top_k(engine: &Engine<'_, Cpu>) -> usize {
+    engine.model.config.num_experts_per_tok
+}
+
+fn wide(values: &[f32]) -> impl Iterator<Item = f64> + '_ {
+    values.iter().map(|&x| f64::from(x))
+}
+
+fn log_prob(logits: &[f32], target: u32) -> f64 {
+    let max = wide(logits).fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = wide(logits).map(|x| (x - max).exp()).sum();
+    f64::from(logits[target as usize]) - max - total.ln()
+}
+
+/// Losses, scores of every kind, selections.
+fn identification(name: &str) {
+    let case = Case::open(name);
+    let losses = numbers(&case.expect["losses"]);
+    // The long cases try every pair; the others every score and every divisor.
+    let both = [ScorePer::Param, ScorePer::Token];
+    let pers = |param_only| {
+        if case.is_long() {
+            &both[..]
+        } else if param_only {
+            &both[..1]
+        } else {
+            &both[1..]
+        }
+    };
+    let kinds = [(Score::L1Mean, true), (Score::L2, false), (Score::Fisher, true), (Score::Taylor, false)];
+    for (score, score_per) in kinds.into_iter().flat_map(|(s, p)| pers(p).iter().map(move |per| (s, *per))) {
+        let config = RunConfig { score, score_per, ..case.config.clone() };
+        let found = case.engine(&config, 1).identify(0, &Progress::hidden()).unwrap();
+        let (score, per) = (json!(score), json!(score_per));
+        let theirs = &case.expect["scores"][score.as_str().unwrap()][per.as_str().unwrap()];
+        assert_near(&format!("scores {score} {per}"), &found.scores.values, &numbers(theirs), SCORES);
+        assert_near("losses", &found.losses, &losses, LOSS);
+        assert_eq!(json!(found.scores.layers), case.expect["layers"]);
+    }
+
+    let found = case.engine(&case.config, 2).identify(0, &Progress::hidden()).unwrap();
+    let selection = &case.expect["selection"];
+    assert_eq!(found.selected.experts, experts(&selection["highest"]), "selection");
+    // Two layers with a cap of 2 have 4 experts to give, where the fixture asked for 5.
+    let capped = experts(&selection["at_most_2_per_layer"]).len();
+    let capped = RunConfig { experts_per_layer: Some(2), top_k_experts: capped, ..case.config.clone() };
+    for (config, key, end) in
+        [(&capped, "at_most_2_per_layer", Select::Highest), (&case.config, "lowest", Select::Lowest)]
+    {
+        let found = select(
+            &found.scores,
+            &pool(config, &found.scores.layers, found.scores.num_experts),
+            &Rank { select: end, threshold: None },
+        )
+        .unwrap();
+        assert_eq!(found.experts, experts(&selection[key]), "selection {key}");
+    }
+
+    let config = RunConfig { loss_on: LossOn::All, ..case.config.clone() };
+    let session = Session::open(&config, &Ui::silent()).unwrap();
+    let engine = session.engine(&config, Cpu::new(1).into(), None, &moewarden::run::Rank::single(Ui::silent()));
+    let found = engine.identify(0, &Progress::hidden()).unwrap();
+    assert_near("losses on all tokens", &found.losses, &numbers(&case.expect["losses_on_all_tokens"]), LOSS);
+}
+
+/// Routing frequencies, their risk differences, and the divergence of the routers.
+fn routing(name: &str) {
+    let mut case = Case::open(name);
+    if case.expect["routing"].is_null() {
+        let sides = |r: &moewarden::data::Record| r.unsafe_reply.is_some() && r.safe_reply.is_some();
+        assert!(!case.session.data.records.iter().any(sides), "null is for rows of one side");
+        assert!(case.expect["router_kl"].is_null());
+        return;
+    }
+    let engine = case.engine(&case.config, 1);
+    let all_tokens = [RoutingTokens::Response, RoutingTokens::Prompt, RoutingTokens::All];
+    for (i, records) in engine.identify_order(0).iter().enumerate() {
+        for (side, batch) in [("safe", engine.pack_safe(records)), ("unsafe", engine.pack_unsafe(records))] {
+            let chosen = chosen_experts(&engine, &batch);
+            for tokens in all_tokens {
+                let ours = frequencies(&engine, &chosen, &token_mask(tokens, &batch.is_response));
+                let theirs = numbers(&case.expect["routing"][json!(tokens).as_str().unwrap()][side][i]);
+                assert_near(&format!("{side} frequencies"), &ours, &theirs, COUNTS);
+            }
+        }
+    }
+    for tokens in all_tokens {
+        let config =
+            RunConfig { method: Method::Routing, routing_tokens: tokens, risk_threshold: -1.0, ..case.config.clone() };
+        let found = case.engine(&config, 1).identify(0, &Progress::hidden()).unwrap();
+        let theirs = numbers(&case.expect["routing"][json!(tokens).as_str().unwrap()]["risk_difference"]);
+        assert_near("risk differences", &found.scores.values, &theirs, COUNTS);
+    }
+
+    let records = case.session.data.records.clone();
+    for (i, batch) in records.chunks(case.config.batch_size).enumerate() {
+        case.session.data.records = batch.to_vec();
+        for router_statistic in [Statistic::TokenProbs, Statistic::SampleLogits] {
+            for kl_type in [KlType::Forward, KlType::Reverse, KlType::Symmetric] {
+                let config = RunConfig { router_statistic, kl_type, ..case.config.clone() };
+                let measured = case.engine(&config, 1).measure_alignment().unwrap();
+                let (statistic, kl) = (json!(router_statistic), json!(kl_type));
+                let theirs = &case.expect["router_kl"][statistic.as_str().unwrap()][kl.as_str().unwrap()];
+                assert_near(&format!("{statistic}, {kl}"), &[measured], &numbers(&theirs[i]), KL);
+            }
+        }
+    }
+}
+
+/// By layer that routes, the experts of each token, `[T · K]`.
+fn chosen_experts(engine: &Engine<'_, Cpu>, batch: &MicroBatch) -> Vec<Vec<u32>> {
+    let mut out = Vec::new();
+    let mut observe = |routed: Routed<'_, Cpu>| out.push(engine.model.backend.expert_ids(routed.routing));
+    engine.forward(&engine.inputs(batch), None, PassEnd::Routers, Some(&mut observe));
+    out
+}
+
+/// Share of the tokens in the mask that went to each expert, `[L · E]`.
+fn frequencies(engine: &Engine<'_, Cpu>, chosen: &[Vec<u32>], mask: &[bool]) -> Vec<f64> {
+    let count = mask.iter().filter(|m| **m).count() as f64;
+    let of_layer = |ids: &Vec<u32>| {
+        let mut hits = vec![0.0; engine.model.config.num_experts];
+        for (ids, _) in ids.chunks(top_k(engine)).zip(mask).filter(|(_, m)| **m) {
+            ids.iter().for_each(|e| hits[*e as usize] += 1.0);
+        }
+        hits.into_iter().map(move |n| n / count)
+    };
+    chosen.iter().flat_map(of_layer).collect()
+}
+
+/// Every parameter's gradient of the first micro-batch.
+fn gradients(name: &str) {
+    let case = Case::open(name);
+    let engine = case.engine(&case.config, 2);
+    let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
+    let (loss, gradients) = ce_gradients(&engine, &unsafe_batches(&engine)[0], &all);
+    assert_near("loss", &[loss], &numbers(&case.expect["losses"])[..1], LOSS);
+
+    let mut theirs = case.expect["gradients"].as_object().unwrap().clone();
+    let file = std::fs::read(case.config.dataset_path.with_file_name("gradients.safetensors")).ok();
+    let file = file.as_deref().map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+    for (spec, gradient) in case.session.table.params.iter().zip(&gradients) {
+        let name = fixture_name(spec);
+        let expected = theirs.remove(&name).unwrap_or_else(|| panic!("{name} is not in the fixture"));
+        assert_near(&format!("gradient of {name}"), &digest(wide(gradient)), &numbers(&expected), GRADIENTS);
+        if let Some(file) = &file {
+            let expected = floats(file.tensor(&name).unwrap().data());
+            let ours: Vec<f64> = wide(gradient).collect();
+            assert_near(&format!("gradient of {name}, each entry"), &ours, &expected, GRADIENTS);
+        }
+    }
+    assert!(theirs.is_empty(), "parameters that we do not have: {:?}", theirs.keys());
+}
+
+fn floats(bytes: &[u8]) -> Vec<f64> {
+    bytes.as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()
+}
+
+/// Every training run: its steps, the loss after it, what moved and by how much, and that nothing else did.
+fn training(name: &str) {
+    let case = Case::open(name);
+    for run in case.expect["training"].as_array().unwrap() {
+        train(&case, run);
+    }
+}
+
+fn train(case: &Case, run: &Value) {
+    let what = |part: &str| format!("run {}, {part}", run["name"]);
+    let config = case.config_with(&run["options"]);
+    let phase = run["options"]["phase"].as_str().unwrap();
+    let mut engine = case.engine(&config, 2);
+    let steps = run_phase(&mut engine, phase, &case.selected());
+
+    let expected = run["steps"].as_array().unwrap();
+    assert_eq!(steps.len(), expected.len(), "{}", what("steps"));
+    let rate = if phase == "router" { config.router_lr } else { config.expert_lr };
+    for (i, (step, expected)) in steps.iter().zip(expected).enumerate() {
+        let check = |key: &str, ours: Option<f64>, tolerance| match (ours, expected[key].as_f64()) {
+            (None, None) => {}
+            (Some(ours), Some(theirs)) => {
+                assert_near(&what(&format!("{key} of step {i}")), &[ours], &[theirs], tolerance)
+            }
+            (ours, theirs) => panic!("{} of step {i}: {ours:?} and {theirs:?}", what(key)),
+        };
+        check("ce_loss", step.ce_loss, at_step(case, i, LOSS));
+        check("router_loss", step.router_loss, at_step(case, i, KL));
+        if phase == "joint" {
+            check("total_loss", Some(step.total_loss), at_step(case, i, LOSS));
+        }
+        check("grad_norm", Some(step.grad_norm), at_step(case, i, GRADIENTS));
+        let exact = Tolerance { relative: 2e-9, absolute: 0.0, why: "f64, written with 9 digits" };
+        check("lr_factor", Some(step.lr / rate), exact);
+    }
+
+    let mut base = case.engine(&case.config, 1);
+    std::mem::swap(&mut base.model, &mut engine.model);
+    let after = base.measure(&unsafe_batches(&base)).unwrap().unwrap();
+    assert_near(&what("loss after"), &[after], &numbers(&run["loss_after"]), at_step(case, steps.len(), LOSS));
+    compare_changes(case, run, &base, &engine.touched);
+}
+
+fn compare_changes(case: &Case, run: &Value, engine: &Engine<'_, Cpu>, touched: &BTreeSet<ParamId>) {
+    let mut expected: BTreeMap<String, Value> =
+        run["change"].as_object().unwrap().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+    let file = std::fs::read(
+        case.config.dataset_path.with_file_name(format!("{}.safetensors", run["name"].as_str().unwrap())),
+    )
+    .ok();
+    let file = file.as_deref().map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+    for (id, spec) in case.session.table.iter() {
+        let name = fixture_name(spec);
+        let (before, after) = (&spec.value, engine.model.weight_host(id));
+        let Some(expected) = expected.remove(&name) else {
+            assert!(!touched.contains(&id), "{name} is trained and should be frozen");
+            assert!(*before.bytes == *after.bytes, "run {}: {name} moved", run["name"]);
+            continue;
+        };
+        assert!(touched.contains(&id), "{name} is frozen and should be trained");
+        let (before, after) = (before.to_f32(), after.to_f32());
+        let change: Vec<f64> = wide(&after).zip(wide(&before)).map(|(a, b)| a - b).collect();
+        let tolerance = if is_16_bit(case) { CHANGE_16 } else { CHANGE };
+        let what = format!("run {}, change of {name}", run["name"]);
+        assert_near(&what, &digest(change.iter().copied()), &numbers(&expected), tolerance);
+        if let Some(file) = &file {
+            let theirs = floats(file.tensor(&name).unwrap().data());
+            let off: f64 = wide(&after).zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum();
+            let moved: f64 = wide(&before).zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum();
+            assert!(off.sqrt() <= 2e-3 * moved.sqrt(), "{what}: off by {} of {}", off.sqrt(), moved.sqrt());
+        }
+    }
+    assert!(expected.is_empty(), "trained there and unknown here: {:?}", expected.keys());
+}
+
+/// Gradients, scores and losses with every layer's forward computed again, bit for bit; in the long cases steps too.
+fn recomputing(name: &str) {
+    let case = Case::open(name);
+    let results = [Recompute::Never, Recompute::Always].map(|recompute| {
+        let config = RunConfig { recompute, ..case.config.clone() };
+        let engine = case.engine(&config, 1);
+        let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
+        let (loss, gradients) = ce_gradients(&engine, &unsafe_batches(&engine)[0], &all);
+        let gradients: Vec<Vec<u32>> = gradients.iter().map(|g| g.iter().map(|x| x.to_bits()).collect()).collect();
+        let found = engine.identify(0, &Progress::hidden()).unwrap();
+        let scores: Vec<u64> = found.scores.values.iter().chain(&found.losses).map(|x| x.to_bits()).collect();
+        let phases: &[&str] = if case.is_long() { &["router", "joint"] } else { &[] };
+        let steps = phases.iter().flat_map(|phase| {
+            let config = RunConfig { recompute, ..case.config_with(&json!({ "phase": phase })) };
+            run_phase(&mut case.engine(&config, 1), phase, &case.selected())
+        });
+        let steps: Vec<u64> = steps.flat_map(|s| [s.total_loss.to_bits(), s.grad_norm.to_bits()]).collect();
+        (loss.to_bits(), gradients, scores, steps)
+    });
+    assert!(results[0] == results[1]);
+}

@@ -1,0 +1,210 @@
+//! Gradients of whole models: against finite differences, against candle's autograd, and of a part of the model against
+//! those of all of it.
+
+use std::ops::Range;
+
+use crate::autograd::Autograd;
+use crate::tiny_model::{Tiny, nothing_kept, specs};
+use crate::values::assert_close;
+use moewarden::backend::{Backend, HostTensor, cpu::Cpu};
+use moewarden::model::tiny::TinySpec;
+use moewarden::model::{Group, LossGrads, ParamId, ParamKind, PassEnd, Routed, RouterGrad, expert_params};
+use moewarden::routers::{KlType, LayerStatistic, SampleSoftmax, Statistic, alignment};
+
+// --- finite differences ----------------------------------------------------------------------------------------------
+
+/// The derivative of `f` along both halves (the even and the odd entries) of every parameter's gradient, by central
+/// differences, against what the gradient says it is: the half's squared norm over its norm.
+///
+/// Single entries would not do. `f` is a sum of f32 terms and rounds at about 1e-7, so a difference of it must be of the
+/// order of 1e-3 to have three digits; along the gradient that takes a step of 1e-3/‖g‖. Two halves see an error that is
+/// orthogonal to the gradient as a whole. Where a step changes a choice of experts f jumps, and the step is too long.
+fn check_along_gradients(name: &str, tiny: &mut Tiny, gradients: &[Vec<f32>], f: impl Fn(&Tiny) -> (f64, Vec<u32>)) {
+    let (_, choices) = f(tiny);
+    for (id, gradient) in gradients.iter().enumerate() {
+        for half in 0..2 {
+            let spec = &tiny.model.table.params[id];
+            let what = format!("{name}: {} (half {half})", spec.name());
+            let direction: Vec<f64> =
+                gradient.iter().enumerate().map(|(i, g)| if i % 2 == half { f64::from(*g) } else { 0.0 }).collect();
+            let norm = direction.iter().map(|g| g * g).sum::<f64>().sqrt();
+            if norm == 0.0 {
+                continue; // the tests below say of which parameters it may be
+            }
+            let before = tiny.model.weight_host(id);
+            let mut at = |step: f64| {
+                let moved: Vec<f32> = before
+                    .to_f32()
+                    .iter()
+                    .zip(&direction)
+                    .map(|(w, g)| (f64::from(*w) + step * g / norm) as f32)
+                    .collect();
+                tiny.model.set_weight_host(id, HostTensor::from_f32(before.shape.clone(), &moved));
+                f(tiny)
+            };
+            let mut step = (CHANGE / norm).min(LONGEST);
+            // The derivative is a limit: across the edge of a clamp, or where f bends, a shorter step comes closer.
+            loop {
+                let ((above, up), (below, down)) = (at(step), at(-step));
+                let measured = (above - below) / (2.0 * step);
+                // 1 %: the third derivative over such a step. The rest: the rounding of f over the step.
+                let near = (measured - norm).abs() <= 0.01 * norm + ROUNDING / step;
+                if near && up == choices && down == choices {
+                    break;
+                }
+                step /= 2.0;
+                assert!(
+                    ROUNDING / step <= 0.02 * norm,
+                    "{what}: {measured} by differences at {step:e}, {norm} by the backward pass"
+                );
+            }
+            tiny.model.set_weight_host(id, before);
+        }
+    }
+}
+
+/// By how much a step is to move the loss.
+const CHANGE: f64 = 1e-3;
+/// Norm of the longest step: a tenth of a matrix's.
+const LONGEST: f64 = 0.1;
+/// Rounding of the loss: 2⁻²⁴ = 6e-8 of each of a mean's terms, which are about 5; the mean of 11 of them is nearer.
+const ROUNDING: f64 = 2e-7;
+
+#[test]
+fn cross_entropy_agrees_with_finite_differences() {
+    for (name, spec) in specs() {
+        let mut tiny = Tiny::new(&spec);
+        let (_, gradients) = tiny.gradients(&tiny.all());
+        check_along_gradients(name, &mut tiny, &gradients, Tiny::loss);
+    }
+}
+
+/// The routers' divergence: the first sequence is the safe side, which stays as it is; the gradient goes through the second.
+#[test]
+fn the_routers_divergence_agrees_with_finite_differences() {
+    for (name, spec) in specs() {
+        for statistic in [Statistic::TokenProbs, Statistic::SampleLogits] {
+            let mut tiny = Tiny::new(&spec);
+            let safe = divergence(&tiny, statistic, 0);
+            let target: Vec<_> = safe.iter().map(|layer| layer.statistic.clone()).collect();
+            let f = |tiny: &Tiny| {
+                let unsafe_: Vec<_> = divergence(tiny, statistic, 1).into_iter().map(|layer| layer.statistic).collect();
+                (alignment(KlType::Symmetric, &target, &unsafe_).unwrap().loss, tiny.loss().1)
+            };
+            let gradients = divergence_gradients(&tiny, statistic, &target);
+            check_along_gradients(&format!("{name}, {statistic:?}"), &mut tiny, &gradients, f);
+        }
+    }
+}
+
+/// What one layer's routing of one sequence comes to.
+struct Observed {
+    layer: usize,
+    statistic: LayerStatistic,
+    samples: Option<SampleSoftmax>,
+}
+
+fn divergence(tiny: &Tiny, kind: Statistic, sequence: usize) -> Vec<Observed> {
+    let b = &*tiny.model.backend;
+    let rows = rows_of(tiny, sequence);
+    let mut out = Vec::new();
+    let mut observe = |routed: Routed<'_, Cpu>| {
+        let mut statistic = LayerStatistic::zero(tiny.model.config.num_experts);
+        let samples = match kind {
+            Statistic::TokenProbs => {
+                statistic.add(&b.softmax_sum(routed.logits, rows.clone()), rows.len() as f64);
+                None
+            }
+            Statistic::SampleLogits => {
+                let sums = b.segment_sum(routed.logits, std::slice::from_ref(&rows));
+                let samples = SampleSoftmax::forward(&sums, &[rows.len()]);
+                samples.add_to(&mut statistic);
+                Some(samples)
+            }
+        };
+        out.push(Observed { layer: routed.layer, statistic, samples });
+    };
+    tiny.model.forward(&tiny.inputs(), nothing_kept(PassEnd::Routers), Some(&mut observe));
+    out
+}
+
+fn rows_of(tiny: &Tiny, sequence: usize) -> Range<usize> {
+    tiny.packing.queries[sequence]..tiny.packing.queries[sequence + 1]
+}
+
+/// Of all parameters, through the second sequence.
+fn divergence_gradients(tiny: &Tiny, kind: Statistic, target: &[LayerStatistic]) -> Vec<Vec<f32>> {
+    let observed = divergence(tiny, kind, 1);
+    let statistics: Vec<_> = observed.iter().map(|layer| layer.statistic.clone()).collect();
+    let loss = alignment(KlType::Symmetric, target, &statistics).unwrap();
+    let rows = rows_of(tiny, 1);
+    let f32s = |values: &[f64]| values.iter().map(|x| *x as f32).collect();
+    let mut routers = vec![None; tiny.model.config.layers.len()];
+    for (layer, d) in observed.iter().zip(&loss.d_unsafe) {
+        routers[layer.layer] = Some(match &layer.samples {
+            None => RouterGrad::SoftmaxSums(vec![(rows.clone(), f32s(d))]),
+            Some(samples) => RouterGrad::SegmentSums(vec![rows.clone()], f32s(&samples.backward(d))),
+        });
+    }
+    let grads = LossGrads { ce_scale: 0.0, routers: &routers };
+    tiny.backward(&tiny.all(), PassEnd::Routers, grads).1
+}
+
+// --- autograd --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn every_gradient_agrees_with_autograd() {
+    for (name, spec) in specs() {
+        let tiny = Tiny::new(&spec);
+        let (loss, gradients) = tiny.gradients(&tiny.all());
+        let autograd = Autograd::new(&tiny.model).unwrap();
+        let theirs = autograd.loss(&tiny).unwrap();
+        // f32 against f64 over rows of 24 entries.
+        let off = loss - theirs.to_scalar::<f64>().unwrap();
+        assert!(off.abs() < 1e-6, "{name}: loss off by {off:e}");
+        let theirs = theirs.backward().unwrap();
+        // Roundings of a backward pass are relative to what is summed: to the largest gradient of its kind, at least.
+        let scale = gradients.iter().flatten().fold(0.0f32, |a, g| a.max(g.abs()));
+        for ((_, spec), ours) in tiny.model.table.iter().zip(&gradients) {
+            let theirs = autograd.gradient(&theirs, spec.kind).unwrap();
+            let why = &format!("{name}, {}: f32 against f64", spec.name());
+            assert_close(ours, &theirs, 2e-6 * f64::from(scale), 1e-4, why);
+            assert!(ours.iter().any(|g| *g != 0.0) || theirs.iter().all(|g| *g == 0.0), "{why}");
+        }
+    }
+}
+
+// --- parts -----------------------------------------------------------------------------------------------------------
+
+/// What a plan does not want changes nothing of what it wants, bit for bit, and nothing below its lowest layer is visited
+/// (see [`Tiny::gradients`]).
+#[test]
+fn a_part_has_the_gradients_of_the_whole() {
+    for (name, spec) in specs() {
+        let tiny = Tiny::new(&TinySpec { num_layers: 3, ..spec });
+        let table = &tiny.model.table;
+        let all = tiny.all();
+        let (_, whole) = tiny.gradients(&all);
+        let top = tiny.model.config.layers.len() - 1;
+        let only = |wanted: &dyn Fn(ParamKind) -> bool| -> Vec<ParamId> {
+            all.iter().copied().filter(|id| wanted(table.params[*id].kind)).collect()
+        };
+        let parts: Vec<(&str, Option<usize>, Vec<ParamId>)> = vec![
+            ("the top layer's experts", Some(top), only(&|k| matches!(k, ParamKind::Expert(l, ..) if l == top))),
+            ("one expert of the middle", Some(1), expert_params(table, 1, 2).collect()),
+            ("routers", tiny.model.config.moe_layers().next(), only(&|k| matches!(k, ParamKind::Router(_)))),
+            ("attention of the middle", Some(1), only(&|k| k.layer() == Some(1) && k.group() == Group::Attention)),
+            ("the head's norm", None, only(&|k| k == ParamKind::FinalNorm)),
+            ("the embedding", Some(0), only(&|k| k == ParamKind::Embedding)),
+        ];
+        for (part, lowest, ids) in parts {
+            assert!(!ids.is_empty(), "{name}: {part}");
+            assert_eq!(tiny.plan(&ids).lowest_layer(), lowest, "{name}: {part}");
+            let (_, gradients) = tiny.gradients(&ids);
+            for (id, gradient) in ids.iter().zip(gradients) {
+                let equal = gradient.iter().zip(&whole[*id]).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(equal, "{name}: {part}: {}", table.params[*id].name());
+            }
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! Tests of the library: each file tests one part of it, against definitions, reference implementations and recorded values.
+
+#[path = "../common/case.rs"]
+mod case;
+#[path = "../common/values.rs"]
+mod values;
+
+mod autograd;
+mod reference;
+mod tiny_model;
+
+mod adamw;
+mod data;
+mod decode;
+mod frozen;
+mod golden;
+mod gradients;
+mod hostile;
+mod layering;
+mod method;
+mod ops;
+mod ops_autograd;
+mod second_opinion;
+mod sharding;
+mod shared_goldens;
+mod weights;

@@ -1,0 +1,60 @@
+//! Logits of tiny checkpoints against candle-transformers' own Mixtral and Qwen3-MoE, which share no code with ours.
+
+use crate::tiny_model::Tiny;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::{mixtral, qwen3_moe};
+use moewarden::model::tiny::TinySpec;
+use serde_json::{Map, Value, json};
+
+/// What candle asks of config.json beside what a tiny checkpoint has.
+fn config<T: serde::de::DeserializeOwned>(tiny: &Tiny, more: Value) -> T {
+    let text = std::fs::read_to_string(tiny.dir.path().join("config.json")).unwrap();
+    let mut config: Map<String, Value> = serde_json::from_str(&text).unwrap();
+    config.extend(more.as_object().unwrap().clone());
+    serde_json::from_value(config.into()).unwrap()
+}
+
+fn weights(tiny: &Tiny) -> VarBuilder<'static> {
+    let bytes = std::fs::read(tiny.dir.path().join("model.safetensors")).unwrap();
+    VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap()
+}
+
+/// Next-token logits after each prefix of a row, ours and theirs. Both are f32 with another order of sums, over rows of 48
+/// entries and three layers: 1e-5 of the largest logit.
+fn compare(tiny: &Tiny, mut theirs: impl FnMut(&Tensor) -> candle_core::Result<Tensor>) {
+    for upto in [1, 2, 7, 19] {
+        let row = &tiny.ids[..upto];
+        let ours = tiny.model.decode(row, &mut tiny.model.kv_cache());
+        let ids = Tensor::new(row, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        let theirs = theirs(&ids).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let largest = theirs.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+        assert_eq!(ours.len(), theirs.len());
+        for (i, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+            assert!((ours - theirs).abs() <= 1e-5 * largest, "{upto} tokens, logit {i}: {ours} and {theirs}");
+        }
+    }
+}
+
+#[test]
+fn mixtral_agrees_with_candle() {
+    // candle derives the width of a head from D / H and always has a window; a row stays shorter than this one.
+    let tiny = Tiny::new(&TinySpec::new("mixtral"));
+    let config: mixtral::Config = config(&tiny, json!({"sliding_window": 4096, "use_flash_attn": false}));
+    compare(&tiny, |ids| mixtral::Model::new(&config, weights(&tiny))?.forward(ids, 0));
+}
+
+#[test]
+fn qwen3_moe_agrees_with_candle() {
+    for norm_topk_prob in [true, false] {
+        let mut spec = TinySpec { head_dim: 20, num_layers: 4, ..TinySpec::new("qwen3_moe") };
+        spec.extra.insert("norm_topk_prob".into(), norm_topk_prob.into());
+        let tiny = Tiny::new(&spec);
+        let more = json!({
+            "attention_bias": false, "decoder_sparse_step": 1, "max_window_layers": 0, "sliding_window": null,
+            "use_sliding_window": false,
+        });
+        let config: qwen3_moe::Config = config(&tiny, more);
+        compare(&tiny, |ids| qwen3_moe::ModelForCausalLM::new(&config, weights(&tiny))?.forward(ids, 0));
+    }
+}

@@ -1,0 +1,466 @@
+//! Models in and out: the golden checkpoints, every family × layout × format × sharding, hostile files, exports.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use moewarden::backend::{Dtype, HostTensor};
+use moewarden::checkpoint::{self, apply_delta, export, export_over, save_delta};
+use moewarden::exit::{self, Coded};
+use moewarden::model::tiny::{Layout, TinySpec, write_random_checkpoint};
+use moewarden::model::{
+    Checkpoint, FAMILIES, Group, HubCache, ModelConfig, ParamId, ParamKind, ParamTable, Proj, write_header,
+};
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+/// A checkpoint on disk and open.
+struct Model {
+    dir: PathBuf,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    table: ParamTable,
+}
+
+fn open(dir: &Path) -> Model {
+    let config = ModelConfig::from_dir(dir).unwrap();
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let table = ParamTable::build(&config, &checkpoint).unwrap();
+    Model { dir: dir.into(), config, checkpoint, table }
+}
+
+fn make(dir: &Path, spec: &TinySpec) -> Model {
+    write_random_checkpoint(dir, spec).unwrap();
+    fs::write(dir.join("tokenizer.json"), "{\"not\": \"read here\"}").unwrap();
+    open(dir)
+}
+
+fn out(temp: &TempDir) -> PathBuf {
+    temp.path().join("out")
+}
+
+/// Every file below a folder, by its path relative to it.
+fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![dir.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                found.insert(path.strip_prefix(dir).unwrap().to_path_buf(), fs::read(&path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+/// The folder of shared test material, where there is one.
+fn shared() -> Option<PathBuf> {
+    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
+    let dir = std::env::var_os("MOEWARDEN_SHARED").map(PathBuf::from).unwrap_or_else(beside);
+    if dir.is_dir() {
+        return Some(dir);
+    }
+    println!("skipped: {} is not there", dir.display());
+    None
+}
+
+/// New values for a few parameters of every group.
+fn some_changes(table: &ParamTable) -> BTreeMap<ParamId, HostTensor> {
+    let mut changed = BTreeMap::new();
+    for (id, spec) in table.iter().filter(|(id, spec)| id % 5 == 0 || spec.kind.group() == Group::Router) {
+        let values: Vec<f32> = (0..spec.value.len()).map(|i| (i % 7) as f32 - id as f32).collect();
+        changed.insert(id, HostTensor::encode(spec.value.dtype, spec.value.shape.clone(), &values));
+    }
+    changed
+}
+
+#[test]
+fn goldens_open_and_export_unchanged() {
+    let Some(shared) = shared() else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let names = ["olmoe", "mixtral", "qwen3_moe", "qwen3_moe_dense", "qwen2_moe"];
+    for name in names {
+        let model = open(&shared.join("goldens").join(name).join("model"));
+        let stored: usize = model.checkpoint.tensors().map(|(_, tensor)| tensor.file_range.len()).sum();
+        assert_eq!(model.table.total().bytes, stored, "{name}");
+        assert_eq!(model.table.find_non_finite(), None, "{name}");
+
+        let out = temp.path().join(name);
+        export(&model.dir, &model.checkpoint, &model.table, &BTreeMap::new(), &out).unwrap();
+        assert_eq!(files(&out), files(&model.dir), "{name}");
+    }
+}
+
+/// A spec for each family that uses what only this family has.
+fn families() -> Vec<TinySpec> {
+    let with = |model_type: &str, extra: serde_json::Value| {
+        let mut spec = TinySpec::new(model_type);
+        spec.extra = extra.as_object().unwrap().clone();
+        spec
+    };
+    vec![
+        with("olmoe", serde_json::json!({"clip_qkv": 8.0, "attention_bias": true})),
+        with("mixtral", serde_json::json!({"sliding_window": 16})),
+        with("qwen3_moe", serde_json::json!({"mlp_only_layers": [1], "norm_topk_prob": true, "head_dim": 16})),
+        with("qwen2_moe", serde_json::json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2})),
+    ]
+}
+
+#[test]
+fn every_family_layout_format_and_sharding_round_trips() {
+    for family in families() {
+        let mut values: Option<Vec<Vec<f32>>> = None;
+        for layout in [Layout::PerExpert, Layout::Fused] {
+            for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+                for (shards, tie) in [(1, false), (3, true)] {
+                    let temp = tempfile::tempdir().unwrap();
+                    let spec = TinySpec { layout, dtype, shards, tie, ..family.clone() };
+                    let model = make(&temp.path().join("in"), &spec);
+                    let what = format!("{} {layout:?} {dtype:?} {shards}", family.model_type);
+                    assert_eq!(model.checkpoint.shards().len(), shards, "{what}");
+                    assert!(model.table.params.iter().all(|spec| spec.value.dtype == dtype), "{what}");
+                    assert_eq!(model.table.id(ParamKind::LmHead).is_none(), tie, "{what}");
+
+                    // The layout and the sharding change where a value lies, not which it is.
+                    if dtype == Dtype::F32 && !tie {
+                        let here = model.table.params.iter().map(|spec| spec.value.to_f32()).collect();
+                        assert!(*values.get_or_insert_with(|| Vec::clone(&here)) == here, "{what}");
+                    }
+
+                    let unchanged = temp.path().join("unchanged");
+                    export(&model.dir, &model.checkpoint, &model.table, &BTreeMap::new(), &unchanged).unwrap();
+                    assert!(files(&unchanged) == files(&model.dir), "{what}");
+
+                    let changed = some_changes(&model.table);
+                    export(&model.dir, &model.checkpoint, &model.table, &changed, &out(&temp)).unwrap();
+                    let written = open(&out(&temp));
+                    assert_eq!(written.config, model.config, "{what}");
+                    for (id, spec) in written.table.iter() {
+                        let expected = changed.get(&id).unwrap_or(&model.table.params[id].value);
+                        assert!(*spec.value.bytes == *expected.bytes, "{what}: {}", spec.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_fused_expert_is_its_own_rows() {
+    let temp = tempfile::tempdir().unwrap();
+    let spec = TinySpec { layout: Layout::Fused, ..TinySpec::new("qwen3_moe") };
+    let model = make(temp.path(), &spec);
+    let (shard, info) = model.checkpoint.get("model.layers.1.mlp.experts.gate_up_proj").unwrap();
+    let (e, f, d) = (5, spec.expert_width, spec.hidden_size);
+    assert_eq!(info.shape, [spec.num_experts, 2 * f, d]);
+    let whole = shard.value(info).unwrap().to_f32();
+    let up = &model.table.params[model.table.id(ParamKind::Expert(1, e, Proj::Up)).unwrap()];
+    assert_eq!(up.value.to_f32(), whole[(e * 2 * f + f) * d..(e + 1) * 2 * f * d]);
+    assert_eq!(up.name(), "model.layers.1.mlp.experts.5.up_proj.weight");
+}
+
+#[test]
+fn a_weight_that_is_not_finite_is_found_by_name() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("in");
+    let spec = TinySpec { layout: Layout::Fused, dtype: Dtype::F16, ..TinySpec::new("mixtral") };
+    let model = make(&dir, &spec);
+    model.table.check_finite().unwrap();
+    let id = model.table.id(ParamKind::Expert(2, 3, Proj::Down)).unwrap();
+    let old = &model.table.params[id].value;
+    let mut values = old.to_f32();
+    values[17] = f32::NEG_INFINITY;
+    let bad = BTreeMap::from([(id, HostTensor::encode(old.dtype, old.shape.clone(), &values))]);
+    export(&dir, &model.checkpoint, &model.table, &bad, &out(&temp)).unwrap();
+    let error = open(&out(&temp)).table.check_finite().unwrap_err();
+    assert_eq!((error.exit_code(), error.index), (exit::NOT_FINITE, 17));
+    assert_eq!(error.tensor, "model.layers.2.block_sparse_moe.experts.3.down_proj.weight");
+}
+
+#[test]
+fn export_refuses_a_full_folder_and_over_replaces_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = make(&temp.path().join("in"), &TinySpec::new("olmoe"));
+    let write = |over: bool, changed: &BTreeMap<ParamId, HostTensor>| {
+        let export = if over { export_over } else { export };
+        export(&model.dir, &model.checkpoint, &model.table, changed, &out(&temp))
+    };
+    fs::create_dir(out(&temp)).unwrap(); // an empty folder is no obstacle
+    write(false, &BTreeMap::new()).unwrap();
+    let first = files(&out(&temp));
+
+    let error = write(false, &some_changes(&model.table)).unwrap_err();
+    assert_eq!(error.exit_code(), exit::CANNOT_CREATE, "{error}");
+    assert!(files(&out(&temp)) == first);
+
+    write(true, &some_changes(&model.table)).unwrap();
+    assert!(files(&out(&temp)) != first);
+    let names: Vec<_> = fs::read_dir(temp.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "leftovers: {names:?}");
+}
+
+#[test]
+fn what_a_killed_export_left_is_cleared() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = make(&temp.path().join("in"), &TinySpec::new("olmoe"));
+    let partial = temp.path().join(".out.partial");
+    fs::create_dir(&partial).unwrap();
+    fs::write(partial.join("stale.json"), "{}").unwrap();
+    export(&model.dir, &model.checkpoint, &model.table, &BTreeMap::new(), &out(&temp)).unwrap();
+    assert!(!partial.exists());
+    assert!(files(&out(&temp)) == files(&model.dir));
+}
+
+#[test]
+fn export_takes_templates_and_leaves_other_weights_and_hidden_files() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("in");
+    make(&dir, &TinySpec::new("qwen2_moe"));
+    let kept = ["chat_template.jinja", "merges.txt", "README.md", "additional_chat_templates/tools.jinja"];
+    let left = ["pytorch_model.bin", "consolidated.safetensors", ".gitattributes", "pytorch_model.bin.index.json"];
+    fs::create_dir(dir.join("additional_chat_templates")).unwrap();
+    fs::create_dir(dir.join("original")).unwrap();
+    for name in kept.iter().chain(&left).chain(&["original/params.json"]) {
+        fs::write(dir.join(name), *name).unwrap();
+    }
+    let model = open(&dir);
+    export(&dir, &model.checkpoint, &model.table, &BTreeMap::new(), &out(&temp)).unwrap();
+    let names: Vec<_> = files(&out(&temp)).into_keys().map(|path| path.to_str().unwrap().to_owned()).collect();
+    let mut expected = vec!["config.json", "model.safetensors", "tokenizer.json"];
+    expected.extend(kept);
+    expected.sort();
+    assert_eq!(names, expected);
+}
+
+#[test]
+fn a_cached_snapshot_is_found_and_exported_as_real_files() {
+    let temp = tempfile::tempdir().unwrap();
+    let (blobs, snapshot) =
+        (temp.path().join("models--org--name/blobs"), temp.path().join("models--org--name/snapshots/0a"));
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir(snapshot.join("../../refs")).unwrap();
+    fs::write(snapshot.join("../../refs/main"), "0a").unwrap();
+    make(&blobs, &TinySpec { shards: 2, ..TinySpec::new("qwen3_moe") });
+    for name in files(&blobs).keys() {
+        std::os::unix::fs::symlink(Path::new("../../blobs").join(name), snapshot.join(name)).unwrap();
+    }
+    let found = HubCache { root: temp.path().into() }.resolve("org/name").unwrap();
+    let model = open(&found);
+    export(&found, &model.checkpoint, &model.table, &BTreeMap::new(), &out(&temp)).unwrap();
+    assert!(files(&out(&temp)) == files(&blobs));
+    for name in files(&blobs).keys() {
+        assert!(!out(&temp).join(name).is_symlink(), "{name:?}");
+    }
+
+    // A small file that leads out of the cache is not copied into a folder that may be published.
+    fs::write(temp.path().join("secret"), "s").unwrap();
+    std::os::unix::fs::symlink(temp.path().join("secret"), snapshot.join("notes.txt")).unwrap();
+    let error = export_over(&found, &model.checkpoint, &model.table, &BTreeMap::new(), &out(&temp)).unwrap_err();
+    assert_eq!(error.exit_code(), exit::DATA, "{error}");
+    assert!(files(&out(&temp)) == files(&blobs), "the folder before is untouched");
+}
+
+#[test]
+fn a_second_copy_of_a_tied_embedding_follows_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("in");
+    write_random_checkpoint(&dir, &TinySpec::new("olmoe")).unwrap();
+    let tie = |dir: &Path| {
+        let config = fs::read_to_string(dir.join("config.json")).unwrap();
+        let tied = config.replace("\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true");
+        fs::write(dir.join("config.json"), tied).unwrap();
+    };
+    // A head of its own under a configuration that says tied: transformers would not tie it.
+    tie(&dir);
+    let config = ModelConfig::from_dir(&dir).unwrap();
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let error = ParamTable::build(&config, &checkpoint).err().unwrap();
+    assert_eq!(error.exit_code(), exit::DATA, "{error}");
+    assert!(error.to_string().contains("lm_head.weight"), "{error}");
+
+    // The same values twice.
+    let place = |name: &str| checkpoint.get(name).unwrap().1.file_range.clone();
+    let mut bytes = fs::read(dir.join("model.safetensors")).unwrap();
+    bytes.copy_within(place("model.embed_tokens.weight"), place("lm_head.weight").start);
+    fs::write(dir.join("new"), bytes).unwrap();
+    fs::rename(dir.join("new"), dir.join("model.safetensors")).unwrap();
+    let model = open(&dir);
+    let embedding = model.table.id(ParamKind::Embedding).unwrap();
+    let shape = model.table.params[embedding].value.shape.clone();
+    let value = HostTensor::from_f32(shape.clone(), &vec![0.5; shape.iter().product()]);
+    export(&dir, &model.checkpoint, &model.table, &BTreeMap::from([(embedding, value)]), &out(&temp)).unwrap();
+    let written = open(&out(&temp)); // refused if the copies differed
+    assert_eq!(written.table.params[embedding].value.to_f32()[0], 0.5);
+}
+
+#[test]
+fn a_delta_gives_the_same_folder_as_an_export() {
+    for (family, layout) in families().into_iter().flat_map(|f| [(f.clone(), Layout::PerExpert), (f, Layout::Fused)]) {
+        let temp = tempfile::tempdir().unwrap();
+        let model = make(&temp.path().join("in"), &TinySpec { layout, shards: 2, dtype: Dtype::Bf16, ..family });
+        let changed = some_changes(&model.table);
+        export(&model.dir, &model.checkpoint, &model.table, &changed, &out(&temp)).unwrap();
+        let delta = temp.path().join("round_1.safetensors");
+        save_delta(&model.checkpoint, &model.table, &changed, &delta).unwrap();
+        let applied = temp.path().join("applied");
+        apply_delta(&model.dir, &delta, &applied).unwrap();
+        assert!(files(&applied) == files(&out(&temp)), "{} {layout:?}", model.config.model_type);
+    }
+}
+
+#[test]
+fn all_families_are_covered_here() {
+    let here: Vec<_> = families().into_iter().map(|spec| spec.model_type).collect();
+    assert_eq!(here, FAMILIES.map(|family| family.model_type));
+}
+
+#[test]
+fn a_hostile_delta_is_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = make(&temp.path().join("in"), &TinySpec::new("mixtral"));
+    let path = temp.path().join("delta");
+    save_delta(&model.checkpoint, &model.table, &some_changes(&model.table), &path).unwrap();
+    let good = fs::read(&path).unwrap();
+    let header_len = u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+    let header = std::str::from_utf8(&good[8..8 + header_len]).unwrap().to_owned();
+    let with_header = |from: &str, to: &str| {
+        assert!(header.contains(from), "{from} is not in the header");
+        let header = header.replacen(from, to, 1);
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.extend(&good[8 + header_len..]);
+        bytes
+    };
+    let router = "model.layers.0.block_sparse_moe.gate.weight";
+    // Two routers change places: each still has the right shape.
+    let other_router = router.replace("layers.0", "layers.1");
+    let swapped = header.replace(router, "?").replace(&other_router, router).replace('?', &other_router);
+    let swapped =
+        [(swapped.len() as u64).to_le_bytes().as_slice(), swapped.as_bytes(), &good[8 + header_len..]].concat();
+    let layout = model.checkpoint.layout_hash().to_string();
+    let cases = [
+        ("its schema is", with_header("moewarden.delta/1", "moewarden.delta/9")),
+        ("no schema", with_header("schema", "scheme")),
+        ("another base", with_header(&layout, &layout.replace(|c: char| c.is_ascii_digit(), "0"))),
+        ("the base model has no such parameter", with_header(router, "../../etc/passwd")),
+        ("[48, 8]", with_header("[8,48]", "[48,8]")),
+        ("complete?", good[..good.len() - 4].to_vec()),
+        ("complete?", good[..20].to_vec()),
+        ("the weights it replaces differ", swapped),
+    ];
+    for (expected, bytes) in cases {
+        fs::write(&path, bytes).unwrap();
+        let error = apply_delta(&model.dir, &path, &out(&temp)).unwrap_err();
+        assert_eq!(error.exit_code(), exit::DATA, "{error}");
+        assert!(error.to_string().contains(expected), "{error} lacks {expected}");
+        assert!(!out(&temp).exists());
+    }
+    fs::write(&path, good).unwrap();
+
+    // The same structure, other weights: another seed's model.
+    let other = temp.path().join("other");
+    make(&other, &TinySpec { seed: 7, ..TinySpec::new("mixtral") });
+    let error = apply_delta(&other, &path, &out(&temp)).unwrap_err();
+    assert!(matches!(error, checkpoint::Error::OtherBase { .. }), "{error}");
+    apply_delta(&model.dir, &path, &out(&temp)).unwrap();
+}
+
+/// The same tensors in other files of other names and in another order.
+fn reshard(model: &Model, dir: &Path, names: &[String], seed: u64) {
+    fs::create_dir(dir).unwrap();
+    fs::copy(model.dir.join("config.json"), dir.join("config.json")).unwrap();
+    let mut files: Vec<Vec<_>> = vec![Vec::new(); names.len()];
+    let mut weight_map = serde_json::Map::new();
+    for (n, (shard, info)) in model.checkpoint.tensors().enumerate() {
+        // A hash deals the tensors out and orders them: any spread will do, as long as the seed decides it.
+        let hash = blake3::hash(format!("{seed} {n}").as_bytes());
+        let file = if n < names.len() { n } else { hash.as_bytes()[0] as usize % names.len() };
+        files[file].push((*hash.as_bytes(), info.name.clone(), shard.value(info).unwrap()));
+        weight_map.insert(info.name.clone(), names[file].clone().into());
+    }
+    for (name, mut tensors) in names.iter().zip(files) {
+        tensors.sort_by_key(|(hash, ..)| *hash);
+        let entries: Vec<_> = tensors.iter().map(|(_, name, t)| (name.clone(), t.dtype, t.shape.clone())).collect();
+        let mut bytes = Vec::new();
+        write_header(&mut bytes, &[("made".into(), format!("by a test, {seed}"))], &entries).unwrap();
+        tensors.iter().for_each(|(.., value)| bytes.extend_from_slice(&value.bytes));
+        fs::write(dir.join(name), bytes).unwrap();
+    }
+    let index = serde_json::json!({"metadata": {"total_size": 1}, "weight_map": weight_map});
+    fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// However the tensors are spread, the parameters are the same, an export changes nothing but what it should, and
+    /// the files keep their names and headers.
+    #[test]
+    fn sharding_names_and_order_change_no_parameter(
+        names in prop::collection::hash_set("[a-z0-9_-]{1,12}\\.safetensors", 1..5),
+        fused: bool,
+        seed: u64,
+    ) {
+        let temp = tempfile::tempdir().unwrap();
+        let layout = if fused { Layout::Fused } else { Layout::PerExpert };
+        let original = make(&temp.path().join("in"), &TinySpec { layout, ..TinySpec::new("qwen2_moe") });
+        let mut names: Vec<_> = names.into_iter().filter(|name| name != "model.safetensors").collect();
+        names.sort();
+        prop_assume!(!names.is_empty());
+        reshard(&original, &temp.path().join("sharded"), &names, seed);
+        let model = open(&temp.path().join("sharded"));
+        for (id, spec) in model.table.iter() {
+            prop_assert!(*spec.value.bytes == *original.table.params[id].value.bytes, "{}", spec.name());
+        }
+
+        let changed = some_changes(&model.table);
+        export(&model.dir, &model.checkpoint, &model.table, &changed, &out(&temp)).unwrap();
+        let written = open(&out(&temp));
+        prop_assert_eq!(written.checkpoint.layout_hash(), model.checkpoint.layout_hash());
+        for (id, spec) in written.table.iter() {
+            let expected = changed.get(&id).unwrap_or(&model.table.params[id].value);
+            prop_assert!(*spec.value.bytes == *expected.bytes, "{}", spec.name());
+        }
+    }
+}
+
+/// Runs in a process of its own, started by the test below with a limit on the size of files.
+#[test]
+#[ignore = "started by a_disk_that_fills_up_leaves_nothing"]
+fn export_onto_a_disk_that_fills_up() {
+    let from = PathBuf::from(std::env::var_os("MOEWARDEN_TEST_DIR").unwrap());
+    let model = open(&from.join("in"));
+    let error = export(&model.dir, &model.checkpoint, &model.table, &BTreeMap::new(), &from.join("out")).unwrap_err();
+    assert_eq!(error.exit_code(), exit::IO, "{error}");
+    assert!(error.to_string().contains(from.join("out/model.safetensors").to_str().unwrap()), "{error}");
+    let error =
+        save_delta(&model.checkpoint, &model.table, &some_changes(&model.table), &from.join("delta")).unwrap_err();
+    assert_eq!(error.exit_code(), exit::IO, "{error}");
+}
+
+#[test]
+fn a_disk_that_fills_up_leaves_nothing() {
+    use std::os::unix::process::CommandExt;
+    let temp = tempfile::tempdir().unwrap();
+    make(&temp.path().join("in"), &TinySpec::new("olmoe"));
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "weights::export_onto_a_disk_that_fills_up", "--ignored", "--nocapture"]);
+    child.env("MOEWARDEN_TEST_DIR", temp.path());
+    // SAFETY: between fork and exec only these two async-signal-safe calls are made.
+    unsafe {
+        child.pre_exec(|| {
+            // A write beyond 64 KiB fails like one to a full disk, once the signal that would kill is ignored.
+            let limit = libc::rlimit { rlim_cur: 1 << 16, rlim_max: 1 << 16 };
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            if libc::setrlimit(libc::RLIMIT_FSIZE, &limit) == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        });
+    }
+    let output = child.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "the child ran no test");
+    let names: Vec<_> = fs::read_dir(temp.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["in"], "leftovers");
+}
