@@ -23,6 +23,7 @@ import texts
 from cases import CASES, config_of
 
 HERE = Path(__file__).parent
+TOKENIZERS = HERE / "tokenizers"
 CLASSES = {
     "olmoe": (OlmoeConfig, OlmoeForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
@@ -68,6 +69,18 @@ def write_model(folder, c, seed):
         stored["rope_scaling"] = rope
         path.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
     return tok
+
+
+def share_tokenizer(folder, c):
+    """Replaces a model's tokenizer.json by a link to the one in tokenizers/, which is written if it is missing."""
+    own, shared = folder / "tokenizer.json", TOKENIZERS / texts.tokenizer_name(c["family"], c["shape"]["vocab"])
+    TOKENIZERS.mkdir(exist_ok=True)
+    if not shared.exists():
+        shared.write_bytes(own.read_bytes())
+    elif shared.read_bytes() != own.read_bytes():
+        sys.exit(f"{own} differs from {shared}: delete {TOKENIZERS} and generate all cases")
+    own.unlink()
+    own.symlink_to(Path("../..") / TOKENIZERS.name / shared.name)
 
 
 def disk_name(name, c):
@@ -427,6 +440,7 @@ def generate(name):
         expect = case.expectations()
         if case.margin > ROUTING_MARGIN and case.selection_margin > SELECTION_MARGIN:
             write_json(folder / "expect.json", expect | {"seed": seed})
+            share_tokenizer(folder / "model", case.c)
             size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
             print(f"{name}: seed {seed}, routing margin {case.margin:.1e}, {size / 1e3:.0f} kB", flush=True)
             return

@@ -45,12 +45,19 @@ MARKS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# By family: template, special tokens, and the tokens for begin, end and padding.
 STYLES = {
     "olmoe": (LINES, ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"], "<|end|>", "<|end|>", "<|pad|>"),
     "mixtral": (BRACKETS, ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", "</s>"),
     "qwen3_moe": (MARKS, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", "<|endoftext|>"),
     "qwen2_moe": (MARKS, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", "<|endoftext|>"),
 }
+
+
+def tokenizer_name(model_type, vocab_size):
+    """The file in tokenizers/ that all cases of this style and size share."""
+    style = {LINES: "lines", BRACKETS: "brackets", MARKS: "marks"}[STYLES[model_type][0]]
+    return f"{style}-{vocab_size}.json"
 
 
 def tokenizer(model_type, vocab_size):
