@@ -76,6 +76,25 @@ impl Failure {
     }
 }
 
+/// How work ended that may be asked to stop. To stop on request is no error.
+#[derive(Debug)]
+#[must_use]
+pub enum Ended<T> {
+    /// It came to its end.
+    Done(T),
+    /// It stopped because a signal asked for it.
+    Stopped(Stopped),
+}
+
+/// What is left of work that stopped on request: the message for the user.
+#[derive(Debug)]
+pub enum Stopped {
+    /// A checkpoint: the work can be resumed ([`REQUEUE`]).
+    Saved(String),
+    /// Nothing ([`TERMINATED`]).
+    Lost(String),
+}
+
 impl<E: Coded + std::error::Error + Send + Sync + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
         Self { code: error.exit_code(), error: error.into() }

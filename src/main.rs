@@ -2,6 +2,8 @@
 
 use std::{env, io, panic};
 
+use moewarden::collective::Leave;
+use moewarden::exit::{Ended, Stopped};
 use moewarden::{cli, collective, exit};
 
 fn main() {
@@ -20,11 +22,12 @@ fn main() {
         }
     }));
     let code = panic::catch_unwind(run).unwrap_or(exit::INTERNAL);
-    // Not by returning: a thread may still render a template without end.
-    collective::leave(code)
+    // After a complete run and after a saved checkpoint every rank comes here by itself; otherwise others may wait forever.
+    let together = [exit::OK, exit::REQUEUE].contains(&code);
+    collective::leave(code, if together { Leave::Together } else { Leave::Abort })
 }
 
-/// Parses, runs, and returns the exit code.
+/// Parses the command line, runs the command, and returns the exit code.
 fn run() -> u8 {
     let cli = match cli::parse(env::args_os()) {
         Ok(cli) => cli,
@@ -35,10 +38,14 @@ fn run() -> u8 {
         }
     };
     match cli::run(&cli) {
-        Ok(()) => exit::OK,
-        Err(failure) if failure.code() == exit::REQUEUE => {
-            say(&failure.to_string());
+        Ok(Ended::Done(())) => exit::OK,
+        Ok(Ended::Stopped(Stopped::Saved(message))) => {
+            say(&message);
             exit::REQUEUE
+        }
+        Ok(Ended::Stopped(Stopped::Lost(message))) => {
+            say(&format!("error: {message}"));
+            exit::TERMINATED
         }
         Err(failure) => {
             for (i, cause) in failure.chain().enumerate() {

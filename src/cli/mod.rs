@@ -9,11 +9,13 @@ use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
 use crate::config::{
-    self, CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions, ReportArgs,
+    CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions, ReportArgs,
     RunConfig, heading, is_bool, resolve_matrix,
 };
-use crate::exit::{self, Failure};
-use crate::run::{self, Ranks, Stop};
+use crate::exit::{self, Ended, Failure};
+use crate::launch::{self, Launch, Started, stop_on_signals};
+use crate::run;
+use crate::train::fault::Fault;
 use crate::ui::Ui;
 
 /// Find the experts of a Mixture-of-Experts language model that answer unsafe prompts, and retrain only those experts
@@ -99,36 +101,40 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
 }
 
 /// Runs one command to its end.
-pub fn run(cli: &Cli) -> exit::Result<()> {
-    let launch = config::launch()?;
+pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
+    let launch = Launch::from_env()?;
     let ui = &if launch.rank == 0 { Ui::new(cli.quiet) } else { Ui::silent() };
-    let ranks = |config: &RunConfig| {
-        let fault = config::fault().map(|text| text.parse()).transpose()?;
-        Ranks::of(config, &launch, Stop::on_signals()?, fault, ui)
+    let start = |config: &RunConfig| {
+        let fault = Fault::from_variable(launch::fault().as_deref())?;
+        Started::new(config, &launch, stop_on_signals()?, fault, ui)
     };
     if !matches!(cli.command, Command::Train(_) | Command::Identify(_)) {
         launch.check_single()?;
     }
+    let done = |()| Ended::Done(());
     match &cli.command {
         Command::Train(run) => {
             let config = run.resolve(ui)?;
-            run::train(&config, &ranks(&config)?, ui).map(drop)
+            Ok(match run::train(&config, &start(&config)?, ui)? {
+                Ended::Done(_) => Ended::Done(()),
+                Ended::Stopped(stopped) => Ended::Stopped(stopped),
+            })
         }
         Command::Identify(run) => {
             refuse_training_flags(&run.options)?;
             let config = run.resolve(ui)?;
-            run::identify(&config, &ranks(&config)?, ui)
+            run::identify(&config, &start(&config)?, ui)
         }
-        Command::Eval(args) => run::eval(args, ui),
-        Command::Report(args) => run::report(args, ui),
+        Command::Eval(args) => run::eval(args, ui).map(done),
+        Command::Report(args) => run::report(args, ui).map(done),
         Command::Compare { args, run } => {
             let variants = |base: &RunConfig| args.variants(base).into_iter().map(|v| v.config).collect();
             let config = run.resolve_matrix(ui, variants)?;
-            run::compare(&config, args, &ranks(&config)?, ui)
+            run::compare(&config, args, &start(&config)?, ui)
         }
-        Command::Export(args) => run::export(args, ui),
-        Command::Check { args, run } => run::check(&run.resolve(ui)?, args, ui),
-        Command::Quickstart(args) => run::quickstart(args, ui),
+        Command::Export(args) => run::export(args, ui).map(done),
+        Command::Check { args, run } => run::check(&run.resolve(ui)?, args, ui).map(done),
+        Command::Quickstart(args) => run::quickstart(args, ui).map(done),
     }
 }
 

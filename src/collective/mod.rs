@@ -227,11 +227,20 @@ pub fn all_ok<T>(collective: &dyn Collective, result: Result<T, Failure>) -> Res
     Ok(value)
 }
 
-/// Ends the process. If MPI runs, the other ranks come to the same end, or (any code but "done" and "requeue me") are
-/// ended with it: none is left waiting.
-pub fn leave(code: u8) -> ! {
+/// How a process leaves the other ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leave {
+    /// All ranks come to this end: wait for them (`MPI_Finalize`).
+    Together,
+    /// End the other processes too (`MPI_Abort`), so that none waits forever.
+    Abort,
+}
+
+/// Ends MPI, if it is initialised, and the process, with whatever threads still run.
+pub fn leave(code: u8, how: Leave) -> ! {
     #[cfg(feature = "mpi")]
-    mpi::leave(code);
+    mpi::leave(code, how);
+    let _ = how; // without MPI there is nobody to leave
     std::process::exit(code.into())
 }
 

@@ -70,14 +70,14 @@ pub fn init(timeout: Duration, stopping: Arc<AtomicBool>) -> Result<Mpi> {
     Ok(mpi)
 }
 
-/// Ends MPI if it runs: together with the other ranks after "done" and "requeue me", else by ending them too.
-pub(super) fn leave(code: u8) {
+/// Ends MPI if it is initialised.
+pub(super) fn leave(code: u8, how: super::Leave) {
     if !wire::is_running() {
         return;
     }
     _ = std::io::stdout().flush();
-    if ![exit::OK, exit::REQUEUE].contains(&code) {
-        // The other ranks say first what they know.
+    if how == super::Leave::Abort {
+        // The other ranks report first what they know.
         std::thread::sleep(Duration::from_millis(300));
         return wire::abort(code);
     }

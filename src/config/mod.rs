@@ -6,14 +6,13 @@
 
 mod commands;
 mod compare;
+mod decisive;
 mod file;
-mod launch;
 mod layers;
-mod lock;
-mod names;
-mod output_dir;
 mod raw;
+mod recipe;
 mod resolve;
+mod spelling;
 mod validate;
 
 use std::ops::RangeInclusive;
@@ -22,24 +21,19 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::backend::cuda::nvidia::library::Surroundings;
 use crate::data::{LongRows, LossOn};
 use crate::exit::{self, Coded};
 use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
 use crate::routers::{ConsistencyLayers, KlType, Statistic};
+use crate::train::Recompute;
 
 pub use commands::{CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
 pub use compare::{Ablation, CompareArgs, Variant};
-pub use launch::{Launch, Launcher};
 pub use layers::Layers;
-pub use lock::{LOCK_FILE, OutputLock};
-pub use names::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
-pub use output_dir::{
-    Existing, check_model_dir, check_output_dir, prepare_dir, prepare_dir_keeping, prepare_output_dir,
-};
 pub use raw::{RawOptions, heading};
 pub use resolve::{Resolved, resolve, resolve_matrix};
+pub use spelling::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
 
 /// Where the weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
@@ -126,19 +120,6 @@ pub enum Transport {
     Nccl,
     /// By way of the host, as on the CPU.
     Host,
-}
-
-/// When a layer's forward is computed again for its backward instead of being kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Recompute {
-    /// When keeping it would take more than a quarter of the memory that is free.
-    #[default]
-    Auto,
-    /// Always: the least memory.
-    Always,
-    /// Never: the least time.
-    Never,
 }
 
 /// Everything that decides a run. The YAML file, the flags and `config.resolved.yaml` use these names, in kebab-case.
@@ -367,16 +348,6 @@ impl RunConfig {
         let optional = [&self.eval_dataset_path, &self.chat_template].into_iter().flatten();
         [Path::new(&self.model_name), &self.dataset_path].into_iter().chain(optional.map(PathBuf::as_path)).collect()
     }
-
-    /// Whether the selection decides what is trained (or, in the joint schedule, which layers are aligned).
-    pub fn trains_selection(&self) -> bool {
-        self.mode == Mode::Selective && (self.finetune_unsafe_experts || self.schedule == Schedule::Joint)
-    }
-
-    /// Whether the router phase runs: the two-forward alignment of the alternating schedule.
-    pub fn has_router_phase(&self) -> bool {
-        self.schedule == Schedule::Alternate && !self.skip_router_training
-    }
 }
 
 /// What keeps options from becoming a [`RunConfig`].
@@ -406,30 +377,9 @@ pub enum ConfigError {
     /// Values that cannot be, or contradict each other, one a line.
     #[error("{}", .0.join("\n"))]
     Invalid(Vec<String>),
-    /// What started this process contradicts itself, the options or this build.
-    #[error("{0}")]
-    Launch(String),
     /// A path that YAML cannot hold.
     #[error("an option is not text, so that config.resolved.yaml could not hold it: {0}")]
     NotText(String),
-    /// The output folder holds something.
-    #[error("{}: {message}", path.display())]
-    OutputDir {
-        /// The output folder.
-        path: PathBuf,
-        /// The cause and the way out.
-        message: String,
-    },
-    /// The output folder cannot be read, made or emptied.
-    #[error("cannot {what} {}", path.display())]
-    OutputIo {
-        /// The verb.
-        what: &'static str,
-        /// The file or folder.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
 }
 
 impl Coded for ConfigError {
@@ -439,38 +389,6 @@ impl Coded for ConfigError {
             ConfigError::NotRead { .. } => exit::IO,
             ConfigError::Missing(_) => exit::USAGE,
             ConfigError::File { .. } | ConfigError::Invalid(_) | ConfigError::NotText(_) => exit::CONFIG,
-            ConfigError::Launch(_) => exit::LAUNCHER,
-            ConfigError::OutputIo { source, .. } if crate::files::is_full(source) => exit::IO,
-            ConfigError::OutputDir { .. } | ConfigError::OutputIo { .. } => exit::CANNOT_CREATE,
         }
     }
-}
-
-/// The local Hugging Face cache that the environment names. (Only this module and the command line read the environment.)
-pub fn hub_cache() -> crate::model::HubCache {
-    crate::model::HubCache::from_vars(|name| std::env::var_os(name))
-}
-
-/// Who started this process, by its environment.
-///
-/// Fails with [`ConfigError::Launch`] on variables that contradict each other.
-pub fn launch() -> Result<Launch, ConfigError> {
-    Launch::detect(|name| std::env::var(name).ok())
-}
-
-/// Where this machine may have NVIDIA's libraries, by the environment.
-pub fn surroundings() -> Surroundings {
-    Surroundings::read(|name| std::env::var_os(name))
-}
-
-/// The folder that keeps compiled kernels: `moewarden/kernels` in the user's cache; none where there is no home.
-pub fn kernel_cache() -> Option<PathBuf> {
-    let folder = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let cache = folder("XDG_CACHE_HOME").filter(|cache| cache.is_absolute());
-    cache.or_else(|| Some(folder("HOME")?.join(".cache"))).map(|cache| cache.join("moewarden/kernels"))
-}
-
-/// What is to go wrong on purpose: `MOEWARDEN_FAULT`.
-pub fn fault() -> Option<String> {
-    std::env::var("MOEWARDEN_FAULT").ok()
 }

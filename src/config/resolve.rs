@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::{ConfigError, RawOptions, RunConfig, file, validate};
+use super::{ConfigError, RawOptions, RunConfig, file, recipe, validate};
 
 /// A resolved configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,7 +57,7 @@ pub fn resolve_matrix(
         serde_json::from_value(Value::Object(all.clone())).expect("options have the types of the configuration")
     };
     let mut config = from_options(&all);
-    if !config.has_router_phase() && ![&file.given, &flags.given].iter().any(|g| g.contains_key(ROUTER_EPOCHS)) {
+    if !recipe::asks_for_router_phase(&config) && ![&file.given, &flags.given].iter().any(|g| g.contains_key(ROUTER_EPOCHS)) {
         // `--num-epochs` speaks of the router phase only where there is one
         config.router_epochs_per_round = RunConfig::default().router_epochs_per_round;
     }

@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use super::{Device, Init, Mode, RunConfig, SaveRounds, Schedule};
-use crate::experts::{Method, RandomMatch, Selection};
+use super::{Device, Init, RunConfig, SaveRounds, recipe};
+use crate::experts::{Method, RandomMatch};
 
 /// All contradictions and values out of range, each with its way out.
 pub(super) fn problems(c: &RunConfig) -> Vec<String> {
@@ -73,43 +73,15 @@ fn numbers(c: &RunConfig, wrong: &mut Vec<String>) {
 }
 
 fn contradictions(c: &RunConfig, wrong: &mut Vec<String>) {
-    let joint = c.schedule == Schedule::Joint;
     let cases = [
-        (
-            c.use_router_consistency_loss && !joint,
-            "--use-router-consistency-loss trains experts and routers in one step, but --schedule is alternate: \
-             leave out --schedule, or the loss",
-        ),
-        (
-            joint && !c.use_router_consistency_loss,
-            "--schedule joint is cross-entropy plus the consistency loss, which --no-use-router-consistency-loss \
-             turns off: leave one out",
-        ),
-        (
-            joint && c.skip_router_training,
-            "the joint schedule trains the routers, and --skip-router-training leaves them alone: leave one out",
-        ),
-        (
-            joint && c.batch_size < 2,
-            "the joint schedule needs safe and unsafe examples in each micro-batch: --batch-size must be at least 2",
-        ),
-        (
-            c.mode != Mode::Selective && !c.finetune_unsafe_experts,
-            "--mode baseline and --mode experts train all experts, and --no-finetune-unsafe-experts trains none: \
-             leave one out",
-        ),
-        (
-            c.method == Method::Random && c.selection == Selection::PerBatch,
-            "random experts are drawn once a round, so that they stay as many as the method they control: \
-             use --selection global",
-        ),
         (
             c.init == Init::Random && c.resume,
             "--resume goes on from a checkpoint, and a run of --init random makes none: leave one out",
         ),
         (c.overwrite && c.resume, "--overwrite removes the outputs that --resume continues: leave one out"),
     ];
-    wrong.extend(cases.into_iter().filter(|(holds, _)| *holds).map(|(_, message)| message.to_owned()));
+    let cases = recipe::contradictions(c).into_iter().chain(cases);
+    wrong.extend(cases.filter(|(holds, _)| *holds).map(|(_, message)| message.to_owned()));
 }
 
 fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
@@ -136,44 +108,23 @@ fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
 
 /// Options that ask for something else than their default does, in a run in which they cannot act: (name, why).
 pub(super) fn inert(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
-    let no_expert_phase = !c.finetune_unsafe_experts;
-    let joint = c.schedule == Schedule::Joint;
     let random = c.method == Method::Random;
     let gradient_scores = c.method == Method::Gradient || random && c.random_match == RandomMatch::Layer;
     let random_weights = c.init == Init::Random;
     let no_model = "random weights are not worth writing (--init random)";
-    let rules: [(bool, &str, &[&str]); 14] = [
+    let mut rules: Vec<(bool, &str, &[&str])> = vec![
         (!gradient_scores, "it belongs to the gradient method (--method gradient)", &["score", "score-per"]),
         (c.method != Method::Routing, "it belongs to --method routing", &["risk-threshold", "routing-tokens"]),
         (!random, "it belongs to --method random", &["random-match"]),
         (random && c.random_match == RandomMatch::Total, "random experts are not ranked", &["select"]),
-        (no_expert_phase, "experts are not trained (--no-finetune-unsafe-experts)", &["expert-lr", "selection"]),
-        (
-            no_expert_phase && !joint,
-            "experts are not trained (--no-finetune-unsafe-experts)",
-            &["expert-epochs-per-round"],
-        ),
-        (c.mode != Mode::Selective, "only --mode selective trains a selection", &["selection"]),
-        (
-            c.skip_router_training,
-            "routers are not trained (--skip-router-training)",
-            &["router-lr", "router-epochs-per-round", "router-statistic", "kl-type"],
-        ),
-        (
-            joint,
-            "it belongs to the router phase of --schedule alternate",
-            &["router-epochs-per-round", "router-statistic", "kl-type"],
-        ),
-        (c.device == Device::Cpu, "it belongs to GPUs (--device cuda)", &["precision", "transport", "profile"]),
-        (
-            !joint,
-            "it belongs to --use-router-consistency-loss",
-            &["router-consistency-weight", "router-consistency-type", "router-consistency-layers", "safe-ratio"],
-        ),
+    ];
+    rules.extend(recipe::no_effect(c));
+    rules.extend([
+        (c.device == Device::Cpu, "it belongs to GPUs (--device cuda)", &["precision", "transport", "profile"][..]),
         (random_weights && c.save_rounds != SaveRounds::None, no_model, &["save-rounds"]),
         (random_weights && c.save_steps > 0, no_model, &["save-steps"]),
         (random_weights, no_model, &["keep-checkpoints"]),
-    ];
+    ]);
     let value = |c: &RunConfig| serde_json::to_value(c).unwrap_or(Value::Null);
     let (config, default) = (value(c), value(&RunConfig::default()));
     let mut found: Vec<(&str, &str)> = Vec::new();

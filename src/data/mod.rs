@@ -9,6 +9,7 @@
 //! | `mask` | which bytes of the text, and so which tokens, carry loss |
 //! | `dataset`, `report` | all of it for a file: records, and what was kept, dropped and why |
 //! | `batches` | the seeded order and its micro-batches |
+//! | `sampling` | which records a micro-batch of each phase holds, and how they are packed |
 
 mod batches;
 mod dataset;
@@ -19,6 +20,7 @@ mod mask;
 mod python_literal;
 mod report;
 mod rows;
+mod sampling;
 mod template;
 mod tokenizer;
 
@@ -27,6 +29,7 @@ pub use dataset::{DataOptions, Dataset, Sample, samples_for_people};
 pub use error::Error;
 pub use kinds::Message;
 pub use report::{DataReport, DropReason, Kind, Padding};
+pub use sampling::{JointBatch, MissingSide, Sampler};
 pub use template::{ChatTemplate, Rendered, TemplateError};
 pub use tokenizer::{ChatTokenizer, Encoded};
 

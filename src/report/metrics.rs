@@ -7,20 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-
-/// Part of a round, in the order in which they come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Phase {
-    /// Scoring experts.
-    Identify,
-    /// Training experts.
-    Expert,
-    /// Aligning routers.
-    Router,
-    /// Both at once.
-    Joint,
-}
+use crate::train::Phase;
 
 /// What is known after a step. A loss that a phase does not have is null, and so is a number that is not finite.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

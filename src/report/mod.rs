@@ -20,7 +20,7 @@ pub use eval::{
 };
 pub use heatmap::heatmap_svg;
 pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata, TrainingStep};
-pub use metrics::{MetricsLog, MetricsRow, Phase, log_line};
+pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use page::{Page, Table, escape};
 pub use pickle::{RoundGradients, gradients_pickle};
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};

@@ -1,19 +1,17 @@
 //! `check`: everything a run would stumble over, before it runs; no weight is loaded, nothing is written.
 
 use std::fmt::Write;
-use std::sync::Arc;
 use std::thread::available_parallelism;
 
-use super::device::{Device, Opened};
-use super::forecast::{Forecast, measure_rate, probe_name};
-use super::memory::{Activations, Place};
-use super::ranks::{Rank, caught};
-use super::session::{Session, passes_at_once};
-use super::train::trained_elements;
+use super::forecast::{Forecast, MemoryForecast, loaded, measure_rate, probe_name};
+use super::session::Session;
 use crate::backend::cpu::Cpu;
-use crate::config::{CheckArgs, RunConfig, check_output_dir};
+use crate::config::{CheckArgs, RunConfig};
 use crate::data::{Sample, samples_for_people};
 use crate::exit::Result;
+use crate::launch::{Device, Opened, Rank, catch_panic, check_output_dir, memory};
+use crate::train::Recipe;
+use crate::train::memory::{Activations, MemoryBudget};
 use crate::ui::Ui;
 
 /// Opens model, tokenizer and data, shows what they hold, and predicts memory and time.
@@ -21,42 +19,50 @@ use crate::ui::Ui;
 /// # Errors
 /// The error with which the run itself would end before its first step.
 pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
-    let session = Session::open(config, ui)?;
-    session.check_sides(config)?;
+    let recipe = config.recipe()?;
+    let session = Session::open(config, &recipe, ui)?;
+    session.check_sides(&recipe)?;
     check_output_dir(config)?;
     ui.result(session.describe());
     for sample in samples_for_people(&session.data, &session.tokenizer, args.show) {
         ui.result(show(&sample, ui.colors_results()));
     }
-    let trained = trained_elements(&session, config);
+    let trained = recipe.trained_elements(&session.table, &session.model).at_once;
     let total = session.table.total().elements;
     let share = 100.0 * trained as f64 / total as f64;
     ui.result(format_args!("training at most {trained} of {total} parameters at once ({share:.2} %)"));
-    let device = Arc::new(Device::find(config, ui)?);
+    let device = Device::find(config, ui)?;
     let ranks = config.ranks.unwrap_or_else(|| device.ranks());
-    let rank = Rank { here: ranks, device, ..Rank::single(ui.clone()) };
-    rank.device.check(config, ranks)?;
-    let place = match caught(|| rank.device.open(config, &session, &rank))? {
-        Opened::Cpu(cpu) => Place::of(&*cpu, ranks, session.model.vocab_size),
+    let rank = Rank { local_world_size: ranks, ..Rank::single(ui.clone()) };
+    device.check(config, ranks)?;
+    let budget = match catch_panic(|| device.open(config, session.workload(config.batch_size), &rank))? {
+        Opened::Cpu(cpu) => memory::budget(&*cpu, ranks, session.model.vocab_size),
         Opened::Cuda(cuda, _) => {
-            let place = Place::of(&*cuda, ranks, session.model.vocab_size);
-            Place { free: place.free / rank.device.sharing(ranks) as u64, ..place }
+            let budget = memory::budget(&*cuda, ranks, session.model.vocab_size);
+            MemoryBudget { free: budget.free / device.sharing(ranks) as u64, ..budget }
         }
     };
-    ui.result(session.predict_memory(config, trained, ranks, place).1);
-    forecast(&session, config, ranks, session.loaded(trained, ranks, place), ui);
+    let forecast = MemoryForecast::new(&session, &recipe, trained, ranks, budget);
+    ui.result(forecast.describe(&session, ranks, budget));
+    forecast_time(&session, config, &recipe, ranks, loaded(&session, trained, ranks, budget), ui);
     ui.result(format_args!("ready: `moewarden train` can run with these options"));
     Ok(())
 }
 
 /// Predicts the time of the run on this machine's processors.
-fn forecast(session: &Session, config: &RunConfig, ranks: usize, place: Place, ui: &Ui) {
+fn forecast_time(
+    session: &Session,
+    config: &RunConfig,
+    recipe: &Recipe,
+    ranks: usize,
+    budget: MemoryBudget,
+    ui: &Ui,
+) {
     let layers = session.model.layers.len();
-    let rows = session.longest_batch(config.batch_size);
-    let longest = Activations::predict(&session.model, rows, &place);
-    let recomputed =
-        longest.keep_from(config.recompute, layers, 0, &place, passes_at_once(config)) as f64 / layers as f64;
-    let forecast = Forecast::new(config, &session.model, &session.data.records, recomputed);
+    let longest = Activations::predict(&session.model, session.longest_batch(config.batch_size), &budget);
+    let kept = longest.kept_layers(recipe.recompute, layers, 0, &budget, recipe.forwards_at_once());
+    let recomputed = kept.keep_from(layers, 0) as f64 / layers as f64;
+    let forecast = Forecast::new(recipe, &session.model, &session.data.records, recomputed);
     // Ranks are threads of one machine: they share its cores, and more of them do not add any.
     let cores = available_parallelism().map_or(1, usize::from);
     let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(ranks).min(cores) };
@@ -68,7 +74,7 @@ fn forecast(session: &Session, config: &RunConfig, ranks: usize, place: Place, u
          {threads} CPU threads; small batches and small experts run slower{}",
         rate / 1e9,
         probe_name(),
-        if place.device { ", a GPU much faster" } else { "" },
+        if budget.device { ", a GPU much faster" } else { "" },
     ));
 }
 

@@ -5,14 +5,14 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::forecast::duration;
-use super::ranks::Ranks;
 use super::report::{Run, loss_curves};
 use super::session::Session;
 use super::train::{TrainSummary, train};
-use crate::config::{CompareArgs, RunConfig, Variant, check_output_dir, prepare_output_dir};
-use crate::exit::{self, Result};
+use crate::config::{CompareArgs, RunConfig, Variant};
+use crate::exit::{self, Ended, Result};
 use crate::experts::ExpertId;
 use crate::files;
+use crate::launch::{Started, check_output_dir, prepare_output_dir};
 use crate::report::{Overlap, Page, RunChoice, Table, overlap, overlap_tables, write_json};
 use crate::ui::Ui;
 
@@ -73,40 +73,35 @@ struct Pair {
 /// Trains every variant in a folder of its own, then writes `compare.json`, `compare.md` and `compare.html`.
 ///
 /// A variant that fails is reported, and the others go on: hours of the others are worth more than an early end. When all
-/// have run, the first failure is the command's. Only a signal that asks for its end ends the comparison at once.
+/// have run, the first failure is the command's. A signal that asks a run to stop ends the comparison.
 ///
 /// # Errors
 /// The first failure of a variant; an output that cannot be written.
-pub fn compare(config: &RunConfig, args: &CompareArgs, ranks: &Ranks, ui: &Ui) -> Result<()> {
+pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     // A wrong path is found before an earlier comparison is removed for nothing.
     check_output_dir(config)?;
-    Session::open(config, &Ui::silent())?;
+    Session::open(config, &config.recipe()?, &Ui::silent())?;
     prepare_output_dir(config)?;
     let variants = args.variants(config);
     let mut outcomes = Vec::new();
     let mut first_failure = None;
     for (i, variant) in variants.iter().enumerate() {
         ui.result(format_args!("--- {} ({} of {})", variant.name, i + 1, variants.len()));
-        let result = train(&of_its_own(variant), ranks, ui);
-        let failure = match &result {
-            Err(failure) if [exit::REQUEUE, exit::TERMINATED].contains(&failure.code()) => return result.map(drop),
-            Err(failure) => Some(Error { exit_code: failure.code(), message: failure.to_string() }),
-            Ok(_) => None,
+        let (result, error) = match train(&of_its_own(variant), started, ui) {
+            Ok(Ended::Done(summary)) => (Some(Numbers::of(&summary)), None),
+            Ok(Ended::Stopped(stopped)) => return Ok(Ended::Stopped(stopped)),
+            Err(failure) => {
+                ui.warn(format_args!("{} failed: {failure}", variant.name));
+                let error = Error { exit_code: failure.code(), message: failure.to_string() };
+                first_failure.get_or_insert(failure.context(format!("the variant {} failed", variant.name)));
+                (None, Some(error))
+            }
         };
-        if let Some(failure) = &failure {
-            ui.warn(format_args!("{} failed: {}", variant.name, failure.message));
-        }
-        outcomes.push(Outcome {
-            name: variant.name.clone(),
-            folder: variant.config.output_dir.display().to_string(),
-            result: result.as_ref().ok().map(Numbers::of),
-            error: failure,
-        });
-        first_failure =
-            first_failure.or(result.err().map(|f| f.context(format!("the variant {} failed", variant.name))));
+        let (name, folder) = (variant.name.clone(), variant.config.output_dir.display().to_string());
+        outcomes.push(Outcome { name, folder, result, error });
     }
     write(config, outcomes, ui)?;
-    first_failure.map_or(Ok(()), Err)
+    first_failure.map_or(Ok(Ended::Done(())), Err)
 }
 
 /// A variant's configuration: the folder of the comparison was made ready for all of them, and there is something to

@@ -3,25 +3,24 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
-use super::device::{Device, Opened};
-use super::engine::Engine;
 use super::generate::answer;
 use super::progress::Progress;
-use super::ranks::{Rank, caught};
 use super::refusals::{LISTS, wilson};
 use super::session::Session;
 use crate::backend::Backend;
-use crate::config::{EvalArgs, Existing, prepare_dir_keeping};
-use crate::data::{self, Example, Message, MicroBatch, Record};
+use crate::config::EvalArgs;
+use crate::data::{Example, Message, MicroBatch, Record};
 use crate::exit::{self, Failure, Result};
 use crate::files::AtomicFile;
+use crate::launch::{Device, Existing, Opened, Rank, catch_panic, prepare_dir_keeping};
+use crate::model::Model;
 use crate::report::{
     EVAL_SCHEMA, EvalReport, EvaluatedModel, GENERATION_SCHEMA, GenerationRow, MeanLoss, PromptSide, RefusalRate,
     RoutingDifference, Sampling, eval_tables, write_json,
 };
+use crate::train::{Recipe, Replica, Scan, alignment_by_layer, mean_loss};
 use crate::ui::Ui;
 
 /// Experts shown of those that unsafe prompts visit more.
@@ -33,145 +32,172 @@ const TOP_EXPERTS: usize = 10;
 /// Anything that keeps it from its end; then no output is written.
 pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     let config = args.run_config()?;
+    let recipe = config.recipe_of_evaluation()?;
     let session = Session::open_any(&config, ui)?;
     session.model.check_length(args.max_length + args.max_new_tokens)?;
     prepare_dir_keeping(&config.output_dir, Existing::of(args.overwrite, false), &config.inputs())?;
     session.check_weights()?;
     ui.line(session.describe());
-    let rank = Rank { device: Arc::new(Device::find(&config, ui)?), ..Rank::single(ui.clone()) };
-    caught(|| match rank.device.open(&config, &session, &rank)? {
-        Opened::Cpu(cpu) => eval_on(args, &session, &session.engine(&config, cpu, None, &rank), ui),
-        Opened::Cuda(cuda, direct) => eval_on(args, &session, &session.engine(&config, cuda, direct, &rank), ui),
+    let (device, rank) = (Device::find(&config, ui)?, Rank::single(ui.clone()));
+    let evaluation = Evaluation { args, output_dir: &config.output_dir, recipe: &recipe, session: &session, ui };
+    catch_panic(|| match device.open(&config, session.workload(config.batch_size), &rank)? {
+        Opened::Cpu(cpu) => evaluation.run(&session.replica(cpu, None, &rank)),
+        Opened::Cuda(cuda, transport) => evaluation.run(&session.replica(cuda, transport, &rank)),
     })
 }
 
-fn eval_on<B: Backend>(args: &EvalArgs, session: &Session, engine: &Engine<'_, B>, ui: &Ui) -> Result<()> {
-    let config = engine.config;
-    let sampling = Sampling {
-        temperature: args.temperature,
-        top_p: args.top_p,
-        max_new_tokens: args.max_new_tokens,
-        seed: args.seed,
-    };
-
-    let ce_unsafe = mean_loss(engine, |r| r.unsafe_reply.as_ref())?;
-    let ce_safe = mean_loss(engine, |r| r.safe_reply.as_ref())?;
-    let routing = routing_difference(engine, ui)?;
-    let model = evaluated(session);
-    let clock = Instant::now();
-    let refusals = answer_all(session, engine, &model, &sampling, ui)?;
-    let report = EvalReport {
-        schema: EVAL_SCHEMA.into(),
-        model,
-        dataset_path: config.dataset_path.clone(),
-        rows: session.data.records.len(),
-        sampling,
-        ce_unsafe,
-        ce_safe,
-        refusals,
-        routing,
-        seconds: clock.elapsed().as_secs_f64(),
-    };
-    write_json(config.output_dir.join("eval.json"), &report)?;
-    show_routing(&report.routing, ui);
-    for table in eval_tables(&[(args.model_name.clone(), report)]) {
-        ui.result(table.to_text().trim_end());
-    }
-    ui.result(format_args!("answers: {}", config.output_dir.join("generations.jsonl").display()));
-    Ok(())
+/// The inputs of an evaluation.
+struct Evaluation<'a> {
+    args: &'a EvalArgs,
+    output_dir: &'a Path,
+    recipe: &'a Recipe,
+    session: &'a Session,
+    ui: &'a Ui,
 }
 
-fn mean_loss<B: Backend>(engine: &Engine<'_, B>, reply: impl Fn(&Record) -> Option<&Example>) -> Result<MeanLoss> {
-    let config = engine.config;
-    let examples: Vec<&Example> = engine.data.records.iter().filter_map(reply).collect();
-    let batches: Vec<_> =
-        examples.chunks(config.batch_size).map(|chunk| MicroBatch::of_examples(chunk.iter().copied())).collect();
-    let tokens = batches.iter().map(|b| b.targets.len()).sum();
-    let mean = engine.measure(&batches)?;
-    if let Some(mean) = mean.filter(|mean| !mean.is_finite()) {
-        return Err(Failure::new(
-            exit::NOT_FINITE,
-            format!(
-                "the mean cross-entropy of {} is {mean}: the weights of {} are damaged, or overflow",
-                config.dataset_path.display(),
-                config.model_name
-            ),
-        ));
-    }
-    Ok(MeanLoss { mean, tokens })
-}
-
-/// Safe against unsafe prompts, where the data hold both.
-fn routing_difference<B: Backend>(engine: &Engine<'_, B>, ui: &Ui) -> Result<RoutingDifference> {
-    let mut out = RoutingDifference::default();
-    if engine.data.has_both_prompts() {
-        out.divergence_by_layer =
-            engine.moe_layers().layers.into_iter().zip(engine.measure_alignment_by_layer()?).collect();
-    }
-    if engine.data.has_both_replies() {
-        let micro_batches = data::micro_batches(&engine.unsafe_replies(), engine.config.batch_size);
-        let progress = Progress::new(ui, micro_batches.len(), "routing");
-        let (scores, _) = engine.score_routing(&micro_batches, &progress)?;
-        out.risk_difference_top = scores.ranked().into_iter().take(TOP_EXPERTS).collect();
-    }
-    Ok(out)
-}
-
-/// Answers the prompts of both sides, writes every answer, and counts refusals.
-fn answer_all<B: Backend>(
-    session: &Session,
-    engine: &Engine<'_, B>,
-    model: &EvaluatedModel,
-    sampling: &Sampling,
-    ui: &Ui,
-) -> Result<Vec<RefusalRate>> {
-    let prompts: Vec<_> = session.data.records.iter().flat_map(prompts_of).collect();
-    let progress = Progress::new(ui, prompts.len(), "answers");
-    let template_sha = blake3_name(session.tokenizer.template().digest());
-    let path = engine.config.output_dir.join("generations.jsonl");
-    let mut file = AtomicFile::create(&path)?;
-    // (answers, refusals by list) of each side
-    let mut counts: BTreeMap<PromptSide, (usize, Vec<usize>)> = BTreeMap::new();
-    for (index, prompt) in prompts.iter().enumerate() {
-        let said = answer(&engine.model, prompt.ids, session.tokenizer.eos_ids(), sampling, index as u64)?;
-        let response = session.tokenizer.decode(&said.ids);
-        let verdicts: Vec<bool> = LISTS.iter().map(|list| list.calls_refusal(&response)).collect();
-        let (answers, refused) = counts.entry(prompt.side).or_insert_with(|| (0, vec![0; LISTS.len()]));
-        *answers += 1;
-        refused.iter_mut().zip(&verdicts).for_each(|(n, refusal)| *n += usize::from(*refusal));
-        let side = if prompt.side == PromptSide::Unsafe { "unsafe" } else { "safe" };
-        let row = GenerationRow {
-            schema: GENERATION_SCHEMA,
-            id: format!("{}-{side}", prompt.line),
-            behavior_id: prompt.line.to_string(),
-            category: prompt.side,
-            messages: prompt.messages,
-            prompt_text: session.tokenizer.token_texts(prompt.ids).concat(),
-            response,
-            finish_reason: said.finish,
-            n_tokens: said.ids.len(),
-            sampling,
-            model,
-            template_sha: &template_sha,
-            proxy: LISTS.iter().map(|list| list.id()).zip(verdicts).collect(),
+impl Evaluation<'_> {
+    fn run<B: Backend>(&self, replica: &Replica<B>) -> Result<()> {
+        let Self { args, output_dir, session, ui, .. } = *self;
+        let sampling = Sampling {
+            temperature: args.temperature,
+            top_p: args.top_p,
+            max_new_tokens: args.max_new_tokens,
+            seed: args.seed,
         };
-        let mut line = serde_json::to_vec(&row).expect("a row has string keys");
-        line.push(b'\n');
-        file.write_all(&line).map_err(|source| crate::files::Error::Write { path: path.clone(), source })?;
-        progress.step(prompt.ids.len() + said.ids.len(), "");
+
+        let ce_unsafe = self.mean_loss(replica, |r| r.unsafe_reply.as_ref())?;
+        let ce_safe = self.mean_loss(replica, |r| r.safe_reply.as_ref())?;
+        let routing = self.routing_difference(replica)?;
+        let model = evaluated(session);
+        let clock = Instant::now();
+        let refusals = self.answer_all(replica.model(), &model, &sampling)?;
+        let report = EvalReport {
+            schema: EVAL_SCHEMA.into(),
+            model,
+            dataset_path: args.dataset_path.clone(),
+            rows: session.data.records.len(),
+            sampling,
+            ce_unsafe,
+            ce_safe,
+            refusals,
+            routing,
+            seconds: clock.elapsed().as_secs_f64(),
+        };
+        write_json(output_dir.join("eval.json"), &report)?;
+        show_routing(&report.routing, ui);
+        for table in eval_tables(&[(args.model_name.clone(), report)]) {
+            ui.result(table.to_text().trim_end());
+        }
+        ui.result(format_args!("answers: {}", output_dir.join("generations.jsonl").display()));
+        Ok(())
     }
-    file.commit()?;
-    let rates = counts.into_iter().flat_map(|(side, (answers, refused))| {
-        LISTS.iter().zip(refused).map(move |(list, refused)| RefusalRate {
-            list: list.id(),
-            side,
-            refused,
-            answers,
-            rate: refused as f64 / answers as f64,
-            interval: wilson(refused, answers),
-        })
-    });
-    Ok(rates.collect())
+
+    fn mean_loss<B: Backend>(
+        &self,
+        replica: &Replica<B>,
+        reply: impl Fn(&Record) -> Option<&Example>,
+    ) -> Result<MeanLoss> {
+        let Self { args, recipe, session, .. } = *self;
+        let examples: Vec<&Example> = session.data.records.iter().filter_map(reply).collect();
+        let batches: Vec<_> =
+            examples.chunks(recipe.batch_size).map(|chunk| MicroBatch::of_examples(chunk.iter().copied())).collect();
+        let tokens = batches.iter().map(|b| b.targets.len()).sum();
+        let mean = mean_loss(replica, &batches)?;
+        if let Some(mean) = mean.filter(|mean| !mean.is_finite()) {
+            return Err(Failure::new(
+                exit::NOT_FINITE,
+                format!(
+                    "the mean cross-entropy of {} is {mean}: the weights of {} are damaged, or overflow",
+                    args.dataset_path.display(),
+                    args.model_name
+                ),
+            ));
+        }
+        Ok(MeanLoss { mean, tokens })
+    }
+
+    /// How the routing of safe and of unsafe prompts differs, where the data hold both.
+    fn routing_difference<B: Backend>(&self, replica: &Replica<B>) -> Result<RoutingDifference> {
+        let Self { recipe, session, ui, .. } = *self;
+        let sampler = session.sampler(recipe);
+        let mut out = RoutingDifference::default();
+        if session.data.has_both_prompts() {
+            let by_layer = alignment_by_layer(replica, sampler, recipe.divergence)?;
+            out.divergence_by_layer = session.model.moe_layers().zip(by_layer).collect();
+        }
+        if session.data.has_both_replies() {
+            let mut scan = Scan::new(replica, &recipe.identify, sampler, sampler.unsafe_order(0))?;
+            let progress = Progress::new(ui, scan.left(), "routing");
+            while let Some(own) = scan.last_interval(replica) {
+                for index in own {
+                    progress.step(scan.add(replica, index)?.tokens, "");
+                }
+            }
+            let found = scan.finish(replica)?;
+            if let Some(warning) = found.warning {
+                progress.warn(warning);
+            }
+            out.risk_difference_top = found.scores.ranked().into_iter().take(TOP_EXPERTS).collect();
+        }
+        Ok(out)
+    }
+
+    /// Answers the prompts of both sides, writes every answer, and counts refusals.
+    fn answer_all<B: Backend>(
+        &self,
+        model: &Model<B>,
+        evaluated: &EvaluatedModel,
+        sampling: &Sampling,
+    ) -> Result<Vec<RefusalRate>> {
+        let Self { output_dir, session, ui, .. } = *self;
+        let prompts: Vec<_> = session.data.records.iter().flat_map(prompts_of).collect();
+        let progress = Progress::new(ui, prompts.len(), "answers");
+        let template_sha = blake3_name(session.tokenizer.template().digest());
+        let path = output_dir.join("generations.jsonl");
+        let mut file = AtomicFile::create(&path)?;
+        // (answers, refusals by list) of each side
+        let mut counts: BTreeMap<PromptSide, (usize, Vec<usize>)> = BTreeMap::new();
+        for (index, prompt) in prompts.iter().enumerate() {
+            let said = answer(model, prompt.ids, session.tokenizer.eos_ids(), sampling, index as u64)?;
+            let response = session.tokenizer.decode(&said.ids);
+            let verdicts: Vec<bool> = LISTS.iter().map(|list| list.calls_refusal(&response)).collect();
+            let (answers, refused) = counts.entry(prompt.side).or_insert_with(|| (0, vec![0; LISTS.len()]));
+            *answers += 1;
+            refused.iter_mut().zip(&verdicts).for_each(|(n, refusal)| *n += usize::from(*refusal));
+            let side = if prompt.side == PromptSide::Unsafe { "unsafe" } else { "safe" };
+            let row = GenerationRow {
+                schema: GENERATION_SCHEMA,
+                id: format!("{}-{side}", prompt.line),
+                behavior_id: prompt.line.to_string(),
+                category: prompt.side,
+                messages: prompt.messages,
+                prompt_text: session.tokenizer.token_texts(prompt.ids).concat(),
+                response,
+                finish_reason: said.finish,
+                n_tokens: said.ids.len(),
+                sampling,
+                model: evaluated,
+                template_sha: &template_sha,
+                proxy: LISTS.iter().map(|list| list.id()).zip(verdicts).collect(),
+            };
+            let mut line = serde_json::to_vec(&row).expect("a row has string keys");
+            line.push(b'\n');
+            file.write_all(&line).map_err(|source| crate::files::Error::Write { path: path.clone(), source })?;
+            progress.step(prompt.ids.len() + said.ids.len(), "");
+        }
+        file.commit()?;
+        let rates = counts.into_iter().flat_map(|(side, (answers, refused))| {
+            LISTS.iter().zip(refused).map(move |(list, refused)| RefusalRate {
+                list: list.id(),
+                side,
+                refused,
+                answers,
+                rate: refused as f64 / answers as f64,
+                interval: wilson(refused, answers),
+            })
+        });
+        Ok(rates.collect())
+    }
 }
 
 /// One prompt to answer.

@@ -1,44 +1,28 @@
-//! The commands: the only places where models and ranks meet.
+//! The commands, one file each: the only places where options, ranks, devices, models and outputs meet.
 
-pub mod alignment;
 mod check;
 mod compare;
-mod device;
-mod direct;
-pub mod engine;
 mod eval;
-mod expert_step;
 mod export;
-pub mod fault;
 pub mod forecast;
 pub mod generate;
-pub mod identify;
-mod joint_step;
-pub mod memory;
-pub mod outputs;
-pub mod phase;
-pub mod progress;
+mod identify;
+mod outputs;
+mod prepare;
+mod progress;
 mod quickstart;
-pub mod ranks;
 pub mod refusals;
-pub mod replicas;
 mod report;
-pub mod resume;
-mod router_step;
 pub mod session;
-pub mod stop;
-pub mod train;
-pub mod trainer;
-pub mod verify;
+mod summary;
+mod train;
+mod verify;
 
 pub use check::check;
 pub use compare::compare;
-pub use device::{Device, Opened};
-pub use direct::{BetweenGpus, Direct};
 pub use eval::eval;
 pub use export::export;
+pub use identify::identify;
 pub use quickstart::quickstart;
-pub use ranks::{Rank, Ranks};
 pub use report::report;
-pub use stop::Stop;
-pub use train::{TrainSummary, identify, train};
+pub use train::{TrainSummary, train};

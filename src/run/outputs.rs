@@ -7,37 +7,35 @@ use std::time::Instant;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::engine::Engine;
-use super::identify::Identification;
-use super::phase::StepResult;
-use super::resume::Measured;
+use super::session::Session;
 use crate::backend::Backend;
 use crate::collective::all_ok;
-use crate::config::{Mode, RunConfig, Schedule};
+use crate::config::RunConfig;
 use crate::exit::Result;
 use crate::experts::{ExpertId, ExpertScores, Method};
 use crate::files;
 use crate::report::{
-    IdentifiedExperts, MetricsLog, MetricsRow, Phase, RoundGradients, RoundScores, ScoresFile, TrainingLog,
+    IdentifiedExperts, MetricsLog, MetricsRow, RoundGradients, RoundScores, ScoresFile, TrainingLog,
     TrainingMetadata, TrainingStep, gradients_pickle, log_line, write_json,
 };
+use crate::train::{Identification, Measured, Phase, Recipe, Replica, StepResult};
 use crate::ui::Ui;
 
-/// What the outputs hold after some rounds: enough to go on with them.
+/// The outputs so far: what a checkpoint keeps of them, to continue them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Progressed {
+pub struct OutputState {
     steps: u64,
     metrics_length: u64,
     scores: ScoresFile,
     training_logs: Vec<TrainingLog>,
 }
 
-/// Writes every output of a run but its models. Each rank keeps the account; rank 0 writes it.
+/// Writes all outputs of a run except its models. Every rank holds their state; rank 0 writes them.
 pub struct Outputs<'a> {
     config: &'a RunConfig,
     ui: &'a Ui,
     dir: PathBuf,
-    /// Of the rank that writes.
+    /// The open log, on the rank that writes.
     metrics: Option<MetricsLog>,
     step: u64,
     last: Instant,
@@ -46,25 +44,37 @@ pub struct Outputs<'a> {
 }
 
 impl<'a> Outputs<'a> {
-    /// Begins the outputs in the run's folder, which exists.
+    /// Starts the outputs in the run's folder, which exists.
     ///
     /// # Errors
-    /// A file that cannot be written.
-    pub fn create<B: Backend>(engine: &Engine<'a, B>, ui: &'a Ui) -> Result<Self> {
-        let config = engine.config;
-        let layers = engine.moe_layers().layers;
-        let scores = ScoresFile::new(config.method, config.score, layers, engine.model.config.num_experts);
-        Self::resume(engine, ui, Progressed { steps: 0, metrics_length: 0, scores, training_logs: Vec::new() })
+    /// A failed write.
+    pub fn create<B: Backend>(
+        session: &Session,
+        config: &'a RunConfig,
+        recipe: &Recipe,
+        replica: &Replica<B>,
+        ui: &'a Ui,
+    ) -> Result<Self> {
+        let layers = session.model.moe_layers().collect();
+        let scores = ScoresFile::new(config.method, config.score, layers, session.model.num_experts);
+        let state = OutputState { steps: 0, metrics_length: 0, scores, training_logs: Vec::new() };
+        Self::resume(config, recipe, replica, ui, state)
     }
 
-    /// Goes on where a checkpoint was made.
+    /// Continues the outputs of a checkpoint.
     ///
     /// # Errors
-    /// A log that is shorter than it was then, a file that cannot be written.
-    pub fn resume<B: Backend>(engine: &Engine<'a, B>, ui: &'a Ui, progressed: Progressed) -> Result<Self> {
-        let (config, world) = (engine.config, &*engine.world);
+    /// A log that is shorter than at the checkpoint; a failed write.
+    pub fn resume<B: Backend>(
+        config: &'a RunConfig,
+        recipe: &Recipe,
+        replica: &Replica<B>,
+        ui: &'a Ui,
+        state: OutputState,
+    ) -> Result<Self> {
+        let world = &*replica.world;
         let dir = config.output_dir.clone();
-        let Progressed { steps, metrics_length, scores, training_logs } = progressed;
+        let OutputState { steps, metrics_length, scores, training_logs } = state;
         let open = || -> Result<Option<MetricsLog>> {
             if world.rank() != 0 {
                 return Ok(None);
@@ -73,7 +83,7 @@ impl<'a> Outputs<'a> {
             Ok(Some(MetricsLog::resume(dir.join("metrics.jsonl"), metrics_length)?))
         };
         let metrics = all_ok(world, open())?;
-        let metadata = TrainingMetadata { training_logs, ..metadata(config, engine.step_ranks) };
+        let metadata = TrainingMetadata { training_logs, ..metadata(config, recipe, replica.step_world_size) };
         Ok(Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, metadata })
     }
 
@@ -87,27 +97,27 @@ impl<'a> Outputs<'a> {
         self.step
     }
 
-    /// Makes the log survive a crash of the machine.
-    ///
-    /// # Errors
-    /// A log that cannot be written.
-    pub fn sync(&self) -> Result<()> {
-        Ok(self.metrics.as_ref().map_or(Ok(()), MetricsLog::sync)?)
-    }
-
     /// The newest round's selection; empty before the first.
     pub fn last_selection(&self) -> Vec<ExpertId> {
         self.scores.rounds.last_key_value().map_or_else(Vec::new, |(_, r)| r.selected.clone())
     }
 
-    /// What a checkpoint keeps of the outputs.
-    pub fn progressed(&self) -> Progressed {
-        Progressed {
+    /// Syncs the log to disk (fsync), and returns what a checkpoint keeps of the outputs.
+    ///
+    /// # Errors
+    /// A failed write.
+    pub fn synced_state(&self) -> Result<OutputState> {
+        self.sync()?;
+        Ok(OutputState {
             steps: self.step,
             metrics_length: self.metrics.as_ref().map_or(0, MetricsLog::length),
             scores: self.scores.clone(),
             training_logs: self.metadata.training_logs.clone(),
-        }
+        })
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(self.metrics.as_ref().map_or(Ok(()), MetricsLog::sync)?)
     }
 
     /// A path in the run's folder.
@@ -115,7 +125,7 @@ impl<'a> Outputs<'a> {
         self.dir.join(name)
     }
 
-    /// The clock of the next step starts now.
+    /// Starts the clock of the next step.
     pub fn start_clock(&mut self) {
         self.last = Instant::now();
     }
@@ -194,7 +204,7 @@ impl<'a> Outputs<'a> {
         self.metadata.training_logs.push(TrainingLog { round, step, loss, num_identified_experts });
     }
 
-    /// Writes `training_metadata.json` as it stands.
+    /// Writes the present state of `training_metadata.json`.
     ///
     /// # Errors
     /// A file that cannot be written.
@@ -212,7 +222,7 @@ impl<'a> Outputs<'a> {
         Ok(write_json(self.path("training_metadata.json"), &metadata)?)
     }
 
-    /// What was measured before the first round and after the last.
+    /// Records the losses before the first round and after the last one.
     pub fn measured(&mut self, before: &Measured, after: &Measured) {
         let both = |loss: fn(&Measured) -> Option<f64>| {
             let both = [loss(before), loss(after)];
@@ -243,27 +253,15 @@ impl<'a> Outputs<'a> {
     }
 }
 
-/// What the run trains, in a word.
-fn strategy(config: &RunConfig) -> &'static str {
-    match (config.schedule, config.finetune_unsafe_experts, config.skip_router_training, config.mode) {
-        (_, false, true, _) => "frozen",
-        (_, false, false, _) => "router_only",
-        (Schedule::Joint, true, false, _) => "joint",
-        (_, true, _, Mode::Baseline) => "baseline",
-        (_, true, true, _) => "expert_only",
-        (Schedule::Alternate, true, false, _) => "combined",
-    }
-}
-
 /// An option's value as it is given on the command line.
 fn name(value: impl ValueEnum) -> String {
     value.to_possible_value().expect("no value is hidden").get_name().to_owned()
 }
 
-fn metadata(config: &RunConfig, world_size: usize) -> TrainingMetadata {
+fn metadata(config: &RunConfig, recipe: &Recipe, world_size: usize) -> TrainingMetadata {
     TrainingMetadata {
         model_name: config.model_name.clone(),
-        training_strategy: strategy(config).into(),
+        training_strategy: recipe.strategy().into(),
         num_rounds: config.num_rounds,
         expert_epochs_per_round: config.expert_epochs_per_round,
         router_epochs_per_round: config.router_epochs_per_round,

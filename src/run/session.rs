@@ -1,47 +1,49 @@
-//! Opening what a run reads: model, tokenizer, data. Everything is checked here, before anything is written.
+//! The inputs of a run: model, tokenizer, data. Everything is checked here, before anything is written.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use super::direct::Direct;
-use super::engine::Engine;
-use super::memory::{Activations, Place, TrainedState, human, human_count};
-use super::ranks::{Rank, Ranks};
 use crate::backend::{Backend, Dtype};
 use crate::collective::{self, Collective, all_agree};
-use crate::config::{Init, RunConfig, Schedule, hub_cache};
-use crate::data::{ChatTokenizer, DataOptions, Dataset};
+use crate::config::{Init, RunConfig};
+use crate::data::{ChatTokenizer, DataOptions, Dataset, Sampler};
 use crate::exit::{self, Context, Failure, Result};
-use crate::experts::Method;
+use crate::launch::hub_cache;
+use crate::launch::memory::{human, human_count};
+use crate::launch::{Rank, Workload};
 use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit};
+use crate::train::{DeviceTransport, Recipe, Replica};
 use crate::ui::Ui;
 
-/// What a run reads.
+/// The inputs of a run.
 pub struct Session {
     /// The model's folder.
     pub dir: PathBuf,
-    /// Its shape and family.
+    /// The model's shape and family.
     pub model: ModelConfig,
-    /// Its weights, memory-mapped; `None`: they are random, and nothing is worth saving of them.
+    /// Its weights, memory-mapped; `None`: they are random, and no model or checkpoint is written.
     pub checkpoint: Option<Checkpoint>,
     /// Its parameters.
     pub table: ParamTable,
     /// Its tokenizer and chat template.
     pub tokenizer: ChatTokenizer,
-    /// The rows to find and train with.
+    /// The rows for scoring and training.
     pub data: Dataset,
     /// Rows that are only measured.
     pub held_out: Option<Dataset>,
+    /// The file of [`Self::data`].
+    data_path: PathBuf,
     fingerprint: OnceLock<blake3::Hash>,
 }
 
 impl Session {
-    /// Opens and checks everything that `config` names, and reports what the data hold.
+    /// Opens and checks the inputs of `train` and `identify`, and reports what the data hold.
     ///
     /// # Errors
-    /// Those of [`Self::open_any`]; data without an unsafe row.
-    pub fn open(config: &RunConfig, ui: &Ui) -> Result<Self> {
+    /// Those of [`Self::open_any`]; data without an unsafe row; a selection that the model does not allow.
+    pub fn open(config: &RunConfig, recipe: &Recipe, ui: &Ui) -> Result<Self> {
         let session = Self::open_any(config, ui)?;
+        session.check_selection(recipe, ui)?;
         if session.data.records.iter().all(|r| r.unsafe_reply.is_none()) {
             return Err(Failure::new(
                 exit::DATA,
@@ -54,10 +56,10 @@ impl Session {
         Ok(session)
     }
 
-    /// The same for data that may hold safe rows alone.
+    /// Opens the inputs of any command; the data may hold safe rows only.
     ///
     /// # Errors
-    /// Those of the model's files, the tokenizer, and the data; options that contradict the model.
+    /// Those of the model's files, of the tokenizer and of the data; options that contradict the model.
     pub fn open_any(config: &RunConfig, ui: &Ui) -> Result<Self> {
         let dir = hub_cache().resolve(&config.model_name)?;
         let model = ModelConfig::from_dir(&dir)?;
@@ -70,7 +72,6 @@ impl Session {
             }
             Init::Random => (None, ParamTable::random(&model, RandomInit::from_dir(&dir, config.seed)?)),
         };
-        check_selection(config, &model)?;
         let tokenizer = ChatTokenizer::open(&dir, config.chat_template.as_deref())?;
         tokenizer.check_vocab(model.vocab_size)?;
         let options = data_options(config);
@@ -85,8 +86,8 @@ impl Session {
                 let shared = held_out.shared_requests(&data);
                 if shared > 0 {
                     ui.warn(format_args!(
-                        "{shared} of {} held-out rows of {} ask what rows of {} ask: what is measured on them is no \
-                         measure of unseen requests",
+                        "{shared} of {} held-out rows of {} have the same request as rows of {}: losses on them say \
+                         nothing about unseen requests",
                         held_out.records.len(),
                         path.display(),
                         config.dataset_path.display()
@@ -95,23 +96,60 @@ impl Session {
                 Some(held_out)
             }
         };
-        Ok(Self { dir, model, checkpoint, table, tokenizer, data, held_out, fingerprint: OnceLock::new() })
+        let (data_path, fingerprint) = (config.dataset_path.clone(), OnceLock::new());
+        Ok(Self { dir, model, checkpoint, table, tokenizer, data, held_out, data_path, fingerprint })
     }
 
-    /// Refuses data without the safe side that a phase of the run compares with, before an earlier phase has run for hours.
+    /// The rows in the order of `recipe`.
+    pub fn sampler(&self, recipe: &Recipe) -> Sampler<'_> {
+        Sampler {
+            data: &self.data,
+            path: &self.data_path,
+            batch_size: recipe.batch_size,
+            shuffle: recipe.shuffle,
+            seed: recipe.seed,
+        }
+    }
+
+    /// A copy of the model on the device of one rank.
+    pub fn replica<B: Backend>(
+        &self,
+        backend: Arc<B>,
+        transport: Option<Arc<dyn DeviceTransport<B>>>,
+        rank: &Rank,
+    ) -> Replica<B> {
+        let model = Model::new(backend, self.model.clone(), self.table.clone());
+        let mut replica = Replica::new(model, rank.world.clone());
+        replica.transport = transport;
+        replica.stop = rank.stop.clone();
+        replica.fault = rank.fault.clone();
+        replica
+    }
+
+    /// The sizes by which a device chooses its kernels.
+    pub fn workload(&self, batch_size: usize) -> Workload {
+        Workload {
+            rows: self.longest_batch(batch_size),
+            num_experts_per_tok: self.model.num_experts_per_tok,
+            num_experts: self.model.num_experts,
+            hidden_size: self.model.hidden_size,
+            expert_width: self.model.expert_width,
+            head_dim: self.model.heads.first().map_or(0, |heads| heads.dim),
+            stored: self.stored_dtype(),
+        }
+    }
+
+    /// Refuses data without the safe side that a later phase of the run needs: before an earlier phase has run for hours.
     ///
     /// # Errors
     /// The phase, and how to do without it.
-    pub fn check_sides(&self, config: &RunConfig) -> Result<()> {
+    pub fn check_sides(&self, recipe: &Recipe) -> Result<()> {
         let (prompts, replies) = (self.data.has_both_prompts(), self.data.has_both_replies());
+        let needed = recipe.needed_sides();
         let needs = [
-            (config.has_router_phase() && !prompts, "router alignment needs safe prompts", "--skip-router-training"),
-            (
-                config.schedule == Schedule::Joint && !replies,
-                "the joint schedule needs safe examples",
-                "--schedule alternate",
-            ),
-            (config.method == Method::Routing && !replies, "--method routing needs safe examples", "--method gradient"),
+            (needed.safe_prompts && !prompts, "router alignment needs safe prompts", "--skip-router-training"),
+            (needed.safe_examples && !replies, "the joint schedule needs safe examples", "--schedule alternate"),
+            (needed.safe_replies && !replies, "--method routing needs safe examples", "--method gradient"),
         ];
         match needs.into_iter().find(|(lacks, ..)| *lacks) {
             None => Ok(()),
@@ -119,14 +157,35 @@ impl Session {
                 exit::CONFIG,
                 format!(
                     "{what}, and {} holds none: add rows with the label safe, or take {instead}",
-                    config.dataset_path.display()
+                    self.data_path.display()
                 ),
             )),
         }
     }
 
-    /// The number format of all weights; F32 only if none is narrower.
-    pub fn stored_dtype(&self) -> Dtype {
+    /// Refuses a selection that the model does not allow, before anything is computed. Where the selection trains nothing,
+    /// fewer experts than asked for are enough: then says so.
+    fn check_selection(&self, recipe: &Recipe, ui: &Ui) -> Result<()> {
+        let (identify, depth) = (&recipe.identify, self.model.layers.len());
+        if let Some(range) = identify.pool.layers.as_ref().filter(|range| *range.end() >= depth) {
+            let (first, last) = (range.start(), range.end());
+            let message = format!("--layers {first}-{last} leaves the model, which has the layers 0-{}", depth - 1);
+            return Err(Failure::new(exit::CONFIG, message));
+        }
+        let layers: Vec<_> = self.model.moe_layers().collect();
+        let pool = identify.pool_of(&layers, self.model.num_experts);
+        if pool.top_k < identify.pool.top_k {
+            ui.warn(format_args!(
+                "--top-k-experts {} is more than the {} experts that can be selected: all of them are. (No selection is trained \
+                 with these options; otherwise this would be an error.)",
+                identify.pool.top_k, pool.top_k
+            ));
+        }
+        Ok(pool.check(&layers, self.model.num_experts)?)
+    }
+
+    /// The number format of the weights: F32 only if none is narrower.
+    fn stored_dtype(&self) -> Dtype {
         let mut dtypes = self.table.params.iter().map(|spec| spec.value.dtype);
         dtypes.find(|dtype| *dtype != Dtype::F32).unwrap_or(Dtype::F32)
     }
@@ -138,18 +197,6 @@ impl Session {
     pub fn check_weights(&self) -> Result<()> {
         let damaged = format!("the checkpoint {} is damaged: fetch it again", self.dir.display());
         self.table.check_finite().context(damaged)
-    }
-
-    /// Puts the weights on the backend of one rank.
-    pub fn engine<'a, B: Backend>(
-        &'a self,
-        config: &'a RunConfig,
-        backend: Arc<B>,
-        direct: Option<Arc<dyn Direct<B>>>,
-        rank: &Rank,
-    ) -> Engine<'a, B> {
-        let model = Model::new(backend, self.model.clone(), self.table.clone());
-        Engine { direct, ..Engine::new(model, rank, config, &self.data) }
     }
 
     /// blake3 over the base model's parameters, its configuration and tokenizer, and the files of rows and template.
@@ -182,21 +229,20 @@ impl Session {
         Ok(hasher.finalize())
     }
 
-    /// Proves that all ranks have the same program, options, rows and model. Nothing to prove where they are threads.
+    /// Verifies that all processes run the same program with the same options, rows and model.
     ///
     /// # Errors
     /// What differs, and on which rank.
-    pub fn agree(&self, config: &RunConfig, ranks: &Ranks) -> Result<()> {
-        let Some(world) = ranks.other_processes() else { return Ok(()) };
+    pub fn agree(&self, config: &RunConfig, world: &dyn Collective) -> Result<()> {
         world.doing("the check that all ranks have the same inputs");
         all_agree(world, "version of moewarden", env!("CARGO_PKG_VERSION").as_bytes())?;
-        agree_on_options(world, &super::resume::decisive(config)?)?;
+        agree_on_options(world, &config.decisive_yaml()?)?;
         let files = self.fingerprint_of_files(config)?;
         all_agree(world, "file of rows, chat template, tokenizer or config.json", files.as_bytes())?;
         Ok(all_agree(world, "set of model weights", self.fingerprint(config)?.as_bytes())?)
     }
 
-    /// Parameters by kind, for people.
+    /// The model and its parameters by kind, in text.
     pub fn describe(&self) -> String {
         let total = self.table.total();
         let mut lines = format!(
@@ -220,61 +266,7 @@ impl Session {
         lines
     }
 
-    /// Expected memory of a rank in bytes, and for people: weights, activations of the longest micro-batches, trained state.
-    pub fn predict_memory(&self, config: &RunConfig, trained: usize, world_size: usize, place: Place) -> (u64, String) {
-        let rows = self.longest_batch(config.batch_size);
-        let activations = Activations::predict(&self.model, rows, &place);
-        let layers = self.model.layers.len();
-        let weights = self.table.total().bytes as u64;
-        let loaded = self.loaded(trained, world_size, place);
-        let waiting = passes_at_once(config);
-        let of = if waiting == 1 { "a micro-batch".into() } else { format!("{waiting} micro-batches") };
-        let keep_from = activations.keep_from(config.recompute, layers, 0, &loaded, waiting);
-        let kept = activations.peak(layers, 0, keep_from) - activations.working;
-        let peak = kept.saturating_mul(waiting as u64).saturating_add(activations.working);
-        let state = self.trained_state(trained, world_size, place);
-        let all = peak.saturating_add(weights + state.whole + state.sharded);
-        let kind = match self.checkpoint {
-            _ if place.device => "",
-            Some(_) => " (memory-mapped: ranks on one machine share them)",
-            None => " (random: each rank makes its own)",
-        };
-        let text = format!(
-            "memory a rank: weights {}{kind}, activations {} for {of} of up to {rows} tokens ({} of {layers} layers kept, the \
-             others computed again), trained state {} ({} {}, 1/{world_size} of masters and moments \
-             {}): {} in all; {} free",
-            human(weights),
-            human(peak),
-            layers - keep_from,
-            human(state.whole + state.sharded),
-            if place.device { "gradients" } else { "gradients and new weights" },
-            human(state.whole),
-            human(state.sharded),
-            human(all),
-            human(place.free),
-        );
-        (all, text)
-    }
-
-    /// What training adds.
-    fn trained_state(&self, trained: usize, world_size: usize, place: Place) -> TrainedState {
-        let total = self.table.total();
-        // A device's weights are overwritten; memory-mapped ones are replaced.
-        let new = if place.device { 0 } else { (total.bytes / total.elements.max(1)) as u64 };
-        TrainedState::predict(trained as u64, new, world_size)
-    }
-
-    /// The same place once weights and trained state are there, which a device has to hold.
-    pub fn loaded(&self, trained: usize, world_size: usize, place: Place) -> Place {
-        if !place.device {
-            return place;
-        }
-        let state = self.trained_state(trained, world_size, place);
-        let there = self.table.total().bytes as u64 + state.whole + state.sharded;
-        Place { free: place.free.saturating_sub(there), ..place }
-    }
-
-    /// Tokens of the largest micro-batch there can be.
+    /// Tokens of the largest possible micro-batch.
     pub fn longest_batch(&self, batch_size: usize) -> usize {
         let replies = self.data.records.iter().flat_map(|r| [&r.unsafe_reply, &r.safe_reply]);
         let mut lengths: Vec<_> = replies.flatten().map(|e| e.ids.len()).collect();
@@ -283,15 +275,7 @@ impl Session {
     }
 }
 
-/// Forward passes that wait for their backward at once: a joint step's divergence is that of all its micro-batches.
-pub fn passes_at_once(config: &RunConfig) -> usize {
-    match config.schedule {
-        Schedule::Joint => config.grad_accum,
-        Schedule::Alternate => 1,
-    }
-}
-
-/// Proves that all ranks have these options, a line each; the error names the first that differs.
+/// Verifies that all ranks have the same options, one a line; the error names the first line that differs.
 fn agree_on_options(world: &dyn Collective, options: &str) -> Result<()> {
     let all = world.all_gather(options.as_bytes())?;
     let Some(rank) = all.iter().position(|other| *other != all[0]) else { return Ok(()) };
@@ -326,16 +310,4 @@ pub fn data_options(config: &RunConfig) -> DataOptions {
         safe_response: config.safe_response.clone(),
         chat_template: config.chat_template.clone(),
     }
-}
-
-/// Refuses a selection that this model cannot give, before anything is computed.
-fn check_selection(config: &RunConfig, model: &ModelConfig) -> Result<()> {
-    let depth = model.layers.len();
-    if let Some(range) = config.layers.as_ref().filter(|range| *range.end() >= depth) {
-        let (first, last) = (range.start(), range.end());
-        let message = format!("--layers {first}-{last} leaves the model, which has the layers 0-{}", depth - 1);
-        return Err(Failure::new(exit::CONFIG, message));
-    }
-    let layers: Vec<_> = model.moe_layers().collect();
-    Ok(super::identify::pool(config, &layers, model.num_experts).check(&layers, model.num_experts)?)
 }

@@ -158,7 +158,7 @@ fn an_identification_finds_what_the_cpu_finds() {
     let compiled = fs::read_dir(&kernels).unwrap().count();
     assert!(compiled >= MODULES.len(), "{compiled} files in {}", kernels.display());
     let said = machine.ok("identify", "olmoe", "ranks", &format!("{FEW} --device cuda --ranks 2"));
-    assert!(said.contains("shared by 2 ranks") && said.contains("by way of the host: ranks share a GPU"), "{said}");
+    assert!(said.contains("shared by 2 ranks") && said.contains("through the host: ranks share a GPU"), "{said}");
     assert_near(&machine.scores("ranks").0, &gpu.0, 1e-12);
     assert_eq!(machine.scores("ranks").1, gpu.1);
     assert_eq!(fs::read_dir(&kernels).unwrap().count(), compiled);

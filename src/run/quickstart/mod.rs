@@ -4,10 +4,10 @@ mod sample;
 
 use std::path::{Path, PathBuf};
 
-use super::ranks::Ranks;
 use super::train::{TrainSummary, train};
-use crate::config::{Device, Existing, QuickstartArgs, RunConfig, SaveRounds, prepare_dir};
-use crate::exit::{self, Context, Failure, Result};
+use crate::config::{Device, QuickstartArgs, RunConfig, SaveRounds};
+use crate::exit::{self, Context, Ended, Failure, Result, Stopped};
+use crate::launch::{Existing, Started, prepare_dir};
 use crate::model::tiny::{TinySpec, write_random_checkpoint};
 use crate::model::{Checkpoint, WeightsError};
 use crate::ui::Ui;
@@ -39,7 +39,13 @@ pub fn quickstart(args: &QuickstartArgs, ui: &Ui) -> Result<()> {
     sample::write_tokenizer(&model, VOCAB_SIZE)?;
 
     let config = config(&args.output_dir, &model, rows, args.overwrite)?;
-    let summary = train(&config, &Ranks::single(), ui)?;
+    let summary = match train(&config, &Started::single(), ui)? {
+        Ended::Done(summary) => summary,
+        // Nothing sets its stop flag.
+        Ended::Stopped(Stopped::Saved(message) | Stopped::Lost(message)) => {
+            return Err(Failure::new(exit::INTERNAL, message));
+        }
+    };
     let diff = Diff::of(&model, &config.output_dir.join("final_model")).context("comparing the two models")?;
     ui.result(describe(&config, &summary, &diff));
     Ok(())

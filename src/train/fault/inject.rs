@@ -1,7 +1,7 @@
-//! Faults on purpose: how the tests show that a run survives them, and how anybody can repeat it.
+//! Fault injection, for builds with debug assertions or the feature `faults`.
 //!
-//! `MOEWARDEN_FAULT=rank=1,at=step:3,do=kill` lets rank 1 die as it begins the third training step of this process, and
-//! `at=step:3-7` strikes at each of five steps. It says so on stderr. Never set it in earnest.
+//! `MOEWARDEN_FAULT=rank=1,at=step:3,do=kill` kills rank 1 at the start of the third training step of this process;
+//! `at=step:3-7` triggers at each of five steps. A triggered fault is reported on stderr.
 
 use std::fmt;
 use std::io::Write;
@@ -13,43 +13,31 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::collective::{Collective, Result};
 use crate::exit::{self, Failure};
 
-/// What happens on one rank.
+use super::{Corruption, Point};
+
+/// A fault of one rank.
 #[derive(Debug, Clone)]
 pub struct Fault {
-    /// To whom.
-    pub rank: usize,
-    at: Point,
-    /// The how manieth passings of that point, from 1.
-    numbers: RangeInclusive<u64>,
+    rank: usize,
+    point: Point,
+    /// Which visits to this point trigger the fault (1-based, inclusive).
+    visits: RangeInclusive<u64>,
     action: Action,
-    passed: Arc<AtomicU64>,
+    /// Visits so far, of all clones together.
+    visited: Arc<AtomicU64>,
 }
 
-/// A place of the program that is passed again and again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Point {
-    /// The beginning of a micro-batch of an identification.
-    Batch,
-    /// The beginning of a training step.
-    Step,
-    /// The beginning of a collective operation.
-    Collective,
-    /// A stage of saving a checkpoint.
-    Save,
-}
-
-/// What happens there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
+enum Action {
     /// SIGKILL.
     Kill,
-    /// SIGSTOP: the process is there and does nothing.
+    /// SIGSTOP: the process exists and does nothing.
     Stop,
-    /// SIGTERM, which asks to save and leave.
+    /// SIGTERM, which sets the stop flag.
     Term,
-    /// SIGUSR1, which asks the same.
+    /// SIGUSR1, which sets the stop flag.
     Usr1,
-    /// The rank sleeps for ever.
+    /// The thread of the rank sleeps forever.
     Hang,
     /// A panic.
     Panic,
@@ -57,7 +45,7 @@ pub enum Action {
     Fail,
     /// A gradient becomes NaN (at a step).
     Nan,
-    /// A trained weight changes by one bit (at a step).
+    /// One bit of a trained weight flips (at a step).
     Perturb,
 }
 
@@ -82,19 +70,19 @@ impl FromStr for Fault {
     fn from_str(text: &str) -> Result<Self, Failure> {
         let parse = || {
             let [rank, at, action] = text.split(',').collect::<Vec<_>>().try_into().ok()?;
-            let (point, numbers) = at.strip_prefix("at=")?.split_once(':')?;
-            let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
+            let (point, visits) = at.strip_prefix("at=")?.split_once(':')?;
+            let (first, last) = visits.split_once('-').unwrap_or((visits, visits));
             let named = |name: &str| POINTS.iter().find(|(n, _)| *n == name).map(|(_, p)| *p);
             let action = action.strip_prefix("do=")?;
             let fault = Self {
                 rank: rank.strip_prefix("rank=")?.parse().ok()?,
-                at: named(point)?,
-                numbers: first.parse().ok()?..=last.parse().ok()?,
+                point: named(point)?,
+                visits: first.parse().ok()?..=last.parse().ok()?,
                 action: ACTIONS.iter().find(|(n, _)| *n == action)?.1,
-                passed: Arc::default(),
+                visited: Arc::default(),
             };
-            let only_a_step_can = matches!(fault.action, Action::Nan | Action::Perturb);
-            (fault.at == Point::Step || !only_a_step_can).then_some(fault)
+            let needs_a_step = matches!(fault.action, Action::Nan | Action::Perturb);
+            (fault.point == Point::Step || !needs_a_step).then_some(fault)
         };
         parse().ok_or_else(|| {
             Failure::new(
@@ -107,24 +95,25 @@ impl FromStr for Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (first, last) = (self.numbers.start(), self.numbers.end());
-        write!(f, "{:?} on rank {} at {:?} {first}", self.action, self.rank, self.at)?;
+        let (first, last) = (self.visits.start(), self.visits.end());
+        write!(f, "{:?} on rank {} at {:?} {first}", self.action, self.rank, self.point)?;
         if last > first { write!(f, " to {last}") } else { Ok(()) }
     }
 }
 
 impl Fault {
-    /// Whether this rank, passing `point`, has come to the place; every call is one passing.
-    fn is_due(&self, point: Point) -> bool {
-        self.at == point && self.numbers.contains(&(self.passed.fetch_add(1, Ordering::Relaxed) + 1))
+    /// The rank that it strikes.
+    pub fn rank(&self) -> usize {
+        self.rank
     }
 
-    /// Passes a point. What only the caller can do to itself is returned.
+    /// Counts a visit to `point`, and triggers the fault if it is due. What only the caller can do to itself is returned.
     ///
     /// # Errors
-    /// The error on purpose.
-    pub fn pass(&self, point: Point) -> Result<Option<Action>, Failure> {
-        if !self.is_due(point) {
+    /// The injected error.
+    pub fn visit(&self, point: Point) -> Result<Option<Corruption>, Failure> {
+        let due = self.point == point && self.visits.contains(&(self.visited.fetch_add(1, Ordering::Relaxed) + 1));
+        if !due {
             return Ok(None);
         }
         _ = std::io::stderr().write_all(format!("MOEWARDEN_FAULT: {self}\n").as_bytes());
@@ -138,35 +127,38 @@ impl Fault {
             },
             Action::Panic => panic!("a panic on purpose ({self})"),
             Action::Fail => return Err(Failure::new(exit::IO, format!("an error on purpose ({self})"))),
-            Action::Nan | Action::Perturb => return Ok(Some(self.action)),
+            Action::Nan => return Ok(Some(Corruption::NanGradient)),
+            Action::Perturb => return Ok(Some(Corruption::FlippedBit)),
         }
         Ok(None)
+    }
+
+    /// A communicator whose operations are visits to [`Point::Collective`].
+    pub fn wrap(&self, inner: Arc<dyn Collective>) -> Arc<dyn Collective> {
+        Arc::new(FaultInjecting { inner, fault: self.clone() })
     }
 }
 
 fn raise(signal: i32) {
-    // SAFETY: sends this process a signal; no memory is involved.
+    // SAFETY: kill and getpid take and return integers; no memory is involved.
     unsafe { libc::kill(libc::getpid(), signal) };
 }
 
-/// A collective whose operations pass [`Point::Collective`].
-pub struct Faulty {
-    /// What does the work.
-    pub inner: Arc<dyn Collective>,
-    /// What happens on the way.
-    pub fault: Fault,
+struct FaultInjecting {
+    inner: Arc<dyn Collective>,
+    fault: Fault,
 }
 
-impl Faulty {
-    fn pass(&self) {
-        // A collective has no errors of its own making: this one ends its rank in another way.
-        if let Err(failure) = self.fault.pass(Point::Collective) {
+impl FaultInjecting {
+    fn visit(&self) {
+        // No variant of `collective::Error` means "injected": the rank ends by a panic instead.
+        if let Err(failure) = self.fault.visit(Point::Collective) {
             panic!("{failure}");
         }
     }
 }
 
-impl Collective for Faulty {
+impl Collective for FaultInjecting {
     fn rank(&self) -> usize {
         self.inner.rank()
     }
@@ -184,37 +176,37 @@ impl Collective for Faulty {
     }
 
     fn barrier(&self) -> Result<()> {
-        self.pass();
+        self.visit();
         self.inner.barrier()
     }
 
     fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
-        self.pass();
+        self.visit();
         self.inner.broadcast(bytes)
     }
 
     fn all_reduce_f64(&self, values: &mut [f64]) -> Result<()> {
-        self.pass();
+        self.visit();
         self.inner.all_reduce_f64(values)
     }
 
     fn all_reduce_f32(&self, values: &mut [f32]) -> Result<()> {
-        self.pass();
+        self.visit();
         self.inner.all_reduce_f32(values)
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.pass();
+        self.visit();
         self.inner.all_gather(bytes)
     }
 
     fn reduce_scatter_f32(&self, values: &[f32], counts: &[usize], part: &mut [f32]) -> Result<()> {
-        self.pass();
+        self.visit();
         self.inner.reduce_scatter_f32(values, counts, part)
     }
 
     fn all_gather_into(&self, part: &[u8], counts: &[usize], out: &mut [u8]) -> Result<()> {
-        self.pass();
+        self.visit();
         self.inner.all_gather_into(part, counts, out)
     }
 
@@ -228,16 +220,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fault_strikes_once_and_where_it_was_told() {
+    fn a_fault_triggers_at_its_visits_only() {
         let fault: Fault = "rank=1,at=step:2,do=fail".parse().unwrap();
         assert_eq!(fault.rank, 1);
-        assert!(fault.pass(Point::Save).unwrap().is_none());
-        assert!(fault.pass(Point::Step).unwrap().is_none());
-        assert!(fault.clone().pass(Point::Step).is_err(), "clones count together");
-        assert!(fault.pass(Point::Step).unwrap().is_none());
-        assert_eq!("rank=0,at=step:1,do=nan".parse::<Fault>().unwrap().pass(Point::Step).unwrap(), Some(Action::Nan));
+        assert!(fault.visit(Point::Save).unwrap().is_none());
+        assert!(fault.visit(Point::Step).unwrap().is_none());
+        assert!(fault.clone().visit(Point::Step).is_err(), "clones count together");
+        assert!(fault.visit(Point::Step).unwrap().is_none());
+        assert_eq!("rank=0,at=step:1,do=nan".parse::<Fault>().unwrap().visit(Point::Step).unwrap(), Some(Corruption::NanGradient));
         let often: Fault = "rank=0,at=save:2-3,do=fail".parse().unwrap();
-        assert_eq!([(); 4].map(|()| often.pass(Point::Save).is_err()), [false, true, true, false]);
+        assert_eq!([(); 4].map(|()| often.visit(Point::Save).is_err()), [false, true, true, false]);
         for wrong in [
             "",
             "rank=0",

@@ -1,13 +1,12 @@
-//! What the ranks compute on: the processors, or the machine's GPUs.
+//! The device of each rank: the CPU, or one of the machine's GPUs.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::available_parallelism;
 
-use super::direct::{BetweenGpus, Direct};
+use super::env;
 use super::memory::human;
 use super::ranks::Rank;
-use super::session::Session;
 use crate::backend::Dtype;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
@@ -21,13 +20,14 @@ use crate::collective::nccl::{Communicator, Nccl};
 use crate::collective::{all_agree, all_ok};
 use crate::config::{self, Precision, RunConfig, Transport};
 use crate::exit::{self, Failure, Result};
+use crate::train::{DeviceTransport, GpuTransport};
 use crate::ui::Ui;
 
-/// What this process computes on.
+/// The devices of this process.
 pub enum Device {
-    /// The processors, and why there is no GPU, if one was wanted.
+    /// The CPU; with the reason, if a GPU was wanted and none is usable.
     Cpu(Option<String>),
-    /// NVIDIA's GPUs.
+    /// NVIDIA GPUs.
     Gpus(Gpus),
 }
 
@@ -40,25 +40,44 @@ pub struct Gpus {
 
 /// The backend of one rank.
 pub enum Opened {
-    /// Threads.
+    /// The CPU.
     Cpu(Arc<Cpu>),
-    /// A GPU, and the way to those of the other ranks, unless it leads over the host.
-    Cuda(Arc<Cuda>, Option<Arc<dyn Direct<Cuda>>>),
+    /// A GPU, and its transport to the GPUs of the other ranks; without one, gradients go through the host.
+    Cuda(Arc<Cuda>, Option<Arc<dyn DeviceTransport<Cuda>>>),
+}
+
+/// The sizes of a run by which a device chooses its kernels.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Workload {
+    /// Tokens of the largest micro-batch.
+    pub rows: usize,
+    /// Experts a token.
+    pub num_experts_per_tok: usize,
+    /// Experts a layer.
+    pub num_experts: usize,
+    /// D
+    pub hidden_size: usize,
+    /// F
+    pub expert_width: usize,
+    /// Width of one attention head.
+    pub head_dim: usize,
+    /// The number format of the weights: F32 only if none is narrower.
+    pub stored: Dtype,
 }
 
 impl Device {
-    /// What the options ask for.
+    /// The device that the options ask for.
     ///
     /// # Errors
-    /// GPUs are asked for, and there is none or no driver for it.
+    /// `--device cuda` without a GPU or a driver for it.
     pub fn find(config: &RunConfig, ui: &Ui) -> Result<Self> {
         if config.device == config::Device::Cpu {
             return Ok(Device::Cpu(None));
         }
-        let surroundings = config::surroundings();
+        let surroundings = env::cuda_search_paths();
         let found = Driver::start(&surroundings).and_then(|driver| driver.check_age().map(|()| driver));
         let error = match found {
-            Ok(driver) => return Ok(Device::Gpus(Gpus { driver, surroundings, kernel_cache: config::kernel_cache() })),
+            Ok(driver) => return Ok(Device::Gpus(Gpus { driver, surroundings, kernel_cache: env::kernel_cache() })),
             Err(error) if config.device == config::Device::Cuda => return Err(error.into()),
             Err(error) => error,
         };
@@ -81,7 +100,7 @@ impl Device {
         Ok(Device::Cpu(Some(why)))
     }
 
-    /// Ranks that a single process makes where nobody says how many.
+    /// The default world size: one rank, or one a visible GPU.
     pub fn ranks(&self) -> usize {
         match self {
             Device::Cpu(_) => 1,
@@ -89,7 +108,7 @@ impl Device {
         }
     }
 
-    /// Refuses what [`Self::open`] would refuse on `ranks` ranks of this machine, but for GPUs that do not open.
+    /// Checks what [`Self::open`] needs on `ranks` ranks of this machine, without opening a GPU.
     ///
     /// # Errors
     /// NCCL is missing.
@@ -103,7 +122,7 @@ impl Device {
         }
     }
 
-    /// Ranks that share one device, of `ranks` ranks on this machine.
+    /// How many of `ranks` ranks on this machine share one device.
     pub fn sharing(&self, ranks: usize) -> usize {
         match self {
             Device::Cpu(_) => ranks,
@@ -111,11 +130,11 @@ impl Device {
         }
     }
 
-    /// Takes this rank's part of it. All ranks come here.
+    /// Opens the backend of this rank. All ranks call it together.
     ///
     /// # Errors
-    /// Ranks on different kinds of device; a GPU or a library that is missing or refuses.
-    pub fn open(&self, config: &RunConfig, session: &Session, rank: &Rank) -> Result<Opened> {
+    /// Ranks on different kinds of device; a GPU or a library that is missing or fails.
+    pub fn open(&self, config: &RunConfig, workload: Workload, rank: &Rank) -> Result<Opened> {
         let has: &[u8] = match self {
             Device::Cpu(None) => b"the CPU (--device cpu)",
             Device::Cpu(Some(why)) => why.as_bytes(),
@@ -132,35 +151,35 @@ impl Device {
             return Err(Failure::new(exit::LAUNCHER, message));
         }
         match self {
-            Device::Cpu(_) => Ok(Opened::Cpu(processors(config, rank))),
-            Device::Gpus(gpus) => gpus.open(config, session, rank),
+            Device::Cpu(_) => Ok(Opened::Cpu(open_cpu(config, rank))),
+            Device::Gpus(gpus) => gpus.open(config, workload, rank),
         }
     }
 }
 
-/// A rank's share of the cores.
-fn processors(config: &RunConfig, rank: &Rank) -> Arc<Cpu> {
+/// The CPU backend of a rank, with its share of the cores.
+fn open_cpu(config: &RunConfig, rank: &Rank) -> Arc<Cpu> {
     let cores = available_parallelism().map_or(1, usize::from);
-    let cpu = Cpu::new(if config.threads == 0 { (cores / rank.here).max(1) } else { config.threads });
-    rank.ui.line(format_args!("device: cpu, {} threads{}", cpu.threads(), if rank.here > 1 { " a rank" } else { "" }));
+    let cpu = Cpu::new(if config.threads == 0 { (cores / rank.local_world_size).max(1) } else { config.threads });
+    rank.ui.line(format_args!("device: cpu, {} threads{}", cpu.threads(), if rank.local_world_size > 1 { " a rank" } else { "" }));
     Arc::new(cpu)
 }
 
 impl Gpus {
-    fn open(&self, config: &RunConfig, session: &Session, rank: &Rank) -> Result<Opened> {
+    fn open(&self, config: &RunConfig, workload: Workload, rank: &Rank) -> Result<Opened> {
         let (world, ui) = (&rank.world, &rank.ui);
-        // Where each process sees GPUs of its own, the modulus brings it to one of them.
-        let opened = Nvidia::open(rank.local % self.driver.devices, &self.surroundings, self.kernel_cache.as_deref());
+        // Where each process sees only its own GPUs, the modulus maps it to one of them.
+        let opened = Nvidia::open(rank.local_rank % self.driver.devices, &self.surroundings, self.kernel_cache.as_deref());
         let uuid = opened.map_err(Failure::from).and_then(|gpu| Ok((gpu.uuid()?, gpu)));
         let (uuid, gpu) = all_ok(&**world, uuid)?;
         all_agree(&**world, "--transport", format!("{:?}", config.transport).as_bytes())?;
         let uuids = world.all_gather(&uuid)?;
         let sharing = uuids.iter().filter(|other| **other == uuid).count();
-        // All have their contexts by now, and none has tensors.
+        // By now all ranks have a CUDA context and none has tensors: free memory is comparable.
         let memory = all_ok(&**world, gpu.memory().map_err(Failure::from))?;
         let compute = match config.precision {
             Precision::F32 => Dtype::F32,
-            Precision::Auto if session.stored_dtype() == Dtype::F32 => Dtype::F32,
+            Precision::Auto if workload.stored == Dtype::F32 => Dtype::F32,
             Precision::Auto | Precision::Bf16 => Dtype::Bf16,
         };
         let kind = gpu.architecture();
@@ -184,42 +203,47 @@ impl Gpus {
         } else {
             Cuda::with_room(gpu.clone(), compute, Reuse::Segments, room)
         });
-        let model = &session.model;
         let shape = Grouped {
-            rows: session.longest_batch(config.batch_size) * model.num_experts_per_tok,
-            groups: model.num_experts,
-            inputs: model.hidden_size,
-            outputs: model.expert_width,
+            rows: workload.rows * workload.num_experts_per_tok,
+            groups: workload.num_experts,
+            inputs: workload.hidden_size,
+            outputs: workload.expert_width,
             dtype: compute,
         };
-        ui.line(cuda.choices(&shape, model.heads.first().map_or(0, |heads| heads.dim)));
+        ui.line(cuda.choices(&shape, workload.head_dim));
         let mut distinct = uuids.clone();
         distinct.sort();
         distinct.dedup();
-        let twins = distinct.len() < uuids.len();
-        let direct = match config.transport {
+        let ranks_share_a_gpu = distinct.len() < uuids.len();
+        let transport = match config.transport {
             Transport::Host => None,
-            Transport::Auto if twins || world.world_size() == 1 => None,
+            Transport::Auto if ranks_share_a_gpu || world.world_size() == 1 => None,
             Transport::Auto | Transport::Nccl => Some(self.nccl(config, rank, &gpu, &cuda)?),
         };
-        if world.world_size() > 1 && direct.is_none() {
-            let why = if twins { ": ranks share a GPU" } else { "" };
-            ui.line(format_args!("gradients and new weights go from GPU to GPU by way of the host{why}"));
+        if world.world_size() > 1 && transport.is_none() {
+            let why = if ranks_share_a_gpu { ": ranks share a GPU" } else { "" };
+            ui.line(format_args!("gradients and new weights go through the host{why}"));
         }
-        Ok(Opened::Cuda(cuda, direct))
+        Ok(Opened::Cuda(cuda, transport))
     }
 
-    /// Joins the ranks' GPUs.
-    fn nccl(&self, config: &RunConfig, rank: &Rank, gpu: &Nvidia, cuda: &Arc<Cuda>) -> Result<Arc<dyn Direct<Cuda>>> {
+    /// Connects the GPUs of all ranks by NCCL.
+    fn nccl(
+        &self,
+        config: &RunConfig,
+        rank: &Rank,
+        gpu: &Nvidia,
+        cuda: &Arc<Cuda>,
+    ) -> Result<Arc<dyn DeviceTransport<Cuda>>> {
         let load = || -> Result<Nccl> {
             gpu.bind()?;
             let found = library::open(Library::Nccl, self.driver.version.0, &self.surroundings)?;
             Ok(Nccl::load(&found.path, rank.world.rank())?)
         };
-        let nccl = all_ok(&*rank.world, load())?;
+        let library = all_ok(&*rank.world, load())?;
         let timeout = std::time::Duration::from_secs(config.timeout);
-        let joined = Communicator::new(nccl, &*rank.world, gpu.stream(), timeout)?;
-        rank.ui.line(format_args!("gradients and new weights go from GPU to GPU by {}", joined.library()));
-        Ok(Arc::new(BetweenGpus::new(Box::new(joined), rank.world.clone(), cuda.clone())))
+        let nccl = Communicator::new(library, &*rank.world, gpu.stream(), timeout)?;
+        rank.ui.line(format_args!("gradients and new weights go from GPU to GPU by {}", nccl.library()));
+        Ok(Arc::new(GpuTransport::new(Box::new(nccl), rank.world.clone(), cuda.clone())))
     }
 }

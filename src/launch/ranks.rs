@@ -4,98 +4,62 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::device::Device;
-use super::fault::{Fault, Faulty};
-use super::stop::Stop;
 use crate::collective::threads::{self, Outcome};
 use crate::collective::{self, Collective};
-use crate::config::{Launch, RunConfig};
 use crate::exit::{self, Failure, Result};
+use crate::train::StopFlag;
+use crate::train::fault::Fault;
 use crate::ui::Ui;
 
-/// Who takes part in a run, and how the ranks of this process find the others.
+/// All ranks of a run, and how those of this process reach the others.
 pub struct Ranks {
     kind: Kind,
-    device: Arc<Device>,
-    /// Whether this process was asked to save and leave.
-    pub stop: Stop,
-    /// What is to go wrong, in tests.
-    pub fault: Option<Fault>,
+    /// Set when this process is asked to save and stop.
+    stop: StopFlag,
+    /// The fault to inject, in tests.
+    fault: Option<Fault>,
 }
 
 enum Kind {
-    /// All of them are threads of this process.
+    /// All ranks are threads of this process.
     Threads { world_size: usize, timeout: Duration },
-    /// This process is one of them.
-    Process { world: Arc<dyn Collective>, local: usize, here: usize },
+    /// This process is one rank.
+    Process { world: Arc<dyn Collective>, local_rank: usize, local_world_size: usize },
 }
 
 /// One rank.
 pub struct Rank {
-    /// The others.
+    /// The communicator of all ranks.
     pub world: Arc<dyn Collective>,
-    /// This one among those on its machine.
-    pub local: usize,
+    /// The number of this rank among those of its machine, from 0.
+    pub local_rank: usize,
     /// Ranks on this machine, this one included.
-    pub here: usize,
-    /// What it computes on.
-    pub device: Arc<Device>,
-    /// The user's side of rank 0; silence on the others.
+    pub local_world_size: usize,
+    /// Output to the user: of rank 0 only.
     pub ui: Ui,
-    /// Whether this process was asked to save and leave.
-    pub stop: Stop,
-    /// What is to go wrong on this rank, in tests.
+    /// Set when this process is asked to save and stop.
+    pub stop: StopFlag,
+    /// The fault to inject on this rank, in tests.
     pub fault: Option<Fault>,
 }
 
 impl Rank {
-    /// One of the ranks of `world`, all of which share this machine's processors.
+    /// One of the ranks of `world`, all of them on this machine.
     pub fn new(world: Arc<dyn Collective>, ui: Ui) -> Self {
-        let (local, here, device) = (world.rank(), world.world_size(), Arc::new(Device::Cpu(None)));
-        Self { world, local, here, device, ui, stop: Stop::default(), fault: None }
+        let (local_rank, local_world_size) = (world.rank(), world.world_size());
+        Self { world, local_rank, local_world_size, ui, stop: StopFlag::default(), fault: None }
     }
 
-    /// The only rank there is.
+    /// The only rank of a run.
     pub fn single(ui: Ui) -> Self {
         Self::new(Arc::new(threads::single()), ui)
     }
 }
 
 impl Ranks {
-    /// Those that a launcher started and the options ask for. `stop` is what signals raise, `fault` what is to go wrong.
-    ///
-    /// # Errors
-    /// A launcher that the options or MPI contradict, or that this build cannot join; a device that is not there.
-    pub fn of(config: &RunConfig, launch: &Launch, stop: Stop, fault: Option<Fault>, ui: &Ui) -> Result<Self> {
-        launch.check_ranks(config.ranks)?;
-        launch.check_build(cfg!(feature = "mpi"))?;
-        let timeout = Duration::from_secs(config.timeout);
-        let (kind, device) = match launch.world_size {
-            1 => {
-                let device = Device::find(config, ui)?;
-                let world_size = config.ranks.unwrap_or_else(|| device.ranks());
-                (Kind::Threads { world_size, timeout }, device)
-            }
-            // First the ranks, so that what one of them lacks is known to all.
-            _ => {
-                let (world, local, here) = (join(launch, timeout, &stop)?, launch.local_rank, launch.local_size);
-                let device = collective::all_ok(&*world, Device::find(config, ui))?;
-                (Kind::Process { world, local, here }, device)
-            }
-        };
-        let ranks = Self { kind, device: Arc::new(device), stop, fault };
-        let world_size = ranks.world_size();
-        if let Some(fault) = ranks.fault.as_ref().filter(|fault| fault.rank >= world_size) {
-            let message = format!("MOEWARDEN_FAULT strikes rank {}, but there are {world_size}", fault.rank);
-            return Err(Failure::new(exit::CONFIG, message));
-        }
-        Ok(ranks)
-    }
-
-    /// Threads of this process, on its processors; one is the process itself.
+    /// Threads of this process; one is the process itself.
     pub fn threads(world_size: usize, timeout: Duration) -> Self {
-        let (kind, device) = (Kind::Threads { world_size, timeout }, Arc::new(Device::Cpu(None)));
-        Self { kind, device, stop: Stop::default(), fault: None }
+        Self { kind: Kind::Threads { world_size, timeout }, stop: StopFlag::default(), fault: None }
     }
 
     /// This process alone.
@@ -103,7 +67,26 @@ impl Ranks {
         Self::threads(1, Duration::MAX)
     }
 
-    /// All ranks of the run.
+    /// This process as one rank of `world`.
+    pub(super) fn process(world: Arc<dyn Collective>, local_rank: usize, local_world_size: usize) -> Self {
+        let kind = Kind::Process { world, local_rank, local_world_size };
+        Self { kind, stop: StopFlag::default(), fault: None }
+    }
+
+    /// The same ranks with this stop flag and this injected fault.
+    ///
+    /// # Errors
+    /// A fault on a rank that does not exist.
+    pub(super) fn with(self, stop: StopFlag, fault: Option<Fault>) -> Result<Self> {
+        let world_size = self.world_size();
+        if let Some(fault) = fault.as_ref().filter(|fault| fault.rank() >= world_size) {
+            let message = format!("MOEWARDEN_FAULT strikes rank {}, but there are {world_size}", fault.rank());
+            return Err(Failure::new(exit::CONFIG, message));
+        }
+        Ok(Self { stop, fault, ..self })
+    }
+
+    /// Number of ranks.
     pub fn world_size(&self) -> usize {
         match &self.kind {
             Kind::Threads { world_size, .. } => *world_size,
@@ -111,15 +94,15 @@ impl Ranks {
         }
     }
 
-    /// Ranks on this machine.
-    pub fn here(&self) -> usize {
+    /// Number of ranks on this machine.
+    pub fn local_world_size(&self) -> usize {
         match &self.kind {
             Kind::Threads { world_size, .. } => *world_size,
-            Kind::Process { here, .. } => *here,
+            Kind::Process { local_world_size, .. } => *local_world_size,
         }
     }
 
-    /// The processes that this one has to agree with.
+    /// The communicator of the other processes of the run; `None` if all ranks are threads of this one.
     pub fn other_processes(&self) -> Option<&dyn Collective> {
         match &self.kind {
             Kind::Threads { .. } => None,
@@ -127,16 +110,16 @@ impl Ranks {
         }
     }
 
-    /// Whether this process holds rank 0, which writes and speaks for all.
+    /// Whether this process holds rank 0, which writes all outputs.
     pub fn leads(&self) -> bool {
         self.other_processes().is_none_or(|world| world.rank() == 0)
     }
 
-    /// Does something that each process does by itself (opening its files, say): in the end, either all processes were
-    /// able to, or none goes on.
+    /// Ends work that each process does by itself, opening its files for example: no process goes on unless all of them
+    /// succeeded.
     ///
     /// # Errors
-    /// This process's own failure, or that of the first other.
+    /// This process's own failure, or that of the first other one.
     pub fn all_ok<T>(&self, own: Result<T>) -> Result<T> {
         match &self.kind {
             Kind::Threads { .. } => own,
@@ -147,8 +130,8 @@ impl Ranks {
         }
     }
 
-    /// Runs `main` on every rank of this process; what the lowest of them returned. If one fails or panics, the others
-    /// leave at their next collective operation.
+    /// Runs `main` on every rank of this process and returns the result of the lowest one. If a rank fails or panics, the
+    /// others leave at their next collective operation.
     ///
     /// # Errors
     /// The failure that was the first cause, with its rank.
@@ -157,78 +140,65 @@ impl Ranks {
         ui: &Ui,
         main: impl Fn(&Rank) -> Result<T> + Send + Sync + 'static,
     ) -> Result<T> {
-        let (device, stop, fault, ui) = (self.device.clone(), self.stop.clone(), self.fault.clone(), ui.clone());
-        let guarded = move |world: Arc<dyn Collective>, local: usize, here: usize| {
-            let fault = fault.clone().filter(|fault| fault.rank == world.rank());
-            let world: Arc<dyn Collective> = match &fault {
-                Some(fault) => Arc::new(Faulty { inner: world, fault: fault.clone() }),
+        let (stop, fault, ui) = (self.stop.clone(), self.fault.clone(), ui.clone());
+        let guarded = move |world: Arc<dyn Collective>, local_rank: usize, local_world_size: usize| {
+            let fault = fault.clone().filter(|fault| fault.rank() == world.rank());
+            let world = match &fault {
+                Some(fault) => fault.wrap(world),
                 None => world,
             };
             let ui = if world.rank() == 0 { ui.clone() } else { Ui::silent() };
-            let rank = Rank { world, local, here, device: device.clone(), ui, stop: stop.clone(), fault };
-            caught(|| main(&rank)).map_err(|failure| last_words(&*rank.world, failure))
+            let rank = Rank { world, local_rank, local_world_size, ui, stop: stop.clone(), fault };
+            catch_panic(|| main(&rank)).map_err(|failure| report_failure(&*rank.world, failure))
         };
         match &self.kind {
-            Kind::Process { world, local, here } => guarded(world.clone(), *local, *here),
+            Kind::Process { world, local_rank, local_world_size } => {
+                guarded(world.clone(), *local_rank, *local_world_size)
+            }
             Kind::Threads { world_size: 1, .. } => guarded(Arc::new(threads::single()), 0, 1),
             Kind::Threads { world_size, timeout } => {
-                let here = *world_size;
+                let local_world_size = *world_size;
                 first_of(threads::run(*world_size, *timeout, move |world| {
-                    let local = world.rank();
-                    guarded(Arc::new(world), local, here)
+                    let local_rank = world.rank();
+                    guarded(Arc::new(world), local_rank, local_world_size)
                 }))
             }
         }
     }
 }
 
-/// Does something in which a GPU may fail: its operations return no errors, but panic with them.
+/// Runs `main` and turns a panic into a failure. A GPU's operations return no errors: a device fault is a panic that carries
+/// the failure.
 ///
 /// # Errors
-/// Those of `main`, those of the GPU, and panics.
-pub fn caught<T>(main: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Those of `main`, device faults, and other panics.
+pub fn catch_panic<T>(main: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(main)).unwrap_or_else(|panic| match panic.downcast::<Failure>() {
         Ok(failure) => Err(*failure),
         Err(panic) => Err(Failure::new(exit::INTERNAL, format!("panicked: {}", threads::panic_message(&*panic)))),
     })
 }
 
-/// The processes that the launcher started, joined by MPI.
-#[cfg(feature = "mpi")]
-fn join(launch: &Launch, timeout: Duration, stop: &Stop) -> Result<Arc<dyn Collective>> {
-    let world = collective::mpi::init(timeout, stop.flag())?;
-    launch.check_mpi(world.world_size())?;
-    Ok(Arc::new(world))
-}
-
-#[cfg(not(feature = "mpi"))]
-fn join(_: &Launch, _: Duration, _: &Stop) -> Result<Arc<dyn Collective>> {
-    unreachable!("a build without MPI has refused such a launch")
-}
-
-/// Tells the other ranks that this one failed, and the user on which rank and where.
-fn last_words(world: &dyn Collective, failure: Failure) -> Failure {
-    if failure.code() == exit::REQUEUE {
-        return failure; // they leave, too
-    }
+/// Tells the other ranks that this one failed; the failure then names this rank and what it was doing.
+fn report_failure(world: &dyn Collective, failure: Failure) -> Failure {
     let (rank, world_size) = (world.rank(), world.world_size());
-    let place = match world.place() {
-        // An error of the ranks together says itself where.
+    let activity = match world.place() {
+        // An error of a collective operation names the activity itself.
         _ if failure.is::<collective::Error>() => String::new(),
-        place if place.is_empty() => String::new(),
-        place => format!("in {place}"),
+        activity if activity.is_empty() => String::new(),
+        activity => format!("in {activity}"),
     };
-    let reason = if place.is_empty() { failure.to_string() } else { format!("{place}: {failure}") };
+    let reason = if activity.is_empty() { failure.to_string() } else { format!("{activity}: {failure}") };
     world.abort(failure.code(), &reason);
-    match (world_size, &*place) {
+    match (world_size, &*activity) {
         (1, "") => failure,
-        (1, _) => failure.context(place),
+        (1, _) => failure.context(activity),
         (_, "") => failure.context(format!("rank {rank} of {world_size}")),
-        _ => failure.context(format!("rank {rank} of {world_size}, {place}")),
+        _ => failure.context(format!("rank {rank} of {world_size}, {activity}")),
     }
 }
 
-/// What rank 0 returned, or why there is nothing to return: a rank's own failure comes before what others heard of it.
+/// The result of rank 0, or the failure to report: a rank's own failure rather than what others heard of it.
 fn first_of<T>(outcomes: Vec<Outcome<Result<T>>>) -> Result<T> {
     let mut heard = None;
     let mut first = None;

@@ -1,29 +1,29 @@
-//! Router alignment on one rank: statistics of forward passes, agreed over all ranks, and their gradient brought back to each
-//! layer's logits.
+//! Router alignment on one rank: the routing statistics of its forward passes, their sums over all ranks, and the gradient
+//! with respect to each layer's logits.
 
 use std::iter;
 use std::ops::Range;
 
-use super::engine::Engine;
+use super::replica::Replica;
 use crate::backend::{Backend, Packing};
 use crate::collective::Collective;
 use crate::exit::Result;
-use crate::model::{Routed, RouterGrad};
+use crate::model::{LayerKind, ModelConfig, Routed, RouterGrad};
 use crate::routers::{self, Alignment, KlType, LayerStatistic, SampleSoftmax, Statistic};
 
 /// One side (safe or unsafe) of one packed batch of this rank.
 pub struct Side {
     kind: Statistic,
-    /// Its rows; for `sample-logits` one range a sample.
+    /// Row ranges: all rows of this side, or for `sample-logits` one range a sample.
     segments: Vec<Range<usize>>,
-    /// By place among the layers that route.
+    /// One statistic a MoE layer.
     statistics: Vec<LayerStatistic>,
-    /// What the backward of `sample-logits` reads, by place among the layers.
+    /// Saved for the backward of `sample-logits`, one a MoE layer.
     samples: Vec<Option<SampleSoftmax>>,
 }
 
 impl Side {
-    /// Nothing seen yet. `sequences`: the packed sequences of this side.
+    /// An empty statistic of `num_layers` MoE layers. `sequences`: the packed sequences of this side.
     pub fn new(
         kind: Statistic,
         num_layers: usize,
@@ -41,9 +41,9 @@ impl Side {
         Self { kind, segments, statistics, samples: vec![None; num_layers] }
     }
 
-    /// Takes in the logits of the layer at `place` among those that route.
-    pub fn observe<B: Backend>(&mut self, b: &B, place: usize, logits: &B::Tensor) {
-        let statistic = &mut self.statistics[place];
+    /// Adds the logits `[T, E]` of the MoE layer with this index (among the MoE layers).
+    pub fn observe<B: Backend>(&mut self, b: &B, index: usize, logits: &B::Tensor) {
+        let statistic = &mut self.statistics[index];
         match self.kind {
             Statistic::TokenProbs => {
                 let rows = self.segments[0].clone();
@@ -53,15 +53,15 @@ impl Side {
                 let lengths: Vec<_> = self.segments.iter().map(Range::len).collect();
                 let samples = SampleSoftmax::forward(&b.segment_sum(logits, &self.segments), &lengths);
                 samples.add_to(statistic);
-                self.samples[place] = Some(samples);
+                self.samples[index] = Some(samples);
             }
         }
     }
 
-    /// The gradient of a layer's logits from that of the statistic's global sum.
-    fn gradient(&self, place: usize, d_sum: &[f64], factor: f64) -> RouterGrad {
+    /// The gradient of a layer's logits from the gradient `d_sum` of the statistic's global sum.
+    fn gradient(&self, index: usize, d_sum: &[f64], factor: f64) -> RouterGrad {
         let to_f32 = |values: &[f64]| values.iter().map(|d| (d * factor) as f32).collect();
-        match &self.samples[place] {
+        match &self.samples[index] {
             None => RouterGrad::SoftmaxSums(vec![(self.segments[0].clone(), to_f32(d_sum))]),
             Some(samples) => RouterGrad::SegmentSums(self.segments.clone(), to_f32(&samples.backward(d_sum))),
         }
@@ -71,25 +71,26 @@ impl Side {
 /// The alignment loss of a global batch over some of the layers.
 pub struct GlobalAlignment {
     loss: Alignment,
-    /// Places (among the layers that route) of the layers in the loss.
-    places: Vec<usize>,
+    /// Indices (among the MoE layers) of the layers in the loss.
+    indices: Vec<usize>,
 }
 
-/// Agrees on both statistics over all ranks and compares them. The sides hold one entry for each of this rank's packed
-/// batches in the step; ranks may hold different numbers of them. `None` where some side has no token on any rank.
+/// Sums both statistics over all ranks and computes their divergence in the MoE layers `indices`. The slices hold one entry
+/// for each of this rank's packed batches in the step; ranks may hold different numbers of them. `None` if one side has no
+/// token on any rank.
 pub fn align(
     world: &dyn Collective,
     kl: KlType,
     safe: &[&Side],
     unsafe_: &[&Side],
-    places: &[usize],
+    indices: &[usize],
     num_experts: usize,
 ) -> Result<Option<GlobalAlignment>> {
     let total = |sides: &[&Side]| -> Result<Vec<LayerStatistic>> {
-        let mut statistics = vec![LayerStatistic::zero(num_experts); places.len()];
+        let mut statistics = vec![LayerStatistic::zero(num_experts); indices.len()];
         for side in sides {
-            for (statistic, &place) in statistics.iter_mut().zip(places) {
-                let part = &side.statistics[place];
+            for (statistic, &index) in statistics.iter_mut().zip(indices) {
+                let part = &side.statistics[index];
                 statistic.add(&part.sum, part.weight);
             }
         }
@@ -97,11 +98,11 @@ pub fn align(
         Ok(statistics)
     };
     let loss = routers::alignment(kl, &total(safe)?, &total(unsafe_)?);
-    Ok(loss.map(|loss| GlobalAlignment { loss, places: places.to_vec() }))
+    Ok(loss.map(|loss| GlobalAlignment { loss, indices: indices.to_vec() }))
 }
 
 impl GlobalAlignment {
-    /// Mean over the layers of the divergence.
+    /// Mean divergence over the layers, in nats.
     pub fn loss(&self) -> f64 {
         self.loss.loss
     }
@@ -111,12 +112,12 @@ impl GlobalAlignment {
         &self.loss.per_layer
     }
 
-    /// The gradient of `factor` times the loss through the unsafe side, for each decoder layer.
+    /// The gradient of `factor` times the loss through the unsafe side, one entry a decoder layer.
     pub fn through_unsafe(&self, side: &Side, layers: &MoeLayers, factor: f64) -> Vec<Option<RouterGrad>> {
-        self.spread(layers, |i, place| side.gradient(place, &self.loss.d_unsafe[i], factor))
+        self.spread(layers, |i, index| side.gradient(index, &self.loss.d_unsafe[i], factor))
     }
 
-    /// The same through both sides of one packed batch.
+    /// The gradient of `factor` times the loss through both sides of one packed batch, one entry a decoder layer.
     pub fn through_both(
         &self,
         safe: &Side,
@@ -124,9 +125,9 @@ impl GlobalAlignment {
         layers: &MoeLayers,
         factor: f64,
     ) -> Vec<Option<RouterGrad>> {
-        self.spread(layers, |i, place| {
-            let safe = safe.gradient(place, &self.loss.d_safe[i], factor);
-            let unsafe_ = unsafe_.gradient(place, &self.loss.d_unsafe[i], factor);
+        self.spread(layers, |i, index| {
+            let safe = safe.gradient(index, &self.loss.d_safe[i], factor);
+            let unsafe_ = unsafe_.gradient(index, &self.loss.d_unsafe[i], factor);
             match (safe, unsafe_) {
                 (RouterGrad::SoftmaxSums(mut parts), RouterGrad::SoftmaxSums(more)) => {
                     parts.extend(more);
@@ -139,49 +140,54 @@ impl GlobalAlignment {
 
     fn spread(&self, layers: &MoeLayers, gradient: impl Fn(usize, usize) -> RouterGrad) -> Vec<Option<RouterGrad>> {
         let mut out = vec![None; layers.depth];
-        for (i, &place) in self.places.iter().enumerate() {
-            out[layers.layers[place]] = Some(gradient(i, place));
+        for (i, &index) in self.indices.iter().enumerate() {
+            out[layers.layers[index]] = Some(gradient(i, index));
         }
         out
     }
 }
 
-/// Each side by reference, as [`align`] takes them.
+/// The sides as [`align`] takes them.
 pub fn refs(sides: &[Side]) -> Vec<&Side> {
     sides.iter().collect()
 }
 
-/// The decoder layers that route, and how many decoder layers there are.
+/// The decoder layers that route.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MoeLayers {
     /// Decoder-layer numbers, ascending.
     pub layers: Vec<usize>,
-    /// All decoder layers.
+    /// Number of decoder layers, dense ones included.
     pub depth: usize,
 }
 
 impl MoeLayers {
-    /// All places among the layers that route.
-    pub fn places(&self) -> Vec<usize> {
+    /// The MoE layers of a model.
+    pub fn of(config: &ModelConfig) -> Self {
+        let kinds = &config.layers;
+        let layers = (0..kinds.len()).filter(|&l| kinds[l] == LayerKind::Moe).collect();
+        Self { layers, depth: kinds.len() }
+    }
+
+    /// Indices of all MoE layers: 0, 1, ...
+    pub fn indices(&self) -> Vec<usize> {
         (0..self.layers.len()).collect()
     }
 
-    /// The place of a decoder layer among those that route.
-    pub fn place(&self, layer: usize) -> usize {
+    /// The index of a decoder layer among the MoE layers.
+    pub fn index_of(&self, layer: usize) -> usize {
         self.layers.binary_search(&layer).expect("a layer that routes")
     }
 }
 
-/// An observer that shows the logits of every layer that routes to the sides of one packed batch.
+/// An observer of a forward pass that adds the logits of every MoE layer to these sides.
 pub fn watch<'s, B: Backend>(
-    engine: &'s Engine<'_, B>,
-    layers: &'s MoeLayers,
-    sides: Vec<&'s mut Side>,
+    replica: &'s Replica<B>,
+    mut sides: Vec<&'s mut Side>,
 ) -> impl FnMut(Routed<'_, B>) + 's {
-    let mut sides = sides;
     move |routed| {
         for side in sides.iter_mut() {
-            side.observe(&*engine.model.backend, layers.place(routed.layer), routed.logits);
+            side.observe(&*replica.model().backend, replica.moe_layers().index_of(routed.layer), routed.logits);
         }
     }
 }

@@ -4,10 +4,9 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, Dtype, HostTensor};
-use crate::config::{Mode, RunConfig, Schedule};
 use crate::data::{Example, Record};
-use crate::experts::{Method, RandomMatch, Selection};
 use crate::model::{LayerKind, ModelConfig};
+use crate::train::{Recipe, ScoreBy, Trained, Training};
 
 /// Floating-point operations of one token (a multiplication and an addition are two), forward.
 ///
@@ -71,7 +70,7 @@ impl Tokens {
         Self::of(prompts.map(|p| (p.len(), 0)))
     }
 
-    /// So many sequences like these; of none, none.
+    /// Scales these counts to `sequences` sequences of the same mean length; zero counts stay zero.
     fn like(self, sequences: f64) -> Self {
         let factor = sequences / self.sequences.max(1.0);
         let Self { all, loss, squares, .. } = self;
@@ -135,13 +134,13 @@ impl TokenWork {
 }
 
 impl Forecast {
-    /// Of a run by `config` over `records`. `recomputed`: the share of the layers whose forward is computed again. A
-    /// backward is taken to reach the lowest layer, which it need not where no expert of that layer is chosen.
-    pub fn new(config: &RunConfig, model: &ModelConfig, records: &[Record], recomputed: f64) -> Self {
+    /// The work of a run over `records`. `recomputed`: the share of the layers that recompute their forward. Assumes that a
+    /// backward reaches the lowest layer, though it stops earlier where no expert of that layer is selected.
+    pub fn new(recipe: &Recipe, model: &ModelConfig, records: &[Record], recomputed: f64) -> Self {
         let unsafe_replies = Tokens::of_replies(records.iter().filter_map(|r| r.unsafe_reply.as_ref()));
         let safe_replies = Tokens::of_replies(records.iter().filter_map(|r| r.safe_reply.as_ref()));
         let unsafe_prompts = Tokens::of_prompts(records.iter().filter_map(|r| r.unsafe_prompt.as_ref()));
-        // Each unsafe prompt is compared with one safe prompt, whatever number there is.
+        // Each unsafe prompt is compared with one safe prompt, however many safe prompts there are.
         let safe_prompts = Tokens::of_prompts(records.iter().filter_map(|r| r.safe_prompt.as_ref()));
         let safe_prompts = match safe_prompts.all > 0.0 {
             true => safe_prompts.like(unsafe_prompts.sequences),
@@ -151,62 +150,59 @@ impl Forecast {
         let forward = |t: &Tokens| work(t).forward(t);
         let again = |t: &Tokens| recomputed * work(t).routing(t);
         let there_and_back = |t: &Tokens| forward(t) + again(t) + work(t).backward_inputs(t);
-        let weights = |t: &Tokens| match config.mode {
-            _ if !config.finetune_unsafe_experts => 0.0,
-            Mode::Selective => {
-                let all = model.moe_layers().count() * model.num_experts;
-                work(t).backward_experts(t) * (config.top_k_experts as f64 / all.max(1) as f64).min(1.0)
+        let all_experts = (model.moe_layers().count() * model.num_experts).max(1) as f64;
+        let weights = |t: &Tokens| match recipe.trained() {
+            None => 0.0,
+            Some(Trained::SelectedExperts) => {
+                work(t).backward_experts(t) * (recipe.identify.pool.top_k as f64 / all_experts).min(1.0)
             }
-            Mode::Experts => work(t).backward_experts(t),
-            Mode::Baseline => work(t).backward_weights(t),
+            Some(Trained::AllExperts) => work(t).backward_experts(t),
+            Some(Trained::Everything) => work(t).backward_weights(t),
         };
-        let rounds = config.num_rounds as f64;
-        let passes = rounds * config.expert_epochs_per_round as f64;
-        let experts = match config.schedule {
-            Schedule::Joint => {
-                // As many safe examples go along as the ratio says, whatever number there is.
-                let ratio = config.safe_ratio / (1.0 - config.safe_ratio);
-                let both = |t: &Tokens| there_and_back(t) + weights(t);
-                passes * (both(&unsafe_replies) + both(&safe_replies.like(ratio * unsafe_replies.sequences)))
-            }
-            Schedule::Alternate if config.finetune_unsafe_experts => {
-                passes * (there_and_back(&unsafe_replies) + weights(&unsafe_replies))
-            }
-            Schedule::Alternate => 0.0,
-        };
-        let routers = match config.has_router_phase() {
-            true => {
-                let passes = rounds * config.router_epochs_per_round as f64;
-                passes * (forward(&safe_prompts) + there_and_back(&unsafe_prompts))
-            }
-            false => 0.0,
-        };
-        let pairs = if safe_prompts.all > 0.0 { forward(&safe_prompts) + forward(&unsafe_prompts) } else { 0.0 };
+        let rounds = recipe.rounds as f64;
         let gradients = there_and_back(&unsafe_replies) + work(&unsafe_replies).backward_experts(&unsafe_replies);
-        let identification = match (config.method, config.random_match) {
-            (Method::Gradient, _) | (Method::Random, RandomMatch::Layer) => gradients,
-            (Method::Random, RandomMatch::Total) => 0.0,
-            (Method::Routing, _) => [unsafe_replies, safe_replies.like(unsafe_replies.sequences)]
+        // (passes over the unsafe replies in the run, work of one)
+        let (passes, a_pass) = match &recipe.training {
+            Training::Nothing | Training::Routers(_) => (0.0, 0.0),
+            Training::Experts(phase) | Training::Alternate(phase, _) => {
+                (rounds * phase.epochs as f64, there_and_back(&unsafe_replies) + weights(&unsafe_replies))
+            }
+            Training::Joint(phase) => {
+                // Safe examples in proportion to the unsafe ones, however many there are in the data.
+                let ratio = phase.safe_ratio / (1.0 - phase.safe_ratio);
+                let both = |t: &Tokens| there_and_back(t) + weights(t);
+                let safe = safe_replies.like(ratio * unsafe_replies.sequences);
+                (rounds * phase.epochs as f64, both(&unsafe_replies) + both(&safe))
+            }
+        };
+        let routers = recipe.router_phase().map_or(0.0, |phase| {
+            rounds * phase.epochs as f64 * (forward(&safe_prompts) + there_and_back(&unsafe_prompts))
+        });
+        let identification = match recipe.identify.by {
+            ScoreBy::Gradient(_) | ScoreBy::Random(Some(_)) => gradients,
+            ScoreBy::Random(None) => 0.0,
+            ScoreBy::Routing { .. } => [unsafe_replies, safe_replies.like(unsafe_replies.sequences)]
                 .iter()
                 .map(|side| work(side).routing(side))
                 .sum(),
         };
-        let per_batch = config.selection == Selection::PerBatch && config.mode == Mode::Selective;
-        let identify = match (per_batch, config.finetune_unsafe_experts) {
-            (false, _) => rounds * identification,
-            // Each step's own batch is scored, so each epoch the whole set.
-            (true, true) => passes * gradients,
-            (true, false) => 0.0,
-        };
-        Self { identify, experts, routers, measure: 2.0 * (forward(&unsafe_replies) + pairs) }
+        // A run that selects at each step scores each step's own batch: in each pass the whole data.
+        let scans = if recipe.selects_each_step() { passes } else { rounds };
+        let pairs = if safe_prompts.all > 0.0 { forward(&safe_prompts) + forward(&unsafe_prompts) } else { 0.0 };
+        Self {
+            identify: scans * identification,
+            experts: passes * a_pass,
+            routers,
+            measure: 2.0 * (forward(&unsafe_replies) + pairs),
+        }
     }
 
-    /// All of it.
+    /// The work of all phases.
     pub fn total(&self) -> f64 {
         self.identify + self.experts + self.routers + self.measure
     }
 
-    /// At this rate, for people. `rate` in operations a second, of all ranks together.
+    /// The durations in text. `rate`: floating-point operations a second of all ranks together.
     pub fn at(&self, rate: f64) -> impl fmt::Display {
         let Self { identify, experts, routers, measure } = *self;
         let seconds = |work: f64| duration(work / rate);
@@ -248,13 +244,13 @@ pub fn measure_rate<B: Backend>(backend: &B, dtype: Dtype) -> f64 {
     work / best.as_secs_f64().max(1e-9)
 }
 
-/// What [`measure_rate`] measures, in words.
+/// The product that [`measure_rate`] measures, in text.
 pub fn probe_name() -> String {
     let (rows, width) = PROBE;
     format!("[{rows}, {width}] times [{width}, {width}]")
 }
 
-/// `3 min 20 s`, for people.
+/// `3 min 20 s`.
 pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
@@ -268,6 +264,8 @@ pub fn duration(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Mode, RunConfig};
+    use crate::experts::{Method, RandomMatch, Selection};
     use crate::backend::{Heads, Rope};
     use crate::model::QkNorm;
 
@@ -334,7 +332,8 @@ mod tests {
         let of = |change: fn(&mut RunConfig)| {
             let mut config = RunConfig::default();
             change(&mut config);
-            Forecast::new(&config, &olmoe(), std::slice::from_ref(&record), 0.0)
+            let recipe = config.recipe().expect("options without contradictions");
+            Forecast::new(&recipe, &olmoe(), std::slice::from_ref(&record), 0.0)
         };
         let base = of(|_| ());
         assert!([base.identify, base.experts, base.routers, base.measure].iter().all(|work| *work > 0.0));
@@ -354,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn times_for_people() {
+    fn durations_in_text() {
         let cases = [(0.004, "0.00 s"), (9.4, "9.40 s"), (75.2, "75 s"), (200.0, "3 min 20 s"), (9000.0, "2 h 30 min")];
         for (seconds, text) in cases {
             assert_eq!(duration(seconds), text);

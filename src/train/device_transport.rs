@@ -1,4 +1,4 @@
-//! Gradients and new weights on their way between the memories of the ranks' devices, without the host.
+//! Collective operations between the memories of the ranks' devices: gradients and new weights do not go through the host.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,12 +8,11 @@ use crate::backend::cuda::{Buffer, Cuda, Weight};
 use crate::collective::nccl::DeviceCollective;
 use crate::collective::{Collective, Result};
 
-/// What a sharded update sends between devices (a single rank: to itself). All ranks call the same in the same order.
-///
-/// What is sent may not be written, and what is received not be read, before [`Self::finish`].
-pub trait Direct<B: Backend>: Send + Sync {
-    /// Sums a parameter's gradient, which lies at element `at`, over the ranks, once everything queued so far is done: each
-    /// rank gets its piece, of `counts` elements, in `shard` at `shard_at`. Does not wait.
+/// The device-to-device operations of a sharded update. All ranks call the same operations in the same order. They are
+/// asynchronous: until [`Self::finish`] returns, do not write what is sent nor read what is received.
+pub trait DeviceTransport<B: Backend>: Send + Sync {
+    /// Reduce-scatters the gradient of one parameter, at element `at` of `gradients`: rank r receives the sum of its piece, of
+    /// `counts[r]` elements, at element `shard_at` of its `shard`. Starts after all kernels queued so far.
     ///
     /// # Errors
     /// Those of [`DeviceCollective`].
@@ -26,36 +25,36 @@ pub trait Direct<B: Backend>: Send + Sync {
         shard_at: usize,
     ) -> Result<()>;
 
-    /// Gives all ranks a parameter's new value, of whose pieces, of `counts` elements, each rank has its own at `at` in
-    /// `master`. Does not wait.
+    /// All-gathers the new value of one parameter into `weight`, in its stored dtype: this rank's piece is `master[at]`, and
+    /// rank r's has `counts[r]` elements.
     ///
     /// # Errors
     /// Those of [`DeviceCollective`].
     fn all_gather(&self, master: &B::Buffer, at: Range<usize>, counts: &[usize], weight: &mut B::Weight) -> Result<()>;
 
-    /// Waits until everything queued above is done.
+    /// Waits until all operations have completed on all ranks.
     ///
     /// # Errors
     /// Those of [`Collective::barrier`] and of [`DeviceCollective`].
     fn finish(&self) -> Result<()>;
 }
 
-/// GPUs, each with its own memory.
-pub struct BetweenGpus {
+/// Transport between GPUs, each with its own memory, by NCCL.
+pub struct GpuTransport {
     device: Box<dyn DeviceCollective>,
     host: Arc<dyn Collective>,
-    /// Its stream and its memory outlive what is queued.
+    /// Owns the stream and the memory that queued operations use.
     backend: Arc<Cuda>,
 }
 
-impl BetweenGpus {
-    /// Joins the GPUs of the ranks of `host` by `device`.
+impl GpuTransport {
+    /// Connects the GPUs of the ranks of `host` by `device`.
     pub fn new(device: Box<dyn DeviceCollective>, host: Arc<dyn Collective>, backend: Arc<Cuda>) -> Self {
         Self { device, host, backend }
     }
 }
 
-impl Direct<Cuda> for BetweenGpus {
+impl DeviceTransport<Cuda> for GpuTransport {
     fn reduce_scatter(
         &self,
         gradients: &Buffer,
@@ -74,12 +73,12 @@ impl Direct<Cuda> for BetweenGpus {
         self.backend.set_weight_part(weight, before, master, at);
         let size = weight.dtype().size();
         let bytes: Vec<usize> = counts.iter().map(|n| n * size).collect();
-        // Each piece already lies where it belongs.
+        // In-place all-gather: this rank's piece is already at its offset in the weight.
         self.device.all_gather_into(weight.address().offset(before * size).0, &bytes, weight.address().0)
     }
 
-    /// A rank that was lost is found at the barrier, by name and soon; a GPU that waits for it can only wait. Once all are
-    /// there, everything they wait for is queued.
+    /// The host's barrier names a rank that is gone, which a waiting NCCL kernel cannot. After the barrier every rank has
+    /// queued its operations, so that all of them complete.
     fn finish(&self) -> Result<()> {
         self.host.barrier().inspect_err(|_| self.device.abort())?;
         self.device.wait()?;

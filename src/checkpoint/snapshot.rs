@@ -1,0 +1,445 @@
+//! Checkpoints of a run: what `--resume` reads.
+//!
+//! `checkpoints/round_2-expert-step_40/` is named by its position: step 41 of the expert phase of round 2 comes next.
+//!
+//! | file | written by | content |
+//! |---|---|---|
+//! | `state.json` | rank 0 | options, position, results so far |
+//! | `weights.safetensors` | rank 0 | the weights that changed, as a delta |
+//! | `optimizer-R-of-N.safetensors` | each rank | in a training phase: its shard of master weights and moments |
+//! | `identify-R-of-N.json` | each rank | in an identification: the sums so far |
+//! | `manifest.json` | rank 0 | size and blake3 hash of all other files |
+//!
+//! All ranks write into a temporary folder, which is then synced (fsync) and renamed: a checkpoint is complete or absent. The
+//! order of the rows depends only on the seed and the round, and a phase begins with zero moments: nothing else is state. So
+//! a resumed run equals an uninterrupted one, bit for bit with the same world size; with another world size it takes the same
+//! steps over the same rows, and differs by the rounding of sums.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    AsideDir, Entry, Manifest, clear_left, load_delta, partial_path, read_optimizer, remove, save_delta,
+    write_optimizer,
+};
+use crate::backend::Backend;
+use crate::collective::{Collective, all_ok, meanwhile};
+use crate::exit::{self, Failure, Result};
+use crate::files;
+use crate::model::{Checkpoint, ParamTable};
+use crate::optim::{AdamW, ParamState};
+use crate::train::fault::Point;
+use crate::train::{Measured, Phase, PhaseProgress, Replica, Scan, check_replicas};
+
+/// The value of [`State::schema`].
+const SCHEMA: &str = "moewarden.checkpoint/2";
+const WEIGHTS: &str = "weights.safetensors";
+const STATE: &str = "state.json";
+
+/// A position in a run: the phase and the step that come next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Position {
+    /// From 0.
+    pub round: usize,
+    /// If the run does not have this phase, the next one that it has.
+    pub phase: Phase,
+    /// Steps of the phase that are done; in an identification, micro-batches.
+    pub step: usize,
+}
+
+impl Position {
+    /// The beginning of a phase.
+    pub fn start(round: usize, phase: Phase) -> Self {
+        Self { round, phase, step: 0 }
+    }
+
+    /// The name of the checkpoint's folder.
+    fn folder(self) -> String {
+        let phase = serde_json::to_value(self.phase).expect("a phase has a name");
+        format!("round_{}-{}-step_{}", self.round + 1, phase.as_str().unwrap_or_default(), self.step)
+    }
+
+    fn of_folder(name: &str) -> Option<Self> {
+        let [round, phase, step] = name.split('-').collect::<Vec<_>>().try_into().ok()?;
+        let round = round.strip_prefix("round_")?.parse::<usize>().ok()?.checked_sub(1)?;
+        let phase = serde_json::from_value(phase.into()).ok()?;
+        Some(Self { round, phase, step: step.strip_prefix("step_")?.parse().ok()? })
+    }
+}
+
+/// The state of a run between two steps, the same on all ranks. `O`: what the outputs need to be continued.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct State<O> {
+    schema: String,
+    /// The options that decide results, as YAML.
+    config: String,
+    /// blake3 of the other inputs that decide results: the base model and the data.
+    inputs: String,
+    /// World size of the run that wrote it.
+    world_size: usize,
+    /// Bytes of one element of an activation.
+    activation_size: usize,
+    /// World size that the run was started with.
+    #[serde(rename = "step_ranks")]
+    step_world_size: usize,
+    /// What comes next.
+    pub position: Position,
+    /// The progress of a training phase.
+    #[serde(rename = "so_far")]
+    progress: Option<PhaseProgress>,
+    /// The outputs so far.
+    pub outputs: O,
+    /// What was measured before the first round.
+    pub before: Measured,
+}
+
+/// What a checkpoint holds of a phase under way.
+pub enum PhaseSnapshot<'p, B: Backend> {
+    /// Nothing: a phase has ended.
+    Between,
+    /// The sums of this rank in an identification ([`Scan::state`]).
+    Identification(Vec<u8>),
+    /// A training phase.
+    Training {
+        /// What the phase carries from step to step.
+        progress: &'p PhaseProgress,
+        /// This rank's shard of the optimizer state.
+        optimizer: &'p AdamW<B>,
+    },
+}
+
+/// What a run must have in common with a checkpoint that it resumes.
+pub struct Identity<'a> {
+    /// The options that decide results, as YAML.
+    pub options: String,
+    /// blake3 of the other inputs that decide results. Computed when first asked for: it reads the whole model.
+    pub inputs: Box<dyn Fn() -> Result<blake3::Hash> + Send + Sync + 'a>,
+    /// The model's folder, which errors name.
+    pub model: &'a Path,
+}
+
+/// The checkpoints of a run.
+pub struct SnapshotStore<'a> {
+    /// The folder of all checkpoints.
+    pub folder: PathBuf,
+    /// How many of the newest are kept.
+    pub keep: usize,
+    /// What a resumed run must have in common with them.
+    pub identity: Identity<'a>,
+    /// The base model; `None`: its weights are random, and no checkpoint is written.
+    pub base: Option<&'a Checkpoint>,
+    /// The parameters of the base model.
+    pub table: &'a ParamTable,
+}
+
+/// A checkpoint to resume from.
+pub struct Snapshot<O> {
+    /// The state that all ranks have in common.
+    pub state: State<O>,
+    folder: PathBuf,
+}
+
+impl SnapshotStore<'_> {
+    /// Saves a run at `position` and removes all but the newest checkpoints. First the ranks verify that they hold the same
+    /// weights; of a model with random weights, that is all. All ranks take part; rank 0 calls `outputs`, which syncs the
+    /// outputs and returns what is needed to continue them.
+    ///
+    /// # Errors
+    /// A failed write; ranks that differ.
+    pub fn save<B: Backend, O: Serialize>(
+        &self,
+        replica: &Replica<B>,
+        position: Position,
+        phase: &PhaseSnapshot<'_, B>,
+        outputs: impl FnOnce() -> Result<O>,
+        before: Measured,
+    ) -> Result<()> {
+        let world = replica.world.clone();
+        let leads = world.rank() == 0;
+        check_replicas(replica)?;
+        let Some(base) = self.base else { return Ok(()) };
+        world.doing(&format!("saving {}", position.folder()));
+        replica.visit_unchanged(Point::Save)?;
+        let target = self.folder.join(position.folder());
+        let begin = || -> Result<Option<(AsideDir, O)>> {
+            if !leads {
+                return Ok(None);
+            }
+            let outputs = outputs()?;
+            let aside = AsideDir::create(&target)?;
+            clear_left(&self.folder, &aside)?;
+            Ok(Some((aside, outputs)))
+        };
+        let begun = all_ok(&*world, begin())?;
+        replica.visit_unchanged(Point::Save)?;
+        let dir = partial_path(&target)?;
+        let own = meanwhile(&*world, || self.write_own(replica, base, &dir, phase))?;
+        replica.visit_unchanged(Point::Save)?;
+        let entries = serde_json::to_vec(&all_ok(&*world, own)?).expect("names and numbers");
+        let all = world.all_gather(&entries)?;
+        let finish = |(aside, outputs): (AsideDir, O)| -> Result<()> {
+            let state = State {
+                schema: SCHEMA.into(),
+                config: self.identity.options.clone(),
+                inputs: (self.identity.inputs)()?.to_string(),
+                world_size: world.world_size(),
+                activation_size: replica.model().backend.activation_size(),
+                step_world_size: replica.step_world_size,
+                position,
+                progress: match phase {
+                    PhaseSnapshot::Training { progress, .. } => Some((*progress).clone()),
+                    _ => None,
+                },
+                outputs,
+                before,
+            };
+            let mut json = serde_json::to_vec_pretty(&state).expect("a state has string keys");
+            json.push(b'\n');
+            files::write(aside.path().join(STATE), json)?;
+            let mut files = BTreeMap::from([(STATE.to_owned(), Entry::of(&aside.path().join(STATE))?)]);
+            for entries in &all {
+                files.extend(serde_json::from_slice::<BTreeMap<String, Entry>>(entries).expect("written above"));
+            }
+            Manifest::new(files).write(aside.path())?;
+            replica.visit_unchanged(Point::Save)?;
+            aside.finish(true)?;
+            replica.visit_unchanged(Point::Save)?;
+            self.prune(position)
+        };
+        all_ok(&*world, begun.map_or(Ok(()), finish))
+    }
+
+    /// Writes the files of this rank, and hashes them.
+    fn write_own<B: Backend>(
+        &self,
+        replica: &Replica<B>,
+        base: &Checkpoint,
+        dir: &Path,
+        phase: &PhaseSnapshot<'_, B>,
+    ) -> Result<BTreeMap<String, Entry>> {
+        let (rank, world_size) = (replica.world.rank(), replica.world.world_size());
+        let mut names = Vec::new();
+        match phase {
+            PhaseSnapshot::Between => {}
+            PhaseSnapshot::Identification(sums) => {
+                let name = identify_name(rank, world_size);
+                files::write(dir.join(&name), sums)?;
+                names.push(name);
+            }
+            PhaseSnapshot::Training { optimizer, .. } => {
+                let name = optimizer_name(rank, world_size);
+                let states = optimizer.export(&replica.model().backend);
+                write_optimizer(self.table, &optimizer.layout(), states, &dir.join(&name))?;
+                names.push(name);
+            }
+        }
+        if rank == 0 {
+            save_delta(base, self.table, &replica.changed(), &dir.join(WEIGHTS))?;
+            names.push(WEIGHTS.into());
+        }
+        names.into_iter().map(|name| Ok((name.clone(), Entry::of(&dir.join(&name))?))).collect()
+    }
+
+    /// Removes all but the newest checkpoints up to `position`, and those after it, which belong to an abandoned course of the
+    /// run.
+    fn prune(&self, position: Position) -> Result<()> {
+        let (past, future): (Vec<_>, Vec<_>) = self.list().into_iter().partition(|(at, _)| *at <= position);
+        let old = past.into_iter().rev().skip(self.keep);
+        for (_, path) in old.chain(future) {
+            remove(&path)?;
+        }
+        Ok(())
+    }
+
+    /// All checkpoints, oldest first.
+    fn list(&self) -> Vec<(Position, PathBuf)> {
+        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let mut found: Vec<_> = entries
+            .filter_map(|entry| Some((Position::of_folder(entry.file_name().to_str()?)?, entry.path())))
+            .collect();
+        found.sort();
+        found
+    }
+
+    /// The newest undamaged checkpoint; `None` if there is none at all. `skipped` is told of each damaged one.
+    ///
+    /// # Errors
+    /// Checkpoints that are all damaged; one of other options or other inputs.
+    pub fn newest<O: DeserializeOwned>(
+        &self,
+        mut skipped: impl FnMut(&Path, Failure),
+    ) -> Result<Option<Snapshot<O>>> {
+        let found = self.list();
+        let any = !found.is_empty();
+        for (_, folder) in found.into_iter().rev() {
+            let verified = Manifest::verify(&folder).map_err(Failure::from).and_then(|()| self.read(&folder));
+            match verified {
+                Ok(snapshot) => {
+                    self.check_identity(&snapshot.state)?;
+                    return Ok(Some(snapshot));
+                }
+                Err(failure) => skipped(&folder, failure),
+            }
+        }
+        if any {
+            let message = format!("no checkpoint of {} is whole; start again with --overwrite", self.folder.display());
+            return Err(Failure::new(exit::DATA, message));
+        }
+        Ok(None)
+    }
+
+    /// [`Self::newest`] for all ranks: rank 0 verifies the hashes, the others read what it chose.
+    ///
+    /// # Errors
+    /// Those of [`Self::newest`]; a folder that a rank cannot read.
+    pub fn agree_on_newest<O: DeserializeOwned + Send>(
+        &self,
+        world: &dyn Collective,
+        skipped: impl FnMut(&Path, Failure) + Send,
+    ) -> Result<Option<Snapshot<O>>> {
+        world.doing("the choice of a checkpoint");
+        let newest = || if world.rank() == 0 { self.newest(skipped) } else { Ok(None) };
+        let found = all_ok(world, meanwhile(world, newest)?)?;
+        let name = found.as_ref().and_then(|found| found.folder.file_name()?.to_str()).unwrap_or_default();
+        let chosen = world.all_gather(name.as_bytes())?.swap_remove(0);
+        let chosen = String::from_utf8_lossy(&chosen).into_owned();
+        let read = || match found {
+            Some(_) => Ok(found),
+            None if chosen.is_empty() => Ok(None),
+            None => self.read(&self.folder.join(&chosen)).map(Some),
+        };
+        all_ok(world, read())
+    }
+
+    fn read<O: DeserializeOwned>(&self, folder: &Path) -> Result<Snapshot<O>> {
+        let path = folder.join(STATE);
+        let text = fs::read(&path).map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: {e}", path.display())))?;
+        let state: State<O> = serde_json::from_slice(&text)
+            .map_err(|e| Failure::new(exit::DATA, format!("{} is damaged: {e}", path.display())))?;
+        if state.schema != SCHEMA {
+            return Err(Failure::new(exit::DATA, format!("its schema is {:?}, not {SCHEMA:?}", state.schema)));
+        }
+        Ok(Snapshot { state, folder: folder.into() })
+    }
+
+    fn check_identity<O>(&self, state: &State<O>) -> Result<()> {
+        if state.config != self.identity.options {
+            let mut differ = state.config.lines().zip(self.identity.options.lines()).filter(|(a, b)| a != b);
+            let (theirs, ours) = differ.next().unwrap_or(("other options", "these"));
+            return Err(Failure::new(
+                exit::CONFIG,
+                format!("the checkpoint was made with `{theirs}`, not `{ours}`: resume with its config.resolved.yaml"),
+            ));
+        }
+        if state.inputs != (self.identity.inputs)()?.to_string() {
+            return Err(Failure::new(
+                exit::CONFIG,
+                format!(
+                    "the model {} or the data have changed since the checkpoint was made: put back what was there, or \
+                     start again with --overwrite",
+                    self.identity.model.display()
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl<O> Snapshot<O> {
+    /// The checkpoint's folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Restores the weights.
+    ///
+    /// # Errors
+    /// A delta that does not fit the model; activations of another size.
+    pub fn restore_weights<B: Backend>(&self, store: &SnapshotStore<'_>, replica: &mut Replica<B>) -> Result<()> {
+        let (theirs, ours) = (self.state.activation_size, replica.model().backend.activation_size());
+        if theirs != ours {
+            let message = format!(
+                "the checkpoint was made with activations of {} bits, and here they have {}: resume with the --device and \
+                 --precision of that run, or start again with --overwrite",
+                8 * theirs,
+                8 * ours
+            );
+            return Err(Failure::new(exit::CONFIG, message));
+        }
+        replica.step_world_size = self.state.step_world_size;
+        let base = store.base.expect("a run of random weights makes no checkpoint");
+        replica.restore(load_delta(base, store.table, &self.folder.join(WEIGHTS))?);
+        Ok(())
+    }
+
+    /// Restores an identification that has just begun.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn restore_scan<B: Backend>(&self, replica: &Replica<B>, scan: &mut Scan<'_, B>) -> Result<()> {
+        let (next, writers) = (self.state.position.step, self.state.world_size);
+        if next == 0 {
+            return Ok(());
+        }
+        let mine = match replica.world.rank() {
+            rank if writers == replica.world.world_size() => rank..rank + 1,
+            0 => 0..writers,
+            _ => 0..0,
+        };
+        let read = |rank| {
+            let path = self.folder.join(identify_name(rank, writers));
+            fs::read(&path).map_err(|e| Failure::new(exit::IO, format!("{}: {e}", path.display())))
+        };
+        scan.restore(next, &mine.map(read).collect::<Result<Vec<_>>>()?)
+    }
+
+    /// The progress of a training phase, and this rank's shard of its optimizer state; `None` at the start of a phase.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn training<B: Backend>(&self, replica: &Replica<B>) -> Result<Option<(PhaseProgress, Vec<ParamState>)>> {
+        let Some(progress) = &self.state.progress else { return Ok(None) };
+        let writers = self.state.world_size;
+        let files: Vec<_> = (0..writers).map(|rank| self.folder.join(optimizer_name(rank, writers))).collect();
+        let (rank, world_size) = (replica.world.rank(), replica.world.world_size());
+        let states = read_optimizer(&replica.model().table, &files, rank, world_size)?;
+        Ok(Some((progress.clone(), states)))
+    }
+}
+
+fn identify_name(rank: usize, world_size: usize) -> String {
+    format!("identify-{rank}-of-{world_size}.json")
+}
+
+fn optimizer_name(rank: usize, world_size: usize) -> String {
+    format!("optimizer-{rank}-of-{world_size}.safetensors")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_names_its_position() {
+        for phase in [Phase::Identify, Phase::Expert, Phase::Router, Phase::Joint] {
+            let position = Position { round: 1, phase, step: 40 };
+            assert_eq!(Position::of_folder(&position.folder()), Some(position));
+        }
+        assert_eq!(Position::start(1, Phase::Expert).folder(), "round_2-expert-step_0");
+        for other in ["round_2", ".round_2-expert-step_0.partial", "round_0-expert-step_0", "round_2-lunch-step_0"] {
+            assert_eq!(Position::of_folder(other), None, "{other}");
+        }
+        let order = [
+            (0, Phase::Identify, 7),
+            (0, Phase::Expert, 0),
+            (0, Phase::Expert, 2),
+            (0, Phase::Router, 1),
+            (1, Phase::Identify, 0),
+        ];
+        assert!(order.map(|(round, phase, step)| Position { round, phase, step }).is_sorted());
+    }
+}

@@ -1,0 +1,200 @@
+//! From options to the recipe of a run. Only this file reads the options `mode`, `schedule`, `finetune-unsafe-experts`,
+//! `skip-router-training`, `use-router-consistency-loss` and `selection`: what they mean together is decided here, once.
+
+use super::{ConfigError, Mode, RunConfig, Schedule, validate};
+use crate::experts::{Method, Pool, RandomMatch, Selection};
+use crate::train::{
+    Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, RouterPhase, ScoreBy, Trained, Training,
+    Updates,
+};
+
+impl RunConfig {
+    /// What a run with these options does.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`], with every contradiction between the options.
+    pub fn recipe(&self) -> Result<Recipe, ConfigError> {
+        match validate::problems(self) {
+            problems if problems.is_empty() => Ok(self.recipe_of(training(self))),
+            problems => Err(ConfigError::Invalid(problems)),
+        }
+    }
+
+    /// The recipe of `identify`: scores and selects as a run with these options would, and trains nothing.
+    ///
+    /// # Errors
+    /// As [`Self::recipe`].
+    pub fn recipe_of_identification(&self) -> Result<Recipe, ConfigError> {
+        Ok(Recipe { training: Training::Nothing, ..self.recipe()? })
+    }
+
+    /// The recipe of `eval`: counts routing frequencies, and trains nothing.
+    ///
+    /// # Errors
+    /// As [`Self::recipe`].
+    pub fn recipe_of_evaluation(&self) -> Result<Recipe, ConfigError> {
+        let recipe = self.recipe_of_identification()?;
+        let by = ScoreBy::Routing { tokens: self.routing_tokens, threshold: self.risk_threshold };
+        Ok(Recipe { identify: Identify { by, ..recipe.identify }, ..recipe })
+    }
+
+    fn recipe_of(&self, training: Training) -> Recipe {
+        Recipe {
+            rounds: self.num_rounds,
+            batch_size: self.batch_size,
+            shuffle: self.shuffle,
+            seed: self.seed,
+            identify: Identify {
+                by: score_by(self),
+                select: self.select,
+                pool: Pool {
+                    top_k: self.top_k_experts,
+                    per_layer: self.experts_per_layer,
+                    layers: self.layers.clone(),
+                },
+                as_many_as_exist: !selection_matters(&training),
+                seed: self.seed,
+            },
+            divergence: divergence(self),
+            training,
+            updates: Updates {
+                lr_schedule: self.lr_schedule,
+                warmup_steps: self.warmup_steps,
+                weight_decay: self.weight_decay,
+                max_grad_norm: self.max_grad_norm,
+                max_skipped_steps: self.max_skipped_steps,
+                check_replicas: self.check_replicas,
+            },
+            recompute: self.recompute,
+        }
+    }
+}
+
+fn score_by(c: &RunConfig) -> ScoreBy {
+    let gradient = GradientScore { score: c.score, per: c.score_per };
+    match (c.method, c.random_match) {
+        (Method::Gradient, _) => ScoreBy::Gradient(gradient),
+        (Method::Routing, _) => ScoreBy::Routing { tokens: c.routing_tokens, threshold: c.risk_threshold },
+        (Method::Random, RandomMatch::Layer) => ScoreBy::Random(Some(gradient)),
+        (Method::Random, RandomMatch::Total) => ScoreBy::Random(None),
+    }
+}
+
+fn divergence(c: &RunConfig) -> Divergence {
+    Divergence { statistic: c.router_statistic, kl: c.kl_type }
+}
+
+fn training(c: &RunConfig) -> Training {
+    let trained = match c.mode {
+        Mode::Selective => Trained::SelectedExperts,
+        Mode::Experts => Trained::AllExperts,
+        Mode::Baseline => Trained::Everything,
+    };
+    // Without a selection to train there is none to make at each step.
+    let selection = if c.mode == Mode::Selective { c.selection } else { Selection::Global };
+    let experts = ExpertPhase {
+        trained,
+        selection,
+        epochs: c.expert_epochs_per_round,
+        grad_accum: c.grad_accum,
+        lr: c.expert_lr,
+    };
+    let routers = RouterPhase { epochs: c.router_epochs_per_round, divergence: divergence(c), lr: c.router_lr };
+    match (c.schedule, c.finetune_unsafe_experts, !c.skip_router_training) {
+        (Schedule::Joint, finetune, _) => Training::Joint(JointPhase {
+            trained: finetune.then_some(trained),
+            selection,
+            epochs: c.expert_epochs_per_round,
+            grad_accum: c.grad_accum,
+            safe_ratio: c.safe_ratio,
+            weight: c.router_consistency_weight,
+            kl: c.router_consistency_type,
+            layers: c.router_consistency_layers,
+            expert_lr: c.expert_lr,
+            router_lr: c.router_lr,
+        }),
+        (Schedule::Alternate, true, true) => Training::Alternate(experts, routers),
+        (Schedule::Alternate, true, false) => Training::Experts(experts),
+        (Schedule::Alternate, false, true) => Training::Routers(routers),
+        (Schedule::Alternate, false, false) => Training::Nothing,
+    }
+}
+
+/// Whether the selection decides what is trained, or, in the joint phase, which layers are in the consistency loss.
+fn selection_matters(training: &Training) -> bool {
+    match training {
+        Training::Experts(phase) | Training::Alternate(phase, _) => phase.trained == Trained::SelectedExperts,
+        Training::Joint(phase) => phase.trained.is_none_or(|trained| trained == Trained::SelectedExperts),
+        Training::Nothing | Training::Routers(_) => false,
+    }
+}
+
+/// Whether the options ask for the router phase. (They need not be valid yet.)
+pub(super) fn asks_for_router_phase(c: &RunConfig) -> bool {
+    c.schedule == Schedule::Alternate && !c.skip_router_training
+}
+
+/// Contradictions between these options: (whether there is one, the message).
+pub(super) fn contradictions(c: &RunConfig) -> Vec<(bool, &'static str)> {
+    let joint = c.schedule == Schedule::Joint;
+    vec![
+        (
+            c.use_router_consistency_loss && !joint,
+            "--use-router-consistency-loss trains experts and routers in one step, but --schedule is alternate: \
+             leave out --schedule, or the loss",
+        ),
+        (
+            joint && !c.use_router_consistency_loss,
+            "--schedule joint is cross-entropy plus the consistency loss, which --no-use-router-consistency-loss \
+             turns off: leave one out",
+        ),
+        (
+            joint && c.skip_router_training,
+            "the joint schedule trains the routers, and --skip-router-training leaves them alone: leave one out",
+        ),
+        (
+            joint && c.batch_size < 2,
+            "the joint schedule needs safe and unsafe examples in each micro-batch: --batch-size must be at least 2",
+        ),
+        (
+            c.mode != Mode::Selective && !c.finetune_unsafe_experts,
+            "--mode baseline and --mode experts train all experts, and --no-finetune-unsafe-experts trains none: \
+             leave one out",
+        ),
+        (
+            c.method == Method::Random && c.selection == Selection::PerBatch,
+            "random experts are drawn once a round, so that they stay as many as the method they control: \
+             use --selection global",
+        ),
+    ]
+}
+
+/// Options that have no effect because of these options: (whether the rule applies, why, names of the options).
+pub(super) fn no_effect(c: &RunConfig) -> Vec<(bool, &'static str, &'static [&'static str])> {
+    let no_expert_phase = !c.finetune_unsafe_experts;
+    let joint = c.schedule == Schedule::Joint;
+    vec![
+        (no_expert_phase, "experts are not trained (--no-finetune-unsafe-experts)", &["expert-lr", "selection"]),
+        (
+            no_expert_phase && !joint,
+            "experts are not trained (--no-finetune-unsafe-experts)",
+            &["expert-epochs-per-round"],
+        ),
+        (c.mode != Mode::Selective, "only --mode selective trains a selection", &["selection"]),
+        (
+            c.skip_router_training,
+            "routers are not trained (--skip-router-training)",
+            &["router-lr", "router-epochs-per-round", "router-statistic", "kl-type"],
+        ),
+        (
+            joint,
+            "it belongs to the router phase of --schedule alternate",
+            &["router-epochs-per-round", "router-statistic", "kl-type"],
+        ),
+        (
+            !joint,
+            "it belongs to --use-router-consistency-loss",
+            &["router-consistency-weight", "router-consistency-type", "router-consistency-layers", "safe-ratio"],
+        ),
+    ]
+}

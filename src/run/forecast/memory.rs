@@ -1,0 +1,93 @@
+//! The memory of a run, predicted from shapes.
+
+use crate::launch::memory::human;
+use crate::run::session::Session;
+use crate::train::Recipe;
+use crate::train::memory::{Activations, MemoryBudget, TrainedState};
+
+/// The predicted peak memory of one rank, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryForecast {
+    /// All weights; on the host they are memory-mapped.
+    pub weights: u64,
+    /// Activations of the largest micro-batches.
+    pub activations: u64,
+    /// Gradients, optimizer state and new weights.
+    pub state: TrainedState,
+    /// Tokens of the largest micro-batch.
+    pub rows: usize,
+    /// Micro-batches whose activations exist at the same time.
+    pub forwards: usize,
+    /// Layers that keep their activations.
+    pub kept_layers: usize,
+}
+
+impl MemoryForecast {
+    /// Of a run that trains at most `trained` elements at once, on `world_size` ranks.
+    pub fn new(session: &Session, recipe: &Recipe, trained: usize, world_size: usize, budget: MemoryBudget) -> Self {
+        let rows = session.longest_batch(recipe.batch_size);
+        let activations = Activations::predict(&session.model, rows, &budget);
+        let layers = session.model.layers.len();
+        let forwards = recipe.forwards_at_once();
+        let loaded = loaded(session, trained, world_size, budget);
+        let kept = activations.kept_layers(recipe.recompute, layers, 0, &loaded, forwards);
+        let keep_from = kept.keep_from(layers, 0);
+        let waiting = activations.peak(layers, 0, keep_from) - activations.working;
+        Self {
+            weights: session.table.total().bytes as u64,
+            activations: waiting.saturating_mul(forwards as u64).saturating_add(activations.working),
+            state: trained_state(session, trained, world_size, budget),
+            rows,
+            forwards,
+            kept_layers: layers - keep_from,
+        }
+    }
+
+    /// The predicted peak of a rank.
+    pub fn total(&self) -> u64 {
+        self.activations.saturating_add(self.weights + self.state.whole + self.state.sharded)
+    }
+
+    /// The forecast in text.
+    pub fn describe(&self, session: &Session, world_size: usize, budget: MemoryBudget) -> String {
+        let Self { state, forwards, rows, kept_layers, .. } = *self;
+        let of = if forwards == 1 { "a micro-batch".into() } else { format!("{forwards} micro-batches") };
+        let mapped = match session.checkpoint {
+            _ if budget.device => "",
+            Some(_) => " (memory-mapped: ranks on one machine share them)",
+            None => " (random: each rank makes its own)",
+        };
+        format!(
+            "memory a rank: weights {}{mapped}, activations {} for {of} of up to {rows} tokens ({kept_layers} of {} layers \
+             kept, the others recomputed), trained state {} ({} {}, 1/{world_size} of masters and moments {}): {} in all; {} \
+             free",
+            human(self.weights),
+            human(self.activations),
+            session.model.layers.len(),
+            human(state.whole + state.sharded),
+            if budget.device { "gradients" } else { "gradients and new weights" },
+            human(state.whole),
+            human(state.sharded),
+            human(self.total()),
+            human(budget.free),
+        )
+    }
+}
+
+/// The memory that is left once weights and trained state are loaded, which a device must hold. (On the host weights are
+/// memory-mapped.)
+pub fn loaded(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> MemoryBudget {
+    if !budget.device {
+        return budget;
+    }
+    let state = trained_state(session, trained, world_size, budget);
+    let resident = session.table.total().bytes as u64 + state.whole + state.sharded;
+    MemoryBudget { free: budget.free.saturating_sub(resident), ..budget }
+}
+
+fn trained_state(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> TrainedState {
+    let total = session.table.total();
+    // On a device an update overwrites the weights; on the host it replaces memory-mapped ones.
+    let new = if budget.device { 0 } else { (total.bytes / total.elements.max(1)) as u64 };
+    TrainedState::predict(trained as u64, new, world_size)
+}

@@ -1,0 +1,103 @@
+//! Before the first step of `train` and `identify`: open the inputs, lock the output folder, say what will happen.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::forecast::MemoryForecast;
+use super::session::Session;
+use crate::backend::Backend;
+use crate::config::RunConfig;
+use crate::exit::{self, Failure, Result};
+use crate::launch::{LOCK_FILE, OutputLock, Rank, Ranks, check_output_dir, memory, prepare_output_dir};
+use crate::train::{Recipe, TrainedElements};
+use crate::ui::Ui;
+
+/// Opens and checks the inputs, in all processes, and verifies that they are the same everywhere.
+pub(super) fn open(config: &RunConfig, recipe: &Recipe, ranks: &Ranks, ui: &Ui) -> Result<Arc<Session>> {
+    let own = || {
+        check_output_dir(config)?;
+        let session = Session::open(config, recipe, ui)?;
+        session.check_sides(recipe)?;
+        session.check_weights()?;
+        Ok(Arc::new(session))
+    };
+    let session = ranks.all_ok(own())?;
+    if let Some(world) = ranks.other_processes() {
+        session.agree(config, world)?;
+    }
+    Ok(session)
+}
+
+/// Prepares the output folder, locks it for this run, and verifies that all ranks see the same folder.
+pub(super) fn take_output_dir(config: &RunConfig, ranks: &Ranks) -> Result<Option<OutputLock>> {
+    let own = || {
+        if !ranks.leads() {
+            return Ok(None);
+        }
+        check_output_dir(config)?;
+        let lock = OutputLock::take(&config.output_dir)?;
+        prepare_output_dir(config)?;
+        Ok(Some(lock))
+    };
+    let lock = ranks.all_ok(own())?;
+    if let Some(world) = ranks.other_processes() {
+        let holder = lock.as_ref().map_or_else(String::new, |lock| lock.holder.clone());
+        let shared = world.all_gather(holder.as_bytes())?.swap_remove(0);
+        ranks.all_ok(await_lock(config, &shared))?;
+    }
+    Ok(lock)
+}
+
+/// Waits until this rank sees the lock of rank 0: network file systems show new files with a delay.
+fn await_lock(config: &RunConfig, holder: &[u8]) -> Result<()> {
+    const TRIES: usize = 300;
+    let path = config.output_dir.join(LOCK_FILE);
+    for _ in 0..TRIES {
+        if std::fs::read(&path).is_ok_and(|bytes| bytes == holder) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Err(Failure::new(
+        exit::CANNOT_CREATE,
+        format!(
+            "this rank does not see the files of rank 0 in {}: give an --output-dir on a file system that all machines share",
+            config.output_dir.display()
+        ),
+    ))
+}
+
+/// Prints options, inputs and ranks.
+pub(super) fn describe(session: &Session, config: &RunConfig, ranks: &Ranks, ui: &Ui) -> Result<()> {
+    ui.line(format_args!("options:\n{}", config.to_yaml()?.trim_end()));
+    ui.line(session.describe());
+    if ranks.world_size() > 1 {
+        ui.line(format_args!("ranks: {} ({} on this machine)", ranks.world_size(), ranks.local_world_size()));
+    }
+    Ok(())
+}
+
+/// Prints what will be trained.
+pub(super) fn describe_trained(session: &Session, recipe: &Recipe, ui: &Ui) {
+    let total = session.table.total().elements;
+    let TrainedElements { experts, routers, others, .. } = recipe.trained_elements(&session.table, &session.model);
+    let kinds = [("experts", experts), ("routers", routers), ("others", others)]
+        .map(|(kind, elements)| format!("{kind} {elements} ({:.2} %)", 100.0 * elements as f64 / total as f64));
+    let when = if recipe.selects_each_step() { ", chosen anew at every step" } else { "" };
+    ui.line(format_args!("trained parameters, of {total}: {}{when}", kinds.join(", ")));
+}
+
+/// Prints the predicted memory of a rank that trains at most `trained` elements at once, and returns it in bytes.
+pub(super) fn predict_memory<B: Backend>(
+    session: &Session,
+    recipe: &Recipe,
+    rank: &Rank,
+    trained: usize,
+    backend: &B,
+) -> u64 {
+    let budget = memory::budget(backend, rank.local_world_size, session.model.vocab_size);
+    let world_size = rank.world.world_size();
+    let forecast = MemoryForecast::new(session, recipe, trained, world_size, budget);
+    rank.ui.line(forecast.describe(session, world_size, budget));
+    forecast.total()
+}

@@ -1,0 +1,133 @@
+//! From a scoring pass to the selected experts.
+
+use serde::{Deserialize, Serialize};
+
+use super::recipe::{Identify, ScoreBy};
+use super::replica::Replica;
+use super::scan::{Scan, Scores};
+use crate::backend::Backend;
+use crate::collective::all_agree;
+use crate::data::Sampler;
+use crate::exit::Result;
+use crate::experts::{self, ExpertId, ExpertScores, RandomMatch, Rank, Selected, selection_hash};
+
+/// What an identification found; the same on all ranks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Identification {
+    /// The scores by the chosen method; zeros for a random selection.
+    pub scores: ExpertScores,
+    /// The experts to train.
+    pub selected: Selected,
+    /// Micro-batches (or pairs of a safe and an unsafe batch) that counted.
+    pub micro_batches: u64,
+    /// Mean cross-entropy of each micro-batch in global order, where the method computes one; without those that have no
+    /// tokens with loss.
+    pub losses: Vec<f64>,
+    /// Tokens of the same micro-batches.
+    pub tokens: Vec<usize>,
+    /// A remark for the user.
+    #[serde(skip)]
+    pub warning: Option<String>,
+}
+
+/// Scores these micro-batches without a pause, and selects. `round` (from 0) decides a random draw.
+///
+/// # Errors
+/// A loss that is not finite ([`super::NonFinite`], on all ranks); a selection that is not possible; ranks that differ.
+pub fn find<B: Backend>(
+    replica: &Replica<B>,
+    identify: &Identify,
+    sampler: Sampler<'_>,
+    micro_batches: Vec<Vec<usize>>,
+    round: usize,
+) -> Result<Identification> {
+    let mut scan = Scan::new(replica, identify, sampler, micro_batches)?;
+    while let Some(own) = scan.last_interval(replica) {
+        for index in own {
+            scan.add(replica, index)?;
+        }
+    }
+    select(replica, identify, scan.finish(replica)?, round)
+}
+
+/// Selects experts by these scores; all ranks verify that they select the same ones.
+///
+/// # Errors
+/// Scores that are not finite; fewer experts than asked for; ranks that differ.
+pub fn select<B: Backend>(
+    replica: &Replica<B>,
+    identify: &Identify,
+    scored: Scores,
+    round: usize,
+) -> Result<Identification> {
+    let layers = &replica.moe_layers().layers;
+    let num_experts = replica.model().config.num_experts;
+    let pool = identify.pool_of(layers, num_experts);
+    let rank = Rank { select: identify.select, threshold: None };
+    let Scores { scores, mut micro_batches, mut losses, mut tokens, warning } = scored;
+    let selected = match identify.by {
+        ScoreBy::Gradient(_) => experts::select(&scores, &pool, &rank)?,
+        ScoreBy::Routing { threshold, .. } => {
+            experts::select(&scores, &pool, &Rank { threshold: Some(threshold), ..rank })?
+        }
+        ScoreBy::Random(score) => {
+            let matched = score.map(|_| experts::select(&scores, &pool, &rank)).transpose()?.map(|s| s.experts);
+            let matching = if matched.is_some() { RandomMatch::Layer } else { RandomMatch::Total };
+            // The scores served to match the layers; they did not decide which experts are selected.
+            (micro_batches, losses, tokens) = (0, Vec::new(), Vec::new());
+            let (seed, round) = (identify.seed, round as u64);
+            experts::random(layers, num_experts, &pool, matching, matched.as_deref(), seed, round)?
+        }
+    };
+    all_agree(&*replica.world, "selection of experts", &selection_hash(&selected.experts))?;
+    Ok(Identification { scores, selected, micro_batches, losses, tokens, warning })
+}
+
+/// The selections of a round that selects at each step: mean scores over all micro-batches, and every expert that was
+/// selected at some step, the most often selected first.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct StepSelections {
+    sum: Option<Identification>,
+    /// How often each expert was selected, ascending by expert.
+    times: Vec<(ExpertId, usize)>,
+}
+
+impl StepSelections {
+    /// Adds the selection of one step.
+    pub fn add(&mut self, found: Identification) {
+        for id in &found.selected.experts {
+            match self.times.binary_search_by_key(id, |(id, _)| *id) {
+                Ok(i) => self.times[i].1 += 1,
+                Err(i) => self.times.insert(i, (*id, 1)),
+            }
+        }
+        let weight = found.micro_batches as f64;
+        match &mut self.sum {
+            None => {
+                let mut found = found;
+                found.scores.values.iter_mut().for_each(|s| *s *= weight);
+                self.sum = Some(found);
+            }
+            Some(sum) => {
+                for (total, score) in sum.scores.values.iter_mut().zip(&found.scores.values) {
+                    *total += score * weight;
+                }
+                sum.micro_batches += found.micro_batches;
+                sum.losses.extend(found.losses);
+                sum.tokens.extend(found.tokens);
+            }
+        }
+    }
+
+    /// The result for the round; `None` if no step selected.
+    pub fn finish(&self) -> Option<Identification> {
+        let mut found = self.sum.clone()?;
+        let batches = found.micro_batches as f64;
+        found.scores.values.iter_mut().for_each(|s| *s /= batches);
+        let mut times = self.times.clone();
+        times.sort_by_key(|(id, times)| (std::cmp::Reverse(*times), *id));
+        let experts: Vec<_> = times.into_iter().map(|(id, _)| id).collect();
+        found.selected = Selected { asked: experts.len(), experts };
+        Some(found)
+    }
+}

@@ -1,0 +1,54 @@
+//! The method on one rank of many: scoring and selecting experts, and training them and the routers. No options, no files,
+//! no user interface: those are above.
+//!
+//! | file | content |
+//! |---|---|
+//! | `recipe` | what each round does, decided once from the options |
+//! | `replica` | this rank's weights, who may write them, forward passes, agreement between ranks |
+//! | `scan`, `identification` | the scoring pass, and the selection from its scores |
+//! | `phase` | the loop of training steps: select, backward, norm, update or skip |
+//! | `objective` | what a phase minimises; `expert`, `router` and `joint` implement it |
+//! | `alignment` | routing statistics of a step's global batch, their divergence and its gradient |
+//! | `trainer`, `exchange`, `device_transport` | gradient buffers, the sharded optimizer, what ranks exchange |
+//! | `check_replicas` | the check that all ranks hold the same weights |
+//! | `measure` | losses over a whole data set |
+//! | `memory` | memory of a rank from shapes; how many layers keep their activations |
+//! | `stop`, `fault` | the stop flag; fault injection for tests |
+
+pub mod alignment;
+mod check_replicas;
+mod device_transport;
+mod exchange;
+mod expert;
+pub mod fault;
+mod identification;
+mod joint;
+mod measure;
+pub mod memory;
+mod objective;
+mod phase;
+mod recipe;
+mod replica;
+mod router;
+mod scan;
+mod stop;
+mod trainer;
+
+pub use check_replicas::check_replicas;
+pub use device_transport::{DeviceTransport, GpuTransport};
+pub use expert::ExpertCrossEntropy;
+pub use identification::{Identification, StepSelections, find, select};
+pub use joint::JointConsistency;
+pub use measure::{Measured, mean_loss};
+pub use memory::Recompute;
+pub use objective::{Losses, Objective};
+pub use phase::{PhaseProgress, StepResult, TrainingPhase};
+pub use recipe::{
+    Divergence, ExpertPhase, GradientScore, Identify, JointPhase, NeededSides, Phase, PhasePlan, Recipe, RouterPhase, ScoreBy,
+    Trained, TrainedElements, Training, Updates, router_params,
+};
+pub use replica::{Replica, share};
+pub use router::{RouterAlignment, alignment_by_layer};
+pub use scan::{Meeting, NonFinite, Scan, ScoredBatch, Scores};
+pub use stop::StopFlag;
+pub use trainer::{Norm, StepBackward, Trainer};

@@ -1,0 +1,252 @@
+//! A training phase: the steps of one objective, in their order. Every rank takes the same number of steps, whatever its
+//! share of the data.
+
+use serde::{Deserialize, Serialize};
+
+use super::check_replicas::check_replicas;
+use super::fault::Point;
+use super::identification::StepSelections;
+use super::objective::{Losses, Objective};
+use super::recipe::{Phase, Updates};
+use super::replica::{Replica, share};
+use super::scan::NonFinite;
+use super::trainer::Trainer;
+use crate::backend::Backend;
+use crate::exit::{self, Failure, Result};
+use crate::optim::{LearningRates, LrPlan, ParamState};
+
+/// A phase under way on one rank.
+pub struct TrainingPhase<'a, B: Backend, O: Objective<B>> {
+    objective: O,
+    updates: &'a Updates,
+    /// From 0.
+    round: usize,
+    trainer: Trainer<B>,
+    progress: PhaseProgress,
+    steps_per_epoch: usize,
+    /// The number of the present epoch, and its micro-batches that are left.
+    epoch: Option<(usize, std::vec::IntoIter<O::Batch>)>,
+}
+
+/// What a phase carries from step to step besides weights and optimizer; the same on all ranks.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct PhaseProgress {
+    /// Steps that are done.
+    pub steps: usize,
+    /// Total losses of the steps that updated.
+    pub losses: Vec<f64>,
+    /// Steps that were skipped since the last update.
+    pub skipped_in_a_row: usize,
+    /// The selections, where each step makes one.
+    #[serde(rename = "choices")]
+    pub selections: StepSelections,
+}
+
+/// What one optimizer step did. The losses are those before the update.
+#[derive(Debug, Clone, Default)]
+pub struct StepResult {
+    /// Mean cross-entropy over the step's tokens with loss, in nats.
+    pub ce_loss: Option<f64>,
+    /// The alignment or consistency loss, in nats.
+    pub router_loss: Option<f64>,
+    /// What is minimised.
+    pub total_loss: f64,
+    /// The learning rate of this step: of the routers in the router phase, of the experts in others.
+    pub lr: f64,
+    /// Global L2 norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Tokens of the forward passes of all ranks.
+    pub tokens: usize,
+    /// Why nothing was updated: which number was not finite.
+    pub skipped: Option<String>,
+    /// Whether the stop flag of some rank was set.
+    pub stop: bool,
+}
+
+/// `expert` in "round 1, expert step 7".
+fn name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Identify => "identification",
+        Phase::Expert => "expert",
+        Phase::Router => "router",
+        Phase::Joint => "joint",
+    }
+}
+
+impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
+    /// A phase of `round` (from 0) before its first step, with zero moments.
+    pub fn new(objective: O, updates: &'a Updates, round: usize, replica: &Replica<B>) -> Self {
+        let micro_batches = objective.epoch(round * objective.epochs()).len();
+        let per_step = objective.grad_accum() * replica.step_world_size;
+        Self {
+            trainer: Trainer::new(replica, &objective.params(&replica.model().table)),
+            objective,
+            updates,
+            round,
+            progress: PhaseProgress::default(),
+            steps_per_epoch: micro_batches.div_ceil(per_step),
+            epoch: None,
+        }
+    }
+
+    /// Goes on after the steps of a checkpoint, with this rank's shard of its optimizer state.
+    ///
+    /// # Errors
+    /// A state that does not fit this model.
+    pub fn restore(
+        &mut self,
+        replica: &Replica<B>,
+        progress: PhaseProgress,
+        optimizer: impl IntoIterator<Item = ParamState>,
+    ) -> Result<()> {
+        self.progress = progress;
+        for state in optimizer {
+            self.trainer.import(replica, &state)?;
+        }
+        Ok(())
+    }
+
+    /// Which phase this is.
+    pub fn phase(&self) -> Phase {
+        self.objective.phase()
+    }
+
+    /// Steps of the whole phase.
+    pub fn total_steps(&self) -> usize {
+        self.steps_per_epoch * self.objective.epochs()
+    }
+
+    /// What the phase carries from step to step.
+    pub fn progress(&self) -> &PhaseProgress {
+        &self.progress
+    }
+
+    /// Whether all steps are done.
+    pub fn is_done(&self) -> bool {
+        self.progress.steps == self.total_steps()
+    }
+
+    /// The optimizer state of the phase.
+    pub fn trainer(&self) -> &Trainer<B> {
+        &self.trainer
+    }
+
+    /// Takes the next step.
+    ///
+    /// # Errors
+    /// Too many consecutive steps with a number that is not finite; ranks whose weights differ; those of the collective.
+    pub fn step(&mut self, replica: &mut Replica<B>) -> Result<StepResult> {
+        let step_name = self.enter_step(replica)?;
+        let batches = self.take_batches(replica);
+
+        if let Err(not_finite) = self.select(replica, &batches)? {
+            let skipped = Some(not_finite.to_string());
+            return self.count(StepResult { total_loss: f64::NAN, skipped, ..StepResult::default() });
+        }
+        replica.world.doing(&step_name);
+        let own: Vec<&O::Batch> = share(&batches, &*replica.world).map(|(_, batch)| batch).collect();
+        let losses = self.objective.backward(replica, &own, &mut self.trainer)?;
+        let norm = self.trainer.norm(replica)?;
+
+        // All ranks hold the same losses and norm: they update or skip together.
+        let not_finite = match norm.not_finite {
+            _ if !losses.total.is_finite() => Some((losses.total, format!("the loss of {step_name}"))),
+            Some(id) => {
+                let tensor = replica.model().table.params[id].name();
+                Some((norm.value, format!("the gradient of {tensor} in {step_name}")))
+            }
+            None => None,
+        };
+        let rates = self.rates();
+        let skipped = match not_finite {
+            Some((value, what)) => {
+                Some(NonFinite { what, value, rows: self.objective.describe_rows(&batches) }.to_string())
+            }
+            None => {
+                self.check_replicas_if_due(replica)?;
+                self.trainer.update(replica, &rates, norm.value, self.updates)?;
+                None
+            }
+        };
+        let Losses { ce, router, total, tokens, stop } = losses;
+        let lr = if self.objective.phase() == Phase::Router { rates.router } else { rates.expert };
+        self.count(StepResult {
+            ce_loss: ce,
+            router_loss: router,
+            total_loss: total,
+            lr,
+            grad_norm: norm.value,
+            tokens,
+            skipped,
+            stop,
+        })
+    }
+
+    /// Announces the next step: its name is in the errors of all ranks.
+    fn enter_step(&self, replica: &mut Replica<B>) -> Result<String> {
+        let (round, step) = (self.round + 1, self.progress.steps + 1);
+        let step_name = format!("round {round}, {} step {step}", name(self.objective.phase()));
+        replica.world.doing(&step_name);
+        replica.inject_nan = false;
+        replica.visit(Point::Step)?;
+        Ok(step_name)
+    }
+
+    /// The micro-batches of the next step, of all ranks.
+    fn take_batches(&mut self, replica: &Replica<B>) -> Vec<O::Batch> {
+        let (epoch, step) = (self.progress.steps / self.steps_per_epoch, self.progress.steps % self.steps_per_epoch);
+        let per_step = self.objective.grad_accum() * replica.step_world_size;
+        if self.epoch.as_ref().is_none_or(|(at, _)| *at != epoch) {
+            let mut batches = self.objective.epoch(self.round * self.objective.epochs() + epoch);
+            batches.drain(..step * per_step); // done before the checkpoint that was resumed
+            self.epoch = Some((epoch, batches.into_iter()));
+        }
+        let (_, left) = self.epoch.as_mut().expect("made above");
+        left.take(per_step).collect()
+    }
+
+    /// Selects the experts of this step, in runs that select at each step. The inner error: a loss is not finite.
+    fn select(&mut self, replica: &Replica<B>, batches: &[O::Batch]) -> Result<Result<(), Failure>> {
+        match self.objective.select(replica, batches, self.round) {
+            Err(failure) if failure.is::<NonFinite>() => return Ok(Err(failure)),
+            Err(failure) => return Err(failure),
+            Ok(None) => {}
+            Ok(Some(found)) => {
+                self.trainer.choose(replica, &self.objective.params(&replica.model().table));
+                self.progress.selections.add(found);
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// The learning rates of the next step.
+    fn rates(&self) -> LearningRates {
+        let Updates { lr_schedule: schedule, warmup_steps, .. } = *self.updates;
+        let plan = LrPlan { schedule, warmup_steps, total_steps: self.total_steps() };
+        self.objective.rates().scaled(plan.factor(self.progress.steps))
+    }
+
+    /// Compares the weights of all ranks every `check_replicas` steps: before the update, which overwrites the evidence.
+    fn check_replicas_if_due(&self, replica: &Replica<B>) -> Result<()> {
+        let every = self.updates.check_replicas;
+        if every > 0 && (self.progress.steps + 1).is_multiple_of(every) { check_replicas(replica) } else { Ok(()) }
+    }
+
+    /// Counts a step.
+    fn count(&mut self, result: StepResult) -> Result<StepResult> {
+        let progress = &mut self.progress;
+        progress.steps += 1;
+        let Some(reason) = &result.skipped else {
+            progress.losses.push(result.total_loss);
+            progress.skipped_in_a_row = 0;
+            return Ok(result);
+        };
+        progress.skipped_in_a_row += 1;
+        if progress.skipped_in_a_row > self.updates.max_skipped_steps {
+            let skipped = progress.skipped_in_a_row - 1;
+            let before = if skipped == 0 { String::new() } else { format!(" (as in the {skipped} steps before)") };
+            return Err(Failure::new(exit::NOT_FINITE, format!("{reason}{before}")));
+        }
+        Ok(result)
+    }
+}

@@ -1,0 +1,230 @@
+//! One rank's copy of the model, and everything that reads or writes its weights.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::alignment::MoeLayers;
+use super::device_transport::DeviceTransport;
+use super::fault::{Corruption, Fault, Point};
+use super::memory::KeptLayers;
+use super::stop::StopFlag;
+use crate::backend::{Backend, HostTensor};
+use crate::collective::Collective;
+use crate::data::MicroBatch;
+use crate::exit::{Context, Result};
+use crate::model::{
+    Forward, ForwardOptions, GradPlan, Inputs, Model, NotFinite, Observer, ParamId, PassEnd, find_non_finite,
+};
+
+/// One rank's copy of the model, with its connection to the other ranks.
+///
+/// The weights are private. Only three methods write them: `update` (an optimizer step), [`Self::restore`] (a checkpoint),
+/// and the injected fault "one bit flips". What they have written is recorded; everything else stays bit-identical to the
+/// model's files.
+pub struct Replica<B: Backend> {
+    model: Model<B>,
+    written: BTreeSet<ParamId>,
+    moe_layers: MoeLayers,
+    /// The communicator of all ranks.
+    pub world: Arc<dyn Collective>,
+    /// Device-to-device transport; `None`: gradients and weights go through the host.
+    pub transport: Option<Arc<dyn DeviceTransport<B>>>,
+    /// The world size that the run was started with. It is kept on resume, so that each step sees the same rows.
+    pub step_world_size: usize,
+    /// Which layers keep their activations, decided once a phase.
+    pub kept: KeptLayers,
+    /// Set when this process is asked to save and stop.
+    pub stop: StopFlag,
+    /// The fault to inject on this rank, in tests.
+    pub fault: Option<Fault>,
+    /// Whether the next gradient becomes NaN, in tests.
+    pub(super) inject_nan: bool,
+}
+
+/// What all ranks agree on before a step's first backward pass.
+pub(super) struct Agreed {
+    /// Tokens with loss, of all ranks.
+    pub loss_tokens: f64,
+    /// Tokens of all ranks.
+    pub tokens: usize,
+    /// Whether the stop flag of some rank is set.
+    pub stop: bool,
+}
+
+impl Agreed {
+    /// The divisor of a mean over tokens with loss; 1 without any.
+    pub fn divisor(&self) -> f64 {
+        self.loss_tokens.max(1.0)
+    }
+}
+
+/// This rank's part of the global order: micro-batch `i` belongs to rank `i mod world size`. Each with its index.
+pub fn share<'a, M>(
+    micro_batches: &'a [M],
+    world: &dyn Collective,
+) -> impl Iterator<Item = (usize, &'a M)> + use<'a, M> {
+    let (rank, size) = (world.rank(), world.world_size());
+    micro_batches.iter().enumerate().filter(move |(i, _)| i % size == rank)
+}
+
+impl<B: Backend> Replica<B> {
+    /// A copy of the untrained model. All layers keep their activations until [`Self::kept`] says otherwise.
+    pub fn new(model: Model<B>, world: Arc<dyn Collective>) -> Self {
+        Self {
+            moe_layers: MoeLayers::of(&model.config),
+            model,
+            written: BTreeSet::new(),
+            step_world_size: world.world_size(),
+            world,
+            transport: None,
+            kept: KeptLayers::ALL,
+            stop: StopFlag::default(),
+            fault: None,
+            inject_nan: false,
+        }
+    }
+
+    /// The model with its present weights.
+    pub fn model(&self) -> &Model<B> {
+        &self.model
+    }
+
+    /// The model with its present weights, without the ranks.
+    pub fn into_model(self) -> Model<B> {
+        self.model
+    }
+
+    /// Parameters that have been written since the model was loaded.
+    pub fn written(&self) -> &BTreeSet<ParamId> {
+        &self.written
+    }
+
+    /// The decoder layers that route.
+    pub fn moe_layers(&self) -> &MoeLayers {
+        &self.moe_layers
+    }
+
+    // --- writing weights -----------------------------------------------------------------------------------------
+
+    /// Writes `params` by an optimizer step.
+    pub(super) fn update<T>(&mut self, params: &[ParamId], write: impl FnOnce(&mut Model<B>) -> T) -> T {
+        self.written.extend(params);
+        write(&mut self.model)
+    }
+
+    /// Writes the weights of a checkpoint.
+    pub fn restore(&mut self, weights: impl IntoIterator<Item = (ParamId, HostTensor)>) {
+        for (id, value) in weights {
+            self.model.set_weight_host(id, value);
+            self.written.insert(id);
+        }
+    }
+
+    /// Flips one bit of the first trained weight.
+    fn flip_bit(&mut self) {
+        let id = *self.written.first().expect("the fault needs a weight that was trained");
+        let value = self.model.weight_host(id);
+        let mut bytes = value.bytes.to_vec();
+        bytes[0] ^= 1;
+        self.model.set_weight_host(id, HostTensor::new(value.dtype, value.shape.clone(), bytes.into()));
+    }
+
+    /// The present values of all parameters that have been written.
+    pub fn changed(&self) -> BTreeMap<ParamId, HostTensor> {
+        self.written.iter().map(|&id| (id, self.model.weight_host(id))).collect()
+    }
+
+    /// Checks the trained weights: in a 16-bit format an update may overflow.
+    ///
+    /// # Errors
+    /// The first weight that is not finite.
+    pub fn check_weights(&self, when: &str) -> Result<()> {
+        for (id, value) in self.changed() {
+            if let Some(index) = find_non_finite(&value) {
+                let what = format!(
+                    "training diverged in {when}, whose model was not saved: lower the learning rates or set --max-grad-norm"
+                );
+                return Err(NotFinite { tensor: self.model.table.params[id].name(), index }).context(what);
+            }
+        }
+        Ok(())
+    }
+
+    // --- passes --------------------------------------------------------------------------------------------------
+
+    /// Copies a micro-batch to the device.
+    pub fn inputs(&self, batch: &MicroBatch) -> Inputs<B> {
+        Inputs::new(&self.model, &batch.ids, &batch.packing, &batch.loss_rows, &batch.targets)
+    }
+
+    /// A forward pass. It keeps what a backward by `plan` reads; without a plan, nothing.
+    pub fn forward(
+        &self,
+        inputs: &Inputs<B>,
+        plan: Option<&GradPlan>,
+        end: PassEnd,
+        observer: Option<Observer<'_, B>>,
+    ) -> Forward<B> {
+        let layers = self.model.config.layers.len();
+        let lowest = plan.and_then(GradPlan::lowest_layer).unwrap_or(layers);
+        let options = ForwardOptions { lowest, keep_from: self.kept.keep_from(layers, lowest), end };
+        self.model.forward(inputs, options, observer)
+    }
+
+    // --- agreement between ranks ---------------------------------------------------------------------------------
+
+    /// Sums the tokens of a step's micro-batches over all ranks, and the stop flags.
+    pub(super) fn agree<'m>(&self, own: impl IntoIterator<Item = &'m MicroBatch>) -> Result<Agreed> {
+        let mut sums = [0.0, 0.0, f64::from(u8::from(self.stop.is_set()))];
+        for batch in own {
+            sums[0] += batch.targets.len() as f64;
+            sums[1] += batch.ids.len() as f64;
+        }
+        self.world.all_reduce_f64(&mut sums)?;
+        Ok(Agreed { loss_tokens: sums[0], tokens: sums[1] as usize, stop: sums[2] > 0.0 })
+    }
+
+    /// Whether some of these conditions holds on some rank, each by itself.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn any<const N: usize>(&self, conditions: [bool; N]) -> Result<[bool; N]> {
+        let mut counts = conditions.map(|condition| f64::from(u8::from(condition)));
+        self.world.all_reduce_f64(&mut counts)?;
+        Ok(counts.map(|count| count > 0.0))
+    }
+
+    /// The values of all ranks by index: every rank gets all `n`. `own`: (index, value) of this rank.
+    pub(super) fn gather_by_index(&self, n: usize, own: &[(usize, f64)]) -> Result<Vec<f64>> {
+        let mut all = vec![0.0; n];
+        for &(index, value) in own {
+            all[index] = value;
+        }
+        self.world.all_reduce_f64(&mut all)?;
+        Ok(all)
+    }
+
+    // --- fault injection -----------------------------------------------------------------------------------------
+
+    /// Visits a point where a fault may be injected.
+    ///
+    /// # Errors
+    /// The injected error.
+    pub fn visit(&mut self, point: Point) -> Result<()> {
+        let Some(fault) = &self.fault else { return Ok(()) };
+        match fault.visit(point)? {
+            Some(Corruption::NanGradient) => self.inject_nan = true,
+            Some(Corruption::FlippedBit) => self.flip_bit(),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Visits a point where no fault changes this rank's data.
+    ///
+    /// # Errors
+    /// The injected error.
+    pub fn visit_unchanged(&self, point: Point) -> Result<()> {
+        self.fault.as_ref().map_or(Ok(()), |fault| fault.visit(point).map(drop))
+    }
+}

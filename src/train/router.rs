@@ -1,0 +1,145 @@
+//! The router phase: the routing of the safe prompts is the target of the routing of the unsafe ones, by two forward passes a
+//! step.
+
+use super::alignment::{Side, align, refs, watch};
+use super::objective::{Losses, Objective};
+use super::recipe::{Divergence, Phase, RouterPhase, router_params};
+use super::replica::{Replica, share};
+use super::trainer::Trainer;
+use crate::backend::Backend;
+use crate::data::{MicroBatch, MissingSide, Sampler, micro_batches};
+use crate::exit::Result;
+use crate::model::{LossGrads, ParamId, ParamTable, PassEnd};
+use crate::optim::LearningRates;
+use crate::routers::Statistic;
+
+/// Trains routers by the divergence between the routing of safe and of unsafe prompts.
+pub struct RouterAlignment<'a> {
+    phase: &'a RouterPhase,
+    sampler: Sampler<'a>,
+    /// For each record the one with its safe prompt.
+    partners: Vec<usize>,
+}
+
+impl<'a> RouterAlignment<'a> {
+    /// The objective over these rows.
+    ///
+    /// # Errors
+    /// Rows without a safe prompt.
+    pub fn new(phase: &'a RouterPhase, sampler: Sampler<'a>) -> Result<Self, MissingSide> {
+        Ok(Self { phase, sampler, partners: sampler.prompt_partners()? })
+    }
+}
+
+impl<B: Backend> Objective<B> for RouterAlignment<'_> {
+    type Batch = Vec<usize>;
+
+    fn phase(&self) -> Phase {
+        Phase::Router
+    }
+
+    fn epochs(&self) -> usize {
+        self.phase.epochs
+    }
+
+    /// The loss compares whole global batches, which are not sums over micro-batches.
+    fn grad_accum(&self) -> usize {
+        1
+    }
+
+    fn rates(&self) -> LearningRates {
+        let lr = self.phase.lr;
+        LearningRates { expert: lr, router: lr, other: lr }
+    }
+
+    fn params(&self, table: &ParamTable) -> Vec<ParamId> {
+        router_params(table)
+    }
+
+    fn epoch(&self, epoch: usize) -> Vec<Vec<usize>> {
+        self.sampler.prompt_order(epoch)
+    }
+
+    fn describe_rows(&self, step: &[Vec<usize>]) -> String {
+        self.sampler.describe_rows(&step.concat())
+    }
+
+    fn backward(&self, replica: &Replica<B>, own: &[&Vec<usize>], trainer: &mut Trainer<B>) -> Result<Losses> {
+        let records: Vec<usize> = own.iter().copied().flatten().copied().collect();
+        let (safe, unsafe_) = self.sampler.pack_prompts(&self.partners, &records);
+        let agreed = replica.agree([&safe, &unsafe_])?;
+        let safe = observe(replica, self.phase.divergence.statistic, &safe);
+
+        let mut sides = Vec::new();
+        let mut pass = None;
+        if !unsafe_.ids.is_empty() {
+            let inputs = replica.inputs(&unsafe_);
+            let mut side = empty_side(replica, self.phase.divergence.statistic, &unsafe_);
+            let mut observer = watch(replica, vec![&mut side]);
+            let forward = trainer.forward(replica, &inputs, PassEnd::Routers, Some(&mut observer));
+            drop(observer);
+            sides.push(side);
+            pass = Some((inputs, forward));
+        }
+        let (layers, experts) = (replica.moe_layers(), replica.model().config.num_experts);
+        let alignment =
+            align(&*replica.world, self.phase.divergence.kl, &refs(&safe), &refs(&sides), &layers.indices(), experts)?
+                .expect("a router step has safe and unsafe prompts on some rank");
+
+        trainer.accumulate(replica, |step| {
+            if let Some((inputs, forward)) = pass {
+                let routers = alignment.through_unsafe(&sides[0], layers, 1.0);
+                step.backward(&inputs, forward, LossGrads { ce_scale: 0.0, routers: &routers }, true);
+            }
+        })?;
+        let loss = alignment.loss();
+        Ok(Losses { ce: None, router: Some(loss), total: loss, tokens: agreed.tokens, stop: agreed.stop })
+    }
+}
+
+/// The alignment loss of each MoE layer over the whole data in file order, without gradient: the mean over the global batches
+/// of `step_world_size` micro-batches, all weighted the same, the last one too.
+///
+/// # Errors
+/// Rows without a safe prompt; those of the collective.
+pub fn alignment_by_layer<B: Backend>(
+    replica: &Replica<B>,
+    sampler: Sampler<'_>,
+    divergence: Divergence,
+) -> Result<Vec<f64>> {
+    let Divergence { statistic, kl } = divergence;
+    let layers = replica.moe_layers();
+    let experts = replica.model().config.num_experts;
+    let partners = sampler.prompt_partners()?;
+    let mut sums = vec![0.0; layers.layers.len()];
+    let mut steps = 0.0;
+    let micro_batches = micro_batches(&sampler.unsafe_prompts(), sampler.batch_size);
+    for step in micro_batches.chunks(replica.step_world_size) {
+        let own: Vec<usize> =
+            share(step, &*replica.world).flat_map(|(_, records)| records.iter().copied()).collect();
+        let (safe, unsafe_) = sampler.pack_prompts(&partners, &own);
+        let (safe, unsafe_) = (observe(replica, statistic, &safe), observe(replica, statistic, &unsafe_));
+        if let Some(a) = align(&*replica.world, kl, &refs(&safe), &refs(&unsafe_), &layers.indices(), experts)? {
+            sums.iter_mut().zip(a.by_layer()).for_each(|(sum, kl)| *sum += kl);
+            steps += 1.0;
+        }
+    }
+    sums.iter_mut().for_each(|sum| *sum /= f64::max(steps, 1.0));
+    Ok(sums)
+}
+
+/// An empty statistic over all sequences of a packed batch.
+fn empty_side<B: Backend>(replica: &Replica<B>, statistic: Statistic, batch: &MicroBatch) -> Side {
+    let (layers, experts) = (replica.moe_layers().layers.len(), replica.model().config.num_experts);
+    Side::new(statistic, layers, experts, &batch.packing, 0..batch.packing.len())
+}
+
+/// The statistic of a packed batch by a forward pass that keeps nothing; none for an empty batch.
+fn observe<B: Backend>(replica: &Replica<B>, statistic: Statistic, batch: &MicroBatch) -> Vec<Side> {
+    if batch.ids.is_empty() {
+        return Vec::new();
+    }
+    let mut side = empty_side(replica, statistic, batch);
+    replica.forward(&replica.inputs(batch), None, PassEnd::Routers, Some(&mut watch(replica, vec![&mut side])));
+    vec![side]
+}

@@ -1,0 +1,405 @@
+//! The scoring pass: walks the micro-batches of the global order and adds up one score an expert.
+//!
+//! A scan is a state machine that its caller drives:
+//!
+//! ```text
+//! while let Some(interval) = scan.next_interval(&replica) {
+//!     for index in interval { scan.add(&replica, index)?; }      // this rank's micro-batches
+//!     if scan.meet(&replica)? == Meeting::Stop { save(scan.state()); return }
+//! }
+//! let found = scan.finish(&replica)?;
+//! ```
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::recipe::{GradientScore, Identify, ScoreBy};
+use super::replica::Replica;
+use crate::backend::Backend;
+use crate::data::{MicroBatch, Sampler};
+use crate::exit::{self, Coded, Failure, Result};
+use crate::experts::{
+    ExpertScores, FrequencyAccumulator, RoutingCounts, RoutingTokens, ScoreAccumulator, ScorePer, token_mask,
+};
+use crate::model::{GradPlan, LossGrads, Observer, PassEnd, Routed, Sinks};
+use crate::train::fault::Point;
+
+/// Micro-batches of a rank between two points where ranks meet. They wait for each other there; over several micro-batches
+/// their work evens out.
+const MICRO_BATCHES_PER_INTERVAL: usize = 4;
+
+/// A number of the computation that is not finite, the same on all ranks.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error(
+    "{what} is {value} ({rows}); nothing was updated with it. Lower the learning rate, set --max-grad-norm, or look at these \
+     rows with `moewarden check`"
+)]
+pub struct NonFinite {
+    /// `the loss of round 1, expert step 3`.
+    pub what: String,
+    /// NaN or an infinity.
+    pub value: f64,
+    /// `rows at lines 3, 7 of rows.jsonl`.
+    pub rows: String,
+}
+
+impl Coded for NonFinite {
+    fn exit_code(&self) -> u8 {
+        exit::NOT_FINITE
+    }
+}
+
+/// A scoring pass under way on one rank.
+pub struct Scan<'d, B: Backend> {
+    sampler: Sampler<'d>,
+    micro_batches: Vec<Vec<usize>>,
+    /// Micro-batches of the global order that are done.
+    next: usize,
+    scorer: Scorer<B>,
+}
+
+enum Scorer<B: Backend> {
+    Gradient(GradientScorer<B>),
+    Routing(RoutingScorer),
+    /// A random selection needs no scores.
+    None,
+}
+
+/// Scores every expert by the gradient of its weights: one backward pass a micro-batch, and no gradient is stored.
+struct GradientScorer<B: Backend> {
+    plan: GradPlan,
+    /// The plan stores no gradient; the backward pass wants a buffer all the same.
+    no_grads: B::Buffer,
+    moments: B::Scores,
+    /// Whether scores are divided by the tokens routed to an expert, which must then be counted.
+    per_token: bool,
+    sums: Sums<ScoreAccumulator>,
+}
+
+/// Counts how often each expert is among the top K, by forward passes only.
+struct RoutingScorer {
+    tokens: RoutingTokens,
+    /// For each record the one with its safe reply.
+    partners: Vec<usize>,
+    sums: Sums<FrequencyAccumulator>,
+}
+
+/// What one rank has added up; a checkpoint holds it as JSON.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Sums<A> {
+    sums: A,
+    /// (index in the global order, mean loss)
+    losses: Vec<(usize, f64)>,
+    /// (index in the global order, tokens)
+    tokens: Vec<(usize, f64)>,
+}
+
+/// One micro-batch, scored.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct ScoredBatch {
+    /// Tokens of its forward passes.
+    pub tokens: usize,
+    /// Its mean loss, where the method computes one.
+    pub loss: Option<f64>,
+}
+
+/// What the ranks agree on at the end of an interval.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meeting {
+    /// All of them go on.
+    GoOn,
+    /// The stop flag of some rank is set.
+    Stop,
+}
+
+/// The scores of all ranks.
+#[derive(Debug, Clone)]
+pub struct Scores {
+    /// One score an expert; zeros where nothing was scored.
+    pub scores: ExpertScores,
+    /// Micro-batches (or pairs of a safe and an unsafe batch) that counted.
+    pub micro_batches: u64,
+    /// Mean loss of each micro-batch in global order, where the method computes one; without those that have no tokens with
+    /// loss.
+    pub losses: Vec<f64>,
+    /// Tokens of the same micro-batches.
+    pub tokens: Vec<usize>,
+    /// A remark for the user.
+    pub warning: Option<String>,
+}
+
+impl<'d, B: Backend> Scan<'d, B> {
+    /// A scan of these micro-batches from the first one on.
+    ///
+    /// # Errors
+    /// Rows without a safe reply, where the method compares with safe replies.
+    pub fn new(
+        replica: &Replica<B>,
+        identify: &Identify,
+        sampler: Sampler<'d>,
+        micro_batches: Vec<Vec<usize>>,
+    ) -> Result<Self> {
+        let scorer = match identify.by {
+            ScoreBy::Gradient(score) | ScoreBy::Random(Some(score)) => {
+                Scorer::Gradient(GradientScorer::new(replica, score))
+            }
+            ScoreBy::Routing { tokens, .. } => Scorer::Routing(RoutingScorer::new(replica, sampler, tokens)?),
+            ScoreBy::Random(None) => Scorer::None,
+        };
+        let next = if matches!(scorer, Scorer::None) { micro_batches.len() } else { 0 };
+        Ok(Self { sampler, micro_batches, next, scorer })
+    }
+
+    /// Goes on after the first `next` micro-batches. `sums`: what ranks had added up ([`Self::state`]): one entry if the world
+    /// size is the same, several or none if it has changed.
+    ///
+    /// # Errors
+    /// A state that cannot be read.
+    pub fn restore(&mut self, next: usize, sums: &[Vec<u8>]) -> Result<()> {
+        self.next = next;
+        match &mut self.scorer {
+            Scorer::Gradient(scorer) => scorer.sums.restore(sums, ScoreAccumulator::absorb),
+            Scorer::Routing(scorer) => scorer.sums.restore(sums, FrequencyAccumulator::absorb),
+            Scorer::None => Ok(()),
+        }
+    }
+
+    /// Micro-batches of the global order that are done.
+    pub fn done(&self) -> usize {
+        self.next
+    }
+
+    /// Micro-batches of the global order that are left.
+    pub fn left(&self) -> usize {
+        self.micro_batches.len() - self.next
+    }
+
+    /// The lowest decoder layer that the backward visits; `None` without a backward.
+    pub fn lowest_layer(&self) -> Option<usize> {
+        match &self.scorer {
+            Scorer::Gradient(scorer) => scorer.plan.lowest_layer(),
+            Scorer::Routing(_) | Scorer::None => None,
+        }
+    }
+
+    /// This rank's micro-batches of the next interval; `None` at the end. All ranks get intervals at the same time.
+    pub fn next_interval(&mut self, replica: &Replica<B>) -> Option<Vec<usize>> {
+        let size = replica.world.world_size();
+        self.interval(replica, MICRO_BATCHES_PER_INTERVAL * size)
+    }
+
+    /// The same in one interval for all that is left: without meetings.
+    pub fn last_interval(&mut self, replica: &Replica<B>) -> Option<Vec<usize>> {
+        let left = self.left();
+        self.interval(replica, left)
+    }
+
+    fn interval(&mut self, replica: &Replica<B>, len: usize) -> Option<Vec<usize>> {
+        if self.left() == 0 {
+            return None;
+        }
+        let (rank, size) = (replica.world.rank(), replica.world.world_size());
+        replica.world.doing(&format!("identification, micro-batches from {}", self.next));
+        let first = self.next;
+        self.next = self.micro_batches.len().min(first + len);
+        Some((first..self.next).filter(|i| i % size == rank).collect())
+    }
+
+    /// Scores the micro-batch with this index in the global order.
+    ///
+    /// # Errors
+    /// An injected fault.
+    pub fn add(&mut self, replica: &Replica<B>, index: usize) -> Result<ScoredBatch> {
+        replica.visit_unchanged(Point::Batch)?;
+        let records = &self.micro_batches[index];
+        Ok(match &mut self.scorer {
+            Scorer::Gradient(scorer) => scorer.add(replica, index, &self.sampler.pack_unsafe(records)),
+            Scorer::Routing(scorer) => scorer.add(replica, self.sampler, records),
+            Scorer::None => ScoredBatch::default(),
+        })
+    }
+
+    /// The end of an interval: ranks agree whether to go on. After the last interval there is nothing to agree on. A loss
+    /// that is not finite ends the scan: [`Self::finish`] then names it on all ranks.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn meet(&mut self, replica: &Replica<B>) -> Result<Meeting> {
+        if self.left() == 0 {
+            return Ok(Meeting::GoOn);
+        }
+        let finite = match &self.scorer {
+            Scorer::Gradient(scorer) => scorer.sums.losses.iter().all(|(_, loss)| loss.is_finite()),
+            _ => true,
+        };
+        let [stop, not_finite] = replica.any([replica.stop.is_set(), !finite])?;
+        if not_finite {
+            self.next = self.micro_batches.len();
+            return Ok(Meeting::GoOn);
+        }
+        Ok(if stop { Meeting::Stop } else { Meeting::GoOn })
+    }
+
+    /// What this rank has added up, as JSON, for [`Self::restore`].
+    pub fn state(&self) -> Vec<u8> {
+        match &self.scorer {
+            Scorer::Gradient(scorer) => scorer.sums.to_json(),
+            Scorer::Routing(scorer) => scorer.sums.to_json(),
+            Scorer::None => Vec::new(),
+        }
+    }
+
+    /// Sums over all ranks; the means are the scores.
+    ///
+    /// # Errors
+    /// A loss that is not finite ([`NonFinite`]); nothing to score; those of the collective.
+    pub fn finish(self, replica: &Replica<B>) -> Result<Scores> {
+        match self.scorer {
+            Scorer::Gradient(scorer) => scorer.finish(replica, self.sampler, &self.micro_batches),
+            Scorer::Routing(scorer) => scorer.finish(replica),
+            Scorer::None => {
+                let (layers, num_experts) = (replica.moe_layers().layers.clone(), replica.model().config.num_experts);
+                let values = vec![0.0; layers.len() * num_experts];
+                Ok(Scores::of(ExpertScores { layers, num_experts, values }, 0))
+            }
+        }
+    }
+}
+
+impl Scores {
+    fn of(scores: ExpertScores, micro_batches: u64) -> Self {
+        Self { scores, micro_batches, losses: Vec::new(), tokens: Vec::new(), warning: None }
+    }
+}
+
+impl<A: Serialize + DeserializeOwned> Sums<A> {
+    fn new(sums: A) -> Self {
+        Self { sums, losses: Vec::new(), tokens: Vec::new() }
+    }
+
+    fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("sums are numbers")
+    }
+
+    fn restore(&mut self, parts: &[Vec<u8>], absorb: impl Fn(&mut A, &A)) -> Result<()> {
+        for (i, bytes) in parts.iter().enumerate() {
+            let other: Self = serde_json::from_slice(bytes).map_err(|e| {
+                Failure::new(exit::DATA, format!("the scores so far in the checkpoint cannot be read: {e}"))
+            })?;
+            if i == 0 {
+                *self = other; // not added to zeros: -0.0 must stay -0.0
+                continue;
+            }
+            absorb(&mut self.sums, &other.sums);
+            self.losses.extend(other.losses);
+            self.tokens.extend(other.tokens);
+        }
+        Ok(())
+    }
+}
+
+impl<B: Backend> GradientScorer<B> {
+    fn new(replica: &Replica<B>, score: GradientScore) -> Self {
+        let (b, model) = (&*replica.model().backend, replica.model());
+        let (depth, num_experts) = (model.config.layers.len(), model.config.num_experts);
+        let params = 3 * model.config.hidden_size * model.config.expert_width;
+        let layers = replica.moe_layers().layers.clone();
+        Self {
+            plan: GradPlan::score(&model.table, depth, num_experts, score.score.moment()),
+            no_grads: b.buffer(0),
+            moments: b.scores(depth * num_experts),
+            per_token: score.per == ScorePer::Token,
+            sums: Sums::new(ScoreAccumulator::new(score.score, score.per, layers, num_experts, params)),
+        }
+    }
+
+    fn add(&mut self, replica: &Replica<B>, index: usize, batch: &MicroBatch) -> ScoredBatch {
+        let loss_tokens = batch.targets.len();
+        if loss_tokens == 0 {
+            return ScoredBatch::default();
+        }
+        let (b, model, layers) = (&*replica.model().backend, replica.model(), replica.moe_layers());
+        let num_experts = model.config.num_experts;
+        let inputs = replica.inputs(batch);
+        let mut counts = vec![0; layers.layers.len() * num_experts];
+        let mut observe = |routed: Routed<'_, B>| {
+            let row = layers.index_of(routed.layer);
+            counts[row * num_experts..(row + 1) * num_experts].copy_from_slice(&b.tokens_per_expert(routed.dispatch));
+        };
+        // The last layer must see all rows where tokens are counted: otherwise it sees those with loss only.
+        let end = PassEnd::Loss { all_rows: self.per_token };
+        let observer: Option<Observer<'_, B>> = if self.per_token { Some(&mut observe) } else { None };
+        let forward = replica.forward(&inputs, Some(&self.plan), end, observer);
+        let mut sinks =
+            Sinks { plan: &self.plan, grads: &mut self.no_grads, scores: &mut self.moments, done: None };
+        let loss_grads = LossGrads { ce_scale: 1.0 / loss_tokens as f32, routers: &[] };
+        let sum = model.backward(&inputs, forward, loss_grads, &mut sinks).expect("a pass to the loss");
+        let loss = sum / loss_tokens as f64;
+
+        let all = b.scores_take(&mut self.moments);
+        let of_layer = |l: &usize| all[l * num_experts..(l + 1) * num_experts].iter().copied();
+        let moments: Vec<_> = layers.layers.iter().flat_map(of_layer).collect();
+        self.sums.sums.add(&moments, &counts, loss_tokens);
+        self.sums.losses.push((index, loss));
+        self.sums.tokens.push((index, batch.ids.len() as f64));
+        ScoredBatch { tokens: batch.ids.len(), loss: Some(loss) }
+    }
+
+    fn finish(self, replica: &Replica<B>, sampler: Sampler<'_>, micro_batches: &[Vec<usize>]) -> Result<Scores> {
+        let Sums { sums: mut total, losses, tokens } = self.sums;
+        total.merge(&*replica.world)?;
+        let all_losses = replica.gather_by_index(micro_batches.len(), &losses)?;
+        // Checked here and not where a loss is computed: all ranks see all losses, and end together.
+        for (index, (&value, records)) in all_losses.iter().zip(micro_batches).enumerate() {
+            if !value.is_finite() {
+                let what = format!("the loss of micro-batch {index} of the identification");
+                return Err(NonFinite { what, value, rows: sampler.describe_rows(records) }.into());
+            }
+        }
+        let all_tokens = replica.gather_by_index(micro_batches.len(), &tokens)?;
+        let counted = all_losses.into_iter().zip(all_tokens).filter(|(_, tokens)| *tokens > 0.0);
+        let (losses, tokens) = counted.map(|(loss, tokens)| (loss, tokens as usize)).unzip();
+        let micro_batches = total.micro_batches();
+        Ok(Scores { losses, tokens, ..Scores::of(total.finish()?, micro_batches) })
+    }
+}
+
+impl RoutingScorer {
+    fn new<B: Backend>(replica: &Replica<B>, sampler: Sampler<'_>, tokens: RoutingTokens) -> Result<Self> {
+        let layers = replica.moe_layers().layers.clone();
+        let sums = Sums::new(FrequencyAccumulator::new(layers, replica.model().config.num_experts));
+        Ok(Self { tokens, partners: sampler.reply_partners()?, sums })
+    }
+
+    /// The unsafe replies of a micro-batch against the safe replies of their partners.
+    fn add<B: Backend>(&mut self, replica: &Replica<B>, sampler: Sampler<'_>, records: &[usize]) -> ScoredBatch {
+        let partners: Vec<_> = records.iter().map(|&r| self.partners[r]).collect();
+        let (safe, unsafe_) = (sampler.pack_safe(&partners), sampler.pack_unsafe(records));
+        self.sums.sums.add(&self.count(replica, &safe), &self.count(replica, &unsafe_));
+        ScoredBatch { tokens: safe.ids.len() + unsafe_.ids.len(), loss: None }
+    }
+
+    fn count<B: Backend>(&self, replica: &Replica<B>, batch: &MicroBatch) -> RoutingCounts {
+        let (b, layers) = (&*replica.model().backend, replica.moe_layers());
+        let mask = token_mask(self.tokens, &batch.is_response);
+        let mut counts = RoutingCounts::new(mask, layers.layers.len(), replica.model().config.num_experts);
+        let mut observe = |routed: Routed<'_, B>| {
+            counts.add_layer(layers.index_of(routed.layer), &b.expert_ids(routed.routing));
+        };
+        replica.forward(&replica.inputs(batch), None, PassEnd::Routers, Some(&mut observe));
+        counts
+    }
+
+    fn finish<B: Backend>(self, replica: &Replica<B>) -> Result<Scores> {
+        let mut total = self.sums.sums;
+        total.merge(&*replica.world)?;
+        let (batches, skipped) = (total.batches(), total.skipped());
+        let warning = (skipped > 0).then(|| {
+            format!(
+                "{skipped} of {} batches have no token of --routing-tokens on one side and do not count",
+                batches + skipped,
+            )
+        });
+        Ok(Scores { warning, ..Scores::of(total.finish()?, batches) })
+    }
+}
