@@ -10,14 +10,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use moewarden::backend::cpu::Cpu;
-use moewarden::config::{Recompute, RunConfig};
-use moewarden::data::{Dataset, Example, Record};
+use moewarden::collective::threads;
+use moewarden::config::RunConfig;
+use moewarden::data::{Dataset, Example, Record, Sampler};
+use moewarden::launch::memory;
 use moewarden::model::{Checkpoint, Model, ModelConfig, ParamTable};
-use moewarden::run::Rank;
-use moewarden::run::engine::Engine;
-use moewarden::run::memory::peak_resident;
-use moewarden::run::progress::Progress;
-use moewarden::ui::Ui;
+use moewarden::train::memory::Activations;
+use moewarden::train::{Recompute, Replica, find};
 
 #[derive(serde::Deserialize)]
 struct Row {
@@ -64,15 +63,24 @@ fn main() {
         cpu.threads()
     );
     let model = Model::new(Arc::new(cpu), shape, table);
-    let engine = Engine::new(model, &Rank::single(Ui::silent()), &config, &data);
+    let recipe = config.recipe_of_identification().expect("options without contradictions");
+    let mut replica = Replica::new(model, Arc::new(threads::single()));
+    let (batch_size, shuffle, seed) = (recipe.batch_size, recipe.shuffle, recipe.seed);
+    let sampler = Sampler { data: &data, path: args[1].as_ref(), batch_size, shuffle, seed };
+    let micro_batches = sampler.unsafe_order(0);
+    let longest = micro_batches.iter().map(|records| sampler.pack_unsafe(records).ids.len()).max().unwrap_or(0);
+    let budget = memory::budget(&*replica.model().backend, 1, replica.model().config.vocab_size);
+    let layers = replica.model().config.layers.len();
+    replica.kept =
+        Activations::predict(&replica.model().config, longest, &budget).kept_layers(recompute, layers, 0, &budget, 1);
     for pass in 1..=number("--repeat", 3) {
         let clock = Instant::now();
-        let found = engine.identify(0, &Progress::hidden()).expect("a finite loss");
+        let found = find(&replica, &recipe.identify, sampler, micro_batches.clone(), 0).expect("a finite loss");
         let seconds = clock.elapsed().as_secs_f64();
         println!(
             "pass {pass}: {seconds:.3} s, {:.0} tokens/s, peak RSS {:.2} GiB, loss of the first micro-batch {:.6}",
             tokens as f64 / seconds,
-            peak_resident() as f64 / (1u64 << 30) as f64,
+            memory::peak_resident() as f64 / (1u64 << 30) as f64,
             found.losses[0]
         );
         if let Some(path) = option("--scores") {

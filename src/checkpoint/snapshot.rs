@@ -269,10 +269,7 @@ impl SnapshotStore<'_> {
     ///
     /// # Errors
     /// Checkpoints that are all damaged; one of other options or other inputs.
-    pub fn newest<O: DeserializeOwned>(
-        &self,
-        mut skipped: impl FnMut(&Path, Failure),
-    ) -> Result<Option<Snapshot<O>>> {
+    pub fn newest<O: DeserializeOwned>(&self, mut skipped: impl FnMut(&Path, Failure)) -> Result<Option<Snapshot<O>>> {
         let found = self.list();
         let any = !found.is_empty();
         for (_, folder) in found.into_iter().rev() {

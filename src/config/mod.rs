@@ -34,6 +34,7 @@ pub use layers::Layers;
 pub use raw::{RawOptions, heading};
 pub use resolve::{Resolved, resolve, resolve_matrix};
 pub use spelling::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
+pub use validate::options_without_effect;
 
 /// Where the weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]

@@ -1,72 +1,39 @@
 //! From options to the recipe of a run. Only this file reads the options `mode`, `schedule`, `finetune-unsafe-experts`,
 //! `skip-router-training`, `use-router-consistency-loss` and `selection`: what they mean together is decided here, once.
 
-use super::{ConfigError, Mode, RunConfig, Schedule, validate};
+use super::{Mode, RunConfig, Schedule};
 use crate::experts::{Method, Pool, RandomMatch, Selection};
 use crate::train::{
     Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, RouterPhase, ScoreBy, Trained, Training,
     Updates,
 };
 
-impl RunConfig {
-    /// What a run with these options does.
-    ///
-    /// # Errors
-    /// [`ConfigError::Invalid`], with every contradiction between the options.
-    pub fn recipe(&self) -> Result<Recipe, ConfigError> {
-        match validate::problems(self) {
-            problems if problems.is_empty() => Ok(self.recipe_of(training(self))),
-            problems => Err(ConfigError::Invalid(problems)),
-        }
-    }
-
-    /// The recipe of `identify`: scores and selects as a run with these options would, and trains nothing.
-    ///
-    /// # Errors
-    /// As [`Self::recipe`].
-    pub fn recipe_of_identification(&self) -> Result<Recipe, ConfigError> {
-        Ok(Recipe { training: Training::Nothing, ..self.recipe()? })
-    }
-
-    /// The recipe of `eval`: counts routing frequencies, and trains nothing.
-    ///
-    /// # Errors
-    /// As [`Self::recipe`].
-    pub fn recipe_of_evaluation(&self) -> Result<Recipe, ConfigError> {
-        let recipe = self.recipe_of_identification()?;
-        let by = ScoreBy::Routing { tokens: self.routing_tokens, threshold: self.risk_threshold };
-        Ok(Recipe { identify: Identify { by, ..recipe.identify }, ..recipe })
-    }
-
-    fn recipe_of(&self, training: Training) -> Recipe {
-        Recipe {
-            rounds: self.num_rounds,
-            batch_size: self.batch_size,
-            shuffle: self.shuffle,
-            seed: self.seed,
-            identify: Identify {
-                by: score_by(self),
-                select: self.select,
-                pool: Pool {
-                    top_k: self.top_k_experts,
-                    per_layer: self.experts_per_layer,
-                    layers: self.layers.clone(),
-                },
-                as_many_as_exist: !selection_matters(&training),
-                seed: self.seed,
-            },
-            divergence: divergence(self),
-            training,
-            updates: Updates {
-                lr_schedule: self.lr_schedule,
-                warmup_steps: self.warmup_steps,
-                weight_decay: self.weight_decay,
-                max_grad_norm: self.max_grad_norm,
-                max_skipped_steps: self.max_skipped_steps,
-                check_replicas: self.check_replicas,
-            },
-            recompute: self.recompute,
-        }
+/// The recipe of valid options.
+pub(super) fn recipe_of(c: &RunConfig) -> Recipe {
+    let training = training(c);
+    Recipe {
+        rounds: c.num_rounds,
+        batch_size: c.batch_size,
+        shuffle: c.shuffle,
+        seed: c.seed,
+        identify: Identify {
+            by: score_by(c),
+            select: c.select,
+            pool: Pool { top_k: c.top_k_experts, per_layer: c.experts_per_layer, layers: c.layers.clone() },
+            as_many_as_exist: !selection_matters(&training),
+            seed: c.seed,
+        },
+        divergence: divergence(c),
+        training,
+        updates: Updates {
+            lr_schedule: c.lr_schedule,
+            warmup_steps: c.warmup_steps,
+            weight_decay: c.weight_decay,
+            max_grad_norm: c.max_grad_norm,
+            max_skipped_steps: c.max_skipped_steps,
+            check_replicas: c.check_replicas,
+        },
+        recompute: c.recompute,
     }
 }
 

@@ -1,10 +1,11 @@
-//! Flags over YAML over defaults.
+//! From flags, YAML and defaults to one configuration, and from it to the recipe of the run.
 
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use super::{ConfigError, RawOptions, RunConfig, file, recipe, validate};
+use crate::train::{Identify, Recipe, ScoreBy, Training};
 
 /// A resolved configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,7 +58,9 @@ pub fn resolve_matrix(
         serde_json::from_value(Value::Object(all.clone())).expect("options have the types of the configuration")
     };
     let mut config = from_options(&all);
-    if !recipe::asks_for_router_phase(&config) && ![&file.given, &flags.given].iter().any(|g| g.contains_key(ROUTER_EPOCHS)) {
+    if !recipe::asks_for_router_phase(&config)
+        && ![&file.given, &flags.given].iter().any(|g| g.contains_key(ROUTER_EPOCHS))
+    {
         // `--num-epochs` speaks of the router phase only where there is one
         config.router_epochs_per_round = RunConfig::default().router_epochs_per_round;
     }
@@ -71,9 +74,9 @@ pub fn resolve_matrix(
     }
     let mut wrong = validate::problems(&config);
     let mut warnings = Vec::new();
-    let mut inert = validate::inert(&config);
+    let mut inert = validate::options_without_effect(&config);
     for run in runs(&config) {
-        let here = validate::inert(&run);
+        let here = validate::options_without_effect(&run);
         inert.retain(|(option, _)| here.iter().any(|(other, _)| other == option));
     }
     for (option, why) in inert {
@@ -87,6 +90,37 @@ pub fn resolve_matrix(
         return Err(ConfigError::Invalid(wrong));
     }
     Ok(Resolved { config, warnings })
+}
+
+impl RunConfig {
+    /// What a run with these options does.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`], with every contradiction between the options.
+    pub fn recipe(&self) -> Result<Recipe, ConfigError> {
+        match validate::problems(self) {
+            problems if problems.is_empty() => Ok(recipe::recipe_of(self)),
+            problems => Err(ConfigError::Invalid(problems)),
+        }
+    }
+
+    /// The recipe of `identify`: scores and selects as a run with these options would, and trains nothing.
+    ///
+    /// # Errors
+    /// As [`Self::recipe`].
+    pub fn recipe_of_identification(&self) -> Result<Recipe, ConfigError> {
+        Ok(Recipe { training: Training::Nothing, ..self.recipe()? })
+    }
+
+    /// The recipe of `eval`: counts routing frequencies, and trains nothing.
+    ///
+    /// # Errors
+    /// As [`Self::recipe`].
+    pub fn recipe_of_evaluation(&self) -> Result<Recipe, ConfigError> {
+        let recipe = self.recipe_of_identification()?;
+        let by = ScoreBy::Routing { tokens: self.routing_tokens, threshold: self.risk_threshold };
+        Ok(Recipe { identify: Identify { by, ..recipe.identify }, ..recipe })
+    }
 }
 
 const EXPERT_EPOCHS: &str = "expert-epochs-per-round";

@@ -107,7 +107,7 @@ fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
 }
 
 /// Options that ask for something else than their default does, in a run in which they cannot act: (name, why).
-pub(super) fn inert(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
+pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
     let random = c.method == Method::Random;
     let gradient_scores = c.method == Method::Gradient || random && c.random_match == RandomMatch::Layer;
     let random_weights = c.init == Init::Random;

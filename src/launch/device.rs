@@ -161,7 +161,11 @@ impl Device {
 fn open_cpu(config: &RunConfig, rank: &Rank) -> Arc<Cpu> {
     let cores = available_parallelism().map_or(1, usize::from);
     let cpu = Cpu::new(if config.threads == 0 { (cores / rank.local_world_size).max(1) } else { config.threads });
-    rank.ui.line(format_args!("device: cpu, {} threads{}", cpu.threads(), if rank.local_world_size > 1 { " a rank" } else { "" }));
+    rank.ui.line(format_args!(
+        "device: cpu, {} threads{}",
+        cpu.threads(),
+        if rank.local_world_size > 1 { " a rank" } else { "" }
+    ));
     Arc::new(cpu)
 }
 
@@ -169,7 +173,8 @@ impl Gpus {
     fn open(&self, config: &RunConfig, workload: Workload, rank: &Rank) -> Result<Opened> {
         let (world, ui) = (&rank.world, &rank.ui);
         // Where each process sees only its own GPUs, the modulus maps it to one of them.
-        let opened = Nvidia::open(rank.local_rank % self.driver.devices, &self.surroundings, self.kernel_cache.as_deref());
+        let opened =
+            Nvidia::open(rank.local_rank % self.driver.devices, &self.surroundings, self.kernel_cache.as_deref());
         let uuid = opened.map_err(Failure::from).and_then(|gpu| Ok((gpu.uuid()?, gpu)));
         let (uuid, gpu) = all_ok(&**world, uuid)?;
         all_agree(&**world, "--transport", format!("{:?}", config.transport).as_bytes())?;

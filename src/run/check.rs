@@ -50,14 +50,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
 }
 
 /// Predicts the time of the run on this machine's processors.
-fn forecast_time(
-    session: &Session,
-    config: &RunConfig,
-    recipe: &Recipe,
-    ranks: usize,
-    budget: MemoryBudget,
-    ui: &Ui,
-) {
+fn forecast_time(session: &Session, config: &RunConfig, recipe: &Recipe, ranks: usize, budget: MemoryBudget, ui: &Ui) {
     let layers = session.model.layers.len();
     let longest = Activations::predict(&session.model, session.longest_batch(config.batch_size), &budget);
     let kept = longest.kept_layers(recipe.recompute, layers, 0, &budget, recipe.forwards_at_once());

@@ -15,8 +15,8 @@ use crate::exit::Result;
 use crate::experts::{ExpertId, ExpertScores, Method};
 use crate::files;
 use crate::report::{
-    IdentifiedExperts, MetricsLog, MetricsRow, RoundGradients, RoundScores, ScoresFile, TrainingLog,
-    TrainingMetadata, TrainingStep, gradients_pickle, log_line, write_json,
+    IdentifiedExperts, MetricsLog, MetricsRow, RoundGradients, RoundScores, ScoresFile, TrainingLog, TrainingMetadata,
+    TrainingStep, gradients_pickle, log_line, write_json,
 };
 use crate::train::{Identification, Measured, Phase, Recipe, Replica, StepResult};
 use crate::ui::Ui;

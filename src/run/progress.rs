@@ -17,12 +17,7 @@ pub struct Progress<'a> {
 impl<'a> Progress<'a> {
     /// Over `len` micro-batches or steps.
     pub fn new(ui: &'a Ui, len: usize, label: impl Into<String>) -> Self {
-        Self {
-            bar: ui.bar(len as u64, label),
-            ui,
-            started: Instant::now(),
-            tokens: AtomicUsize::new(0),
-        }
+        Self { bar: ui.bar(len as u64, label), ui, started: Instant::now(), tokens: AtomicUsize::new(0) }
     }
 
     /// Advances by one micro-batch or step of so many tokens.

@@ -11,9 +11,7 @@ use super::session::Session;
 use super::verify::verify_frozen;
 use super::{prepare, summary};
 use crate::backend::Backend;
-use crate::checkpoint::{
-    Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, export_over, save_delta,
-};
+use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, export_over, save_delta};
 use crate::collective::{all_ok, meanwhile};
 use crate::config::{Init, RunConfig, SaveRounds};
 use crate::exit::{Ended, Result, Stopped};

@@ -181,10 +181,7 @@ impl MoeLayers {
 }
 
 /// An observer of a forward pass that adds the logits of every MoE layer to these sides.
-pub fn watch<'s, B: Backend>(
-    replica: &'s Replica<B>,
-    mut sides: Vec<&'s mut Side>,
-) -> impl FnMut(Routed<'_, B>) + 's {
+pub fn watch<'s, B: Backend>(replica: &'s Replica<B>, mut sides: Vec<&'s mut Side>) -> impl FnMut(Routed<'_, B>) + 's {
     move |routed| {
         for side in sides.iter_mut() {
             side.observe(&*replica.model().backend, replica.moe_layers().index_of(routed.layer), routed.logits);

@@ -115,7 +115,8 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
             .map(|(records, batch)| {
                 let inputs = replica.inputs(batch);
                 let (packing, first_unsafe) = (&batch.packing, records.safe.len());
-                let side = |sequences| Side::new(Statistic::TokenProbs, layers.layers.len(), experts, packing, sequences);
+                let side =
+                    |sequences| Side::new(Statistic::TokenProbs, layers.layers.len(), experts, packing, sequences);
                 let mut unsafe_ = side(first_unsafe..packing.len());
                 let mut safe = side(0..first_unsafe);
                 let mut observer = watch(replica, vec![&mut safe, &mut unsafe_]);

@@ -44,8 +44,8 @@ pub use memory::Recompute;
 pub use objective::{Losses, Objective};
 pub use phase::{PhaseProgress, StepResult, TrainingPhase};
 pub use recipe::{
-    Divergence, ExpertPhase, GradientScore, Identify, JointPhase, NeededSides, Phase, PhasePlan, Recipe, RouterPhase, ScoreBy,
-    Trained, TrainedElements, Training, Updates, router_params,
+    Divergence, ExpertPhase, GradientScore, Identify, JointPhase, NeededSides, Phase, PhasePlan, Recipe, RouterPhase,
+    ScoreBy, Trained, TrainedElements, Training, Updates, router_params,
 };
 pub use replica::{Replica, share};
 pub use router::{RouterAlignment, alignment_by_layer};

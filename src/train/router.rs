@@ -115,8 +115,7 @@ pub fn alignment_by_layer<B: Backend>(
     let mut steps = 0.0;
     let micro_batches = micro_batches(&sampler.unsafe_prompts(), sampler.batch_size);
     for step in micro_batches.chunks(replica.step_world_size) {
-        let own: Vec<usize> =
-            share(step, &*replica.world).flat_map(|(_, records)| records.iter().copied()).collect();
+        let own: Vec<usize> = share(step, &*replica.world).flat_map(|(_, records)| records.iter().copied()).collect();
         let (safe, unsafe_) = sampler.pack_prompts(&partners, &own);
         let (safe, unsafe_) = (observe(replica, statistic, &safe), observe(replica, statistic, &unsafe_));
         if let Some(a) = align(&*replica.world, kl, &refs(&safe), &refs(&unsafe_), &layers.indices(), experts)? {

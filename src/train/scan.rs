@@ -330,8 +330,7 @@ impl<B: Backend> GradientScorer<B> {
         let end = PassEnd::Loss { all_rows: self.per_token };
         let observer: Option<Observer<'_, B>> = if self.per_token { Some(&mut observe) } else { None };
         let forward = replica.forward(&inputs, Some(&self.plan), end, observer);
-        let mut sinks =
-            Sinks { plan: &self.plan, grads: &mut self.no_grads, scores: &mut self.moments, done: None };
+        let mut sinks = Sinks { plan: &self.plan, grads: &mut self.no_grads, scores: &mut self.moments, done: None };
         let loss_grads = LossGrads { ce_scale: 1.0 / loss_tokens as f32, routers: &[] };
         let sum = model.backward(&inputs, forward, loss_grads, &mut sinks).expect("a pass to the loss");
         let loss = sum / loss_tokens as f64;

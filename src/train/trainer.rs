@@ -8,14 +8,14 @@
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
-use super::exchange::{
-    BucketSender, Transport, completed_by, gather_on_devices, gather_through_host, reduce_scatter,
-};
+use super::exchange::{BucketSender, Transport, completed_by, gather_on_devices, gather_through_host, reduce_scatter};
 use super::recipe::Updates;
 use super::replica::Replica;
 use crate::backend::Backend;
 use crate::collective;
-use crate::model::{Forward, GradPlan, Inputs, LossGrads, Model, Observer, OnLayer, ParamId, ParamKind, PassEnd, Sinks};
+use crate::model::{
+    Forward, GradPlan, Inputs, LossGrads, Model, Observer, OnLayer, ParamId, ParamKind, PassEnd, Sinks,
+};
 use crate::optim::{AdamW, Error, Gradient, Group, LearningRates, ParamState, ShardPlan, Trainable, clip_factor};
 
 /// Elements after which a bucket is full: 32 MiB of f32, long enough to use the network's bandwidth, short enough that the

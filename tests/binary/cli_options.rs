@@ -10,13 +10,14 @@ use assert_cmd::Command;
 use clap::ValueEnum;
 use moewarden::cli::{self, Cli};
 use moewarden::config::{
-    ConfigError, Device, Mode, RawOptions, Recompute, Resolved, RunConfig, SaveRounds, Schedule, is_bool, resolve,
+    ConfigError, Device, Mode, RawOptions, Resolved, RunConfig, SaveRounds, Schedule, is_bool, resolve,
 };
 use moewarden::data::{LongRows, LossOn};
 use moewarden::exit::Coded;
 use moewarden::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
 use moewarden::optim::LrSchedule;
 use moewarden::routers::{ConsistencyLayers, KlType, Statistic};
+use moewarden::train::Recompute;
 use proptest::prelude::*;
 
 /// The command line after the program's name.

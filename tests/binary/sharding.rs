@@ -2,9 +2,10 @@
 
 use std::fs;
 
+use moewarden::launch::memory::human;
 use moewarden::model::tiny::{TinySpec, write_random_checkpoint};
 use moewarden::model::{Checkpoint, ModelConfig, ParamTable};
-use moewarden::run::memory::{TrainedState, human};
+use moewarden::train::memory::TrainedState;
 
 use crate::binary::{self, moewarden, start, write_rows};
 

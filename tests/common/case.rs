@@ -1,20 +1,20 @@
-//! A golden case: its files, and an engine over them.
+//! A golden case: its files, and a replica of its model.
 
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use moewarden::backend::{Backend, cpu::Cpu};
-use moewarden::config::{Recompute, RunConfig, Schedule};
-use moewarden::data::{Example, MicroBatch};
+use moewarden::config::{RunConfig, Schedule};
+use moewarden::data::{Example, MicroBatch, Sampler};
 use moewarden::experts::ExpertId;
-use moewarden::model::{GradPlan, LossGrads, ParamId, ParamKind, ParamSpec, PassEnd, Proj, Sinks};
-use moewarden::report::Phase;
-use moewarden::run::Rank;
-use moewarden::run::engine::Engine;
-use moewarden::run::phase::StepResult;
-use moewarden::run::progress::Progress;
+use moewarden::launch::Rank;
+use moewarden::model::{GradPlan, LossGrads, Model, ParamId, ParamKind, ParamSpec, PassEnd, Proj, Sinks};
 use moewarden::run::session::Session;
+use moewarden::train::memory::KeptLayers;
+use moewarden::train::{
+    ExpertCrossEntropy, Identification, JointConsistency, Objective, PhasePlan, Recipe, Recompute, Replica,
+    RouterAlignment, StepResult, TrainingPhase, alignment_by_layer, find,
+};
 use moewarden::ui::Ui;
 use serde_json::Value;
 
@@ -67,18 +67,24 @@ impl Case {
             recompute: Recompute::Never,
             ..RunConfig::default()
         };
-        let session = Session::open(&config, &Ui::silent()).expect("the case opens");
+        let recipe = config.recipe().expect("options without contradictions");
+        let session = Session::open(&config, &recipe, &Ui::silent()).expect("the case opens");
         Self { expect, config, session }
     }
 
-    /// The weights of the case on the CPU. (`threads` decides nothing; tests use 1 and 2.)
-    pub fn engine<'a>(&'a self, config: &'a RunConfig, threads: usize) -> Engine<'a, Cpu> {
-        self.engine_on(config, Arc::new(Cpu::new(threads)))
+    /// The case with these options on the CPU. (The number of threads changes no result; tests use 1 and 2.)
+    pub fn run(&self, config: &RunConfig, threads: usize) -> CaseRun<'_, Cpu> {
+        self.run_on(config, Arc::new(Cpu::new(threads)))
     }
 
-    /// The weights of the case on another backend.
-    pub fn engine_on<'a, B: Backend>(&'a self, config: &'a RunConfig, backend: Arc<B>) -> Engine<'a, B> {
-        self.session.engine(config, backend, None, &Rank::single(Ui::silent()))
+    /// The case with these options on another backend.
+    pub fn run_on<B: Backend>(&self, config: &RunConfig, backend: Arc<B>) -> CaseRun<'_, B> {
+        self.run_as(config, backend, &Rank::single(Ui::silent()))
+    }
+
+    /// The case with these options as one rank of several.
+    pub fn run_as<B: Backend>(&self, config: &RunConfig, backend: Arc<B>, rank: &Rank) -> CaseRun<'_, B> {
+        CaseRun::new(&self.session, config, backend, rank)
     }
 
     /// Whether it is one of the four (one a family) with the long list of training runs.
@@ -111,6 +117,79 @@ impl Case {
     }
 }
 
+/// A replica of a case's model, and what the options of a run make of it.
+pub struct CaseRun<'a, B: Backend> {
+    pub replica: Replica<B>,
+    pub recipe: Recipe,
+    session: &'a Session,
+}
+
+impl<'a, B: Backend> CaseRun<'a, B> {
+    pub fn new(session: &'a Session, config: &RunConfig, backend: Arc<B>, rank: &Rank) -> Self {
+        let recipe = config.recipe().expect("options without contradictions");
+        let mut replica = session.replica(backend, None, rank);
+        if recipe.recompute == Recompute::Always {
+            replica.kept = KeptLayers(1);
+        }
+        Self { replica, recipe, session }
+    }
+
+    pub fn model(&self) -> &Model<B> {
+        self.replica.model()
+    }
+
+    pub fn sampler(&self) -> Sampler<'a> {
+        self.session.sampler(&self.recipe)
+    }
+
+    /// The identification of the first round.
+    pub fn identify(&self) -> Identification {
+        self.find(self.sampler().unsafe_order(0))
+    }
+
+    /// The identification over these micro-batches.
+    pub fn find(&self, micro_batches: Vec<Vec<usize>>) -> Identification {
+        find(&self.replica, &self.recipe.identify, self.sampler(), micro_batches, 0).expect("finite losses")
+    }
+
+    /// Mean divergence of the routers over the whole data.
+    pub fn measure_alignment(&self) -> f64 {
+        let by_layer = alignment_by_layer(&self.replica, self.sampler(), self.recipe.divergence).expect("both sides");
+        by_layer.iter().sum::<f64>() / by_layer.len() as f64
+    }
+
+    /// Micro-batches of all unsafe replies, in the order of the first round.
+    pub fn unsafe_batches(&self) -> Vec<MicroBatch> {
+        self.sampler().unsafe_order(0).iter().map(|records| self.sampler().pack_unsafe(records)).collect()
+    }
+
+    /// Runs one phase (`expert`, `router`, `joint`) of the first round; its steps.
+    pub fn run_phase(&mut self, name: &str, selected: &[ExpertId]) -> Vec<StepResult> {
+        let recipe = self.recipe.clone();
+        let (identify, sampler, selected) = (&recipe.identify, self.sampler(), selected.to_vec());
+        let phases = recipe.phases();
+        let named = |plan: &&PhasePlan<'_>| serde_json::to_value(plan.phase()).expect("a name") == name;
+        match *phases.iter().find(named).unwrap_or_else(|| panic!("a run with the phase {name}")) {
+            PhasePlan::Identify => panic!("a phase that trains"),
+            PhasePlan::Expert(phase) => self.run_objective(ExpertCrossEntropy { phase, identify, sampler, selected }),
+            PhasePlan::Router(phase) => self.run_objective(RouterAlignment::new(phase, sampler).expect("safe prompts")),
+            PhasePlan::Joint(phase) => {
+                self.run_objective(JointConsistency::new(phase, identify, sampler, selected).expect("safe examples"))
+            }
+        }
+    }
+
+    fn run_objective<O: Objective<B>>(&mut self, objective: O) -> Vec<StepResult> {
+        let updates = self.recipe.updates.clone();
+        let mut phase = TrainingPhase::new(objective, &updates, 0, &self.replica);
+        let mut steps = Vec::new();
+        while !phase.is_done() {
+            steps.push(phase.step(&mut self.replica).expect("a step"));
+        }
+        steps
+    }
+}
+
 /// Token ids, where the fixture has them.
 pub fn ids(value: &Value) -> Option<Vec<u32>> {
     value.as_array().map(|ids| ids.iter().map(|id| id.as_u64().expect("an id") as u32).collect())
@@ -129,35 +208,12 @@ pub fn example(value: &Value, last_turn: bool) -> Option<Example> {
     Some(Example { ids, loss })
 }
 
-/// Micro-batches of all unsafe replies, in the order of the file.
-pub fn unsafe_batches<B: Backend>(engine: &Engine<'_, B>) -> Vec<MicroBatch> {
-    engine.identify_order(0).iter().map(|records| engine.pack_unsafe(records)).collect()
-}
-
-/// Runs one phase (`expert`, `router`, `joint`) of the engine's configuration; its steps.
-pub fn run_phase<B: Backend>(engine: &mut Engine<'_, B>, phase: &str, selected: &[ExpertId]) -> Vec<StepResult> {
-    let phase = match phase {
-        "expert" => Phase::Expert,
-        "router" => Phase::Router,
-        "joint" => Phase::Joint,
-        other => panic!("there is no phase {other}"),
-    };
-    let mut steps = Vec::new();
-    let mut run = engine.begin(phase, 0, selected).expect("data for the phase");
-    let ended = engine.train(&mut run, &Progress::hidden(), &mut |_, _, step| {
-        steps.push(step.clone());
-        Ok(ControlFlow::Continue(()))
-    });
-    assert!(ended.expect("the phase ends").is_continue());
-    steps
-}
-
 /// The gradients of the mean cross-entropy of one micro-batch by these parameters, and the loss.
-pub fn ce_gradients<B: Backend>(engine: &Engine<'_, B>, batch: &MicroBatch, ids: &[ParamId]) -> (f64, Vec<Vec<f32>>) {
-    let (b, model) = (&*engine.model.backend, &engine.model);
+pub fn ce_gradients<B: Backend>(replica: &Replica<B>, batch: &MicroBatch, ids: &[ParamId]) -> (f64, Vec<Vec<f32>>) {
+    let (b, model) = (&*replica.model().backend, replica.model());
     let plan = GradPlan::train(&model.table, model.config.layers.len(), ids);
-    let inputs = engine.inputs(batch);
-    let forward = engine.forward(&inputs, Some(&plan), PassEnd::Loss { all_rows: false }, None);
+    let inputs = replica.inputs(batch);
+    let forward = replica.forward(&inputs, Some(&plan), PassEnd::Loss { all_rows: false }, None);
     let (mut grads, mut scores) = (b.buffer(plan.len()), b.scores(0));
     let mut sinks = Sinks { plan: &plan, grads: &mut grads, scores: &mut scores, done: None };
     let n = batch.targets.len() as f64;

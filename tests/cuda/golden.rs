@@ -3,9 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::case::{
-    Case, Tolerance, assert_near, ce_gradients, experts, fixture_name, golden_dir, numbers, run_phase, unsafe_batches,
-};
+use crate::case::{Case, Tolerance, assert_near, ce_gradients, experts, fixture_name, golden_dir, numbers};
 use crate::emulator::device;
 use moewarden::backend::Dtype;
 use moewarden::backend::cuda::Cuda;
@@ -13,7 +11,6 @@ use moewarden::backend::cuda::gpu::Gpu;
 use moewarden::backend::cuda::pool::Reuse;
 use moewarden::config::RunConfig;
 use moewarden::model::ParamId;
-use moewarden::run::progress::Progress;
 use serde_json::json;
 
 /// What f32 may be off by.
@@ -69,7 +66,7 @@ fn cuda_on(gpu: Arc<dyn Gpu>, dtype: Dtype) -> Arc<Cuda> {
 fn identification(name: &str, dtype: Dtype, tolerance: Tolerance) {
     let case = Case::open(name);
     let backend = cuda(dtype);
-    let run = || case.engine_on(&case.config, backend.clone()).identify(0, &Progress::hidden()).unwrap();
+    let run = || case.run_on(&case.config, backend.clone()).identify();
     let found = run();
     let theirs = numbers(&case.expect["scores"]["l1-mean"]["param"]);
     assert_near(&format!("{name}: scores"), &found.scores.values, &theirs, tolerance);
@@ -84,9 +81,9 @@ fn identification(name: &str, dtype: Dtype, tolerance: Tolerance) {
 /// Loss and gradients of all parameters for the first batch: on the GPU with activations of this type, then on the CPU.
 fn all_gradients(case: &Case, dtype: Dtype) -> [(f64, Vec<Vec<f32>>); 2] {
     let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
-    let (gpu, cpu) = (case.engine_on(&case.config, cuda(dtype)), case.engine(&case.config, 1));
-    let batch = &unsafe_batches(&cpu)[0];
-    [ce_gradients(&gpu, batch, &all), ce_gradients(&cpu, batch, &all)]
+    let (gpu, cpu) = (case.run_on(&case.config, cuda(dtype)), case.run(&case.config, 1));
+    let batch = &cpu.unsafe_batches()[0];
+    [ce_gradients(&gpu.replica, batch, &all), ce_gradients(&cpu.replica, batch, &all)]
 }
 
 /// Every parameter's gradient against the CPU's.
@@ -144,9 +141,9 @@ fn training(name: &str, phase: &str, dtype: Dtype) {
     let case = Case::open(name);
     let config: RunConfig = case.config_with(&json!({ "phase": phase }));
     let selected = case.selected();
-    let mut gpu = case.engine_on(&config, cuda(dtype));
-    let mut cpu = case.engine(&config, 1);
-    let (ours, theirs) = (run_phase(&mut gpu, phase, &selected), run_phase(&mut cpu, phase, &selected));
+    let mut gpu = case.run_on(&config, cuda(dtype));
+    let mut cpu = case.run(&config, 1);
+    let (ours, theirs) = (gpu.run_phase(phase, &selected), cpu.run_phase(phase, &selected));
     assert_eq!(ours.len(), theirs.len());
     assert!(!ours.is_empty());
     let (what, apart) = (format!("{name}, {phase}, {dtype:?}"), apart(dtype));
@@ -156,7 +153,7 @@ fn training(name: &str, phase: &str, dtype: Dtype) {
     let mut moved = 0;
     for (id, spec) in case.session.table.iter() {
         let wide = |x: Vec<f32>| x.into_iter().map(f64::from).collect::<Vec<_>>();
-        let (ours, theirs) = (gpu.model.weight_host(id), cpu.model.weight_host(id));
+        let (ours, theirs) = (gpu.model().weight_host(id), cpu.model().weight_host(id));
         if *theirs.bytes == *spec.value.bytes {
             assert!(*ours.bytes == *spec.value.bytes, "{what}: {} moved", fixture_name(spec));
             continue;
@@ -179,12 +176,12 @@ fn training(name: &str, phase: &str, dtype: Dtype) {
 fn bits(name: &str, phase: &str, dtype: Dtype, gpu: Arc<dyn Gpu>) -> (Vec<u64>, Vec<Vec<u8>>) {
     let case = Case::open(name);
     let config: RunConfig = case.config_with(&json!({ "phase": phase }));
-    let mut engine = case.engine_on(&config, cuda_on(gpu, dtype));
-    let found = engine.identify(0, &Progress::hidden()).unwrap();
+    let mut run = case.run_on(&config, cuda_on(gpu, dtype));
+    let found = run.identify();
     let mut numbers: Vec<u64> = found.scores.values.iter().chain(&found.losses).map(|x| x.to_bits()).collect();
-    let steps = run_phase(&mut engine, phase, &case.selected());
+    let steps = run.run_phase(phase, &case.selected());
     numbers.extend(steps.iter().flat_map(|step| [step.total_loss.to_bits(), step.grad_norm.to_bits()]));
-    let weights = case.session.table.iter().map(|(id, _)| engine.model.weight_host(id).bytes.to_vec());
+    let weights = case.session.table.iter().map(|(id, _)| run.model().weight_host(id).bytes.to_vec());
     (numbers, weights.collect())
 }
 
@@ -251,14 +248,14 @@ fn two_runs_have_the_same_bits() {
 #[test]
 fn decoding_with_a_growing_cache() {
     let case = Case::open("qwen3_moe");
-    let (gpu, cpu) = (case.engine_on(&case.config, cuda(Dtype::F32)), case.engine(&case.config, 1));
-    let (mut ours, mut theirs) = (gpu.model.kv_cache(), cpu.model.kv_cache());
+    let (gpu, cpu) = (case.run_on(&case.config, cuda(Dtype::F32)), case.run(&case.config, 1));
+    let (mut ours, mut theirs) = (gpu.model().kv_cache(), cpu.model().kv_cache());
     for ids in [&[3u32, 9, 4][..], &[7], &[2], &[11, 5], &[1]] {
         let wide = |x: Vec<f32>| x.into_iter().map(f64::from).collect::<Vec<_>>();
-        let (a, b) = (gpu.model.decode(ids, &mut ours), cpu.model.decode(ids, &mut theirs));
+        let (a, b) = (gpu.model().decode(ids, &mut ours), cpu.model().decode(ids, &mut theirs));
         assert_near("logits", &wide(a), &wide(b), f32_tolerance());
     }
-    let b = &*gpu.model.backend;
+    let b = &*gpu.model().backend;
     assert!(b.pool().usage().used > 0 && b.compute() == Dtype::F32);
     b.gpu().synchronize().unwrap();
 }

@@ -13,10 +13,10 @@ use moewarden::backend::cuda::pool::Reuse;
 use moewarden::collective::conformance::on_threads;
 use moewarden::collective::nccl::DeviceCollective;
 use moewarden::collective::{Collective, Error, Result};
+use moewarden::launch::Rank;
 use moewarden::model::{LossGrads, ParamId, ParamKind, PassEnd};
 use moewarden::optim::LearningRates;
-use moewarden::run::trainer::Trainer;
-use moewarden::run::{BetweenGpus, Direct, Rank};
+use moewarden::train::{DeviceTransport, GpuTransport, Trainer};
 use moewarden::ui::Ui;
 
 type Queued = Box<dyn FnOnce() -> Result<()> + Send>;
@@ -119,31 +119,32 @@ fn train(
         let cuda = Arc::new(Cuda::new(gpu.clone(), Dtype::F32, Reuse::Segments));
         let count = Arc::new(Mutex::new(0));
         let late = Late { gpu, world: world.clone(), queue: Mutex::default(), count: count.clone() };
-        let direct: Arc<dyn Direct<Cuda>> = Arc::new(BetweenGpus::new(Box::new(late), world.clone(), cuda.clone()));
+        let transport: Arc<dyn DeviceTransport<Cuda>> =
+            Arc::new(GpuTransport::new(Box::new(late), world.clone(), cuda.clone()));
         let rank = Rank::new(world, Ui::silent());
-        let mut engine = case.session.engine(&case.config, cuda, between_gpus.then_some(direct), &rank);
+        let mut run = case.run_as(&case.config, cuda, &rank);
+        run.replica.transport = between_gpus.then_some(transport);
         let ids: Vec<ParamId> =
-            engine.model.table.iter().filter(|(_, spec)| chosen(spec.kind)).map(|(id, _)| id).collect();
-        let mut trainer = Trainer::with_bucket(&engine, &ids, 3000);
+            run.model().table.iter().filter(|(_, spec)| chosen(spec.kind)).map(|(id, _)| id).collect();
+        let mut trainer = Trainer::with_bucket_size(&run.replica, &ids, 3000);
         let mut norms = Vec::new();
         for step in 0..2 {
-            let plan = trainer.plan.clone();
-            let rows = (0..2).filter(|row| row % ranks == engine.world.rank());
-            let passes = trainer.accumulate(&engine, |passes| {
+            let rows = (0..2).filter(|row| row % ranks == run.replica.world.rank());
+            let done = trainer.accumulate(&run.replica, |passes| {
                 for row in rows {
-                    let inputs = engine.inputs(&engine.pack_unsafe(&[2 * step + row]));
-                    let forward = engine.forward(&inputs, Some(&plan), PassEnd::Loss { all_rows: false }, None);
-                    passes.backward(&engine.model, &inputs, forward, LOSS, row + ranks >= 2);
+                    let inputs = run.replica.inputs(&run.sampler().pack_unsafe(&[2 * step + row]));
+                    let forward = passes.forward(&inputs, PassEnd::Loss { all_rows: false }, None);
+                    passes.backward(&inputs, forward, LOSS, row + ranks >= 2);
                 }
             });
-            passes.unwrap();
-            let norm = trainer.norm(&engine).unwrap();
-            trainer
-                .update(&mut engine, &LearningRates { expert: 1e-3, router: 1e-3, other: 1e-3 }, norm.value)
-                .unwrap();
+            done.unwrap();
+            let norm = trainer.norm(&run.replica).unwrap();
+            let rates = LearningRates { expert: 1e-3, router: 1e-3, other: 1e-3 };
+            let updates = run.recipe.updates.clone();
+            trainer.update(&mut run.replica, &rates, norm.value, &updates).unwrap();
             norms.push(norm.value);
         }
-        let weights = (0..case.session.table.params.len()).map(|id| engine.model.weight_host(id).to_f32()).collect();
+        let weights = (0..case.session.table.params.len()).map(|id| run.model().weight_host(id).to_f32()).collect();
         let operations = *count.lock().unwrap();
         (norms, weights, operations)
     });

@@ -12,7 +12,7 @@ use crate::CORES;
 use crate::processes::{MARK, marked, mpirun};
 use moewarden::collective::conformance::{self, on_threads};
 use moewarden::collective::mpi::{self, Mpi};
-use moewarden::collective::{Collective, Error, all_agree, all_ok, leave};
+use moewarden::collective::{Collective, Error, Leave, all_agree, all_ok, leave};
 use moewarden::exit::{self, Coded, Failure};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -89,7 +89,7 @@ fn worker() {
     // With --include-ignored it is started outside of mpirun, too: then there is nothing to play.
     let Ok(case) = env::var(CASE) else { return };
     let code = std::panic::catch_unwind(|| play(&case)).unwrap_or(exit::INTERNAL);
-    leave(code)
+    leave(code, if code == exit::OK { Leave::Together } else { Leave::Abort })
 }
 
 /// A line that lines of other ranks do not cut.

@@ -2,16 +2,15 @@
 
 use std::collections::BTreeSet;
 
-use crate::case::{Case, run_phase};
+use crate::case::{Case, CaseRun};
 use moewarden::backend::{Backend, cpu::Cpu};
 use moewarden::config::{Mode, RunConfig, SaveRounds};
+use moewarden::exit::Ended;
 use moewarden::experts::{ExpertId, Selection};
+use moewarden::launch::Started;
 use moewarden::model::{
     Checkpoint, Model, ModelConfig, ParamId, ParamKind, ParamTable, PassEnd, Routed, expert_params,
 };
-use moewarden::run::Ranks;
-use moewarden::run::engine::Engine;
-use moewarden::run::progress::Progress;
 use moewarden::ui::Ui;
 use serde_json::json;
 
@@ -54,32 +53,36 @@ fn routers(model: &Model<Cpu>) -> BTreeSet<ParamId> {
 
 /// Experts that a token with a say in the loss was sent to. (All rows count but in the last layer, where only those with a
 /// target do.)
-fn visited(engine: &Engine<'_, Cpu>, safe_too: bool) -> BTreeSet<(usize, usize)> {
-    let b = &*engine.model.backend;
+fn visited(run: &CaseRun<'_, Cpu>, safe_too: bool) -> BTreeSet<(usize, usize)> {
+    let b = &*run.model().backend;
     let mut out = BTreeSet::new();
     let mut observe = |routed: Routed<'_, Cpu>| {
         let tokens = b.tokens_per_expert(routed.dispatch);
         out.extend(tokens.iter().enumerate().filter(|(_, n)| **n > 0).map(|(e, _)| (routed.layer, e)));
     };
-    let records: Vec<usize> = (0..engine.data.records.len()).collect();
-    let mut batches = vec![engine.pack_unsafe(&records)];
+    let records: Vec<usize> = (0..run.sampler().data.records.len()).collect();
+    let mut batches = vec![run.sampler().pack_unsafe(&records)];
     if safe_too {
-        batches.push(engine.pack_safe(&records));
+        batches.push(run.sampler().pack_safe(&records));
     }
     for batch in batches {
-        engine.forward(&engine.inputs(&batch), None, PassEnd::Loss { all_rows: false }, Some(&mut observe));
+        run.replica.forward(&run.replica.inputs(&batch), None, PassEnd::Loss { all_rows: false }, Some(&mut observe));
     }
     out
 }
 
 /// Runs a phase; exactly `trained` may move, and all of it that has a gradient must.
-fn check(what: &str, engine: &mut Engine<'_, Cpu>, phase: &str, selected: &[ExpertId], trained: &BTreeSet<ParamId>) {
-    let visited = visited(engine, phase == "joint");
-    let before = bits(&engine.model);
-    run_phase(engine, phase, selected);
-    let model = &engine.model;
+fn check(what: &str, run: &mut CaseRun<'_, Cpu>, phase: &str, selected: &[ExpertId], trained: &BTreeSet<ParamId>) {
+    let visited = visited(run, phase == "joint");
+    let (before, written_before) = (bits(run.model()), run.replica.written().clone());
+    run.run_phase(phase, selected);
+    let model = run.model();
     let moved = moved(&before, &bits(model));
-    assert_eq!(names(model, &engine.touched), names(model, trained), "{what}: written by an optimizer");
+    assert_eq!(
+        names(model, &(run.replica.written() - &written_before)),
+        names(model, trained),
+        "{what}: written by an optimizer"
+    );
     let expected: BTreeSet<ParamId> = trained
         .iter()
         .copied()
@@ -99,11 +102,11 @@ fn selective_trains_the_selected_experts() {
     for name in CASES {
         let case = Case::open(name);
         let config = config(&case);
-        let mut engine = case.engine(&config, 1);
+        let mut run = case.run(&config, 1);
         let selected = case.selected();
-        let trained = matrices(&engine.model, &selected);
+        let trained = matrices(run.model(), &selected);
         assert_eq!(trained.len(), 3 * selected.len(), "{name}: gate, up and down of each");
-        check(name, &mut engine, "expert", &selected, &trained);
+        check(name, &mut run, "expert", &selected, &trained);
     }
 }
 
@@ -112,11 +115,11 @@ fn experts_trains_every_expert() {
     for name in CASES {
         let case = Case::open(name);
         let config = RunConfig { mode: Mode::Experts, ..config(&case) };
-        let mut engine = case.engine(&config, 1);
-        let trained = of_kind(&engine.model, |kind| matches!(kind, ParamKind::Expert(..)));
-        let model = &engine.model.config;
+        let mut run = case.run(&config, 1);
+        let trained = of_kind(run.model(), |kind| matches!(kind, ParamKind::Expert(..)));
+        let model = &run.model().config;
         assert_eq!(trained.len(), 3 * model.num_experts * model.moe_layers().count(), "{name}");
-        check(name, &mut engine, "expert", &case.selected(), &trained);
+        check(name, &mut run, "expert", &case.selected(), &trained);
     }
 }
 
@@ -125,9 +128,9 @@ fn baseline_trains_everything() {
     for name in CASES {
         let case = Case::open(name);
         let config = RunConfig { mode: Mode::Baseline, ..config(&case) };
-        let mut engine = case.engine(&config, 1);
-        let trained = of_kind(&engine.model, |_| true);
-        check(name, &mut engine, "expert", &[], &trained);
+        let mut run = case.run(&config, 1);
+        let trained = of_kind(run.model(), |_| true);
+        check(name, &mut run, "expert", &[], &trained);
     }
 }
 
@@ -136,11 +139,10 @@ fn the_router_phase_trains_every_router_and_no_expert_of_the_phase_before() {
     for name in CASES {
         let case = Case::open(name);
         let config = config(&case);
-        let mut engine = case.engine(&config, 1);
-        run_phase(&mut engine, "expert", &case.selected());
-        engine.touched.clear();
-        let trained = routers(&engine.model);
-        check(name, &mut engine, "router", &[], &trained);
+        let mut run = case.run(&config, 1);
+        run.run_phase("expert", &case.selected());
+        let trained = routers(run.model());
+        check(name, &mut run, "router", &[], &trained);
     }
 }
 
@@ -151,20 +153,16 @@ fn the_joint_schedule_trains_selected_experts_and_routers() {
         let joint = case.config_with(&json!({ "phase": "joint" }));
         let joint = RunConfig { weight_decay: 0.0, grad_accum: usize::from(u8::MAX), ..joint };
         let selected = case.selected();
-        let mut engine = case.engine(&joint, 1);
-        let (experts, routers) = (matrices(&engine.model, &selected), routers(&engine.model));
-        check(name, &mut engine, "joint", &selected, &(&experts | &routers));
+        let mut run = case.run(&joint, 1);
+        let (experts, routers) = (matrices(run.model(), &selected), routers(run.model()));
+        check(name, &mut run, "joint", &selected, &(&experts | &routers));
 
         if name != CASES[0] {
             continue;
         }
-        let no_routers = RunConfig { skip_router_training: true, ..joint.clone() };
-        let mut engine = case.engine(&no_routers, 1);
-        check(&format!("{name}, experts alone"), &mut engine, "joint", &selected, &experts);
-
         let no_experts = RunConfig { finetune_unsafe_experts: false, ..joint.clone() };
-        let mut engine = case.engine(&no_experts, 1);
-        check(&format!("{name}, routers alone"), &mut engine, "joint", &selected, &routers);
+        let mut run = case.run(&no_experts, 1);
+        check(&format!("{name}, routers alone"), &mut run, "joint", &selected, &routers);
     }
 }
 
@@ -173,12 +171,12 @@ fn the_joint_schedule_trains_selected_experts_and_routers() {
 fn layers_outside_the_range_are_left_alone() {
     let case = Case::open("olmoe");
     let config = RunConfig { layers: Some(2..=2), top_k_experts: 3, ..config(&case) };
-    let mut engine = case.engine(&config, 1);
-    let selected = engine.identify(0, &Progress::hidden()).unwrap().selected.experts;
+    let mut run = case.run(&config, 1);
+    let selected = run.identify().selected.experts;
     assert_eq!(selected.len(), 3);
     assert!(selected.iter().all(|id| id.layer == 2), "{selected:?}");
-    let trained = matrices(&engine.model, &selected);
-    check("layer 2", &mut engine, "expert", &selected, &trained);
+    let trained = matrices(run.model(), &selected);
+    check("layer 2", &mut run, "expert", &selected, &trained);
 }
 
 /// With a choice at every step, an expert that was chosen and no longer is must not drift on its momentum, nor decay.
@@ -192,22 +190,22 @@ fn an_expert_no_longer_chosen_keeps_its_bits() {
         let all = case.session.data.records.clone();
         // The model after each number of steps. At a constant rate a shorter run is the beginning of a longer one.
         let steps = 4;
-        let mut after = vec![case.engine(&config, 1).model];
+        let mut after = vec![case.run(&config, 1).replica.into_model()];
         for n in 1..=steps {
             case.session.data.records.truncate(n);
-            let mut engine = case.engine(&config, 1);
-            run_phase(&mut engine, "expert", &[]);
-            after.push(engine.model);
+            let mut run = case.run(&config, 1);
+            run.run_phase("expert", &[]);
+            after.push(run.replica.into_model());
             case.session.data.records = all.clone();
         }
         let (mut dropped, mut chosen_before) = (0, BTreeSet::new());
         for (n, next) in (1..=steps).zip(after.iter().skip(1).map(bits)) {
             let previous = bits(&after[n - 1]);
-            let mut engine = case.engine(&config, 1);
-            let ids: Vec<_> = (0..after[n - 1].table.params.len()).collect();
-            ids.iter().for_each(|&id| engine.model.set_weight_host(id, after[n - 1].weight_host(id)));
-            let found = engine.find(&[vec![n - 1]], 0, &Progress::hidden()).unwrap();
-            let chosen = matrices(&engine.model, &found.selected.experts);
+            let mut run = case.run(&config, 1);
+            let before = &after[n - 1];
+            run.replica.restore((0..before.table.params.len()).map(|id| (id, before.weight_host(id))));
+            let found = run.find(vec![vec![n - 1]]);
+            let chosen = matrices(run.model(), &found.selected.experts);
             assert_eq!(chosen, moved(&previous, &next), "{name}: what step {n} moves");
             dropped += (&chosen_before - &chosen).len();
             chosen_before = chosen;
@@ -228,7 +226,8 @@ fn a_run_that_trains_nothing_changes_nothing() {
         output_dir: out.path().join("run"),
         ..case.config.clone()
     };
-    let summary = moewarden::run::train(&config, &Ranks::single(), &Ui::silent()).unwrap();
+    let summary = moewarden::run::train(&config, &Started::single(), &Ui::silent()).unwrap();
+    let Ended::Done(summary) = summary else { panic!("nothing asks it to stop") };
     assert_eq!(summary.trained[0], 0);
     assert_eq!(summary.before.ce_loss, summary.after.ce_loss);
     let dir = config.output_dir.join("final_model");

@@ -4,19 +4,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::case::{
-    self, Case, Tolerance, assert_near, ce_gradients, example, experts, fixture_name, ids, numbers, run_phase,
-    unsafe_batches,
+    self, Case, CaseRun, Tolerance, assert_near, ce_gradients, example, experts, fixture_name, ids, numbers,
 };
 use moewarden::backend::{Backend, Dtype, cpu::Cpu};
-use moewarden::config::{Recompute, RunConfig};
+use moewarden::config::RunConfig;
 use moewarden::data::{LossOn, MicroBatch};
 use moewarden::experts::{Method, Rank, RoutingTokens, Score, ScorePer, Select, select, token_mask};
+use moewarden::launch;
 use moewarden::model::{Model, ParamId, PassEnd, Routed};
 use moewarden::routers::{KlType, Statistic};
-use moewarden::run::engine::Engine;
-use moewarden::run::identify::pool;
-use moewarden::run::progress::Progress;
 use moewarden::run::session::Session;
+use moewarden::train::{Recompute, mean_loss};
 use moewarden::ui::Ui;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -138,12 +136,12 @@ fn rows(name: &str) {
 /// Logits (through the decoder with its cache, a token at a time), losses, and what the routers did, of the first row.
 fn forward(name: &str) {
     let case = Case::open(name);
-    let engine = case.engine(&case.config, 1);
+    let run = case.run(&case.config, 1);
     let expect = &case.expect["forward"];
     let record = case.session.data.records.iter().find_map(|r| r.unsafe_reply.as_ref()).unwrap();
     let batch = MicroBatch::of_examples([record]);
 
-    let logits = decode_all(&engine.model, &record.ids);
+    let logits = decode_all(run.model(), &record.ids);
     let theirs = numbers(&expect["logits"]);
     assert_near("digest of the logits", &digest(wide(&logits.concat())), &theirs, LOGITS);
     let last = &logits[logits.len() - 1][..8];
@@ -153,17 +151,17 @@ fn forward(name: &str) {
     let theirs = numbers(&expect["token_losses"]);
     assert_near("token losses", &losses, &theirs, LOGITS);
 
-    let b = &*engine.model.backend;
+    let b = &*run.model().backend;
     let (mut routers, mut chosen) = (Vec::new(), Vec::new());
     let mut observe = |routed: Routed<'_, Cpu>| {
         routers.push(digest(wide(&b.download(routed.logits))));
-        let mut last: Vec<u32> = b.expert_ids(routed.routing).split_off((record.ids.len() - 1) * top_k(&engine));
+        let mut last: Vec<u32> = b.expert_ids(routed.routing).split_off((record.ids.len() - 1) * top_k(&run));
         last.sort_unstable();
         chosen.push(last);
     };
-    let inputs = engine.inputs(&batch);
-    let forward = engine.forward(&inputs, None, PassEnd::Loss { all_rows: true }, Some(&mut observe));
-    assert_near("summed loss", &[engine.model.loss(&inputs, &forward)], &[theirs.iter().sum()], LOSS);
+    let inputs = run.replica.inputs(&batch);
+    let forward = run.replica.forward(&inputs, None, PassEnd::Loss { all_rows: true }, Some(&mut observe));
+    assert_near("summed loss", &[run.model().loss(&inputs, &forward)], &[theirs.iter().sum()], LOSS);
     assert_eq!(json!(chosen), expect["experts_of_last_token"], "experts of the last token");
     for (layer, (ours, theirs)) in routers.iter().zip(expect["router_logits"].as_array().unwrap()).enumerate() {
         assert_near(&format!("router logits {layer}"), ours, &numbers(theirs), LOGITS);
@@ -176,8 +174,8 @@ fn decode_all(model: &Model<Cpu>, ids: &[u32]) -> Vec<Vec<f32>> {
     ids.iter().map(|&id| model.decode(&[id], &mut cache)).collect()
 }
 
-fn top_k(engine: &Engine<'_, Cpu>) -> usize {
-    engine.model.config.num_experts_per_tok
+fn top_k(run: &CaseRun<'_, Cpu>) -> usize {
+    run.model().config.num_experts_per_tok
 }
 
 fn wide(values: &[f32]) -> impl Iterator<Item = f64> + '_ {
@@ -208,7 +206,7 @@ fn identification(name: &str) {
     let kinds = [(Score::L1Mean, true), (Score::L2, false), (Score::Fisher, true), (Score::Taylor, false)];
     for (score, score_per) in kinds.into_iter().flat_map(|(s, p)| pers(p).iter().map(move |per| (s, *per))) {
         let config = RunConfig { score, score_per, ..case.config.clone() };
-        let found = case.engine(&config, 1).identify(0, &Progress::hidden()).unwrap();
+        let found = case.run(&config, 1).identify();
         let (score, per) = (json!(score), json!(score_per));
         let theirs = &case.expect["scores"][score.as_str().unwrap()][per.as_str().unwrap()];
         assert_near(&format!("scores {score} {per}"), &found.scores.values, &numbers(theirs), SCORES);
@@ -216,7 +214,7 @@ fn identification(name: &str) {
         assert_eq!(json!(found.scores.layers), case.expect["layers"]);
     }
 
-    let found = case.engine(&case.config, 2).identify(0, &Progress::hidden()).unwrap();
+    let found = case.run(&case.config, 2).identify();
     let selection = &case.expect["selection"];
     assert_eq!(found.selected.experts, experts(&selection["highest"]), "selection");
     // Two layers with a cap of 2 have 4 experts to give, where the fixture asked for 5.
@@ -227,7 +225,7 @@ fn identification(name: &str) {
     {
         let found = select(
             &found.scores,
-            &pool(config, &found.scores.layers, found.scores.num_experts),
+            &config.recipe().unwrap().identify.pool_of(&found.scores.layers, found.scores.num_experts),
             &Rank { select: end, threshold: None },
         )
         .unwrap();
@@ -235,9 +233,9 @@ fn identification(name: &str) {
     }
 
     let config = RunConfig { loss_on: LossOn::All, ..case.config.clone() };
-    let session = Session::open(&config, &Ui::silent()).unwrap();
-    let engine = session.engine(&config, Cpu::new(1).into(), None, &moewarden::run::Rank::single(Ui::silent()));
-    let found = engine.identify(0, &Progress::hidden()).unwrap();
+    let session = Session::open(&config, &config.recipe().unwrap(), &Ui::silent()).unwrap();
+    let run = CaseRun::new(&session, &config, Cpu::new(1).into(), &launch::Rank::single(Ui::silent()));
+    let found = run.identify();
     assert_near("losses on all tokens", &found.losses, &numbers(&case.expect["losses_on_all_tokens"]), LOSS);
 }
 
@@ -250,13 +248,15 @@ fn routing(name: &str) {
         assert!(case.expect["router_kl"].is_null());
         return;
     }
-    let engine = case.engine(&case.config, 1);
+    let run = case.run(&case.config, 1);
     let all_tokens = [RoutingTokens::Response, RoutingTokens::Prompt, RoutingTokens::All];
-    for (i, records) in engine.identify_order(0).iter().enumerate() {
-        for (side, batch) in [("safe", engine.pack_safe(records)), ("unsafe", engine.pack_unsafe(records))] {
-            let chosen = chosen_experts(&engine, &batch);
+    for (i, records) in run.sampler().unsafe_order(0).iter().enumerate() {
+        for (side, batch) in
+            [("safe", run.sampler().pack_safe(records)), ("unsafe", run.sampler().pack_unsafe(records))]
+        {
+            let chosen = chosen_experts(&run, &batch);
             for tokens in all_tokens {
-                let ours = frequencies(&engine, &chosen, &token_mask(tokens, &batch.is_response));
+                let ours = frequencies(&run, &chosen, &token_mask(tokens, &batch.is_response));
                 let theirs = numbers(&case.expect["routing"][json!(tokens).as_str().unwrap()][side][i]);
                 assert_near(&format!("{side} frequencies"), &ours, &theirs, COUNTS);
             }
@@ -265,7 +265,7 @@ fn routing(name: &str) {
     for tokens in all_tokens {
         let config =
             RunConfig { method: Method::Routing, routing_tokens: tokens, risk_threshold: -1.0, ..case.config.clone() };
-        let found = case.engine(&config, 1).identify(0, &Progress::hidden()).unwrap();
+        let found = case.run(&config, 1).identify();
         let theirs = numbers(&case.expect["routing"][json!(tokens).as_str().unwrap()]["risk_difference"]);
         assert_near("risk differences", &found.scores.values, &theirs, COUNTS);
     }
@@ -276,7 +276,7 @@ fn routing(name: &str) {
         for router_statistic in [Statistic::TokenProbs, Statistic::SampleLogits] {
             for kl_type in [KlType::Forward, KlType::Reverse, KlType::Symmetric] {
                 let config = RunConfig { router_statistic, kl_type, ..case.config.clone() };
-                let measured = case.engine(&config, 1).measure_alignment().unwrap();
+                let measured = case.run(&config, 1).measure_alignment();
                 let (statistic, kl) = (json!(router_statistic), json!(kl_type));
                 let theirs = &case.expect["router_kl"][statistic.as_str().unwrap()][kl.as_str().unwrap()];
                 assert_near(&format!("{statistic}, {kl}"), &[measured], &numbers(&theirs[i]), KL);
@@ -286,19 +286,19 @@ fn routing(name: &str) {
 }
 
 /// By layer that routes, the experts of each token, `[T · K]`.
-fn chosen_experts(engine: &Engine<'_, Cpu>, batch: &MicroBatch) -> Vec<Vec<u32>> {
+fn chosen_experts(run: &CaseRun<'_, Cpu>, batch: &MicroBatch) -> Vec<Vec<u32>> {
     let mut out = Vec::new();
-    let mut observe = |routed: Routed<'_, Cpu>| out.push(engine.model.backend.expert_ids(routed.routing));
-    engine.forward(&engine.inputs(batch), None, PassEnd::Routers, Some(&mut observe));
+    let mut observe = |routed: Routed<'_, Cpu>| out.push(run.model().backend.expert_ids(routed.routing));
+    run.replica.forward(&run.replica.inputs(batch), None, PassEnd::Routers, Some(&mut observe));
     out
 }
 
 /// Share of the tokens in the mask that went to each expert, `[L · E]`.
-fn frequencies(engine: &Engine<'_, Cpu>, chosen: &[Vec<u32>], mask: &[bool]) -> Vec<f64> {
+fn frequencies(run: &CaseRun<'_, Cpu>, chosen: &[Vec<u32>], mask: &[bool]) -> Vec<f64> {
     let count = mask.iter().filter(|m| **m).count() as f64;
     let of_layer = |ids: &Vec<u32>| {
-        let mut hits = vec![0.0; engine.model.config.num_experts];
-        for (ids, _) in ids.chunks(top_k(engine)).zip(mask).filter(|(_, m)| **m) {
+        let mut hits = vec![0.0; run.model().config.num_experts];
+        for (ids, _) in ids.chunks(top_k(run)).zip(mask).filter(|(_, m)| **m) {
             ids.iter().for_each(|e| hits[*e as usize] += 1.0);
         }
         hits.into_iter().map(move |n| n / count)
@@ -309,9 +309,9 @@ fn frequencies(engine: &Engine<'_, Cpu>, chosen: &[Vec<u32>], mask: &[bool]) -> 
 /// Every parameter's gradient of the first micro-batch.
 fn gradients(name: &str) {
     let case = Case::open(name);
-    let engine = case.engine(&case.config, 2);
+    let run = case.run(&case.config, 2);
     let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
-    let (loss, gradients) = ce_gradients(&engine, &unsafe_batches(&engine)[0], &all);
+    let (loss, gradients) = ce_gradients(&run.replica, &run.unsafe_batches()[0], &all);
     assert_near("loss", &[loss], &numbers(&case.expect["losses"])[..1], LOSS);
 
     let mut theirs = case.expect["gradients"].as_object().unwrap().clone();
@@ -342,14 +342,14 @@ fn training(name: &str) {
     }
 }
 
-fn train(case: &Case, run: &Value) {
-    let what = |part: &str| format!("run {}, {part}", run["name"]);
-    let config = case.config_with(&run["options"]);
-    let phase = run["options"]["phase"].as_str().unwrap();
-    let mut engine = case.engine(&config, 2);
-    let steps = run_phase(&mut engine, phase, &case.selected());
+fn train(case: &Case, golden: &Value) {
+    let what = |part: &str| format!("run {}, {part}", golden["name"]);
+    let config = case.config_with(&golden["options"]);
+    let phase = golden["options"]["phase"].as_str().unwrap();
+    let mut run = case.run(&config, 2);
+    let steps = run.run_phase(phase, &case.selected());
 
-    let expected = run["steps"].as_array().unwrap();
+    let expected = golden["steps"].as_array().unwrap();
     assert_eq!(steps.len(), expected.len(), "{}", what("steps"));
     let rate = if phase == "router" { config.router_lr } else { config.expert_lr };
     for (i, (step, expected)) in steps.iter().zip(expected).enumerate() {
@@ -370,34 +370,33 @@ fn train(case: &Case, run: &Value) {
         check("lr_factor", Some(step.lr / rate), exact);
     }
 
-    let mut base = case.engine(&case.config, 1);
-    std::mem::swap(&mut base.model, &mut engine.model);
-    let after = base.measure(&unsafe_batches(&base)).unwrap().unwrap();
-    assert_near(&what("loss after"), &[after], &numbers(&run["loss_after"]), at_step(case, steps.len(), LOSS));
-    compare_changes(case, run, &base, &engine.touched);
+    let base = case.run(&case.config, 1);
+    let after = mean_loss(&run.replica, &base.unsafe_batches()).unwrap().unwrap();
+    assert_near(&what("loss after"), &[after], &numbers(&golden["loss_after"]), at_step(case, steps.len(), LOSS));
+    compare_changes(case, golden, &run);
 }
 
-fn compare_changes(case: &Case, run: &Value, engine: &Engine<'_, Cpu>, touched: &BTreeSet<ParamId>) {
+fn compare_changes(case: &Case, golden: &Value, run: &CaseRun<'_, Cpu>) {
     let mut expected: BTreeMap<String, Value> =
-        run["change"].as_object().unwrap().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+        golden["change"].as_object().unwrap().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
     let file = std::fs::read(
-        case.config.dataset_path.with_file_name(format!("{}.safetensors", run["name"].as_str().unwrap())),
+        case.config.dataset_path.with_file_name(format!("{}.safetensors", golden["name"].as_str().unwrap())),
     )
     .ok();
     let file = file.as_deref().map(|bytes| SafeTensors::deserialize(bytes).unwrap());
     for (id, spec) in case.session.table.iter() {
         let name = fixture_name(spec);
-        let (before, after) = (&spec.value, engine.model.weight_host(id));
+        let (before, after) = (&spec.value, run.model().weight_host(id));
         let Some(expected) = expected.remove(&name) else {
-            assert!(!touched.contains(&id), "{name} is trained and should be frozen");
-            assert!(*before.bytes == *after.bytes, "run {}: {name} moved", run["name"]);
+            assert!(!run.replica.written().contains(&id), "{name} is trained and should be frozen");
+            assert!(*before.bytes == *after.bytes, "run {}: {name} moved", golden["name"]);
             continue;
         };
-        assert!(touched.contains(&id), "{name} is frozen and should be trained");
+        assert!(run.replica.written().contains(&id), "{name} is frozen and should be trained");
         let (before, after) = (before.to_f32(), after.to_f32());
         let change: Vec<f64> = wide(&after).zip(wide(&before)).map(|(a, b)| a - b).collect();
         let tolerance = if is_16_bit(case) { CHANGE_16 } else { CHANGE };
-        let what = format!("run {}, change of {name}", run["name"]);
+        let what = format!("run {}, change of {name}", golden["name"]);
         assert_near(&what, &digest(change.iter().copied()), &numbers(&expected), tolerance);
         if let Some(file) = &file {
             let theirs = floats(file.tensor(&name).unwrap().data());
@@ -414,16 +413,16 @@ fn recomputing(name: &str) {
     let case = Case::open(name);
     let results = [Recompute::Never, Recompute::Always].map(|recompute| {
         let config = RunConfig { recompute, ..case.config.clone() };
-        let engine = case.engine(&config, 1);
+        let run = case.run(&config, 1);
         let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
-        let (loss, gradients) = ce_gradients(&engine, &unsafe_batches(&engine)[0], &all);
+        let (loss, gradients) = ce_gradients(&run.replica, &run.unsafe_batches()[0], &all);
         let gradients: Vec<Vec<u32>> = gradients.iter().map(|g| g.iter().map(|x| x.to_bits()).collect()).collect();
-        let found = engine.identify(0, &Progress::hidden()).unwrap();
+        let found = run.identify();
         let scores: Vec<u64> = found.scores.values.iter().chain(&found.losses).map(|x| x.to_bits()).collect();
         let phases: &[&str] = if case.is_long() { &["router", "joint"] } else { &[] };
         let steps = phases.iter().flat_map(|phase| {
             let config = RunConfig { recompute, ..case.config_with(&json!({ "phase": phase })) };
-            run_phase(&mut case.engine(&config, 1), phase, &case.selected())
+            case.run(&config, 1).run_phase(phase, &case.selected())
         });
         let steps: Vec<u64> = steps.flat_map(|s| [s.total_loss.to_bits(), s.grad_norm.to_bits()]).collect();
         (loss.to_bits(), gradients, scores, steps)

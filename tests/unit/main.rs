@@ -20,6 +20,7 @@ mod layering;
 mod method;
 mod ops;
 mod ops_autograd;
+mod recipe;
 mod second_opinion;
 mod sharding;
 mod shared_goldens;

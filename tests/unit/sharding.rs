@@ -5,48 +5,47 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::case::Case;
+use crate::case::{Case, CaseRun};
 use moewarden::backend::{Backend, cpu::Cpu};
 use moewarden::collective::conformance::on_threads;
-use moewarden::model::{GradPlan, LossGrads, ParamId, ParamKind, PassEnd, Sinks};
+use moewarden::launch::Rank;
+use moewarden::model::{LossGrads, ParamId, ParamKind, PassEnd, Sinks};
 use moewarden::optim::{LearningRates, ShardPlan};
-use moewarden::run::Rank;
-use moewarden::run::engine::Engine;
-use moewarden::run::memory::TrainedState;
-use moewarden::run::trainer::{Passes, Trainer};
+use moewarden::train::memory::TrainedState;
+use moewarden::train::{StepBackward, Trainer};
 use moewarden::ui::Ui;
 
-/// Does `work` on the engine of each of so many ranks.
-fn on_ranks<T: Send + 'static>(ranks: usize, work: impl Fn(Engine<'_, Cpu>) -> T + Send + Sync + 'static) -> Vec<T> {
+/// Runs `work` on each of so many ranks.
+fn on_ranks<T: Send + 'static>(ranks: usize, work: impl Fn(CaseRun<'_, Cpu>) -> T + Send + Sync + 'static) -> Vec<T> {
     let case = Arc::new(Case::open("olmoe"));
     on_threads(ranks, move |world| {
         let rank = Rank::new(Arc::new(world), Ui::silent());
-        work(case.session.engine(&case.config, Arc::new(Cpu::new(1)), None, &rank))
+        work(case.run_as(&case.config, Arc::new(Cpu::new(1)), &rank))
     })
 }
 
-fn all_params(engine: &Engine<'_, Cpu>) -> Vec<ParamId> {
-    (0..engine.model.table.params.len()).collect()
+fn all_params(run: &CaseRun<'_, Cpu>) -> Vec<ParamId> {
+    (0..run.model().table.params.len()).collect()
 }
 
 const END: PassEnd = PassEnd::Loss { all_rows: false };
 const LOSS: LossGrads<'static> = LossGrads { ce_scale: 0.01, routers: &[] };
 
 /// A backward pass of one record.
-fn backward(engine: &Engine<'_, Cpu>, plan: &GradPlan, passes: &mut Passes<'_, Cpu>, record: usize, last: bool) {
-    let inputs = engine.inputs(&engine.pack_unsafe(&[record]));
-    let forward = engine.forward(&inputs, Some(plan), END, None);
-    passes.backward(&engine.model, &inputs, forward, LOSS, last);
+fn backward(run: &CaseRun<'_, Cpu>, step: &mut StepBackward<'_, Cpu>, record: usize, last: bool) {
+    let inputs = run.replica.inputs(&run.sampler().pack_unsafe(&[record]));
+    let forward = step.forward(&inputs, END, None);
+    step.backward(&inputs, forward, LOSS, last);
 }
 
 #[test]
 fn a_layer_that_is_done_has_all_its_gradients_and_those_below_have_none() {
-    on_ranks(1, |engine| {
-        let (model, b) = (&engine.model, &*engine.model.backend);
-        let trainer = Trainer::new(&engine, &all_params(&engine));
+    on_ranks(1, |run| {
+        let (model, b) = (run.model(), &*run.model().backend);
+        let trainer = Trainer::new(&run.replica, &all_params(&run));
         let plan = &trainer.plan;
-        let inputs = engine.inputs(&engine.pack_unsafe(&[0, 1, 2]));
-        let forward = engine.forward(&inputs, Some(plan), END, None);
+        let inputs = run.replica.inputs(&run.sampler().pack_unsafe(&[0, 1, 2]));
+        let forward = run.replica.forward(&inputs, Some(plan), END, None);
         let (mut grads, mut scores) = (b.buffer(plan.len()), b.scores(0));
         let mut done = Vec::new();
         let mut observe =
@@ -78,26 +77,25 @@ fn a_layer_that_is_done_has_all_its_gradients_and_those_below_have_none() {
 fn buckets_leave_with_the_last_pass_before_it_ends() {
     // Rank 0 trains; rank 1 has nothing to add and counts what comes from rank 0.
     let come = AtomicUsize::new(0);
-    on_ranks(2, move |engine| {
-        let all = all_params(&engine);
-        if engine.world.rank() == 1 {
-            let lens = all.iter().map(|&id| engine.model.table.params[id].value.len());
+    on_ranks(2, move |run| {
+        let all = all_params(&run);
+        if run.replica.world.rank() == 1 {
+            let lens = all.iter().map(|&id| run.model().table.params[id].value.len());
             let shards = ShardPlan::new(lens, 2, 1);
             for bucket in shards.buckets() {
                 let counts = shards.counts(bucket.clone());
                 let zeros = vec![0.0; counts.iter().sum()];
-                engine.world.reduce_scatter_f32(&zeros, &counts, &mut vec![0.0; counts[1]]).unwrap();
+                run.replica.world.reduce_scatter_f32(&zeros, &counts, &mut vec![0.0; counts[1]]).unwrap();
                 come.fetch_add(1, Ordering::SeqCst);
             }
             return;
         }
-        let mut trainer = Trainer::with_bucket(&engine, &all, 1); // a bucket for each parameter
-        let plan = trainer.plan.clone();
-        let ran = trainer.accumulate(&engine, |passes| {
-            backward(&engine, &plan, passes, 0, false);
+        let mut trainer = Trainer::with_bucket_size(&run.replica, &all, 1); // a bucket for each parameter
+        let ran = trainer.accumulate(&run.replica, |passes| {
+            backward(&run, passes, 0, false);
             sleep(Duration::from_millis(100));
             assert_eq!(come.load(Ordering::SeqCst), 0, "a gradient that will still grow has left");
-            backward(&engine, &plan, passes, 1, true);
+            backward(&run, passes, 1, true);
             // The step has not ended; but every gradient is complete, and all but the embedding's are after some layer.
             let start = Instant::now();
             while come.load(Ordering::SeqCst) < all.len() - 1 {
@@ -113,15 +111,17 @@ fn buckets_leave_with_the_last_pass_before_it_ends() {
 #[test]
 fn the_size_of_buckets_decides_nothing() {
     let weights = |bucket: usize| {
-        let ranks = on_ranks(2, move |mut engine| {
-            let mut trainer = Trainer::with_bucket(&engine, &all_params(&engine), bucket);
+        let ranks = on_ranks(2, move |mut run| {
+            let mut trainer = Trainer::with_bucket_size(&run.replica, &all_params(&run), bucket);
             for step in 0..2 {
-                let (plan, rank) = (trainer.plan.clone(), engine.world.rank());
-                trainer.accumulate(&engine, |passes| backward(&engine, &plan, passes, 2 * step + rank, true)).unwrap();
-                let norm = trainer.norm(&engine).unwrap().value;
-                trainer.update(&mut engine, &LearningRates { expert: 1e-3, router: 1e-3, other: 1e-3 }, norm).unwrap();
+                let rank = run.replica.world.rank();
+                trainer.accumulate(&run.replica, |passes| backward(&run, passes, 2 * step + rank, true)).unwrap();
+                let norm = trainer.norm(&run.replica).unwrap().value;
+                let rates = LearningRates { expert: 1e-3, router: 1e-3, other: 1e-3 };
+                let updates = run.recipe.updates.clone();
+                trainer.update(&mut run.replica, &rates, norm, &updates).unwrap();
             }
-            all_params(&engine).into_iter().map(|id| engine.model.weight_host(id).bytes.to_vec()).collect::<Vec<_>>()
+            all_params(&run).into_iter().map(|id| run.model().weight_host(id).bytes.to_vec()).collect::<Vec<_>>()
         });
         assert!(ranks[0] == ranks[1], "both ranks have the same weights");
         ranks.into_iter().next().unwrap()
@@ -134,9 +134,9 @@ fn the_size_of_buckets_decides_nothing() {
 
 #[test]
 fn each_of_four_ranks_keeps_a_quarter_of_the_optimizer() {
-    let ranks = on_ranks(4, |engine| {
-        let trainer = Trainer::new(&engine, &all_params(&engine));
-        (trainer.optimizer().bytes(), engine.model.table.total().elements, engine.model.table.params.len())
+    let ranks = on_ranks(4, |run| {
+        let trainer = Trainer::new(&run.replica, &all_params(&run));
+        (trainer.optimizer().bytes(), run.model().table.total().elements, run.model().table.params.len())
     });
     let (_, elements, params) = ranks[0];
     assert_eq!(ranks.iter().map(|(bytes, ..)| bytes).sum::<usize>(), 12 * elements);

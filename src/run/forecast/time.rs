@@ -264,9 +264,9 @@ pub fn duration(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::{Heads, Rope};
     use crate::config::{Mode, RunConfig};
     use crate::experts::{Method, RandomMatch, Selection};
-    use crate::backend::{Heads, Rope};
     use crate::model::QkNorm;
 
     /// allenai/OLMoE-1B-7B-0125-Instruct.

@@ -227,7 +227,10 @@ mod tests {
         assert!(fault.visit(Point::Step).unwrap().is_none());
         assert!(fault.clone().visit(Point::Step).is_err(), "clones count together");
         assert!(fault.visit(Point::Step).unwrap().is_none());
-        assert_eq!("rank=0,at=step:1,do=nan".parse::<Fault>().unwrap().visit(Point::Step).unwrap(), Some(Corruption::NanGradient));
+        assert_eq!(
+            "rank=0,at=step:1,do=nan".parse::<Fault>().unwrap().visit(Point::Step).unwrap(),
+            Some(Corruption::NanGradient)
+        );
         let often: Fault = "rank=0,at=save:2-3,do=fail".parse().unwrap();
         assert_eq!([(); 4].map(|()| often.visit(Point::Save).is_err()), [false, true, true, false]);
         for wrong in [

@@ -1,15 +1,15 @@
 //! Fault injection: how the tests show that a run survives faults. Only builds with debug assertions or the feature `faults`
 //! contain it; in others [`Fault`] has no value, so that the compiler removes every visit.
 
-#[cfg(any(debug_assertions, feature = "faults"))]
-mod inject;
 #[cfg(not(any(debug_assertions, feature = "faults")))]
 mod absent;
-
 #[cfg(any(debug_assertions, feature = "faults"))]
-pub use inject::Fault;
+mod inject;
+
 #[cfg(not(any(debug_assertions, feature = "faults")))]
 pub use absent::Fault;
+#[cfg(any(debug_assertions, feature = "faults"))]
+pub use inject::Fault;
 
 use crate::exit::Failure;
 
