@@ -17,6 +17,7 @@ pub mod data;
 pub mod exit;
 pub mod experts;
 pub mod files;
+pub mod launch;
 pub mod model;
 pub mod optim;
 pub mod report;

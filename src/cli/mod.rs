@@ -9,10 +9,11 @@ use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
 use crate::config::{
-    self, CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions, ReportArgs,
+    CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions, ReportArgs,
     RunConfig, heading, is_bool, resolve_matrix,
 };
 use crate::exit::{self, Failure};
+use crate::launch::{self, Launch};
 use crate::run::{self, Ranks, Stop};
 use crate::ui::Ui;
 
@@ -100,10 +101,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
 
 /// Runs one command to its end.
 pub fn run(cli: &Cli) -> exit::Result<()> {
-    let launch = config::launch()?;
+    let launch = Launch::from_env()?;
     let ui = &if launch.rank == 0 { Ui::new(cli.quiet) } else { Ui::silent() };
     let ranks = |config: &RunConfig| {
-        let fault = config::fault().map(|text| text.parse()).transpose()?;
+        let fault = launch::fault().map(|text| text.parse()).transpose()?;
         Ranks::of(config, &launch, Stop::on_signals()?, fault, ui)
     };
     if !matches!(cli.command, Command::Train(_) | Command::Identify(_)) {

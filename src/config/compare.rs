@@ -99,11 +99,13 @@ impl CompareArgs {
     }
 }
 
-/// Whether a variant has this name in some matrix.
-pub(super) fn is_variant(name: &str) -> bool {
-    let all =
-        CompareArgs { methods: Method::value_variants().to_vec(), ablations: Ablation::value_variants().to_vec() };
-    all.variants(&RunConfig::default()).iter().any(|v| v.name == name)
+impl Variant {
+    /// Whether some matrix has a variant of this name.
+    pub fn is_name(name: &str) -> bool {
+        let all =
+            CompareArgs { methods: Method::value_variants().to_vec(), ablations: Ablation::value_variants().to_vec() };
+        all.variants(&RunConfig::default()).iter().any(|v| v.name == name)
+    }
 }
 
 #[cfg(test)]

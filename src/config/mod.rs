@@ -7,13 +7,10 @@
 mod commands;
 mod compare;
 mod file;
-mod launch;
 mod layers;
-mod lock;
-mod names;
-mod output_dir;
 mod raw;
 mod resolve;
+mod spelling;
 mod validate;
 
 use std::ops::RangeInclusive;
@@ -22,7 +19,6 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::backend::cuda::nvidia::library::Surroundings;
 use crate::data::{LongRows, LossOn};
 use crate::exit::{self, Coded};
 use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
@@ -31,15 +27,10 @@ use crate::routers::{ConsistencyLayers, KlType, Statistic};
 
 pub use commands::{CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
 pub use compare::{Ablation, CompareArgs, Variant};
-pub use launch::{Launch, Launcher};
 pub use layers::Layers;
-pub use lock::{LOCK_FILE, OutputLock};
-pub use names::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
-pub use output_dir::{
-    Existing, check_model_dir, check_output_dir, prepare_dir, prepare_dir_keeping, prepare_output_dir,
-};
 pub use raw::{RawOptions, heading};
 pub use resolve::{Resolved, resolve, resolve_matrix};
+pub use spelling::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
 
 /// Where the weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
@@ -406,30 +397,9 @@ pub enum ConfigError {
     /// Values that cannot be, or contradict each other, one a line.
     #[error("{}", .0.join("\n"))]
     Invalid(Vec<String>),
-    /// What started this process contradicts itself, the options or this build.
-    #[error("{0}")]
-    Launch(String),
     /// A path that YAML cannot hold.
     #[error("an option is not text, so that config.resolved.yaml could not hold it: {0}")]
     NotText(String),
-    /// The output folder holds something.
-    #[error("{}: {message}", path.display())]
-    OutputDir {
-        /// The output folder.
-        path: PathBuf,
-        /// The cause and the way out.
-        message: String,
-    },
-    /// The output folder cannot be read, made or emptied.
-    #[error("cannot {what} {}", path.display())]
-    OutputIo {
-        /// The verb.
-        what: &'static str,
-        /// The file or folder.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
 }
 
 impl Coded for ConfigError {
@@ -439,38 +409,6 @@ impl Coded for ConfigError {
             ConfigError::NotRead { .. } => exit::IO,
             ConfigError::Missing(_) => exit::USAGE,
             ConfigError::File { .. } | ConfigError::Invalid(_) | ConfigError::NotText(_) => exit::CONFIG,
-            ConfigError::Launch(_) => exit::LAUNCHER,
-            ConfigError::OutputIo { source, .. } if crate::files::is_full(source) => exit::IO,
-            ConfigError::OutputDir { .. } | ConfigError::OutputIo { .. } => exit::CANNOT_CREATE,
         }
     }
-}
-
-/// The local Hugging Face cache that the environment names. (Only this module and the command line read the environment.)
-pub fn hub_cache() -> crate::model::HubCache {
-    crate::model::HubCache::from_vars(|name| std::env::var_os(name))
-}
-
-/// Who started this process, by its environment.
-///
-/// Fails with [`ConfigError::Launch`] on variables that contradict each other.
-pub fn launch() -> Result<Launch, ConfigError> {
-    Launch::detect(|name| std::env::var(name).ok())
-}
-
-/// Where this machine may have NVIDIA's libraries, by the environment.
-pub fn surroundings() -> Surroundings {
-    Surroundings::read(|name| std::env::var_os(name))
-}
-
-/// The folder that keeps compiled kernels: `moewarden/kernels` in the user's cache; none where there is no home.
-pub fn kernel_cache() -> Option<PathBuf> {
-    let folder = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let cache = folder("XDG_CACHE_HOME").filter(|cache| cache.is_absolute());
-    cache.or_else(|| Some(folder("HOME")?.join(".cache"))).map(|cache| cache.join("moewarden/kernels"))
-}
-
-/// What is to go wrong on purpose: `MOEWARDEN_FAULT`.
-pub fn fault() -> Option<String> {
-    std::env::var("MOEWARDEN_FAULT").ok()
 }

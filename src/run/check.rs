@@ -11,9 +11,10 @@ use super::ranks::{Rank, caught};
 use super::session::{Session, passes_at_once};
 use super::train::trained_elements;
 use crate::backend::cpu::Cpu;
-use crate::config::{CheckArgs, RunConfig, check_output_dir};
+use crate::config::{CheckArgs, RunConfig};
 use crate::data::{Sample, samples_for_people};
 use crate::exit::Result;
+use crate::launch::check_output_dir;
 use crate::ui::Ui;
 
 /// Opens model, tokenizer and data, shows what they hold, and predicts memory and time.

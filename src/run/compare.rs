@@ -9,10 +9,11 @@ use super::ranks::Ranks;
 use super::report::{Run, loss_curves};
 use super::session::Session;
 use super::train::{TrainSummary, train};
-use crate::config::{CompareArgs, RunConfig, Variant, check_output_dir, prepare_output_dir};
+use crate::config::{CompareArgs, RunConfig, Variant};
 use crate::exit::{self, Result};
 use crate::experts::ExpertId;
 use crate::files;
+use crate::launch::{check_output_dir, prepare_output_dir};
 use crate::report::{Overlap, Page, RunChoice, Table, overlap, overlap_tables, write_json};
 use crate::ui::Ui;
 

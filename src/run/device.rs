@@ -21,6 +21,7 @@ use crate::collective::nccl::{Communicator, Nccl};
 use crate::collective::{all_agree, all_ok};
 use crate::config::{self, Precision, RunConfig, Transport};
 use crate::exit::{self, Failure, Result};
+use crate::launch;
 use crate::ui::Ui;
 
 /// What this process computes on.
@@ -55,10 +56,10 @@ impl Device {
         if config.device == config::Device::Cpu {
             return Ok(Device::Cpu(None));
         }
-        let surroundings = config::surroundings();
+        let surroundings = launch::cuda_search_paths();
         let found = Driver::start(&surroundings).and_then(|driver| driver.check_age().map(|()| driver));
         let error = match found {
-            Ok(driver) => return Ok(Device::Gpus(Gpus { driver, surroundings, kernel_cache: config::kernel_cache() })),
+            Ok(driver) => return Ok(Device::Gpus(Gpus { driver, surroundings, kernel_cache: launch::kernel_cache() })),
             Err(error) if config.device == config::Device::Cuda => return Err(error.into()),
             Err(error) => error,
         };

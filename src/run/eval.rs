@@ -14,10 +14,11 @@ use super::ranks::{Rank, caught};
 use super::refusals::{LISTS, wilson};
 use super::session::Session;
 use crate::backend::Backend;
-use crate::config::{EvalArgs, Existing, prepare_dir_keeping};
+use crate::config::EvalArgs;
 use crate::data::{self, Example, Message, MicroBatch, Record};
 use crate::exit::{self, Failure, Result};
 use crate::files::AtomicFile;
+use crate::launch::{Existing, prepare_dir_keeping};
 use crate::report::{
     EVAL_SCHEMA, EvalReport, EvaluatedModel, GENERATION_SCHEMA, GenerationRow, MeanLoss, PromptSide, RefusalRate,
     RoutingDifference, Sampling, eval_tables, write_json,

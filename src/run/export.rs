@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use crate::checkpoint::{apply_delta, apply_delta_over};
-use crate::config::{ExportArgs, check_model_dir, hub_cache};
+use crate::config::ExportArgs;
 use crate::exit::{self, Failure, Result};
+use crate::launch::{check_model_dir, hub_cache};
 use crate::ui::Ui;
 
 /// Writes the base model with the delta applied. What stands in the output folder gives way only when the new model is

@@ -9,8 +9,9 @@ use super::fault::{Fault, Faulty};
 use super::stop::Stop;
 use crate::collective::threads::{self, Outcome};
 use crate::collective::{self, Collective};
-use crate::config::{Launch, RunConfig};
+use crate::config::RunConfig;
 use crate::exit::{self, Failure, Result};
+use crate::launch::Launch;
 use crate::ui::Ui;
 
 /// Who takes part in a run, and how the ranks of this process find the others.

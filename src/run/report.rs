@@ -4,10 +4,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::config::{Existing, ReportArgs, prepare_dir_keeping};
+use crate::config::ReportArgs;
 use crate::exit::{self, Failure, Result};
 use crate::experts::ExpertScores;
 use crate::files;
+use crate::launch::{Existing, prepare_dir_keeping};
 use crate::report::{
     EvalReport, MetricsLog, MetricsRow, Page, Phase, RunChoice, ScoresFile, Series, Table, curve_svg, eval_tables,
     heatmap_svg, overlap_tables, read_json,

@@ -9,10 +9,11 @@ use super::memory::{Activations, Place, TrainedState, human, human_count};
 use super::ranks::{Rank, Ranks};
 use crate::backend::{Backend, Dtype};
 use crate::collective::{self, Collective, all_agree};
-use crate::config::{Init, RunConfig, Schedule, hub_cache};
+use crate::config::{Init, RunConfig, Schedule};
 use crate::data::{ChatTokenizer, DataOptions, Dataset};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::Method;
+use crate::launch::hub_cache;
 use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit};
 use crate::ui::Ui;
 

@@ -19,12 +19,11 @@ use super::verify::verify_frozen;
 use crate::backend::Backend;
 use crate::checkpoint::{export_over, save_delta};
 use crate::collective::{all_ok, meanwhile};
-use crate::config::{
-    Init, LOCK_FILE, Mode, OutputLock, RunConfig, SaveRounds, Schedule, check_output_dir, prepare_output_dir,
-};
+use crate::config::{Init, Mode, RunConfig, SaveRounds, Schedule};
 use crate::data::{self, MicroBatch};
 use crate::exit::{self, Failure, Result};
 use crate::experts::{ExpertId, Selection};
+use crate::launch::{LOCK_FILE, OutputLock, check_output_dir, prepare_output_dir};
 use crate::model::ParamKind;
 use crate::report::{Phase, TrainingStep};
 use crate::ui::Ui;

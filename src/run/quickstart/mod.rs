@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use super::ranks::Ranks;
 use super::train::{TrainSummary, train};
-use crate::config::{Device, Existing, QuickstartArgs, RunConfig, SaveRounds, prepare_dir};
+use crate::config::{Device, QuickstartArgs, RunConfig, SaveRounds};
 use crate::exit::{self, Context, Failure, Result};
+use crate::launch::{Existing, prepare_dir};
 use crate::model::tiny::{TinySpec, write_random_checkpoint};
 use crate::model::{Checkpoint, WeightsError};
 use crate::ui::Ui;

@@ -1,6 +1,6 @@
 //! Who started this process, and as which of how many.
 
-use super::ConfigError;
+use super::LaunchError;
 
 /// What starts several processes of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,8 +40,8 @@ impl Launch {
     /// its helpers.
     ///
     /// # Errors
-    /// [`ConfigError::Launch`] on values that cannot be, and if it was torchrun.
-    pub fn detect(var: impl Fn(&str) -> Option<String>) -> Result<Self, ConfigError> {
+    /// [`LaunchError::Launcher`] on values that cannot be, and if it was torchrun.
+    pub fn detect(var: impl Fn(&str) -> Option<String>) -> Result<Self, LaunchError> {
         let is_set = |name| var(name).is_some();
         let slurm_step = match var("SLURM_STEP_ID") {
             // Without a step, SLURM_PROCID and SLURM_NTASKS describe the job, not this process.
@@ -67,11 +67,11 @@ impl Launch {
     /// That ranks are not asked for twice: as threads and as processes.
     ///
     /// # Errors
-    /// [`ConfigError::Launch`] if they are.
-    pub fn check_ranks(&self, ranks: Option<usize>) -> Result<(), ConfigError> {
+    /// [`LaunchError::Launcher`] if they are.
+    pub fn check_ranks(&self, ranks: Option<usize>) -> Result<(), LaunchError> {
         let Some(ranks) = ranks.filter(|ranks| *ranks > 1 && self.world_size > 1) else { return Ok(()) };
         let Self { launcher, world_size, .. } = self;
-        Err(ConfigError::Launch(format!(
+        Err(LaunchError::Launcher(format!(
             "--ranks {ranks} asks for threads of one process, but {launcher} started {world_size} processes: leave out \
              --ranks, or start one process"
         )))
@@ -80,13 +80,13 @@ impl Launch {
     /// That only one process was started, of a command that has no ranks.
     ///
     /// # Errors
-    /// [`ConfigError::Launch`] if there are more.
-    pub fn check_single(&self) -> Result<(), ConfigError> {
+    /// [`LaunchError::Launcher`] if there are more.
+    pub fn check_single(&self) -> Result<(), LaunchError> {
         if self.world_size == 1 {
             return Ok(());
         }
         let Self { launcher, world_size, .. } = self;
-        Err(ConfigError::Launch(format!(
+        Err(LaunchError::Launcher(format!(
             "{launcher} started {world_size} processes of a command that runs as one (only `train` and `identify` have \
              ranks): start it without {launcher}, or as one process"
         )))
@@ -95,13 +95,13 @@ impl Launch {
     /// That this build can join the processes that were started.
     ///
     /// # Errors
-    /// [`ConfigError::Launch`] if it cannot.
-    pub fn check_build(&self, with_mpi: bool) -> Result<(), ConfigError> {
+    /// [`LaunchError::Launcher`] if it cannot.
+    pub fn check_build(&self, with_mpi: bool) -> Result<(), LaunchError> {
         if with_mpi || self.world_size == 1 {
             return Ok(());
         }
         let Self { launcher, world_size, .. } = self;
-        Err(ConfigError::Launch(format!(
+        Err(LaunchError::Launcher(format!(
             "{launcher} started {world_size} processes, but this moewarden was built without MPI and would run as \
              {world_size} runs that overwrite each other: cargo build --release --features mpi"
         )))
@@ -111,8 +111,8 @@ impl Launch {
     /// process, and says nothing.)
     ///
     /// # Errors
-    /// [`ConfigError::Launch`] if it joined another number of them.
-    pub fn check_mpi(&self, mpi_size: usize) -> Result<(), ConfigError> {
+    /// [`LaunchError::Launcher`] if it joined another number of them.
+    pub fn check_mpi(&self, mpi_size: usize) -> Result<(), LaunchError> {
         let Self { launcher, world_size, .. } = *self;
         if mpi_size == world_size {
             return Ok(());
@@ -127,7 +127,7 @@ impl Launch {
                  `ldd moewarden | grep mpi`, and rebuild with that MPI's mpicc first on PATH"
             }
         };
-        Err(ConfigError::Launch(format!(
+        Err(LaunchError::Launcher(format!(
             "{launcher} started {world_size} processes, but MPI joined {mpi_size} of them: {hint}"
         )))
     }
@@ -150,46 +150,46 @@ const ALONE: Launch = Launch { launcher: Launcher::None, rank: 0, world_size: 1,
 trait Var: Fn(&str) -> Option<String> {}
 impl<F: Fn(&str) -> Option<String>> Var for F {}
 
-fn garbage(name: &str, value: &str) -> ConfigError {
-    ConfigError::Launch(format!("the environment variable {name} is {value:?}, which is no number of a process"))
+fn garbage(name: &str, value: &str) -> LaunchError {
+    LaunchError::Launcher(format!("the environment variable {name} is {value:?}, which is no number of a process"))
 }
 
-fn number(var: &impl Var, name: &str) -> Result<Option<usize>, ConfigError> {
+fn number(var: &impl Var, name: &str) -> Result<Option<usize>, LaunchError> {
     var(name).map(|value| value.trim().parse().map_err(|_| garbage(name, &value))).transpose()
 }
 
 /// The numbers in a pair of variables, rank and size; both or none.
-fn pair(var: &impl Var, [rank, size]: [&str; 2]) -> Result<Option<(usize, usize)>, ConfigError> {
+fn pair(var: &impl Var, [rank, size]: [&str; 2]) -> Result<Option<(usize, usize)>, LaunchError> {
     match (number(var, rank)?, number(var, size)?) {
         (None, None) => Ok(None),
         (Some(r), Some(n)) if r < n => Ok(Some((r, n))),
         (Some(r), Some(n)) => {
-            Err(ConfigError::Launch(format!("the environment variable {rank} is {r}, but {size} is {n}")))
+            Err(LaunchError::Launcher(format!("the environment variable {rank} is {r}, but {size} is {n}")))
         }
         (r, _) => {
             let (there, absent) = if r.is_some() { (rank, size) } else { (size, rank) };
-            Err(ConfigError::Launch(format!("the environment variable {there} is set, but {absent} is not")))
+            Err(LaunchError::Launcher(format!("the environment variable {there} is set, but {absent} is not")))
         }
     }
 }
 
 /// Where the launcher says nothing of machines there is one.
-fn place(var: &impl Var, launcher: Launcher, global: [&str; 2], local: [&str; 2]) -> Result<Launch, ConfigError> {
+fn place(var: &impl Var, launcher: Launcher, global: [&str; 2], local: [&str; 2]) -> Result<Launch, LaunchError> {
     let (rank, world_size) = pair(var, global)?.expect("the launcher was known by its rank");
     let (local_rank, local_size) = pair(var, local)?.unwrap_or((rank, world_size));
     if local_size > world_size {
         let message =
             format!("the environment variable {} is {local_size}, but {} is {world_size}", local[1], global[1]);
-        return Err(ConfigError::Launch(message));
+        return Err(LaunchError::Launcher(message));
     }
     Ok(Launch { launcher, rank, world_size, local_rank, local_size })
 }
 
-fn slurm(var: &impl Var) -> Result<Launch, ConfigError> {
+fn slurm(var: &impl Var) -> Result<Launch, LaunchError> {
     let size = if var("SLURM_STEP_NUM_TASKS").is_some() { "SLURM_STEP_NUM_TASKS" } else { "SLURM_NTASKS" };
     let Some((rank, world_size)) = pair(var, ["SLURM_PROCID", size])? else {
         let message = "the environment variable SLURM_STEP_ID is set, but SLURM_PROCID is not: keep Slurm's variables";
-        return Err(ConfigError::Launch(message.to_owned()));
+        return Err(LaunchError::Launcher(message.to_owned()));
     };
     let node = number(var, "SLURM_NODEID")?.unwrap_or(0);
     let local_size = match var("SLURM_STEP_TASKS_PER_NODE") {
@@ -198,14 +198,14 @@ fn slurm(var: &impl Var) -> Result<Launch, ConfigError> {
     };
     let local_rank = number(var, "SLURM_LOCALID")?.unwrap_or(rank);
     if local_rank >= local_size || local_size > world_size {
-        return Err(ConfigError::Launch(format!(
+        return Err(LaunchError::Launcher(format!(
             "the environment variable SLURM_LOCALID is {local_rank}, but this node has {local_size} of {world_size} tasks"
         )));
     }
     // What the three ways of `srun --mpi` tell a rank. Without any, Open MPI ends the process, and others start runs of one.
     let connected = ["PMIX_RANK", "PMI_RANK", "PMI_CONTROL_PORT"].iter().any(|name| var(name).is_some());
     if world_size > 1 && !connected {
-        return Err(ConfigError::Launch(format!(
+        return Err(LaunchError::Launcher(format!(
             "srun started {world_size} processes that MPI cannot join, as --mpi=none does: srun needs --mpi=pmix for Open \
              MPI, --mpi=pmi2 for MPICH (srun --mpi=list shows what it has)"
         )));
@@ -230,9 +230,9 @@ fn tasks_of_node(list: &str, node: usize) -> Option<usize> {
 }
 
 /// One process is as good as none: all is well. More cannot find each other.
-fn torchrun(var: &impl Var) -> Result<Launch, ConfigError> {
+fn torchrun(var: &impl Var) -> Result<Launch, LaunchError> {
     match pair(var, ["RANK", "WORLD_SIZE"])? {
-        Some((_, world_size @ 2..)) => Err(ConfigError::Launch(format!(
+        Some((_, world_size @ 2..)) => Err(LaunchError::Launcher(format!(
             "torchrun started {world_size} processes (RANK and WORLD_SIZE are set), which moewarden cannot join: start it \
              by mpirun or srun, or as one process with --ranks {world_size}"
         ))),
@@ -246,7 +246,7 @@ mod tests {
     use crate::exit::{self, Coded};
 
     /// From "NAME=value NAME=value".
-    fn detect(environment: &str) -> Result<Launch, ConfigError> {
+    fn detect(environment: &str) -> Result<Launch, LaunchError> {
         let pairs: Vec<_> = environment.split_whitespace().map(|pair| pair.split_once('=').unwrap()).collect();
         Launch::detect(|name| pairs.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned()))
     }

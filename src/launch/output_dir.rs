@@ -4,10 +4,10 @@ use std::fs::{self, FileType};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use super::compare::is_variant;
+use super::LaunchError;
 use super::lock::LOCK_FILE;
-use super::{ConfigError, RunConfig};
 use crate::checkpoint::{self, is_model_file, is_model_folder};
+use crate::config::{RunConfig, Variant};
 use crate::files;
 
 /// What happens to a folder that already holds something.
@@ -33,27 +33,27 @@ impl Existing {
 }
 
 /// Makes the output folder of a run. See [`prepare_dir_keeping`].
-pub fn prepare_output_dir(config: &RunConfig) -> Result<(), ConfigError> {
+pub fn prepare_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
     prepare_dir_keeping(&config.output_dir, Existing::of(config.overwrite, config.resume), &config.inputs())
 }
 
 /// Says what [`prepare_output_dir`] would say, and touches nothing.
-pub fn check_output_dir(config: &RunConfig) -> Result<(), ConfigError> {
+pub fn check_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
     inspect(&config.output_dir, Existing::of(config.overwrite, config.resume), &config.inputs(), Place::Top).map(drop)
 }
 
 /// Whether a model may be written as the folder `dir`: it is absent or empty, or (with `overwrite`) holds a model, with
 /// its configuration, and nothing else, none of `inputs` included. Touches nothing.
 ///
-/// Fails with [`ConfigError::OutputDir`] or [`ConfigError::OutputIo`].
-pub fn check_model_dir(dir: &Path, overwrite: bool, inputs: &[&Path]) -> Result<(), ConfigError> {
+/// Fails with [`LaunchError::OutputDir`] or [`LaunchError::OutputIo`].
+pub fn check_model_dir(dir: &Path, overwrite: bool, inputs: &[&Path]) -> Result<(), LaunchError> {
     let Some(outputs) = inspect(dir, Existing::of(overwrite, false), inputs, Place::Model)? else { return Ok(()) };
     // The name is the user's own here: a folder of other small files is none that an export has written.
     if outputs.files.is_empty() || dir.join("config.json").is_file() {
         return Ok(());
     }
     let message = "holds no config.json, so no model that --overwrite could replace; give another --output-dir".into();
-    Err(ConfigError::OutputDir { path: dir.to_owned(), message })
+    Err(LaunchError::OutputDir { path: dir.to_owned(), message })
 }
 
 /// Makes `dir` and its parents, and sees that it holds nothing but what `existing` allows.
@@ -61,8 +61,8 @@ pub fn check_model_dir(dir: &Path, overwrite: bool, inputs: &[&Path]) -> Result<
 /// [`Existing::Replace`] removes files and folders by name only: those of `is_output`. The whole tree is looked at
 /// before anything is removed; an unknown name, a symbolic link or a special file anywhere in it is an error.
 ///
-/// Fails with [`ConfigError::OutputDir`] or [`ConfigError::OutputIo`].
-pub fn prepare_dir(dir: &Path, existing: Existing) -> Result<(), ConfigError> {
+/// Fails with [`LaunchError::OutputDir`] or [`LaunchError::OutputIo`].
+pub fn prepare_dir(dir: &Path, existing: Existing) -> Result<(), LaunchError> {
     prepare_dir_keeping(dir, existing, &[])
 }
 
@@ -70,8 +70,8 @@ pub fn prepare_dir(dir: &Path, existing: Existing) -> Result<(), ConfigError> {
 /// final model of a run, say, that is trained on) is an error. Inputs that do not exist are hub ids, or are reported by
 /// who opens them.
 ///
-/// Fails with [`ConfigError::OutputDir`] or [`ConfigError::OutputIo`].
-pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> Result<(), ConfigError> {
+/// Fails with [`LaunchError::OutputDir`] or [`LaunchError::OutputIo`].
+pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> Result<(), LaunchError> {
     let Some(outputs) = inspect(dir, existing, inputs, Place::Top)? else {
         return fs::create_dir_all(dir).map_err(failed("make the output folder", dir));
     };
@@ -90,8 +90,8 @@ pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> 
 }
 
 /// What is to be removed from `dir`; `None` where there is no such folder yet.
-fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Result<Option<Outputs>, ConfigError> {
-    let refused = |message: String| ConfigError::OutputDir { path: dir.to_owned(), message };
+fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Result<Option<Outputs>, LaunchError> {
+    let refused = |message: String| LaunchError::OutputDir { path: dir.to_owned(), message };
     match fs::metadata(dir) {
         Ok(meta) if !meta.is_dir() => return Err(refused("is a file; give a folder with --output-dir".into())),
         Ok(_) => {}
@@ -193,7 +193,7 @@ fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
         Place::Top if kind.is_dir() && model(checkpoint::is_left_of(name).unwrap_or(name)) => Some(Place::Model),
         Place::Top if kind.is_dir() && name == "checkpoints" => Some(Place::State),
         // A variant of a comparison is a run of its own; it holds no variants, but a few names more allow nothing foreign.
-        Place::Top if kind.is_dir() && is_variant(name) => Some(Place::Top),
+        Place::Top if kind.is_dir() && Variant::is_name(name) => Some(Place::Top),
         _ => None,
     }
 }
@@ -208,7 +208,7 @@ struct Outputs {
 }
 
 impl Outputs {
-    fn collect(&mut self, dir: &Path, place: Place) -> Result<(), ConfigError> {
+    fn collect(&mut self, dir: &Path, place: Place) -> Result<(), LaunchError> {
         for entry in entries(dir)? {
             let path = entry.path();
             // of the entry itself: a symbolic link is neither file nor folder here
@@ -227,7 +227,7 @@ impl Outputs {
 }
 
 /// Removes what a killed run was writing aside. (Variants of a comparison are left to the runs that go on in them.)
-fn clear_left(dir: &Path, place: Place) -> Result<(), ConfigError> {
+fn clear_left(dir: &Path, place: Place) -> Result<(), LaunchError> {
     for entry in entries(dir)? {
         let path = entry.path();
         let kind = entry.file_type().map_err(failed("read", &path))?;
@@ -248,16 +248,16 @@ fn clear_left(dir: &Path, place: Place) -> Result<(), ConfigError> {
 }
 
 /// The entries of a folder, by name.
-fn entries(dir: &Path) -> Result<Vec<fs::DirEntry>, ConfigError> {
+fn entries(dir: &Path) -> Result<Vec<fs::DirEntry>, LaunchError> {
     let mut entries =
         fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(failed("read", dir))?;
     entries.sort_by_key(fs::DirEntry::file_name);
     Ok(entries)
 }
 
-fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ConfigError {
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LaunchError {
     let path = path.to_owned();
-    move |source| ConfigError::OutputIo { what, path, source }
+    move |source| LaunchError::OutputIo { what, path, source }
 }
 
 #[cfg(test)]

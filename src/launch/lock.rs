@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use super::ConfigError;
+use super::LaunchError;
 
 /// The file that is locked while a run works in its output folder.
 pub const LOCK_FILE: &str = ".moewarden.lock";
@@ -21,10 +21,10 @@ pub struct OutputLock {
 impl OutputLock {
     /// Makes the folder, if need be, and takes it.
     ///
-    /// Fails with [`ConfigError::OutputDir`] where another process has it, which it names.
-    pub fn take(dir: &Path) -> Result<Self, ConfigError> {
+    /// Fails with [`LaunchError::OutputDir`] where another process has it, which it names.
+    pub fn take(dir: &Path) -> Result<Self, LaunchError> {
         let path = dir.join(LOCK_FILE);
-        let failed = |source| ConfigError::OutputIo { what: "lock", path: path.clone(), source };
+        let failed = |source| LaunchError::OutputIo { what: "lock", path: path.clone(), source };
         std::fs::create_dir_all(dir).map_err(failed)?;
         let mut file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
@@ -34,7 +34,7 @@ impl OutputLock {
             Ok(()) | Err(TryLockError::WouldBlock) => {
                 let mut holder = String::new();
                 _ = file.read_to_string(&mut holder);
-                return Err(ConfigError::OutputDir {
+                return Err(LaunchError::OutputDir {
                     path: dir.into(),
                     message: format!(
                         "another run works here ({}): wait for it, end it, or give another --output-dir",
