@@ -29,7 +29,7 @@ struct Layer {
 
 /// Lays `flags` over the YAML file `file` over the defaults, and validates the result.
 ///
-/// Fails with every variant of [`ConfigError`] but the two of the output folder.
+/// Fails with every variant of [`ConfigError`].
 pub fn resolve(file: Option<&Path>, flags: &RawOptions) -> Result<Resolved, ConfigError> {
     resolve_matrix(file, flags, |config| vec![config.clone()])
 }
