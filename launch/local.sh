@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One process on this host, without MPI: its ranks are threads, one a GPU. RANKS sets another number.
+# One process on this host, without MPI; its ranks are threads, one per GPU. RANKS overrides the number.
 #
 #     launch/local.sh --model-name MODEL --dataset-path ROWS.json --output-dir runs/first
 #
-# The same line again resumes. USR1 or TERM to this script saves a checkpoint; it then ends with 85.
+# Run the same command again to resume. On USR1 or TERM the process saves a checkpoint and exits with 85.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Two output folders of `moewarden train`: `compare.py same A B` wants the same bits, `compare.py close A B --model SOURCE` the
-same selection, losses within --losses of themselves, and changes of the weights within --change of their size."""
+"""Compares two output folders of `moewarden train`. `compare.py same A B` requires bit-identical scores and weights;
+`compare.py close A B --model SOURCE` the same selection, losses within a relative error of --losses, and weight changes within a
+relative error (L2 norm) of --change."""
 
 import argparse
 import array

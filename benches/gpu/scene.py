@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What `moewarden --init random` needs of a model, and rows of exact lengths: `scene.py FOLDER --model OLMoE-1B-7B`.
+"""Writes the inputs of `moewarden --init random`, and rows of exact lengths: `scene.py FOLDER --model OLMoE-1B-7B`.
 
-FOLDER gets config.json with the published sizes (shapes.json), a tokenizer of 32,000 whole words and a chat template; for each
-`--batch ROWSxLENGTH:BATCHES` a file `ROWSxLENGTH.json` with so many rows of so many random tokens each, of which all but
-the first seven carry loss.
+FOLDER gets config.json with the published sizes (shapes.json), a tokenizer of 32,000 whole words and a chat template; and for each
+`--batch ROWSxLENGTH:BATCHES` a file `ROWSxLENGTH.json` with ROWS * BATCHES rows of LENGTH random tokens, of which all except the first
+seven carry loss.
 """
 
 import argparse
@@ -16,7 +16,7 @@ SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 WORDS = 32000  # the smallest of the vocabularies
 TEMPLATE = """{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|> ' + m['content'] + ' <|end|> ' }}\
 {% else %}{{ '<|user|> ' + m['content'] + ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"""
-PROMPT = 5  # words; beside them three marks
+PROMPT = 5  # words, in addition to three special tokens
 TINY = dict(hidden_size=64, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, num_experts=8, num_local_experts=8, num_experts_per_tok=2)
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Whole identifications and trainings at full size, moewarden and transformers in turns: `speed.py OUT --binary moewarden --model
-OLMoE-1B-7B`. Appends one JSON line a run to OUT/speed.jsonl; `speed.py OUT --table` prints what all of them came to.
+"""Complete identification and training at full size, moewarden and transformers in turns: `speed.py OUT --binary moewarden --model
+OLMoE-1B-7B`. Appends one JSON line per run to OUT/speed.jsonl; `speed.py OUT --table` prints the table of all runs.
 
-Weights are random and made on the device. Our identification is timed in the second round of a training (metrics.jsonl: warm,
-as the peer's measured steps are), its memory in an `identify` of its own; training is the median step after two. The peak is
-what nvidia-smi shows of the whole GPU, sampled 10 times a second, for both programs.
+Weights are random and made on the device. moewarden's identification is timed in the second round of a training run (metrics.jsonl;
+warmed up, like the peer's measured steps), its memory in a separate `identify`; training is the median step after two warm-up steps.
+The peak is the memory of the whole GPU as nvidia-smi reports it, sampled 10 times a second, for both programs.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PEER = os.path.join(HERE, "../peer/gpu.py")
-# Micro-batches that are measured, by their rows and length.
+# Number of measured micro-batches, by their rows and length.
 BATCHES = {"8x512": 10, "16x2048": 4}
-# Experts that are trained: 6.25 % of all last; before them 100 of Qwen3-30B-A3B, and the 8 of Mixtral-8x7B that surely fit on one
+# Numbers of trained experts. The last is 6.25 % of all; before it 100 for Qwen3-30B-A3B, and 8 for Mixtral-8x7B, to fit on one
 # H200.
 TOP_K = {"OLMoE-1B-7B": [64], "Qwen3-30B-A3B": [100, 384], "Mixtral-8x7B": [8, 16]}
-# Seconds of a step that a roofline of 790 TFLOP/s and 4.3 TB/s allows (an H200 in practice): every operation by the larger of its
-# two terms, no layer recomputed; training 6.25 % of the experts.
+# Lower bound of a step in seconds: a roofline of 790 TFLOP/s and 4.3 TB/s (an H200 in practice), the larger of the two terms for
+# every operation, no layer recomputed; training 6.25 % of the experts.
 FLOOR = {
     ("OLMoE-1B-7B", "identify"): {"8x512": 36.3e-3, "16x2048": 0.304},
     ("Qwen3-30B-A3B", "identify"): {"8x512": 96.2e-3, "16x2048": 0.839},
@@ -38,7 +38,7 @@ FLOOR = {
 
 
 class Memory:
-    """The most memory of the GPU that is in use while this is open, in GB."""
+    """Context manager that samples the peak memory in use on the GPU, in GB."""
 
     def __enter__(self):
         self.peak, self.open = None, True
@@ -59,7 +59,7 @@ class Memory:
                         self.peak = max(self.peak or 0, int(line) * 2**20 / 1e9)
                 smi.terminate()
         except OSError:
-            pass  # no nvidia-smi, no figure
+            pass  # no nvidia-smi: no value
 
     def __exit__(self, *_):
         self.open = False
@@ -69,7 +69,7 @@ class Memory:
 
 
 def run(command, log, limit):
-    """(exit code, stdout, peak memory); 124 where the limit was reached. Everything goes into the log."""
+    """Returns (exit code, stdout, stderr, peak memory), with exit code 124 after a timeout, and appends everything to the log."""
     begin = time.time()
     with Memory() as memory:
         try:
@@ -114,7 +114,7 @@ class Scene:
         return command, out
 
     def profile(self, task, size, top_k):
-        """Where the GPU's time goes, into a file; of the first round, in which everything happens for the first time."""
+        """Writes the GPU time by operation to a file, for the first round (without warm-up)."""
         a = self.a
         command, _ = self.command(task, size, top_k, 1)
         code, out, err, _ = run(command + ["--profile"], f"{self.folder}/profile.log", a.limit)
@@ -178,14 +178,14 @@ def measure(a):
             for _ in range(a.rounds):
                 codes.append(scene.ours("train", size, top_k))
                 if codes[-1] == 69:
-                    return 69  # no GPU: nothing else would run either
+                    return 69  # no GPU: no other run would succeed
                 if not a.no_peer:
                     codes.append(scene.peer("train", size, top_k))
                 if i == 0:
                     codes.append(scene.ours("identify", size, top_k))
                     if not a.no_peer:
                         codes.append(scene.peer("identify", size, top_k))
-        # With the least memory.
+        # Least memory: all layers recomputed.
         codes += [scene.ours(task, size, a.top_k[0], "always") for task in ("identify", "train")]
         if a.device == "cuda":
             codes += [scene.profile(task, size, a.top_k[0]) for task in ("identify", "train")]
@@ -199,7 +199,7 @@ def table(a):
             runs = [json.loads(line) for line in f]
     print("| model | tokens | task | trained | moewarden, tokens/s | peer | ratio | peak GB, ours | peer's | of the floor |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    # A peer that has to recompute stands beside our run all the same.
+    # The peer is compared with our run without recomputation, even where the peer had to recompute.
     def key(r):
         least = r["program"] == "moewarden" and r.get("recompute", False)
         return r["model"], r["size"], r["task"], r["top_k"] if r["task"] == "train" else "", least
@@ -220,7 +220,7 @@ def table(a):
         ours, peer = rates["moewarden"], rates["transformers"]
         ratio = f"{ours / peer:.2f}" if ours and peer else "–"
         tokens = tokens_of(size)
-        fits = task == "identify" or top_k == TOP_K[model][-1]  # that of training is for 6.25 %
+        fits = task == "identify" or top_k == TOP_K[model][-1]  # the floor of training is for 6.25 % of the experts
         floor = FLOOR.get((model, task), {}).get(size) if fits and not least else None
         share = f"{100 * ours * floor / tokens:.0f} %" if ours and floor else "–"
         print(f"| {model} | {size} | {task} | {top_k} | {cells['moewarden'][0]} | {cells['transformers'][0]} | {ratio} | "
@@ -243,12 +243,12 @@ def main():
     parser.add_argument("--binary", default="moewarden")
     parser.add_argument("--model", choices=list(TOP_K))
     parser.add_argument("--python", default=sys.executable, help="has torch and transformers")
-    parser.add_argument("--size", choices=list(BATCHES), help="only this one")
+    parser.add_argument("--size", choices=list(BATCHES), help="measure only this size")
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--rounds", type=int, default=1, help="turns of all programs")
-    parser.add_argument("--limit", type=float, default=300, help="seconds of one program")
+    parser.add_argument("--rounds", type=int, default=1, help="repetitions of all programs, in turns")
+    parser.add_argument("--limit", type=float, default=300, help="time limit of one program in seconds")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="toys of the same families, to see that all of this runs")
+    parser.add_argument("--tiny", action="store_true", help="toy models of the same families, to test this script")
     a = parser.parse_args()
     if a.table:
         return table(a)

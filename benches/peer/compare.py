@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Identification, side by side: moewarden and PyTorch in turns on the same checkpoint and the same rows.
+"""Compares identification by moewarden and by PyTorch on the same checkpoint and the same rows.
 
-`python benches/peer/compare.py --rounds 5` builds the benchmark in release mode, makes model and rows where they are
-missing (benches/peer/README.md), runs the programs in turns A B C A B C ..., each in a process of its own, and prints medians
-and the ratios round by round. Needs torch and transformers in this Python. Use an otherwise idle machine.
+`python benches/peer/compare.py --rounds 5` builds the benchmark in release mode, creates the model and rows if they are missing
+(benches/peer/README.md), runs the programs in turns A B C A B C ..., each in its own process, and prints medians and the medians of
+the ratios within a round. Needs torch and transformers in this Python. Use an otherwise idle machine.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--data", default="/tmp/moewarden-bench", help="folder for the model and the rows (2.1 GB)")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeat", type=int, default=3, help="passes a process; the fastest counts")
+    parser.add_argument("--repeat", type=int, default=3, help="passes per process; the fastest counts")
     parser.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()
     os.makedirs(a.data, exist_ok=True)

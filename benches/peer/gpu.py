@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Identification and masked training on one GPU with PyTorch and transformers, written as well as we know how.
+"""Identification and training of selected experts on one GPU with PyTorch and transformers, as fast as we could make them.
 
-`python gpu.py --model OLMoE-1B-7B --task identify --rows 8 --length 512` makes random weights from the published sizes
-(benches/gpu/shapes.json), in bf16, runs the task on random tokens and prints one JSON object: tokens/s (the median step after
-the warm-up), peak memory, versions. A model that does not fit gives {"oom": true, ...}. `--device cpu --tiny` shows that it runs.
+`python gpu.py --model OLMoE-1B-7B --task identify --rows 8 --length 512` makes random bf16 weights in the published sizes
+(benches/gpu/shapes.json), runs the task on random tokens and prints one JSON object: tokens/s (of the median step after the
+warm-up), peak memory, versions. A model that does not fit gives {"oom": true, ...}. `--device cpu --tiny` is a functional test.
 
-What makes it fast and small: `grouped_mm` experts and SDPA without a mask (no row is padded); only expert weights want a
-gradient; a hook takes what is needed of each gradient the moment it is complete and frees it; head and loss run in chunks of
-rows, forward and backward at once. Where a pass does not fit, it is tried again with recomputed layers.
+What makes it fast and small: `grouped_mm` experts and SDPA without a mask (no row is padded); only expert weights require a
+gradient; a hook consumes each gradient as soon as it is complete, and frees it; head and loss run in chunks of rows, forward and
+backward together. If a pass runs out of memory, it is repeated with activation recomputation.
 
-identify: the L1 norm of each expert's gradient. train: transformers keeps all experts of a layer in one parameter, so the
-gradients of all exist; the chosen slices go to f32 masters under fused AdamW and back. Layers without a chosen expert want
-no gradient at all.
+identify: the L1 norm of each expert's gradient. train: transformers stores all experts of a layer in one parameter, so gradients of
+all its experts are computed; fused AdamW updates f32 masters of the selected slices, which are copied back. Layers without a
+selected expert require no gradient.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 SHAPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../gpu/shapes.json")
 TINY = dict(hidden_size=64, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, num_experts=8, num_local_experts=8, num_experts_per_tok=2, vocab_size=500)
-CHUNK = 4096  # rows of the head at once
+CHUNK = 4096  # rows per chunk of the head
 
 
 def parse():
@@ -41,11 +41,11 @@ def parse():
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6, help="measured steps")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--share", type=float, default=0.0625, help="of the experts is trained")
+    parser.add_argument("--share", type=float, default=0.0625, help="share of the experts that is trained")
     parser.add_argument("--selected", help="expert_scores.json of moewarden: train its selection instead")
     parser.add_argument("--recompute", choices=["auto", "always", "never"], default="auto")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a toy of the same family")
+    parser.add_argument("--tiny", action="store_true", help="a toy model of the same family")
     return parser.parse_args()
 
 
@@ -69,7 +69,7 @@ def experts_of(model):
 
 
 def forward_backward(model, ids):
-    """The mean cross-entropy over all positions but the first, and its backward."""
+    """Forward and backward of the mean cross-entropy over all positions except the first; returns the loss."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     rows = hidden.detach()[:, :-1].reshape(-1, hidden.shape[-1])
     targets = ids[:, 1:].reshape(-1)
@@ -87,7 +87,7 @@ def forward_backward(model, ids):
 
 
 class Identify:
-    """Σ |gradient| by layer and expert; nothing waits for the GPU until the sums are read."""
+    """Σ |gradient| by layer and expert. Nothing synchronises with the GPU until the sums are read."""
 
     def __init__(self, model, a):
         experts = experts_of(model)
@@ -113,7 +113,7 @@ class Identify:
 
 
 class Train:
-    """AdamW on f32 masters of the chosen experts."""
+    """AdamW on f32 masters of the selected experts."""
 
     def __init__(self, model, a):
         experts = experts_of(model)
@@ -170,7 +170,7 @@ class Train:
 
 def measure(model, a, recompute):
     if recompute:
-        model.train()  # these families have no dropout; recomputation asks for it
+        model.train()  # checkpointing is active in train mode only; these families have no dropout
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.eval()
@@ -205,7 +205,7 @@ def main():
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
                      "gpu": torch.cuda.get_device_name() if cuda else "none"},
     }
-    # Each attempt has a model of its own: what an attempt that failed leaves behind is not worth untangling.
+    # Each attempt builds a new model: a failed attempt leaves hooks and partial gradients behind.
     for recompute in {"auto": [False, True], "always": [True], "never": [False]}[a.recompute]:
         model = None
         try:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Identification with PyTorch and Hugging Face transformers, written as well as we know how: the peer of the benchmark.
+"""Identification with PyTorch and Hugging Face transformers, as fast as we could make it: the peer of the benchmark.
 
 `python identify.py --model DIR --rows FILE` scores every expert by the mean |gradient| of the micro-batches' mean
-cross-entropy and prints one JSON object: seconds and tokens/s of the pass (loading not counted), peak memory, settings.
+cross-entropy and prints one JSON object: seconds and tokens/s of the pass (excluding loading), peak memory, settings.
 
-What makes it fast (README.md has the trials): the `grouped_mm` experts of transformers 5; SDPA; only expert weights require a
-gradient, so the backward stops at the lowest experts; the head runs on the rows that predict a target alone; rows are
-packed without padding, with positions that start anew at each row; a hook reduces each weight's gradient the moment it
-is complete and frees it, so no two layers' gradients exist at once.
+What makes it fast (README.md lists the settings tried): the `grouped_mm` experts of transformers 5; SDPA; only expert weights
+require a gradient, so the backward pass stops at the lowest experts; the head is computed only for rows that predict a target; rows
+are packed without padding, with positions that restart at each row; a hook reduces each weight's gradient as soon as it is complete
+and frees it, so that the gradients of two layers never exist at the same time.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def parse():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=1, help="passes; the fastest counts, the first of several warms up")
+    parser.add_argument("--repeat", type=int, default=1, help="passes; the fastest counts, the first is the warm-up")
     parser.add_argument("--scores", help="write losses and scores to this JSON file")
     return parser.parse_args()
 
@@ -54,7 +54,7 @@ def batch_of(rows, layout, device):
     shape = (1, -1) if layout == "packed" else (len(rows), longest)
     inputs = {"input_ids": torch.tensor(ids, device=device).view(shape)}
     if layout == "packed":
-        # transformers reads the borders between rows from the positions and masks across them
+        # transformers derives the row boundaries from the positions, and masks attention across them
         inputs["position_ids"] = torch.tensor(positions, device=device).view(shape)
     else:
         inputs["attention_mask"] = torch.tensor(mask, device=device).view(shape)
@@ -77,7 +77,7 @@ class Scores:
 
     def hook(self, row, size):
         def reduce(p):
-            # one read of the gradient, no |g| beside it
+            # reads the gradient once, without materialising |g|
             total = torch.linalg.vector_norm(p.grad, ord=1, dim=(1, 2), dtype=torch.float32)
             self.sums[row] += total.double().cpu() / size
             p.grad = None
@@ -113,7 +113,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(
         a.model, dtype=getattr(torch, a.dtype), attn_implementation=a.attention, experts_implementation=a.experts
     )
-    model.to(a.device).eval()  # no dropout in these families; eval spares asking
+    model.to(a.device).eval()  # these families have no dropout
     scores = Scores(model)
     batches = [batch_of(rows[i : i + a.micro_batch], a.layout, a.device) for i in range(0, len(rows), a.micro_batch)]
     loaded = peak_rss()
@@ -131,7 +131,7 @@ def main():
         "seconds": round(min(times), 3),
         "tokens_per_second": round(tokens / min(times), 1),
         "all_seconds": [round(t, 3) for t in times],
-        "cpu_seconds": round(min(cpu), 3),  # of all threads: tells a busy machine from a slow program
+        "cpu_seconds": round(min(cpu), 3),  # of all threads: distinguishes a busy machine from a slow program
         "tokens": tokens,
         "computed_tokens": sum(inputs["input_ids"].numel() for inputs, _, _ in batches),
         "micro_batches": len(batches),

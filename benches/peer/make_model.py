@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes a random OLMoE checkpoint for the benchmark: `python make_model.py DIR [--layers 4 ...]`.
 
-Values are drawn as in an untrained model (normal, 0.02), so routing is close to even; that is the usual case after
-training with a balancing loss, and it leaves no expert without work.
+Values are drawn as in an untrained model (normal, 0.02), so routing is nearly uniform, as it usually is after training with a
+load-balancing loss; every expert receives tokens.
 """
 
 import argparse

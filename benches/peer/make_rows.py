@@ -2,8 +2,8 @@
 """Writes the rows of the benchmark: `python make_rows.py FILE [--tokens 2048 ...]`.
 
 The file is a JSON list, one object a row: `{"ids": [token ids], "loss": N}`, where the last N tokens of the row are the
-response, that is the targets of the loss (each predicted from the token before it). Rows have 60 to 400 tokens, responses
-20 to 40, both drawn evenly; the last row is cut or filled so that the total is exact.
+response, the targets of the loss (each predicted from the token before it). Rows have 60 to 400 tokens, responses 20 to 40, both
+uniformly distributed; the length of the last row makes the total exact.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main():
     lengths = []
     left = a.tokens
     while left > a.longest:
-        # never leave a rest too short to be a row
+        # never leave a remainder too short for a row
         lengths.append(min(draw.randint(a.shortest, a.longest), left - a.shortest))
         left -= lengths[-1]
     lengths.append(left)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Strong and weak scaling of identification and training at 1 and 2 ranks of one CPU thread each, threads and MPI, in turns.
+"""Strong and weak scaling of identification and training on 1 and 2 ranks of one CPU thread each, over threads and MPI.
 
 `python benches/scaling/measure.py --binary target/release/moewarden --rounds 5` (a release build with `--features mpi`).
-Writes a random OLMoE-like model (23 M parameters) and rows into --data, runs the programs one after the other A B C A B C,
-and prints medians of the seconds that the runs themselves log (metrics.jsonl: without loading), and efficiencies round by
-round. Use an otherwise idle machine with two cores.
+Writes a random OLMoE-like model (23 M parameters) and rows into --data, runs the programs in turns A B C A B C, and prints medians of
+the seconds that the runs log (metrics.jsonl: without loading), and of the efficiencies within a round. Use an otherwise idle machine
+with two cores.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SHAPE = dict(hidden_size=512, intermediate_size=256, num_hidden_layers=4, num_ex
 
 
 def write_model(folder, seed=0):
-    """A random checkpoint in f32, by hand: this script needs no torch."""
+    """Writes a random f32 checkpoint without torch."""
     shutil.copytree(TOKENIZER, folder, ignore=shutil.ignore_patterns("model.safetensors"))
     config = json.load(open(f"{folder}/config.json")) | SHAPE
     json.dump(config, open(f"{folder}/config.json", "w"))
@@ -46,7 +46,7 @@ def write_model(folder, seed=0):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     rng = random.Random(seed)
-    # A long block of normal values, cut at random places: as random as a benchmark needs, and fast.
+    # One long block of normal values, read from random offsets: random enough for a benchmark, and fast.
     block = struct.pack("<100000f", *(rng.gauss(0, 0.02) for _ in range(100000)))
     ones = struct.pack("<f", 1.0)
     with open(f"{folder}/model.safetensors", "wb") as out:
@@ -102,7 +102,7 @@ def main():
     half, whole = f"{a.data}/half.json", f"{a.data}/whole.json"
     write_rows(half, a.rows // 2)
     write_rows(whole, a.rows)
-    # Steps of 8 micro-batches in all, except in the weak runs of one rank: 4 a rank there as in those of two.
+    # 8 micro-batches a step in total; the one-rank baseline of weak scaling has 4, as each rank of the two-rank runs.
     runs = {
         "1 rank, all rows": (1, False, whole, 8),
         "2 threads, all rows": (2, False, whole, 4),

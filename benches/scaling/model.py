@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""What a step costs on N nodes of 8 GPUs, on paper: bytes that move against work that is done. Prints the tables of
-docs/scaling.md. Nothing here is measured; each assumption is a name below.
+"""Model of the cost of a step on N nodes of 8 GPUs: communication against computation. Prints the tables of docs/scaling.md. Nothing
+here is measured; each assumption is a constant below.
 """
 
-GPUS = 8  # a node
-PEAK = 790e12  # FLOP/s of dense bf16 products that an H200 was seen to reach
-SHARE = 0.5  # of the roofline that the kernels reach: the aim, not a measurement
+GPUS = 8  # per node
+PEAK = 790e12  # FLOP/s of dense bf16 products, as observed on H200 GPUs
+SHARE = 0.5  # share of the roofline that the kernels reach: a goal, not a measurement
 NVLINK = 0.8 * 450e9  # bytes/s a GPU and direction within a node (H200, NVLink 4), at 80 % of the nominal rate
 FABRIC = 0.8 * 50e9  # bytes/s a GPU and direction between nodes (one 400 Gb/s port a GPU), at 80 %
-LATENCY = 20e-6  # seconds of one collective operation a node-level hop
+LATENCY = 20e-6  # seconds per node-level hop of a collective operation
 BUCKET = 32 << 20  # bytes of f32 gradient
-TOKENS = 8 * 512  # of a micro-batch: 8 examples of 512 tokens
+TOKENS = 8 * 512  # per micro-batch: 8 examples of 512 tokens
 
 # name: layers, width, expert width, experts, roofline seconds of a micro-batch of 4,096 tokens (identification, training of
 # 6.25 % of the experts with recomputation), all parameters
@@ -24,25 +24,25 @@ NODES = [1, 2, 4, 8, 16, 32, 64]
 
 
 def move(bytes_, nodes):
-    """Seconds to reduce-scatter, or all-gather, so many bytes: within each node first, then between nodes over as many
-    rings as there are GPUs in a node."""
+    """Seconds to reduce-scatter or all-gather `bytes_`: within each node first, then between nodes over one ring per GPU of
+    a node."""
     within = bytes_ * (GPUS - 1) / GPUS / NVLINK
     between = bytes_ / GPUS * (nodes - 1) / nodes / FABRIC
     return within + between + LATENCY * nodes.bit_length()
 
 
 def training(name, nodes):
-    """(seconds of work, seconds that the ranks wait for the network, bytes that a GPU sends, state a GPU)"""
+    """(seconds of computation, seconds of exposed communication, bytes sent per GPU, bytes of training state per GPU)"""
     layers, width, expert_width, experts, _, floor, _ = MODELS[name]
     work = floor / SHARE
     trained = EXPERTS * layers * experts * 3 * width * expert_width
     gradient, weights = 4 * trained, 2 * trained
-    # Buckets leave while the layers below compute: two thirds of a step are backward, and the last bucket always waits.
+    # Buckets are sent while lower layers compute: the backward pass is two thirds of a step, and the last bucket is always exposed.
     hidden = max(0.0, 2 / 3 * work)
     last = move(min(BUCKET, gradient), nodes)
     reduce = max(last, move(gradient, nodes) - hidden)
     gather = move(weights, nodes)
-    small = 4 * LATENCY * (nodes * GPUS).bit_length()  # counts, loss, norm of the gradient, and who was asked to stop
+    small = 4 * LATENCY * (nodes * GPUS).bit_length()  # token counts, loss, gradient norm, stop flag
     sent = (gradient + weights) * (1 - 1 / (nodes * GPUS))
     state = 4 * trained + 16 * trained / (nodes * GPUS)
     return work, reduce + gather + small, sent, state
