@@ -1,6 +1,7 @@
 //! One attention block: norm, projections, norms of queries and keys, rotary embedding, attention, output.
 
-use super::params::{ParamId, ParamKind, ParamTable};
+use super::ids::{ParamId, ParamKind};
+use super::table::ParamTable;
 use super::transformer::{Model, Sinks};
 use crate::backend::{Backend, Heads};
 

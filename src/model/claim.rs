@@ -3,9 +3,8 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use super::config::{LayerKind, ModelConfig};
-use super::families::Family;
-use super::params::{ParamKind, ParamSpec, Proj};
+use super::config::{Family, LayerKind, ModelConfig};
+use super::ids::{ParamKind, ParamSpec, Proj};
 use super::weights::{self, Checkpoint};
 use crate::backend::HostTensor;
 use crate::exit::{self, Coded};

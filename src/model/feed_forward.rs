@@ -1,8 +1,8 @@
 //! The feed-forward part of a layer: a dense SwiGLU, or routed experts with an optional shared one.
 
-use super::ModelConfig;
-use super::config::LayerKind;
-use super::params::{ParamId, ParamKind, ParamTable, Proj};
+use super::config::{LayerKind, ModelConfig};
+use super::ids::{ParamId, ParamKind, Proj};
+use super::table::ParamTable;
 use super::transformer::{Model, RouterGrad, Sinks};
 use crate::backend::{Backend, ExpertGrad};
 

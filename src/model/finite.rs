@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::params::{ParamId, ParamSpec};
+use super::ids::{ParamId, ParamSpec};
 use crate::backend::{Dtype, HostTensor};
 use crate::exit::{self, Coded};
 
@@ -70,7 +70,7 @@ fn in_bytes(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::ParamKind;
+    use crate::model::ids::ParamKind;
 
     #[test]
     fn the_first_bad_entry_is_found_in_every_format_and_no_good_one() {

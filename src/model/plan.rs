@@ -1,6 +1,7 @@
 //! What a backward pass does with each parameter's gradient.
 
-use super::params::{ParamId, ParamKind, ParamTable, Proj};
+use super::ids::{ParamId, ParamKind, Proj};
+use super::table::ParamTable;
 use crate::backend::{ExpertGrad, Moment};
 
 /// The gradient plan: which parameters accumulate where in the flat gradient buffer, and whether the routed experts are

@@ -7,9 +7,8 @@
 use std::path::Path;
 
 use super::claim::{BlockNames, tensor_name};
-use super::config::{Error, ModelConfig};
-use super::params::{Group, ParamId, ParamKind, ParamSpec, ParamTable};
-use super::raw_config::RawConfig;
+use super::config::{Error, ModelConfig, RawConfig};
+use super::ids::{Group, ParamId, ParamKind, ParamSpec};
 use crate::backend::{Backend, Dtype, HostTensor, random_bits};
 
 /// What transformers takes where config.json gives no `initializer_range`.
@@ -67,7 +66,7 @@ impl RandomInit {
     }
 
     /// One of them, on a backend.
-    fn weight<B: Backend>(&self, backend: &B, id: ParamId, spec: &ParamSpec) -> B::Weight {
+    pub(super) fn weight<B: Backend>(&self, backend: &B, id: ParamId, spec: &ParamSpec) -> B::Weight {
         use ParamKind::{KBias, OBias, QBias, VBias};
         let shape = spec.value.shape.clone();
         let all = |x: f32| {
@@ -78,16 +77,6 @@ impl RandomInit {
             kind if kind.group() == Group::Norm => all(1.0),
             QBias(_) | KBias(_) | VBias(_) | OBias(_) => all(0.0),
             _ => backend.random_weight(self.dtype, shape, random_bits(self.seed, id as u64), self.std),
-        }
-    }
-}
-
-impl ParamTable {
-    /// All parameters on a backend: those of the checkpoint, or random ones.
-    pub(super) fn weights<B: Backend>(&self, backend: &B) -> Vec<B::Weight> {
-        match &self.random {
-            None => self.params.iter().map(|spec| backend.weight(spec.value.clone())).collect(),
-            Some(init) => self.iter().map(|(id, spec)| init.weight(backend, id, spec)).collect(),
         }
     }
 }

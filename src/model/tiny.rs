@@ -13,9 +13,8 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::claim::{BlockNames, tensor_name, tensor_shape};
-use super::config::{self, ModelConfig};
-use super::families::{Family, Rule};
-use super::params::{Group, ParamKind};
+use super::config::{self, Family, ModelConfig, Rule};
+use super::ids::{Group, ParamKind};
 use super::random::DTYPE_NAMES;
 use super::safetensors::write_header;
 use crate::backend::{Dtype, encode_into};

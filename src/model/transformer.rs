@@ -10,8 +10,9 @@ use std::sync::Arc;
 use super::attention::{AttentionParams, AttentionSaved, KvCache};
 use super::config::{LayerKind, ModelConfig};
 use super::feed_forward::{Extent, FeedForwardParams, FeedForwardSaved, Observer};
-use super::params::{ParamId, ParamKind, ParamTable};
+use super::ids::{ParamId, ParamKind};
 use super::plan::GradPlan;
+use super::table::ParamTable;
 use crate::backend::{Backend, HostTensor, Packing};
 
 /// A model on a backend.

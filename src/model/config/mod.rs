@@ -1,13 +1,19 @@
 //! What a checkpoint's `config.json` says, in one vocabulary for all families.
 
-use std::io;
-use std::path::{Path, PathBuf};
+mod error;
+mod families;
+mod raw;
+mod rope;
 
-use super::families::{FAMILIES, Family, Rule, WindowRule};
-use super::raw_config::RawConfig;
-use super::rope;
+use std::path::Path;
+
+pub use self::error::Error;
+pub(crate) use self::error::known;
+pub(crate) use self::families::Rule;
+use self::families::WindowRule;
+pub use self::families::{FAMILIES, Family, QkNorm};
+pub(super) use self::raw::RawConfig;
 use crate::backend::{Heads, Rope};
-use crate::exit::{self, Coded};
 
 /// The feed-forward part of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,17 +22,6 @@ pub enum LayerKind {
     Moe,
     /// One SwiGLU of this width.
     Dense(usize),
-}
-
-/// Where queries and keys are normalised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum QkNorm {
-    /// Not at all.
-    None,
-    /// Each head on its own.
-    PerHead,
-    /// The whole width at once.
-    WholeWidth,
 }
 
 /// A model's shape and its family's differences, as data.
@@ -68,43 +63,6 @@ pub struct ModelConfig {
     pub rope: Rope,
     /// The longest sequence for which `rope` holds: above it, types `dynamic` and `longrope` change their frequencies.
     pub rope_limit: Option<usize>,
-}
-
-/// Why a config.json cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
-pub enum Error {
-    #[error("cannot read {path}; a model folder holds config.json beside its safetensors files")]
-    Read { path: PathBuf, source: io::Error },
-    #[error("{path} is not a model's configuration: {message}")]
-    NotJson { path: PathBuf, message: String },
-    #[error("{path}: the model_type {found} is not supported; moewarden knows {}", known())]
-    ModelType { path: PathBuf, found: String },
-    #[error("{path}: {key}: {message}")]
-    Invalid { path: PathBuf, key: String, message: String },
-    #[error("{path}: {key}: {message}")]
-    Unsupported { path: PathBuf, key: String, message: String },
-    #[error(
-        "sequences of {length} tokens are longer than the {limit} for which the model's rotary embedding keeps its \
-         frequencies; lower --max-length"
-    )]
-    TooLong { length: usize, limit: usize },
-}
-
-impl Coded for Error {
-    fn exit_code(&self) -> u8 {
-        match self {
-            Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
-            Error::Read { .. } => exit::IO,
-            Error::NotJson { .. } | Error::Invalid { .. } => exit::DATA,
-            Error::ModelType { .. } | Error::Unsupported { .. } | Error::TooLong { .. } => exit::CONFIG,
-        }
-    }
-}
-
-/// The families' names, for messages.
-pub(super) fn known() -> String {
-    FAMILIES.map(|family| family.model_type).join(", ")
 }
 
 impl ModelConfig {
@@ -311,6 +269,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::exit::{self, Coded};
 
     /// A configuration of this family with these keys, all others left to their defaults.
     fn config(model_type: &str, extra: Value) -> Result<ModelConfig, Error> {
@@ -396,6 +355,15 @@ mod tests {
         let config = config("qwen3_moe", extra).unwrap();
         assert_eq!(config.moe_layers().collect::<Vec<_>>(), [1, 5]);
         assert_eq!(config.layers[3], LayerKind::Dense(9));
+    }
+
+    #[test]
+    fn sequences_beyond_the_limit_of_rope_are_refused() {
+        let limited = config("mixtral", json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}})).unwrap();
+        limited.check_length(131072).unwrap();
+        let error = limited.check_length(131073).unwrap_err();
+        assert!(error.to_string().contains("131072"), "{error}");
+        config("mixtral", json!({})).unwrap().check_length(usize::MAX).unwrap();
     }
 
     #[test]

@@ -1,13 +1,8 @@
-//! Every parameter of a model, in one stable order.
+//! What a model's parameters are: their kinds, order and shapes.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use super::claim::Error as ClaimError;
 use super::config::{LayerKind, ModelConfig, QkNorm};
-use super::finite::NotFinite;
-use super::random::RandomInit;
-use super::weights::Checkpoint;
 use crate::backend::HostTensor;
 
 /// Place in the [`ParamTable`].
@@ -118,15 +113,6 @@ pub struct ParamSpec {
     pub value: HostTensor,
 }
 
-/// All parameters, in the order of [`ParamKind`] by layer: embedding, each layer from the first, final norm, head.
-#[derive(Clone)]
-pub struct ParamTable {
-    /// In order; a [`ParamId`] is a place in this list.
-    pub params: Vec<ParamSpec>,
-    /// How the values are made, where there is no checkpoint.
-    pub random: Option<RandomInit>,
-}
-
 impl ParamKind {
     /// What people call it.
     pub fn group(self) -> Group {
@@ -147,12 +133,12 @@ impl ParamKind {
 
     /// The decoder layer it belongs to.
     pub fn layer(self) -> Option<usize> {
-        let (section, layer, ..) = self.place();
+        let (section, layer, ..) = self.sort_key();
         (section == 1).then_some(layer)
     }
 
     /// Where it stands in the order of all parameters: (section, layer, part of the layer, expert, matrix).
-    fn place(self) -> (u8, usize, u8, usize, u8) {
+    pub(super) fn sort_key(self) -> (u8, usize, u8, usize, u8) {
         use ParamKind as P;
         let (layer, part, expert, proj) = match self {
             P::Embedding => return (0, 0, 0, 0, 0),
@@ -210,7 +196,7 @@ impl ParamKind {
         if !config.tie_word_embeddings {
             kinds.push(P::LmHead);
         }
-        kinds.sort_by_key(|kind| kind.place());
+        kinds.sort_by_key(|kind| kind.sort_key());
         kinds
     }
 
@@ -262,92 +248,13 @@ impl ParamSpec {
     }
 }
 
-/// Number and size of some parameters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Count {
-    /// Matrices and vectors.
-    pub params: usize,
-    /// Their entries.
-    pub elements: usize,
-    /// Their bytes as stored.
-    pub bytes: usize,
-}
-
-impl ParamTable {
-    /// Finds every parameter of the model in its checkpoint.
-    ///
-    /// # Errors
-    /// A tensor that is missing, that nothing claims, or whose shape or number format is not what config.json says; a
-    /// tied head that differs from the embedding. Each names the tensor.
-    pub fn build(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Self, ClaimError> {
-        super::claim::claim(config, checkpoint).map(|params| Self { params, random: None })
-    }
-
-    /// The parameters of a model that has no checkpoint.
-    pub fn random(config: &ModelConfig, init: RandomInit) -> Self {
-        Self { params: init.params(config), random: Some(init) }
-    }
-
-    /// The place of a parameter, if the model has it.
-    pub fn id(&self, kind: ParamKind) -> Option<ParamId> {
-        self.params.binary_search_by_key(&kind.place(), |spec| spec.kind.place()).ok()
-    }
-
-    /// All parameters with their places, in order.
-    pub fn iter(&self) -> impl Iterator<Item = (ParamId, &ParamSpec)> {
-        self.params.iter().enumerate()
-    }
-
-    /// Number and size of the parameters that `chosen` picks.
-    pub fn count(&self, chosen: impl Fn(&ParamSpec) -> bool) -> Count {
-        self.params.iter().filter(|spec| chosen(spec)).fold(Count::default(), |sum, spec| Count {
-            params: sum.params + 1,
-            elements: sum.elements + spec.value.len(),
-            bytes: sum.bytes + spec.byte_range.len(),
-        })
-    }
-
-    /// Number and size of each group that the model has.
-    pub fn by_group(&self) -> BTreeMap<Group, Count> {
-        let groups: BTreeSet<Group> = self.params.iter().map(|spec| spec.kind.group()).collect();
-        groups.into_iter().map(|group| (group, self.count(|spec| spec.kind.group() == group))).collect()
-    }
-
-    /// Number and size of all parameters.
-    pub fn total(&self) -> Count {
-        self.count(|_| true)
-    }
-
-    /// The tensor that holds a second copy of a tied embedding, in checkpoints that store one.
-    pub fn tied_head<'a>(&self, checkpoint: &'a Checkpoint) -> Option<&'a str> {
-        super::claim::tied_head(checkpoint, &self.params).map(|(_, tensor)| &*tensor.name)
-    }
-
-    /// The first parameter with a NaN or an infinity, and the place of that entry in it. Reads all weights, on all cores;
-    /// random ones are finite unread.
-    pub fn find_non_finite(&self) -> Option<(ParamId, usize)> {
-        if self.random.is_some() { None } else { super::finite::first(&self.params) }
-    }
-
-    /// Whether all weights are finite.
-    ///
-    /// # Errors
-    /// The first parameter and entry that is not.
-    pub fn check_finite(&self) -> Result<(), NotFinite> {
-        match self.find_non_finite() {
-            None => Ok(()),
-            Some((id, index)) => Err(NotFinite { tensor: self.params[id].name(), index }),
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::backend::{Heads, Rope};
 
     /// Everything that a model can have, in one layer of each kind.
-    fn config() -> ModelConfig {
+    pub(crate) fn config() -> ModelConfig {
         let heads = Heads { queries: 4, keys: 2, dim: 4, window: None };
         ModelConfig {
             model_type: "qwen2_moe".into(),
@@ -369,25 +276,6 @@ mod tests {
             rope: Rope { inv_freq: vec![1.0, 0.1], scale: 1.0 },
             rope_limit: None,
         }
-    }
-
-    #[test]
-    fn every_parameter_is_found_by_its_kind_and_no_other() {
-        let kinds = ParamKind::all(&config());
-        assert_eq!(kinds.len(), 1 + (12 + 3) + (12 + 1 + 9 + 4) + 2);
-        let spec = |kind| ParamSpec {
-            kind,
-            tensor: String::new(),
-            byte_range: 0..4,
-            value: HostTensor::from_f32(vec![1], &[0.0]),
-        };
-        let table = ParamTable { params: kinds.iter().copied().map(spec).collect(), random: None };
-        for (place, kind) in kinds.iter().enumerate() {
-            assert_eq!(table.id(*kind), Some(place), "{kind:?}");
-        }
-        assert_eq!(table.id(ParamKind::Router(0)), None);
-        assert_eq!(table.id(ParamKind::Expert(1, 3, Proj::Gate)), None);
-        assert_eq!(table.by_group().values().map(|count| count.params).sum::<usize>(), table.total().params);
     }
 
     #[test]

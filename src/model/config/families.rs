@@ -3,7 +3,16 @@
 //! Facts and defaults are those of transformers 5.17, `models/{olmoe,mixtral,qwen3_moe,qwen2_moe}`; a new family that
 //! differs in nothing else is a new row.
 
-use super::config::QkNorm;
+/// Where queries and keys are normalised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Not at all.
+    None,
+    /// Each head on its own.
+    PerHead,
+    /// The whole width at once.
+    WholeWidth,
+}
 
 /// A yes or no that the family fixes, or that a key of config.json decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

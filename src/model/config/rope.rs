@@ -10,8 +10,8 @@
 
 use std::f32::consts::TAU;
 
-use super::config::Error;
-use super::raw_config::RawConfig;
+use super::error::Error;
+use super::raw::RawConfig;
 use crate::backend::Rope;
 
 /// The frequencies, and the longest sequence they hold for.
@@ -158,19 +158,16 @@ fn longrope(scaling: &RawConfig, theta: f64, dim: usize, original: usize, positi
 
 #[cfg(test)]
 mod tests {
-    use super::super::config::{Error, ModelConfig};
     use serde_json::{Value, json};
 
-    /// A Mixtral of 4 heads of 16, 4096 positions, with these keys.
-    fn config(extra: Value) -> Result<ModelConfig, Error> {
-        let mut config = json!({
-            "model_type": "mixtral", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": 16, "num_hidden_layers": 1, "max_position_embeddings": 4096,
-        });
-        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    use super::*;
+
+    /// Frequencies and limit by a config.json of these keys, for heads of 16, 4096 positions and a default theta of 1e6.
+    fn rope(keys: Value) -> Result<(Rope, Option<usize>), Error> {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-        ModelConfig::from_dir(dir.path())
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, keys.to_string()).unwrap();
+        read(&RawConfig::read(&path)?, 1e6, 16, 4096)
     }
 
     /// Frequencies and scale that transformers 5.17 (`MixtralRotaryEmbedding`) gives for the same keys.
@@ -189,7 +186,7 @@ mod tests {
             (json!({"rope_theta": 10000.0, "original_max_position_embeddings": 512, "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0], "long_factor": [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]}}), [1.0, 0.28747976, 0.083333336, 0.02108185, 0.005, 0.0012649111, 0.00033333333, 7.905695e-05], 1.1547005),
         ];
         for (keys, freqs, scale) in cases {
-            let rope = config(keys.clone()).unwrap().rope;
+            let (rope, _) = rope(keys.clone()).unwrap();
             for (i, (ours, theirs)) in rope.inv_freq.iter().zip(freqs).enumerate() {
                 // Two implementations of pow in f32, each right to the last place; blends and quotients add a place or two.
                 assert!((ours - theirs).abs() <= 4.0 * f32::EPSILON * theirs, "{keys}: pair {i}: {ours} != {theirs}");
@@ -203,12 +200,9 @@ mod tests {
         let longrope = json!({"type": "longrope", "factor": 4.0, "short_factor": [1, 1, 1, 1, 1, 1, 1, 1],
             "long_factor": [2, 2, 2, 2, 2, 2, 2, 2], "original_max_position_embeddings": 512});
         for (scaling, limit) in [(json!({"type": "dynamic", "factor": 2.0}), 4096), (longrope, 512)] {
-            let config = config(json!({"rope_scaling": scaling})).unwrap();
-            config.check_length(limit).unwrap();
-            let error = config.check_length(limit + 1).unwrap_err();
-            assert!(error.to_string().contains(&limit.to_string()), "{error}");
+            assert_eq!(rope(json!({"rope_scaling": scaling})).unwrap().1, Some(limit));
         }
-        config(json!({})).unwrap().check_length(usize::MAX).unwrap();
+        assert_eq!(rope(json!({})).unwrap().1, None);
     }
 
     #[test]
@@ -229,7 +223,7 @@ mod tests {
             ("rope_scaling.short_factor", json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}})),
         ];
         for (key, keys) in cases {
-            let message = config(keys).unwrap_err().to_string();
+            let message = rope(keys).unwrap_err().to_string();
             assert!(message.contains(key) && message.contains("config.json"), "{message} lacks {key}");
         }
     }

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::config::Error;
-use super::json::Members;
+use super::error::Error;
+use crate::model::json::Members;
 
 /// An object of config.json: the whole, or one inside it.
-pub(super) struct RawConfig {
+pub(crate) struct RawConfig {
     path: PathBuf,
     /// What stands before a key in messages: empty, or `rope_scaling.`.
     prefix: String,
@@ -19,7 +19,7 @@ pub(super) struct RawConfig {
 const MAX_SIZE: u64 = 1 << 28;
 
 impl RawConfig {
-    pub(super) fn read(path: &Path) -> Result<Self, Error> {
+    pub(crate) fn read(path: &Path) -> Result<Self, Error> {
         let text = std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
         let members: Members<Value> =
             serde_json::from_slice(&text).map_err(|e| Error::NotJson { path: path.into(), message: e.to_string() })?;
@@ -27,12 +27,12 @@ impl RawConfig {
     }
 
     /// This key's value makes no sense.
-    pub(super) fn invalid(&self, key: &str, message: impl Into<String>) -> Error {
+    pub(crate) fn invalid(&self, key: &str, message: impl Into<String>) -> Error {
         Error::Invalid { path: self.path.clone(), key: self.full(key), message: message.into() }
     }
 
     /// This key's value makes sense, but moewarden cannot do it.
-    pub(super) fn unsupported(&self, key: &str, message: impl Into<String>) -> Error {
+    pub(crate) fn unsupported(&self, key: &str, message: impl Into<String>) -> Error {
         Error::Unsupported { path: self.path.clone(), key: self.full(key), message: message.into() }
     }
 
@@ -40,35 +40,35 @@ impl RawConfig {
         format!("{}{key}", self.prefix)
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.members.is_empty()
     }
 
     /// The key's value; null is as good as absent.
-    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&Value> {
         self.members.get(key).filter(|value| !value.is_null())
     }
 
     /// Whether the key is there and null.
-    pub(super) fn is_null(&self, key: &str) -> bool {
+    pub(crate) fn is_null(&self, key: &str) -> bool {
         self.members.get(key).is_some_and(Value::is_null)
     }
 
-    pub(super) fn string(&self, key: &str) -> Result<Option<&str>, Error> {
+    pub(crate) fn string(&self, key: &str) -> Result<Option<&str>, Error> {
         self.typed(key, "a string", Value::as_str)
     }
 
-    pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool, Error> {
+    pub(crate) fn flag(&self, key: &str, default: bool) -> Result<bool, Error> {
         Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(default))
     }
 
     /// A finite number.
-    pub(super) fn number(&self, key: &str) -> Result<Option<f64>, Error> {
+    pub(crate) fn number(&self, key: &str) -> Result<Option<f64>, Error> {
         self.typed(key, "a finite number", |value| value.as_f64().filter(|x| x.is_finite()))
     }
 
     /// A number above `above`.
-    pub(super) fn number_above(&self, key: &str, above: f64) -> Result<Option<f64>, Error> {
+    pub(crate) fn number_above(&self, key: &str, above: f64) -> Result<Option<f64>, Error> {
         match self.number(key)? {
             Some(x) if x <= above => Err(self.invalid(key, format!("{x} must be above {above}"))),
             other => Ok(other),
@@ -76,17 +76,17 @@ impl RawConfig {
     }
 
     /// A size of at least one.
-    pub(super) fn size(&self, key: &str) -> Result<Option<usize>, Error> {
+    pub(crate) fn size(&self, key: &str) -> Result<Option<usize>, Error> {
         let read = |value: &Value| value.as_u64().filter(|n| (1..=MAX_SIZE).contains(n)).map(|n| n as usize);
         self.typed(key, "a whole number from 1 to 268435456", read)
     }
 
-    pub(super) fn list(&self, key: &str) -> Result<Option<&Vec<Value>>, Error> {
+    pub(crate) fn list(&self, key: &str) -> Result<Option<&Vec<Value>>, Error> {
         self.typed(key, "a list", Value::as_array)
     }
 
     /// The object under this key.
-    pub(super) fn object(&self, key: &str) -> Result<Option<Self>, Error> {
+    pub(crate) fn object(&self, key: &str) -> Result<Option<Self>, Error> {
         let members = self.typed(key, "an object", Value::as_object)?;
         Ok(members.map(|m| Self {
             path: self.path.clone(),
