@@ -174,7 +174,7 @@ impl Mpi {
         loop {
             let absent = link.poll().and_then(|()| missing(link)).map_err(|e| self.mpi_error(link, call, &e))?;
             if let Some(error) = link.failed.clone() {
-                if link.failure_is_final {
+                if link.failure_reported {
                     return Err(error);
                 }
                 let error = self.find_culprits(link, error, &absent);
@@ -245,10 +245,10 @@ impl Mpi {
     /// Fails the group with `error`. Returns the error that all ranks get, which rank 0 chooses: on another rank, its
     /// answer replaces `error`.
     fn fail(&self, link: &mut Link, error: Error) -> Error {
-        if let (true, Some(first)) = (link.failure_is_final, &link.failed) {
+        if let (true, Some(first)) = (link.failure_reported, &link.failed) {
             return first.clone();
         }
-        link.failure_is_final = true;
+        link.failure_reported = true;
         if self.rank > 0 {
             // If rank 0 is dead, every rank notices that by itself.
             if !matches!(error, Error::RankEnded { ended: 0, .. }) {

@@ -1,4 +1,4 @@
-//! The routing method: how much more often unsafe prompts are routed to an expert than safe ones.
+//! Scores of the routing method: each expert's routing frequency on unsafe prompts minus that on safe prompts.
 
 use serde::{Deserialize, Serialize};
 

@@ -42,8 +42,9 @@ pub(super) struct Link {
     pub failed: Option<Error>,
     /// On rank 0: the ranks that have reported a timeout, each with the ranks missing there.
     pub timeouts: Vec<(usize, Vec<usize>)>,
-    /// Whether rank 0 has decided on the error in `failed`. Until then a better-informed error may replace it.
-    pub failure_is_final: bool,
+    /// Whether the failure has been exchanged with rank 0: rank 0 has sent it to all ranks, or this rank has reported its
+    /// error to rank 0 or received the one of rank 0. Until then another error may replace `failed`.
+    pub failure_reported: bool,
     /// Whether this rank has printed which ranks it waits for.
     pub warned: bool,
 }
@@ -68,7 +69,7 @@ impl Link {
             proceed: None,
             failed: None,
             timeouts: Vec::new(),
-            failure_is_final: false,
+            failure_reported: false,
             warned: false,
         }
     }
@@ -108,7 +109,7 @@ impl Link {
                         self.timeouts.push((*rank, missing.clone()));
                     }
                     self.failed.get_or_insert(error);
-                    self.failure_is_final |= from == 0;
+                    self.failure_reported |= from == 0;
                 }
             }
         }
