@@ -238,8 +238,8 @@ pub fn all_ok<T>(collective: &dyn Collective, result: Result<T, Failure>) -> Res
     Ok(value)
 }
 
-/// Ends the process with exit code `code`. If MPI is running, it is finalized together with the other ranks for
-/// [`exit::OK`] and [`exit::REQUEUE`]; any other code calls `MPI_Abort`, so that no rank is left waiting.
+/// Ends the process. If MPI runs, the other ranks come to the same end, or (any code but "done" and "requeue me") are
+/// ended with it: none is left waiting.
 pub fn leave(code: u8) -> ! {
     #[cfg(feature = "mpi")]
     mpi::leave(code);

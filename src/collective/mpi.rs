@@ -74,15 +74,14 @@ pub fn init(timeout: Duration, stop_requested: Arc<AtomicBool>) -> Result<Mpi> {
     Ok(mpi)
 }
 
-/// Shuts MPI down if it is running: `MPI_Finalize`, which waits for the other ranks, for [`exit::OK`] and
-/// [`exit::REQUEUE`]; `MPI_Abort` for every other code.
+/// Ends MPI if it runs: together with the other ranks after "done" and "requeue me", else by ending them too.
 pub(super) fn leave(code: u8) {
     if !wire::is_running() {
         return;
     }
     _ = std::io::stdout().flush();
     if ![exit::OK, exit::REQUEUE].contains(&code) {
-        // Let the other ranks print their own messages first: MPI_Abort kills them.
+        // The other ranks say first what they know.
         std::thread::sleep(Duration::from_millis(300));
         return wire::abort(code);
     }
