@@ -1,9 +1,10 @@
-//! Identification from end to end, for comparison with `benches/peer/identify.py`: the same checkpoint, the same rows.
+//! Benchmark of a whole identification pass, for comparison with `benches/peer/identify.py` on the same checkpoint and
+//! rows.
 //!
 //!     cargo bench --bench identify -- MODEL ROWS [--micro-batch 8] [--threads 2] [--repeat 3] [--recompute auto] [--scores FILE]
 //!
-//! ROWS is what `benches/peer/make_rows.py` writes. Prints the seconds of each pass over all rows (loading left out, as the peer
-//! does), tokens/s of real tokens, and the process's peak resident memory.
+//! ROWS is the output file of `benches/peer/make_rows.py`. Prints the seconds of each pass over all rows (without
+//! loading, as the peer does), tokens/s without padding, and the peak resident memory of the process.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use moewarden::train::{Recompute, Replica, find};
 #[derive(serde::Deserialize)]
 struct Row {
     ids: Vec<u32>,
-    /// The last tokens, which are targets.
+    /// Number of loss tokens, at the end.
     loss: usize,
 }
 

@@ -1,23 +1,28 @@
-//! Median time and rate (and the best rate, for machines with neighbours) of each CPU operation at the sizes of an
-//! identification pass: `cargo bench --bench ops`.
+//! Median time, median rate and best rate of each CPU operation at the sizes of an identification pass:
+//! `cargo bench --bench ops`. On a machine shared with other work the best rate is the more reliable one.
 //!
-//! Options: `-- NAME` runs the operations whose name contains it; the environment variable `THREADS` sets the threads
-//! (0 or unset: all cores). Nothing is asserted: machines differ, and so do their neighbours.
+//! Options: `-- NAME` runs the operations whose name contains NAME; the environment variable `THREADS` sets the number
+//! of threads (0 or unset: one per core). Nothing is asserted, because machines differ.
 
 use std::time::Instant;
 
 use moewarden::backend::cpu::{Cpu, Tensor, Weight};
 use moewarden::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Moment, Packing, Rope};
 
-/// Model width, expert width, experts, experts a token, vocabulary, head width.
+/// Model width.
 const D: usize = 1024;
+/// Expert width.
 const F: usize = 512;
+/// Experts.
 const E: usize = 64;
+/// Experts per token.
 const K: usize = 8;
+/// Vocabulary size.
 const V: usize = 50304;
+/// Head width.
 const DIM: usize = 64;
 
-/// What a rate counts.
+/// The amount of work of one run, in the unit of the rate.
 enum Work {
     /// Floating-point operations.
     Flops(usize),
@@ -30,7 +35,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// Prints the median of as many runs as fit into about a second, at least three.
+    /// Prints the median of as many runs as fit in about a second, at least three and at most 200.
     fn time<R>(&self, name: &str, work: Work, mut f: impl FnMut() -> R) {
         if !name.contains(&self.filter) {
             return;
@@ -54,6 +59,7 @@ impl Bench {
     }
 }
 
+/// Deterministic pseudorandom values in [-scale, scale).
 fn noise(n: usize, scale: f32) -> Vec<f32> {
     let mut state = 1u32;
     (0..n)

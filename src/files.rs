@@ -1,7 +1,7 @@
-//! Files that are either whole or absent.
+//! Atomic file writes: temporary file, fsync, rename.
 //!
-//! An output is written aside in its own folder, synced, and renamed over its name; then the folder is synced, so that
-//! after a crash a reader finds the old file or the new one, never a part.
+//! An output is written to a temporary file in its own folder, synced to disk, and renamed to its final name; then the
+//! folder is synced. So after a crash a reader finds the old file or the new one, never a partial one.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -11,23 +11,23 @@ use tempfile::NamedTempFile;
 
 use crate::exit::{self, Coded};
 
-/// What could not be done to which file.
+/// Why an output file could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file cannot be begun: its folder is missing or not writable.
-    #[error("{path}: cannot be created (does its folder exist, and may it be written to?)")]
+    /// The temporary file cannot be created: the folder is missing or not writable.
+    #[error("{path}: cannot be created (does its folder exist, and is it writable?)")]
     Create {
-        /// The file that was to be.
+        /// The output file.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// Writing, syncing or renaming failed midway; the file is as it was before.
-    #[error("{path}: writing failed, the file is as it was before (is the disk full?)")]
+    /// Writing, syncing or renaming failed. An existing file is unchanged.
+    #[error("{path}: writing failed, an existing file is unchanged (is the disk full?)")]
     Write {
-        /// The file that was to be.
+        /// The output file.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's error.
         source: io::Error,
     },
 }
@@ -41,20 +41,21 @@ impl Coded for Error {
     }
 }
 
-/// Whether a disk is full, or has no room for one more entry: a fault midway, not a wrong place.
+/// Whether the error says that the disk is full or a quota is exceeded, in contrast to a wrong path or missing
+/// permissions.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// A file on its way: what is written to it appears under its name at [`AtomicFile::commit`], or never.
-/// Dropped without a commit, it leaves nothing behind.
+/// A file that appears under its name, complete, at [`AtomicFile::commit`]. Dropped without a commit, it leaves nothing
+/// behind.
 pub struct AtomicFile {
     path: PathBuf,
-    aside: BufWriter<NamedTempFile>,
+    temporary: BufWriter<NamedTempFile>,
 }
 
 impl AtomicFile {
-    /// Begins a file beside `path`, in the same folder, with the permissions that the user's umask gives new files.
+    /// Creates a temporary file in the folder of `path`, with the permissions of any new file under the user's umask.
     ///
     /// # Errors
     /// [`Error::Create`] if the folder is missing or not writable.
@@ -64,30 +65,30 @@ impl AtomicFile {
         let prefix = format!(".{name}.");
         let mut builder = tempfile::Builder::new();
         builder.prefix(&prefix).suffix(".part");
-        // tempfile's own default, 0600, would hide a finished model from the rest of the group.
+        // The default mode of tempfile, 0600, would keep a shared folder's other users from reading the output.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         match builder.tempfile_in(folder_of(&path)) {
-            Ok(aside) => Ok(Self { path, aside: BufWriter::new(aside) }),
+            Ok(temporary) => Ok(Self { path, temporary: BufWriter::new(temporary) }),
             Err(source) => Err(Error::Create { path, source }),
         }
     }
 
-    /// The name under which it will appear.
+    /// The final path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Syncs the contents, gives the file its name (replacing what was there) and syncs the folder.
+    /// Syncs the file, renames it to its final path, replacing an existing file, and syncs the folder.
     ///
     /// # Errors
-    /// [`Error::Write`]; the file under that name is then as it was before.
+    /// [`Error::Write`]. An existing file is then unchanged.
     pub fn commit(self) -> Result<(), Error> {
-        let Self { path, aside } = self;
+        let Self { path, temporary } = self;
         let done = || -> io::Result<()> {
-            let aside = aside.into_inner().map_err(|e| e.into_error())?;
-            aside.as_file().sync_all()?;
-            aside.persist(&path).map_err(|e| e.error)?;
+            let temporary = temporary.into_inner().map_err(|e| e.into_error())?;
+            temporary.as_file().sync_all()?;
+            temporary.persist(&path).map_err(|e| e.error)?;
             sync_folder(folder_of(&path))
         }();
         done.map_err(|source| Error::Write { path, source })
@@ -96,23 +97,24 @@ impl AtomicFile {
 
 impl Write for AtomicFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.aside.write(bytes)
+        self.temporary.write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.aside.flush()
+        self.temporary.flush()
     }
 }
 
-/// The file that a killed process left this of: `metrics.jsonl` of `.metrics.jsonl.qX3f9a.part`.
+/// The output file of which `name` is a temporary file, left by a killed process: `metrics.jsonl` for
+/// `.metrics.jsonl.qX3f9a.part`. `None` if `name` is not such a temporary file.
 pub fn is_left_of(name: &str) -> Option<&str> {
     Some(name.strip_prefix('.')?.strip_suffix(".part")?.rsplit_once('.')?.0)
 }
 
-/// Writes a whole file by `fill`: see [`AtomicFile`].
+/// Writes a file atomically, with the content that `fill` writes: see [`AtomicFile`].
 ///
 /// # Errors
-/// Those of [`AtomicFile::create`] and [`AtomicFile::commit`], and [`Error::Write`] for what `fill` returns.
+/// Those of [`AtomicFile::create`] and [`AtomicFile::commit`], and [`Error::Write`] for an error of `fill`.
 pub fn write_with(path: impl Into<PathBuf>, fill: impl FnOnce(&mut AtomicFile) -> io::Result<()>) -> Result<(), Error> {
     let mut file = AtomicFile::create(path)?;
     match fill(&mut file) {
@@ -121,7 +123,7 @@ pub fn write_with(path: impl Into<PathBuf>, fill: impl FnOnce(&mut AtomicFile) -
     }
 }
 
-/// Writes `bytes` as a whole file: see [`AtomicFile`].
+/// Writes `bytes` to a file atomically: see [`AtomicFile`].
 ///
 /// # Errors
 /// Those of [`write_with`].
@@ -129,19 +131,19 @@ pub fn write(path: impl Into<PathBuf>, bytes: impl AsRef<[u8]>) -> Result<(), Er
     write_with(path, |file| file.write_all(bytes.as_ref()))
 }
 
-/// Makes the names in a folder (created, renamed, removed files) survive a crash.
+/// Syncs a folder (fsync), so that created, renamed and removed entries survive a crash.
 ///
 /// # Errors
-/// What the system says, bare.
+/// The operating system's error.
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
     match File::open(folder)?.sync_all() {
-        // Some network file systems cannot do this for folders; their servers order renames themselves.
+        // Some network file systems cannot sync folders; their servers order renames themselves.
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
         other => other,
     }
 }
 
-/// The folder that holds `path`; `.` for a bare name.
+/// The folder that contains `path`; `.` for a bare file name.
 pub fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -158,21 +160,21 @@ mod tests {
     }
 
     #[test]
-    fn a_commit_replaces_and_leaves_nothing_else() {
+    fn a_commit_replaces_the_file_and_leaves_no_temporary() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.json");
         write(&path, "old").unwrap();
         let mut file = AtomicFile::create(&path).unwrap();
         file.write_all(b"new").unwrap();
         file.flush().unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"old", "nothing shows before the commit");
+        assert_eq!(std::fs::read(&path).unwrap(), b"old", "the old file is unchanged before the commit");
         file.commit().unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
         assert_eq!(names(dir.path()), ["a.json"]);
     }
 
     #[test]
-    fn without_a_commit_nothing_happened() {
+    fn without_a_commit_the_file_is_unchanged() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.json");
         write(&path, "old").unwrap();
@@ -197,7 +199,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn others_may_read_what_the_umask_lets_them() {
+    fn new_files_have_the_permissions_of_the_umask() {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let (ours, plain) = (dir.path().join("ours"), dir.path().join("plain"));

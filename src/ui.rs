@@ -1,7 +1,7 @@
-//! What the user sees while the program works: lines on stdout, warnings and a progress bar on stderr.
+//! Terminal output: result and progress lines on stdout, warnings and progress bars on stderr.
 //!
-//! The bar is drawn only on a terminal; elsewhere it becomes a plain line at each tenth of the way. A reader that went
-//! away (`| head`) never stops a run.
+//! A bar is drawn only on a terminal; otherwise progress is a plain line at every 10 %. Write errors, such as a closed
+//! pipe (`| head`), never end a run.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
@@ -9,7 +9,7 @@ use std::sync::Mutex;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// The user's side of the program. One a process, and its clones; ranks other than 0 get [`Ui::silent`].
+/// The terminal output of a process. Clones share the bars. Ranks other than 0 use [`Ui::silent`].
 #[derive(Clone)]
 pub struct Ui {
     level: Level,
@@ -19,16 +19,17 @@ pub struct Ui {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Level {
-    /// Nothing at all.
+    /// No output.
     Silent,
     /// Results and warnings.
     Quiet,
-    /// Progress too.
+    /// Results, warnings and progress.
     Full,
 }
 
 impl Ui {
-    /// For this process's stdout and stderr. `quiet` leaves out progress. `NO_COLOR` (set and not empty) is honoured.
+    /// Output to this process's stdout and stderr; `quiet` suppresses progress. Honours `NO_COLOR` (if set and not
+    /// empty).
     pub fn new(quiet: bool) -> Self {
         let terminal = io::stderr().is_terminal();
         let color = terminal && color_wanted();
@@ -36,31 +37,31 @@ impl Ui {
         Self { level: if quiet { Level::Quiet } else { Level::Full }, bars, color }
     }
 
-    /// Shows nothing: for ranks other than 0, and for tests.
+    /// No output: for ranks other than 0, and for tests.
     pub fn silent() -> Self {
         Self { level: Level::Silent, bars: None, color: false }
     }
 
-    /// Whether results may hold colours: stdout is a terminal, and `NO_COLOR` does not forbid them.
+    /// Whether results may be coloured: stdout is a terminal and `NO_COLOR` is not set.
     pub fn colors_results(&self) -> bool {
         self.level != Level::Silent && io::stdout().is_terminal() && color_wanted()
     }
 
-    /// A line of progress, on stdout. Left out by `--quiet`.
+    /// Prints a progress line on stdout. Suppressed by `--quiet`.
     pub fn line(&self, text: impl Display) {
         if self.level == Level::Full {
             self.write(&mut io::stdout(), &text);
         }
     }
 
-    /// A line of the result, what a command was called for, on stdout.
+    /// Prints a line of the command's result on stdout, also with `--quiet`.
     pub fn result(&self, text: impl Display) {
         if self.level != Level::Silent {
             self.write(&mut io::stdout(), &text);
         }
     }
 
-    /// A warning, on stderr.
+    /// Prints a warning on stderr, also with `--quiet`.
     pub fn warn(&self, text: impl Display) {
         if self.level != Level::Silent {
             let word = if self.color { "\x1b[33mwarning:\x1b[0m" } else { "warning:" };
@@ -68,7 +69,7 @@ impl Ui {
         }
     }
 
-    /// Starts a progress bar over `len` units of work.
+    /// Starts a progress bar for `len` units of work.
     pub fn bar(&self, len: u64, label: impl Into<String>) -> Bar<'_> {
         let label = label.into();
         let shown = match &self.bars {
@@ -86,7 +87,7 @@ impl Ui {
         Bar { ui: self, shown }
     }
 
-    /// Writes a line above the bars. Errors are dropped: a closed pipe must not end a run.
+    /// Writes a line above the bars. Ignores errors: a closed pipe must not end a run.
     fn write(&self, to: &mut dyn Write, text: &dyn Display) {
         let mut write = || drop(writeln!(to, "{text}").and_then(|()| to.flush()));
         match &self.bars {
@@ -96,12 +97,12 @@ impl Ui {
     }
 }
 
-/// Whether the environment lets colours be (<https://no-color.org>).
+/// Whether the environment variable `NO_COLOR` allows colours (<https://no-color.org>).
 fn color_wanted() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
-/// Progress through a known amount of work. Dropped, it disappears from the terminal.
+/// A progress bar. It is removed from the terminal when dropped.
 pub struct Bar<'a> {
     ui: &'a Ui,
     shown: Shown,
@@ -112,7 +113,7 @@ enum Shown {
     Lines { label: String, state: Mutex<Lines> },
 }
 
-/// Where a bar that is not drawn stands.
+/// Progress that is printed as lines instead of drawn.
 struct Lines {
     done: u64,
     len: u64,
@@ -120,7 +121,7 @@ struct Lines {
 }
 
 impl Lines {
-    /// Counts `n` more units; true where that enters another tenth of the whole.
+    /// Counts `n` more units. Returns whether that reached another tenth of `len`.
     fn advance(&mut self, n: u64) -> bool {
         let tenth = |done: u64| u128::from(done) * 10 / u128::from(self.len.max(1));
         let (before, after) = (tenth(self.done), tenth(self.done + n));
@@ -130,7 +131,7 @@ impl Lines {
 }
 
 impl Bar<'_> {
-    /// Shows this beside the bar: loss, tokens a second.
+    /// Sets the text beside the bar, such as loss and tokens per second.
     pub fn set_message(&self, message: impl Into<String>) {
         match &self.shown {
             Shown::Drawn(bar) => bar.set_message(message.into()),
@@ -153,7 +154,7 @@ impl Bar<'_> {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar from the terminal.
     pub fn finish(self) {}
 }
 
@@ -165,7 +166,7 @@ impl Drop for Bar<'_> {
     }
 }
 
-/// The state behind the lock is whole even where another holder panicked.
+/// Locks the state, even if another holder panicked: no panic can leave it inconsistent.
 fn lock<T>(state: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
@@ -175,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_for_each_tenth_and_no_more() {
+    fn prints_one_line_per_tenth() {
         for (len, step) in [(10, 1), (1000, 1), (1000, 7), (3, 1), (1, 1)] {
             let mut lines = Lines { done: 0, len, message: String::new() };
             let shown = (0..len.div_ceil(step)).filter(|_| lines.advance(step)).count() as u64;
@@ -184,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_bar_divides_by_nothing() {
+    fn an_empty_bar_does_not_divide_by_zero() {
         Ui::silent().bar(0, "nothing").inc(0);
     }
 }

@@ -50,13 +50,13 @@ def training(name, nodes):
 
 def main():
     print("Identification, a whole run over M micro-batches: each GPU sends its L·E doubles and M losses once.\n")
-    print("| model | L·E doubles | seconds of a micro-batch | the exchange at 64 nodes |")
+    print("| model | L·E doubles | seconds per micro-batch | communication at 64 nodes |")
     print("|---|---|---|---|")
     for name, (layers, _, _, experts, floor, _, _) in MODELS.items():
         seconds = move(8 * layers * experts, 64)
         print(f"| {name} | {8 * layers * experts / 1e3:.0f} kB | {floor / SHARE:.3f} | {1e3 * seconds:.2f} ms |")
-    print(f"\nTraining {100 * EXPERTS:.2f} % of the experts, 4,096 tokens a GPU and step:\n")
-    print("| model | trained | sent a GPU and step | " + " | ".join(f"{n} × 8" for n in NODES) + " |")
+    print(f"\nTraining {100 * EXPERTS:.2f} % of the experts, 4,096 tokens per GPU and step:\n")
+    print("| model | trained | sent per GPU and step | " + " | ".join(f"{n} × 8" for n in NODES) + " |")
     print("|---|---|---|" + "---|" * len(NODES))
     for name in MODELS:
         layers, width, expert_width, experts, *_ = MODELS[name]
@@ -66,7 +66,7 @@ def main():
             work, wait, sent, _ = training(name, nodes)
             cells.append(f"{100 * work / (work + wait):.0f} %")
         print(f"| {name} | {trained / 1e9:.2f} G | {sent / 1e9:.1f} GB | " + " | ".join(cells) + " |")
-    print("\nTrained state a GPU (gradient whole, sum of the gradient, masters and moments sharded):\n")
+    print("\nTraining state per GPU (the gradient is whole; its sum, master weights and moments are sharded):\n")
     print("| model | 1 GPU | " + " | ".join(f"{n} × 8" for n in NODES[:4]) + " | 64 × 8 |")
     print("|---|---|" + "---|" * 5)
     for name in MODELS:

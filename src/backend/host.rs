@@ -1,18 +1,18 @@
-//! Tensors in host memory: a dtype, a shape and bytes that may be memory-mapped.
+//! Tensors in host memory: dtype, shape, and bytes that may be memory-mapped.
 
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use half::{bf16, f16};
 
-/// The number formats of checkpoints that moewarden reads and writes.
+/// The element types of the checkpoints that moewarden reads and writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dtype {
-    /// IEEE single precision.
+    /// IEEE 754 single precision.
     F32,
-    /// IEEE half precision.
+    /// IEEE 754 half precision.
     F16,
-    /// The upper half of an f32.
+    /// bfloat16: the upper 16 bits of an f32.
     Bf16,
 }
 
@@ -26,7 +26,7 @@ impl Dtype {
     }
 }
 
-/// A range of bytes that several tensors may share: part of a memory-mapped file, or owned.
+/// A reference-counted range of bytes: part of a memory-mapped file, or of an owned vector.
 #[derive(Clone)]
 pub struct SharedBytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
@@ -34,7 +34,10 @@ pub struct SharedBytes {
 }
 
 impl SharedBytes {
-    /// Part of `owner`. Panics if the range lies outside it.
+    /// Bytes `range` of `owner`.
+    ///
+    /// # Panics
+    /// If the range exceeds the owner.
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Self {
         assert!(
             range.start <= range.end && range.end <= (*owner).as_ref().len(),
@@ -43,17 +46,20 @@ impl SharedBytes {
         Self { owner, range }
     }
 
-    /// How many; does not read them.
+    /// Number of bytes. Does not access them.
     pub fn len(&self) -> usize {
         self.range.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are no bytes.
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
     }
 
-    /// Part of these bytes, sharing the owner.
+    /// Bytes `range` of these, sharing the owner.
+    ///
+    /// # Panics
+    /// If the range exceeds these bytes.
     pub fn slice(&self, range: Range<usize>) -> Self {
         assert!(range.end <= self.range.len(), "byte range {range:?} outside {} bytes", self.range.len());
         let start = self.range.start + range.start;
@@ -75,28 +81,31 @@ impl Deref for SharedBytes {
     }
 }
 
-/// What owns bytes that are nowhere on the host.
+/// The owner of bytes that exist only on a device: see [`HostTensor::absent`].
 struct Absent;
 
 impl AsRef<[u8]> for Absent {
     fn as_ref(&self) -> &[u8] {
-        panic!("these values were made on the device; the host has none to read")
+        panic!("these values exist only on the device and cannot be read on the host")
     }
 }
 
 /// A dense row-major tensor in host memory, little-endian.
 #[derive(Clone)]
 pub struct HostTensor {
-    /// Number format.
+    /// Element type.
     pub dtype: Dtype,
-    /// Sizes, slowest first.
+    /// Dimensions, outermost first.
     pub shape: Vec<usize>,
     /// `shape.product() * dtype.size()` bytes; not necessarily aligned.
     pub bytes: SharedBytes,
 }
 
 impl HostTensor {
-    /// A tensor over these bytes. Panics if their number contradicts the shape.
+    /// A tensor over existing bytes.
+    ///
+    /// # Panics
+    /// If the number of bytes does not match dtype and shape.
     pub fn new(dtype: Dtype, shape: Vec<usize>, bytes: SharedBytes) -> Self {
         assert_eq!(
             bytes.len(),
@@ -106,18 +115,18 @@ impl HostTensor {
         Self { dtype, shape, bytes }
     }
 
-    /// A tensor that the host knows by format and shape alone. Reading its bytes panics.
+    /// A tensor with dtype and shape but without values on the host. Accessing its bytes panics.
     pub fn absent(dtype: Dtype, shape: Vec<usize>) -> Self {
         let range = 0..shape.iter().product::<usize>() * dtype.size();
         Self::new(dtype, shape, SharedBytes { owner: Arc::new(Absent), range })
     }
 
-    /// An owned f32 tensor.
+    /// An f32 tensor that owns a copy of `values`.
     pub fn from_f32(shape: Vec<usize>, values: &[f32]) -> Self {
         Self::encode(Dtype::F32, shape, values)
     }
 
-    /// An owned tensor of `values` rounded (to nearest even) into `dtype`.
+    /// A tensor that owns `values`, converted to `dtype` (rounded to nearest even).
     pub fn encode(dtype: Dtype, shape: Vec<usize>, values: &[f32]) -> Self {
         let mut bytes = vec![0; values.len() * dtype.size()];
         encode_into(dtype, values, &mut bytes);
@@ -129,12 +138,12 @@ impl HostTensor {
         self.shape.iter().product()
     }
 
-    /// Whether it holds no element.
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// All values, widened to f32.
+    /// All values, converted to f32 (exact).
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.len()];
         decode_into(self.dtype, &self.bytes, &mut out);
@@ -142,7 +151,7 @@ impl HostTensor {
     }
 }
 
-/// Rounds `values` (to nearest even) into little-endian `bytes` of `dtype`.
+/// Converts `values` to `dtype` (rounded to nearest even) and writes them to `bytes`, little-endian.
 pub fn encode_into(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
     match dtype {
         Dtype::F32 => {
@@ -163,7 +172,7 @@ pub fn encode_into(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
     }
 }
 
-/// Widens little-endian `bytes` of `dtype` into `out`.
+/// Converts little-endian `bytes` of `dtype` to f32 (exact) and writes them to `out`.
 pub fn decode_into(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         Dtype::F32 => {

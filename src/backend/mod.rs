@@ -1,16 +1,20 @@
-//! The operations a model is made of, each `*_backward` beside its forward.
+//! The operations of a model, each backward pass beside its forward pass.
 //!
-//! The model (`crate::model`) is written once over [`Backend`]; [`cpu::Cpu`] is the reference and the
-//! fallback. Conventions, the same for every operation:
+//! The model (`crate::model`) is written once, over the trait [`Backend`]. [`cpu::Cpu`] is the reference
+//! implementation, [`cuda`] the one for NVIDIA GPUs. Conventions of all operations:
 //!
-//! - A `Tensor` is a dense row-major matrix `[rows, cols]` of activations. Shape suffixes: T tokens, D model
-//!   width, F expert width, E experts, K experts a token, R = T·K routed rows sorted by expert, V vocabulary.
-//! - A `Weight` is a parameter in its stored dtype, `[out, in]` as Hugging Face keeps it (or `[n]`, seen as `[1, n]`).
-//! - Gradients of parameters **accumulate** (`+=`, f32) into a flat [`Backend::Buffer`] at an element offset;
-//!   gradients of activations **overwrite** (they are returned), except where a `&mut` says otherwise.
-//! - Argument order of a backward: gradient of the output, saved forward values, parameters, sinks.
-//! - Every result is deterministic: fixed order of sums, whatever the number of threads.
-//! - Shapes are the caller's contract: a mismatch is a bug and panics with both shapes.
+//! - A `Tensor` is a dense row-major matrix `[rows, cols]` of activations. Shape letters: T tokens, D model width, F
+//!   expert width, E experts, K experts per token, R = T·K routed rows sorted by expert, V vocabulary, n any number of
+//!   rows.
+//! - A `Weight` is a parameter in its stored dtype: `[out, in]` as in Hugging Face checkpoints, or a vector `[n]`,
+//!   treated as `[1, n]`.
+//! - Gradients of parameters **accumulate** (`+=`, in f32) into a flat [`Backend::Buffer`] at an element offset. An
+//!   `Option<(&mut Buffer, usize)>` is such a buffer and offset, or `None` if the parameter is frozen. Gradients of
+//!   activations **overwrite**: they are returned as new tensors, except for `&mut` arguments.
+//! - Arguments of a backward operation, in this order: gradient of the output, saved forward values, parameters,
+//!   gradient buffers.
+//! - Every result is deterministic: the order of each sum is fixed and does not depend on the number of threads.
+//! - The caller guarantees matching shapes. A mismatch is a bug, and panics with both shapes.
 
 pub mod cpu;
 pub mod cuda;
@@ -22,11 +26,11 @@ pub use random::random_bits;
 
 use std::ops::Range;
 
-/// Sequences packed one after another, without padding.
+/// Row offsets of packed sequences: sequences stored one after another, without padding.
 ///
-/// Sequence `s` owns query rows `queries[s]..queries[s + 1]` and key rows `keys[s]..keys[s + 1]`. It never has fewer keys
-/// than queries; its queries are the last positions of its keys. In training both lists are the same; when decoding with
-/// a key/value cache the keys reach further back.
+/// Sequence `s` has query rows `queries[s]..queries[s + 1]` and key rows `keys[s]..keys[s + 1]`. Its queries are the
+/// last positions among its keys, so it never has more queries than keys. In training both lists are equal; when
+/// decoding with a key/value cache there are more keys than queries.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packing {
     /// Row offsets of the queries, `[sequences + 1]`, starting at 0.
@@ -36,7 +40,7 @@ pub struct Packing {
 }
 
 impl Packing {
-    /// Sequences of these lengths, each attending to itself alone.
+    /// Sequences of these lengths, with equal queries and keys.
     pub fn of_lengths(lengths: impl IntoIterator<Item = usize>) -> Self {
         let mut queries = vec![0];
         for n in lengths {
@@ -45,7 +49,7 @@ impl Packing {
         Self { keys: queries.clone(), queries }
     }
 
-    /// One sequence of which only the last `new` of `total` positions are queried.
+    /// One sequence of `total` positions, of which only the last `new` are queries (decoding).
     pub fn continuing(new: usize, total: usize) -> Self {
         Self { queries: vec![0, new], keys: vec![0, total] }
     }
@@ -55,7 +59,7 @@ impl Packing {
         self.queries.len() - 1
     }
 
-    /// Whether there is no sequence at all.
+    /// Whether there is no sequence.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -77,30 +81,31 @@ impl Packing {
     }
 }
 
-/// The geometry of one attention layer.
+/// Head counts and window of an attention layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Heads {
     /// Query heads, H.
     pub queries: usize,
-    /// Key and value heads; divides `queries`.
+    /// Key and value heads (grouped-query attention); divides `queries`.
     pub keys: usize,
     /// Width of one head.
     pub dim: usize,
-    /// A query sees this many positions, itself included; `None`: all before it.
+    /// Sliding window: a query attends to the last `window` positions, its own included; `None`: to all earlier ones.
     pub window: Option<usize>,
 }
 
-/// Rotary embedding: angle of pair `i` at position `p` is `p · inv_freq[i]`; cos and sin are multiplied by `scale`.
-/// Pairs are (i, i + dim/2), as in the Hugging Face implementations.
+/// Rotary position embedding (Su et al., arXiv 2104.09864). The angle of pair `i` at position `p` is `p · inv_freq[i]`;
+/// cos and sin are multiplied by `scale`. A pair is the columns (i, i + dim/2) of a head, as in the Hugging Face
+/// implementations.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
-    /// One inverse frequency a pair, `[head_dim / 2]`, radians a position.
+    /// Inverse frequency of each pair, in radians per position: `[head_dim / 2]`.
     pub inv_freq: Vec<f32>,
-    /// Attention scaling of the longer-context types (1.0 for the plain one).
+    /// Attention scaling factor of the long-context variants such as YaRN; 1 for plain RoPE.
     pub scale: f32,
 }
 
-/// What a score sums over the entries of a weight's gradient.
+/// The reduction of a weight's gradient g to one number, from which expert scores are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Moment {
     /// Σ |g|
@@ -111,103 +116,103 @@ pub enum Moment {
     AbsTimesWeight,
 }
 
-/// What the backward pass does with the weight gradient of one expert.
+/// The backward pass's treatment of one expert's weight gradient.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExpertGrad {
     /// Frozen: no weight gradient is computed.
     Skip,
-    /// Reduce the gradient to one number, added to the score at this index; never store it.
+    /// Reduce the gradient to one number and add it to the score at this index. The gradient is never stored.
     Score(Moment, usize),
-    /// Add the gradient of each stacked matrix to the gradient buffer at these element offsets.
+    /// Accumulate the gradients of the expert's stacked matrices in the gradient buffer, each at its element offset.
     Accumulate(Vec<usize>),
 }
 
-/// The weights of one grouped product: for each expert the matrices whose rows are stacked
-/// (`[gate, up]`, each `[F, D]`, or `[down]`, `[D, F]`). All experts have the same shapes.
+/// The weights of a grouped product: for each expert the matrices whose outputs are concatenated, `[gate, up]` (each
+/// `[F, D]`) or `[down]` (`[D, F]`). All experts have the same shapes.
 pub type Stacks<'a, W> = [Vec<&'a W>];
 
-/// AdamW's numbers for one step (Loshchilov & Hutter, arXiv 1711.05101, as in PyTorch). In f64, so that 1 − β₂ is rounded
-/// once: from the f32 next to 0.999 it would be 1.3e-5 of itself off.
+/// Hyperparameters of one AdamW step (Loshchilov & Hutter, arXiv 1711.05101, as in PyTorch). They are f64 so that 1 −
+/// β₂ is rounded only once: computed from 0.999 as f32 it would have a relative error of 1.3e-5.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamwStep {
     /// Learning rate of this step.
     pub lr: f64,
-    /// Decay of the first moment.
+    /// β₁, decay rate of the first moment.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// β₂, decay rate of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// ε, added to the square root of the second moment.
     pub eps: f64,
-    /// Decoupled weight decay; multiplied by `lr`.
+    /// λ, decoupled weight decay: weights are multiplied by 1 − lr·λ.
     pub weight_decay: f64,
-    /// This step's number, from 1, for the bias corrections.
+    /// Step number t, from 1, for the bias corrections 1 − βᵗ.
     pub step: u64,
-    /// The gradient is multiplied by this first (averaging, clipping).
+    /// Factor applied to the gradient first (averaging, clipping).
     pub grad_scale: f32,
 }
 
-/// The operations. See the module's documentation for the conventions that hold for all of them.
+/// The operations of a model on one device. Conventions of all operations: see the module's documentation.
 ///
-/// A backend may keep activations in 16 bits; router logits and what is computed of them (routing weights, their
-/// gradients), losses, gradients of parameters and statistics are f32 or wider everywhere.
+/// A backend may store activations in 16 bits. Router logits, routing weights and their gradients, losses, parameter
+/// gradients and statistics are always f32 or wider.
 pub trait Backend: Send + Sync + 'static {
-    /// Activations `[rows, cols]`.
+    /// Activations, `[rows, cols]`.
     type Tensor: Send + Sync;
     /// A parameter in its stored dtype.
     type Weight: Send + Sync;
-    /// A flat row of f32: gradients, master weights, moments.
+    /// A flat f32 array for gradients, master weights or optimizer moments.
     type Buffer: Send + Sync;
-    /// Row numbers, token ids or class ids, `[n]`.
+    /// Row indices, token ids or class ids, `[n]`.
     type Indices: Send + Sync;
-    /// A [`Packing`] where the operations can read it, with the rotary angles of its positions.
+    /// A [`Packing`] on the device, with cos and sin of the rotary angles of its positions.
     type Sequences: Send + Sync;
-    /// For each token its K experts and their weights, with what the backward needs.
+    /// The K experts and routing weights of each token, with the values saved for the backward pass.
     type Routing: Send + Sync;
-    /// Where each routed row goes: a stable counting sort of (token, k) by expert.
+    /// A stable counting sort of the routed rows (token, k) by expert: where each row goes.
     type Dispatch: Send + Sync;
-    /// Running sums, one f64 an index.
+    /// Running f64 sums, one per index.
     type Scores: Send + Sync;
 
     // --- memory --------------------------------------------------------------------------------------------------
 
-    /// Bytes of one element of an activation.
+    /// Bytes of one element of a [`Self::Tensor`].
     fn activation_size(&self) -> usize;
-    /// Bytes that this device has left for what a run makes, in a memory of its own; `None`: it takes the host's.
+    /// Free bytes of device memory; `None` if the backend uses host memory.
     fn free_memory(&self) -> Option<u64>;
-    /// The most bytes that it held at once in a memory of its own.
+    /// Peak allocation of device memory in bytes; `None` if the backend uses host memory.
     fn peak_memory(&self) -> Option<u64>;
-    /// Where its time went, for people, if that was counted.
+    /// A human-readable table of time per kernel; `None` if the backend does not profile.
     fn profile(&self) -> Option<String>;
-    /// Rows whose logits over so many classes a cross-entropy holds at once, in f32, and their gradient as activations; 0: it
-    /// never holds a row's.
+    /// Rows of a chunk in [`Self::linear_cross_entropy`] over `classes` classes, for memory estimates: it holds the
+    /// logits of that many rows in f32, and their gradient as activations. 0 if it never holds a full row of logits.
     fn rows_of_logits(&self, classes: usize) -> usize;
 
-    // --- moving things -------------------------------------------------------------------------------------------
+    // --- allocation and copies -----------------------------------------------------------------------------------
 
-    /// A tensor from row-major host values, `[rows, cols]`.
+    /// Copies row-major host values into a new tensor `[rows, cols]`.
     fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Self::Tensor;
-    /// Row-major host values of a tensor.
+    /// Copies a tensor to the host, row-major.
     fn download(&self, x: &Self::Tensor) -> Vec<f32>;
-    /// A tensor of zeros.
+    /// A tensor `[rows, cols]` of zeros.
     fn zeros(&self, rows: usize, cols: usize) -> Self::Tensor;
-    /// Zeros in the shape and number format of x.
+    /// Zeros with the shape and dtype of x.
     fn zeros_like(&self, x: &Self::Tensor) -> Self::Tensor;
     /// `(rows, cols)`.
     fn shape(&self, x: &Self::Tensor) -> (usize, usize);
-    /// Row numbers or ids.
+    /// Copies indices from the host.
     fn indices(&self, values: &[u32]) -> Self::Indices;
-    /// Packed sequences and the angles of their positions.
+    /// Copies the row offsets of packed sequences from the host and computes their rotary angles.
     fn sequences(&self, packing: &Packing, rope: &Rope) -> Self::Sequences;
-    /// A parameter over host bytes; the CPU keeps the (memory-mapped) bytes where they are.
+    /// A parameter with the values of `host`. The CPU backend uses the (memory-mapped) bytes in place, without a copy.
     fn weight(&self, host: HostTensor) -> Self::Weight;
-    /// A parameter made here, of independent uniform values with mean 0 and standard deviation `std`, rounded into
-    /// `dtype`. The seed decides them; every backend makes the same bits.
+    /// A parameter of independent uniform random values with mean 0 and standard deviation `std`, rounded to `dtype`
+    /// and generated on the device. The same seed gives the same bits on every backend.
     fn random_weight(&self, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Self::Weight;
-    /// The parameter's present value in its stored dtype.
+    /// Copies the parameter's current value to the host, in its stored dtype.
     fn weight_host(&self, w: &Self::Weight) -> HostTensor;
     /// A buffer of `len` zeros.
     fn buffer(&self, len: usize) -> Self::Buffer;
-    /// Host values of part of a buffer.
+    /// Copies part of a buffer to the host.
     fn buffer_read(&self, b: &Self::Buffer, range: Range<usize>) -> Vec<f32>;
     /// Overwrites part of a buffer with host values.
     fn buffer_write(&self, b: &mut Self::Buffer, offset: usize, values: &[f32]);
@@ -215,35 +220,35 @@ pub trait Backend: Send + Sync + 'static {
     fn buffer_clear(&self, b: &mut Self::Buffer);
     /// `n` scores, all zero.
     fn scores(&self, n: usize) -> Self::Scores;
-    /// Reads the scores and sets them to zero.
+    /// Returns the scores and resets them to zero.
     fn scores_take(&self, s: &mut Self::Scores) -> Vec<f64>;
 
-    // --- rows and elements ---------------------------------------------------------------------------------------
+    // --- row and elementwise operations --------------------------------------------------------------------------
 
     /// x += y, same shapes.
     fn add_assign(&self, x: &mut Self::Tensor, y: &Self::Tensor);
-    /// Rows `rows` of x: `[n, cols]`.
+    /// The rows of x at indices `rows`: `[n, cols]`.
     fn gather_rows(&self, x: &Self::Tensor, rows: &Self::Indices) -> Self::Tensor;
-    /// The backward of [`Self::gather_rows`] for distinct rows: `dx[rows[i]] += dy[i]`.
+    /// The backward operation of [`Self::gather_rows`] for distinct indices: `dx[rows[i]] += dy[i]`.
     fn gather_rows_backward(&self, dy: &Self::Tensor, rows: &Self::Indices, dx: &mut Self::Tensor);
-    /// Appends the rows of y below those of x (a growing key/value cache).
+    /// Appends the rows of y to x (a growing key/value cache).
     fn append_rows(&self, x: &mut Self::Tensor, y: &Self::Tensor);
-    /// x clamped to [-limit, limit], in place.
+    /// Clamps x to [-limit, limit], in place.
     fn clamp(&self, x: &mut Self::Tensor, limit: f32);
-    /// dy where the clamped `y` is strictly inside its limits, else 0; in place.
+    /// Sets dy to 0 where the clamped output `y` is not strictly inside (-limit, limit), in place.
     fn clamp_backward(&self, dy: &mut Self::Tensor, y: &Self::Tensor, limit: f32);
 
     // --- dense layers --------------------------------------------------------------------------------------------
 
-    /// Rows `ids` of `w_VD`: `[T, D]`.
+    /// The rows of w `[V, D]` at the token ids: `[T, D]`.
     fn embedding(&self, ids: &Self::Indices, w: &Self::Weight) -> Self::Tensor;
-    /// dw at `offset` (layout `[V, D]`) += dy at the rows `ids`, in order of the tokens.
+    /// dw `[V, D]` at `offset`: row `ids[t]` += `dy[t]`, in token order.
     fn embedding_backward(&self, dy: &Self::Tensor, ids: &Self::Indices, dw: &mut Self::Buffer, offset: usize);
 
-    /// y = w · x / sqrt(mean(x²) + eps) over groups of `w.len()` columns: a row of x may hold several groups
-    /// (heads). Same shape as x.
+    /// y = w · x / sqrt(mean(x²) + eps) over groups of `w.len()` columns (Zhang & Sennrich, arXiv 1910.07467). A row of
+    /// x may consist of several groups (heads). Same shape as x.
     fn rms_norm(&self, x: &Self::Tensor, w: &Self::Weight, eps: f32) -> Self::Tensor;
-    /// dx; with a sink, dw += too.
+    /// Returns dx; accumulates dw if a buffer is given.
     fn rms_norm_backward(
         &self,
         dy: &Self::Tensor,
@@ -255,22 +260,22 @@ pub trait Backend: Send + Sync + 'static {
 
     /// y = x · wᵀ (+ bias): `[n, in]` → `[n, out]`.
     fn linear(&self, x: &Self::Tensor, w: &Self::Weight, bias: Option<&Self::Weight>) -> Self::Tensor;
-    /// The same product of a router, in f32 whatever the activations are: its logits decide which experts run.
+    /// y = x · wᵀ for a router, in f32 whatever the dtype of the activations, because the logits select the experts.
     fn router_logits(&self, x: &Self::Tensor, w: &Self::Weight) -> Self::Tensor;
     /// dx = dy · w.
     fn linear_backward_input(&self, dy: &Self::Tensor, w: &Self::Weight) -> Self::Tensor;
-    /// dw += dyᵀ · x, layout `[out, in]`.
+    /// dw `[out, in]` at `offset` += dyᵀ · x.
     fn linear_backward_weight(&self, dy: &Self::Tensor, x: &Self::Tensor, dw: &mut Self::Buffer, offset: usize);
-    /// db += column sums of dy.
+    /// db `[out]` at `offset` += column sums of dy.
     fn bias_backward(&self, dy: &Self::Tensor, db: &mut Self::Buffer, offset: usize);
 
-    /// Rotates every head of x (`[T, heads · dim]`) by its position's angles, in place.
+    /// Rotates every head of x `[T, heads · head_dim]` by the angles of its position, in place. See [`Rope`].
     fn rope(&self, x: &mut Self::Tensor, head_dim: usize, seqs: &Self::Sequences);
-    /// Rotates the gradient back, in place.
+    /// Applies the transposed rotation to the gradient, in place.
     fn rope_backward(&self, dy: &mut Self::Tensor, head_dim: usize, seqs: &Self::Sequences);
 
-    /// Causal attention within each sequence, scores scaled by 1/sqrt(dim), softmax in f32.
-    /// q `[T, queries·dim]`; k, v `[keys, keys·dim]` → `[T, queries·dim]`.
+    /// Causal attention within each sequence: scores scaled by 1/sqrt(dim), softmax in f32.
+    /// q `[T, heads.queries · dim]`; k and v `[key rows, heads.keys · dim]` → `[T, heads.queries · dim]`.
     fn attention(
         &self,
         q: &Self::Tensor,
@@ -279,7 +284,7 @@ pub trait Backend: Send + Sync + 'static {
         seqs: &Self::Sequences,
         heads: &Heads,
     ) -> Self::Tensor;
-    /// (dq, dk, dv); the probabilities are recomputed from q and k.
+    /// Returns (dq, dk, dv). Recomputes the probabilities from q and k (Dao, arXiv 2205.14135).
     #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
@@ -292,14 +297,15 @@ pub trait Backend: Send + Sync + 'static {
         heads: &Heads,
     ) -> (Self::Tensor, Self::Tensor, Self::Tensor);
 
-    /// silu(gate) · up with gate and up side by side: `[n, 2F]` → `[n, F]`.
+    /// SwiGLU (Shazeer, arXiv 2002.05202): silu(gate) · up, where a row of the input is gate followed by up.
+    /// `[n, 2F]` → `[n, F]`.
     fn swiglu(&self, gate_up: &Self::Tensor) -> Self::Tensor;
-    /// d gate_up.
+    /// The gradient of `gate_up`, `[n, 2F]`.
     fn swiglu_backward(&self, dy: &Self::Tensor, gate_up: &Self::Tensor) -> Self::Tensor;
 
-    /// `y[t] = sigmoid(gate[t]) · x[t]`, gate `[T, 1]` (the shared expert of Qwen2-MoE).
+    /// `y[t] = sigmoid(gate[t]) · x[t]`, with gate `[T, 1]` (the shared expert of Qwen2-MoE).
     fn sigmoid_gate(&self, x: &Self::Tensor, gate: &Self::Tensor) -> Self::Tensor;
-    /// (dx, dgate).
+    /// Returns (dx, dgate).
     fn sigmoid_gate_backward(
         &self,
         dy: &Self::Tensor,
@@ -309,34 +315,38 @@ pub trait Backend: Send + Sync + 'static {
 
     // --- routed experts ------------------------------------------------------------------------------------------
 
-    /// softmax over all E in f32, then the K largest (ties: lower expert first), then, if `renormalize`, divided by
-    /// their sum.
+    /// Softmax over the E logits in f32, then the K largest probabilities (of equal ones the lower expert first) as
+    /// routing weights, divided by their sum if `renormalize`.
     fn route(&self, logits: &Self::Tensor, top_k: usize, renormalize: bool) -> Self::Routing;
-    /// d logits `[T, E]` from the gradient of the routing weights `[T, K]`.
+    /// The gradient of the logits `[T, E]`, from that of the routing weights `[T, K]`.
     fn route_backward(&self, dweights: &Self::Tensor, routing: &Self::Routing) -> Self::Tensor;
-    /// Host copy of the chosen experts, `[T·K]`, k fastest.
+    /// Copies the chosen experts to the host: `[T·K]`, K consecutive per token.
     fn expert_ids(&self, routing: &Self::Routing) -> Vec<u32>;
-    /// Sorts the routed rows by expert, stably.
+    /// Sorts the routed rows by expert with a stable counting sort.
     fn dispatch(&self, routing: &Self::Routing, num_experts: usize) -> Self::Dispatch;
-    /// All of `rows` rows in one group, as they are: grouped products with it are plain ones over stacked weights.
+    /// A dispatch of `rows` rows to a single expert, in their order. A grouped product with it is a dense product with
+    /// stacked weights. Not for [`Self::dispatch_rows`] or [`Self::combine_rows`].
     fn one_group(&self, rows: usize) -> Self::Dispatch;
-    /// Routed rows of each expert, `[E]`.
+    /// Number of routed rows of each expert, `[E]`.
     fn tokens_per_expert(&self, dispatch: &Self::Dispatch) -> Vec<usize>;
-    /// x_TD copied to the sorted rows: `[R, D]`.
+    /// Copies each token's row of x `[T, D]` to its K sorted rows: `[R, D]`. The backward operation of
+    /// [`Self::combine_rows`].
     fn dispatch_rows(&self, x: &Self::Tensor, dispatch: &Self::Dispatch) -> Self::Tensor;
-    /// `y[t] = Σ_k x[row of (t, k)]`, k ascending: `[T, D]`. Each is the backward of the other.
+    /// `y[t] = Σ_k x[row of (t, k)]`, k ascending: `[R, D]` → `[T, D]`. The backward operation of
+    /// [`Self::dispatch_rows`].
     fn combine_rows(&self, x: &Self::Tensor, dispatch: &Self::Dispatch) -> Self::Tensor;
-    /// Each expert's rows times its own stacked weights: `[R, in]` → `[R, Σ out]`.
+    /// Multiplies each expert's rows by its own stacked weights, y = x · wᵀ: `[R, in]` → `[R, Σ out]`.
     fn grouped_linear(&self, x: &Self::Tensor, w: &Stacks<'_, Self::Weight>, dispatch: &Self::Dispatch)
     -> Self::Tensor;
-    /// dx `[R, in]`.
+    /// dx = dy · w for each expert, summed over its stacked weights: `[R, in]`.
     fn grouped_linear_backward_input(
         &self,
         dy: &Self::Tensor,
         w: &Stacks<'_, Self::Weight>,
         dispatch: &Self::Dispatch,
     ) -> Self::Tensor;
-    /// For each expert what `plan[expert]` says. A scored gradient never exists as a whole matrix.
+    /// dw = dyᵀ · x for each expert, skipped, scored or accumulated in `dw` as `plan[expert]` says. A scored gradient
+    /// is reduced tile by tile and never stored as a matrix.
     #[allow(clippy::too_many_arguments)]
     fn grouped_linear_backward_weight(
         &self,
@@ -348,10 +358,10 @@ pub trait Backend: Send + Sync + 'static {
         dw: &mut Self::Buffer,
         scores: &mut Self::Scores,
     );
-    /// Every routed row times its own routing weight: `[R, F]` → `[R, F]`. Done before the down projection, which is
-    /// linear, so that its outputs need not be kept for the gradient of the routing weights.
+    /// Multiplies every routed row by its routing weight: `[R, F]` → `[R, F]`. This is done before the down projection,
+    /// which is linear, so that the projection's output need not be saved for the gradient of the routing weights.
     fn weight_rows(&self, x: &Self::Tensor, routing: &Self::Routing, dispatch: &Self::Dispatch) -> Self::Tensor;
-    /// (dx `[R, F]`, d routing weights `[T, K]`).
+    /// Returns dx `[R, F]` and the gradient of the routing weights `[T, K]`.
     fn weight_rows_backward(
         &self,
         dy: &Self::Tensor,
@@ -362,9 +372,11 @@ pub trait Backend: Send + Sync + 'static {
 
     // --- losses and statistics -----------------------------------------------------------------------------------
 
-    /// Σ over rows of `−log softmax(x · wᵀ)[target]`, in chunks, so that no `[n, V]` logits exist.
+    /// Cross-entropy of a linear head: Σ over rows of `−log softmax(x · wᵀ)[target]`, for x `[n, D]` and w `[V, D]`. A
+    /// fused operation in chunks, without a logit matrix `[n, V]`.
     fn linear_cross_entropy(&self, x: &Self::Tensor, w: &Self::Weight, targets: &Self::Indices) -> f64;
-    /// The same sum, and the gradient of `scale` times it: dx, and with a sink dw +=.
+    /// Returns the sum of [`Self::linear_cross_entropy`] and dx, the gradient of `scale` times that sum; accumulates dw
+    /// if a buffer is given.
     fn linear_cross_entropy_backward(
         &self,
         x: &Self::Tensor,
@@ -374,20 +386,20 @@ pub trait Backend: Send + Sync + 'static {
         dw: Option<(&mut Self::Buffer, usize)>,
     ) -> (f64, Self::Tensor);
 
-    /// Σ over the rows `rows` of softmax(logits): `[E]`.
+    /// Σ of softmax(logits) over the rows in the range `rows`: `[E]`.
     fn softmax_sum(&self, logits: &Self::Tensor, rows: Range<usize>) -> Vec<f64>;
-    /// `dlogits[rows]` += the gradient through softmax of `dy` `[E]`, the same for every row.
+    /// `dlogits[rows]` += the gradient through the softmax of each row, where `dy` `[E]` is the gradient of the sum.
     fn softmax_sum_backward(&self, dy: &[f32], logits: &Self::Tensor, rows: Range<usize>, dlogits: &mut Self::Tensor);
-    /// Σ of the rows of each range: `[ranges · cols]`.
+    /// Σ of the rows of x in each range: `[segments · cols]`.
     fn segment_sum(&self, x: &Self::Tensor, segments: &[Range<usize>]) -> Vec<f64>;
-    /// `dx[row] += dy[segment of row]`, `dy` `[ranges · cols]`.
+    /// `dx[row] += dy[segment of row]`, with `dy` `[segments · cols]`.
     fn segment_sum_backward(&self, dy: &[f32], segments: &[Range<usize>], dx: &mut Self::Tensor);
 
     // --- updates -------------------------------------------------------------------------------------------------
 
-    /// Σ x² of part of a buffer, in f64; NaN or infinite if an entry is.
+    /// Σ x² over part of a buffer, in f64. Finite exactly if all entries are.
     fn sum_squares(&self, b: &Self::Buffer, range: Range<usize>) -> f64;
-    /// One AdamW step on parts of equal length: `master`, `m`, `v` at `at`, gradient at `grad_at`.
+    /// One AdamW step on elements `at` of `master`, `m` and `v`, with as many gradient elements from `grad_at`.
     #[allow(clippy::too_many_arguments)]
     fn adamw(
         &self,
@@ -399,8 +411,8 @@ pub trait Backend: Send + Sync + 'static {
         grad_at: usize,
         step: &AdamwStep,
     );
-    /// Overwrites a parameter with f32 values, rounded to nearest even into its stored dtype.
+    /// Overwrites a parameter with elements `at` of `values`, rounded to nearest even in its stored dtype.
     fn set_weight(&self, w: &mut Self::Weight, values: &Self::Buffer, at: Range<usize>);
-    /// Reads elements of a parameter as f32 into a buffer at `offset`.
+    /// Converts elements of a parameter to f32 and writes them into a buffer at `offset`.
     fn read_weight(&self, w: &Self::Weight, elements: Range<usize>, into: &mut Self::Buffer, offset: usize);
 }

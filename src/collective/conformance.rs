@@ -1,34 +1,35 @@
-//! What every [`Collective`] must do. Test programs call [`check`] on all ranks of a group, whatever joins them.
+//! The conformance suite of [`Collective`]. A test calls [`check`] on all ranks of a group, for every implementation.
 
 use std::time::Duration;
 
 use super::{Collective, threads};
 
-/// Lengths: none, one, odd, and longer than any piece in which an implementation moves long vectors.
+/// Vector lengths: empty, one, odd, and longer than the chunks into which the implementations split long vectors.
 const LENGTHS: [usize; 4] = [0, 1, 7, 200_003];
 
-/// A value that differs by rank and place, and whose sums are exact in f32 for some places and rounded for others.
+/// A value that depends on rank and index. Its sums over ranks are exact in f32 at even indices and rounded at odd
+/// ones.
 fn value(rank: usize, i: usize) -> f32 {
     let x = ((rank * 31 + i * 17) % 101) as f32 - 50.0;
     if i.is_multiple_of(2) { x } else { x / 3.0 }
 }
 
-/// Sum over the ranks in their order.
+/// Element `i` of the sum over the ranks, added in rank order.
 fn expected(world_size: usize, i: usize) -> f32 {
     (1..world_size).fold(value(0, i), |sum, rank| sum + value(rank, i))
 }
 
-/// Lengths that differ by rank, some of them 0, and make `total`.
+/// One length per rank, unequal and some of them 0, adding up to `total`.
 fn uneven(world_size: usize, total: usize) -> Vec<usize> {
     let mut counts: Vec<_> = (0..world_size).map(|r| if r % 2 == 1 { 0 } else { total / (world_size + r) }).collect();
     counts[world_size - 1] += total - counts.iter().sum::<usize>();
     counts
 }
 
-/// Checks every operation that returns. Called by all ranks of a group at once.
+/// Checks every operation except aborts. All ranks of a group call it together.
 ///
 /// # Panics
-/// Where the implementation is wrong.
+/// If a result is wrong.
 pub fn check(c: &dyn Collective) {
     let (rank, n) = (c.rank(), c.world_size());
     assert!(rank < n, "rank {rank} of {n}");
@@ -66,12 +67,12 @@ pub fn check(c: &dyn Collective) {
             assert!((x - sum).abs() < 1e-12, "all_reduce_f64[{i}]: {x}, not {sum}");
         }
 
-        // All ranks hold the same bits, whatever the order of the implementation's sums.
+        // All ranks must hold the same bits, whatever order of summation the implementation uses.
         let bits: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         super::all_agree(c, "sum", &bits).expect("the same bits on all ranks");
     }
 
-    let slow = super::meanwhile(c, || std::thread::sleep(std::time::Duration::from_millis(150 * rank as u64)));
+    let slow = super::meanwhile(c, || std::thread::sleep(Duration::from_millis(150 * rank as u64)));
     slow.expect("meanwhile");
 
     let mine: Vec<u8> = vec![rank as u8; rank * 3];
@@ -80,10 +81,10 @@ pub fn check(c: &dyn Collective) {
     c.barrier().expect("barrier");
 }
 
-/// Runs `rank_main` on ranks that are threads: for tests of what ranks do together. Results by rank.
+/// Runs `rank_main` on `world_size` ranks, each a thread, and returns their results by rank. For tests.
 ///
 /// # Panics
-/// If a rank does.
+/// If a rank panics or does not end within 60 s.
 pub fn on_threads<T: Send + 'static>(
     world_size: usize,
     rank_main: impl Fn(threads::Threads) -> T + Send + Sync + 'static,
@@ -92,6 +93,6 @@ pub fn on_threads<T: Send + 'static>(
 }
 
 fn assert_close(x: f32, y: f32, what: &str, i: usize) {
-    // A library may sum in another order: a few roundings of values below 50 a rank.
+    // An implementation may sum in another order, which changes a few roundings; each rank adds at most 50.
     assert!((x - y).abs() < 1e-4, "{what}[{i}]: {x}, not {y}");
 }

@@ -1,8 +1,11 @@
-//! What ranks say to each other: sums, copies, and that something went wrong. Nothing about models.
+//! Collective communication between ranks: all-reduce, reduce-scatter, all-gather, broadcast, barrier and abort.
 //!
-//! [`threads`] runs n ranks as threads of one process; with n = 1 it is the single process. `mpi` (the cargo feature of
-//! that name) joins processes. Every implementation passes [`conformance::check`]. [`nccl`] adds operations between the
-//! memories of GPUs to either.
+//! [`threads`] runs the ranks as threads of one process; a world of one rank is the single process. `mpi` (cargo
+//! feature `mpi`) runs one process per rank. Both pass [`conformance::check`]. [`nccl`] adds collectives on GPU memory
+//! to either.
+//!
+//! Each operation has a deadline, and each error names the rank at fault: a rank that died, that does not arrive before
+//! the timeout, or that called another operation. This module knows nothing about models.
 
 pub mod conformance;
 #[cfg(feature = "mpi")]
@@ -17,73 +20,73 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::{self, Coded, Failure};
 
-/// Why ranks could not work together. All ranks get an error when one does.
+/// Why a collective operation failed. If one rank gets an error, all ranks do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum Error {
-    /// Two ranks called different operations, or the same one with different lengths.
+    /// Two ranks called different operations, or the same operation with different lengths.
     #[error("rank {rank} is at {theirs} while rank 0 is at {ours}: the ranks no longer run the same program")]
     Mismatch {
         /// The first rank that differs from rank 0.
         rank: usize,
-        /// Operation, length and place of that rank.
+        /// Operation, length and activity of that rank.
         theirs: String,
-        /// Those of rank 0.
+        /// Operation, length and activity of rank 0.
         ours: String,
     },
-    /// Ranks hold different values of something that decides what happens next.
-    #[error("rank {rank} holds another {what} than rank 0: the ranks would train different models")]
+    /// The ranks hold different values where they must hold the same, such as options, inputs or weights.
+    #[error("rank {rank} has a different {what} than rank 0: the ranks would train different models")]
     Disagree {
-        /// What was compared.
+        /// What was compared, as a noun without an article.
         what: String,
         /// The first rank that differs from rank 0.
         rank: usize,
     },
-    /// Ranks did not arrive in time.
-    #[error("rank {rank} waited {seconds} s at {at} for rank(s) {missing:?}: they hang, or a longer timeout is needed")]
+    /// Some ranks did not arrive at an operation before the timeout.
+    #[error("rank {rank} waited {seconds} s at {at} for rank(s) {missing:?}: they hang, or need a longer --timeout")]
     Timeout {
-        /// The rank that gave up.
+        /// The rank whose wait timed out.
         rank: usize,
-        /// The operation it was at, and what for.
+        /// The operation that it waited in, and its activity.
         at: String,
-        /// How long it waited.
+        /// Length of the wait in seconds.
         seconds: u64,
-        /// The ranks that had not come.
+        /// The ranks that did not arrive.
         missing: Vec<usize>,
     },
-    /// A rank ended without finishing what the others were doing.
-    #[error("rank {gone} ended while rank {rank} waited for it at {at}")]
-    Gone {
-        /// The rank that found out.
+    /// A rank ended (its process died or its thread returned) while another waited for it.
+    #[error("rank {ended} ended while rank {rank} waited for it at {at}")]
+    RankEnded {
+        /// The rank that noticed.
         rank: usize,
-        /// The rank that is no more.
-        gone: usize,
-        /// The operation that cannot end, and what for.
+        /// The rank that ended.
+        ended: usize,
+        /// The operation that cannot complete, and the activity of the rank that noticed.
         at: String,
     },
     /// A rank called [`Collective::abort`].
     #[error("rank {rank} stopped the run: {reason}")]
     Aborted {
-        /// The rank that did.
+        /// The rank that called it.
         rank: usize,
-        /// The exit code of its own error.
+        /// Exit code of that rank's error.
         code: u8,
-        /// Its own words.
+        /// Message of that rank's error.
         reason: String,
     },
-    /// The library that joins the ranks is missing something or failed.
+    /// The MPI library lacks a feature, or one of its calls failed.
     #[error("rank {rank}: MPI: {message}")]
-    Library {
-        /// The rank where it did.
+    Mpi {
+        /// The rank on which it failed.
         rank: usize,
-        /// What it said, at which operation.
+        /// The library's message and the operation.
         message: String,
     },
-    /// NCCL is missing something or failed.
+    /// NCCL cannot be loaded or used, or one of its calls failed.
     #[error("rank {rank}: NCCL: {message}")]
     Nccl {
-        /// The rank where it did.
+        /// The rank on which it failed.
         rank: usize,
-        /// What it said, at which operation.
+        /// The library's message and the operation.
         message: String,
     },
 }
@@ -93,7 +96,7 @@ impl Coded for Error {
         match self {
             Error::Mismatch { .. } | Error::Disagree { .. } => exit::RANKS_DIFFER,
             Error::Timeout { .. } => exit::HANG,
-            Error::Gone { .. } | Error::Library { .. } | Error::Nccl { .. } => exit::LAUNCHER,
+            Error::RankEnded { .. } | Error::Mpi { .. } | Error::Nccl { .. } => exit::LAUNCHER,
             Error::Aborted { code, .. } => *code,
         }
     }
@@ -102,104 +105,111 @@ impl Coded for Error {
 /// The result of a collective operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A group of ranks, seen from one of them.
+/// One rank's handle to its group of ranks.
 ///
-/// Every operation is entered by all ranks in the same order, and with the same lengths except where it says otherwise;
-/// it returns when its result is there. Sums add the ranks' values in the order of the ranks, so that all ranks, and two
-/// runs, get the same bits. An error on one rank is an error on all: the group cannot be used after it.
+/// All ranks must call the same operations in the same order, with the same lengths unless an operation says otherwise.
+/// Every operation blocks until its result is complete. Sums add the ranks' values in rank order, so all ranks, and
+/// repeated runs, get the same bits. An error on one rank is an error on all; the group cannot be used afterwards.
 pub trait Collective: Send + Sync {
-    /// This rank, from 0.
+    /// This rank, from 0 to `world_size - 1`.
     fn rank(&self) -> usize;
 
-    /// Number of ranks, at least 1.
+    /// Number of ranks in the group, at least 1.
     fn world_size(&self) -> usize;
 
-    /// Returns when all ranks have come.
+    /// Returns once all ranks have called it.
     ///
     /// # Errors
-    /// As all operations: [`Error::Mismatch`], [`Error::Timeout`], [`Error::Gone`], [`Error::Aborted`].
+    /// As for every operation: [`Error::Mismatch`], [`Error::Timeout`], [`Error::RankEnded`], [`Error::Aborted`]; over MPI
+    /// also [`Error::Mpi`].
     fn barrier(&self) -> Result<()>;
 
-    /// Overwrites `bytes` with those of rank 0.
+    /// Copies `bytes` of rank 0 into `bytes` of every rank.
     ///
     /// # Errors
     /// See [`Self::barrier`].
     fn broadcast(&self, bytes: &mut [u8]) -> Result<()>;
 
-    /// Overwrites `values` with their sum over the ranks.
+    /// Overwrites `values` with their elementwise sum over the ranks.
     ///
     /// # Errors
     /// See [`Self::barrier`].
     fn all_reduce_f64(&self, values: &mut [f64]) -> Result<()>;
 
-    /// Overwrites `values` with their sum over the ranks.
+    /// Overwrites `values` with their elementwise sum over the ranks.
     ///
     /// # Errors
     /// See [`Self::barrier`].
     fn all_reduce_f32(&self, values: &mut [f32]) -> Result<()>;
 
-    /// The bytes of all ranks, by rank; their lengths may differ.
+    /// Returns the bytes of every rank, indexed by rank. The lengths may differ between ranks.
     ///
     /// # Errors
     /// See [`Self::barrier`].
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>>;
 
-    /// Sums `values` over the ranks and gives each rank its own part: with parts of lengths `counts` (one a rank, in order,
-    /// together `values.len()`), `part` becomes the sum of part `rank()`.
+    /// Sums `values` over the ranks and scatters the sum: `counts[r]` consecutive elements of it go to rank r (the
+    /// counts add up to `values.len()`). Overwrites `part`, of length `counts[rank()]`, with this rank's elements.
     ///
     /// # Errors
     /// See [`Self::barrier`].
     fn reduce_scatter_f32(&self, values: &[f32], counts: &[usize], part: &mut [f32]) -> Result<()>;
 
-    /// Puts the ranks' parts, of `counts` bytes, one after another into `out`. A part may be empty.
+    /// Concatenates the ranks' parts, `counts[r]` bytes of rank r, into `out` on every rank. A part may be empty.
     ///
     /// # Errors
     /// See [`Self::barrier`].
     fn all_gather_into(&self, part: &[u8], counts: &[usize], out: &mut [u8]) -> Result<()>;
 
-    /// Says what this rank does from here on ("round 1, expert step 7"): errors and warnings name it. Tells nobody, and
-    /// waits for nobody.
+    /// Sets the activity of this rank ("round 1, expert step 7"), which its errors and warnings name. Local: it sends
+    /// nothing and does not block.
     fn doing(&self, what: &str);
 
-    /// What this rank has said last that it does; empty if nothing.
+    /// The activity of this rank as last set; empty before the first call.
     fn place(&self) -> String;
 
-    /// Makes every operation of every rank, waiting or to come, fail with [`Error::Aborted`]. `code` is the exit code of the
-    /// error that is the reason. Does not wait for the others; the first abort of a group counts.
+    /// Makes every pending and future operation of all ranks fail with [`Error::Aborted`]. `code` is the exit code of
+    /// the error behind it, `reason` its message. Does not wait for the other ranks. If several ranks abort, the first
+    /// wins.
     fn abort(&self, code: u8, reason: &str);
 }
 
-/// Does work that each rank does by itself, and that may take one of them longer than ranks wait for each other (writing a
-/// model, say): meanwhile they go on meeting, so that a rank that dies or stops is still found. Returns when all are done.
+/// Runs rank-local `work` (writing a model, for example) that may take longer than the collective timeout. A worker
+/// thread runs it; meanwhile the ranks exchange heartbeats, so that a rank that dies or hangs is still noticed. Returns
+/// once all ranks have finished their work.
 ///
 /// # Errors
 /// Those of [`Collective::barrier`].
+///
+/// # Panics
+/// Resumes a panic of `work`.
 pub fn meanwhile<T: Send>(collective: &dyn Collective, work: impl FnOnce() -> T + Send) -> Result<T> {
-    const BEAT: std::time::Duration = std::time::Duration::from_millis(100);
+    const HEARTBEAT: std::time::Duration = std::time::Duration::from_millis(100);
     if collective.world_size() == 1 {
         return Ok(work());
     }
     std::thread::scope(|scope| {
-        let (tell, told) = std::sync::mpsc::channel::<()>();
+        // The receiver sees the sender's drop, also when the work panics.
+        let (done_sender, done_receiver) = std::sync::mpsc::channel::<()>();
         let worker = scope.spawn(move || {
-            let _told_when_dropped = tell;
+            let _dropped_at_the_end = done_sender;
             work()
         });
-        let mut beat = std::time::Duration::ZERO; // short work is not made longer
+        let mut interval = std::time::Duration::ZERO; // the first heartbeat is immediate: short work is not delayed
         loop {
-            let done = told.recv_timeout(beat) != Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+            let done = done_receiver.recv_timeout(interval) != Err(std::sync::mpsc::RecvTimeoutError::Timeout);
             if collective.all_gather(&[u8::from(done)])?.iter().all(|done| *done == [1]) {
                 return Ok(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
             }
-            beat = BEAT;
+            interval = HEARTBEAT;
         }
     })
 }
 
-/// Proves that all ranks hold the same `bytes` (a hash, say) of `what`.
+/// Checks that all ranks hold the same `bytes`, usually a hash. `what` names them in the error.
 ///
 /// # Errors
-/// [`Error::Disagree`] on all ranks if one differs, and those of [`Collective::barrier`].
+/// [`Error::Disagree`] on all ranks if the bytes of one differ from those of rank 0; those of [`Collective::barrier`].
 pub fn all_agree(collective: &dyn Collective, what: &str, bytes: &[u8]) -> Result<()> {
     let all = collective.all_gather(bytes)?;
     match all.iter().position(|other| *other != all[0]) {
@@ -208,13 +218,14 @@ pub fn all_agree(collective: &dyn Collective, what: &str, bytes: &[u8]) -> Resul
     }
 }
 
-/// Lets no rank go on where another could not: every rank brings its own result, and all learn whether one is an error.
-/// The rank's own error comes back as it is.
+/// Agrees on success: every rank passes its own result, and all ranks fail if one has failed. The group stays usable
+/// after a failure.
 ///
 /// # Errors
-/// The rank's own; else [`Error::Aborted`] with that of the lowest rank that has one; or those of [`Collective::barrier`].
+/// A rank that failed gets its own error back. The others get [`Error::Aborted`] with the error of the lowest failed
+/// rank. Also those of [`Collective::barrier`].
 pub fn all_ok<T>(collective: &dyn Collective, result: Result<T, Failure>) -> Result<T, Failure> {
-    // Nothing, or an exit code and a message.
+    // Empty on success, else the exit code followed by the message.
     let mine = result.as_ref().err().map_or(Vec::new(), |e| [&[e.code()], e.to_string().as_bytes()].concat());
     let all = collective.all_gather(&mine);
     let value = result?;
@@ -244,45 +255,46 @@ pub fn leave(code: u8, how: Leave) -> ! {
     std::process::exit(code.into())
 }
 
-/// The place of a rank in its program: operation, length that all ranks must have in common, and what for.
+/// One rank's call of a collective operation: what ranks compare before they exchange data.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-struct At {
+struct Call {
     op: Cow<'static, str>,
-    /// `None` where each rank has its own.
+    /// Length that all ranks must share; `None` where it may differ between ranks.
     len: Option<usize>,
-    doing: String,
+    /// What the rank was doing, for messages only.
+    activity: String,
 }
 
-impl At {
-    /// Whether two ranks may meet here.
-    fn meets(&self, other: &At) -> bool {
+impl Call {
+    /// Whether two ranks called the same operation with the same length.
+    fn matches(&self, other: &Call) -> bool {
         (&self.op, self.len) == (&other.op, other.len)
     }
 
-    /// The error of the first rank that is elsewhere than rank 0.
-    fn first_mismatch<'a>(mut places: impl Iterator<Item = &'a At>) -> Option<Error> {
-        let ours = places.next()?;
-        let (i, theirs) = places.enumerate().find(|(_, place)| !place.meets(ours))?;
+    /// The error for the first rank whose call differs from that of rank 0. `calls` is in rank order.
+    fn first_mismatch<'a>(mut calls: impl Iterator<Item = &'a Call>) -> Option<Error> {
+        let ours = calls.next()?;
+        let (i, theirs) = calls.enumerate().find(|(_, call)| !call.matches(ours))?;
         Some(Error::Mismatch { rank: i + 1, theirs: theirs.to_string(), ours: ours.to_string() })
     }
 }
 
-impl fmt::Display for At {
+impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.op)?;
         if let Some(len) = self.len {
             write!(f, " of {len}")?;
         }
-        if !self.doing.is_empty() {
-            write!(f, " in {}", self.doing)?;
+        if !self.activity.is_empty() {
+            write!(f, " in {}", self.activity)?;
         }
         Ok(())
     }
 }
 
-/// Panics unless `counts` names one part a rank, which together make `total` and of which this rank's is `part`.
+/// Panics unless `counts` has one entry per rank, they add up to `total`, and this rank's entry is `part`.
 fn check_counts(rank: usize, world_size: usize, counts: &[usize], part: usize, total: usize) {
-    assert_eq!(counts.len(), world_size, "one count a rank");
+    assert_eq!(counts.len(), world_size, "one count per rank");
     assert_eq!(counts[rank], part, "length of the part of rank {rank}");
-    assert_eq!(counts.iter().sum::<usize>(), total, "the parts together");
+    assert_eq!(counts.iter().sum::<usize>(), total, "sum of the counts");
 }

@@ -1,9 +1,10 @@
-//! Ranks as processes, joined by MPI.
+//! Ranks as processes, over MPI.
 //!
-//! MPI's own collectives wait for ever for a rank that hangs, and are undefined when ranks call different ones. So this
-//! uses nothing of MPI but messages, and polls with a deadline. Every operation begins at rank 0: each rank says where it
-//! is; once all are at the same place, rank 0 lets them go, else it tells all what is wrong. Then parts of vectors go from
-//! rank to rank. An error that comes up later reaches all by way of rank 0.
+//! MPI's blocking collectives never return if a rank hangs, and are undefined if ranks call different operations. So
+//! this uses only non-blocking point-to-point messages and polls them with a deadline. Every operation starts with a
+//! rendezvous at rank 0: each rank sends its call (operation, length, activity); once all calls have arrived and match,
+//! rank 0 sends every rank permission to proceed, otherwise the error. Then the ranks exchange parts of vectors
+//! directly. A rank that fails during the exchange reports the error to rank 0, which sends it to all.
 
 mod lifeline;
 mod link;
@@ -17,54 +18,57 @@ use std::time::{Duration, Instant};
 
 use bytemuck::Pod;
 
-use self::lifeline::{Lifelines, Offer};
-use self::link::{Arrival, LAST_WORDS, Link, Message, pause};
+use self::lifeline::{Lifelines, Listener};
+use self::link::{ABORT_GRACE, Arrival, Link, Message, pause};
 use self::wire::{Pending, Tag};
-use super::{At, Collective, Error, Result, check_counts};
+use super::{Call, Collective, Error, Result, check_counts};
 use crate::exit;
 
-/// Bytes that one rank sends another at a time: the buffers stay small.
-const PIECE: usize = 1 << 20;
+/// Bytes per message: longer data is exchanged in chunks of this size, so that the buffers stay small.
+const CHUNK: usize = 1 << 20;
 
-/// Elements up to which every rank sums whole vectors: half the messages one after another, for more bytes.
+/// Up to this many elements an all-reduce gathers the whole vectors on every rank and sums them there. That halves the
+/// number of sequential messages, and sends more bytes; longer vectors use reduce-scatter and all-gather.
 const SHORT: usize = 4096;
 
-/// A rank that is told to stop says whom it waits for, unless they come within this time.
-const STILL_WAITING: Duration = Duration::from_millis(100);
+/// A wait shorter than this is normal: after it, look for dead ranks and, if the process was asked to stop, warn.
+const SHORT_WAIT: Duration = Duration::from_millis(100);
 
-/// How long the last messages of a rank that has ended may take to be seen.
-const LAST_MAIL: Duration = Duration::from_millis(200);
+/// How long to keep receiving after a rank's connection has closed: its last messages may still be in flight, and the
+/// error they report says more than its death.
+const DRAIN: Duration = Duration::from_millis(200);
 
-/// The timeout of [`init`], for [`leave`].
+/// The timeout passed to [`init`]; [`leave`] uses it too.
 static TIMEOUT: OnceLock<Duration> = OnceLock::new();
 
-/// One rank of a group of processes.
+/// One rank of a group of processes connected by MPI.
 pub struct Mpi {
     rank: usize,
     world_size: usize,
     timeout: Duration,
-    stopping: Arc<AtomicBool>,
-    doing: Mutex<String>,
+    stop_requested: Arc<AtomicBool>,
+    activity: Mutex<String>,
     link: Mutex<Link>,
     lifelines: Lifelines,
 }
 
-/// Starts MPI and joins all processes of the launch. A rank that waits longer than `timeout` for another ends the group.
-/// When `stopping` becomes true, as on SIGTERM, a rank that waits for others says for whom, and goes on waiting.
+/// Initialises MPI and connects all processes of the launch. A rank that waits longer than `timeout` for another fails
+/// the group with [`Error::Timeout`]. Once `stop_requested` is true (set on SIGTERM), a waiting rank prints which ranks
+/// it waits for, and keeps waiting.
 ///
 /// # Errors
-/// [`Error::Library`] if MPI does not start, or allows calls from its first thread only.
-pub fn init(timeout: Duration, stopping: Arc<AtomicBool>) -> Result<Mpi> {
-    let wire = wire::init().map_err(|message| Error::Library { rank: 0, message })?;
+/// [`Error::Mpi`] if MPI does not initialise, or was built without `MPI_THREAD_SERIALIZED`.
+pub fn init(timeout: Duration, stop_requested: Arc<AtomicBool>) -> Result<Mpi> {
+    let wire = wire::init().map_err(|message| Error::Mpi { rank: 0, message })?;
     let (rank, world_size) = (wire.rank, wire.world_size);
     if !wire.any_thread {
         let message = "it was built without support for threads (MPI_THREAD_SERIALIZED), which moewarden needs";
-        return Err(Error::Library { rank, message: message.to_owned() });
+        return Err(Error::Mpi { rank, message: message.to_owned() });
     }
     _ = TIMEOUT.set(timeout);
     let link = Mutex::new(Link::new(wire));
     let lifelines = Lifelines::default();
-    let mut mpi = Mpi { rank, world_size, timeout, stopping, doing: Mutex::default(), link, lifelines };
+    let mut mpi = Mpi { rank, world_size, timeout, stop_requested, activity: Mutex::default(), link, lifelines };
     mpi.doing("the start");
     mpi.lifelines = mpi.connect()?;
     Ok(mpi)
@@ -87,7 +91,7 @@ pub(super) fn leave(code: u8, how: super::Leave) {
             let seconds = timeout.as_secs();
             _ = writeln!(
                 std::io::stderr(),
-                "error: this rank is done and waited {seconds} s for others to be done too"
+                "error: this rank has finished and waited {seconds} s for the other ranks to finish"
             );
             std::process::exit(exit::HANG.into());
         });
@@ -96,80 +100,83 @@ pub(super) fn leave(code: u8, how: super::Leave) {
 }
 
 impl Mpi {
-    /// The lines by which ranks notice each other's end.
+    /// Connects every rank to rank 0, so that a rank's death is noticed.
     fn connect(&self) -> Result<Lifelines> {
-        let offer = if self.rank == 0 { Offer::new() } else { None };
-        let bytes = offer.as_ref().map_or_else(Vec::new, Offer::to_bytes);
-        let theirs = self.all_gather(&bytes)?.swap_remove(0);
-        let Some(offer) = offer else {
-            let lines = if self.rank == 0 { Lifelines::default() } else { Lifelines::take(&theirs, self.rank) };
+        let listener = if self.rank == 0 { Listener::bind() } else { None };
+        let address = listener.as_ref().map_or_else(Vec::new, Listener::address);
+        let address = self.all_gather(&address)?.swap_remove(0);
+        let Some(listener) = listener else {
+            let lifelines = if self.rank == 0 { Lifelines::default() } else { Lifelines::connect(&address, self.rank) };
             self.barrier()?;
-            return Ok(lines);
+            return Ok(lifelines);
         };
-        let mut met = Ok(());
-        let lines = offer.accept(self.world_size, || {
-            met = self.barrier();
-            met.is_ok()
+        let mut barrier = Ok(());
+        let lifelines = listener.accept(self.world_size, || {
+            barrier = self.barrier();
+            barrier.is_ok()
         });
-        met.map(|()| lines)
+        barrier.map(|()| lifelines)
     }
 
-    fn what(&self) -> MutexGuard<'_, String> {
-        self.doing.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_activity(&self) -> MutexGuard<'_, String> {
+        self.activity.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The place of this rank, and its link, once all ranks have come to the same place; and how many bytes each brings.
-    fn meet(
+    /// Waits until all ranks have made the same call. Returns that call, the locked link, and how many bytes each rank
+    /// contributes (`bytes` of each, by rank).
+    fn rendezvous(
         &self,
         op: &'static str,
         len: Option<usize>,
         bytes: usize,
-    ) -> Result<(At, MutexGuard<'_, Link>, Vec<usize>)> {
-        let at = At { op: op.into(), len, doing: self.what().clone() };
+    ) -> Result<(Call, MutexGuard<'_, Link>, Vec<usize>)> {
+        let call = Call { op: op.into(), len, activity: self.lock_activity().clone() };
         let mut guard = self.link.lock().unwrap_or_else(PoisonError::into_inner);
         let link = &mut *guard;
-        let arrival = Arrival { at: at.clone(), bytes };
+        let arrival = Arrival { call: call.clone(), bytes };
         if self.rank > 0 {
             if link.failed.is_none() {
-                link.tell(0, &Message::Here(arrival)).map_err(|e| self.library(link, &at, &e))?;
+                link.send(0, &Message::Arrived(arrival)).map_err(|e| self.mpi_error(link, &call, &e))?;
             }
-            self.wait(link, &at, |link| Ok(if link.go.is_none() { vec![0] } else { Vec::new() }))?;
-            let lengths = link.go.take().expect("waited for");
-            return Ok((at, guard, lengths));
+            self.wait(link, &call, |link| Ok(if link.proceed.is_none() { vec![0] } else { Vec::new() }))?;
+            let lengths = link.proceed.take().expect("the wait ends when it is set");
+            return Ok((call, guard, lengths));
         }
         link.arrivals[0] = Some(arrival);
         let absent = |link: &mut Link| Ok((0..self.world_size).filter(|r| link.arrivals[*r].is_none()).collect());
-        self.wait(link, &at, absent)?;
+        self.wait(link, &call, absent)?;
         let arrivals: Vec<_> = link.arrivals.iter_mut().filter_map(Option::take).collect();
-        if let Some(error) = At::first_mismatch(arrivals.iter().map(|a| &a.at)) {
+        if let Some(error) = Call::first_mismatch(arrivals.iter().map(|a| &a.call)) {
             return Err(self.fail(link, error));
         }
         let lengths: Vec<usize> = arrivals.iter().map(|a| a.bytes).collect();
-        let go = Message::Go(lengths.clone());
+        let proceed = Message::Proceed(lengths.clone());
         for rank in 1..self.world_size {
-            link.tell(rank, &go).map_err(|e| self.library(link, &at, &e))?;
+            link.send(rank, &proceed).map_err(|e| self.mpi_error(link, &call, &e))?;
         }
-        // Nothing moves once this rank computes again.
-        self.wait(link, &at, |link| Ok(link.untold()))?;
-        Ok((at, guard, lengths))
+        // MPI makes progress only inside its calls: complete the sends before this rank goes back to computing.
+        self.wait(link, &call, |link| Ok(link.unsent()))?;
+        Ok((call, guard, lengths))
     }
 
-    /// Waits until `missing` names no rank, or the group fails.
+    /// Polls until `missing` returns no rank. Fails after the timeout, if a missing rank has died, or if the group
+    /// failed.
     fn wait(
         &self,
         link: &mut Link,
-        at: &At,
+        call: &Call,
         mut missing: impl FnMut(&mut Link) -> wire::Result<Vec<usize>>,
     ) -> Result<()> {
         let start = Instant::now();
-        let mut noticed: Option<(usize, Instant)> = None;
+        // A dead rank, and since when it is known.
+        let mut dead: Option<(usize, Instant)> = None;
         loop {
-            let absent = link.listen().and_then(|()| missing(link)).map_err(|e| self.library(link, at, &e))?;
+            let absent = link.poll().and_then(|()| missing(link)).map_err(|e| self.mpi_error(link, call, &e))?;
             if let Some(error) = link.failed.clone() {
-                if link.told {
+                if link.failure_reported {
                     return Err(error);
                 }
-                let error = self.blame(link, error, &absent);
+                let error = self.find_culprits(link, error, &absent);
                 return Err(self.fail(link, error));
             }
             if absent.is_empty() {
@@ -177,94 +184,97 @@ impl Mpi {
             }
             let waited = start.elapsed();
             if waited >= self.timeout {
-                let (rank, at, seconds) = (self.rank, at.to_string(), waited.as_secs());
+                let (rank, at, seconds) = (self.rank, call.to_string(), waited.as_secs());
                 let error = Error::Timeout { rank, at, seconds, missing: absent.clone() };
-                let error = self.blame(link, error, &absent);
+                let error = self.find_culprits(link, error, &absent);
                 return Err(self.fail(link, error));
             }
-            if waited >= STILL_WAITING
-                && let Some(gone) = self.lifelines.ended(&absent)
+            if waited >= SHORT_WAIT
+                && let Some(ended) = self.lifelines.ended(&absent)
             {
-                // What it said before may take several looks to arrive, and says more.
-                let since = noticed.filter(|(rank, _)| *rank == gone).map_or_else(Instant::now, |(_, since)| since);
-                noticed = Some((gone, since));
-                if since.elapsed() >= LAST_MAIL {
-                    return Err(self.fail(link, Error::Gone { rank: self.rank, gone, at: at.to_string() }));
+                let since = dead.filter(|(rank, _)| *rank == ended).map_or_else(Instant::now, |(_, since)| since);
+                dead = Some((ended, since));
+                if since.elapsed() >= DRAIN {
+                    return Err(self.fail(link, Error::RankEnded { rank: self.rank, ended, at: call.to_string() }));
                 }
             }
-            if waited >= STILL_WAITING && !link.warned && self.stopping.load(Ordering::Relaxed) {
+            if waited >= SHORT_WAIT && !link.warned && self.stop_requested.load(Ordering::Relaxed) {
                 link.warned = true;
-                self.say_for_whom(at, &absent);
+                self.warn_of_wait(call, &absent);
             }
             pause(waited);
         }
     }
 
-    /// On rank 0, a timeout with the ranks that hang for those missing: a rank that waits for one that hangs is missing too, and
-    /// who waits for rank 0's answer does not know for whom rank 0 waits. But who says that it waits does not hang.
-    fn blame(&self, link: &mut Link, mut error: Error, absent: &[usize]) -> Error {
+    /// On rank 0, narrows the missing ranks of a timeout down to its culprits. A rank that is itself waiting for the
+    /// culprit looks absent too, and a rank that waits for rank 0's answer cannot know for whom rank 0 waits. But a
+    /// rank that reports its own timeout is alive: the culprits are the missing ranks that have not reported.
+    fn find_culprits(&self, link: &mut Link, mut error: Error, absent: &[usize]) -> Error {
         let Error::Timeout { missing, .. } = &mut error else { return error };
         if self.rank > 0 {
             return error;
         }
-        let hung = |link: &Link| {
-            let named = |r: &usize| absent.contains(r) || link.waits.iter().any(|(_, missing)| missing.contains(r));
-            let speaks = |r: &usize| link.waits.iter().any(|(rank, _)| rank == r);
-            let (hung, rest): (Vec<_>, _) = (1..self.world_size).partition(|r| named(r) && !speaks(r));
-            let clear = hung.len() <= 1 && rest.iter().all(speaks);
-            (hung, clear)
+        let culprits = |link: &Link| {
+            let is_missing =
+                |r: &usize| absent.contains(r) || link.timeouts.iter().any(|(_, missing)| missing.contains(r));
+            let has_reported = |r: &usize| link.timeouts.iter().any(|(rank, _)| rank == r);
+            let (culprits, rest): (Vec<_>, _) = (1..self.world_size).partition(|r| is_missing(r) && !has_reported(r));
+            let certain = culprits.len() <= 1 && rest.iter().all(has_reported);
+            (culprits, certain)
         };
-        // They began to wait at about the same time.
-        link.linger(LAST_WORDS / 2, |link| hung(link).1);
-        let (hung, _) = hung(link);
-        if !hung.is_empty() {
-            *missing = hung;
+        // All waits began at about the same time, so the other ranks' reports arrive soon.
+        link.poll_until(ABORT_GRACE / 2, |link| culprits(link).1);
+        let (culprits, _) = culprits(link);
+        if !culprits.is_empty() {
+            *missing = culprits;
         }
         error
     }
 
-    /// One line on stderr, which may be closed.
-    fn say_for_whom(&self, at: &At, missing: &[usize]) {
+    /// Prints one line on stderr, ignoring errors: stderr may be closed.
+    fn warn_of_wait(&self, call: &Call, missing: &[usize]) {
         let whom = match missing {
             [0] => "rank 0's answer".to_owned(),
             _ => format!("rank(s) {missing:?}"),
         };
-        let line = format!("rank {} was told to stop while it waited at {at} for {whom}\n", self.rank);
+        let line = format!("rank {} was told to stop while it waited at {call} for {whom}\n", self.rank);
         _ = std::io::stderr().write_all(line.as_bytes());
     }
 
-    /// Ends the group with `error`, or with what rank 0 holds for the cause; all get the same.
+    /// Fails the group with `error`. Returns the error that all ranks get, which rank 0 chooses: on another rank, its
+    /// answer replaces `error`.
     fn fail(&self, link: &mut Link, error: Error) -> Error {
-        if let (true, Some(first)) = (link.told, &link.failed) {
+        if let (true, Some(first)) = (link.failure_reported, &link.failed) {
             return first.clone();
         }
-        link.told = true;
+        link.failure_reported = true;
         if self.rank > 0 {
-            // Where rank 0 cannot be told, the ranks find out by themselves.
-            if !matches!(error, Error::Gone { gone: 0, .. }) {
-                _ = link.tell(0, &Message::Failed(error.clone()));
-                link.linger(LAST_WORDS, |link| link.failed.is_some());
+            // If rank 0 is dead, every rank notices that by itself.
+            if !matches!(error, Error::RankEnded { ended: 0, .. }) {
+                _ = link.send(0, &Message::Failed(error.clone()));
+                link.poll_until(ABORT_GRACE, |link| link.failed.is_some());
             }
             return link.failed.get_or_insert(error).clone();
         }
         for rank in 1..self.world_size {
-            _ = link.tell(rank, &Message::Failed(error.clone()));
+            _ = link.send(rank, &Message::Failed(error.clone()));
         }
-        link.linger(LAST_WORDS, |link| link.untold().is_empty());
+        link.poll_until(ABORT_GRACE, |link| link.unsent().is_empty());
         link.failed = Some(error.clone());
         error
     }
 
-    fn library(&self, link: &mut Link, at: &At, message: &str) -> Error {
-        self.fail(link, Error::Library { rank: self.rank, message: format!("{message}, at {at}") })
+    /// Fails the group with the message of a failed MPI call.
+    fn mpi_error(&self, link: &mut Link, call: &Call, message: &str) -> Error {
+        self.fail(link, Error::Mpi { rank: self.rank, message: format!("{message}, at {call}") })
     }
 
-    /// Sends `data[to[r]]` to each rank r, and hands on `from[r]` bytes of each, a piece of every rank at a time: `take` gets
-    /// the place of the pieces and the pieces by rank. A rank's own is neither sent nor handed on.
-    fn trade(
+    /// Sends `data[to[r]]` to each rank r and receives `from[r]` bytes from it, chunk by chunk. `take` gets the byte
+    /// offset of the current chunks and one chunk per rank. Nothing goes from a rank to itself: its own chunk is empty.
+    fn all_to_all(
         &self,
         link: &mut Link,
-        at: &At,
+        call: &Call,
         data: &[u8],
         to: &[Range<usize>],
         from: &[usize],
@@ -272,21 +282,21 @@ impl Mpi {
     ) -> Result<()> {
         let others = || (0..self.world_size).filter(|r| *r != self.rank);
         let longest = to.iter().map(Range::len).chain(from.iter().copied()).max().unwrap_or(0);
-        for start in (0..longest).step_by(PIECE) {
-            let piece = |len: usize| start.min(len)..(start + PIECE).min(len);
+        for start in (0..longest).step_by(CHUNK) {
+            let chunk = |len: usize| start.min(len)..(start + CHUNK).min(len);
             let mut sent: Vec<Option<Pending>> = (0..self.world_size).map(|_| None).collect();
             let mut received: Vec<Option<Pending>> = (0..self.world_size).map(|_| None).collect();
             let mut begin = |link: &mut Link| {
-                for r in others().filter(|r| !piece(from[*r]).is_empty()) {
-                    received[r] = Some(link.wire.receive(r, Tag::Data, piece(from[r]).len())?);
+                for r in others().filter(|r| !chunk(from[*r]).is_empty()) {
+                    received[r] = Some(link.wire.receive(r, Tag::Data, chunk(from[r]).len())?);
                 }
-                for r in others().filter(|r| !piece(to[*r].len()).is_empty()) {
-                    sent[r] = Some(link.wire.send(r, Tag::Data, data[to[r].clone()][piece(to[r].len())].to_vec())?);
+                for r in others().filter(|r| !chunk(to[*r].len()).is_empty()) {
+                    sent[r] = Some(link.wire.send(r, Tag::Data, data[to[r].clone()][chunk(to[r].len())].to_vec())?);
                 }
                 Ok(())
             };
-            begin(link).map_err(|e: String| self.library(link, at, &e))?;
-            self.wait(link, at, |link| {
+            begin(link).map_err(|e: String| self.mpi_error(link, call, &e))?;
+            self.wait(link, call, |link| {
                 let mut missing = Vec::new();
                 for r in others() {
                     let both = [&mut sent[r], &mut received[r]].into_iter().flatten();
@@ -303,11 +313,11 @@ impl Mpi {
         Ok(())
     }
 
-    /// Part `rank` of the sum over the ranks, in their order.
+    /// Overwrites `part` with this rank's part of the sum over the ranks, added in rank order.
     fn reduce_scatter<T: Pod + AddAssign>(
         &self,
         link: &mut Link,
-        at: &At,
+        call: &Call,
         values: &[T],
         counts: &[usize],
         part: &mut [T],
@@ -315,46 +325,46 @@ impl Mpi {
         let data: &[u8] = bytemuck::cast_slice(values);
         let to = ranges(counts.iter().map(|n| n * size_of::<T>()));
         let own = &data[to[self.rank].clone()];
-        self.trade(link, at, data, &to, &vec![own.len(); self.world_size], |start, pieces| {
-            let (start, end) = (start.min(own.len()), (start + PIECE).min(own.len()));
+        self.all_to_all(link, call, data, &to, &vec![own.len(); self.world_size], |start, chunks| {
+            let (start, end) = (start.min(own.len()), (start + CHUNK).min(own.len()));
             let part = &mut part[start / size_of::<T>()..end / size_of::<T>()];
-            sum(part, (0..self.world_size).map(|r| if r == self.rank { &own[start..end] } else { &pieces[r] }));
+            sum(part, (0..self.world_size).map(|r| if r == self.rank { &own[start..end] } else { &chunks[r] }));
         })
     }
 
-    /// Puts the ranks' parts one after another into `out`.
-    fn gather(&self, link: &mut Link, at: &At, part: &[u8], counts: &[usize], out: &mut [u8]) -> Result<()> {
-        let places = ranges(counts.iter().copied());
-        out[places[self.rank].clone()].copy_from_slice(part);
-        self.trade(link, at, part, &vec![0..part.len(); self.world_size], counts, |start, pieces| {
-            for (place, piece) in places.iter().zip(pieces).filter(|(_, piece)| !piece.is_empty()) {
-                out[place.start..][start..][..piece.len()].copy_from_slice(piece);
+    /// Concatenates the ranks' parts into `out`.
+    fn gather(&self, link: &mut Link, call: &Call, part: &[u8], counts: &[usize], out: &mut [u8]) -> Result<()> {
+        let parts = ranges(counts.iter().copied());
+        out[parts[self.rank].clone()].copy_from_slice(part);
+        self.all_to_all(link, call, part, &vec![0..part.len(); self.world_size], counts, |start, chunks| {
+            for (part, chunk) in parts.iter().zip(chunks).filter(|(_, chunk)| !chunk.is_empty()) {
+                out[part.start..][start..][..chunk.len()].copy_from_slice(chunk);
             }
         })
     }
 
     fn all_reduce<T: Pod + AddAssign>(&self, op: &'static str, values: &mut [T]) -> Result<()> {
-        let (at, mut link, _) = self.meet(op, Some(values.len()), 0)?;
+        let (call, mut link, _) = self.rendezvous(op, Some(values.len()), 0)?;
         if values.is_empty() {
             return Ok(());
         }
         if values.len() <= SHORT {
             let len = size_of_val(values);
             let mut all = vec![0; len * self.world_size];
-            self.gather(&mut link, &at, bytemuck::cast_slice(values), &vec![len; self.world_size], &mut all)?;
+            self.gather(&mut link, &call, bytemuck::cast_slice(values), &vec![len; self.world_size], &mut all)?;
             sum(values, all.chunks_exact(len));
             return Ok(());
         }
         let ends = |r: usize| values.len() * r / self.world_size;
         let counts: Vec<_> = (0..self.world_size).map(|r| ends(r + 1) - ends(r)).collect();
         let mut part = vec![T::zeroed(); counts[self.rank]];
-        self.reduce_scatter(&mut link, &at, values, &counts, &mut part)?;
+        self.reduce_scatter(&mut link, &call, values, &counts, &mut part)?;
         let bytes: Vec<_> = counts.iter().map(|n| n * size_of::<T>()).collect();
-        self.gather(&mut link, &at, bytemuck::cast_slice(&part), &bytes, bytemuck::cast_slice_mut(values))
+        self.gather(&mut link, &call, bytemuck::cast_slice(&part), &bytes, bytemuck::cast_slice_mut(values))
     }
 }
 
-/// Places one after another, of these lengths.
+/// Consecutive ranges of these lengths, from 0.
 fn ranges(lengths: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
     let mut end = 0;
     lengths
@@ -365,7 +375,7 @@ fn ranges(lengths: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
         .collect()
 }
 
-/// Writes into `out` the sum of vectors that are given as bytes, in their order.
+/// Overwrites `out` with the sum of `vectors`, added in order. They are byte slices without alignment.
 fn sum<'a, T: Pod + AddAssign>(out: &mut [T], vectors: impl Iterator<Item = &'a [u8]>) {
     for (i, bytes) in vectors.enumerate() {
         let values = bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned::<T>);
@@ -389,20 +399,20 @@ impl Collective for Mpi {
     }
 
     fn barrier(&self) -> Result<()> {
-        self.meet("barrier", None, 0).map(drop)
+        self.rendezvous("barrier", None, 0).map(drop)
     }
 
     fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
         let len = bytes.len();
-        let (at, mut link, _) = self.meet("broadcast", Some(len), 0)?;
+        let (call, mut link, _) = self.rendezvous("broadcast", Some(len), 0)?;
         let (mut to, mut from) = (vec![0..0; self.world_size], vec![0; self.world_size]);
         if self.rank == 0 {
             to[1..].fill(0..len);
-            return self.trade(&mut link, &at, bytes, &to, &from, |_, _| {});
+            return self.all_to_all(&mut link, &call, bytes, &to, &from, |_, _| {});
         }
         from[0] = len;
-        self.trade(&mut link, &at, &[], &to, &from, |start, pieces| {
-            bytes[start..][..pieces[0].len()].copy_from_slice(&pieces[0]);
+        self.all_to_all(&mut link, &call, &[], &to, &from, |start, chunks| {
+            bytes[start..][..chunks[0].len()].copy_from_slice(&chunks[0]);
         })
     }
 
@@ -415,30 +425,30 @@ impl Collective for Mpi {
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let (at, mut link, lengths) = self.meet("all_gather", None, bytes.len())?;
+        let (call, mut link, lengths) = self.rendezvous("all_gather", None, bytes.len())?;
         let mut all = vec![0; lengths.iter().sum()];
-        self.gather(&mut link, &at, bytes, &lengths, &mut all)?;
-        Ok(ranges(lengths.into_iter()).into_iter().map(|place| all[place].to_vec()).collect())
+        self.gather(&mut link, &call, bytes, &lengths, &mut all)?;
+        Ok(ranges(lengths.into_iter()).into_iter().map(|range| all[range].to_vec()).collect())
     }
 
     fn reduce_scatter_f32(&self, values: &[f32], counts: &[usize], part: &mut [f32]) -> Result<()> {
         check_counts(self.rank, self.world_size, counts, part.len(), values.len());
-        let (at, mut link, _) = self.meet("reduce_scatter_f32", Some(values.len()), 0)?;
-        self.reduce_scatter(&mut link, &at, values, counts, part)
+        let (call, mut link, _) = self.rendezvous("reduce_scatter_f32", Some(values.len()), 0)?;
+        self.reduce_scatter(&mut link, &call, values, counts, part)
     }
 
     fn all_gather_into(&self, part: &[u8], counts: &[usize], out: &mut [u8]) -> Result<()> {
         check_counts(self.rank, self.world_size, counts, part.len(), out.len());
-        let (at, mut link, _) = self.meet("all_gather_into", Some(out.len()), 0)?;
-        self.gather(&mut link, &at, part, counts, out)
+        let (call, mut link, _) = self.rendezvous("all_gather_into", Some(out.len()), 0)?;
+        self.gather(&mut link, &call, part, counts, out)
     }
 
     fn doing(&self, what: &str) {
-        what.clone_into(&mut self.what());
+        what.clone_into(&mut self.lock_activity());
     }
 
     fn place(&self) -> String {
-        self.what().clone()
+        self.lock_activity().clone()
     }
 
     fn abort(&self, code: u8, reason: &str) {
@@ -447,8 +457,9 @@ impl Collective for Mpi {
             match self.link.try_lock() {
                 Ok(link) => break link,
                 Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
-                // Another thread is within an operation, and may be for long: the end of the process must do.
-                Err(TryLockError::WouldBlock) if start.elapsed() >= LAST_WORDS => return,
+                // Another thread is inside an operation, perhaps for long: give up, the other ranks will notice that
+                // this process ends.
+                Err(TryLockError::WouldBlock) if start.elapsed() >= ABORT_GRACE => return,
                 Err(TryLockError::WouldBlock) => pause(start.elapsed()),
             }
         };
@@ -459,10 +470,10 @@ impl Collective for Mpi {
 }
 
 impl Drop for Mpi {
-    /// The others must not wait for a rank that panicked.
+    /// Aborts the group if this rank panicked: no other rank must wait for it.
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.abort(exit::INTERNAL, "it panicked (its message stands above)");
+            self.abort(exit::INTERNAL, "it panicked (see its message above)");
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Ranks as threads of one process.
 //!
-//! All operations are one exchange: each rank posts what it has, waits for the others, and reads what all have posted.
-//! Long vectors go through it in pieces, so that the copies stay small. (Handing out pointers instead would save the
-//! copies and could not be made safe: a rank that gives up waiting frees what the others still read.)
+//! Every operation consists of exchanges: each rank posts a copy of its data, waits until all ranks have posted, and
+//! reads all posts. Long vectors are exchanged in chunks, so that the copies stay small. (Sharing pointers would avoid
+//! the copies, but is unsafe: a rank whose wait times out frees memory that others still read.)
 
 use std::any::Any;
 use std::ops::{AddAssign, Range};
@@ -10,42 +10,42 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use super::{At, Collective, Error, Result, check_counts};
+use super::{Call, Collective, Error, Result, check_counts};
 use crate::exit;
 
-/// Elements a piece of a long vector: the pieces of a few ranks stay in the caches that they share.
-const PIECE: usize = 1 << 16;
+/// Elements of a chunk of a long vector: small enough that the chunks of several ranks fit the shared cache.
+const CHUNK: usize = 1 << 16;
 
-/// How long ranks may take to end after their group has failed.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long ranks may take to return after their group has failed.
+const ABORT_GRACE: Duration = Duration::from_secs(5);
 
-/// What one rank brings to an exchange.
+/// One rank's contribution to an exchange.
 struct Post {
-    at: At,
+    call: Call,
     values: Box<dyn Any + Send + Sync>,
 }
 
 impl Post {
-    /// The posted vector. Exchanges of one operation, which is checked, have one type.
+    /// The posted vector. All posts of an exchange belong to the same operation (checked), so they have the same type.
     fn values<T: 'static>(&self) -> &[T] {
-        self.values.downcast_ref::<Vec<T>>().expect("one operation, one type")
+        self.values.downcast_ref::<Vec<T>>().expect("an operation always posts the same type")
     }
 }
 
 type Posts = Arc<Vec<Post>>;
 
-/// What the ranks share.
+/// State shared by the ranks, under the lock.
 struct State {
-    /// Posts of the exchange under way, by rank.
+    /// Posts of the current exchange, by rank.
     slots: Vec<Option<Post>>,
-    /// The exchanges that are complete.
+    /// Number of completed exchanges.
     completed: u64,
-    /// Posts of the last complete exchange. It is read by all before the next can be complete.
+    /// Posts of the last completed exchange. All ranks read them before the next exchange can complete.
     last: Posts,
-    /// The error that ended the group.
+    /// The error with which the group failed.
     failed: Option<Error>,
-    /// Ranks that have ended.
-    gone: Vec<bool>,
+    /// Whether each rank has ended.
+    ended: Vec<bool>,
 }
 
 struct Shared {
@@ -56,21 +56,23 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // No code that can panic runs under the lock: a poisoned state is whole.
+        // No code that can panic runs under the lock, so the state is consistent even if the mutex is poisoned.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Fails the group, unless it has failed before. Returns the error that all ranks get.
     fn fail(&self, state: &mut State, error: Error) -> Error {
         let error = state.failed.get_or_insert(error).clone();
         self.changed.notify_all();
         error
     }
 
-    /// Whether the group has failed, as it does when the others do not end within the timeout of the first that did.
-    fn end(&self, first: Option<(usize, Instant)>) -> bool {
+    /// Whether the group has failed. Fails it if the timeout has passed since the first rank ended (`first`: the rank
+    /// and when) and others still run.
+    fn check_end(&self, first: Option<(usize, Instant)>) -> bool {
         let mut state = self.lock();
         if let Some((rank, at)) = first.filter(|(_, at)| at.elapsed() >= self.timeout) {
-            let missing = (0..state.gone.len()).filter(|r| !state.gone[*r]).collect();
+            let missing = (0..state.ended.len()).filter(|r| !state.ended[*r]).collect();
             let (at, seconds) = ("the end of the run".to_owned(), at.elapsed().as_secs());
             self.fail(&mut state, Error::Timeout { rank, at, seconds, missing });
         }
@@ -78,16 +80,16 @@ impl Shared {
     }
 }
 
-/// One rank of a group of threads.
+/// One rank of a group of threads, created by [`group`] or [`single`].
 pub struct Threads {
     rank: usize,
     world_size: usize,
     shared: Arc<Shared>,
-    doing: Mutex<String>,
+    activity: Mutex<String>,
 }
 
-/// A group of `world_size` ranks; each goes to a thread of its own. A rank that waits longer than `timeout` for another
-/// ends the group with [`Error::Timeout`].
+/// Creates a group of `world_size` ranks, returned in rank order; each is to be moved to its own thread. A rank that
+/// waits longer than `timeout` for another fails the group with [`Error::Timeout`].
 pub fn group(world_size: usize, timeout: Duration) -> Vec<Threads> {
     assert!(world_size > 0, "a group has at least one rank");
     let state = State {
@@ -95,33 +97,35 @@ pub fn group(world_size: usize, timeout: Duration) -> Vec<Threads> {
         completed: 0,
         last: Arc::default(),
         failed: None,
-        gone: vec![false; world_size],
+        ended: vec![false; world_size],
     };
     let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), timeout });
-    (0..world_size).map(|rank| Threads { rank, world_size, shared: shared.clone(), doing: Mutex::default() }).collect()
+    (0..world_size)
+        .map(|rank| Threads { rank, world_size, shared: shared.clone(), activity: Mutex::default() })
+        .collect()
 }
 
-/// The only rank of a group of one.
+/// The rank of a group of one: its operations return at once.
 pub fn single() -> Threads {
     group(1, Duration::MAX).remove(0)
 }
 
-/// How a rank ended.
+/// How a rank's thread ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome<T> {
-    /// It returned.
+    /// It returned this value.
     Done(T),
-    /// With this message.
+    /// It panicked with this message.
     Panicked(String),
-    /// Not at all: it hangs, and ends with the process.
+    /// It did not end: its thread hangs until the process exits.
     Lost,
 }
 
 impl<T> Outcome<T> {
-    /// What the rank returned.
+    /// The value that the rank returned.
     ///
     /// # Panics
-    /// If it did not.
+    /// If the rank panicked or did not end.
     pub fn unwrap(self) -> T {
         match self {
             Outcome::Done(value) => value,
@@ -131,10 +135,11 @@ impl<T> Outcome<T> {
     }
 }
 
-/// Runs `rank_main` on `world_size` ranks, each a thread; a single one runs on the calling thread. Outcomes by rank.
+/// Runs `rank_main` on `world_size` ranks, each on its own thread; a single rank runs on the calling thread. Returns
+/// the outcomes by rank.
 ///
-/// Waits for no rank for ever: their end is a meeting like any other. Once the first has ended, the rest have `timeout`,
-/// and, once the group has failed, 5 s.
+/// A rank that hangs does not block it: once the first rank has ended, the others have `timeout` to end, and once the
+/// group has failed, 5 s. A rank that takes longer is [`Outcome::Lost`].
 pub fn run<T: Send + 'static>(
     world_size: usize,
     timeout: Duration,
@@ -151,19 +156,19 @@ pub fn run<T: Send + 'static>(
         let (id, rank_main, sender) = (rank.rank, rank_main.clone(), sender.clone());
         std::thread::Builder::new()
             .name(format!("rank {id}"))
-            // Nobody listens any more to a rank that was given up.
+            // Sending fails if this rank was given up: then the receiver is dropped.
             .spawn(move || _ = sender.send((id, outcome(&*rank_main, rank))))
-            .expect("the system starts a thread");
+            .expect("cannot start a thread");
     }
     let mut outcomes: Vec<_> = (0..world_size).map(|_| Outcome::Lost).collect();
     let (mut running, mut first_end, mut failed) = (world_size, None, None);
-    while running > 0 && failed.is_none_or(|at: Instant| at.elapsed() < LAST_WORDS) {
+    while running > 0 && failed.is_none_or(|at: Instant| at.elapsed() < ABORT_GRACE) {
         if let Ok((id, outcome)) = ended.recv_timeout(Duration::from_millis(50)) {
             outcomes[id] = outcome;
             running -= 1;
             first_end.get_or_insert((id, Instant::now()));
         }
-        if failed.is_none() && shared.end(first_end) {
+        if failed.is_none() && shared.check_end(first_end) {
             failed = Some(Instant::now());
         }
     }
@@ -171,21 +176,21 @@ pub fn run<T: Send + 'static>(
 }
 
 fn outcome<T>(rank_main: &impl Fn(Threads) -> T, rank: Threads) -> Outcome<T> {
-    // Nothing that a panic may have left half done is looked at again: the group has failed.
+    // State that a panic left inconsistent is not used again: the group has failed.
     match catch_unwind(AssertUnwindSafe(|| rank_main(rank))) {
         Ok(value) => Outcome::Done(value),
         Err(panic) => Outcome::Panicked(panic_message(&*panic)),
     }
 }
 
-/// The words of a panic.
+/// The message of a panic, from its payload; empty if the payload is not a string.
 pub fn panic_message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(ToString::to_string);
     text.or_else(|| panic.downcast_ref().cloned()).unwrap_or_default()
 }
 
 impl Threads {
-    /// Posts a vector and returns those of all ranks, by rank.
+    /// Posts `values` and returns the posts of all ranks, by rank.
     fn exchange<T: Send + Sync + 'static>(
         &self,
         op: &'static str,
@@ -197,11 +202,11 @@ impl Threads {
             return Err(error.clone());
         }
         let exchange = state.completed;
-        let at = At { op: op.into(), len, doing: self.what().clone() };
-        state.slots[self.rank] = Some(Post { at: at.clone(), values: Box::new(values) });
+        let call = Call { op: op.into(), len, activity: self.lock_activity().clone() };
+        state.slots[self.rank] = Some(Post { call: call.clone(), values: Box::new(values) });
         if state.slots.iter().all(Option::is_some) {
             let posts: Vec<Post> = state.slots.iter_mut().filter_map(Option::take).collect();
-            if let Some(error) = At::first_mismatch(posts.iter().map(|p| &p.at)) {
+            if let Some(error) = Call::first_mismatch(posts.iter().map(|p| &p.call)) {
                 return Err(self.shared.fail(&mut state, error));
             }
             state.last = Arc::new(posts);
@@ -209,23 +214,24 @@ impl Threads {
             self.shared.changed.notify_all();
             return Ok(state.last.clone());
         }
-        self.wait(state, exchange, &at)
+        self.wait(state, exchange, &call)
     }
 
-    /// Waits until `exchange` is complete or the group has failed.
-    fn wait(&self, mut state: MutexGuard<'_, State>, exchange: u64, at: &At) -> Result<Posts> {
+    /// Waits until exchange number `exchange` is complete. Fails if the group fails, if a missing rank has ended, or
+    /// after the timeout.
+    fn wait(&self, mut state: MutexGuard<'_, State>, exchange: u64, call: &Call) -> Result<Posts> {
         let (rank, start) = (self.rank, Instant::now());
         while state.completed == exchange {
             if let Some(error) = &state.failed {
                 return Err(error.clone());
             }
             let missing = || (0..self.world_size).filter(|r| state.slots[*r].is_none());
-            if let Some(gone) = missing().find(|r| state.gone[*r]) {
-                return Err(self.shared.fail(&mut state, Error::Gone { rank, gone, at: at.to_string() }));
+            if let Some(ended) = missing().find(|r| state.ended[*r]) {
+                return Err(self.shared.fail(&mut state, Error::RankEnded { rank, ended, at: call.to_string() }));
             }
             let waited = start.elapsed();
             if waited >= self.shared.timeout {
-                let (at, missing, seconds) = (at.to_string(), missing().collect(), waited.as_secs());
+                let (at, missing, seconds) = (call.to_string(), missing().collect(), waited.as_secs());
                 return Err(self.shared.fail(&mut state, Error::Timeout { rank, at, seconds, missing }));
             }
             let left = self.shared.timeout - waited;
@@ -234,11 +240,11 @@ impl Threads {
         Ok(state.last.clone())
     }
 
-    fn what(&self) -> MutexGuard<'_, String> {
-        self.doing.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_activity(&self) -> MutexGuard<'_, String> {
+        self.activity.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes into `out` the sum over the ranks, in their order, of what they posted at `range`.
+    /// Overwrites `out` with the sum over the ranks of elements `range` of their posts, added in rank order.
     fn sum<T: Copy + AddAssign + 'static>(posts: &Posts, range: Range<usize>, out: &mut [T]) {
         out.copy_from_slice(&posts[0].values::<T>()[range.clone()]);
         for post in &posts[1..] {
@@ -254,17 +260,17 @@ impl Threads {
         values: &mut [T],
     ) -> Result<()> {
         let len = values.len();
-        for piece in pieces(len) {
-            let posts = self.exchange(op, Some(len), values[piece.clone()].to_vec())?;
-            Self::sum(&posts, 0..piece.len(), &mut values[piece]);
+        for chunk in chunks(len) {
+            let posts = self.exchange(op, Some(len), values[chunk.clone()].to_vec())?;
+            Self::sum(&posts, 0..chunk.len(), &mut values[chunk]);
         }
         Ok(())
     }
 }
 
-/// `0..len` in pieces; an empty one for an empty vector, so that all ranks still meet and lengths are compared.
-fn pieces(len: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len.div_ceil(PIECE).max(1)).map(move |i| i * PIECE..((i + 1) * PIECE).min(len))
+/// `0..len` in chunks. An empty vector has one empty chunk, so that its ranks still synchronise and compare lengths.
+fn chunks(len: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len.div_ceil(CHUNK).max(1)).map(move |i| i * CHUNK..((i + 1) * CHUNK).min(len))
 }
 
 impl Collective for Threads {
@@ -304,11 +310,11 @@ impl Collective for Threads {
         check_counts(self.rank, self.world_size, counts, part.len(), values.len());
         let start: usize = counts[..self.rank].iter().sum();
         let mine = start..start + part.len();
-        for piece in pieces(values.len()) {
-            let posts = self.exchange("reduce_scatter_f32", Some(values.len()), values[piece.clone()].to_vec())?;
-            let (from, to) = (mine.start.max(piece.start), mine.end.min(piece.end));
+        for chunk in chunks(values.len()) {
+            let posts = self.exchange("reduce_scatter_f32", Some(values.len()), values[chunk.clone()].to_vec())?;
+            let (from, to) = (mine.start.max(chunk.start), mine.end.min(chunk.end));
             if from < to {
-                Self::sum(&posts, from - piece.start..to - piece.start, &mut part[from - start..to - start]);
+                Self::sum(&posts, from - chunk.start..to - chunk.start, &mut part[from - start..to - start]);
             }
         }
         Ok(())
@@ -319,19 +325,19 @@ impl Collective for Threads {
         let posts = self.exchange("all_gather_into", Some(out.len()), part.to_vec())?;
         let mut rest = out;
         for (post, count) in posts.iter().zip(counts) {
-            let (here, after) = rest.split_at_mut(*count);
-            here.copy_from_slice(post.values());
+            let (place, after) = rest.split_at_mut(*count);
+            place.copy_from_slice(post.values());
             rest = after;
         }
         Ok(())
     }
 
     fn doing(&self, what: &str) {
-        what.clone_into(&mut self.what());
+        what.clone_into(&mut self.lock_activity());
     }
 
     fn place(&self) -> String {
-        self.what().clone()
+        self.lock_activity().clone()
     }
 
     fn abort(&self, code: u8, reason: &str) {
@@ -341,12 +347,12 @@ impl Collective for Threads {
 }
 
 impl Drop for Threads {
-    /// The others must not wait for a rank that has ended, least of all for one that panicked.
+    /// Marks this rank as ended, so that no other waits for it, and aborts the group if it panicked.
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.abort(exit::INTERNAL, "it panicked (its message stands above)");
+            self.abort(exit::INTERNAL, "it panicked (see its message above)");
         }
-        self.shared.lock().gone[self.rank] = true;
+        self.shared.lock().ended[self.rank] = true;
         self.shared.changed.notify_all();
     }
 }
@@ -360,13 +366,13 @@ mod tests {
     use crate::collective::{all_agree, all_ok};
     use crate::exit::{Coded, Failure};
 
-    /// The outcomes of ranks that have this long to meet.
+    /// [`run`] with a timeout in milliseconds.
     fn run_ms<T: Send + 'static>(
         world_size: usize,
-        timeout: u64,
+        timeout_ms: u64,
         rank_main: impl Fn(Threads) -> T + Send + Sync + 'static,
     ) -> Vec<Outcome<T>> {
-        run(world_size, Duration::from_millis(timeout), rank_main)
+        run(world_size, Duration::from_millis(timeout_ms), rank_main)
     }
 
     #[test]
@@ -383,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn an_abort_wakes_those_who_wait() {
+    fn an_abort_ends_pending_operations() {
         let errors = on_threads(3, |rank| {
             if rank.rank() == 1 {
                 rank.abort(exit::NOT_FINITE, "the loss of step 7 is NaN");
@@ -397,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_does_not_come_is_named() {
+    fn a_timeout_names_the_missing_rank() {
         let outcomes = run_ms(3, 100, |rank| {
             rank.doing("round 1, expert step 7");
             if rank.rank() == 2 {
@@ -413,13 +419,13 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_ended_is_named_at_once() {
+    fn a_rank_that_ended_is_named_without_a_timeout() {
         let errors = on_threads(2, |rank| (rank.rank() == 0).then(|| rank.barrier().unwrap_err()));
-        assert_eq!(errors[0], Some(Error::Gone { rank: 0, gone: 1, at: "barrier".into() }));
+        assert_eq!(errors[0], Some(Error::RankEnded { rank: 0, ended: 1, at: "barrier".into() }));
     }
 
     #[test]
-    fn a_panic_reaches_the_others() {
+    fn a_panic_aborts_the_group() {
         let outcomes = run_ms(2, 60_000, |rank| {
             assert_eq!(rank.rank(), 0, "rank 1 panics on purpose");
             rank.barrier().unwrap_err()
@@ -435,12 +441,12 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_ever_for_a_rank_that_hangs() {
+    fn a_rank_that_hangs_does_not_block_the_end() {
         let hang = |rank: Threads| match rank.rank() {
             1 => loop {
                 std::thread::park();
             },
-            // Rank 0 waits for rank 1; rank 2 just ends.
+            // Rank 0 waits for rank 1; rank 2 returns at once.
             0 => rank.barrier().err(),
             _ => None,
         };
@@ -452,10 +458,10 @@ mod tests {
     }
 
     #[test]
-    fn different_programs_are_found_out() {
+    fn mismatched_calls_are_found() {
         let lengths = on_threads(3, |rank| {
             rank.doing(if rank.rank() == 0 { "step 1" } else { "step 2" });
-            rank.barrier().expect("what a rank is doing is compared with nobody");
+            rank.barrier().expect("activities are not compared");
             rank.all_reduce_f64(&mut vec![0.0; 4 + rank.rank() / 2]).unwrap_err()
         });
         for error in lengths {
@@ -469,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn disagreement_is_found_out() {
+    fn a_disagreement_names_the_rank() {
         let same = on_threads(3, |rank| all_agree(&rank, "selection", b"abc"));
         assert!(same.iter().all(Result::is_ok));
         let other = on_threads(3, |rank| all_agree(&rank, "selection", &[rank.rank() as u8 / 2]).unwrap_err());
@@ -479,13 +485,13 @@ mod tests {
     }
 
     #[test]
-    fn one_failure_is_the_failure_of_all() {
+    fn all_ok_fails_on_all_ranks_if_one_fails() {
         let results = on_threads(4, |rank| {
             let id = rank.rank();
             assert_eq!(all_ok(&rank, Ok(id)).unwrap(), id);
             let mine = if id >= 2 { Err(Failure::new(exit::IO, format!("disk {id} is full"))) } else { Ok(()) };
             let error = all_ok(&rank, mine).unwrap_err();
-            rank.barrier().expect("the group is whole");
+            rank.barrier().expect("the group stays usable");
             (error.code(), error.to_string())
         });
         let expected =

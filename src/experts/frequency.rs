@@ -1,4 +1,4 @@
-//! The routing method: how much more often unsafe prompts are routed to an expert than safe ones.
+//! Scores of the routing method: each expert's routing frequency on unsafe prompts minus that on safe prompts.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +6,7 @@ use super::score::{add_sums, merge_sums};
 use super::{Error, ExpertScores, RoutingTokens};
 use crate::collective::{self, Collective};
 
-/// Which tokens are counted, `[T]`. `is_response`: whether each token is a target of the loss.
+/// Whether each token is counted, `[T]`. `is_response`: whether each token is a loss token, `[T]`.
 pub fn token_mask(tokens: RoutingTokens, is_response: &[bool]) -> Vec<bool> {
     match tokens {
         RoutingTokens::Response => is_response.to_vec(),
@@ -15,24 +15,27 @@ pub fn token_mask(tokens: RoutingTokens, is_response: &[bool]) -> Vec<bool> {
     }
 }
 
-/// How often each expert of each layer is among the top K, over the chosen tokens of one side of one batch.
+/// How often each expert of each MoE layer is among the top K, over the counted tokens of one side (safe or unsafe) of
+/// one batch.
 #[derive(Debug, Clone)]
 pub struct RoutingCounts {
     mask: Vec<bool>,
+    /// Number of counted tokens.
     tokens: u64,
     num_experts: usize,
+    /// `[L · E]`.
     counts: Vec<u64>,
 }
 
 impl RoutingCounts {
-    /// No layer counted yet. `mask`: the tokens that count, `[T]` (see [`token_mask`]).
+    /// All counts zero. `mask`: whether each token is counted, `[T]` (see [`token_mask`]).
     pub fn new(mask: Vec<bool>, num_layers: usize, num_experts: usize) -> Self {
         let tokens = mask.iter().filter(|m| **m).count() as u64;
         Self { mask, tokens, num_experts, counts: vec![0; num_layers * num_experts] }
     }
 
-    /// Counts a layer. `index`: its place among the layers that route; `expert_ids`: the chosen experts, `[T · K]`, k
-    /// fastest.
+    /// Counts a layer. `index`: its index among the MoE layers; `expert_ids`: the selected experts, `[T · K]`, K
+    /// consecutive per token.
     pub fn add_layer(&mut self, index: usize, expert_ids: &[u32]) {
         if self.mask.is_empty() {
             return;
@@ -40,28 +43,28 @@ impl RoutingCounts {
         let counts = &mut self.counts[index * self.num_experts..(index + 1) * self.num_experts];
         let top_k = expert_ids.len() / self.mask.len();
         assert_eq!(expert_ids.len(), top_k * self.mask.len(), "K experts for each of {} tokens", self.mask.len());
-        for (chosen, _) in expert_ids.chunks_exact(top_k).zip(&self.mask).filter(|(_, counted)| **counted) {
-            for expert in chosen {
+        for (experts, _) in expert_ids.chunks_exact(top_k).zip(&self.mask).filter(|(_, counted)| **counted) {
+            for expert in experts {
                 counts[*expert as usize] += 1;
             }
         }
     }
 
-    /// Tokens that count.
+    /// Number of counted tokens.
     pub fn tokens(&self) -> u64 {
         self.tokens
     }
 
-    /// f(l,e), `[L · E]`: times among the top K / tokens. Only meaningful where [`Self::tokens`] is not 0.
+    /// f(l,e) = count / tokens, `[L · E]`. NaN if [`Self::tokens`] is 0.
     fn frequencies(&self) -> impl Iterator<Item = f64> + '_ {
         self.counts.iter().map(|count| *count as f64 / self.tokens as f64)
     }
 }
 
-/// Sums the risk differences of batches:
+/// Accumulates the mean risk difference over batches b:
 ///
 /// ```text
-/// r(l,e) = (1/B) Σ_b ( f_unsafe − f_safe )
+/// r(l,e) = (1/B) Σ_b ( f_unsafe,b(l,e) − f_safe,b(l,e) )
 /// ```
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FrequencyAccumulator {
@@ -73,16 +76,17 @@ pub struct FrequencyAccumulator {
 }
 
 impl FrequencyAccumulator {
-    /// No batch yet. `layers`: decoder-layer numbers of the layers that route, ascending.
+    /// Without batches. `layers`: decoder-layer indices of the MoE layers, ascending.
     pub fn new(layers: Vec<usize>, num_experts: usize) -> Self {
-        assert!(layers.is_sorted(), "layers in order: {layers:?}");
+        assert!(layers.is_sorted(), "layers must ascend: {layers:?}");
         let sums = vec![0.0; layers.len() * num_experts];
         Self { layers, num_experts, sums, batches: 0, skipped: 0 }
     }
 
-    /// Adds a batch. One without a chosen token on either side has no frequencies: it is skipped, and counted as such.
+    /// Adds a batch. A batch without counted tokens on one of its sides has no frequencies there: it is skipped, and
+    /// counted in [`Self::skipped`].
     pub fn add(&mut self, safe: &RoutingCounts, unsafe_: &RoutingCounts) {
-        assert_eq!((safe.counts.len(), unsafe_.counts.len()), (self.sums.len(), self.sums.len()), "experts counted");
+        assert_eq!((safe.counts.len(), unsafe_.counts.len()), (self.sums.len(), self.sums.len()), "counts per expert");
         if safe.tokens == 0 || unsafe_.tokens == 0 {
             self.skipped += 1;
             return;
@@ -93,24 +97,24 @@ impl FrequencyAccumulator {
         }
     }
 
-    /// Batches that counted: B, of this rank before [`Self::merge`], of all after it.
+    /// Number of batches added, B: of this rank before [`Self::merge`], of all ranks after it.
     pub fn batches(&self) -> u64 {
         self.batches
     }
 
-    /// Batches without a chosen token on one side, of this rank before [`Self::merge`], of all after it.
+    /// Number of batches skipped: of this rank before [`Self::merge`], of all ranks after it.
     pub fn skipped(&self) -> u64 {
         self.skipped
     }
 
-    /// Adds the sums and the counts of another rank of the same run.
+    /// Adds another rank's sums and counts of the same run.
     pub fn absorb(&mut self, other: &Self) {
         add_sums(&mut self.sums, &other.sums);
         self.batches += other.batches;
         self.skipped += other.skipped;
     }
 
-    /// Adds up the sums and the counts of all ranks; all then hold the same.
+    /// All-reduces the sums and counts over the ranks.
     ///
     /// # Errors
     /// Those of [`Collective::barrier`].
@@ -121,10 +125,12 @@ impl FrequencyAccumulator {
     /// The mean risk differences, as scores.
     ///
     /// # Errors
-    /// [`Error::NothingToScore`] if no batch counted.
+    /// [`Error::NothingToScore`] without batches.
     pub fn finish(self) -> Result<ExpertScores, Error> {
         if self.batches == 0 {
-            return Err(Error::NothingToScore { what: "chosen tokens (--routing-tokens) on both sides" });
+            return Err(Error::NothingToScore {
+                what: "tokens to count (--routing-tokens) in both its safe and its unsafe rows",
+            });
         }
         let batches = self.batches as f64;
         let values = self.sums.iter().map(|sum| sum / batches).collect();
@@ -152,15 +158,15 @@ mod tests {
     }
 
     #[test]
-    fn frequencies_of_the_chosen_tokens_alone() {
-        // Two experts a token; the second token does not count.
+    fn frequencies_are_over_counted_tokens() {
+        // Two experts per token; the second token is not counted.
         let side = counts(&[true, false, true], &[0, 1, 2, 2, 0, 2]);
         assert_eq!(side.tokens(), 2);
         assert_eq!(side.frequencies().collect::<Vec<_>>(), [1.0, 0.5, 0.5]);
     }
 
     #[test]
-    fn the_mean_is_over_batches_and_skips_one_sided_ones() {
+    fn the_mean_is_over_batches_with_both_sides() {
         let merged = on_threads(2, |c| {
             let mut acc = FrequencyAccumulator::new(vec![4], 3);
             if c.rank() == 0 {

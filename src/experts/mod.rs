@@ -1,7 +1,8 @@
-//! Which experts: their identity, scores, routing frequencies, and the selection.
+//! Expert scores and selection.
 //!
-//! The method: experts of a Mixture-of-Experts model that answer unsafe prompts are found by the size of their gradients
-//! under a refusal (arXiv 2602.04448), or, for comparison, by how much more often unsafe prompts are routed to them.
+//! The method identifies the experts of a Mixture-of-Experts model that answer unsafe prompts. It scores an expert by
+//! the magnitude of its gradients for a loss on refusals (arXiv 2602.04448) or, for comparison, by how much more often
+//! unsafe prompts are routed to it than safe ones.
 
 mod frequency;
 mod score;
@@ -16,40 +17,38 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::{self, Coded};
 
-/// Why no scores or no selection can be made.
+/// Why experts cannot be scored or selected.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
-    /// There was nothing to score.
-    #[error(
-        "no micro-batch on any rank holds {what}: there is nothing to score experts by (see the report on the data)"
-    )]
+    /// No micro-batch has data from which to compute scores.
+    #[error("no micro-batch on any rank has {what}: experts cannot be scored (see the data report)")]
     NothingToScore {
-        /// What was looked for.
+        /// What every micro-batch lacks.
         what: &'static str,
     },
-    /// More experts were asked for than may be chosen.
+    /// `--top-k-experts` exceeds the number of experts that can be selected.
     #[error(
-        "{asked} experts are asked for, and {available} can be chosen: the model has {layers} layers that route, each \
-         with {num_experts} experts{limit}. Ask for fewer (--top-k-experts), or widen what may be chosen"
+        "--top-k-experts is {requested}, but only {available} experts can be selected: the model has {layers} MoE layers \
+         with {num_experts} experts each{limit}. Lower --top-k-experts, or relax the options that limit the selection"
     )]
     TooMany {
-        /// Experts asked for.
-        asked: usize,
-        /// Experts that the options leave.
+        /// Requested number of experts.
+        requested: usize,
+        /// Number of experts that can be selected.
         available: usize,
-        /// L
+        /// Number of MoE layers, L.
         layers: usize,
-        /// E
+        /// Experts per layer, E.
         num_experts: usize,
-        /// The options that limit the choice, or nothing.
+        /// The options that limit the selection, as text; may be empty.
         limit: String,
     },
     /// A score is NaN or infinite.
     #[error("the score of expert {} of layer {} is {value}: the loss or a gradient is not finite", id.expert, id.layer)]
     NotFinite {
-        /// Whose score.
+        /// The expert.
         id: ExpertId,
-        /// The score.
+        /// Its score.
         value: f64,
     },
 }
@@ -64,14 +63,13 @@ impl Coded for Error {
     }
 }
 
-/// One routed expert. `layer` counts all decoder layers, dense ones included, as in the checkpoint's tensor names.
-/// Ordered by (layer, expert). Serialises as `[layer, expert]`.
+/// A routed expert. Ordered by (layer, expert). Serialised as `[layer, expert]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "(usize, usize)", from = "(usize, usize)")]
 pub struct ExpertId {
-    /// Decoder layer, from 0.
+    /// Index of the decoder layer, from 0. Counts dense layers too, as in the checkpoint's tensor names.
     pub layer: usize,
-    /// Expert within the layer, from 0.
+    /// Index of the expert in its layer, from 0.
     pub expert: usize,
 }
 
@@ -87,20 +85,20 @@ impl From<ExpertId> for (usize, usize) {
     }
 }
 
-/// How experts are ranked.
+/// The score by which experts are ranked (`--method`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
-    /// By the size of their weights' gradients.
+    /// Magnitude of the gradients of the expert's weights.
     #[default]
     Gradient,
-    /// By the routing risk difference: frequency on unsafe minus frequency on safe prompts.
+    /// Routing risk difference: routing frequency on unsafe prompts minus that on safe prompts.
     Routing,
-    /// At random: the control.
+    /// Random selection, as a control.
     Random,
 }
 
-/// What the gradient method measures, over the P = 3·D·F parameters of an expert.
+/// The gradient method's score of an expert with P = 3·D·F parameters w and gradients g (`--score`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Score {
@@ -115,59 +113,59 @@ pub enum Score {
     Taylor,
 }
 
-/// What a score is divided by.
+/// The normalisation of a score (`--score-per`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ScorePer {
-    /// The expert's parameters alone.
+    /// By the number of the expert's parameters, see [`Score`].
     #[default]
     Param,
-    /// Also the tokens routed to the expert in the micro-batch.
+    /// Also by the number of tokens routed to the expert in the micro-batch.
     Token,
 }
 
-/// The tokens over which routing frequencies are counted.
+/// The tokens over which routing frequencies are counted (`--routing-tokens`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum RoutingTokens {
-    /// Tokens that carry loss.
+    /// Loss tokens: the tokens of the response.
     #[default]
     Response,
-    /// All others.
+    /// All other tokens.
     Prompt,
-    /// Both.
+    /// All tokens.
     All,
 }
 
-/// What the random control has in common with the gradient method.
+/// The counts in which the random control matches the gradient method (`--random-match`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum RandomMatch {
-    /// The number of experts.
+    /// The total number of experts.
     #[default]
     Total,
     /// The number of experts in each layer.
     Layer,
 }
 
-/// Which end of the ranking is taken.
+/// The end of the ranking that is selected (`--select`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Select {
     /// The highest scores.
     #[default]
     Highest,
-    /// The lowest: a control.
+    /// The lowest scores, as a control.
     Lowest,
 }
 
-/// From what a selection is made.
+/// When and from which data experts are selected (`--selection`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Selection {
-    /// Score the whole set once a round, then train.
+    /// Once per round: score the whole dataset, then train.
     #[default]
     Global,
-    /// Choose anew at every step from that step's own global batch.
+    /// At every step, from that step's own global batch.
     PerBatch,
 }

@@ -1,4 +1,4 @@
-//! Scores of experts, from sums over gradients to means over micro-batches.
+//! Gradient scores of experts: per micro-batch, and their means over micro-batches.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +7,7 @@ use crate::backend::Moment;
 use crate::collective::{self, Collective};
 
 impl Score {
-    /// What the backward pass sums over the entries of an expert's gradient.
+    /// The reduction of an expert's gradient that the backward pass computes for this score.
     pub fn moment(self) -> Moment {
         match self {
             Score::L1Mean => Moment::Abs,
@@ -16,7 +16,7 @@ impl Score {
         }
     }
 
-    /// The score of one micro-batch, from the sum over an expert's `params` gradient entries.
+    /// The score in one micro-batch, from the sum over the expert's `params` gradient entries.
     fn of_sum(self, sum: f64, params: f64) -> f64 {
         match self {
             Score::L1Mean | Score::Fisher | Score::Taylor => sum / params,
@@ -25,55 +25,55 @@ impl Score {
     }
 }
 
-/// One number for each expert of each layer that routes.
+/// The scores of all experts of all MoE layers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ExpertScores {
-    /// Decoder-layer numbers of the layers that route, ascending.
+    /// Decoder-layer indices of the MoE layers, ascending.
     pub layers: Vec<usize>,
-    /// E
+    /// Experts per layer, E.
     pub num_experts: usize,
-    /// `[L · E]`, the experts of `layers[0]` first.
+    /// `[L · E]`, layer by layer.
     pub values: Vec<f64>,
 }
 
 impl ExpertScores {
-    /// The score of one expert; `None` if there is no such expert.
+    /// The score of an expert; `None` if the model has no such expert.
     pub fn get(&self, id: ExpertId) -> Option<f64> {
         let row = self.layers.binary_search(&id.layer).ok()?;
         (id.expert < self.num_experts).then(|| self.values[row * self.num_experts + id.expert])
     }
 
-    /// All experts with their scores, by (layer, expert).
+    /// All experts with their scores, ordered by (layer, expert).
     pub fn iter(&self) -> impl Iterator<Item = (ExpertId, f64)> + '_ {
         experts_of(&self.layers, self.num_experts).zip(self.values.iter().copied())
     }
 
-    /// All experts with their scores, highest first, ties by (layer, expert).
+    /// All experts with their scores, highest first; ties by (layer, expert).
     pub fn ranked(&self) -> Vec<(ExpertId, f64)> {
         let mut all: Vec<_> = self.iter().collect();
-        all.sort_by(|(_, a), (_, b)| b.total_cmp(a)); // stable: ties stay in the order of `iter`
+        all.sort_by(|(_, a), (_, b)| b.total_cmp(a)); // stable, so ties keep the order of `iter`
         all
     }
 
-    /// The scores of each layer, `[E]` each, in the order of `layers`.
+    /// The scores of each layer, `[E]`, in the order of `layers`.
     pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f64]> {
         self.values.chunks_exact(self.num_experts)
     }
 }
 
-/// All experts of these layers, by (layer, expert).
+/// All experts of `layers`, ordered by (layer, expert).
 pub(super) fn experts_of(layers: &[usize], num_experts: usize) -> impl Iterator<Item = ExpertId> {
     layers.iter().flat_map(move |layer| (0..num_experts).map(move |expert| ExpertId { layer: *layer, expert }))
 }
 
-/// Sums the scores of micro-batches:
+/// Accumulates the mean score over micro-batches b:
 ///
 /// ```text
 /// s(l,e) = (1/B) Σ_b score_b(l,e),    score_b = (1/P) Σ_i |∂L_b/∂θ_i|    (or another `Score`), P = 3·D·F
 /// ```
 ///
-/// where L_b is the *mean* loss of micro-batch b (the method of arXiv 2602.04448). |·| is not linear, so micro-batches
-/// are scored one by one, and ranks merge sums of scores, never gradients.
+/// where L_b is the *mean* loss of micro-batch b (the method of arXiv 2602.04448). |·| is not linear, so every
+/// micro-batch is scored by itself, and ranks add up scores, not gradients.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ScoreAccumulator {
     score: Score,
@@ -86,18 +86,19 @@ pub struct ScoreAccumulator {
 }
 
 impl ScoreAccumulator {
-    /// No micro-batch yet. `layers`: decoder-layer numbers of the layers that route, ascending; `params_per_expert`: P.
+    /// Without micro-batches. `layers`: decoder-layer indices of the MoE layers, ascending; `params_per_expert`: P.
     pub fn new(score: Score, per: ScorePer, layers: Vec<usize>, num_experts: usize, params_per_expert: usize) -> Self {
-        assert!(layers.is_sorted(), "layers in order: {layers:?}");
+        assert!(layers.is_sorted(), "layers must ascend: {layers:?}");
         let sums = vec![0.0; layers.len() * num_experts];
         Self { score, per, params_per_expert, layers, num_experts, sums, micro_batches: 0 }
     }
 
-    /// Adds a micro-batch: for each expert the sum of [`Score::moment`] over the gradient of the mean loss, and the tokens
-    /// routed to it, both `[L · E]`. One without loss tokens has no loss and does not count.
+    /// Adds a micro-batch. `moments`: each expert's [`Score::moment`], summed over the gradient of the mean loss;
+    /// `tokens_per_expert`: the number of tokens routed to it; both `[L · E]`. A micro-batch without loss tokens is
+    /// ignored.
     pub fn add(&mut self, moments: &[f64], tokens_per_expert: &[usize], loss_tokens: usize) {
-        assert_eq!(moments.len(), self.sums.len(), "one moment an expert");
-        assert_eq!(tokens_per_expert.len(), self.sums.len(), "one token count an expert");
+        assert_eq!(moments.len(), self.sums.len(), "one moment per expert");
+        assert_eq!(tokens_per_expert.len(), self.sums.len(), "one token count per expert");
         if loss_tokens == 0 {
             return;
         }
@@ -112,18 +113,18 @@ impl ScoreAccumulator {
         }
     }
 
-    /// Micro-batches that counted: B, of this rank before [`Self::merge`], of all ranks after it.
+    /// Number of micro-batches added, B: of this rank before [`Self::merge`], of all ranks after it.
     pub fn micro_batches(&self) -> u64 {
         self.micro_batches
     }
 
-    /// Adds the sums and the counts of another rank of the same run.
+    /// Adds another rank's sums and counts of the same run.
     pub fn absorb(&mut self, other: &Self) {
         add_sums(&mut self.sums, &other.sums);
         self.micro_batches += other.micro_batches;
     }
 
-    /// Adds up the sums and the counts of all ranks; all then hold the same.
+    /// All-reduces the sums and counts over the ranks.
     ///
     /// # Errors
     /// Those of [`Collective::barrier`].
@@ -131,13 +132,13 @@ impl ScoreAccumulator {
         merge_sums(collective, &mut self.sums, [&mut self.micro_batches])
     }
 
-    /// The means over the micro-batches.
+    /// The mean scores over the micro-batches.
     ///
     /// # Errors
-    /// [`Error::NothingToScore`] if no micro-batch counted.
+    /// [`Error::NothingToScore`] without micro-batches.
     pub fn finish(self) -> Result<ExpertScores, Error> {
         if self.micro_batches == 0 {
-            return Err(Error::NothingToScore { what: "a token under the loss" });
+            return Err(Error::NothingToScore { what: "a loss token" });
         }
         let batches = self.micro_batches as f64;
         let values = self.sums.iter().map(|sum| sum / batches).collect();
@@ -145,13 +146,13 @@ impl ScoreAccumulator {
     }
 }
 
-/// Adds one rank's sums to another's.
+/// sums += others.
 pub(super) fn add_sums(sums: &mut [f64], others: &[f64]) {
-    assert_eq!(sums.len(), others.len(), "sums of the same experts");
+    assert_eq!(sums.len(), others.len(), "both sums are over the same experts");
     sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
 }
 
-/// All-reduces sums together with counts (exact in f64 up to 2⁵³).
+/// All-reduces sums and counts in one operation. Counts are exact in f64 up to 2⁵³.
 pub(super) fn merge_sums<const N: usize>(
     collective: &dyn Collective,
     sums: &mut [f64],
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_micro_batch_without_loss_does_not_count() {
+    fn a_micro_batch_without_loss_tokens_is_ignored() {
         let mut acc = accumulator(Score::L1Mean, ScorePer::Param);
         acc.add(&[4.0, 8.0, 0.0, 12.0], &[1; 4], 3);
         acc.add(&[9e9; 4], &[1; 4], 0);
@@ -210,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn ranks_merge_to_the_scores_of_one() {
+    fn merged_scores_equal_those_of_one_rank() {
         let moments = |b: usize| -> Vec<f64> { (0..4).map(|i| ((b * 7 + i * 3) % 11) as f64 / 7.0).collect() };
         let score = |ranks: usize| {
             on_threads(ranks, move |c| {
@@ -227,14 +228,14 @@ mod tests {
         for ranks in 2..=4 {
             for scores in score(ranks) {
                 for (x, y) in scores.values.iter().zip(&one.values) {
-                    assert!((x - y).abs() <= 1e-12 * y, "{ranks} ranks: {x}, not {y}"); // the contract's own bound
+                    assert!((x - y).abs() <= 1e-12 * y, "{ranks} ranks: {x}, not {y}"); // the documented tolerance
                 }
             }
         }
     }
 
     #[test]
-    fn ranking_breaks_ties_by_place() {
+    fn ties_are_ranked_by_layer_and_expert() {
         let scores = ExpertScores { layers: vec![2, 5], num_experts: 2, values: vec![1.0, 3.0, 3.0, 2.0] };
         let ids: Vec<(usize, usize)> = scores.ranked().into_iter().map(|(id, _)| id.into()).collect();
         assert_eq!(ids, [(2, 1), (5, 0), (5, 1), (2, 0)]);

@@ -1,4 +1,4 @@
-//! From scores to the experts that are trained.
+//! Selection of the experts to train, by score or at random.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -11,57 +11,59 @@ use serde::{Deserialize, Serialize};
 use super::score::experts_of;
 use super::{Error, ExpertId, ExpertScores, RandomMatch, Select};
 
-/// The experts among which a selection is made, and how many of them it takes.
+/// The limits of a selection: how many experts, and from which layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
-    /// The number of experts to choose.
+    /// Number of experts to select.
     pub top_k: usize,
-    /// At most this many of one layer.
+    /// Maximum number of experts per layer (`--experts-per-layer`).
     pub per_layer: Option<usize>,
-    /// Only these decoder layers (inclusive).
+    /// The decoder layers to select from, inclusive (`--layers`).
     pub layers: Option<RangeInclusive<usize>>,
 }
 
-/// How scores rank the experts of a pool.
+/// How experts are ranked by score.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Rank {
-    /// Which end is taken.
+    /// The end of the ranking that is selected.
     pub select: Select,
-    /// Only experts with a score above this qualify (the risk difference of the routing method).
+    /// Only experts with a score above this qualify (the routing method's `--risk-threshold`).
     pub threshold: Option<f64>,
 }
 
-/// A selection.
+/// The selected experts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Selected {
-    /// Best first; for a random selection by (layer, expert).
+    /// Best first; for a random selection ordered by (layer, expert).
     pub experts: Vec<ExpertId>,
-    /// How many were asked for: more than there are where too few qualified.
+    /// The requested number of experts. Larger than `experts.len()` if too few qualified under a threshold.
     pub asked: usize,
 }
 
 impl Selected {
-    /// How many are missing because too few qualified.
+    /// How many fewer experts were selected than requested.
     pub fn shortfall(&self) -> usize {
         self.asked - self.experts.len()
     }
 }
 
 impl Pool {
-    fn allows(&self, layer: usize) -> bool {
+    fn allows_layer(&self, layer: usize) -> bool {
         self.layers.as_ref().is_none_or(|range| range.contains(&layer))
     }
 
-    /// How many experts can be chosen at most from a model that routes in `layers` among `num_experts` each.
+    /// Maximum number of experts that can be selected, for a model with the MoE layers `layers` of `num_experts`
+    /// experts each.
     pub fn available(&self, layers: &[usize], num_experts: usize) -> usize {
         let each = self.per_layer.unwrap_or(num_experts).min(num_experts);
-        layers.iter().filter(|l| self.allows(**l)).count() * each
+        layers.iter().filter(|l| self.allows_layer(**l)).count() * each
     }
 
-    /// Whether `top_k` experts can be chosen from a model that routes in `layers` among `num_experts` each.
+    /// Checks that `top_k` experts can be selected, for a model with the MoE layers `layers` of `num_experts` experts
+    /// each.
     ///
     /// # Errors
-    /// [`Error::TooMany`], which names what limits the choice.
+    /// [`Error::TooMany`], which names the options that limit the selection.
     pub fn check(&self, layers: &[usize], num_experts: usize) -> Result<(), Error> {
         let available = self.available(layers, num_experts);
         if self.top_k <= available {
@@ -69,34 +71,35 @@ impl Pool {
         }
         let mut limit = String::new();
         if let Some(range) = &self.layers {
-            limit += &format!(", of which --layers {}-{} may be chosen from", range.start(), range.end());
+            limit += &format!("; --layers {}-{} restricts the layers", range.start(), range.end());
         }
         if let Some(cap) = self.per_layer {
-            limit += &format!(", at most {cap} a layer (--experts-per-layer)");
+            limit += &format!("; --experts-per-layer {cap} limits each layer");
         }
-        Err(Error::TooMany { asked: self.top_k, available, layers: layers.len(), num_experts, limit })
+        Err(Error::TooMany { requested: self.top_k, available, layers: layers.len(), num_experts, limit })
     }
 
-    /// The first `top_k` candidates that the layers and the cap allow.
+    /// The first `top_k` of `candidates` that are in an allowed layer and do not exceed the limit per layer.
     fn take(&self, candidates: impl IntoIterator<Item = ExpertId>) -> Vec<ExpertId> {
-        let mut of_layer = BTreeMap::<usize, usize>::new();
+        let mut taken_of_layer = BTreeMap::<usize, usize>::new();
         let cap = self.per_layer.unwrap_or(usize::MAX);
-        let mut free = |id: &ExpertId| {
-            let taken = of_layer.entry(id.layer).or_default();
+        let mut is_under_cap = |id: &ExpertId| {
+            let taken = taken_of_layer.entry(id.layer).or_default();
             *taken += 1;
             *taken <= cap
         };
-        candidates.into_iter().filter(|id| self.allows(id.layer) && free(id)).take(self.top_k).collect()
+        candidates.into_iter().filter(|id| self.allows_layer(id.layer) && is_under_cap(id)).take(self.top_k).collect()
     }
 }
 
-/// Chooses by score: the `top_k` best over all layers of the pool, ties by (layer, expert).
+/// Selects by score: the `top_k` best experts over all allowed layers together; ties by (layer, expert).
 ///
-/// Fewer may qualify under a threshold. The lowest end is a control: it takes as many experts as the highest end would, so
-/// that the two differ in nothing but the end.
+/// Under a threshold, fewer may qualify. [`Select::Lowest`] is a control: it selects as many experts as
+/// [`Select::Highest`] would, so that the two differ only in the end of the ranking.
 ///
 /// # Errors
-/// [`Error::NotFinite`] if a score is NaN or infinite; [`Error::TooMany`] if the pool is too small.
+/// [`Error::NotFinite`] if a score is NaN or infinite; [`Error::TooMany`] if fewer than `top_k` experts can be
+/// selected.
 pub fn select(scores: &ExpertScores, pool: &Pool, rank: &Rank) -> Result<Selected, Error> {
     if let Some((id, value)) = scores.iter().find(|(_, value)| !value.is_finite()) {
         return Err(Error::NotFinite { id, value });
@@ -117,16 +120,16 @@ pub fn select(scores: &ExpertScores, pool: &Pool, rank: &Rank) -> Result<Selecte
     Ok(Selected { experts, asked: pool.top_k })
 }
 
-/// Chooses at random: as many experts as the gradient method would, each of the pool's as likely as any other.
+/// Selects `top_k` experts uniformly at random.
 ///
-/// `gradient` is the gradient method's own selection; [`RandomMatch::Layer`] draws as many from each layer as it has.
-/// The draw depends on `seed` and `round` alone.
+/// [`RandomMatch::Layer`] instead draws as many experts from each layer as `gradient`, the gradient method's selection,
+/// has there. The draw depends only on `seed`, `round` and these counts.
 ///
 /// # Errors
-/// [`Error::TooMany`] if the pool is too small.
+/// [`Error::TooMany`] if fewer than `top_k` experts can be selected.
 ///
 /// # Panics
-/// If [`RandomMatch::Layer`] comes without `gradient`.
+/// If [`RandomMatch::Layer`] is used without `gradient`.
 pub fn random(
     layers: &[usize],
     num_experts: usize,
@@ -138,7 +141,7 @@ pub fn random(
 ) -> Result<Selected, Error> {
     pool.check(layers, num_experts)?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(round); // a round draws anew, from the same seed
+    rng.set_stream(round); // independent draws per round from one seed
     let mut experts = match matching {
         RandomMatch::Total => {
             let mut candidates: Vec<_> = experts_of(layers, num_experts).collect();
@@ -146,7 +149,7 @@ pub fn random(
             pool.take(candidates)
         }
         RandomMatch::Layer => {
-            let gradient = gradient.expect("matching layers needs the gradient method's selection");
+            let gradient = gradient.expect("RandomMatch::Layer needs the gradient method's selection");
             let mut counts = BTreeMap::<usize, usize>::new();
             for id in gradient {
                 *counts.entry(id.layer).or_default() += 1;
@@ -164,7 +167,7 @@ pub fn random(
     Ok(Selected { experts, asked: pool.top_k })
 }
 
-/// A hash of a selection and its order, by which ranks prove that they chose the same.
+/// A hash of the selected experts in order, by which ranks check that they selected the same.
 pub fn selection_hash(experts: &[ExpertId]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     for id in experts {
@@ -199,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn by_rank_over_all_layers_not_by_place() {
+    fn the_ranking_is_over_all_layers() {
         assert_eq!(highest(&pool(3)), [(2, 1), (0, 0), (0, 2)]);
         assert_eq!(highest(&pool(0)), []);
     }
@@ -212,31 +215,38 @@ mod tests {
     }
 
     #[test]
-    fn a_threshold_may_leave_fewer_and_the_lowest_match_them() {
+    fn the_lowest_match_the_number_of_the_highest_above_a_threshold() {
         let threshold = Some(0.9);
         let high = select(&scores(), &pool(4), &Rank { select: Select::Highest, threshold }).unwrap();
         assert_eq!((ids(&high), high.shortfall()), (vec![(2, 1)], 3), "0.9 is not above 0.9");
         let low = select(&scores(), &pool(4), &Rank { select: Select::Lowest, threshold }).unwrap();
-        assert_eq!(ids(&low), [(2, 2)], "the control has the size of what it controls");
+        assert_eq!(ids(&low), [(2, 2)], "the control has as many experts as the selection");
         let low = select(&scores(), &pool(4), &Rank { select: Select::Lowest, threshold: None }).unwrap();
         assert_eq!(ids(&low), [(2, 2), (0, 1), (2, 0), (0, 0)]);
     }
 
     #[test]
-    fn too_many_names_what_limits() {
+    fn too_many_names_the_limits() {
         let pool = Pool { top_k: 3, per_layer: Some(2), layers: Some(1..=5) };
         let error = select(&scores(), &pool, &Rank::default()).unwrap_err();
         assert_eq!(error.exit_code(), crate::exit::CONFIG);
         let text = error.to_string();
-        for part in ["3 experts", "2 can be chosen", "2 layers", "3 experts", "--layers 1-5", "at most 2 a layer"] {
+        for part in [
+            "--top-k-experts is 3",
+            "2 experts can be selected",
+            "2 MoE layers",
+            "3 experts each",
+            "--layers 1-5",
+            "--experts-per-layer 2",
+        ] {
             assert!(text.contains(part), "{part} not in: {text}");
         }
         let error = random(&[0, 1], 4, &self::pool(9), RandomMatch::Total, None, 1, 1).unwrap_err();
-        assert!(matches!(error, Error::TooMany { asked: 9, available: 8, .. }));
+        assert!(matches!(error, Error::TooMany { requested: 9, available: 8, .. }));
     }
 
     #[test]
-    fn a_score_that_is_no_number_is_no_score() {
+    fn a_nan_score_is_an_error() {
         let mut broken = scores();
         broken.values[4] = f64::NAN;
         let error = select(&broken, &pool(1), &Rank::default()).unwrap_err();
@@ -272,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hash_tells_order_and_place_apart() {
+    fn the_hash_depends_on_order_and_identity() {
         let a: Vec<ExpertId> = vec![(1, 2).into(), (3, 4).into()];
         let b: Vec<ExpertId> = vec![(3, 4).into(), (1, 2).into()];
         let c: Vec<ExpertId> = vec![(1, 2).into(), (4, 3).into()];
@@ -301,7 +311,7 @@ mod tests {
             let worst = chosen.last().map(key);
             for (id, _) in scores.iter().filter(|(id, _)| !chosen.contains(id)) {
                 let in_layer = chosen.iter().filter(|c| c.layer == id.layer).count();
-                // Whoever was left out is worse than all chosen, or its layer is full.
+                // An expert that was not selected is worse than all selected ones, or its layer is full.
                 prop_assert!(worst.is_none_or(|worst| key(&id) > worst) || cap == Some(in_layer));
             }
         }

@@ -1,4 +1,4 @@
-//! AdamW with f32 master weights, for the parameters that are trained and for no others.
+//! AdamW with f32 master weights, with state only for the trained parameters.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,30 +7,30 @@ use super::{Error, piece};
 use crate::backend::{AdamwStep, Backend};
 use crate::model::ParamId;
 
-/// Which learning rate a parameter follows.
+/// The group of parameters that share a learning rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Group {
-    /// A routed expert.
+    /// Weights of routed experts.
     Expert,
-    /// A router.
+    /// Router weights.
     Router,
-    /// Anything else.
+    /// All other parameters.
     Other,
 }
 
-/// The learning rates of one step, the schedule's factor included.
+/// The learning rate of each group in one step, including the schedule's factor.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LearningRates {
-    /// Of [`Group::Expert`].
+    /// For [`Group::Expert`].
     pub expert: f64,
-    /// Of [`Group::Router`].
+    /// For [`Group::Router`].
     pub router: f64,
-    /// Of [`Group::Other`].
+    /// For [`Group::Other`].
     pub other: f64,
 }
 
 impl LearningRates {
-    /// All of them multiplied by a schedule's factor.
+    /// All rates multiplied by the schedule's factor.
     pub fn scaled(&self, factor: f64) -> Self {
         Self { expert: self.expert * factor, router: self.router * factor, other: self.other * factor }
     }
@@ -47,50 +47,51 @@ impl LearningRates {
 /// A parameter to train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Trainable {
-    /// Which.
+    /// The parameter.
     pub param: ParamId,
-    /// Its elements.
+    /// Number of elements.
     pub len: usize,
-    /// Its learning rate.
+    /// Learning-rate group.
     pub group: Group,
 }
 
-/// Where the gradient of this rank's piece of a parameter lies in a step's buffer.
+/// The position of the gradient of this rank's piece of a parameter in a step's gradient buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gradient {
-    /// Whose.
+    /// The parameter.
     pub param: ParamId,
-    /// Element offset.
+    /// Element offset in the buffer.
     pub offset: usize,
 }
 
-/// The optimizer's state of this rank's piece of one parameter, on the host: what a phase needs to go on midway.
+/// The optimizer state of this rank's piece of a parameter, on the host: saved in a checkpoint to resume within a
+/// phase.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ParamState {
-    /// Whose.
+    /// The parameter.
     pub param: ParamId,
-    /// Updates it has had.
+    /// Number of updates so far.
     pub step: u64,
-    /// The values before they were rounded into their stored dtype.
+    /// Master weights: f32 values, before rounding to the stored dtype.
     pub master: Vec<f32>,
-    /// First moment.
+    /// First moment, the running mean of gradients.
     pub m: Vec<f32>,
-    /// Second moment.
+    /// Second moment, the running mean of squared gradients.
     pub v: Vec<f32>,
 }
 
-/// State of parameters that were added together: three flat buffers of one layout.
+/// State of the parameters of one [`AdamW::add`] call: three flat buffers with the same layout.
 struct Slab<B: Backend> {
     master: B::Buffer,
     m: B::Buffer,
     v: B::Buffer,
 }
 
-/// Where a parameter's state is.
+/// The position of a parameter's state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Slot {
     slab: usize,
-    /// As long as this rank's piece of the parameter.
+    /// Range in the slab's buffers, as long as this rank's piece of the parameter.
     range: Range<usize>,
     group: Group,
     step: u64,
@@ -103,9 +104,10 @@ struct Slot {
 /// w ← w − lr·λ·w − lr · m/(1−β₁ᵗ) / (√(v/(1−β₂ᵗ)) + ε)        β = 0.9, 0.999; ε = 1e-8
 /// ```
 ///
-/// The master weight w is f32, whatever the stored dtype: in bf16 an update of 1e-5 of a weight rounds away. State exists
-/// for added parameters only (12 bytes an element), and of each for this rank's [`piece`] only. A parameter without a
-/// gradient in a step is left alone altogether: no decay, no momentum, no count, so t is its own number of updates.
+/// Weight decay λ is decoupled; the divisors 1−βᵗ are the bias correction. Master weights w are f32 whatever the stored
+/// dtype: in bf16, an update by 1e-5 of a weight would be lost to rounding. There is state only for added parameters
+/// (12 bytes per element), and only for this rank's [`piece`] of each. A parameter without a gradient in a step is not
+/// touched (no decay, no momentum, no step count), so t is the parameter's own number of updates.
 pub struct AdamW<B: Backend> {
     rank: usize,
     world_size: usize,
@@ -117,13 +119,13 @@ impl<B: Backend> AdamW<B> {
     const BETAS: (f64, f64) = (0.9, 0.999);
     const EPS: f64 = 1e-8;
 
-    /// Of no parameter yet; the part of one rank.
+    /// The optimizer of one rank, without parameters.
     pub fn new(rank: usize, world_size: usize) -> Self {
         Self { rank, world_size, slabs: Vec::new(), slots: BTreeMap::new() }
     }
 
-    /// Makes room for parameters, in this order, and reads their master weights; those already there keep their state.
-    /// `weights` is indexed by [`ParamId`].
+    /// Adds parameters, in this order: allocates zero moments and copies the master weights from `weights`, which is
+    /// indexed by [`ParamId`]. Parameters that were added before keep their state.
     pub fn add(&mut self, backend: &B, weights: &[B::Weight], params: &[Trainable]) {
         let new: Vec<_> = params.iter().filter(|p| !self.slots.contains_key(&p.param)).collect();
         if new.is_empty() {
@@ -145,9 +147,9 @@ impl<B: Backend> AdamW<B> {
         self.slabs.push(slab);
     }
 
-    /// Updates this rank's pieces of the parameters that have a gradient, each at most once. Gradients are multiplied by
-    /// `grad_scale` first. The only rank writes `weights` too; of several, each has the new values of its piece
-    /// ([`Self::master`]), which they have yet to exchange.
+    /// Updates this rank's pieces of the parameters in `gradients`. `grads` is multiplied by `grad_scale` first. With a
+    /// world size of 1 this writes `weights` too. With more ranks, each has the new master weights of its pieces
+    /// ([`Self::master`]), which the ranks still have to all-gather.
     ///
     /// # Panics
     /// If a parameter was not added.
@@ -184,30 +186,30 @@ impl<B: Backend> AdamW<B> {
         }
     }
 
-    /// The master weights of this rank's piece of a parameter that was added.
+    /// Copies the master weights of this rank's piece of an added parameter to the host.
     pub fn master(&self, backend: &B, param: ParamId) -> Vec<f32> {
         let (master, at) = self.master_at(param);
         backend.buffer_read(master, at)
     }
 
-    /// Where they are.
+    /// The buffer and range of the master weights of this rank's piece of an added parameter.
     pub fn master_at(&self, param: ParamId) -> (&B::Buffer, Range<usize>) {
         let slot = &self.slots[&param];
         (&self.slabs[slot.slab].master, slot.range.clone())
     }
 
-    /// Bytes of state that this rank keeps.
+    /// Bytes of this rank's optimizer state.
     pub fn bytes(&self) -> usize {
         self.slots.values().map(|slot| 3 * size_of::<f32>() * slot.range.len()).sum()
     }
 
-    /// (parameter, its updates, elements of this rank's piece) of every parameter, ascending.
+    /// (parameter, number of updates, elements of this rank's piece) for every added parameter, ascending.
     pub fn layout(&self) -> Vec<(ParamId, u64, usize)> {
         self.slots.iter().map(|(param, slot)| (*param, slot.step, slot.range.len())).collect()
     }
 
-    /// The state of every parameter, one at a time, ascending: for a checkpoint within a phase. (Between phases there is
-    /// nothing to keep, each begins with fresh moments.)
+    /// The state of every added parameter, ascending, for a checkpoint within a phase. (Between phases no state is
+    /// saved, because each phase starts with zero moments.) The iterator copies one parameter at a time.
     pub fn export<'a>(&'a self, backend: &'a B) -> impl Iterator<Item = ParamState> + 'a {
         self.slots.iter().map(move |(param, slot)| {
             let Slab { master, m, v } = &self.slabs[slot.slab];
@@ -216,10 +218,10 @@ impl<B: Backend> AdamW<B> {
         })
     }
 
-    /// Puts back what [`Self::export`] gave, for a parameter that has been added.
+    /// Restores a state from [`Self::export`]. The parameter must have been added.
     ///
     /// # Errors
-    /// [`Error::State`] if the parameter was not added or has another length.
+    /// [`Error::State`] if the parameter was not added or its piece has another length.
     pub fn import(&mut self, backend: &B, state: &ParamState) -> Result<(), Error> {
         let fault = |reason: String| Error::State { param: state.param, reason };
         let slot = self.slots.get_mut(&state.param).ok_or_else(|| fault("it is not trained".into()))?;
@@ -237,7 +239,8 @@ impl<B: Backend> AdamW<B> {
     }
 }
 
-/// What one call of the backend updates: neighbours in the state and in the gradient that are at the same step.
+/// One call of [`Backend::adamw`]: parameters that are adjacent in the state and in the gradient, with the same group
+/// and step.
 #[derive(Debug, PartialEq, Eq)]
 struct Span {
     slab: usize,
@@ -247,7 +250,7 @@ struct Span {
     step: u64,
 }
 
-/// As few calls as there can be without changing the order of the gradients.
+/// Merges adjacent gradients into as few [`Span`]s as possible, keeping their order.
 fn spans(slots: &BTreeMap<ParamId, Slot>, gradients: &[Gradient]) -> Vec<Span> {
     let mut out: Vec<Span> = Vec::new();
     for Gradient { param, offset } in gradients {
@@ -277,7 +280,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbours_are_updated_together_and_others_apart() {
+    fn adjacent_parameters_are_merged() {
         let slot = |slab, range, group, step| Slot { slab, range, group, step };
         let slots = BTreeMap::from([
             (3, slot(0, 0..4, Group::Expert, 1)),
@@ -291,12 +294,12 @@ mod tests {
         let span = |slab, at, grad_at, group, step| Span { slab, at, grad_at, group, step };
         let expected = [
             span(0, 0..6, 10, Group::Expert, 1),
-            span(0, 6..9, 16, Group::Expert, 2),  // another step
-            span(0, 9..10, 19, Group::Router, 2), // another rate
-            span(1, 0..5, 20, Group::Router, 2),  // other buffers
+            span(0, 6..9, 16, Group::Expert, 2),  // different step
+            span(0, 9..10, 19, Group::Router, 2), // different group
+            span(1, 0..5, 20, Group::Router, 2),  // different slab
         ];
         assert_eq!(spans(&slots, &gradients), expected);
-        let apart = [(3, 10), (4, 15)].map(gradient); // a gap between the gradients
-        assert_eq!(spans(&slots, &apart).len(), 2);
+        let with_gap = [(3, 10), (4, 15)].map(gradient);
+        assert_eq!(spans(&slots, &with_gap).len(), 2);
     }
 }

@@ -1,8 +1,9 @@
-//! Losses summed where they arise and divided once; the bound on a gradient's norm.
+//! Mean losses over tokens, and gradient clipping.
 
 use crate::collective::{self, Collective};
 
-/// A mean over tokens, from sums: however a batch is spread over micro-batches and ranks, the mean is the same.
+/// A mean loss over tokens. It keeps sum and count, so the mean does not depend on how a batch is split over
+/// micro-batches and ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct LossMeter {
     sum: f64,
@@ -16,12 +17,12 @@ impl LossMeter {
         self.tokens += tokens as u64;
     }
 
-    /// The mean loss of a token; `None` of no token.
+    /// The mean loss per token; `None` without tokens.
     pub fn mean(&self) -> Option<f64> {
         (self.tokens > 0).then(|| self.sum / self.tokens as f64)
     }
 
-    /// Adds up the meters of all ranks; all then hold the same.
+    /// All-reduces sum and count over the ranks.
     ///
     /// # Errors
     /// Those of [`Collective::barrier`].
@@ -33,8 +34,8 @@ impl LossMeter {
     }
 }
 
-/// By what gradients of this norm are multiplied so that it does not exceed `max_norm`: min(1, max / (norm + 1e-6)) as in
-/// PyTorch, 1 where there is no limit.
+/// The factor that clips a gradient of norm `norm` to `max_norm`: min(1, max_norm / (norm + 1e-6)), as in PyTorch's
+/// `clip_grad_norm_`; 1 if `max_norm` is `None`.
 pub fn clip_factor(norm: f64, max_norm: Option<f64>) -> f64 {
     max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0))
 }

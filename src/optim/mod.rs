@@ -1,4 +1,5 @@
-//! AdamW with f32 masters, learning-rate schedules, and what is measured on the way.
+//! AdamW with f32 master weights, learning-rate schedules, the optimizer's shard plan, loss means and gradient
+//! clipping.
 
 mod adamw;
 mod meter;
@@ -16,15 +17,15 @@ use serde::{Deserialize, Serialize};
 use crate::exit::{self, Coded};
 use crate::model::ParamId;
 
-/// Why an optimizer cannot go on from a saved state.
+/// Why an optimizer state cannot be restored.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
-    /// A saved optimizer state does not fit the parameters that are trained.
-    #[error("the saved optimizer state of parameter {param} does not fit this run: {reason}")]
+    /// A saved state does not match the trained parameters.
+    #[error("the saved optimizer state of parameter {param} does not match this run: {reason}")]
     State {
         /// The parameter.
         param: ParamId,
-        /// What is wrong.
+        /// What does not match.
         reason: String,
     },
 }
@@ -37,15 +38,15 @@ impl Coded for Error {
     }
 }
 
-/// How the learning rate moves after the warm-up.
+/// The learning-rate schedule after the linear warm-up (`--lr-schedule`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum LrSchedule {
-    /// Stays.
+    /// Constant.
     #[default]
     Constant,
-    /// Falls on a line, to 0 after the last step.
+    /// Linear decay, to 0 after the last step.
     Linear,
-    /// Falls on half a cosine, to 0 after the last step.
+    /// Cosine decay, to 0 after the last step.
     Cosine,
 }

@@ -1,4 +1,4 @@
-//! The learning rate's factor at each step.
+//! Learning-rate schedules: linear warm-up, then constant, linear or cosine decay.
 
 use std::f64::consts::PI;
 
@@ -7,25 +7,25 @@ use super::LrSchedule;
 /// A schedule over a known number of steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LrPlan {
-    /// What follows the warm-up.
+    /// The schedule after the warm-up.
     pub schedule: LrSchedule,
-    /// Steps of the warm-up.
+    /// Number of warm-up steps, w.
     pub warmup_steps: usize,
-    /// All steps, the warm-up's included.
+    /// Total number of steps including the warm-up, n.
     pub total_steps: usize,
 }
 
 impl LrPlan {
-    /// By what the base rate is multiplied at `step`, from 0. With w steps of warm-up and n in all:
+    /// The factor of the base learning rate at step s (`step`, from 0):
     ///
     /// ```text
-    /// s < w      (s + 1) / w
+    /// warm-up    (s + 1) / w                              for s < w
     /// constant   1
     /// linear     (n − s) / (n − w)
     /// cosine     ½ (1 + cos(π (s − w) / (n − w)))
     /// ```
     ///
-    /// No step of the plan has rate 0; steps after it do, except under the constant schedule.
+    /// The factor is positive at every step s < n, and 0 afterwards except for the constant schedule.
     pub fn factor(&self, step: usize) -> f64 {
         let (s, w, n) = (step as f64, self.warmup_steps as f64, self.total_steps as f64);
         if step < self.warmup_steps {
@@ -50,18 +50,18 @@ mod tests {
     }
 
     #[test]
-    fn by_hand() {
+    fn factors_computed_by_hand() {
         assert_eq!(factors(LrSchedule::Constant, 2, 4), [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]);
         assert_eq!(factors(LrSchedule::Linear, 2, 6), [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]);
         let cosine = factors(LrSchedule::Cosine, 0, 4);
         let root = 0.5f64.sqrt();
         for (x, y) in cosine.iter().zip([1.0, 0.5 + root / 2.0, 0.5, 0.5 - root / 2.0, 0.0, 0.0]) {
-            assert!((x - y).abs() < 1e-15, "{cosine:?}"); // a rounding of the cosine
+            assert!((x - y).abs() < 1e-15, "{cosine:?}"); // rounding of the cosine
         }
     }
 
     #[test]
-    fn every_step_moves() {
+    fn every_factor_is_positive() {
         for schedule in [LrSchedule::Constant, LrSchedule::Linear, LrSchedule::Cosine] {
             for total in 1..20 {
                 for warmup in 0..total + 3 {

@@ -1,32 +1,37 @@
-//! Who keeps which part of the optimizer's state, and in which pieces gradients and weights travel between ranks.
+//! The optimizer's shard plan: which rank keeps which part of each parameter's state, and the buckets in which
+//! gradients and weights are exchanged.
 
 use std::ops::Range;
 
-/// The piece of a parameter of `len` elements that a rank keeps: contiguous, and as even as can be. It depends on nothing
-/// else that is trained, so a parameter that is trained again finds its state where it was.
+/// The piece (range of elements) of a parameter with `len` elements whose state a rank keeps: contiguous, with lengths
+/// that differ by at most 1 between ranks. It does not depend on the other trained parameters, so a parameter that is
+/// trained again keeps its pieces.
 pub fn piece(len: usize, rank: usize, world_size: usize) -> Range<usize> {
     assert!(rank < world_size, "rank {rank} of {world_size}");
     rank * len / world_size..(rank + 1) * len / world_size
 }
 
-/// Parameters laid one after another, as in a flat gradient, each cut into one [`piece`] a rank (ZeRO stage 1, arXiv
-/// 1910.02054). A rank's *shard* is its pieces, one after another. They travel in *buckets* of whole parameters, the last
-/// parameters first, because a backward pass finishes those first; in a bucket, the pieces of one rank stand together
-/// (*packed*), so that one reduce-scatter or all-gather moves it.
+/// Sharding of the optimizer state over ranks (ZeRO stage 1, arXiv 1910.02054).
 ///
-/// With one rank, the shard is the whole and packed is flat.
+/// The parameters are concatenated (*flat* order, as in a flat gradient). Each is split into one [`piece`] per rank; a
+/// rank's *shard* is the concatenation of its pieces. Gradients and weights are exchanged in *buckets* of whole
+/// parameters, the last parameters first because a backward pass finishes them first. In *packed* order, the pieces of
+/// a bucket are grouped by rank, so that one reduce-scatter or all-gather exchanges the bucket.
+///
+/// With one rank, the shard is everything, and packed order equals flat order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardPlan {
-    /// Where each parameter begins in the flat whole, and the end of the last.
+    /// Flat offset of each parameter, followed by the total length.
     starts: Vec<usize>,
     world_size: usize,
     buckets: Vec<Range<usize>>,
 }
 
 impl ShardPlan {
-    /// Plans for parameters of these lengths, in this order. A bucket ends where it holds `bucket_len` elements or more.
+    /// A plan for parameters of these lengths, in this order. A bucket is complete once it has at least `bucket_len`
+    /// elements.
     pub fn new(lens: impl IntoIterator<Item = usize>, world_size: usize, bucket_len: usize) -> Self {
-        assert!(world_size > 0, "a plan for no rank");
+        assert!(world_size > 0, "a plan needs at least one rank");
         let lens: Vec<usize> = lens.into_iter().collect();
         let mut buckets = Vec::new();
         let (mut end, mut held) = (lens.len(), 0);
@@ -50,37 +55,37 @@ impl ShardPlan {
         self.world_size
     }
 
-    /// The parameters of each bucket; the buckets in the order in which they travel.
+    /// The parameters of each bucket, in the order in which the buckets are exchanged.
     pub fn buckets(&self) -> &[Range<usize>] {
         &self.buckets
     }
 
-    /// The piece of a parameter that a rank keeps.
+    /// The elements of a parameter that a rank keeps, see [`piece`].
     pub fn piece(&self, param: usize, rank: usize) -> Range<usize> {
         piece(self.starts[param + 1] - self.starts[param], rank, self.world_size)
     }
 
-    /// Elements of each rank's pieces of these parameters.
+    /// Number of elements of each rank's pieces of these parameters, by rank.
     pub fn counts(&self, params: Range<usize>) -> Vec<usize> {
         (0..self.world_size).map(|rank| params.clone().map(|param| self.piece(param, rank).len()).sum()).collect()
     }
 
-    /// Elements of the shard of a rank.
+    /// Number of elements of a rank's shard.
     pub fn shard_len(&self, rank: usize) -> usize {
         self.shard_start(self.starts.len() - 1, rank)
     }
 
-    /// Where the piece of a parameter begins in the shard of a rank.
+    /// Offset of a parameter's piece in a rank's shard.
     pub fn shard_start(&self, param: usize, rank: usize) -> usize {
         (0..param).map(|before| self.piece(before, rank).len()).sum()
     }
 
-    /// Where these parameters lie in the flat whole.
+    /// The range of these parameters in flat order.
     pub fn flat(&self, params: Range<usize>) -> Range<usize> {
         self.starts[params.start]..self.starts[params.end]
     }
 
-    /// Puts the flat values of a bucket's parameters into packed order.
+    /// Copies the values of a bucket's parameters from flat into packed order.
     pub fn pack(&self, params: Range<usize>, flat: &[f32]) -> Vec<f32> {
         let mut packed = Vec::with_capacity(flat.len());
         for rank in 0..self.world_size {
@@ -137,7 +142,7 @@ mod tests {
             for (i, bucket) in plan.buckets().iter().enumerate() {
                 let last = i + 1 == plan.buckets().len();
                 prop_assert!(last || plan.flat(bucket.clone()).len() >= bucket_len);
-                prop_assert!(lens[bucket.start + 1..bucket.end].iter().sum::<usize>() < bucket_len, "as few as can be");
+                prop_assert!(lens[bucket.start + 1..bucket.end].iter().sum::<usize>() < bucket_len, "a bucket is no longer than needed");
             }
         }
 

@@ -1,21 +1,21 @@
-//! The divergence between the routing of safe and of unsafe prompts, and its exact gradient.
+//! KL divergence between the routing distributions of safe and unsafe prompts, and its exact gradient.
 
 use super::{KlType, LayerStatistic};
 
-/// Added to every entry of a distribution before it is normalised again, so that no logarithm meets a 0.
+/// Added to every entry of a distribution before it is renormalised, so that no logarithm is of 0.
 const EPS: f64 = 1e-8;
 
-/// The divergence between p (safe) and q (unsafe), and its gradients.
+/// The KL divergence between p (safe) and q (unsafe), `[E]` each, with its gradients by p and by q.
 ///
 /// ```text
 /// u = (p + ε) / Σ(p + ε),   v = (q + ε) / Σ(q + ε)
-/// forward   Σ u ln(u/v)        reverse   Σ v ln(v/u)        symmetric   half their sum
+/// forward   Σ u ln(u/v)        reverse   Σ v ln(v/u)        symmetric   mean of both
 /// ```
 ///
-/// True sums, not divided by E. The gradients are those of p and q as given, through ε and the normalisation; p and q need
-/// not sum to 1.
+/// The sums are not divided by E. The gradients are with respect to p and q themselves, through ε and the
+/// normalisation; p and q need not sum to 1.
 pub fn kl_and_gradient(kind: KlType, p: &[f64], q: &[f64]) -> (f64, Vec<f64>, Vec<f64>) {
-    assert_eq!(p.len(), q.len(), "experts");
+    assert_eq!(p.len(), q.len(), "number of experts");
     match kind {
         KlType::Forward => directed(p, q),
         KlType::Reverse => {
@@ -31,7 +31,7 @@ pub fn kl_and_gradient(kind: KlType, p: &[f64], q: &[f64]) -> (f64, Vec<f64>, Ve
     }
 }
 
-/// KL(u ‖ v), and its gradients with respect to p and q.
+/// KL(u ‖ v), and its gradients by p and by q.
 fn directed(p: &[f64], q: &[f64]) -> (f64, Vec<f64>, Vec<f64>) {
     let (u, p_total) = normalise(p);
     let (v, q_total) = normalise(q);
@@ -41,7 +41,7 @@ fn directed(p: &[f64], q: &[f64]) -> (f64, Vec<f64>, Vec<f64>) {
     // Σ u_i (ln(u_i/v_i) + 1) = KL + 1, and Σ v_i u_i/v_i = 1.
     let dp = ratio.iter().map(|r| (r.ln() - kl) / p_total).collect();
     let dq = ratio.iter().map(|r| (1.0 - r) / q_total).collect();
-    let kl = if kl < 0.0 { 0.0 } else { kl }; // the sum of a divergence of 0 may round to less; NaN stays NaN
+    let kl = if kl < 0.0 { 0.0 } else { kl }; // rounding may make a divergence of 0 negative; NaN stays NaN
     (kl, dp, dq)
 }
 
@@ -50,23 +50,24 @@ fn normalise(x: &[f64]) -> (Vec<f64>, f64) {
     (x.iter().map(|x| (x + EPS) / total).collect(), total)
 }
 
-/// The router loss of a batch, with what its backward needs.
+/// The router loss of a batch with its gradients.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Alignment {
-    /// Mean over the layers of the divergence.
+    /// Mean of the divergence over the layers.
     pub loss: f64,
     /// The divergence of each layer.
     pub per_layer: Vec<f64>,
-    /// Gradient of `loss` by each layer's safe `sum`: the 1/layers and the 1/weight are in it. `[layers][E]`
+    /// Gradient of `loss` by each layer's safe [`LayerStatistic::sum`], `[layers][E]`. Includes the factors 1/layers
+    /// and 1/weight.
     pub d_safe: Vec<Vec<f64>>,
-    /// Gradient of `loss` by each layer's unsafe `sum`. `[layers][E]`
+    /// Gradient of `loss` by each layer's unsafe [`LayerStatistic::sum`], `[layers][E]`.
     pub d_unsafe: Vec<Vec<f64>>,
 }
 
-/// The mean divergence over layers. `safe` and `unsafe_` are statistics of the same layers, of the global batch. `None`
-/// where there is nothing to compare: no layer, or a side without a token.
+/// The mean divergence over layers, with gradients. `safe` and `unsafe_` are the statistics of the global batch, of the
+/// same layers. `None` without layers, or if a side has no tokens.
 pub fn alignment(kind: KlType, safe: &[LayerStatistic], unsafe_: &[LayerStatistic]) -> Option<Alignment> {
-    assert_eq!(safe.len(), unsafe_.len(), "layers");
+    assert_eq!(safe.len(), unsafe_.len(), "number of layers");
     let layers = safe.len() as f64;
     let mut out = Alignment { loss: 0.0, per_layer: Vec::new(), d_safe: Vec::new(), d_unsafe: Vec::new() };
     for (safe, unsafe_) in safe.iter().zip(unsafe_) {
@@ -85,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_divergence_that_is_no_number_is_not_taken_for_agreement() {
+    fn a_nan_divergence_is_not_clamped_to_zero() {
         for kind in [KlType::Forward, KlType::Reverse, KlType::Symmetric] {
             assert!(kl_and_gradient(kind, &[0.5, 0.5], &[f64::NAN, 0.5]).0.is_nan());
         }

@@ -1,7 +1,8 @@
-//! Router alignment: statistics of the routing, the divergence between safe and unsafe prompts, and its gradient.
+//! Router alignment: routing statistics, the divergence between safe and unsafe prompts, and its gradient.
 //!
-//! All of it is f64 on vectors of E numbers, on the host. The backend sums over tokens, ranks add up the sums, and every
-//! rank then computes the same loss of the *global* batch and the same gradient, which the backend spreads over its tokens:
+//! This module computes in f64 on the host, on vectors of E numbers. The backend sums over the tokens of a rank, and an
+//! all-reduce over the ranks. Then every rank computes the loss of the *global* batch and its gradient, which the
+//! backend propagates to the logits of the rank's own tokens:
 //!
 //! ```text
 //! softmax_sum / segment_sum → LayerStatistic → all_reduce → alignment → d_safe, d_unsafe → ..._sum_backward
@@ -16,18 +17,18 @@ pub use statistic::{LayerStatistic, SampleSoftmax, all_reduce};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-/// How a layer's router logits become one distribution over experts.
+/// The statistic that turns a layer's router logits into one distribution over experts (`--router-statistic`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Statistic {
-    /// Mean over all tokens of softmax(logits).
+    /// Mean of softmax(logits) over all tokens.
     #[default]
     TokenProbs,
-    /// Mean of the logits over each sample's tokens, softmax, mean over samples.
+    /// Mean logits over each sample's tokens, then softmax, then the mean over samples.
     SampleLogits,
 }
 
-/// The divergence between p (safe) and q (unsafe).
+/// The direction of the KL divergence between p (safe) and q (unsafe) (`--kl-type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum KlType {
@@ -36,18 +37,18 @@ pub enum KlType {
     Forward,
     /// Σ q ln(q/p)
     Reverse,
-    /// Half the sum of both.
+    /// The mean of both directions.
     Symmetric,
 }
 
-/// The layers that the in-batch consistency loss covers.
+/// The layers in the in-batch consistency loss (`--router-consistency-layers`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ConsistencyLayers {
-    /// Every layer that routes.
+    /// All MoE layers.
     #[default]
     All,
-    /// Only layers that hold a chosen expert.
+    /// Only layers with a selected expert.
     #[value(alias = "unsafe_only")]
     #[serde(alias = "unsafe_only")]
     UnsafeOnly,

@@ -1,38 +1,39 @@
-//! From router logits to one distribution over experts a layer.
+//! Routing statistics: one distribution over experts per layer, from router logits.
 
 use crate::collective::{self, Collective};
 
-/// A mean on its way: ranks and micro-batches add up sums and weights, and divide last.
+/// A distribution over experts as a running mean: micro-batches and ranks add up sums and weights; the division is
+/// last.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerStatistic {
     /// Σ of softmax over tokens (`Statistic::TokenProbs`) or over samples (`Statistic::SampleLogits`), `[E]`.
     pub sum: Vec<f64>,
-    /// The number of those tokens or samples.
+    /// Number of these tokens or samples.
     pub weight: f64,
 }
 
 impl LayerStatistic {
-    /// Of nothing yet.
+    /// Sum and weight zero.
     pub fn zero(num_experts: usize) -> Self {
         Self { sum: vec![0.0; num_experts], weight: 0.0 }
     }
 
-    /// Adds another part of the same layer's batch.
+    /// Adds the sum and weight of another part of the batch, for the same layer.
     pub fn add(&mut self, sum: &[f64], weight: f64) {
-        assert_eq!(sum.len(), self.sum.len(), "experts");
+        assert_eq!(sum.len(), self.sum.len(), "number of experts");
         for (total, x) in self.sum.iter_mut().zip(sum) {
             *total += x;
         }
         self.weight += weight;
     }
 
-    /// The distribution, `[E]`; `None` of nothing.
+    /// The mean, `[E]`; `None` if the weight is 0.
     pub fn mean(&self) -> Option<Vec<f64>> {
         (self.weight > 0.0).then(|| self.sum.iter().map(|x| x / self.weight).collect())
     }
 }
 
-/// Makes the statistics of this rank's part those of the global batch.
+/// All-reduces the statistics of this rank's part of the batch to those of the global batch.
 ///
 /// # Errors
 /// Those of [`Collective::barrier`].
@@ -49,17 +50,21 @@ pub fn all_reduce(statistics: &mut [LayerStatistic], collective: &dyn Collective
     Ok(())
 }
 
-/// The sample-logits statistic: softmax of each sample's mean logits, summed over samples. Holds what its backward needs.
+/// [`Statistic::SampleLogits`](super::Statistic::SampleLogits): softmax of each sample's mean logits, with the values
+/// saved for the backward pass.
 #[derive(Debug, Clone)]
 pub struct SampleSoftmax {
-    /// softmax of the mean logits, `[S, E]`.
+    /// Softmax of the mean logits, `[S, E]`.
     probs: Vec<f64>,
-    /// Tokens of each sample, `[S]`.
+    /// Number of tokens of each sample, `[S]`.
     lens: Vec<usize>,
 }
 
 impl SampleSoftmax {
-    /// From each sample's Σ of logits over its tokens, `[S · E]`, and its number of tokens, `[S]`, none of them 0.
+    /// From the sum of the logits over each sample's tokens, `[S · E]`, and the number of these tokens, `[S]`.
+    ///
+    /// # Panics
+    /// If a sample has no tokens.
     pub fn forward(segment_sums: &[f64], lens: &[usize]) -> Self {
         assert!(lens.iter().all(|n| *n > 0), "a sample without tokens: {lens:?}");
         let mut probs = segment_sums.to_vec();
@@ -74,15 +79,15 @@ impl SampleSoftmax {
         Self { probs, lens: lens.to_vec() }
     }
 
-    /// Adds the samples to a layer's statistic.
+    /// Adds the samples to a layer's statistic, each with weight 1.
     pub fn add_to(&self, statistic: &mut LayerStatistic) {
         for row in self.probs.chunks_exact(statistic.sum.len()) {
             statistic.add(row, 1.0);
         }
     }
 
-    /// The gradient of `segment_sums`, `[S · E]`, from that of [`LayerStatistic::sum`], `[E]`. (The gradient of a token's
-    /// logits is that of its sample's sum.)
+    /// The gradient of `segment_sums`, `[S · E]`, from that of [`LayerStatistic::sum`], `[E]`. The gradient of each
+    /// token's logits equals that of its sample's sum.
     pub fn backward(&self, dsum: &[f64]) -> Vec<f64> {
         let mut out = Vec::with_capacity(self.probs.len());
         for (probs, len) in self.probs.chunks_exact(dsum.len()).zip(&self.lens) {

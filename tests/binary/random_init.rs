@@ -56,7 +56,8 @@ fn config_json_alone_gives_the_names_shapes_and_formats_of_the_checkpoint() {
             assert_eq!(ours.value.shape, theirs.value.shape, "{what}: {:?}", ours.kind);
             assert_eq!(ours.value.dtype, theirs.value.dtype, "{what}: {:?}", ours.kind);
             assert_eq!(ours.byte_range.len(), theirs.byte_range.len(), "{what}: {:?}", ours.kind);
-            // Random weights are named as each expert's own tensors are, in the block that the family's authors published.
+            // Random weights are named as each expert's own tensors are, in the block that the family's authors
+            // published.
             if !is_fused {
                 assert_eq!((ours.name(), &ours.tensor), (theirs.name(), &theirs.tensor), "{what}");
             }
@@ -168,7 +169,7 @@ fn random_values_have_the_mean_and_the_deviation_asked_for() {
 }
 
 #[test]
-#[should_panic(expected = "the host has none")]
+#[should_panic(expected = "exist only on the device")]
 fn absent_values_cannot_be_taken_for_zeros() {
     model("olmoe", 1, 1).table.params[0].value.to_f32();
 }

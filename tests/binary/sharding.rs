@@ -1,4 +1,4 @@
-//! The memory of processes that share an optimizer.
+//! Peak memory of processes that shard the optimizer state.
 
 use std::fs;
 
@@ -16,13 +16,13 @@ fn bytes(text: &str) -> f64 {
     number.parse::<f64>().unwrap() * 1000f64.powi(power as i32)
 }
 
-/// Whole processes, by the kernel's count: with one rank, masters and moments take 12 bytes a parameter; of four each has a
-/// quarter of that, and of the gradient's sum, which a single rank needs no room for.
+/// Measured peak memory of processes. On one rank, master weights and moments take 12 bytes per parameter. Each of four
+/// ranks has a quarter of that, and a quarter of the gradient sum, for which a single rank needs no memory.
 #[test]
-fn processes_that_share_an_optimizer_are_smaller() {
+fn sharding_the_optimizer_reduces_peak_memory() {
     let dir = tempfile::tempdir().unwrap();
     let [model, data] = ["model", "rows.json"].map(|name| dir.path().join(name));
-    // Few rows of few tokens, many small experts: no bucket is much larger than it has to be.
+    // Few short rows, and many small experts, so that buckets are close to their minimum size.
     let spec = TinySpec {
         vocab_size: 320,
         hidden_size: 256,
@@ -65,8 +65,8 @@ fn processes_that_share_an_optimizer_are_smaller() {
         .elements;
     let predicted = TrainedState::predict(elements as u64, 4, 4).sharded;
     assert!(out.contains(&format!("1/4 of masters and moments {}", human(predicted))), "{out}");
-    // 12 bytes a parameter become 16/4. Up to four buckets of 32 MiB on their way take some of it back: two that wait, the one
-    // that is made and the one that is sent.
+    // 12 bytes per parameter become 16/4. Up to four buckets of 32 MiB in flight offset some of that: two queued, one
+    // being filled and one being sent.
     let (less, buckets) = (8.0 * elements as f64, 4.0 * f64::from(32 << 20));
     for peak in four {
         let saved = single[0] - peak;

@@ -191,7 +191,7 @@ fn a_rank_that_fails_frees_those_that_wait_for_its_gpu() {
             return None;
         }
         let late = Late { gpu, world: world.clone(), queue: Mutex::default(), count: Arc::default() };
-        BetweenGpus::new(Box::new(late), world, cuda).finish().err()
+        GpuTransport::new(Box::new(late), world, cuda).finish().err()
     });
     assert!(matches!(&errors[0], Some(Error::Aborted { rank: 1, .. })), "{errors:?}");
 }

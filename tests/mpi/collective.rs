@@ -1,4 +1,5 @@
-//! Ranks over MPI. Each test starts this very program under `mpirun`, where [`worker`] plays one rank of it.
+//! Ranks over MPI. Each test starts its own test binary under `mpirun`; in each of those processes, [`worker`] runs one
+//! rank.
 
 use std::io::Read;
 use std::process::Stdio;
@@ -19,12 +20,12 @@ use rand_chacha::ChaCha8Rng;
 
 const CASE: &str = "MOEWARDEN_MPI_CASE";
 
-/// What ranks wait at most. Who only ends after that did not notice what happened.
+/// The collective timeout. A launch that takes longer noticed a failure only by this timeout.
 const LONG: Duration = Duration::from_secs(60);
-/// The same where a rank hangs.
+/// The collective timeout of the cases in which a rank hangs.
 const SHORT: Duration = Duration::from_secs(2);
 
-/// What a launch came to.
+/// The result of a launch.
 struct Ended {
     code: Option<i32>,
     text: String,
@@ -40,7 +41,7 @@ impl Ended {
     }
 }
 
-/// Runs a case on `ranks` processes, and checks that none outlives the launch.
+/// Runs a case on `ranks` processes, and checks that no process outlives the launch.
 fn launch(case: &str, ranks: usize) -> Ended {
     static LAUNCHES: AtomicU32 = AtomicU32::new(0);
     let _alone = CORES.write().unwrap_or_else(PoisonError::into_inner);
@@ -67,7 +68,7 @@ fn launch(case: &str, ranks: usize) -> Ended {
         sleep(Duration::from_millis(20));
     };
     let took = start.elapsed();
-    // A killed process takes a moment to vanish.
+    // A killed process takes a moment to disappear.
     while start.elapsed() < took + Duration::from_secs(5) && !marked(&mark).is_empty() {
         sleep(Duration::from_millis(50));
     }
@@ -82,39 +83,39 @@ fn launch(case: &str, ranks: usize) -> Ended {
     Ended { code: status.code(), text, took }
 }
 
-/// Plays one rank of the case that the environment names. Never returns to the test harness.
+/// Runs one rank of the case that the environment variable names. Never returns to the test harness.
 #[test]
 #[ignore = "the tests start it under mpirun"]
 fn worker() {
-    // With --include-ignored it is started outside of mpirun, too: then there is nothing to play.
+    // With --include-ignored it also runs outside of mpirun: then there is no case to run.
     let Ok(case) = env::var(CASE) else { return };
     let code = std::panic::catch_unwind(|| play(&case)).unwrap_or(exit::INTERNAL);
     leave(code, if code == exit::OK { Leave::Together } else { Leave::Abort })
 }
 
-/// A line that lines of other ranks do not cut.
+/// Prints a line in one write, so that the lines of several ranks do not mix.
 fn say(line: &str) {
     _ = std::io::Write::write_all(&mut std::io::stdout(), format!("{line}\n").as_bytes());
 }
 
 fn join(timeout: Duration) -> Mpi {
-    let stopping = Arc::new(AtomicBool::new(false));
-    signal_hook::flag::register(signal_hook::consts::SIGTERM, stopping.clone()).unwrap();
-    let c = mpi::init(timeout, stopping).unwrap();
+    let stop_requested = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGTERM, stop_requested.clone()).unwrap();
+    let c = mpi::init(timeout, stop_requested).unwrap();
     c.doing("round 1, expert step 7");
     c
 }
 
-/// Says how the group failed, and with what code this rank ends.
+/// Prints the error with which the group failed, and returns its exit code.
 fn failed<T>(c: &Mpi, result: Result<T, Error>) -> u8 {
     let error = result.err().expect("the group has failed");
     say(&format!("rank {} got: {error}", c.rank()));
-    assert_eq!(c.barrier().err().as_ref(), Some(&error), "a group that failed stays so");
+    assert_eq!(c.barrier().err().as_ref(), Some(&error), "a failed group stays failed");
     error.exit_code()
 }
 
 fn raise(signal: i32) {
-    // SAFETY: signals this process only.
+    // SAFETY: sends a signal to this process only.
     unsafe { libc::raise(signal) };
 }
 
@@ -185,13 +186,13 @@ fn play(case: &str) -> u8 {
             }
             failed(&c, c.all_reduce_f32(&mut [0.0; 1000]))
         }
-        // At any moment of an operation, most likely while parts are under way.
+        // The signal arrives at some moment of an operation, most likely during the transfer.
         "stopped-within" => {
             let c = join(SHORT);
             if c.rank() == 1 {
                 std::thread::spawn(|| {
                     sleep(Duration::from_millis(400));
-                    // SAFETY: signals this process only.
+                    // SAFETY: sends a signal to this process only.
                     unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
                 });
             }
@@ -199,7 +200,7 @@ fn play(case: &str) -> u8 {
             let error = std::iter::repeat_with(|| c.all_reduce_f32(&mut values)).find(Result::is_err);
             failed(&c, error.expect("an endless loop"))
         }
-        // Rank 1 waits first; rank 0 comes in time, and rank 2 never.
+        // Rank 1 arrives first, rank 0 in time, and rank 2 never.
         "absent" => {
             let c = join(SHORT);
             c.barrier().unwrap();
@@ -241,7 +242,7 @@ fn play(case: &str) -> u8 {
     }
 }
 
-/// The bytes of all sums of random values.
+/// The bytes of the sums of random values, by every summing operation.
 fn sums(c: &dyn Collective, len: usize) -> Vec<u8> {
     let mut random = ChaCha8Rng::seed_from_u64((len * 10 + c.rank()) as u64);
     let mut doubles: Vec<f64> = (0..len).map(|_| random.random_range(-1.0..1.0)).collect();
@@ -269,21 +270,21 @@ fn one_to_four_ranks_conform() {
 }
 
 #[test]
-fn sums_have_the_bits_of_those_over_threads() {
+fn sums_are_bit_identical_to_those_over_threads() {
     for ranks in 1..=4 {
         launch("bits", ranks).expect(exit::OK, &[]);
     }
 }
 
 #[test]
-fn all_learn_of_a_mistake_on_one() {
+fn an_error_on_one_rank_reaches_all() {
     for (case, code, error) in [
         (
             "mismatch",
             exit::RANKS_DIFFER,
             "rank 2 is at all_reduce_f32 of 1001 in round 1, expert step 7 while rank 0 is",
         ),
-        ("disagree", exit::RANKS_DIFFER, "rank 1 holds another selection than rank 0"),
+        ("disagree", exit::RANKS_DIFFER, "rank 1 has a different selection than rank 0"),
         ("abort-0", exit::NOT_FINITE, "rank 0 stopped the run: the loss of step 7 is NaN"),
         ("abort-1", exit::NOT_FINITE, "rank 1 stopped the run: the loss of step 7 is NaN"),
         ("panic", exit::INTERNAL, "rank 1 stopped the run: it panicked"),
@@ -294,7 +295,7 @@ fn all_learn_of_a_mistake_on_one() {
         assert!(ended.took < LONG, "{case} took {:?}", ended.took);
         for rank in (0..3).filter(|r| case != "panic" || *r != 1) {
             let heard = ended.text.lines().any(|l| l.contains(&format!("rank {rank} got: ")) && l.contains(error));
-            assert!(heard, "{case}: rank {rank} does not know that {error}\n{}", ended.text);
+            assert!(heard, "{case}: rank {rank} did not get \"{error}\"\n{}", ended.text);
         }
     }
 }
@@ -308,7 +309,7 @@ fn a_killed_rank_ends_the_run_and_is_named() {
     for rank in [0, 2] {
         assert!(
             ended.text.contains(&format!("rank {rank} got: {error}")),
-            "rank {rank} is not told in\n{}",
+            "rank {rank} did not get the error:\n{}",
             ended.text
         );
     }
@@ -329,19 +330,19 @@ fn a_rank_that_hangs_is_named() {
 }
 
 #[test]
-fn a_rank_that_is_told_to_stop_says_once_whom_it_waits_for() {
+fn a_waiting_rank_warns_once_after_a_stop_signal() {
     let ended = launch("told-to-stop", 3);
     ended.expect(exit::REQUEUE, &["1000 in round 1, expert step 7 for rank(s) [1]"]);
     assert_eq!(ended.text.matches("was told to stop").count(), 2, "one line of rank 0, one of rank 2\n{}", ended.text);
 }
 
 #[test]
-fn nobody_waits_for_ever_for_the_others_to_be_done() {
+fn finalize_times_out() {
     let ended = launch("never-done", 2);
-    ended.expect(exit::HANG, &["waited 2 s for others to be done too"]);
+    ended.expect(exit::HANG, &["waited 2 s for the other ranks to finish"]);
 }
 
-/// Latency of a short sum and bandwidth of a long one, as lines of text.
+/// Measures a short all-reduce (latency) and a long reduce-scatter (bandwidth); lines of text.
 fn measure(c: &dyn Collective) -> Vec<String> {
     let mut short = [1.0; 64];
     let latency = time(c, 300, || c.all_reduce_f64(&mut short).unwrap());
@@ -355,7 +356,7 @@ fn measure(c: &dyn Collective) -> Vec<String> {
     ]
 }
 
-/// Mean seconds of `repeats` calls, after one to warm up.
+/// Mean seconds of `repeats` calls, after one warm-up call.
 fn time(c: &dyn Collective, repeats: u32, mut call: impl FnMut()) -> f64 {
     call();
     c.barrier().unwrap();
@@ -365,7 +366,7 @@ fn time(c: &dyn Collective, repeats: u32, mut call: impl FnMut()) -> f64 {
 }
 
 #[test]
-#[ignore = "prints figures, checks nothing"]
+#[ignore = "prints measurements, asserts nothing"]
 fn measures() {
     for ranks in [2, 4] {
         let over_threads = on_threads(ranks, |t| measure(&t)).remove(0);

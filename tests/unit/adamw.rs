@@ -1,4 +1,4 @@
-//! AdamW over the CPU backend, against its formula in f64 and against itself.
+//! AdamW on the CPU backend: against its formula in f64, sharded against whole, resumed against uninterrupted.
 
 use moewarden::backend::cpu::Cpu;
 use moewarden::backend::{Backend, Dtype, HostTensor};
@@ -27,7 +27,7 @@ fn weights(cpu: &Cpu, dtype: Dtype) -> (Vec<Trainable>, Vec<<Cpu as Backend>::We
     (params, weights)
 }
 
-/// One step of these parameters; the gradients lie one after another.
+/// One step of these parameters, with consecutive gradients.
 fn step(
     cpu: &Cpu,
     optimizer: &mut AdamW<Cpu>,
@@ -36,14 +36,14 @@ fn step(
     params: &[Trainable],
 ) {
     let mut grads = cpu.buffer(params.iter().map(|p| p.len).sum());
-    let mut places = Vec::new();
+    let mut gradients = Vec::new();
     let mut offset = 0;
     for p in params {
         cpu.buffer_write(&mut grads, offset, &gradient(number, p.param, p.len));
-        places.push(Gradient { param: p.param, offset });
+        gradients.push(Gradient { param: p.param, offset });
         offset += p.len;
     }
-    optimizer.step(cpu, weights, &grads, &places, &LRS, DECAY, 0.5);
+    optimizer.step(cpu, weights, &grads, &gradients, &LRS, DECAY, 0.5);
 }
 
 fn bytes(cpu: &Cpu, weights: &[<Cpu as Backend>::Weight]) -> Vec<Vec<u8>> {
@@ -51,12 +51,12 @@ fn bytes(cpu: &Cpu, weights: &[<Cpu as Backend>::Weight]) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn each_parameter_follows_the_formula_by_its_own_count() {
+fn each_parameter_follows_the_formula_with_its_own_step_count() {
     let cpu = Cpu::new(1);
     let (params, mut weights) = weights(&cpu, Dtype::F32);
     let mut optimizer = AdamW::new(0, 1);
     optimizer.add(&cpu, &weights, &params);
-    // The second parameter is left out of every other step.
+    // The second parameter has a gradient only at every other step.
     let takes_part = |number: usize, p: &Trainable| p.param != 1 || number.is_multiple_of(2);
     for number in 0..7 {
         let before = bytes(&cpu, &weights);
@@ -88,13 +88,14 @@ fn each_parameter_follows_the_formula_by_its_own_count() {
 }
 
 #[test]
-fn small_updates_add_up_behind_bf16() {
+fn master_weights_accumulate_updates_below_bf16_precision() {
     let cpu = Cpu::new(1);
     let one = Trainable { param: 0, len: 1, group: Group::Expert };
     let mut weights = vec![cpu.weight(HostTensor::encode(Dtype::Bf16, vec![1], &[1.0]))];
     let mut optimizer = AdamW::new(0, 1);
     optimizer.add(&cpu, &weights, &[one]);
-    let lrs = LearningRates { expert: 1e-4, ..LRS }; // bf16 below 1 has steps of 2⁻⁸ = 4e-3: a single update rounds away
+    // bf16 below 1 has a spacing of 2⁻⁸ = 4e-3: a single update is lost to rounding.
+    let lrs = LearningRates { expert: 1e-4, ..LRS };
     let mut grads = cpu.buffer(1);
     cpu.buffer_write(&mut grads, 0, &[1.0]);
     let mut value = |steps: usize| {
@@ -104,18 +105,18 @@ fn small_updates_add_up_behind_bf16() {
         cpu.weight_host(&weights[0]).to_f32()[0]
     };
     assert_eq!(value(1), 1.0);
-    assert_eq!(value(99), 0.98828125, "100 updates of 1e-4 make 0.99, in bf16 this");
+    assert_eq!(value(99), 0.98828125, "100 updates of 1e-4 make 0.99, rounded to bf16");
 }
 
 #[test]
-fn a_resumed_optimizer_goes_on_bit_for_bit() {
+fn a_resumed_optimizer_is_bit_identical() {
     let cpu = Cpu::new(1);
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let (params, mut weights) = weights(&cpu, dtype);
         let mut whole = AdamW::new(0, 1);
         whole.add(&cpu, &weights, &params[..2]);
         step(&cpu, &mut whole, &mut weights, 0, &params[..1]);
-        whole.add(&cpu, &weights, &params); // the third comes later; the first two keep their state
+        whole.add(&cpu, &weights, &params); // the third is added later; the first two keep their state
         step(&cpu, &mut whole, &mut weights, 1, &params);
 
         let saved: Vec<_> = whole.export(&cpu).collect();
@@ -136,7 +137,7 @@ fn a_resumed_optimizer_goes_on_bit_for_bit() {
 }
 
 #[test]
-fn the_pieces_of_three_ranks_are_the_whole_bit_for_bit() {
+fn the_shards_of_three_ranks_are_bit_identical_to_the_whole() {
     const RANKS: usize = 3;
     let cpu = Cpu::new(1);
     for dtype in [Dtype::F32, Dtype::Bf16] {
@@ -153,22 +154,22 @@ fn the_pieces_of_three_ranks_are_the_whole_bit_for_bit() {
         let mut parts: Vec<AdamW<Cpu>> = (0..RANKS).map(|rank| AdamW::new(rank, RANKS)).collect();
         for (rank, part) in parts.iter_mut().enumerate() {
             part.add(&cpu, &initial, &params);
-            let mut untouched: Vec<_> = initial.iter().map(|w| cpu.weight(cpu.weight_host(w))).collect();
+            let mut unchanged: Vec<_> = initial.iter().map(|w| cpu.weight(cpu.weight_host(w))).collect();
             for number in 0..5 {
                 let mut shard = Vec::new();
-                let mut places = Vec::new();
+                let mut gradients = Vec::new();
                 for p in active(number) {
-                    places.push(Gradient { param: p.param, offset: shard.len() });
+                    gradients.push(Gradient { param: p.param, offset: shard.len() });
                     shard.extend_from_slice(&gradient(number, p.param, p.len)[piece(p.len, rank, RANKS)]);
                 }
                 let mut grads = cpu.buffer(shard.len());
                 cpu.buffer_write(&mut grads, 0, &shard);
-                part.step(&cpu, &mut untouched, &grads, &places, &LRS, DECAY, 0.5);
+                part.step(&cpu, &mut unchanged, &grads, &gradients, &LRS, DECAY, 0.5);
             }
             assert_eq!(
-                bytes(&cpu, &untouched),
+                bytes(&cpu, &unchanged),
                 bytes(&cpu, &initial),
-                "one of several leaves the weights to the exchange"
+                "with several ranks, the all-gather writes the weights"
             );
         }
 
@@ -187,7 +188,7 @@ fn the_pieces_of_three_ranks_are_the_whole_bit_for_bit() {
 }
 
 #[test]
-fn a_state_that_does_not_fit_is_refused() {
+fn a_mismatched_state_is_refused() {
     let cpu = Cpu::new(1);
     let (params, weights) = weights(&cpu, Dtype::F32);
     let mut optimizer = AdamW::new(0, 1);

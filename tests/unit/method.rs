@@ -1,5 +1,4 @@
-//! The mathematics of router alignment against finite differences and against its own definitions; selections against
-//! reference cases.
+//! Router alignment against finite differences and its definitions; selections against reference cases.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,7 +15,7 @@ const KINDS: [KlType; 3] = [KlType::Forward, KlType::Reverse, KlType::Symmetric]
 fn differences(x: &[f64], f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
     (0..x.len())
         .map(|i| {
-            // The third root of the machine's precision balances truncation (h²) against cancellation (1e-16/h).
+            // The cube root of the machine epsilon balances truncation error (h²) against cancellation (1e-16/h).
             let h = 6e-6 * x[i].abs().max(1e-2);
             let at = |d: f64| {
                 let mut x = x.to_vec();
@@ -37,7 +36,7 @@ fn assert_gradient(analytic: &[f64], numeric: &[f64], what: &str) {
     assert_eq!(analytic.len(), numeric.len(), "{what}");
 }
 
-/// Numbers that look random and are the same everywhere.
+/// Deterministic pseudorandom numbers in [0, 1).
 fn numbers(seed: u64, n: usize) -> Vec<f64> {
     let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = || {
@@ -90,7 +89,7 @@ fn sample_logits_gradient() {
 #[test]
 fn sample_logits_weigh_samples_not_tokens() {
     let mut statistic = LayerStatistic::zero(2);
-    // A sample of 1 token with logits (0, ln 3), and one of 100 tokens that each have (ln 3, 0).
+    // A sample of 1 token with logits (0, ln 3), and one of 100 tokens with logits (ln 3, 0) each.
     SampleSoftmax::forward(&[0.0, 3f64.ln(), 100.0 * 3f64.ln(), 0.0], &[1, 100]).add_to(&mut statistic);
     let mean = statistic.mean().unwrap();
     assert!(mean.iter().all(|x| (x - 0.5).abs() < 1e-15), "{mean:?}"); // (1/4 + 3/4)/2, a rounding or two
@@ -100,9 +99,9 @@ fn sample_logits_weigh_samples_not_tokens() {
     assert_eq!((empty.mean(), none.backward(&[1.0, 2.0])), (None, vec![]));
 }
 
-/// The whole chain from sums over tokens to the loss, for both sides.
+/// The gradient through the whole chain from sums over tokens to the loss, for both sides.
 #[test]
-fn alignment_gradient_is_that_of_the_sums() {
+fn alignment_gradient() {
     let layers = |seed: u64, weight: f64| -> Vec<LayerStatistic> {
         (0..3)
             .map(|l| LayerStatistic { sum: numbers(seed + l, 5).iter().map(|x| x * weight).collect(), weight })
@@ -128,7 +127,7 @@ fn alignment_gradient_is_that_of_the_sums() {
 }
 
 #[test]
-fn nothing_to_compare_is_no_loss() {
+fn no_loss_without_layers_or_tokens() {
     let some = [LayerStatistic { sum: vec![1.0, 1.0], weight: 2.0 }];
     let none = [LayerStatistic::zero(2)];
     assert!(alignment(KlType::Forward, &some, &some).is_some());
@@ -162,7 +161,7 @@ fn ranks_compute_the_loss_of_the_global_batch() {
     }
 }
 
-/// Distributions that need not be normalised and may hold zeros.
+/// Pairs of unnormalised distributions, which may contain zeros.
 fn pair() -> impl Strategy<Value = (Vec<f64>, Vec<f64>)> {
     let entry = || prop_oneof![4 => 0.0f64..1.0, 1 => Just(0.0)];
     (2usize..20).prop_flat_map(move |n| {
@@ -182,7 +181,7 @@ proptest! {
         let value = |kind, p: &[f64], q: &[f64]| kl_and_gradient(kind, p, q).0;
         for kind in KINDS {
             prop_assert!(value(kind, &p, &q) >= 0.0);
-            // A minimum, and exactly so: u/u is 1 and ln 1 is 0.
+            // The minimum is exactly 0, because u/u is 1 and ln 1 is 0.
             let (kl, dp, dq) = kl_and_gradient(kind, &p, &p);
             prop_assert!(kl == 0.0 && dp.iter().chain(&dq).all(|d| *d == 0.0), "{kl} {dp:?} {dq:?}");
         }
@@ -193,7 +192,7 @@ proptest! {
 
     #[test]
     fn kl_ignores_the_scale_of_its_arguments((p, q) in pair(), scale in 0.5f64..2.0) {
-        // ε is added before the normalisation: on entries from 0.01 up it is 1e-6 of them.
+        // ε is added before the normalisation: it changes entries of 0.01 or more by at most 1e-6 of their value.
         let q: Vec<f64> = q.iter().map(|x| x + 0.01).collect();
         let scaled: Vec<f64> = q.iter().map(|x| x * scale).collect();
         let (a, b) = (kl_and_gradient(KlType::Forward, &p, &q).0, kl_and_gradient(KlType::Forward, &p, &scaled).0);
@@ -201,13 +200,13 @@ proptest! {
     }
 }
 
-/// Cases computed by an independent implementation, where they are at hand.
+/// Reference cases from an independent implementation, if they are available.
 #[test]
 fn selections_of_the_reference_cases() {
     let shared = std::env::var_os("MOEWARDEN_SHARED")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
     let Ok(cases) = std::fs::read_dir(shared.join("goldens")) else {
-        println!("skipped: {} holds no reference cases", shared.display());
+        println!("skipped: {} has no reference cases", shared.display());
         return;
     };
     let mut checked = 0;

@@ -1,5 +1,5 @@
-//! Every operation of the CPU backend: forwards against plain f64 definitions, backwards against central differences of
-//! those, equal bits for 1, 2 and 3 threads, and no trace of recycled memory.
+//! Every operation of the CPU backend: forward passes against plain f64 definitions, backward passes against central
+//! differences of those, bit-identical results for 1, 2 and 3 threads, and no use of recycled memory's old values.
 
 use crate::reference as r;
 use crate::values::{Rng, assert_close, wide};
@@ -8,12 +8,13 @@ use moewarden::backend::{
     AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Moment, Packing, Rope, encode_into,
 };
 
-/// Sums of some hundred products of numbers below 1 in f32: 100 · 2^-24 = 6e-6, with room for the blocked order.
+/// Sums of some hundred products of numbers below 1 in f32 have errors of 100 · 2^-24 = 6e-6; the rest is a margin for
+/// the blocked summation order.
 const ABS: f64 = 2e-5;
 const REL: f64 = 2e-5;
 const WHY: &str = "f32 sums of up to a few hundred terms of size 1";
 
-/// A backend whose pool holds nothing but NaN in the sizes that small tests use.
+/// A backend whose memory pool has only NaN in the sizes that small tests use.
 fn poisoned(threads: usize) -> Cpu {
     let cpu = Cpu::new(threads);
     let held: Vec<Tensor> = (0..200).map(|i| cpu.upload(1, 64 * (i + 1), &vec![f32::NAN; 64 * (i + 1)])).collect();
@@ -59,7 +60,7 @@ fn linear_and_its_backwards() {
             assert_eq!(cpu.shape(&y), (m, n));
             assert_close(&cpu.download(&y), &want, ABS, REL, WHY);
 
-            // Linear in both arguments, so the differences are exact; small cases suffice.
+            // The product is linear in both arguments, so finite differences are exact; small cases suffice.
             let dx = cpu.download(&cpu.linear_backward_input(&tc, &w));
             let start = rng.values(n * k + 2, 1.0);
             let mut dw = cpu.buffer(n * k + 2);
@@ -91,8 +92,8 @@ fn linear_and_its_backwards() {
 }
 
 #[test]
-fn wide_16_bit_weights_cross_several_slabs() {
-    // 600 · 1200 elements do not fit one widened tile, in either direction.
+fn a_16_bit_weight_may_exceed_a_slab() {
+    // 600 · 1200 elements exceed one tile of converted weights, forward and backward.
     let cpu = poisoned(2);
     let mut rng = Rng::new(2);
     let (m, n, k) = (5, 600, 1200);
@@ -126,7 +127,7 @@ fn embedding_and_gathered_rows() {
     for (t, &id) in ids.iter().enumerate() {
         (0..d).for_each(|c| want[5 + id as usize * d + c] += dy[t * d + c]);
     }
-    assert_eq!(read(&cpu, &dw, v * d + 5), want, "the order of the sum is that of the tokens");
+    assert_eq!(read(&cpu, &dw, v * d + 5), want, "gradients are added in token order");
 
     let x = rng.values(v * d, 1.0);
     let rows = [4u32, 0, 10];
@@ -174,7 +175,7 @@ fn rms_norm_and_its_backward() {
         let loss = |x: &[f64], w: &[f64]| r::dot(&r::rms_norm(x, w, eps.into()), &wide(&c));
         let mut dw = cpu.buffer(n + 3);
         let dx = cpu.rms_norm_backward(&tc, &tx, &w, eps, Some((&mut dw, 3)));
-        // The second derivative in x is of the order 1/|x|², which single-entry groups can make large.
+        // The second derivative by x is of the order 1/|x|², which is large for groups of one small entry.
         let want = r::gradient(&wide(&x), |x| loss(x, &wide(&w32)));
         assert_close(&cpu.download(&dx), &want, 5e-5, 1e-4, "differences of terms that cancel, for tiny |x|");
         assert_close(&read(&cpu, &dw, n + 3)[3..], &r::gradient(&wide(&w32), |w| loss(&wide(&x), w)), ABS, REL, WHY);
@@ -219,7 +220,7 @@ fn attention_and_its_backward() {
     for (packing, heads, key_heads, dim, window) in cases {
         check_attention(&cpu, &mut rng, &packing, Heads { queries: heads, keys: key_heads, dim, window }, true);
     }
-    // Longer than a block of queries; forward only, as differences would take minutes.
+    // Longer than a block of queries. Differences along every axis would take minutes.
     for (packing, window) in [(Packing::of_lengths([150, 65]), None), (Packing::of_lengths([200]), Some(70))] {
         check_attention(&cpu, &mut rng, &packing, Heads { queries: 4, keys: 2, dim: 6, window }, false);
     }
@@ -252,7 +253,7 @@ fn check_attention(cpu: &Cpu, rng: &mut Rng, packing: &Packing, heads: Heads, di
         assert_close(&cpu.download(&dk), &r::gradient(&kw, |k| loss(&qw, k, &vw)), ABS, REL, WHY);
         assert_close(&cpu.download(&dv), &r::gradient(&vw, |v| loss(&qw, &kw, v)), ABS, REL, WHY);
     } else {
-        // Along three random directions instead of every axis.
+        // Directional derivatives along three random directions instead of every axis.
         let loss = |q: &[f64], k: &[f64], v: &[f64]| r::dot(&geometry.forward(q, k, v), &wide(&c));
         for _ in 0..3 {
             let (eq, ek, ev) =
@@ -304,7 +305,7 @@ fn routing_and_its_backward() {
             let ids = r::top_k(&wide(&logits), e, k);
             assert_eq!(cpu.expert_ids(&routing), ids.iter().map(|&i| i as u32).collect::<Vec<_>>());
             let forward = |l: &[f64]| r::routing_weights(l, e, &ids, k, renormalize);
-            // The weights show in the combination of rows of ones, each row under its own k.
+            // The routing weights are visible as the combination of weighted rows of ones.
             let dispatch = cpu.dispatch(&routing, e);
             let sums: Vec<f64> = forward(&wide(&logits)).chunks(k).map(|w| w.iter().sum()).collect();
             let ones = cpu.upload(t * k, 1, &vec![1.0; t * k]);
@@ -350,7 +351,7 @@ impl Experts {
 fn a_layer_of_experts_and_its_backward() {
     let cpu = poisoned(2);
     let mut rng = Rng::new(9);
-    // (tokens, experts, K, dtype, bias): a bias towards some experts leaves others without rows.
+    // (tokens, experts, K, dtype); with so few tokens, some experts have no rows.
     for (t, e, k, dtype) in
         [(5, 6, 2, Dtype::F32), (1, 3, 3, Dtype::Bf16), (4, 7, 1, Dtype::F16), (0, 2, 1, Dtype::F32)]
     {
@@ -451,7 +452,7 @@ fn a_layer_of_experts_and_its_backward() {
             ] {
                 match plan {
                     ExpertGrad::Accumulate(_) => assert_close(got, want, ABS, REL, WHY),
-                    _ => assert!(got.iter().all(|&g| g == 0.0), "expert {i} has no place in the buffer"),
+                    _ => assert!(got.iter().all(|&g| g == 0.0), "expert {i} must not write to the gradient buffer"),
                 }
                 let expected = match plan {
                     ExpertGrad::Score(Moment::Abs, _) => want.iter().map(|g| g.abs()).sum(),
@@ -472,7 +473,7 @@ fn a_layer_of_experts_and_its_backward() {
 fn a_score_over_several_tiles_is_the_sum_over_the_matrix() {
     let cpu = poisoned(2);
     let mut rng = Rng::new(10);
-    // 3 experts, one of them without rows; 700 output rows make several tiles of 256.
+    // 3 experts, one without rows; 700 output rows make several tiles of 256.
     let (t, d, n) = (30, 40, 700);
     let ids: Vec<usize> = (0..t).map(|_| 2 * rng.below(2)).collect();
     let logits: Vec<f32> = ids.iter().flat_map(|&i| (0..3).map(move |e| if e == i { 5.0 } else { 0.0 })).collect();
@@ -640,7 +641,7 @@ fn updates_of_buffers_and_weights() {
         let after = cpu.weight_host(&w);
         assert_eq!(&*after.bytes, &bytes[..], "rounded to nearest even");
         assert_eq!((after.dtype, &after.shape), (dtype, &before.shape));
-        assert_ne!(&*before.bytes, &bytes[..], "what was read before keeps its bits");
+        assert_ne!(&*before.bytes, &bytes[..], "an earlier copy keeps its bits");
         cpu.read_weight(&w, 0..15, &mut b, 100);
         assert_eq!(cpu.buffer_read(&b, 100..115), after.to_f32());
         cpu.read_weight(&w, 4..11, &mut b, 200);
@@ -649,7 +650,7 @@ fn updates_of_buffers_and_weights() {
 }
 
 #[test]
-fn adamw_is_that_of_the_paper() {
+fn adamw_follows_its_formula() {
     let cpu = poisoned(2);
     let mut rng = Rng::new(15);
     let n = 300;
@@ -674,7 +675,7 @@ fn adamw_is_that_of_the_paper() {
     assert_eq!(cpu.buffer_read(&w, 0..1), [0.0]);
 }
 
-/// Runs a little of everything, and returns all bits.
+/// Runs many operations and returns all bits of their results.
 fn everything(threads: usize) -> Vec<u64> {
     let cpu = poisoned(threads);
     let mut rng = Rng::new(16);
@@ -740,7 +741,7 @@ fn everything(threads: usize) -> Vec<u64> {
     doubles.extend(cpu.scores_take(&mut scores));
     doubles.extend(cpu.softmax_sum(&logits, 0..t));
     doubles.extend(cpu.segment_sum(&x, &[0..170, 171..300]));
-    assert!(bits.iter().all(|&b| f32::from_bits(b as u32).is_finite()), "recycled NaN leaked into a result");
+    assert!(bits.iter().all(|&b| f32::from_bits(b as u32).is_finite()), "a recycled NaN is in a result");
     assert!(doubles.iter().all(|x| x.is_finite()));
     bits.extend(doubles.iter().map(|x| x.to_bits()));
     bits

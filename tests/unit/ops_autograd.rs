@@ -1,7 +1,8 @@
-//! A whole layer with attention, routed experts and the loss, composed from the backend's operations as a model does,
+//! A whole layer with attention, routed experts and the loss, composed from the backend's operations as in the model,
 //! against candle's autograd in f64 on the same values.
 //!
-//! Only candle operations that keep the graph are used: its fused softmax, norm and rope cut it silently.
+//! This uses only candle operations that keep the autograd graph: candle's fused softmax, norm and rope cut it
+//! silently.
 
 use crate::values::{Rng, assert_close};
 use candle_core::{D, DType, Device, Result, Tensor, Var};
@@ -20,7 +21,7 @@ const K: usize = 2;
 const V: usize = 11;
 const EPS: f32 = 1e-5;
 
-/// f32 values with a row-major shape, for both sides.
+/// f32 values with a row-major shape, for the backend and for candle.
 struct Param {
     shape: Vec<usize>,
     values: Vec<f32>,
@@ -50,7 +51,7 @@ fn softmax(x: &Tensor) -> Result<Tensor> {
     e.broadcast_div(&e.sum_keepdim(D::Minus1)?)
 }
 
-/// `[T, heads·dim]` → `[heads, T, dim]`, each head repeated for the queries that share it.
+/// `[T, heads·dim]` → `[HEADS, T, dim]`, each head repeated for the query heads that share it.
 fn heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     let x = x.reshape((T, heads, DIM))?.transpose(0, 1)?;
     let repeat = HEADS / heads;
@@ -70,7 +71,7 @@ fn a_layer_agrees_with_autograd() -> Result<()> {
     let down: Vec<Param> = (0..E).map(|_| param(&[WIDTH, F], 0.5)).collect();
     let targets: Vec<u32> = (0..T as u32).map(|t| t * 5 % V as u32).collect();
 
-    // Ours, as a model composes it.
+    // The backend's operations, composed as in the model.
     let cpu = Cpu::new(2);
     let tx = cpu.upload(T, WIDTH, &x.values);
     let [wn1, wn2, wq, wk, wv, wo, wr, wh] = [&norm1, &norm2, &q, &k, &v, &o, &router, &head].map(|p| p.weight(&cpu));
@@ -136,7 +137,7 @@ fn a_layer_agrees_with_autograd() -> Result<()> {
     let sink = Some((&mut dnorms, 0));
     cpu.add_assign(&mut dtop, &cpu.rms_norm_backward(&dh1, &tx, &wn1, EPS, sink));
 
-    // candle's.
+    // The same layer in candle.
     let [vx, vn1, vn2] = [x.var()?, norm1.var()?, norm2.var()?];
     let [vq, vk, vv, vo] = [q.var()?, k.var()?, v.var()?, o.var()?];
     let (vr, vh) = (router.var()?, head.var()?);

@@ -1,4 +1,4 @@
-//! Each rank keeps its part of the optimizer and no more, and gradients leave while the backward pass is under way.
+//! Each rank keeps only its shard of the optimizer state, and gradient buckets are sent during the backward pass.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -39,7 +39,7 @@ fn backward(run: &CaseRun<'_, Cpu>, step: &mut StepBackward<'_, Cpu>, record: us
 }
 
 #[test]
-fn a_layer_that_is_done_has_all_its_gradients_and_those_below_have_none() {
+fn gradients_are_complete_layer_by_layer() {
     on_ranks(1, |run| {
         let (model, b) = (run.model(), &*run.model().backend);
         let trainer = Trainer::new(&run.replica, &all_params(&run));
@@ -66,7 +66,7 @@ fn a_layer_that_is_done_has_all_its_gradients_and_those_below_have_none() {
                     kind => kind.layer().unwrap() >= *layer,
                 };
                 let expected = if is_complete { &end[range.clone()] } else { &vec![0.0; range.len()] };
-                assert_eq!(&then[range], expected, "{} when layer {layer} is done", spec.name());
+                assert_eq!(&then[range], expected, "{} after layer {layer}", spec.name());
             }
         }
         assert!(end.iter().filter(|x| **x != 0.0).count() > end.len() / 2);
@@ -74,9 +74,9 @@ fn a_layer_that_is_done_has_all_its_gradients_and_those_below_have_none() {
 }
 
 #[test]
-fn buckets_leave_with_the_last_pass_before_it_ends() {
-    // Rank 0 trains; rank 1 has nothing to add and counts what comes from rank 0.
-    let come = AtomicUsize::new(0);
+fn buckets_are_sent_during_the_last_backward_pass() {
+    // Rank 0 trains; rank 1 contributes zeros and counts the buckets that arrive.
+    let arrived = AtomicUsize::new(0);
     on_ranks(2, move |run| {
         let all = all_params(&run);
         if run.replica.world.rank() == 1 {
@@ -86,7 +86,7 @@ fn buckets_leave_with_the_last_pass_before_it_ends() {
                 let counts = shards.counts(bucket.clone());
                 let zeros = vec![0.0; counts.iter().sum()];
                 run.replica.world.reduce_scatter_f32(&zeros, &counts, &mut vec![0.0; counts[1]]).unwrap();
-                come.fetch_add(1, Ordering::SeqCst);
+                arrived.fetch_add(1, Ordering::SeqCst);
             }
             return;
         }
@@ -94,13 +94,14 @@ fn buckets_leave_with_the_last_pass_before_it_ends() {
         let ran = trainer.accumulate(&run.replica, |passes| {
             backward(&run, passes, 0, false);
             sleep(Duration::from_millis(100));
-            assert_eq!(come.load(Ordering::SeqCst), 0, "a gradient that will still grow has left");
+            assert_eq!(arrived.load(Ordering::SeqCst), 0, "a bucket was sent before its gradients were complete");
             backward(&run, passes, 1, true);
-            // The step has not ended; but every gradient is complete, and all but the embedding's are after some layer.
+            // Inside the step, all buckets but that of the embedding (whose gradient completes after the last layer)
+            // arrive.
             let start = Instant::now();
-            while come.load(Ordering::SeqCst) < all.len() - 1 {
-                let come = come.load(Ordering::SeqCst);
-                assert!(start.elapsed() < Duration::from_secs(30), "{come} of {} buckets have left", all.len());
+            while arrived.load(Ordering::SeqCst) < all.len() - 1 {
+                let arrived = arrived.load(Ordering::SeqCst);
+                assert!(start.elapsed() < Duration::from_secs(30), "{arrived} of {} buckets have arrived", all.len());
                 sleep(Duration::from_millis(1));
             }
         });
@@ -109,7 +110,7 @@ fn buckets_leave_with_the_last_pass_before_it_ends() {
 }
 
 #[test]
-fn the_size_of_buckets_decides_nothing() {
+fn results_do_not_depend_on_the_bucket_size() {
     let weights = |bucket: usize| {
         let ranks = on_ranks(2, move |mut run| {
             let mut trainer = Trainer::with_bucket_size(&run.replica, &all_params(&run), bucket);
@@ -142,7 +143,7 @@ fn each_of_four_ranks_keeps_a_quarter_of_the_optimizer() {
     assert_eq!(ranks.iter().map(|(bytes, ..)| bytes).sum::<usize>(), 12 * elements);
     for (bytes, ..) in ranks {
         assert!(bytes.abs_diff(12 * elements / 4) <= 12 * params, "{bytes} of {}", 12 * elements);
-        // The prediction has the sum of the gradient beside masters and moments.
+        // The prediction includes the gradient sum besides master weights and moments.
         let predicted = TrainedState::predict(elements as u64, 4, 4).sharded as usize;
         assert!(predicted.abs_diff(bytes / 12 * 16) <= 16 * params, "{predicted} predicted");
     }

@@ -1,45 +1,49 @@
-//! Causal attention over packed sequences with grouped queries and an optional window.
+//! Causal grouped-query attention over packed sequences, with an optional sliding window.
 //!
-//! One task owns one (sequence, key head) with all query heads that share it, so sums over that group need no atomics
-//! and have one order. Queries are taken in blocks of [`BLOCK`] rows, each against only the keys that some row of it
-//! sees. Scores of a block are kept key by key, its rows contiguous (`[keys, block]`, the transpose of the usual
-//! picture): softmax then runs over all rows of the block at once, one vector lane a row.
+//! A task computes one (sequence, key head) with all query heads that share the key head, so sums over these query
+//! heads need no atomics and have a fixed order. It processes queries in blocks of [`BLOCK`] rows, each against only
+//! the keys that some row of the block attends to. The scores of a block are stored transposed, `[keys, rows]`: the
+//! softmax then runs over all rows of the block at once, with one SIMD lane per row.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::gemm::{Matrix, MatrixMut, product};
-use super::parallel::{Scratch, Shared};
+use super::gemm::{Matrix, MatrixMut, matmul};
+use super::parallel::{Scratch, SharedSlice};
 use super::rope::Sequences;
 use super::simd::{dot, exp, simd};
 use super::tensor::Tensor;
 use crate::backend::Heads;
 
-/// Query rows of a block: four vectors of AVX-512.
+/// Query rows per block: four AVX-512 vectors.
 const BLOCK: usize = 64;
 
-/// What one (sequence, key head) task works on.
+/// One (sequence, key head).
 struct Task {
+    /// The sequence's query rows.
     queries: Range<usize>,
+    /// The sequence's key rows.
     keys: Range<usize>,
     key_head: usize,
 }
 
-/// A block of queries: rows relative to the sequence's first query, keys relative to its first key.
+/// A block of queries of one sequence.
 struct Block {
+    /// Query rows, relative to the sequence's first query.
     rows: Range<usize>,
-    /// Keys that some row sees.
+    /// Keys that some row attends to, relative to the sequence's first key.
     keys: Range<usize>,
-    /// Position of the block's first row.
+    /// Position of the block's first row in the sequence.
     position: usize,
+    /// Size of the sliding window; `usize::MAX` without one.
     window: usize,
 }
 
 impl Task {
-    /// Longest first, so that no long one is left for the end.
-    fn list(seqs: &Sequences, heads: &Heads) -> Vec<Task> {
+    /// All tasks, the most expensive first, so that no long one starts last.
+    fn all(seqs: &Sequences, heads: &Heads) -> Vec<Task> {
         let p = &seqs.packing;
         let mut tasks: Vec<Task> = (0..p.len())
             .flat_map(|s| {
@@ -52,42 +56,42 @@ impl Task {
             .filter(|t| !t.keys.is_empty())
             .collect();
         for t in &tasks {
-            assert!(t.queries.len() <= t.keys.len(), "{} queries of {} keys", t.queries.len(), t.keys.len());
+            assert!(t.queries.len() <= t.keys.len(), "{} queries, but only {} keys", t.queries.len(), t.keys.len());
         }
         tasks.sort_by_key(|t| std::cmp::Reverse(t.queries.len() * t.keys.len()));
         tasks
     }
 
     fn blocks(&self, heads: &Heads) -> impl Iterator<Item = Block> {
-        let (n, before) = (self.queries.len(), self.keys.len() - self.queries.len());
+        let (n, first_position) = (self.queries.len(), self.keys.len() - self.queries.len());
         let window = heads.window.unwrap_or(usize::MAX);
-        assert!(window > 0, "a window of no position");
+        assert!(window > 0, "a sliding window of 0 positions");
         (0..n).step_by(BLOCK).map(move |start| {
             let rows = start..n.min(start + BLOCK);
-            let position = before + start;
-            Block { keys: (position + 1).saturating_sub(window)..before + rows.end, rows, position, window }
+            let position = first_position + start;
+            Block { keys: (position + 1).saturating_sub(window)..first_position + rows.end, rows, position, window }
         })
     }
 }
 
 impl Block {
-    /// Rows (relative to the block) that see key `j`.
+    /// Rows, relative to the block, that attend to key `j`.
     #[inline(always)]
-    fn seen_by(&self, j: usize) -> Range<usize> {
+    fn rows_of_key(&self, j: usize) -> Range<usize> {
         let first = j.saturating_sub(self.position);
         let end = j.saturating_add(self.window).saturating_sub(self.position).min(self.rows.len());
         first..end.max(first)
     }
 
-    /// Scores `[keys, rows]` → probabilities in place; rows are normalised over the keys they see.
+    /// Turns scores `[keys, rows]` into probabilities in place: a masked softmax of each row over the keys.
     #[inline(always)]
     fn softmax(&self, scores: &mut [f32]) {
         let n = self.rows.len();
         let (mut highest, mut total) = ([f32::NEG_INFINITY; BLOCK], [0f32; BLOCK]);
         for (j, row) in self.keys.clone().zip(scores.chunks_exact_mut(n)) {
-            let seen = self.seen_by(j);
-            row[..seen.start].fill(f32::NEG_INFINITY);
-            row[seen.end..].fill(f32::NEG_INFINITY);
+            let unmasked = self.rows_of_key(j);
+            row[..unmasked.start].fill(f32::NEG_INFINITY);
+            row[unmasked.end..].fill(f32::NEG_INFINITY);
             for (h, &s) in highest.iter_mut().zip(&*row) {
                 *h = if s > *h { s } else { *h };
             }
@@ -109,8 +113,8 @@ impl Block {
     }
 }
 
-/// Copies the columns of one head of `rows` into contiguous scratch.
-fn gather(x: &Tensor, rows: Range<usize>, head: usize, dim: usize) -> Scratch {
+/// Copies one head of `rows` into contiguous scratch memory, `[rows, dim]`.
+fn copy_head(x: &Tensor, rows: Range<usize>, head: usize, dim: usize) -> Scratch {
     let mut out = Scratch::take(rows.len() * dim);
     for (out, row) in out.chunks_exact_mut(dim).zip(rows) {
         out.copy_from_slice(&x.row(row)[head * dim..(head + 1) * dim]);
@@ -118,8 +122,8 @@ fn gather(x: &Tensor, rows: Range<usize>, head: usize, dim: usize) -> Scratch {
     out
 }
 
-/// One head of `rows` as a matrix, in place.
-fn head(x: &Tensor, rows: Range<usize>, head: usize, dim: usize) -> Matrix<'_> {
+/// A view of one head of `rows`, `[rows, dim]`.
+fn head_view(x: &Tensor, rows: Range<usize>, head: usize, dim: usize) -> Matrix<'_> {
     Matrix::new(&x.values()[rows.start * x.cols() + head * dim..], rows.len(), dim, x.cols())
 }
 
@@ -131,11 +135,11 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) {
     v.expect_shape("v", keys, heads.keys * heads.dim);
 }
 
-/// Probabilities of a block: `[keys, rows]` into `scores`.
+/// Computes the probabilities of a block, `[keys, rows]`, into `scores`.
 fn probabilities(q: Matrix<'_>, k: &[f32], block: &Block, dim: usize, scores: &mut [f32]) {
     let (n, m) = (block.rows.len(), block.keys.len());
     let k = Matrix::new(&k[block.keys.start * dim..], m, dim, dim);
-    product(MatrixMut::new(scores, m, n, n).t(), q, k.t(), 1.0 / (dim as f32).sqrt(), false);
+    matmul(MatrixMut::new(scores, m, n, n).t(), q, k.t(), 1.0 / (dim as f32).sqrt(), false);
     simd!(block.softmax(scores));
 }
 
@@ -144,28 +148,28 @@ pub(super) fn attention(cpu: &Cpu, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Se
     let (dim, group) = (heads.dim, heads.queries / heads.keys);
     let width = q.cols();
     let mut y = cpu.pool.take(q.rows(), width);
-    let out = Shared::new(y.values_mut());
-    Task::list(seqs, heads).into_par_iter().with_max_len(1).for_each(|task| {
-        let k = gather(k, task.keys.clone(), task.key_head, dim);
-        let v = gather(v, task.keys.clone(), task.key_head, dim);
+    let out = SharedSlice::new(y.values_mut());
+    Task::all(seqs, heads).into_par_iter().with_max_len(1).for_each(|task| {
+        let k = copy_head(k, task.keys.clone(), task.key_head, dim);
+        let v = copy_head(v, task.keys.clone(), task.key_head, dim);
         let mut scores = Scratch::take(0);
         for h in task.key_head * group..(task.key_head + 1) * group {
             for block in task.blocks(heads) {
                 let (n, m) = (block.rows.len(), block.keys.len());
                 let rows = task.queries.start + block.rows.start..task.queries.start + block.rows.end;
                 scores.resize(m * n);
-                probabilities(head(q, rows.clone(), h, dim), &k, &block, dim, &mut scores);
-                // SAFETY: rows of one sequence, columns of one query head: no other task's.
+                probabilities(head_view(q, rows.clone(), h, dim), &k, &block, dim, &mut scores);
+                // SAFETY: no other task writes this query head's columns of this sequence's rows.
                 let y = unsafe { MatrixMut::shared(&out, rows.start * width + h * dim, n, dim, width) };
                 let v = Matrix::new(&v[block.keys.start * dim..], m, dim, dim);
-                product(y, Matrix::new(&scores, m, n, n).t(), v, 1.0, false);
+                matmul(y, Matrix::new(&scores, m, n, n).t(), v, 1.0, false);
             }
         }
     });
     y
 }
 
-/// With P the probabilities and δ_i = ⟨dy_i, y_i⟩ (Dao, arXiv 2205.14135, appendix B): dV = Pᵀ·dY,
+/// With probabilities P and δ_i = ⟨dy_i, y_i⟩ (Dao et al., arXiv 2205.14135, appendix B): dV = Pᵀ·dY,
 /// dS = P ∘ (dY·Vᵀ − δ) / sqrt(dim), dQ = dS·K, dK = dSᵀ·Q.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn backward(
@@ -187,10 +191,10 @@ pub(super) fn backward(
     let mut dk = cpu.pool.take(k.rows(), key_width);
     let mut dv = cpu.pool.take(k.rows(), key_width);
     let (out_q, out_k, out_v) =
-        (Shared::new(dq.values_mut()), Shared::new(dk.values_mut()), Shared::new(dv.values_mut()));
-    Task::list(seqs, heads).into_par_iter().with_max_len(1).for_each(|task| {
-        let k = gather(k, task.keys.clone(), task.key_head, dim);
-        let v = gather(v, task.keys.clone(), task.key_head, dim);
+        (SharedSlice::new(dq.values_mut()), SharedSlice::new(dk.values_mut()), SharedSlice::new(dv.values_mut()));
+    Task::all(seqs, heads).into_par_iter().with_max_len(1).for_each(|task| {
+        let k = copy_head(k, task.keys.clone(), task.key_head, dim);
+        let v = copy_head(v, task.keys.clone(), task.key_head, dim);
         let (mut dk, mut dv) = (Scratch::take(k.len()), Scratch::take(k.len()));
         dk.fill(0.0);
         dv.fill(0.0);
@@ -200,15 +204,15 @@ pub(super) fn backward(
                 let (n, m) = (block.rows.len(), block.keys.len());
                 let rows = task.queries.start + block.rows.start..task.queries.start + block.rows.end;
                 let keys = block.keys.start * dim..block.keys.end * dim;
-                let (q, dy_block) = (head(q, rows.clone(), h, dim), head(dy, rows.clone(), h, dim));
+                let (q, dy_block) = (head_view(q, rows.clone(), h, dim), head_view(dy, rows.clone(), h, dim));
                 p.resize(m * n);
                 ds.resize(m * n);
                 probabilities(q, &k, &block, dim, &mut p);
                 let probabilities = Matrix::new(&p, m, n, n);
-                product(MatrixMut::new(&mut dv[keys.clone()], m, dim, dim), probabilities, dy_block, 1.0, true);
+                matmul(MatrixMut::new(&mut dv[keys.clone()], m, dim, dim), probabilities, dy_block, 1.0, true);
 
                 let values = Matrix::new(&v[keys.clone()], m, dim, dim);
-                product(MatrixMut::new(&mut ds, m, n, n).t(), dy_block, values.t(), 1.0, false);
+                matmul(MatrixMut::new(&mut ds, m, n, n).t(), dy_block, values.t(), 1.0, false);
                 let mut delta = [0f32; BLOCK];
                 simd!({
                     for (delta, row) in delta.iter_mut().zip(rows.clone()) {
@@ -223,15 +227,15 @@ pub(super) fn backward(
                     }
                 });
                 let ds = Matrix::new(&ds, m, n, n);
-                product(MatrixMut::new(&mut dk[keys.clone()], m, dim, dim), ds, q, 1.0, true);
-                // SAFETY: rows of one sequence, columns of one query head: no other task's.
+                matmul(MatrixMut::new(&mut dk[keys.clone()], m, dim, dim), ds, q, 1.0, true);
+                // SAFETY: no other task writes this query head's columns of this sequence's rows.
                 let dq = unsafe { MatrixMut::shared(&out_q, rows.start * width + h * dim, n, dim, width) };
-                product(dq, ds.t(), Matrix::new(&k[keys], m, dim, dim), 1.0, false);
+                matmul(dq, ds.t(), Matrix::new(&k[keys], m, dim, dim), 1.0, false);
             }
         }
         for (i, row) in task.keys.clone().enumerate() {
             let at = row * key_width + task.key_head * dim;
-            // SAFETY: rows of one sequence, columns of one key head: no other task's.
+            // SAFETY: no other task writes this key head's columns of this sequence's rows.
             let (to_k, to_v) = unsafe { (out_k.slice(at, dim), out_v.slice(at, dim)) };
             to_k.copy_from_slice(&dk[i * dim..(i + 1) * dim]);
             to_v.copy_from_slice(&dv[i * dim..(i + 1) * dim]);
@@ -245,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_see_what_the_definition_says() {
+    fn blocks_attend_to_the_keys_of_the_definition() {
         for (queries, keys, window) in
             [(5, 5, None), (130, 130, Some(3)), (70, 200, Some(64)), (1, 90, None), (3, 9, Some(1))]
         {
@@ -259,7 +263,7 @@ mod tests {
                     let position = keys - queries + i;
                     for j in 0..keys {
                         let want = j <= position && window.is_none_or(|w| position - j < w);
-                        let got = block.keys.contains(&j) && block.seen_by(j).contains(&(i - block.rows.start));
+                        let got = block.keys.contains(&j) && block.rows_of_key(j).contains(&(i - block.rows.start));
                         assert_eq!(got, want, "query {i} of {queries}, key {j} of {keys}, window {window:?}");
                     }
                 }

@@ -1,45 +1,48 @@
-//! Cross-entropy of a linear head, without its logits.
+//! Fused linear cross-entropy: the loss of a linear head without its full logit matrix.
 //!
-//! It is attention with the head's rows as both keys and values, and is computed like flash attention (Dao, arXiv
-//! 2205.14135): a block of rows walks over tiles of the vocabulary with a running maximum and sum, and the gradient
-//! needs Σ_v p_v·w_v, which is carried along and rescaled when the maximum grows. So each tile of the head is read (and
-//! widened) once and stays in L2 for both of its products, and memory is a block's logits against one tile. Only a
-//! gradient of the head itself needs the logits again.
+//! It has the form of attention with the head's rows as both keys and values, and is computed like FlashAttention (Dao
+//! et al., arXiv 2205.14135): a block of rows iterates over tiles of the vocabulary with a running maximum and sum
+//! (online softmax). The gradient needs Σ_v p_v·w_v, which is accumulated in the same pass and rescaled when the
+//! maximum grows. So each tile of the head is read (and converted to f32) once and stays in the L2 cache for both of
+//! its products; only the logits of one block against one tile are stored. The gradient of the head itself needs the
+//! logits again, in a second pass.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::gemm::{Matrix, MatrixMut, product};
-use super::parallel::{Scratch, Shared};
+use super::gemm::{Matrix, MatrixMut, matmul};
+use super::parallel::{Scratch, SharedSlice};
 use super::simd::{axpy, dot, exp, simd};
 use super::tensor::Tensor;
 use super::weight::Weight;
 
-/// Rows of a block: the lanes of its running sums.
+/// Rows per block: the SIMD lanes of its running sums.
 const BLOCK: usize = 128;
-/// Rows that share one pass over the vocabulary; bounds the memory of the partial gradients.
+/// Rows per pass over the vocabulary; bounds the memory of the partial gradients.
 const STRIP: usize = 4 * BLOCK;
-/// Parts of the vocabulary that are walked in parallel and merged in order.
+/// Parts of the vocabulary that are processed in parallel and merged in order.
 const SEGMENTS: usize = 8;
 
-/// Σ over the vocabulary so far, one lane a row: highest logit, Σ e^(logit − highest).
+/// The state of an online softmax over the vocabulary, one lane per row.
 #[derive(Clone)]
-struct Running {
+struct OnlineSoftmax {
+    /// Highest logit so far.
     highest: [f32; BLOCK],
+    /// Σ e^(logit − highest) so far.
     total: [f64; BLOCK],
 }
 
-impl Running {
+impl OnlineSoftmax {
     fn new() -> Self {
         Self { highest: [f32::NEG_INFINITY; BLOCK], total: [0.0; BLOCK] }
     }
 
-    /// Takes in a tile of logits `[tile, rows]`, which become e^(logit − highest). Returns what all earlier sums must be
-    /// multiplied with.
+    /// Adds a tile of logits `[tile, rows]` and overwrites them with e^(logit − highest). Returns the factors by which
+    /// earlier sums must be rescaled, because `highest` may have grown.
     #[inline(always)]
-    fn absorb(&mut self, logits: &mut [f32], rows: usize) -> [f32; BLOCK] {
+    fn update(&mut self, logits: &mut [f32], rows: usize) -> [f32; BLOCK] {
         let mut highest = self.highest;
         for row in logits.chunks_exact(rows) {
             for (h, &l) in highest.iter_mut().zip(row) {
@@ -55,7 +58,7 @@ impl Running {
         }
         let mut rescale = [1f32; BLOCK];
         for i in 0..rows {
-            // Equal infinities would give NaN.
+            // The difference of equal infinities would be NaN.
             rescale[i] = if self.highest[i] == highest[i] { 1.0 } else { exp(self.highest[i] - highest[i]) };
             self.total[i] = self.total[i] * f64::from(rescale[i]) + f64::from(sums[i]);
         }
@@ -64,53 +67,60 @@ impl Running {
     }
 }
 
-/// Elements of a tile of the head: 1 MiB of f32, half of a typical L2.
+/// Elements of a tile of the head: 1 MiB of f32, half of a typical L2 cache.
 const TILE: usize = 256 * 1024;
 
+/// Rows of the head `[V, d]` per tile.
 fn tile_rows(d: usize) -> usize {
     (TILE / d.max(1)).clamp(16, 256)
 }
 
-/// Logits of `rows` rows of x against a tile of the head, `[tile, rows]`.
+/// Computes the logits of `rows` rows of x against a tile of the head, transposed: `[tile, rows]`.
 fn logits(x: &[f32], rows: usize, w: &[f32], tile: usize, d: usize, out: &mut [f32]) {
     let (x, w) = (Matrix::new(x, rows, d, d), Matrix::new(w, tile, d, d));
-    product(MatrixMut::new(out, tile, rows, rows).t(), x, w.t(), 1.0, false);
+    matmul(MatrixMut::new(out, tile, rows, rows).t(), x, w.t(), 1.0, false);
 }
 
-/// Walks rows `block` of x over the vocabulary `segment`; with `mean` (`[rows, D]`) also collects
-/// Σ_v e^(logit_v − highest)·w_v there.
-fn walk(x: &Tensor, block: Range<usize>, w: &Weight, segment: Range<usize>, mut mean: Option<&mut [f32]>) -> Running {
+/// Online softmax of rows `block` of x over the vocabulary range `segment`. With `weighted_sum` (`[rows, D]`),
+/// overwrites it with Σ_v e^(logit_v − highest)·w_v.
+fn scan_segment(
+    x: &Tensor,
+    block: Range<usize>,
+    w: &Weight,
+    segment: Range<usize>,
+    mut weighted_sum: Option<&mut [f32]>,
+) -> OnlineSoftmax {
     let (d, rows) = (x.cols(), block.len());
     let x = &x.values()[block.start * d..block.end * d];
     let step = tile_rows(d);
-    let mut running = Running::new();
+    let mut softmax = OnlineSoftmax::new();
     let mut scores = Scratch::take(step * rows);
     for start in segment.clone().step_by(step) {
         let tile = step.min(segment.end - start);
         let w = w.read(start..start + tile);
         let scores = &mut scores[..tile * rows];
         logits(x, rows, &w, tile, d, scores);
-        let rescale = simd!(running.absorb(scores, rows));
-        if let Some(mean) = mean.as_deref_mut() {
+        let rescale = simd!(softmax.update(scores, rows));
+        if let Some(weighted_sum) = weighted_sum.as_deref_mut() {
             let first = start == segment.start;
             if !first && rescale.iter().any(|&r| r != 1.0) {
                 simd!({
-                    for (mean, r) in mean.chunks_exact_mut(d).zip(rescale) {
-                        for m in mean {
-                            *m *= r;
+                    for (row, r) in weighted_sum.chunks_exact_mut(d).zip(rescale) {
+                        for x in row {
+                            *x *= r;
                         }
                     }
                 });
             }
             let p = Matrix::new(scores, tile, rows, rows);
-            product(MatrixMut::new(mean, rows, d, d), p.t(), Matrix::new(&w, tile, d, d), 1.0, !first);
+            matmul(MatrixMut::new(weighted_sum, rows, d, d), p.t(), Matrix::new(&w, tile, d, d), 1.0, !first);
         }
     }
-    running
+    softmax
 }
 
-/// Where a row's parts meet: the highest logit and Σ e^(logit − highest) over the whole vocabulary.
-fn merge(parts: &[Running], lane: usize) -> (f32, f64) {
+/// Merges the segments of one row: the highest logit and Σ e^(logit − highest) over the whole vocabulary.
+fn merge(parts: &[OnlineSoftmax], lane: usize) -> (f32, f64) {
     let highest = parts.iter().map(|p| p.highest[lane]).fold(f32::NEG_INFINITY, f32::max);
     let total = parts.iter().map(|p| p.total[lane] * f64::from(p.highest[lane] - highest).exp()).sum();
     (highest, total)
@@ -137,7 +147,8 @@ fn strips(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(STRIP).map(move |at| at..rows.min(at + STRIP))
 }
 
-/// Loss of the rows `strip` and, for each row, log Σ e^logit; with `dx` (the strip's rows) and a scale, the gradient.
+/// Returns the loss of the rows in `strip` and the log-sum-exp of each row. With `dx` (the strip's rows, and `scale`),
+/// also overwrites it with the gradient of `scale` times the loss.
 fn strip_loss(
     x: &Tensor,
     w: &Weight,
@@ -148,19 +159,19 @@ fn strip_loss(
     let d = x.cols();
     let segments = segments(w.rows());
     let blocks: Vec<Range<usize>> = strip.clone().step_by(BLOCK).map(|at| at..strip.end.min(at + BLOCK)).collect();
-    // One partial Σ p·w a (segment, row), side by side by segment.
-    let mut means = dx.as_ref().map(|(_, _, cpu)| cpu.pool.take(segments.len() * strip.len(), d));
-    let shared = means.as_mut().map(|m| Shared::new(m.values_mut()));
+    // The partial Σ e^(logit − highest)·w of each segment and row, `[segments · rows, D]`.
+    let mut weighted_sums = dx.as_ref().map(|(_, _, cpu)| cpu.pool.take(segments.len() * strip.len(), d));
+    let shared = weighted_sums.as_mut().map(|m| SharedSlice::new(m.values_mut()));
     let tasks: Vec<(usize, usize)> = (0..blocks.len()).flat_map(|b| (0..segments.len()).map(move |s| (b, s))).collect();
-    let parts: Vec<Running> = tasks
+    let parts: Vec<OnlineSoftmax> = tasks
         .into_par_iter()
         .with_max_len(1)
         .map(|(b, s)| {
             let (block, segment) = (blocks[b].clone(), segments[s].clone());
             let at = (s * strip.len() + block.start - strip.start) * d;
-            // SAFETY: one block of one segment: no other task's.
-            let mean = shared.as_ref().map(|m| unsafe { m.slice(at, block.len() * d) });
-            walk(x, block, w, segment, mean)
+            // SAFETY: no other task writes this block's rows of this segment.
+            let weighted_sum = shared.as_ref().map(|m| unsafe { m.slice(at, block.len() * d) });
+            scan_segment(x, block, w, segment, weighted_sum)
         })
         .collect();
     let parts_of = |row: usize| {
@@ -180,7 +191,7 @@ fn strip_loss(
             (log_sum - simd!(dot(x.row(row), &w)), log_sum)
         })
         .collect();
-    if let (Some((dx, scale, _)), Some(means)) = (dx, &means) {
+    if let (Some((dx, scale, _)), Some(weighted_sums)) = (dx, &weighted_sums) {
         // dx = scale · (Σ_v p_v·w_v − w_target)
         dx.par_chunks_mut(d).zip(strip.clone()).with_min_len(16).for_each(|(dx, row)| {
             let (parts, lane) = parts_of(row);
@@ -191,7 +202,7 @@ fn strip_loss(
                 dx.fill(0.0);
                 for (s, part) in parts.iter().enumerate() {
                     let share = f64::from(part.highest[lane] - highest).exp() / total;
-                    axpy(dx, scale * share as f32, means.row(s * strip.len() + row - strip.start));
+                    axpy(dx, scale * share as f32, weighted_sums.row(s * strip.len() + row - strip.start));
                 }
                 axpy(dx, -scale, &w);
             });
@@ -224,7 +235,7 @@ pub(super) fn backward(
     (loss, dx)
 }
 
-/// dw += scale · (p − one-hot)ᵀ · x over the rows `strip`, a task for each tile of the vocabulary.
+/// dw += scale · (p − one_hot(target))ᵀ · x over the rows in `strip`, one task per tile of the vocabulary.
 fn weight_gradient(
     x: &Tensor,
     w: &Weight,
@@ -255,7 +266,7 @@ fn weight_gradient(
                 grad[t * rows + row] -= scale;
             }
         }
-        product(
+        matmul(
             MatrixMut::new(dw, tile, d, d),
             Matrix::new(&grad, tile, rows, rows),
             Matrix::new(x, rows, d, d),

@@ -1,4 +1,4 @@
-//! Routed rows sorted by expert, to the experts and back.
+//! Dispatch of tokens to their experts' rows, and the combination back to tokens.
 
 use rayon::prelude::*;
 
@@ -8,13 +8,13 @@ use super::route::Routing;
 use super::simd::{axpy, dot, simd};
 use super::tensor::Tensor;
 
-/// A stable counting sort of the routed rows (t, k), in order of t·K + k, by expert.
+/// A stable counting sort of the routed rows (t, k) by expert. The slot of (t, k) is t·K + k.
 pub struct Dispatch {
-    /// Expert `e` owns sorted rows `offsets[e]..offsets[e + 1]`; `[E + 1]`.
+    /// Row offsets: expert `e` has sorted rows `offsets[e]..offsets[e + 1]`; `[E + 1]`.
     pub(super) offsets: Vec<usize>,
-    /// Sorted row of each (t, k), `[T·K]`.
+    /// Sorted row of each slot, `[T·K]`.
     row_of: Vec<u32>,
-    /// t·K + k of each sorted row, `[R]`.
+    /// Slot of each sorted row, `[R]`.
     slot_of: Vec<u32>,
     top_k: usize,
 }
@@ -43,7 +43,7 @@ impl Dispatch {
         Self { offsets, row_of, slot_of, top_k }
     }
 
-    /// All rows in one group, in their order. For grouped products only: there are no tokens behind these rows.
+    /// All rows in one group, in their order. For grouped products only: the rows belong to no tokens.
     pub(super) fn one_group(rows: usize) -> Self {
         Self { offsets: vec![0, rows], row_of: Vec::new(), slot_of: Vec::new(), top_k: 1 }
     }
@@ -69,7 +69,7 @@ pub(super) fn dispatch_rows(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch) -> Tenso
     y
 }
 
-/// y\[t\] = Σ_k x\[row of (t, k)\], k ascending.
+/// `y[t] = Σ_k x[row of (t, k)]`, k ascending.
 pub(super) fn combine_rows(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch) -> Tensor {
     let (d, k) = (x.cols(), dispatch.top_k);
     x.expect_shape("x to be combined", dispatch.row_of.len(), d);
@@ -85,7 +85,7 @@ pub(super) fn combine_rows(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch) -> Tensor
     y
 }
 
-/// y\[row of (t, k)\] = weight(t, k) · x\[row of (t, k)\].
+/// `y[row of (t, k)] = weight(t, k) · x[row of (t, k)]`.
 pub(super) fn weight_rows(cpu: &Cpu, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
     let f = x.cols();
     routing.weights.expect_shape("routing weights", dispatch.tokens(), dispatch.top_k);
@@ -103,7 +103,7 @@ pub(super) fn weight_rows(cpu: &Cpu, x: &Tensor, routing: &Routing, dispatch: &D
     y
 }
 
-/// dx = the same of dy; dweight(t, k) = ⟨dy, x⟩ of the row of (t, k).
+/// With r = row of (t, k): `dx[r] = weight(t, k) · dy[r]`, `dweight(t, k) = ⟨dy[r], x[r]⟩`.
 pub(super) fn weight_rows_backward(
     cpu: &Cpu,
     dy: &Tensor,
@@ -112,7 +112,7 @@ pub(super) fn weight_rows_backward(
     dispatch: &Dispatch,
 ) -> (Tensor, Tensor) {
     let f = x.cols();
-    dy.expect_shape("dy of the weighted rows", x.rows(), f);
+    dy.expect_shape("dy of weighted rows", x.rows(), f);
     let dx = weight_rows(cpu, dy, routing, dispatch);
     let mut dweights = cpu.pool.take(dispatch.tokens(), dispatch.top_k);
     let slots = dweights.values_mut().par_iter_mut().zip(&dispatch.row_of);

@@ -1,9 +1,9 @@
-//! Rows of the embedding, and rows of activations by number.
+//! Embedding lookup, and gathering rows of activations by index.
 
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::{Shared, chunk_rows};
+use super::parallel::{SharedSlice, chunk_rows};
 use super::simd::{axpy, simd};
 use super::tensor::Tensor;
 use super::weight::Weight;
@@ -18,7 +18,7 @@ pub(super) fn embedding(cpu: &Cpu, ids: &[u32], w: &Weight) -> Tensor {
     y
 }
 
-/// Each row of dw adds its tokens' gradients in the order of the tokens.
+/// Each row of dw accumulates its tokens' gradients in token order.
 pub(super) fn backward(dy: &Tensor, ids: &[u32], dw: &mut [f32]) {
     dy.expect_shape("dy of the embedding", ids.len(), dy.cols());
     scatter_add(dy, ids, dw);
@@ -40,15 +40,15 @@ pub(super) fn gather_rows_backward(dy: &Tensor, rows: &[u32], dx: &mut Tensor) {
     scatter_add(dy, rows, dx.values_mut());
 }
 
-/// into\[rows\[i\]\] += dy\[i\], in order of i for each row: one task a row, found by a stable sort.
+/// `into[rows[i]] += dy[i]`. A stable sort makes each target row one task, which adds in ascending order of i.
 fn scatter_add(dy: &Tensor, rows: &[u32], into: &mut [f32]) {
     let d = dy.cols();
     let mut order: Vec<usize> = (0..rows.len()).collect();
     order.sort_by_key(|&i| rows[i]);
-    let into = Shared::new(into);
+    let into = SharedSlice::new(into);
     let same_row: Vec<&[usize]> = order.chunk_by(|&a, &b| rows[a] == rows[b]).collect();
     same_row.into_par_iter().with_min_len(chunk_rows(d)).for_each(|same| {
-        // SAFETY: each target row occurs in one element of `same_row` only.
+        // SAFETY: each target row is in only one element of `same_row`.
         let row = unsafe { into.slice(rows[same[0]] as usize * d, d) };
         simd!({
             for &i in same {

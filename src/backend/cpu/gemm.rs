@@ -1,16 +1,17 @@
-//! Dense products on one thread: the one place that calls the `gemm` crate, and how work is cut for several threads.
+//! Dense matrix products on one thread (the only place that calls the `gemm` crate), and their tiling for several
+//! threads.
 //!
-//! Products are cut into a grid of tiles by their shapes alone ([`Grid::plan`]); each tile is one task and one call on
-//! one thread. So all experts' tiles form one list, which balances uneven experts and also a single large product, and
-//! no sum depends on the number of threads.
+//! A product is tiled by its shape alone ([`TileSize::choose`]); each tile is one task and one `gemm` call on one
+//! thread. The tiles of all experts form one list of tasks, which balances uneven experts as well as a single large
+//! product. No sum depends on the number of threads.
 
 use std::marker::PhantomData;
 
 use ::gemm::Parallelism;
 
-use super::parallel::{Scratch, Shared};
+use super::parallel::{Scratch, SharedSlice};
 
-/// A matrix inside a slice, with any strides.
+/// A view of a matrix in a slice, with strides.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a> {
     values: &'a [f32],
@@ -21,7 +22,7 @@ pub(super) struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// A row-major matrix whose rows begin `stride` elements apart.
+    /// A row-major matrix; consecutive rows are `stride` elements apart.
     pub(super) fn new(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
         check(values.len(), rows, cols, stride, 1);
         Self { values, rows, cols, row_stride: stride, col_stride: 1 }
@@ -34,7 +35,7 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// A matrix to be written.
+/// A mutable view of a matrix, with strides. It has exclusive access to the elements of the matrix.
 pub(super) struct MatrixMut<'a> {
     start: *mut f32,
     rows: usize,
@@ -45,24 +46,24 @@ pub(super) struct MatrixMut<'a> {
 }
 
 impl<'a> MatrixMut<'a> {
-    /// A row-major matrix whose rows begin `stride` elements apart.
+    /// A row-major matrix; consecutive rows are `stride` elements apart.
     pub(super) fn new(values: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> Self {
         check(values.len(), rows, cols, stride, 1);
         Self { start: values.as_mut_ptr(), rows, cols, row_stride: stride, col_stride: 1, life: PhantomData }
     }
 
-    /// As [`Self::new`], beginning at element `at` of a slice that other tasks write too.
+    /// As [`Self::new`], starting at element `at` of a slice that other tasks write too.
     ///
     /// # Safety
-    /// While the result lives nothing else may access the elements of this matrix.
+    /// Nothing else may access the elements of this matrix during its lifetime.
     pub(super) unsafe fn shared(
-        values: &'a Shared<'_, f32>,
+        values: &'a SharedSlice<'_, f32>,
         at: usize,
         rows: usize,
         cols: usize,
         stride: usize,
     ) -> Self {
-        let (start, len) = values.from(at);
+        let (start, len) = values.tail(at);
         check(len, rows, cols, stride, 1);
         Self { start, rows, cols, row_stride: stride, col_stride: 1, life: PhantomData }
     }
@@ -76,15 +77,15 @@ impl<'a> MatrixMut<'a> {
 
 fn check(len: usize, rows: usize, cols: usize, row_stride: usize, col_stride: usize) {
     let inside = rows == 0 || cols == 0 || (rows - 1) * row_stride + (cols - 1) * col_stride < len;
-    assert!(inside, "a [{rows}, {cols}] matrix of strides ({row_stride}, {col_stride}) in {len} elements");
+    assert!(inside, "a [{rows}, {cols}] matrix with strides ({row_stride}, {col_stride}) exceeds {len} elements");
 }
 
-/// dst = scale · a · b, or dst += scale · a · b, on this thread.
-pub(super) fn product(dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f32, accumulate: bool) {
+/// dst = scale · a · b, or, if `accumulate`, dst += scale · a · b, on this thread.
+pub(super) fn matmul(dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f32, accumulate: bool) {
     let fits = a.cols == b.rows && dst.rows == a.rows && dst.cols == b.cols;
     assert!(fits, "[{}, {}] = [{}, {}] · [{}, {}]", dst.rows, dst.cols, a.rows, a.cols, b.rows, b.cols);
-    // SAFETY: all three matrices lie inside their slices (`check`, and transposing keeps the set of elements); dst is
-    // unique (`MatrixMut`), so it overlaps neither a nor b.
+    // SAFETY: all three matrices are inside their slices (by `check`; transposing keeps the set of elements), and dst
+    // has exclusive access (`MatrixMut`), so it overlaps neither a nor b.
     unsafe {
         ::gemm::gemm(
             dst.rows,
@@ -112,22 +113,23 @@ pub(super) fn product(dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f
 
 /// y = x · wᵀ for row-major x `[m, k]`, w `[n, k]`, y `[m, n]`.
 ///
-/// The kernel wants one operand contiguous along the rows of a column-major result, and packs (transposes) it otherwise.
-/// Written straight into y that operand is w, whose packing costs as much as multiplying about 100 rows; so unless x is
-/// much the taller, yᵀ is made from xᵀ, both in scratch. Our transposition is several times as fast as that packing.
-pub(super) fn product_nt(y: MatrixMut<'_>, x: Matrix<'_>, w: Matrix<'_>) {
+/// The `gemm` kernel computes a column-major result and needs one operand contiguous along its rows; otherwise it packs
+/// (transposes) that operand. Computed directly into y, the operand to pack is w, which costs as much as multiplying
+/// about 100 rows. So unless x is much taller than w, compute yᵀ from xᵀ, both in scratch memory: [`transpose`] is
+/// several times as fast as the kernel's packing.
+pub(super) fn matmul_nt(y: MatrixMut<'_>, x: Matrix<'_>, w: Matrix<'_>) {
     let (m, n, k) = (x.rows, w.rows, x.cols);
     if m == 1 || m > 4 * n {
-        return product(y, x, w.t(), 1.0, false);
+        return matmul(y, x, w.t(), 1.0, false);
     }
-    // Whole vectors: rows beyond m are zero.
+    // Padded to whole SIMD vectors; rows beyond m are zero.
     let height = m.next_multiple_of(16);
     let mut x_t = Scratch::take(k * height);
     let mut y_t = Scratch::take(n * height);
     x_t.chunks_exact_mut(height).for_each(|column| column[m..].fill(0.0));
     transpose(x, MatrixMut::new(&mut x_t, k, m, height));
     let left = Matrix::new(&x_t, k, height, height).t();
-    product(MatrixMut::new(&mut y_t, n, height, height).t(), left, w.t(), 1.0, false);
+    matmul(MatrixMut::new(&mut y_t, n, height, height).t(), left, w.t(), 1.0, false);
     transpose(Matrix::new(&y_t, n, m, height), y);
 }
 
@@ -137,12 +139,12 @@ fn transpose(src: Matrix<'_>, dst: MatrixMut<'_>) {
     assert!(dst.rows == cols && dst.cols == rows && src.col_stride == 1 && dst.col_stride == 1);
     let from = src.values.as_ptr();
     let (whole_rows, whole_cols) = (rows / 4 * 4, cols / 4 * 4);
-    // Four rows of dst at a time, each written from its beginning to its end: rows are often 4 KiB apart, and blocks that
-    // touch more of them at once fall out of the few lines that the L1 cache has for such addresses.
+    // Four rows of dst at a time, each written from beginning to end: rows are often 4 KiB apart and so compete for the
+    // same L1 cache set, and blocks that write to more rows at once cause conflict misses.
     for j in (0..whole_cols).step_by(4) {
         for i in (0..whole_rows).step_by(4) {
-            // SAFETY: the block lies inside both matrices, which lie inside their slices; dst is unique, so they do not
-            // overlap; all accesses are unaligned ones.
+            // SAFETY: the block is inside both matrices, which are inside their slices; dst has exclusive access, so
+            // they do not overlap; all accesses are unaligned.
             unsafe {
                 let row = |r: usize| from.add((i + r) * src.row_stride + j).cast::<[f32; 4]>().read_unaligned();
                 for (c, column) in transpose_4x4([row(0), row(1), row(2), row(3)]).into_iter().enumerate() {
@@ -153,7 +155,7 @@ fn transpose(src: Matrix<'_>, dst: MatrixMut<'_>) {
     }
     for j in 0..cols {
         for i in if j < whole_cols { whole_rows } else { 0 }..rows {
-            // SAFETY: (i, j) is inside src, so (j, i) is inside dst, which is unique.
+            // SAFETY: (i, j) is inside src, so (j, i) is inside dst, which has exclusive access.
             unsafe { *dst.start.add(j * dst.row_stride + i) = *from.add(i * src.row_stride + j) };
         }
     }
@@ -179,50 +181,50 @@ fn transpose_4x4(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
     std::array::from_fn(|j| std::array::from_fn(|i| rows[i][j]))
 }
 
-/// How an `[m, n]` result is cut: tiles of `rows` by `cols` (the last ones smaller).
+/// The tile size of a product's result: `rows` by `cols`. The last tiles may be smaller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Grid {
+pub(super) struct TileSize {
     pub(super) rows: usize,
     pub(super) cols: usize,
 }
 
-impl Grid {
-    /// Decides between parallelism across products (experts) and inside each.
+impl TileSize {
+    /// Chooses the tile size, that is, how much parallelism is across products (experts) and how much inside each.
     ///
-    /// `heights` are the rows of each product, all of which have `width` columns. Many products: each is cut into few,
-    /// large tiles, which the kernel likes best. Few: tiles shrink until there are [`Self::TASKS`], or they would be too
-    /// small to be efficient. Depends on shapes only.
-    pub(super) fn plan(heights: impl Iterator<Item = usize> + Clone, width: usize) -> Self {
-        let mut grid = Self { rows: Self::LARGEST.rows, cols: Self::LARGEST.cols };
-        let tasks = |g: Grid| heights.clone().map(|m| m.div_ceil(g.rows)).sum::<usize>() * width.div_ceil(g.cols);
+    /// `heights` are the numbers of rows of the products, which all have `width` columns. Many products get large
+    /// tiles, for which the kernel is most efficient. Otherwise tiles shrink until there are [`Self::TASKS`] of them or
+    /// the smallest efficient size is reached. The choice depends only on shapes.
+    pub(super) fn choose(heights: impl Iterator<Item = usize> + Clone, width: usize) -> Self {
+        let mut size = Self { rows: Self::LARGEST.rows, cols: Self::LARGEST.cols };
+        let tasks = |t: Self| heights.clone().map(|m| m.div_ceil(t.rows)).sum::<usize>() * width.div_ceil(t.cols);
         loop {
-            let smaller = if grid.rows > Self::SMALLEST.rows && grid.rows >= grid.cols {
-                Self { rows: grid.rows / 2, ..grid }
-            } else if grid.cols > Self::SMALLEST.cols {
-                Self { cols: grid.cols / 2, ..grid }
+            let smaller = if size.rows > Self::SMALLEST.rows && size.rows >= size.cols {
+                Self { rows: size.rows / 2, ..size }
+            } else if size.cols > Self::SMALLEST.cols {
+                Self { cols: size.cols / 2, ..size }
             } else {
-                return grid;
+                return size;
             };
-            if tasks(grid) >= Self::TASKS {
-                return grid;
+            if tasks(size) >= Self::TASKS {
+                return size;
             }
-            grid = smaller;
+            size = smaller;
         }
     }
 
-    /// Enough to keep some tens of cores busy.
+    /// Enough tasks to keep some tens of cores busy.
     const TASKS: usize = 32;
     const LARGEST: Self = Self { rows: 512, cols: 512 };
     const SMALLEST: Self = Self { rows: 128, cols: 256 };
 
-    /// The tiles of an `[m, n]` result: `(rows, cols)` of each.
+    /// The tiles of an `[m, n]` result, each as `(rows, cols)`.
     pub(super) fn tiles(
         self,
         m: usize,
         n: usize,
     ) -> impl Iterator<Item = (std::ops::Range<usize>, std::ops::Range<usize>)> {
-        let cut = |len: usize, step: usize| (0..len).step_by(step).map(move |at| at..len.min(at + step));
-        cut(n, self.cols).flat_map(move |cols| cut(m, self.rows).map(move |rows| (rows, cols.clone())))
+        let split = |len: usize, step: usize| (0..len).step_by(step).map(move |at| at..len.min(at + step));
+        split(n, self.cols).flat_map(move |cols| split(m, self.rows).map(move |rows| (rows, cols.clone())))
     }
 }
 
@@ -241,9 +243,9 @@ mod tests {
             let want: Vec<f32> =
                 (0..m * n).map(|i| (0..k).map(|c| x[i / n * k + c] * w[i % n * k + c]).sum()).collect();
             let mut y = vec![f32::NAN; m * n];
-            product_nt(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k));
+            matmul_nt(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k));
             assert_eq!(y, want, "{m} {n} {k}");
-            product(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k).t(), 2.0, true);
+            matmul(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k).t(), 2.0, true);
             assert!(y.iter().zip(&want).all(|(y, w)| *y == 3.0 * w), "{m} {n} {k}");
         }
     }
@@ -252,7 +254,7 @@ mod tests {
     fn tiles_cover_the_result_once() {
         for (m, n) in [(0, 5), (1, 1), (513, 700), (230, 1024)] {
             let mut seen = vec![0; m * n];
-            for (rows, cols) in (Grid { rows: 128, cols: 256 }).tiles(m, n) {
+            for (rows, cols) in (TileSize { rows: 128, cols: 256 }).tiles(m, n) {
                 rows.for_each(|i| cols.clone().for_each(|j| seen[i * n + j] += 1));
             }
             assert!(seen.iter().all(|&s| s == 1));
@@ -261,10 +263,10 @@ mod tests {
 
     #[test]
     fn many_experts_get_large_tiles_and_a_single_product_small_ones() {
-        assert_eq!(Grid::plan(std::iter::repeat_n(230, 64), 1024), Grid { rows: 512, cols: 512 });
-        assert_eq!(Grid::plan(std::iter::once(1840), 1024), Grid { rows: 256, cols: 256 });
-        assert_eq!(Grid::plan(std::iter::once(1), 64), Grid { rows: 128, cols: 256 });
-        assert_eq!(Grid::plan(std::iter::once(1 << 16), 4096), Grid { rows: 512, cols: 512 });
-        assert_eq!(Grid::plan(std::iter::empty(), 8), Grid { rows: 128, cols: 256 });
+        assert_eq!(TileSize::choose(std::iter::repeat_n(230, 64), 1024), TileSize { rows: 512, cols: 512 });
+        assert_eq!(TileSize::choose(std::iter::once(1840), 1024), TileSize { rows: 256, cols: 256 });
+        assert_eq!(TileSize::choose(std::iter::once(1), 64), TileSize { rows: 128, cols: 256 });
+        assert_eq!(TileSize::choose(std::iter::once(1 << 16), 4096), TileSize { rows: 512, cols: 512 });
+        assert_eq!(TileSize::choose(std::iter::empty(), 8), TileSize { rows: 128, cols: 256 });
     }
 }

@@ -1,43 +1,45 @@
-//! Products of groups of rows with their own weights: the experts, and with a single group every dense layer.
+//! Grouped matrix products: each group of rows has its own weights. The groups are the experts; a dense layer is one
+//! group.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::gemm::{Grid, Matrix, MatrixMut, product, product_nt};
-use super::parallel::{Scratch, Shared};
+use super::gemm::{Matrix, MatrixMut, TileSize, matmul, matmul_nt};
+use super::parallel::{Scratch, SharedSlice};
 use super::simd::{simd, sum, sum2};
 use super::tensor::Tensor;
 use super::weight::Weight;
 use crate::backend::{ExpertGrad, Moment};
 
-/// Consecutive rows that share stacked weights.
-pub(super) struct Group<'a> {
+/// Consecutive rows that are multiplied by the same stacked weights.
+pub(super) struct RowGroup<'a> {
     pub(super) rows: Range<usize>,
     pub(super) stack: &'a [&'a Weight],
 }
 
-/// Elements of a tile that is widened or made in scratch: 1 MiB, so that it stays in the L2 cache beside its operands.
+/// Elements of a tile in scratch memory, converted weights or a gradient to be scored: 1 MiB, so that it stays in the
+/// L2 cache together with its operands.
 const SCRATCH_TILE: usize = 256 * 1024;
 
-/// y = x · wᵀ for each group; the outputs of stacked weights lie side by side.
-pub(super) fn forward(x: &Tensor, groups: &[Group<'_>], y: &mut Tensor) {
+/// y = x · wᵀ for each group. The outputs of stacked weights are concatenated.
+pub(super) fn forward(x: &Tensor, groups: &[RowGroup<'_>], y: &mut Tensor) {
     struct Task<'a> {
         rows: Range<usize>,
         weight: &'a Weight,
         out: Range<usize>,
-        /// Where the weight's outputs begin in y.
+        /// First column of the weight's outputs in y.
         first: usize,
     }
     let (k, width) = (x.cols(), y.cols());
-    let grid = Grid::plan(groups.iter().map(|g| g.rows.len()), width);
+    let tile = TileSize::choose(groups.iter().map(|g| g.rows.len()), width);
     let mut tasks = Vec::new();
     for group in groups {
         let mut first = 0;
         for weight in group.stack {
             assert!(weight.cols() == k, "x has {k} columns, its weight [{}, {}]", weight.rows(), weight.cols());
-            let cols = if weight.in_place().is_some() { grid.cols } else { grid.cols.min((SCRATCH_TILE / k).max(64)) };
-            for (rows, out) in (Grid { cols, ..grid }).tiles(group.rows.len(), weight.rows()) {
+            let cols = if weight.in_place().is_some() { tile.cols } else { tile.cols.min((SCRATCH_TILE / k).max(64)) };
+            for (rows, out) in (TileSize { cols, ..tile }).tiles(group.rows.len(), weight.rows()) {
                 tasks.push(Task {
                     rows: group.rows.start + rows.start..group.rows.start + rows.end,
                     weight,
@@ -49,34 +51,34 @@ pub(super) fn forward(x: &Tensor, groups: &[Group<'_>], y: &mut Tensor) {
         }
         assert!(first == width, "stacked weights have {first} rows, y {width} columns");
     }
-    let out = Shared::new(y.values_mut());
+    let out = SharedSlice::new(y.values_mut());
     tasks.into_par_iter().with_max_len(1).for_each(|t| {
         let w = t.weight.read(t.out.clone());
         let (m, n) = (t.rows.len(), t.out.len());
         // SAFETY: tiles are disjoint by construction.
         let y = unsafe { MatrixMut::shared(&out, t.rows.start * width + t.first + t.out.start, m, n, width) };
-        product_nt(y, Matrix::new(&x.values()[t.rows.start * k..], m, k, k), Matrix::new(&w, n, k, k));
+        matmul_nt(y, Matrix::new(&x.values()[t.rows.start * k..], m, k, k), Matrix::new(&w, n, k, k));
     });
 }
 
 /// dx = dy · w for each group, summed over its stacked weights.
-pub(super) fn backward_input(dy: &Tensor, groups: &[Group<'_>], dx: &mut Tensor) {
+pub(super) fn backward_input(dy: &Tensor, groups: &[RowGroup<'_>], dx: &mut Tensor) {
     let (n, k) = (dy.cols(), dx.cols());
-    let grid = Grid::plan(groups.iter().map(|g| g.rows.len()), k);
+    let tile = TileSize::choose(groups.iter().map(|g| g.rows.len()), k);
     let mut tasks = Vec::new();
     for group in groups {
         let height: usize = group.stack.iter().map(|w| w.rows()).sum();
         assert!(height == n, "dy has {n} columns, its stacked weights {height} rows");
-        for (rows, cols) in grid.tiles(group.rows.len(), k) {
+        for (rows, cols) in tile.tiles(group.rows.len(), k) {
             tasks.push((group.rows.start + rows.start..group.rows.start + rows.end, cols, group.stack));
         }
     }
-    let out = Shared::new(dx.values_mut());
+    let out = SharedSlice::new(dx.values_mut());
     tasks.into_par_iter().with_max_len(1).for_each(|(rows, cols, stack)| {
         let m = rows.len();
         let mut first = 0;
         for weight in stack {
-            // In place the whole depth is one product; otherwise one for each slab that is widened.
+            // A weight in place is one product over the whole depth; otherwise there is one per slab of converted rows.
             let slab = if weight.in_place().is_some() { weight.rows() } else { (SCRATCH_TILE / cols.len()).max(1) };
             let mut widened = Scratch::take(0);
             for at in (0..weight.rows()).step_by(slab.max(1)) {
@@ -94,36 +96,36 @@ pub(super) fn backward_input(dy: &Tensor, groups: &[Group<'_>], dx: &mut Tensor)
                 };
                 // SAFETY: tiles are disjoint by construction.
                 let dx = unsafe { MatrixMut::shared(&out, rows.start * k + cols.start, m, cols.len(), k) };
-                product(dx, dy, w, 1.0, first + at > 0);
+                matmul(dx, dy, w, 1.0, first + at > 0);
             }
             first += weight.rows();
         }
     });
 }
 
-/// What becomes of one stacked matrix's gradient.
+/// The destination of one stacked matrix's gradient.
 pub(super) enum Sink<'a> {
-    /// Added to the gradient buffer at this element offset.
+    /// Accumulated in the gradient buffer at this element offset.
     Add(usize),
-    /// Reduced to a number, which is added to the score at this index; the weight itself is there for
-    /// [`Moment::AbsTimesWeight`].
+    /// Reduced to one number, which is added to the score at this index. [`Moment::AbsTimesWeight`] needs the weight
+    /// itself.
     Score(Moment, usize, &'a Weight),
 }
 
-/// The gradient of one matrix: rows `rows` of dy and x, columns `out` of dy.
+/// A weight gradient to compute, dyᵀ · x: from rows `rows` of dy and x, and columns `out` of dy.
 pub(super) struct WeightGrad<'a> {
     pub(super) rows: Range<usize>,
     pub(super) out: Range<usize>,
     pub(super) sink: Sink<'a>,
 }
 
-/// dyᵀ · x of each job into its sink. Sinks that add must not overlap.
+/// Computes each job's gradient into its sink. [`Sink::Add`] ranges must not overlap.
 ///
-/// A scored gradient is made tile by tile in this thread's L2-sized scratch and reduced there. A tile spans whole rows,
-/// so the order of its sum is that of the matrix in memory; tiles' sums are added in the order of the jobs.
+/// A scored gradient is computed tile by tile in scratch memory that fits the L2 cache, and reduced there. A tile has
+/// whole rows, so its sum is in the matrix's memory order; the sums of tiles are added in the order of the jobs.
 pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, jobs: &[WeightGrad<'_>], dw: &mut [f32], scores: &mut [f64]) {
     let (n, k) = (dy.cols(), x.cols());
-    let grid = Grid::plan(jobs.iter().map(|j| j.out.len()), k);
+    let tile = TileSize::choose(jobs.iter().map(|j| j.out.len()), k);
     struct Task<'a> {
         job: &'a WeightGrad<'a>,
         out: Range<usize>,
@@ -132,18 +134,18 @@ pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, jobs: &[WeightGrad<'_>], 
     let mut tasks = Vec::new();
     let mut claimed: Vec<Range<usize>> = Vec::new();
     for job in jobs.iter().filter(|j| !j.rows.is_empty()) {
-        let grid = match job.sink {
+        let tile = match job.sink {
             Sink::Add(at) => {
                 claimed.push(at..at + job.out.len() * k);
-                Grid { rows: grid.rows.min(256), cols: grid.cols }
+                TileSize { rows: tile.rows.min(256), cols: tile.cols }
             }
-            Sink::Score(..) => Grid { rows: (SCRATCH_TILE / k.max(1)).clamp(16, 256), cols: k.max(1) },
+            Sink::Score(..) => TileSize { rows: (SCRATCH_TILE / k.max(1)).clamp(16, 256), cols: k.max(1) },
         };
-        tasks.extend(grid.tiles(job.out.len(), k).map(|(out, cols)| Task { job, out, cols }));
+        tasks.extend(tile.tiles(job.out.len(), k).map(|(out, cols)| Task { job, out, cols }));
     }
     claimed.sort_by_key(|r| r.start);
-    assert!(claimed.windows(2).all(|w| w[0].end <= w[1].start), "two gradients share a place in the buffer");
-    let sink = Shared::new(dw);
+    assert!(claimed.windows(2).all(|w| w[0].end <= w[1].start), "two gradients overlap in the buffer");
+    let dw = SharedSlice::new(dw);
     let sums: Vec<f64> = tasks
         .par_iter()
         .with_max_len(1)
@@ -155,14 +157,14 @@ pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, jobs: &[WeightGrad<'_>], 
             match t.job.sink {
                 Sink::Add(at) => {
                     let at = at + t.out.start * k + t.cols.start;
-                    // SAFETY: tiles of one job are disjoint, jobs were checked above.
-                    let dw = unsafe { MatrixMut::shared(&sink, at, t.out.len(), t.cols.len(), k) };
-                    product(dw, dy_t, x, 1.0, true);
+                    // SAFETY: tiles of one job are disjoint by construction, jobs by the assertion above.
+                    let dw = unsafe { MatrixMut::shared(&dw, at, t.out.len(), t.cols.len(), k) };
+                    matmul(dw, dy_t, x, 1.0, true);
                     0.0
                 }
                 Sink::Score(moment, _, weight) => {
                     let mut g = Scratch::take(t.out.len() * k);
-                    product(MatrixMut::new(&mut g, t.out.len(), k, k), dy_t, x, 1.0, false);
+                    matmul(MatrixMut::new(&mut g, t.out.len(), k, k), dy_t, x, 1.0, false);
                     match moment {
                         Moment::Abs => simd!(sum(&g, f32::abs)),
                         Moment::Square => simd!(sum(&g, |g| g * g)),
@@ -182,8 +184,8 @@ pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, jobs: &[WeightGrad<'_>], 
     }
 }
 
-/// The jobs of a grouped weight gradient under `plan`.
-pub(super) fn planned<'a>(
+/// The weight gradients of all experts, as `plan` says.
+pub(super) fn weight_grad_jobs<'a>(
     offsets: &[usize],
     stacks: &'a [Vec<&'a Weight>],
     plan: &[ExpertGrad],

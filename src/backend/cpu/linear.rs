@@ -1,9 +1,9 @@
-//! Dense layers: y = x · wᵀ + b, the groups of `grouped.rs` with a single group.
+//! Dense layers, y = x · wᵀ + b: grouped products (`grouped.rs`) with a single group.
 
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::grouped::{self, Group, Sink, WeightGrad};
+use super::grouped::{self, RowGroup, Sink, WeightGrad};
 use super::parallel::chunk_rows;
 use super::simd::{axpy, simd};
 use super::tensor::Tensor;
@@ -11,7 +11,7 @@ use super::weight::Weight;
 
 pub(super) fn linear(cpu: &Cpu, x: &Tensor, w: &Weight, bias: Option<&Weight>) -> Tensor {
     let mut y = cpu.pool.take(x.rows(), w.rows());
-    grouped::forward(x, &[Group { rows: 0..x.rows(), stack: &[w] }], &mut y);
+    grouped::forward(x, &[RowGroup { rows: 0..x.rows(), stack: &[w] }], &mut y);
     if let Some(bias) = bias {
         let n = y.cols();
         assert!(bias.len() == n, "a bias of {} for {n} outputs", bias.len());
@@ -29,7 +29,7 @@ pub(super) fn linear(cpu: &Cpu, x: &Tensor, w: &Weight, bias: Option<&Weight>) -
 
 pub(super) fn backward_input(cpu: &Cpu, dy: &Tensor, w: &Weight) -> Tensor {
     let mut dx = cpu.pool.take(dy.rows(), w.cols());
-    grouped::backward_input(dy, &[Group { rows: 0..dy.rows(), stack: &[w] }], &mut dx);
+    grouped::backward_input(dy, &[RowGroup { rows: 0..dy.rows(), stack: &[w] }], &mut dx);
     dx
 }
 
@@ -39,7 +39,7 @@ pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, dw: &mut [f32], offset: u
     grouped::backward_weight(dy, x, &[job], dw, &mut []);
 }
 
-/// db += column sums, rows in order within fixed chunks, chunks in order.
+/// db += column sums of dy, in the fixed order of [`add_row_sums`].
 pub(super) fn bias_backward(dy: &Tensor, db: &mut [f32], offset: usize) {
     add_row_sums(
         dy.rows(),
@@ -49,8 +49,8 @@ pub(super) fn bias_backward(dy: &Tensor, db: &mut [f32], offset: usize) {
     );
 }
 
-/// into += Σ over rows of what `add(row, sums)` adds: partial sums of fixed chunks of rows, added in order. `add` runs
-/// within [`simd!`] and is to be `#[inline(always)]`.
+/// Calls `add(row, sums)` for each row to accumulate sums, and adds them to `into`. Fixed chunks of rows make partial
+/// sums in parallel, which are added in order. `add` runs inside [`simd!`] and must be `#[inline(always)]`.
 pub(super) fn add_row_sums(rows: usize, into: &mut [f32], add: impl Fn(usize, &mut [f32]) + Sync) {
     const ROWS: usize = 64;
     let partial: Vec<Vec<f32>> = (0..rows.div_ceil(ROWS))

@@ -1,8 +1,9 @@
-//! The CPU backend: the reference, and the fallback for people without a GPU, so it is fast too.
+//! The CPU backend: the reference implementation, and the fallback for machines without a GPU, so it is optimised too.
 //!
-//! One family of operations a file, each backward beside its forward. `tensor` says why it has a tensor of its own,
-//! `gemm` how products are cut for several threads, `simd` how plain loops get wide vectors. Work and sums are always
-//! cut by shape, never by the number of threads, so results do not depend on it.
+//! Each file has one family of operations, with each backward pass beside its forward pass. `tensor` explains why the
+//! backend has its own tensor type, `gemm` how matrix products are tiled for several threads, `simd` how plain loops
+//! are vectorised. Work and sums are always split by shape, never by the number of threads, so results do not depend on
+//! that number.
 
 mod attention;
 mod cross_entropy;
@@ -28,66 +29,67 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 pub use self::dispatch::Dispatch;
-use self::grouped::Group;
+use self::grouped::RowGroup;
 pub use self::rope::Sequences;
 pub use self::route::Routing;
-use self::tensor::Pool;
 pub use self::tensor::Tensor;
+use self::tensor::TensorPool;
 pub use self::weight::Weight;
 use super::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, Stacks};
 
-/// The processors of this machine.
+/// The CPU backend: a thread pool, and a pool of recycled tensor storage. Activations are f32.
 pub struct Cpu {
     threads: rayon::ThreadPool,
-    pool: Arc<Pool>,
+    pool: Arc<TensorPool>,
 }
 
 impl Cpu {
-    /// A backend with its own `threads` threads; 0: one for each core available to the process.
+    /// A backend with a thread pool of `threads` threads; 0: one per core available to the process.
     ///
-    /// Panics if the operating system refuses to start them.
+    /// # Panics
+    /// If the operating system cannot start the threads.
     pub fn new(threads: usize) -> Self {
         let threads = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("cpu-{i}"))
             .build()
             .unwrap_or_else(|e| panic!("cannot start {threads} threads: {e}"));
-        Self { threads, pool: Arc::new(Pool::default()) }
+        Self { threads, pool: Arc::new(TensorPool::default()) }
     }
 
-    /// Threads that operations run on.
+    /// Number of threads in the pool.
     pub fn threads(&self) -> usize {
         self.threads.current_num_threads()
     }
 
-    /// Runs an operation on this backend's threads.
+    /// Runs an operation inside the thread pool.
     fn run<R: Send>(&self, operation: impl FnOnce() -> R + Send) -> R {
         self.threads.install(operation)
     }
 }
 
-/// A flat row of f32.
+/// A flat f32 array.
 pub struct Buffer(Vec<f32>);
 
-/// Row numbers, token ids or class ids.
+/// Row indices, token ids or class ids.
 pub struct Indices(Vec<u32>);
 
-/// Running sums in f64.
+/// Running f64 sums.
 pub struct Scores(Vec<f64>);
 
-/// The rows of each expert with its weights.
-fn groups<'a>(w: &'a Stacks<'a, Weight>, dispatch: &Dispatch) -> Vec<Group<'a>> {
+/// The row range and weights of each expert that has rows.
+fn groups<'a>(w: &'a Stacks<'a, Weight>, dispatch: &Dispatch) -> Vec<RowGroup<'a>> {
     let experts = dispatch.offsets.len() - 1;
-    assert!(w.len() == experts, "weights of {} experts, rows of {experts}", w.len());
+    assert!(w.len() == experts, "weights of {} experts, a dispatch to {experts}", w.len());
     w.iter()
         .zip(dispatch.offsets.windows(2))
-        .map(|(stack, ends)| Group { rows: ends[0]..ends[1], stack })
+        .map(|(stack, ends)| RowGroup { rows: ends[0]..ends[1], stack })
         .filter(|group| !group.rows.is_empty())
         .collect()
 }
 
-/// A sink's slice and offset.
-fn sink(dw: Option<(&mut Buffer, usize)>) -> Option<(&mut [f32], usize)> {
+/// The slice and offset of an optional gradient buffer.
+fn grad_slice(dw: Option<(&mut Buffer, usize)>) -> Option<(&mut [f32], usize)> {
     dw.map(|(buffer, offset)| (&mut buffer.0[..], offset))
 }
 
@@ -119,7 +121,7 @@ impl Backend for Cpu {
         0
     }
 
-    // --- moving things -------------------------------------------------------------------------------------------
+    // --- allocation and copies -----------------------------------------------------------------------------------
 
     fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Tensor {
         assert!(values.len() == rows * cols, "{} values for a [{rows}, {cols}] tensor", values.len());
@@ -174,7 +176,7 @@ impl Backend for Cpu {
         std::mem::replace(&mut s.0, zeros)
     }
 
-    // --- rows and elements ---------------------------------------------------------------------------------------
+    // --- row and elementwise operations --------------------------------------------------------------------------
 
     fn add_assign(&self, x: &mut Tensor, y: &Tensor) {
         y.expect_shape("y", x.rows(), x.cols());
@@ -224,7 +226,7 @@ impl Backend for Cpu {
         eps: f32,
         dw: Option<(&mut Buffer, usize)>,
     ) -> Tensor {
-        let dw = sink(dw);
+        let dw = grad_slice(dw);
         self.run(|| norm::backward(self, dy, x, w, eps, dw))
     }
     fn linear(&self, x: &Tensor, w: &Weight, bias: Option<&Weight>) -> Tensor {
@@ -324,7 +326,7 @@ impl Backend for Cpu {
         dw: &mut Buffer,
         scores: &mut Scores,
     ) {
-        let jobs = grouped::planned(&dispatch.offsets, w, plan);
+        let jobs = grouped::weight_grad_jobs(&dispatch.offsets, w, plan);
         self.run(|| grouped::backward_weight(dy, x, &jobs, &mut dw.0, &mut scores.0));
     }
     fn weight_rows(&self, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
@@ -353,7 +355,7 @@ impl Backend for Cpu {
         scale: f32,
         dw: Option<(&mut Buffer, usize)>,
     ) -> (f64, Tensor) {
-        let dw = sink(dw);
+        let dw = grad_slice(dw);
         self.run(|| cross_entropy::backward(self, x, w, &targets.0, scale, dw))
     }
     fn softmax_sum(&self, logits: &Tensor, rows: Range<usize>) -> Vec<f64> {

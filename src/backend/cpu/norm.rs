@@ -17,7 +17,7 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
 
 fn check(x: &Tensor, w: &Weight) {
     let fits = !w.is_empty() && x.cols().is_multiple_of(w.len());
-    assert!(fits, "x [{}, {}] does not consist of groups of {}", x.rows(), x.cols(), w.len());
+    assert!(fits, "the columns of x [{}, {}] are not a multiple of {}", x.rows(), x.cols(), w.len());
 }
 
 pub(super) fn rms_norm(cpu: &Cpu, x: &Tensor, w: &Weight, eps: f32) -> Tensor {
@@ -39,7 +39,7 @@ pub(super) fn rms_norm(cpu: &Cpu, x: &Tensor, w: &Weight, eps: f32) -> Tensor {
     y
 }
 
-/// With r = 1/rms and x̂ = r·x: dx = r · (w·dy − x̂ · mean(w·dy·x̂)), dw = Σ dy · x̂.
+/// With r = 1/rms(x) and x̂ = r·x: dx = r · (w·dy − x̂ · mean(w·dy·x̂)), dw = Σ dy · x̂.
 pub(super) fn backward(
     cpu: &Cpu,
     dy: &Tensor,

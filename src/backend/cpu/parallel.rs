@@ -1,51 +1,51 @@
-//! What lets several threads write one slice, and their scratch memory.
+//! Writing disjoint parts of a slice from several threads, and per-thread scratch memory.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-/// Elements a task of an element-wise operation takes: enough to pay for its scheduling, small enough for L1 and L2.
-/// A constant, so that sums over chunks do not depend on the number of threads.
+/// Elements per task of an elementwise operation: enough to outweigh scheduling, few enough for the L1 and L2 caches. A
+/// constant, so that sums over chunks do not depend on the number of threads.
 pub(super) const CHUNK: usize = 16 * 1024;
 
-/// Rows of `cols` columns that make up about one [`CHUNK`].
+/// Number of rows of `cols` columns in about one [`CHUNK`], at least 1.
 pub(super) fn chunk_rows(cols: usize) -> usize {
     (CHUNK / cols.max(1)).max(1)
 }
 
-/// A mutable slice that tasks write at places no two of them share.
-pub(super) struct Shared<'a, T> {
+/// A mutable slice of which several tasks write disjoint parts.
+pub(super) struct SharedSlice<'a, T> {
     start: *mut T,
     len: usize,
     life: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the only ways to the elements are the unsafe methods below, whose callers promise disjoint places; sending
-// `&mut T` to another thread is sound for `T: Send`.
-unsafe impl<T: Send> Sync for Shared<'_, T> {}
+// SAFETY: elements are only accessible through unsafe methods whose callers guarantee disjoint parts; sending `&mut T`
+// to another thread is sound for `T: Send`.
+unsafe impl<T: Send> Sync for SharedSlice<'_, T> {}
 // SAFETY: as above.
-unsafe impl<T: Send> Send for Shared<'_, T> {}
+unsafe impl<T: Send> Send for SharedSlice<'_, T> {}
 
-impl<'a, T> Shared<'a, T> {
+impl<'a, T> SharedSlice<'a, T> {
     pub(super) fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), len: slice.len(), life: PhantomData }
     }
 
-    /// Elements `at .. at + len`. Panics if they lie outside the slice.
+    /// Elements `at .. at + len`. Panics if they exceed the slice.
     ///
     /// # Safety
-    /// While the result lives nothing else may access these elements.
+    /// Nothing else may access these elements during the lifetime of the result.
     #[allow(clippy::mut_from_ref)]
     pub(super) unsafe fn slice(&self, at: usize, len: usize) -> &mut [T] {
-        assert!(at <= self.len && len <= self.len - at, "{at} + {len} outside {}", self.len);
-        // SAFETY: inside the slice by the assertion; unique by the caller's promise.
+        assert!(at <= self.len && len <= self.len - at, "elements {at} + {len} of {}", self.len);
+        // SAFETY: inside the slice by the assertion; not aliased by the caller's guarantee.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }
 
-    /// The address of element `at` and the number of elements from there to the end.
-    pub(super) fn from(&self, at: usize) -> (*mut T, usize) {
-        assert!(at <= self.len, "{at} outside {}", self.len);
-        // SAFETY: at most one past the end.
+    /// The address of element `at`, and the number of elements from there to the end.
+    pub(super) fn tail(&self, at: usize) -> (*mut T, usize) {
+        assert!(at <= self.len, "element {at} of {}", self.len);
+        // SAFETY: the address is inside the slice or one past its end.
         (unsafe { self.start.add(at) }, self.len - at)
     }
 }
@@ -54,18 +54,19 @@ thread_local! {
     static SCRATCH: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Scratch memory of this thread, kept for its next use; its content is unspecified (old values).
+/// Scratch memory of this thread, recycled by later uses. Its content is unspecified (old values).
 pub(super) struct Scratch {
     storage: Vec<f32>,
     len: usize,
 }
 
 impl Scratch {
-    /// `len` elements. Nested uses get different memory; each nesting depth meets its own again.
+    /// `len` elements. The storage is a per-thread stack: nested uses get different storage, and each nesting depth
+    /// gets the same storage again.
     pub(super) fn take(len: usize) -> Self {
         let mut storage = SCRATCH.with_borrow_mut(Vec::pop).unwrap_or_default();
         if storage.len() < len {
-            // A fresh allocation rather than a growing one: the old values need not be copied.
+            // A fresh allocation instead of a resize, which would copy the old values.
             storage = vec![0.0; len.next_multiple_of(1024)];
         }
         Self { storage, len }

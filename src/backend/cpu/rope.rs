@@ -7,12 +7,14 @@ use super::simd::simd;
 use super::tensor::Tensor;
 use crate::backend::{Packing, Rope};
 
-/// Packed sequences and the rotations of their positions.
+/// Row offsets of packed sequences, with the rotary angles of their positions.
 pub struct Sequences {
     pub(super) packing: Packing,
-    /// cos and sin of each query row's angles, times the rope's scale: `[T, half]`.
+    /// cos of each query row's angles, times the rope's scale: `[T, half]`.
     cos: Vec<f32>,
+    /// sin of the same angles, times the scale: `[T, half]`.
     sin: Vec<f32>,
+    /// Pairs of a head: half of its width.
     half: usize,
 }
 
@@ -20,9 +22,9 @@ impl Sequences {
     pub(super) fn new(packing: &Packing, rope: &Rope) -> Self {
         let ends = [&packing.queries, &packing.keys];
         let ordered = ends.iter().all(|ends| ends[0] == 0 && ends.is_sorted());
-        assert!(ordered && packing.queries.len() == packing.keys.len(), "row offsets of a packing: {packing:?}");
+        assert!(ordered && packing.queries.len() == packing.keys.len(), "invalid row offsets: {packing:?}");
         let half = rope.inv_freq.len();
-        // The angle is rounded to f32 as the Hugging Face implementations do; its cosine is the correctly rounded one.
+        // The angle is rounded to f32, as in the Hugging Face implementations; its cosine and sine are computed in f64.
         let angles: Vec<(f32, f32)> = packing
             .positions()
             .par_iter()
@@ -38,7 +40,7 @@ impl Sequences {
     }
 }
 
-/// Rotates each head of each row by its position's angles; `direction` is 1, or -1 for the transpose.
+/// Rotates each head of each row by the angles of its position. `direction` is 1, or -1 for the transposed rotation.
 fn rotate(x: &mut Tensor, head_dim: usize, seqs: &Sequences, direction: f32) {
     let (rows, cols, half) = (x.rows(), x.cols(), seqs.half);
     assert!(head_dim == 2 * half, "heads of {head_dim}, rotations of {half} pairs");
@@ -68,7 +70,7 @@ pub(super) fn rope(x: &mut Tensor, head_dim: usize, seqs: &Sequences) {
     rotate(x, head_dim, seqs, 1.0);
 }
 
-/// The transpose of a rotation (times the scale) is the rotation back (times the scale).
+/// The transpose of a rotation times the scale is the opposite rotation times the scale.
 pub(super) fn backward(dy: &mut Tensor, head_dim: usize, seqs: &Sequences) {
     rotate(dy, head_dim, seqs, -1.0);
 }

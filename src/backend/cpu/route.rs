@@ -1,4 +1,4 @@
-//! The router: softmax over the experts and the choice of the K largest.
+//! Router: softmax over the experts, and selection of the top K.
 
 use rayon::prelude::*;
 
@@ -7,11 +7,11 @@ use super::parallel::chunk_rows;
 use super::simd::{dot, simd, softmax};
 use super::tensor::Tensor;
 
-/// The chosen experts of each token and their weights, with the probabilities for the backward.
+/// The top-K experts of each token and their routing weights, with the probabilities saved for the backward pass.
 pub struct Routing {
-    /// `[T·K]`, by decreasing probability.
+    /// Expert indices of each token by decreasing probability, `[T·K]`.
     pub(super) ids: Vec<u32>,
-    /// `[T, K]`
+    /// Routing weights, `[T, K]`.
     pub(super) weights: Tensor,
     /// Softmax over all experts, `[T, E]`.
     probabilities: Tensor,
@@ -19,12 +19,12 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// Tokens, T.
+    /// Number of tokens, T.
     pub fn tokens(&self) -> usize {
         self.weights.rows()
     }
 
-    /// Experts a token visits, K.
+    /// Experts per token, K.
     pub fn top_k(&self) -> usize {
         self.weights.cols()
     }
@@ -40,7 +40,7 @@ pub(super) fn route(cpu: &Cpu, logits: &Tensor, top_k: usize, renormalize: bool)
     let chosen = weights.values_mut().par_chunks_mut(top_k).zip(ids.par_chunks_mut(top_k));
     rows.zip(chosen).with_min_len(chunk_rows(e)).for_each(|((p, logits), (weights, ids))| {
         simd!(softmax(logits, p));
-        choose(p, weights, ids);
+        top_k_of(p, weights, ids);
         if renormalize {
             let total: f32 = weights.iter().sum();
             weights.iter_mut().for_each(|w| *w /= total);
@@ -49,9 +49,10 @@ pub(super) fn route(cpu: &Cpu, logits: &Tensor, top_k: usize, renormalize: bool)
     Routing { ids, weights, probabilities, renormalize }
 }
 
-/// The largest of `p` by decreasing value, equal ones by increasing index. Always distinct indices, whatever NaN does.
-fn choose(p: &[f32], values: &mut [f32], ids: &mut [u32]) {
-    // A sorted list grown by insertion: most entries fail the first comparison.
+/// The `ids.len()` largest entries of `p`, by decreasing value and, if equal, increasing index. The indices are
+/// distinct even if entries are NaN.
+fn top_k_of(p: &[f32], values: &mut [f32], ids: &mut [u32]) {
+    // Insertion into a sorted list: most entries fail the first comparison.
     let k = ids.len();
     let mut len = 0;
     for (i, &x) in p.iter().enumerate() {
@@ -71,8 +72,8 @@ fn choose(p: &[f32], values: &mut [f32], ids: &mut [u32]) {
     }
 }
 
-/// Through the division by the sum s (w = p/s): dp_k = (dw_k − Σ_j dw_j·w_j) / s. Through the softmax:
-/// dlogit = p · (dp − Σ p·dp), with dp = 0 for experts not chosen.
+/// With renormalisation w = p/s by the sum s of the top K: dp_k = (dw_k − Σ_j dw_j·w_j) / s. Through the softmax:
+/// dlogit = p · (dp − Σ p·dp), where dp = 0 for experts outside the top K.
 pub(super) fn backward(cpu: &Cpu, dweights: &Tensor, routing: &Routing) -> Tensor {
     let (t, e, k) = (routing.tokens(), routing.probabilities.cols(), routing.top_k());
     dweights.expect_shape("gradient of the routing weights", t, k);
@@ -97,7 +98,7 @@ pub(super) fn backward(cpu: &Cpu, dweights: &Tensor, routing: &Routing) -> Tenso
     dlogits
 }
 
-/// dp → dlogits = p · (dp − Σ p·dp), in place.
+/// Softmax backward, in place: overwrites dp with dlogits = p · (dp − Σ p·dp).
 #[inline(always)]
 pub(super) fn softmax_backward(p: &[f32], dp: &mut [f32]) {
     let mean = dot(p, dp) as f32;
@@ -114,19 +115,19 @@ mod tests {
     fn ties_go_to_the_lower_expert() {
         let mut values = [0.0; 3];
         let mut ids = [9; 3];
-        choose(&[0.1, 0.3, 0.3, 0.1, 0.3, 0.3], &mut values, &mut ids);
+        top_k_of(&[0.1, 0.3, 0.3, 0.1, 0.3, 0.3], &mut values, &mut ids);
         assert_eq!((ids, values), ([1, 2, 4], [0.3; 3]));
-        choose(&[0.2, 0.2, 0.2], &mut values, &mut ids);
+        top_k_of(&[0.2, 0.2, 0.2], &mut values, &mut ids);
         assert_eq!(ids, [0, 1, 2]);
-        choose(&[0.1, 0.2, 0.7], &mut values, &mut ids);
+        top_k_of(&[0.1, 0.2, 0.7], &mut values, &mut ids);
         assert_eq!(ids, [2, 1, 0]);
     }
 
     #[test]
-    fn nan_still_gives_distinct_experts() {
+    fn nan_gives_distinct_experts() {
         let mut values = [0.0; 2];
         let mut ids = [9; 2];
-        choose(&[f32::NAN; 4], &mut values, &mut ids);
+        top_k_of(&[f32::NAN; 4], &mut values, &mut ids);
         assert_eq!(ids, [0, 1]);
     }
 }

@@ -1,9 +1,11 @@
-//! Loops compiled for the widest vectors of the processor at hand, and an exponential that vectorises.
+//! Run-time dispatch of loops to the widest SIMD instruction set, and vectorisable building blocks: exp, sums, softmax.
 
-/// The value of an expression, compiled for this processor's widest instruction set (AVX-512, AVX2 or the baseline).
+/// Evaluates an expression with code compiled for this processor's widest instruction set (AVX-512, AVX2 or the
+/// baseline).
 ///
-/// Only what is inlined is compiled along: the functions it calls must be `#[inline(always)]`, and its loops be `for`
-/// loops, as the closure of a `for_each` becomes a function of its own, compiled for the baseline.
+/// Only inlined code is compiled for that set: functions called in the expression must be `#[inline(always)]`, and
+/// loops must be `for` loops, because the closure of a `for_each` becomes a separate function, compiled for the
+/// baseline.
 macro_rules! simd {
     ($body:expr) => {
         $crate::backend::cpu::simd::widest(
@@ -13,8 +15,8 @@ macro_rules! simd {
     };
 }
 
-/// Behind [`simd!`]. The bound makes the compiler type the closure as `FnOnce`, whose body then is `call_once` itself;
-/// handed to `dispatch` directly it would be reached through a shim that is not inlined.
+/// Implements [`simd!`]. The bound types the closure as `FnOnce`, so that its body is `call_once` itself. Passed to
+/// `dispatch` directly, it would be called through a shim that is not inlined.
 #[inline(always)]
 pub(super) fn widest<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
@@ -22,17 +24,17 @@ pub(super) fn widest<R>(f: impl FnOnce() -> R) -> R {
 
 pub(super) use simd;
 
-/// e^x in f32, at most 2 units in the last place off for results that are normal numbers; 0 below -87.33 (where e^x
-/// would be subnormal), ∞ above 88.72, NaN for NaN.
+/// e^x in f32, with an error of at most 2 ulp for normal results; 0 below -87.33 (where e^x would be subnormal), ∞
+/// above 88.72, NaN for NaN.
 ///
-/// libm's `expf` cannot be vectorised and would dominate softmax and cross-entropy. The usual way (Cody & Waite):
-/// x = n·ln 2 + r with |r| ≤ ln 2 / 2, e^x = 2^n · e^r, e^r by a polynomial of degree 6 (Cephes' coefficients for
-/// `expf`). No fused multiply-add is used, so that all instruction sets agree to the bit.
+/// libm's `expf` cannot be vectorised and would dominate softmax and cross-entropy. This uses Cody-Waite range
+/// reduction: x = n·ln 2 + r with |r| ≤ ln 2 / 2, e^x = 2^n · e^r, and a polynomial of degree 6 for e^r (coefficients
+/// of Cephes' `expf`). It uses no fused multiply-add, so all instruction sets give the same bits.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    // Adding and subtracting 1.5 · 2^23 rounds to an integer.
+    // Adding and then subtracting 1.5 · 2^23 rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts; the first has few enough bits that n · LN2_HI is exact.
+    // ln 2 split in two; LN2_HI has so few bits that n · LN2_HI is exact.
     const LN2_HI: f32 = 355.0 / 512.0;
     const LN2_LO: f32 = -2.121_944_4e-4;
     const LOWEST: f32 = -87.336_54;
@@ -48,8 +50,9 @@ pub(super) fn exp(x: f32) -> f32 {
     p = p * r + 1.666_666_5e-1;
     p = p * r + 0.5;
     let e = (p * (r * r) + r) + 1.0;
-    // 2^n in two factors: n reaches 128, which has no single bit pattern. n stands in the low bits of `shifted`
-    // (a conversion with `as` saturates, which does not vectorise); what NaN makes of it does not matter, as e is NaN.
+    // 2^n as two factors, because n reaches 128 and 2^128 is not an f32. n is in the low bits of `shifted`; a
+    // conversion with `as` would saturate, which does not vectorise. For NaN, n is arbitrary, and the result is NaN
+    // because e is.
     let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = n >> 1;
     let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
@@ -64,14 +67,14 @@ pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Lanes of a running sum. So many that the compiler keeps a loop over them, which it vectorises; fewer it unrolls into
-/// scalars.
+/// Parallel lanes of a running sum. There are enough that the compiler keeps the loop over them and vectorises it; a
+/// shorter loop would be unrolled into scalar code.
 const LANES: usize = 128;
-/// Elements summed in f32 before the lanes are added up: a lane sums at most 32 terms and 16 lanes' sums are folded from
-/// 8 each, so that rounding stays below 40 · 2^-24 of the sum of the terms' sizes. The rest is f64.
+/// Elements summed in f32 before the lanes are added in f64. A lane sums at most 32 terms, and 8 lanes are then folded
+/// into one, so the rounding error stays below 40 · 2^-24 of the sum of the terms' absolute values.
 const RUN: usize = 32 * LANES;
 
-/// Σ term(a\[i\], b\[i\]) in a fixed order: f32 lanes over short runs, then f64.
+/// `Σ term(a[i], b[i])` in a fixed order: f32 lanes over [`RUN`] elements, then f64.
 #[inline(always)]
 pub(super) fn sum2(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f64 {
     let b = &b[..a.len()];
@@ -96,13 +99,13 @@ pub(super) fn sum2(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f64 
     total
 }
 
-/// Σ term(a\[i\]), as [`sum2`].
+/// `Σ term(a[i])`, summed as in [`sum2`].
 #[inline(always)]
 pub(super) fn sum(a: &[f32], term: impl Fn(f32) -> f32) -> f64 {
     sum2(a, a, |x, _| term(x))
 }
 
-/// Σ a\[i\] · b\[i\], as [`sum2`].
+/// `Σ a[i] · b[i]`, summed as in [`sum2`].
 #[inline(always)]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f64 {
     sum2(a, b, |x, y| x * y)
@@ -116,7 +119,7 @@ pub(super) fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
     }
 }
 
-/// The largest value; -∞ of nothing. NaN is passed over.
+/// The largest value, ignoring NaN; -∞ for an empty slice.
 #[inline(always)]
 pub(super) fn max(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -132,7 +135,7 @@ pub(super) fn max(x: &[f32]) -> f32 {
     highest
 }
 
-/// softmax of `logits` into `out`; returns log Σ e^logit.
+/// Writes softmax(`logits`) into `out`. Returns the log-sum-exp.
 #[inline(always)]
 pub(super) fn softmax(logits: &[f32], out: &mut [f32]) -> f64 {
     let highest = max(logits);

@@ -1,4 +1,4 @@
-//! Sums that the router objective and the reports are made of, in f64 and a fixed order.
+//! Sums over rows for router statistics, in f64 and in a fixed order.
 
 use std::ops::Range;
 
@@ -9,11 +9,11 @@ use super::route::softmax_backward;
 use super::simd::{axpy, simd, softmax};
 use super::tensor::Tensor;
 
-/// Rows of one partial sum.
+/// Rows per partial sum.
 const ROWS: usize = 64;
 
-/// Σ over `rows` of what `add(row, sums)`, within [`simd!`], adds to `cols` sums: partial sums of fixed chunks, added
-/// in order.
+/// Calls `add(row, sums)` for each of `rows` to accumulate `cols` sums. Chunks of [`ROWS`] rows make partial sums in
+/// parallel, which are then added in order. `add` runs inside [`simd!`].
 fn row_sums(rows: Range<usize>, cols: usize, add: impl Fn(usize, &mut [f64]) + Sync) -> Vec<f64> {
     let partial: Vec<Vec<f64>> = (0..rows.len().div_ceil(ROWS))
         .into_par_iter()
@@ -88,7 +88,7 @@ pub(super) fn segment_sum(x: &Tensor, segments: &[Range<usize>]) -> Vec<f64> {
 pub(super) fn segment_sum_backward(dy: &[f32], segments: &[Range<usize>], dx: &mut Tensor) {
     let d = dx.cols();
     assert!(dy.len() == segments.len() * d, "dy of {} for {} segments of {d} columns", dy.len(), segments.len());
-    // One after another: segments may overlap.
+    // Sequentially, because segments may overlap.
     for (rows, dy) in segments.iter().zip(dy.chunks_exact(d.max(1))) {
         let rows = &mut dx.values_mut()[rows.start * d..rows.end * d];
         rows.par_chunks_mut(d).with_min_len(ROWS).for_each(|row| simd!(axpy(row, 1.0, dy)));

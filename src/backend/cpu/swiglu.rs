@@ -25,7 +25,8 @@ pub(super) fn swiglu(cpu: &Cpu, gate_up: &Tensor) -> Tensor {
     y
 }
 
-/// A function of its own because its arguments are known not to overlap, without which this many slices do not vectorise.
+/// A separate function, because function arguments are known not to alias: otherwise a loop over this many slices does
+/// not vectorise.
 #[inline(always)]
 fn backward_row(dgate: &mut [f32], dup: &mut [f32], dy: &[f32], gate: &[f32], up: &[f32]) {
     let f = dgate.len();
@@ -58,7 +59,7 @@ pub(super) fn backward(cpu: &Cpu, dy: &Tensor, gate_up: &Tensor) -> Tensor {
 }
 
 fn half(gate_up: &Tensor) -> usize {
-    assert!(gate_up.cols().is_multiple_of(2), "gate and up side by side in {} columns", gate_up.cols());
+    assert!(gate_up.cols().is_multiple_of(2), "gate and up need an even number of columns, not {}", gate_up.cols());
     gate_up.cols() / 2
 }
 

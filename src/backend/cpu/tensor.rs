@@ -1,40 +1,45 @@
-//! The CPU's tensor and the pool its storage comes from.
+//! The CPU backend's tensor, and the memory pool that recycles its storage.
 //!
-//! Why not `candle_core::Tensor`: each of its operations allocates a zero-filled output. The kernel then maps and clears
-//! fresh pages for it, on every operation of every layer, which costs about as much as a memory-bound operation itself.
-//! Here a dropped tensor's storage waits in the pool for the next one of about its size, so that a training loop in its
-//! steady state allocates nothing and touches only pages it already owns.
+//! Why not `candle_core::Tensor`: each of its operations allocates a zero-filled output. That means page faults and
+//! zeroing of fresh pages by the kernel for every operation of every layer, which costs about as much as a memory-bound
+//! operation itself. Here, the storage of a dropped tensor returns to a pool and is reused for the next tensor of
+//! similar size. So a training loop in its steady state allocates nothing and causes no page faults.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Recycles the storage of tensors.
+/// A memory pool for the storage of tensors.
 ///
-/// What lies idle never exceeds the most that was ever in use at one time; beyond that the longest idle goes first.
+/// Its idle storage never exceeds the peak of storage in use. Beyond that, it frees the storage that has been idle
+/// longest.
 #[derive(Default)]
-pub(super) struct Pool {
+pub(super) struct TensorPool {
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// Idle storage by length, each with the time it was given back, oldest first.
+    /// Idle storage by length. Each list is in order of return, with the value of `clock` at the return.
     idle: BTreeMap<usize, Vec<(u64, Vec<f32>)>>,
-    /// Elements lying idle, in use now, and in use at most so far.
+    /// Idle elements.
     idle_len: usize,
+    /// Elements in use.
     live_len: usize,
+    /// Maximum of `live_len` so far.
     peak_len: usize,
+    /// Number of returns so far.
     clock: u64,
 }
 
-/// Lengths are rounded up to eight steps an octave: sizes that differ a little (ragged batches) share storage.
+/// Rounds a length up to its size class, eight per power of two: tensors of slightly different sizes (ragged batches)
+/// share storage.
 fn size_class(len: usize) -> usize {
     let step = (len.max(512).next_power_of_two() / 16).max(64);
     len.max(1).next_multiple_of(step)
 }
 
-impl Pool {
-    /// A tensor of **unspecified** content (always initialised memory: old values); the caller overwrites all of it.
+impl TensorPool {
+    /// A tensor with **unspecified** values (initialised memory, with old values), which the caller must overwrite.
     pub(super) fn take(self: &Arc<Self>, rows: usize, cols: usize) -> Tensor {
         let storage = self.storage(rows * cols);
         Tensor { rows, cols, storage, pool: self.clone() }
@@ -51,12 +56,12 @@ impl Pool {
         let class = size_class(len);
         let recycled = {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            // A quarter more than asked for is cheaper than a fresh allocation.
+            // Storage up to a quarter too large is cheaper than a fresh allocation.
             let fit = state.idle.range(class..=class + class / 4).next().map(|(&len, _)| len);
             let storage = fit.and_then(|len| {
-                let shelf = state.idle.get_mut(&len)?;
-                let (_, storage) = shelf.pop()?;
-                if shelf.is_empty() {
+                let list = state.idle.get_mut(&len)?;
+                let (_, storage) = list.pop()?;
+                if list.is_empty() {
                     state.idle.remove(&len);
                 }
                 Some(storage)
@@ -67,11 +72,11 @@ impl Pool {
             state.peak_len = state.peak_len.max(state.live_len);
             storage
         };
-        // Outside the lock: this is the slow path.
+        // Allocate outside the lock: this is the slow path.
         recycled.unwrap_or_else(|| vec![0.0; class])
     }
 
-    fn give_back(&self, storage: Vec<f32>) {
+    fn recycle(&self, storage: Vec<f32>) {
         let mut evicted = Vec::new();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.live_len -= storage.len();
@@ -80,27 +85,27 @@ impl Pool {
         let now = state.clock;
         state.idle.entry(storage.len()).or_default().push((now, storage));
         while state.idle_len > state.peak_len {
-            let oldest = state.idle.iter().min_by_key(|(_, shelf)| shelf[0].0).map(|(&len, _)| len);
+            let oldest = state.idle.iter().min_by_key(|(_, list)| list[0].0).map(|(&len, _)| len);
             let Some(len) = oldest else { break };
-            let shelf = state.idle.get_mut(&len).expect("a shelf just found");
-            evicted.push(shelf.remove(0).1);
-            if shelf.is_empty() {
+            let list = state.idle.get_mut(&len).expect("the length was just found");
+            evicted.push(list.remove(0).1);
+            if list.is_empty() {
                 state.idle.remove(&len);
             }
             state.idle_len -= len;
         }
         drop(state);
-        // `evicted` is unmapped here, after the lock.
+        // `evicted` is freed here, after the lock is released.
     }
 }
 
-/// Activations: a dense row-major f32 matrix whose storage returns to the pool on drop.
+/// Activations: a dense row-major f32 matrix. Its storage returns to the pool when it is dropped.
 pub struct Tensor {
     rows: usize,
     cols: usize,
-    /// At least `rows · cols` long.
+    /// At least `rows · cols` elements.
     storage: Vec<f32>,
-    pool: Arc<Pool>,
+    pool: Arc<TensorPool>,
 }
 
 impl Tensor {
@@ -114,22 +119,22 @@ impl Tensor {
         self.cols
     }
 
-    /// All values, row by row.
+    /// All values in row-major order, `rows · cols`.
     pub fn values(&self) -> &[f32] {
         &self.storage[..self.rows * self.cols]
     }
 
-    /// All values, row by row.
+    /// All values in row-major order, `rows · cols`.
     pub fn values_mut(&mut self) -> &mut [f32] {
         &mut self.storage[..self.rows * self.cols]
     }
 
-    /// Values of one row.
+    /// The values of one row, `[cols]`.
     pub fn row(&self, row: usize) -> &[f32] {
         &self.storage[row * self.cols..(row + 1) * self.cols]
     }
 
-    /// Panics with both shapes unless this is `[rows, cols]`.
+    /// Panics with both shapes unless the shape is `[rows, cols]`; `what` names the tensor.
     #[track_caller]
     pub(super) fn expect_shape(&self, what: &str, rows: usize, cols: usize) {
         assert!(
@@ -140,24 +145,24 @@ impl Tensor {
         );
     }
 
-    /// Appends rows below. Storage at least doubles when it is too small, so that a growing key/value cache costs
-    /// amortised O(1) a row.
-    pub(super) fn append(&mut self, below: &Tensor) {
-        assert!(self.cols == below.cols, "appending rows of {} columns to rows of {}", below.cols, self.cols);
-        let (old, new) = (self.rows * self.cols, (self.rows + below.rows) * self.cols);
+    /// Appends the rows of `other`. Storage that is too small at least doubles, so appending to a key/value cache takes
+    /// amortised constant time per row.
+    pub(super) fn append(&mut self, other: &Tensor) {
+        assert!(self.cols == other.cols, "appending rows of {} columns to rows of {}", other.cols, self.cols);
+        let (old, new) = (self.rows * self.cols, (self.rows + other.rows) * self.cols);
         if new > self.storage.len() {
             let mut grown = self.pool.storage(new.max(2 * old));
             grown[..old].copy_from_slice(self.values());
-            self.pool.give_back(std::mem::replace(&mut self.storage, grown));
+            self.pool.recycle(std::mem::replace(&mut self.storage, grown));
         }
-        self.storage[old..new].copy_from_slice(below.values());
-        self.rows += below.rows;
+        self.storage[old..new].copy_from_slice(other.values());
+        self.rows += other.rows;
     }
 }
 
 impl Drop for Tensor {
     fn drop(&mut self) {
-        self.pool.give_back(std::mem::take(&mut self.storage));
+        self.pool.recycle(std::mem::take(&mut self.storage));
     }
 }
 
@@ -166,13 +171,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn storage_is_recycled_and_old_values_show_until_overwritten() {
-        let pool = Arc::new(Pool::default());
+    fn storage_is_recycled_with_its_old_values() {
+        let pool = Arc::new(TensorPool::default());
         let mut a = pool.take(30, 40);
         a.values_mut().fill(f32::NAN);
         let address = a.values().as_ptr();
         drop(a);
-        // 1190 elements share the class of 1200.
+        // 1190 elements are in the size class of 1200.
         let b = pool.take(1, 1190);
         assert_eq!(b.values().as_ptr(), address);
         assert!(b.values()[0].is_nan());
@@ -180,15 +185,15 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_idle_is_bounded_by_what_was_in_use() {
-        let pool = Arc::new(Pool::default());
+    fn idle_storage_is_bounded_by_the_peak_in_use() {
+        let pool = Arc::new(TensorPool::default());
         for rows in 1..200 {
             drop(pool.take(rows, 1000));
         }
         let state = pool.state.lock().unwrap();
         assert_eq!(state.live_len, 0);
         assert!(state.idle_len <= state.peak_len, "{} idle, {} at peak", state.idle_len, state.peak_len);
-        assert_eq!(state.idle_len, state.idle.iter().map(|(len, shelf)| len * shelf.len()).sum::<usize>());
+        assert_eq!(state.idle_len, state.idle.iter().map(|(len, list)| len * list.len()).sum::<usize>());
     }
 
     #[test]
@@ -201,7 +206,7 @@ mod tests {
 
     #[test]
     fn appending_keeps_all_rows() {
-        let pool = Arc::new(Pool::default());
+        let pool = Arc::new(TensorPool::default());
         let mut all = pool.take(0, 3);
         for i in 0..500 {
             let mut one = pool.take(1, 3);

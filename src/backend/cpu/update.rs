@@ -1,4 +1,4 @@
-//! What makes and changes parameters: random values, norms, AdamW, copies between stored weights and buffers.
+//! Parameter updates: AdamW, gradient norms, random initialisation, and copies between stored weights and f32 buffers.
 
 use rayon::prelude::*;
 
@@ -8,13 +8,13 @@ use super::weight::Weight;
 use crate::backend::random::{uniform, uniform_step};
 use crate::backend::{AdamwStep, Dtype, HostTensor, encode_into};
 
-/// In f64 throughout: a square of a finite f32 never overflows, so the sum is finite exactly if every entry is.
+/// In f64, where the square of a finite f32 does not overflow: the sum is finite exactly if every entry is.
 pub(super) fn sum_squares(values: &[f32]) -> f64 {
     let partial: Vec<f64> = values
         .par_chunks(CHUNK)
         .map(|chunk| {
             simd!({
-                // As many lanes as make a loop of them, see `sum2`.
+                // Enough lanes that the compiler vectorises the loop over them, see `simd::LANES`.
                 let mut lanes = [0f64; 128];
                 for group in chunk.chunks(128) {
                     for (lane, &x) in lanes.iter_mut().zip(group) {
@@ -34,13 +34,13 @@ pub(super) fn sum_squares(values: &[f32]) -> f64 {
 
 pub(super) fn adamw(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], step: &AdamwStep) {
     let &AdamwStep { lr, beta1, beta2, eps, weight_decay, step: t, grad_scale } = step;
-    assert!(t >= 1, "AdamW's steps count from 1");
-    // Scalars in f64, as PyTorch has them; only what meets an element is rounded.
-    let (correct1, correct2) = (1.0 - beta1.powf(t as f64), 1.0 - beta2.powf(t as f64));
-    let keep = (1.0 - lr * weight_decay) as f32;
-    let rate = (lr / correct1) as f32;
-    let root = correct2.sqrt() as f32;
-    let (take1, take2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
+    assert!(t >= 1, "AdamW's step numbers start at 1");
+    // Scalars are computed in f64, as in PyTorch, and rounded once, for the arithmetic with elements.
+    let (bias_correction1, bias_correction2) = (1.0 - beta1.powf(t as f64), 1.0 - beta2.powf(t as f64));
+    let decay_factor = (1.0 - lr * weight_decay) as f32;
+    let step_size = (lr / bias_correction1) as f32;
+    let bias_correction2_sqrt = bias_correction2.sqrt() as f32;
+    let (one_minus_beta1, one_minus_beta2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
     let (beta2, eps) = (beta2 as f32, eps as f32);
     let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
     let chunks = master.par_chunks_mut(CHUNK).zip(moments).zip(grad.par_chunks(CHUNK));
@@ -48,9 +48,9 @@ pub(super) fn adamw(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f3
         simd!({
             for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(grad) {
                 let g = g * grad_scale;
-                *m += (g - *m) * take1;
-                *v = *v * beta2 + take2 * (g * g);
-                *w = *w * keep - rate * (*m / (v.sqrt() / root + eps));
+                *m += (g - *m) * one_minus_beta1;
+                *v = *v * beta2 + one_minus_beta2 * (g * g);
+                *w = *w * decay_factor - step_size * (*m / (v.sqrt() / bias_correction2_sqrt + eps));
             }
         });
     });
@@ -68,8 +68,8 @@ pub(super) fn random_weight(dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32
     let step = uniform_step(std);
     w.bytes_mut().par_chunks_mut(CHUNK * dtype.size()).enumerate().for_each(|(i, bytes)| {
         let mut values = Scratch::take(bytes.len() / dtype.size());
-        for (place, x) in (i * CHUNK..).zip(&mut *values) {
-            *x = uniform(seed, place as u64, step);
+        for (index, x) in (i * CHUNK..).zip(&mut *values) {
+            *x = uniform(seed, index as u64, step);
         }
         encode_into(dtype, &values, bytes);
     });
@@ -80,7 +80,7 @@ pub(super) fn read_weight(w: &Weight, start: usize, into: &mut [f32]) {
     into.par_chunks_mut(CHUNK).enumerate().for_each(|(i, chunk)| w.read_into(start + i * CHUNK, chunk));
 }
 
-/// The element-wise operations on tensors.
+/// Elementwise x = f(x, y).
 pub(super) fn zip_assign(x: &mut [f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
     assert!(x.len() == y.len(), "{} and {} elements", x.len(), y.len());
     x.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(x, y)| {

@@ -1,8 +1,8 @@
-//! Parameters in their stored dtype, read where they lie.
+//! Parameters in their stored dtype, read in place.
 //!
-//! A weight is never widened as a whole: products ask for a few rows at a time, and those of a 16-bit weight are widened
-//! into the asking thread's scratch. A bf16 checkpoint larger than half the memory therefore still runs, and the page
-//! cache holds 16 bits an element. Aligned f32 is used in place.
+//! A 16-bit weight is never converted to f32 as a whole: a matrix product reads a few rows at a time, and these are
+//! converted into the thread's scratch memory. So a memory-mapped bf16 checkpoint takes 16 bits per element in the page
+//! cache, and one larger than half the memory still runs. Aligned f32 weights are used without a copy.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::parallel::Scratch;
 use super::simd::simd;
 use crate::backend::{Dtype, HostTensor, SharedBytes};
 
-/// A parameter `[rows, cols]` (`[n]` is seen as `[1, n]`) in its stored dtype.
+/// A parameter `[rows, cols]` (or `[n]`, treated as `[1, n]`) in its stored dtype.
 pub struct Weight {
     dtype: Dtype,
     shape: Vec<usize>,
@@ -19,25 +19,25 @@ pub struct Weight {
 }
 
 enum Bytes {
-    /// Where the checkpoint put them: memory-mapped, perhaps unaligned.
+    /// The checkpoint's bytes: memory-mapped, possibly unaligned.
     Loaded(SharedBytes),
-    /// Written by an update.
-    Written(Arc<Words>),
+    /// Own bytes, written by an update.
+    Written(Arc<AlignedBytes>),
 }
 
 /// Bytes aligned for f32.
-struct Words {
+struct AlignedBytes {
     words: Vec<u32>,
     len: usize,
 }
 
-impl AsRef<[u8]> for Words {
+impl AsRef<[u8]> for AlignedBytes {
     fn as_ref(&self) -> &[u8] {
         &bytemuck::cast_slice(&self.words)[..self.len]
     }
 }
 
-/// Rows of a weight as f32: in place, or widened into scratch.
+/// Rows of a weight as f32: a slice of the weight itself, or converted into scratch memory.
 pub(super) enum Rows<'a> {
     InPlace(&'a [f32]),
     Widened(Scratch),
@@ -67,12 +67,12 @@ impl Weight {
         HostTensor::new(self.dtype, self.shape.clone(), bytes)
     }
 
-    /// Output width; 1 of a vector.
+    /// Output width; 1 for a vector.
     pub fn rows(&self) -> usize {
         if self.shape.len() == 2 { self.shape[0] } else { 1 }
     }
 
-    /// Input width, or the length of a vector.
+    /// Input width; the length of a vector.
     pub fn cols(&self) -> usize {
         self.shape[self.shape.len() - 1]
     }
@@ -82,7 +82,7 @@ impl Weight {
         self.rows() * self.cols()
     }
 
-    /// Whether it holds no element.
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -94,13 +94,13 @@ impl Weight {
         }
     }
 
-    /// All values in place, if they are aligned f32.
+    /// All values without a copy, if they are aligned f32.
     pub(super) fn in_place(&self) -> Option<&[f32]> {
         let usable = self.dtype == Dtype::F32 && cfg!(target_endian = "little");
         usable.then(|| bytemuck::try_cast_slice(self.bytes()).ok()).flatten()
     }
 
-    /// Rows `rows` as f32, `[rows.len(), cols]`.
+    /// The rows in the range `rows` as f32, `[rows.len(), cols]`.
     pub(super) fn read(&self, rows: Range<usize>) -> Rows<'_> {
         let cols = self.cols();
         match self.in_place() {
@@ -118,14 +118,14 @@ impl Weight {
         self.read(0..self.rows())
     }
 
-    /// Elements from `start` on into `out`, as f32.
+    /// Converts `out.len()` elements from `start` to f32 and writes them to `out`.
     pub(super) fn read_into(&self, start: usize, out: &mut [f32]) {
         let size = self.dtype.size();
         widen(self.dtype, &self.bytes()[start * size..(start + out.len()) * size], out);
     }
 
-    /// The bytes, to be overwritten as a whole. The old ones are reused unless the checkpoint owns them or someone still
-    /// holds a copy from [`Self::host`].
+    /// The bytes, with unspecified content, to be overwritten completely. Reuses the old allocation unless the
+    /// checkpoint owns it or a [`HostTensor`] from [`Self::host`] still shares it.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         let len = self.len() * self.dtype.size();
         let reusable = match &mut self.bytes {
@@ -133,24 +133,24 @@ impl Weight {
             Bytes::Loaded(_) => false,
         };
         if !reusable {
-            self.bytes = Bytes::Written(Arc::new(Words { words: vec![0; len.div_ceil(4)], len }));
+            self.bytes = Bytes::Written(Arc::new(AlignedBytes { words: vec![0; len.div_ceil(4)], len }));
         }
         match &mut self.bytes {
             Bytes::Written(words) => {
-                let words = Arc::get_mut(words).expect("just made, or found unshared");
+                let words = Arc::get_mut(words).expect("just allocated, or not shared");
                 &mut bytemuck::cast_slice_mut(&mut words.words)[..len]
             }
             Bytes::Loaded(_) => unreachable!("replaced above"),
         }
     }
 
-    /// The stored format.
+    /// The stored dtype.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 }
 
-/// Widens little-endian `bytes` of `dtype`, with the processor's conversion instructions where it has them.
+/// Converts little-endian `bytes` of `dtype` to f32, vectorised.
 fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         Dtype::F32 => simd!({
@@ -176,8 +176,8 @@ fn bf16_bits_to_f32(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
-/// Without branches, so that it vectorises: the exponent is moved by a multiplication with 2^112, which is exact and
-/// also right for subnormals; infinities and NaN keep an all-ones exponent.
+/// Branch-free, so that it vectorises. A multiplication by 2^112 changes the exponent bias from 15 to 127; it is exact,
+/// also for subnormals. Infinities and NaN keep an all-ones exponent.
 #[inline(always)]
 fn f16_bits_to_f32(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff) << 13;
@@ -193,7 +193,7 @@ mod tests {
     use crate::backend::decode_into;
 
     #[test]
-    fn every_16_bit_pattern_widens_as_the_half_crate_says() {
+    fn every_16_bit_pattern_converts_as_in_the_half_crate() {
         let bytes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
         for dtype in [Dtype::F16, Dtype::Bf16] {
             let (mut got, mut want) = (vec![0.0; 1 << 16], vec![0.0f32; 1 << 16]);
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn unaligned_f32_is_read_right() {
+    fn unaligned_f32_is_read_correctly() {
         let mut bytes = vec![0u8; 1];
         bytes.extend([1.5f32, -2.0, 3.25, 0.0].iter().flat_map(|x| x.to_le_bytes()));
         let shared = SharedBytes::from(bytes).slice(1..17);
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn writing_reuses_the_bytes_unless_someone_holds_them() {
+    fn writing_reuses_the_bytes_unless_they_are_shared() {
         let mut w = Weight::new(HostTensor::from_f32(vec![2], &[1.0, 2.0]));
         let first = w.bytes_mut().as_ptr();
         assert_eq!(w.bytes_mut().as_ptr(), first);

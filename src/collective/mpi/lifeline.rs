@@ -1,5 +1,5 @@
-//! A connection from every rank to rank 0 over which nothing is ever said. The system closes it when a process ends, however it
-//! ends: so a death is noticed at once, whatever the launcher does about it, and without waiting for a timeout.
+//! A TCP connection from every rank to rank 0, idle after its handshake. The operating system closes it when a process
+//! ends, for whatever reason. So a death is noticed at once, without waiting for the timeout or for the launcher.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -7,73 +7,74 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-/// How long a rank tries one address of rank 0. Where no address works (a firewall), a death is found by the launcher or by
-/// the timeout.
-const TRY: Duration = Duration::from_secs(1);
+/// How long a rank tries to connect to one address of rank 0. If no address works (a firewall), a death is only found
+/// by the launcher or the timeout.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What rank 0 offers, and the others need to find it.
-pub(super) struct Offer {
-    listener: TcpListener,
+/// Rank 0's listening socket, with a random secret by which it and the other ranks recognise each other.
+pub(super) struct Listener {
+    socket: TcpListener,
     secret: [u8; 16],
 }
 
-/// This rank's lines: to all others on rank 0, to rank 0 on the others.
+/// This rank's connections with the rank at the other end: on rank 0 to all others, on the others to rank 0.
 #[derive(Default)]
 pub(super) struct Lifelines(Vec<(usize, TcpStream)>);
 
-impl Offer {
-    /// Listens on all addresses of this machine; `None` where the system does not let it.
-    pub fn new() -> Option<Self> {
-        let listener = TcpListener::bind("0.0.0.0:0").ok()?;
+impl Listener {
+    /// Listens on all IPv4 addresses of this machine, on a free port; `None` if the system refuses.
+    pub fn bind() -> Option<Self> {
+        let socket = TcpListener::bind("0.0.0.0:0").ok()?;
         let mut secret = [0; 16];
         File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut secret)).ok()?;
-        Some(Self { listener, secret })
+        Some(Self { socket, secret })
     }
 
-    /// The offer in bytes: port, secret, and this machine's addresses as text.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let port = self.listener.local_addr().map_or(0, |address| address.port());
+    /// What the other ranks need to connect, serialized: port, secret, and this machine's addresses as text.
+    pub fn address(&self) -> Vec<u8> {
+        let port = self.socket.local_addr().map_or(0, |address| address.port());
         let addresses: Vec<String> = addresses().iter().map(IpAddr::to_string).collect();
         [&port.to_le_bytes(), &self.secret[..], addresses.join(" ").as_bytes()].concat()
     }
 
-    /// Takes the lines of the other ranks, in the background, until `done` says that all have tried.
+    /// Accepts the connections of the other ranks on a background thread while `done` runs. `done` returns once all
+    /// ranks have tried to connect; if it returns false, there are no connections.
     pub fn accept(self, world_size: usize, done: impl FnOnce() -> bool) -> Lifelines {
-        let Self { listener, secret } = self;
+        let Self { socket, secret } = self;
         let (stop, stopped) = std::sync::mpsc::channel::<()>();
-        let lines = thread::spawn(move || {
-            let mut lines = Vec::new();
-            _ = listener.set_nonblocking(true);
-            while lines.len() + 1 < world_size {
-                match listener.accept() {
-                    Ok((stream, _)) => lines.extend(welcome(stream, &secret).ok()),
+        let acceptor = thread::spawn(move || {
+            let mut connections = Vec::new();
+            _ = socket.set_nonblocking(true);
+            while connections.len() + 1 < world_size {
+                match socket.accept() {
+                    Ok((stream, _)) => connections.extend(server_handshake(stream, &secret).ok()),
                     Err(_) if stopped.try_recv() != Err(std::sync::mpsc::TryRecvError::Empty) => break,
                     Err(_) => thread::sleep(Duration::from_millis(2)),
                 }
             }
-            lines
+            connections
         });
         let all_tried = done();
         drop(stop);
-        let lines = lines.join().unwrap_or_default();
-        if all_tried { Lifelines(lines) } else { Lifelines::default() }
+        let connections = acceptor.join().unwrap_or_default();
+        if all_tried { Lifelines(connections) } else { Lifelines::default() }
     }
 }
 
 impl Lifelines {
-    /// The line of rank `rank` to rank 0, by the offer of that; none where no address of it answers.
-    pub fn take(offer: &[u8], rank: usize) -> Self {
-        let line = || {
-            let (port, rest) = offer.split_at_checked(2)?;
+    /// Connects rank `rank` to rank 0, given [`Listener::address`]. Empty if no address of rank 0 answers.
+    pub fn connect(address: &[u8], rank: usize) -> Self {
+        let connection = || {
+            let (port, rest) = address.split_at_checked(2)?;
             let (secret, addresses) = rest.split_at_checked(16)?;
             let port = u16::from_le_bytes(port.try_into().ok()?);
             let addresses = str::from_utf8(addresses).ok()?.split(' ').filter_map(|text| text.parse::<IpAddr>().ok());
-            addresses.into_iter().find_map(|ip| greet(SocketAddr::new(ip, port), secret, rank).ok())
+            addresses.into_iter().find_map(|ip| client_handshake(SocketAddr::new(ip, port), secret, rank).ok())
         };
-        Self(line().map(|stream| (0, stream)).into_iter().collect())
+        Self(connection().map(|stream| (0, stream)).into_iter().collect())
     }
 
-    /// One of these ranks that has ended.
+    /// A rank of `among` whose process has ended, if any.
     pub fn ended(&self, among: &[usize]) -> Option<usize> {
         let closed = |stream: &TcpStream| match stream.peek(&mut [0]) {
             Ok(read) => read == 0,
@@ -83,10 +84,10 @@ impl Lifelines {
     }
 }
 
-/// Asks a listener whether it is rank 0.
-fn greet(address: SocketAddr, secret: &[u8], rank: usize) -> io::Result<TcpStream> {
-    let mut stream = TcpStream::connect_timeout(&address, TRY)?;
-    stream.set_read_timeout(Some(TRY))?;
+/// Connects to a listener, sends secret and rank, and expects the secret back: otherwise it is not rank 0.
+fn client_handshake(address: SocketAddr, secret: &[u8], rank: usize) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)?;
+    stream.set_read_timeout(Some(CONNECT_TIMEOUT))?;
     stream.write_all(&[secret, &(rank as u64).to_le_bytes()].concat())?;
     let mut answer = [0; 16];
     stream.read_exact(&mut answer)?;
@@ -94,10 +95,10 @@ fn greet(address: SocketAddr, secret: &[u8], rank: usize) -> io::Result<TcpStrea
     if answer == secret { Ok(stream) } else { Err(ErrorKind::InvalidData.into()) }
 }
 
-/// Answers whoever knows the secret; its rank.
-fn welcome(mut stream: TcpStream, secret: &[u8; 16]) -> io::Result<(usize, TcpStream)> {
+/// Answers a client that knows the secret, and returns its rank with the connection.
+fn server_handshake(mut stream: TcpStream, secret: &[u8; 16]) -> io::Result<(usize, TcpStream)> {
     stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(TRY))?;
+    stream.set_read_timeout(Some(CONNECT_TIMEOUT))?;
     let mut greeting = [0; 24];
     stream.read_exact(&mut greeting)?;
     let (theirs, rank) = greeting.split_at(16);
@@ -109,11 +110,12 @@ fn welcome(mut stream: TcpStream, secret: &[u8; 16]) -> io::Result<(usize, TcpSt
     Ok((u64::from_le_bytes(rank.try_into().expect("eight bytes")) as usize, stream))
 }
 
-/// The IPv4 addresses of this machine, those that others can reach first.
+/// The IPv4 addresses of this machine, loopback last.
 fn addresses() -> Vec<IpAddr> {
     let mut found = Vec::new();
     let mut first: *mut libc::ifaddrs = std::ptr::null_mut();
-    // SAFETY: getifaddrs gives a list that lives until freeifaddrs; of an address only what its family says is read.
+    // SAFETY: getifaddrs returns a list that is valid until freeifaddrs; an address is read as sockaddr_in only if its
+    // family is AF_INET.
     unsafe {
         if libc::getifaddrs(&mut first) != 0 {
             return found;
@@ -137,18 +139,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_end_is_noticed_and_only_that() {
-        let offer = Offer::new().unwrap();
-        let bytes = offer.to_bytes();
-        let port = offer.listener.local_addr().unwrap().port();
+    fn a_closed_connection_names_the_dead_rank() {
+        let listener = Listener::bind().unwrap();
+        let address = listener.address();
+        let port = listener.socket.local_addr().unwrap().port();
         let others = thread::spawn(move || {
-            // Somebody who knows nothing does not count.
+            // A client without the secret is not a rank.
             let mut stranger = TcpStream::connect(("127.0.0.1", port)).unwrap();
             stranger.write_all(&[7; 24]).unwrap();
-            [1, 2].map(|rank| Lifelines::take(&bytes, rank))
+            [1, 2].map(|rank| Lifelines::connect(&address, rank))
         });
         let mut lines = Vec::new();
-        let zero = offer.accept(3, || {
+        let zero = listener.accept(3, || {
             lines.extend(others.join().unwrap());
             true
         });

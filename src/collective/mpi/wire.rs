@@ -1,55 +1,55 @@
-//! The safe side of the few MPI calls in use: all unsafe code about MPI is here.
+//! Safe wrappers of the MPI calls that moewarden uses. All unsafe MPI code is here.
 //!
-//! Whoever holds the [`Wire`] may call MPI. There is one, and it is no copy, so that no two threads call at once: the level
-//! `MPI_THREAD_SERIALIZED` is enough. The bytes of a message belong to it while it is [`Pending`].
+//! A call needs the [`Wire`]. There is only one, and it cannot be copied, so no two threads call MPI at once:
+//! `MPI_THREAD_SERIALIZED` suffices. A [`Pending`] message owns its buffer until MPI is done with it.
 
 use std::ffi::{c_char, c_int};
 use std::ptr::null_mut;
 
 use ::mpi::ffi;
 
-/// What went wrong, in the library's words.
+/// The result of an MPI call; the error is the library's message.
 pub(super) type Result<T> = std::result::Result<T, String>;
 
-/// Keeps two kinds of messages apart.
+/// The MPI tag of a message.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Tag {
-    /// Who is where, and what went wrong.
+    /// Control messages, see `Message`.
     Control = 1,
-    /// Parts of vectors.
+    /// Chunks of vectors.
     Data = 2,
 }
 
-/// The right to call MPI.
+/// Access to MPI: exclusive, as there is one per process.
 pub(super) struct Wire {
     pub rank: usize,
     pub world_size: usize,
-    /// Whether calls may come from any thread.
+    /// Whether any thread may call MPI, one at a time (`MPI_THREAD_SERIALIZED` or higher).
     pub any_thread: bool,
 }
 
-/// A message on its way. Given up, it leaks its bytes, which MPI may still read or write.
+/// A message being sent or received. Dropped before it is done, it leaks its buffer, as MPI may still access it.
 pub(super) struct Pending {
     bytes: Vec<u8>,
     request: ffi::MPI_Request,
-    receives: bool,
+    is_receive: bool,
     done: bool,
 }
 
-// SAFETY: a request is a handle, not bound to a thread; calls on it take the one `Wire`.
+// SAFETY: a request is a handle that is not bound to a thread, and every call on it takes the only `Wire`.
 unsafe impl Send for Pending {}
 
-/// Starts MPI in this process.
+/// Initialises MPI in this process.
 pub(super) fn init() -> Result<Wire> {
     let (mut before, mut level, mut rank, mut size) = (0, 0, 0, 0);
     // SAFETY: all pointers are to locals of the right type; null arguments to MPI_Init_thread mean "no command line".
     unsafe {
         check(ffi::MPI_Initialized(&mut before))?;
         if before != 0 {
-            return Err("it was started before in this process".to_owned());
+            return Err("it was already initialised in this process".to_owned());
         }
         check(ffi::MPI_Init_thread(null_mut(), null_mut(), ffi::RSMPI_THREAD_MULTIPLE, &mut level))?;
-        // Errors come back instead of ending the process.
+        // Calls return error codes instead of ending the process.
         check(ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN))?;
         check(ffi::MPI_Comm_rank(ffi::RSMPI_COMM_WORLD, &mut rank))?;
         check(ffi::MPI_Comm_size(ffi::RSMPI_COMM_WORLD, &mut size))?;
@@ -58,7 +58,7 @@ pub(super) fn init() -> Result<Wire> {
     }
 }
 
-/// Whether MPI has started in this process and not ended.
+/// Whether MPI is initialised in this process and not finalized.
 pub(super) fn is_running() -> bool {
     let (mut started, mut ended) = (0, 0);
     // SAFETY: both may be called at any time, by any thread.
@@ -67,22 +67,22 @@ pub(super) fn is_running() -> bool {
     }
 }
 
-/// Ends MPI in this process, together with all others.
+/// Finalizes MPI. Collective: waits for all ranks.
 pub(super) fn finalize() {
-    // SAFETY: MPI runs, and the caller ends the process.
+    // SAFETY: the caller has checked that MPI is running, and ends the process next.
     unsafe { ffi::MPI_Finalize() };
 }
 
-/// Ends all processes.
+/// Kills the processes of all ranks.
 pub(super) fn abort(code: u8) {
-    // SAFETY: MPI runs, and the caller ends the process.
+    // SAFETY: the caller has checked that MPI is running, and ends the process next.
     unsafe { ffi::MPI_Abort(ffi::RSMPI_COMM_WORLD, code.into()) };
 }
 
 impl Wire {
     pub fn send(&mut self, to: usize, tag: Tag, bytes: Vec<u8>) -> Result<Pending> {
         let mut message = Pending::new(bytes, false);
-        // SAFETY: the buffer is as long as said, and lives until the request is done.
+        // SAFETY: the buffer has the given length, and lives until the request is done.
         check(unsafe {
             ffi::MPI_Isend(
                 message.bytes.as_ptr().cast(),
@@ -100,7 +100,7 @@ impl Wire {
     /// Receives a message of exactly `len` bytes.
     pub fn receive(&mut self, from: usize, tag: Tag, len: usize) -> Result<Pending> {
         let mut message = Pending::new(vec![0; len], true);
-        // SAFETY: the buffer is as long as said, and lives until the request is done.
+        // SAFETY: the buffer has the given length, and lives until the request is done.
         check(unsafe {
             ffi::MPI_Irecv(
                 message.bytes.as_mut_ptr().cast(),
@@ -115,10 +115,10 @@ impl Wire {
         Ok(message)
     }
 
-    /// The sender and length of a message that has come and is not yet received.
+    /// Sender and length of a message that has arrived and is not yet received, if any.
     pub fn probe(&mut self, tag: Tag) -> Result<Option<(usize, usize)>> {
         let (mut found, mut len) = (0, 0);
-        // SAFETY: a status is plain numbers, so that zeros are one; the pointers are to locals.
+        // SAFETY: a status consists of integers, so all zeros are a valid one; the pointers are to locals.
         unsafe {
             let mut status: ffi::MPI_Status = std::mem::zeroed();
             check(ffi::MPI_Iprobe(
@@ -138,35 +138,38 @@ impl Wire {
 }
 
 impl Pending {
-    fn new(bytes: Vec<u8>, receives: bool) -> Self {
+    fn new(bytes: Vec<u8>, is_receive: bool) -> Self {
         // SAFETY: reads a constant of the library.
-        Self { bytes, request: unsafe { ffi::RSMPI_REQUEST_NULL }, receives, done: false }
+        Self { bytes, request: unsafe { ffi::RSMPI_REQUEST_NULL }, is_receive, done: false }
     }
 
-    /// Whether the message has been sent or received.
+    /// Tests whether the send or receive is complete.
     pub fn is_done(&mut self, _: &mut Wire) -> Result<bool> {
         if self.done {
             return Ok(true);
         }
         let (mut done, mut len) = (0, 0);
-        // SAFETY: the request is of a call that succeeded, and is not done; the pointers are to locals.
+        // SAFETY: the request comes from a successful call and is not done; the pointers are to locals.
         unsafe {
             let mut status: ffi::MPI_Status = std::mem::zeroed();
             check(ffi::MPI_Test(&mut self.request, &mut done, &mut status))?;
             self.done = done != 0;
-            if self.done && self.receives {
+            if self.done && self.is_receive {
                 check(ffi::MPI_Get_count(&status, ffi::RSMPI_UINT8_T, &mut len))?;
                 if len as usize != self.bytes.len() {
-                    return Err(format!("a message has {len} bytes, not {}", self.bytes.len()));
+                    return Err(format!("received a message of {len} bytes, expected {}", self.bytes.len()));
                 }
             }
         }
         Ok(self.done)
     }
 
-    /// The bytes of a message that is done.
+    /// The received bytes.
+    ///
+    /// # Panics
+    /// If the message is not done.
     pub fn into_bytes(mut self) -> Vec<u8> {
-        assert!(self.done, "the message is on its way");
+        assert!(self.done, "the message is still being sent or received");
         std::mem::take(&mut self.bytes)
     }
 }
@@ -179,7 +182,7 @@ impl Drop for Pending {
     }
 }
 
-/// A length of a message, all of which are short.
+/// A message length as MPI wants it.
 fn count(len: usize) -> c_int {
     c_int::try_from(len).expect("a message of less than 2 GiB")
 }
@@ -190,7 +193,7 @@ fn check(code: c_int) -> Result<()> {
     }
     let mut text = [0 as c_char; ffi::MPI_MAX_ERROR_STRING as usize];
     let mut len = 0;
-    // SAFETY: the buffer is as long as MPI asks for.
+    // SAFETY: the buffer has the length that MPI requires.
     unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr(), &mut len) };
     let bytes: Vec<u8> = text.iter().take(len as usize).map(|c| *c as u8).collect();
     Err(String::from_utf8_lossy(&bytes).into_owned())

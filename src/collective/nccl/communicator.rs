@@ -1,4 +1,4 @@
-//! A rank's end of NCCL: calls that do not wait, errors that come later, and an end to both.
+//! A non-blocking NCCL communicator: queues operations, polls for asynchronous errors, and aborts on error or timeout.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -13,8 +13,8 @@ use super::DeviceCollective;
 use super::library::{BYTE, Code, Comm, Config, F32, IN_PROGRESS, Nccl, SUCCESS, SUM, UniqueId};
 use crate::collective::{Collective, Error, Result, all_agree, check_counts};
 
-/// A group of ranks, each with a GPU of its own, seen from one of them. It is used, and dropped, where that GPU is the
-/// thread's.
+/// One rank's handle to an NCCL communicator; each rank has its own GPU. The threads that use and drop it must have
+/// that GPU's context current.
 pub struct Communicator {
     nccl: Nccl,
     rank: usize,
@@ -22,32 +22,34 @@ pub struct Communicator {
     timeout: Duration,
     compute: sys::CUstream,
     stream: sys::CUstream,
-    /// The end of what the compute stream had queued when an operation was.
+    /// Event recorded in the compute stream when an operation is queued: NCCL's stream waits for it.
     ready: sys::CUevent,
-    /// The end of what this stream had queued when it was joined or waited for.
+    /// Event recorded in NCCL's stream by `join` and `wait`: the compute stream or the host waits for it.
     done: sys::CUevent,
-    /// The error, once there was one.
+    /// The communicator, or the error that ended it.
     comm: Mutex<Result<Comm>>,
-    stopped: AtomicBool,
+    /// Set by `abort`, so that a thread which waits with the lock held gives up.
+    aborted: AtomicBool,
 }
 
-// SAFETY: the handles may be used from any thread; NCCL's, one thread at a time, is behind a mutex.
+// SAFETY: CUDA's handles may be used from any thread; NCCL's, which allows one thread at a time, is behind the mutex.
 unsafe impl Send for Communicator {}
 unsafe impl Sync for Communicator {}
 
 impl Communicator {
-    /// Joins the ranks of `host`, which all come here. The thread's GPU is this rank's, `compute` the stream of its work.
-    /// `timeout` is for this and for every later wait.
+    /// Creates the communicator; collective over all ranks of `host`. This rank's GPU is the one whose context is
+    /// current, and `compute` is its compute stream. `timeout` applies to the creation and to every later wait.
     ///
     /// # Errors
-    /// Versions that differ, two ranks on one GPU, NCCL's own errors, ranks that do not come in time.
+    /// NCCL versions that differ between ranks, two ranks on one GPU, NCCL's own errors, and ranks missing at the
+    /// timeout.
     pub fn new(nccl: Nccl, host: &dyn Collective, compute: sys::CUstream, timeout: Duration) -> Result<Self> {
         let (rank, world_size) = (host.rank(), host.world_size());
         let failed = |message| Error::Nccl { rank, message };
         all_agree(host, "version of NCCL", &nccl.version().to_le_bytes())?;
-        // NCCL may hang where two ranks share a GPU ("Creating a Communicator").
-        let gpus = host.all_gather(&this_gpu().map_err(|e| failed(said("cuDeviceGetUuid", e)))?)?;
-        if let Some((first, second)) = first_twins(&gpus) {
+        // NCCL may hang if two ranks share a GPU (NCCL manual, "Creating a Communicator").
+        let gpus = host.all_gather(&gpu_uuid().map_err(|e| failed(driver_message("cuDeviceGetUuid", e)))?)?;
+        if let Some((first, second)) = first_duplicate(&gpus) {
             return Err(failed(format!(
                 "ranks {first} and {second} use the same GPU, and NCCL needs one for each rank: start as many ranks as there \
                  are GPUs"
@@ -59,25 +61,27 @@ impl Communicator {
         }
         host.broadcast(&mut id.0)?;
 
-        let (stream, ready, done) = stream_and_events().map_err(|e| failed(said("cuStreamCreate", e)))?;
+        let (stream, ready, done) = stream_and_events().map_err(|e| failed(driver_message("cuStreamCreate", e)))?;
         let mut comm = ptr::null_mut();
-        let (ranks, me) = (world_size.try_into().expect("few ranks"), rank.try_into().expect("few ranks"));
+        let as_int = |n: usize| i32::try_from(n).expect("fewer than 2³¹ ranks");
         // SAFETY: the configuration outlives the call, which copies it.
-        let code = unsafe { (nccl.functions.init)(&mut comm, ranks, id, me, &mut Config::non_blocking()) };
+        let code = unsafe {
+            (nccl.functions.init)(&mut comm, as_int(world_size), id, as_int(rank), &mut Config::non_blocking())
+        };
         let comm = Mutex::new(Ok(comm));
-        let stopped = AtomicBool::new(false);
-        let new = Self { nccl, rank, world_size, timeout, compute, stream, ready, done, comm, stopped };
-        new.settle(&mut new.lock(), code, &"ncclCommInitRank")?;
+        let aborted = AtomicBool::new(false);
+        let new = Self { nccl, rank, world_size, timeout, compute, stream, ready, done, comm, aborted };
+        new.finish_call(&mut new.lock(), code, &"ncclCommInitRank")?;
         new.connect()?;
         Ok(new)
     }
 
-    /// One of each operation, for NCCL connects ranks when they first need it. Here all of them come; later, a rank could wait
-    /// in vain for one that was lost meanwhile, before the host has found that out.
+    /// Runs each operation once, because NCCL connects ranks lazily at first use. Here all ranks are known to be alive;
+    /// later, a connection could wait for a rank that was lost before the host noticed.
     fn connect(&self) -> Result<()> {
         let (ones, bytes) = (vec![1; self.world_size], vec![size_of::<f32>(); self.world_size]);
-        let failed = |e| Error::Nccl { rank: self.rank, message: said("memory for ncclAllReduce", e) };
-        // SAFETY: its own memory, which is freed when nothing uses it any more.
+        let failed = |e| Error::Nccl { rank: self.rank, message: driver_message("memory for ncclAllReduce", e) };
+        // SAFETY: a plain allocation; it is freed below, when no operation uses it any more.
         let values = unsafe { result::malloc_sync(4 * self.world_size) }.map_err(failed)?;
         let part = values + 4 * self.rank as u64;
         let connected = unsafe { result::memset_d8_async(values, 0, 4 * self.world_size, self.compute) }
@@ -86,11 +90,11 @@ impl Communicator {
             .and_then(|()| self.reduce_scatter_f32(values, &ones, part))
             .and_then(|()| self.all_gather_into(part, &bytes, values))
             .and_then(|()| self.wait());
-        // SAFETY: after the wait, or after an error that ended NCCL's work.
+        // SAFETY: the wait has returned, or an error has ended NCCL's operations.
         unsafe { result::free_sync(values) }.map_err(failed).and(connected)
     }
 
-    /// NCCL and its version, for the log.
+    /// The loaded NCCL library; its `Display` gives version and path.
     pub fn library(&self) -> &Nccl {
         &self.nccl
     }
@@ -99,27 +103,29 @@ impl Communicator {
         self.comm.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues `call` behind what the compute stream holds.
+    /// Queues an operation in NCCL's stream, after all work queued in the compute stream so far.
     fn queue(&self, at: &dyn fmt::Display, call: impl FnOnce(Comm, *mut c_void) -> Code) -> Result<()> {
         let mut state = self.lock();
         let comm = state.clone()?;
         // SAFETY: streams and events live as long as this value.
-        let behind = unsafe {
+        let ordered = unsafe {
             result::event::record(self.ready, self.compute)
                 .and_then(|()| result::stream::wait_event(self.stream, self.ready, WAIT_DEFAULT))
         };
-        self.driver(&mut state, at, behind)?;
+        self.check_driver(&mut state, at, ordered)?;
         let code = call(comm, self.stream.cast());
-        // Only then is the operation in the stream ("ncclCommGetAsyncError": nothing else may be queued before).
-        self.settle(&mut state, code, at)
+        // The operation is in the stream only when the call is no longer in progress; NCCL forbids queueing anything
+        // else before (NCCL manual, "ncclCommGetAsyncError").
+        self.finish_call(&mut state, code, at)
     }
 
-    /// Waits until a call that does not wait is through: never for the operation, only until it stands in the stream.
-    fn settle(&self, state: &mut Result<Comm>, mut code: Code, at: &dyn fmt::Display) -> Result<()> {
+    /// Polls until a non-blocking NCCL call has finished, that is, until its operation is queued. Does not wait for the
+    /// operation itself.
+    fn finish_call(&self, state: &mut Result<Comm>, mut code: Code, at: &dyn fmt::Display) -> Result<()> {
         let comm = state.clone()?;
         let started = Instant::now();
         while code == IN_PROGRESS {
-            self.pause(state, started, at)?;
+            self.pause_poll(state, started, at)?;
             code = self.async_error(comm);
         }
         match self.nccl.check(code) {
@@ -128,26 +134,27 @@ impl Communicator {
         }
     }
 
+    /// `ncclCommGetAsyncError`: [`IN_PROGRESS`] while a call is running, else [`SUCCESS`] or the communicator's error.
     fn async_error(&self, comm: Comm) -> Code {
         let mut error = SUCCESS;
-        // SAFETY: the communicator is alive while the state is Ok.
+        // SAFETY: the caller took `comm` from a state that is Ok, so it has not been aborted.
         let code = unsafe { (self.nccl.functions.async_error)(comm, &mut error) };
         if code == SUCCESS { error } else { code }
     }
 
-    /// A moment, unless time is up or somebody called `abort`.
-    fn pause(&self, state: &mut Result<Comm>, started: Instant, at: &dyn fmt::Display) -> Result<()> {
+    /// The pause between two polls. Fails after the timeout, or if `abort` was called.
+    fn pause_poll(&self, state: &mut Result<Comm>, started: Instant, at: &dyn fmt::Display) -> Result<()> {
         let waited = started.elapsed();
-        if self.stopped.load(Ordering::Acquire) {
-            return self.fail(state, Error::Nccl { rank: self.rank, message: format!("ended on request, at {at}") });
+        if self.aborted.load(Ordering::Acquire) {
+            return self.fail(state, Error::Nccl { rank: self.rank, message: format!("aborted, at {at}") });
         }
         if waited > self.timeout {
-            // NCCL does not tell which of the others.
+            // NCCL does not tell which rank is missing: name all others.
             let missing = (0..self.world_size).filter(|&rank| rank != self.rank).collect();
             let (rank, seconds) = (self.rank, self.timeout.as_secs());
             return self.fail(state, Error::Timeout { rank, at: at.to_string(), seconds, missing });
         }
-        // Most waits are for microseconds; a core is not to be burnt in the others.
+        // Most waits take microseconds; a longer one must not keep a core busy.
         if waited < Duration::from_millis(1) {
             std::thread::yield_now();
         } else {
@@ -156,30 +163,32 @@ impl Communicator {
         Ok(())
     }
 
-    fn driver<T>(
+    /// Fails the communicator if a call of the CUDA driver failed.
+    fn check_driver<T>(
         &self,
         state: &mut Result<Comm>,
         at: &dyn fmt::Display,
-        answer: std::result::Result<T, DriverError>,
+        result: std::result::Result<T, DriverError>,
     ) -> Result<()> {
-        match answer {
+        match result {
             Ok(_) => Ok(()),
-            Err(e) => self.fail(state, Error::Nccl { rank: self.rank, message: said(&at.to_string(), e) }),
+            Err(e) => self.fail(state, Error::Nccl { rank: self.rank, message: driver_message(&at.to_string(), e) }),
         }
     }
 
-    /// Ends the communicator, and with it its kernels, so that streams that wait for them go on.
+    /// Aborts the communicator, unless it has failed before. That ends its kernels, so streams that wait for them
+    /// continue.
     fn fail(&self, state: &mut Result<Comm>, error: Error) -> Result<()> {
         if let Ok(comm) = std::mem::replace(state, Err(error.clone())) {
-            // SAFETY: the state no longer holds it, so that it is not used again.
+            // SAFETY: the state no longer holds the communicator, so it is not used again.
             unsafe { (self.nccl.functions.abort)(comm) };
         }
         Err(error)
     }
 
-    /// Operations that start together, one for each rank with a part.
+    /// An NCCL group of one operation per rank with a non-empty part: `call(root, offset, count)`.
     fn group(&self, counts: &[usize], mut call: impl FnMut(i32, usize, usize) -> Code) -> Code {
-        // SAFETY: start and end are paired, in one thread.
+        // SAFETY: group start and end are paired, on the same thread.
         let mut code = unsafe { (self.nccl.functions.group_start)() };
         let fine = |code| code == SUCCESS || code == IN_PROGRESS;
         let mut offset = 0;
@@ -205,7 +214,7 @@ impl DeviceCollective for Communicator {
 
     fn all_reduce_f32(&self, values: u64, len: usize) -> Result<()> {
         self.queue(&format_args!("all_reduce_f32 of {len}"), |comm, stream| {
-            // SAFETY: the trait's contract on addresses; the communicator is alive.
+            // SAFETY: the addresses are valid by the trait's contract, and the communicator is not aborted.
             unsafe { (self.nccl.functions.all_reduce)(at(values), at_mut(values), len, F32, SUM, comm, stream) }
         })
     }
@@ -214,8 +223,8 @@ impl DeviceCollective for Communicator {
         let total = counts.iter().sum();
         check_counts(self.rank, self.world_size, counts, counts[self.rank], total);
         let functions = &self.nccl.functions;
-        self.queue(&format_args!("reduce_scatter_f32 of {total}"), |comm, stream| match even(counts) {
-            // SAFETY: the trait's contract on addresses; the communicator is alive.
+        self.queue(&format_args!("reduce_scatter_f32 of {total}"), |comm, stream| match common_count(counts) {
+            // SAFETY: the addresses are valid by the trait's contract, and the communicator is not aborted.
             Some(len) => unsafe { (functions.reduce_scatter)(at(values), at_mut(part), len, F32, SUM, comm, stream) },
             None => self.group(counts, |root, offset, len| unsafe {
                 let from = at(values + (offset * size_of::<f32>()) as u64);
@@ -228,8 +237,8 @@ impl DeviceCollective for Communicator {
         let total = counts.iter().sum();
         check_counts(self.rank, self.world_size, counts, counts[self.rank], total);
         let functions = &self.nccl.functions;
-        self.queue(&format_args!("all_gather_into of {total} bytes"), |comm, stream| match even(counts) {
-            // SAFETY: the trait's contract on addresses; the communicator is alive.
+        self.queue(&format_args!("all_gather_into of {total} bytes"), |comm, stream| match common_count(counts) {
+            // SAFETY: the addresses are valid by the trait's contract, and the communicator is not aborted.
             Some(len) => unsafe { (functions.all_gather)(at(part), at_mut(out), len, BYTE, comm, stream) },
             None => self.group(counts, |root, offset, len| unsafe {
                 (functions.broadcast)(at(part), at_mut(out + offset as u64), len, BYTE, root, comm, stream)
@@ -245,7 +254,7 @@ impl DeviceCollective for Communicator {
             result::event::record(self.done, self.stream)
                 .and_then(|()| result::stream::wait_event(self.compute, self.done, WAIT_DEFAULT))
         };
-        self.driver(&mut state, &"join", joined)
+        self.check_driver(&mut state, &"join", joined)
     }
 
     fn wait(&self) -> Result<()> {
@@ -253,33 +262,33 @@ impl DeviceCollective for Communicator {
         let comm = state.clone()?;
         // SAFETY: streams and events live as long as this value.
         let recorded = unsafe { result::event::record(self.done, self.stream) };
-        self.driver(&mut state, &"wait", recorded)?;
+        self.check_driver(&mut state, &"wait", recorded)?;
         let started = Instant::now();
         loop {
             match unsafe { result::event::query(self.done) } {
                 Ok(()) => return Ok(()),
                 Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => {}
-                error => return self.driver(&mut state, &"wait", error),
+                error => return self.check_driver(&mut state, &"wait", error),
             }
-            self.settle(&mut state, self.async_error(comm), &"wait")?;
-            self.pause(&mut state, started, &"wait")?;
+            self.finish_call(&mut state, self.async_error(comm), &"wait")?;
+            self.pause_poll(&mut state, started, &"wait")?;
         }
     }
 
     fn abort(&self) {
-        // First the word, so that a thread that waits lets go of the state.
-        self.stopped.store(true, Ordering::Release);
-        let error = Error::Nccl { rank: self.rank, message: "ended on request".into() };
+        // Set the flag before locking: a thread that waits with the lock held sees it and releases the lock.
+        self.aborted.store(true, Ordering::Release);
+        let error = Error::Nccl { rank: self.rank, message: "aborted".into() };
         _ = self.fail(&mut self.lock(), error);
     }
 }
 
 impl Drop for Communicator {
-    /// At once, whatever is queued: a rank that fails must not wait for the others. Where all is well nothing is queued, for
-    /// ranks wait for their operations, and meet on the host before they end.
+    /// Aborts, even if operations are queued: a failed rank must not wait for the others. In a successful run nothing
+    /// is queued, because ranks wait for their operations, and synchronise on the host before they end.
     fn drop(&mut self) {
         _ = self.fail(&mut self.lock(), Error::Nccl { rank: self.rank, message: "the communicator is closed".into() });
-        // SAFETY: nothing is queued any more; the compute stream keeps what it waits for.
+        // SAFETY: no operation is queued any more, and CUDA keeps an event alive while the compute stream waits for it.
         unsafe {
             _ = result::event::destroy(self.ready);
             _ = result::event::destroy(self.done);
@@ -298,26 +307,27 @@ fn at_mut(address: u64) -> *mut c_void {
     address as *mut c_void
 }
 
-/// The length of all parts, if they have the same: what NCCL's own operations want.
-fn even(counts: &[usize]) -> Option<usize> {
+/// The count of every part, if all are equal: NCCL's own reduce-scatter and all-gather require that.
+fn common_count(counts: &[usize]) -> Option<usize> {
     let first = *counts.first()?;
     counts.iter().all(|&count| count == first).then_some(first)
 }
 
-/// The first two ranks with the same GPU.
-fn first_twins(gpus: &[Vec<u8>]) -> Option<(usize, usize)> {
+/// The first pair of ranks with the same GPU.
+fn first_duplicate(gpus: &[Vec<u8>]) -> Option<(usize, usize)> {
     (0..gpus.len()).find_map(|second| Some((gpus[..second].iter().position(|gpu| *gpu == gpus[second])?, second)))
 }
 
-/// What tells the thread's GPU from all others.
-fn this_gpu() -> std::result::Result<Vec<u8>, DriverError> {
+/// The UUID of the GPU whose context is current.
+fn gpu_uuid() -> std::result::Result<Vec<u8>, DriverError> {
     let mut device = 0;
-    // SAFETY: it writes an integer.
+    // SAFETY: the function writes one integer.
     unsafe { sys::cuCtxGetDevice(&mut device) }.result()?;
     Ok(result::device::get_uuid(device)?.bytes.map(|byte| byte as u8).to_vec())
 }
 
-/// A stream that goes before computation where both are ready: its kernels are small, and others wait for them.
+/// Creates NCCL's stream and the two events. The stream has the highest priority, because its kernels are small and
+/// other ranks wait for them.
 fn stream_and_events() -> std::result::Result<(sys::CUstream, sys::CUevent, sys::CUevent), DriverError> {
     let (_, greatest) = result::stream::get_priority_range()?;
     let stream = result::stream::create_with_priority(result::stream::StreamKind::NonBlocking, greatest)?;
@@ -325,8 +335,8 @@ fn stream_and_events() -> std::result::Result<(sys::CUstream, sys::CUevent, sys:
     Ok((stream, event()?, event()?))
 }
 
-/// An error of the driver, with its words.
-fn said(call: &str, error: DriverError) -> String {
+/// The message for an error of the CUDA driver in `call`.
+fn driver_message(call: &str, error: DriverError) -> String {
     let text =
         error.error_string().map_or_else(|_| format!("{:?}", error.0), |text| text.to_string_lossy().into_owned());
     format!("{call}: the NVIDIA driver: {text}")
@@ -340,7 +350,7 @@ mod tests {
     use super::*;
     use crate::exit::{self, Coded};
 
-    /// Rank 1 of 3, on a stand-in for NCCL and without streams.
+    /// Rank 1 of 3, with the fake NCCL and without streams.
     fn communicator(timeout: Duration) -> ManuallyDrop<Communicator> {
         ABORTS.set(0);
         let (stream, event) = (ptr::null_mut(), ptr::null_mut());
@@ -354,34 +364,35 @@ mod tests {
             ready: event,
             done: event,
             comm: Mutex::new(Ok(ptr::dangling_mut())),
-            stopped: AtomicBool::new(false),
+            aborted: AtomicBool::new(false),
         })
     }
 
-    fn settled(communicator: &Communicator, busy: u32, then: Code) -> Result<()> {
+    /// Finishes a call that is in progress for `busy` polls and then has the result `then`.
+    fn finish(communicator: &Communicator, busy: u32, then: Code) -> Result<()> {
         BUSY.set(busy);
         THEN.set(then);
-        communicator.settle(&mut communicator.lock(), IN_PROGRESS, &"all_reduce_f32 of 7")
+        communicator.finish_call(&mut communicator.lock(), IN_PROGRESS, &"all_reduce_f32 of 7")
     }
 
     #[test]
-    fn a_call_under_way_is_waited_for() {
+    fn a_call_in_progress_is_polled_until_it_finishes() {
         let communicator = communicator(Duration::from_secs(60));
-        settled(&communicator, 50, SUCCESS).unwrap();
+        finish(&communicator, 50, SUCCESS).unwrap();
         assert_eq!((BUSY.get(), ABORTS.get()), (0, 0));
     }
 
     #[test]
-    fn an_error_that_comes_later_ends_the_communicator_for_good() {
+    fn an_asynchronous_error_aborts_the_communicator_for_good() {
         let communicator = communicator(Duration::from_secs(60));
-        let error = settled(&communicator, 3, 6).unwrap_err();
+        let error = finish(&communicator, 3, 6).unwrap_err();
         let message = error.to_string();
         assert!(
             message.contains("rank 1") && message.contains("remote process exited, at all_reduce_f32 of 7"),
             "{message}"
         );
         assert_eq!(ABORTS.get(), 1);
-        // Every call says so again, and nothing is called on a communicator that is no more.
+        // Every later call returns the same error, without calling NCCL on the aborted communicator.
         assert_eq!(communicator.join(), Err(error.clone()));
         assert_eq!(communicator.wait(), Err(error.clone()));
         assert_eq!(communicator.all_reduce_f32(0, 7), Err(error));
@@ -390,18 +401,18 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_does_not_come_is_given_up() {
+    fn a_timeout_names_the_other_ranks() {
         let communicator = communicator(Duration::from_millis(20));
-        let error = settled(&communicator, u32::MAX, SUCCESS).unwrap_err();
+        let error = finish(&communicator, u32::MAX, SUCCESS).unwrap_err();
         assert!(matches!(&error, Error::Timeout { rank: 1, missing, .. } if *missing == [0, 2]), "{error}");
         assert_eq!((error.exit_code(), ABORTS.get()), (exit::HANG, 1));
     }
 
     #[test]
-    fn an_abort_ends_those_who_wait() {
+    fn an_abort_ends_a_wait_on_another_thread() {
         let communicator = communicator(Duration::from_secs(60));
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| settled(&communicator, u32::MAX, SUCCESS));
+            let waiting = scope.spawn(|| finish(&communicator, u32::MAX, SUCCESS));
             std::thread::sleep(Duration::from_millis(20));
             communicator.abort();
             assert!(waiting.join().unwrap().is_err());
@@ -409,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn uneven_parts_go_to_their_ranks_and_empty_ones_to_nobody() {
+    fn a_group_has_one_call_per_nonempty_part() {
         let communicator = communicator(Duration::from_secs(60));
         let mut calls = Vec::new();
         let code = communicator.group(&[4, 0, 3], |root, offset, len| {
@@ -417,7 +428,7 @@ mod tests {
             SUCCESS
         });
         assert_eq!((code, calls), (SUCCESS, vec![(0, 0, 4), (2, 4, 3)]));
-        // An error is the group's, and what would follow is not asked for.
+        // An error is the result of the group, and stops the calls.
         let mut count = 0;
         let code = communicator.group(&[1, 2, 3], |_, _, _| {
             count += 1;
@@ -427,18 +438,18 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_one_length_are_told_from_others() {
-        assert_eq!(even(&[4, 4, 4]), Some(4));
-        assert_eq!(even(&[5]), Some(5));
-        assert_eq!(even(&[4, 4, 3]), None);
-        assert_eq!(even(&[0, 0]), Some(0));
+    fn equal_parts_have_a_common_count() {
+        assert_eq!(common_count(&[4, 4, 4]), Some(4));
+        assert_eq!(common_count(&[5]), Some(5));
+        assert_eq!(common_count(&[4, 4, 3]), None);
+        assert_eq!(common_count(&[0, 0]), Some(0));
     }
 
     #[test]
     fn ranks_that_share_a_gpu_are_named() {
         let gpu = |n: u8| vec![n; 16];
-        assert_eq!(first_twins(&[gpu(1), gpu(2), gpu(3)]), None);
-        assert_eq!(first_twins(&[gpu(1), gpu(2), gpu(1), gpu(2)]), Some((0, 2)));
-        assert_eq!(first_twins(&[]), None);
+        assert_eq!(first_duplicate(&[gpu(1), gpu(2), gpu(3)]), None);
+        assert_eq!(first_duplicate(&[gpu(1), gpu(2), gpu(1), gpu(2)]), Some((0, 2)));
+        assert_eq!(first_duplicate(&[]), None);
     }
 }

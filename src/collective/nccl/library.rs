@@ -1,8 +1,8 @@
-//! NCCL's functions. A table of our own, because cudarc never looks for the name `libnccl.so.2`, which is the only one that
+//! Loads NCCL at run time and holds its functions. cudarc's own loader does not try `libnccl.so.2`, the only name that
 //! NCCL's packages install.
 //!
-//! Function by function as in the NCCL manual, <https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api.html>; the
-//! constants are cudarc's, made from nccl.h.
+//! Signatures follow the NCCL manual, <https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api.html>. The
+//! constants are cudarc's, generated from nccl.h.
 
 use std::error::Error as _;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -14,10 +14,10 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use crate::collective::{Error, Result};
 
-/// A communicator, as NCCL hands it out.
+/// `ncclComm_t`.
 pub(super) type Comm = *mut c_void;
 
-/// The result of a call. A plain integer: a newer library may return one that no enum of today lists.
+/// `ncclResult_t`, as a plain integer: a newer library may return a value that is not in cudarc's enum.
 pub(super) type Code = c_int;
 
 pub(super) const SUCCESS: Code = sys::ncclResult_t::ncclSuccess as Code;
@@ -26,13 +26,13 @@ pub(super) const BYTE: c_int = sys::ncclDataType_t::ncclUint8 as c_int;
 pub(super) const F32: c_int = sys::ncclDataType_t::ncclFloat32 as c_int;
 pub(super) const SUM: c_int = sys::ncclRedOp_t::ncclSum as c_int;
 
-/// What makes a group of ranks one: made by rank 0, known to all.
+/// `ncclUniqueId`, which identifies a communicator. Rank 0 creates it and broadcasts it.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct UniqueId(pub [u8; 128]);
 
-/// `ncclConfig_t` as of version 2.18. NCCL reads as many bytes as `size` says and takes its defaults for the rest, so that
-/// this works with every version since (`parseCommConfig` in its init.cc).
+/// `ncclConfig_t` as of version 2.18. NCCL reads `size` bytes of it and uses defaults for newer fields, so it works
+/// with all later versions (`parseCommConfig` in NCCL's init.cc).
 #[repr(C)]
 pub(super) struct Config {
     size: usize,
@@ -47,7 +47,7 @@ pub(super) struct Config {
 }
 
 impl Config {
-    /// No call waits for other ranks; everything else as NCCL likes it (`NCCL_CONFIG_INITIALIZER`).
+    /// A non-blocking communicator: no call waits for other ranks. All else is as in `NCCL_CONFIG_INITIALIZER`.
     pub(super) fn non_blocking() -> Self {
         const UNDEFINED: c_int = c_int::MIN;
         Self {
@@ -64,7 +64,7 @@ impl Config {
     }
 }
 
-/// NCCL, loaded. Without a GPU it still tells its version and makes ids.
+/// The loaded NCCL library. Version and unique ids are available without a GPU.
 pub struct Nccl {
     pub(super) functions: Functions,
     version: u32,
@@ -87,16 +87,17 @@ pub(super) struct Functions {
     pub(super) all_reduce: unsafe extern "C" fn(Send, Receive, usize, c_int, c_int, Comm, Stream) -> Code,
     pub(super) reduce_scatter: unsafe extern "C" fn(Send, Receive, usize, c_int, c_int, Comm, Stream) -> Code,
     pub(super) all_gather: unsafe extern "C" fn(Send, Receive, usize, c_int, Comm, Stream) -> Code,
-    /// The last integer is the rank that gets the sum.
+    /// The last integer is the root: the rank that receives the sum.
     pub(super) reduce: unsafe extern "C" fn(Send, Receive, usize, c_int, c_int, c_int, Comm, Stream) -> Code,
-    /// The last integer is the rank that has the values.
+    /// The last integer is the root: the rank that holds the values.
     pub(super) broadcast: unsafe extern "C" fn(Send, Receive, usize, c_int, c_int, Comm, Stream) -> Code,
 }
 
 type Version = unsafe extern "C" fn(*mut c_int) -> Code;
 
 impl Functions {
-    /// The functions of a library, and the one that tells its version; or the name of the first that it lacks.
+    /// Looks up the functions, and `ncclGetVersion`. The error is the name of the first function that the library
+    /// lacks.
     ///
     /// # Safety
     /// The library is NCCL.
@@ -107,7 +108,7 @@ impl Functions {
             let found = unsafe { library.get::<F>(name.to_bytes_with_nul()) };
             found.map(|symbol| *symbol).map_err(|_| name.to_str().expect("names are ASCII"))
         }
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the library is NCCL; the types are those of nccl.h.
         let functions = unsafe {
             Self {
                 unique_id: function(library, c"ncclGetUniqueId")?,
@@ -130,25 +131,26 @@ impl Functions {
 }
 
 impl Nccl {
-    /// Loads this file, or what the loader finds under this name, on `rank`.
+    /// Loads the library at `path`, which is a file or a name that the dynamic loader searches for. `rank` is named in
+    /// errors.
     ///
     /// # Errors
-    /// [`Error::Nccl`]: it cannot be loaded, or lacks a function.
+    /// [`Error::Nccl`] if it cannot be loaded, lacks a function, or is older than 2.18.
     pub fn load(path: &Path, rank: usize) -> Result<Self> {
         let failed = |message| Error::Nccl { rank, message };
         // SAFETY: NCCL may be loaded from any thread; its initializers only set up its own state.
         let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| {
-            // The loader's words, with the path, are one level down.
+            // The dynamic loader's message, which contains the path, is in the source error.
             failed(e.source().map_or_else(|| e.to_string(), ToString::to_string))
         })?;
-        // To the end of the process: its threads may outlive every communicator.
+        // Never unloaded: NCCL's threads may outlive every communicator.
         let library: &'static Library = Box::leak(Box::new(library));
         // SAFETY: the types are those of nccl.h.
         let loaded = unsafe { Functions::of(library) };
         let (functions, version) =
             loaded.map_err(|name| failed(format!("{} lacks {name}: NCCL 2.18 or later is needed", path.display())))?;
         let mut number = 0;
-        // SAFETY: it writes an integer.
+        // SAFETY: the function writes one integer.
         let code = unsafe { version(&mut number) };
         let nccl = Self { functions, version: number as u32, path: path.to_owned() };
         nccl.check(code).map_err(failed)?;
@@ -158,28 +160,28 @@ impl Nccl {
         Ok(nccl)
     }
 
-    /// 23203 for 2.32.3.
+    /// The version as NCCL encodes it: 23203 is 2.32.3.
     pub fn version(&self) -> u32 {
         self.version
     }
 
-    /// A new id. It opens a port, at which the ranks will find each other.
+    /// Creates a unique id. This opens a port of this machine, to which all ranks will connect.
     ///
     /// # Errors
-    /// NCCL's, in its words; there may be no network interface.
+    /// NCCL's message, for example if there is no network interface.
     pub fn unique_id(&self) -> std::result::Result<UniqueId, String> {
         let mut id = UniqueId([0; 128]);
-        // SAFETY: it writes 128 bytes.
+        // SAFETY: the function writes 128 bytes.
         self.check(unsafe { (self.functions.unique_id)(&mut id) })?;
         Ok(id)
     }
 
-    /// NCCL's words for what is not success.
+    /// Turns a result code into NCCL's error message.
     pub(super) fn check(&self, code: Code) -> std::result::Result<(), String> {
         if code == SUCCESS {
             return Ok(());
         }
-        // SAFETY: both return strings of the library that stay; a communicator is not needed.
+        // SAFETY: both return strings that the library never frees; ncclGetLastError accepts a null communicator.
         let [what, last] = unsafe {
             [(self.functions.error_string)(code), (self.functions.last_error)(std::ptr::null_mut())].map(|text| {
                 if text.is_null() { String::new() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
@@ -196,7 +198,7 @@ impl fmt::Display for Nccl {
     }
 }
 
-/// A stand-in that answers as it is told, for tests of what is made of the answers.
+/// A fake NCCL with scripted results, for tests of the error handling.
 #[cfg(test)]
 pub(super) mod fake {
     use std::cell::Cell;
@@ -204,11 +206,11 @@ pub(super) mod fake {
     use super::*;
 
     thread_local! {
-        /// How often `ncclCommGetAsyncError` still says that the work goes on.
+        /// How many more times `ncclCommGetAsyncError` reports `ncclInProgress`.
         pub static BUSY: Cell<u32> = const { Cell::new(0) };
-        /// What it says then.
+        /// The result that it reports afterwards.
         pub static THEN: Cell<Code> = const { Cell::new(SUCCESS) };
-        /// Calls of `ncclCommAbort`.
+        /// Number of calls of `ncclCommAbort`.
         pub static ABORTS: Cell<u32> = const { Cell::new(0) };
     }
 
@@ -224,11 +226,11 @@ pub(super) mod fake {
         SUCCESS
     }
 
-    unsafe extern "C" fn words(_: Code) -> *const c_char {
+    unsafe extern "C" fn error_string(_: Code) -> *const c_char {
         c"remote process exited".as_ptr()
     }
 
-    unsafe extern "C" fn no_words(_: Comm) -> *const c_char {
+    unsafe extern "C" fn last_error(_: Comm) -> *const c_char {
         c"".as_ptr()
     }
 
@@ -236,34 +238,34 @@ pub(super) mod fake {
         SUCCESS
     }
 
-    /// Only the functions above may be called.
-    #[allow(clippy::missing_transmute_annotations)] // the table says the types
+    /// Only the functions above may be called; the others panic.
+    #[allow(clippy::missing_transmute_annotations)] // the fields give the types
     pub fn nccl() -> Nccl {
         unsafe extern "C" fn not_called() {
-            unreachable!("the stand-in has no such function");
+            unreachable!("the fake NCCL does not have this function");
         }
-        macro_rules! none {
+        macro_rules! missing {
             () => {
-                // SAFETY: it takes no argument and never returns.
+                // SAFETY: the function takes no argument and never returns.
                 unsafe { std::mem::transmute::<unsafe extern "C" fn(), _>(not_called) }
             };
         }
         let functions = Functions {
-            unique_id: none!(),
-            error_string: words,
-            last_error: no_words,
-            init: none!(),
+            unique_id: missing!(),
+            error_string,
+            last_error,
+            init: missing!(),
             async_error,
             abort,
             group_start: group,
             group_end: group,
-            all_reduce: none!(),
-            reduce_scatter: none!(),
-            all_gather: none!(),
-            reduce: none!(),
-            broadcast: none!(),
+            all_reduce: missing!(),
+            reduce_scatter: missing!(),
+            all_gather: missing!(),
+            reduce: missing!(),
+            broadcast: missing!(),
         };
-        Nccl { functions, version: 21800, path: "stand-in".into() }
+        Nccl { functions, version: 21800, path: "fake".into() }
     }
 }
 
@@ -274,7 +276,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_configuration_is_the_beginning_of_nccls_own() {
+    fn config_has_the_layout_of_ncclconfig_t() {
         type Theirs = sys::ncclConfig_t;
         assert_eq!(offset_of!(Config, magic), offset_of!(Theirs, magic));
         assert_eq!(offset_of!(Config, version), offset_of!(Theirs, version));

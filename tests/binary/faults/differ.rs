@@ -69,7 +69,7 @@ fn ranks_that_were_given_different_things() {
         if cases[i] == "nothing" {
             return ended.expect(exit::OK, &[]); // two folders alone are no difference
         }
-        ended.expect(exit::RANKS_DIFFER, &["rank 1 holds another ", says]);
+        ended.expect(exit::RANKS_DIFFER, &["rank 1 has a different ", says]);
         ended.soon(SOON);
         assert!(!scene.out().exists(), "something was written: {:?}", names(&scene.out()));
     });
