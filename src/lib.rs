@@ -19,6 +19,7 @@ pub mod experts;
 pub mod files;
 pub mod model;
 pub mod optim;
+pub mod panics;
 pub mod report;
 pub mod routers;
 pub mod run;

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,6 +10,7 @@ use minijinja::{Environment, ErrorKind, Value};
 
 use super::Message;
 use super::jinja::{self, GENERATION};
+use crate::panics;
 
 /// A template's source may not be longer; the longest published ones have about 20 KiB.
 const MAX_SOURCE: usize = 64 << 10;
@@ -105,12 +105,12 @@ impl ChatTemplate {
         let bytes: usize = messages.iter().map(|m| m.content.len() + m.role.len()).sum();
         let limit = bytes.saturating_mul(MAX_GROWTH).saturating_add(SPARE_OUTPUT);
         let mut output = Bounded { bytes: Vec::new(), limit, full: false };
-        // A panic of the engine is the template's fault for its user, and must not end the process.
-        let result = catch_unwind(AssertUnwindSafe(|| {
+        // minijinja panics on some templates (seen in 3.0.5: `[::-1]` of an empty list).
+        let result = panics::catch_expected(|| {
             let template = self.env.get_template(NAME)?;
             template.render_captured_to(context, &mut output).map(drop)
-        }));
-        let Ok(result) = result else { return Err(TemplateError::Render("it crashed the template engine".into())) };
+        });
+        let Some(result) = result else { return Err(TemplateError::Render("it crashed the template engine".into())) };
         if output.full {
             return Err(TemplateError::Bounds(format!(
                 "it wrote more than {limit} bytes for {bytes} bytes of messages"
@@ -255,6 +255,13 @@ mod tests {
         assert!(matches!(&broken, TemplateError::Source(e) if e.contains("line 1")), "{broken}");
         let long = ChatTemplate::new(&"x".repeat(MAX_SOURCE + 1), []).err().unwrap();
         assert!(long.to_string().contains("65537 bytes"));
+    }
+
+    #[test]
+    fn a_panic_of_the_engine_is_an_error() {
+        // A backward slice of an empty list, whose result is indexed: see `push_with_reverse` in jinja.rs.
+        let crashed = TemplateError::Render("it crashed the template engine".into());
+        assert_eq!(render("{{ messages[9:][::-1][0] }}"), Err(crashed));
     }
 
     #[test]
