@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use moewarden::data::{
     ChatTemplate, ChatTokenizer, DataOptions, Dataset, DropReason, Error, Kind, LongRows, LossOn, Message, MicroBatch,
-    micro_batches, order, samples_for_people,
+    loss_mask_samples, micro_batches, order,
 };
 use moewarden::exit::{self, Coded};
 use proptest::prelude::*;
@@ -312,7 +312,7 @@ fn the_report_counts() {
         "7 rows read, 6 kept",
         "1 attack, 2 chat (safe)",
         "no token of the reply",
-        "1 rows hold a special token's text",
+        "in 1 rows the text of a special token",
         "line 1, <|im_end|>",
     ] {
         assert!(shown.contains(part), "{part:?} is not in\n{shown}");
@@ -336,12 +336,12 @@ fn requests_shared_with_a_held_out_file_are_counted() {
 #[test]
 fn samples_show_what_is_learnt() {
     let dataset = read(&json!([attack("g", "äöü 😀"), chat("safe", &["q", "a"])]), &options()).unwrap();
-    let samples = samples_for_people(&dataset, &tokenizer(), 1);
+    let samples = loss_mask_samples(&dataset, &tokenizer(), 1);
     assert_eq!(samples.iter().map(|s| (s.line, s.is_unsafe)).collect::<Vec<_>>(), [(1, true), (1, false)]);
     let (text, loss): (Vec<_>, Vec<_>) = samples[0].tokens.iter().cloned().unzip();
     assert!(text.concat().contains("äöü 😀<|im_end|>"));
     assert_eq!(loss, dataset.records[0].unsafe_reply.as_ref().unwrap().loss);
-    assert_eq!(samples_for_people(&dataset, &tokenizer(), 9).len(), 3);
+    assert_eq!(loss_mask_samples(&dataset, &tokenizer(), 9).len(), 3);
 }
 
 proptest! {
@@ -406,7 +406,7 @@ fn bad_files_name_their_line_and_exit_with_the_right_code() {
             second(b"{\"messages\": [{\"role\": \"user\", \"content\": \"q\"}]}"),
             "rows.json:2: a chat row without a label",
         ),
-        (second(b"{\"text\": 1}"), "rows.json:2: a row of no known kind"),
+        (second(b"{\"text\": 1}"), "rows.json:2: unknown kind of row"),
         (json!([long]).to_string().into_bytes(), "no row is left to train on"),
         (json!([chat("safe", &["only a prompt"])]).to_string().into_bytes(), "no row has a token that carries loss"),
     ] {
