@@ -45,7 +45,14 @@ pub struct MetricsRow {
     /// Tokens of the global batch (all ranks) that went through the model.
     pub tokens: u64,
     /// Wall-clock seconds since the end of the previous step of the phase, so a checkpoint saved in between is included.
+    /// Lines with `timed_together` have an equal share of a longer time.
     pub seconds: f64,
+    /// Set for the micro-batches of an identification, which are timed as a whole (ranks process them in parallel): the number
+    /// of its lines. `seconds` of each line is the time of the whole identification divided by this number. After a resume
+    /// during the identification, only the time since the resume counts. With `--selection per-batch`, scoring is part of the
+    /// expert steps' `seconds`, and these lines have about 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timed_together: Option<usize>,
     /// True if a number was not finite, so the update was skipped.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub skipped: bool,
@@ -163,6 +170,7 @@ mod tests {
             grad_norm: None,
             tokens: 640,
             seconds: 0.25,
+            timed_together: None,
             skipped: false,
         }
     }
@@ -186,6 +194,14 @@ mod tests {
             "numbers that are not finite become null"
         );
         assert_eq!(log.length(), text.len() as u64);
+    }
+
+    #[test]
+    fn micro_batches_of_an_identification_share_their_time() {
+        let row = MetricsRow { phase: Phase::Identify, timed_together: Some(12), ..row(1) };
+        let line = serde_json::to_value(&row).unwrap();
+        assert_eq!((&line["seconds"], &line["timed_together"]), (&0.25.into(), &12.into()));
+        assert_eq!(serde_json::from_value::<MetricsRow>(line).unwrap(), row);
     }
 
     #[test]
