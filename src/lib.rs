@@ -20,6 +20,7 @@ pub mod files;
 pub mod launch;
 pub mod model;
 pub mod optim;
+pub mod panics;
 pub mod report;
 pub mod routers;
 pub mod run;

@@ -4,11 +4,11 @@ use std::{env, io, panic};
 
 use moewarden::collective::Leave;
 use moewarden::exit::{Ended, Stopped};
-use moewarden::{cli, collective, exit};
+use moewarden::{cli, collective, exit, panics};
 
 fn main() {
     panic::set_hook(Box::new(|fault| {
-        if fault.payload().is::<exit::Failure>() {
+        if fault.payload().is::<exit::Failure>() || panics::is_expected() {
             return; // no fault of ours, and reported where it is caught
         }
         say(&format!(

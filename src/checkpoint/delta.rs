@@ -1,16 +1,15 @@
-//! A delta: the changed parameters alone, in one safetensors file.
+//! A delta: only the changed parameters, in one safetensors file.
 //!
-//! Tensors are named as a checkpoint with one tensor per expert and matrix names them
-//! (`model.layers.3.mlp.experts.7.gate_proj.weight`), also where the base model fuses its experts; each has the shape
-//! and format of the parameter. The metadata:
+//! Every expert matrix is a tensor of its own (`model.layers.3.mlp.experts.7.gate_proj.weight`), even if the base model
+//! fuses its experts into one tensor. Each tensor has the shape and dtype of its parameter. The metadata:
 //!
 //! | key | value |
 //! |---|---|
 //! | `schema` | `moewarden.delta/1` |
-//! | `base_layout` | blake3 of the base's file names and headers |
-//! | `base_values` | blake3 of the base's values of these parameters, in the order of the file |
+//! | `base_layout` | blake3 of the file names and safetensors headers of the base model |
+//! | `base_values` | blake3 of the base model's values of these parameters, in the order of the delta file |
 //!
-//! Both hashes are checked when a delta is applied, so it cannot land on another model.
+//! Applying a delta checks both hashes, so it cannot be applied to another model.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -23,13 +22,13 @@ use crate::backend::HostTensor;
 use crate::files;
 use crate::model::{Checkpoint, ModelConfig, ParamId, ParamTable, Shard, write_header};
 
-/// The `schema` of a delta's metadata.
+/// Value of the metadata key `schema`.
 pub const DELTA_SCHEMA: &str = "moewarden.delta/1";
 
-/// Writes the changed parameters of a model to the file `path`.
+/// Writes the changed parameters of a model as a delta to the file `path`.
 ///
 /// # Errors
-/// A write that fails: then no file is left behind.
+/// A write that fails; `path` is then as it was before.
 pub fn save_delta(
     checkpoint: &Checkpoint,
     table: &ParamTable,
@@ -51,11 +50,11 @@ pub fn save_delta(
     })?)
 }
 
-/// The changed parameters that the delta file holds, memory-mapped, checked to belong to this base model.
+/// Reads a delta file: the changed parameters, memory-mapped. Checks that the delta was made from this base model.
 ///
 /// # Errors
-/// A file that is no delta, was made from another base, or holds a tensor that the base does not have in this shape and
-/// format.
+/// A file that is not a delta, was made from another base model, or has a tensor whose name, shape or dtype does not match
+/// the base model.
 pub fn load_delta(
     checkpoint: &Checkpoint,
     table: &ParamTable,
@@ -71,7 +70,7 @@ pub fn load_delta(
     }
     let other_base = |message| Error::OtherBase { file: file(), base: checkpoint.dir().into(), message };
     if metadata.get("base_layout") != Some(&&*checkpoint.layout_hash().to_string()) {
-        return Err(other_base("files, names or shapes differ"));
+        return Err(other_base("their files, tensor names or shapes differ"));
     }
 
     let ids: HashMap<String, ParamId> = table.iter().map(|(id, spec)| (spec.name(), id)).collect();
@@ -82,8 +81,8 @@ pub fn load_delta(
         let id = *ids.get(&info.name).ok_or_else(|| wrong("the base model has no such parameter".into()))?;
         let (value, base) = (delta.value(info)?, &table.params[id].value);
         if value.shape != base.shape || value.dtype != base.dtype {
-            let (found, wanted) = ((value.dtype, value.shape), (base.dtype, &base.shape));
-            return Err(wrong(format!("is {found:?}, in the base model {wanted:?}")));
+            let (found, expected) = ((value.dtype, value.shape), (base.dtype, &base.shape));
+            return Err(wrong(format!("is {found:?}, in the base model {expected:?}")));
         }
         changed.insert(id, value);
         order.push(id);
@@ -94,7 +93,7 @@ pub fn load_delta(
     Ok(changed)
 }
 
-/// Writes the model of `base_dir` with the delta applied to the new folder `out_dir`.
+/// Writes the model of `base_dir` with the delta applied to it to the new folder `out_dir`.
 ///
 /// # Errors
 /// Those of opening the base, of [`load_delta`] and of [`export`].
@@ -102,7 +101,7 @@ pub fn apply_delta(base_dir: &Path, delta_file: &Path, out_dir: &Path) -> Result
     apply_delta_by(base_dir, delta_file, out_dir, export)
 }
 
-/// The same, but an `out_dir` that exists gives way to the new one once that is whole.
+/// [`apply_delta`], but an existing `out_dir` is replaced once the new folder is complete.
 ///
 /// # Errors
 /// Those of opening the base, of [`load_delta`] and of [`export_over`].
@@ -120,6 +119,7 @@ fn apply_delta_by(base_dir: &Path, delta_file: &Path, out_dir: &Path, export: Ex
     export(base_dir, &checkpoint, &table, &changed, out_dir)
 }
 
+/// blake3 over the base model's values of these parameters.
 fn base_values<'a>(table: &ParamTable, ids: impl IntoIterator<Item = &'a ParamId>) -> String {
     let mut hasher = blake3::Hasher::new();
     for &id in ids {

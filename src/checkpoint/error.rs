@@ -1,4 +1,4 @@
-//! Why a model could not be written.
+//! Errors of writing and reading models, deltas and the optimizer state.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,26 +7,26 @@ use crate::exit::{self, Coded};
 use crate::files;
 use crate::model::{ClaimError, ConfigError, WeightsError};
 
-/// Why a model or a delta could not be written or applied.
+/// Why a model, a delta or the optimizer state could not be written or read.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
+#[allow(missing_docs)] // the messages describe the variants
 pub enum Error {
-    #[error("{0} exists and is not an empty folder; choose another place or move it away")]
+    #[error("{0} exists and is not an empty folder; choose another folder or move it away")]
     Exists(PathBuf),
-    #[error("{0} has no name that a folder can be written under")]
+    #[error("{0} does not end with a folder name")]
     NoName(PathBuf),
     #[error("cannot create {path}")]
     Create { path: PathBuf, source: io::Error },
-    #[error("cannot write {path}; nothing was left behind")]
+    #[error("cannot write {path}; no incomplete file or folder was left")]
     Write { path: PathBuf, source: io::Error },
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
-    #[error("{file}: it is not a moewarden delta: {message}")]
+    #[error("{file}: not a moewarden delta: {message}")]
     NotADelta { file: PathBuf, message: String },
     #[error("{file}: tensor `{tensor}`: {message}")]
     DeltaTensor { file: PathBuf, tensor: String, message: String },
     #[error("{file}: {message}")]
-    NotWhole { file: PathBuf, message: String },
+    Damaged { file: PathBuf, message: String },
     #[error("{file} was made from another base model than {base}: {message}")]
     OtherBase { file: PathBuf, base: PathBuf, message: &'static str },
     #[error(transparent)]
@@ -62,7 +62,7 @@ impl Coded for Error {
             Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
             Error::Write { .. } | Error::Read { .. } => exit::IO,
             Error::File(e) => e.exit_code(),
-            Error::NotWhole { .. } | Error::NotADelta { .. } | Error::DeltaTensor { .. } | Error::OtherBase { .. } => {
+            Error::Damaged { .. } | Error::NotADelta { .. } | Error::DeltaTensor { .. } | Error::OtherBase { .. } => {
                 exit::DATA
             }
             Error::Config(error) => error.exit_code(),

@@ -1,4 +1,4 @@
-//! `manifest.json`: what a folder holds, by size and hash. A folder that differs from its manifest in one bit is not whole.
+//! `manifest.json`: size and blake3 hash of every other file of a folder. One flipped bit in any file is detected.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 use super::error::Error;
 use crate::files;
 
-/// The value of the schema.
+/// Value of the key `schema`.
 const SCHEMA: &str = "moewarden.manifest/1";
 const NAME: &str = "manifest.json";
 
-/// The other files of a folder.
+/// The content of `manifest.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -21,18 +21,18 @@ pub struct Manifest {
     files: BTreeMap<String, Entry>,
 }
 
-/// One file.
+/// Size and hash of one file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
-    /// Its length.
+    /// Size in bytes.
     pub bytes: u64,
-    /// The hash of its contents.
+    /// blake3 hash of the content, hexadecimal.
     pub blake3: String,
 }
 
 impl Entry {
-    /// Of a file as it is.
+    /// Reads the size and computes the hash of a file.
     ///
     /// # Errors
     /// A file that cannot be read.
@@ -45,56 +45,57 @@ impl Entry {
 }
 
 impl Manifest {
-    /// Of these files.
+    /// The manifest of files by name.
     pub fn new(files: BTreeMap<String, Entry>) -> Self {
         Self { schema: SCHEMA.into(), files }
     }
 
-    fn text(&self) -> Vec<u8> {
-        serde_json::to_vec_pretty(self).expect("names and numbers")
+    /// The bytes of `manifest.json`.
+    fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).expect("strings and numbers serialize")
     }
 
-    /// Writes it into the folder: last of all files.
+    /// Writes `manifest.json` into the folder. Call it after all other files are written.
     ///
     /// # Errors
     /// A write that fails.
     pub fn write(&self, folder: &Path) -> Result<(), Error> {
-        Ok(files::write(folder.join(NAME), self.text())?)
+        Ok(files::write(folder.join(NAME), self.to_json())?)
     }
 
-    /// Checks that the folder holds what its manifest says, bit by bit, and nothing else.
+    /// Checks that the folder holds exactly the files of its manifest, with their sizes and hashes.
     ///
     /// # Errors
-    /// [`Error::NotWhole`] with the file and what is wrong with it; a file that cannot be read.
+    /// [`Error::Damaged`] with the file and the difference; a file that cannot be read.
     pub fn verify(folder: &Path) -> Result<(), Error> {
         let path = folder.join(NAME);
-        let not_whole = |name: &str, message: String| Err(Error::NotWhole { file: folder.join(name), message });
+        let damaged = |name: &str, message: String| Err(Error::Damaged { file: folder.join(name), message });
         let text = fs::read(&path).map_err(Error::read(&path))?;
         let manifest: Self = match serde_json::from_slice(&text) {
             Ok(manifest) => manifest,
-            Err(e) => return not_whole(NAME, format!("it is damaged: {e}")),
+            Err(e) => return damaged(NAME, format!("it is damaged: {e}")),
         };
-        // As it was written, byte by byte: also the bits that mean nothing have to be right.
-        if manifest.schema != SCHEMA || manifest.text() != text {
-            return not_whole(NAME, "it is damaged, or of another version".into());
+        // Compare the bytes, so that a changed bit of white space is detected too.
+        if manifest.schema != SCHEMA || manifest.to_json() != text {
+            return damaged(NAME, "it is damaged, or from another version of moewarden".into());
         }
         for (name, entry) in &manifest.files {
             let path = folder.join(name);
             if !path.is_file() {
-                return not_whole(name, "it is missing".into());
+                return damaged(name, "it is missing".into());
             }
             let found = Entry::of(&path)?;
             if found.bytes != entry.bytes {
-                return not_whole(name, format!("it has {} bytes, not {}", found.bytes, entry.bytes));
+                return damaged(name, format!("it has {} bytes, not {}", found.bytes, entry.bytes));
             }
             if found != *entry {
-                return not_whole(name, "it is damaged: its hash is not the one in the manifest".into());
+                return damaged(name, "it is damaged: its hash is not the one in the manifest".into());
             }
         }
         for file in fs::read_dir(folder).map_err(Error::read(folder))? {
             let name = file.map_err(Error::read(folder))?.file_name().to_string_lossy().into_owned();
             if name != NAME && !manifest.files.contains_key(&name) {
-                return not_whole(&name, "it is not in the manifest".into());
+                return damaged(&name, "it is not in the manifest".into());
             }
         }
         Ok(())
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn every_flipped_bit_of_every_file_is_found() {
+    fn every_flipped_bit_of_every_file_is_detected() {
         let dir = folder();
         Manifest::verify(dir.path()).unwrap();
         for name in ["a.bin", "b.bin", "c.json", NAME] {
@@ -139,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn swapped_and_foreign_files_are_found() {
+    fn swapped_and_added_files_are_detected() {
         let dir = folder();
         let [a, b] = ["a.bin", "b.bin"].map(|name| dir.path().join(name));
         let (of_a, of_b) = (fs::read(&a).unwrap(), fs::read(&b).unwrap());

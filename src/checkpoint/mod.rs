@@ -1,19 +1,19 @@
-//! Models and parts of models on their way to disk.
+//! Writes and reads models, deltas and the optimizer state.
 //!
-//! Everything is written aside, brought to the disk, and renamed: an output either exists whole or not at all.
+//! Files and folders are written under a temporary name, synced (fsync) and renamed, so an output is complete or absent.
 
-mod aside;
+mod atomic_dir;
 mod delta;
 mod error;
 mod export;
 mod manifest;
-mod shard_state;
+mod optimizer_state;
 mod snapshot;
 
-pub use aside::{AsideDir, clear_left, is_left_of, partial_path, remove};
+pub use atomic_dir::{AsideDir, clear_left, is_left_of, partial_path, remove};
 pub use delta::{DELTA_SCHEMA, apply_delta, apply_delta_over, load_delta, save_delta};
 pub use error::Error;
 pub use export::{export, export_over, is_model_file, is_model_folder};
 pub use manifest::{Entry, Manifest};
-pub use shard_state::{read_optimizer, write_optimizer};
+pub use optimizer_state::{read_optimizer, write_optimizer};
 pub use snapshot::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State};

@@ -1,13 +1,13 @@
-//! The seeded global order and its micro-batches.
+//! The shuffled order of records in an epoch, and its micro-batches.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-/// The order of `n` records in an epoch: file order, or shuffled by `seed` and `epoch`.
+/// The order of `n` records in an epoch: file order, or a shuffle seeded by `seed` and `epoch`.
 ///
-/// The shuffle is Fisher and Yates from the last place down, over a ChaCha8 stream keyed by the little-endian bytes of
-/// `seed`, `epoch` and sixteen zeros, with numbers below a bound drawn by rejection from 64-bit words. Nothing of it
-/// depends on the machine, the number of ranks or a library's choice of algorithm.
+/// The shuffle is Fisher-Yates from the last position down. Its random numbers come from a ChaCha8 stream whose key is the
+/// little-endian bytes of `seed`, `epoch` and sixteen zeros; a number below a bound is drawn from 64-bit words by
+/// rejection. So the order does not depend on the machine, the world size or a library's choice of algorithm.
 pub fn order(n: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
     let mut out: Vec<usize> = (0..n).collect();
     if shuffle {
@@ -22,20 +22,20 @@ pub fn order(n: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
     out
 }
 
-/// A number in `0..bound`, each as likely as the others.
+/// A uniform random number in `0..bound`.
 fn below(rng: &mut ChaCha8Rng, bound: u64) -> u64 {
-    // Words from the last multiple of `bound` on would make the small remainders likelier.
-    let fair = u64::MAX - u64::MAX % bound;
+    // Reject words from the last multiple of `bound` on: they would make small remainders more likely.
+    let limit = u64::MAX - u64::MAX % bound;
     loop {
         let word = rng.next_u64();
-        if word < fair {
+        if word < limit {
             return word % bound;
         }
     }
 }
 
-/// Cuts the global order into micro-batches of `batch_size` records, the last one shorter where it does not divide.
-/// Micro-batch i belongs to rank i mod world size.
+/// Splits the global order into micro-batches of `batch_size` records; the last one may be shorter. Micro-batch i belongs
+/// to rank i mod world size.
 ///
 /// # Panics
 /// If `batch_size` is 0.
@@ -57,7 +57,7 @@ mod tests {
 
     #[test]
     fn the_order_is_pinned() {
-        // A changed order would make a resumed or repeated run see other batches: these values must never change.
+        // These values must never change: a resumed or repeated run must see the same batches.
         assert_eq!(order(10, true, 42, 0), PINNED[0]);
         assert_eq!(order(10, true, 42, 1), PINNED[1]);
         assert_eq!(order(10, true, 43, 0), PINNED[2]);
@@ -68,11 +68,11 @@ mod tests {
         [[2, 1, 4, 3, 7, 0, 5, 8, 6, 9], [2, 6, 1, 5, 4, 3, 0, 9, 8, 7], [0, 2, 6, 9, 1, 5, 3, 4, 7, 8]];
 
     #[test]
-    fn every_place_is_as_likely() {
+    fn every_position_is_equally_likely() {
         let mut counts = [[0_usize; 4]; 4];
         for seed in 0..4000 {
-            for (place, record) in order(4, true, seed, 0).into_iter().enumerate() {
-                counts[place][record] += 1;
+            for (position, record) in order(4, true, seed, 0).into_iter().enumerate() {
+                counts[position][record] += 1;
             }
         }
         // 1000 expected, standard deviation 27: 150 is more than five of them for each of the sixteen.
@@ -88,7 +88,7 @@ mod tests {
         }
 
         #[test]
-        fn micro_batches_hold_the_order(n in 0_usize..100, batch_size in 1_usize..20, seed: u64) {
+        fn micro_batches_keep_the_order(n in 0_usize..100, batch_size in 1_usize..20, seed: u64) {
             let order = order(n, true, seed, 0);
             let batches = micro_batches(&order, batch_size);
             prop_assert_eq!(batches.concat(), order);

@@ -1,4 +1,4 @@
-//! A data file as tokenised records.
+//! Reads a data file into tokenised records.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -12,66 +12,67 @@ use super::rows::{self, Rows};
 use super::tokenizer::Encoded;
 use super::{ChatTokenizer, Error, Example, LongRows, LossOn, Record};
 
-/// How a file is read.
+/// Options for reading a data file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DataOptions {
-    /// Records taken in file order, counted after the verdicts were asked; 0: all.
+    /// Maximum number of records, taken in file order from the rows that pass their verdict; 0: all.
     pub max_samples: usize,
-    /// Tokens that each of a record's token lists may have.
+    /// Maximum number of tokens of a prompt and of a conversation.
     pub max_length: usize,
-    /// What happens to longer ones.
+    /// What happens to longer rows.
     pub long_rows: LongRows,
-    /// The tokens that carry loss.
+    /// Which tokens carry loss.
     pub loss_on: LossOn,
-    /// Whether attacks are kept that failed by their own verdict.
+    /// Whether attacks with a failed or null verdict are kept.
     pub keep_failed: bool,
-    /// The reply to unsafe prompts of rows that bring none.
+    /// Target reply of rows without `refusal_response`.
     pub safe_response: String,
-    /// A template to use instead of the model's; it is for [`ChatTokenizer::open`], and rides along with the rest.
+    /// File of a chat template that replaces the model's. Not used here: the caller passes it to [`ChatTokenizer::open`].
     pub chat_template: Option<PathBuf>,
 }
 
 /// The records of a file, in file order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Dataset {
-    /// At least one.
+    /// Never empty after [`Dataset::read`].
     pub records: Vec<Record>,
-    /// What was read, kept and left out.
+    /// Counts of rows read, kept and dropped.
     pub report: DataReport,
 }
 
-/// What became of one row.
-enum Outcome {
+/// The result of tokenising one row.
+enum RowOutcome {
     Kept { record: Box<Record>, truncated: bool },
     Dropped(DropReason),
 }
 
 impl Dataset {
-    /// Records made elsewhere (benchmarks, tests), with an empty report.
+    /// A data set of given records with an empty report, for benchmarks and tests.
     pub fn of_records(records: Vec<Record>) -> Self {
         Self { records, report: DataReport::default() }
     }
 
-    /// Whether some record has a safe prompt and some record an unsafe one: what aligning routers compares.
+    /// Whether a safe and an unsafe prompt exist (not necessarily in one record). Router alignment needs both.
     pub fn has_both_prompts(&self) -> bool {
         let any = |side: fn(&Record) -> bool| self.records.iter().any(side);
         any(|r| r.safe_prompt.is_some()) && any(|r| r.unsafe_prompt.is_some())
     }
 
-    /// The same of prompts with their replies: what routing frequencies and the joint schedule compare.
+    /// Whether a reply on the safe and one on the unsafe side exist (not necessarily in one record). Routing frequencies and
+    /// the joint schedule need both.
     pub fn has_both_replies(&self) -> bool {
         let any = |side: fn(&Record) -> bool| self.records.iter().any(side);
         any(|r| r.safe_reply.is_some()) && any(|r| r.unsafe_reply.is_some())
     }
 
-    /// Reads, filters, renders and tokenises a file: a JSON array, or one row a line.
+    /// Reads, filters, renders and tokenises a data file: a JSON array of rows, or JSONL.
     ///
-    /// Attacks without a verdict are kept and counted; those whose verdict is null are left out. A row is kept whole or
-    /// left out whole, so an unsafe prompt never loses its safe twin.
+    /// Attacks without a verdict are kept and counted; attacks with a null verdict are dropped. Both sides of a row are kept
+    /// or both are dropped, so an unsafe prompt keeps its safe counterpart.
     ///
     /// # Errors
-    /// A file that cannot be read or is empty; the first row that is not what it should be, or that the template cannot
-    /// render, or renders as an empty prompt; a row that is too long, under [`LongRows::Error`]; nothing left to train on.
+    /// A file that cannot be read or is empty; the first row that is invalid, or that the template cannot render or renders
+    /// as an empty prompt; with [`LongRows::Error`], a row that is too long; no row or no loss token left to train on.
     pub fn read(path: &Path, tokenizer: &ChatTokenizer, options: &DataOptions) -> Result<Self, Error> {
         let text = rows::read_text(path)?;
         let mut report = DataReport { path: path.to_owned(), ..DataReport::default() };
@@ -86,21 +87,21 @@ impl Dataset {
             match kinds::parse(line, &row, &options.safe_response, options.keep_failed) {
                 Ok(Parsed::Row(row)) => parsed.push(row),
                 Ok(Parsed::Dropped(reason)) => *report.dropped.entry(reason).or_default() += 1,
-                Err(what) => return Err(Error::row(path, line, what)),
+                Err(message) => return Err(Error::row(path, line, message)),
             }
         }
-        let build = Build { path, tokenizer, options };
-        let outcomes: Vec<_> = parsed.par_iter().map(|row| build.record(row)).collect();
+        let builder = RecordBuilder { path, tokenizer, options };
+        let outcomes: Vec<_> = parsed.par_iter().map(|row| builder.record(row)).collect();
         let mut records = Vec::new();
-        // In file order, so that the error given is the first row's, whatever thread met one.
+        // In file order: the error returned is that of the first bad row, whichever thread finished first.
         for (row, outcome) in parsed.iter().zip(outcomes) {
             match outcome? {
-                Outcome::Kept { record, truncated } => {
+                RowOutcome::Kept { record, truncated } => {
                     report.count(row, &record, truncated);
                     report.note_special_tokens(row, tokenizer);
                     records.push(*record);
                 }
-                Outcome::Dropped(reason) => *report.dropped.entry(reason).or_default() += 1,
+                RowOutcome::Dropped(reason) => *report.dropped.entry(reason).or_default() += 1,
             }
         }
         if records.is_empty() {
@@ -112,12 +113,12 @@ impl Dataset {
         Ok(Self { records, report })
     }
 
-    /// Records whose bare request is also one of `other`, up to case and white space. Of a held-out file and a training
-    /// file there should be none.
+    /// Number of records whose [`Record::request`] also occurs in `other`, ignoring case and white space. Should be 0 for a
+    /// held-out file against a training file.
     pub fn shared_requests(&self, other: &Self) -> usize {
-        let plain = |r: &Record| r.request.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
-        let others: HashSet<_> = other.records.iter().map(plain).collect();
-        self.records.iter().map(plain).filter(|request| !request.is_empty() && others.contains(request)).count()
+        let normalized = |r: &Record| r.request.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
+        let others: HashSet<_> = other.records.iter().map(normalized).collect();
+        self.records.iter().map(normalized).filter(|request| !request.is_empty() && others.contains(request)).count()
     }
 }
 
@@ -143,23 +144,23 @@ impl DataReport {
     }
 }
 
-/// Makes a record of a row.
-struct Build<'a> {
+/// Renders and tokenises rows.
+struct RecordBuilder<'a> {
     path: &'a Path,
     tokenizer: &'a ChatTokenizer,
     options: &'a DataOptions,
 }
 
-/// A list of tokens that fits, or why there is none.
+/// Tokens that fit into the maximum length, or why the row is dropped.
 enum Fit<T> {
     Whole(T),
-    Cut(T),
+    Truncated(T),
     TooLong,
-    NoLoss,
+    NoLossToken,
 }
 
-impl Build<'_> {
-    fn record(&self, row: &Row) -> Result<Outcome, Error> {
+impl RecordBuilder<'_> {
+    fn record(&self, row: &Row) -> Result<RowOutcome, Error> {
         let mut truncated = false;
         let mut record = Record {
             line: row.line,
@@ -171,17 +172,17 @@ impl Build<'_> {
             unsafe_messages: row.unsafe_side.as_ref().map_or_else(Vec::new, Side::prompt_messages),
             safe_messages: row.safe_side.as_ref().map_or_else(Vec::new, Side::prompt_messages),
         };
-        /// The value that fits; returns the outcome where none does.
+        /// Unwraps tokens that fit; returns from the function if the row is dropped.
         macro_rules! fitting {
             ($fit:expr) => {
                 match $fit {
                     Fit::Whole(value) => Some(value),
-                    Fit::Cut(value) => {
+                    Fit::Truncated(value) => {
                         truncated = true;
                         Some(value)
                     }
-                    Fit::TooLong => return Ok(Outcome::Dropped(DropReason::TooLong)),
-                    Fit::NoLoss => return Ok(Outcome::Dropped(DropReason::NoLossToken)),
+                    Fit::TooLong => return Ok(RowOutcome::Dropped(DropReason::TooLong)),
+                    Fit::NoLossToken => return Ok(RowOutcome::Dropped(DropReason::NoLossToken)),
                 }
             };
         }
@@ -197,28 +198,28 @@ impl Build<'_> {
                 record.safe_reply = fitting!(self.reply(row.line, side)?);
             }
         }
-        Ok(Outcome::Kept { record: Box::new(record), truncated })
+        Ok(RowOutcome::Kept { record: Box::new(record), truncated })
     }
 
-    fn wrong(&self, line: usize, what: impl ToString) -> Error {
-        Error::row(self.path, line, what)
+    fn row_error(&self, line: usize, message: impl ToString) -> Error {
+        Error::row(self.path, line, message)
     }
 
-    /// The turns before the reply, ending with the generation prompt.
+    /// Token ids of the turns before the reply, ending with the generation prompt.
     fn prompt(&self, line: usize, side: &Side) -> Result<Fit<Vec<u32>>, Error> {
         let messages = &side.messages[..side.prompt];
-        // A line of a gigabyte is left out, whatever the rule, without being rendered.
+        // Do not render a line of a gigabyte: treat it as too long, even where prompts are truncated.
         let bytes = messages.iter().map(|m| m.content.len()).sum();
-        if self.tokenizer.is_hopeless(bytes, self.options.max_length) {
+        if self.tokenizer.exceeds_by_far(bytes, self.options.max_length) {
             return self.too_long(line, format_args!("a prompt of {bytes} bytes"));
         }
-        let text = self.tokenizer.render(messages, true).map_err(|e| self.wrong(line, e))?;
+        let text = self.tokenizer.render(messages, true).map_err(|e| self.row_error(line, e))?;
         let mut ids = self.tokenizer.encode(&text)?;
         if ids.is_empty() {
-            return Err(self.wrong(
+            return Err(self.row_error(
                 line,
-                "the chat template makes nothing of the turns before the reply, so the model would have nothing to \
-                 answer: correct the row, or give another template with --chat-template",
+                "the chat template renders the turns before the reply as an empty prompt: correct the row, or give another \
+                 template with --chat-template",
             ));
         }
         let Some(excess) = ids.len().checked_sub(self.options.max_length).filter(|n| *n > 0) else {
@@ -227,25 +228,26 @@ impl Build<'_> {
         match self.options.long_rows {
             LongRows::TruncatePrompt => {
                 ids.drain(..excess);
-                Ok(Fit::Cut(ids))
+                Ok(Fit::Truncated(ids))
             }
             _ => self.too_long(line, format_args!("a prompt of {} tokens", ids.len())),
         }
     }
 
-    /// The whole conversation with its mask.
+    /// Token ids and loss mask of the conversation, reply included.
     fn reply(&self, line: usize, side: &Side) -> Result<Fit<Example>, Error> {
         let bytes = side.messages.iter().map(|m| m.content.len()).sum();
-        if self.tokenizer.is_hopeless(bytes, self.options.max_length) {
+        if self.tokenizer.exceeds_by_far(bytes, self.options.max_length) {
             return self.too_long(line, format_args!("a conversation of {bytes} bytes"));
         }
-        let masked = mask::masked(self.tokenizer.template(), &side.messages).map_err(|e| self.wrong(line, e))?;
+        let masked =
+            mask::render_with_mask(self.tokenizer.template(), &side.messages).map_err(|e| self.row_error(line, e))?;
         let Encoded { mut ids, offsets } = self.tokenizer.encode_with_offsets(&masked.text)?;
         let mut loss = mask::token_mask(&offsets, &masked.spans);
-        let Some(first) = loss.iter().position(|l| *l) else { return Ok(Fit::NoLoss) };
+        let Some(first) = loss.iter().position(|l| *l) else { return Ok(Fit::NoLossToken) };
         let excess = ids.len().saturating_sub(self.options.max_length);
         if excess > 0 {
-            // One token must stay before the reply: the first token of a sequence cannot be predicted.
+            // Keep at least one token before the reply: the first token of a sequence cannot be a target.
             if self.options.long_rows != LongRows::TruncatePrompt || excess >= first {
                 return self
                     .too_long(line, format_args!("a conversation of {} tokens, {first} before the reply", ids.len()));
@@ -258,7 +260,7 @@ impl Build<'_> {
             loss[0] = false;
         }
         let example = Example { ids, loss };
-        Ok(if excess > 0 { Fit::Cut(example) } else { Fit::Whole(example) })
+        Ok(if excess > 0 { Fit::Truncated(example) } else { Fit::Whole(example) })
     }
 
     fn too_long<T>(&self, line: usize, what: std::fmt::Arguments<'_>) -> Result<Fit<T>, Error> {
@@ -266,26 +268,27 @@ impl Build<'_> {
             return Ok(Fit::TooLong);
         }
         let max = self.options.max_length;
-        Err(self.wrong(
+        Err(self.row_error(
             line,
             format!("{what} does not fit into --max-length {max}; raise it, or choose another --long-rows"),
         ))
     }
 }
 
-/// A record's conversation for people.
+/// A conversation as text, token by token, for showing the loss mask to the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
-    /// Line of the row.
+    /// 1-based line of the row.
     pub line: usize,
-    /// Whether it is the unsafe side.
+    /// Whether it is the unsafe side of the row.
     pub is_unsafe: bool,
-    /// Each token's text, and whether it carries loss. Of a character that takes several tokens, the last has the text.
+    /// The text of each token, and whether it carries loss. If a character takes several tokens, the last of them has the
+    /// text and the others are empty.
     pub tokens: Vec<(String, bool)>,
 }
 
 /// The conversations of the first `n` records, token by token with the loss mask.
-pub fn samples_for_people(dataset: &Dataset, tokenizer: &ChatTokenizer, n: usize) -> Vec<Sample> {
+pub fn loss_mask_samples(dataset: &Dataset, tokenizer: &ChatTokenizer, n: usize) -> Vec<Sample> {
     let sample = |line, is_unsafe, example: &Example| Sample {
         line,
         is_unsafe,

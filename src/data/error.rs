@@ -1,49 +1,50 @@
-//! What can be wrong with data, a tokenizer or a template.
+//! Errors of data files, tokenizers and chat templates.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::exit::{self, Coded};
 
-/// Why data cannot be used. Every message names the file, and the line where there is one, the cause and the way out.
+/// Why a data file, tokenizer or chat template cannot be used. Every message names the file (and the line, for a row), the
+/// cause and the way out.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file that cannot be read.
+    /// A file cannot be read.
     #[error("{}: cannot be read; {hint}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system answered.
+        /// The error of the operating system.
         source: io::Error,
-        /// The way out.
+        /// What the user can try.
         hint: &'static str,
     },
-    /// A file that is not what it should be as a whole.
-    #[error("{}: {what}", path.display())]
+    /// The content of a file is invalid as a whole.
+    #[error("{}: {message}", path.display())]
     File {
         /// The file.
         path: PathBuf,
         /// Cause and way out.
-        what: String,
+        message: String,
     },
-    /// A row that cannot be used.
-    #[error("{}:{line}: {what}", path.display())]
+    /// One row is invalid.
+    #[error("{}:{line}: {message}", path.display())]
     Row {
         /// The file.
         path: PathBuf,
         /// 1-based line.
         line: usize,
         /// Cause and way out.
-        what: String,
+        message: String,
     },
-    /// The model brings no chat template, or none that can be chosen.
-    #[error("{}: {what}; name a template with --chat-template FILE", folder.display())]
+    /// The model folder has no chat template, or several without a default.
+    #[error("{}: {message}; name a template with --chat-template FILE", folder.display())]
     NoTemplate {
         /// The model folder.
         folder: PathBuf,
         /// What was found instead.
-        what: String,
+        message: String,
     },
 }
 
@@ -52,12 +53,12 @@ impl Error {
         Self::Read { path: path.to_owned(), source, hint: "is the path right, and is it a file that you may read?" }
     }
 
-    pub(super) fn file(path: &Path, what: impl ToString) -> Self {
-        Self::File { path: path.to_owned(), what: what.to_string() }
+    pub(super) fn file(path: &Path, message: impl ToString) -> Self {
+        Self::File { path: path.to_owned(), message: message.to_string() }
     }
 
-    pub(super) fn row(path: &Path, line: usize, what: impl ToString) -> Self {
-        Self::Row { path: path.to_owned(), line, what: what.to_string() }
+    pub(super) fn row(path: &Path, line: usize, message: impl ToString) -> Self {
+        Self::Row { path: path.to_owned(), line, message: message.to_string() }
     }
 }
 

@@ -1,7 +1,8 @@
-//! Jinja as Hugging Face configures it for chat templates, with bounds on what a template can make it do.
+//! minijinja configured as Hugging Face transformers configures Jinja2 for chat templates, with limits on the resources that
+//! a template can use.
 //!
-//! minijinja differs from Jinja2 in three places that templates reach: `tojson`, line ends, and the
-//! `{% generation %}` tag, which transformers adds to mark what the assistant says.
+//! The differences from plain minijinja: the filter `tojson`; line endings; some methods of Python's `str`; slices
+//! `[::-1]`; and the tag `{% generation %}`, which transformers adds to mark assistant text.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -10,49 +11,56 @@ use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
 use minijinja_contrib::pycompat;
 
-/// Marks around what a `{% generation %}` block renders: noncharacters, which no interchanged text holds.
+/// Marks before and after the output of a `{% generation %}` block: Unicode noncharacters, which ordinary text does not hold.
 pub(super) const GENERATION: [char; 2] = ['\u{10fffe}', '\u{10ffff}'];
-/// Instructions of one rendering; real templates take some hundreds a turn.
+/// Maximum number of instructions of one rendering; real templates take some hundreds per turn.
 const FUEL: u64 = 5_000_000;
-/// Characters that one filter or method may make.
+/// Maximum length in bytes of the result of one filter or method.
 const MAX_TEXT: usize = 8 << 20;
-/// The widest field of a format.
+/// Maximum width of a field in a format string, and of an indent.
 const MAX_WIDTH: i64 = 10_000;
 const MAX_JSON_DEPTH: usize = 64;
 
-/// An environment for chat templates.
+/// The minijinja environment for chat templates.
 pub(super) fn environment() -> Environment<'static> {
     let mut env = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     env.set_syntax(syntax.expect("the delimiters are the usual ones"));
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_fuel(Some(FUEL));
-    env.set_unknown_method_callback(method);
+    env.set_unknown_method_callback(python_method);
     env.add_filter("tojson", tojson);
-    env.add_filter("replace", guarded(check_replace, Value::from_function(filters::replace)));
-    env.add_filter("join", guarded(|args| check_join(args.get(1), args.first()), Value::from_function(filters::join)));
-    env.add_filter("format", guarded(check_format, Value::from_function(filters::format)));
-    env.add_filter("indent", guarded(check_indent, Value::from_function(filters::indent)));
+    env.add_filter("replace", with_check(check_replace, Value::from_function(filters::replace)));
+    env.add_filter(
+        "join",
+        with_check(|args| check_join(args.get(1), args.first()), Value::from_function(filters::join)),
+    );
+    env.add_filter("format", with_check(check_format, Value::from_function(filters::format)));
+    env.add_filter("indent", with_check(check_indent, Value::from_function(filters::indent)));
     env.add_filter("__generation", |text: String| format!("{}{text}{}", GENERATION[0], GENERATION[1]));
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
-    // Every rank and every run of a job must see one date, so it is read once, in UTC.
+    // The clock is read once, in UTC, so that all renderings of this process see the same date.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     env.add_function("strftime_now", move |format: String| strftime(now, &format));
     env
 }
 
-fn refuse<T>(what: impl Into<std::borrow::Cow<'static, str>>) -> Result<T, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, what))
+fn refuse<T>(message: impl Into<std::borrow::Cow<'static, str>>) -> Result<T, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message))
 }
 
 fn check_size(bytes: usize) -> Result<(), Error> {
-    if bytes > MAX_TEXT { refuse(format!("the template builds a text of more than {MAX_TEXT} bytes")) } else { Ok(()) }
+    if bytes > MAX_TEXT {
+        refuse(format!("the template builds a string of more than {MAX_TEXT} bytes"))
+    } else {
+        Ok(())
+    }
 }
 
-/// A filter that asks first whether its arguments are within bounds.
-fn guarded(
+/// `filter`, preceded by a check of its arguments.
+fn with_check(
     check: fn(&[Value]) -> Result<(), Error>,
     filter: Value,
 ) -> impl Fn(&mut State, Rest<Value>) -> Result<Value, Error> + Send + Sync + 'static {
@@ -62,8 +70,8 @@ fn guarded(
     }
 }
 
-/// Methods of Python's `str`, `dict` and `list`, unless they would make a text without bound.
-fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+/// Methods of Python's `str`, `dict` and `list`, with limits on the size of their result.
+fn python_method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let all: Vec<Value> = std::iter::once(value).chain(args).cloned().collect();
     match name {
         "replace" => check_replace(&all)?,
@@ -79,7 +87,8 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
     pycompat::unknown_method_callback(state, value, name, args)
 }
 
-/// Letters after anything that is no letter in upper case, the others in lower case; pycompat's looks at spaces only.
+/// Python's `str.title`: upper case for letters that follow a non-letter, lower case for others. (The method of pycompat
+/// treats only white space as a word boundary.)
 fn title(text: &str) -> String {
     let (mut out, mut in_word) = (String::with_capacity(text.len()), false);
     for c in text.chars() {
@@ -95,7 +104,7 @@ fn title(text: &str) -> String {
     out
 }
 
-/// Lines as Python splits them: at more characters than `\n`, which is all that pycompat knows.
+/// Python's `str.splitlines`. (The method of pycompat splits only at `\n`.)
 fn split_lines(text: &str) -> Vec<&str> {
     let ends = ['\n', '\r', '\u{b}', '\u{c}', '\u{1c}', '\u{1d}', '\u{1e}', '\u{85}', '\u{2028}', '\u{2029}'];
     let (mut lines, mut rest) = (Vec::new(), text);
@@ -111,7 +120,7 @@ fn split_lines(text: &str) -> Vec<&str> {
     lines
 }
 
-/// Text, old, new.
+/// Limits the result of replacing; arguments: text, old, new.
 fn check_replace(args: &[Value]) -> Result<(), Error> {
     let [Some(text), Some(old), Some(new)] = [0, 1, 2].map(|i| args.get(i).and_then(Value::as_str)) else {
         return Ok(());
@@ -122,40 +131,42 @@ fn check_replace(args: &[Value]) -> Result<(), Error> {
     check_size(text.len().saturating_add(text.matches(old).count().saturating_mul(new.len())))
 }
 
-fn check_join(glue: Option<&Value>, items: Option<&Value>) -> Result<(), Error> {
-    let glue = glue.and_then(Value::as_str).map_or(0, str::len);
+/// Limits the result of joining `items` with `separator`.
+fn check_join(separator: Option<&Value>, items: Option<&Value>) -> Result<(), Error> {
+    let separator = separator.and_then(Value::as_str).map_or(0, str::len);
     let mut bytes = 0_usize;
     for item in items.and_then(|items| items.try_iter().ok()).into_iter().flatten() {
-        bytes = bytes.saturating_add(glue + item.as_str().map_or(0, str::len));
+        bytes = bytes.saturating_add(separator + item.as_str().map_or(0, str::len));
         check_size(bytes)?;
     }
     Ok(())
 }
 
-/// Text, and a width by place or name.
+/// Limits the result of indenting; arguments: text, width (positional or named).
 fn check_indent(args: &[Value]) -> Result<(), Error> {
     let lines = args.first().and_then(Value::as_str).map_or(0, |t| t.split('\n').count());
     let width = |arg: &Value| arg.as_usize().or_else(|| arg.get_attr("width").ok()?.as_usize());
     check_size(args.iter().skip(1).filter_map(width).max().unwrap_or(4).saturating_mul(lines))
 }
 
-/// Refuses widths beyond [`MAX_WIDTH`], written in the format (the first argument) or given for it.
+/// Refuses field widths beyond [`MAX_WIDTH`], whether written in the format string (the first argument) or passed as a later
+/// argument.
 fn check_format(args: &[Value]) -> Result<(), Error> {
     let Some((text, args)) = args.split_first().and_then(|(text, args)| Some((text.as_str()?, args))) else {
         return Ok(());
     };
-    let written =
+    let in_format =
         text.split(|c: char| !c.is_ascii_digit()).any(|n| n.len() > 9 || n.parse().is_ok_and(|n: i64| n > MAX_WIDTH));
-    // A width may also be an argument: `{:{}}`, or `*` in the older notation.
+    // A width can also be an argument: `{:{}}` for `str.format`, `*` for `%`.
     let by_argument = text.replace("{{", "").split('}').any(|part| part.matches('{').count() > 1) || text.contains('*');
     let too_wide = |n: &Value| n.as_i64().is_some_and(|n| n.abs() > MAX_WIDTH);
     let named =
         |map: &Value| map.try_iter().is_ok_and(|mut keys| keys.any(|k| map.get_item(&k).is_ok_and(|n| too_wide(&n))));
-    let given = by_argument && args.iter().any(|a| too_wide(a) || (a.kind() == ValueKind::Map && named(a)));
-    if written || given { refuse(format!("a format asks for a width beyond {MAX_WIDTH}")) } else { Ok(()) }
+    let in_arguments = by_argument && args.iter().any(|a| too_wide(a) || (a.kind() == ValueKind::Map && named(a)));
+    if in_format || in_arguments { refuse(format!("a format string has a width beyond {MAX_WIDTH}")) } else { Ok(()) }
 }
 
-/// `json.dumps` with `ensure_ascii` off unless asked for, as transformers defines the filter.
+/// The filter `tojson` of transformers: `json.dumps` with `ensure_ascii=False` by default.
 fn tojson(value: &Value, args: Kwargs) -> Result<String, Error> {
     let ensure_ascii = args.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
     let sort_keys = args.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
@@ -174,11 +185,13 @@ fn tojson(value: &Value, args: Kwargs) -> Result<String, Error> {
     Ok(json.out)
 }
 
+/// A JSON writer with the options of `json.dumps`.
 struct Json {
     out: String,
     ensure_ascii: bool,
     sort_keys: bool,
     indent: Option<usize>,
+    /// Between items; between key and value.
     separators: (String, String),
 }
 
@@ -265,7 +278,7 @@ impl Json {
     }
 }
 
-/// The directives of `strftime` that chat templates use, in UTC and English.
+/// `strftime` in UTC and English, with the directives that chat templates use. `seconds`: Unix time.
 fn strftime(seconds: u64, format: &str) -> Result<String, Error> {
     const MONTHS: [&str; 12] = [
         "January",
@@ -283,7 +296,7 @@ fn strftime(seconds: u64, format: &str) -> Result<String, Error> {
     ];
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = civil(days);
+    let (year, month, day) = civil_date(days);
     let (hour, minute) = (second / 3600, second / 60 % 60);
     let (month_name, day_name) = (MONTHS[month - 1], DAYS[(days % 7) as usize]);
     let mut out = String::new();
@@ -294,11 +307,11 @@ fn strftime(seconds: u64, format: &str) -> Result<String, Error> {
             continue;
         }
         let mut directive = chars.next();
-        let bare = directive == Some('-');
-        if bare {
+        let no_padding = directive == Some('-');
+        if no_padding {
             directive = chars.next();
         }
-        let two = |n: u64| if bare { n.to_string() } else { format!("{n:02}") };
+        let two = |n: u64| if no_padding { n.to_string() } else { format!("{n:02}") };
         out.push_str(&match directive {
             Some('Y') => year.to_string(),
             Some('y') => two(year % 100),
@@ -316,14 +329,14 @@ fn strftime(seconds: u64, format: &str) -> Result<String, Error> {
             Some('F') => format!("{year}-{month:02}-{day:02}"),
             Some('T') => format!("{hour:02}:{minute:02}:{:02}", second % 60),
             Some('%') => "%".to_owned(),
-            _ => return refuse(format!("strftime_now: the format {format:?} holds a directive that is not supported")),
+            _ => return refuse(format!("strftime_now: unsupported directive in the format {format:?}")),
         });
     }
     Ok(out)
 }
 
-/// Year, month and day of a day since 1970-01-01.
-fn civil(mut day: u64) -> (u64, usize, u64) {
+/// Year, month (from 1) and day (from 1) of the day `day` days after 1970-01-01, in the Gregorian calendar.
+fn civil_date(mut day: u64) -> (u64, usize, u64) {
     let leap = |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
     let mut year = 1970;
     while day >= 365 + u64::from(leap(year)) {
@@ -340,10 +353,10 @@ fn civil(mut day: u64) -> (u64, usize, u64) {
     (year, month + 1, day + 1)
 }
 
-/// Makes a source what minijinja understands as Jinja2 does, outside of comments, strings and raw blocks:
-/// `{% generation %}` becomes a filter block, `[::-1]` the filter `reverse`. Line ends become `\n`, as Jinja2 makes them.
-/// Also says whether there was a generation block.
-pub(super) fn prepare(source: &str) -> (String, bool) {
+/// Rewrites a template for minijinja, outside of comments, strings and raw blocks: `{% generation %}` becomes a filter block
+/// and `[::-1]` the filter `reverse`. Line endings become `\n`, as in Jinja2. Also returns whether there is a generation
+/// block.
+pub(super) fn to_minijinja(source: &str) -> (String, bool) {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let (mut out, mut rest) = (String::with_capacity(source.len()), source.as_str());
     let (mut marks, mut raw) = (false, false);
@@ -377,8 +390,8 @@ pub(super) fn prepare(source: &str) -> (String, bool) {
     (out, marks)
 }
 
-/// Appends a tag with `x[::-1]` as `x|reverse`, unless something is asked of the result: minijinja 3.0.5 panics where
-/// the list is empty.
+/// Appends a tag to `out` with `x[::-1]` rewritten as `x|reverse`, because minijinja 3.0.5 panics on the slice if the list
+/// is empty. Not rewritten if an index, attribute or call follows the slice.
 fn push_with_reverse(tag: &str, out: &mut String) {
     const SLICE: &str = "[::-1]";
     let mut done = 0;
@@ -393,13 +406,13 @@ fn push_with_reverse(tag: &str, out: &mut String) {
     out.push_str(&tag[done..]);
 }
 
-/// Bytes of the tag at the start of `text`, which ends with `close` outside of strings.
+/// Length in bytes of the tag at the start of `text`, up to and including the first `close` outside of strings.
 fn tag_length(text: &str, close: &str) -> usize {
     let end = unquoted(text).skip(2).find(|(i, _)| text[*i..].starts_with(close));
     end.map_or(text.len(), |(i, _)| i + close.len())
 }
 
-/// The characters of a tag that stand in no string.
+/// The characters of a tag outside of string literals, with their byte offsets.
 fn unquoted(tag: &str) -> impl Iterator<Item = (usize, char)> {
     let (mut quote, mut escaped) = (None, false);
     tag.char_indices().filter(move |(_, c)| {
@@ -420,7 +433,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates() {
+    fn strftime_formats() {
         // 2024-02-29 13:05:09 UTC, a Thursday.
         let now = 1_709_211_909;
         assert_eq!(strftime(now, "%A %d %B %Y %H:%M:%S %p").unwrap(), "Thursday 29 February 2024 13:05:09 PM");
@@ -430,8 +443,8 @@ mod tests {
     }
 
     #[test]
-    fn generation_tags_are_found_where_they_are_tags() {
-        let (text, marks) = prepare("{%- generation -%}\r\nx{% endgeneration %}");
+    fn generation_tags_are_rewritten_only_where_they_are_tags() {
+        let (text, marks) = to_minijinja("{%- generation -%}\r\nx{% endgeneration %}");
         assert_eq!((text.as_str(), marks), ("{%- filter __generation -%}\nx{% endfilter %}", true));
         for other in [
             "{# {% generation %} #}",
@@ -440,19 +453,19 @@ mod tests {
             "{% set generation = 1 %}{{ generation }} { {",
             "{% if x == '%} {% generation %}' %}{% endif %}",
         ] {
-            assert_eq!(prepare(other), (other.to_owned(), false));
+            assert_eq!(to_minijinja(other), (other.to_owned(), false));
         }
     }
 
     #[test]
-    fn backward_slices_become_reverse_where_they_can() {
+    fn backward_slices_become_the_filter_reverse() {
         for (given, wanted) in [
             ("{{ x[::-1] }}[::-1]", "{{ x|reverse }}[::-1]"),
             ("{% for m in x[::-1] %}{{ '[::-1]' ~ y[::-1] }}", "{% for m in x|reverse %}{{ '[::-1]' ~ y|reverse }}"),
             ("{{ x[::-1][0] }}", "{{ x[::-1][0] }}"),
             ("{# x[::-1] #}{% raw %}{{ x[::-1] }}{% endraw %}", "{# x[::-1] #}{% raw %}{{ x[::-1] }}{% endraw %}"),
         ] {
-            assert_eq!(prepare(given).0, wanted);
+            assert_eq!(to_minijinja(given).0, wanted);
         }
     }
 }

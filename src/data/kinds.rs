@@ -1,13 +1,13 @@
-//! What a row means: its prompts, its replies, and which of them is the unsafe side.
+//! Recognises the kind of a row and builds the prompts and replies of its unsafe and safe side.
 //!
-//! | kind | told by | unsafe side | safe side | reply |
+//! | kind | recognised by a field | unsafe side | safe side | reply |
 //! |---|---|---|---|---|
-//! | attack | `all_prompt`, `attack_prompt`, `inception_attack`, `goal` or a verdict | the attack | the bare request | the target |
+//! | attack | `all_prompt`, `attack_prompt`, `inception_attack`, `goal` or a verdict | the attack | the request alone | the target |
 //! | chat | `messages`, `conversations`, or `completion` | by `label` | by `label` | the last assistant turn |
-//! | pair | `safe_messages`, `unsafe_messages` | as named | as named | `response`, else the target |
+//! | pair | `safe_messages`, `unsafe_messages` | `unsafe_messages` | `safe_messages` | `response`, else the target |
 //!
-//! The target is the row's `refusal_response` where it has one, else the safe response of the options. In attack and
-//! pair rows only the reply carries loss: an assistant turn inside an attack is what the model must not learn.
+//! The target is the row's `refusal_response` if present, else the option `--safe-response`. In attack and pair rows only
+//! the reply carries loss: an assistant turn inside an attack may be harmful, and the model must not learn it.
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -21,20 +21,20 @@ use super::rows::kind_of;
 pub struct Message {
     /// `system`, `developer`, `user`, `assistant` or `tool`.
     pub role: String,
-    /// The text.
+    /// Text of the turn.
     pub content: String,
-    /// `Some(false)` takes an assistant turn out of the loss. Templates never see it.
+    /// `Some(false)` excludes an assistant turn from the loss. Not passed to chat templates.
     #[serde(skip)]
     pub loss: Option<bool>,
 }
 
 impl Message {
-    /// A turn that carries loss as its role has it.
+    /// A turn with the default loss of its role: an assistant turn carries loss, any other does not.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into(), loss: None }
     }
 
-    /// Whether the model said it.
+    /// Whether the role is `assistant`.
     pub fn is_assistant(&self) -> bool {
         self.role == "assistant"
     }
@@ -43,14 +43,15 @@ impl Message {
 /// One side of a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Side {
-    /// All turns.
+    /// All turns, the reply included.
     pub messages: Vec<Message>,
-    /// Turns before the reply, which is the last assistant turn; all of them where there is no reply.
+    /// Number of turns before the reply, which is the last assistant turn. Without a reply: the number of all turns.
     pub prompt: usize,
 }
 
 impl Side {
-    fn answered(mut messages: Vec<Message>, reply: &str) -> Self {
+    /// A prompt, excluded from the loss, and its reply.
+    fn with_reply(mut messages: Vec<Message>, reply: &str) -> Self {
         for message in &mut messages {
             message.loss = Some(false);
         }
@@ -64,17 +65,18 @@ impl Side {
         self.messages[..self.prompt].to_vec()
     }
 
-    /// Whether there is an assistant turn to learn from.
+    /// Whether there is a reply.
     pub fn has_reply(&self) -> bool {
         self.prompt < self.messages.len()
     }
 }
 
-/// A row that is understood.
+/// A parsed row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Row {
     pub line: usize,
     pub kind: Kind,
+    /// See [`super::Record::request`].
     pub request: String,
     pub unsafe_side: Option<Side>,
     pub safe_side: Option<Side>,
@@ -83,13 +85,13 @@ pub(super) struct Row {
 }
 
 impl Row {
-    /// The sides that are there.
+    /// The unsafe and the safe side, those of them that the row has.
     pub fn sides(&self) -> impl Iterator<Item = &Side> {
         self.unsafe_side.iter().chain(&self.safe_side)
     }
 }
 
-/// A row, or why it is left out.
+/// A parsed row, or why it is dropped.
 pub(super) enum Parsed {
     Row(Row),
     Dropped(DropReason),
@@ -97,16 +99,17 @@ pub(super) enum Parsed {
 
 /// The system message of the safe side of rows that have `goal`.
 const SAFE_SYSTEM: &str = "You are a helpful assistant.";
-/// Fields that hold an attack as one user message, where `all_prompt` is missing.
+/// Fields that hold an attack as the text of one user message; used if `all_prompt` is missing.
 const ATTACK_TEXTS: [&str; 2] = ["attack_prompt", "inception_attack"];
+/// Fields in which a judge recorded whether the attack succeeded.
 const VERDICTS: [&str; 3] = ["judge_success_gpt4", "inception_attack_score", "judge_result"];
 
 type Result<T, E = String> = std::result::Result<T, E>;
 
-/// What a row means.
+/// Recognises the kind of a row and parses it.
 ///
 /// # Errors
-/// What is wrong with the row and the way out; the caller adds file and line.
+/// A message with the cause and the way out; the caller adds file and line.
 pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, keep_failed: bool) -> Result<Parsed> {
     let has = |names: &[&str]| names.iter().any(|n| present(row, n).is_some());
     let is_pair = has(&["safe_messages", "unsafe_messages"]);
@@ -123,7 +126,7 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
         (false, false, false) => {
             let names = row.keys().take(12).map(String::as_str).collect::<Vec<_>>().join(", ");
             return Err(format!(
-                "a row of no known kind (its fields: {names}); an attack row has all_prompt and goal or prompt, a chat row \
+                "unknown kind of row (its fields: {names}); an attack row has all_prompt and goal or prompt, a chat row \
                  messages and label, a pair row safe_messages, unsafe_messages and response"
             ));
         }
@@ -132,7 +135,7 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
     Ok(Parsed::Row(parsed))
 }
 
-/// A field's value, where it is there and not null.
+/// The value of a field; `None` if it is missing or null.
 fn present<'a>(row: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     row.get(name).filter(|v| !v.is_null())
 }
@@ -146,7 +149,7 @@ fn attack(line: usize, row: &Map<String, Value>, target: &str, keep_failed: bool
     for verdict in VERDICTS {
         let Some(value) = row.get(verdict) else { continue };
         without_verdict = false;
-        match worked(verdict, value)? {
+        match attack_succeeded(verdict, value)? {
             Some(true) => {}
             _ if keep_failed => {}
             Some(false) => return Ok(Parsed::Dropped(DropReason::FailedAttack)),
@@ -157,7 +160,7 @@ fn attack(line: usize, row: &Map<String, Value>, target: &str, keep_failed: bool
     let request = match (goal, present(row, "prompt")) {
         (Some(goal), _) => string(goal, "goal")?,
         (None, Some(prompt)) => string(prompt, "prompt")?,
-        (None, None) => return Err("an attack row without its bare request; add goal or prompt".into()),
+        (None, None) => return Err("an attack row without its request; add goal or prompt".into()),
     };
     let mut unsafe_prompt = match present(row, "all_prompt") {
         Some(list) => messages(list, "all_prompt")?,
@@ -168,7 +171,7 @@ fn attack(line: usize, row: &Map<String, Value>, target: &str, keep_failed: bool
         let text = text.ok_or("an attack row without all_prompt, attack_prompt or inception_attack")??;
         unsafe_prompt.push(Message::new("user", text));
     }
-    ends_open(&unsafe_prompt, "all_prompt")?;
+    check_awaits_reply(&unsafe_prompt, "all_prompt")?;
     let mut safe_prompt = vec![Message::new("user", request)];
     if goal.is_some() {
         safe_prompt.insert(0, Message::new("system", SAFE_SYSTEM));
@@ -177,22 +180,23 @@ fn attack(line: usize, row: &Map<String, Value>, target: &str, keep_failed: bool
         line,
         kind: Kind::Attack,
         request: request.to_owned(),
-        unsafe_side: Some(Side::answered(unsafe_prompt, target)),
-        safe_side: Some(Side::answered(safe_prompt, target)),
+        unsafe_side: Some(Side::with_reply(unsafe_prompt, target)),
+        safe_side: Some(Side::with_reply(safe_prompt, target)),
         without_verdict,
     }))
 }
 
-/// Whether a verdict says that the attack worked; `None` where the judge said nothing.
-fn worked(name: &str, value: &Value) -> Result<Option<bool>> {
+/// Whether a verdict says that the attack succeeded; `None` for a null verdict.
+fn attack_succeeded(name: &str, value: &Value) -> Result<Option<bool>> {
     if name != "judge_result" {
         return Ok(score(name, value)?.map(|n| if name == "judge_success_gpt4" { n == 1.0 } else { n != 0.0 }));
     }
     let parsed;
     let value = match value {
         Value::String(text) => {
-            parsed = python_literal::parse(text)
-                .map_err(|e| format!("judge_result is a string that holds no object: {e}"))?;
+            parsed = python_literal::parse(text).map_err(|e| {
+                format!("judge_result is a string that is not an object in JSON or Python notation: {e}")
+            })?;
             &parsed
         }
         value => value,
@@ -207,6 +211,7 @@ fn worked(name: &str, value: &Value) -> Result<Option<bool>> {
     }
 }
 
+/// The number of a verdict, which may also be a boolean or a string; `None` for null.
 fn score(name: &str, value: &Value) -> Result<Option<f64>> {
     let number = match value {
         Value::Null => return Ok(None),
@@ -234,7 +239,7 @@ fn chat(line: usize, row: &Map<String, Value>, target: Option<&str>, safe_respon
         (None, None, Some(completion)) => {
             let prompt = present(row, "prompt").ok_or("a completion without its prompt")?;
             let mut turns = text_or_messages(prompt, "prompt", "user")?;
-            // What stands in the prompt is given, not learnt.
+            // Assistant turns of the prompt carry no loss, only the completion does.
             turns.iter_mut().for_each(|m| m.loss = Some(false));
             turns.extend(text_or_messages(completion, "completion", "assistant")?);
             turns
@@ -245,12 +250,13 @@ fn chat(line: usize, row: &Map<String, Value>, target: Option<&str>, safe_respon
         return Err("a conversation without messages".into());
     }
     if !turns.iter().any(Message::is_assistant) {
-        // An unsafe prompt is answered by the target. A refusal is never invented for a prompt labelled safe.
+        // Without an assistant turn, the reply to an unsafe prompt is the target. A safe prompt stays without a reply: it
+        // must not be refused.
         let reply = target.or((label == Kind::ChatUnsafe).then_some(safe_response));
         turns.extend(reply.map(|text| Message::new("assistant", text)));
     }
     let prompt = turns.iter().rposition(Message::is_assistant).unwrap_or(turns.len());
-    let request = last_user(&turns);
+    let request = last_user_message(&turns);
     let side = Some(Side { messages: turns, prompt });
     let (unsafe_side, safe_side) = if label == Kind::ChatUnsafe { (side, None) } else { (None, side) };
     Ok(Row { line, kind: label, request, unsafe_side, safe_side, without_verdict: false })
@@ -260,7 +266,7 @@ fn pair(line: usize, row: &Map<String, Value>, target: &str) -> Result<Row> {
     let side = |name| {
         let list = present(row, name).ok_or_else(|| format!("a pair row without {name}"))?;
         let list = messages(list, name)?;
-        ends_open(&list, name)?;
+        check_awaits_reply(&list, name)?;
         Ok::<_, String>(list)
     };
     let (safe, unsafe_) = (side("safe_messages")?, side("unsafe_messages")?);
@@ -269,21 +275,21 @@ fn pair(line: usize, row: &Map<String, Value>, target: &str) -> Result<Row> {
     Ok(Row {
         line,
         kind: Kind::Pair,
-        request: last_user(&safe),
-        unsafe_side: Some(Side::answered(unsafe_, response)),
-        safe_side: Some(Side::answered(safe, response)),
+        request: last_user_message(&safe),
+        unsafe_side: Some(Side::with_reply(unsafe_, response)),
+        safe_side: Some(Side::with_reply(safe, response)),
         without_verdict: false,
     })
 }
 
-fn last_user(messages: &[Message]) -> String {
+fn last_user_message(messages: &[Message]) -> String {
     messages.iter().rfind(|m| m.role == "user").map(|m| m.content.clone()).unwrap_or_default()
 }
 
-/// A prompt waits for its answer: it has turns, and the last one is not the assistant's.
-fn ends_open(messages: &[Message], name: &str) -> Result<()> {
+/// Checks that a prompt has turns and that the last one is not an assistant turn.
+fn check_awaits_reply(messages: &[Message], name: &str) -> Result<()> {
     match messages.last() {
-        None => Err(format!("{name} holds no message")),
+        None => Err(format!("{name} has no messages")),
         Some(last) if last.is_assistant() => {
             Err(format!("{name} ends with an assistant turn; it should end with the user's"))
         }
@@ -291,6 +297,7 @@ fn ends_open(messages: &[Message], name: &str) -> Result<()> {
     }
 }
 
+/// One turn of `role` from a string, or a list of turns.
 fn text_or_messages(value: &Value, name: &str, role: &str) -> Result<Vec<Message>> {
     match value {
         Value::String(text) => Ok(vec![Message::new(role, text)]),
@@ -298,14 +305,14 @@ fn text_or_messages(value: &Value, name: &str, role: &str) -> Result<Vec<Message
     }
 }
 
-/// A list of turns, as a list or as a string in JSON or Python notation.
+/// Parses turns, given as a list or as a string that holds a list in JSON or Python notation.
 fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
     let parsed;
     let list = match value {
         Value::String(text) if text.trim().is_empty() => return Ok(vec![]),
         Value::String(text) => {
             parsed = python_literal::parse(text)
-                .map_err(|e| format!("{name} is a string that holds no list in JSON or Python notation: {e}"))?;
+                .map_err(|e| format!("{name} is a string that is not a list in JSON or Python notation: {e}"))?;
             &parsed
         }
         value => value,
@@ -316,7 +323,7 @@ fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
     list.iter().enumerate().map(|(i, m)| message(m).map_err(|e| format!("{name}, message {}: {e}", i + 1))).collect()
 }
 
-/// One turn: `role` and `content`, or `from` and `value`.
+/// Parses one turn: `role` and `content`, or `from` and `value`.
 fn message(value: &Value) -> Result<Message> {
     let Value::Object(map) = value else {
         return Err(format!("should be an object with role and content, not {}", kind_of(value)));
@@ -326,13 +333,13 @@ fn message(value: &Value) -> Result<Message> {
         found.unwrap_or_else(|| Err(format!("has no {}", names[0])))
     };
     if let Some(calls) = ["tool_calls", "function_call"].into_iter().find(|n| present(map, n).is_some()) {
-        return Err(format!("{calls} cannot be rendered here; write the turn's text as content"));
+        return Err(format!("{calls} is not supported; write the turn's text as content"));
     }
     let role = match field(["role", "from"])? {
         role @ ("system" | "developer" | "user" | "assistant" | "tool") => role,
         "human" => "user",
         "gpt" | "bot" | "model" => "assistant",
-        other => return Err(format!("role {other:?} is none of system, developer, user, assistant, tool")),
+        other => return Err(format!("role {other:?}; it should be system, developer, user, assistant or tool")),
     };
     let loss = match present(map, "loss") {
         None => None,
@@ -367,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn verdicts_decide_and_keep_failed_overrules_them() {
+    fn verdicts_drop_rows_unless_keep_failed() {
         let base = |extra: Value| {
             let mut row = json!({"prompt": "p", "all_prompt": [{"role": "user", "content": "a"}]});
             row.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
@@ -397,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn an_attack_row_keeps_its_twin() {
+    fn an_attack_row_has_an_unsafe_and_a_safe_side() {
         let row = kept(
             json!({"goal": "g", "prompt": "p", "all_prompt": "[{'role': 'system', 'content': 's'}, {'role': 'user', 'content': \"it's\"}]"}),
         );
@@ -414,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn an_assistant_turn_inside_an_attack_is_never_learnt() {
+    fn an_assistant_turn_inside_an_attack_carries_no_loss() {
         let attack = json!([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", "loss": true}, {"role": "user", "content": "3"}]);
         for row in [
             json!({"goal": "g", "all_prompt": attack}),
@@ -430,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn chat_rows_in_three_spellings() {
+    fn chat_rows_in_three_formats() {
         let want = texts([("user", "q"), ("assistant", "a")]);
         for row in [
             json!({"label": "unsafe", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
@@ -446,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_reply_is_the_target_for_unsafe_prompts_only() {
+    fn the_target_replaces_a_missing_reply_of_unsafe_prompts_only() {
         let row = |label: &str| json!({"label": label, "messages": [{"role": "user", "content": "q"}]});
         assert_eq!(turns(&kept(row("unsafe")).unsafe_side), texts([("user", "q"), ("assistant", "No.")]));
         let safe = kept(row("safe")).safe_side.unwrap();
@@ -467,11 +474,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_with_the_way_out() {
+    fn errors_name_cause_and_way_out() {
         let user = json!([{"role": "user", "content": "q"}]);
         for (row, message) in [
-            (json!({"text": "x"}), "no known kind (its fields: text)"),
-            (json!({}), "no known kind"),
+            (json!({"text": "x"}), "unknown kind of row (its fields: text)"),
+            (json!({}), "unknown kind"),
             (json!({"messages": user, "all_prompt": user}), "more than one kind"),
             (json!({"messages": user, "conversations": user, "label": "safe"}), "keep one"),
             (json!({"messages": user}), "add \"label\": \"safe\" or"),
@@ -492,7 +499,7 @@ mod tests {
             (json!({"goal": "g", "all_prompt": [{"role": "user", "content": "x", "loss": 1}]}), "true or false"),
             (json!({"goal": "g", "all_prompt": ["x"]}), "not a string"),
             (json!({"safe_messages": user}), "without unsafe_messages"),
-            (json!({"safe_messages": user, "unsafe_messages": []}), "unsafe_messages holds no message"),
+            (json!({"safe_messages": user, "unsafe_messages": []}), "unsafe_messages has no messages"),
         ] {
             let error = read(row.clone(), false).unwrap_err();
             assert!(error.contains(message), "{row} gave {error:?}, expected {message:?}");

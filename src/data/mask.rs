@@ -1,24 +1,24 @@
-//! Exactly which bytes of a rendered conversation, and so which of its tokens, carry loss.
+//! The loss mask: which bytes of a rendered conversation, and from them which tokens, carry loss.
 //!
-//! Where the template marks what the assistant says with `{% generation %}`, the marks decide. Else a turn is what the
-//! template renders between the generation prompt before it and the end of the turn, its end-of-turn token and what
-//! follows that included:
+//! If the template marks assistant text with `{% generation %}`, the marks decide. Else the span of an assistant turn
+//! begins after the generation prompt and ends where the next turn would begin, so it includes the end-of-turn token and
+//! what the template writes after that token. The span is found by rendering prefixes of the conversation:
 //!
 //! ```text
-//! render(turns before, with generation prompt)  is a prefix of
-//! render(turns up to and including it)          is a prefix of
+//! render(turns before the turn, with generation prompt)  is a prefix of
+//! render(turns up to and including the turn)             is a prefix of
 //! render(all turns)
 //! ```
 //!
-//! A template that breaks this rule renders a turn differently once others follow; a mask would then be a guess, and it
-//! is refused instead.
+//! A template that breaks this rule renders a turn differently once others follow. Its mask would be a guess, so the
+//! conversation is refused.
 
 use std::ops::Range;
 
 use super::Message;
 use super::template::{ChatTemplate, TemplateError};
 
-/// Why no mask can be given.
+/// Why the loss mask of a conversation cannot be determined.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum MaskError {
     #[error(transparent)]
@@ -26,8 +26,8 @@ pub(super) enum MaskError {
     #[error("message {turn}: {source}")]
     Turn { turn: usize, source: TemplateError },
     #[error(
-        "message {turn}: the chat template renders it differently when {when}, so its tokens cannot be told apart; give \
-         --chat-template FILE with a template that marks them with {{% generation %}}, or leave the turn out of the loss \
+        "message {turn}: the chat template renders it differently when {when}, so its tokens cannot be found; give \
+         --chat-template FILE with a template that marks them with {{% generation %}}, or exclude the turn from the loss \
          with \"loss\": false"
     )]
     Prefix { turn: usize, when: &'static str },
@@ -35,65 +35,66 @@ pub(super) enum MaskError {
     Marks { marks: usize, turns: usize },
 }
 
-/// A rendered conversation and the bytes of it that carry loss, ascending.
+/// A rendered conversation and the byte ranges of its text that carry loss, ascending.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Masked {
+pub(super) struct MaskedText {
     pub text: String,
     pub spans: Vec<Range<usize>>,
 }
 
-/// Renders a conversation and finds its assistant turns, without those that say `loss: false`.
-pub(super) fn masked(template: &ChatTemplate, messages: &[Message]) -> Result<Masked, MaskError> {
+/// Renders a conversation and finds the spans of its assistant turns, except those with `loss: false`.
+pub(super) fn render_with_mask(template: &ChatTemplate, messages: &[Message]) -> Result<MaskedText, MaskError> {
     let whole = template.render(messages, false)?;
     let assistant = || messages.iter().enumerate().filter(|(_, m)| m.is_assistant());
-    let learnt = |m: &Message| m.loss != Some(false);
+    let carries_loss = |m: &Message| m.loss != Some(false);
     if template.marks_generation() {
         let (marks, turns) = (whole.generated.len(), assistant().count());
-        let all_learnt = assistant().all(|(_, m)| learnt(m));
-        // Marks and turns need only correspond where some turns are left out.
-        if (marks == 0 && turns > 0) || (marks != turns && !all_learnt) {
+        let all_carry_loss = assistant().all(|(_, m)| carries_loss(m));
+        // Marks must correspond to turns one to one only if some turns are excluded.
+        if (marks == 0 && turns > 0) || (marks != turns && !all_carry_loss) {
             return Err(MaskError::Marks { marks, turns });
         }
-        let spans = if all_learnt {
+        let spans = if all_carry_loss {
             whole.generated
         } else {
-            whole.generated.into_iter().zip(assistant()).filter(|(_, (_, m))| learnt(m)).map(|(span, _)| span).collect()
+            let spans = whole.generated.into_iter().zip(assistant());
+            spans.filter(|(_, (_, m))| carries_loss(m)).map(|(span, _)| span).collect()
         };
-        return Ok(Masked { text: whole.text, spans });
+        return Ok(MaskedText { text: whole.text, spans });
     }
     let text = whole.text;
     let mut spans = Vec::new();
-    for (i, _) in assistant().filter(|(_, m)| learnt(m)) {
+    for (i, _) in assistant().filter(|(_, m)| carries_loss(m)) {
         let turn = i + 1;
-        let render = |upto: usize, prompt: bool| {
+        let render = |turns: usize, add_generation_prompt: bool| {
             template
-                .render(&messages[..upto], prompt)
+                .render(&messages[..turns], add_generation_prompt)
                 .map(|r| r.text)
                 .map_err(|source| MaskError::Turn { turn, source })
         };
         let before = render(i, true)?;
         let after = if turn == messages.len() { text.clone() } else { render(turn, false)? };
         if !after.starts_with(&before) {
-            return Err(MaskError::Prefix { turn, when: "it is about to be said and when it has been said" });
+            return Err(MaskError::Prefix { turn, when: "the conversation ends with its generation prompt" });
         }
         if !text.starts_with(&after) {
             return Err(MaskError::Prefix { turn, when: "further messages follow" });
         }
         spans.push(before.len()..after.len());
     }
-    Ok(Masked { text, spans })
+    Ok(MaskedText { text, spans })
 }
 
-/// For each token whether it carries loss.
+/// The loss mask of tokens with byte ranges `offsets`, for `spans` of bytes that carry loss; both ascending.
 ///
-/// A token that straddles the edge of a span does: no character of the reply may go unlearnt, and transformers decides
-/// the same for its generation masks. A token without bytes of its own belongs to what follows it. The first token of a
-/// sequence never does, for nothing predicts it.
+/// A token that straddles the edge of a span carries loss, so that every character of the reply is trained; transformers
+/// decides the same for its generation masks. A token with an empty byte range carries loss if the byte after it does. The
+/// first token of a sequence never carries loss, because no token precedes it.
 pub(super) fn token_mask(offsets: &[(usize, usize)], spans: &[Range<usize>]) -> Vec<bool> {
     let mut spans = spans.iter().peekable();
     let carries = |(i, (start, end)): (usize, &(usize, usize))| {
         while spans.next_if(|s| s.end <= *start).is_some() {}
-        // The span that is left ends after the token's first byte, or after its place.
+        // The next span ends after the token's first byte.
         i > 0 && spans.peek().is_some_and(|s| s.start < *end || (start == end && s.start <= *start))
     };
     offsets.iter().enumerate().map(carries).collect()
@@ -113,12 +114,12 @@ mod tests {
     fn mask(source: &str, turns: &[(&str, &str, Option<bool>)]) -> Result<Vec<String>, MaskError> {
         let messages: Vec<_> =
             turns.iter().map(|(r, c, loss)| Message { loss: *loss, ..Message::new(*r, *c) }).collect();
-        let masked = masked(&ChatTemplate::new(source, []).unwrap(), &messages)?;
+        let masked = render_with_mask(&ChatTemplate::new(source, []).unwrap(), &messages)?;
         Ok(masked.spans.into_iter().map(|s| masked.text[s].to_owned()).collect())
     }
 
     #[test]
-    fn replies_and_their_ends_carry_loss() {
+    fn replies_and_end_of_turn_tokens_carry_loss() {
         let turns = [("user", "q", None), ("assistant", "a", None), ("user", "r", None), ("assistant", "b", None)];
         assert_eq!(mask(PLAIN, &turns).unwrap(), ["a</s>\n", "b</s>\n"]);
         assert_eq!(mask(MARKED, &turns).unwrap(), ["a</s>", "b</s>"]);
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_at_the_edges() {
+    fn tokens_at_the_edges_of_spans() {
         let offsets = [(0, 2), (2, 5), (5, 5), (5, 6), (6, 8), (8, 8), (8, 9)];
         let tokens = |spans: &[(usize, usize)]| {
             let spans: Vec<_> = spans.iter().map(|(start, end)| *start..*end).collect();

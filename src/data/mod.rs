@@ -1,14 +1,14 @@
-//! From rows on disk to packed micro-batches: rows → records → rendered text → token ids and loss mask → micro-batches.
+//! From a data file to packed micro-batches: rows → records → rendered text → token ids and loss mask → micro-batches.
 //!
-//! | file | step |
+//! | module | step |
 //! |---|---|
-//! | `rows` | a JSON array or JSONL, cut into rows with line numbers |
-//! | `kinds` | attack, chat and pair rows → prompts and replies; `python_literal` reads lists held as a string |
-//! | `template`, `jinja` | messages → text, by the model's chat template, as Hugging Face renders it |
-//! | `tokenizer` | text → ids; special tokens, end of sequence |
-//! | `mask` | which bytes of the text, and so which tokens, carry loss |
-//! | `dataset`, `report` | all of it for a file: records, and what was kept, dropped and why |
-//! | `batches` | the seeded order and its micro-batches |
+//! | `rows` | splits a JSON array or JSONL file into rows with line numbers |
+//! | `kinds` | attack, chat and pair rows → prompts and replies; `python_literal` parses lists stored as strings |
+//! | `template`, `jinja` | messages → text, by the model's chat template, as Hugging Face transformers renders it |
+//! | `tokenizer` | text → token ids; special tokens, end-of-sequence tokens |
+//! | `mask` | loss mask: the bytes of the text, and from them the tokens, that carry loss |
+//! | `dataset`, `report` | runs all steps on a file; counts of kept and dropped rows with reasons |
+//! | `batches` | shuffled order of an epoch and its micro-batches |
 //! | `sampling` | which records a micro-batch of each phase holds, and how they are packed |
 
 mod batches;
@@ -25,7 +25,7 @@ mod template;
 mod tokenizer;
 
 pub use batches::{micro_batches, order};
-pub use dataset::{DataOptions, Dataset, Sample, samples_for_people};
+pub use dataset::{DataOptions, Dataset, Sample, loss_mask_samples};
 pub use error::Error;
 pub use kinds::Message;
 pub use report::{DataReport, DropReason, Kind, Padding};
@@ -40,27 +40,27 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Packing;
 
-/// The tokens that carry loss.
+/// Which tokens carry loss (option `--loss-on`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum LossOn {
-    /// Assistant tokens, the end-of-turn token included.
+    /// Tokens of assistant turns, end-of-turn token included.
     #[default]
     Response,
-    /// Every token.
+    /// Every token except the first of a sequence.
     All,
 }
 
-/// What happens to a row longer than the maximum length.
+/// What happens to a row longer than the maximum length (option `--long-rows`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum LongRows {
-    /// It is left out, and counted.
+    /// Drop the row and count it.
     #[default]
     Drop,
-    /// Tokens are taken from the front of the prompt; the response stays whole.
+    /// Truncate the prompt from the front; never truncate the response.
     TruncatePrompt,
-    /// It is an error.
+    /// Fail with an error that names the row.
     Error,
 }
 
@@ -69,50 +69,52 @@ pub enum LongRows {
 pub struct Example {
     /// Token ids.
     pub ids: Vec<u32>,
-    /// Whether the token at this place is predicted under the loss (as a target), as long as `ids`. Never true for the
-    /// first token, which nothing precedes.
+    /// Loss mask, as long as `ids`: whether the token is a target of the cross-entropy. Always false for the first
+    /// token, because no token precedes it.
     pub loss: Vec<bool>,
 }
 
-/// One row of the data, tokenised. Attack and pair rows have all four; a labelled chat row has those of its label, and a
-/// safe one without an assistant turn has its prompt alone.
+/// One row of the data, tokenised. Attack and pair rows have both sides. A chat row has the side of its label; a safe
+/// chat row without an assistant turn has a prompt but no reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// 1-based line of the row in its file (of its first character, in a JSON array).
+    /// 1-based line of the row's first character in the file.
     pub line: usize,
-    /// The bare request, for comparing data sets: the text of the last user turn on the safe side, or else the unsafe one.
+    /// The request without an attack around it, used to find duplicates between data sets: `goal` or `prompt` of an attack
+    /// row; else the last user turn (of a pair row: on the safe side).
     pub request: String,
-    /// The unsafe prompt answered by its target.
+    /// The unsafe prompt followed by its target reply.
     pub unsafe_reply: Option<Example>,
-    /// The safe prompt answered by its target.
+    /// The safe prompt followed by its target reply.
     pub safe_reply: Option<Example>,
-    /// The unsafe prompt alone, ending with the generation prompt.
+    /// The unsafe prompt without a reply, ending with the generation prompt.
     pub unsafe_prompt: Option<Vec<u32>>,
-    /// The safe prompt alone, ending with the generation prompt.
+    /// The safe prompt without a reply, ending with the generation prompt.
     pub safe_prompt: Option<Vec<u32>>,
-    /// The turns of the unsafe prompt as the row has them; none where it has no such side.
+    /// Messages of the unsafe prompt; empty if the row has no unsafe side.
     pub unsafe_messages: Vec<Message>,
-    /// The turns of the safe prompt as the row has them; none where it has no such side.
+    /// Messages of the safe prompt; empty if the row has no safe side.
     pub safe_messages: Vec<Message>,
 }
 
-/// What one rank puts through one forward and backward: examples one after another, without padding.
+/// The input of one forward and backward pass on one rank: sequences packed one after another, without padding. T is the
+/// number of tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MicroBatch {
     /// Token ids of all sequences, `[T]`.
     pub ids: Vec<u32>,
-    /// Where each sequence begins.
+    /// Boundaries of the sequences.
     pub packing: Packing,
-    /// Rows whose next token is a target, ascending.
+    /// Token positions whose next token is a target, ascending.
     pub loss_rows: Vec<u32>,
-    /// Those next tokens, as long as `loss_rows`.
+    /// The targets: the next token of each of `loss_rows`.
     pub targets: Vec<u32>,
-    /// For each row whether its own token is a target (for routing frequencies), `[T]`.
+    /// Whether the token itself is a target (selects tokens for routing frequencies), `[T]`.
     pub is_response: Vec<bool>,
 }
 
 impl MicroBatch {
-    /// Packs examples in the order given.
+    /// Packs examples in iteration order.
     pub fn of_examples<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Self {
         let mut out = Self {
             ids: Vec::new(),
@@ -136,7 +138,7 @@ impl MicroBatch {
         out
     }
 
-    /// Packs prompts, which carry no loss.
+    /// Packs prompts in iteration order, without loss.
     pub fn of_prompts<'a>(prompts: impl IntoIterator<Item = &'a [u32]>) -> Self {
         let mut ids = Vec::new();
         let lengths: Vec<_> = prompts
@@ -150,7 +152,7 @@ impl MicroBatch {
         Self { ids, packing: Packing::of_lengths(lengths), loss_rows: Vec::new(), targets: Vec::new(), is_response }
     }
 
-    /// Rows of the sequences `sequences`, which are contiguous.
+    /// Token positions of a contiguous range of sequences.
     pub fn rows_of(&self, sequences: Range<usize>) -> Range<usize> {
         self.packing.queries[sequences.start]..self.packing.queries[sequences.end]
     }

@@ -1,43 +1,43 @@
-//! Lists of messages that an export turned into a string: in JSON notation, or as Python prints them.
+//! Parses lists of messages that an export stored as a string, in JSON or in Python notation (`repr`).
 
 use std::iter::Peekable;
 use std::str::CharIndices;
 
 use serde_json::{Map, Number, Value};
 
-/// Brackets that may be open at once; deeper text is refused, as serde_json does.
+/// Maximum nesting of brackets; the same as serde_json's.
 const MAX_DEPTH: usize = 128;
 
-/// Where a text stops being a literal.
+/// Why a text is not a Python literal.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{what} at byte {at}")]
+#[error("{message} at byte {at}")]
 pub struct LiteralError {
-    /// Byte of the text.
+    /// Byte offset of the error.
     pub at: usize,
-    /// What is wrong there.
-    pub what: String,
+    /// The error.
+    pub message: String,
 }
 
-/// Reads a value in JSON notation, or else in Python's: lists, tuples (as lists), dicts with string keys, strings in
-/// any quotes with the escapes of Python, numbers, `True`, `False`, `None`. Nothing is evaluated.
+/// Parses a value in JSON notation, or else in Python notation: lists, tuples (as lists), dicts with string keys, strings
+/// with any quotes and Python's escapes, numbers, `True`, `False`, `None`. No expression is evaluated.
 ///
 /// # Errors
-/// The Python reading's error, where the text is neither.
+/// That of [`parse_python`], if the text is in neither notation.
 pub fn parse(text: &str) -> Result<Value, LiteralError> {
     serde_json::from_str(text).or_else(|_| parse_python(text))
 }
 
-/// Reads a value in Python's notation.
+/// Parses a value in Python notation.
 ///
 /// # Errors
-/// Where the text stops being a literal.
+/// The first byte at which the text is not a literal.
 pub fn parse_python(text: &str) -> Result<Value, LiteralError> {
     let mut parser = Parser { text, chars: text.char_indices().peekable() };
     let value = parser.value(0)?;
-    parser.space();
+    parser.skip_space();
     match parser.chars.next() {
         None => Ok(value),
-        Some((at, c)) => Err(LiteralError { at, what: format!("{c:?} follows the value") }),
+        Some((at, c)) => Err(LiteralError { at, message: format!("unexpected {c:?} after the value") }),
     }
 }
 
@@ -57,16 +57,17 @@ impl Parser<'_> {
         self.chars.peek().map_or(self.text.len(), |(at, _)| *at)
     }
 
-    fn fail<T>(&mut self, what: impl Into<String>) -> Result<T> {
-        Err(LiteralError { at: self.at(), what: what.into() })
+    fn fail<T>(&mut self, message: impl Into<String>) -> Result<T> {
+        Err(LiteralError { at: self.at(), message: message.into() })
     }
 
-    fn space(&mut self) {
+    fn skip_space(&mut self) {
         while self.chars.next_if(|(_, c)| c.is_ascii_whitespace()).is_some() {}
     }
 
-    fn take(&mut self, c: char) -> bool {
-        self.space();
+    /// Consumes `c`, if it is the next character after white space.
+    fn accept(&mut self, c: char) -> bool {
+        self.skip_space();
         self.chars.next_if(|(_, next)| *next == c).is_some()
     }
 
@@ -74,7 +75,7 @@ impl Parser<'_> {
         if depth > MAX_DEPTH {
             return self.fail("brackets nested too deep");
         }
-        self.space();
+        self.skip_space();
         match self.peek() {
             Some('[') => self.list(']', depth),
             Some('(') => self.list(')', depth),
@@ -82,7 +83,7 @@ impl Parser<'_> {
             Some('\'' | '"') => self.strings().map(Value::String),
             Some(c) if c == '-' || c == '+' || c == '.' || c.is_ascii_digit() => self.number(),
             Some(c) if c.is_alphabetic() => self.word(),
-            Some(c) => self.fail(format!("{c:?} begins no value")),
+            Some(c) => self.fail(format!("a value cannot begin with {c:?}")),
             None => self.fail("the text ends where a value should be"),
         }
     }
@@ -90,15 +91,15 @@ impl Parser<'_> {
     fn list(&mut self, close: char, depth: usize) -> Result<Value> {
         self.chars.next();
         let mut items = Vec::new();
-        while !self.take(close) {
+        while !self.accept(close) {
             items.push(self.value(depth + 1)?);
-            if !self.take(',') {
-                if !self.take(close) {
+            if !self.accept(',') {
+                if !self.accept(close) {
                     return self.fail(format!("a comma or {close:?} is missing"));
                 }
-                // A lone value in round brackets is that value: Python joins adjacent strings across lines this way.
-                let lone = close == ')' && items.len() == 1;
-                return Ok(if lone { items.remove(0) } else { Value::Array(items) });
+                // Without a trailing comma, `(x)` is x, not a tuple: Python code joins strings across lines this way.
+                let parenthesized = close == ')' && items.len() == 1;
+                return Ok(if parenthesized { items.remove(0) } else { Value::Array(items) });
             }
         }
         Ok(Value::Array(items))
@@ -107,17 +108,17 @@ impl Parser<'_> {
     fn dict(&mut self, depth: usize) -> Result<Value> {
         self.chars.next();
         let mut map = Map::new();
-        while !self.take('}') {
+        while !self.accept('}') {
             let at = self.at();
             let Value::String(key) = self.value(depth + 1)? else {
-                return Err(LiteralError { at, what: "a key that is not a string".into() });
+                return Err(LiteralError { at, message: "a key that is not a string".into() });
             };
-            if !self.take(':') {
+            if !self.accept(':') {
                 return self.fail("a colon is missing");
             }
             map.insert(key, self.value(depth + 1)?);
-            if !self.take(',') {
-                if !self.take('}') {
+            if !self.accept(',') {
+                if !self.accept('}') {
                     return self.fail("a comma or '}' is missing");
                 }
                 break;
@@ -135,10 +136,10 @@ impl Parser<'_> {
         integer
             .or_else(|| digits.parse::<f64>().ok().and_then(Number::from_f64))
             .map(Value::Number)
-            .ok_or_else(|| LiteralError { at: start, what: format!("{digits:?} is no number") })
+            .ok_or_else(|| LiteralError { at: start, message: format!("{digits:?} is not a number") })
     }
 
-    /// `True`, `False`, `None`, or the letters before a string.
+    /// `True`, `False`, `None` (or their JSON spelling), or the prefix `u` of a string.
     fn word(&mut self) -> Result<Value> {
         let start = self.at();
         while self.chars.next_if(|(_, c)| c.is_alphanumeric() || *c == '_').is_some() {}
@@ -148,34 +149,34 @@ impl Parser<'_> {
             ("False" | "false", _) => Ok(Value::Bool(false)),
             ("None" | "null", _) => Ok(Value::Null),
             ("u" | "U", Some('\'' | '"')) => self.strings().map(Value::String),
-            (word, _) => Err(LiteralError { at: start, what: format!("{word:?} is no literal") }),
+            (word, _) => Err(LiteralError { at: start, message: format!("{word:?} is not a literal") }),
         }
     }
 
-    /// A string, and those directly after it, which Python joins.
+    /// Adjacent string literals, which Python joins.
     fn strings(&mut self) -> Result<String> {
         let mut out = String::new();
         while let Some(quote @ ('\'' | '"')) = self.peek() {
             let start = self.at();
-            let fence = if self.text[start..].starts_with(&quote.to_string().repeat(3)) { 3 } else { 1 };
-            for _ in 0..fence {
+            let quotes = if self.text[start..].starts_with(&quote.to_string().repeat(3)) { 3 } else { 1 };
+            for _ in 0..quotes {
                 self.chars.next();
             }
-            self.string(quote, fence, start, &mut out)?;
-            self.space();
+            self.string(quote, quotes, start, &mut out)?;
+            self.skip_space();
         }
         Ok(out)
     }
 
-    /// The rest of a string that began at `start` with `fence` times `quote`.
-    fn string(&mut self, quote: char, fence: usize, start: usize, out: &mut String) -> Result<()> {
-        let close = quote.to_string().repeat(fence);
+    /// The rest of a string literal that begins at byte `start` with `quotes` (1 or 3) times `quote`; appends it to `out`.
+    fn string(&mut self, quote: char, quotes: usize, start: usize, out: &mut String) -> Result<()> {
+        let close = quote.to_string().repeat(quotes);
         while let Some((at, c)) = self.chars.next() {
             match c {
                 '\\' => self.escape(at, out)?,
-                '\n' if fence == 1 => return Err(LiteralError { at, what: "a line ends within a string".into() }),
+                '\n' if quotes == 1 => return Err(LiteralError { at, message: "a line ends within a string".into() }),
                 _ if c == quote && self.text[at..].starts_with(&close) => {
-                    for _ in 1..fence {
+                    for _ in 1..quotes {
                         self.chars.next();
                     }
                     return Ok(());
@@ -183,10 +184,10 @@ impl Parser<'_> {
                 _ => out.push(c),
             }
         }
-        Err(LiteralError { at: start, what: "a string without its closing quote".into() })
+        Err(LiteralError { at: start, message: "a string without its closing quote".into() })
     }
 
-    /// What follows the backslash at byte `at`.
+    /// The escape sequence whose backslash is at byte `at`; appends its character to `out`.
     fn escape(&mut self, at: usize, out: &mut String) -> Result<()> {
         let Some((_, c)) = self.chars.next() else { return self.fail("the text ends after a backslash") };
         let code = match c {
@@ -202,7 +203,7 @@ impl Parser<'_> {
             'x' => self.hex(2)?,
             'u' => self.hex(4)?,
             'U' => self.hex(8)?,
-            'N' => return Err(LiteralError { at, what: "characters by name (\\N) are not supported".into() }),
+            'N' => return Err(LiteralError { at, message: "characters by name (\\N) are not supported".into() }),
             '0'..='7' => {
                 let mut code = c as u32 - '0' as u32;
                 for _ in 0..2 {
@@ -211,15 +212,15 @@ impl Parser<'_> {
                 }
                 code
             }
-            // Python keeps the backslash of an escape it does not know.
+            // Python keeps the backslash of an unknown escape.
             other => {
                 out.push('\\');
                 other as u32
             }
         };
-        let what =
-            || LiteralError { at, what: format!("\\{c} {code:#x} is half of a surrogate pair, or no character") };
-        out.push(char::from_u32(code).ok_or_else(what)?);
+        let not_a_character =
+            || LiteralError { at, message: format!("\\{c} {code:#x} is half of a surrogate pair, or not a character") };
+        out.push(char::from_u32(code).ok_or_else(not_a_character)?);
         Ok(())
     }
 
@@ -264,26 +265,26 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_literal_is_refused_with_its_place() {
-        for (text, at, what) in [
+    fn errors_name_the_byte() {
+        for (text, at, message) in [
             ("", 0, "ends where a value should be"),
             ("['a'", 4, "missing"),
             ("['a' 1]", 5, "missing"),
             ("['a", 1, "closing quote"),
             ("['a\nb']", 3, "a line ends"),
-            ("[__import__('os')]", 1, "'_' begins no value"),
-            ("[open('x')]", 1, "\"open\" is no literal"),
+            ("[__import__('os')]", 1, "cannot begin with '_'"),
+            ("[open('x')]", 1, "\"open\" is not a literal"),
             ("{1: 2}", 1, "not a string"),
             ("['\\ud800']", 2, "surrogate"),
             ("['\\x4']", 5, "hexadecimal"),
-            ("[1--2]", 1, "no number"),
-            ("[1] 2", 4, "follows the value"),
+            ("[1--2]", 1, "not a number"),
+            ("[1] 2", 4, "after the value"),
         ] {
             let error = parse(text).unwrap_err();
             assert_eq!(error.at, at, "{text}: {error}");
-            assert!(error.what.contains(what), "{text}: {error}");
+            assert!(error.message.contains(message), "{text}: {error}");
         }
-        assert!(parse(&"[".repeat(1_000_000)).unwrap_err().what.contains("too deep"));
+        assert!(parse(&"[".repeat(1_000_000)).unwrap_err().message.contains("too deep"));
     }
 
     /// As Python's `repr` writes it.
@@ -335,12 +336,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_python_prints_is_read_back(value in values()) {
+        fn a_python_repr_is_parsed_back(value in values()) {
             prop_assert_eq!(parse_python(&repr(&value)), Ok(value));
         }
 
         #[test]
-        fn no_text_is_a_crash(text in "[\\[\\]{}()'\"a-z\\\\0-9:, \n]*") {
+        fn no_text_panics(text in "[\\[\\]{}()'\"a-z\\\\0-9:, \n]*") {
             let _ = parse(&text);
         }
     }

@@ -1,4 +1,4 @@
-//! What reading a file came to: rows, tokens, and what was left out and why.
+//! Counts from reading a data file: rows, tokens, and dropped rows with reasons.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,11 +6,11 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-/// What a row is.
+/// The kind of a row; see [`super::kinds`] for the fields that tell it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// An attack with its bare request.
+    /// An attack and the request inside it.
     Attack,
     /// A conversation labelled safe.
     ChatSafe,
@@ -20,17 +20,17 @@ pub enum Kind {
     Pair,
 }
 
-/// Why a row was left out.
+/// Why a row was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DropReason {
-    /// Its own verdict says that the attack failed.
+    /// The row's verdict says that the attack failed.
     FailedAttack,
-    /// Its verdict is null: nobody knows whether the attack worked.
+    /// The row's verdict is null: unknown whether the attack succeeded.
     NullVerdict,
-    /// One of its token lists is longer than the maximum.
+    /// A prompt or conversation is longer than the maximum length.
     TooLong,
-    /// No token of its reply carries loss.
+    /// No token of the reply carries loss.
     NoLossToken,
 }
 
@@ -49,58 +49,58 @@ impl fmt::Display for DropReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::FailedAttack => "failed attack (--keep-failed keeps them)",
-            Self::NullVerdict => "attack whose verdict is null (--keep-failed keeps them)",
+            Self::NullVerdict => "attack with a null verdict (--keep-failed keeps them)",
             Self::TooLong => "longer than --max-length (see --long-rows)",
             Self::NoLossToken => "no token of the reply carries loss",
         })
     }
 }
 
-/// What reading a file came to. `Display` gives a few plain lines.
+/// Counts from reading a data file. `Display` writes a summary of a few lines.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct DataReport {
     /// The file.
     pub path: PathBuf,
-    /// Rows that were looked at; reading stops when `--max-samples` are found.
+    /// Rows parsed; parsing stops after `--max-samples` rows that pass their verdict.
     pub rows_read: usize,
     /// Records kept.
     pub kept: usize,
     /// Records kept, by kind.
     pub by_kind: BTreeMap<Kind, usize>,
-    /// Rows left out, by reason.
+    /// Rows dropped, by reason.
     pub dropped: BTreeMap<DropReason, usize>,
     /// Whether reading stopped at `--max-samples`.
     pub stopped_early: bool,
-    /// Records of which the front of a prompt was cut.
+    /// Records with a prompt truncated from the front.
     pub truncated: usize,
-    /// Attack rows kept although they carry no verdict.
+    /// Attack rows without a verdict (kept).
     pub without_verdict: usize,
-    /// Labelled prompts without a reply.
+    /// Records with a prompt but no reply.
     pub without_reply: usize,
-    /// Records with a special token's text in a message, which became a control token.
+    /// Records with the text of a special token in a message; the tokenizer turns that text into the special token.
     pub special_tokens_in_content: usize,
-    /// Line of the first of them, and the token.
+    /// Line of the first such record, and the token.
     pub first_special_token: Option<(usize, String)>,
-    /// Tokens of all replies, their prompts included.
+    /// Tokens of all conversations with a reply, prompts included.
     pub tokens: usize,
-    /// Tokens among them that carry loss.
+    /// The part of `tokens` that carries loss.
     pub loss_tokens: usize,
-    /// Lengths of the replies of the unsafe side, in file order; of the safe side where a record has no other.
+    /// Tokens of each record's conversation with a reply (of the unsafe side if it has one), in file order.
     #[serde(skip)]
     pub lengths: Vec<usize>,
 }
 
-/// Tokens of batches with and without padding.
+/// Token counts of padded batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Padding {
     /// Real tokens.
     pub tokens: usize,
-    /// Padding that batches padded to their longest sequence would need, and packed ones do not.
+    /// Padding tokens that would fill every sequence to the longest of its batch. Packed batches have none.
     pub avoided: usize,
 }
 
 impl Padding {
-    /// The share of a padded batch that would be padding.
+    /// Padding as a share of all tokens of the padded batches, 0 to 1.
     pub fn share(&self) -> f64 {
         let padded = self.tokens + self.avoided;
         if padded == 0 { 0.0 } else { self.avoided as f64 / padded as f64 }
@@ -108,7 +108,7 @@ impl Padding {
 }
 
 impl DataReport {
-    /// What batches of `batch_size` records in file order would hold if each were padded to its longest sequence.
+    /// Token counts of batches of `batch_size` records in file order, each padded to its longest sequence.
     ///
     /// # Panics
     /// If `batch_size` is 0.
@@ -120,8 +120,8 @@ impl DataReport {
     }
 }
 
-fn listed<K: fmt::Display>(counts: &BTreeMap<K, usize>) -> String {
-    counts.iter().map(|(what, n)| format!("{n} {what}")).collect::<Vec<_>>().join(", ")
+fn list_counts<K: fmt::Display>(counts: &BTreeMap<K, usize>) -> String {
+    counts.iter().map(|(key, n)| format!("{n} {key}")).collect::<Vec<_>>().join(", ")
 }
 
 impl fmt::Display for DataReport {
@@ -129,25 +129,25 @@ impl fmt::Display for DataReport {
         let stopped = if self.stopped_early { " (stopped at --max-samples)" } else { "" };
         write!(f, "{}: {} rows read{stopped}, {} kept", self.path.display(), self.rows_read, self.kept)?;
         if !self.by_kind.is_empty() {
-            write!(f, ": {}", listed(&self.by_kind))?;
+            write!(f, ": {}", list_counts(&self.by_kind))?;
         }
         if !self.dropped.is_empty() {
-            write!(f, "\n  left out: {}", listed(&self.dropped))?;
+            write!(f, "\n  dropped: {}", list_counts(&self.dropped))?;
         }
         if self.truncated > 0 {
-            write!(f, "\n  cut at the front of the prompt: {}", self.truncated)?;
+            write!(f, "\n  prompts truncated from the front: {}", self.truncated)?;
         }
         if self.without_verdict > 0 {
-            write!(f, "\n  attacks without a verdict, taken as successful: {}", self.without_verdict)?;
+            write!(f, "\n  attacks without a verdict, kept as successful: {}", self.without_verdict)?;
         }
         if self.without_reply > 0 {
-            write!(f, "\n  safe prompts without a reply, used for router alignment alone: {}", self.without_reply)?;
+            write!(f, "\n  safe prompts without a reply, used only for router alignment: {}", self.without_reply)?;
         }
         if let Some((line, token)) = &self.first_special_token {
             let n = self.special_tokens_in_content;
             write!(
                 f,
-                "\n  warning: {n} rows hold a special token's text, which became a control token (first: line {line}, {token})"
+                "\n  warning: in {n} rows the text of a special token became that token (first: line {line}, {token})"
             )?;
         }
         write!(f, "\n  {} tokens, {} of them with loss", self.tokens, self.loss_tokens)

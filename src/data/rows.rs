@@ -1,4 +1,4 @@
-//! A JSON array of rows, or one row a line, cut into rows with their line numbers in one pass.
+//! Splits a data file, a JSON array or JSONL, into rows with their line numbers, in one pass.
 
 use std::fs;
 use std::path::Path;
@@ -7,22 +7,22 @@ use serde_json::{Map, Value};
 
 use super::Error;
 
-/// A row and the 1-based line of its first character, or what is wrong with it.
+/// The 1-based line of a row's first character, and the row; or the error in it.
 type RawRow = Result<(usize, Map<String, Value>), Error>;
 
-/// The text of a data file: UTF-8, without its byte order mark.
+/// Reads a data file as UTF-8 and removes a byte order mark.
 ///
 /// # Errors
-/// A file that is missing, empty or not UTF-8; the line of the first bad byte is named.
+/// A file that is missing, empty or not UTF-8; the message names the line of the first invalid byte.
 pub(super) fn read_text(path: &Path) -> Result<String, Error> {
     let bytes = fs::read(path).map_err(|e| Error::read(path, e))?;
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return Err(Error::row(path, 1, "the file is UTF-16; save it as UTF-8"));
     }
     let mut text = String::from_utf8(bytes).map_err(|e| {
-        let good = e.utf8_error().valid_up_to();
-        let line = 1 + newlines(&e.as_bytes()[..good]);
-        Error::row(path, line, format!("byte {:#04x} is not UTF-8; save the file as UTF-8", e.as_bytes()[good]))
+        let valid = e.utf8_error().valid_up_to();
+        let line = 1 + newlines(&e.as_bytes()[..valid]);
+        Error::row(path, line, format!("byte {:#04x} is not UTF-8; save the file as UTF-8", e.as_bytes()[valid]))
     })?;
     if text.starts_with('\u{feff}') {
         text.drain(..'\u{feff}'.len_utf8());
@@ -37,90 +37,94 @@ fn newlines(bytes: &[u8]) -> usize {
     bytes.iter().filter(|b| **b == b'\n').count()
 }
 
-/// The rows of a file, in order, each with the 1-based line of its first character.
+/// Iterator over the rows of a file. It ends after the first error.
 pub(super) struct Rows<'a> {
     path: &'a Path,
     text: &'a str,
-    /// Byte where the next row, or the space before it, begins.
-    at: usize,
-    /// Line of `at`.
+    /// Byte offset of the next row, or of the white space before it.
+    offset: usize,
+    /// 1-based line of `offset`.
     line: usize,
-    form: Form,
+    format: Format,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Form {
+enum Format {
+    /// JSONL: one row a line.
     Lines,
+    /// Inside a JSON array; `first`: no row has been read yet.
     Array { first: bool },
+    /// The file has ended, or had an error.
     Done,
 }
 
 impl<'a> Rows<'a> {
-    /// Rows of `text`, which came from `path`. A file whose first character is `[` is an array.
+    /// Splits `text`, read from `path`. It is a JSON array if its first character is `[`, else JSONL.
     pub(super) fn new(path: &'a Path, text: &'a str) -> Self {
-        let mut rows = Self { path, text, at: 0, line: 1, form: Form::Lines };
+        let mut rows = Self { path, text, offset: 0, line: 1, format: Format::Lines };
         rows.skip_space();
         if rows.byte() == Some(b'[') {
-            rows.at += 1;
-            rows.form = Form::Array { first: true };
+            rows.offset += 1;
+            rows.format = Format::Array { first: true };
         }
         rows
     }
 
     fn byte(&self) -> Option<u8> {
-        self.text.as_bytes().get(self.at).copied()
+        self.text.as_bytes().get(self.offset).copied()
     }
 
-    /// Moves to `end`, counting lines.
+    /// Moves to byte `end` and counts the lines passed.
     fn advance(&mut self, end: usize) {
-        self.line += newlines(&self.text.as_bytes()[self.at..end]);
-        self.at = end;
+        self.line += newlines(&self.text.as_bytes()[self.offset..end]);
+        self.offset = end;
     }
 
     fn skip_space(&mut self) {
-        let rest = &self.text.as_bytes()[self.at..];
+        let rest = &self.text.as_bytes()[self.offset..];
         let space = rest.iter().take_while(|b| b.is_ascii_whitespace()).count();
-        self.advance(self.at + space);
+        self.advance(self.offset + space);
     }
 
-    fn problem(&mut self, line: usize, what: impl ToString) -> Error {
-        self.form = Form::Done;
-        Error::row(self.path, line, what)
+    /// The error for `line`; ends the iteration.
+    fn fail(&mut self, line: usize, message: impl ToString) -> Error {
+        self.format = Format::Done;
+        Error::row(self.path, line, message)
     }
 
-    /// The row of `self.text[self.at..end]`, moving past it.
+    /// Parses the row `self.text[self.offset..end]` and moves past it.
     fn row(&mut self, end: usize) -> RawRow {
-        let (line, text) = (self.line, &self.text[self.at..end]);
+        let (line, text) = (self.line, &self.text[self.offset..end]);
         self.advance(end);
         match serde_json::from_str(text) {
             Ok(Value::Object(row)) => Ok((line, row)),
-            Ok(other) => Err(self.problem(line, format!("a row should be an object, not {}", kind_of(&other)))),
+            Ok(other) => Err(self.fail(line, format!("a row should be an object, not {}", kind_of(&other)))),
             Err(e) => {
-                let what = e.to_string();
-                let what = what.split(" at line ").next().unwrap_or_default();
-                let hint = if self.form != Form::Lines && what.contains("trailing characters") {
+                let message = e.to_string();
+                let message = message.split(" at line ").next().unwrap_or_default();
+                let hint = if self.format != Format::Lines && message.contains("trailing characters") {
                     "; is a comma missing between rows?"
-                } else if self.form == Form::Lines && e.is_eof() {
-                    "; a file is a JSON array of rows, or holds each row on one line"
+                } else if self.format == Format::Lines && e.is_eof() {
+                    "; a file is a JSON array of rows, or JSONL with each row on one line"
                 } else if text.contains("NaN") || text.contains("Infinity") {
-                    "; NaN and Infinity are no JSON: write null"
-                } else if what.contains("hex escape") {
-                    "; half of a surrogate pair is no character: write the character itself, or remove it"
+                    "; NaN and Infinity are not JSON: write null"
+                } else if message.contains("hex escape") {
+                    "; half of a surrogate pair is not a character: write the character itself, or remove it"
                 } else {
                     ""
                 };
-                Err(self.problem(line + e.line() - 1, format!("not JSON: {what} (column {}){hint}", e.column())))
+                Err(self.fail(line + e.line() - 1, format!("not JSON: {message} (column {}){hint}", e.column())))
             }
         }
     }
 
     fn next_line(&mut self) -> Option<RawRow> {
         self.skip_space();
-        let rest = &self.text[self.at..];
+        let rest = &self.text[self.offset..];
         if rest.is_empty() {
             return None;
         }
-        let end = self.at + rest.find('\n').unwrap_or(rest.len());
+        let end = self.offset + rest.find('\n').unwrap_or(rest.len());
         Some(self.row(end))
     }
 
@@ -128,23 +132,23 @@ impl<'a> Rows<'a> {
         self.skip_space();
         match self.byte() {
             Some(b']') => {
-                self.at += 1;
+                self.offset += 1;
                 self.skip_space();
-                self.form = Form::Done;
+                self.format = Format::Done;
                 let line = self.line;
-                return self.byte().map(|_| Err(self.problem(line, "something follows the array's closing bracket")));
+                return self.byte().map(|_| Err(self.fail(line, "something follows the array's closing bracket")));
             }
             Some(b',') if !first => {
-                self.at += 1;
+                self.offset += 1;
                 self.skip_space();
             }
             Some(_) => {}
             None => {
-                return Some(Err(self.problem(self.line, "the array has no closing bracket: is the file cut off?")));
+                return Some(Err(self.fail(self.line, "the array has no closing bracket: is the file truncated?")));
             }
         }
-        self.form = Form::Array { first: false };
-        let end = self.at + element_length(&self.text.as_bytes()[self.at..]);
+        self.format = Format::Array { first: false };
+        let end = self.offset + element_length(&self.text.as_bytes()[self.offset..]);
         Some(self.row(end))
     }
 }
@@ -153,15 +157,16 @@ impl Iterator for Rows<'_> {
     type Item = RawRow;
 
     fn next(&mut self) -> Option<Self::Item> {
-        match self.form {
-            Form::Lines => self.next_line(),
-            Form::Array { first } => self.next_element(first),
-            Form::Done => None,
+        match self.format {
+            Format::Lines => self.next_line(),
+            Format::Array { first } => self.next_element(first),
+            Format::Done => None,
         }
     }
 }
 
-/// Bytes up to the comma or bracket that ends the array's element at the start of `text`; the JSON parser judges them.
+/// Length in bytes of the array element at the start of `text`: up to the comma or bracket that ends it. Only brackets and
+/// strings are tracked; the JSON parser finds the errors inside.
 fn element_length(text: &[u8]) -> usize {
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
     for (i, b) in text.iter().enumerate() {
@@ -179,7 +184,7 @@ fn element_length(text: &[u8]) -> usize {
     text.len()
 }
 
-/// A JSON value's kind, for messages.
+/// The kind of a JSON value, for error messages.
 pub(super) fn kind_of(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -202,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn arrays_and_lines_know_their_lines() {
+    fn rows_of_both_formats_have_line_numbers() {
         let rows =
             |lines: [usize; 2]| Ok(vec![(lines[0], r#"{"a":1}"#.to_owned()), (lines[1], r#"{"b":"]},["}"#.to_owned())]);
         assert_eq!(read("{\"a\":1}\r\n\n  {\"b\":\"]},[\"}"), rows([1, 3]));
@@ -212,11 +217,11 @@ mod tests {
     }
 
     #[test]
-    fn every_way_to_be_wrong_names_its_line() {
+    fn every_error_names_its_line() {
         for (text, message) in [
             ("{\"a\":1}\n[1]", "f:2: a row should be an object, not a list"),
             ("{\"a\":1}\n{\"a\":", "f:2: not JSON: EOF while parsing a value"),
-            ("{\n\"a\":1}", "holds each row on one line"),
+            ("{\n\"a\":1}", "each row on one line"),
             ("[{\"a\":1}\n{\"a\":2}]", "f:2: not JSON: trailing characters (column 1); is a comma missing"),
             ("[{\"a\":1},\n\n]", "f:3: not JSON: EOF"),
             ("[{\"a\":1},\n{\"a\":\n\n oops}]", "f:4: not JSON: expected value"),

@@ -11,17 +11,17 @@ use tokenizers::Tokenizer;
 use super::template::{ChatTemplate, Rendered, TemplateError};
 use super::{Error, Message};
 
-/// Text to ids and back, and messages to text.
+/// A tokenizer with its special tokens and chat template.
 pub struct ChatTokenizer {
     path: PathBuf,
     tokenizer: Tokenizer,
     template: Arc<ChatTemplate>,
-    /// Texts that the tokenizer turns into control tokens wherever they stand, longest first.
+    /// Texts of the special tokens, longest first. The tokenizer recognises them anywhere in a text.
     special: Vec<String>,
     eos: Vec<u32>,
-    largest_id: u32,
-    /// Bytes of the longest token, and so a bound on the bytes of n tokens.
-    longest_token: usize,
+    max_id: u32,
+    /// Bytes of the longest token.
+    max_token_bytes: usize,
 }
 
 /// A tokenised text.
@@ -29,40 +29,40 @@ pub struct ChatTokenizer {
 pub struct Encoded {
     /// Token ids.
     pub ids: Vec<u32>,
-    /// For each token the first byte of the text it stands for, and the byte after its last.
+    /// The byte range of the text that each token stands for: start, and end (exclusive).
     pub offsets: Vec<(usize, usize)>,
 }
 
 impl ChatTokenizer {
-    /// Opens the tokenizer of a model folder, with the template of `chat_template` instead of the model's where given.
+    /// Opens the tokenizer of a model folder. The file `chat_template`, if given, replaces the model's template.
     ///
-    /// The model's template is `chat_template.jinja`, or else `chat_template` of `tokenizer_config.json`; of a list of
-    /// named templates it is the one named "default".
+    /// The model's template is `chat_template.jinja`, or else the key `chat_template` of `tokenizer_config.json`; in a list of
+    /// named templates, the one named "default".
     ///
     /// # Errors
-    /// Files that are missing or not what they should be; no template; a template that does not compile or that takes
-    /// time or memory without bound.
+    /// A file that is missing or invalid; no template; a template that does not compile or that takes unbounded time or
+    /// memory.
     pub fn open(model_dir: &Path, chat_template: Option<&Path>) -> Result<Self, Error> {
         let path = model_dir.join("tokenizer.json");
         let bytes = fs::read(&path).map_err(|source| Error::Read {
             path: path.clone(),
             source,
-            hint: "a tokenizer of another form is converted with AutoTokenizer.from_pretrained(..).save_pretrained(..)",
+            hint: "convert another tokenizer format with AutoTokenizer.from_pretrained(..).save_pretrained(..)",
         })?;
         let mut tokenizer =
-            Tokenizer::from_bytes(&bytes).map_err(|e| Error::file(&path, format!("no tokenizer: {e}")))?;
-        // A file may carry settings of its last use; transformers clears them for each call, too.
+            Tokenizer::from_bytes(&bytes).map_err(|e| Error::file(&path, format!("not a valid tokenizer: {e}")))?;
+        // The file may hold truncation and padding settings of an earlier use. transformers resets them on each call, too.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| Error::file(&path, e))?;
 
         let config = read_object(&model_dir.join("tokenizer_config.json"))?.unwrap_or_default();
-        let older = read_object(&model_dir.join("special_tokens_map.json"))?.unwrap_or_default();
-        let named = named_tokens(&config, &older);
+        let special_tokens_map = read_object(&model_dir.join("special_tokens_map.json"))?.unwrap_or_default();
+        let named = named_tokens(&config, &special_tokens_map);
         let (source, origin) = template_source(model_dir, &config, chat_template)?;
-        let at_origin = |e: TemplateError| Error::file(&origin, e);
+        let template_error = |e: TemplateError| Error::file(&origin, e);
         let tokens = named.iter().map(|(name, v)| (name.clone(), template_value(v)));
-        let template = Arc::new(ChatTemplate::new(&source, tokens).map_err(at_origin)?);
-        template.try_out().map_err(at_origin)?;
+        let template = Arc::new(ChatTemplate::new(&source, tokens).map_err(template_error)?);
+        template.check_limits().map_err(template_error)?;
 
         let vocabulary = tokenizer.get_vocab(true);
         let mut eos = BTreeSet::new();
@@ -77,46 +77,47 @@ impl ChatTokenizer {
             template,
             special,
             eos: eos.into_iter().collect(),
-            largest_id: vocabulary.values().copied().max().unwrap_or(0),
-            longest_token: vocabulary.keys().map(String::len).max().unwrap_or(0),
+            max_id: vocabulary.values().copied().max().unwrap_or(0),
+            max_token_bytes: vocabulary.keys().map(String::len).max().unwrap_or(0),
             path,
             tokenizer,
         })
     }
 
-    /// Ids of a text. Nothing is put before or after it: the template writes the first and last tokens itself.
+    /// Token ids of a text, without added special tokens: the chat template writes those itself.
     ///
     /// # Errors
-    /// What the tokenizer answers.
+    /// Those of the tokenizer.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
         self.tokenizer.encode_fast(text, false).map(|e| e.get_ids().to_vec()).map_err(|e| Error::file(&self.path, e))
     }
 
-    /// Ids of a text, and for each the bytes of the text it stands for.
+    /// Token ids of a text and their byte ranges in it. Like [`Self::encode`], without added special tokens.
     ///
     /// # Errors
-    /// What the tokenizer answers.
+    /// Those of the tokenizer.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Encoded, Error> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| Error::file(&self.path, e))?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
     }
 
-    /// The text of ids, without the special tokens.
+    /// The text of token ids, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> String {
-        // An id beyond the vocabulary is skipped by the tokenizer; the rest cannot fail for ids it knows.
+        // The tokenizer skips ids beyond the vocabulary, and decoding ids it knows cannot fail.
         self.tokenizer.decode(ids, true).unwrap_or_default()
     }
 
-    /// The text of each id, special tokens included. Of characters that take several tokens, the last one has the text.
+    /// The text of each token id, special tokens included. If a character takes several tokens, the last of them has the
+    /// text and the others are empty.
     pub fn token_texts(&self, ids: &[u32]) -> Vec<String> {
         let mut stream = self.tokenizer.decode_stream(false);
         ids.iter().map(|id| stream.step(*id).ok().flatten().unwrap_or_default()).collect()
     }
 
-    /// Text of a conversation, with the beginning of an assistant turn at its end if asked for.
+    /// Renders a conversation: see [`ChatTemplate::render`].
     ///
     /// # Errors
-    /// What the template raised.
+    /// Those of the chat template.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
         self.template.render(messages, add_generation_prompt).map(|Rendered { text, .. }| text)
     }
@@ -126,57 +127,58 @@ impl ChatTokenizer {
         &self.template
     }
 
-    /// Ids that end a reply, ascending: the tokenizer's `eos_token` and those of `generation_config.json`.
+    /// Ids of the end-of-sequence tokens, ascending: the tokenizer's `eos_token` and `eos_token_id` of
+    /// `generation_config.json`.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos
     }
 
-    /// A special token's text within `text`. The tokenizer makes a control token of it, as in transformers.
+    /// A special token whose text occurs in `text`. The tokenizer encodes it as that special token, as in transformers.
     pub fn special_token_in<'a>(&'a self, text: &str) -> Option<&'a str> {
         self.special.iter().find(|t| text.contains(t.as_str())).map(String::as_str)
     }
 
-    /// Whether a text of `bytes` is far too long for `tokens` tokens, so that it need not be tokenised to know it. The
-    /// factor covers white space that some tokenizers drop, and text that a template leaves out.
-    pub(super) fn is_hopeless(&self, bytes: usize, tokens: usize) -> bool {
-        bytes / 16 > tokens.max(1).saturating_mul(self.longest_token.max(1))
+    /// Whether a text of `bytes` certainly has more than `tokens` tokens, so that it need not be rendered and tokenised. The
+    /// factor 16 allows for white space that some tokenizers drop, and for text that a template leaves out.
+    pub(super) fn exceeds_by_far(&self, bytes: usize, tokens: usize) -> bool {
+        bytes / 16 > tokens.max(1).saturating_mul(self.max_token_bytes.max(1))
     }
 
-    /// Checks that the model has an embedding for every id.
+    /// Checks that the model has an embedding for every token id.
     ///
     /// # Errors
-    /// The largest id, where it is not below `vocab_size`.
+    /// The largest id is not below `vocab_size`.
     pub fn check_vocab(&self, vocab_size: usize) -> Result<(), Error> {
-        if (self.largest_id as usize) < vocab_size {
+        if (self.max_id as usize) < vocab_size {
             return Ok(());
         }
-        let largest = self.largest_id;
-        let what = format!(
-            "the tokenizer has ids up to {largest}, but the model's vocabulary has {vocab_size}; it belongs to another \
+        let max_id = self.max_id;
+        let message = format!(
+            "the tokenizer has ids up to {max_id}, but the model's vocabulary has {vocab_size}; it belongs to another \
              model, or the model's embeddings were not resized after tokens were added"
         );
-        Err(Error::file(&self.path, what))
+        Err(Error::file(&self.path, message))
     }
 }
 
-/// A JSON object, where the file is there.
+/// Reads a JSON object; `None` if the file does not exist.
 fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, Error> {
     let text = match fs::read(path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(Error::read(path, e)),
     };
-    serde_json::from_slice(&text).map(Some).map_err(|e| Error::file(path, format!("no JSON object: {e}")))
+    serde_json::from_slice(&text).map(Some).map_err(|e| Error::file(path, format!("not a JSON object: {e}")))
 }
 
-/// The special tokens a template may name: `bos_token` and its kin, as text or an object with `content`, and
-/// `additional_special_tokens`. `tokenizer_config.json` wins.
-fn named_tokens(config: &Map<String, Value>, older: &Map<String, Value>) -> Map<String, Value> {
+/// The special tokens that a template can refer to by name: `bos_token`, `eos_token` and so on (a string, or an object with
+/// `content`), and the list `additional_special_tokens`. `tokenizer_config.json` overrides `special_tokens_map.json`.
+fn named_tokens(config: &Map<String, Value>, special_tokens_map: &Map<String, Value>) -> Map<String, Value> {
     let text = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(Value::from);
     let mut out = Map::new();
-    for (name, value) in older.iter().chain(config) {
+    for (name, value) in special_tokens_map.iter().chain(config) {
         if value.is_null() {
-            // It says that the model has no such token, whatever the older file holds.
+            // null: the model has no such token, even if special_tokens_map.json has one.
             out.shift_remove(name);
         } else if let (true, Some(token)) = (name.ends_with("_token"), text(value)) {
             out.insert(name.clone(), token);
@@ -196,6 +198,7 @@ fn template_value(token: &Value) -> minijinja::Value {
     }
 }
 
+/// One id or a list of ids; anything else gives none.
 fn ids(value: Option<&Value>) -> Vec<u32> {
     let one = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
     match value {
@@ -205,17 +208,21 @@ fn ids(value: Option<&Value>) -> Vec<u32> {
     }
 }
 
-/// A template's source and the file it came from.
-fn template_source(dir: &Path, config: &Map<String, Value>, given: Option<&Path>) -> Result<(String, PathBuf), Error> {
+/// The source of the chat template, and the file that holds it. See [`ChatTokenizer::open`] for the order of preference.
+fn template_source(
+    dir: &Path,
+    config: &Map<String, Value>,
+    override_file: Option<&Path>,
+) -> Result<(String, PathBuf), Error> {
     let read = |path: &Path| fs::read_to_string(path).map_err(|e| Error::read(path, e));
-    if let Some(path) = given {
+    if let Some(path) = override_file {
         return Ok((read(path)?, path.to_owned()));
     }
     let file = dir.join("chat_template.jinja");
     if file.exists() {
         return Ok((read(&file)?, file));
     }
-    let missing = |what: String| Error::NoTemplate { folder: dir.to_owned(), what };
+    let missing = |message: String| Error::NoTemplate { folder: dir.to_owned(), message };
     let source = match config.get("chat_template") {
         Some(Value::String(source)) => source.clone(),
         Some(Value::Array(named)) => {

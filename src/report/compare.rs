@@ -1,22 +1,22 @@
-//! How alike the choices of several runs are.
+//! Compares the expert selections of several runs.
 
 use std::collections::HashSet;
 
 use super::Table;
 use crate::experts::{ExpertId, ExpertScores};
 
-/// What one run chose, and by what.
+/// The experts that one run selected, and their scores.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunChoice {
-    /// The run.
+    /// Name of the run, for tables.
     pub name: String,
-    /// Its selection.
+    /// The selected experts.
     pub selected: Vec<ExpertId>,
-    /// Its scores; none for a random selection.
+    /// The scores of all experts; `None` for a random selection.
     pub scores: Option<ExpertScores>,
 }
 
-/// Two runs' choices beside each other.
+/// How similar the selections A and B of two runs are.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Overlap {
     /// |A ∩ B|
@@ -25,11 +25,12 @@ pub struct Overlap {
     pub share: Option<f64>,
     /// |A ∩ B| / |A ∪ B|; `None` if both are empty.
     pub jaccard: Option<f64>,
-    /// Rank correlation of the scores of all experts; `None` where a run has none, of another shape, or all equal.
+    /// Spearman's rank correlation of the scores of all experts; `None` if a run has no scores, if the models have other
+    /// layers or numbers of experts, or if all scores of a run are equal.
     pub spearman: Option<f64>,
 }
 
-/// Compares B with A.
+/// Compares the selections of runs A and B.
 pub fn overlap(a: &RunChoice, b: &RunChoice) -> Overlap {
     let (in_a, in_b): (HashSet<_>, HashSet<_>) = (a.selected.iter().collect(), b.selected.iter().collect());
     let (common, union) = (in_a.intersection(&in_b).count(), in_a.union(&in_b).count());
@@ -41,18 +42,21 @@ pub fn overlap(a: &RunChoice, b: &RunChoice) -> Overlap {
     Overlap { common, share: ratio(common, in_a.len()), jaccard: ratio(common, union), spearman }
 }
 
-/// Spearman's rank correlation, equal values sharing the mean of their ranks; `None` where one side is constant (or
-/// empty).
+/// Spearman's rank correlation: Pearson's correlation of the ranks, with equal values sharing the mean of their ranks. `None`
+/// if `x` or `y` is constant or empty.
+///
+/// # Panics
+/// If the lengths differ.
 pub fn spearman(x: &[f64], y: &[f64]) -> Option<f64> {
-    assert_eq!(x.len(), y.len(), "pairs");
+    assert_eq!(x.len(), y.len(), "x and y are pairs of values");
     let (x, y) = (ranks(x), ranks(y));
     let mean = (x.len() as f64 - 1.0) / 2.0;
     let product = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| (a - mean) * (b - mean)).sum() };
-    let spread = (product(&x, &x) * product(&y, &y)).sqrt();
-    (spread > 0.0).then(|| product(&x, &y) / spread)
+    let deviations = (product(&x, &x) * product(&y, &y)).sqrt();
+    (deviations > 0.0).then(|| product(&x, &y) / deviations)
 }
 
-/// Ranks from 0; equal values share the mean of theirs.
+/// Ranks of values, from 0; equal values share the mean of their ranks.
 fn ranks(values: &[f64]) -> Vec<f64> {
     let mut order: Vec<usize> = (0..values.len()).collect();
     order.sort_by(|a, b| values[*a].total_cmp(&values[*b]));
@@ -66,8 +70,8 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     out
 }
 
-/// All pairs of runs, one table a measure: the share of the row's choice that the column's holds, Jaccard's index, and
-/// the rank correlation of the scores.
+/// One table for each measure over all pairs of runs: the share of the row's selection that the column selected too, the
+/// Jaccard index, and the rank correlation of the scores.
 pub fn overlap_tables(runs: &[RunChoice]) -> Vec<Table> {
     type Measure = fn(&Overlap) -> Option<f64>;
     let measures: [(&str, Measure); 3] = [
@@ -97,12 +101,12 @@ mod tests {
     }
 
     #[test]
-    fn shares_of_sets() {
+    fn overlap_of_selections() {
         let a = run("a", &[(0, 0), (0, 1), (1, 0), (1, 1)], Some([4.0, 3.0, 2.0, 1.0]));
         let b = run("b", &[(1, 1), (0, 0)], Some([1.0, 2.0, 3.0, 4.0]));
         let expected = Overlap { common: 2, share: Some(0.5), jaccard: Some(0.5), spearman: Some(-1.0) };
         assert_eq!(overlap(&a, &b), expected);
-        assert_eq!(overlap(&b, &a).share, Some(1.0), "the share is of the first");
+        assert_eq!(overlap(&b, &a).share, Some(1.0), "the share refers to the first run");
         let none = run("none", &[], None);
         let expected = Overlap { common: 0, share: None, jaccard: Some(0.0), spearman: None };
         assert_eq!(overlap(&none, &a), expected);
@@ -122,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_a_measure() {
+    fn one_table_for_each_measure() {
         let runs = [run("gradient", &[(0, 0), (0, 1)], Some([1.0; 4])), run("random", &[(0, 1)], None)];
         let tables = overlap_tables(&runs);
         assert_eq!(tables.len(), 3);

@@ -1,15 +1,15 @@
-//! Lines over steps: losses of one run or several.
+//! Line charts in SVG: losses over steps of one or more runs.
 
 use std::fmt::Write;
 
 use super::page::escape;
 
-/// One line.
+/// One line of a chart.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Series {
-    /// In the legend.
+    /// Its name in the legend.
     pub label: String,
-    /// (x, y), x ascending. A point that is not finite is left out.
+    /// Points (x, y), x ascending. Points that are not finite are left out.
     pub points: Vec<(f64, f64)>,
 }
 
@@ -17,23 +17,25 @@ const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 300.0;
 const LEFT: f64 = 64.0;
 const TOP: f64 = 40.0;
-/// Colours that stay apart for colour-blind readers (Okabe and Ito), on white.
+/// Colours that colour-blind readers can tell apart on white (Okabe and Ito).
 const COLOURS: [&str; 7] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
 
-/// The drawing as an SVG element to be put into a page; `None` where no series has a point. `id` distinguishes the
-/// drawings of one page (letters, digits and hyphens).
+/// Draws a line chart as an SVG element; `None` if no series has a finite point. `id` must be unique in the page.
+///
+/// # Panics
+/// If `id` has other characters than ASCII letters, digits and hyphens.
 pub fn curve_svg(id: &str, title: &str, x_label: &str, series: &[Series]) -> Option<String> {
-    assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{id:?} is no id");
+    assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{id:?} is not a valid id");
     let finite = |s: &Series| -> Vec<(f64, f64)> {
         s.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect()
     };
     let lines: Vec<(&str, Vec<(f64, f64)>)> =
         series.iter().map(|s| (s.label.as_str(), finite(s))).filter(|(_, points)| !points.is_empty()).collect();
     let points = || lines.iter().flat_map(|(_, points)| points);
-    let x_axis = Axis::over(points().map(|p| p.0))?;
-    let y_axis = Axis::over(points().map(|p| p.1))?;
+    let x_axis = Axis::spanning(points().map(|p| p.0))?;
+    let y_axis = Axis::spanning(points().map(|p| p.1))?;
     let (right, bottom) = (LEFT + WIDTH, TOP + HEIGHT);
-    let at = |(x, y): (f64, f64)| (LEFT + WIDTH * x_axis.place(x), bottom - HEIGHT * y_axis.place(y));
+    let pixel = |(x, y): (f64, f64)| (LEFT + WIDTH * x_axis.fraction(x), bottom - HEIGHT * y_axis.fraction(y));
 
     let height = bottom + 48.0 + 18.0 * lines.len() as f64;
     let mut out = format!(
@@ -46,31 +48,35 @@ pub fn curve_svg(id: &str, title: &str, x_label: &str, series: &[Series]) -> Opt
         title = escape(title),
     );
     for tick in y_axis.ticks() {
-        let (_, y) = at((x_axis.low, tick));
+        let (_, y) = pixel((x_axis.low, tick));
         let _ = writeln!(
             out,
             "<line x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#dddddd\"/>\n\
              <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
             LEFT - 6.0,
             y + 4.0,
-            number(tick)
+            tick_label(tick)
         );
     }
     for tick in x_axis.ticks() {
-        let (x, _) = at((tick, y_axis.low));
-        let _ =
-            writeln!(out, "<text x=\"{x:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>", bottom + 16.0, number(tick));
+        let (x, _) = pixel((tick, y_axis.low));
+        let _ = writeln!(
+            out,
+            "<text x=\"{x:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
+            bottom + 16.0,
+            tick_label(tick)
+        );
     }
     let _ = writeln!(out, "<text x=\"{right}\" y=\"{}\" text-anchor=\"end\">{}</text>", bottom + 32.0, escape(x_label));
     for (i, (label, points)) in lines.iter().enumerate() {
         let colour = COLOURS[i % COLOURS.len()];
-        // Beyond the colours, dashes tell lines apart.
+        // Colours repeat after the last one; dashes then distinguish the lines.
         let dashes = if i < COLOURS.len() { String::new() } else { format!(" stroke-dasharray=\"{}\"", 2 + i) };
         if let [point] = points[..] {
-            let (x, y) = at(point); // a line of one point would not be seen
+            let (x, y) = pixel(point); // a line of one point is invisible
             let _ = writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"{colour}\"/>");
         } else {
-            let path: Vec<String> = points.iter().map(|p| at(*p)).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
+            let path: Vec<String> = points.iter().map(|p| pixel(*p)).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
             let _ = writeln!(
                 out,
                 "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"{dashes} points=\"{}\"/>",
@@ -99,20 +105,21 @@ struct Axis {
 }
 
 impl Axis {
-    /// From the least to the largest; a range of one value gets room around it.
-    fn over(values: impl Iterator<Item = f64>) -> Option<Self> {
+    /// From the smallest to the largest value; a single value gets a margin on both sides. `None` without values.
+    fn spanning(values: impl Iterator<Item = f64>) -> Option<Self> {
         let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
         (low <= high).then(|| {
-            let room = if high > low { 0.0 } else { f64::max(low.abs() * 0.1, 1e-6) };
-            Self { low: low - room, high: high + room }
+            let margin = if high > low { 0.0 } else { f64::max(low.abs() * 0.1, 1e-6) };
+            Self { low: low - margin, high: high + margin }
         })
     }
 
-    fn place(&self, value: f64) -> f64 {
+    /// The position of a value on the axis: 0 at the low end, 1 at the high end.
+    fn fraction(&self, value: f64) -> f64 {
         (value - self.low) / (self.high - self.low)
     }
 
-    /// Four to nine round values within the range.
+    /// Four to nine values within the range, multiples of 1, 2 or 5 times a power of ten.
     fn ticks(&self) -> Vec<f64> {
         let rough = (self.high - self.low) / 8.0;
         let power = 10f64.powf(rough.log10().floor());
@@ -123,8 +130,8 @@ impl Axis {
     }
 }
 
-/// Without the noise of binary fractions.
-fn number(value: f64) -> String {
+/// A tick label: at most six decimals, without trailing zeros, so that rounding errors do not show.
+fn tick_label(value: f64) -> String {
     let text = format!("{value:.6}");
     let short = text.trim_end_matches('0').trim_end_matches('.');
     if short == "0" || short == "-0" {
@@ -133,7 +140,7 @@ fn number(value: f64) -> String {
     short.to_owned()
 }
 
-/// The drawing in words.
+/// The text alternative of the chart: first and last point of each line.
 fn description(lines: &[(&str, Vec<(f64, f64)>)]) -> String {
     let line = |(label, points): &(&str, Vec<(f64, f64)>)| {
         let (first, last) = (points[0], points[points.len() - 1]);
@@ -152,13 +159,13 @@ mod tests {
     }
 
     #[test]
-    fn every_series_is_drawn_within_the_frame() {
+    fn every_series_is_drawn_within_the_axes() {
         let all =
             [series("a <b>", &[3.0, 2.0, f64::NAN, 1.0]), series("c", &[2.5]), series("nowhere", &[f64::INFINITY])];
         let svg = curve_svg("ce", "Loss & more", "step", &all).unwrap();
         assert_well_formed(&svg);
         assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (1, 1));
-        // Steps 1, 2 and 4 of 1 to 4; 3 is the largest value and 1 the least.
+        // x = 1, 2, 4 on an axis from 1 to 4; y = 3, 2, 1 on an axis from 1 to 3.
         assert!(svg.contains("points=\"64.0,40.0 304.0,190.0 784.0,340.0\""), "{svg}");
         assert!(svg.contains("a &lt;b&gt;: from 3.0000e0 at 1 to 1.0000e0 at 4."));
         assert!(!svg.contains("nowhere"));
@@ -168,12 +175,15 @@ mod tests {
     #[test]
     fn ticks_are_round_and_inside() {
         for (low, high) in [(0.0, 1.0), (1.37, 9.2), (-3.0, 250.0), (1e-5, 2e-5), (2.0, 2.0)] {
-            let axis = Axis::over([low, high].into_iter()).unwrap();
+            let axis = Axis::spanning([low, high].into_iter()).unwrap();
             let ticks = axis.ticks();
             assert!((4..=9).contains(&ticks.len()), "{low}..{high}: {ticks:?}");
-            // A tick is a multiple of its step up to a rounding.
-            assert!(ticks.iter().all(|t| (-1e-9..=1.0 + 1e-9).contains(&axis.place(*t))), "{low}..{high}: {ticks:?}");
+            // Tolerance: a tick is a multiple of the step up to rounding.
+            assert!(
+                ticks.iter().all(|t| (-1e-9..=1.0 + 1e-9).contains(&axis.fraction(*t))),
+                "{low}..{high}: {ticks:?}"
+            );
         }
-        assert_eq!([0.1 + 0.2, 0.0, 2e-9, 1500.0].map(number), ["0.3", "0", "2.0e-9", "1500"]);
+        assert_eq!([0.1 + 0.2, 0.0, 2e-9, 1500.0].map(tick_label), ["0.3", "0", "2.0e-9", "1500"]);
     }
 }

@@ -1,4 +1,4 @@
-//! What an evaluation found: `eval.json`, and the rows of `generations.jsonl`.
+//! The outputs of an evaluation: `eval.json` and the rows of `generations.jsonl`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,43 +9,43 @@ use super::{Error, Table, read_json};
 use crate::data::Message;
 use crate::experts::ExpertId;
 
-/// The value of [`EvalReport::schema`].
+/// Value of [`EvalReport::schema`].
 pub const EVAL_SCHEMA: &str = "moewarden.eval/1";
-/// The value of [`GenerationRow::schema`].
+/// Value of [`GenerationRow::schema`].
 pub const GENERATION_SCHEMA: &str = "moewarden.generation/1";
 
-/// How answers were generated.
+/// Options of text generation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
-    /// 0: always the likeliest token.
+    /// Softmax temperature; 0: greedy decoding.
     pub temperature: f64,
-    /// Share of the probability that is sampled from.
+    /// Nucleus sampling: cumulative probability of the tokens to sample from.
     pub top_p: f64,
-    /// Tokens of an answer at most.
+    /// Maximum number of tokens of an answer.
     pub max_new_tokens: usize,
-    /// Of the sampling.
+    /// Seed of the random number generator.
     pub seed: u64,
 }
 
-/// Which model answered.
+/// The evaluated model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvaluatedModel {
     /// Its folder.
     pub path: PathBuf,
-    /// blake3 over its parameters, in their stored types and in moewarden's order: the same for the same weights, however
-    /// they are cut into files.
+    /// blake3 hash over its parameters, in their stored dtypes and in moewarden's order: independent of how the weights are
+    /// sharded into files.
     pub sha: String,
-    /// `tuned` if the folder is that of a moewarden run, else `base`.
+    /// `tuned` if the model is in the output folder of a moewarden run, else `base`.
     pub variant: String,
 }
 
-/// The side of a row that a prompt is of.
+/// Which side of a row a prompt comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PromptSide {
-    /// The request that should be refused.
+    /// An unsafe prompt, which should be refused.
     Unsafe,
-    /// Its plain twin, or a prompt labelled safe.
+    /// A safe prompt: the counterpart of an unsafe one, or a prompt labelled safe.
     Safe,
 }
 
@@ -53,109 +53,110 @@ pub enum PromptSide {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FinishReason {
-    /// The model said so.
+    /// The model generated an end-of-sequence token.
     Stop,
-    /// It reached the most tokens.
+    /// The answer reached the maximum number of tokens.
     Length,
 }
 
-/// One answer: a line of `generations.jsonl`.
+/// One line of `generations.jsonl`: an answer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct GenerationRow<'a> {
     /// [`GENERATION_SCHEMA`].
     pub schema: &'static str,
-    /// Line and side: unique in the file, the same in every evaluation of the same rows.
+    /// Line and side (`12-unsafe`): unique in the file, and the same in every evaluation of the same data file.
     pub id: String,
-    /// What both sides of a row have in common: its line.
+    /// Line of the row: the same for its unsafe and its safe prompt.
     pub behavior_id: String,
-    /// What the data say of the prompt.
+    /// The side of the row.
     pub category: PromptSide,
-    /// The prompt's turns.
+    /// Messages of the prompt.
     pub messages: &'a [Message],
-    /// The prompt as the model saw it, special tokens included.
+    /// The rendered prompt, special tokens included.
     pub prompt_text: String,
     /// The answer, without special tokens.
     pub response: String,
-    /// Why it ended.
+    /// Why the answer ended.
     pub finish_reason: FinishReason,
-    /// Its tokens, without the one that ended it.
+    /// Number of tokens of the answer, without the end-of-sequence token.
     pub n_tokens: usize,
-    /// How it was sampled.
+    /// Options of text generation.
     pub sampling: &'a Sampling,
-    /// Who answered.
+    /// The evaluated model.
     pub model: &'a EvaluatedModel,
-    /// blake3 of the chat template's source.
+    /// blake3 hash of the chat template's source.
     pub template_sha: &'a str,
-    /// By phrase list (`name/version`): whether it calls the answer a refusal. A proxy.
+    /// For each phrase list (`name/version`): whether it classifies the answer as a refusal. A proxy for human judgement.
     pub proxy: BTreeMap<String, bool>,
 }
 
-/// A mean cross-entropy.
+/// A mean cross-entropy over tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct MeanLoss {
-    /// Nats a token; null where there is no token.
+    /// In nats per token; null if there are no loss tokens.
     pub mean: Option<f64>,
-    /// Tokens that carry loss.
+    /// Number of tokens that carry loss.
     pub tokens: usize,
 }
 
-/// Refusals among the answers to one side's prompts, by one phrase list.
+/// Refusals among the answers to the prompts of one side, by one phrase list.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RefusalRate {
     /// `name/version` of the list.
     pub list: String,
-    /// Whose prompts.
+    /// The side of the prompts.
     pub side: PromptSide,
-    /// Answers that it calls refusals.
+    /// Number of answers that the list classifies as refusals.
     pub refused: usize,
-    /// All answers.
+    /// Number of all answers.
     pub answers: usize,
-    /// Their quotient.
+    /// `refused` / `answers`.
     pub rate: f64,
-    /// Wilson's 95 % confidence interval.
+    /// Wilson's 95 % confidence interval of the rate.
     pub interval: [f64; 2],
 }
 
-/// How differently safe and unsafe prompts are routed.
+/// How much the routing of safe and unsafe prompts differs.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct RoutingDifference {
-    /// (layer, Σ p ln(p/q)), p the mean routing of safe prompts, q that of unsafe ones; mean over micro-batches. Empty where
-    /// the data lack a side.
+    /// (layer, Σ p ln(p/q)), the KL divergence between the mean routing probabilities p of safe and q of unsafe prompts; mean
+    /// over micro-batches. Empty if the data have prompts of one side only.
     pub divergence_by_layer: Vec<(usize, f64)>,
-    /// The experts whose frequency is most larger on unsafe prompts, and by how much. Empty where the data lack a side.
+    /// The experts with the largest risk difference (routing frequency on unsafe minus on safe prompts), and that difference,
+    /// descending. Empty if the data have prompts of one side only.
     pub risk_difference_top: Vec<(ExpertId, f64)>,
 }
 
-/// The whole file.
+/// The content of `eval.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvalReport {
     /// [`EVAL_SCHEMA`].
     pub schema: String,
-    /// Who was evaluated.
+    /// The evaluated model.
     pub model: EvaluatedModel,
-    /// The rows.
+    /// The data file.
     pub dataset_path: PathBuf,
-    /// Rows kept.
+    /// Number of rows kept.
     pub rows: usize,
-    /// How answers were generated.
+    /// Options of text generation.
     pub sampling: Sampling,
     /// Cross-entropy of the refusals (the targets) on unsafe prompts.
     pub ce_unsafe: MeanLoss,
     /// Cross-entropy of the replies on safe prompts.
     pub ce_safe: MeanLoss,
-    /// By list and side. A proxy: phrases are not judgement.
+    /// Refusal rates by phrase list and side. A proxy for human judgement.
     pub refusals: Vec<RefusalRate>,
-    /// Safe against unsafe prompts.
+    /// Difference of the routing of safe and unsafe prompts.
     pub routing: RoutingDifference,
-    /// Wall-clock seconds of all answers.
+    /// Wall-clock time of generating all answers, in seconds.
     pub seconds: f64,
 }
 
 impl EvalReport {
-    /// Reads the file of an earlier evaluation.
+    /// Reads `eval.json` of an earlier evaluation.
     ///
     /// # Errors
-    /// [`Error::Missing`]; [`Error::Invalid`] if the schema is another.
+    /// [`Error::Missing`]; [`Error::Invalid`] if the schema is not [`EVAL_SCHEMA`].
     pub fn read(path: &Path) -> Result<Self, Error> {
         let file: Self = read_json(path)?;
         if file.schema != EVAL_SCHEMA {
@@ -165,7 +166,7 @@ impl EvalReport {
         Ok(file)
     }
 
-    /// Mean divergence over the layers; `None` where the data lack a side.
+    /// Mean of `divergence_by_layer` over the layers; `None` if it is empty.
     pub fn mean_divergence(&self) -> Option<f64> {
         let layers = &self.routing.divergence_by_layer;
         (!layers.is_empty()).then(|| layers.iter().map(|(_, kl)| kl).sum::<f64>() / layers.len() as f64)
@@ -183,9 +184,10 @@ impl EvalReport {
     }
 }
 
-/// The tables of some evaluations side by side: losses and routing, then refusals, a row for each evaluation.
+/// Compares named evaluations in two tables: losses and routing, with one row for each evaluation; and refusals, with one
+/// row for each evaluation and phrase list.
 pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
-    let number = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
+    let format_loss = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
     let mut losses = Table::new(
         "Cross-entropy of the replies in the data (nats a token), and divergence of routing between safe and unsafe prompts",
         ["model", "unsafe", "safe", "divergence"],
@@ -197,8 +199,8 @@ pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
     for (name, eval) in evals {
         losses.row([
             name.clone(),
-            number(eval.ce_unsafe.mean),
-            number(eval.ce_safe.mean),
+            format_loss(eval.ce_unsafe.mean),
+            format_loss(eval.ce_safe.mean),
             eval.mean_divergence().map_or_else(|| "-".into(), |kl| format!("{kl:.5}")),
         ]);
         let lists: std::collections::BTreeSet<&str> = eval.refusals.iter().map(|r| r.list.as_str()).collect();

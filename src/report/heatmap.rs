@@ -1,4 +1,4 @@
-//! A drawing of all experts' scores, layers by experts, with the selected ones framed.
+//! Heat map in SVG: the scores of all experts, one row a layer, with the selected experts framed.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -8,18 +8,18 @@ use crate::experts::{ExpertId, ExpertScores};
 
 type Rgb = [f64; 3];
 
-/// From none to most.
+/// Colours from 0 to the largest score.
 const SEQUENTIAL: [Rgb; 3] = [[247.0, 250.0, 255.0], [96.0, 160.0, 210.0], [8.0, 45.0, 105.0]];
-/// From most negative over 0 to most positive.
+/// Colours from the most negative score over 0 to the most positive one.
 const DIVERGING: [Rgb; 3] = [[10.0, 60.0, 130.0], [250.0, 250.0, 250.0], [150.0, 20.0, 30.0]];
-/// Frames of selected experts; stands out from all colours above.
+/// Colour of the frames of selected experts; contrasts with all colours above.
 const FRAME: &str = "#f08c00";
 
 const LEFT: usize = 56;
 const TOP: usize = 64;
 const ROW: usize = 16;
 
-/// How values become colours.
+/// A colour scale: values from `low` to `high`, interpolated between three colours.
 struct Scale {
     stops: [Rgb; 3],
     low: f64,
@@ -27,8 +27,8 @@ struct Scale {
 }
 
 impl Scale {
-    /// From 0 to the largest; symmetric about 0 where some are negative (risk differences).
-    fn of(values: &[f64]) -> Self {
+    /// From 0 to the largest value; symmetric about 0 if a value is negative (risk differences).
+    fn of_values(values: &[f64]) -> Self {
         let finite = || values.iter().copied().filter(|v| v.is_finite());
         let largest = finite().fold(0.0, |m: f64, v| m.max(v.abs()));
         let high = if largest > 0.0 { largest } else { 1.0 };
@@ -42,21 +42,25 @@ impl Scale {
         if !value.is_finite() {
             return "#888888".to_owned();
         }
-        let at = 2.0 * ((value - self.low) / (self.high - self.low)).clamp(0.0, 1.0);
-        let (from, to) = if at < 1.0 { (self.stops[0], self.stops[1]) } else { (self.stops[1], self.stops[2]) };
-        let channel = |i: usize| (from[i] + (to[i] - from[i]) * (at - f64::from(u8::from(at >= 1.0)))).round() as u8;
+        let position = 2.0 * ((value - self.low) / (self.high - self.low)).clamp(0.0, 1.0);
+        let (from, to) = if position < 1.0 { (self.stops[0], self.stops[1]) } else { (self.stops[1], self.stops[2]) };
+        let channel =
+            |i: usize| (from[i] + (to[i] - from[i]) * (position - f64::from(u8::from(position >= 1.0)))).round() as u8;
         format!("#{:02x}{:02x}{:02x}", channel(0), channel(1), channel(2))
     }
 }
 
-/// The drawing as an SVG element to be put into a page. `id` distinguishes the drawings of one page (letters, digits and
-/// hyphens); `selected` is best first. Each cell tells its value when pointed at, and the whole has a description in words.
+/// Draws a heat map as an SVG element. `id` must be unique in the page; `selected` is best first. Each cell has a tooltip with
+/// its score, and the drawing has a text alternative.
+///
+/// # Panics
+/// If `id` has other characters than ASCII letters, digits and hyphens.
 pub fn heatmap_svg(id: &str, title: &str, scores: &ExpertScores, selected: &[ExpertId]) -> String {
-    assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{id:?} is no id");
+    assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{id:?} is not a valid id");
     let cell = if scores.num_experts <= 64 { 16 } else { 8 };
     let (width, height) = (LEFT + scores.num_experts * cell + 16, TOP + scores.layers.len() * ROW + 64);
-    let width = width.max(420); // room for the legend
-    let scale = Scale::of(&scores.values);
+    let width = width.max(420); // the width of the legend
+    let scale = Scale::of_values(&scores.values);
     let rank: HashMap<ExpertId, usize> = selected.iter().enumerate().map(|(i, id)| (*id, i + 1)).collect();
 
     let mut out = format!(
@@ -81,11 +85,11 @@ pub fn heatmap_svg(id: &str, title: &str, scores: &ExpertScores, selected: &[Exp
         for (expert, value) in row.iter().enumerate() {
             let x = LEFT + expert * cell;
             let rank = rank.get(&ExpertId { layer: *layer, expert });
-            let chosen = rank.map_or_else(String::new, |r| format!(", selected, rank {r}"));
+            let selected = rank.map_or_else(String::new, |r| format!(", selected, rank {r}"));
             let _ = writeln!(
                 out,
                 "<rect x=\"{x}\" y=\"{y}\" width=\"{cell}\" height=\"{ROW}\" fill=\"{}\"><title>layer {layer}, expert \
-                 {expert}: {value:.4e}{chosen}</title></rect>",
+                 {expert}: {value:.4e}{selected}</title></rect>",
                 scale.colour(*value)
             );
             if rank.is_some() {
@@ -94,26 +98,28 @@ pub fn heatmap_svg(id: &str, title: &str, scores: &ExpertScores, selected: &[Exp
             }
         }
     }
-    // Frames come last, so that no neighbour covers them, and let the pointer through to the cells' own words.
+    // Frames are drawn last, so that neighbouring cells do not cover them, and ignore the pointer, so that cells keep their
+    // tooltips.
     let _ =
         writeln!(out, "<g fill=\"none\" stroke=\"{FRAME}\" stroke-width=\"2\" pointer-events=\"none\">\n{frames}</g>");
     out += &legend(&scale, TOP + scores.layers.len() * ROW + 16);
     out + "</svg>\n"
 }
 
-/// The drawing in words.
+/// The text alternative of the heat map.
 fn description(scores: &ExpertScores, selected: &[ExpertId]) -> String {
     let (layers, experts) = (scores.layers.len(), scores.num_experts);
     let mut out =
-        format!("Scores of {layers} layers (rows) of {experts} experts (columns); {} are selected.", selected.len());
-    for (i, (id, value)) in scores.ranked().iter().take(3).enumerate() {
+        format!("Scores of {layers} layers (rows) with {experts} experts each (columns), {} selected.", selected.len());
+    // Without scores (random selection) all values are 0.
+    for (i, (id, value)) in scores.ranked().iter().filter(|(_, value)| *value != 0.0).take(3).enumerate() {
         let head = if i == 0 { " The highest:" } else { "," };
         let _ = write!(out, "{head} layer {} expert {} with {value:.3e}", id.layer, id.expert);
     }
     out
 }
 
-/// The colours from low to high, and the frame.
+/// The legend: the colour scale, and the frame of selected experts.
 fn legend(scale: &Scale, y: usize) -> String {
     const STEPS: usize = 32;
     let mut out = String::new();
@@ -149,24 +155,26 @@ mod tests {
     }
 
     #[test]
-    fn every_expert_is_drawn_and_the_selected_are_framed() {
+    fn every_expert_is_drawn_and_selected_experts_are_framed() {
         let scores = scores(vec![0.1, 0.5, 0.0, 1.0, 0.25, 0.75]);
         let svg = heatmap_svg("round-1", "Round 1 <of> 3 & more", &scores, &[(4, 0).into(), (4, 2).into()]);
         assert_well_formed(&svg);
         assert_eq!(svg.matches("<rect").count(), 6 + 2 + 32 + 1, "cells, frames, legend, its frame");
         assert!(svg.contains("layer 4, expert 2: 7.5000e-1, selected, rank 2"));
         assert!(svg.contains("layer 1, expert 2: 0.0000e0<"));
-        assert!(svg.contains("2 are selected. The highest: layer 4 expert 0 with 1.000e0, layer 4 expert 2"));
+        assert!(svg.contains(
+            "3 experts each (columns), 2 selected. The highest: layer 4 expert 0 with 1.000e0, layer 4 expert 2"
+        ));
         assert!(svg.contains("aria-labelledby=\"round-1-title round-1-desc\""));
     }
 
     #[test]
-    fn colours_follow_the_values() {
-        let sequential = Scale::of(&[0.0, 2.0, 1.0]);
+    fn colours_of_sequential_and_diverging_scales() {
+        let sequential = Scale::of_values(&[0.0, 2.0, 1.0]);
         assert_eq!([0.0, 1.0, 2.0].map(|v| sequential.colour(v)), ["#f7faff", "#60a0d2", "#082d69"]);
-        let diverging = Scale::of(&[-1.0, 4.0]);
+        let diverging = Scale::of_values(&[-1.0, 4.0]);
         assert_eq!([-4.0, 0.0, 4.0].map(|v| diverging.colour(v)), ["#0a3c82", "#fafafa", "#96141e"]);
-        assert_eq!(Scale::of(&[0.0, 0.0]).colour(0.0), "#f7faff", "all zero is no division by zero");
+        assert_eq!(Scale::of_values(&[0.0, 0.0]).colour(0.0), "#f7faff", "all scores zero: no division by zero");
         assert_eq!(sequential.colour(f64::NAN), "#888888");
     }
 }

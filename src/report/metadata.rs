@@ -1,4 +1,5 @@
-//! `training_metadata.json`: the schema that scripts around the method read, and more.
+//! `training_metadata.json`: options, losses and selections of a run. Existing scripts for the method read it, so its keys must
+//! stay.
 
 use std::collections::BTreeMap;
 
@@ -9,12 +10,12 @@ use crate::experts::{ExpertId, Method, Score, ScorePer, Selection};
 use crate::optim::LrSchedule;
 use crate::routers::{ConsistencyLayers, KlType, Statistic};
 
-/// The whole file.
+/// The content of `training_metadata.json`. Fields without a description are the options of the same names.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-#[allow(missing_docs)] // the options of these names, under these names
+#[allow(missing_docs)] // docs/options.md describes the options
 pub struct TrainingMetadata {
     pub model_name: String,
-    /// How the run went about it, in a word or two.
+    /// What the run trains: `combined`, `joint`, `expert_only`, `router_only`, `baseline` or `frozen`.
     pub training_strategy: String,
     pub num_rounds: usize,
     pub expert_epochs_per_round: usize,
@@ -22,6 +23,7 @@ pub struct TrainingMetadata {
     pub top_k_experts: usize,
     pub batch_size: usize,
     pub grad_accum: usize,
+    /// Number of ranks at the start of the run.
     pub world_size: usize,
     pub expert_lr: f64,
     pub router_lr: f64,
@@ -46,32 +48,34 @@ pub struct TrainingMetadata {
     pub safe_ratio: f64,
     pub max_samples: usize,
     pub seed: u64,
-    /// Mean cross-entropy of all unsafe rows' refusals, before the first round and after the last; null until then.
+    /// Mean cross-entropy of the refusals of all unsafe rows, before the first round and after the last; null until the run has
+    /// ended.
     pub ce_loss: Option<[Option<f64>; 2]>,
-    /// The divergence of the routers between safe and unsafe prompts, before and after.
+    /// Divergence of the routing between safe and unsafe prompts, before and after; null if the data have prompts of one side
+    /// only.
     pub router_loss: Option<[Option<f64>; 2]>,
-    /// Mean cross-entropy of the held-out rows, before and after; null where none were given.
+    /// Mean cross-entropy of the held-out rows, before and after; null without held-out rows.
     pub held_out_loss: Option<[Option<f64>; 2]>,
-    /// One entry a phase.
+    /// One entry for each finished phase.
     pub training_logs: Vec<TrainingLog>,
-    /// By round, from 1.
+    /// Selections by round, from 1.
     pub identified_experts_per_round: BTreeMap<usize, IdentifiedExperts>,
 }
 
-/// A phase that has ended.
+/// A finished phase.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingLog {
-    /// From 1.
+    /// Round, from 1.
     pub round: usize,
-    /// Which phase.
+    /// The phase.
     pub step: TrainingStep,
-    /// Mean loss of its steps; null if it had none.
+    /// Mean of the losses of its steps; null without steps.
     pub loss: Option<f64>,
-    /// Experts that the round selected.
+    /// Number of experts selected in the round.
     pub num_identified_experts: usize,
 }
 
-/// The phases that are logged.
+/// A training phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TrainingStep {
@@ -79,21 +83,21 @@ pub enum TrainingStep {
     Expert,
     /// Alignment of routers.
     Router,
-    /// Both at once.
+    /// Joint training of experts and routers.
     Joint,
 }
 
-/// A round's selection with its scores: *all* selected experts, best first.
+/// All experts selected in a round, and their scores.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct IdentifiedExperts {
     /// Best first.
     pub experts: Vec<ExpertId>,
-    /// The scores of `experts`, in their order, under keys like `L0_E1`; empty where nothing was scored.
-    #[serde(serialize_with = "by_name")]
+    /// Scores of `experts`, in the same order, under keys `L0_E1` (layer, expert); empty for a random selection without scores.
+    #[serde(serialize_with = "by_expert_name")]
     pub gradients: Vec<(ExpertId, f64)>,
 }
 
-fn by_name<S: Serializer>(gradients: &[(ExpertId, f64)], serializer: S) -> Result<S::Ok, S::Error> {
+fn by_expert_name<S: Serializer>(gradients: &[(ExpertId, f64)], serializer: S) -> Result<S::Ok, S::Error> {
     let mut map = serializer.serialize_map(Some(gradients.len()))?;
     for (id, value) in gradients {
         map.serialize_entry(&format!("L{}_E{}", id.layer, id.expert), value)?;
@@ -107,7 +111,7 @@ mod tests {
     use crate::report::write_json;
 
     #[test]
-    fn the_names_that_scripts_read() {
+    fn keys_of_the_file() {
         let best_first: Vec<ExpertId> = (0..12).map(|e| (3, 11 - e).into()).collect();
         let gradients = best_first.iter().enumerate().map(|(i, id)| (*id, 1.0 - i as f64 / 16.0)).collect();
         let metadata = TrainingMetadata {
@@ -170,7 +174,7 @@ mod tests {
         let round = &value["identified_experts_per_round"]["1"];
         assert_eq!(round["experts"][0], serde_json::json!([3, 11]));
         let gradients: Vec<_> = round["gradients"].as_object().unwrap().iter().collect();
-        assert_eq!(gradients.len(), 12, "all of them, not the first ten");
+        assert_eq!(gradients.len(), 12, "all selected experts");
         assert_eq!((gradients[0].0.as_str(), gradients[11].0.as_str()), ("L3_E11", "L3_E0"), "best first");
     }
 }

@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one JSON object a step.
+//! `metrics.jsonl`: one JSON object per step.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
@@ -9,35 +9,43 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use crate::train::Phase;
 
-/// What is known after a step. A loss that a phase does not have is null, and so is a number that is not finite.
+/// One line of `metrics.jsonl`: a training step, or a micro-batch of an identification. A loss that the phase does not compute
+/// is null, and so is a number that is not finite.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MetricsRow {
-    /// Part of the round.
+    /// Phase of the round.
     pub phase: Phase,
-    /// From 1.
+    /// Round, from 1.
     pub round: usize,
-    /// Step of the whole run, from 1.
+    /// Number of the line, counted over the whole run from 1.
     pub step: u64,
-    /// Mean cross-entropy of the global batch, nats a token.
+    /// Mean cross-entropy of the global batch, in nats per token.
     pub ce_loss: Option<f64>,
-    /// Mean divergence over the layers, nats.
+    /// Mean divergence over the layers, in nats.
     pub router_loss: Option<f64>,
-    /// What is minimised.
+    /// The minimised loss.
     pub total_loss: Option<f64>,
-    /// Learning rate of the step.
+    /// Learning rate.
     pub lr: Option<f64>,
-    /// Norm of the gradient before clipping.
+    /// L2 norm of the gradient before clipping.
     pub grad_norm: Option<f64>,
-    /// Tokens of the global batch that went through the model.
+    /// Tokens of the global batch (all ranks) that went through the model.
     pub tokens: u64,
-    /// Wall-clock time of the step.
+    /// Wall-clock seconds since the end of the previous step of the phase, so a checkpoint saved in between is included.
+    /// Lines with `timed_together` have an equal share of a longer time.
     pub seconds: f64,
-    /// True where a number was not finite, so that nothing was updated.
+    /// Set for the micro-batches of an identification, which are timed as a whole (ranks process them in parallel): the number
+    /// of its lines. `seconds` of each line is the time of the whole identification divided by this number. After a resume
+    /// during the identification, only the time since the resume counts. With `--selection per-batch`, scoring is part of the
+    /// expert steps' `seconds`, and these lines have about 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timed_together: Option<usize>,
+    /// True if a number was not finite, so the update was skipped.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub skipped: bool,
 }
 
-/// The growing log. Each row is handed to the system whole, so that a killed run leaves whole rows.
+/// The log file, opened for appending. Each row is one write, so a killed run leaves complete rows.
 pub struct MetricsLog {
     path: PathBuf,
     file: File,
@@ -45,7 +53,7 @@ pub struct MetricsLog {
 }
 
 impl MetricsLog {
-    /// Begins an empty log, replacing one that is there.
+    /// Creates an empty log, replacing an existing one.
     ///
     /// # Errors
     /// [`Error::Log`].
@@ -53,11 +61,11 @@ impl MetricsLog {
         Self::open(path.into(), 0)
     }
 
-    /// Continues a log after its first `length` bytes ([`Self::length`] at the checkpoint): the rows of steps that are
-    /// about to be repeated are cut off.
+    /// Continues a log after its first `length` bytes ([`Self::length`] at the checkpoint): truncates the rows of the steps that
+    /// will be repeated.
     ///
     /// # Errors
-    /// [`Error::Log`]; [`Error::LogCut`] if the log is shorter than that.
+    /// [`Error::Log`]; [`Error::LogTruncated`] if the log is shorter than `length`.
     pub fn resume(path: impl Into<PathBuf>, length: u64) -> Result<Self, Error> {
         Self::open(path.into(), length)
     }
@@ -71,9 +79,9 @@ impl MetricsLog {
         let failed = |action, source| Error::Log { path: path.clone(), action, source };
         let (mut file, found) = open().map_err(|e| failed("opening", e))?;
         if found < length {
-            return Err(Error::LogCut { path, found, expected: length });
+            return Err(Error::LogTruncated { path, found, expected: length });
         }
-        file.set_len(length).and_then(|()| file.seek(SeekFrom::Start(length))).map_err(|e| failed("cutting", e))?;
+        file.set_len(length).and_then(|()| file.seek(SeekFrom::Start(length))).map_err(|e| failed("truncating", e))?;
         Ok(Self { path, file, length })
     }
 
@@ -85,7 +93,7 @@ impl MetricsLog {
         let mut line = serde_json::to_vec(row).expect("a row has string keys");
         line.push(b'\n');
         if let Err(source) = self.file.write_all(&line) {
-            // Of a full disk's last row a part was written: cut it off, so that the rows before it can be read.
+            // A full disk can leave part of the row: truncate it, so that the rows before it stay readable.
             _ = self.file.set_len(self.length);
             return Err(self.failed("appending", source));
         }
@@ -93,12 +101,12 @@ impl MetricsLog {
         Ok(())
     }
 
-    /// Bytes so far: what a checkpoint remembers.
+    /// Length in bytes; saved in checkpoints for [`Self::resume`].
     pub fn length(&self) -> u64 {
         self.length
     }
 
-    /// Makes all rows survive a crash of the machine.
+    /// Syncs the rows to the disk (fdatasync).
     ///
     /// # Errors
     /// [`Error::Log`].
@@ -109,7 +117,7 @@ impl MetricsLog {
     /// Reads the rows of a log.
     ///
     /// # Errors
-    /// [`Error::Missing`]; [`Error::Invalid`] with the line.
+    /// [`Error::Missing`]; [`Error::Invalid`] with the number of the line.
     pub fn read(path: &Path) -> Result<Vec<MetricsRow>, Error> {
         let text = std::fs::read_to_string(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
         let row = |(i, line): (usize, &str)| {
@@ -124,8 +132,8 @@ impl MetricsLog {
     }
 }
 
-/// The line for people and their scripts: `Step 100: CE Loss: 2.3456, Router Loss: 0.0234, Total Loss: 2.3690`; `-` stands
-/// for a loss that the phase does not have.
+/// The human-readable form of a row: `Step 100: CE Loss: 2.3456, Router Loss: 0.0234, Total Loss: 2.3690`, with `-` for a loss
+/// that the phase does not compute. Scripts may parse it, so it must not change.
 pub fn log_line(row: &MetricsRow) -> String {
     let loss = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
     let (ce, router, total) = (loss(row.ce_loss), loss(row.router_loss), loss(row.total_loss));
@@ -149,12 +157,13 @@ mod tests {
             grad_norm: None,
             tokens: 640,
             seconds: 0.25,
+            timed_together: None,
             skipped: false,
         }
     }
 
     #[test]
-    fn a_row_is_one_line_of_json() {
+    fn a_row_is_one_json_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
         let mut log = MetricsLog::create(&path).unwrap();
@@ -166,12 +175,24 @@ mod tests {
         let value: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
         assert_eq!(value, serde_json::from_str::<serde_json::Value>(first).unwrap());
         let rows = MetricsLog::read(&path).unwrap();
-        assert_eq!(rows, [row(1), MetricsRow { ce_loss: None, lr: None, ..row(2) }], "not finite is null");
+        assert_eq!(
+            rows,
+            [row(1), MetricsRow { ce_loss: None, lr: None, ..row(2) }],
+            "numbers that are not finite become null"
+        );
         assert_eq!(log.length(), text.len() as u64);
     }
 
     #[test]
-    fn a_resumed_log_forgets_what_is_repeated() {
+    fn micro_batches_of_an_identification_share_their_time() {
+        let row = MetricsRow { phase: Phase::Identify, timed_together: Some(12), ..row(1) };
+        let line = serde_json::to_value(&row).unwrap();
+        assert_eq!((&line["seconds"], &line["timed_together"]), (&0.25.into(), &12.into()));
+        assert_eq!(serde_json::from_value::<MetricsRow>(line).unwrap(), row);
+    }
+
+    #[test]
+    fn resuming_truncates_the_rows_after_the_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
         let mut log = MetricsLog::create(&path).unwrap();
@@ -181,15 +202,17 @@ mod tests {
         let mut log = MetricsLog::resume(&path, checkpoint).unwrap();
         log.write(&row(2)).unwrap();
         assert_eq!(MetricsLog::read(&path).unwrap(), [row(1), row(2)]);
-        let Err(error) = MetricsLog::resume(&path, 1 << 20) else { panic!("a log cannot grow by resuming") };
+        let Err(error) = MetricsLog::resume(&path, 1 << 20) else { panic!("resumed a log that is too short") };
         assert_eq!(error.exit_code(), exit::DATA);
         assert!(MetricsLog::create(&path).unwrap().length() == 0 && MetricsLog::read(&path).unwrap().is_empty());
     }
 
     #[test]
-    fn faults_name_the_file_and_the_line() {
+    fn errors_name_the_file_and_the_line() {
         let dir = tempfile::tempdir().unwrap();
-        let Err(error) = MetricsLog::create(dir.path().join("absent/m.jsonl")) else { panic!("no folder") };
+        let Err(error) = MetricsLog::create(dir.path().join("absent/m.jsonl")) else {
+            panic!("created a log in a missing folder")
+        };
         assert_eq!(error.exit_code(), exit::IO);
         assert!(error.to_string().contains("absent/m.jsonl"), "{error}");
         let path = dir.path().join("bad.jsonl");
@@ -199,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_line_for_people() {
+    fn human_readable_line() {
         let line = log_line(&row(100));
         assert_eq!(line, "Step 100: CE Loss: 2.3456, Router Loss: 0.0234, Total Loss: 2.3690");
         let line = log_line(&MetricsRow { router_loss: None, ..row(3) });

@@ -1,6 +1,6 @@
-//! What a run leaves behind besides the model: logs, scores, metadata, and pages for people.
+//! The outputs of a run besides the model: the metrics log, scores, metadata, and HTML reports.
 //!
-//! Whole files are written aside and renamed ([`crate::files`]); `metrics.jsonl` alone grows.
+//! Files are written under a temporary name and renamed ([`crate::files`]), except `metrics.jsonl`, which is appended to.
 
 mod compare;
 mod curve;
@@ -33,48 +33,48 @@ use serde::Serialize;
 use crate::exit::{self, Coded};
 use crate::files;
 
-/// Why an output could not be written, or one of an earlier run not be read.
+/// Why an output could not be written, or an output of an earlier run could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A whole file could not be written.
+    /// A file could not be written.
     #[error(transparent)]
     File(#[from] files::Error),
-    /// The log could not be opened or appended to.
+    /// The metrics log could not be opened, truncated, appended to or synced.
     #[error("{path}: {action} failed (is the disk full, may the folder be written to?)")]
     Log {
         /// The log.
         path: PathBuf,
-        /// What was being done.
+        /// The operation that failed: `opening`, `truncating`, `appending`, `syncing`.
         action: &'static str,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The log is shorter than the checkpoint that is resumed remembers.
+    /// The metrics log is shorter than it was when the checkpoint was saved.
     #[error(
-        "{path}: it has {found} bytes and the checkpoint was taken after {expected}: it belongs to another run, or was cut"
+        "{path}: it has {found} bytes, but had {expected} when the checkpoint was saved: it belongs to another run, or was truncated"
     )]
-    LogCut {
+    LogTruncated {
         /// The log.
         path: PathBuf,
-        /// Its length.
+        /// Its length in bytes.
         found: u64,
-        /// Its length at the checkpoint.
+        /// Its length in bytes at the checkpoint.
         expected: u64,
     },
-    /// A file of an earlier run is missing.
+    /// A file of an earlier run is missing or cannot be read.
     #[error("{path}: cannot be read")]
     Missing {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// A file of an earlier run does not hold what it should.
+    /// The content of a file of an earlier run is invalid.
     #[error("{path}: {reason}")]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The error.
         reason: String,
     },
 }
@@ -84,13 +84,13 @@ impl Coded for Error {
         match self {
             Error::File(e) => e.exit_code(),
             Error::Log { .. } => exit::IO,
-            Error::LogCut { .. } | Error::Invalid { .. } => exit::DATA,
+            Error::LogTruncated { .. } | Error::Invalid { .. } => exit::DATA,
             Error::Missing { .. } => exit::NO_INPUT,
         }
     }
 }
 
-/// Writes a value as indented JSON, as a whole file. A number that is not finite becomes null.
+/// Writes a value as indented JSON, atomically. A number that is not finite becomes null.
 ///
 /// # Errors
 /// [`Error::File`].

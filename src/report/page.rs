@@ -1,8 +1,8 @@
-//! Tables for terminals and pages, and one self-contained HTML page: no script, no font, no link to anywhere.
+//! Tables for terminal and HTML, and a self-contained HTML page: no script, no web font, no external link.
 
 use std::fmt::Write;
 
-/// Text for HTML, SVG and their attributes. Control characters, which XML cannot hold, become U+FFFD.
+/// Escapes text for HTML, SVG and their attributes. Control characters, which XML forbids, become U+FFFD.
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -20,19 +20,19 @@ pub fn escape(text: &str) -> String {
     out
 }
 
-/// Rows of text under a header. The first column names, the others measure.
+/// A table of strings. The first column holds names, the others values.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Table {
-    /// What it shows.
+    /// Heading of the table.
     pub caption: String,
-    /// One text a column.
+    /// Names of the columns.
     pub header: Vec<String>,
-    /// As many texts each as the header has.
+    /// Rows of cells, each as long as the header.
     pub rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    /// Without rows yet.
+    /// An empty table.
     pub fn new<S: Into<String>>(caption: impl Into<String>, header: impl IntoIterator<Item = S>) -> Self {
         Self { caption: caption.into(), header: header.into_iter().map(Into::into).collect(), rows: Vec::new() }
     }
@@ -40,14 +40,14 @@ impl Table {
     /// Appends a row.
     ///
     /// # Panics
-    /// If it has not as many cells as the header.
+    /// If the number of cells differs from the header's.
     pub fn row<S: Into<String>>(&mut self, cells: impl IntoIterator<Item = S>) {
         let cells: Vec<String> = cells.into_iter().map(Into::into).collect();
         assert_eq!(cells.len(), self.header.len(), "cells of a row of {:?}", self.caption);
         self.rows.push(cells);
     }
 
-    /// For a terminal: columns padded to their widest cell, the first to the left, the others to the right.
+    /// The table as text: columns padded to their widest cell, the first left-aligned, the others right-aligned.
     pub fn to_text(&self) -> String {
         let lines = || [&self.header].into_iter().chain(&self.rows);
         let width = |column: usize| lines().map(|l| l[column].chars().count()).max().unwrap_or(0);
@@ -68,7 +68,7 @@ impl Table {
         out
     }
 
-    /// As an HTML table, everything escaped.
+    /// The table as HTML, with all text escaped.
     pub fn to_html(&self) -> String {
         let mut out = format!("<table>\n<caption>{}</caption>\n<thead><tr>", escape(&self.caption));
         for cell in &self.header {
@@ -101,7 +101,7 @@ th:first-child { text-align: left; }
 svg { background: #fff; max-width: none; }
 ";
 
-/// A page made of sections, well-formed as XML too.
+/// An HTML page of sections, also well-formed XML.
 #[derive(Debug, Clone)]
 pub struct Page {
     title: String,
@@ -114,7 +114,7 @@ impl Page {
         Self { title: escape(title), body: String::new() }
     }
 
-    /// Appends a section.
+    /// Appends a section heading.
     pub fn section(&mut self, heading: &str) {
         let _ = writeln!(self.body, "<h2>{}</h2>", escape(heading));
     }
@@ -129,12 +129,12 @@ impl Page {
         let _ = writeln!(self.body, "<div class=\"wide\">{}</div>", table.to_html());
     }
 
-    /// Appends a drawing: the markup that [`super::heatmap_svg`] returns.
+    /// Appends a drawing of [`super::heatmap_svg`] or [`super::curve_svg`]. The markup is not escaped.
     pub fn svg(&mut self, svg: &str) {
         let _ = writeln!(self.body, "<div class=\"wide\">{svg}</div>");
     }
 
-    /// The whole file.
+    /// The complete HTML file.
     pub fn finish(&self) -> String {
         let Self { title, body } = self;
         format!(
@@ -150,7 +150,8 @@ impl Page {
 pub(super) mod tests {
     use super::*;
 
-    /// Panics unless `text` is well-formed: tags nest and close, attributes are quoted and differ, `<` and `&` are escaped.
+    /// Panics unless `text` is well-formed: tags are nested and closed, attributes are quoted and unique, `<` and `&` are
+    /// escaped.
     pub fn assert_well_formed(text: &str) {
         let mut open: Vec<&str> = Vec::new();
         let mut rest = text.strip_prefix("<!DOCTYPE html>").unwrap_or(text);
@@ -165,7 +166,7 @@ pub(super) mod tests {
             }
             let (tag, empty) = tag.strip_suffix('/').map_or((tag, false), |t| (t, true));
             let name = tag.split_whitespace().next().expect("a tag has a name");
-            assert!(name.chars().all(|c| c.is_ascii_alphanumeric()), "{name:?} is no name");
+            assert!(name.chars().all(|c| c.is_ascii_alphanumeric()), "{name:?} is not a name");
             assert_attributes(&tag[name.len()..]);
             if !empty {
                 open.push(name);
@@ -181,8 +182,8 @@ pub(super) mod tests {
             assert!(text.starts_with(char::is_whitespace), "space before {text:?}");
             let (name, after) = text.trim_start().split_once("=\"").expect("name=\"value\"");
             let (value, after) = after.split_once('"').expect("a value ends");
-            assert!(name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{name:?} is no name");
-            assert!(seen.insert(name), "{name} stands twice");
+            assert!(name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{name:?} is not a name");
+            assert!(seen.insert(name), "attribute {name} is repeated");
             assert_text(value);
             text = after;
         }
@@ -192,12 +193,12 @@ pub(super) mod tests {
         assert!(!text.contains(['<', '>']), "{text:?} is not escaped");
         for after in text.split('&').skip(1) {
             let (name, _) = after.split_once(';').expect("an & begins an entity");
-            assert!(["amp", "lt", "gt", "quot", "#39"].contains(&name), "&{name}; is no entity");
+            assert!(["amp", "lt", "gt", "quot", "#39"].contains(&name), "&{name}; is not an entity");
         }
     }
 
     #[test]
-    fn the_check_itself_finds_faults() {
+    fn assert_well_formed_finds_errors() {
         assert_well_formed("<!DOCTYPE html>\n<a b=\"c &amp; d\"><e/>f</a>");
         for bad in ["<a>", "<a></b>", "<a b=c/>", "<a b=\"\" b=\"\"/>", "a & b", "<a b=\"<\"/>", "<a/>>", "</a>"] {
             assert!(std::panic::catch_unwind(|| assert_well_formed(bad)).is_err(), "{bad} passed");
@@ -207,7 +208,7 @@ pub(super) mod tests {
     const HOSTILE: &str = "</title><script>alert('x' & \"y\")</script>\u{0}";
 
     #[test]
-    fn hostile_text_stays_text() {
+    fn hostile_text_is_escaped() {
         let mut table = Table::new(HOSTILE, ["a", HOSTILE]);
         table.row([HOSTILE, "1"]);
         let mut page = Page::new(HOSTILE);
@@ -217,11 +218,11 @@ pub(super) mod tests {
         let html = page.finish();
         assert_well_formed(&html);
         assert!(!html.contains("<script") && !html.contains('\0'));
-        assert!(!html.contains("http"), "nothing is fetched");
+        assert!(!html.contains("http"), "no external link");
     }
 
     #[test]
-    fn columns_line_up() {
+    fn columns_are_aligned() {
         let mut table = Table::new("Losses", ["run", "before", "after"]);
         table.row(["base", "6.25", "6.25"]);
         table.row(["selective", "6.25", "10.5"]);

@@ -1,18 +1,18 @@
-//! `expert_gradients.pkl`: Python's pickle, written only. (Reading a pickle runs what its author wanted to run.)
+//! Writes `expert_gradients.pkl`, a Python pickle. There is no reader: unpickling a file can execute code from it.
 //!
 //! Protocol 2, whose opcodes are described in CPython's `pickletools`:
 //! `{round: {"experts": [(layer, expert), ..], "gradients": {(layer, expert): float, ..}}, ..}`.
 
 use crate::experts::ExpertId;
 
-/// What one round leaves in the pickle.
+/// The entry of one round.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RoundGradients {
-    /// From 1.
+    /// Round, from 1.
     pub round: usize,
-    /// Best first.
+    /// The selected experts, best first.
     pub experts: Vec<ExpertId>,
-    /// In the order in which Python's dict will hold them.
+    /// Scores by expert, in the order of the Python dict.
     pub gradients: Vec<(ExpertId, f64)>,
 }
 
@@ -38,7 +38,7 @@ pub fn gradients_pickle(rounds: &[RoundGradients]) -> Vec<u8> {
     out
 }
 
-/// A dict of the items that `item` pushes, each a key and a value.
+/// Writes a dict; `item` writes the key and the value of one item.
 fn dict<T>(out: &mut Vec<u8>, items: &[T], item: impl Fn(&mut Vec<u8>, &T)) {
     out.extend(b"}("); // EMPTY_DICT MARK
     items.iter().for_each(|x| item(out, x));
@@ -79,20 +79,20 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_of_a_small_one() {
+    fn bytes_of_a_small_pickle() {
         let rounds = [RoundGradients { round: 1, experts: vec![(2, 3).into()], gradients: vec![((2, 3).into(), 1.0)] }];
         let expected = b"\x80\x02}(K\x01}(X\x07\0\0\0experts](K\x02K\x03\x86eX\x09\0\0\0gradients}(K\x02K\x03\x86G\x3f\xf0\0\0\0\0\0\0uuu.";
         assert_eq!(gradients_pickle(&rounds), expected);
     }
 
     #[test]
-    fn python_reads_what_was_meant() {
+    fn python_unpickles_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("expert_gradients.pkl");
         std::fs::write(&path, gradients_pickle(&example())).unwrap();
         let script = "import pickle, sys; print(repr(pickle.load(open(sys.argv[1], 'rb'))))";
         let Ok(output) = Command::new("python3").args(["-c", script]).arg(&path).output() else {
-            println!("skipped: python3 is not here");
+            println!("skipped: python3 is not installed");
             return;
         };
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

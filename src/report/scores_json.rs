@@ -1,4 +1,4 @@
-//! `expert_scores.json`: every expert's score in every round, and who was selected.
+//! `expert_scores.json`: the scores of all experts and the selected experts of each round.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,57 +8,61 @@ use serde::{Deserialize, Serialize};
 use super::{Error, read_json};
 use crate::experts::{ExpertId, ExpertScores, Method, Score};
 
-/// The value of [`ScoresFile::schema`].
+/// Value of [`ScoresFile::schema`].
 pub const SCORES_SCHEMA: &str = "moewarden.scores/1";
 
-/// The whole file.
+/// The content of `expert_scores.json`. L: number of layers with experts; E: experts per layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ScoresFile {
     /// [`SCORES_SCHEMA`].
     pub schema: String,
-    /// How experts were ranked.
+    /// How experts were scored and selected.
     pub method: Method,
-    /// What the gradient method measured; null for the others.
+    /// The score of the gradient method; null for other methods.
     pub score: Option<Score>,
-    /// Decoder-layer numbers of the layers that route: the rows of all scores.
+    /// Decoder layers with experts (numbers from 0): the rows of all scores.
     pub layers: Vec<usize>,
-    /// E: the columns.
+    /// E: the columns of all scores.
     pub num_experts: usize,
-    /// By round, from 1.
+    /// Rounds, from 1.
     pub rounds: BTreeMap<usize, RoundScores>,
 }
 
-/// One round.
+/// Scores and selection of one round.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RoundScores {
-    /// `[L][E]`; empty where nothing was scored (random selection).
+    /// Scores, `[L][E]`; empty for a random selection without scores.
     pub scores: Vec<Vec<f64>>,
-    /// Best first.
+    /// The selected experts, best first.
     pub selected: Vec<ExpertId>,
-    /// Micro-batches that the scores are means of.
+    /// Number of micro-batches over which the scores are averaged.
     pub micro_batches: u64,
-    /// Loss of each micro-batch, in global order.
+    /// Loss of each micro-batch, in global order; empty if the method computes none.
     pub losses: Vec<f64>,
 }
 
 impl ScoresFile {
-    /// Of no round yet. `score` is kept for the gradient method alone.
+    /// A file without rounds. `score` is kept only for the gradient method.
     pub fn new(method: Method, score: Score, layers: Vec<usize>, num_experts: usize) -> Self {
         let score = (method == Method::Gradient).then_some(score);
         Self { schema: SCORES_SCHEMA.to_owned(), method, score, layers, num_experts, rounds: BTreeMap::new() }
     }
 
-    /// The scores of a round; `None` if there was no such round or nothing was scored in it.
+    /// The scores of a round; `None` without such a round or without scores in it.
     pub fn scores(&self, round: usize) -> Option<ExpertScores> {
         let values = self.rounds.get(&round)?.scores.concat();
-        let scored = !values.is_empty();
-        scored.then(|| ExpertScores { layers: self.layers.clone(), num_experts: self.num_experts, values })
+        (!values.is_empty()).then(|| ExpertScores {
+            layers: self.layers.clone(),
+            num_experts: self.num_experts,
+            values,
+        })
     }
 
-    /// Reads and checks the file of an earlier run.
+    /// Reads and checks `expert_scores.json` of an earlier run.
     ///
     /// # Errors
-    /// [`Error::Missing`]; [`Error::Invalid`] if the schema is another or the numbers contradict each other.
+    /// [`Error::Missing`]; [`Error::Invalid`] if the schema is not [`SCORES_SCHEMA`], if scores do not have the shape `[L][E]`, or
+    /// if a selected expert does not exist.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let file: Self = read_json(path)?;
         let invalid = |reason: String| Error::Invalid { path: path.to_owned(), reason };
@@ -75,7 +79,7 @@ impl ScoresFile {
             let unknown = |id: &&ExpertId| !file.layers.contains(&id.layer) || id.expert >= file.num_experts;
             if let Some(id) = scores.selected.iter().find(unknown) {
                 return Err(invalid(format!(
-                    "round {round} selects expert {} of layer {}, which is none",
+                    "round {round} selects expert {} of layer {}, which does not exist",
                     id.expert, id.layer
                 )));
             }
@@ -85,7 +89,7 @@ impl ScoresFile {
 }
 
 impl RoundScores {
-    /// From what a round found. `scores` may be `None` for a random selection.
+    /// The result of a round. `scores` is `None` for a random selection without scores.
     pub fn new(scores: Option<&ExpertScores>, selected: &[ExpertId], micro_batches: u64, losses: Vec<f64>) -> Self {
         let scores = scores.map_or_else(Vec::new, |s| s.rows().map(<[f64]>::to_vec).collect());
         Self { scores, selected: selected.to_vec(), micro_batches, losses }
@@ -107,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn the_schema_to_the_letter_and_back() {
+    fn exact_json_and_round_trip() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("expert_scores.json");
         write_json(&path, &example()).unwrap();
@@ -127,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn contradictions_are_named() {
+    fn invalid_files_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("expert_scores.json");
         let expect = |change: fn(&mut ScoresFile), part: &str| {

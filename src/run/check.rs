@@ -1,4 +1,5 @@
-//! `check`: everything a run would stumble over, before it runs; no weight is loaded, nothing is written.
+//! `check`: finds the errors that a run would end with before its first step, and predicts its memory and time. Loads no
+//! weights and writes nothing.
 
 use std::fmt::Write;
 use std::thread::available_parallelism;
@@ -7,25 +8,25 @@ use super::forecast::{Forecast, MemoryForecast, loaded, measure_rate, probe_name
 use super::session::Session;
 use crate::backend::cpu::Cpu;
 use crate::config::{CheckArgs, RunConfig};
-use crate::data::{Sample, samples_for_people};
+use crate::data::{Sample, loss_mask_samples};
 use crate::exit::Result;
 use crate::launch::{Device, Opened, Rank, catch_panic, check_output_dir, memory};
 use crate::train::Recipe;
 use crate::train::memory::{Activations, MemoryBudget};
 use crate::ui::Ui;
 
-/// Opens model, tokenizer and data, shows what they hold, and predicts memory and time.
+/// Opens model, tokenizer and data, prints a summary and samples of the loss mask, and predicts memory and time.
 ///
 /// # Errors
-/// The error with which the run itself would end before its first step.
+/// The error with which the run would end before its first step.
 pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     let recipe = config.recipe()?;
     let session = Session::open(config, &recipe, ui)?;
     session.check_sides(&recipe)?;
     check_output_dir(config)?;
     ui.result(session.describe());
-    for sample in samples_for_people(&session.data, &session.tokenizer, args.show) {
-        ui.result(show(&sample, ui.colors_results()));
+    for sample in loss_mask_samples(&session.data, &session.tokenizer, args.show) {
+        ui.result(format_sample(&sample, ui.colors_results()));
     }
     let trained = recipe.trained_elements(&session.table, &session.model).at_once;
     let total = session.table.total().elements;
@@ -49,37 +50,37 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-/// Predicts the time of the run on this machine's processors.
+/// Predicts the time of the run on the CPU of this machine.
 fn forecast_time(session: &Session, config: &RunConfig, recipe: &Recipe, ranks: usize, budget: MemoryBudget, ui: &Ui) {
     let layers = session.model.layers.len();
     let longest = Activations::predict(&session.model, session.longest_batch(config.batch_size), &budget);
     let kept = longest.kept_layers(recipe.recompute, layers, 0, &budget, recipe.forwards_at_once());
     let recomputed = kept.keep_from(layers, 0) as f64 / layers as f64;
     let forecast = Forecast::new(recipe, &session.model, &session.data.records, recomputed);
-    // Ranks are threads of one machine: they share its cores, and more of them do not add any.
+    // Ranks share the cores of one machine, so more ranks do not add compute.
     let cores = available_parallelism().map_or(1, usize::from);
     let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(ranks).min(cores) };
     let dtype = session.table.params[0].value.dtype;
     let rate = measure_rate(&Cpu::new(threads), dtype);
     ui.result(forecast.at(rate));
     ui.result(format_args!(
-        "  assumes that everything runs at the {:.0} GFLOP/s of a dense product, {} over {dtype:?} weights, just now on \
-         {threads} CPU threads; small batches and small experts run slower{}",
+        "  assumes that everything runs at the {:.0} GFLOP/s of a dense matrix product, {} over {dtype:?} weights, just \
+         measured on {threads} CPU threads; small batches and small experts run slower{}",
         rate / 1e9,
         probe_name(),
-        if budget.device { ", a GPU much faster" } else { "" },
+        if budget.device { ", a GPU runs much faster" } else { "" },
     ));
 }
 
-/// A conversation with its loss tokens in green, or between ⟦ and ⟧. Control characters of the data are shown, not obeyed.
-fn show(sample: &Sample, colors: bool) -> String {
+/// A conversation with its loss tokens in green, or without colours between ⟦ and ⟧. Control characters are escaped.
+fn format_sample(sample: &Sample, colors: bool) -> String {
     let (open, close) = if colors { ("\x1b[1;32m", "\x1b[0m") } else { ("⟦", "⟧") };
     let side = if sample.is_unsafe { "unsafe" } else { "safe" };
     let loss = sample.tokens.iter().filter(|(_, loss)| *loss).count();
     let mut out = format!("line {}, {side} side, {loss} of {} tokens with loss:\n", sample.line, sample.tokens.len());
     for run in sample.tokens.chunk_by(|a, b| a.1 == b.1) {
         let text: String = run.iter().map(|(text, _)| text.as_str()).collect();
-        let text = visible(&text);
+        let text = escape_control(&text);
         let _ = match run[0].1 {
             true => write!(out, "{open}{text}{close}"),
             false => write!(out, "{text}"),
@@ -88,8 +89,8 @@ fn show(sample: &Sample, colors: bool) -> String {
     out
 }
 
-/// Text that a terminal shows as it is.
-fn visible(text: &str) -> String {
+/// Escapes control characters except line feeds and tabs, which could change the state of the terminal.
+fn escape_control(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -110,9 +111,9 @@ mod tests {
         let token = |text: &str, loss| (text.to_owned(), loss);
         let tokens = vec![token("<user>\x1b[2J", false), token("hi\n", false), token("No", true), token(".", true)];
         let sample = Sample { line: 7, is_unsafe: true, tokens };
-        let plain = show(&sample, false);
+        let plain = format_sample(&sample, false);
         assert_eq!(plain, "line 7, unsafe side, 2 of 4 tokens with loss:\n<user>\\u{1b}[2Jhi\n⟦No.⟧");
-        let colored = show(&sample, true);
+        let colored = format_sample(&sample, true);
         assert!(colored.ends_with("\x1b[1;32mNo.\x1b[0m") && colored.contains("\\u{1b}[2J"), "{colored}");
     }
 }

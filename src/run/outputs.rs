@@ -135,7 +135,8 @@ impl<'a> Outputs<'a> {
     /// # Errors
     /// A file that cannot be written.
     pub fn identified(&mut self, round: usize, found: &Identification) -> Result<()> {
-        let seconds = self.lap() / found.losses.len().max(1) as f64;
+        let lines = found.losses.len();
+        let seconds = self.lap() / lines.max(1) as f64;
         for (loss, tokens) in found.losses.iter().zip(&found.tokens) {
             self.row(MetricsRow {
                 phase: Phase::Identify,
@@ -148,6 +149,7 @@ impl<'a> Outputs<'a> {
                 grad_norm: None,
                 tokens: *tokens as u64,
                 seconds,
+                timed_together: Some(lines),
                 skipped: false,
             })?;
         }
@@ -194,6 +196,7 @@ impl<'a> Outputs<'a> {
             grad_norm: Some(result.grad_norm),
             tokens: result.tokens as u64,
             seconds,
+            timed_together: None,
             skipped: result.skipped.is_some(),
         })
     }

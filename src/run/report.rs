@@ -1,4 +1,4 @@
-//! `report`: finished runs as one page without links, heatmaps as files, and tables on the terminal.
+//! `report`: finished runs as one self-contained HTML page, heat maps as SVG files, and tables on the terminal.
 
 use std::path::Path;
 
@@ -16,10 +16,10 @@ use crate::report::{
 use crate::train::Phase;
 use crate::ui::Ui;
 
-/// Experts listed of a selection.
+/// Maximum number of selected experts listed for a run.
 const TOP_EXPERTS: usize = 10;
 
-/// What a folder of `train`, `identify` or `eval` holds.
+/// The content of an output folder of `train`, `identify` or `eval`.
 pub(super) struct Run {
     pub name: String,
     pub scores: Option<ScoresFile>,
@@ -28,10 +28,10 @@ pub(super) struct Run {
     eval: Option<EvalReport>,
 }
 
-/// Reads runs and writes `report.html` and a drawing for each round's scores.
+/// Reads runs and writes `report.html` and a heat map of each round's scores.
 ///
 /// # Errors
-/// A folder without anything to report, or with a damaged file; an output folder that is taken.
+/// A folder without anything to report, or with an invalid file; an output folder that is in use.
 pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
     let names = names(&args.runs.iter().map(|run| run.as_path()).collect::<Vec<_>>());
     let runs: Vec<Run> = args.runs.iter().zip(names).map(|(dir, name)| Run::read(dir, name)).collect::<Result<_>>()?;
@@ -39,7 +39,7 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
     prepare_dir_keeping(&args.output_dir, Existing::of(args.overwrite, false), &inputs)?;
 
     let mut page = Page::new("moewarden report");
-    let show = |page: &mut Page, table: &Table| {
+    let add = |page: &mut Page, table: &Table| {
         if !table.rows.is_empty() {
             page.table(table);
             ui.result(table.to_text());
@@ -47,19 +47,19 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
     };
     let trained: Vec<&Run> = runs.iter().filter(|run| run.eval.is_none() || run.scores.is_some()).collect();
     page.section("Runs");
-    show(&mut page, &summary(&trained));
+    add(&mut page, &summary(&trained));
     page.section("Losses");
     loss_curves(&runs).for_each(|svg| page.svg(&svg));
     let evals: Vec<(String, EvalReport)> =
         runs.iter().filter_map(|run| Some((run.name.clone(), run.eval.clone()?))).collect();
     if !evals.is_empty() {
         page.section("Evaluations");
-        eval_tables(&evals).iter().for_each(|table| show(&mut page, table));
+        eval_tables(&evals).iter().for_each(|table| add(&mut page, table));
     }
     let choices: Vec<RunChoice> = runs.iter().filter_map(Run::choice).collect();
     if choices.len() > 1 {
         page.section("Comparison of the last selections");
-        overlap_tables(&choices).iter().for_each(|table| show(&mut page, table));
+        overlap_tables(&choices).iter().for_each(|table| add(&mut page, table));
     }
     for (i, run) in runs.iter().enumerate() {
         let Some(scores) = &run.scores else { continue };
@@ -74,13 +74,13 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
 }
 
 impl Run {
-    /// Reads what is there; a file that is there must be whole.
+    /// Reads the files that exist in the folder.
     pub fn read(dir: &Path, name: String) -> Result<Self> {
-        let there = |file: &str| Some(dir.join(file)).filter(|path| path.exists());
-        let scores = there("expert_scores.json").map(|path| ScoresFile::read(&path)).transpose()?;
-        let metrics = there("metrics.jsonl").map(|path| MetricsLog::read(&path)).transpose()?.unwrap_or_default();
-        let metadata = there("training_metadata.json").map(|path| read_json(&path)).transpose()?;
-        let eval = there("eval.json").map(|path| EvalReport::read(&path)).transpose()?;
+        let existing = |file: &str| Some(dir.join(file)).filter(|path| path.exists());
+        let scores = existing("expert_scores.json").map(|path| ScoresFile::read(&path)).transpose()?;
+        let metrics = existing("metrics.jsonl").map(|path| MetricsLog::read(&path)).transpose()?.unwrap_or_default();
+        let metadata = existing("training_metadata.json").map(|path| read_json(&path)).transpose()?;
+        let eval = existing("eval.json").map(|path| EvalReport::read(&path)).transpose()?;
         if scores.is_none() && eval.is_none() {
             return Err(Failure::new(
                 exit::NO_INPUT,
@@ -101,7 +101,7 @@ impl Run {
         Some(RunChoice { name: self.name.clone(), selected: last.selected.clone(), scores: scores.scores(*round) })
     }
 
-    /// A value of the metadata, for people.
+    /// A value of the metadata as text; `-` if it is missing.
     fn metadata(&self, key: &str) -> String {
         match &self.metadata[key] {
             Value::Null => "-".into(),
@@ -111,18 +111,19 @@ impl Run {
     }
 }
 
-/// The folders' own names, or the whole paths where these do not differ.
+/// The names of the folders, or their full paths if the names are not unique.
 fn names(dirs: &[&Path]) -> Vec<String> {
     let short = |dir: &Path| dir.file_name().map(|name| name.to_string_lossy().into_owned());
     let distinct: std::collections::HashSet<_> = dirs.iter().map(|dir| short(dir)).collect();
-    let differ = distinct.len() == dirs.len() && !distinct.contains(&None);
-    let name = |dir: &&Path| short(dir).filter(|_| differ).unwrap_or_else(|| dir.display().to_string());
+    let unique = distinct.len() == dirs.len() && !distinct.contains(&None);
+    let name = |dir: &&Path| short(dir).filter(|_| unique).unwrap_or_else(|| dir.display().to_string());
     dirs.iter().map(name).collect()
 }
 
+/// A table of the runs: method, strategy, number of selected experts, losses before and after.
 fn summary(runs: &[&Run]) -> Table {
     let mut table = Table::new(
-        "Runs: losses over all rows, before the first round → after the last",
+        "Losses over all rows, before the first round → after the last",
         ["run", "method", "strategy", "rounds", "selected", "cross-entropy", "divergence", "held-out"],
     );
     for run in runs {
@@ -130,9 +131,9 @@ fn summary(runs: &[&Run]) -> Table {
         let method = scores.map_or_else(|| "-".into(), |s| format!("{:?}", s.method).to_lowercase());
         let rounds = scores.map_or(0, |s| s.rounds.len());
         let selected = run.choice().map_or(0, |c| c.selected.len());
-        let change = |name: &str| {
-            let number = |x: &Value| x.as_f64().map_or_else(|| "-".into(), |x| format!("{x:.4}"));
-            let both: Vec<String> = run.metadata[name].as_array().into_iter().flatten().map(number).collect();
+        let before_and_after = |name: &str| {
+            let format_loss = |x: &Value| x.as_f64().map_or_else(|| "-".into(), |x| format!("{x:.4}"));
+            let both: Vec<String> = run.metadata[name].as_array().into_iter().flatten().map(format_loss).collect();
             if both.is_empty() { "-".into() } else { both.join(" → ") }
         };
         table.row([
@@ -141,15 +142,15 @@ fn summary(runs: &[&Run]) -> Table {
             run.metadata("training_strategy"),
             rounds.to_string(),
             selected.to_string(),
-            change("ce_loss"),
-            change("router_loss"),
-            change("held_out_loss"),
+            before_and_after("ce_loss"),
+            before_and_after("router_loss"),
+            before_and_after("held_out_loss"),
         ]);
     }
     table
 }
 
-/// Losses over the steps of training, all runs in one drawing a kind; none for a kind that no run has.
+/// Charts of the training losses over steps, one for each kind of loss that a run has, with one line for each run.
 pub(super) fn loss_curves(runs: &[Run]) -> impl Iterator<Item = String> {
     let series = |loss: fn(&MetricsRow) -> Option<f64>| -> Vec<Series> {
         let trained = |row: &&MetricsRow| row.phase != Phase::Identify;
@@ -158,32 +159,36 @@ pub(super) fn loss_curves(runs: &[Run]) -> impl Iterator<Item = String> {
         };
         runs.iter().map(|run| Series { label: run.name.clone(), points: points(run) }).collect()
     };
-    let ce =
-        curve_svg("ce", "Cross-entropy of the refusals while training (nats a token)", "step", &series(|r| r.ce_loss));
-    let kl = curve_svg("kl", "Divergence of the routers while aligning (nats)", "step", &series(|r| r.router_loss));
+    let ce = curve_svg(
+        "ce",
+        "Cross-entropy of the refusals during training (nats per token)",
+        "step",
+        &series(|r| r.ce_loss),
+    );
+    let kl = curve_svg("kl", "Divergence of the routing during alignment (nats)", "step", &series(|r| r.router_loss));
     [ce, kl].into_iter().flatten()
 }
 
-/// A drawing for each round, in the page and as a file.
+/// Adds a heat map of each round to the page, and writes it as a file.
 fn heatmaps(page: &mut Page, index: usize, run: &Run, scores: &ScoresFile, dir: &Path) -> Result<()> {
-    let plain: String = run.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let file_name: String = run.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     for (round, found) in &scores.rounds {
-        let title = format!("{}, round {round}: {}", run.name, measured(scores));
-        // A random selection without scores is drawn over zeros: who was drawn is what there is to see.
-        let drawn = scores.scores(*round).unwrap_or_else(|| ExpertScores {
+        let title = format!("{}, round {round}: {}", run.name, score_name(scores));
+        // Without scores (random selection), all scores are drawn as 0, with the selected experts framed.
+        let values = scores.scores(*round).unwrap_or_else(|| ExpertScores {
             layers: scores.layers.clone(),
             num_experts: scores.num_experts,
             values: vec![0.0; scores.layers.len() * scores.num_experts],
         });
-        let svg = heatmap_svg(&format!("run-{index}-round-{round}"), &title, &drawn, &found.selected);
+        let svg = heatmap_svg(&format!("run-{index}-round-{round}"), &title, &values, &found.selected);
         page.svg(&svg);
-        files::write(dir.join(format!("heatmap-{}-{plain}-round-{round}.svg", index + 1)), svg)?;
+        files::write(dir.join(format!("heatmap-{}-{file_name}-round-{round}.svg", index + 1)), svg)?;
     }
     Ok(())
 }
 
-/// What the scores are, in words.
-fn measured(scores: &ScoresFile) -> String {
+/// The method, and its score if it has a choice of scores: `gradient (l1-mean)`.
+fn score_name(scores: &ScoresFile) -> String {
     let method = format!("{:?}", scores.method).to_lowercase();
     match scores.score {
         Some(score) => {
@@ -194,10 +199,15 @@ fn measured(scores: &ScoresFile) -> String {
     }
 }
 
+/// The best of the experts that the last round selected, with their scores; `None` without rounds.
 fn top_experts(scores: &ScoresFile) -> Option<Table> {
     let (round, last) = scores.rounds.last_key_value()?;
     let values = scores.scores(*round);
-    let caption = format!("The first {TOP_EXPERTS} of {} selected in round {round}", last.selected.len());
+    let caption = match last.selected.len() {
+        0 => format!("No experts were selected in round {round}"),
+        n if n <= TOP_EXPERTS => format!("Experts selected in round {round}"),
+        n => format!("The first {TOP_EXPERTS} of {n} experts selected in round {round}"),
+    };
     let mut table = Table::new(caption, ["rank", "layer", "expert", "score"]);
     for (i, id) in last.selected.iter().take(TOP_EXPERTS).enumerate() {
         let score = values.as_ref().and_then(|v| v.get(*id)).map_or_else(|| "-".into(), |x| format!("{x:.4e}"));
@@ -209,12 +219,30 @@ fn top_experts(scores: &ScoresFile) -> Option<Table> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::experts::{ExpertId, Method, Score};
+    use crate::report::RoundScores;
 
     #[test]
-    fn names_differ() {
+    fn names_are_unique() {
         let paths = |dirs: &[&'static str]| names(&dirs.iter().map(Path::new).collect::<Vec<_>>());
         assert_eq!(paths(&["out/a", "out/b/"]), ["a", "b"]);
         assert_eq!(paths(&["x/run", "y/run"]), ["x/run", "y/run"]);
         assert_eq!(paths(&["..", "a"]), ["..", "a"]);
+    }
+
+    #[test]
+    fn the_caption_counts_the_listed_experts() {
+        let table = |selected: usize| {
+            let mut scores = ScoresFile::new(Method::Gradient, Score::L1Mean, vec![0], 16);
+            let experts: Vec<ExpertId> = (0..selected).map(|expert| (0, expert).into()).collect();
+            scores.rounds.insert(2, RoundScores::new(None, &experts, 1, vec![]));
+            let table = top_experts(&scores).unwrap();
+            (table.caption, table.rows.len())
+        };
+        assert_eq!(table(0), ("No experts were selected in round 2".into(), 0));
+        assert_eq!(table(8), ("Experts selected in round 2".into(), 8));
+        assert_eq!(table(10), ("Experts selected in round 2".into(), 10));
+        assert_eq!(table(12), ("The first 10 of 12 experts selected in round 2".into(), 10));
+        assert_eq!(top_experts(&ScoresFile::new(Method::Gradient, Score::L1Mean, vec![0], 16)), None);
     }
 }

@@ -1,15 +1,14 @@
-"""The table of cases: which family, what is unusual about its configuration and its files, which rows it reads."""
+"""The table of cases: model family, special options of its configuration and files, and kind of data rows."""
 
-# Shapes small enough to commit, odd enough to catch a swapped dimension.
+# Small enough to commit, with dimensions that differ, so that swapped dimensions are detected.
 SMALL = dict(layers=2, experts=6, top_k=2, vocab=304, rows=6)
 FULL = dict(layers=3, experts=8, top_k=2, vocab=320, rows=8)
 
 
 def case(family, about, rows, shape=SMALL, config=None, **files):
-    """`files`: dtype, fused (experts in one tensor a layer), shard (bytes a file), old_rope (the spelling of
-    transformers 4), full (also the long list of training runs),
-    gradients (those of all parameters as a file), baseline (false: not
-    trained, for AdamW would follow the rounding noise of gradients that are zero)."""
+    """Keys of `files`: dtype; fused (one tensor a layer for all experts); shard (maximum bytes of a file); old_rope
+    (rope keys of transformers 4); full (all training runs); gradients (writes the gradients of all parameters to a file);
+    baseline (False: no `baseline` run, because AdamW would amplify the rounding noise of gradients that are zero)."""
     return dict(family=family, about=about, rows=rows, shape=shape, config=config or {}, files=files)
 
 
@@ -20,7 +19,7 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 
 CASES = {
-    # every family with everything that the method computes
+    # each family with all results
     "olmoe": case("olmoe", "norms over the whole width; no renormalisation", "goal", FULL, full=True, gradients=True),
     "mixtral": case("mixtral", "always renormalises; grouped queries", "prompt", FULL, full=True),
     "qwen3_moe": case("qwen3_moe", "norms per head; head_dim is not D/H", "verdict", FULL, dict(norm_topk_prob=True), full=True),

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the fixtures of this folder: `python generate.py [CASE ...]`. README.md describes what is in them.
-`python generate.py --noise [CASE ...]` writes nothing: it computes them once more in f32 and prints the differences.
+"""Writes the fixtures of this folder: `python generate.py [CASE ...]`. README.md describes their content.
+`python generate.py --noise [CASE ...]` writes nothing: it computes the cases again in f32 and prints the differences.
 
 Needs torch and transformers (5.17); the tests that read the fixtures need neither.
 """
@@ -32,8 +32,9 @@ CLASSES = {
 }
 BATCH, JOINT_BATCH, TOP_K = 3, 4, 5
 EXPERT_LR, ROUTER_LR, CONSISTENCY_WEIGHT = 2e-3, 1e-3, 0.1
-# A router whose K-th and next logit are closer than this (in standard deviations of the logits) may choose differently
-# under another order of summation; then another seed is taken.
+# Minimum gap between the K-th and the next logit of a router (in standard deviations of the logits), and minimum relative gap
+# between scores at the selection. With a smaller gap, another order of summation could choose other experts, so another seed
+# is taken.
 ROUTING_MARGIN, SELECTION_MARGIN = 1e-5, 1e-3
 
 
@@ -41,7 +42,7 @@ ROUTING_MARGIN, SELECTION_MARGIN = 1e-5, 1e-3
 
 
 def write_model(folder, c, seed):
-    """A random model of the case, its tokenizer and config, in `folder`."""
+    """Writes a random model of the case, with tokenizer and configuration, to `folder`; returns the tokenizer."""
     torch.manual_seed(seed)
     config_class, model_class = CLASSES[c["family"]]
     files = c["files"]
@@ -50,7 +51,7 @@ def write_model(folder, c, seed):
     model = model_class(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            # norms and biases away from 1 and 0, routers that choose clearly
+            # norms and biases that differ from 1 and 0; routers with well separated logits
             p.normal_(0.0, 0.3 if "mlp.gate.weight" in name else config.initializer_range)
             if name.endswith("norm.weight") or "layernorm" in name:
                 p.add_(1.0)
@@ -58,7 +59,7 @@ def write_model(folder, c, seed):
     model.to(dtype).save_pretrained(
         folder, max_shard_size=files.get("shard", "5GB"), save_original_format=not files.get("fused", False)
     )
-    # both places where a chat template may stand
+    # cover both places of a chat template: chat_template.jinja and tokenizer_config.json
     tok.save_pretrained(folder, save_jinja_files=c["family"] in ("olmoe", "qwen3_moe"))
     if files.get("old_rope"):
         path = folder / "config.json"
@@ -84,14 +85,14 @@ def share_tokenizer(folder, c):
 
 
 def disk_name(name, c):
-    """The checkpoint's name of a tensor that is no routed expert."""
+    """The name in the checkpoint of a tensor outside of the routed experts."""
     if c["family"] == "mixtral" and not c["files"].get("fused"):
         return name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
     return name
 
 
 def check_names(folder, net, c):
-    """Every tensor that the fixtures name by its place on disk is there, with the value in memory."""
+    """Checks that each tensor with the same name in fixtures and checkpoint exists there, with the value in memory."""
     stored = {}
     for file in sorted(folder.glob("*.safetensors")):
         stored |= load_file(file)
@@ -109,7 +110,7 @@ def render(tok, messages, prompt=False):
 
 
 def example(tok, messages):
-    """Ids, and loss on what each assistant turn adds to the rendering of all before it with a generation prompt."""
+    """Token ids and loss mask: an assistant turn carries loss after the rendered prefix, which ends with a generation prompt."""
     text = render(tok, messages)
     spans = []
     for i, m in enumerate(messages):
@@ -122,7 +123,7 @@ def example(tok, messages):
     loss = []
     for start, end in encoded["offset_mapping"]:
         inside = [a <= start < b for a, b in spans]
-        assert all(a <= start or end <= a for a, b in spans), "a token crosses the edge of a reply"
+        assert all(a <= start or end <= a for a, b in spans), "a token straddles the edge of a reply"
         loss.append(any(inside))
     return {"ids": encoded["input_ids"], "loss": loss}
 
@@ -134,7 +135,7 @@ def records(tok, rows):
         for side in ("unsafe", "safe"):
             if side not in row:
                 continue
-            # a chat row holds its last reply already
+            # the messages of a chat row include the reply
             whole = row[side] if row["reply"] is None else row[side] + [texts.assistant(row["reply"])]
             record[side + "_reply"] = example(tok, whole)
             text = render(tok, whole[:-1], prompt=True)
@@ -143,11 +144,11 @@ def records(tok, rows):
     return out
 
 
-# --- what the method gives ----------------------------------------------------------------------------------------
+# --- results of the method ----------------------------------------------------------------------------------------
 
 
 def digest(x):
-    """Three numbers that a wrong tensor does not have: Σ|x|, the root of Σx², Σ x_i cos(i) over the flat index i."""
+    """Three sums that identify a tensor: Σ|x|, sqrt(Σx²), Σ x_i cos(i) over the flat index i."""
     x = x.detach().double().flatten()
     ramp = torch.arange(len(x), dtype=torch.float64).cos()
     return [x.abs().sum().item(), x.square().sum().sqrt().item(), (x * ramp).sum().item()]
@@ -212,7 +213,7 @@ class Case:
         return out
 
     def losses_on_all(self, net):
-        """With every token a target but the first of a row, which nothing predicts."""
+        """Losses with every token a target except the first of a row, which no token precedes."""
         out = []
         with torch.no_grad():
             for batch in self.batches:
@@ -221,7 +222,7 @@ class Case:
         return out
 
     def forward(self, net):
-        """The first unsafe reply alone."""
+        """Results of one forward pass over the first unsafe reply."""
         first = self.unsafe[0]
         with torch.no_grad():
             logits = net(first["ids"])
@@ -252,7 +253,7 @@ class Case:
         return out
 
     def router_kl(self, net):
-        """By micro-batch of pairs."""
+        """The router loss of each micro-batch of prompt pairs."""
         if not self.pairs:
             return None
         out = {}
@@ -267,7 +268,7 @@ class Case:
         return out
 
     def gradients(self, net):
-        """Of the mean cross-entropy of the first micro-batch, by every parameter."""
+        """Gradients of the mean cross-entropy of the first micro-batch with respect to all parameters."""
         net.model.zero_grad()
         total, count = method.ce_sum(net, self.batches[0])
         (total / count).backward()
@@ -289,7 +290,7 @@ class Case:
         trained = [n for names, _ in groups(net) for n in names]
         leaves = net.leaves()
         for n, old in before.items():
-            assert n in trained or torch.equal(old, leaves[n].value()), f"{n} is frozen and moved"
+            assert n in trained or torch.equal(old, leaves[n].value()), f"{n} is frozen but changed"
         with torch.no_grad():
             total, count = method.ce_sum(net, self.unsafe)
             after = (total / count).item()
@@ -364,7 +365,7 @@ class Case:
 
 
 def compact(record):
-    """Loss flags as half-open ranges."""
+    """A record with its loss masks as half-open ranges."""
     out = {}
     for key, value in record.items():
         if isinstance(value, dict):
@@ -384,7 +385,7 @@ def rounded(x):
 
 
 def write_json(path, value):
-    """One line for each entry of the outer object, and for each record and training run."""
+    """Writes JSON with one line for each entry of the outer object, and for each record and training run."""
     def line(v):
         return json.dumps(v, separators=(",", ":"))
 
@@ -398,7 +399,7 @@ def write_json(path, value):
 
 
 def differences(a, b, path=()):
-    """(path, |a − b|, scale) of every number in two equal structures; the scale is the largest number beside it."""
+    """(path, |a − b|, scale) of each number in two structures of the same form; the scale is the largest number of its list."""
     if isinstance(a, dict):
         for k in a:
             yield from differences(a[k], b[k], path + (k,))
@@ -416,7 +417,7 @@ def differences(a, b, path=()):
 
 
 def noise(name):
-    """The same case computed in f32: how far its numbers lie from the stored ones, relative to the largest beside them."""
+    """Computes a case in f32 and prints the largest differences from the stored numbers, relative to the scale."""
     scratch = Path(tempfile.mkdtemp())
     stored = json.loads((HERE / name / "expect.json").read_text())
     case = Case(name, scratch, int(stored["seed"]), torch.float32)
@@ -444,7 +445,7 @@ def generate(name):
             size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
             print(f"{name}: seed {seed}, routing margin {case.margin:.1e}, {size / 1e3:.0f} kB", flush=True)
             return
-    sys.exit(f"{name}: no seed gives a model whose routing is beyond doubt")
+    sys.exit(f"{name}: no seed gives a model with sufficient routing and selection margins")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The method, written out over a Hugging Face model with plain autograd. Slow and literal on purpose: every row goes
-through the model alone, so there is no padding to get wrong, and a micro-batch is the sum over its rows."""
+"""Reference implementation of the method with Hugging Face transformers and PyTorch autograd. Slow and simple on purpose: each
+row goes through the model separately, without padding, and a micro-batch is the sum over its rows."""
 
 import math
 
@@ -13,7 +13,7 @@ SCORES = ("l1-mean", "l2", "fisher", "taylor")
 
 
 class Leaf:
-    """One parameter, or one expert's part of a fused one."""
+    """A parameter, or the slice `index` of a fused parameter that belongs to one expert."""
 
     def __init__(self, param, index=()):
         self.param, self.index = param, index
@@ -22,14 +22,14 @@ class Leaf:
         return self.param.data[self.index]
 
     def grad(self):
-        if self.param.grad is None:  # no row reached it
+        if self.param.grad is None:  # no token was routed to it
             return torch.zeros_like(self.value())
         return self.param.grad[self.index]
 
 
 class Net:
-    """A checkpoint that remembers the routing of its last forward pass. Stored as `dtype`, widened to `compute`; the
-    norms and softmaxes of transformers round to f32 whatever that is."""
+    """A model that records the routing of its last forward pass. Weights are stored as `dtype` and computed with in `compute`;
+    the norms and softmaxes of transformers always compute in f32."""
 
     def __init__(self, folder, dtype, compute):
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -38,7 +38,7 @@ class Net:
         self.model.eval().to(compute)
         self.dtype = dtype
         self.routing = {}  # layer -> (logits [T, E] in the graph, expert ids [T, K])
-        self.margin = math.inf  # smallest gap between a chosen and a left-out expert's logit, in standard deviations
+        self.margin = math.inf  # smallest gap between the K-th and the next logit, in standard deviations of the logits
         self.blocks = {}
         for layer, decoder in enumerate(self.model.model.layers):
             if hasattr(decoder.mlp, "experts"):
@@ -60,12 +60,12 @@ class Net:
         return hook
 
     def __call__(self, ids):
-        """Logits `[T, V]` of one row."""
+        """Logits `[T, V]` of one sequence."""
         return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
     def leaves(self):
-        """Every trained unit by the name that the fixtures give it: `layers.L.experts.E.gate|up|down` for experts,
-        the name in memory for all others."""
+        """All parameters by their names in the fixtures: `layers.L.experts.E.gate|up|down` for the matrices of routed experts,
+        the module names of transformers for all others."""
         out = {}
         for name, param in self.model.named_parameters():
             if ".experts." not in name:
@@ -88,7 +88,7 @@ def expert_names(experts):
 
 
 def token_losses(net, example):
-    """−log p of each target token of one example, in order."""
+    """−log p of each target token of one example, in token order."""
     logits = net(example["ids"])
     at = [t for t, loss in enumerate(example["loss"]) if loss and t > 0]
     rows = torch.tensor([t - 1 for t in at])
@@ -97,7 +97,7 @@ def token_losses(net, example):
 
 
 def ce_sum(net, examples):
-    """(Σ of the token losses, their number) over several examples."""
+    """(sum, number) of the token losses of several examples."""
     losses = [token_losses(net, example) for example in examples]
     return sum(l.sum() for l in losses), sum(len(l) for l in losses)
 
@@ -110,7 +110,7 @@ def chunks(items, n):
 
 
 def identify(net, micro_batches):
-    """Mean losses by micro-batch, and scores[score][per][layer position][expert]."""
+    """The mean loss of each micro-batch, and scores[score][per][position of the layer][expert]."""
     shape = (len(net.blocks), net.num_experts)
     sums = {s: {per: torch.zeros(shape, dtype=torch.float64) for per in ("param", "token")} for s in SCORES}
     losses = []
@@ -141,14 +141,14 @@ def identify(net, micro_batches):
 
 
 def ranked(scores, layers, lowest=False):
-    """(score, (layer, expert)) from the wanted end; ties by (layer, expert)."""
+    """(score, (layer, expert)) of all experts, from the highest score (or the lowest); ties by (layer, expert)."""
     flat = [(v, (layer, e)) for layer, row in zip(layers, scores) for e, v in enumerate(row)]
     return sorted(flat, key=lambda x: (x[0] if lowest else -x[0], x[1]))
 
 
 def select(scores, layers, k, cap=None, lowest=False):
-    """The experts taken, in order of rank, and the smallest relative gap to one not taken (inf where it is an exact tie,
-    which the order of (layer, expert) decides)."""
+    """The `k` selected experts in order of rank, at most `cap` in a layer; and the smallest relative gap between the scores of a
+    selected and another expert (exact ties do not count: the order of (layer, expert) decides them)."""
     taken, used = [], dict.fromkeys(layers, 0)
     margin = math.inf
     for value, (layer, e) in ranked(scores, layers, lowest):
@@ -159,14 +159,14 @@ def select(scores, layers, k, cap=None, lowest=False):
     for value, x in ranked(scores, layers, lowest):
         if x not in chosen:
             for other, y in taken:
-                # a full layer only competes with its own
+                # an expert of a layer at its cap competes only with experts of the same layer
                 if value != other and (cap is None or used[x[0]] < cap or y[0] == x[0]):
                     margin = min(margin, abs(value - other) / max(abs(value), abs(other)))
     return chosen, margin
 
 
 def frequencies(net, examples, tokens):
-    """f(l, e) over the chosen tokens of one side of one batch."""
+    """Routing frequencies [layer, expert] of one side of a batch, over its `response`, `prompt` or `all` tokens."""
     count, hits = 0, torch.zeros(len(net.blocks), net.num_experts, dtype=torch.float64)
     with torch.no_grad():
         for example in examples:
@@ -183,7 +183,7 @@ def frequencies(net, examples, tokens):
 
 
 def statistic(net, rows, kind):
-    """One distribution over the experts for each layer, over the tokens of `rows`."""
+    """By layer, a distribution over the experts, averaged over the tokens of `rows`."""
     by_layer = {layer: [] for layer in net.blocks}
     for ids in rows:
         net(ids)
@@ -199,7 +199,7 @@ def distribution(samples, kind):
 
 
 def divergence(p, q, kind):
-    """KL of p (safe) and q (unsafe), a true sum over the experts."""
+    """KL divergence between p (safe) and q (unsafe), summed over the experts."""
     p, q = ((x + 1e-8) / (x + 1e-8).sum() for x in (p, q))
     forward, reverse = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
     return {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}[kind]
@@ -224,8 +224,8 @@ def schedule_factor(step, steps, schedule, warmup):
 
 
 def train(net, groups, losses, options):
-    """One phase: AdamW over `groups` = [(names, learning rate)]; `losses` holds one closure a step, which calls
-    backward and returns what it wants logged. Masters are f32; the model sees them rounded to its stored type."""
+    """Trains one phase with AdamW. `groups` = [(parameter names, learning rate)]; `losses` has one closure a step, which calls
+    backward and returns the entries to log. Master weights are f32; the model uses them rounded to its stored dtype."""
     leaves = net.leaves()
     masters = {n: torch.nn.Parameter(leaves[n].value().float().clone()) for names, _ in groups for n in names}
     optimizer = torch.optim.AdamW(
@@ -253,7 +253,7 @@ def train(net, groups, losses, options):
 
 
 def expert_steps(net, micro_batches, accum):
-    """Cross-entropy over the loss tokens of a step's micro-batches, divided by their number."""
+    """Mean cross-entropy over the loss tokens of all micro-batches of a step."""
 
     def step(batches):
         examples = [e for batch in batches for e in batch]
@@ -269,7 +269,7 @@ def expert_steps(net, micro_batches, accum):
 
 
 def router_steps(net, pair_batches, kind, stat):
-    """Two forward passes: safe prompts without gradient, unsafe prompts with."""
+    """Router alignment: a forward pass of the safe prompts without gradient, and one of the unsafe prompts with gradient."""
 
     def step(pairs):
         def run():
@@ -285,13 +285,14 @@ def router_steps(net, pair_batches, kind, stat):
 
 
 def joint_batches(safe, unsafe, size, ratio):
-    """Safe examples first, then unsafe ones, each taken in order; a half rounds up."""
+    """Batches of round(size · ratio) safe and the rest unsafe examples, both in order; a half rounds up."""
     n = math.floor(size * ratio + 0.5)
     return list(zip(chunks(safe, n), chunks(unsafe, size - n), strict=True))
 
 
 def joint_steps(net, batches, kind, weight, layers):
-    """Cross-entropy of all examples plus the weighted divergence between the batch's two halves, one forward pass."""
+    """Cross-entropy of all examples plus the weighted divergence between the safe and the unsafe part of the batch, from one
+    forward pass."""
 
     def step(halves):
         def run():

@@ -1,5 +1,5 @@
-"""Words for the fixtures: our own harmless sentences that stand in for attacks, a tokenizer trained on them, and
-chat templates in the styles of the families."""
+"""Texts of the fixtures: harmless sentences in place of attacks, a tokenizer trained on them, and chat templates in the
+styles of the model families."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -26,21 +26,21 @@ FRAMES = [
 ]
 ANSWERS = ["Of course: boil the water first, then add the tea.", "Nine times seven is sixty-three."]
 
-# Plain, with a role token a line and the document's end token after a reply.
+# A role token on a line of its own, and the end-of-sequence token after a reply.
 LINES = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>\n' + m['content'] + eos_token }}"
     "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '\n' }}{% endif %}"
     "{% if not loop.last and m['role'] == 'assistant' %}{{ '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-# Brackets around the user's words; a system message goes in front of the first of them.
+# Brackets around user turns; a system message is put before the first user turn.
 BRACKETS = (
     "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
     "{% if m['role'] == 'system' %}{% set ns.system = m['content'] + '\n\n' %}"
     "{% elif m['role'] == 'user' %}{{ '[INST] ' + ns.system + m['content'] + ' [/INST]' }}{% set ns.system = '' %}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-# Marks around every turn, a line break after each.
+# Special tokens around each turn, a line break after it.
 MARKS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -92,8 +92,8 @@ def system(text):
 
 
 def rows(kind, count):
-    """`(rows as written to data.json, records)`; a record has `line`, `safe` and `unsafe` messages (or None) and the
-    reply. Some rows are written so that they must be dropped."""
+    """`(rows of data.json, records)`; a record has the index `row` (from 0) of its row, `safe` and `unsafe` messages (if the row
+    has that side) and the `reply` (None if the messages include it). Some rows have a verdict by which they must be dropped."""
     return {"goal": goal_rows, "prompt": prompt_rows, "verdict": verdict_rows, "pair": pair_rows, "chat": chat_rows}[kind](count)
 
 
@@ -103,7 +103,7 @@ def framed(i):
 
 
 def goal_rows(count):
-    """Attack rows with `goal`: the safe side is the request after a system message."""
+    """Attack rows with `goal`: the safe side is a system message and the request."""
     out, records = [], []
     for i in range(count + 2):
         wish, request, attack = framed(i)

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Opens an `expert_gradients.pkl` with Python's own pickle and checks its form.
+"""Loads an `expert_gradients.pkl` with Python's pickle module and checks its content.
 
-`python check_pickle.py FILE [EXPERT_SCORES_JSON]`, for a run that took the highest of the gradient method. The form: {round: {"experts": [(layer, expert), ...],
-"gradients": {(layer, expert): float}}}, rounds from 1 without a gap, every expert once and with a gradient, in order of
-falling gradient. With the run's expert_scores.json the two files must say the same.
+`python check_pickle.py FILE [EXPERT_SCORES_JSON]`, for a run that selected the experts with the highest scores of the gradient
+method. Expected: {round: {"experts": [(layer, expert), ...], "gradients": {(layer, expert): float}}}, with rounds 1, 2, ... and
+each expert once, with a gradient, in descending order of gradients. With the run's expert_scores.json, experts and gradients
+of both files must be equal.
 """
 
 import json
@@ -12,18 +13,18 @@ import pickle
 import sys
 
 
-class Plain(pickle.Unpickler):
-    """Refuses every class and function: the file has to be made of built-in containers and numbers."""
+class RestrictedUnpickler(pickle.Unpickler):
+    """Refuses classes and functions: the file may hold only built-in containers, strings and numbers."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"the file names {module}.{name}")
+        raise pickle.UnpicklingError(f"the file refers to {module}.{name}")
 
 
 def is_expert(x):
     return type(x) is tuple and len(x) == 2 and all(type(n) is int and n >= 0 for n in x)
 
 
-def faults_of(data):
+def errors_in(data):
     if type(data) is not dict or list(data) != list(range(1, len(data) + 1)) or not data:
         yield f"rounds are {list(data) if isinstance(data, dict) else type(data)}, not 1, 2, ..."
         return
@@ -33,31 +34,31 @@ def faults_of(data):
             continue
         experts, gradients = entry["experts"], entry["gradients"]
         if type(experts) is not list or not all(map(is_expert, experts)) or len(set(experts)) != len(experts):
-            yield f"round {number}: experts are no list of different (layer, expert)"
+            yield f"round {number}: experts are not a list of unique (layer, expert)"
             continue
         if type(gradients) is not dict or not all(map(is_expert, gradients)):
             yield f"round {number}: gradients are not keyed by (layer, expert)"
             continue
         if not all(type(v) is float and math.isfinite(v) and v >= 0 for v in gradients.values()):
-            yield f"round {number}: a gradient is no finite float from 0"
-        lost = [x for x in experts if x not in gradients]
-        if lost:
-            yield f"round {number}: no gradient of {lost[:3]}"
+            yield f"round {number}: a gradient is not a finite float >= 0"
+        missing = [x for x in experts if x not in gradients]
+        if missing:
+            yield f"round {number}: no gradient of {missing[:3]}"
         else:
             values = [gradients[x] for x in experts]
             if values != sorted(values, reverse=True):
-                yield f"round {number}: experts are not in order of their gradients"
+                yield f"round {number}: experts are not in descending order of gradients"
 
 
-def against_scores(data, scores):
+def compare_with_scores(data, scores):
     rounds = scores["rounds"]
     if {str(n) for n in data} != set(rounds):
-        yield f"rounds {list(data)} here, {list(rounds)} in the scores"
+        yield f"rounds {list(data)}, in expert_scores.json {list(rounds)}"
         return
     for number, entry in data.items():
         other = rounds[str(number)]
         if [list(x) for x in entry["experts"]] != other["selected"]:
-            yield f"round {number}: the experts are not those selected"
+            yield f"round {number}: the experts differ from those selected in expert_scores.json"
         at = {layer: i for i, layer in enumerate(scores["layers"])}
         for (layer, expert), value in entry["gradients"].items():
             if other["scores"][at[layer]][expert] != value:
@@ -69,17 +70,17 @@ def main():
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
     with open(sys.argv[1], "rb") as f:
-        data = Plain(f).load()
+        data = RestrictedUnpickler(f).load()
         rest = f.read()
-    faults = list(faults_of(data))
+    errors = list(errors_in(data))
     if rest:
-        faults.append(f"{len(rest)} bytes after the end of the pickle")
-    if len(sys.argv) == 3 and not faults:
+        errors.append(f"{len(rest)} bytes after the end of the pickle")
+    if len(sys.argv) == 3 and not errors:
         with open(sys.argv[2]) as f:
-            faults += against_scores(data, json.load(f))
-    for fault in faults:
-        print(f"check_pickle: {fault}", file=sys.stderr)
-    if faults:
+            errors += compare_with_scores(data, json.load(f))
+    for error in errors:
+        print(f"check_pickle: {error}", file=sys.stderr)
+    if errors:
         sys.exit(1)
     print(f"check_pickle: {len(data)} rounds, {sum(len(e['experts']) for e in data.values())} experts")
 

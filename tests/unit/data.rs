@@ -1,5 +1,5 @@
-//! Rows to token ids and masks, over real files: the goldens and attack rows of the optional shared folder, and folders
-//! made here with a byte-level tokenizer.
+//! From data files to token ids and loss masks: compared with the goldens and attack rows of the optional shared folder, and
+//! with model folders made here with a byte-level tokenizer.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use moewarden::data::{
     ChatTemplate, ChatTokenizer, DataOptions, Dataset, DropReason, Error, Kind, LongRows, LossOn, Message, MicroBatch,
-    micro_batches, order, samples_for_people,
+    loss_mask_samples, micro_batches, order,
 };
 use moewarden::exit::{self, Coded};
 use proptest::prelude::*;
@@ -30,20 +30,20 @@ fn options() -> DataOptions {
     }
 }
 
-/// The folder of goldens and attack rows, where it is there.
+/// The shared folder of goldens and attack rows, if it exists.
 fn shared() -> Option<PathBuf> {
     let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
     let path = std::env::var_os("MOEWARDEN_SHARED").map_or_else(beside, PathBuf::from);
     if !path.join("goldens").is_dir() {
-        eprintln!("skipped: {} is not there (MOEWARDEN_SHARED names another place)", path.display());
+        eprintln!("skipped: {} does not exist (set MOEWARDEN_SHARED to the folder)", path.display());
         return None;
     }
     Some(path)
 }
 
-/// A model folder with a tokenizer of single bytes, two special tokens, and a token for two line ends in a row.
+/// A model folder with a byte-level tokenizer: one token a byte, one for two line feeds, and two special tokens.
 fn model_folder(chat_template: &Value) -> TempDir {
-    // The printable form of byte-level tokenizers: bytes that are no visible Latin-1 character move to U+0100 on.
+    // Byte-level tokenizers represent bytes that are not visible Latin-1 characters by characters from U+0100 on.
     let visible = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
     let mut moved = 256;
     let mut vocab = serde_json::Map::new();
@@ -61,7 +61,7 @@ fn model_folder(chat_template: &Value) -> TempDir {
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let tokenizer = json!({
         "version": "1.0",
-        // Settings of an earlier use, which must not cut or pad anything here.
+        // Settings of an earlier use, which must not truncate or pad anything here.
         "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
         "padding": {"strategy": {"Fixed": 9000}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"},
         "added_tokens": [special(257, "<|im_start|>"), special(258, "<|im_end|>")],
@@ -102,15 +102,15 @@ fn chat(label: &str, contents: &[&str]) -> Value {
 }
 
 /// The text of the tokens that carry loss.
-fn learnt(tokenizer: &ChatTokenizer, ids: &[u32], loss: &[bool]) -> String {
+fn loss_text(tokenizer: &ChatTokenizer, ids: &[u32], loss: &[bool]) -> String {
     let texts = tokenizer.token_texts(ids);
     texts.into_iter().zip(loss).filter(|(_, loss)| **loss).map(|(text, _)| text).collect()
 }
 
-// --- against transformers ----------------------------------------------------------------------------------------------
+// --- comparison with transformers ----------------------------------------------------------------------------------------------
 
 #[test]
-fn ids_and_labels_are_those_of_the_goldens() {
+fn ids_and_labels_equal_the_goldens() {
     let Some(shared) = shared() else { return };
     let mut compared = 0;
     for entry in fs::read_dir(shared.join("goldens")).unwrap() {
@@ -191,7 +191,7 @@ fn real_attack_rows_are_all_read() {
             for record in &dataset.records {
                 let (reply, prompt) = (record.unsafe_reply.as_ref().unwrap(), record.unsafe_prompt.as_ref().unwrap());
                 assert!(reply.ids.starts_with(prompt) && !record.request.is_empty());
-                assert!(learnt(&tokenizer, &reply.ids, &reply.loss).trim_start().starts_with(REFUSAL));
+                assert!(loss_text(&tokenizer, &reply.ids, &reply.loss).trim_start().starts_with(REFUSAL));
                 assert_ne!(record.unsafe_prompt, record.safe_prompt);
             }
             let few = Dataset::read(&path, &tokenizer, &DataOptions { max_samples: 10, ..all.clone() }).unwrap();
@@ -203,7 +203,7 @@ fn real_attack_rows_are_all_read() {
 // --- rows to records ---------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_record_holds_the_pair_and_its_masks() {
+fn a_record_has_both_sides_and_their_loss_masks() {
     let tokenizer = tokenizer();
     let dataset = read(&json!([attack("bare", "attacked")]), &options()).unwrap();
     let record = &dataset.records[0];
@@ -215,7 +215,7 @@ fn a_record_holds_the_pair_and_its_masks() {
     for (reply, prompt) in [(&record.unsafe_reply, prompt), (&record.safe_reply, safe)] {
         let reply = reply.as_ref().unwrap();
         assert_eq!(text(&reply.ids), format!("{prompt}{REFUSAL}<|im_end|>\n"));
-        assert_eq!(learnt(&tokenizer, &reply.ids, &reply.loss), format!("{REFUSAL}<|im_end|>\n"));
+        assert_eq!(loss_text(&tokenizer, &reply.ids, &reply.loss), format!("{REFUSAL}<|im_end|>\n"));
     }
     assert_eq!((record.request.as_str(), record.line), ("bare", 1));
     let all = read(&json!([attack("bare", "attacked")]), &DataOptions { loss_on: LossOn::All, ..options() }).unwrap();
@@ -224,17 +224,17 @@ fn a_record_holds_the_pair_and_its_masks() {
 }
 
 #[test]
-fn a_token_across_the_edge_of_the_reply_carries_loss() {
-    // The generation prompt ends with a line end and the reply begins with one: one token holds both.
+fn a_token_that_straddles_the_start_of_the_reply_carries_loss() {
+    // The generation prompt ends with a line feed and the reply begins with one; one token covers both.
     let tokenizer = tokenizer();
     let dataset = read(&json!([chat("unsafe", &["q", "\n"])]), &options()).unwrap();
     let reply = dataset.records[0].unsafe_reply.as_ref().unwrap();
-    assert_eq!(learnt(&tokenizer, &reply.ids, &reply.loss), "\n\n<|im_end|>\n");
+    assert_eq!(loss_text(&tokenizer, &reply.ids, &reply.loss), "\n\n<|im_end|>\n");
     assert!(reply.ids.contains(&256));
 }
 
 #[test]
-fn samples_are_counted_after_the_verdict() {
+fn max_samples_counts_rows_that_pass_their_verdict() {
     let mut failed = attack("g0", "a0");
     failed["judge_success_gpt4"] = json!(0);
     let mut unknown = attack("g1", "a1");
@@ -254,8 +254,8 @@ fn samples_are_counted_after_the_verdict() {
 }
 
 #[test]
-fn long_rows_follow_their_rule_and_pairs_stay_together() {
-    // Only the attack is too long; its safe twin goes with it.
+fn long_rows_are_dropped_truncated_or_errors() {
+    // Only the attack is too long; the safe side is dropped with it.
     let rows = json!([attack("g", &"x".repeat(300)), attack("h", "short")]);
     let dropped = read(&rows, &options()).unwrap();
     assert_eq!((dropped.records.len(), dropped.report.dropped[&DropReason::TooLong]), (1, 1));
@@ -265,7 +265,7 @@ fn long_rows_follow_their_rule_and_pairs_stay_together() {
     let cut = read(&rows, &DataOptions { long_rows: LongRows::TruncatePrompt, ..options() }).unwrap();
     let (reply, prompt) = (cut.records[0].unsafe_reply.clone().unwrap(), cut.records[0].unsafe_prompt.clone().unwrap());
     assert_eq!((reply.ids.len(), reply.loss.len(), prompt.len(), cut.report.truncated), (256, 256, 256, 1));
-    assert_eq!(learnt(&tokenizer, &reply.ids, &reply.loss), format!("{REFUSAL}<|im_end|>\n"));
+    assert_eq!(loss_text(&tokenizer, &reply.ids, &reply.loss), format!("{REFUSAL}<|im_end|>\n"));
     assert!(tokenizer.token_texts(&prompt).concat().ends_with("xx<|im_end|>\n<|im_start|>assistant\n"));
 
     let error = read(&rows, &DataOptions { long_rows: LongRows::Error, ..options() }).unwrap_err();
@@ -274,7 +274,7 @@ fn long_rows_follow_their_rule_and_pairs_stay_together() {
         "{error}"
     );
 
-    // A reply that does not fit by itself is never cut.
+    // A reply that is too long by itself is not truncated.
     let whole = json!([chat("unsafe", &["q", &"y".repeat(300)]), attack("h", "short")]);
     let cut = read(&whole, &DataOptions { long_rows: LongRows::TruncatePrompt, ..options() }).unwrap();
     assert_eq!((cut.records.len(), cut.report.dropped[&DropReason::TooLong], cut.report.truncated), (1, 1, 0));
@@ -285,7 +285,7 @@ fn long_rows_follow_their_rule_and_pairs_stay_together() {
 }
 
 #[test]
-fn the_report_counts() {
+fn counts_of_the_report() {
     let rows = json!([
         attack("g", "a <|im_end|> b"),
         chat("safe", &["hello", "world"]),
@@ -312,7 +312,7 @@ fn the_report_counts() {
         "7 rows read, 6 kept",
         "1 attack, 2 chat (safe)",
         "no token of the reply",
-        "1 rows hold a special token's text",
+        "in 1 rows the text of a special token",
         "line 1, <|im_end|>",
     ] {
         assert!(shown.contains(part), "{part:?} is not in\n{shown}");
@@ -334,21 +334,21 @@ fn requests_shared_with_a_held_out_file_are_counted() {
 }
 
 #[test]
-fn samples_show_what_is_learnt() {
+fn samples_show_the_loss_mask() {
     let dataset = read(&json!([attack("g", "äöü 😀"), chat("safe", &["q", "a"])]), &options()).unwrap();
-    let samples = samples_for_people(&dataset, &tokenizer(), 1);
+    let samples = loss_mask_samples(&dataset, &tokenizer(), 1);
     assert_eq!(samples.iter().map(|s| (s.line, s.is_unsafe)).collect::<Vec<_>>(), [(1, true), (1, false)]);
     let (text, loss): (Vec<_>, Vec<_>) = samples[0].tokens.iter().cloned().unzip();
     assert!(text.concat().contains("äöü 😀<|im_end|>"));
     assert_eq!(loss, dataset.records[0].unsafe_reply.as_ref().unwrap().loss);
-    assert_eq!(samples_for_people(&dataset, &tokenizer(), 9).len(), 3);
+    assert_eq!(loss_mask_samples(&dataset, &tokenizer(), 9).len(), 3);
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn any_chat_learns_exactly_its_replies(texts in prop::collection::vec("[^\n<].{0,20}", 2..7)) {
+    fn exactly_the_replies_of_a_chat_carry_loss(texts in prop::collection::vec("[^\n<].{0,20}", 2..7)) {
         let texts: Vec<_> = texts.iter().map(String::as_str).collect();
         let tokenizer = tokenizer();
         let dataset = read(&json!([chat("unsafe", &texts)]), &DataOptions { max_length: 4096, ..options() }).unwrap();
@@ -357,7 +357,7 @@ proptest! {
         prop_assert_eq!(reply.ids.len(), reply.loss.len());
         prop_assert!(reply.ids.starts_with(record.unsafe_prompt.as_ref().unwrap()));
         let want: String = texts.iter().skip(1).step_by(2).map(|t| format!("{t}<|im_end|>\n")).collect();
-        prop_assert_eq!(learnt(&tokenizer, &reply.ids, &reply.loss), want);
+        prop_assert_eq!(loss_text(&tokenizer, &reply.ids, &reply.loss), want);
     }
 }
 
@@ -386,7 +386,7 @@ fn packed_micro_batches_predict_each_target_from_the_token_before_it() {
     assert_eq!((packed.ids, packed.targets.len()), (prompts.collect::<Vec<_>>().concat(), 0));
 }
 
-// --- files that are not what they should be ------------------------------------------------------------------------------
+// --- invalid files ------------------------------------------------------------------------------
 
 #[test]
 fn bad_files_name_their_line_and_exit_with_the_right_code() {
@@ -406,7 +406,7 @@ fn bad_files_name_their_line_and_exit_with_the_right_code() {
             second(b"{\"messages\": [{\"role\": \"user\", \"content\": \"q\"}]}"),
             "rows.json:2: a chat row without a label",
         ),
-        (second(b"{\"text\": 1}"), "rows.json:2: a row of no known kind"),
+        (second(b"{\"text\": 1}"), "rows.json:2: unknown kind of row"),
         (json!([long]).to_string().into_bytes(), "no row is left to train on"),
         (json!([chat("safe", &["only a prompt"])]).to_string().into_bytes(), "no row has a token that carries loss"),
     ] {
@@ -420,7 +420,7 @@ fn bad_files_name_their_line_and_exit_with_the_right_code() {
 }
 
 #[test]
-fn harmless_oddities_are_read() {
+fn unusual_but_valid_rows_are_read() {
     let mut row = attack("g", "a\u{0}b");
     row["extra"] = json!({"deep": [[[[1]]]]});
     let bytes =
@@ -444,32 +444,32 @@ fn one_huge_line_and_very_many_rows_take_linear_time() {
     assert!(start.elapsed() < Duration::from_secs(120), "{:?}", start.elapsed());
 }
 
-// --- the tokenizer's folder ----------------------------------------------------------------------------------------------
+// --- tokenizer and chat template ----------------------------------------------------------------------------------------------
 
 #[test]
-fn the_template_comes_from_the_nearest_place() {
+fn precedence_of_chat_templates_and_special_tokens() {
     let user = [Message::new("user", "q")];
     let folder =
         model_folder(&json!([{"name": "tool", "template": "T"}, {"name": "default", "template": "D{{ eos_token }}"}]));
     let render =
-        |given: Option<&Path>| ChatTokenizer::open(folder.path(), given).map(|t| t.render(&user, false).unwrap());
+        |file: Option<&Path>| ChatTokenizer::open(folder.path(), file).map(|t| t.render(&user, false).unwrap());
     assert_eq!(render(None).unwrap(), "D<|im_end|>");
     fs::write(folder.path().join("chat_template.jinja"), "J").unwrap();
     assert_eq!(render(None).unwrap(), "J");
-    let given = folder.path().join("mine");
-    // The older file's tokens count where the newer one says nothing.
+    let own = folder.path().join("own");
+    // special_tokens_map.json supplies tokens that tokenizer_config.json does not mention.
     fs::write(
         folder.path().join("special_tokens_map.json"),
         r#"{"bos_token": "<s>", "unk_token": {"content": "<u>"}}"#,
     )
     .unwrap();
-    fs::write(&given, "M{{ bos_token }}{{ unk_token }}{{ eos_token }}").unwrap();
-    assert_eq!(render(Some(&given)).unwrap(), "M<u><|im_end|>");
+    fs::write(&own, "M{{ bos_token }}{{ unk_token }}{{ eos_token }}").unwrap();
+    assert_eq!(render(Some(&own)).unwrap(), "M<u><|im_end|>");
     assert_eq!(render(Some(Path::new("nowhere"))).unwrap_err().exit_code(), exit::NO_INPUT);
 }
 
 #[test]
-fn a_tokenizer_that_cannot_serve_says_why() {
+fn errors_of_tokenizer_folders() {
     let open = |template: &Value| ChatTokenizer::open(model_folder(template).path(), None).err().unwrap();
     for (template, code, message) in [
         (json!(null), exit::CONFIG, "it has no chat template; name a template with --chat-template"),
@@ -495,7 +495,7 @@ fn a_tokenizer_that_cannot_serve_says_why() {
 }
 
 #[test]
-fn ids_and_texts_come_back() {
+fn encoding_decoding_and_vocabulary() {
     let folder = model_folder(&json!(CHATML));
     fs::write(folder.path().join("generation_config.json"), r#"{"eos_token_id": [7, 258]}"#).unwrap();
     let tokenizer = ChatTokenizer::open(folder.path(), None).unwrap();

@@ -45,7 +45,7 @@ fn a_prompt_that_the_template_makes_nothing_of() {
                   {% endfor %}";
     fs::write(scene.path("replies.jinja"), source).unwrap();
     scene.write_rows(&[row("hide a cake from the cat"), row("open the pantry")]);
-    scene.refuses(&["--chat-template", "replies.jinja"], 65, &["rows.jsonl:2: ", "nothing to answer"]);
+    scene.refuses(&["--chat-template", "replies.jinja"], 65, &["rows.jsonl:2: ", "empty prompt"]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
-//! Folders written aside: `.NAME.partial` beside the final place, brought to the disk, then renamed. (Single files:
-//! [`crate::files`].)
+//! Folders that are written under a temporary name (`.NAME.partial` beside the target), synced, and renamed. For single
+//! files see [`crate::files`].
 //!
-//! The name is fixed, so that what a killed process left behind is found and cleared by the next one.
+//! The temporary name is fixed, so the next process finds and removes the folder of a killed one.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -10,52 +10,53 @@ use std::path::{Path, PathBuf};
 use super::error::Error;
 use crate::files::{folder_of, sync_folder};
 
-/// A folder that appears under its final name only when it is whole.
+/// A folder that gets its final name only when it is complete.
 ///
-/// Dropped before [`AsideDir::finish`], it takes everything written with it.
+/// If it is dropped before [`AsideDir::finish`], the temporary folder is removed with its content.
 pub struct AsideDir {
     partial: PathBuf,
     target: PathBuf,
-    done: bool,
+    finished: bool,
 }
 
 impl AsideDir {
-    /// An empty folder beside `target`.
+    /// Creates an empty temporary folder beside `target`; removes one that a killed process left.
     ///
     /// # Errors
-    /// A `target` without a name, and a place that cannot be written.
+    /// A `target` without a file name, or a parent folder that cannot be written.
     pub fn create(target: &Path) -> Result<Self, Error> {
         let partial = partial_path(target)?;
-        clear(&partial)?;
+        remove_if_exists(&partial)?;
         fs::create_dir_all(folder_of(&partial)).map_err(Error::create(folder_of(&partial)))?;
         fs::create_dir(&partial).map_err(Error::create(&partial))?;
-        Ok(Self { partial, target: target.into(), done: false })
+        Ok(Self { partial, target: target.into(), finished: false })
     }
 
-    /// Where to write until then.
+    /// The path of the temporary folder.
     pub fn path(&self) -> &Path {
         &self.partial
     }
 
-    /// Writes one file of the folder and brings it to the disk.
+    /// Writes one file of the folder by `fill` and syncs it. `name`: its path relative to the folder.
     ///
     /// # Errors
-    /// Those of `fill` and of the disk, with the file's path.
+    /// Those of `fill` and of writing, with the file's final path.
     pub fn write(&self, name: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Error> {
         let path = self.partial.join(name);
         fs::create_dir_all(folder_of(&path)).map_err(Error::write(&path))?;
         write_synced(&path, fill).map_err(Error::write(&self.target.join(name)))
     }
 
-    /// Gives the folder its final name. With `replace`, what stands there goes; without, only an empty folder may.
+    /// Syncs the folder and renames it to `target`. With `replace`, an existing `target` is removed; without, it must not
+    /// exist or be an empty folder.
     ///
     /// # Errors
-    /// A place that is taken, or a failing disk.
+    /// A `target` that exists, or an I/O error.
     pub fn finish(mut self, replace: bool) -> Result<(), Error> {
         sync_tree(&self.partial).map_err(Error::write(&self.target))?;
         let old = partial_path(&self.target)?.with_extension("old");
         if replace && fs::symlink_metadata(&self.target).is_ok() {
-            clear(&old)?;
+            remove_if_exists(&old)?;
             fs::rename(&self.target, &old).map_err(Error::create(&self.target))?;
         }
         fs::rename(&self.partial, &self.target).map_err(|source| match source.kind() {
@@ -64,28 +65,29 @@ impl AsideDir {
             }
             _ => Error::Create { path: self.target.clone(), source },
         })?;
-        self.done = true;
+        self.finished = true;
         sync_folder(folder_of(&self.target)).map_err(Error::write(&self.target))?;
-        clear(&old)
+        remove_if_exists(&old)
     }
 }
 
 impl Drop for AsideDir {
     fn drop(&mut self) {
-        if !self.done {
-            // On an error path already: the next run clears what this cannot.
+        if !self.finished {
+            // Already on an error path: the next run removes what is left.
             let _ = fs::remove_dir_all(&self.partial);
         }
     }
 }
 
-/// The folder that a killed process left this of: `final_model` of `.final_model.partial` and `.final_model.old`.
+/// The target's name if `name` is a temporary folder of this module: `final_model` for `.final_model.partial` and
+/// `.final_model.old`.
 pub fn is_left_of(name: &str) -> Option<&str> {
     let name = name.strip_prefix('.')?;
     name.strip_suffix(".partial").or_else(|| name.strip_suffix(".old"))
 }
 
-/// Where the folder `target` is written until it is whole.
+/// The temporary path of the folder `target`.
 ///
 /// # Errors
 /// [`Error::NoName`].
@@ -97,34 +99,35 @@ pub fn partial_path(target: &Path) -> Result<PathBuf, Error> {
     Ok(target.with_file_name(partial))
 }
 
-/// Removes a folder that was written here. Killed on the way, it leaves nothing under the folder's name.
+/// Removes a folder atomically: renames it before deleting its content, so a killed process leaves no incomplete folder
+/// under its name.
 ///
 /// # Errors
-/// A failing disk.
+/// An I/O error.
 pub fn remove(target: &Path) -> Result<(), Error> {
     let old = partial_path(target)?.with_extension("old");
-    clear(&old)?;
+    remove_if_exists(&old)?;
     fs::rename(target, &old).map_err(Error::write(target))?;
-    clear(&old)
+    remove_if_exists(&old)
 }
 
-/// Removes what killed processes left in a folder of folders, except `aside`, which is being written.
+/// Removes the temporary folders that killed processes left in `folder`, except `aside`, which is being written.
 ///
 /// # Errors
-/// A failing disk.
+/// An I/O error.
 pub fn clear_left(folder: &Path, aside: &AsideDir) -> Result<(), Error> {
     for entry in fs::read_dir(folder).map_err(Error::read(folder))? {
         let entry = entry.map_err(Error::read(folder))?;
-        let left = entry.file_name().to_str().and_then(is_left_of).is_some();
-        if left && entry.path() != aside.path() {
-            clear(&entry.path())?;
+        let is_temporary = entry.file_name().to_str().and_then(is_left_of).is_some();
+        if is_temporary && entry.path() != aside.path() {
+            remove_if_exists(&entry.path())?;
         }
     }
     Ok(())
 }
 
-/// Removes a folder of ours if it is there.
-fn clear(path: &Path) -> Result<(), Error> {
+/// Removes a folder, if it exists.
+fn remove_if_exists(path: &Path) -> Result<(), Error> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::Create { path: path.into(), source: error })
@@ -136,10 +139,10 @@ fn clear(path: &Path) -> Result<(), Error> {
 fn write_synced(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
     let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
     fill(&mut out)?;
-    out.into_inner()?.sync_all() // the disk's last chance to say no
+    out.into_inner()?.sync_all() // reports write errors that the page cache has delayed
 }
 
-/// Brings the entries of a folder and of those in it to the disk.
+/// Syncs the directory entries of a folder and of its subfolders.
 fn sync_tree(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;

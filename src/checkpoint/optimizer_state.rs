@@ -1,5 +1,6 @@
-//! The optimizer's state of one rank, in a safetensors file: for each parameter the tensors `NAME.master`, `NAME.m` and
-//! `NAME.v` (f32, the rank's piece), and in the metadata `steps`, which counts each parameter's updates.
+//! The optimizer state of one rank in a safetensors file: for each parameter, this rank's shard of the f32 tensors
+//! `NAME.master`, `NAME.m` and `NAME.v` (master weights, first and second moment of AdamW). The metadata key `steps` maps each
+//! parameter to its number of updates.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
@@ -13,10 +14,11 @@ use crate::optim::{ParamState, piece};
 
 const PARTS: [&str; 3] = ["master", "m", "v"];
 
-/// Writes the states of one rank. `layout`: (parameter, updates, elements of the piece) of what `states` gives, in order.
+/// Writes the optimizer state of one rank. `layout`: (parameter, updates, elements of this rank's shard) of each item of
+/// `states`, in the same order.
 ///
 /// # Errors
-/// A write that fails: then no file is left behind.
+/// A write that fails; `path` is then as it was before.
 pub fn write_optimizer(
     table: &ParamTable,
     layout: &[(usize, u64, usize)],
@@ -25,7 +27,7 @@ pub fn write_optimizer(
 ) -> Result<(), Error> {
     let name = |id: usize| table.params[id].name();
     let steps: BTreeMap<String, u64> = layout.iter().map(|(id, step, _)| (name(*id), *step)).collect();
-    let metadata = [("steps".into(), serde_json::to_string(&steps).expect("names and numbers"))];
+    let metadata = [("steps".into(), serde_json::to_string(&steps).expect("strings and numbers serialize"))];
     let tensors: Vec<_> = layout
         .iter()
         .flat_map(|(id, _, len)| PARTS.map(|part| (format!("{}.{part}", name(*id)), Dtype::F32, vec![*len])))
@@ -41,26 +43,26 @@ pub fn write_optimizer(
     })?)
 }
 
-/// Reads the states of all ranks that wrote one (files in the order of their ranks), and gives each parameter's piece of
-/// rank `rank` of `world_size`, which may be another number than wrote them.
+/// Reads the optimizer state of rank `rank` of `world_size` from `files`, one of each rank that saved, in rank order. The world
+/// size may differ from that of the run that saved: shards are then joined and split again.
 ///
 /// # Errors
-/// A file that is none of these, or does not fit the model.
+/// A file that is not an optimizer state, or does not match the model.
 pub fn read_optimizer(
     table: &ParamTable,
     files: &[PathBuf],
     rank: usize,
     world_size: usize,
 ) -> Result<Vec<ParamState>, Error> {
-    // With as many readers as writers, a rank's piece is what its file holds.
-    let same = files.len() == world_size;
-    let mine = if same { &files[rank..rank + 1] } else { files };
-    let shards = mine.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>, _>>()?;
-    let wrong = |message: String| Error::NotWhole { file: mine[0].clone(), message };
+    // With an unchanged world size, each rank reads only its own file.
+    let unchanged = files.len() == world_size;
+    let needed = if unchanged { &files[rank..rank + 1] } else { files };
+    let shards = needed.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>, _>>()?;
+    let wrong = |message: String| Error::Damaged { file: needed[0].clone(), message };
     let ids: HashMap<String, usize> = table.iter().map(|(id, spec)| (spec.name(), id)).collect();
     let steps = shards[0].header.metadata.iter().find(|(key, _)| key == "steps").map(|(_, value)| value.as_str());
     let steps: BTreeMap<String, u64> =
-        serde_json::from_str(steps.unwrap_or_default()).map_err(|e| wrong(format!("its steps: {e}")))?;
+        serde_json::from_str(steps.unwrap_or_default()).map_err(|e| wrong(format!("its metadata key steps: {e}")))?;
     let tensors: Vec<HashMap<&str, _>> =
         shards.iter().map(|s| s.header.tensors.iter().map(|info| (info.name.as_str(), info)).collect()).collect();
     let mut states = Vec::new();
@@ -75,10 +77,10 @@ pub fn read_optimizer(
                 values.extend(shard.value(info)?.to_f32());
             }
             let piece = piece(len, rank, world_size);
-            let values = if same { values } else { values.get(piece.clone()).unwrap_or_default().to_vec() };
+            let values = if unchanged { values } else { values.get(piece.clone()).unwrap_or_default().to_vec() };
             match values.len() == piece.len() {
                 true => Ok(values),
-                false => Err(wrong(format!("{tensor} has another length than in this model"))),
+                false => Err(wrong(format!("the length of {tensor} does not match this model"))),
             }
         };
         states.push(ParamState { param, step, master: read("master")?, m: read("m")?, v: read("v")? });
