@@ -1,4 +1,4 @@
-//! The memory of processes that share an optimizer.
+//! Peak memory of processes that shard the optimizer state.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use moewarden::model::tiny::{TinySpec, write_random_checkpoint};
 use moewarden::model::{Checkpoint, ModelConfig, ParamTable};
 use moewarden::run::memory::{TrainedState, human};
 
-use crate::binary::{self, moewarden, start, write_rows};
+use crate::program::{self, moewarden, start, write_rows};
 
 /// Bytes of `12.3 MB`.
 fn bytes(text: &str) -> f64 {
@@ -15,13 +15,13 @@ fn bytes(text: &str) -> f64 {
     number.parse::<f64>().unwrap() * 1000f64.powi(power as i32)
 }
 
-/// Whole processes, by the kernel's count: with one rank, masters and moments take 12 bytes a parameter; of four each has a
-/// quarter of that, and of the gradient's sum, which a single rank needs no room for.
+/// Peak memory of whole processes as counted by the kernel. With one rank, masters and moments take 12 bytes per parameter;
+/// each of four ranks holds a quarter of them, and a quarter of the gradient sum, which one rank does not need.
 #[test]
-fn processes_that_share_an_optimizer_are_smaller() {
+fn processes_that_shard_the_optimizer_state_need_less_memory() {
     let dir = tempfile::tempdir().unwrap();
     let [model, data] = ["model", "rows.json"].map(|name| dir.path().join(name));
-    // Few rows of few tokens, many small experts: no bucket is much larger than it has to be.
+    // Few rows of few tokens and many small experts: no bucket is much larger than its minimum.
     let spec = TinySpec {
         vocab_size: 320,
         hidden_size: 256,
@@ -33,7 +33,7 @@ fn processes_that_share_an_optimizer_are_smaller() {
     };
     write_random_checkpoint(&model, &spec).unwrap();
     for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
-        let source = binary::model("olmoe").join(file);
+        let source = program::model("olmoe").join(file);
         if source.exists() {
             fs::copy(source, model.join(file)).unwrap();
         }
@@ -64,8 +64,8 @@ fn processes_that_share_an_optimizer_are_smaller() {
         .elements;
     let predicted = TrainedState::predict(elements as u64, 4, 4).sharded;
     assert!(out.contains(&format!("1/4 of masters and moments {}", human(predicted))), "{out}");
-    // 12 bytes a parameter become 16/4. Up to four buckets of 32 MiB on their way take some of it back: two that wait, the one
-    // that is made and the one that is sent.
+    // 12 bytes per parameter become 16/4. Up to four buckets of 32 MiB are in flight and take some of that back: two queued,
+    // one being filled and one being sent.
     let (less, buckets) = (8.0 * elements as f64, 4.0 * f64::from(32 << 20));
     for peak in four {
         let saved = single[0] - peak;

@@ -1,4 +1,4 @@
-//! AdamW over the CPU backend, against its formula in f64 and against itself.
+//! AdamW on the CPU backend: against its formula in f64, resumed, and sharded.
 
 use moewarden::backend::cpu::Cpu;
 use moewarden::backend::{Backend, Dtype, HostTensor};
@@ -27,7 +27,7 @@ fn weights(cpu: &Cpu, dtype: Dtype) -> (Vec<Trainable>, Vec<<Cpu as Backend>::We
     (params, weights)
 }
 
-/// One step of these parameters; the gradients lie one after another.
+/// One step of these parameters; the gradients are concatenated.
 fn step(
     cpu: &Cpu,
     optimizer: &mut AdamW<Cpu>,
@@ -51,7 +51,7 @@ fn bytes(cpu: &Cpu, weights: &[<Cpu as Backend>::Weight]) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn each_parameter_follows_the_formula_by_its_own_count() {
+fn each_parameter_follows_the_formula_with_its_own_step_count() {
     let cpu = Cpu::new(1);
     let (params, mut weights) = weights(&cpu, Dtype::F32);
     let mut optimizer = AdamW::new(0, 1);
@@ -81,14 +81,14 @@ fn each_parameter_follows_the_formula_by_its_own_count() {
             }
         }
         for (i, (x, y)) in cpu.weight_host(&weights[p.param]).to_f32().iter().zip(&w).enumerate() {
-            // Seven f32 updates of weights up to 1.25: fourteen roundings of at most 6e-8, which partly cancel.
+            // Seven f32 updates of weights up to 1.25: fourteen roundings of at most 6e-8 each, which partly cancel.
             assert!((f64::from(*x) - y).abs() < 3e-7, "parameter {}[{i}]: {x}, not {y}", p.param);
         }
     }
 }
 
 #[test]
-fn small_updates_add_up_behind_bf16() {
+fn small_updates_accumulate_in_the_masters_of_bf16_weights() {
     let cpu = Cpu::new(1);
     let one = Trainable { param: 0, len: 1, group: Group::Expert };
     let mut weights = vec![cpu.weight(HostTensor::encode(Dtype::Bf16, vec![1], &[1.0]))];
@@ -108,7 +108,7 @@ fn small_updates_add_up_behind_bf16() {
 }
 
 #[test]
-fn a_resumed_optimizer_goes_on_bit_for_bit() {
+fn a_resumed_optimizer_continues_bit_for_bit() {
     let cpu = Cpu::new(1);
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let (params, mut weights) = weights(&cpu, dtype);
@@ -136,11 +136,11 @@ fn a_resumed_optimizer_goes_on_bit_for_bit() {
 }
 
 #[test]
-fn the_pieces_of_three_ranks_are_the_whole_bit_for_bit() {
+fn shards_on_three_ranks_equal_the_whole_bit_for_bit() {
     const RANKS: usize = 3;
     let cpu = Cpu::new(1);
     for dtype in [Dtype::F32, Dtype::Bf16] {
-        // 6, 4 and 5 elements: pieces of unequal lengths.
+        // 6, 4 and 5 elements: shards of unequal lengths.
         let (params, mut weights) = weights(&cpu, dtype);
         let initial: Vec<_> = weights.iter().map(|w| cpu.weight(cpu.weight_host(w))).collect();
         let mut whole = AdamW::new(0, 1);

@@ -1,5 +1,4 @@
-//! The mathematics of router alignment against finite differences and against its own definitions; selections against
-//! reference cases.
+//! Router alignment against finite differences and its definitions; selections against reference cases.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -37,7 +36,7 @@ fn assert_gradient(analytic: &[f64], numeric: &[f64], what: &str) {
     assert_eq!(analytic.len(), numeric.len(), "{what}");
 }
 
-/// Numbers that look random and are the same everywhere.
+/// Pseudo-random numbers, the same on every machine.
 fn numbers(seed: u64, n: usize) -> Vec<f64> {
     let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = || {
@@ -88,7 +87,7 @@ fn sample_logits_gradient() {
 }
 
 #[test]
-fn sample_logits_weigh_samples_not_tokens() {
+fn sample_logits_weight_samples_not_tokens() {
     let mut statistic = LayerStatistic::zero(2);
     // A sample of 1 token with logits (0, ln 3), and one of 100 tokens that each have (ln 3, 0).
     SampleSoftmax::forward(&[0.0, 3f64.ln(), 100.0 * 3f64.ln(), 0.0], &[1, 100]).add_to(&mut statistic);
@@ -100,9 +99,9 @@ fn sample_logits_weigh_samples_not_tokens() {
     assert_eq!((empty.mean(), none.backward(&[1.0, 2.0])), (None, vec![]));
 }
 
-/// The whole chain from sums over tokens to the loss, for both sides.
+/// From sums over tokens to the loss, for both sides.
 #[test]
-fn alignment_gradient_is_that_of_the_sums() {
+fn the_alignment_gradient_agrees_with_finite_differences() {
     let layers = |seed: u64, weight: f64| -> Vec<LayerStatistic> {
         (0..3)
             .map(|l| LayerStatistic { sum: numbers(seed + l, 5).iter().map(|x| x * weight).collect(), weight })
@@ -128,7 +127,7 @@ fn alignment_gradient_is_that_of_the_sums() {
 }
 
 #[test]
-fn nothing_to_compare_is_no_loss() {
+fn without_pairs_the_loss_is_zero() {
     let some = [LayerStatistic { sum: vec![1.0, 1.0], weight: 2.0 }];
     let none = [LayerStatistic::zero(2)];
     assert!(alignment(KlType::Forward, &some, &some).is_some());
@@ -182,7 +181,7 @@ proptest! {
         let value = |kind, p: &[f64], q: &[f64]| kl_and_gradient(kind, p, q).0;
         for kind in KINDS {
             prop_assert!(value(kind, &p, &q) >= 0.0);
-            // A minimum, and exactly so: u/u is 1 and ln 1 is 0.
+            // Exactly 0 at the minimum: u/u is 1 and ln 1 is 0.
             let (kl, dp, dq) = kl_and_gradient(kind, &p, &p);
             prop_assert!(kl == 0.0 && dp.iter().chain(&dq).all(|d| *d == 0.0), "{kl} {dp:?} {dq:?}");
         }
@@ -201,7 +200,7 @@ proptest! {
     }
 }
 
-/// Cases computed by an independent implementation, where they are at hand.
+/// Cases computed by an independent implementation, if the shared folder has them.
 #[test]
 fn selections_of_the_reference_cases() {
     let shared = std::env::var_os("MOEWARDEN_SHARED")

@@ -1,4 +1,4 @@
-//! Each rank keeps its part of the optimizer and no more, and gradients leave while the backward pass is under way.
+//! Each rank holds only its shard of the optimizer state, and gradients are sent during the backward pass.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +16,7 @@ use moewarden::run::memory::TrainedState;
 use moewarden::run::trainer::{Passes, Trainer};
 use moewarden::ui::Ui;
 
-/// Does `work` on the engine of each of so many ranks.
+/// Runs `work` with an engine on each of `ranks` ranks.
 fn on_ranks<T: Send + 'static>(ranks: usize, work: impl Fn(Engine<'_, Cpu>) -> T + Send + Sync + 'static) -> Vec<T> {
     let case = Arc::new(Case::open("olmoe"));
     on_threads(ranks, move |world| {
@@ -40,7 +40,7 @@ fn backward(engine: &Engine<'_, Cpu>, plan: &GradPlan, passes: &mut Passes<'_, C
 }
 
 #[test]
-fn a_layer_that_is_done_has_all_its_gradients_and_those_below_have_none() {
+fn a_finished_layer_has_all_its_gradients_and_lower_layers_have_none() {
     on_ranks(1, |engine| {
         let (model, b) = (&engine.model, &*engine.model.backend);
         let trainer = Trainer::new(&engine, &all_params(&engine));
@@ -75,8 +75,8 @@ fn a_layer_that_is_done_has_all_its_gradients_and_those_below_have_none() {
 }
 
 #[test]
-fn buckets_leave_with_the_last_pass_before_it_ends() {
-    // Rank 0 trains; rank 1 has nothing to add and counts what comes from rank 0.
+fn buckets_are_sent_during_the_last_backward_pass() {
+    // Rank 0 trains; rank 1 contributes zeros and counts the buckets from rank 0.
     let come = AtomicUsize::new(0);
     on_ranks(2, move |engine| {
         let all = all_params(&engine);
@@ -96,13 +96,13 @@ fn buckets_leave_with_the_last_pass_before_it_ends() {
         let ran = trainer.accumulate(&engine, |passes| {
             backward(&engine, &plan, passes, 0, false);
             sleep(Duration::from_millis(100));
-            assert_eq!(come.load(Ordering::SeqCst), 0, "a gradient that will still grow has left");
+            assert_eq!(come.load(Ordering::SeqCst), 0, "an unfinished gradient was sent");
             backward(&engine, &plan, passes, 1, true);
-            // The step has not ended; but every gradient is complete, and all but the embedding's are after some layer.
+            // The step has not ended, but every gradient is complete, and all except the embedding's belong to a finished layer.
             let start = Instant::now();
             while come.load(Ordering::SeqCst) < all.len() - 1 {
                 let come = come.load(Ordering::SeqCst);
-                assert!(start.elapsed() < Duration::from_secs(30), "{come} of {} buckets have left", all.len());
+                assert!(start.elapsed() < Duration::from_secs(30), "{come} of {} buckets were sent", all.len());
                 sleep(Duration::from_millis(1));
             }
         });
@@ -111,7 +111,7 @@ fn buckets_leave_with_the_last_pass_before_it_ends() {
 }
 
 #[test]
-fn the_size_of_buckets_decides_nothing() {
+fn results_do_not_depend_on_the_bucket_size() {
     let weights = |bucket: usize| {
         let ranks = on_ranks(2, move |mut engine| {
             let mut trainer = Trainer::with_bucket(&engine, &all_params(&engine), bucket);
@@ -133,7 +133,7 @@ fn the_size_of_buckets_decides_nothing() {
 }
 
 #[test]
-fn each_of_four_ranks_keeps_a_quarter_of_the_optimizer() {
+fn each_of_four_ranks_holds_a_quarter_of_the_optimizer_state() {
     let ranks = on_ranks(4, |engine| {
         let trainer = Trainer::new(&engine, &all_params(&engine));
         (trainer.optimizer().bytes(), engine.model.table.total().elements, engine.model.table.params.len())
@@ -142,7 +142,7 @@ fn each_of_four_ranks_keeps_a_quarter_of_the_optimizer() {
     assert_eq!(ranks.iter().map(|(bytes, ..)| bytes).sum::<usize>(), 12 * elements);
     for (bytes, ..) in ranks {
         assert!(bytes.abs_diff(12 * elements / 4) <= 12 * params, "{bytes} of {}", 12 * elements);
-        // The prediction has the sum of the gradient beside masters and moments.
+        // The prediction also counts the gradient sum, not only masters and moments.
         let predicted = TrainedState::predict(elements as u64, 4, 4).sharded as usize;
         assert!(predicted.abs_diff(bytes / 12 * 16) <= 16 * params, "{predicted} predicted");
     }
