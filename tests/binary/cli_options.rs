@@ -1,5 +1,5 @@
-//! The options: the documentation lists them all, the real binary refuses wrong ones with the right exit code, and
-//! whatever resolves can be given back as YAML.
+//! Options: the documentation lists all of them, the real binary refuses invalid ones with the right exit code, and every
+//! resolved configuration round-trips through YAML.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -29,7 +29,7 @@ fn args(line: &str) -> Vec<OsString> {
     std::iter::once("moewarden").chain(line.split_whitespace()).map(OsString::from).collect()
 }
 
-/// Resolves the options of `train`, with the required ones added in front.
+/// Resolves options of `train` after the required ones.
 fn train(line: &str) -> Result<Resolved, ConfigError> {
     match parse(&format!("train --model-name m --dataset-path d {line}")).command {
         cli::Command::Train(run) => resolve(run.config.as_deref(), &run.options),
@@ -59,7 +59,7 @@ fn yaml_file(text: &str) -> tempfile::NamedTempFile {
 }
 
 #[test]
-fn the_grammar_is_sound() {
+fn clap_accepts_the_definition_of_the_options() {
     cli::command().debug_assert();
 }
 
@@ -137,7 +137,7 @@ fn the_schedule_and_the_loss_follow_each_other() {
 }
 
 #[test]
-fn contradictions_and_impossible_values_are_configuration_errors() {
+fn contradictions_and_invalid_values_are_configuration_errors() {
     let cases = [
         ("--batch-size 0", "--batch-size is 0"),
         ("--grad-accum 0", "--grad-accum is 0"),
@@ -172,7 +172,7 @@ fn contradictions_and_impossible_values_are_configuration_errors() {
         ("--output-dir=~/runs", "`~`"),
         ("--num-epochs 2 --expert-epochs-per-round 3", "leave one out"),
         ("--num-epochs 2 --epochs-per-round 3", "leave one out"),
-        // options that could not act
+        // options without effect
         ("--random-match layer", "--method random"),
         ("--risk-threshold 0.1", "--method routing"),
         ("--routing-tokens all", "--method routing"),
@@ -197,13 +197,13 @@ fn contradictions_and_impossible_values_are_configuration_errors() {
 }
 
 #[test]
-fn an_option_that_cannot_act_but_asks_for_the_default_is_no_error() {
+fn an_option_without_effect_is_accepted_with_its_default_value() {
     config("--kl-type forward --skip-router-training --risk-threshold 0.05");
     config("--method random --random-match layer --score l2");
 }
 
 #[test]
-fn an_option_of_the_file_that_cannot_act_is_a_warning() {
+fn an_option_of_the_file_without_effect_is_a_warning() {
     let file = yaml_file("router-lr: 1e-3\n");
     let path = file.path().display();
     assert_eq!(train(&format!("--config {path}")).unwrap().warnings, Vec::<String>::new());
@@ -217,7 +217,7 @@ fn a_number_that_is_not_finite_is_never_dropped() {
     let mut numbers = 0;
     for arg in command.find_subcommand("train").unwrap().get_arguments() {
         let Some(name) = arg.get_long() else { continue };
-        // only floating-point options read these words as something that JSON does not hold
+        // only floating-point options parse these words, as values that JSON cannot represent
         for word in ["nan", "inf", "-inf"] {
             let line = format!("train --model-name m --dataset-path d --{name}={word}");
             let Ok(Cli { command: cli::Command::Train(run), .. }) = cli::parse(args(&line)) else { continue };
@@ -232,7 +232,7 @@ fn a_number_that_is_not_finite_is_never_dropped() {
 }
 
 #[test]
-fn all_problems_are_named_at_once() {
+fn all_problems_are_reported_at_once() {
     let error = train("--batch-size 0 --expert-lr 0").unwrap_err().to_string();
     assert!(error.contains("--batch-size") && error.contains("--expert-lr"), "{error}");
 }
@@ -295,7 +295,7 @@ fn every_field_of_the_configuration_is_an_option() {
     assert_eq!(extra, ["epochs-per-round", "num-epochs"], "options that decide nothing");
 }
 
-// ---- whatever resolves can be given back ----
+// ---- round trip through YAML ----
 
 fn any_of<T: ValueEnum + std::fmt::Debug + 'static>() -> impl Strategy<Value = Option<T>> {
     let values: Vec<T> = T::value_variants().to_vec();
@@ -306,7 +306,7 @@ fn rate() -> impl Strategy<Value = Option<f64>> {
     proptest::option::of(prop_oneof![1e-9..1.0f64, Just(5e-324), Just(f64::MAX), Just(1.0), Just(0.1)])
 }
 
-/// Text that YAML could take for something else, beside arbitrary text.
+/// Arbitrary text, and text that YAML could read as another type.
 fn text() -> impl Strategy<Value = Option<String>> {
     let tricky = [
         "yes", "null", "~x", "8", "1e5", "#", "- a", "a: b", " a ", "a\nb\n", "\"", "'", "\u{85}", "\u{2028}", "\t",
@@ -320,7 +320,7 @@ fn text() -> impl Strategy<Value = Option<String>> {
 }
 
 prop_compose! {
-    /// Options of which many, but not all, resolve.
+    /// Options that often, but not always, resolve.
     fn options()(
         (model_name, safe_response, path) in (text(), text(), text()),
         (long_rows, loss_on, method, score, score_per) in
@@ -363,10 +363,10 @@ prop_compose! {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, max_global_rejects: 100_000, ..ProptestConfig::default() })]
 
-    /// Texts come as flags. The rest comes as a file, where options that cannot act only warn: as flags most
-    /// combinations would be refused.
+    /// Texts are given as flags. The other options are given in a file, where an option without effect is only a warning:
+    /// as flags, most combinations would be refused.
     #[test]
-    fn what_resolves_is_reproduced_by_its_own_yaml(mut options in options()) {
+    fn a_resolved_configuration_round_trips_through_yaml(mut options in options()) {
         let flags = RawOptions {
             model_name: options.model_name.take(),
             dataset_path: options.dataset_path.take(),

@@ -1,4 +1,4 @@
-//! The commands besides `train`, as the user runs them: the real binary on tiny models.
+//! The commands other than `train`: the real binary on tiny models.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ impl Ran {
         self
     }
 
-    /// Ended with this code and named this on stderr.
+    /// Asserts the exit code and this part of stderr.
     fn failed(self, code: u8, named: &str) {
         assert_eq!(self.code, code, "{}\n{}", self.out, self.err);
         assert!(self.err.contains(named), "{named:?} is not in {}", self.err);
@@ -76,7 +76,7 @@ fn check_shows_everything_and_writes_nothing() {
     for part in ["olmoe (3 layers", "rows read", "memory a rank", "time a rank", "GFLOP/s", "training at most"] {
         assert!(ran.out.contains(part), "{part:?} is not in {}", ran.out);
     }
-    // Both sides of the first row, and the reply between the marks: no colour, since stdout is no terminal.
+    // Both sides of the first row, and the reply between markers: no colour, since stdout is not a terminal.
     assert_eq!(ran.out.matches('⟦').count(), 2, "{}", ran.out);
     assert!(ran.out.contains("⟦I cannot assist with that request") && ran.out.contains("<|end|>⟧"), "{}", ran.out);
     assert!(!ran.out.contains('\x1b'));
@@ -84,14 +84,14 @@ fn check_shows_everything_and_writes_nothing() {
 }
 
 #[test]
-fn check_takes_any_number_of_micro_batches_a_step() {
+fn check_accepts_any_number_of_micro_batches_per_step() {
     let dir = tempfile::tempdir().unwrap();
     let huge = format!("{SHORT} --schedule joint --use-router-consistency-loss --grad-accum {}", usize::MAX);
     on_case("check", "olmoe", &dir.path().join("out"), &huge).ok();
 }
 
 #[test]
-fn check_fails_as_the_run_would() {
+fn check_fails_like_the_run() {
     let dir = tempfile::tempdir().unwrap();
     let output = dir.path().join("out");
     let check = |more: &str| on_case("check", "mixtral", &output, more);
@@ -115,7 +115,7 @@ fn a_missing_safe_side_is_found_before_training() {
 }
 
 #[test]
-fn a_lone_unsafe_row_beside_attack_rows_takes_their_safe_sides_in_turn() {
+fn an_unsafe_row_without_a_safe_side_uses_the_safe_sides_of_attack_rows_in_turn() {
     let dir = tempfile::tempdir().unwrap();
     let attacks: Vec<Value> = serde_json::from_slice(&fs::read(case("olmoe").join("data.json")).unwrap()).unwrap();
     let attacks = attacks.into_iter().filter(|row| row.get("all_prompt").is_some()).map(|row| row.to_string());
@@ -201,7 +201,7 @@ fn a_delta_becomes_the_model_that_was_trained() {
 // --- eval --------------------------------------------------------------------------------------------------------
 
 #[test]
-fn eval_measures_what_the_reference_measures() {
+fn eval_agrees_with_the_reference() {
     for name in ["olmoe", "qwen3_moe"] {
         let dir = tempfile::tempdir().unwrap();
         let output = dir.path().join("eval");
@@ -256,7 +256,7 @@ fn eval_measures_what_the_reference_measures() {
 }
 
 fn close(found: &Value, wanted: f64, tolerance: f64, what: &str) {
-    // The reference rounds to nine digits and computes in f64; the f32 pass is within 7e-7 of it (KL: a little more).
+    // The reference is computed in f64 and has nine digits; the f32 pass is within 7e-7 of it (KL: slightly more).
     let found = found.as_f64().unwrap_or_else(|| panic!("{what}: {found}"));
     assert!((found - wanted).abs() <= tolerance * wanted.abs(), "{what}: {found}, not {wanted}");
 }
@@ -267,7 +267,7 @@ fn generations(output: &Path) -> Vec<Value> {
 }
 
 #[test]
-fn generations_are_whole_and_repeatable() {
+fn generations_are_complete_and_reproducible() {
     let dir = tempfile::tempdir().unwrap();
     let run = |name: &str, more: &str| {
         let output = dir.path().join(name);
@@ -302,10 +302,10 @@ fn generations_are_whole_and_repeatable() {
 }
 
 #[test]
-fn a_model_trained_to_refuse_is_seen_to_refuse() {
+fn eval_shows_that_a_model_trained_to_refuse_refuses() {
     let dir = tempfile::tempdir().unwrap();
     let (run, data) = (dir.path().join("run"), case("olmoe").join("data.json"));
-    // All parameters at a high rate, so that two rows are learnt by heart.
+    // All parameters at a high learning rate, so that two rows are memorised.
     let learn =
         "--mode baseline --skip-router-training --top-k-experts 1 --expert-lr 5e-3 --expert-epochs-per-round 40";
     on_case("train", "olmoe", &run, &format!("{learn} --num-rounds 1 --max-samples 2 --save-rounds none")).ok();
@@ -328,7 +328,7 @@ fn a_model_trained_to_refuse_is_seen_to_refuse() {
 }
 
 #[test]
-fn eval_never_removes_what_it_reads() {
+fn eval_never_deletes_its_inputs() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("run/final_model");
     copy_model(&case("olmoe").join("model"), &model);
@@ -377,7 +377,7 @@ fn a_report_holds_runs_and_evaluations() {
     for part in ["Jaccard", "Wilson", "Losses", "<polyline", "combined"] {
         assert!(html.contains(part), "{part} is not in the page");
     }
-    assert!(!html.replace("http://www.w3.org/2000/svg", "").contains("http"), "the page fetches nothing");
+    assert!(!html.replace("http://www.w3.org/2000/svg", "").contains("http"), "the page loads no external resource");
     assert!(!html.contains("<script"));
     for part in ["tuned", "random", "Jaccard", "asked, gcg/1"] {
         assert!(ran.out.contains(part), "{part} is not in {}", ran.out);
@@ -423,7 +423,7 @@ fn a_comparison_has_a_row_for_each_variant() {
     let markdown = fs::read_to_string(output.join("compare.md")).unwrap();
     assert!(markdown.contains("| variant |") && markdown.contains("| frozen |"), "{markdown}");
     assert!(fs::read_to_string(output.join("compare.html")).unwrap().contains("random-combined"));
-    // What it wrote is known to be its own.
+    // Its own outputs may be overwritten.
     let fewer = format!("{SHORT} --save-rounds none --methods gradient --ablations frozen --overwrite");
     on_case("compare", "mixtral", &output, &fewer).ok();
     assert_eq!(files_of(&output), ["compare.html", "compare.json", "compare.md", "frozen"]);

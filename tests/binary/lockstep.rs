@@ -1,25 +1,26 @@
-//! Any number of ranks takes the same steps: over the same micro-batches they find the same experts, have the same losses
-//! and end with the same weights; and processes have the bits of threads.
+//! Training does not depend on the number of ranks: with the same micro-batches the selection, losses and weights agree;
+//! and ranks as processes are bit-identical to ranks as threads.
 //!
 //! A step of the expert and joint phases has grad-accum · ranks micro-batches, one of the router phase has ranks
-//! micro-batches. So the runs here share a step of 12 examples among 1, 2, 3 or 4 ranks by one or the other option. There are
-//! 13 rows: in the second step of each phase all ranks but one have nothing to do.
+//! micro-batches. So the runs here divide a step of 12 examples among 1, 2, 3 or 4 ranks by one or the other option. There are
+//! 13 rows: in the second step of each phase all ranks but one are idle.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::binary::{self, Outputs, moewarden, read_weights, start, write_rows};
-use crate::closeness::{SAME_WEIGHTS, TRAINED_WEIGHTS, check_close};
+use crate::comparison::{SAME_WEIGHTS, TRAINED_WEIGHTS, check_close};
+use crate::program::{self, Outputs, moewarden, read_weights, start, write_rows};
 
 const ROWS: usize = 13;
 const STEP: usize = 12;
 
-/// By which option the ranks share the examples of a step.
+/// The option that divides the examples of a step among the ranks.
 #[derive(Clone, Copy)]
 enum Shared {
-    /// Cross-entropy is a mean over tokens: micro-batches of one size, as many a rank as it takes.
+    /// For cross-entropy, a mean over tokens: micro-batches of one size, several per rank.
     ByAccumulation(usize),
-    /// The router phase compares whole batches: smaller ones. (Gradient scores would be means over other micro-batches.)
+    /// For the router phase, which compares whole batches: smaller ones. (Gradient scores would be means over different
+    /// micro-batches.)
     ByBatchSize,
 }
 
@@ -39,9 +40,9 @@ struct Job {
     model: &'static str,
     shared: Shared,
     options: &'static str,
-    /// The steps that it is known to take, by phase.
+    /// The expected number of steps by phase.
     steps: &'static [(&'static str, usize)],
-    /// How far scores may be apart.
+    /// The relative tolerance of scores.
     scores: f64,
 }
 
@@ -52,7 +53,7 @@ impl Job {
         Self { model: "olmoe", shared, options, steps, scores: SAME_WEIGHTS }
     }
 
-    /// Runs it on threads of a process, or each rank in its own process.
+    /// Runs with ranks as threads of one process, or as processes.
     fn run(&self, dir: &Path, ranks: usize, processes: bool) -> Outputs {
         let [data, output] = [dir.join("data.json"), dir.join(format!("{ranks}-{processes}"))];
         write_rows(&data, ROWS);
@@ -60,7 +61,7 @@ impl Job {
         let text = format!(
             "train --model-name {} --dataset-path {} --output-dir {} {} {threads} {} --top-k-experts 4 \
              --safe-response No. --save-rounds none --save-steps 0 --threads 1 --quiet",
-            binary::model(self.model).display(),
+            program::model(self.model).display(),
             data.display(),
             output.display(),
             self.shared.options(ranks),
@@ -70,7 +71,7 @@ impl Job {
         Outputs::read(&output)
     }
 
-    /// Compares runs on 2, 3 and 4 ranks with one on a single rank.
+    /// Compares runs on 2, 3 and 4 ranks with a run on one rank.
     fn check(&self) {
         let dir = tempfile::tempdir().unwrap();
         let single = self.run(dir.path(), 1, false);
@@ -87,9 +88,9 @@ impl Job {
         }
     }
 
-    /// A comparison of runs that train nothing would show nothing.
+    /// Asserts that weights changed: otherwise the comparison would be vacuous.
     fn check_trained(&self, run: &Outputs) {
-        let source = read_weights(&binary::model(self.model));
+        let source = read_weights(&program::model(self.model));
         let moved = run.weights.iter().filter(|(name, value)| value.bytes[..] != source[*name].bytes[..]).count();
         assert!(moved > 2, "{}: {moved} tensors moved", self.options);
     }
@@ -114,7 +115,7 @@ fn frequencies_of_routing() {
 }
 
 #[test]
-fn random_experts_as_many_a_layer_as_by_gradient() {
+fn random_experts_with_the_counts_per_layer_of_the_gradient_method() {
     Job::new(ByAccumulation(1), "{EXPERTS} --method random --random-match layer", &[("expert", 2)]).check();
 }
 
@@ -174,7 +175,7 @@ fn rounds_of_both_phases() {
 
 #[cfg(feature = "mpi")]
 #[test]
-fn processes_have_the_bits_of_threads() {
+fn processes_are_bit_identical_to_threads() {
     let joint = "--num-rounds 1 --use-router-consistency-loss --expert-lr 1e-3 --router-lr 1e-3";
     let both = "--num-rounds 1 --method random --expert-lr 1e-3 --router-lr 1e-3";
     for (ranks, model, shared, options) in [

@@ -4,8 +4,8 @@
 #[path = "../common/processes.rs"]
 mod processes;
 
-mod binary;
-mod closeness;
+mod comparison;
+mod program;
 
 mod bad_input;
 mod cli_options;

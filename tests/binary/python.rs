@@ -1,5 +1,5 @@
-//! What Python says of a run's outputs. Ignored unless asked for, so that what did not run does not count as passed;
-//! `tests/all.sh` asks where Python is there.
+//! Python reads the outputs of runs. These tests are ignored by default, so that they do not count as passed where Python is
+//! missing; `tests/all.sh` includes them where it is installed.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -28,7 +28,7 @@ fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(name)
 }
 
-/// A short `train` on a model; its folder is `out` in the one given.
+/// A short `train` on a model, with the output folder `out` below `folder`.
 fn train(folder: &Path, model: &Path, data: &Path) {
     let options = "--num-rounds 2 --top-k-experts 4 --expert-lr 1e-2 --router-lr 1e-3 --save-rounds none";
     moewarden(folder, "train", "out", model, data, options);
@@ -61,7 +61,7 @@ fn python_reads_the_pickle() {
     let check = |pickle: &Path| python([script("check_pickle.py").as_path(), pickle, &scores]);
     passes(&check(&pickle));
 
-    // The check can fail: the last bit of the last gradient, which stands before SETITEMS three times and STOP.
+    // The check can fail: flip the last bit of the last gradient, which is followed by SETITEMS three times and STOP.
     let mut bytes = fs::read(&pickle).unwrap();
     let last = bytes.len() - 5;
     bytes[last] ^= 1;
@@ -71,8 +71,8 @@ fn python_reads_the_pickle() {
     assert!(!said.status.success() && String::from_utf8_lossy(&said.stderr).contains("is not its score"), "{said:?}");
 }
 
-/// Models of each family as transformers wrote them, in both layouts, and our own in the other layout and in bf16. Under CI,
-/// where time is short, one fused and one in bf16.
+/// Models of each family as written by transformers in both layouts, and random ones in the other layout and in bf16. In CI,
+/// to save time, only one fused and one in bf16.
 fn models(folder: &Path) -> Vec<(PathBuf, PathBuf)> {
     let mut models: Vec<_> = ["olmoe", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe_fused", "qwen2_fused"]
         .map(|case| (golden(case).join("model"), golden(case).join("data.json")))
@@ -92,7 +92,7 @@ fn models(folder: &Path) -> Vec<(PathBuf, PathBuf)> {
         let spec = TinySpec { dtype: Dtype::Bf16, layout, ..TinySpec::new(family) };
         write_random_checkpoint(&dir, &spec).unwrap();
         for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
-            // Some families keep the template in the configuration.
+            // Some families have the template in tokenizer_config.json.
             _ = fs::copy(golden(family).join("model").join(name), dir.join(name));
         }
         models.push((dir, golden(family).join("data.json")));
@@ -100,7 +100,7 @@ fn models(folder: &Path) -> Vec<(PathBuf, PathBuf)> {
     models
 }
 
-/// What check_export.py is to find in the export: the loss of each row alone, and the tensors that were trained.
+/// The expected values for check_export.py: the loss of each row alone, and the trained tensors.
 fn expectation(folder: &Path, model: &Path, data: &Path) -> Value {
     let export = folder.join("out/final_model");
     moewarden(folder, "identify", "each", &export, data, "--batch-size 1 --no-shuffle --top-k-experts 1");
@@ -158,7 +158,7 @@ fn transformers_loads_what_was_exported() {
         println!("{}", model.display());
         passes(&python([&check, &model, &export, &rows]));
         if i == 0 {
-            // The check can fail: the source in place of what was trained.
+            // The check can fail: the source in place of the trained model.
             let said = python([&check, &model, &model, &rows]);
             assert!(String::from_utf8_lossy(&said.stderr).contains("kept its bits but was trained"), "{said:?}");
         }

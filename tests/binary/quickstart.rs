@@ -1,4 +1,4 @@
-//! The newcomer's first command, through the real binary.
+//! The `quickstart` command of the real binary.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use assert_cmd::Command;
 use serde_json::Value;
 
 #[test]
-fn one_command_makes_trains_and_explains() {
+fn quickstart_makes_a_model_trains_it_and_explains_the_outputs() {
     let temp = tempfile::tempdir().unwrap();
     let run = |more: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_moewarden"));
@@ -23,7 +23,7 @@ fn one_command_makes_trains_and_explains() {
         assert!(said.contains(words), "{words:?} is missing in:\n{said}");
     }
 
-    // Each phase does what it is there for.
+    // Each phase improves its own loss.
     let dir = temp.path().join("moewarden-quickstart");
     let log = fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap();
     let steps: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -38,7 +38,7 @@ fn one_command_makes_trains_and_explains() {
         assert!(dir.join(name).is_file(), "{name} is missing");
     }
 
-    // What is there stays, unless it is asked for.
+    // An existing folder is kept unless --overwrite is given.
     let model = || fs::read(dir.join("run/final_model/model.safetensors")).unwrap();
     let first = model();
     let again = run(&[]);

@@ -1,24 +1,24 @@
-//! `--init random`: a model's shape without its weights.
+//! `--init random`: random weights for a model of which only config.json and the tokenizer exist.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::binary::{self, Ran, moewarden, start, write_rows};
+use crate::program::{self, Ran, moewarden, start, write_rows};
 use moewarden::backend::cpu::Cpu;
 use moewarden::backend::{Backend, Dtype};
 use moewarden::exit::{self, Coded};
 use moewarden::model::{Checkpoint, FAMILIES, Group, Model, ModelConfig, ParamTable, RandomInit};
 use serde_json::{Value, json};
 
-/// Sums of f64 in another order.
+/// f64 sums in different orders.
 const SAME_SCORES: f64 = 1e-12;
 
 /// A copy of a case's model without its weights, with these members of config.json changed (null: removed).
 fn shape_of(case: &str, to: &Path, changes: &Value) {
     fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(binary::model(case)).unwrap().map(Result::unwrap) {
+    for entry in fs::read_dir(program::model(case)).unwrap().map(Result::unwrap) {
         if !entry.file_name().to_string_lossy().contains("safetensors") {
             fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
         }
@@ -36,7 +36,7 @@ fn shape_of(case: &str, to: &Path, changes: &Value) {
 // --- tables ------------------------------------------------------------------------------------------------------
 
 #[test]
-fn config_json_alone_gives_the_names_shapes_and_formats_of_the_checkpoint() {
+fn config_json_alone_gives_the_names_shapes_and_dtypes_of_the_checkpoint() {
     let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let mut named = BTreeSet::new();
     let mut fused = 0;
@@ -56,8 +56,7 @@ fn config_json_alone_gives_the_names_shapes_and_formats_of_the_checkpoint() {
             assert_eq!(ours.value.shape, theirs.value.shape, "{what}: {:?}", ours.kind);
             assert_eq!(ours.value.dtype, theirs.value.dtype, "{what}: {:?}", ours.kind);
             assert_eq!(ours.byte_range.len(), theirs.byte_range.len(), "{what}: {:?}", ours.kind);
-            // Random weights are named as each expert's own tensors are, in the block that the family's authors
-            // published.
+            // Random weights have the tensor names of the published, unfused checkpoints.
             if !is_fused {
                 assert_eq!((ours.name(), &ours.tensor), (theirs.name(), &theirs.tensor), "{what}");
             }
@@ -72,7 +71,7 @@ fn config_json_alone_gives_the_names_shapes_and_formats_of_the_checkpoint() {
 }
 
 #[test]
-fn the_format_and_the_size_of_weights_come_from_config_json() {
+fn the_dtype_and_the_size_of_weights_come_from_config_json() {
     let temp = tempfile::tempdir().unwrap();
     let init = |changes: Value| {
         shape_of("olmoe", temp.path(), &changes);
@@ -99,7 +98,7 @@ fn the_format_and_the_size_of_weights_come_from_config_json() {
 }
 
 #[test]
-fn published_shapes_have_their_known_number_of_parameters() {
+fn published_models_have_the_known_number_of_parameters() {
     let known = [
         // allenai/OLMoE-1B-7B-0125-Instruct
         (json!({"model_type": "olmoe", "intermediate_size": 1024}), 6_919_161_856),
@@ -120,9 +119,9 @@ fn published_shapes_have_their_known_number_of_parameters() {
 
 // --- values ------------------------------------------------------------------------------------------------------
 
-/// A model of random weights on a CPU of `threads` threads.
+/// A model with random weights on a CPU backend with `threads` threads.
 fn model(case: &str, seed: u64, threads: usize) -> Model<Cpu> {
-    let dir = binary::model(case);
+    let dir = program::model(case);
     let config = ModelConfig::from_dir(&dir).unwrap();
     let table = ParamTable::random(&config, RandomInit::from_dir(&dir, seed).unwrap());
     Model::new(Arc::new(Cpu::new(threads)), config, table)
@@ -153,7 +152,7 @@ fn norms_are_ones_biases_zeros_and_matrices_random() {
 }
 
 #[test]
-fn random_values_have_the_mean_and_the_deviation_asked_for() {
+fn random_values_have_the_given_mean_and_standard_deviation() {
     let b = Cpu::new(2);
     let n = 300_007; // more than one chunk
     for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
@@ -176,7 +175,7 @@ fn absent_values_cannot_be_taken_for_zeros() {
 
 // --- commands ----------------------------------------------------------------------------------------------------
 
-/// A folder with a shape and rows.
+/// A folder with a config.json, a tokenizer and rows.
 struct Scene(tempfile::TempDir);
 
 impl Scene {
@@ -209,7 +208,7 @@ impl Scene {
     }
 }
 
-/// The numbers of a list, and of the lists in it.
+/// All numbers of a nested list.
 fn numbers(value: &Value) -> Vec<f64> {
     match value {
         Value::Array(values) => values.iter().flat_map(numbers).collect(),
@@ -218,7 +217,7 @@ fn numbers(value: &Value) -> Vec<f64> {
 }
 
 #[test]
-fn identify_gives_the_same_scores_whatever_the_ranks_and_others_by_another_seed() {
+fn scores_of_identify_depend_on_the_seed_but_not_on_the_number_of_ranks() {
     let scene = Scene::new();
     let identify = |output: &str, more: &str| {
         let ran = scene.run("identify", output, &format!("--init random {more}")).ok();
@@ -229,7 +228,7 @@ fn identify_gives_the_same_scores_whatever_the_ranks_and_others_by_another_seed(
     assert_eq!(one, identify("again", ""));
     let losses = numbers(&one["losses"]);
     assert_eq!(losses.len(), 5);
-    // A guess among 320 tokens, a little worse for the weights' noise.
+    // ln 320 of a uniform guess, plus a little for the random weights.
     assert!(losses.iter().all(|loss| (loss - 320f64.ln()).abs() < 1.0), "{losses:?}");
 
     let two = identify("two", "--ranks 2");
@@ -250,7 +249,7 @@ fn identify_gives_the_same_scores_whatever_the_ranks_and_others_by_another_seed(
 }
 
 #[test]
-fn train_measures_and_writes_no_model() {
+fn train_reports_metrics_and_writes_no_model() {
     let scene = Scene::new();
     let options = "--init random --num-rounds 2 --expert-lr 1e-2 --router-lr 1e-3";
     let check = scene.run("check", "out", options).ok();
@@ -282,7 +281,7 @@ fn train_measures_and_writes_no_model() {
 }
 
 #[test]
-fn a_signal_ends_a_run_that_has_nothing_to_save() {
+fn a_signal_ends_a_run_without_checkpoints() {
     let scene = Scene::new();
     let text = format!(
         "train --init random --model-name {} --dataset-path {} --output-dir {} --batch-size 1 --top-k-experts 4 --threads 1 \
@@ -300,17 +299,17 @@ fn a_signal_ends_a_run_that_has_nothing_to_save() {
 }
 
 #[test]
-fn what_random_weights_cannot_do_is_refused() {
+fn options_that_need_real_weights_are_refused() {
     let scene = Scene::new();
     let random = |more: &str| scene.run("train", "out", &format!("--init random {more}"));
     random("--resume").failed(exit::CONFIG, &["--resume", "--init random"]);
     random("--save-rounds delta").failed(exit::CONFIG, &["--save-rounds would do nothing", "--init random"]);
     random("--save-steps 10").failed(exit::CONFIG, &["--save-steps would do nothing"]);
     random("--keep-checkpoints 9").failed(exit::CONFIG, &["--keep-checkpoints would do nothing"]);
-    // Asking for nothing is no contradiction.
+    // Options that ask for no output are accepted.
     random("--num-rounds 1 --save-rounds none --save-steps 0").ok();
 
-    // The weights that are missing without it, and what is missing with it.
+    // Without the option the weights are missing; with it, only the tokenizer.
     scene.run("train", "other", "").failed(exit::NO_INPUT, &["model.safetensors", "--init random"]);
     fs::remove_file(scene.path("model/tokenizer.json")).unwrap();
     scene.run("identify", "other", "--init random").failed(exit::NO_INPUT, &["tokenizer.json"]);

@@ -1,5 +1,5 @@
-//! A run that was cut off goes on as if it had not been: from every checkpoint, with the same bits; with another number of
-//! ranks over the same steps; past damaged checkpoints; and after signals.
+//! Resumed runs: bit-identical from every checkpoint; with another number of ranks the same steps; damaged checkpoints are
+//! skipped; and signals save a checkpoint.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,13 +7,13 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::binary::{self, Outputs, Ran, Running, moewarden, start, write_rows};
-use crate::closeness::{TRAINED_WEIGHTS, check_close};
+use crate::comparison::{TRAINED_WEIGHTS, check_close};
+use crate::program::{self, Outputs, Ran, Running, moewarden, start, write_rows};
 use moewarden::exit;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// A run without a place.
+/// A run, without its output folder.
 #[derive(Clone, Copy)]
 struct Job {
     model: &'static str,
@@ -21,11 +21,11 @@ struct Job {
     options: &'static str,
 }
 
-/// Two rounds of five steps a phase, on one rank by `--batch-size 2`, on two by 1. An identification pauses once.
+/// Two rounds of five steps per phase: on one rank with `--batch-size 2`, on two ranks with 1. Identification pauses once.
 const ALTERNATE: Job =
     Job { model: "olmoe", rows: 9, options: "--num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3 --safe-response No." };
 
-/// Who works.
+/// The ranks of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Team {
     Threads(usize),
@@ -54,7 +54,7 @@ impl Job {
         let text = format!(
             "train --model-name {} --dataset-path {} --output-dir {} {ranks} {} {more} --top-k-experts 4 --save-rounds none \
              --threads 1",
-            binary::model(self.model).display(),
+            program::model(self.model).display(),
             data.display(),
             output.display(),
             self.options,
@@ -87,7 +87,7 @@ fn checkpoints(run: &Path) -> Vec<String> {
     names
 }
 
-/// The folder of a finished run as it was when it had made this checkpoint, but for logs that know more.
+/// Copies the output folder of a finished run as it was after this checkpoint, except that the logs are longer.
 fn cut_at(run: &Path, checkpoint: &str, copy: &Path) {
     let folder = Path::new("checkpoints").join(checkpoint);
     fs::create_dir_all(copy.join(&folder)).unwrap();
@@ -98,7 +98,7 @@ fn cut_at(run: &Path, checkpoint: &str, copy: &Path) {
     }
 }
 
-/// Goes on from every `stride`th checkpoint of a run, by whom `resume` says; the outputs, each with where it went on.
+/// Resumes from every `stride`th checkpoint of a run; returns the outputs with the names of the checkpoints.
 fn resumed(job: &Job, run: &Path, stride: usize, team: Team, more: &str) -> Vec<(String, Outputs)> {
     let all = checkpoints(run);
     let chosen = all.into_iter().step_by(stride);
@@ -114,13 +114,13 @@ fn resumed(job: &Job, run: &Path, stride: usize, team: Team, more: &str) -> Vec<
     chosen.map(resume).collect()
 }
 
-/// From every checkpoint of a run of two rounds, by as many ranks.
+/// Resumes a run of two rounds from each of its checkpoints with the same number of ranks.
 fn check_every_step(team: Team, more: &str) {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("run");
     let whole = ALTERNATE.run_saving(&run, team, more);
     assert_eq!(whole.metrics.iter().filter(|row| row["phase"] != "identify").count(), 20);
-    // In each round one within the identification, five a phase, and the end.
+    // In each round one during identification, five per phase, and one at the end.
     assert_eq!(checkpoints(&run).len(), 2 * 12, "{:?}", checkpoints(&run));
     for (from, outputs) in resumed(&ALTERNATE, &run, 1, team, more) {
         outputs.assert_same(&whole, &format!("{team:?}, {from}"));
@@ -128,17 +128,17 @@ fn check_every_step(team: Team, more: &str) {
 }
 
 #[test]
-fn one_rank_goes_on_from_every_step() {
+fn one_rank_resumes_from_every_step() {
     check_every_step(Threads(1), "--batch-size 2");
 }
 
 #[test]
-fn two_ranks_go_on_from_every_step() {
+fn two_ranks_resume_from_every_step() {
     check_every_step(Threads(2), "--batch-size 1");
 }
 
 #[test]
-fn other_kinds_of_steps_go_on_too() {
+fn other_modes_and_schedules_resume() {
     let kinds = [
         ("olmoe", "--num-rounds 1 --use-router-consistency-loss --router-lr 1e-3 --batch-size 2"),
         ("olmoe_bf16", "--num-rounds 1 --mode baseline --router-lr 1e-3 --batch-size 1"),
@@ -162,11 +162,11 @@ fn other_kinds_of_steps_go_on_too() {
 }
 
 #[test]
-fn other_numbers_of_ranks_take_the_same_steps() {
+fn another_number_of_ranks_takes_the_same_steps() {
     let alternate = "--num-rounds 1 --safe-response No. --batch-size 1 --expert-lr 1e-3 --router-lr 1e-3";
     let choosing = "--num-rounds 1 --safe-response No. --batch-size 2 --expert-lr 1e-3 --selection per-batch \
                     --use-router-consistency-loss";
-    // So many rows that an identification on four ranks pauses.
+    // Enough rows that identification on four ranks pauses.
     for (rows, writers, readers, options, more) in [
         (18, 4, &[1, 2][..], alternate, ""),
         (18, 1, &[3], alternate, "--grad-accum 4"),
@@ -178,7 +178,7 @@ fn other_numbers_of_ranks_take_the_same_steps() {
         let whole = job.run_saving(&run, Threads(writers), more);
         for readers in readers {
             for (from, outputs) in resumed(&job, &run, 4, Threads(*readers), more) {
-                // Scores that were not finished are added up in another order.
+                // Partial scores are added up in a different order.
                 let what = format!("{options}: {writers} → {readers} ranks, {from}");
                 check_close(&whole, &outputs, TRAINED_WEIGHTS, &what);
             }
@@ -188,7 +188,7 @@ fn other_numbers_of_ranks_take_the_same_steps() {
 
 #[cfg(feature = "mpi")]
 #[test]
-fn threads_go_on_where_processes_were() {
+fn threads_resume_a_run_of_processes() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("run");
     let whole = ALTERNATE.run_saving(&run, Processes(2), "--batch-size 1");
@@ -200,7 +200,7 @@ fn threads_go_on_where_processes_were() {
 // --- which checkpoint --------------------------------------------------------------------------------------------------
 
 #[test]
-fn the_newest_whole_checkpoint_of_the_same_run_counts() {
+fn the_newest_valid_checkpoint_of_the_same_run_is_used() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("run");
     let team = Threads(2);
@@ -210,7 +210,7 @@ fn the_newest_whole_checkpoint_of_the_same_run_counts() {
     assert_eq!(kept, ["round_2-router-step_3", "round_2-router-step_4", "round_3-identify-step_0"], "the newest three");
     let resume = |more: &str| ALTERNATE.run(&run, team, &format!("--resume --keep-checkpoints 3 {more}"));
 
-    // Once more at its end: nothing is trained, nothing changes.
+    // Resumed after its end: nothing is trained, nothing changes.
     resume("--batch-size 1").ok();
     Outputs::read(&run).assert_same(&whole, "resumed at the end");
     assert_eq!(checkpoints(&run), kept);
@@ -222,17 +222,17 @@ fn the_newest_whole_checkpoint_of_the_same_run_counts() {
     resume("--batch-size 1").failed(exit::CONFIG, &["data", "--overwrite"]);
     write_rows(&rows, ALTERNATE.rows);
 
-    // What a killed run had begun to write does not disturb, and goes away with the next checkpoint.
+    // Leftovers of a killed run are ignored, and removed with the next checkpoint.
     let left = run.join("checkpoints/.round_2-router-step_2.partial");
     fs::create_dir(&left).unwrap();
     fs::write(left.join("state.json"), "{").unwrap();
     fs::remove_dir_all(run.join("checkpoints").join(&kept[2])).unwrap();
     resume("--batch-size 1").ok();
-    Outputs::read(&run).assert_same(&whole, "resumed beside a part of a checkpoint");
+    Outputs::read(&run).assert_same(&whole, "resumed beside a partial checkpoint");
     assert!(!left.exists());
     assert_eq!(checkpoints(&run), kept);
 
-    // A damaged one is passed over for the one before it; without a whole one there is nothing to go on from.
+    // A damaged checkpoint is skipped for the one before it; without a valid one the run cannot resume.
     let damage = |checkpoint: &str, file: &str| {
         let path = run.join("checkpoints").join(checkpoint).join(file);
         let mut bytes = fs::read(&path).unwrap();
@@ -250,8 +250,8 @@ fn the_newest_whole_checkpoint_of_the_same_run_counts() {
         assert!(said, "nothing of {file} in {checkpoint}: {}", ran.err);
     }
     assert!(ran.out.contains(&format!("resuming from {}", run.join("checkpoints").join(&kept[0]).display())));
-    Outputs::read(&run).assert_same(&whole, "resumed from the last whole checkpoint");
-    assert_eq!(checkpoints(&run), kept, "whole ones have come in the place of the damaged ones");
+    Outputs::read(&run).assert_same(&whole, "resumed from the last valid checkpoint");
+    assert_eq!(checkpoints(&run), kept, "the damaged checkpoints were replaced");
 
     for checkpoint in checkpoints(&run) {
         fs::remove_file(run.join("checkpoints").join(checkpoint).join("manifest.json")).unwrap();
@@ -260,7 +260,7 @@ fn the_newest_whole_checkpoint_of_the_same_run_counts() {
 }
 
 #[test]
-fn without_a_checkpoint_a_resumed_run_begins() {
+fn without_a_checkpoint_resume_starts_from_the_beginning() {
     let dir = tempfile::tempdir().unwrap();
     let job = Job { rows: 3, options: "--num-rounds 1 --skip-router-training", ..ALTERNATE };
     let [new, plain] = ["new", "plain"].map(|name| dir.path().join(name));
@@ -271,13 +271,13 @@ fn without_a_checkpoint_a_resumed_run_begins() {
 
 // --- signals -----------------------------------------------------------------------------------------------------------
 
-/// From a signal to the end of the process: a step of these models takes a tenth of a second, where the cores are free.
+/// From a signal to the end of the process. A step of these models takes a tenth of a second on idle cores.
 const SOON: Duration = Duration::from_secs(60);
 
-/// Interrupts a run at random moments, and resumes it, until it ends by itself.
+/// Interrupts a run at random times and resumes it until it ends by itself.
 fn check_interrupted(team: Team, signals: &[i32], seed: u64) {
     let dir = tempfile::tempdir().unwrap();
-    // Longer replies than elsewhere: time to interrupt it.
+    // Longer replies than elsewhere, so that there is time to interrupt the run.
     let job = Job { options: "--num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3", ..ALTERNATE };
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let [plain, run] = ["plain", "run"].map(|name| dir.path().join(name));
@@ -301,7 +301,7 @@ fn check_interrupted(team: Team, signals: &[i32], seed: u64) {
         let signalled = Instant::now();
         let ran = running.end();
         if ran.code == Some(exit::OK.into()) {
-            // It was faster than the signal.
+            // It ended before the signal.
             if times > 2 {
                 break;
             }
@@ -312,29 +312,29 @@ fn check_interrupted(team: Team, signals: &[i32], seed: u64) {
         assert!(ran.err.contains("saved") && ran.err.contains("--resume"), "{}", ran.err);
         ran.ended(exit::REQUEUE);
         times += 1;
-        // A machine may become slower meanwhile, and signals before the first step are no progress.
+        // The machine may become slower, and a signal before the first step makes no progress.
         longest = longest.mul_f64(1.1);
     }
     Outputs::read(&run).assert_same(&Outputs::read(&plain), &format!("{team:?}, interrupted {times} times"));
 }
 
 #[test]
-fn an_interrupted_rank_goes_on() {
+fn an_interrupted_rank_resumes() {
     check_interrupted(Threads(1), &[libc::SIGUSR1, libc::SIGTERM], 1);
 }
 
 #[test]
-fn interrupted_ranks_go_on() {
+fn interrupted_ranks_resume() {
     check_interrupted(Threads(2), &[libc::SIGTERM, libc::SIGUSR1], 2);
 }
 
-/// `identify` makes no checkpoints.
+/// `identify` writes no checkpoints.
 #[test]
-fn an_identification_alone_says_that_nothing_was_saved() {
+fn an_interrupted_identify_reports_that_nothing_was_saved() {
     let dir = tempfile::tempdir().unwrap();
     let [rows, output] = ["rows.json", "run"].map(|name| dir.path().join(name));
     write_rows(&rows, 100);
-    let [model, data, dir] = [binary::model("olmoe"), rows, output.clone()].map(|path| path.display().to_string());
+    let [model, data, dir] = [program::model("olmoe"), rows, output.clone()].map(|path| path.display().to_string());
     let args = ["identify", "--model-name", &model, "--dataset-path", &data, "--output-dir", &dir, "--ranks", "2"];
     let mut running = start(moewarden(0, args.into_iter().chain(["--batch-size", "1", "--top-k-experts", "4"])));
     assert!(running.wait_for(|| output.join("config.resolved.yaml").exists()));
@@ -343,17 +343,17 @@ fn an_identification_alone_says_that_nothing_was_saved() {
     assert!(!output.join("expert_scores.json").exists());
 }
 
-/// `mpirun` hands SIGUSR1 on to its processes. (With SIGTERM it ends them, in its own way.)
+/// `mpirun` forwards SIGUSR1 to its processes. (On SIGTERM it kills them.)
 #[cfg(feature = "mpi")]
 #[test]
-fn interrupted_processes_go_on() {
+fn interrupted_processes_resume() {
     check_interrupted(Processes(2), &[libc::SIGUSR1], 3);
 }
 
-/// As a scheduler may do that takes one machine away.
+/// As when a scheduler preempts one machine.
 #[cfg(feature = "mpi")]
 #[test]
-fn one_process_that_is_told_to_stop_stops_all() {
+fn a_signal_to_one_process_stops_all() {
     let dir = tempfile::tempdir().unwrap();
     let [plain, run] = ["plain", "run"].map(|name| dir.path().join(name));
     ALTERNATE.run(&plain, Processes(2), "--batch-size 1").ok();
@@ -364,10 +364,10 @@ fn one_process_that_is_told_to_stop_stops_all() {
     assert_eq!(unsafe { libc::kill(one, libc::SIGTERM) }, 0);
     running.end().failed(exit::REQUEUE, &["stopped as asked"]);
     ALTERNATE.run(&run, Processes(2), "--batch-size 1 --resume").ok();
-    Outputs::read(&run).assert_same(&Outputs::read(&plain), "one of two processes was told to stop");
+    Outputs::read(&run).assert_same(&Outputs::read(&plain), "one of two processes was signalled");
 }
 
-/// The processes of the binary that have this folder among their arguments.
+/// The processes of the binary with this folder among their arguments.
 #[cfg(feature = "mpi")]
 fn processes_with(folder: &Path) -> Vec<i32> {
     let folder = folder.to_str().unwrap();
@@ -382,7 +382,7 @@ fn processes_with(folder: &Path) -> Vec<i32> {
 }
 
 #[test]
-fn a_second_signal_ends_it_at_once() {
+fn a_second_signal_ends_the_run_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let [plain, run] = ["plain", "run"].map(|name| dir.path().join(name));
     let job = Job { rows: 5, options: "--num-rounds 1 --batch-size 1 --expert-lr 1e-3 --router-lr 1e-3", ..ALTERNATE };
@@ -390,7 +390,7 @@ fn a_second_signal_ends_it_at_once() {
     let whole = Outputs::read(&plain);
     for signal in [libc::SIGTERM, libc::SIGUSR1] {
         let more = if run.exists() { "--overwrite" } else { "" };
-        // It saves the first two steps, and hangs at the third.
+        // The run saves the first two steps and hangs at the third.
         let mut hanging = job.command(&run, Threads(1), &format!("{more} --save-steps 1"));
         hanging.env("MOEWARDEN_FAULT", "rank=0,at=step:3,do=hang");
         let mut running = start(hanging);

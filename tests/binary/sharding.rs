@@ -7,7 +7,7 @@ use moewarden::model::tiny::{TinySpec, write_random_checkpoint};
 use moewarden::model::{Checkpoint, ModelConfig, ParamTable};
 use moewarden::train::memory::TrainedState;
 
-use crate::binary::{self, moewarden, start, write_rows};
+use crate::program::{self, moewarden, start, write_rows};
 
 /// Bytes of `12.3 MB`.
 fn bytes(text: &str) -> f64 {
@@ -34,7 +34,7 @@ fn sharding_the_optimizer_reduces_peak_memory() {
     };
     write_random_checkpoint(&model, &spec).unwrap();
     for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
-        let source = binary::model("olmoe").join(file);
+        let source = program::model("olmoe").join(file);
         if source.exists() {
             fs::copy(source, model.join(file)).unwrap();
         }
@@ -65,8 +65,8 @@ fn sharding_the_optimizer_reduces_peak_memory() {
         .elements;
     let predicted = TrainedState::predict(elements as u64, 4, 4).sharded;
     assert!(out.contains(&format!("1/4 of masters and moments {}", human(predicted))), "{out}");
-    // 12 bytes per parameter become 16/4. Up to four buckets of 32 MiB in flight offset some of that: two queued, one
-    // being filled and one being sent.
+    // 12 bytes per parameter become 16/4. Up to four buckets of 32 MiB are in flight and take some of that back: two queued,
+    // one being filled and one being sent.
     let (less, buckets) = (8.0 * elements as f64, 4.0 * f64::from(32 << 20));
     for peak in four {
         let saved = single[0] - peak;

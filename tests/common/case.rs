@@ -21,20 +21,20 @@ use serde_json::Value;
 /// One folder of `tests/golden`, opened.
 pub struct Case {
     pub expect: Value,
-    /// The numbers of `options`, in the order of the file, nothing else changed.
+    /// The defaults with the values of `options`, and rows in the order of the file.
     pub config: RunConfig,
     pub session: Session,
 }
 
-/// Where the golden cases are. cargo sets the variable for tests, too; without cargo it tells a test that was built elsewhere
-/// where the sources are.
+/// The folder of the golden cases. cargo sets `CARGO_MANIFEST_DIR` when it runs tests; a test program that runs on another
+/// machine than it was built on gets it from its caller.
 pub fn golden_dir() -> PathBuf {
     let root = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
     root.join("tests/golden")
 }
 
 impl Case {
-    /// A case with the targets of its fixture, whatever ours are for the same rows.
+    /// A case with the targets that its fixture gives, in place of the targets that the program derives from the rows.
     pub fn open(name: &str) -> Self {
         let mut case = Self::open_as_read(name);
         let records = case.expect["records"].as_array().expect("records");
@@ -45,7 +45,7 @@ impl Case {
         case
     }
 
-    /// A case as our own reading of its rows has it.
+    /// A case with the targets that the program derives from the rows.
     pub fn open_as_read(name: &str) -> Self {
         let dir = golden_dir().join(name);
         let text = std::fs::read_to_string(dir.join("expect.json")).expect("expect.json");
@@ -87,7 +87,7 @@ impl Case {
         CaseRun::new(&self.session, config, backend, rank)
     }
 
-    /// Whether it is one of the four (one a family) with the long list of training runs.
+    /// Whether it is one of the four cases (one per family) with the long list of training runs.
     pub fn is_long(&self) -> bool {
         self.expect["training"].as_array().expect("training runs").len() > 4
     }
@@ -97,7 +97,7 @@ impl Case {
         experts(&self.expect["selection"]["highest"])
     }
 
-    /// The configuration with these options on top, by the names of `expect.json` (`grad_accum`, ...).
+    /// The configuration with these options changed; the keys are those of `expect.json` (`grad_accum`, ...).
     pub fn config_with(&self, options: &Value) -> RunConfig {
         let mut all = serde_json::to_value(&self.config).expect("a configuration is data");
         for (key, value) in options.as_object().expect("options") {
@@ -195,7 +195,7 @@ pub fn ids(value: &Value) -> Option<Vec<u32>> {
     value.as_array().map(|ids| ids.iter().map(|id| id.as_u64().expect("an id") as u32).collect())
 }
 
-/// A reply of the fixture: `{ids, loss}` with the loss as half-open ranges, of which `last_turn` takes the last alone.
+/// A reply of the fixture: `{ids, loss}`, where `loss` lists half-open ranges of targets. `last_turn`: only the last range.
 pub fn example(value: &Value, last_turn: bool) -> Option<Example> {
     let ids = ids(&value["ids"])?;
     let mut loss = vec![false; ids.len()];
@@ -254,14 +254,14 @@ pub fn experts(value: &Value) -> Vec<ExpertId> {
     serde_json::from_value(value.clone()).expect("a list of experts")
 }
 
-/// How far a list may be from what is expected, and why that far.
+/// The largest allowed difference from an expected list, and the reason for it.
 #[derive(Clone, Copy)]
 pub struct Tolerance {
-    /// Of the largest expected number of the list.
+    /// Relative to the largest expected number of the list.
     pub relative: f64,
-    /// Beside it.
+    /// Added to the relative part.
     pub absolute: f64,
-    /// Where it comes from.
+    /// The source of the difference.
     pub why: &'static str,
 }
 

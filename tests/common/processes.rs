@@ -6,7 +6,7 @@ use std::process::Command;
 /// The environment variable that marks all processes of one launch.
 pub const MARK: &str = "MOEWARDEN_TEST_MARK";
 
-/// `mpirun` for processes on this machine, still without their number and their program.
+/// `mpirun` on this machine; the caller adds the number of processes and the program.
 pub fn mpirun() -> Command {
     let version = Command::new("mpirun").arg("--version").output();
     let version =
@@ -18,7 +18,7 @@ pub fn mpirun() -> Command {
         if unsafe { libc::getuid() } == 0 {
             mpirun.arg("--allow-run-as-root");
         }
-        // Without the copies from process to process that containers forbid.
+        // No cross-memory attach: containers often forbid it.
         mpirun.env("OMPI_MCA_btl", "self,vader").env("OMPI_MCA_btl_vader_single_copy_mechanism", "none");
     }
     mpirun

@@ -1,6 +1,6 @@
-//! What the integration tests share.
+//! Random values, and comparison of f32 results with f64 references.
 
-/// Panics, naming the worst index, unless |actual - expected| ≤ abs + rel · |expected| everywhere. NaN is never close.
+/// Panics with the worst index unless |actual - expected| ≤ abs + rel · |expected| everywhere. NaN is never close.
 /// `why` says where the tolerance comes from.
 #[track_caller]
 pub fn assert_close(actual: &[f32], expected: &[f64], abs: f64, rel: f64, why: &str) {
@@ -24,7 +24,7 @@ pub fn assert_close(actual: &[f32], expected: &[f64], abs: f64, rel: f64, why: &
     );
 }
 
-/// A deterministic source of numbers (SplitMix64, Steele et al. 2014), so that tests need no state between runs.
+/// A deterministic random number generator (SplitMix64, Steele et al. 2014).
 pub struct Rng(u64);
 
 impl Rng {

@@ -1,4 +1,4 @@
-//! AdamW on the CPU backend: against its formula in f64, sharded against whole, resumed against uninterrupted.
+//! AdamW on the CPU backend: against its formula in f64, resumed, and sharded.
 
 use moewarden::backend::cpu::Cpu;
 use moewarden::backend::{Backend, Dtype, HostTensor};
@@ -27,7 +27,7 @@ fn weights(cpu: &Cpu, dtype: Dtype) -> (Vec<Trainable>, Vec<<Cpu as Backend>::We
     (params, weights)
 }
 
-/// One step of these parameters, with consecutive gradients.
+/// One step of these parameters; the gradients are concatenated.
 fn step(
     cpu: &Cpu,
     optimizer: &mut AdamW<Cpu>,
@@ -81,7 +81,7 @@ fn each_parameter_follows_the_formula_with_its_own_step_count() {
             }
         }
         for (i, (x, y)) in cpu.weight_host(&weights[p.param]).to_f32().iter().zip(&w).enumerate() {
-            // Seven f32 updates of weights up to 1.25: fourteen roundings of at most 6e-8, which partly cancel.
+            // Seven f32 updates of weights up to 1.25: fourteen roundings of at most 6e-8 each, which partly cancel.
             assert!((f64::from(*x) - y).abs() < 3e-7, "parameter {}[{i}]: {x}, not {y}", p.param);
         }
     }
@@ -141,7 +141,7 @@ fn the_shards_of_three_ranks_are_bit_identical_to_the_whole() {
     const RANKS: usize = 3;
     let cpu = Cpu::new(1);
     for dtype in [Dtype::F32, Dtype::Bf16] {
-        // 6, 4 and 5 elements: pieces of unequal lengths.
+        // 6, 4 and 5 elements: shards of unequal lengths.
         let (params, mut weights) = weights(&cpu, dtype);
         let initial: Vec<_> = weights.iter().map(|w| cpu.weight(cpu.weight_host(w))).collect();
         let mut whole = AdamW::new(0, 1);

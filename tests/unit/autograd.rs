@@ -1,5 +1,5 @@
-//! The families' forward pass over candle tensors in f64, written for its gradients: candle's fused softmax, norm and rope
-//! cut its graph, and the gradient of its scatter is wrong, so everything here is sums, products and powers.
+//! The families' forward pass over candle tensors in f64, as a reference for gradients. Only sums, products and powers are
+//! used: candle's fused softmax, norm and rope detach the graph, and its scatter has a wrong gradient.
 
 use std::collections::HashMap;
 
@@ -25,7 +25,7 @@ impl<'a> Autograd<'a> {
         Ok(Self { config: &model.config, vars: model.table.iter().map(variable).collect::<Result<_>>()? })
     }
 
-    /// The gradient of a loss by one parameter; zeros where the graph does not reach it.
+    /// The gradient of a loss with respect to one parameter; zeros if the loss does not depend on it.
     pub fn gradient(&self, grads: &GradStore, kind: ParamKind) -> Result<Vec<f64>> {
         let var = &self.vars[&kind];
         match grads.get(var.as_tensor()) {
@@ -150,7 +150,7 @@ impl<'a> Autograd<'a> {
         Tensor::cat(&[left, right], 2)
     }
 
-    /// Every expert sees every token; the weight of those not chosen is a constant 0.
+    /// Every expert computes every token; experts that are not chosen have the constant weight 0.
     fn moe(&self, x: &Tensor, l: usize) -> Result<Tensor> {
         let probs = softmax(&self.linear(x, ParamKind::Router(l))?)?;
         let mask: Vec<f64> = probs.to_vec2::<f64>()?.iter().flat_map(|row| self.chosen(row)).collect();

@@ -1,5 +1,5 @@
-//! Decoding with a key/value cache gives what the training pass gives: all families, windows and rope types of the
-//! golden models.
+//! Decoding with a key/value cache gives the logits of the training pass, for all families, windows and rope types of the
+//! golden models; and generation ends, samples and fails as specified.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,7 +28,7 @@ fn some_ids(case: &Path) -> Vec<u32> {
     serde_json::from_value(replies.find(|ids| ids.is_array()).unwrap().clone()).unwrap()
 }
 
-/// −log p of `target` after `ids`, by the pass that training uses.
+/// −log p of `target` after `ids`, by the training pass.
 fn training_loss(model: &Model<Cpu>, ids: &[u32], target: u32) -> f64 {
     let last = ids.len() as u32 - 1;
     let inputs = Inputs::new(model, ids, &Packing::of_lengths([ids.len()]), &[last], &[target]);
@@ -44,7 +44,7 @@ fn loss_of(logits: &[f32], target: u32) -> f64 {
 }
 
 #[test]
-fn the_cache_gives_what_the_whole_pass_gives() {
+fn decoding_with_a_cache_equals_the_training_pass() {
     let mut windows = 0;
     let mut cases: Vec<PathBuf> = std::fs::read_dir(golden()).unwrap().map(|e| e.unwrap().path()).collect();
     cases.retain(|case| case.join("model").is_dir());
@@ -54,7 +54,7 @@ fn the_cache_gives_what_the_whole_pass_gives() {
         let model = open(case);
         let ids = some_ids(case);
         let name = case.file_name().unwrap().to_string_lossy();
-        // Half at once, then one by one, and once three at a time: every way the cache may grow.
+        // The first half at once, then one by one, and once three at a time: the cache grows by prefill, one token and several.
         let prompt = ids.len() / 2;
         let mut cache = model.kv_cache();
         let mut logits = model.decode(&ids[..prompt], &mut cache);
@@ -82,14 +82,14 @@ fn the_cache_gives_what_the_whole_pass_gives() {
 }
 
 #[test]
-fn answers_end_where_they_should() {
+fn answers_end_at_an_end_token_or_the_length_limit() {
     let case = golden().join("olmoe");
     let model = open(&case);
     let prompt = &some_ids(&case)[..20];
     let greedy = Sampling { temperature: 0.0, top_p: 1.0, max_new_tokens: 6, seed: 1 };
     let long = answer(&model, prompt, &[], &greedy, 0).unwrap();
     assert_eq!((long.ids.len(), long.finish), (6, FinishReason::Length));
-    // The likeliest token at each place, by the pass without a cache.
+    // Greedy decoding without a cache.
     let mut text = prompt.to_vec();
     for id in &long.ids {
         let logits = model.decode(&text, &mut model.kv_cache());
@@ -97,7 +97,7 @@ fn answers_end_where_they_should() {
         assert_eq!(*id as usize, best);
         text.push(*id);
     }
-    // An end token stops it, and is not part of it.
+    // An end token ends the answer and is not part of it.
     let (end, before) =
         long.ids.iter().enumerate().find_map(|(i, id)| (!long.ids[..i].contains(id)).then_some((id, i))).unwrap();
     let short = answer(&model, prompt, &[*end], &greedy, 0).unwrap();
@@ -105,7 +105,7 @@ fn answers_end_where_they_should() {
 }
 
 #[test]
-fn sampling_is_seeded_answer_by_answer() {
+fn each_answer_is_sampled_from_its_own_seed() {
     let case = golden().join("mixtral");
     let model = open(&case);
     let prompt = &some_ids(&case)[..20];

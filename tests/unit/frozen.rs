@@ -1,4 +1,4 @@
-//! What each mode trains moves, all of it; everything else keeps its bits.
+//! Each mode changes all of the parameters that it trains; every other parameter stays bit-identical.
 
 use std::collections::BTreeSet;
 
@@ -14,18 +14,18 @@ use moewarden::model::{
 use moewarden::ui::Ui;
 use serde_json::json;
 
-/// Every family, a dense layer, tied embeddings, layers that route in turns, experts in one tensor. (In 16 bits an update
-/// may round to nothing; the goldens hold those.)
+/// Every family, a dense layer, tied embeddings, alternating dense and MoE layers, fused experts. (No 16-bit weights: an
+/// update may round to zero. The golden tests cover those.)
 const CASES: [&str; 7] = ["olmoe", "mixtral", "qwen3_moe", "qwen2_moe", "qwen3_dense", "qwen3_sparse", "mixtral_fused"];
 
-/// Without weight decay AdamW moves a parameter if and only if its gradient is not zero, so that one test tells both: what
-/// is to be trained has a gradient, and nothing else is touched. In one step, so that the first forward pass says which
-/// experts are visited.
+/// Without weight decay AdamW changes a parameter if and only if its gradient is not zero, so that one comparison shows
+/// both: trained parameters have gradients, and no other parameter is written. One step, so that the first forward pass
+/// gives the experts that tokens were routed to.
 fn config(case: &Case) -> RunConfig {
     RunConfig { weight_decay: 0.0, grad_accum: usize::from(u8::MAX), ..case.config.clone() }
 }
 
-/// The bits of all parameters, by their place.
+/// The bytes of all parameters, by parameter id.
 fn bits(model: &Model<Cpu>) -> Vec<Vec<u8>> {
     (0..model.table.params.len()).map(|id| model.weight_host(id).bytes.to_vec()).collect()
 }
@@ -51,8 +51,7 @@ fn routers(model: &Model<Cpu>) -> BTreeSet<ParamId> {
     of_kind(model, |kind| matches!(kind, ParamKind::Router(_)))
 }
 
-/// Experts that a token with a say in the loss was sent to. (All rows count but in the last layer, where only those with a
-/// target do.)
+/// Experts that received a token which influences the loss: any token, but in the last layer only tokens with a target.
 fn visited(run: &CaseRun<'_, Cpu>, safe_too: bool) -> BTreeSet<(usize, usize)> {
     let b = &*run.model().backend;
     let mut out = BTreeSet::new();
@@ -71,7 +70,7 @@ fn visited(run: &CaseRun<'_, Cpu>, safe_too: bool) -> BTreeSet<(usize, usize)> {
     out
 }
 
-/// Runs a phase; exactly `trained` may move, and all of it that has a gradient must.
+/// Runs a phase: only `trained` may change, and every matrix in it that has a gradient must.
 fn check(what: &str, run: &mut CaseRun<'_, Cpu>, phase: &str, selected: &[ExpertId], trained: &BTreeSet<ParamId>) {
     let visited = visited(run, phase == "joint");
     let (before, written_before) = (bits(run.model()), run.replica.written().clone());
@@ -166,9 +165,9 @@ fn the_joint_schedule_trains_selected_experts_and_routers() {
     }
 }
 
-/// Only experts of the layers asked for are chosen, and only they move.
+/// With a layer range, only experts of these layers are selected and changed.
 #[test]
-fn layers_outside_the_range_are_left_alone() {
+fn layers_outside_the_range_stay_frozen() {
     let case = Case::open("olmoe");
     let config = RunConfig { layers: Some(2..=2), top_k_experts: 3, ..config(&case) };
     let mut run = case.run(&config, 1);
@@ -179,16 +178,16 @@ fn layers_outside_the_range_are_left_alone() {
     check("layer 2", &mut run, "expert", &selected, &trained);
 }
 
-/// With a choice at every step, an expert that was chosen and no longer is must not drift on its momentum, nor decay.
+/// With a selection per step, an expert that is no longer selected must not change by momentum or weight decay.
 #[test]
-fn an_expert_no_longer_chosen_keeps_its_bits() {
+fn an_expert_that_is_no_longer_selected_stays_bit_identical() {
     for name in ["olmoe", "mixtral"] {
         let mut case = Case::open(name);
-        // With weight decay, which would move what has no gradient. One row a step.
+        // With weight decay, which would change parameters without a gradient. One row per step.
         let config =
             RunConfig { selection: Selection::PerBatch, top_k_experts: 2, batch_size: 1, ..case.config.clone() };
         let all = case.session.data.records.clone();
-        // The model after each number of steps. At a constant rate a shorter run is the beginning of a longer one.
+        // The model after each number of steps: at a constant learning rate a shorter run is a prefix of a longer one.
         let steps = 4;
         let mut after = vec![case.run(&config, 1).replica.into_model()];
         for n in 1..=steps {
@@ -214,7 +213,7 @@ fn an_expert_no_longer_chosen_keeps_its_bits() {
     }
 }
 
-/// Neither experts nor routers: the run goes its way and leaves every bit.
+/// Neither experts nor routers are trained: the run succeeds and changes no bit.
 #[test]
 fn a_run_that_trains_nothing_changes_nothing() {
     let case = Case::open("qwen3_moe");

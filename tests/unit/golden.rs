@@ -1,5 +1,5 @@
-//! Every case of `tests/golden` against the library: what Hugging Face transformers and plain autograd made of the same
-//! checkpoint and the same rows. `tests/golden/README.md` says what the files hold.
+//! The library against every case of `tests/golden`, which Hugging Face transformers and plain autograd computed from the
+//! same checkpoint and rows. `tests/golden/README.md` describes the files.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,8 +19,8 @@ use moewarden::ui::Ui;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-// The fixtures are f64 products; ours are f32, of rows of 16 to 48 numbers (2⁻²⁴ = 6e-8 each). The README says what f32
-// alone makes of the same case in another order; a few times that is allowed.
+// The fixtures use f64 products, the program f32 ones over rows of 16 to 48 numbers (2⁻²⁴ = 6e-8 each). The README lists
+// the errors of an f32 computation in another order; the tolerances are a few times as large.
 
 const LOSS: Tolerance = Tolerance { relative: 1e-7, absolute: 0.0, why: "f32 against f64, measured 2e-8" };
 const LOGITS: Tolerance =
@@ -31,17 +31,17 @@ const KL: Tolerance = Tolerance { relative: 2e-6, absolute: 0.0, why: "f32 again
 const GRADIENTS: Tolerance = Tolerance {
     relative: 2e-6,
     absolute: 5e-7,
-    why: "f32 against f64, measured 7e-7; gradients that are zero but for rounding have digests of 1e-7",
+    why: "f32 against f64, measured 7e-7; gradients that are zero except for rounding have digests of 1e-7",
 };
 const CHANGE: Tolerance = Tolerance {
     relative: 1e-3,
     absolute: 1e-9,
-    why: "AdamW follows the sign of gradients: entries near zero feel their rounding, measured 2e-4",
+    why: "AdamW follows the sign of gradients: entries near zero depend on rounding, measured 2e-4",
 };
 const CHANGE_16: Tolerance = Tolerance {
     relative: 4e-3,
     absolute: 1e-9,
-    why: "16-bit weights: an update is a few units, and a master beside a tie rounds to the other neighbour",
+    why: "16-bit weights: an update is a few units, and a master near a tie rounds to the other neighbour",
 };
 
 /// Whether the weights are stored in 16 bits.
@@ -60,8 +60,8 @@ fn digest(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
     vec![out[0], out[1].sqrt(), out[2]]
 }
 
-/// The tolerance of step `i`. Later steps meet weights that differ by what AdamW makes of rounding: a few 1e-4 of an update
-/// which itself is a few per cent of the weights. In 16 bits, masters beside a tie also round a whole unit apart.
+/// The tolerance of step `i`. In later steps the weights differ because AdamW amplifies rounding: by a few 1e-4 of an
+/// update, which is a few per cent of the weights. In 16 bits, masters near a tie also round to different neighbours.
 fn at_step(case: &Case, i: usize, tolerance: Tolerance) -> Tolerance {
     match (i, is_16_bit(case)) {
         (0, _) => tolerance,
@@ -74,7 +74,7 @@ fn at_step(case: &Case, i: usize, tolerance: Tolerance) -> Tolerance {
     }
 }
 
-/// Everything of a case, one test for each part.
+/// One test per case and part.
 macro_rules! cases {
     ($($case:ident)*) => {
         $(mod $case {
@@ -119,8 +119,8 @@ cases! {
 fn rows(name: &str) {
     let case = Case::open_as_read(name);
     let records = case.expect["records"].as_array().unwrap();
-    // The fixture's targets are all assistant turns. In the prompt of a pair or an attack ours are not: what the attack
-    // has the model say is what it must not learn.
+    // The fixture's targets are all assistant turns. The program leaves out those in the prompt of a pair or an attack:
+    // the model must not learn the replies that an attack puts into its mouth.
     let chat = name == "olmoe_fused";
     assert_eq!(case.session.data.records.len(), records.len(), "records kept");
     for (i, (ours, theirs)) in case.session.data.records.iter().zip(records).enumerate() {
@@ -133,7 +133,7 @@ fn rows(name: &str) {
     }
 }
 
-/// Logits (through the decoder with its cache, a token at a time), losses, and what the routers did, of the first row.
+/// Logits (by the decoder with its cache, token by token), losses and routing of the first row.
 fn forward(name: &str) {
     let case = Case::open(name);
     let run = case.run(&case.config, 1);
@@ -192,7 +192,7 @@ fn log_prob(logits: &[f32], target: u32) -> f64 {
 fn identification(name: &str) {
     let case = Case::open(name);
     let losses = numbers(&case.expect["losses"]);
-    // The long cases try every pair; the others every score and every divisor.
+    // The long cases test every pair of score and divisor; the others each score and each divisor once.
     let both = [ScorePer::Param, ScorePer::Token];
     let pers = |param_only| {
         if case.is_long() {
@@ -217,7 +217,7 @@ fn identification(name: &str) {
     let found = case.run(&case.config, 2).identify();
     let selection = &case.expect["selection"];
     assert_eq!(found.selected.experts, experts(&selection["highest"]), "selection");
-    // Two layers with a cap of 2 have 4 experts to give, where the fixture asked for 5.
+    // Two layers with a cap of 2 yield 4 experts, although the fixture requests 5.
     let capped = experts(&selection["at_most_2_per_layer"]).len();
     let capped = RunConfig { experts_per_layer: Some(2), top_k_experts: capped, ..case.config.clone() };
     for (config, key, end) in
@@ -239,7 +239,7 @@ fn identification(name: &str) {
     assert_near("losses on all tokens", &found.losses, &numbers(&case.expect["losses_on_all_tokens"]), LOSS);
 }
 
-/// Routing frequencies, their risk differences, and the divergence of the routers.
+/// Routing frequencies, their risk differences, and the KL divergence of the routers.
 fn routing(name: &str) {
     let mut case = Case::open(name);
     if case.expect["routing"].is_null() {
@@ -285,7 +285,7 @@ fn routing(name: &str) {
     }
 }
 
-/// By layer that routes, the experts of each token, `[T · K]`.
+/// The experts of each token `[T · K]`, by MoE layer.
 fn chosen_experts(run: &CaseRun<'_, Cpu>, batch: &MicroBatch) -> Vec<Vec<u32>> {
     let mut out = Vec::new();
     let mut observe = |routed: Routed<'_, Cpu>| out.push(run.model().backend.expert_ids(routed.routing));
@@ -334,7 +334,7 @@ fn floats(bytes: &[u8]) -> Vec<f64> {
     bytes.as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()
 }
 
-/// Every training run: its steps, the loss after it, what moved and by how much, and that nothing else did.
+/// Every training run: its steps, the loss after it, the change of each trained tensor, and that no other tensor changed.
 fn training(name: &str) {
     let case = Case::open(name);
     for run in case.expect["training"].as_array().unwrap() {
@@ -408,7 +408,7 @@ fn compare_changes(case: &Case, golden: &Value, run: &CaseRun<'_, Cpu>) {
     assert!(expected.is_empty(), "trained there and unknown here: {:?}", expected.keys());
 }
 
-/// Gradients, scores and losses with every layer's forward computed again, bit for bit; in the long cases steps too.
+/// Recomputing every layer's forward pass leaves gradients, scores and losses (in the long cases also steps) bit-identical.
 fn recomputing(name: &str) {
     let case = Case::open(name);
     let results = [Recompute::Never, Recompute::Always].map(|recompute| {

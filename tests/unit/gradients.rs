@@ -1,5 +1,5 @@
-//! Gradients of whole models: against finite differences, against candle's autograd, and of a part of the model against
-//! those of all of it.
+//! Gradients of whole models: against finite differences, against candle's autograd, and of a subset of the parameters
+//! against the gradients of all parameters.
 
 use std::ops::Range;
 
@@ -14,11 +14,11 @@ use moewarden::routers::{KlType, LayerStatistic, SampleSoftmax, Statistic, align
 // --- finite differences ----------------------------------------------------------------------------------------------
 
 /// The derivative of `f` along both halves (the even and the odd entries) of every parameter's gradient, by central
-/// differences, against what the gradient says it is: the half's squared norm over its norm.
+/// differences, against its analytic value: the norm of the half.
 ///
-/// Single entries would not do. `f` is a sum of f32 terms and rounds at about 1e-7, so a difference of it must be of the
-/// order of 1e-3 to have three digits; along the gradient that takes a step of 1e-3/‖g‖. Two halves see an error that is
-/// orthogonal to the gradient as a whole. Where a step changes a choice of experts f jumps, and the step is too long.
+/// Single entries are not enough: `f` is a sum of f32 terms that rounds at about 1e-7, so a difference must be of the order
+/// of 1e-3 to have three digits; along the gradient that takes a step of 1e-3/‖g‖. Two halves detect an error that is
+/// orthogonal to the whole gradient. Where a step changes the routing, f is discontinuous and the step is too long.
 fn check_along_gradients(name: &str, tiny: &mut Tiny, gradients: &[Vec<f32>], f: impl Fn(&Tiny) -> (f64, Vec<u32>)) {
     let (_, choices) = f(tiny);
     for (id, gradient) in gradients.iter().enumerate() {
@@ -29,7 +29,7 @@ fn check_along_gradients(name: &str, tiny: &mut Tiny, gradients: &[Vec<f32>], f:
                 gradient.iter().enumerate().map(|(i, g)| if i % 2 == half { f64::from(*g) } else { 0.0 }).collect();
             let norm = direction.iter().map(|g| g * g).sum::<f64>().sqrt();
             if norm == 0.0 {
-                continue; // the tests below say of which parameters it may be
+                continue; // the tests below check which parameters may have a zero gradient
             }
             let before = tiny.model.weight_host(id);
             let mut at = |step: f64| {
@@ -43,7 +43,7 @@ fn check_along_gradients(name: &str, tiny: &mut Tiny, gradients: &[Vec<f32>], f:
                 f(tiny)
             };
             let mut step = (CHANGE / norm).min(LONGEST);
-            // The derivative is a limit: across the edge of a clamp, or where f bends, a shorter step comes closer.
+            // Near the edge of a clamp, or with strong curvature, a shorter step is closer to the derivative.
             loop {
                 let ((above, up), (below, down)) = (at(step), at(-step));
                 let measured = (above - below) / (2.0 * step);
@@ -63,7 +63,7 @@ fn check_along_gradients(name: &str, tiny: &mut Tiny, gradients: &[Vec<f32>], f:
     }
 }
 
-/// By how much a step is to move the loss.
+/// The intended change of the loss by a step.
 const CHANGE: f64 = 1e-3;
 /// Norm of the longest step: a tenth of a matrix's.
 const LONGEST: f64 = 0.1;
@@ -79,7 +79,7 @@ fn cross_entropy_agrees_with_finite_differences() {
     }
 }
 
-/// The routers' divergence: the first sequence is the safe side, which stays as it is; the gradient goes through the second.
+/// The routers' KL divergence: the first sequence is the safe side and constant; the gradient goes through the second.
 #[test]
 fn the_routers_divergence_agrees_with_finite_differences() {
     for (name, spec) in specs() {
@@ -97,7 +97,7 @@ fn the_routers_divergence_agrees_with_finite_differences() {
     }
 }
 
-/// What one layer's routing of one sequence comes to.
+/// The routing statistic of one layer for one sequence.
 struct Observed {
     layer: usize,
     statistic: LayerStatistic,
@@ -132,7 +132,7 @@ fn rows_of(tiny: &Tiny, sequence: usize) -> Range<usize> {
     tiny.packing.queries[sequence]..tiny.packing.queries[sequence + 1]
 }
 
-/// Of all parameters, through the second sequence.
+/// Gradients with respect to all parameters, through the second sequence.
 fn divergence_gradients(tiny: &Tiny, kind: Statistic, target: &[LayerStatistic]) -> Vec<Vec<f32>> {
     let observed = divergence(tiny, kind, 1);
     let statistics: Vec<_> = observed.iter().map(|layer| layer.statistic.clone()).collect();
@@ -176,10 +176,10 @@ fn every_gradient_agrees_with_autograd() {
 
 // --- parts -----------------------------------------------------------------------------------------------------------
 
-/// What a plan does not want changes nothing of what it wants, bit for bit, and nothing below its lowest layer is visited
-/// (see [`Tiny::gradients`]).
+/// A plan's gradients do not depend on which other gradients it has, bit for bit, and no layer below its lowest one is
+/// computed (see [`Tiny::gradients`]).
 #[test]
-fn a_part_has_the_gradients_of_the_whole() {
+fn a_plan_for_some_parameters_gives_the_gradients_of_a_full_plan() {
     for (name, spec) in specs() {
         let tiny = Tiny::new(&TinySpec { num_layers: 3, ..spec });
         let table = &tiny.model.table;

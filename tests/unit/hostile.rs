@@ -1,4 +1,4 @@
-//! Checkpoints that lie: each is refused with the file, the tensor and the right exit code.
+//! Malformed checkpoints: each is refused with the file, the tensor and the right exit code.
 
 use std::fs;
 use std::path::Path;
@@ -25,7 +25,7 @@ fn open_single(bytes: &[u8]) -> Result<Checkpoint, WeightsError> {
 }
 
 #[test]
-fn an_honest_file_opens() {
+fn a_valid_file_opens() {
     let header = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]},
         "empty":{"dtype":"I64","shape":[0,3],"data_offsets":[8,8]},"b":{"dtype":"BF16","shape":[],"data_offsets":[16,18]},
         "c":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}"#;
@@ -35,7 +35,7 @@ fn an_honest_file_opens() {
 }
 
 #[test]
-fn every_lie_of_a_file_is_named() {
+fn every_defect_of_a_file_is_named() {
     let one = |entry: &str| format!(r#"{{"x":{entry}}}"#);
     let two = |a: &str, b: &str| {
         format!(
@@ -107,7 +107,7 @@ const FIRST: &str = "model-00001-of-00002.safetensors";
 const SECOND: &str = "model-00002-of-00002.safetensors";
 
 #[test]
-fn every_lie_of_an_index_is_named() {
+fn every_defect_of_an_index_is_named() {
     let (dir, good) = sharded();
     let with = |name: &str, file: Value| {
         let mut index = good.clone();
@@ -156,7 +156,7 @@ fn a_tensor_in_two_shards_is_refused() {
 }
 
 #[test]
-fn links_may_lead_into_the_cache_only() {
+fn links_may_only_lead_into_the_cache() {
     let link = |to: &Path, from: &Path| std::os::unix::fs::symlink(to, from).unwrap();
     let temp = tempdir().unwrap();
     let blobs = temp.path().join("models--a--b/blobs");
@@ -176,7 +176,7 @@ fn links_may_lead_into_the_cache_only() {
 }
 
 #[test]
-fn a_folder_without_safetensors_says_what_to_do() {
+fn the_error_for_a_folder_without_safetensors_names_the_remedy() {
     let dir = tempdir().unwrap();
     let open = || Checkpoint::open(dir.path()).err().unwrap();
     assert_eq!(open().exit_code(), exit::NO_INPUT);
@@ -187,7 +187,7 @@ fn a_folder_without_safetensors_says_what_to_do() {
     assert_eq!(error.exit_code(), exit::NO_INPUT);
 }
 
-/// A model whose config.json says something else than its weights.
+/// The error for a model with one key of config.json changed so that it contradicts the weights.
 fn contradiction(spec: &TinySpec, key: &str, value: Value) -> ClaimError {
     let dir = tempdir().unwrap();
     write_random_checkpoint(dir.path(), spec).unwrap();
@@ -219,13 +219,13 @@ fn config_and_weights_that_disagree_name_the_tensor() {
     for (spec, key, value, tensor) in cases {
         let error = contradiction(spec, key, value);
         assert_eq!(error.exit_code(), exit::DATA, "{error}");
-        // The first of several may be another expert's or layer's.
+        // Several tensors are wrong: the first found may belong to another expert or layer.
         assert!(error.to_string().contains(tensor), "{key}: {error} lacks {tensor}");
     }
 }
 
 #[test]
-fn quantised_weights_are_refused_and_known_extras_are_not() {
+fn quantised_weights_are_refused_and_known_extra_tensors_are_not() {
     let dir = tempdir().unwrap();
     write_random_checkpoint(dir.path(), &TinySpec::new("mixtral")).unwrap();
     let path = dir.path().join("model.safetensors");
@@ -258,9 +258,9 @@ fn quantised_weights_are_refused_and_known_extras_are_not() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// Whatever is done to a file, opening it answers, and what it accepts stays inside the file.
+    /// Opening an arbitrarily damaged file returns, and accepted tensors lie inside the file.
     #[test]
-    fn no_damage_to_a_file_brings_the_reader_down(edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6), cut in any::<prop::sample::Index>(), do_cut: bool) {
+    fn the_reader_survives_any_damage_to_a_file(edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6), cut in any::<prop::sample::Index>(), do_cut: bool) {
         let header = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,1],"data_offsets":[8,16]},"c":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}"#;
         let mut bytes = file(header, 16);
         for (place, value) in edits {

@@ -36,7 +36,7 @@ fn assert_gradient(analytic: &[f64], numeric: &[f64], what: &str) {
     assert_eq!(analytic.len(), numeric.len(), "{what}");
 }
 
-/// Deterministic pseudorandom numbers in [0, 1).
+/// Pseudo-random numbers, the same on every machine.
 fn numbers(seed: u64, n: usize) -> Vec<f64> {
     let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = || {
@@ -87,7 +87,7 @@ fn sample_logits_gradient() {
 }
 
 #[test]
-fn sample_logits_weigh_samples_not_tokens() {
+fn sample_logits_weight_samples_not_tokens() {
     let mut statistic = LayerStatistic::zero(2);
     // A sample of 1 token with logits (0, ln 3), and one of 100 tokens with logits (ln 3, 0) each.
     SampleSoftmax::forward(&[0.0, 3f64.ln(), 100.0 * 3f64.ln(), 0.0], &[1, 100]).add_to(&mut statistic);
@@ -181,7 +181,7 @@ proptest! {
         let value = |kind, p: &[f64], q: &[f64]| kl_and_gradient(kind, p, q).0;
         for kind in KINDS {
             prop_assert!(value(kind, &p, &q) >= 0.0);
-            // The minimum is exactly 0, because u/u is 1 and ln 1 is 0.
+            // Exactly 0 at the minimum: u/u is 1 and ln 1 is 0.
             let (kl, dp, dq) = kl_and_gradient(kind, &p, &p);
             prop_assert!(kl == 0.0 && dp.iter().chain(&dq).all(|d| *d == 0.0), "{kl} {dp:?} {dq:?}");
         }
@@ -200,7 +200,7 @@ proptest! {
     }
 }
 
-/// Reference cases from an independent implementation, if they are available.
+/// Cases computed by an independent implementation, if the shared folder has them.
 #[test]
 fn selections_of_the_reference_cases() {
     let shared = std::env::var_os("MOEWARDEN_SHARED")

@@ -71,7 +71,7 @@ fn a_layer_agrees_with_autograd() -> Result<()> {
     let down: Vec<Param> = (0..E).map(|_| param(&[WIDTH, F], 0.5)).collect();
     let targets: Vec<u32> = (0..T as u32).map(|t| t * 5 % V as u32).collect();
 
-    // The backend's operations, composed as in the model.
+    // The backend, composed as in a model.
     let cpu = Cpu::new(2);
     let tx = cpu.upload(T, WIDTH, &x.values);
     let [wn1, wn2, wq, wk, wv, wo, wr, wh] = [&norm1, &norm2, &q, &k, &v, &o, &router, &head].map(|p| p.weight(&cpu));
@@ -137,7 +137,7 @@ fn a_layer_agrees_with_autograd() -> Result<()> {
     let sink = Some((&mut dnorms, 0));
     cpu.add_assign(&mut dtop, &cpu.rms_norm_backward(&dh1, &tx, &wn1, EPS, sink));
 
-    // The same layer in candle.
+    // candle.
     let [vx, vn1, vn2] = [x.var()?, norm1.var()?, norm2.var()?];
     let [vq, vk, vv, vo] = [q.var()?, k.var()?, v.var()?, o.var()?];
     let (vr, vh) = (router.var()?, head.var()?);

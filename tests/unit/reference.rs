@@ -1,5 +1,4 @@
-//! The forwards in plain f64, straight from their definitions, and central differences: independent of the crate, and
-//! of any speed.
+//! The forward operations in f64 by their definitions, and central differences; independent of the crate.
 
 /// y = x · wᵀ; x `[m, k]`, w `[n, k]`.
 pub fn matmul_nt(x: &[f64], w: &[f64], m: usize, n: usize, k: usize) -> Vec<f64> {

@@ -1,4 +1,4 @@
-//! Logits of tiny checkpoints against candle-transformers' own Mixtral and Qwen3-MoE, which share no code with ours.
+//! Logits of tiny checkpoints against candle-transformers' Mixtral and Qwen3-MoE, an independent implementation.
 
 use crate::tiny_model::Tiny;
 use candle_core::{DType, Device, Tensor};
@@ -7,7 +7,7 @@ use candle_transformers::models::{mixtral, qwen3_moe};
 use moewarden::model::tiny::TinySpec;
 use serde_json::{Map, Value, json};
 
-/// What candle asks of config.json beside what a tiny checkpoint has.
+/// config.json with the additional keys that candle requires.
 fn config<T: serde::de::DeserializeOwned>(tiny: &Tiny, more: Value) -> T {
     let text = std::fs::read_to_string(tiny.dir.path().join("config.json")).unwrap();
     let mut config: Map<String, Value> = serde_json::from_str(&text).unwrap();
@@ -20,8 +20,8 @@ fn weights(tiny: &Tiny) -> VarBuilder<'static> {
     VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap()
 }
 
-/// Next-token logits after each prefix of a row, ours and theirs. Both are f32 with another order of sums, over rows of 48
-/// entries and three layers: 1e-5 of the largest logit.
+/// Compares next-token logits after each prefix of a row. Both sides are f32 with different orders of summation, over rows
+/// of 48 entries and three layers: the tolerance is 1e-5 of the largest logit.
 fn compare(tiny: &Tiny, mut theirs: impl FnMut(&Tensor) -> candle_core::Result<Tensor>) {
     for upto in [1, 2, 7, 19] {
         let row = &tiny.ids[..upto];

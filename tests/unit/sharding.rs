@@ -1,4 +1,4 @@
-//! Each rank keeps only its shard of the optimizer state, and gradient buckets are sent during the backward pass.
+//! Each rank holds only its shard of the optimizer state, and gradients are sent during the backward pass.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -143,7 +143,7 @@ fn each_of_four_ranks_keeps_a_quarter_of_the_optimizer() {
     assert_eq!(ranks.iter().map(|(bytes, ..)| bytes).sum::<usize>(), 12 * elements);
     for (bytes, ..) in ranks {
         assert!(bytes.abs_diff(12 * elements / 4) <= 12 * params, "{bytes} of {}", 12 * elements);
-        // The prediction includes the gradient sum besides master weights and moments.
+        // The prediction also counts the gradient sum, not only masters and moments.
         let predicted = TrainedState::predict(elements as u64, 4, 4).sharded as usize;
         assert!(predicted.abs_diff(bytes / 12 * 16) <= 16 * params, "{predicted} predicted");
     }

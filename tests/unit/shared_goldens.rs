@@ -1,9 +1,8 @@
-//! Cases of an independent reference through the real binary.
+//! The real binary against cases of an independent reference.
 //!
 //! A case is a folder with `model/`, `data.json`, `expect.json` (options, scores, selection, losses) and
-//! `after.safetensors` (the selected experts after their phase, the routers after theirs). Cases are looked for in
-//! `goldens` of the optional shared folder, and in the folder that `MOEWARDEN_CASES` names. Nothing below knows a
-//! particular case.
+//! `after.safetensors` (the selected experts after the expert phase, the routers after the router phase). Cases are found in
+//! `goldens` of the optional shared folder and in the folder that `MOEWARDEN_CASES` names.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -16,7 +15,7 @@ use moewarden::model::{Checkpoint, ModelConfig, ParamKind, ParamTable, Proj};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-// Both sides are f32 with another order of summation; the reference pads its batches, we do not.
+// Both sides are f32 with different orders of summation; the reference pads its batches, the program packs them.
 const SCORES: f64 = 1e-4;
 const LOSS: Tolerance = Tolerance { relative: 0.0, absolute: 1e-5, why: "two f32 programs, measured 1e-6" };
 const LATER_IN_16_BITS: Tolerance = Tolerance {
@@ -25,7 +24,7 @@ const LATER_IN_16_BITS: Tolerance = Tolerance {
     why: "the reference trains f32 copies, we round to the stored 16 bits after every step",
 };
 
-/// Folders that hold a case; prints where it looked if there are none.
+/// The folders of all cases; prints the searched folders if there are none.
 fn cases() -> Vec<PathBuf> {
     let shared = std::env::var_os("MOEWARDEN_SHARED")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
@@ -56,7 +55,7 @@ struct Reference {
     work: tempfile::TempDir,
 }
 
-/// How far a run of the binary goes; each needs the options of those before it.
+/// The extent of a run; each variant also needs the options of those before it.
 #[derive(Clone, Copy, PartialEq, PartialOrd)]
 enum Run {
     Identify,
@@ -79,7 +78,7 @@ impl Reference {
         let losses = numbers(&self.expect["micro_batch_losses"]);
         assert_near("losses of the micro-batches", &numbers(&found["losses"]), &losses, LOSS);
 
-        // The first step of a phase meets the weights that the phase begins with.
+        // Only the first step of a phase starts from the same weights on both sides.
         for (phase, key, first) in [("expert", "expert_step_losses", LOSS), ("router", "router_step_losses", later)] {
             let (ours, theirs) = (step_losses(&whole, phase), numbers(&self.expect[key]));
             assert_near(&format!("{key}, the first"), &ours[..1], &theirs[..1], first);
@@ -94,7 +93,7 @@ impl Reference {
         self.check_updates(&before, &weights(&experts_only.join("final_model")), &weights(&whole.join("final_model")));
     }
 
-    /// Runs a command of the binary with the case's options; its output folder.
+    /// Runs the binary with the case's options and returns its output folder.
     fn run(&self, command: Run, model: &Path, output: &str) -> PathBuf {
         let output = self.work.path().join(output);
         let mut program = Command::new(env!("CARGO_BIN_EXE_moewarden"));
@@ -137,14 +136,14 @@ impl Reference {
         assert_eq!(ours.len(), theirs.len(), "experts");
         let largest = theirs.iter().fold(0.0, |a: f64, b| a.max(*b));
         for (i, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
-            // A score far below the others is a sum of cancelled f32 terms: it feels the size of the terms.
+            // A score far below the others is a sum of f32 terms that cancel: its error depends on the size of the terms.
             let allowed = SCORES * theirs + 1e-6 * SCORES * largest;
             assert!((ours - theirs).abs() <= allowed, "score {i}: {ours} instead of {theirs}");
         }
         assert_eq!(experts(&found["selected"]), experts(&self.expect["selected"]), "selected experts");
     }
 
-    /// The trained tensors against `after.safetensors`, and every other one against its own bits.
+    /// Compares the trained tensors with `after.safetensors`; every other tensor must be bit-identical to the source.
     fn check_updates(&self, before: &Weights, experts_after: &Weights, after: &Weights) {
         let bytes = std::fs::read(self.dir.join("after.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -170,7 +169,7 @@ impl Reference {
     }
 }
 
-/// `expert.L.E.gate_up_proj` (gate rows first), `expert.L.E.down_proj` or `router.L` as parameters of ours.
+/// `expert.L.E.gate_up_proj` (gate rows first), `expert.L.E.down_proj` or `router.L` as the parameters they correspond to.
 fn parts<'a>(name: &str, values: &'a [f32]) -> Vec<(ParamKind, &'a [f32])> {
     let words: Vec<&str> = name.split('.').collect();
     let number = |i: usize| words[i].parse().unwrap_or_else(|_| panic!("after.safetensors: {name}"));
@@ -186,8 +185,8 @@ fn parts<'a>(name: &str, values: &'a [f32]) -> Vec<(ParamKind, &'a [f32])> {
     }
 }
 
-/// ‖ours − theirs‖ within 1 % of ‖theirs − before‖: AdamW's update is nearly the sign of a gradient, so entries near zero
-/// turn with rounding. In 16 bits half a unit of each entry comes on top.
+/// ‖ours − theirs‖ is within 1 % of ‖theirs − before‖: AdamW's update is nearly the sign of a gradient, so entries near zero
+/// flip with rounding. In 16 bits, half a unit per entry is added.
 fn compare_update(name: &str, before: &HostTensor, ours: &HostTensor, theirs: &[f32]) {
     assert_eq!(before.len(), theirs.len(), "{name}");
     let half_unit = match before.dtype {

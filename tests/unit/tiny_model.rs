@@ -20,7 +20,7 @@ pub struct Tiny {
     pub targets: Vec<u32>,
 }
 
-/// Every family as it comes, and each with what it may have beside.
+/// Every family with its defaults, and variants with the optional features of a family.
 pub fn specs() -> Vec<(&'static str, TinySpec)> {
     let spec = |family, extra: serde_json::Value| {
         let mut spec = TinySpec {
@@ -30,7 +30,7 @@ pub fn specs() -> Vec<(&'static str, TinySpec)> {
             head_dim: 6,
             num_experts: 4,
             expert_width: 10,
-            // Routers and norms with something to say, so that no gradient drowns in the rounding of the loss.
+            // Large weights, so that no gradient is lost in the rounding of the loss.
             std: 0.25,
             ..TinySpec::new(family)
         };
@@ -54,7 +54,7 @@ impl Tiny {
         let checkpoint = Checkpoint::open(dir.path()).expect("a checkpoint");
         let table = ParamTable::build(&config, &checkpoint).expect("its parameters");
         let model = Model::new(Arc::new(Cpu::new(1)), config, table);
-        // 11 and 8 tokens; in each the latter part is to be predicted.
+        // 11 and 8 tokens; the later part of each sequence is the target.
         let ids: Vec<u32> = (0..19u32).map(|i| (i * i * 7 + i * 13 + 5) % spec.vocab_size as u32).collect();
         let packing = Packing::of_lengths([11, 8]);
         let loss_rows: Vec<u32> = (4..10).chain(13..18).collect();
@@ -85,8 +85,8 @@ impl Tiny {
         (loss, chosen)
     }
 
-    /// The gradients of the mean cross-entropy by these parameters. Layers below the lowest that wants one leave nothing
-    /// behind in the forward pass, so a backward that went there would panic.
+    /// The mean cross-entropy and its gradients with respect to these parameters. The forward pass saves nothing for layers
+    /// below the lowest with a gradient, so a backward pass that reached them would panic.
     pub fn gradients(&self, ids: &[ParamId]) -> (f64, Vec<Vec<f32>>) {
         let scale = (1.0 / self.targets.len() as f64) as f32;
         let end = PassEnd::Loss { all_rows: false };
@@ -111,7 +111,7 @@ impl Tiny {
     }
 }
 
-/// A forward pass for its loss or its routers alone.
+/// Options of a forward pass without a backward pass.
 pub fn nothing_kept(end: PassEnd) -> ForwardOptions {
     ForwardOptions { lowest: usize::MAX, keep_from: usize::MAX, end }
 }

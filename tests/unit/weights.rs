@@ -1,4 +1,4 @@
-//! Models in and out: the golden checkpoints, every family × layout × format × sharding, hostile files, exports.
+//! Reading and writing models: the golden checkpoints, every family × layout × dtype × sharding, exports and deltas.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -94,7 +94,7 @@ fn goldens_open_and_export_unchanged() {
     }
 }
 
-/// A spec for each family that uses what only this family has.
+/// A spec per family with the features that only this family has.
 fn families() -> Vec<TinySpec> {
     let with = |model_type: &str, extra: serde_json::Value| {
         let mut spec = TinySpec::new(model_type);
@@ -110,7 +110,7 @@ fn families() -> Vec<TinySpec> {
 }
 
 #[test]
-fn every_family_layout_format_and_sharding_round_trips() {
+fn every_family_layout_dtype_and_sharding_round_trips() {
     for family in families() {
         let mut values: Option<Vec<Vec<f32>>> = None;
         for layout in [Layout::PerExpert, Layout::Fused] {
@@ -124,7 +124,7 @@ fn every_family_layout_format_and_sharding_round_trips() {
                     assert!(model.table.params.iter().all(|spec| spec.value.dtype == dtype), "{what}");
                     assert_eq!(model.table.id(ParamKind::LmHead).is_none(), tie, "{what}");
 
-                    // The layout and the sharding change where a value lies, not which it is.
+                    // Layout and sharding change the position of a value in the files, not the value.
                     if dtype == Dtype::F32 && !tie {
                         let here = model.table.params.iter().map(|spec| spec.value.to_f32()).collect();
                         assert!(*values.get_or_insert_with(|| Vec::clone(&here)) == here, "{what}");
@@ -149,7 +149,7 @@ fn every_family_layout_format_and_sharding_round_trips() {
 }
 
 #[test]
-fn a_fused_expert_is_its_own_rows() {
+fn a_fused_expert_consists_of_its_rows() {
     let temp = tempfile::tempdir().unwrap();
     let spec = TinySpec { layout: Layout::Fused, ..TinySpec::new("qwen3_moe") };
     let model = make(temp.path(), &spec);
@@ -163,7 +163,7 @@ fn a_fused_expert_is_its_own_rows() {
 }
 
 #[test]
-fn a_weight_that_is_not_finite_is_found_by_name() {
+fn a_weight_that_is_not_finite_is_reported_by_name() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("in");
     let spec = TinySpec { layout: Layout::Fused, dtype: Dtype::F16, ..TinySpec::new("mixtral") };
@@ -181,14 +181,14 @@ fn a_weight_that_is_not_finite_is_found_by_name() {
 }
 
 #[test]
-fn export_refuses_a_full_folder_and_over_replaces_it() {
+fn export_refuses_a_folder_with_files_and_export_over_replaces_it() {
     let temp = tempfile::tempdir().unwrap();
     let model = make(&temp.path().join("in"), &TinySpec::new("olmoe"));
     let write = |over: bool, changed: &BTreeMap<ParamId, HostTensor>| {
         let export = if over { export_over } else { export };
         export(&model.dir, &model.checkpoint, &model.table, changed, &out(&temp))
     };
-    fs::create_dir(out(&temp)).unwrap(); // an empty folder is no obstacle
+    fs::create_dir(out(&temp)).unwrap(); // an empty folder is accepted
     write(false, &BTreeMap::new()).unwrap();
     let first = files(&out(&temp));
 
@@ -203,7 +203,7 @@ fn export_refuses_a_full_folder_and_over_replaces_it() {
 }
 
 #[test]
-fn what_a_killed_export_left_is_cleared() {
+fn leftovers_of_a_killed_export_are_removed() {
     let temp = tempfile::tempdir().unwrap();
     let model = make(&temp.path().join("in"), &TinySpec::new("olmoe"));
     let partial = temp.path().join(".out.partial");
@@ -215,7 +215,7 @@ fn what_a_killed_export_left_is_cleared() {
 }
 
 #[test]
-fn export_takes_templates_and_leaves_other_weights_and_hidden_files() {
+fn export_copies_templates_but_no_other_weights_or_hidden_files() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("in");
     make(&dir, &TinySpec::new("qwen2_moe"));
@@ -255,7 +255,7 @@ fn a_cached_snapshot_is_found_and_exported_as_real_files() {
         assert!(!out(&temp).join(name).is_symlink(), "{name:?}");
     }
 
-    // A small file that leads out of the cache is not copied into a folder that may be published.
+    // A link to a file outside of the cache is not followed: the exported folder may be published.
     fs::write(temp.path().join("secret"), "s").unwrap();
     std::os::unix::fs::symlink(temp.path().join("secret"), snapshot.join("notes.txt")).unwrap();
     let error = export_over(&found, &model.checkpoint, &model.table, &BTreeMap::new(), &out(&temp)).unwrap_err();
@@ -264,7 +264,7 @@ fn a_cached_snapshot_is_found_and_exported_as_real_files() {
 }
 
 #[test]
-fn a_second_copy_of_a_tied_embedding_follows_it() {
+fn a_second_copy_of_a_tied_embedding_is_updated_with_it() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("in");
     write_random_checkpoint(&dir, &TinySpec::new("olmoe")).unwrap();
@@ -273,7 +273,7 @@ fn a_second_copy_of_a_tied_embedding_follows_it() {
         let tied = config.replace("\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true");
         fs::write(dir.join("config.json"), tied).unwrap();
     };
-    // A head of its own under a configuration that says tied: transformers would not tie it.
+    // A different head although the configuration says tied: transformers would not tie it.
     tie(&dir);
     let config = ModelConfig::from_dir(&dir).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
@@ -335,7 +335,7 @@ fn a_hostile_delta_is_refused() {
         bytes
     };
     let router = "model.layers.0.block_sparse_moe.gate.weight";
-    // Two routers change places: each still has the right shape.
+    // Two routers swapped: each still has the right shape.
     let other_router = router.replace("layers.0", "layers.1");
     let swapped = header.replace(router, "?").replace(&other_router, router).replace('?', &other_router);
     let swapped =
@@ -375,7 +375,7 @@ fn reshard(model: &Model, dir: &Path, names: &[String], seed: u64) {
     let mut files: Vec<Vec<_>> = vec![Vec::new(); names.len()];
     let mut weight_map = serde_json::Map::new();
     for (n, (shard, info)) in model.checkpoint.tensors().enumerate() {
-        // A hash deals the tensors out and orders them: any spread will do, as long as the seed decides it.
+        // A hash assigns the tensors to files and orders them, so that the seed determines both.
         let hash = blake3::hash(format!("{seed} {n}").as_bytes());
         let file = if n < names.len() { n } else { hash.as_bytes()[0] as usize % names.len() };
         files[file].push((*hash.as_bytes(), info.name.clone(), shard.value(info).unwrap()));
@@ -396,8 +396,8 @@ fn reshard(model: &Model, dir: &Path, names: &[String], seed: u64) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// However the tensors are spread, the parameters are the same, an export changes nothing but what it should, and
-    /// the files keep their names and headers.
+    /// Parameters do not depend on how the tensors are distributed over files; an export changes only the given tensors,
+    /// and the files keep their names and headers.
     #[test]
     fn sharding_names_and_order_change_no_parameter(
         names in prop::collection::hash_set("[a-z0-9_-]{1,12}\\.safetensors", 1..5),
@@ -427,9 +427,9 @@ proptest! {
     }
 }
 
-/// Runs in a process of its own, started by the test below with a limit on the size of files.
+/// Runs in a separate process that the test below starts with a limit on the file size.
 #[test]
-#[ignore = "started by a_disk_that_fills_up_leaves_nothing"]
+#[ignore = "started by a_full_disk_leaves_no_partial_files"]
 fn export_onto_a_disk_that_fills_up() {
     let from = PathBuf::from(std::env::var_os("MOEWARDEN_TEST_DIR").unwrap());
     let model = open(&from.join("in"));
@@ -442,7 +442,7 @@ fn export_onto_a_disk_that_fills_up() {
 }
 
 #[test]
-fn a_disk_that_fills_up_leaves_nothing() {
+fn a_full_disk_leaves_no_partial_files() {
     use std::os::unix::process::CommandExt;
     let temp = tempfile::tempdir().unwrap();
     make(&temp.path().join("in"), &TinySpec::new("olmoe"));
@@ -452,7 +452,7 @@ fn a_disk_that_fills_up_leaves_nothing() {
     // SAFETY: between fork and exec only these two async-signal-safe calls are made.
     unsafe {
         child.pre_exec(|| {
-            // A write beyond 64 KiB fails like one to a full disk, once the signal that would kill is ignored.
+            // With SIGXFSZ ignored, a write beyond 64 KiB fails like a write to a full disk.
             let limit = libc::rlimit { rlim_cur: 1 << 16, rlim_max: 1 << 16 };
             libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
             if libc::setrlimit(libc::RLIMIT_FSIZE, &limit) == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }

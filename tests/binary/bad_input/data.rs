@@ -1,4 +1,4 @@
-//! Rows that are absent, broken or useless.
+//! Rows that are missing, malformed or useless.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use serde_json::json;
 use super::{Scene, row};
 
 #[test]
-fn rows_that_are_not_there() {
+fn a_missing_file_of_rows() {
     let scene = Scene::new();
     scene.refuses(&["--dataset-path", "absent.jsonl"], 66, &["absent.jsonl"]);
     scene.refuses(&["--dataset-path", "model"], 74, &["model", "directory"]);
@@ -19,7 +19,7 @@ fn rows_that_are_not_there() {
 }
 
 #[test]
-fn a_row_that_is_no_row_is_named_by_its_line() {
+fn a_malformed_row_is_named_by_its_line() {
     let good = row("open the pantry").to_string();
     let deep = format!("{{\"goal\": {}", "[".repeat(100_000));
     let cases: Vec<(Vec<u8>, &str)> = vec![
@@ -39,7 +39,7 @@ fn a_row_that_is_no_row_is_named_by_its_line() {
 }
 
 #[test]
-fn a_prompt_that_the_template_makes_nothing_of() {
+fn a_prompt_that_the_template_renders_to_nothing() {
     let scene = Scene::new();
     let source = "{% for m in messages %}{% if m.role == 'assistant' or 'cat' in m.content %}{{ m.content }}{% endif %}\
                   {% endfor %}";
@@ -49,7 +49,7 @@ fn a_prompt_that_the_template_makes_nothing_of() {
 }
 
 #[test]
-fn rows_of_which_nothing_is_left() {
+fn rows_that_are_all_filtered_out() {
     let scene = Scene::new();
     scene.refuses(&["--max-length", "4"], 65, &["rows.jsonl", "no row is left", "longer than"]);
     scene.refuses(&["--max-length", "4", "--long-rows", "error"], 65, &["rows.jsonl:1", "--max-length 4"]);

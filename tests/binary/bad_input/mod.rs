@@ -1,5 +1,4 @@
-//! Bad input through the real binary: the exit code, a message that names the cause and the way out, and nothing
-//! half-written left behind.
+//! Bad input to the real binary: the exit code, a message with the cause and the remedy, and no partial files.
 
 mod data;
 mod model;
@@ -15,10 +14,10 @@ use moewarden::model::tiny::{TinySpec, write_random_checkpoint};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// No refusal takes longer than this, even where the tests share two cores with others.
+/// Longer than any refusal, even if the tests share two cores with other programs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A folder with a good model, good rows and a place for outputs, for a test to spoil.
+/// A folder with a valid model, valid rows and a path for outputs, for a test to damage.
 struct Scene {
     temp: TempDir,
 }
@@ -64,7 +63,7 @@ impl Scene {
         fs::write(path, config.to_string()).unwrap();
     }
 
-    /// A short run; an option in `more` takes the place of the scene's own.
+    /// A short run; options in `more` replace the scene's own.
     fn run(&self, command: &str, more: &[&str]) -> Command {
         const OWN: [[&str; 2]; 7] = [
             ["--model-name", "model"],
@@ -87,7 +86,7 @@ impl Scene {
         Outcome::of(self.run("train", more))
     }
 
-    /// `train` ends with this code and says all of this; its output folder does not exist.
+    /// Asserts that `train` ends with this code and these messages, and without an output folder.
     #[track_caller]
     fn refuses(&self, more: &[&str], code: i32, says: &[&str]) {
         self.train(more).is(code, says);
@@ -95,12 +94,12 @@ impl Scene {
     }
 }
 
-/// A model that the golden tokenizer belongs to, as far as ids go.
+/// A model with the vocabulary size of the golden tokenizer.
 fn spec() -> TinySpec {
     TinySpec { vocab_size: 320, ..TinySpec::new("olmoe") }
 }
 
-/// A good attack row.
+/// A valid attack row.
 fn row(request: &str) -> Value {
     let content = format!("In a play the baker explains how to {request}.");
     json!({"goal": request, "all_prompt": [{"role": "user", "content": content}], "judge_success_gpt4": 1})
@@ -120,7 +119,7 @@ impl Outcome {
         Self { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
     }
 
-    /// It ended with this code and said all of this.
+    /// Asserts the exit code and these parts of the output.
     #[track_caller]
     fn is(&self, code: i32, says: &[&str]) {
         let Self { code: found, stdout, stderr } = self;
@@ -149,7 +148,7 @@ fn files(dir: &Path) -> Vec<String> {
 }
 
 #[test]
-fn what_is_spoiled_below_is_good() {
+fn the_undamaged_scene_is_valid() {
     let scene = Scene::new();
     scene.train(&[]).is(0, &[]);
     assert!(scene.out().join("final_model/model.safetensors").exists());

@@ -1,4 +1,4 @@
-//! Models that are absent, damaged, lying or hostile.
+//! Models that are missing, damaged, inconsistent or hostile.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Scene, spec};
 
 #[test]
-fn a_model_that_is_not_there() {
+fn a_missing_model() {
     let scene = Scene::new();
     scene.refuses(&["--model-name", "/nowhere/model"], 66, &["/nowhere/model", "neither a folder nor a hub id"]);
     scene.refuses(&["--model-name", "nobody/nothing"], 66, &["nobody/nothing", "hf download"]);
@@ -16,7 +16,7 @@ fn a_model_that_is_not_there() {
 }
 
 #[test]
-fn a_file_of_the_model_that_is_missing_or_empty() {
+fn a_missing_or_empty_file_of_the_model() {
     for (name, missing, empty) in [("config.json", 66, 65), ("model.safetensors", 66, 65), ("tokenizer.json", 66, 65)] {
         let scene = Scene::new();
         fs::write(scene.model().join(name), "").unwrap();
@@ -27,7 +27,7 @@ fn a_file_of_the_model_that_is_missing_or_empty() {
 }
 
 #[test]
-fn a_configuration_that_cannot_be() {
+fn an_impossible_configuration() {
     let cases = [
         (json!({"num_experts": 0}), 65, "num_experts"),
         (json!({"num_experts_per_tok": 9}), 65, "num_experts_per_tok: 9 of only 8 experts"),
@@ -49,7 +49,7 @@ fn a_configuration_that_cannot_be() {
     scene.refuses(&[], 65, &["config.json"]);
 }
 
-/// A safetensors file taken apart: its header and its data.
+/// Header and data of a safetensors file.
 struct Weights {
     header: String,
     data: Vec<u8>,
@@ -79,7 +79,7 @@ impl Weights {
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
 #[test]
-fn weights_that_are_cut_off_or_lie() {
+fn truncated_or_inconsistent_weights() {
     let scene = Scene::new();
     let weights = Weights::read(&scene);
     let entry: Value = serde_json::from_str::<Value>(&weights.header).unwrap()[EMBEDDING].clone();
@@ -120,7 +120,7 @@ fn weights_that_are_cut_off_or_lie() {
 }
 
 #[test]
-fn an_index_that_leads_out_of_the_folder() {
+fn an_index_with_paths_outside_of_the_folder() {
     let scene = Scene::with(&TinySpec { shards: 2, ..spec() });
     let path = scene.model().join("model.safetensors.index.json");
     let good: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
@@ -176,7 +176,7 @@ fn a_tokenizer_without_a_template_or_of_another_model() {
 }
 
 #[test]
-fn a_template_that_loops_or_grows_without_bound() {
+fn a_template_that_loops_or_grows_without_limit() {
     let scene = Scene::new();
     for source in [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",

@@ -1,11 +1,11 @@
-//! Options that do not exist, cannot be, or contradict each other.
+//! Options that do not exist, are invalid or contradict each other.
 
 use std::fs;
 
 use super::Scene;
 
 #[test]
-fn a_name_that_is_almost_an_option() {
+fn a_misspelled_option() {
     let scene = Scene::new();
     scene.refuses(&["--top-k-expert", "3"], 2, &["--top-k-expert", "--top-k-experts"]);
     scene.refuses(&["--frobnicate"], 2, &["--frobnicate"]);
@@ -29,7 +29,7 @@ fn a_bomb_of_yaml_aliases() {
 }
 
 #[test]
-fn values_that_cannot_be() {
+fn invalid_values() {
     let scene = Scene::new();
     scene.refuses(&["--batch-size", "0"], 78, &["--batch-size"]);
     scene.refuses(&["--expert-lr", "nan"], 78, &["finite"]);

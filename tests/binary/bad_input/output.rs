@@ -1,4 +1,4 @@
-//! Places that cannot be written to, or not to the end.
+//! Output folders that cannot be written, or run out of space.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -10,7 +10,7 @@ use assert_cmd::Command;
 use super::{Outcome, Scene, files, row};
 
 #[test]
-fn a_folder_that_holds_something() {
+fn a_folder_that_is_not_empty() {
     let scene = Scene::new();
     fs::create_dir(scene.out()).unwrap();
     fs::write(scene.out().join("thesis.txt"), "mine").unwrap();
@@ -28,22 +28,22 @@ fn a_folder_that_holds_something() {
 }
 
 #[test]
-fn a_place_where_no_folder_can_be() {
+fn a_path_where_no_folder_can_be_created() {
     let scene = Scene::new();
     scene.refuses(&["--output-dir", "rows.jsonl"], 73, &["rows.jsonl", "is a file"]);
     scene.refuses(&["--output-dir", "rows.jsonl/out"], 73, &["rows.jsonl/out"]);
-    // Root may write wherever permissions forbid it, but nobody can make a folder here.
+    // Permissions do not stop root, but nobody can create a folder here.
     scene.refuses(&["--output-dir", "/proc/moewarden"], 73, &["/proc/moewarden"]);
 }
 
-/// The same command, with files that cannot grow beyond `bytes`: to the process this looks like a full disk.
+/// The same command with a file size limit of `bytes`, which looks like a full disk to the process.
 fn limited(command: Command, bytes: u64) -> Outcome {
     let mut run = process::Command::new(command.get_program());
     run.args(command.get_args()).current_dir(command.get_current_dir().unwrap());
     // SAFETY: between fork and exec only these two async-signal-safe calls are made.
     unsafe {
         run.pre_exec(move || {
-            // Ignored, the signal that would kill lets the write fail instead.
+            // With SIGXFSZ ignored, the write fails instead of killing the process.
             libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
             let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
             if libc::setrlimit(libc::RLIMIT_FSIZE, &limit) == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
@@ -52,8 +52,8 @@ fn limited(command: Command, bytes: u64) -> Outcome {
     Outcome::of(Command::from_std(run))
 }
 
-/// No file of a folder is cut off: JSON parses, every row of the log is whole, nothing is left aside.
-fn nothing_is_half_written(out: &Path) {
+/// Asserts that no file of a folder is truncated: JSON parses, every row of the log is complete, no temporary file is left.
+fn no_file_is_partial(out: &Path) {
     for name in files(out) {
         assert!(!name.contains(".part"), "{name} was left");
         let text = || fs::read_to_string(out.join(&name)).unwrap();
@@ -75,12 +75,12 @@ fn a_model_that_does_not_fit_on_the_disk() {
     let weights = fs::metadata(scene.model().join("model.safetensors")).unwrap().len();
     let outcome = limited(scene.run("train", &["--save-rounds", "none"]), weights - 1);
     outcome.is(74, &["final_model", "model.safetensors"]);
-    nothing_is_half_written(&scene.out());
+    no_file_is_partial(&scene.out());
     assert!(!files(&scene.out()).iter().any(|name| name.contains("final_model")), "{:?}", files(&scene.out()));
 
     let scene = Scene::new();
     limited(scene.run("train", &["--save-rounds", "full"]), weights - 1).is(74, &["round_1", "model.safetensors"]);
-    nothing_is_half_written(&scene.out());
+    no_file_is_partial(&scene.out());
 }
 
 #[test]
@@ -90,11 +90,11 @@ fn a_log_that_does_not_fit_on_the_disk() {
     scene.write_rows(&rows);
     let outcome = limited(scene.run("identify", &["--batch-size", "1"]), 4096);
     outcome.is(74, &["metrics.jsonl"]);
-    nothing_is_half_written(&scene.out());
+    no_file_is_partial(&scene.out());
     assert!(fs::metadata(scene.out().join("metrics.jsonl")).unwrap().len() > 0);
 }
 
-/// A small file system in memory, where this process may mount one.
+/// A small tmpfs, if this process may mount one.
 struct Disk<'a>(&'a Path);
 
 impl<'a> Disk<'a> {
@@ -121,10 +121,10 @@ fn a_disk_that_is_full() {
         return;
     };
     scene.train(&["--save-rounds", "none"]).is(74, &["final_model"]);
-    nothing_is_half_written(&out);
+    no_file_is_partial(&out);
     assert!(files(&out).contains(&"metrics.jsonl".into()));
 
-    // Now not even the lock has room.
+    // Now there is not even space for the lock file.
     fs::write(out.join("thesis.txt"), vec![b' '; 256 << 10]).unwrap_err();
     scene.train(&["--output-dir", "out/sub"]).is(74, &["out/sub", "No space left"]);
     assert_eq!(files(&out.join("sub")), Vec::<String>::new());

@@ -1,4 +1,4 @@
-//! Many tries of one kind of fault, counted.
+//! Repeated tries of one kind of fault, and the table of results.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -12,21 +12,22 @@ use rand_chacha::ChaCha8Rng;
 /// How often a kind of fault is tried.
 #[derive(Clone, Copy)]
 pub enum Tries {
-    /// This often in a short run, and [`repeats`] times in a campaign.
+    /// This many in a short run, and [`repeats`] in a campaign.
     AtLeast(usize),
     /// The same, but at least 50 times in a campaign.
     AtLeast50(usize),
-    /// As often in both: each case once.
+    /// The same number in both: each case once.
     #[cfg_attr(not(feature = "mpi"), allow(dead_code))]
     Exactly(usize),
 }
 
-/// What `MOEWARDEN_FAULT_REPEATS` asks for; 0 without it.
+/// The value of `MOEWARDEN_FAULT_REPEATS`; 0 if it is not set.
 pub fn repeats() -> usize {
     env::var("MOEWARDEN_FAULT_REPEATS").map_or(0, |text| text.parse().expect("MOEWARDEN_FAULT_REPEATS is a number"))
 }
 
-/// Tries a fault, by number and with random numbers of its own, and fails if a try does. `row` describes it in the table.
+/// Runs `one` for each try with its number and its own random numbers; panics if a try panics. `row` names the fault in the
+/// table.
 pub fn campaign(row: &str, tries: Tries, one: impl Fn(usize, &mut ChaCha8Rng)) {
     let count = match (tries, repeats()) {
         (Tries::Exactly(n) | Tries::AtLeast(n) | Tries::AtLeast50(n), 0) | (Tries::Exactly(n), _) => n,
@@ -35,24 +36,24 @@ pub fn campaign(row: &str, tries: Tries, one: impl Fn(usize, &mut ChaCha8Rng)) {
     };
     let (mut lost, start) = (Vec::new(), Instant::now());
     for i in 0..count {
-        // The row and the number make the seed, so that a campaign repeats what a short run has tried.
+        // The seed depends on the row and the number, so that a campaign repeats the tries of a short run.
         let seed =
             u64::from_le_bytes(blake3::hash(format!("{row} {i}").as_bytes()).as_bytes()[..8].try_into().unwrap());
         println!("{row}: try {i}, seed {seed:#018x}");
         let tried = catch_unwind(AssertUnwindSafe(|| one(i, &mut ChaCha8Rng::seed_from_u64(seed))));
         if let Err(panic) = tried {
-            println!("{row}: try {i} is lost");
+            println!("{row}: try {i} failed");
             lost.push(panic);
         }
     }
-    println!("{row}: {count} tries, {} lost, in {:.1} s", lost.len(), start.elapsed().as_secs_f64());
+    println!("{row}: {count} tries, {} failed, in {:.1} s", lost.len(), start.elapsed().as_secs_f64());
     record(row, count, lost.len());
     if let Some(first) = lost.into_iter().next() {
         resume_unwind(first);
     }
 }
 
-/// Puts a row into the table, in the place of an older one of the same fault.
+/// Writes a row of the table, in place of an older row of the same fault.
 fn record(row: &str, tries: usize, lost: usize) {
     static TABLE: Mutex<()> = Mutex::new(());
     let Ok(path) = env::var("MOEWARDEN_FAULT_TABLE") else { return };

@@ -1,4 +1,4 @@
-//! Files of a checkpoint that are no longer what was written: found, named, and the checkpoint before is taken.
+//! Damaged files of a checkpoint: the damage is reported by file name, and the checkpoint before is used.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use super::scene::{By, Scene, names};
 const NEWEST: &str = "round_1-router-step_4";
 const BEFORE: &str = "round_1-router-step_3";
 
-/// A run that was killed, to be copied.
+/// A killed run, which the tests copy.
 fn killed() -> &'static Scene {
     static SCENE: OnceLock<Scene> = OnceLock::new();
     SCENE.get_or_init(|| {
@@ -32,7 +32,7 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Damages a file in the `kind`th way; the reason that is to be given.
+/// Damages a file in one of three ways, and returns the expected reason in the message.
 fn damage(path: &Path, kind: usize, random: &mut ChaCha8Rng) -> &'static str {
     let mut bytes = fs::read(path).unwrap();
     let is_manifest = path.ends_with("manifest.json");
@@ -55,8 +55,9 @@ fn damage(path: &Path, kind: usize, random: &mut ChaCha8Rng) -> &'static str {
     }
 }
 
-/// The newest checkpoint of a copied run is damaged by `spoil`, which returns the file and the reason.
-fn is_passed_over(by: By, spoil: impl FnOnce(&Path, &[String]) -> (String, &'static str)) {
+/// Asserts that the newest checkpoint of a copied run is skipped after `spoil` damaged it; `spoil` returns the file and the
+/// reason in the message.
+fn is_skipped(by: By, spoil: impl FnOnce(&Path, &[String]) -> (String, &'static str)) {
     let scene = Scene::new();
     copy(&killed().out(), &scene.out());
     let newest = scene.checkpoints().join(NEWEST);
@@ -64,7 +65,7 @@ fn is_passed_over(by: By, spoil: impl FnOnce(&Path, &[String]) -> (String, &'sta
     assert_eq!(files.len(), 5, "{files:?}");
     let (file, reason) = spoil(&newest, &files);
     let ended = scene.run(by, "--resume", None);
-    scene.has_come_to_the_same(&ended);
+    scene.equals_undisturbed(&ended);
     ended.says(&[&format!("resuming from out/checkpoints/{BEFORE}")]);
     let says = |line: &str| [NEWEST, "is passed over", &file, reason].iter().all(|what| line.contains(what));
     assert!(ended.text.lines().any(says), "{file}, {reason:?} are not in\n{}", ended.text);
@@ -75,10 +76,10 @@ fn a_damaged_file() {
     for (kind, what) in ["one flipped bit in a", "a truncated", "a deleted"].into_iter().enumerate() {
         let row = format!("{what} file of a checkpoint");
         campaign(&row, Tries::AtLeast50([5, 1, 1][kind]), |i, random| {
-            is_passed_over(By::ALL[i / 5 % By::ALL.len()], |folder, files| {
+            is_skipped(By::ALL[i / 5 % By::ALL.len()], |folder, files| {
                 let file = &files[i % files.len()];
                 let reason = damage(&folder.join(file), kind, random);
-                // A manifest with another bit may still be one: then it is at odds with a file, and that is named.
+                // A manifest with a flipped bit may still parse: then it contradicts another file, which is named.
                 if kind == 0 && file == "manifest.json" { (String::new(), "") } else { (file.clone(), reason) }
             });
         });
@@ -89,7 +90,7 @@ fn a_damaged_file() {
 fn swapped_files() {
     campaign("two swapped files of a checkpoint", Tries::AtLeast(2), |i, random| {
         is_passed_over(By::Threads, |folder, files| {
-            // First the two that are alike but for their contents.
+            // First the two files of the same size.
             let a = if i == 0 { 1 } else { random.random_range(0..files.len()) };
             let b = if i == 0 { 2 } else { (a + random.random_range(1..files.len())) % files.len() };
             let [a, b] = [a, b].map(|i| folder.join(&files[i]));

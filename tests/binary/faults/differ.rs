@@ -1,4 +1,4 @@
-//! Processes that were not given the same, or are not what the options say: refused before anything is written.
+//! Processes with different inputs, or started otherwise than the options say: refused before anything is written.
 
 #![cfg(feature = "mpi")]
 
@@ -11,7 +11,7 @@ use super::campaign::{Tries, campaign};
 use super::scene::{By, Ended, SOON, Scene, golden, names};
 use crate::processes::mpirun;
 
-/// The folder of a machine: model and rows under names that are the same on all.
+/// The folder of a machine, with model and rows under the same names on all machines.
 fn machine(scene: &Scene, name: &str) -> std::path::PathBuf {
     let dir = scene.path(name);
     fs::create_dir_all(dir.join("model")).unwrap();
@@ -22,7 +22,7 @@ fn machine(scene: &Scene, name: &str) -> std::path::PathBuf {
     dir
 }
 
-/// Starts rank 0 in one folder and rank 1 in another, each with options of its own.
+/// Starts rank 0 in one folder and rank 1 in another, each with its own options.
 fn two(scene: &Scene, folders: [&Path; 2], more: [&str; 2]) -> Ended {
     let mut command = mpirun();
     let out = scene.out().display().to_string();
@@ -35,7 +35,7 @@ fn two(scene: &Scene, folders: [&Path; 2], more: [&str; 2]) -> Ended {
 }
 
 #[test]
-fn ranks_that_were_given_different_things() {
+fn ranks_with_different_inputs() {
     let cases = ["nothing", "an option", "a row of the data", "a weight of the model", "config.json"];
     campaign("options, data or model differ on one process", Tries::Exactly(cases.len()), |i, _| {
         let scene = Scene::new();
@@ -67,7 +67,7 @@ fn ranks_that_were_given_different_things() {
         };
         let ended = two(&scene, [&folders[0], &folders[1]], more);
         if cases[i] == "nothing" {
-            return ended.expect(exit::OK, &[]); // two folders alone are no difference
+            return ended.expect(exit::OK, &[]); // different folders alone are accepted
         }
         ended.expect(exit::RANKS_DIFFER, &["rank 1 has a different ", says]);
         ended.soon(SOON);
@@ -76,7 +76,7 @@ fn ranks_that_were_given_different_things() {
 }
 
 #[test]
-fn ranks_asked_for_twice() {
+fn ranks_given_twice() {
     campaign("--ranks 2 under mpirun -n 2", Tries::Exactly(1), |_, _| {
         let scene = Scene::new();
         scene.run(By::Mpirun, "--ranks 2", None).expect(exit::LAUNCHER, &["--ranks 2 asks for threads", "mpirun"]);

@@ -1,4 +1,4 @@
-//! Disks that are full, folders that cannot be written to, folders that another run works in.
+//! Full disks, read-only folders, and folders that another run uses.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use rand::RngExt;
 use super::campaign::{Tries, campaign};
 use super::scene::{By, SOON, Scene, names};
 
-/// A file system in memory, where this process may mount one.
+/// A tmpfs, if this process may mount one.
 struct Disk(PathBuf);
 
 impl Disk {
@@ -41,7 +41,7 @@ fn a_full_disk() {
     for &by in By::ALL {
         campaign(&format!("a full disk, {}", by.name()), Tries::AtLeast(1), |_, random| {
             let scene = Scene::new();
-            // Two checkpoints, a third on its way and the model need 400 KiB.
+            // Two checkpoints, a third that is being written and the model need 400 KiB.
             let size = random.random_range(4..300) << 10;
             let Some(disk) = Disk::mount(scene.out(), &format!("size={size}")) else { return };
             let ended = scene.run(by, "", None);
@@ -55,7 +55,7 @@ fn a_full_disk() {
 }
 
 #[test]
-fn a_folder_that_is_read_only() {
+fn a_read_only_folder() {
     for &by in By::ALL {
         campaign(&format!("a read-only folder, {}", by.name()), Tries::AtLeast(1), |i, _| {
             let scene = Scene::new();
@@ -89,7 +89,7 @@ fn two_runs_in_one_folder() {
             }
             first.signal(0, libc::SIGKILL);
             first.wait().failed();
-            assert!(scene.out().join(".moewarden.lock").exists(), "the dead left its lock");
+            assert!(scene.out().join(".moewarden.lock").exists(), "the killed run left its lock file");
             scene.resumes(by);
         });
     }

@@ -1,4 +1,4 @@
-//! One of two ranks dies, fails or hangs, anywhere: the other leaves soon and says why, and the run can go on.
+//! One of two ranks dies, fails or hangs at any point: the other ends soon with the cause, and the run can be resumed.
 
 use std::time::Duration;
 
@@ -10,21 +10,21 @@ use super::campaign::{Tries, campaign};
 use super::saves::STAGES;
 use super::scene::{By, SAVES, SOON, STEPS, Scene, TIMEOUT};
 
-/// Collective operations that a rank surely comes to.
+/// A number of collective operations that every rank reaches.
 const COLLECTIVES: u64 = 100;
 
-/// A place on a rank, of the `i`th kind of four, as `MOEWARDEN_FAULT` has it.
+/// A fault point on a rank, of the `i`th of four kinds, in the syntax of `MOEWARDEN_FAULT`.
 pub fn place(i: usize, rank: usize, random: &mut ChaCha8Rng) -> String {
-    let (point, passings) = match i % 4 {
+    let (point, visits) = match i % 4 {
         0 => ("step", STEPS),
         1 => ("save", SAVES * STAGES[rank]),
         2 => ("collective", COLLECTIVES),
         _ => ("batch", STEPS / 2),
     };
-    format!("rank={rank},at={point}:{}", random.random_range(1..=passings))
+    format!("rank={rank},at={point}:{}", random.random_range(1..=visits))
 }
 
-/// What the messages of a failing rank call a place.
+/// The description of a fault point in the messages of a failing rank.
 fn in_words(place: &str) -> &'static str {
     match place {
         _ if place.contains("step") => "in round 1, ",
@@ -34,10 +34,10 @@ fn in_words(place: &str) -> &'static str {
     }
 }
 
-/// Tries an action on a random rank at places of all kinds; `check` gets the rank and the place.
+/// Tries an action on a random rank at fault points of all kinds; `check` gets the rank and the fault point.
 fn strikes(by: By, action: &str, check: impl Fn(&Scene, super::scene::Ended, usize, &str)) {
     let row = format!("do={action} on one rank, {}", by.name());
-    // Threads that hang are waited for.
+    // The process waits for threads that hang.
     let threads = if action == "hang" { 1 } else { 2 };
     campaign(&row, Tries::AtLeast(if by == By::Threads { threads } else { 1 }), |i, random| {
         let scene = Scene::new();
@@ -56,7 +56,7 @@ fn strikes(by: By, action: &str, check: impl Fn(&Scene, super::scene::Ended, usi
 fn an_error_of_one_rank() {
     for &by in By::ALL {
         strikes(by, "fail", |_, ended, rank, place| {
-            // Within a collective operation, only a panic can be made.
+            // Within a collective operation, a fault can only panic.
             let code = if place.contains("collective") { exit::INTERNAL } else { exit::IO };
             ended.expect(code, &["on purpose", &format!("rank {rank}"), in_words(place)]);
             ended.soon(SOON);

@@ -1,4 +1,4 @@
-//! A tiny training run: its folder, its processes, and what it comes to when nothing happens.
+//! A tiny training run: its folder, its processes, and the results of an undisturbed run.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -16,13 +16,13 @@ use tempfile::TempDir;
 use super::campaign::repeats;
 use crate::processes::{MARK, Marked, marked, mpirun};
 
-/// No run takes longer, even where others share the cores.
+/// Longer than any run, even if other programs share the cores.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A fault ends all ranks within this time, once it is known: what a campaign holds them to.
+/// All ranks end within this time after a fault is detected; checked in campaigns.
 pub const SOON: Duration = Duration::from_secs(10);
 
-/// Outside of campaigns other programs may share the cores: then only this is too long, still far below `--timeout`.
+/// The same outside of campaigns, where other programs may share the cores; still far below `--timeout`.
 const LATE: Duration = Duration::from_secs(60);
 
 /// `--timeout` of the runs in which a rank hangs, in seconds.
@@ -38,10 +38,10 @@ pub enum By {
 }
 
 impl By {
-    /// Those that this build has.
+    /// The variants available in this build.
     pub const ALL: &[By] = if cfg!(feature = "mpi") { &[By::Threads, By::Mpirun] } else { &[By::Threads] };
 
-    /// In a table.
+    /// The name in the table.
     pub fn name(self) -> &'static str {
         match self {
             By::Threads => "2 threads",
@@ -50,21 +50,21 @@ impl By {
     }
 }
 
-/// Two ranks train on twelve rows, and save at every step: 1 identification with a pause, 6 expert steps, 6 router steps.
+/// Two ranks train on twelve rows and save at every step: 1 identification with a pause, 6 expert steps, 6 router steps.
 const OPTIONS: &str = "--batch-size 1 --threads 1 --top-k-experts 4 --num-rounds 1 --save-rounds none --save-steps 1 \
                        --expert-lr 1e-3 --router-lr 1e-3";
 
 /// Training steps of the run.
 pub const STEPS: u64 = 12;
 
-/// Checkpoints of the run: in the identification, before each phase, between steps, at the end.
+/// Checkpoints of the run: during identification, before each phase, between steps, at the end.
 pub const SAVES: u64 = 14;
 
-/// Files that hold no times: they are the same in every run.
+/// Files without times: they are the same in every run.
 const SAME: [&str; 4] =
     ["final_model/model.safetensors", "expert_scores.json", "expert_gradients.pkl", "training_metadata.json"];
 
-/// A folder for one run and its resumptions.
+/// A folder for one run and its resumed runs.
 pub struct Scene {
     temp: TempDir,
 }
@@ -92,7 +92,7 @@ impl Scene {
         self.out().join("checkpoints")
     }
 
-    /// The arguments of the run; an option in `more` takes the place of the run's own.
+    /// The arguments of the run; options in `more` replace the run's own.
     pub fn args(&self, more: &str) -> Vec<String> {
         let more: Vec<_> = more.split_whitespace().collect();
         let model = golden().join("model");
@@ -131,28 +131,29 @@ impl Scene {
         Run { child: command.spawn().unwrap(), log, mark, start: Instant::now(), struck: None }
     }
 
-    /// The run from its beginning to its end, or to that of a fault.
+    /// Starts the run and waits for its end.
     pub fn run(&self, by: By, more: &str, fault: Option<&str>) -> Ended {
         self.start(by, more, fault).wait()
     }
 
-    /// What the checkpoints' folder shows is whole: nothing stands under its name before it is.
+    /// Asserts that every checkpoint with a final name is complete.
     pub fn checkpoints_are_whole(&self) {
         for name in names(&self.checkpoints()).iter().filter(|name| !name.starts_with('.')) {
             Manifest::verify(&self.checkpoints().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
         }
     }
 
-    /// The same command with `--resume` comes to the end, without a damaged checkpoint, and to the bits of an undisturbed run.
+    /// Asserts that the same command with `--resume` finds no damaged checkpoint, succeeds, and is bit-identical to an
+    /// undisturbed run.
     pub fn resumes(&self, by: By) {
         self.checkpoints_are_whole();
         let ended = self.run(by, "--resume", None);
         assert!(!ended.text.contains("passed over"), "{}", ended.text);
-        self.has_come_to_the_same(&ended);
+        self.equals_undisturbed(&ended);
     }
 
-    /// A run has ended well, with the bits of an undisturbed one.
-    pub fn has_come_to_the_same(&self, ended: &Ended) {
+    /// Asserts that a run succeeded and is bit-identical to an undisturbed run.
+    pub fn equals_undisturbed(&self, ended: &Ended) {
         ended.expect(exit::OK, &["have the source's bits"]);
         let (ours, undisturbed) = (self.results(), undisturbed());
         for ((name, found), (_, expected)) in ours.iter().zip(undisturbed) {
@@ -162,7 +163,7 @@ impl Scene {
         assert!(!left.iter().any(|name| name.starts_with('.')), "something is left: {left:?}");
     }
 
-    /// All that does not depend on the time.
+    /// All outputs that do not depend on the time.
     pub fn results(&self) -> Vec<(String, Vec<u8>)> {
         let read = |name: &&str| ((*name).to_owned(), fs::read(self.out().join(name)).unwrap());
         let mut all: Vec<_> = SAME.iter().map(read).collect();
@@ -183,7 +184,7 @@ impl Scene {
     }
 }
 
-/// The files of a run to which nothing happened.
+/// The outputs of an undisturbed run.
 fn undisturbed() -> &'static Vec<(String, Vec<u8>)> {
     static RESULTS: OnceLock<Vec<(String, Vec<u8>)>> = OnceLock::new();
     RESULTS.get_or_init(|| {
@@ -194,7 +195,7 @@ fn undisturbed() -> &'static Vec<(String, Vec<u8>)> {
     })
 }
 
-/// How long a run takes to which nothing happens.
+/// The duration of an undisturbed run.
 pub fn duration(by: By) -> Duration {
     static BOTH: [OnceLock<Duration>; 2] = [const { OnceLock::new() }; 2];
     *BOTH[by as usize].get_or_init(|| {
@@ -204,12 +205,12 @@ pub fn duration(by: By) -> Duration {
     })
 }
 
-/// The model's case. (Weights of 16 bits: what is gathered is not what is kept.)
+/// The golden case with the model. (16-bit weights: the gathered weights differ from the f32 masters.)
 pub fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/olmoe_bf16")
 }
 
-/// The names in a folder, sorted; none where it is not there.
+/// The names in a folder, sorted; empty if there is no such folder.
 pub fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten();
     let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -217,13 +218,13 @@ pub fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// A run under way.
+/// A running run.
 pub struct Run {
     child: Child,
     log: PathBuf,
     mark: String,
     start: Instant,
-    /// When the fault was there.
+    /// The time of the fault.
     struck: Option<Instant>,
 }
 
@@ -241,7 +242,7 @@ impl Run {
         marked(&self.mark).into_iter().filter(is_ours).collect()
     }
 
-    /// Waits until the run has come to this; false if it ended before.
+    /// Waits until `done` holds; false if the run ended before.
     pub fn wait_for(&mut self, mut done: impl FnMut(&Run) -> bool) -> bool {
         while !done(self) {
             if self.child.try_wait().unwrap().is_some() {
@@ -253,7 +254,7 @@ impl Run {
         true
     }
 
-    /// Sends a signal to the process of a rank; to the only one where ranks are threads.
+    /// Sends a signal to the process of a rank; if ranks are threads, to their only process.
     pub fn signal(&mut self, rank: usize, signal: i32) {
         let ranks = self.ranks();
         let number = rank.to_string();
@@ -264,7 +265,7 @@ impl Run {
         }
     }
 
-    /// Sends a signal to what the test started.
+    /// Sends a signal to the process that the test started.
     pub fn signal_launcher(&mut self, signal: i32) {
         // SAFETY: signals a child that has not been waited for.
         unsafe { libc::kill(self.child.id() as i32, signal) };
@@ -303,19 +304,19 @@ impl Run {
     }
 }
 
-/// What a run came to.
+/// The result of a run.
 pub struct Ended {
-    /// Of the process that the test started; none if a signal ended it.
+    /// The exit code of the process that the test started; `None` if a signal ended it.
     pub code: Option<i32>,
     /// stdout and stderr of all ranks.
     pub text: String,
     pub took: Duration,
-    /// From the fault on.
+    /// The time from the fault to the end.
     pub after: Duration,
 }
 
 impl Ended {
-    /// It ended with this code and said all of this.
+    /// Asserts the exit code and these parts of the output.
     #[track_caller]
     pub fn expect(&self, code: u8, says: &[&str]) {
         assert_eq!(self.code, Some(code.into()), "{}", self.text);
@@ -329,14 +330,14 @@ impl Ended {
         }
     }
 
-    /// All ranks ended soon after the fault: `within`, where it takes a while to be known.
+    /// Asserts that all ranks ended soon after the fault: `within` if detecting it takes a while.
     #[track_caller]
     pub fn soon(&self, within: Duration) {
         let within = if repeats() > 0 { within } else { within.max(LATE) };
         assert!(self.after <= within, "{:?} passed between the fault and the end\n{}", self.after, self.text);
     }
 
-    /// It neither came to its end nor asks for a requeue.
+    /// Asserts that the run neither succeeded nor asks for a requeue.
     #[track_caller]
     pub fn failed(&self) {
         let good = [exit::OK, exit::REQUEUE].map(|code| Some(i32::from(code)));

@@ -1,4 +1,4 @@
-//! SIGTERM and SIGUSR1: a run saves and asks to be started again; a second signal ends it at once.
+//! SIGTERM and SIGUSR1: a run saves a checkpoint and ends with the requeue code; a second signal ends it at once.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use super::scene::{By, SOON, Scene, duration};
 const GRACE: Duration = Duration::from_secs(30);
 
 #[test]
-fn a_signal_anywhere() {
+fn a_signal_at_any_point() {
     for &by in By::ALL {
         for action in ["term", "usr1"] {
             let row = format!("SIG{} to one rank, {}", action.to_uppercase(), by.name());
@@ -30,7 +30,7 @@ fn a_signal_anywhere() {
     }
 }
 
-/// As a scheduler sends it: to all processes, at any moment.
+/// As sent by a scheduler: to all processes, at any time.
 #[test]
 fn a_signal_from_outside() {
     for &by in By::ALL {
@@ -41,7 +41,7 @@ fn a_signal_from_outside() {
             run.wait_for(|run| run.text().contains("options:"));
             sleep(duration(by).mul_f64(random.random_range(0.0..0.7)));
             let signal = [libc::SIGTERM, libc::SIGUSR1][i % 2];
-            // Open MPI's mpirun hands SIGUSR1 on; on SIGTERM it ends the ranks after a second.
+            // Open MPI's mpirun forwards SIGUSR1; on SIGTERM it kills the ranks after a second.
             if by == By::Mpirun && signal == libc::SIGUSR1 {
                 run.signal_launcher(signal);
             } else {
@@ -50,7 +50,7 @@ fn a_signal_from_outside() {
             let ended = run.wait();
             ended.soon(GRACE);
             if ended.code == Some(exit::OK.into()) {
-                scene.has_come_to_the_same(&ended); // it was done before
+                scene.equals_undisturbed(&ended); // it ended before the signal
             } else {
                 ended.expect(exit::REQUEUE, &["stopped as asked, and saved"]);
                 scene.resumes(by);
@@ -60,11 +60,11 @@ fn a_signal_from_outside() {
 }
 
 #[test]
-fn a_second_signal_ends_it_at_once() {
+fn a_second_signal_ends_the_run_at_once() {
     for &by in By::ALL {
         campaign(&format!("two signals, {}", by.name()), Tries::AtLeast(1), |_, random| {
             let scene = Scene::new();
-            // So that the first cannot be obeyed.
+            // A hanging rank cannot react to the first signal.
             let step = random.random_range(1..=6);
             let mut run = scene.start(by, "", Some(&format!("rank=1,at=step:{step},do=hang")));
             assert!(run.wait_for(|run| run.text().contains("MOEWARDEN_FAULT: ")));

@@ -1,4 +1,4 @@
-//! Numbers that are not what they should be: a gradient that is NaN, a weight that differs between ranks.
+//! Wrong values: a gradient that is NaN, a weight that differs between ranks.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ use super::scene::{By, SOON, STEPS, Scene, names};
 fn a_gradient_that_is_nan() {
     for &by in By::ALL {
         campaign(&format!("NaN in the gradient of one rank, {}", by.name()), Tries::AtLeast(1), |_, random| {
-            // Neither the first nor the last step of its phase: checkpoints of this phase stand before and after it.
+            // Neither the first nor the last step of its phase, so that there are checkpoints of this phase before and after it.
             let (phase, step) = (random.random_range(0..2), random.random_range(2..STEPS / 2));
             let number = phase * STEPS / 2 + step;
             let models = [0, 1].map(|rank| {
@@ -76,9 +76,9 @@ fn a_weight_that_differs_on_one_rank() {
     }
 }
 
-/// Without `--check-replicas`: an expert, while the routers are trained.
+/// Without `--check-replicas`: a flipped bit in an expert while the routers are trained.
 #[test]
-fn a_weight_that_differs_at_the_next_checkpoint() {
+fn a_weight_that_differs_is_found_at_the_next_checkpoint() {
     for &by in By::ALL {
         let row = format!("one bit of a weight on one rank, until the next checkpoint, {}", by.name());
         campaign(&row, Tries::AtLeast(1), |_, _| {

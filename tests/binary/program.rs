@@ -1,4 +1,4 @@
-//! The real binary on the golden cases' models: alone, under `mpirun`, and asked to stop; and what its runs leave behind.
+//! Runs of the real binary, alone or under `mpirun`, and their output files.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 
 use crate::processes::mpirun;
 
-/// No run of these tests takes as long.
+/// Longer than any run of these tests.
 const FOREVER: Duration = Duration::from_secs(240);
 
-/// What a command came to.
+/// The result of a command.
 pub struct Ran {
     /// `None`: a signal ended it.
     pub code: Option<i32>,
@@ -38,7 +38,7 @@ impl Ran {
         self.ended(exit::OK)
     }
 
-    /// Ended with this code and said this on stderr.
+    /// Asserts the exit code and these parts of stderr.
     #[track_caller]
     pub fn failed(self, code: u8, said: &[&str]) {
         let ran = self.ended(code);
@@ -46,7 +46,7 @@ impl Ran {
     }
 }
 
-/// A command that is under way.
+/// A running command.
 pub struct Running {
     child: Child,
     /// stdout, stderr
@@ -56,24 +56,24 @@ pub struct Running {
 impl Running {
     /// Sends it a signal.
     pub fn signal(&self, signal: i32) {
-        // SAFETY: signals a child that has not been waited for, so that the number is still its own.
+        // SAFETY: the child has not been waited for, so its process id is still valid.
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
     }
 
-    /// Waits until `seen` holds; false if it ended before.
+    /// Waits until `seen` holds; false if the command ended before.
     pub fn wait_for(&mut self, seen: impl Fn() -> bool) -> bool {
         let start = Instant::now();
         while self.child.try_wait().unwrap().is_none() {
             if seen() {
                 return true;
             }
-            assert!(start.elapsed() < FOREVER, "it never comes");
+            assert!(start.elapsed() < FOREVER, "the condition never holds");
             sleep(Duration::from_millis(2));
         }
         false
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the command; kills it after [`FOREVER`].
     pub fn end(mut self) -> Ran {
         let start = Instant::now();
         let status = loop {
@@ -88,7 +88,7 @@ impl Running {
             self.child.wait().unwrap();
         }
         let [out, err] = self.logs.map(|log| fs::read_to_string(log.path()).unwrap());
-        let code = status.unwrap_or_else(|| panic!("it does not end\n{out}\n{err}")).code();
+        let code = status.unwrap_or_else(|| panic!("the command does not end\n{out}\n{err}")).code();
         Ran { code, out, err }
     }
 }
@@ -101,7 +101,7 @@ pub fn start(mut command: Command) -> Running {
     Running { child, logs }
 }
 
-/// The binary with these arguments, on `processes` processes; 0: without a launcher.
+/// The binary with these arguments on `processes` processes; 0: without `mpirun`.
 pub fn moewarden<S: Into<OsString>>(processes: usize, args: impl IntoIterator<Item = S>) -> Command {
     let binary = env!("CARGO_BIN_EXE_moewarden");
     let mut command = if processes == 0 { Command::new(binary) } else { mpirun() };
@@ -128,11 +128,11 @@ pub fn write_rows(path: &Path, rows: usize) {
     fs::write(path, Value::Array((0..rows).map(row).collect()).to_string()).unwrap();
 }
 
-/// What a run has left in its output folder that does not depend on the clock or on the folder's place.
+/// The outputs of a run that do not depend on the time or on the path of the output folder.
 pub struct Outputs {
-    /// Everything of its scores and metadata, as it is.
+    /// Scores and metadata, byte for byte.
     pub files: BTreeMap<&'static str, Vec<u8>>,
-    /// metrics.jsonl but for `seconds`.
+    /// metrics.jsonl without `seconds`.
     pub metrics: Vec<Value>,
     /// The final model by tensors.
     pub weights: BTreeMap<String, HostTensor>,
@@ -163,7 +163,7 @@ impl Outputs {
         serde_json::from_slice(&self.files["training_metadata.json"]).unwrap()
     }
 
-    /// Panics on the first bit that differs.
+    /// Asserts that both are bit-identical.
     #[track_caller]
     pub fn assert_same(&self, other: &Self, what: &str) {
         assert_eq!(self.metrics, other.metrics, "{what}: metrics.jsonl");
@@ -177,7 +177,7 @@ impl Outputs {
     }
 }
 
-/// All tensors of a model in one file.
+/// All tensors of a model that is stored in one file.
 pub fn read_weights(model: &Path) -> BTreeMap<String, HostTensor> {
     let bytes = fs::read(model.join("model.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();

@@ -1,23 +1,23 @@
-//! How close runs are that add up the same numbers in another order.
+//! Comparison of runs that add up the same numbers in different orders.
 
 use std::collections::BTreeMap;
 
 use moewarden::backend::{Dtype, HostTensor};
 use serde_json::Value;
 
-use crate::binary::Outputs;
+use crate::program::Outputs;
 
-/// f64 sums of the same f32 micro-batches, in another order.
+/// Scores: f64 sums of the same f32 micro-batches in different orders.
 pub const SAME_WEIGHTS: f64 = 1e-12;
-/// Those of weights that have been trained.
+/// Scores of weights that have been trained in different orders.
 pub const TRAINED_WEIGHTS: f64 = 1e-5;
-/// f32 sums of up to 500 terms in another order.
+/// f32 sums of up to 500 terms in different orders.
 const LOSSES: f64 = 1e-6;
-/// Of a tensor's size; 16-bit weights beside that by one step where a master falls on the other side of a half.
+/// Relative to a tensor's norm. 16-bit weights may also differ by one step where a master rounds to the other neighbour.
 const WEIGHTS: f64 = 1e-5;
 
-/// Panics unless two runs took the same steps, with the same selection, losses and weights; `scores` says how far scores
-/// may be apart.
+/// Asserts that two runs took the same steps with the same selection, losses and weights, within tolerances; `scores` is
+/// the relative tolerance of scores.
 pub fn check_close(expected: &Outputs, found: &Outputs, scores: f64, what: &str) {
     check_scores(&expected.scores(), &found.scores(), scores, what);
     check_metrics(&expected.metrics, &found.metrics, what);
@@ -93,8 +93,8 @@ fn check_weights(expected: &BTreeMap<String, HostTensor>, found: &BTreeMap<Strin
                 a.len()
             );
         }
-        assert!(error <= WEIGHTS * size, "{what}: {name} is off by {:.1e} of its size", error / size);
+        assert!(error <= WEIGHTS * size, "{what}: {name} is off by {:.1e} of its norm", error / size);
         let flipped = a.iter().zip(&b).filter(|(a, b)| a != b && step(**a) > 0.0).count();
-        assert!(flipped <= a.len() / 100, "{what}: {flipped} of {} values of {name} were rounded otherwise", a.len());
+        assert!(flipped <= a.len() / 100, "{what}: {flipped} of {} values of {name} were rounded differently", a.len());
     }
 }
