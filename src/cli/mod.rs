@@ -206,11 +206,10 @@ fn is_training(arg: &Arg) -> bool {
 
 /// `identify` shares the options file of `train`, but a flag that trains would do nothing.
 fn refuse_training_flags(flags: &RawOptions) -> exit::Result<()> {
-    let given = serde_json::to_value(flags).map_err(|e| Failure::new(exit::CONFIG, e))?;
     let options = RawOptions::augment_args(clap::Command::new("options"));
     for arg in options.get_arguments().filter(|a| is_training(a)) {
         let name = arg.get_long().unwrap_or_default();
-        if !given[name].is_null() {
+        if flags.is_given(name) {
             return Err(Failure::new(
                 exit::CONFIG,
                 format!("--{name} would do nothing: `identify` trains nothing; leave it out"),

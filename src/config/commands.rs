@@ -1,4 +1,4 @@
-//! The arguments of the commands that are not runs, and those that a run's commands have besides its options.
+//! Arguments of the commands without run options, and additional arguments of the commands with run options.
 
 use std::path::PathBuf;
 
@@ -9,61 +9,61 @@ use super::{ConfigError, Device, Precision, RunConfig, validate};
 use crate::data::LongRows;
 use crate::experts::RoutingTokens;
 
-/// Answers the unsafe and the safe prompts of a data set, and measures refusals, loss and routing.
+/// Generates responses to the unsafe and the safe prompts of a data set, and measures refusals, loss and routing.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct EvalArgs {
-    /// Model: a Hugging Face folder, or a hub id found in the local hub cache
+    /// Model folder in Hugging Face format, or a hub id that is in the local hub cache
     #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, visible_alias = "model")]
     pub model_name: String,
-    /// Rows to measure on: a JSON array or JSONL
+    /// Data to evaluate on: a JSON array or JSONL
     #[arg(long, value_name = "FILE", help_heading = INPUT, visible_alias = "dataset")]
     pub dataset_path: PathBuf,
     /// Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub chat_template: Option<PathBuf>,
-    /// Rows to use at most
+    /// Maximum number of rows
     #[arg(long, value_name = "ROWS", help_heading = INPUT, default_value_t = 128, value_parser = at_least_one)]
     pub max_samples: usize,
-    /// Length of an example in tokens, template and response included
+    /// Maximum length of an example in tokens, chat template and response included
     #[arg(long, value_name = "TOKENS", help_heading = INPUT, default_value_t = 512, value_parser = at_least_one)]
     pub max_length: usize,
-    /// What happens to longer rows
+    /// What to do with rows longer than --max-length
     #[arg(long, help_heading = INPUT, value_enum, default_value_t)]
     pub long_rows: LongRows,
-    /// Keep attack rows whose own verdict says that the attack failed
+    /// Keep attack rows whose judge verdict says that the attack failed
     #[arg(long, help_heading = INPUT)]
     pub keep_failed: bool,
     /// Examples in a micro-batch
     #[arg(long, value_name = "EXAMPLES", help_heading = INPUT, default_value_t = 8, value_parser = at_least_one)]
     pub batch_size: usize,
 
-    /// Tokens of an answer at most
+    /// Maximum length of a generated response in tokens
     #[arg(long, value_name = "TOKENS", help_heading = GENERATION, default_value_t = 128, value_parser = at_least_one)]
     pub max_new_tokens: usize,
-    /// Sampling temperature; 0 always takes the likeliest token
+    /// Sampling temperature; 0: greedy decoding
     #[arg(long, value_name = "T", help_heading = GENERATION, default_value_t = 0.0, value_parser = temperature)]
     pub temperature: f64,
-    /// Sample among the likeliest tokens that together have this probability (above 0, at most 1)
+    /// Nucleus sampling: sample from the most probable tokens with this total probability (above 0, at most 1)
     #[arg(long, value_name = "P", help_heading = GENERATION, default_value_t = 1.0, value_parser = probability)]
     pub top_p: f64,
-    /// Seed of sampling
+    /// Random seed of sampling
     #[arg(long, value_name = "N", help_heading = GENERATION, default_value_t = 42, visible_alias = "random-seed")]
     pub seed: u64,
 
-    /// Folder for everything that is written
+    /// Output folder
     #[arg(long, value_name = "FOLDER", help_heading = OUTPUT, default_value = "moewarden-eval")]
     pub output_dir: PathBuf,
-    /// Remove an earlier run's outputs from the output folder first; refused if it holds anything else
+    /// First delete an earlier run's outputs from the output folder; refused if the folder holds any other file
     #[arg(long, help_heading = OUTPUT)]
     pub overwrite: bool,
 
-    /// Where the computation runs
+    /// Device to compute on
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub device: Device,
     /// GPU: number format of activations
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub precision: Precision,
-    /// CPU threads; 0: one a core
+    /// CPU threads; 0: one for each core
     #[arg(long, value_name = "THREADS", help_heading = MACHINE, default_value_t = 0)]
     pub threads: usize,
 }
@@ -71,11 +71,11 @@ pub struct EvalArgs {
 const GENERATION: &str = "Generation";
 
 impl EvalArgs {
-    /// What a run that reads the same model and data, in the order of the file, would be configured as. Routing is counted
-    /// over the prompts, which differ between the sides where the replies are often the same.
+    /// The options of a run that reads the same model and data in the order of the file. Routing frequencies are
+    /// counted over prompt tokens: prompts differ between the safe and the unsafe side, while responses are often equal.
     ///
     /// # Errors
-    /// Values that cannot be; a device that this build or machine does not have.
+    /// [`ConfigError::Invalid`], with every value out of range.
     pub fn run_config(&self) -> Result<RunConfig, ConfigError> {
         let config = RunConfig {
             model_name: self.model_name.clone(),
@@ -88,7 +88,7 @@ impl EvalArgs {
             shuffle: false,
             seed: self.seed,
             routing_tokens: RoutingTokens::Prompt,
-            top_k_experts: 1, // nothing is selected
+            top_k_experts: 1, // `eval` selects no experts
             batch_size: self.batch_size,
             output_dir: self.output_dir.clone(),
             overwrite: self.overwrite,
@@ -105,52 +105,52 @@ impl EvalArgs {
     }
 }
 
-/// Draws heatmaps of the scores and selections of finished runs, and compares them.
+/// Draws heatmaps of the scores and selections of finished runs, and compares the runs.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct ReportArgs {
-    /// Output folders of `train`, `identify` or `eval`, in any mixture
+    /// Output folders of `train`, `identify` or `eval` runs
     #[arg(required = true, value_name = "RUN")]
     pub runs: Vec<PathBuf>,
-    /// Folder for everything that is written
+    /// Output folder
     #[arg(long, value_name = "FOLDER", default_value = "moewarden-report")]
     pub output_dir: PathBuf,
-    /// Remove an earlier run's outputs from the output folder first; refused if it holds anything else
+    /// First delete an earlier run's outputs from the output folder; refused if the folder holds any other file
     #[arg(long)]
     pub overwrite: bool,
 }
 
-/// Joins a base model and a delta into a complete Hugging Face folder.
+/// Merges a base model and a delta into a complete model folder in Hugging Face format.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct ExportArgs {
-    /// The model that the delta was trained from: a folder, or a hub id found in the local hub cache
+    /// Model that the delta was trained from: a folder, or a hub id that is in the local hub cache
     #[arg(long, value_name = "FOLDER|ID")]
     pub base: String,
-    /// A round's folder or safetensors file, as written with --save-rounds delta
+    /// Folder or safetensors file of a round, saved with --save-rounds delta
     #[arg(long, value_name = "PATH")]
     pub delta: PathBuf,
-    /// Folder for everything that is written
+    /// Output folder
     #[arg(long, value_name = "FOLDER")]
     pub output_dir: PathBuf,
-    /// Replace the model in the output folder, once the new one is whole; refused if it holds anything else
+    /// Replace the model in the output folder once the new one is complete; refused if the folder holds any other file
     #[arg(long)]
     pub overwrite: bool,
 }
 
-/// What `check` has besides a run's options.
+/// Options of `check` in addition to those of a run.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct CheckArgs {
-    /// Rendered examples to show, with the tokens that carry loss marked
+    /// Number of rendered examples to show, with the loss mask marked
     #[arg(long, value_name = "EXAMPLES", default_value_t = 2)]
     pub show: usize,
 }
 
-/// Makes a tiny model and data set, trains on them, and reports: everything the program does, in seconds.
+/// Generates a tiny model and data set, trains and reports: the whole pipeline in seconds.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct QuickstartArgs {
-    /// Folder for everything that is written
+    /// Output folder
     #[arg(long, value_name = "FOLDER", default_value = "moewarden-quickstart")]
     pub output_dir: PathBuf,
-    /// Write into a folder that is not empty, over files of the same names
+    /// Write into a folder that is not empty, replacing files of the same names
     #[arg(long)]
     pub overwrite: bool,
 }

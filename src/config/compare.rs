@@ -1,4 +1,4 @@
-//! The matrix of methods and ablations that `compare` runs.
+//! The matrix of methods and ablations of `compare`.
 
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -6,56 +6,56 @@ use serde::{Deserialize, Serialize};
 use super::{Mode, RunConfig, Schedule};
 use crate::experts::{Method, Selection};
 
-/// Which parts of the method are trained.
+/// Which parameters a run of the matrix trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ablation {
-    /// The selected experts; routers stay.
+    /// The selected experts, not the routers.
     ExpertOnly,
-    /// The routers; experts stay.
+    /// The routers, not the experts.
     RouterOnly,
-    /// Both.
+    /// The selected experts and the routers.
     Combined,
-    /// Nothing: runs and measures, changes no bit.
+    /// No parameter: all weights stay bit-identical.
     Frozen,
     /// All parameters.
     Baseline,
 }
 
-/// What `compare` has besides a run's options.
+/// Options of `compare` in addition to those of a run.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct CompareArgs {
     /// Methods to compare, comma-separated
     #[arg(long, value_name = "METHODS", value_delimiter = ',', default_value = "gradient,routing,random")]
     pub methods: Vec<Method>,
-    /// Ablations to run for each method, comma-separated; those that train no selection run once
+    /// Ablations to run for each method, comma-separated; an ablation that does not train selected experts runs once
     #[arg(long, value_name = "ABLATIONS", value_delimiter = ',', default_value = "combined")]
     pub ablations: Vec<Ablation>,
 }
 
-/// One cell of the matrix.
+/// One run of the matrix.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Variant {
-    /// Folder name: `gradient-combined`, `frozen`.
+    /// Name of its folder, such as `gradient-combined` or `frozen`.
     pub name: String,
-    /// What is trained.
+    /// What the run trains.
     pub ablation: Ablation,
-    /// The base configuration with this method and ablation, writing into a folder of this name in its output folder.
+    /// The base configuration with this method, this ablation, and the folder `name` in the base's output folder.
     pub config: RunConfig,
 }
 
 impl Ablation {
-    /// The option's word for it.
+    /// The value of `--ablations`.
     pub fn name(self) -> String {
         self.to_possible_value().expect("no ablation is hidden").get_name().to_owned()
     }
 
-    /// Whether it depends on the method: whether it trains a selection.
+    /// Whether the ablation trains selected experts, so that it depends on the method.
     fn selects(self) -> bool {
         matches!(self, Ablation::ExpertOnly | Ablation::Combined)
     }
 
-    /// `base` with this ablation. A base with a joint schedule keeps it only where experts and routers both train.
+    /// `base` with this ablation. The joint schedule is kept only if experts and routers both train.
     pub fn apply(self, base: &RunConfig) -> RunConfig {
         let (mode, experts, routers) = match self {
             Ablation::ExpertOnly => (Mode::Selective, true, false),
@@ -77,7 +77,7 @@ impl Ablation {
 }
 
 impl CompareArgs {
-    /// The cells, ablations outermost, each once.
+    /// The runs of the matrix without duplicates; ablations vary slowest.
     pub fn variants(&self, base: &RunConfig) -> Vec<Variant> {
         let mut variants: Vec<Variant> = Vec::new();
         for ablation in &self.ablations {
@@ -88,7 +88,7 @@ impl CompareArgs {
                 if variants.iter().any(|v| v.name == name) {
                     continue;
                 }
-                // random experts are drawn once a round
+                // Random experts are drawn once a round.
                 let selection = if *method == Method::Random { Selection::Global } else { base.selection };
                 let output_dir = base.output_dir.join(&name);
                 let config = RunConfig { method: *method, selection, output_dir, ..ablation.apply(base) };
@@ -100,7 +100,7 @@ impl CompareArgs {
 }
 
 impl Variant {
-    /// Whether some matrix has a variant of this name.
+    /// Whether a matrix can have a variant of this name.
     pub fn is_name(name: &str) -> bool {
         let all =
             CompareArgs { methods: Method::value_variants().to_vec(), ablations: Ablation::value_variants().to_vec() };

@@ -1,4 +1,4 @@
-//! The YAML file of options: a flat map with the names of the flags.
+//! Reads the YAML file of options: a flat map whose keys are the names of the flags.
 
 use std::fmt;
 use std::path::Path;
@@ -11,25 +11,25 @@ use serde_saphyr::Spanned;
 
 use super::{ConfigError, Meaning, RawOptions, nearest, spelled};
 
-/// Reads a YAML file into the options it gives, by their kebab-case names. Every value has its option's type.
+/// Reads the options that a YAML file gives.
 ///
-/// Fails with [`ConfigError::NotRead`], or with [`ConfigError::File`] at the first wrong line.
-pub(super) fn read(path: &Path) -> Result<Map<String, Value>, ConfigError> {
+/// # Errors
+/// [`ConfigError::NotRead`], or [`ConfigError::File`] for the first wrong line.
+pub(super) fn read(path: &Path) -> Result<RawOptions, ConfigError> {
     let text =
         std::fs::read_to_string(path).map_err(|source| ConfigError::NotRead { path: path.to_owned(), source })?;
     parse(&text).map_err(|(line, message)| ConfigError::File { path: path.to_owned(), line, message })
 }
 
 /// [`read`] on the text; errors are (line, message).
-fn parse(text: &str) -> Result<Map<String, Value>, (u64, String)> {
+fn parse(text: &str) -> Result<RawOptions, (u64, String)> {
     let command = RawOptions::augment_args(Command::new("options"));
     let Entries(entries) = serde_saphyr::from_str::<Option<Entries>>(text)
         .map_err(|e| (e.location().map_or(0, |l| l.line()), e.without_snippet().to_string()))?
         .unwrap_or_default();
 
-    let mut options = Map::new();
-    // canonical name → (line, key as written), to speak of the earlier spelling
-    let mut written: Vec<(String, u64, String)> = Vec::new();
+    let mut options = RawOptions::default();
+    let mut seen: Vec<Entry> = Vec::new();
     for (key, Spanned { value: Scalar(value), .. }) in entries {
         let (line, key) = (key.referenced.line(), key.value);
         let Some(option) = spelled(&command, &key) else {
@@ -38,7 +38,7 @@ fn parse(text: &str) -> Result<Map<String, Value>, (u64, String)> {
         };
         let name = option.name().to_owned();
         let value = match (option.meaning, value) {
-            (_, Value::Null) => continue, // an empty value gives nothing
+            (_, Value::Null) => continue, // `option:` without a value sets nothing
             (Meaning::Itself, value) => value,
             (Meaning::Negated, Value::Bool(value)) => Value::Bool(!value),
             (Meaning::Fixed("false"), Value::Bool(true)) => Value::Bool(false),
@@ -46,23 +46,31 @@ fn parse(text: &str) -> Result<Map<String, Value>, (u64, String)> {
             (Meaning::Fixed(_), Value::Bool(false)) => continue,
             (_, value) => return Err((line, format!("`{key}` is {value}, expected true or false"))),
         };
-        RawOptions::deserialize(Value::Object(Map::from_iter([(name.clone(), value.clone())])))
+        // One option at a time, so that the error belongs to this line.
+        let given = RawOptions::deserialize(Value::Object(Map::from_iter([(name.clone(), value.clone())])))
             .map_err(|e| (line, format!("`{key}`: {}", plain(&e))))?;
-        if let Some((_, earlier_line, earlier)) = written.iter().find(|(n, ..)| *n == name)
-            && options[&name] != value
-        {
-            return Err((
-                line,
-                format!("`{key}` and `{earlier}` (line {earlier_line}) give the same option two values"),
-            ));
+        if let Some(earlier) = seen.iter().find(|earlier| earlier.name == name && earlier.value != value) {
+            let message =
+                format!("`{key}` and `{}` (line {}) give the same option two values", earlier.key, earlier.line);
+            return Err((line, message));
         }
-        written.push((name.clone(), line, key));
-        options.insert(name, value);
+        options = given.or(options);
+        seen.push(Entry { name, value, key, line });
     }
     Ok(options)
 }
 
-/// A type error, in words that are not Rust's.
+/// An option of the file, kept to compare it with another spelling of the same option.
+struct Entry {
+    /// The option's kebab-case name.
+    name: String,
+    value: Value,
+    /// The name as the file spells it.
+    key: String,
+    line: u64,
+}
+
+/// A type error without Rust's type names.
 fn plain(error: &serde_json::Error) -> String {
     let whole = "expected a whole number, not negative";
     error
@@ -72,7 +80,7 @@ fn plain(error: &serde_json::Error) -> String {
         .replace("expected f64", "expected a number")
 }
 
-/// The file's keys and values in order. A plain map type would merge spellings before they can be compared.
+/// Keys and values in the order of the file. (A map type would merge repeated keys before they can be compared.)
 #[derive(Default)]
 struct Entries(Vec<(Spanned<String>, Spanned<Scalar>)>);
 
@@ -96,7 +104,7 @@ impl<'de> Deserialize<'de> for Entries {
     }
 }
 
-/// One value: true or false, a finite number, text, or nothing.
+/// One value: a boolean, a finite number, a string or null.
 struct Scalar(Value);
 
 impl<'de> Deserialize<'de> for Scalar {
@@ -117,7 +125,7 @@ impl<'de> Deserialize<'de> for Scalar {
                 Ok(Scalar(value.into()))
             }
             fn visit_f64<E: de::Error>(self, value: f64) -> Result<Scalar, E> {
-                // JSON, which carries the values from here on, has no infinity; no option wants one.
+                // `serde_json::Value` has no infinity, and no option accepts it.
                 if value.is_finite() { Ok(Scalar(value.into())) } else { Err(E::custom("the number must be finite")) }
             }
             fn visit_str<E>(self, value: &str) -> Result<Scalar, E> {
@@ -140,8 +148,11 @@ mod tests {
 
     use super::*;
 
+    /// The options that are given, as JSON.
     fn ok(text: &str) -> Value {
-        Value::Object(parse(text).unwrap())
+        let options = serde_json::to_value(parse(text).unwrap()).unwrap();
+        let Value::Object(options) = options else { panic!("{options}") };
+        Value::Object(options.into_iter().filter(|(_, value)| !value.is_null()).collect())
     }
 
     #[test]
@@ -150,10 +161,10 @@ mod tests {
             ok("# a comment\ntop_k_experts: 128\nexpert-lr: 5e-5\nno-shuffle: true\nlayers: 8-15\nkl-type: reverse\n"),
             json!({"top-k-experts": 128, "expert-lr": 5e-5, "shuffle": false, "layers": "8-15", "kl-type": "reverse"})
         );
-        assert_eq!(ok("layers: 8\n"), json!({"layers": 8}));
+        assert_eq!(ok("layers: 8\n"), json!({"layers": "8"}));
         assert_eq!(ok("use_random_experts: true\nfull_param_training: false\n"), json!({"method": "random"}));
         assert_eq!(ok("skip-expert-training: true\n"), json!({"finetune-unsafe-experts": false}));
-        assert_eq!(ok("router_consistency_layers: unsafe_only\n"), json!({"router-consistency-layers": "unsafe_only"}));
+        assert_eq!(ok("router_consistency_layers: unsafe_only\n"), json!({"router-consistency-layers": "unsafe-only"}));
         assert_eq!(ok(""), json!({}));
         assert_eq!(ok("max-grad-norm:\n"), json!({}));
         assert_eq!(ok("seed: 1\nrandom-seed: 1\n"), json!({"seed": 1}));

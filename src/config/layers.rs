@@ -1,4 +1,4 @@
-//! A range of decoder layers as text: `all`, `8`, `8-15`.
+//! The option `layers`: a range of decoder layers, written as `all`, `8` or `8-15`.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -7,13 +7,23 @@ use std::str::FromStr;
 use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Which decoder layers experts are selected from.
+/// Decoder layers to select experts from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Layers {
-    /// Every one that routes.
+    /// Every MoE layer.
     All,
-    /// First to last, both included. May be reversed here; the validation refuses that.
+    /// First to last, both included. A reversed range parses; the validation refuses it.
     Range(RangeInclusive<usize>),
+}
+
+impl Layers {
+    /// The resolved option: `None` means all layers.
+    pub(super) fn range(self) -> Option<RangeInclusive<usize>> {
+        match self {
+            Layers::All => None,
+            Layers::Range(range) => Some(range),
+        }
+    }
 }
 
 impl FromStr for Layers {
@@ -26,7 +36,7 @@ impl FromStr for Layers {
         let (first, last) = text.split_once('-').unwrap_or((text, text));
         match (first.trim().parse(), last.trim().parse()) {
             (Ok(first), Ok(last)) => Ok(Layers::Range(first..=last)),
-            _ => Err(format!("`{text}` is none of `all`, one layer (`8`) and one range of layers (`8-15`)")),
+            _ => Err(format!("`{text}` is not `all`, one layer (`8`) or one range of layers (`8-15`)")),
         }
     }
 }
@@ -58,7 +68,7 @@ impl<'de> Deserialize<'de> for Layers {
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Layers, E> {
                 text.parse().map_err(E::custom)
             }
-            // YAML takes a lone layer for a number.
+            // In YAML a single layer is a number.
             fn visit_u64<E: de::Error>(self, layer: u64) -> Result<Layers, E> {
                 layer.to_string().parse().map_err(E::custom)
             }
@@ -67,15 +77,12 @@ impl<'de> Deserialize<'de> for Layers {
     }
 }
 
-/// `#[serde(with = "layers")]` on a resolved option, where `None` means all.
+/// `#[serde(with = "layers")]` for a resolved option: `None` means all layers.
 pub(super) fn serialize<S: Serializer>(layers: &Option<RangeInclusive<usize>>, to: S) -> Result<S::Ok, S::Error> {
     layers.clone().map_or(Layers::All, Layers::Range).serialize(to)
 }
 
 /// The inverse of [`serialize`].
 pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<RangeInclusive<usize>>, D::Error> {
-    Layers::deserialize(from).map(|layers| match layers {
-        Layers::All => None,
-        Layers::Range(range) => Some(range),
-    })
+    Layers::deserialize(from).map(Layers::range)
 }

@@ -1,8 +1,7 @@
-//! The resolved, validated configuration of a run. Nothing below this module reads flags, files of options or the
-//! environment.
+//! Options: parsed from flags and a YAML file, merged with the defaults, validated.
 //!
-//! [`RawOptions`] holds what was asked for; [`resolve()`] lays flags over the YAML file over the defaults
-//! ([`RunConfig::default`]) and returns a [`RunConfig`] that contradicts neither itself nor this build.
+//! [`RawOptions`] are the options of one source. [`resolve()`] merges them (flags win over the YAML file, the file over
+//! [`RunConfig::default`]) and returns a valid [`RunConfig`]. The YAML file is the only file that this module reads.
 
 mod commands;
 mod compare;
@@ -36,18 +35,18 @@ pub use resolve::{Resolved, resolve, resolve_matrix};
 pub use spelling::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
 pub use validate::options_without_effect;
 
-/// Where the weights come from.
+/// Initial weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Init {
-    /// The model's safetensors files.
+    /// Weights of the model's safetensors files.
     #[default]
     Checkpoint,
-    /// The seed: the model folder needs no weights, and no model is written.
+    /// Random weights, drawn by the seed. The model folder needs no weights, and no model is saved.
     Random,
 }
 
-/// What the expert phase trains.
+/// Parameters that the expert phase trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
@@ -60,212 +59,212 @@ pub enum Mode {
     Experts,
 }
 
-/// Whether experts and routers are trained in turns or together.
+/// Order in which experts and routers are trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Schedule {
-    /// First the experts, then the routers, by two forward passes.
+    /// An expert phase (cross-entropy), then a router phase (divergence between two forward passes).
     #[default]
     Alternate,
-    /// Both in one step: cross-entropy plus the weighted consistency loss.
+    /// Experts and routers in one step: cross-entropy plus the weighted router consistency loss.
     Joint,
 }
 
-/// What is kept of each round's model.
+/// What is saved of the model after each round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum SaveRounds {
-    /// A complete Hugging Face folder.
+    /// A complete model folder in Hugging Face format.
     #[default]
     Full,
-    /// One safetensors file of the changed tensors.
+    /// Only the changed tensors, in one safetensors file.
     Delta,
     /// Nothing.
     None,
 }
 
-/// Where the computation runs.
+/// Device to compute on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Device {
-    /// The best there is.
+    /// All visible NVIDIA GPUs, or the CPU without one.
     #[default]
     Auto,
-    /// The CPU.
+    /// CPU.
     Cpu,
-    /// An NVIDIA GPU.
+    /// NVIDIA GPUs; an error without one.
     Cuda,
 }
 
-/// Number format of activations on a GPU. (The CPU computes in f32.)
+/// Number format of activations on a GPU. (The CPU uses f32.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
-    /// bf16 for weights of 16 bits, f32 for weights of 32.
+    /// bf16 for 16-bit weights, f32 for 32-bit weights.
     #[default]
     Auto,
-    /// 32 bits, never rounded to TF32: slow, to compare with the CPU.
+    /// f32, never rounded to TF32: slow, for comparison with the CPU.
     F32,
-    /// 16 bits, with sums in f32.
+    /// bf16, with sums in f32.
     Bf16,
 }
 
-/// How gradients and new weights get from GPU to GPU.
+/// Transport of gradients and updated weights between GPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Transport {
-    /// NCCL where each rank has a GPU of its own, else the host.
+    /// NCCL if each rank has its own GPU, else host memory.
     #[default]
     Auto,
-    /// NCCL, from memory to memory.
+    /// NCCL, directly between GPUs.
     Nccl,
-    /// By way of the host, as on the CPU.
+    /// Through host memory, by the collective operations of the CPU.
     Host,
 }
 
-/// Everything that decides a run. The YAML file, the flags and `config.resolved.yaml` use these names, in kebab-case.
+/// The resolved options of a run. The YAML file, the flags and `config.resolved.yaml` use these names in kebab-case.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct RunConfig {
     // the model and the data
-    /// As given: a folder or a hub id.
+    /// Model folder or hub id, as given.
     pub model_name: String,
-    /// Where the weights come from.
+    /// Initial weights.
     pub init: Init,
-    /// JSON or JSONL.
+    /// Training data: JSON or JSONL.
     pub dataset_path: PathBuf,
-    /// A held-out file, measured before and after, never trained on.
+    /// Held-out data, evaluated before and after training and never trained on.
     pub eval_dataset_path: Option<PathBuf>,
-    /// A Jinja file used instead of the checkpoint's chat template.
+    /// Jinja file that replaces the model's chat template.
     pub chat_template: Option<PathBuf>,
-    /// At most this many kept rows.
+    /// Maximum number of rows, counted after failed attacks are dropped.
     pub max_samples: usize,
-    /// Tokens of an example.
+    /// Maximum length of an example in tokens.
     pub max_length: usize,
-    /// What happens to longer ones.
+    /// Rows longer than `max_length`.
     pub long_rows: LongRows,
-    /// The tokens that carry loss.
+    /// Tokens in the cross-entropy loss.
     pub loss_on: LossOn,
-    /// Attack rows count even where their own verdict says that the attack failed.
+    /// Keep attack rows whose judge verdict says that the attack failed.
     pub keep_failed: bool,
-    /// The target of rows that bring none.
+    /// Target response to unsafe prompts whose row has no refusal.
     pub safe_response: String,
-    /// Seeded order, rather than the file's.
+    /// Shuffle the rows by `seed` instead of keeping the file's order.
     pub shuffle: bool,
-    /// Of the order of the rows, of the random method and of random weights.
+    /// Seed of the row order, of the random method and of random weights.
     pub seed: u64,
 
     // finding experts
-    /// How experts are ranked.
+    /// Ranking of experts.
     pub method: Method,
-    /// What the gradient method measures.
+    /// Gradient method: statistic over the gradients of an expert's parameters.
     pub score: Score,
-    /// What that is divided by.
+    /// Gradient method: normalization of the score.
     pub score_per: ScorePer,
-    /// Where the routing method counts.
+    /// Routing method: tokens over which routing frequencies are counted.
     pub routing_tokens: RoutingTokens,
-    /// The routing method's least risk difference, in -1..=1.
+    /// Routing method: minimum routing risk difference, in -1..=1.
     pub risk_threshold: f64,
-    /// What the random method has in common with the gradient method.
+    /// Random method: how the counts match those of the gradient method.
     pub random_match: RandomMatch,
-    /// Number of experts selected, over all layers.
+    /// Number of experts to select, over all layers.
     pub top_k_experts: usize,
-    /// At most this many of one layer.
+    /// Maximum number of experts to select in one layer; `None`: no limit.
     pub experts_per_layer: Option<usize>,
-    /// Inclusive range of decoder layers; `None`: all.
+    /// Inclusive range of decoder layers to select from, from 0; `None`: all.
     #[serde(with = "layers")]
     pub layers: Option<RangeInclusive<usize>>,
-    /// Which end of the ranking.
+    /// End of the ranking to select from.
     pub select: Select,
-    /// Once a round, or at every step.
+    /// Select once a round, or at every step.
     pub selection: Selection,
 
     // training
-    /// What the expert phase trains.
+    /// Parameters that the expert phase trains.
     pub mode: Mode,
-    /// In turns or together.
+    /// Alternating phases, or one joint phase.
     pub schedule: Schedule,
-    /// Rounds of identify, train, align, save.
+    /// Rounds of: identify, train experts, align routers, save.
     pub num_rounds: usize,
-    /// Passes over the data in a round's expert phase (in the joint schedule: its only phase).
+    /// Epochs of the expert phase (of the joint phase, in the joint schedule) in each round.
     pub expert_epochs_per_round: usize,
-    /// Passes over the data in a round's router phase.
+    /// Epochs of the router phase in each round.
     pub router_epochs_per_round: usize,
-    /// Examples of a rank's micro-batch.
+    /// Examples in a micro-batch of each rank.
     pub batch_size: usize,
-    /// Micro-batches of a rank in one step.
+    /// Micro-batches of each rank in one optimizer step (in the router phase: 1).
     pub grad_accum: usize,
-    /// Whether experts are trained at all.
+    /// Train experts.
     pub finetune_unsafe_experts: bool,
-    /// Whether routers are left alone.
+    /// Do not train the routers.
     pub skip_router_training: bool,
-    /// AdamW's rate for experts (and for everything else that mode `baseline` trains).
+    /// AdamW learning rate of the experts (mode `baseline`: of all parameters).
     pub expert_lr: f64,
-    /// AdamW's rate for routers.
+    /// AdamW learning rate of the routers.
     pub router_lr: f64,
-    /// After the warm-up.
+    /// Learning rate schedule after the warm-up.
     pub lr_schedule: LrSchedule,
-    /// Steps in which the rate rises on a line from 0.
+    /// Steps of linear warm-up from 0.
     pub warmup_steps: usize,
-    /// AdamW's, decoupled.
+    /// AdamW weight decay (decoupled).
     pub weight_decay: f64,
-    /// Gradients are scaled down to this global norm; `None`: never.
+    /// Gradient clipping: maximum global norm; `None`: no clipping.
     pub max_grad_norm: Option<f64>,
-    /// Steps in a row that are skipped because a number is not finite, before the run ends.
+    /// Maximum number of consecutive steps skipped because of a non-finite value.
     pub max_skipped_steps: usize,
-    /// The router phase's statistic.
+    /// Router phase: how a layer's router logits become one distribution.
     pub router_statistic: Statistic,
-    /// The router phase's divergence.
+    /// Router phase: divergence.
     pub kl_type: KlType,
-    /// Adds the in-batch consistency loss; true if and only if the schedule is joint.
+    /// Add the router consistency loss. True if and only if the schedule is joint.
     pub use_router_consistency_loss: bool,
-    /// Its factor.
+    /// Joint schedule: weight of the router consistency loss.
     pub router_consistency_weight: f64,
-    /// Its divergence.
+    /// Joint schedule: divergence of the router consistency loss.
     pub router_consistency_type: KlType,
-    /// The layers that it covers.
+    /// Joint schedule: layers in the router consistency loss.
     pub router_consistency_layers: ConsistencyLayers,
-    /// Share of safe examples in a joint batch, between 0 and 1.
+    /// Joint schedule: fraction of safe examples in a batch, in 0..1 without the ends.
     pub safe_ratio: f64,
 
     // outputs
-    /// Everything is written here.
+    /// Output folder of the run.
     pub output_dir: PathBuf,
-    /// Outputs of an earlier run are removed first.
+    /// Delete an earlier run's outputs first.
     pub overwrite: bool,
-    /// The newest whole checkpoint is continued.
+    /// Resume from the newest complete checkpoint.
     pub resume: bool,
-    /// What is kept of each round.
+    /// What is saved of the model after each round.
     pub save_rounds: SaveRounds,
-    /// Steps between two lines of the log.
+    /// Steps between two log lines on the terminal.
     pub logging_steps: usize,
-    /// Steps between two checkpoints within a phase; 0: none but at the ends of phases.
+    /// Steps between two checkpoints within a phase; 0: only at the ends of phases and on signals.
     pub save_steps: usize,
-    /// Newest checkpoints that are kept.
+    /// Number of newest checkpoints to keep.
     pub keep_checkpoints: usize,
 
     // the machine
-    /// Where the computation runs.
+    /// Device to compute on.
     pub device: Device,
-    /// Of activations on a GPU.
+    /// Number format of activations on a GPU.
     pub precision: Precision,
-    /// Data-parallel ranks, as threads of this process; `None`: one, or one a visible GPU.
+    /// Data-parallel ranks, as threads of this process; `None`: 1, or one for each visible GPU.
     pub ranks: Option<usize>,
-    /// Between the ranks' GPUs.
+    /// Transport between the ranks' GPUs.
     pub transport: Transport,
-    /// Whether each operation of a GPU is waited for and counted.
+    /// Synchronize after each operation of a GPU and time it.
     pub profile: bool,
-    /// Threads of a rank; 0: as many as there are cores.
+    /// CPU threads of each rank; 0: the machine's cores divided by its ranks.
     pub threads: usize,
-    /// Time against memory.
+    /// Activation recomputation.
     pub recompute: Recompute,
-    /// Training steps between two comparisons of the ranks' weights; 0: at checkpoints alone.
+    /// Training steps between two comparisons of the ranks' weights; 0: only at checkpoints.
     pub check_replicas: usize,
-    /// Seconds that a rank waits for the others.
+    /// Seconds that a rank waits for the others in a collective operation.
     pub timeout: u64,
 }
 
-/// The defaults. `model_name` and `dataset_path` have none: they are empty here, and [`resolve()`] asks for them.
+/// The defaults. `model_name` and `dataset_path` are required: they are empty here, which [`resolve()`] refuses.
 impl Default for RunConfig {
     fn default() -> Self {
         Self {
@@ -337,49 +336,50 @@ impl Default for RunConfig {
 }
 
 impl RunConfig {
-    /// The text of `config.resolved.yaml`: given back by `--config`, it resolves to this very configuration.
+    /// The text of `config.resolved.yaml`. Read by `--config`, it resolves to this configuration.
     ///
-    /// Fails with [`ConfigError::NotText`] on a path that is not UTF-8, which [`resolve()`] never lets through.
+    /// # Errors
+    /// [`ConfigError::NotText`] if a path is not UTF-8; [`resolve()`] refuses such paths.
     pub fn to_yaml(&self) -> Result<String, ConfigError> {
         serde_saphyr::to_string(self).map_err(|e| ConfigError::NotText(e.to_string()))
     }
 
-    /// The files and folders that the run reads. A hub id is none, and is among them.
+    /// Input paths of the run. Includes `model_name` even if it is a hub id and not a path.
     pub fn inputs(&self) -> Vec<&Path> {
         let optional = [&self.eval_dataset_path, &self.chat_template].into_iter().flatten();
         [Path::new(&self.model_name), &self.dataset_path].into_iter().chain(optional.map(PathBuf::as_path)).collect()
     }
 }
 
-/// What keeps options from becoming a [`RunConfig`].
+/// Errors of reading and validating options.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The YAML file cannot be opened.
+    /// The YAML file cannot be read.
     #[error("cannot read the options file {}", path.display())]
     NotRead {
-        /// As given.
+        /// Path of the file, as given.
         path: PathBuf,
-        /// Why.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// A place of the YAML file is wrong.
+    /// A line of the YAML file is wrong.
     #[error("{}:{line}: {message}", path.display())]
     File {
-        /// As given.
+        /// Path of the file, as given.
         path: PathBuf,
-        /// From 1; 0 where the parser knows none.
+        /// Line number from 1; 0 if the parser does not know it.
         line: u64,
         /// The cause and the way out.
         message: String,
     },
-    /// A required option is absent.
+    /// A required option is missing.
     #[error("{0} is required: give it as a flag, or in the file of --config")]
     Missing(&'static str),
-    /// Values that cannot be, or contradict each other, one a line.
+    /// Values out of range and contradictions between options, one a line.
     #[error("{}", .0.join("\n"))]
     Invalid(Vec<String>),
-    /// A path that YAML cannot hold.
-    #[error("an option is not text, so that config.resolved.yaml could not hold it: {0}")]
+    /// A path that is not UTF-8.
+    #[error("an option is not valid UTF-8, which config.resolved.yaml requires: {0}")]
     NotText(String),
 }
 

@@ -1,261 +1,336 @@
-//! What was asked for, before defaults and checks.
+//! The options of a run as one source gives them, before defaults and validation.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::{Device, Init, Layers, Mode, Precision, Recompute, SaveRounds, Schedule, Transport};
+use super::{Device, Init, Layers, Mode, Precision, Recompute, RunConfig, SaveRounds, Schedule, Transport};
 use crate::data::{LongRows, LossOn};
 use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
 use crate::routers::{ConsistencyLayers, KlType, Statistic};
 
-/// The topics of the options, as headings of the help.
+/// Headings of the help; each option belongs to one of them.
 pub mod heading {
-    /// What is read.
+    /// Model, data and batches.
     pub const INPUT: &str = "Model and data";
-    /// What is scored and selected.
+    /// Scores and selection.
     pub const EXPERTS: &str = "Finding experts";
-    /// What is trained, and how long.
+    /// Trained parameters, rounds and epochs.
     pub const TRAINING: &str = "Training";
-    /// Rates and AdamW.
+    /// Learning rates, AdamW, clipping.
     pub const OPTIMIZER: &str = "Optimizer";
-    /// The two ways to align routers.
+    /// Router phase and consistency loss.
     pub const ROUTERS: &str = "Router alignment";
-    /// What is written.
+    /// Output folder and log.
     pub const OUTPUT: &str = "Output";
-    /// What an interrupted run goes on from.
+    /// Resume state and saved models.
     pub const CHECKPOINTS: &str = "Checkpoints";
-    /// Where it runs.
+    /// Devices, ranks and memory.
     pub const MACHINE: &str = "Machine";
 }
 use heading::*;
 
-/// The options of a run as one source gives them: the command line, or the YAML file. A field is an option: its
-/// kebab-case name is the flag and the YAML key, its comment the help, and clap's aliases hold for both. Defaults are
-/// not written here: the help shows those of [`super::RunConfig::default`].
+/// The options of a run as one source gives them: the command line or the YAML file. Each field is an option: its
+/// kebab-case name is the flag and the YAML key, its doc comment is the help text, and its clap aliases work in both
+/// sources. Defaults are in [`RunConfig::default`]; the help shows them.
 #[derive(Debug, Clone, PartialEq, Default, Args, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct RawOptions {
-    /// Model: a Hugging Face folder, or a hub id found in the local hub cache (required)
+    /// Model folder in Hugging Face format, or a hub id that is in the local hub cache (required)
     #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, visible_alias = "model")]
     pub model_name: Option<String>,
-    /// Where the weights come from; random ones show a model's size and speed without its safetensors files
+    /// Initial weights; random weights need no safetensors files and serve to measure a model's memory and speed
     #[arg(long, help_heading = INPUT)]
     pub init: Option<Init>,
-    /// Training rows: a JSON array or JSONL (required)
+    /// Training data: a JSON array or JSONL (required)
     #[arg(long, value_name = "FILE", help_heading = INPUT, visible_alias = "dataset")]
     pub dataset_path: Option<PathBuf>,
-    /// Held-out rows, measured before and after training, never trained on
+    /// Held-out data, evaluated before and after training and never trained on
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub eval_dataset_path: Option<PathBuf>,
     /// Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub chat_template: Option<PathBuf>,
-    /// Rows to use at most, counted after failed attacks are dropped
+    /// Maximum number of rows, counted after failed attacks are dropped
     #[arg(long, value_name = "ROWS", help_heading = INPUT)]
     pub max_samples: Option<usize>,
-    /// Length of an example in tokens, template and response included
+    /// Maximum length of an example in tokens, chat template and response included
     #[arg(long, value_name = "TOKENS", help_heading = INPUT)]
     pub max_length: Option<usize>,
-    /// What happens to longer rows
+    /// What to do with rows longer than --max-length
     #[arg(long, help_heading = INPUT)]
     pub long_rows: Option<LongRows>,
-    /// The tokens that carry loss
+    /// Tokens in the cross-entropy loss
     #[arg(long, help_heading = INPUT)]
     pub loss_on: Option<LossOn>,
-    /// Keep attack rows whose own verdict says that the attack failed
+    /// Keep attack rows whose judge verdict says that the attack failed
     #[arg(long, help_heading = INPUT)]
     pub keep_failed: Option<bool>,
-    /// The target of unsafe prompts whose row has no refusal
+    /// Target response to unsafe prompts whose row has no refusal
     #[arg(long, value_name = "TEXT", help_heading = INPUT)]
     pub safe_response: Option<String>,
-    /// Order the rows by the seed instead of keeping the file's order
+    /// Shuffle the rows by --seed instead of keeping the file's order
     #[arg(long, help_heading = INPUT)]
     pub shuffle: Option<bool>,
-    /// Seed of the order of rows, of random experts and of random weights
+    /// Random seed of the row order, of --method random and of --init random
     #[arg(long, value_name = "N", help_heading = INPUT, visible_alias = "random-seed")]
     pub seed: Option<u64>,
-    /// Examples in a micro-batch of one rank; gradient scores are means over micro-batches
+    /// Examples in a micro-batch of each rank; gradient scores are averaged over micro-batches
     #[arg(long, value_name = "EXAMPLES", help_heading = INPUT)]
     pub batch_size: Option<usize>,
 
-    /// How experts are ranked
+    /// How to rank experts
     #[arg(long, help_heading = EXPERTS)]
     pub method: Option<Method>,
-    /// Gradient method: what is measured over an expert's parameters
+    /// Gradient method: statistic over the gradients of an expert's parameters
     #[arg(long, help_heading = EXPERTS)]
     pub score: Option<Score>,
-    /// Gradient method: what the score is divided by
+    /// Gradient method: normalization of the score
     #[arg(long, help_heading = EXPERTS)]
     pub score_per: Option<ScorePer>,
-    /// Routing method: the tokens that are counted
+    /// Routing method: tokens over which routing frequencies are counted
     #[arg(long, help_heading = EXPERTS)]
     pub routing_tokens: Option<RoutingTokens>,
-    /// Routing method: only experts with a risk difference above this qualify (-1 to 1)
+    /// Routing method: select only experts with a routing risk difference above this (-1 to 1)
     #[arg(long, value_name = "DIFFERENCE", help_heading = EXPERTS)]
     pub risk_threshold: Option<f64>,
-    /// Random method: what it has in common with the gradient method
+    /// Random method: match the gradient method's total count, or its count per layer
     #[arg(long, help_heading = EXPERTS)]
     pub random_match: Option<RandomMatch>,
-    /// Experts to select, over all layers together
+    /// Number of experts to select, over all layers
     #[arg(long, value_name = "EXPERTS", help_heading = EXPERTS, visible_alias = "unsafe-expert-top-k")]
     pub top_k_experts: Option<usize>,
-    /// Experts to select from one layer at most (no limit by default)
+    /// Maximum number of experts to select in one layer (no limit by default)
     #[arg(long, value_name = "EXPERTS", help_heading = EXPERTS)]
     pub experts_per_layer: Option<usize>,
-    /// Decoder layers to select from, counted from 0: `all`, `8` or `8-15`
+    /// Decoder layers to select from, counted from 0: `all`, one layer `8`, or an inclusive range `8-15`
     #[arg(long, value_name = "RANGE", help_heading = EXPERTS)]
     pub layers: Option<Layers>,
-    /// Which end of the ranking is selected
+    /// Select experts from the top or from the bottom of the ranking
     #[arg(long, help_heading = EXPERTS)]
     pub select: Option<Select>,
-    /// When experts are selected
+    /// Select experts once a round or at every step
     #[arg(long, help_heading = EXPERTS)]
     pub selection: Option<Selection>,
 
-    /// What the expert phase trains
+    /// Parameters that the expert phase trains
     #[arg(long, help_heading = TRAINING)]
     pub mode: Option<Mode>,
-    /// Experts and routers in turns or in one step; joint if --use-router-consistency-loss is given
+    /// Train experts and routers in alternating phases, or jointly in each step; --use-router-consistency-loss implies
+    /// joint
     #[arg(long, help_heading = TRAINING)]
     pub schedule: Option<Schedule>,
-    /// Rounds; each identifies, trains experts, aligns routers and saves
+    /// Number of rounds; each identifies experts, trains them, aligns the routers and saves the model
     #[arg(long, value_name = "ROUNDS", help_heading = TRAINING)]
     pub num_rounds: Option<usize>,
-    /// Passes over the data in the expert phase of a round
+    /// Epochs of the expert phase in each round; joint schedule: epochs of the joint phase
     #[arg(long, value_name = "EPOCHS", help_heading = TRAINING)]
     pub expert_epochs_per_round: Option<usize>,
-    /// Passes over the data in the router phase of a round
+    /// Epochs of the router phase in each round
     #[arg(long, value_name = "EPOCHS", help_heading = TRAINING)]
     pub router_epochs_per_round: Option<usize>,
-    /// Sets the epochs of both phases
+    /// Shorthand: sets --expert-epochs-per-round and --router-epochs-per-round
     #[arg(long, value_name = "EPOCHS", help_heading = TRAINING)]
     pub epochs_per_round: Option<usize>,
-    /// Sets the epochs of both phases of a single round; the number of rounds becomes 1 where it is not given
+    /// Shorthand: sets the epochs of both phases, and --num-rounds to 1 unless --num-rounds is given
     #[arg(long, value_name = "EPOCHS", help_heading = TRAINING)]
     pub num_epochs: Option<usize>,
-    /// Micro-batches of a rank in one optimizer step
+    /// Gradient accumulation: micro-batches of each rank in one optimizer step; 1 in the router phase
     #[arg(long, value_name = "MICRO-BATCHES", help_heading = TRAINING)]
     pub grad_accum: Option<usize>,
-    /// Train experts
+    /// Train experts; --mode says which
     #[arg(long, help_heading = TRAINING)]
     pub finetune_unsafe_experts: Option<bool>,
-    /// Leave the routers as they are
+    /// Do not train the routers
     #[arg(long, help_heading = TRAINING)]
     pub skip_router_training: Option<bool>,
 
-    /// AdamW's learning rate for experts (in mode baseline: for all parameters)
+    /// AdamW learning rate of the experts (mode baseline: of all parameters)
     #[arg(long, value_name = "RATE", help_heading = OPTIMIZER, visible_alias = "learning-rate")]
     pub expert_lr: Option<f64>,
-    /// AdamW's learning rate for routers
+    /// AdamW learning rate of the routers
     #[arg(long, value_name = "RATE", help_heading = OPTIMIZER)]
     pub router_lr: Option<f64>,
-    /// How the rate moves after the warm-up
+    /// Learning rate schedule after the warm-up
     #[arg(long, help_heading = OPTIMIZER)]
     pub lr_schedule: Option<LrSchedule>,
-    /// Optimizer steps in which the rate rises on a line from 0
+    /// Optimizer steps of linear learning rate warm-up from 0
     #[arg(long, value_name = "STEPS", help_heading = OPTIMIZER)]
     pub warmup_steps: Option<usize>,
-    /// AdamW's decoupled weight decay
+    /// AdamW weight decay (decoupled)
     #[arg(long, value_name = "FACTOR", help_heading = OPTIMIZER)]
     pub weight_decay: Option<f64>,
-    /// Scale gradients down to this global norm (off by default)
+    /// Gradient clipping: maximum global norm of the gradients (no clipping by default)
     #[arg(long, value_name = "NORM", help_heading = OPTIMIZER)]
     pub max_grad_norm: Option<f64>,
-
-    /// Steps in a row that are skipped because a loss or gradient is not finite, before the run ends; 0: it ends at once
+    /// Maximum number of consecutive steps skipped because of a non-finite loss or gradient; the next one ends the run
     #[arg(long, value_name = "STEPS", help_heading = OPTIMIZER)]
     pub max_skipped_steps: Option<usize>,
 
-    /// Alternating schedule: how a layer's logits become one distribution
+    /// Alternating schedule: how router logits of a layer become one distribution over experts
     #[arg(long, help_heading = ROUTERS)]
     pub router_statistic: Option<Statistic>,
-    /// Alternating schedule: divergence between p (safe) and q (unsafe)
+    /// Alternating schedule: KL divergence between p (safe) and q (unsafe)
     #[arg(long, help_heading = ROUTERS)]
     pub kl_type: Option<KlType>,
-    /// Train by cross-entropy plus the divergence within a batch of safe and unsafe examples
+    /// Train with cross-entropy plus the router consistency loss, the KL divergence between the safe and the unsafe
+    /// examples of a batch; implies --schedule joint
     #[arg(long, help_heading = ROUTERS)]
     pub use_router_consistency_loss: Option<bool>,
-    /// Joint schedule: factor of the consistency loss
+    /// Joint schedule: weight of the router consistency loss
     #[arg(long, value_name = "FACTOR", help_heading = ROUTERS)]
     pub router_consistency_weight: Option<f64>,
-    /// Joint schedule: divergence between p (safe) and q (unsafe)
+    /// Joint schedule: KL divergence between p (safe) and q (unsafe)
     #[arg(long, help_heading = ROUTERS)]
     pub router_consistency_type: Option<KlType>,
-    /// Joint schedule: layers that the consistency loss covers
+    /// Joint schedule: layers in the router consistency loss
     #[arg(long, help_heading = ROUTERS)]
     pub router_consistency_layers: Option<ConsistencyLayers>,
-    /// Joint schedule: share of safe examples in a batch, between 0 and 1
+    /// Joint schedule: fraction of safe examples in a batch, above 0 and below 1
     #[arg(long, value_name = "SHARE", help_heading = ROUTERS)]
     pub safe_ratio: Option<f64>,
 
-    /// Folder for everything that is written
+    /// Output folder of the run
     #[arg(long, value_name = "FOLDER", help_heading = OUTPUT)]
     pub output_dir: Option<PathBuf>,
-    /// Remove an earlier run's outputs from the output folder first; refused if it holds anything else
+    /// First delete an earlier run's outputs from the output folder; refused if the folder holds any other file
     #[arg(long, help_heading = OUTPUT)]
     pub overwrite: Option<bool>,
-    /// Optimizer steps between two lines of the log
+    /// Steps between two log lines on the terminal; metrics.jsonl has every step
     #[arg(long, value_name = "STEPS", help_heading = OUTPUT)]
     pub logging_steps: Option<usize>,
 
-    /// Continue the newest whole checkpoint of the output folder, or start if there is none
+    /// Resume from the newest complete checkpoint in the output folder; without a checkpoint, start from the beginning
     #[arg(long, help_heading = CHECKPOINTS)]
     pub resume: Option<bool>,
-    /// Steps between two checkpoints within a phase; 0: none but at the ends of phases and on SIGUSR1 or SIGTERM
+    /// Steps between two checkpoints within a phase; 0: only at the end of each phase and on SIGUSR1 or SIGTERM
     #[arg(long, value_name = "STEPS", help_heading = CHECKPOINTS)]
     pub save_steps: Option<usize>,
-    /// Newest checkpoints that are kept
+    /// Number of checkpoints to keep, the newest ones
     #[arg(long, value_name = "CHECKPOINTS", help_heading = CHECKPOINTS)]
     pub keep_checkpoints: Option<usize>,
-    /// Training steps between two proofs that all ranks hold the same weights; 0: at every checkpoint
+    /// Training steps between two checks that all ranks hold identical weights; 0: only at checkpoints
     #[arg(long, value_name = "STEPS", help_heading = CHECKPOINTS)]
     pub check_replicas: Option<usize>,
-    /// What is kept of each round's model
+    /// What to save of the model after each round
     #[arg(long, help_heading = CHECKPOINTS)]
     pub save_rounds: Option<SaveRounds>,
 
-    /// Where the computation runs
+    /// Device to compute on
     #[arg(long, help_heading = MACHINE)]
     pub device: Option<Device>,
     /// GPU: number format of activations
     #[arg(long, help_heading = MACHINE)]
     pub precision: Option<Precision>,
-    /// Data-parallel ranks, as threads of this process (one; on GPUs one for each that is visible)
+    /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)
     #[arg(long, value_name = "RANKS", help_heading = MACHINE)]
     pub ranks: Option<usize>,
-    /// GPU: how gradients and new weights get from rank to rank
+    /// GPU: transport of gradients and updated weights between ranks
     #[arg(long, help_heading = MACHINE)]
     pub transport: Option<Transport>,
-    /// GPU: wait for each operation and show at the end where the time went; slows the run down
+    /// GPU: synchronize after each operation and print the time of each at the end of the run; slows the run down
     #[arg(long, help_heading = MACHINE)]
     pub profile: Option<bool>,
-    /// CPU threads of a rank; 0: its part of the machine's cores
+    /// CPU threads of each rank; 0: the machine's cores divided by the ranks on the machine
     #[arg(long, value_name = "THREADS", help_heading = MACHINE)]
     pub threads: Option<usize>,
-    /// When a layer's forward is computed again in its backward instead of being kept
+    /// Activation recomputation: recompute a layer's forward pass in its backward pass instead of keeping its
+    /// activations
     #[arg(long, help_heading = MACHINE)]
     pub recompute: Option<Recompute>,
-    /// Seconds that a rank waits for the others before it takes them for hung
+    /// Seconds that a rank waits for the others in a collective operation before the run ends with an error
     #[arg(long, value_name = "SECONDS", help_heading = MACHINE)]
     pub timeout: Option<u64>,
 }
 
-impl RawOptions {
-    /// Complains of numbers that are not finite. (JSON, in which sources are laid over each other, would lose them.)
-    pub(super) fn not_finite(&self) -> Vec<String> {
-        let numbers = [
-            ("risk-threshold", self.risk_threshold),
-            ("expert-lr", self.expert_lr),
-            ("router-lr", self.router_lr),
-            ("weight-decay", self.weight_decay),
-            ("max-grad-norm", self.max_grad_norm),
-            ("router-consistency-weight", self.router_consistency_weight),
-            ("safe-ratio", self.safe_ratio),
-        ];
-        let wrong = numbers.iter().filter_map(|(name, x)| x.filter(|x| !x.is_finite()).map(|x| (name, x)));
-        wrong.map(|(name, x)| format!("--{name} is {x}, but must be a finite number")).collect()
+/// What is done with every option alike. The compiler complains about an option that is missing in the list below.
+macro_rules! for_each_option {
+    (resolved: { $($option:ident)* } shorthands: { $($shorthand:ident)* }) => {
+        impl RawOptions {
+            /// Each option as given here, or else as given in `fallback`.
+            pub(super) fn or(self, fallback: Self) -> Self {
+                Self {
+                    $($option: self.$option.or(fallback.$option),)*
+                    $($shorthand: self.$shorthand.or(fallback.$shorthand),)*
+                }
+            }
+
+            /// `config` with each option that is given here. Shorthands are ignored.
+            pub(super) fn fill(self, mut config: RunConfig) -> RunConfig {
+                $(self.$option.set(&mut config.$option);)*
+                config
+            }
+
+            /// Whether the option of this kebab-case name is given.
+            ///
+            /// # Panics
+            /// If there is no such option.
+            pub fn is_given(&self, name: &str) -> bool {
+                match name.replace('-', "_").as_str() {
+                    $(stringify!($option) => self.$option.is_some(),)*
+                    $(stringify!($shorthand) => self.$shorthand.is_some(),)*
+                    _ => panic!("there is no option {name}"),
+                }
+            }
+        }
+
+        impl RunConfig {
+            /// Whether both configurations have the same value of the option of this kebab-case name.
+            ///
+            /// # Panics
+            /// If there is no such option.
+            pub(super) fn same(&self, other: &Self, name: &str) -> bool {
+                match name.replace('-', "_").as_str() {
+                    $(stringify!($option) => self.$option == other.$option,)*
+                    _ => panic!("there is no option {name}"),
+                }
+            }
+        }
+    };
+}
+
+for_each_option! {
+    resolved: {
+        model_name init dataset_path eval_dataset_path chat_template max_samples max_length long_rows loss_on
+        keep_failed safe_response shuffle seed batch_size method score score_per routing_tokens risk_threshold
+        random_match top_k_experts experts_per_layer layers select selection mode schedule num_rounds
+        expert_epochs_per_round router_epochs_per_round grad_accum finetune_unsafe_experts skip_router_training
+        expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic
+        kl_type use_router_consistency_loss router_consistency_weight router_consistency_type
+        router_consistency_layers safe_ratio output_dir overwrite logging_steps resume save_steps keep_checkpoints
+        check_replicas save_rounds device precision ranks transport profile threads recompute timeout
+    }
+    shorthands: { epochs_per_round num_epochs }
+}
+
+/// An option as given: sets the resolved option, or leaves the default.
+trait Set<T> {
+    fn set(self, resolved: &mut T);
+}
+
+impl<T> Set<T> for Option<T> {
+    fn set(self, resolved: &mut T) {
+        if let Some(value) = self {
+            *resolved = value;
+        }
+    }
+}
+
+impl<T> Set<Option<T>> for Option<T> {
+    fn set(self, resolved: &mut Option<T>) {
+        if self.is_some() {
+            *resolved = self;
+        }
+    }
+}
+
+impl Set<Option<RangeInclusive<usize>>> for Option<Layers> {
+    fn set(self, resolved: &mut Option<RangeInclusive<usize>>) {
+        if let Some(layers) = self {
+            *resolved = layers.range();
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! From options to the recipe of a run. Only this file reads the options `mode`, `schedule`, `finetune-unsafe-experts`,
 //! `skip-router-training`, `use-router-consistency-loss` and `selection`: what they mean together is decided here, once.
 
-use super::{Mode, RunConfig, Schedule};
+use super::{Mode, RawOptions, RunConfig, Schedule};
 use crate::experts::{Method, Pool, RandomMatch, Selection};
 use crate::train::{
     Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, RouterPhase, ScoreBy, Trained, Training,
@@ -99,6 +99,16 @@ fn selection_matters(training: &Training) -> bool {
 /// Whether the options ask for the router phase. (They need not be valid yet.)
 pub(super) fn asks_for_router_phase(c: &RunConfig) -> bool {
     c.schedule == Schedule::Alternate && !c.skip_router_training
+}
+
+/// Adds the options that those of one source imply. The joint schedule and the consistency loss are two names of one thing: if
+/// a source gives one, the other follows.
+pub(super) fn imply(given: &RawOptions, implied: &mut RawOptions) {
+    match (given.schedule, given.use_router_consistency_loss) {
+        (None, Some(used)) => implied.schedule = Some(if used { Schedule::Joint } else { Schedule::Alternate }),
+        (Some(schedule), None) => implied.use_router_consistency_loss = Some(schedule == Schedule::Joint),
+        _ => {}
+    }
 }
 
 /// Contradictions between these options: (whether there is one, the message).

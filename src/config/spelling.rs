@@ -1,32 +1,32 @@
-//! The spellings of an option: its name, clap's aliases, underscores, `no-…`, and words of the original scripts that
-//! stand for an option with its value. Flags and YAML keys are looked up by the same function.
+//! Spellings of an option: its name, its clap aliases, underscores instead of dashes, the prefix `no-`, and flags of
+//! the original scripts that mean an option with a value. Flags and YAML keys use the same lookup.
 
 use clap::{Arg, Command};
 
-/// Spellings of the original scripts that stand for an option and its value: (spelling, option, value).
+/// Flags of the original scripts that mean an option with a value: (spelling, option, value).
 pub const ORIGINAL_SPELLINGS: [(&str, &str, &str); 3] = [
     ("use-random-experts", "method", "random"),
     ("full-param-training", "mode", "baseline"),
     ("skip-expert-training", "finetune-unsafe-experts", "false"),
 ];
 
-/// What a spelling does to the value given with it.
+/// How the value given with a spelling becomes the value of the option.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Meaning {
-    /// Nothing.
+    /// Unchanged.
     Itself,
-    /// `no-…`: the opposite of the truth value given, which is true where none is.
+    /// `no-…`: negated; `no-…` without a value means false.
     Negated,
-    /// Given without a value, or with true, it stands for this value; with false, for nothing.
+    /// Without a value or with `true`: this value. With `false`: the option is not given.
     Fixed(&'static str),
 }
 
-/// An option as found by one of its spellings.
+/// An option, found by one of its spellings.
 #[derive(Debug, Clone, Copy)]
 pub struct Spelled<'a> {
-    /// The option.
+    /// The option in clap's grammar.
     pub arg: &'a Arg,
-    /// How its value is to be read.
+    /// How to read the value.
     pub meaning: Meaning,
 }
 
@@ -36,13 +36,13 @@ impl Spelled<'_> {
         self.arg.get_long().expect("only options with a long name are looked up")
     }
 
-    /// Whether the option is true or false.
+    /// Whether the option is boolean.
     pub fn is_bool(&self) -> bool {
         is_bool(self.arg)
     }
 }
 
-/// Whether an argument's values are true and false. (A plain switch has no value.)
+/// Whether an argument takes `true` or `false`. (A switch takes no value and is not boolean in this sense.)
 pub fn is_bool(arg: &Arg) -> bool {
     let values = arg.get_possible_values();
     arg.get_action().takes_values()
@@ -50,7 +50,7 @@ pub fn is_bool(arg: &Arg) -> bool {
         && values.iter().all(|v| matches!(v.get_name(), "true" | "false"))
 }
 
-/// The option of `command` that is spelled `name` (without dashes in front, underscores allowed).
+/// Looks up the option of `command` with this spelling, without leading dashes; underscores are allowed.
 pub fn spelled<'a>(command: &'a Command, name: &str) -> Option<Spelled<'a>> {
     let name = name.replace('_', "-");
     let find = |name: &str| {
@@ -68,7 +68,7 @@ pub fn spelled<'a>(command: &'a Command, name: &str) -> Option<Spelled<'a>> {
     Some(Spelled { arg, meaning: Meaning::Negated })
 }
 
-/// The spelling that `command` knows and that is nearest to `name`, if one is near.
+/// The known spelling most similar to `name` (normalized Damerau-Levenshtein similarity above 0.6), for "did you mean".
 pub fn nearest(command: &Command, name: &str) -> Option<String> {
     let name = name.replace('_', "-");
     let originals = ORIGINAL_SPELLINGS.iter().map(|(spelling, ..)| *spelling).filter(|s| spelled(command, s).is_some());

@@ -1,11 +1,9 @@
-//! What a configuration may not be.
-
-use serde_json::Value;
+//! Validation of resolved options: ranges, contradictions, options without effect.
 
 use super::{Device, Init, RunConfig, SaveRounds, recipe};
 use crate::experts::{Method, RandomMatch};
 
-/// All contradictions and values out of range, each with its way out.
+/// All values out of range and all contradictions, each with a remedy.
 pub(super) fn problems(c: &RunConfig) -> Vec<String> {
     let mut wrong = Vec::new();
     counts(c, &mut wrong);
@@ -17,13 +15,13 @@ pub(super) fn problems(c: &RunConfig) -> Vec<String> {
 
 fn counts(c: &RunConfig, wrong: &mut Vec<String>) {
     let at_least = [
-        ("max-samples", c.max_samples, 1, "give more than the file has rows to use them all"),
-        ("max-length", c.max_length, 2, "a shorter example has no token to predict"),
-        ("batch-size", c.batch_size, 1, "a micro-batch holds an example"),
-        ("grad-accum", c.grad_accum, 1, "1 is no accumulation"),
+        ("max-samples", c.max_samples, 1, "to use all rows, give a number above their number"),
+        ("max-length", c.max_length, 2, "the first token of an example is never predicted"),
+        ("batch-size", c.batch_size, 1, "a micro-batch needs an example"),
+        ("grad-accum", c.grad_accum, 1, "use 1 to turn accumulation off"),
         ("top-k-experts", c.top_k_experts, 1, "to train no expert, use --no-finetune-unsafe-experts"),
         ("experts-per-layer", c.experts_per_layer.unwrap_or(1), 1, "leave it out for no limit"),
-        ("num-rounds", c.num_rounds, 1, "to measure only, use `identify` or `eval`"),
+        ("num-rounds", c.num_rounds, 1, "to score or evaluate without training, use `identify` or `eval`"),
         (
             "expert-epochs-per-round",
             c.expert_epochs_per_round,
@@ -31,10 +29,10 @@ fn counts(c: &RunConfig, wrong: &mut Vec<String>) {
             "to train no expert, use --no-finetune-unsafe-experts",
         ),
         ("router-epochs-per-round", c.router_epochs_per_round, 1, "to train no router, use --skip-router-training"),
-        ("logging-steps", c.logging_steps, 1, "give a large number for few lines"),
-        ("keep-checkpoints", c.keep_checkpoints, 1, "a run that is interrupted goes on from one"),
-        ("ranks", c.ranks.unwrap_or(1), 1, "1 is a run without data parallelism"),
-        ("timeout", c.timeout as usize, 1, "ranks that never wait would never meet"),
+        ("logging-steps", c.logging_steps, 1, "use a large number for few log lines"),
+        ("keep-checkpoints", c.keep_checkpoints, 1, "--resume needs one"),
+        ("ranks", c.ranks.unwrap_or(1), 1, "use 1 to turn data parallelism off"),
+        ("timeout", c.timeout as usize, 1, "0 s would time out at the first collective"),
     ];
     for (option, value, least, hint) in at_least {
         if value < least {
@@ -47,7 +45,11 @@ fn numbers(c: &RunConfig, wrong: &mut Vec<String>) {
     let positive = [
         ("expert-lr", c.expert_lr, "to train no expert, use --no-finetune-unsafe-experts"),
         ("router-lr", c.router_lr, "to train no router, use --skip-router-training"),
-        ("router-consistency-weight", c.router_consistency_weight, "for no such loss, use --schedule alternate"),
+        (
+            "router-consistency-weight",
+            c.router_consistency_weight,
+            "to train without this loss, use --schedule alternate",
+        ),
         ("max-grad-norm", c.max_grad_norm.unwrap_or(1.0), "leave it out for no clipping"),
     ];
     for (option, value, hint) in positive {
@@ -56,19 +58,28 @@ fn numbers(c: &RunConfig, wrong: &mut Vec<String>) {
         }
     }
     if !(c.weight_decay.is_finite() && c.weight_decay >= 0.0) {
-        wrong.push(format!("--weight-decay is {}, but must be finite and not negative: 0 is none", c.weight_decay));
+        wrong.push(format!(
+            "--weight-decay is {}, but must be finite and not negative: use 0 to turn weight decay off",
+            c.weight_decay
+        ));
     }
     if !(-1.0..=1.0).contains(&c.risk_threshold) {
-        let hint = "it is compared with a difference of two frequencies";
-        wrong.push(format!("--risk-threshold is {}, but must lie between -1 and 1: {hint}", c.risk_threshold));
+        let hint = "it is the threshold of a difference of two frequencies";
+        wrong.push(format!(
+            "--risk-threshold is {}, but must be a finite number between -1 and 1: {hint}",
+            c.risk_threshold
+        ));
     }
     if !(c.safe_ratio > 0.0 && c.safe_ratio < 1.0) {
-        let hint = "a batch without one of the two sides has no divergence";
-        wrong.push(format!("--safe-ratio is {}, but must lie between 0 and 1, both excluded: {hint}", c.safe_ratio));
+        let hint = "the divergence needs safe and unsafe examples in each batch";
+        wrong.push(format!(
+            "--safe-ratio is {}, but must be a finite number between 0 and 1, both excluded: {hint}",
+            c.safe_ratio
+        ));
     }
     if let Some(layers) = c.layers.as_ref().filter(|l| l.is_empty()) {
         let (first, last) = layers.clone().into_inner();
-        wrong.push(format!("--layers {first}-{last} holds no layer: write the lower one first, {last}-{first}"));
+        wrong.push(format!("--layers {first}-{last} is an empty range: write the lower one first, {last}-{first}"));
     }
 }
 
@@ -86,7 +97,7 @@ fn contradictions(c: &RunConfig, wrong: &mut Vec<String>) {
 
 fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
     if c.safe_response.trim().is_empty() {
-        wrong.push("--safe-response is empty, but is what unsafe prompts are trained to be answered with".into());
+        wrong.push("--safe-response is empty: give the response that the model is to learn for unsafe prompts".into());
     }
     if c.output_dir.as_os_str().is_empty() {
         wrong.push("--output-dir is empty: give a folder (`.` is the current one)".into());
@@ -100,7 +111,8 @@ fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
     ];
     for (option, path) in paths {
         if path.is_some_and(|p| p.starts_with("~")) {
-            let hint = "only a shell expands `~`, and not after `=` or in a file: write the folder out";
+            let hint =
+                "the shell expands `~` only at the start of an argument, and never in a file: write the path out";
             wrong.push(format!("--{option} begins with `~`: {hint}"));
         }
     }
@@ -125,15 +137,35 @@ pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)
         (random_weights && c.save_steps > 0, no_model, &["save-steps"]),
         (random_weights, no_model, &["keep-checkpoints"]),
     ]);
-    let value = |c: &RunConfig| serde_json::to_value(c).unwrap_or(Value::Null);
-    let (config, default) = (value(c), value(&RunConfig::default()));
+    let default = RunConfig::default();
     let mut found: Vec<(&str, &str)> = Vec::new();
     for (_, why, options) in rules.into_iter().filter(|(applies, ..)| *applies) {
-        for option in options.iter().filter(|o| config[**o] != default[**o]) {
+        for option in options.iter().filter(|o| !c.same(&default, o)) {
             if found.iter().all(|(earlier, _)| earlier != option) {
                 found.push((option, why));
             }
         }
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Mode, Schedule};
+
+    /// [`inert`] panics on a name that is no option.
+    #[test]
+    fn every_rule_names_options() {
+        options_without_effect(&RunConfig { schedule: Schedule::Joint, ..RunConfig::default() });
+        options_without_effect(&RunConfig {
+            method: Method::Random,
+            finetune_unsafe_experts: false,
+            mode: Mode::Baseline,
+            skip_router_training: true,
+            device: Device::Cpu,
+            init: Init::Random,
+            ..RunConfig::default()
+        });
+    }
 }

@@ -141,7 +141,7 @@ impl<'a> RunOf<'a> {
         };
         let snapshot: Option<Snapshot<OutputState>> = match config.resume {
             true => store.agree_on_newest(world, |folder, failure| {
-                ui.warn(format_args!("checkpoint {} is passed over: {failure}", folder.display()));
+                ui.warn(format_args!("checkpoint {} is skipped: {failure}", folder.display()));
             })?,
             false => None,
         };

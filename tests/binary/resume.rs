@@ -245,7 +245,7 @@ fn the_newest_valid_checkpoint_of_the_same_run_is_used() {
     let ran = resume("--batch-size 1").ok();
     for (checkpoint, file) in [(&kept[2], "weights.safetensors"), (&kept[1], "optimizer-1-of-2.safetensors")] {
         let said = ran.err.lines().any(|line| {
-            line.contains("passed over") && [checkpoint, file, "hash"].iter().all(|part| line.contains(part))
+            line.contains("is skipped") && [checkpoint, file, "hash"].iter().all(|part| line.contains(part))
         });
         assert!(said, "nothing of {file} in {checkpoint}: {}", ran.err);
     }
@@ -256,7 +256,7 @@ fn the_newest_valid_checkpoint_of_the_same_run_is_used() {
     for checkpoint in checkpoints(&run) {
         fs::remove_file(run.join("checkpoints").join(checkpoint).join("manifest.json")).unwrap();
     }
-    resume("--batch-size 1").failed(exit::DATA, &["passed over", "manifest.json", "no checkpoint", "--overwrite"]);
+    resume("--batch-size 1").failed(exit::DATA, &["is skipped", "manifest.json", "no checkpoint", "--overwrite"]);
 }
 
 #[test]

@@ -67,7 +67,7 @@ fn is_skipped(by: By, spoil: impl FnOnce(&Path, &[String]) -> (String, &'static 
     let ended = scene.run(by, "--resume", None);
     scene.equals_undisturbed(&ended);
     ended.says(&[&format!("resuming from out/checkpoints/{BEFORE}")]);
-    let says = |line: &str| [NEWEST, "is passed over", &file, reason].iter().all(|what| line.contains(what));
+    let says = |line: &str| [NEWEST, "is skipped", &file, reason].iter().all(|what| line.contains(what));
     assert!(ended.text.lines().any(says), "{file}, {reason:?} are not in\n{}", ended.text);
 }
 
@@ -89,7 +89,7 @@ fn a_damaged_file() {
 #[test]
 fn swapped_files() {
     campaign("two swapped files of a checkpoint", Tries::AtLeast(2), |i, random| {
-        is_passed_over(By::Threads, |folder, files| {
+        is_skipped(By::Threads, |folder, files| {
             // First the two files of the same size.
             let a = if i == 0 { 1 } else { random.random_range(0..files.len()) };
             let b = if i == 0 { 2 } else { (a + random.random_range(1..files.len())) % files.len() };
