@@ -12,38 +12,38 @@ template <class F> DEVICE float total_of(const Tile& tile, F of) {
     return total;
 }
 
-// partial[block] = the part of one tile in the moment of the gradient of one weight [out, in].
-// Rows are sorted by group, `offsets` [groups + 1]; dy [R, stack * out], x [R, in]; `weights` [groups * stack] addresses.
+// partial[block] = the part of one tile in the moment of the gradient of one weight [outputs, inputs].
+// Rows are sorted by group, `offsets` [groups + 1]; dy [R, stack * outputs], x [R, inputs]; `weights` [groups * stack] addresses.
 // `jobs` [n, 3]: a group, its moment (0: Σ |g|, 1: Σ g², 2: Σ |g · w|), the index of its score.
-// Grid: n * stack * ceil(out / M) * ceil(in / N) blocks of Tile::THREADS threads.
+// Grid: n * stack * ceil(outputs / M) * ceil(inputs / N) blocks of Tile::THREADS threads.
 template <class T>
 DEVICE void magnitude(double* partial, const T* dy, const T* x, const T* const* weights, const u32* offsets, const u64* jobs,
-                      u64 stack, u64 in, u64 out) {
-    u64 across = (in + Tile::N - 1) / Tile::N, down = (out + Tile::M - 1) / Tile::M;
+                      u64 stack, u64 inputs, u64 outputs) {
+    u64 across = (inputs + Tile::N - 1) / Tile::N, down = (outputs + Tile::M - 1) / Tile::M;
     u64 matrix = blockIdx.x / (across * down), index = matrix % stack;
     const u64* job = jobs + matrix / stack * 3;
     u64 row = offsets[job[0]], rows = offsets[job[0] + 1] - row;
     float total = 0.0f;
     if (rows > 0) {
         u64 m = blockIdx.x / across % down * Tile::M, n = blockIdx.x % across * Tile::N;
-        u64 height = least(out - m, (u64)Tile::M), width = least(in - n, (u64)Tile::N);
+        u64 height = least(outputs - m, (u64)Tile::M), width = least(inputs - n, (u64)Tile::N);
         Tile tile;
         // What lies beyond height and width is summed as zero (as NaN, if a factor is not finite), and adds nothing to any moment.
         tile.multiply<T, true, false>(1, rows, [&](u64) {
-            return Parts<T>{{dy + row * stack * out + index * out + m, stack * out, rows, height},
-                            {x + row * in + n, in, rows, width}};
+            return Parts<T>{{dy + row * stack * outputs + index * outputs + m, stack * outputs, rows, height},
+                            {x + row * inputs + n, inputs, rows, width}};
         });
-        const T* w = weights[job[0] * stack + index] + m * in + n;
+        const T* w = weights[job[0] * stack + index] + m * inputs + n;
         // A loop for each moment, not a choice within one.
         if (job[1] == 0)
             total = total_of(tile, [](float g, u64, u64) { return fabsf(g); });
         else if (job[1] == 1)
             total = total_of(tile, [](float g, u64, u64) { return g * g; });
         else if (height == Tile::M && width == Tile::N)  // without conditions, so that many weights are read at once
-            total = total_of(tile, [&](float g, u64 row, u64 col) { return fabsf(g * to_f32(w[row * in + col])); });
+            total = total_of(tile, [&](float g, u64 row, u64 col) { return fabsf(g * to_f32(w[row * inputs + col])); });
         else
             total = total_of(tile, [&](float g, u64 row, u64 col) {
-                return row < height && col < width ? fabsf(g * to_f32(w[row * in + col])) : 0.0f;
+                return row < height && col < width ? fabsf(g * to_f32(w[row * inputs + col])) : 0.0f;
             });
     }
     double sum = block_sum((double)total);
@@ -53,8 +53,8 @@ DEVICE void magnitude(double* partial, const T* dy, const T* x, const T* const* 
 #define TYPED(T, name)                                                                                                   \
     KERNEL(Tile::THREADS, gradient_magnitude_##name,                                                                     \
            (double* partial, const T* dy, const T* x, const T* const* weights, const u32* offsets, const u64* jobs, u64 stack, \
-            u64 in, u64 out)) {                                                                                          \
-        magnitude(partial, dy, x, weights, offsets, jobs, stack, in, out);                                               \
+            u64 inputs, u64 outputs)) {                                                                                          \
+        magnitude(partial, dy, x, weights, offsets, jobs, stack, inputs, outputs);                                               \
     }
 
 #ifndef TENSOR_CORES

@@ -2,22 +2,22 @@
 // element, a sum of squares reads 4.
 
 // PyTorch's AdamW, rounding by rounding as on the CPU: the _rn functions keep the compiler from fusing a product with a sum.
-DEVICE void adamw_one(float& w, float& m, float& v, float g, float grad_scale, float take1, float beta2, float take2,
-                      float keep, float rate, float root, float eps) {
+DEVICE void adamw_one(float& w, float& m, float& v, float g, float grad_scale, float one_minus_beta1, float beta2, float one_minus_beta2,
+                      float decay, float step_size, float bias_correction2_sqrt, float eps) {
     g = __fmul_rn(g, grad_scale);
-    m = __fadd_rn(m, __fmul_rn(__fsub_rn(g, m), take1));
-    v = __fadd_rn(__fmul_rn(v, beta2), __fmul_rn(take2, __fmul_rn(g, g)));
-    float step = __fdiv_rn(m, __fadd_rn(__fdiv_rn(__fsqrt_rn(v), root), eps));
-    w = __fsub_rn(__fmul_rn(w, keep), __fmul_rn(rate, step));
+    m = __fadd_rn(m, __fmul_rn(__fsub_rn(g, m), one_minus_beta1));
+    v = __fadd_rn(__fmul_rn(v, beta2), __fmul_rn(one_minus_beta2, __fmul_rn(g, g)));
+    float step = __fdiv_rn(m, __fadd_rn(__fdiv_rn(__fsqrt_rn(v), bias_correction2_sqrt), eps));
+    w = __fsub_rn(__fmul_rn(w, decay), __fmul_rn(step_size, step));
 }
 
 template <int W>
-DEVICE void adamw_at(float* master, float* m, float* v, const float* grad, u64 i, float grad_scale, float take1, float beta2,
-                     float take2, float keep, float rate, float root, float eps) {
+DEVICE void adamw_at(float* master, float* m, float* v, const float* grad, u64 i, float grad_scale, float one_minus_beta1, float beta2,
+                     float one_minus_beta2, float decay, float step_size, float bias_correction2_sqrt, float eps) {
     Pack<W> w = load<W>(master + i), a = load<W>(m + i), b = load<W>(v + i), g = load<W>(grad + i);
 #pragma unroll
     for (int j = 0; j < W; j++) {
-        adamw_one(w.v[j], a.v[j], b.v[j], g.v[j], grad_scale, take1, beta2, take2, keep, rate, root, eps);
+        adamw_one(w.v[j], a.v[j], b.v[j], g.v[j], grad_scale, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, bias_correction2_sqrt, eps);
     }
     store<W>(master + i, w);
     store<W>(m + i, a);
@@ -25,15 +25,15 @@ DEVICE void adamw_at(float* master, float* m, float* v, const float* grad, u64 i
 }
 
 // The rows may start at any element. Grid: n / 4 threads or more, blocks of 256.
-KERNEL(256, adamw, (float* master, float* m, float* v, const float* grad, u64 n, float grad_scale, float take1, float beta2,
-                    float take2, float keep, float rate, float root, float eps)) {
+KERNEL(256, adamw, (float* master, float* m, float* v, const float* grad, u64 n, float grad_scale, float one_minus_beta1, float beta2,
+                    float one_minus_beta2, float decay, float step_size, float bias_correction2_sqrt, float eps)) {
     u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     bool aligned = ((u64)master | (u64)m | (u64)v | (u64)grad) % 16 == 0;
     if (aligned && i + 4 <= n) {
-        adamw_at<4>(master, m, v, grad, i, grad_scale, take1, beta2, take2, keep, rate, root, eps);
+        adamw_at<4>(master, m, v, grad, i, grad_scale, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, bias_correction2_sqrt, eps);
     } else {
         for (u64 end = least(i + 4, n); i < end; i++) {
-            adamw_at<1>(master, m, v, grad, i, grad_scale, take1, beta2, take2, keep, rate, root, eps);
+            adamw_at<1>(master, m, v, grad, i, grad_scale, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, bias_correction2_sqrt, eps);
         }
     }
 }

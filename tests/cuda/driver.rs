@@ -115,13 +115,17 @@ fn kernels(gpu: &Nvidia) {
     let mut bytes = [0; 8];
     for shared in [0, 47 << 10, 48 << 10, 200 << 10, 1 << 10] {
         let args = [Arg::Pointer(sum), Arg::F32(0.5), Arg::U32(7), Arg::U64(100)];
-        gpu.launch(&kernel("add_all"), Grid { blocks: [1, 2, 3], threads: 32, shared }, &args).unwrap();
+        let grid = Grid { blocks: [1, 2, 3], threads: 32, shared };
+        // SAFETY: the stand-in's kernel takes these arguments.
+        unsafe { gpu.launch(&kernel("add_all"), grid, &args) }.unwrap();
         gpu.copy_out(sum, &mut bytes).unwrap();
         assert_eq!(f64::from_ne_bytes(bytes), 0.5 + 7.0 + 100.0 + 1e3 + 2e4 + 3e5 + 32e6, "{shared} bytes shared");
     }
-    let error = gpu.launch(&kernel("unknown"), Grid::row(1, 32), &[]).unwrap_err().to_string();
+    // SAFETY: neither is launched.
+    let refused = |name, grid| unsafe { gpu.launch(&kernel(name), grid, &[]) }.unwrap_err().to_string();
+    let error = refused("unknown", Grid::row(1, 32));
     assert!(error.contains("unknown") && error.contains(MODULES[0].stem), "{error}");
-    let error = gpu.launch(&kernel("add_all"), Grid::row(1, 32).shared(1 << 20), &[]).unwrap_err().to_string();
+    let error = refused("add_all", Grid::row(1, 32).shared(1 << 20));
     assert!(error.contains("1048576 bytes") && error.contains("the stand-in says no"), "{error}");
     gpu.free(sum).unwrap();
 }

@@ -1,7 +1,7 @@
 //! Every kernel compiles for the architectures that we know: no GPU is needed for that, only NVRTC.
 
 use crate::nvidia;
-use moewarden::backend::cuda::gpu::Module;
+use moewarden::backend::cuda::gpu::{Module, SourceFile};
 use moewarden::backend::cuda::kernels::MODULES;
 use moewarden::backend::cuda::nvidia::library::Library;
 use moewarden::backend::cuda::nvidia::{Nvrtc, options};
@@ -97,16 +97,15 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
 #[test]
 fn what_does_not_compile_is_named_with_file_and_cause() {
     let Some(nvrtc) = nvrtc("the compiler's messages") else { return };
-    let module = Module {
-        stem: "broken",
-        source: "// line 1\nKERNEL(32, broken, (float* x)) { *x = no_such_name; }",
-        only: None,
-    };
+    const BROKEN: &[SourceFile] =
+        &[SourceFile { name: "broken.cu", text: "// line 1\nKERNEL(32, broken, (float* x)) { *x = no_such_name; }" }];
+    let module = Module { stem: "broken", files: BROKEN, only: None };
     let error = nvrtc.compile(&module, &options(90)).err().expect("it names what does not exist").to_string();
     for part in ["kernels/broken.cu", "broken.cu(2)", "no_such_name", "NVRTC"] {
         assert!(error.contains(part), "{part} is not in: {error}");
     }
-    let module = Module { stem: "fine", source: "KERNEL(32, fine, (float* x)) { *x = 1.0f; }", only: None };
+    const FINE: &[SourceFile] = &[SourceFile { name: "fine.cu", text: "KERNEL(32, fine, (float* x)) { *x = 1.0f; }" }];
+    let module = Module { stem: "fine", files: FINE, only: None };
     let error = nvrtc.compile(&module, &options(3)).err().expect("there is no such GPU").to_string();
     assert!(error.contains("sm_3"), "{error}");
 }

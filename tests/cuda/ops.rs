@@ -12,7 +12,8 @@ use crate::emulator::{Emulated, device};
 use crate::values::{Rng, assert_close};
 use moewarden::backend::cpu::Cpu;
 use moewarden::backend::cuda::Cuda;
-use moewarden::backend::cuda::gpu::{Address, Arg, Gpu, Grid, Kernel, Module};
+use moewarden::backend::cuda::gpu::{Address, Arg, Gpu, Grid, Kernel, Module, SourceFile};
+use moewarden::backend::cuda::kernels::{self, MODULES};
 use moewarden::backend::cuda::pool::{Pool, Reuse};
 use moewarden::backend::cuda::profile::{Profiled, Times};
 use moewarden::backend::{AdamwStep, Backend, Dtype, HostTensor, Packing, Rope};
@@ -504,12 +505,58 @@ fn full_memory_is_reported_after_what_lies_idle_was_released() {
     assert_eq!(gpu.download(&held), vec![0.0; 250_000], "what is held stays as it was");
 }
 
+// --- launches and sources agree -------------------------------------------------------------------------------------------
+
+/// A kernel's name, and the name and type of each of its parameters.
+type Signature = (String, Vec<(String, String)>);
+
+/// The signatures of a module's kernels, `extern "C" __global__ void __launch_bounds__(..) name(type parameter, ..)`, once the
+/// preprocessor has expanded its macros.
+fn signatures(module: &Module) -> Vec<Signature> {
+    let text = emulator::preprocessed(&kernels::source(module));
+    let mut found = Vec::new();
+    for kernel in text.split("extern \"C\" __global__ void").skip(1) {
+        let bounds = kernel.split_once("__launch_bounds__").expect("a launch bound").1;
+        let (name, rest) = bounds.split_once(')').expect("its end").1.split_once('(').expect("parameters");
+        let parameter = |text: &str| {
+            let text = text.replace('*', " * ");
+            let mut words: Vec<&str> = text.split_whitespace().collect();
+            let name = words.pop().expect("the parameter's name");
+            (name.to_owned(), words.join(" ").replace(" *", "*"))
+        };
+        let parameters = rest.split_once(')').expect("their end").0.split(',').map(parameter).collect();
+        found.push((name.trim().to_owned(), parameters));
+    }
+    found
+}
+
+/// A parameter that is `const T*` in the source is an `In<T>` of the launch, any other pointer an `Out<T>` or `InOut<T>`.
+#[test]
+fn every_launch_has_the_signature_of_its_kernel() {
+    let mut declared: Vec<(&str, Signature)> = Vec::new();
+    for kernel in kernels::declarations() {
+        let parameters = kernel.parameters.iter().map(|(name, c_type)| ((*name).to_owned(), c_type.clone())).collect();
+        declared.push((kernel.kernel.module.stem, (kernel.kernel.name.to_owned(), parameters)));
+    }
+    let written = MODULES.iter().flat_map(|module| signatures(module).into_iter().map(|kernel| (module.stem, kernel)));
+    let mut written: Vec<_> = written.collect();
+    declared.sort();
+    written.sort();
+    assert!(written.len() > 60, "{written:?}");
+    for (declared, written) in declared.iter().zip(&written) {
+        assert_eq!(declared, written, "kernels.rs, and the module's source");
+    }
+    assert_eq!(declared.len(), written.len());
+}
+
 // --- the emulator finds what it is there to find -------------------------------------------------------------------------
 
 static FAULTY: Module = Module {
     only: None,
     stem: "faulty",
-    source: r#"
+    files: &[SourceFile {
+        name: "faulty.cu",
+        text: r#"
         KERNEL(64, beyond, (float* x, u64 n)) { x[n + threadIdx.x % 2] = 1.0f; }
         KERNEL(64, dynamic_beyond, (float* x)) {
             DYNAMIC_SHARED(bytes);
@@ -533,6 +580,7 @@ static FAULTY: Module = Module {
             x[threadIdx.x] = all[63 - threadIdx.x];
         }
     "#,
+    }],
 };
 
 fn run(
@@ -545,7 +593,8 @@ fn run(
     let x = gpu.allocate(4 * 64).unwrap().unwrap();
     gpu.zero(x, 4 * 64).unwrap();
     let kernel = Kernel { module: &FAULTY, name };
-    let launch = || gpu.launch(&kernel, Grid::row(1, threads).shared(shared), &args(x)).unwrap();
+    // SAFETY: the emulator checks the arguments, and the memory is large enough for what the faulty kernels do.
+    let launch = || unsafe { gpu.launch(&kernel, Grid::row(1, threads).shared(shared), &args(x)) }.unwrap();
     if let Err(payload) = catch_unwind(AssertUnwindSafe(launch)) {
         std::mem::forget(gpu); // its guards are no longer whole
         return Err(*payload.downcast::<String>().expect("a message"));
@@ -586,15 +635,15 @@ fn mistakes_of_kernels_and_launches_are_found() {
         let error = run(name, threads, 128, args).expect_err(name);
         assert!(error.contains(what), "{name}: {error}");
     };
-    refused("beyond", 32, &|x| vec![x.into(), 64u64.into()], "wrote behind an allocation of 256 bytes");
-    refused("dynamic_beyond", 32, &|x| vec![x.into()], "beyond the dynamic shared memory");
-    refused("diverging", 64, &|x| vec![x.into()], "never reach");
-    refused("ordered", 96, &|x| vec![x.into()], "blocks of 96 threads");
-    refused("ordered", 32, &|x| vec![x.into(), 1u32.into()], "takes p, not pu");
-    refused("beyond", 32, &|x| vec![x.into(), 64u32.into()], "takes pl, not pu");
-    refused("missing", 32, &|x| vec![x.into()], "no kernel missing");
-    let racing = run("racing", 64, 0, |x| vec![x.into()]).unwrap();
+    refused("beyond", 32, &|x| vec![Arg::Pointer(x), Arg::U64(64)], "wrote behind an allocation of 256 bytes");
+    refused("dynamic_beyond", 32, &|x| vec![Arg::Pointer(x)], "beyond the dynamic shared memory");
+    refused("diverging", 64, &|x| vec![Arg::Pointer(x)], "never reach");
+    refused("ordered", 96, &|x| vec![Arg::Pointer(x)], "blocks of 96 threads");
+    refused("ordered", 32, &|x| vec![Arg::Pointer(x), Arg::U32(1)], "takes p, not pu");
+    refused("beyond", 32, &|x| vec![Arg::Pointer(x), Arg::U32(64)], "takes pl, not pu");
+    refused("missing", 32, &|x| vec![Arg::Pointer(x)], "no kernel missing");
+    let racing = run("racing", 64, 0, |x| vec![Arg::Pointer(x)]).unwrap();
     assert!(racing.iter().any(|x| x.is_nan()), "shared memory starts as NaN");
-    let ordered = run("ordered", 64, 0, |x| vec![x.into()]).unwrap();
+    let ordered = run("ordered", 64, 0, |x| vec![Arg::Pointer(x)]).unwrap();
     assert_eq!(ordered, (0..64).rev().map(|i| i as f32).collect::<Vec<_>>());
 }

@@ -178,8 +178,9 @@ impl<G: Deref<Target: Gpu> + Send + Sync + 'static> Gpu for Guarded<G> {
         self.gpu.zero(at, bytes)
     }
 
-    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
-        self.gpu.launch(kernel, grid, args)
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
+        // SAFETY: the caller's contract.
+        unsafe { self.gpu.launch(kernel, grid, args) }
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<(), Error> {

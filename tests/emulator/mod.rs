@@ -15,9 +15,10 @@ use libloading::{Library, Symbol};
 use moewarden::backend::cuda::gpu::{
     Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo, Module, Operand,
 };
-use moewarden::backend::cuda::kernels::COMMON;
+use moewarden::backend::cuda::kernels;
 use moewarden::backend::{Dtype, decode_into, encode_into};
 
+const COMPILER: &str = "c++";
 const HEADER: &str = include_str!("gpu.h");
 
 /// Bytes before and after each allocation that nobody may write, and alignment of what lies between.
@@ -173,7 +174,8 @@ impl Gpu for Emulated {
         Ok(())
     }
 
-    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
+    /// It checks the argument list and, as far as it can, the pointers.
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
         assert!(grid.shared <= self.architecture().shared, "{}: {} bytes of shared memory", kernel.name, grid.shared);
         assert!(grid.blocks.iter().all(|&n| n > 0), "{}: an empty grid", kernel.name);
         assert!(grid.blocks[1].max(grid.blocks[2]) <= 65535, "{}: too many blocks in y or z", kernel.name);
@@ -308,12 +310,24 @@ fn compiled(module: &'static Module) -> &'static Compiled {
     })
 }
 
+/// CUDA C++ for a GPU of compute capability 9.0 after its preprocessor.
+pub fn preprocessed(source: &str) -> String {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    std::fs::write(&file, source).expect("it can be written");
+    let output = Command::new(COMPILER)
+        .args(["-E", "-P", "-x", "c++", "-D__CUDA_ARCH__=900"])
+        .arg(file.path())
+        .output()
+        .unwrap_or_else(|e| panic!("these tests need the C++ compiler `{COMPILER}`: {e}"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
+}
+
 /// A module as a library, a file.
 pub fn build(module: &Module) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator");
     std::fs::create_dir_all(&folder).expect("a folder below target/");
-    let line = |file: &str| format!("\n#line 1 \"{file}\"\n");
-    let source = [HEADER, &line("common.cuh"), COMMON, &line(&format!("{}.cu", module.stem)), module.source].concat();
+    let source = [HEADER, &kernels::source(module)].join("\n");
     let hash = blake3::hash(source.as_bytes()).to_hex();
     let library = folder.join(format!("{}-{}.so", module.stem, &hash[..16]));
     if library.exists() {
@@ -322,16 +336,15 @@ pub fn build(module: &Module) -> PathBuf {
     let name = |ending: &str| folder.join(format!("{}-{}.{}.{ending}", module.stem, &hash[..16], std::process::id()));
     let (text, made) = (name("cc"), name("so"));
     std::fs::write(&text, source).expect("a file below target/");
-    let compiler = "c++";
     // No contraction to fused multiply-adds: results are then the same on every machine. No fortified longjmp: fibers
     // jump between stacks.
-    let output = Command::new(compiler)
+    let output = Command::new(COMPILER)
         .args(["-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall"])
         .args(["-Wno-unknown-pragmas", "-Wno-clobbered", "-U_FORTIFY_SOURCE", "-o"])
         .arg(&made)
         .arg(&text)
         .output()
-        .unwrap_or_else(|e| panic!("these tests need the C++ compiler `{compiler}`: {e}"));
+        .unwrap_or_else(|e| panic!("these tests need the C++ compiler `{COMPILER}`: {e}"));
     let messages = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}.cu does not compile as C++:\n{messages}", module.stem);
     std::fs::rename(&made, &library).expect("a rename below target/");

@@ -37,37 +37,28 @@ pub enum Arg {
     F64(f64),
 }
 
-macro_rules! arg_from {
-    ($($from:ty => $kind:ident),*) => {$(
-        impl From<$from> for Arg {
-            fn from(value: $from) -> Self {
-                Arg::$kind(value.into())
-            }
-        }
-    )*};
+/// A source file of kernels.
+#[derive(Debug, PartialEq, Eq)]
+pub struct SourceFile {
+    /// Its name in `kernels/`.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
 }
 
-arg_from!(Address => Pointer, i32 => I32, u32 => U32, u64 => U64, f32 => F32, f64 => F64);
-
-impl From<usize> for Arg {
-    fn from(value: usize) -> Self {
-        Arg::U64(value as u64)
-    }
-}
-
-/// A source file of kernels. What is compiled is `common.cuh` followed by it.
+/// What is compiled as one program: `common.cuh`, then these files.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Module {
-    /// The file's stem in `kernels/`.
+    /// The name of the module.
     pub stem: &'static str,
-    /// Its text.
-    pub source: &'static str,
-    /// The one compute capability that it is written for (90 for 9.0); none: any.
+    /// Its files, in order.
+    pub files: &'static [SourceFile],
+    /// The one compute capability that it is written for (90 for 9.0); `None`: any.
     pub only: Option<u32>,
 }
 
 impl Module {
-    /// Whether a GPU of this compute capability can have it.
+    /// Whether it runs on GPUs of this compute capability.
     pub fn runs_on(&self, sm: u32) -> bool {
         self.only.is_none_or(|only| only == sm)
     }
@@ -248,9 +239,14 @@ pub trait Gpu: Send + Sync + 'static {
     fn zero(&self, at: Address, bytes: usize) -> Result<(), Error>;
     /// Queues a kernel. No dimension of the grid is zero.
     ///
+    /// # Safety
+    /// `args` must be the kernel's parameters: as many, of the same types, in the same order. Each pointer must point to memory
+    /// of this GPU with room for everything that the kernel, with this grid and these sizes, reads and writes there; only where
+    /// the kernel checks for it, it may be null. Nothing but this stream may use that memory until the kernel has run.
+    ///
     /// # Errors
     /// A kernel that does not compile or cannot be started.
-    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error>;
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error>;
     /// Queues a product. No dimension is zero.
     ///
     /// # Errors

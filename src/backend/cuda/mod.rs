@@ -7,6 +7,7 @@
 mod backend;
 pub mod gpu;
 pub mod kernels;
+mod launch;
 pub mod nvidia;
 mod ops;
 pub mod plan;
@@ -19,11 +20,12 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use self::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel};
+use self::launch::Element;
 use self::plan::{AttentionForm, Form, Grouped};
 use self::pool::{Memory, Pool, Reuse};
 use self::profile::Times;
 use self::tables::Tables;
-use self::tensor::Angles;
+use self::tensor::{Angles, Array};
 pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
 use super::Dtype;
 use crate::exit::Failure;
@@ -135,10 +137,14 @@ impl Cuda {
         Tensor { rows, cols, dtype, memory: self.scratch(rows * cols * dtype.size()) }
     }
 
-    /// Queues a kernel; an empty grid is no work.
-    pub(in crate::backend::cuda) fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
+    /// Queues a kernel, unless its grid is empty. For the functions that [`launch::kernels!`] makes, and nothing else.
+    ///
+    /// # Safety
+    /// As [`Gpu::launch`].
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
         if grid.blocks.iter().all(|&n| n > 0) {
-            must(self.gpu.launch(kernel, grid, args));
+            // SAFETY: the caller's contract.
+            must(unsafe { self.gpu.launch(kernel, grid, args) });
         }
     }
 
@@ -183,10 +189,15 @@ impl Cuda {
         out
     }
 
+    /// `n` numbers, holding anything.
+    fn array<T: Element<Format = ()>>(&self, n: usize) -> Array<T> {
+        Array::new(self.scratch(n * size_of::<T>()), n)
+    }
+
     /// Host values in new memory.
-    fn uploaded<T: bytemuck::NoUninit>(&self, values: &[T]) -> Memory {
-        let memory = self.scratch(std::mem::size_of_val(values));
-        self.copy_in(memory.address(), values);
-        memory
+    fn uploaded<T: Element<Format = ()> + bytemuck::NoUninit>(&self, values: &[T]) -> Array<T> {
+        let array = self.array(values.len());
+        self.copy_in(array.address(), values);
+        array
     }
 }

@@ -102,8 +102,10 @@ impl Gpu for Profiled {
         self.timed(|| "zero".into(), || self.gpu.zero(at, bytes))
     }
 
-    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
-        self.timed(|| format!("{} ({}.cu)", kernel.name, kernel.module.stem), || self.gpu.launch(kernel, grid, args))
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
+        // SAFETY: the caller's contract is that of the GPU behind.
+        let launch = || unsafe { self.gpu.launch(kernel, grid, args) };
+        self.timed(|| format!("{} ({}.cu)", kernel.name, kernel.module.stem), launch)
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<(), Error> {

@@ -1,6 +1,9 @@
 //! What lies in the GPU's memory.
 
+use std::marker::PhantomData;
+
 use super::gpu::Address;
+use super::launch::{Any, Element, In, InOut, Out, Pointer};
 use super::pool::Memory;
 use crate::backend::Dtype;
 
@@ -46,6 +49,21 @@ impl Tensor {
     /// The first element of a row.
     pub fn row(&self, row: usize) -> Address {
         self.address().offset(row * self.cols * self.dtype.size())
+    }
+
+    /// The elements, for a kernel that reads them.
+    pub(super) fn input(&self) -> In<'_, Any> {
+        Pointer::new(self.address(), self.dtype)
+    }
+
+    /// The elements, for a kernel that overwrites them.
+    pub(super) fn output(&mut self) -> Out<'_, Any> {
+        Pointer::new(self.address(), self.dtype)
+    }
+
+    /// The elements, for a kernel that reads and overwrites them.
+    pub(super) fn inout(&mut self) -> InOut<'_, Any> {
+        Pointer::new(self.address(), self.dtype)
     }
 
     /// Panics with both shapes unless this is `[rows, cols]`.
@@ -97,6 +115,51 @@ impl Weight {
     pub fn address(&self) -> Address {
         self.memory.address()
     }
+
+    /// The elements, for a kernel that reads them.
+    pub(super) fn input(&self) -> In<'_, Any> {
+        Pointer::new(self.address(), self.dtype)
+    }
+
+    /// The elements, for a kernel that overwrites them.
+    pub(super) fn output(&mut self) -> Out<'_, Any> {
+        Pointer::new(self.address(), self.dtype)
+    }
+}
+
+/// Numbers that only kernels see: ids, offsets, partial sums.
+pub(super) struct Array<T> {
+    memory: Memory,
+    len: usize,
+    elements: PhantomData<T>,
+}
+
+impl<T: Element<Format = ()>> Array<T> {
+    /// `len` numbers in this memory.
+    pub(super) fn new(memory: Memory, len: usize) -> Self {
+        assert!(len * size_of::<T>() <= memory.bytes(), "{len} numbers in {} bytes", memory.bytes());
+        Self { memory, len, elements: PhantomData }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn address(&self) -> Address {
+        self.memory.address()
+    }
+
+    pub(super) fn input(&self) -> In<'_, T> {
+        Pointer::new(self.address(), ())
+    }
+
+    pub(super) fn output(&mut self) -> Out<'_, T> {
+        Pointer::new(self.address(), ())
+    }
+
+    pub(super) fn inout(&mut self) -> InOut<'_, T> {
+        Pointer::new(self.address(), ())
+    }
 }
 
 /// A flat row of f32.
@@ -106,6 +169,24 @@ pub struct Buffer {
 }
 
 impl Buffer {
+    /// `len` elements from `index` on, for a kernel that reads them.
+    #[track_caller]
+    pub(super) fn input(&self, index: usize, len: usize) -> In<'_, f32> {
+        Pointer::new(self.at(index, len), ())
+    }
+
+    /// `len` elements from `index` on, for a kernel that overwrites them.
+    #[track_caller]
+    pub(super) fn output(&mut self, index: usize, len: usize) -> Out<'_, f32> {
+        Pointer::new(self.at(index, len), ())
+    }
+
+    /// `len` elements from `index` on, for a kernel that reads and overwrites them.
+    #[track_caller]
+    pub(super) fn inout(&mut self, index: usize, len: usize) -> InOut<'_, f32> {
+        Pointer::new(self.at(index, len), ())
+    }
+
     /// The element at `index`, which may be the end. Panics unless `len` elements follow.
     #[track_caller]
     pub fn at(&self, index: usize, len: usize) -> Address {
@@ -115,22 +196,12 @@ impl Buffer {
 }
 
 /// Running sums in f64.
-pub struct Scores {
-    pub(super) len: usize,
-    pub(super) memory: Memory,
-}
-
-impl Scores {
-    /// The first sum.
-    pub fn address(&self) -> Address {
-        self.memory.address()
-    }
-}
+pub struct Scores(pub(super) Array<f64>);
 
 /// Row numbers, token ids or class ids (u32), on the GPU and on the host.
 pub struct Indices {
     pub(super) host: Vec<u32>,
-    pub(super) memory: Memory,
+    pub(super) on_gpu: Array<u32>,
 }
 
 impl Indices {
@@ -144,16 +215,16 @@ impl Indices {
         self.host.is_empty()
     }
 
-    /// The first of them.
-    pub fn address(&self) -> Address {
-        self.memory.address()
+    /// The numbers, for a kernel that reads them.
+    pub(super) fn input(&self) -> In<'_, u32> {
+        self.on_gpu.input()
     }
 }
 
 /// The chosen experts of each token and their weights, with the probabilities for the backward.
 pub struct Routing {
-    /// u32 `[T·K]`, by decreasing probability.
-    pub(super) ids: Memory,
+    /// `[T·K]`, by decreasing probability.
+    pub(super) ids: Array<u32>,
     /// F32 `[T, K]`
     pub(super) weights: Tensor,
     /// Softmax over all experts, F32 `[T, E]`.
@@ -182,8 +253,8 @@ pub struct Dispatch {
     pub(super) num_experts: usize,
     /// K
     pub(super) top_k: usize,
-    /// u32 `[E + 1]`: expert `e` owns sorted rows `offsets[e]..offsets[e + 1]`.
-    pub(super) offsets: Memory,
+    /// `[E + 1]`: expert `e` owns sorted rows `offsets[e]..offsets[e + 1]`.
+    pub(super) offsets: Array<u32>,
     /// The offsets on the host, once they were read.
     pub(super) host_offsets: std::sync::OnceLock<Vec<u32>>,
     /// Absent where no tokens are behind the rows.
@@ -192,10 +263,10 @@ pub struct Dispatch {
 
 /// Which sorted row is whose.
 pub(super) struct RowOrder {
-    /// u32 `[T·K]`: the sorted row of each (t, k).
-    pub(super) row_of: Memory,
-    /// u32 `[R]`: t·K + k of each sorted row.
-    pub(super) slot_of: Memory,
+    /// `[T·K]`: the sorted row of each (t, k).
+    pub(super) row_of: Array<u32>,
+    /// `[R]`: t·K + k of each sorted row.
+    pub(super) slot_of: Array<u32>,
 }
 
 impl Dispatch {
@@ -213,20 +284,20 @@ impl Dispatch {
 pub struct Sequences {
     /// On the host.
     pub(super) packing: crate::backend::Packing,
-    /// u32 `[sequences + 1]`: row offsets of the queries.
-    pub(super) queries: Memory,
-    /// u32 `[sequences + 1]`: row offsets of the keys.
-    pub(super) keys: Memory,
-    /// u32 `[T]`: position of each query row within its sequence.
-    pub(super) positions: Memory,
+    /// `[sequences + 1]`: row offsets of the queries.
+    pub(super) queries: Array<u32>,
+    /// `[sequences + 1]`: row offsets of the keys.
+    pub(super) keys: Array<u32>,
+    /// `[T]`: position of each query row within its sequence.
+    pub(super) positions: Array<u32>,
     /// cos and sin of every position's angles.
     pub(super) angles: std::sync::Arc<Angles>,
 }
 
-/// f32 `[positions, half]`: cos and sin of the angles, times the rope's scale.
+/// `[positions, half]`: cos and sin of the angles, times the rope's scale.
 pub(super) struct Angles {
     pub(super) rope: crate::backend::Rope,
     pub(super) positions: usize,
-    pub(super) cos: Memory,
-    pub(super) sin: Memory,
+    pub(super) cos: Array<f32>,
+    pub(super) sin: Array<f32>,
 }

@@ -29,7 +29,7 @@ use self::library::{Library, Surroundings};
 pub use self::nvrtc::{Compiled, Nvrtc, options};
 use self::staging::Staging;
 use super::gpu::{self, Address, Architecture, Arg, Gemm, Gpu, Grid, Kernel, MemoryInfo, Module};
-use super::kernels::MODULES;
+use super::kernels::{self, MODULES};
 
 /// The oldest GPUs with bf16.
 const OLDEST_SM: u32 = 80;
@@ -216,7 +216,7 @@ fn cubins(nvrtc: &Nvrtc, cache: &Cache, modules: &[&Module], sm: u32) -> Result<
     let options = options(sm);
     let compiler = format!("{:?}", nvrtc.version());
     let cubin = |module: &&Module| {
-        let source = nvrtc::source(module);
+        let source = kernels::source(module);
         let mut parts = vec![source.as_str(), &compiler];
         parts.extend(options.iter().map(String::as_str));
         let stem = format!("{}-sm_{sm}", module.stem);
@@ -328,7 +328,7 @@ impl Gpu for Nvidia {
         unsafe { result::memset_d8_async(at.0, 0, bytes, self.stream) }.map_err(fault("cuMemsetD8Async"))
     }
 
-    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), gpu::Error> {
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), gpu::Error> {
         assert!(args.len() <= MAX_ARGS, "{} arguments for {}", args.len(), kernel.name);
         self.bind()?;
         let function = self.function(kernel)?;
@@ -338,7 +338,7 @@ impl Gpu for Nvidia {
         let mut slots = packed(args);
         let mut pointers = slots.each_mut().map(|slot| slot.as_mut_ptr().cast::<c_void>());
         let [x, y, z] = grid.blocks;
-        // SAFETY: the launchers in `ops/` pass what the kernel declares: the emulator checks every one of them in the tests.
+        // SAFETY: the arguments are the kernel's, by the caller's contract; the driver copies them before it returns.
         let launched = unsafe {
             let params = &mut pointers[..args.len()];
             result::launch_kernel(

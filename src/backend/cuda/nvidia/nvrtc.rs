@@ -10,7 +10,7 @@ use std::ptr;
 use super::Error;
 use super::library::Open;
 use crate::backend::cuda::gpu::Module;
-use crate::backend::cuda::kernels::COMMON;
+use crate::backend::cuda::kernels;
 
 type Handle = *mut c_void;
 type Size = unsafe extern "C" fn(Handle, *mut usize) -> c_int;
@@ -108,7 +108,7 @@ struct Program<'a> {
 
 impl<'a> Program<'a> {
     fn new(functions: &'a Functions, module: &Module) -> Result<Self, (c_int, String)> {
-        let (text, file) = (c_string(&source(module)), c_string(module.stem));
+        let (text, file) = (c_string(&kernels::source(module)), c_string(module.stem));
         let mut handle = ptr::null_mut();
         // SAFETY: both strings outlive the call, which copies them. No headers are given.
         let code =
@@ -155,12 +155,6 @@ impl Drop for Program<'_> {
         // SAFETY: it was created by this library and is not used again.
         unsafe { (self.functions.destroy)(&mut self.handle) };
     }
-}
-
-/// What is compiled.
-pub(super) fn source(module: &Module) -> String {
-    // So that messages count the lines of the right file.
-    format!("#line 1 \"common.cuh\"\n{COMMON}\n#line 1 \"{}.cu\"\n{}", module.stem, module.source)
 }
 
 /// The options for a GPU of this compute capability (90 for 9.0). 9.0 is compiled as `sm_90a`, which alone has its matrix

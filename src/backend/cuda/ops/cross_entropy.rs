@@ -3,14 +3,11 @@
 
 use super::linear::operand;
 use crate::backend::Dtype;
-use crate::backend::cuda::gpu::{Address, Gemm, Grid, Kernel};
-use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::gpu::{Address, Gemm, Grid};
+use crate::backend::cuda::launch::OrNull;
 use crate::backend::cuda::ops::elements::weight_in;
-use crate::backend::cuda::pool::Memory;
-use crate::backend::cuda::{Buffer, Cuda, Indices, Tensor, Weight};
-
-const CROSS_ENTROPY: Typed = typed!(CROSS_ENTROPY, "cross_entropy");
-const TOTAL: Kernel = kernel!(UPDATE, "total");
+use crate::backend::cuda::ops::update::total;
+use crate::backend::cuda::{Buffer, Cuda, Indices, Tensor, Weight, kernels};
 
 /// Bytes of a chunk's logits and their gradient. The head is read once a chunk for each product, which at this size is
 /// hidden behind the arithmetic of 300 rows or more.
@@ -42,10 +39,10 @@ fn run(
     let w = weight_in(cuda, w, dtype);
     let chunk = chunk_rows(v, dtype).min(n);
     let stride = v.next_multiple_of(8);
-    let logits = cuda.scratch(4 * chunk * stride);
-    let grad = dx.is_some().then(|| cuda.scratch(dtype.size() * chunk * stride));
-    let grad_at = grad.as_ref().map_or(Address::NULL, Memory::address);
-    let losses = cuda.scratch(8 * (n + 1));
+    let logits = cuda.array::<f32>(chunk * stride);
+    let mut grad = dx.is_some().then(|| cuda.tensor(chunk, stride, dtype));
+    let grad_at = grad.as_ref().map_or(Address::NULL, Tensor::address);
+    let mut losses = cuda.array::<f64>(n);
     for start in (0..n).step_by(chunk) {
         let rows = chunk.min(n - start);
         let product = Gemm {
@@ -62,16 +59,17 @@ fn run(
             beta: 0.0,
         };
         cuda.gemm(&product);
-        let args = [
-            logits.address().into(),
-            targets.address().offset(4 * start).into(),
-            losses.address().offset(8 * start).into(),
-            grad_at.into(),
-            v.into(),
-            stride.into(),
-            scale.into(),
-        ];
-        cuda.launch(CROSS_ENTROPY.of(dtype), Grid::row(rows, 512), &args);
+        kernels::cross_entropy(
+            cuda,
+            Grid::row(rows, 512),
+            logits.input(),
+            targets.input().skip(start),
+            losses.output().skip(start),
+            grad.as_mut().map_or(OrNull::null(dtype), |grad| grad.output().into()),
+            v,
+            stride,
+            scale,
+        );
         if let Some(dx) = dx {
             let (a, b) = (operand(grad_at, stride, false), operand(w.address(), d, false));
             cuda.gemm(&Gemm { n: d, k: v, a, b, c: dx.row(start), c_stride: d, c_dtype: dtype, ..product });
@@ -81,9 +79,7 @@ fn run(
             cuda.gemm(&Gemm { m: v, n: d, k: rows, a, b, c: dw, c_stride: d, beta: 1.0, ..product });
         }
     }
-    let sum = losses.address().offset(8 * n);
-    cuda.launch(&TOTAL, Grid::row(1, 512), &[losses.address().into(), sum.into(), n.into()]);
-    cuda.copy_out::<f64>(sum, 1)[0]
+    total(cuda, &losses)
 }
 
 /// Σ over rows of −log softmax(x · wᵀ)\[target\].

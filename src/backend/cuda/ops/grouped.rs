@@ -9,36 +9,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use self::gradient::backward_weight;
-use crate::backend::cuda::gpu::{Address, Gemm, Grid, Kernel, Operand};
-use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::gpu::{Address, Gemm, Grid, Operand};
 use crate::backend::cuda::ops::dispatch::group_rows;
 use crate::backend::cuda::ops::elements::{InDtype, weight_in};
 use crate::backend::cuda::plan::{Form, Grouped};
-use crate::backend::cuda::pool::Memory;
-use crate::backend::cuda::{Cuda, Dispatch, Tensor, Weight};
+use crate::backend::cuda::tensor::Array;
+use crate::backend::cuda::{Cuda, Dispatch, Tensor, Weight, kernels};
 use crate::backend::{Dtype, Stacks};
-
-/// A kernel over all groups, as ordinary arithmetic and, for BF16, on tensor cores by products of warps or of warpgroups.
-struct Kernels {
-    arithmetic: Typed,
-    tensor_cores: Kernel,
-    warpgroups: Kernel,
-}
-
-/// The kernels of one name in these modules.
-macro_rules! kernels {
-    ($arithmetic:ident, $tensor_cores:ident, $warpgroups:ident, $name:literal) => {
-        Kernels {
-            arithmetic: typed!($arithmetic, $name),
-            tensor_cores: kernel!($tensor_cores, concat!($name, "_bf16")),
-            warpgroups: kernel!($warpgroups, concat!($name, "_bf16")),
-        }
-    };
-}
-use kernels;
-
-const LINEAR: Kernels = kernels!(GROUPED, GROUPED_MMA, GROUPED_WGMMA, "grouped_linear");
-const BACKWARD_INPUT: Kernels = kernels!(GROUPED, GROUPED_MMA, GROUPED_WGMMA, "grouped_backward_input");
 
 /// The shapes of one call, and the weights where kernels find them.
 struct Call<'a> {
@@ -52,11 +29,11 @@ struct Call<'a> {
     outputs: usize,
     dtype: Dtype,
     /// The weights in the compute type, `stack` a group.
-    weights: Vec<InDtype>,
+    weights: Vec<InDtype<'a>>,
 }
 
 impl<'a> Call<'a> {
-    fn new(cuda: &'a Cuda, w: &Stacks<'_, Weight>, dispatch: &'a Dispatch) -> Self {
+    fn new(cuda: &'a Cuda, w: &Stacks<'a, Weight>, dispatch: &'a Dispatch) -> Self {
         assert!(w.len() == dispatch.num_experts, "weights of {} groups, rows of {}", w.len(), dispatch.num_experts);
         let stack = w.first().map_or(0, Vec::len);
         let (outputs, inputs) = w.first().and_then(|w| w.first()).map_or((0, 0), |w| (w.rows(), w.cols()));
@@ -88,21 +65,21 @@ impl<'a> Call<'a> {
     }
 
     /// The weights' addresses on the GPU.
-    fn pointers(&self) -> Arc<Memory> {
+    fn pointers(&self) -> Arc<Array<u64>> {
         let addresses: Vec<u64> = self.weights.iter().map(|w| w.address().0).collect();
-        if self.weights.iter().all(|w| matches!(w, InDtype::There(_))) {
+        if self.weights.iter().all(|w| matches!(w, InDtype::Original(_))) {
             self.cuda.table(addresses)
         } else {
             Arc::new(self.cuda.uploaded(&addresses)) // scratch does not recur
         }
     }
 
-    /// A kernel over all groups in this call's form, with the sides of its tiles and its shared memory.
-    fn tiled(&self, kernels: &Kernels) -> Tiled {
+    /// The tiles of a kernel over all groups in this call's form.
+    fn tiling(&self) -> Tiling {
         match self.form {
-            Form::TensorCores => Tiled { kernel: kernels.tensor_cores, side: 128, shared: 48 << 10 },
-            Form::Warpgroups => Tiled { kernel: kernels.warpgroups, side: 128, shared: 97 << 10 },
-            _ => Tiled { kernel: *kernels.arithmetic.of(self.dtype), side: 64, shared: 0 },
+            Form::TensorCores => Tiling { side: 128, shared: 48 << 10 },
+            Form::Warpgroups => Tiling { side: 128, shared: 97 << 10 },
+            Form::Arithmetic | Form::EachGroup => Tiling { side: 64, shared: 0 },
         }
     }
 
@@ -128,14 +105,15 @@ impl<'a> Call<'a> {
     }
 }
 
-/// A kernel whose blocks make square tiles.
-struct Tiled {
-    kernel: Kernel,
+/// A block computes a square tile.
+struct Tiling {
+    /// Rows and columns of a tile.
     side: usize,
+    /// Bytes of dynamic shared memory.
     shared: usize,
 }
 
-impl Tiled {
+impl Tiling {
     fn grid(&self, blocks: usize) -> Grid {
         Grid::row(blocks, 256).shared(self.shared)
     }
@@ -156,7 +134,7 @@ pub fn forward(cuda: &Cuda, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispa
     let call = Call::new(cuda, w, dispatch);
     call.expect("x of grouped products", x, call.inputs);
     let width = call.stack * call.outputs;
-    let y = cuda.tensor(x.rows(), width, call.dtype);
+    let mut y = cuda.tensor(x.rows(), width, call.dtype);
     if call.is_empty() {
         cuda.zero(y.address(), y.len() * call.dtype.size());
         return y;
@@ -172,9 +150,21 @@ pub fn forward(cuda: &Cuda, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispa
         }
         return y;
     }
-    let tiled = call.tiled(&LINEAR);
-    let blocks = tiled.row_tiles(dispatch) * call.stack * call.outputs.div_ceil(tiled.side);
-    launch_over_rows(&call, &tiled, blocks, &y, x);
+    let (tiling, pointers) = (call.tiling(), call.pointers());
+    let blocks = tiling.row_tiles(dispatch) * call.stack * call.outputs.div_ceil(tiling.side);
+    kernels::grouped_linear(
+        cuda,
+        call.form,
+        tiling.grid(blocks),
+        y.output(),
+        x.input(),
+        pointers.input().addresses(call.dtype),
+        dispatch.offsets.input(),
+        dispatch.num_experts,
+        call.stack,
+        call.inputs,
+        call.outputs,
+    );
     y
 }
 
@@ -183,7 +173,7 @@ pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch
     let call = Call::new(cuda, w, dispatch);
     let width = call.stack * call.outputs;
     call.expect("dy of grouped products", dy, width);
-    let dx = cuda.tensor(dy.rows(), call.inputs, call.dtype);
+    let mut dx = cuda.tensor(dy.rows(), call.inputs, call.dtype);
     if call.is_empty() {
         cuda.zero(dx.address(), dx.len() * call.dtype.size());
         return dx;
@@ -204,27 +194,25 @@ pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch
             }
         }
         if let Some(sums) = sums {
-            super::elements::cast(cuda, sums.address(), Dtype::F32, dx.address(), call.dtype, dx.len());
+            let n = dx.len();
+            super::elements::cast(cuda, sums.input(), dx.output(), n);
         }
         return dx;
     }
-    let tiled = call.tiled(&BACKWARD_INPUT);
-    let blocks = tiled.row_tiles(dispatch) * call.inputs.div_ceil(tiled.side);
-    launch_over_rows(&call, &tiled, blocks, &dx, dy);
+    let (tiling, pointers) = (call.tiling(), call.pointers());
+    let blocks = tiling.row_tiles(dispatch) * call.inputs.div_ceil(tiling.side);
+    kernels::grouped_backward_input(
+        cuda,
+        call.form,
+        tiling.grid(blocks),
+        dx.output(),
+        dy.input(),
+        pointers.input().addresses(call.dtype),
+        dispatch.offsets.input(),
+        dispatch.num_experts,
+        call.stack,
+        call.inputs,
+        call.outputs,
+    );
     dx
-}
-
-fn launch_over_rows(call: &Call<'_>, tiled: &Tiled, blocks: usize, to: &Tensor, from: &Tensor) {
-    let pointers = call.pointers();
-    let args = [
-        to.address().into(),
-        from.address().into(),
-        pointers.address().into(),
-        call.dispatch.offsets.address().into(),
-        call.dispatch.num_experts.into(),
-        call.stack.into(),
-        call.inputs.into(),
-        call.outputs.into(),
-    ];
-    call.cuda.launch(&tiled.kernel, tiled.grid(blocks), &args);
 }

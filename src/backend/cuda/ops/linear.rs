@@ -2,14 +2,10 @@
 
 use super::row_grid;
 use crate::backend::Dtype;
-use crate::backend::cuda::gpu::{Address, Gemm, Grid, Kernel, Operand};
-use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::gpu::{Address, Gemm, Grid, Operand};
+use crate::backend::cuda::launch::{Any, In, InOut, OrNull};
 use crate::backend::cuda::ops::elements::{cast, in_dtype, weight_in};
-use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight};
-
-const COLUMN_SUMS: Typed = typed!(COLUMNS, "column_sums");
-const ADD_PARTIALS: Kernel = kernel!(COLUMNS, "add_partials");
-const REPEAT_ROW: Typed = typed!(ELEMENTS, "repeat_row");
+use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight, kernels};
 
 /// A matrix as it is stored, or its transpose.
 pub fn operand(at: Address, stride: usize, transposed: bool) -> Operand {
@@ -21,13 +17,12 @@ pub fn linear(cuda: &Cuda, x: &Tensor, w: &Weight, bias: Option<&Weight>, dtype:
     let (m, n, k) = (x.rows(), w.rows(), w.cols());
     x.expect_shape("x of a dense layer", m, k);
     let w = weight_in(cuda, w, x.dtype());
-    let y = cuda.tensor(m, n, dtype);
+    let mut y = cuda.tensor(m, n, dtype);
     if let Some(bias) = bias {
         assert!(bias.len() == n, "a bias of {} for {n} outputs", bias.len());
         // Added within the product, so that the sum is rounded once.
         let bias = weight_in(cuda, bias, dtype);
-        let args = [bias.address().into(), y.address().into(), n.into()];
-        cuda.launch(REPEAT_ROW.of(dtype), row_grid(m, n, dtype), &args);
+        kernels::repeat_row(cuda, row_grid(m, n, dtype), bias.input(), y.output(), n);
     }
     cuda.gemm(&Gemm {
         m,
@@ -67,8 +62,8 @@ pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Weight) -> Tensor {
     if dx.dtype() == cuda.compute() {
         return dx;
     }
-    let rounded = cuda.tensor(m, n, cuda.compute());
-    cast(cuda, dx.address(), dx.dtype(), rounded.address(), rounded.dtype(), m * n);
+    let mut rounded = cuda.tensor(m, n, cuda.compute());
+    cast(cuda, dx.input(), rounded.output(), m * n);
     rounded
 }
 
@@ -96,7 +91,7 @@ pub fn backward_weight(cuda: &Cuda, dy: &Tensor, x: &Tensor, dw: &mut Buffer, of
 /// db += column sums of dy.
 pub fn bias_backward(cuda: &Cuda, dy: &Tensor, db: &mut Buffer, offset: usize) {
     let n = dy.cols();
-    add_column_sums(cuda, dy, None, dy.rows(), n, db.at(offset, n));
+    add_column_sums(cuda, dy, None, dy.rows(), n, db.inout(offset, n));
 }
 
 /// How [`add_column_sums`] cuts its rows.
@@ -122,27 +117,18 @@ fn parts(rows: usize, cols: usize, dtype: Dtype) -> Parts {
 pub fn add_column_sums(
     cuda: &Cuda,
     dy: &Tensor,
-    x: Option<(&Tensor, Address)>,
+    x: Option<(In<'_, Any>, In<'_, f32>)>,
     rows: usize,
     cols: usize,
-    into: Address,
+    into: InOut<'_, f32>,
 ) {
     let Parts { lanes, chunk, blocks } = parts(rows, cols, dy.dtype());
-    let partial = cuda.scratch(4 * blocks * lanes * cols);
-    let (x, r) = x.map_or((Address::NULL, Address::NULL), |(x, r)| (x.address(), r));
-    let args = [
-        dy.address().into(),
-        x.into(),
-        r.into(),
-        partial.address().into(),
-        rows.into(),
-        cols.into(),
-        (lanes as u32).into(),
-        (chunk as u32).into(),
-    ];
-    cuda.launch(COLUMN_SUMS.of(dy.dtype()), Grid::row(blocks, 256), &args);
-    let args = [into.into(), partial.address().into(), (blocks * lanes).into(), cols.into()];
-    cuda.launch(&ADD_PARTIALS, Grid::row(cols.div_ceil(32), 256), &args);
+    let mut partial = cuda.array::<f32>(blocks * lanes * cols);
+    let (x, r) = x.map_or((OrNull::null(dy.dtype()), OrNull::null(())), |(x, r)| (x.into(), r.into()));
+    let (grid, sums) = (Grid::row(blocks, 256), partial.output());
+    kernels::column_sums(cuda, grid, dy.input(), x, r, sums, rows, cols, lanes as u32, chunk as u32);
+    let grid = Grid::row(cols.div_ceil(32), 256);
+    kernels::add_partials(cuda, grid, into, partial.input(), blocks * lanes, cols);
 }
 
 #[cfg(test)]

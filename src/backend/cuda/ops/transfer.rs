@@ -33,13 +33,15 @@ pub fn zeros(cuda: &Cuda, rows: usize, cols: usize, dtype: Dtype) -> Tensor {
 
 /// Row numbers or ids.
 pub fn indices(cuda: &Cuda, values: &[u32]) -> Indices {
-    Indices { host: values.to_vec(), memory: cuda.uploaded(values) }
+    Indices { host: values.to_vec(), on_gpu: cuda.uploaded(values) }
 }
 
 /// A parameter, copied from where the host has it (a memory-mapped file) without a second host copy.
 pub fn weight(cuda: &Cuda, host: &HostTensor) -> Weight {
     assert!(matches!(host.shape.len(), 1 | 2), "a parameter has one or two dimensions, not {:?}", host.shape);
-    Weight { dtype: host.dtype, shape: host.shape.clone(), memory: cuda.uploaded(&host.bytes) }
+    let memory = cuda.scratch(host.bytes.len());
+    cuda.copy_in(memory.address(), &host.bytes);
+    Weight { dtype: host.dtype, shape: host.shape.clone(), memory }
 }
 
 /// A parameter's present value.
@@ -57,15 +59,15 @@ pub fn buffer(cuda: &Cuda, len: usize) -> Buffer {
 
 /// `n` sums, all zero.
 pub fn scores(cuda: &Cuda, n: usize) -> Scores {
-    let s = Scores { len: n, memory: cuda.scratch(8 * n) };
-    cuda.zero(s.address(), 8 * n);
-    s
+    let sums = cuda.array(n);
+    cuda.zero(sums.address(), 8 * n);
+    Scores(sums)
 }
 
 /// Reads the sums and sets them to zero.
 pub fn scores_take(cuda: &Cuda, s: &mut Scores) -> Vec<f64> {
-    let values = cuda.copy_out(s.address(), s.len);
-    cuda.zero(s.address(), 8 * s.len);
+    let values = cuda.copy_out(s.0.address(), s.0.len());
+    cuda.zero(s.0.address(), 8 * s.0.len());
     values
 }
 
