@@ -2,12 +2,13 @@
 
 use std::{env, io, panic};
 
+use moewarden::backend::DeviceFault;
 use moewarden::{cli, collective, exit};
 
 fn main() {
     panic::set_hook(Box::new(|fault| {
-        if fault.payload().is::<exit::Failure>() {
-            return; // no fault of ours, and reported where it is caught
+        if fault.payload().is::<DeviceFault>() {
+            return; // not a bug; reported where it is caught
         }
         say(&format!(
             "error: moewarden itself is at fault: {fault}\nPlease report this with the command line and the version \

@@ -18,10 +18,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use layer::Shape;
+use moewarden::backend::DeviceFault;
 use moewarden::backend::cuda::gpu::Gpu;
 use moewarden::backend::cuda::nvidia::Nvidia;
 use moewarden::backend::cuda::nvidia::library::Surroundings;
-use moewarden::exit::{Coded, Failure};
+use moewarden::exit::Coded;
 use report::Report;
 
 /// From the models' public config.json.
@@ -65,11 +66,11 @@ fn main() -> ExitCode {
     for shape in models {
         for &(rows, length) in batches {
             report.title(&format!("{}, {rows} x {length} tokens", shape.model));
-            // Operations fail by unwinding with the error; the next shape may fit.
+            // A full memory unwinds as a device fault; the next shape may fit.
             let run = AssertUnwindSafe(|| layer::run(&mut report, &gpu, shape, &vec![length; rows]));
             if let Err(payload) = catch_unwind(run) {
-                match payload.downcast::<Failure>() {
-                    Ok(failure) => println!("\ngave up: {failure}"),
+                match payload.downcast::<DeviceFault>() {
+                    Ok(fault) => println!("\ngave up: {fault}"),
                     Err(payload) => std::panic::resume_unwind(payload),
                 }
                 code = ExitCode::FAILURE;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::device::Device;
 use super::fault::{Fault, Faulty};
 use super::stop::Stop;
+use crate::backend::DeviceFault;
 use crate::collective::threads::{self, Outcome};
 use crate::collective::{self, Collective};
 use crate::config::{Launch, RunConfig};
@@ -187,8 +188,8 @@ impl Ranks {
 /// # Errors
 /// Those of `main`, those of the GPU, and panics.
 pub fn caught<T>(main: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(main)).unwrap_or_else(|panic| match panic.downcast::<Failure>() {
-        Ok(failure) => Err(*failure),
+    catch_unwind(AssertUnwindSafe(main)).unwrap_or_else(|panic| match panic.downcast::<DeviceFault>() {
+        Ok(fault) => Err((*fault).into()),
         Err(panic) => Err(Failure::new(exit::INTERNAL, format!("panicked: {}", threads::panic_message(&*panic)))),
     })
 }

@@ -16,8 +16,8 @@ use moewarden::backend::cuda::gpu::{Address, Arg, Gpu, Grid, Kernel, Module, Sou
 use moewarden::backend::cuda::kernels::{self, MODULES};
 use moewarden::backend::cuda::pool::{Pool, Reuse};
 use moewarden::backend::cuda::profile::{Profiled, Times};
-use moewarden::backend::{AdamwStep, Backend, Dtype, HostTensor, Packing, Rope};
-use moewarden::exit::{self, Failure};
+use moewarden::backend::{AdamwStep, Backend, DeviceFault, Dtype, HostTensor, Packing, Rope};
+use moewarden::exit::{self, Coded};
 
 /// What an operation gave, by name.
 type Results = Vec<(String, Vec<f64>)>;
@@ -470,10 +470,10 @@ fn ragged_shapes_hold_little_more_than_they_use() {
     assert_eq!((pool.usage().held, pool.usage().used), (0, 0));
 }
 
-/// What a panic carried as a [`Failure`].
-fn failure(f: impl FnOnce()) -> Failure {
+/// The device fault that `f` unwinds with.
+fn fault(f: impl FnOnce()) -> DeviceFault {
     let payload = catch_unwind(AssertUnwindSafe(f)).expect_err("it fails");
-    *payload.downcast::<Failure>().expect("a failure with its exit code")
+    *payload.downcast::<DeviceFault>().expect("a device fault")
 }
 
 #[test]
@@ -494,8 +494,8 @@ fn full_memory_is_reported_after_what_lies_idle_was_released() {
     // There is room only without what lies idle.
     let held = gpu.zeros(100, 2500);
     assert_eq!(gpu.pool().usage().held, 1_000_448);
-    let error = failure(|| drop(gpu.zeros(1000, 1000)));
-    assert_eq!(error.code(), exit::LAUNCHER);
+    let error = fault(|| drop(gpu.zeros(1000, 1000)));
+    assert_eq!(error.exit_code(), exit::LAUNCHER);
     let text = error.to_string();
     for part in
         ["asked for", "in use", "free", "--batch-size", "--max-length", "--recompute", "--top-k-experts", "ranks"]

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
+use moewarden::backend::DeviceFault;
 use moewarden::backend::cuda::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo};
 use moewarden::backend::cuda::nvidia::Nvidia;
 use moewarden::backend::cuda::nvidia::library::Surroundings;
-use moewarden::exit::Failure;
 
 use super::{Emulated, GUARD, POISON};
 
@@ -30,7 +30,7 @@ pub fn gpu() -> Arc<dyn Gpu> {
 
 /// Another one: emulated, its blocks and threads run in an order that depends on the seed; a real GPU has its own orders.
 pub fn shuffled(seed: u64) -> Arc<dyn Gpu> {
-    show_failures();
+    show_faults();
     match index() {
         Some(index) => {
             let guarded = Guarded::new(Lent::open(index));
@@ -41,14 +41,14 @@ pub fn shuffled(seed: u64) -> Arc<dyn Gpu> {
     }
 }
 
-/// Operations fail by unwinding with a [`Failure`], of which the usual hook has nothing to say.
-fn show_failures() {
+/// Operations fail by unwinding with a [`DeviceFault`], whose text the default hook does not print.
+fn show_faults() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let usual = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            if let Some(failure) = info.payload().downcast_ref::<Failure>() {
-                eprintln!("{failure}");
+            if let Some(fault) = info.payload().downcast_ref::<DeviceFault>() {
+                eprintln!("{fault}");
             }
             usual(info);
         }));

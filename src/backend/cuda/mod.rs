@@ -27,8 +27,7 @@ use self::profile::Times;
 use self::tables::Tables;
 use self::tensor::{Angles, Array};
 pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
-use super::Dtype;
-use crate::exit::Failure;
+use super::{DeviceFault, Dtype};
 
 /// One GPU.
 pub struct Cuda {
@@ -49,10 +48,9 @@ pub struct Cuda {
     times: Option<Arc<Times>>,
 }
 
-/// The operations cannot fail, so an error of the GPU unwinds with a [`Failure`] as its payload; whoever runs a rank turns
-/// it back into the error.
+/// Operations return no errors: an error of the GPU unwinds as a [`DeviceFault`].
 fn must<T>(result: Result<T, Error>) -> T {
-    result.unwrap_or_else(|error| std::panic::panic_any(Failure::from(error)))
+    result.unwrap_or_else(|error| DeviceFault::new(error).raise())
 }
 
 impl Cuda {
