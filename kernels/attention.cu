@@ -69,7 +69,7 @@ DEVICE float row_sum(float x) {
 }
 DEVICE float row_max(float x) {
 #pragma unroll
-    for (int lane = SUBS / 2; lane > 0; lane /= 2) x = most(x, __shfl_xor_sync(FULL_WARP, x, lane));
+    for (int lane = SUBS / 2; lane > 0; lane /= 2) x = maximum(x, __shfl_xor_sync(FULL_WARP, x, lane));
     return x;
 }
 
@@ -85,7 +85,7 @@ struct Softmax {
         for (int i = 0; i < 4; i++) {
             bool seen = sees(position, key + threadIdx.x % SUBS + i * SUBS, g.window);
             s[i] = seen ? s[i] * g.scale() : NEGATIVE_INFINITY;
-            next = most(next, s[i]);
+            next = maximum(next, s[i]);
         }
         next = row_max(next);
         // Nothing seen yet: any finite number will do.
@@ -104,7 +104,7 @@ struct Softmax {
 template <class T> DEVICE void forward(T* y, const T* q, const T* k, const T* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     float *queries = reinterpret_cast<float*>(memory), *keys = queries + ROWS * pitch(g), *values = keys + ROWS * pitch(g);
-    Place p = find_place(g.queries, g.sequences, ROWS, g.heads);
+    RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
     u64 head = p.column, row = threadIdx.x / SUBS, position = s.before + p.row - s.query + row;
@@ -113,7 +113,7 @@ template <class T> DEVICE void forward(T* y, const T* q, const T* k, const T* v,
     Softmax softmax;
     Sum sum = {};
     for (u64 key = span.first; key < span.end; key += ROWS) {
-        u64 count = least((u64)ROWS, span.end - key);
+        u64 count = minimum((u64)ROWS, span.end - key);
         __syncthreads();  // the last piece may still be read
         take(keys, k, s.key + key, count, g.key_head(head), g.key_heads, g);
         take(values, v, s.key + key, count, g.key_head(head), g.key_heads, g);
@@ -135,7 +135,7 @@ DEVICE void backward_queries(T* dq, float* normaliser, float* delta, const T* dy
                              const T* y, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     float *queries = reinterpret_cast<float*>(memory), *dys = queries + ROWS * pitch(g), *keys = dys + ROWS * pitch(g);
-    Place p = find_place(g.queries, g.sequences, ROWS, g.heads);
+    RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
     u64 head = p.column, row = threadIdx.x / SUBS, position = s.before + p.row - s.query + row;
@@ -147,7 +147,7 @@ DEVICE void backward_queries(T* dq, float* normaliser, float* delta, const T* dy
     Softmax softmax;
     for (u64 key = span.first; key < span.end; key += ROWS) {
         __syncthreads();
-        take(keys, k, s.key + key, least((u64)ROWS, span.end - key), g.key_head(head), g.key_heads, g);
+        take(keys, k, s.key + key, minimum((u64)ROWS, span.end - key), g.key_head(head), g.key_heads, g);
         __syncthreads();
         float weights[4];
         products(weights, own_q, keys, g);
@@ -161,7 +161,7 @@ DEVICE void backward_queries(T* dq, float* normaliser, float* delta, const T* dy
 
     Sum sum = {};
     for (u64 key = span.first; key < span.end; key += ROWS) {
-        u64 count = least((u64)ROWS, span.end - key);
+        u64 count = minimum((u64)ROWS, span.end - key);
         float ds[4], scores[4];
         __syncthreads();
         take(keys, v, s.key + key, count, g.key_head(head), g.key_heads, g);
@@ -192,7 +192,7 @@ DEVICE void backward_keys(T* dk, T* dv, const float* normaliser, const float* de
                           const T* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     float *keys = reinterpret_cast<float*>(memory), *values = keys + ROWS * pitch(g), *others = values + ROWS * pitch(g);
-    Place p = find_place(g.keys, g.sequences, ROWS, g.key_heads);
+    RowTile p = find_row_tile(g.keys, g.sequences, ROWS, g.key_heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
     u64 group = g.heads / g.key_heads, row = threadIdx.x / SUBS, key = p.row - s.key + row;
@@ -204,7 +204,7 @@ DEVICE void backward_keys(T* dk, T* dv, const float* normaliser, const float* de
     Sum sum_k = {}, sum_v = {};
     for (u64 head = p.column * group; head < (p.column + 1) * group; head++)
         for (u64 query = seeing.first; query < seeing.end; query += ROWS) {
-            u64 count = least((u64)ROWS, seeing.end - query);
+            u64 count = minimum((u64)ROWS, seeing.end - query);
             float weights[4], ds[4];
             __syncthreads();
             take(others, dy, s.query + query, count, head, g.heads, g);

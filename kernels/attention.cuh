@@ -36,9 +36,9 @@ struct Span {
 struct Seeing {
     u64 first, end;
     DEVICE Seeing(const Sequence& s, u64 key, u64 rows, u64 window) {
-        u64 past = key + rows - 1 + least(window, s.keys);
+        u64 past = key + rows - 1 + minimum(window, s.keys);
         first = key > s.before ? key - s.before : 0;
-        end = past > s.before ? least(s.queries, past - s.before) : 0;
+        end = past > s.before ? minimum(s.queries, past - s.before) : 0;
     }
 };
 

@@ -20,24 +20,24 @@ template <int D> struct Rows {
 #pragma unroll
         for (u32 i = threadIdx.x; i < N * D / 8; i += THREADS) {
             u32 r = i / (D / 8), p = i % (D / 8);
-            copy_16(piece(r, p), x + ((row + r) * heads + head) * dim + p * 8, r < count && p * 8 < dim);
+            cp_async_16(piece(r, p), x + ((row + r) * heads + head) * dim + p * 8, r < count && p * 8 < dim);
         }
     }
 
     // The 16 x 16 factor a from row m and column k.
     DEVICE Fragment a(u32 m, u32 k) const {
         u32 matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-        return load_matrices<false>(piece(m + r + matrix % 2 * 8, k / 8 + matrix / 2));
+        return ldmatrix_x4<false>(piece(m + r + matrix % 2 * 8, k / 8 + matrix / 2));
     }
     // The factor b whose columns are rows n .. n + 16, from column k.
     DEVICE Fragment b(u32 n, u32 k) const {
         u32 matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-        return load_matrices<false>(piece(n + r + matrix / 2 * 8, k / 8 + matrix % 2));
+        return ldmatrix_x4<false>(piece(n + r + matrix / 2 * 8, k / 8 + matrix % 2));
     }
     // The factor b whose rows are rows k .. k + 16, from column n.
     DEVICE Fragment b_transposed(u32 k, u32 n) const {
         u32 matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-        return load_matrices<true>(piece(k + r + matrix % 2 * 8, n / 8 + matrix / 2));
+        return ldmatrix_x4<true>(piece(k + r + matrix % 2 * 8, n / 8 + matrix / 2));
     }
 };
 
@@ -62,8 +62,8 @@ template <int N> struct Sums {
 #pragma unroll
             for (int n = 0; n < N; n += 16) {
                 Fragment b = y.b(n, k);
-                multiply_add(v[n / 8], a, b.r[0], b.r[1]);
-                multiply_add(v[n / 8 + 1], a, b.r[2], b.r[3]);
+                mma_m16n8k16(v[n / 8], a, b.r[0], b.r[1]);
+                mma_m16n8k16(v[n / 8 + 1], a, b.r[2], b.r[3]);
             }
         }
     }
@@ -73,13 +73,13 @@ template <int N> struct Sums {
 #pragma unroll
         for (int k = 0; k < K; k += 16) {
             const float(&low)[4] = weights.v[k / 8], (&high)[4] = weights.v[k / 8 + 1];
-            Fragment a = {{rounded_pair(low[0], low[1]), rounded_pair(low[2], low[3]), rounded_pair(high[0], high[1]),
-                           rounded_pair(high[2], high[3])}};
+            Fragment a = {{to_bf16x2(low[0], low[1]), to_bf16x2(low[2], low[3]), to_bf16x2(high[0], high[1]),
+                           to_bf16x2(high[2], high[3])}};
 #pragma unroll
             for (int n = 0; n < N; n += 16) {
                 Fragment b = y.b_transposed(k, n);
-                multiply_add(v[n / 8], a, b.r[0], b.r[1]);
-                multiply_add(v[n / 8 + 1], a, b.r[2], b.r[3]);
+                mma_m16n8k16(v[n / 8], a, b.r[0], b.r[1]);
+                mma_m16n8k16(v[n / 8 + 1], a, b.r[2], b.r[3]);
             }
         }
     }
@@ -90,9 +90,9 @@ template <int N> struct Sums {
         for (int j = 0; j < N / 8; j++) {
             u64 col = j * 8 + threadIdx.x % 4 * 2;
             if (col >= dim) continue;
-            if (row < count) *reinterpret_cast<u32*>(x + row * stride + col) = rounded_pair(v[j][0] * first, v[j][1] * first);
+            if (row < count) *reinterpret_cast<u32*>(x + row * stride + col) = to_bf16x2(v[j][0] * first, v[j][1] * first);
             if (row + 8 < count)
-                *reinterpret_cast<u32*>(x + (row + 8) * stride + col) = rounded_pair(v[j][2] * second, v[j][3] * second);
+                *reinterpret_cast<u32*>(x + (row + 8) * stride + col) = to_bf16x2(v[j][2] * second, v[j][3] * second);
         }
     }
 };
@@ -103,8 +103,8 @@ DEVICE float row_sum(float x) {
     return x + __shfl_xor_sync(FULL_WARP, x, 2);
 }
 DEVICE float row_max(float x) {
-    x = most(x, __shfl_xor_sync(FULL_WARP, x, 1));
-    return most(x, __shfl_xor_sync(FULL_WARP, x, 2));
+    x = maximum(x, __shfl_xor_sync(FULL_WARP, x, 1));
+    return maximum(x, __shfl_xor_sync(FULL_WARP, x, 2));
 }
 
 // Softmax of two rows whose scores come in pieces, in powers of two.
@@ -121,7 +121,7 @@ struct Softmax {
             for (int c = 0; c < 4; c++) {
                 bool seen = sees(position + c / 2 * 8, key + j * 8 + threadIdx.x % 4 * 2 + c % 2, window);
                 s.v[j][c] = seen ? s.v[j][c] * scale : NEGATIVE_INFINITY;
-                next[c / 2] = most(next[c / 2], s.v[j][c]);
+                next[c / 2] = maximum(next[c / 2], s.v[j][c]);
             }
         float base[2], sum[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -146,7 +146,7 @@ struct Softmax {
 template <int D> DEVICE void forward(bf16* y, const bf16* q, const bf16* k, const bf16* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     Rows<D> queries = {reinterpret_cast<bf16*>(memory)}, keys = {queries.at + ROWS * D}, values = {keys.at + PIECE * D};
-    Place p = find_place(g.queries, g.sequences, ROWS, g.heads);
+    RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
     u64 head = p.column, key_head = g.key_head(head);
@@ -154,7 +154,7 @@ template <int D> DEVICE void forward(bf16* y, const bf16* q, const bf16* k, cons
     Span span(s, p.row - s.query, p.rows, g.window);
     auto take = [&](const Rows<D>& to, const bf16* x, u64 key) {
         if (key < span.end) to.template take<PIECE>(x, s.key + key, span.end - key, key_head, g.key_heads, g.dim);
-        copies_end();
+        cp_async_commit_group();
     };
     queries.template take<ROWS>(q, p.row, p.rows, head, g.heads, g.dim);
     take(keys, k, span.first);
@@ -163,7 +163,7 @@ template <int D> DEVICE void forward(bf16* y, const bf16* q, const bf16* k, cons
     sum.clear();
     for (u64 key = span.first; key < span.end; key += PIECE) {
         take(values, v, key);
-        copies_wait<1>();
+        cp_async_wait_group<1>();
         __syncthreads();  // the keys have arrived for all
         Sums<PIECE> weights;
         weights.products(queries, own, keys);
@@ -175,12 +175,12 @@ template <int D> DEVICE void forward(bf16* y, const bf16* q, const bf16* k, cons
         for (int j = 0; j < D / 8; j++)
 #pragma unroll
             for (int c = 0; c < 4; c++) sum.v[j][c] *= factor[c / 2];
-        copies_wait<1>();
+        cp_async_wait_group<1>();
         __syncthreads();  // the values have arrived for all
         sum.add(weights, values);
         __syncthreads();  // all are done with them
     }
-    copies_wait<0>();
+    cp_async_wait_group<0>();
     u64 stride = g.heads * g.dim;
     sum.put(y + p.row * stride + head * g.dim, row, p.rows, stride, g.dim, 1.0f / softmax.total[0], 1.0f / softmax.total[1]);
 }
@@ -193,7 +193,7 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
     DYNAMIC_SHARED(memory);
     Rows<D> queries = {reinterpret_cast<bf16*>(memory)}, dys = {queries.at + ROWS * D}, keys = {dys.at + ROWS * D},
             values = {keys.at + HALF_PIECE * D};
-    Place p = find_place(g.queries, g.sequences, ROWS, g.heads);
+    RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
     u64 head = p.column, key_head = g.key_head(head);
@@ -219,8 +219,8 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
     Softmax softmax;
     for (u64 key = span.first; key < span.end; key += HALF_PIECE) {
         take(keys, k, key);
-        copies_end();
-        copies_wait<0>();
+        cp_async_commit_group();
+        cp_async_wait_group<0>();
         __syncthreads();
         Sums<HALF_PIECE> weights;
         weights.products(queries, own, keys);
@@ -243,8 +243,8 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
     for (u64 key = span.first; key < span.end; key += HALF_PIECE) {
         take(keys, k, key);
         take(values, v, key);
-        copies_end();
-        copies_wait<0>();
+        cp_async_commit_group();
+        cp_async_wait_group<0>();
         __syncthreads();
         Sums<HALF_PIECE> weights, ds;
         weights.products(queries, own, keys);
@@ -274,7 +274,7 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const flo
     SHARED(float, dot, [HALF_PIECE]);
     Rows<D> keys = {reinterpret_cast<bf16*>(memory)}, values = {keys.at + ROWS * D}, queries = {values.at + ROWS * D},
             dys = {queries.at + HALF_PIECE * D};
-    Place p = find_place(g.keys, g.sequences, ROWS, g.key_heads);
+    RowTile p = find_row_tile(g.keys, g.sequences, ROWS, g.key_heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
     u64 group = g.heads / g.key_heads;
@@ -292,13 +292,13 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const flo
             u64 count = seeing.end - query;
             queries.template take<HALF_PIECE>(q, s.query + query, count, head, g.heads, g.dim);
             dys.template take<HALF_PIECE>(dy, s.query + query, count, head, g.heads, g.dim);
-            copies_end();
+            cp_async_commit_group();
             if (threadIdx.x < HALF_PIECE && threadIdx.x < count) {
                 u64 at = (s.query + query + threadIdx.x) * g.heads + head;
                 log_total[threadIdx.x] = normaliser[at];
                 dot[threadIdx.x] = delta[at];
             }
-            copies_wait<0>();
+            cp_async_wait_group<0>();
             __syncthreads();
             Sums<HALF_PIECE> weights, ds;
             weights.products(keys, own, queries);
@@ -319,8 +319,8 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const flo
             sum_k.add(ds, queries);
             __syncthreads();
         }
-    copies_end();  // keys and values that no query sees
-    copies_wait<0>();
+    cp_async_commit_group();  // keys and values that no query sees
+    cp_async_wait_group<0>();
     u64 stride = g.key_heads * g.dim, at = p.row * stride + p.column * g.dim;
     sum_k.put(dk + at, row, p.rows, stride, g.dim, g.scale(), g.scale());
     sum_v.put(dv + at, row, p.rows, stride, g.dim, 1.0f, 1.0f);

@@ -14,7 +14,7 @@ template <class T> DEVICE void cross_entropy(const float* logits, const u32* tar
         Pack<W> l = load<W>(logits + c);
         float h = highest;
 #pragma unroll
-        for (int j = 0; j < W; j++) h = c + j < classes ? most(h, l.v[j]) : h;
+        for (int j = 0; j < W; j++) h = c + j < classes ? maximum(h, l.v[j]) : h;
         if (h > highest) {
             sum *= expf(highest - h);  // 0 the first time: e^-∞
             highest = h;

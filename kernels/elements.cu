@@ -97,7 +97,7 @@ template <class A, class B> DEVICE void cast(const A* from, B* to, u64 n) {
     if (aligned && i + 8 <= n) {
         store<8>(to + i, load<8>(from + i));
     } else {
-        for (u64 end = least(i + 8, n); i < end; i++) to[i] = from_f32<B>(to_f32(from[i]));
+        for (u64 end = minimum(i + 8, n); i < end; i++) to[i] = from_f32<B>(to_f32(from[i]));
     }
 }
 

@@ -19,7 +19,7 @@ KERNEL(128, route, (const float* logits, u32* ids, float* weights, float* probab
     weights += t * top_k;
 
     float highest = NEGATIVE_INFINITY;
-    for (u32 e = lane; e < experts; e += 32) highest = most(highest, logits[e]);
+    for (u32 e = lane; e < experts; e += 32) highest = maximum(highest, logits[e]);
     highest = warp_max(highest);
     float total = 0.0f;
     for (u32 e = lane; e < experts; e += 32) {

@@ -6,7 +6,7 @@
 // The largest logit of a row and 1 / Σ e^(logit − highest), for a whole warp.
 DEVICE void softmax_of_warp(const float* row, u64 cols, float& highest, float& inverse) {
     highest = NEGATIVE_INFINITY;
-    for (u64 c = threadIdx.x % 32; c < cols; c += 32) highest = most(highest, row[c]);
+    for (u64 c = threadIdx.x % 32; c < cols; c += 32) highest = maximum(highest, row[c]);
     highest = warp_max(highest);
     float total = 0.0f;
     for (u64 c = threadIdx.x % 32; c < cols; c += 32) total += expf(row[c] - highest);
@@ -19,7 +19,7 @@ KERNEL(256, sum_rows, (const float* x, double* partial, u64 rows, u64 cols, int 
     SHARED(float, highest, [ROWS]);
     SHARED(float, inverse, [ROWS]);
     u64 first = (u64)blockIdx.x * ROWS;
-    u32 count = (u32)least((u64)ROWS, rows - first);
+    u32 count = (u32)minimum((u64)ROWS, rows - first);
     x += first * cols;
     if (softmax) {
         for (u32 i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {

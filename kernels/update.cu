@@ -32,7 +32,7 @@ KERNEL(256, adamw, (float* master, float* m, float* v, const float* grad, u64 n,
     if (aligned && i + 4 <= n) {
         adamw_at<4>(master, m, v, grad, i, grad_scale, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, bias_correction2_sqrt, eps);
     } else {
-        for (u64 end = least(i + 4, n); i < end; i++) {
+        for (u64 end = minimum(i + 4, n); i < end; i++) {
             adamw_at<1>(master, m, v, grad, i, grad_scale, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, bias_correction2_sqrt, eps);
         }
     }

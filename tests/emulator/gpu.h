@@ -212,10 +212,10 @@ static void* shared(const void* declaration, size_t size) {
     return arena.bytes + at;
 }
 
-// What runs in the background happens at once in shuffled launches, else only when it is waited for: so both what is read too
-// early and what is overwritten too early shows.
-static bool at_once;
-static u64 blocks_run;  // before this one
+// Asynchronous copies run immediately in shuffled launches, else only when they are waited for: one finds writes that come too
+// early, the other reads that come too early.
+static bool eager;
+static u64 blocks_run;  // including the current one
 
 // --- running ---------------------------------------------------------------------------------------------------------
 
@@ -293,7 +293,7 @@ extern "C" const char* emulator_launch(const char* name, const unsigned* blocks,
     blockDim = {threads, 1, 1};
     threadIdx = {0, 0, 0};
     random_state = seed;
-    at_once = seed != 0;
+    eager = seed != 0;
     std::vector<unsigned> order(threads);
     for (unsigned t = 0; t < threads; t++) order[t] = t;
     std::vector<u64> grid((u64)blocks[0] * blocks[1] * blocks[2]);
@@ -317,6 +317,7 @@ extern "C" const char* emulator_launch(const char* name, const unsigned* blocks,
     extern "C" void name parameters;                                                            \
     __attribute__((unused)) static int registered_##name = emulator::add(#name, threads, name); \
     extern "C" void name parameters
+#define KERNEL_BLOCKS(threads, blocks, name, parameters) KERNEL(threads, name, parameters)
 
 #define SHARED(type, name, dimensions)        \
     typedef type name##_array dimensions;     \
@@ -379,6 +380,10 @@ static inline void __threadfence_block() {}
 template <class T> T __ldg(const T* at) { return *at; }
 static inline int __float_as_int(float x) { return emulator::argument<int>(emulator::u64(*(unsigned*)&x)); }
 static inline float __int_as_float(int x) { return emulator::argument<float>(emulator::u64((unsigned)x)); }
+static inline unsigned short bf16_bits(float x) {
+    unsigned bits = (unsigned)__float_as_int(x);
+    return (unsigned short)(x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 static inline unsigned __float_as_uint(float x) { return (unsigned)__float_as_int(x); }
 static inline float __uint_as_float(unsigned x) { return __int_as_float((int)x); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -15,11 +15,14 @@ use libloading::{Library, Symbol};
 use moewarden::backend::cuda::gpu::{
     Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo, Module, Operand,
 };
-use moewarden::backend::cuda::kernels;
+use moewarden::backend::cuda::kernels::COMMON;
 use moewarden::backend::{Dtype, decode_into, encode_into};
 
 const COMPILER: &str = "c++";
 const HEADER: &str = include_str!("gpu.h");
+/// What stands in for the kernels' files of PTX instructions.
+const MMA: &str = include_str!("mma.h");
+const WGMMA: &str = include_str!("wgmma.h");
 
 /// Bytes before and after each allocation that nobody may write, and alignment of what lies between.
 const GUARD: usize = 256;
@@ -327,7 +330,15 @@ pub fn preprocessed(source: &str) -> String {
 pub fn build(module: &Module) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator");
     std::fs::create_dir_all(&folder).expect("a folder below target/");
-    let source = [HEADER, &kernels::source(module)].join("\n");
+    let mut source = HEADER.to_owned();
+    for file in std::iter::once(&COMMON).chain(module.files) {
+        let (name, text) = match file.name {
+            "mma.cuh" => ("mma.h", MMA),
+            "wgmma.cuh" => ("wgmma.h", WGMMA),
+            _ => (file.name, file.text),
+        };
+        source += &format!("\n#line 1 \"{name}\"\n{text}");
+    }
     let hash = blake3::hash(source.as_bytes()).to_hex();
     let library = folder.join(format!("{}-{}.so", module.stem, &hash[..16]));
     if library.exists() {

@@ -56,12 +56,12 @@ modules! {
     DISPATCH = "dispatch";
     ELEMENTS = "elements";
     GRADIENT_MAGNITUDE = "gradient_magnitude": "tile.cuh", "tile_simt.cuh", "gradient_magnitude.cu";
-    GRADIENT_MAGNITUDE_MMA = "gradient_magnitude_mma": "mma.cuh", "tile.cuh", "stages.cuh", "tile_mma.cuh", "gradient_magnitude.cu";
-    GRADIENT_MAGNITUDE_WGMMA = "gradient_magnitude_wgmma" for 90: "mma.cuh", "wgmma.cuh", "tile.cuh", "stages.cuh",
+    GRADIENT_MAGNITUDE_MMA = "gradient_magnitude_mma": "mma.cuh", "tile.cuh", "pipeline.cuh", "tile_mma.cuh", "gradient_magnitude.cu";
+    GRADIENT_MAGNITUDE_WGMMA = "gradient_magnitude_wgmma" for 90: "mma.cuh", "wgmma_layout.cuh", "wgmma.cuh", "tile.cuh", "pipeline.cuh",
         "tile_wgmma.cuh", "gradient_magnitude.cu";
     GROUPED = "grouped": "groups.cuh", "tile.cuh", "tile_simt.cuh", "grouped.cu";
-    GROUPED_MMA = "grouped_mma": "groups.cuh", "mma.cuh", "tile.cuh", "stages.cuh", "tile_mma.cuh", "grouped.cu";
-    GROUPED_WGMMA = "grouped_wgmma" for 90: "groups.cuh", "mma.cuh", "wgmma.cuh", "tile.cuh", "stages.cuh", "tile_wgmma.cuh",
+    GROUPED_MMA = "grouped_mma": "groups.cuh", "mma.cuh", "tile.cuh", "pipeline.cuh", "tile_mma.cuh", "grouped.cu";
+    GROUPED_WGMMA = "grouped_wgmma" for 90: "groups.cuh", "mma.cuh", "wgmma_layout.cuh", "wgmma.cuh", "tile.cuh", "pipeline.cuh", "tile_wgmma.cuh",
         "grouped.cu";
     NORM = "norm";
     ROPE = "rope";
