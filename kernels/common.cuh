@@ -9,11 +9,12 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// The tests compile the kernels as C++ and run them on the CPU, with their own definitions of these macros and functions.
+// The tests compile the kernels as C++ and run them on the CPU, with their own definitions of these macros and
+// functions.
 #ifndef KERNEL
-// A kernel with at most `threads` threads per block: KERNEL(256, name, (parameters)) { .. }. Parameters are pointers, int, u32,
-// u64, float and double, without `__restrict__`, which belongs on the device functions that do the work. Every kernel is
-// declared in src/backend/cuda/kernels.rs with the same names and types.
+// A kernel with at most `threads` threads per block: KERNEL(256, name, (parameters)) { .. }. Parameters are pointers,
+// int, u32, u64, float and double, without `__restrict__`, which belongs on the device functions that do the work.
+// Every kernel is declared in src/backend/cuda/kernels.rs with the same names and types.
 #define KERNEL(threads, name, parameters) extern "C" __global__ void __launch_bounds__(threads) name parameters
 // The same, with so few registers per thread that `blocks` blocks fit on a multiprocessor.
 #define KERNEL_BLOCKS(threads, blocks, name, parameters) \
@@ -75,8 +76,8 @@ template <int W> struct Pack {
     float v[W];
 };
 
-// W elements as f32: in 16-byte loads if W elements are a multiple of 16 bytes (then `from` must be aligned to 16 bytes), else
-// one by one.
+// W elements as f32: in 16-byte loads if W elements are a multiple of 16 bytes (then `from` must be aligned to 16
+// bytes), else one by one.
 template <int W, class T> DEVICE Pack<W> load(const T* from) {
     Pack<W> out;
     if constexpr (W * sizeof(T) % 16 == 0) {

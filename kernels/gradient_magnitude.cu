@@ -1,6 +1,7 @@
-// Reduces the gradient of a weight to one number without storing the gradient: a tile of dyᵀ · x is summed in registers over the
-// group's rows, reduced there, and stored as one partial sum. dy and x are read as they are stored; no transpose is made. With
-// the `Tile` of tile_simt.cuh, tile_mma.cuh or tile_wgmma.cuh. Sums have a fixed order: f32 within a thread, f64 across threads.
+// Reduces the gradient of a weight to one number without storing the gradient: a tile of dyᵀ · x is summed in registers
+// over the group's rows, reduced there, and stored as one partial sum. dy and x are read as they are stored; no
+// transpose is made. With the `Tile` of tile_simt.cuh, tile_mma.cuh or tile_wgmma.cuh. Sums have a fixed order: f32
+// within a thread, f64 across threads.
 
 // Σ of(value, row, col) over this thread's values of a tile.
 template <class F> DEVICE float sum_of(const Tile& tile, F of) {
@@ -12,10 +13,10 @@ template <class F> DEVICE float sum_of(const Tile& tile, F of) {
     return total;
 }
 
-// partial[block] = the contribution of one tile to the moment of the gradient of one weight [outputs, inputs].
-// Rows are sorted by group, with `offsets` [groups + 1]; dy [R, stack * outputs], x [R, inputs]; `weights` [groups * stack] are
-// addresses. `jobs` [n, 3]: a group, its moment (0: Σ |g|, 1: Σ g², 2: Σ |g · w|), the index of its score.
-// Grid: n * stack * ceil(outputs / M) * ceil(inputs / N) blocks of Tile::THREADS threads.
+// partial[block] = the contribution of one tile to the moment of the gradient of one weight [outputs, inputs]. Rows are
+// sorted by group, with `offsets` [groups + 1]; dy [R, stack * outputs], x [R, inputs]; `weights` [groups * stack] are
+// addresses. `jobs` [n, 3]: a group, its moment (0: Σ |g|, 1: Σ g², 2: Σ |g · w|), the index of its score. Grid: n *
+// stack * ceil(outputs / M) * ceil(inputs / N) blocks of Tile::THREADS threads.
 template <class T>
 DEVICE void magnitude(double* partial, const T* dy, const T* x, const T* const* weights, const u32* offsets, const u64* jobs,
                       u64 stack, u64 inputs, u64 outputs) {
@@ -28,7 +29,8 @@ DEVICE void magnitude(double* partial, const T* dy, const T* x, const T* const* 
         u64 m = blockIdx.x / across % down * Tile::M, n = blockIdx.x % across * Tile::N;
         u64 height = minimum(outputs - m, (u64)Tile::M), width = minimum(inputs - n, (u64)Tile::N);
         Tile tile;
-        // Elements outside height and width are zero (or NaN, if an operand is not finite there), and add nothing to any moment.
+        // Elements outside height and width are zero (or NaN, if an operand is not finite there), and add nothing to
+        // any moment.
         tile.multiply<T, true, false>(1, rows, [&](u64) {
             return Operands<T>{{dy + row * stack * outputs + index * outputs + m, stack * outputs, rows, height},
                                {x + row * inputs + n, inputs, rows, width}};
@@ -59,8 +61,8 @@ DEVICE void magnitude(double* partial, const T* dy, const T* x, const T* const* 
 #ifndef TENSOR_CORES
 TYPED(float, f32)
 
-// The same for part of a gradient in memory: partial[block] = the moment over elements block * 4096 .. (block + 1) * 4096 of n.
-// Grid: ceil(n / 4096) blocks of 256 threads.
+// The same for part of a gradient in memory: partial[block] = the moment over elements block * 4096 .. (block + 1) *
+// 4096 of n. Grid: ceil(n / 4096) blocks of 256 threads.
 template <class T> DEVICE void magnitude_of(double* partial, const float* gradient, const T* w, u64 n, u64 moment) {
     float total = 0.0f;
     u64 end = minimum(n, ((u64)blockIdx.x + 1) * 4096);

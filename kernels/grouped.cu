@@ -1,10 +1,10 @@
-// Products of groups of rows with their groups' own weights, with the `Tile` of tile_simt.cuh or, for BF16, of tile_mma.cuh or
-// tile_wgmma.cuh.
+// Products of groups of rows with their groups' own weights, with the `Tile` of tile_simt.cuh or, for BF16, of
+// tile_mma.cuh or tile_wgmma.cuh.
 //
-// Rows are sorted by group; `offsets` [groups + 1] stays on the GPU. A group has `stack` weights [outputs, inputs], whose outputs
-// are side by side; `weights` [groups * stack] holds their addresses. Each output is one thread's sum in the order of the depth.
-// R: rows of all groups together. Blocks have Tile::THREADS threads; M and N are the sides of a tile. Each weight is read once
-// per band of 8 * M rows, and those reads meet in the L2 cache.
+// Rows are sorted by group; `offsets` [groups + 1] stays on the GPU. A group has `stack` weights [outputs, inputs],
+// whose outputs are side by side; `weights` [groups * stack] holds their addresses. Each output is one thread's sum in
+// the order of the depth. R: rows of all groups together. Blocks have Tile::THREADS threads; M and N are the sides of a
+// tile. Each weight is read once per band of 8 * M rows, and those reads meet in the L2 cache.
 
 DEVICE u64 ceil_div(u64 n, u64 by) { return (n + by - 1) / by; }
 
@@ -39,7 +39,8 @@ DEVICE void linear(T* y, const T* x, const T* const* weights, const u32* offsets
     });
 }
 
-// dx [R, inputs] = dy [R, stack * outputs] · w, summed over the stack. Grid: at least (R / M + groups) * ceil(inputs / N) blocks.
+// dx [R, inputs] = dy [R, stack * outputs] · w, summed over the stack. Grid: at least (R / M + groups) * ceil(inputs /
+// N) blocks.
 template <class T>
 DEVICE void backward_input(T* dx, const T* dy, const T* const* weights, const u32* offsets, u64 groups, u64 stack, u64 inputs,
                            u64 outputs) {
@@ -57,7 +58,8 @@ DEVICE void backward_input(T* dx, const T* dy, const T* const* weights, const u3
     });
 }
 
-// to += a whole tile, with rows `stride` apart. Several packs are loaded before any is stored, so that the loads overlap.
+// to += a whole tile, with rows `stride` apart. Several packs are loaded before any is stored, so that the loads
+// overlap.
 DEVICE void add_tile(float* to, const Tile& tile, u64 stride) {
     const int AT_ONCE = Tile::PACKS < 8 ? Tile::PACKS : 8;
 #pragma unroll
@@ -76,8 +78,8 @@ DEVICE void add_tile(float* to, const Tile& tile, u64 stride) {
     }
 }
 
-// dw += dyᵀ · x for some groups. `jobs` [n, 1 + stack]: a group, and the offset in dw of the gradient of each of its weights.
-// Grid: n * stack * ceil(outputs / M) * ceil(inputs / N) blocks.
+// dw += dyᵀ · x for some groups. `jobs` [n, 1 + stack]: a group, and the offset in dw of the gradient of each of its
+// weights. Grid: n * stack * ceil(outputs / M) * ceil(inputs / N) blocks.
 template <class T>
 DEVICE void backward_weight(float* dw, const T* dy, const T* x, const u32* offsets, const u64* jobs, u64 stack, u64 inputs,
                             u64 outputs) {

@@ -1,6 +1,6 @@
-// Blocks over ragged groups of rows: consecutive rows of one matrix form a group (the rows of an expert, the tokens of a
-// sequence), and only the GPU knows the offsets. The host launches enough blocks for any distribution; each block finds its tile
-// from the offsets.
+// Blocks over ragged groups of rows: consecutive rows of one matrix form a group (the rows of an expert, the tokens of
+// a sequence), and only the GPU knows the offsets. The host launches enough blocks for any distribution; each block
+// finds its tile from the offsets.
 
 // Rows `row .. row + rows` of the whole matrix, all in `group`, and a column tile. With `rows` 0 the block has no work.
 struct RowTile {
@@ -10,9 +10,9 @@ struct RowTile {
 // Row tiles in a band. Blocks that run at the same time share its rows and columns in the cache.
 const u64 BAND = 8;
 
-// The tile of block `blockIdx.x` if each group has ceil(rows / height) row tiles of `columns` column tiles each. Tiles are
-// numbered down the rows of a band first, then across its columns. Every thread of the block must call it; all get the same
-// result.
+// The tile of block `blockIdx.x` if each group has ceil(rows / height) row tiles of `columns` column tiles each. Tiles
+// are numbered down the rows of a band first, then across its columns. Every thread of the block must call it; all get
+// the same result.
 DEVICE RowTile find_row_tile(const u32* offsets, u64 groups, u32 height, u64 columns) {
     u64 id = blockIdx.x, lane = threadIdx.x % 32;
     for (u64 first = 0; first < groups; first += 32) {

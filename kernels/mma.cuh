@@ -1,5 +1,5 @@
-// Tensor core instructions of sm_80 and later: asynchronous copies to shared memory (cp.async), ldmatrix, mma.sync. The tests
-// replace this file, to run the kernels on the CPU.
+// Tensor core instructions of sm_80 and later: asynchronous copies to shared memory (cp.async), ldmatrix, mma.sync. The
+// tests replace this file, to run the kernels on the CPU.
 
 // The registers of an ldmatrix.x4 or of operand a of mma.m16n8k16: each holds two bf16, the first in the lower half.
 struct Fragment {
@@ -21,8 +21,8 @@ template <int pending> DEVICE void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Loads four 8 x 8 matrices; lane 8 i + r passes the address of row r of matrix i. r[i] gets, of matrix i, row lane / 4 and
-// columns 2 (lane % 4) and the next; of its transpose if `transposed`.
+// Loads four 8 x 8 matrices; lane 8 i + r passes the address of row r of matrix i. r[i] gets, of matrix i, row lane / 4
+// and columns 2 (lane % 4) and the next; of its transpose if `transposed`.
 template <bool transposed> DEVICE Fragment ldmatrix_x4(const bf16* row) {
     Fragment f;
     if constexpr (transposed)

@@ -1,11 +1,12 @@
-// RMS norm over groups of n columns, forward and backward. Bound by memory: the second pass over a group finds it in L1.
+// RMS norm over groups of n columns, forward and backward. Memory-bound: the second pass over a group finds it in L1.
 //
-// A group of up to WARP_GROUP columns belongs to a warp, 8 of them to a block; a longer one to a block. Grid: 256 threads,
-// groups / 8 or groups blocks. Sums are f32: a thread's own columns in order, then the fixed tree of a warp or block.
+// A group of up to WARP_GROUP columns is reduced by a warp, with 8 groups per block; a longer group by a block. Grid:
+// groups / 8 or groups blocks of 256 threads. Sums are f32: a thread's own columns in order, then the fixed tree of a
+// warp or block.
 
 #define WARP_GROUP 1024
 
-// Which group, which share of its columns.
+// The group of this thread, and its index among the threads of the group.
 struct Lanes {
     bool warp;
     u64 group;
@@ -42,7 +43,8 @@ template <class T, int W> DEVICE void forward(const T* x, const T* w, T* y, u64 
     }
 }
 
-// dx = r · (w·dy − x · r² · mean(w·dy·x)) with r = 1 / sqrt(mean(x²) + eps), which is also kept for dw if `rs` is given.
+// dx = r · (w·dy − x · r² · mean(w·dy·x)) with r = 1 / sqrt(mean(x²) + eps), which is also stored for dw if `rs` is
+// given.
 template <class T, int W>
 DEVICE void backward(const T* dy, const T* x, const T* w, T* dx, float* rs, u64 n, float eps, const Lanes& p) {
     dy += p.group * n;

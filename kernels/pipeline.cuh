@@ -1,10 +1,10 @@
-// The pipeline that brings a tile's operands from global to shared memory: cp.async in chunks of 16 bytes, some steps ahead of the
-// multiplication.
+// The pipeline that brings a tile's operands from global to shared memory: cp.async in chunks of 16 bytes, some steps
+// ahead of the multiplication.
 //
-// A `Stage` describes the buffer of one step of both operands: COUNT buffers are used in turn, each with TILE x DEPTH elements of
-// a and then as many of b. offset<k_major>(row, chunk) is where 8 consecutive elements go; offsets of rows that are a multiple of
-// 16 apart differ by a constant. If an operand is `k_major`, its rows run along the depth and a step is [TILE][DEPTH]; else a
-// step is [DEPTH][TILE].
+// A `Stage` describes the buffer of one step of both operands: COUNT buffers are used in turn, each with TILE x DEPTH
+// elements of a and then as many of b. offset<k_major>(row, chunk) is where 8 consecutive elements go; offsets of rows
+// that are a multiple of 16 apart differ by a constant. If an operand is `k_major`, its rows run along the depth and a
+// step is [TILE][DEPTH]; else a step is [DEPTH][TILE].
 
 #define TENSOR_CORES
 
@@ -63,8 +63,8 @@ template <class Stage, bool k_major_a, bool k_major_b> struct Pipeline {
     DEVICE const bf16* a_of(u32 stage) const { return stages + offset_of(stage); }
     DEVICE const bf16* b_of(u32 stage) const { return stages + offset_of(stage) + OPERAND; }
 
-    // Starts copying the next step into a stage. After the last step the group of copies is empty, so that groups keep counting
-    // steps.
+    // Starts copying the next step into a stage. After the last step the group of copies is empty, so that groups keep
+    // counting steps.
     template <class F> DEVICE void load(u32 stage, F operands) {
         if (left == 0 && next < count) {
             auto pair = operands(next++);

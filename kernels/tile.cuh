@@ -1,11 +1,11 @@
 // What all tiles have in common: the view of an operand in memory, and the iteration over the results.
 //
-// A `Tile` (tile_simt.cuh, tile_mma.cuh, tile_wgmma.cuh) is an M x N tile of a product in the registers of THREADS threads. Each
-// thread holds PACKS packs of WIDE consecutive results: pack(i) is in row(i) of the tile and starts at column col(i).
-// TILE_KERNEL declares a kernel that uses the tile.
+// A `Tile` (tile_simt.cuh, tile_mma.cuh, tile_wgmma.cuh) is an M x N tile of a product in the registers of THREADS
+// threads. Each thread holds PACKS packs of WIDE consecutive results: pack(i) is in row(i) of the tile and starts at
+// column col(i). TILE_KERNEL declares a kernel that uses the tile.
 
-// A row-major matrix, or part of one. Elements outside `rows` and `cols` count as zero. On tensor cores rows start aligned to 16
-// bytes, and `cols` is a multiple of 8.
+// A row-major matrix, or part of one. Elements outside `rows` and `cols` count as zero. On tensor cores rows start
+// aligned to 16 bytes, and `cols` is a multiple of 8.
 template <class T> struct MatrixView {
     const T* at;
     u64 stride, rows, cols;

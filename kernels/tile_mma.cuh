@@ -34,8 +34,9 @@ struct Tile {
                      : ldmatrix_x4<true>(stage + Stage::offset<false>(deep, n / 8 + matrix / 2));
     }
 
-    // The sum over `count` pairs of operands, `operands(i)`, of op(a) · op(b): a is [M, depth], or stored as [depth, M] if
-    // `a_transposed`; b is [depth, N], or stored as [N, depth] if `b_transposed`. Every thread of the block must call it.
+    // The sum over `count` pairs of operands, `operands(i)`, of op(a) · op(b): a is [M, depth], or stored as [depth, M]
+    // if `a_transposed`; b is [depth, N], or stored as [N, depth] if `b_transposed`. Every thread of the block must
+    // call it.
     template <class T, bool a_transposed, bool b_transposed, class F>
     DEVICE void multiply(u64 count, u64 depth, F operands) {
         DYNAMIC_SHARED(memory);

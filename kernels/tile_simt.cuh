@@ -9,7 +9,8 @@ struct Tile {
     static const int DEPTH = 16, PITCH = 68;
     float sum[4][4];
 
-    // Copies DEPTH x 64 elements of an operand to shared memory, from depth `at` on. `k_major`: its rows run along the depth.
+    // Copies DEPTH x 64 elements of an operand to shared memory, from depth `at` on. `k_major`: its rows run along the
+    // depth.
     template <bool k_major, class T> static DEVICE void fill(float (*to)[PITCH], const MatrixView<T>& view, u64 at) {
 #pragma unroll
         for (u32 i = threadIdx.x; i < DEPTH * 64; i += THREADS) {
@@ -19,8 +20,9 @@ struct Tile {
         }
     }
 
-    // The sum over `count` pairs of operands, `operands(i)`, of op(a) · op(b): a is [M, depth], or stored as [depth, M] if
-    // `a_transposed`; b is [depth, N], or stored as [N, depth] if `b_transposed`. Every thread of the block must call it.
+    // The sum over `count` pairs of operands, `operands(i)`, of op(a) · op(b): a is [M, depth], or stored as [depth, M]
+    // if `a_transposed`; b is [depth, N], or stored as [N, depth] if `b_transposed`. Every thread of the block must
+    // call it.
     template <class T, bool a_transposed, bool b_transposed, class F>
     DEVICE void multiply(u64 count, u64 depth, F operands) {
         SHARED(float, a, [DEPTH][PITCH]);

@@ -1,14 +1,14 @@
-// A tile of a BF16 product on the tensor cores of sm_90a by wgmma (wgmma.cuh), with a pipeline of three stages (pipeline.cuh).
-// Same interface as tile_simt.cuh.
+// A tile of a BF16 product on the tensor cores of sm_90a by wgmma (wgmma.cuh), with a pipeline of three stages
+// (pipeline.cuh). Same interface as tile_simt.cuh.
 //
-// Operands are copied as they are stored, K-major or not; wgmma reads both layouts. Two warpgroups multiply 64 rows each. While
-// one block waits for copies or reduces its sums, the multiprocessor's other block multiplies.
+// Operands are copied as they are stored, K-major or not; wgmma reads both layouts. Two warpgroups multiply 64 rows
+// each. While one block waits for copies or reduces its sums, the multiprocessor's other block multiplies.
 
 struct Stage {
     static const u32 DEPTH = 64, COUNT = 3;
 
-    // Swizzle atoms (wgmma_layout.cuh), one below the other along the rows. Rows of 128 elements are split: all second halves
-    // follow all first halves.
+    // Swizzle atoms (wgmma_layout.cuh), one below the other along the rows. Rows of 128 elements are split: all second
+    // halves follow all first halves.
     template <bool k_major> static DEVICE u32 offset(u32 row, u32 chunk) {
         return k_major ? row * 64 + (chunk ^ (row % 8)) * 8
                        : chunk / 8 * (64 * DEPTH) + row * 64 + (chunk % 8 ^ (row % 8)) * 8;
@@ -20,8 +20,9 @@ struct Tile {
     static const int M = TILE, N = TILE, THREADS = TILE_THREADS, WIDE = 2, PACKS = 32;
     Accumulators sums;
 
-    // The sum over `count` pairs of operands, `operands(i)`, of op(a) · op(b): a is [M, depth], or stored as [depth, M] if
-    // `a_transposed`; b is [depth, N], or stored as [N, depth] if `b_transposed`. Every thread of the block must call it.
+    // The sum over `count` pairs of operands, `operands(i)`, of op(a) · op(b): a is [M, depth], or stored as [depth, M]
+    // if `a_transposed`; b is [depth, N], or stored as [N, depth] if `b_transposed`. Every thread of the block must
+    // call it.
     template <class T, bool a_transposed, bool b_transposed, class F>
     DEVICE void multiply(u64 count, u64 depth, F operands) {
         DYNAMIC_SHARED(memory);
@@ -30,8 +31,8 @@ struct Tile {
         for (int i = 0; i < 64; i++) sums[i] = 0.0f;
 
         Pipeline<Stage, !a_transposed, b_transposed> pipeline(align_to_atom(memory), count, depth);
-        // In both layouts half of a stage of a is 64 of its rows, those of one warpgroup. The shuffle tells the compiler that the
-        // value is the same in all lanes, as a descriptor must be.
+        // In both layouts half of a stage of a is 64 of its rows, those of one warpgroup. The shuffle tells the
+        // compiler that the value is the same in all lanes, as a descriptor must be.
         u32 warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / 128, 0);
         const u64 a = matrix_descriptor(pipeline.a_of(0) + warpgroup * HALF, HALF * sizeof(bf16), SWIZZLE_ATOM);
         const u64 b = matrix_descriptor(pipeline.b_of(0), HALF * sizeof(bf16), SWIZZLE_ATOM);

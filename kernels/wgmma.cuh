@@ -1,14 +1,16 @@
-// Warpgroup matrix multiply-accumulate, which only sm_90a has: wgmma.mma_async.m64n128k16. Both operands come from shared memory
-// (wgmma_layout.cuh), the accumulators are in registers, and the work is asynchronous. All four warps of the warpgroup take part
-// in each of these functions except fence_async_proxy. The tests replace this file, to run the kernels on the CPU.
+// Warpgroup matrix multiply-accumulate, which only sm_90a has: wgmma.mma_async.m64n128k16. Both operands come from
+// shared memory (wgmma_layout.cuh), the accumulators are in registers, and the work is asynchronous. All four warps of
+// the warpgroup take part in each of these functions except fence_async_proxy. The tests replace this file, to run the
+// kernels on the CPU.
 
 #define ACCUMULATORS_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define ACCUMULATORS_16(i) ACCUMULATORS_4(i), ACCUMULATORS_4(i + 4), ACCUMULATORS_4(i + 8), ACCUMULATORS_4(i + 12)
-// Accumulators listed as in/out operands, so that the compiler cannot move accesses to them across the asynchronous wgmma.
+// Accumulators listed as in/out operands, so that the compiler cannot move accesses to them across the asynchronous
+// wgmma.
 #define ACCUMULATORS ACCUMULATORS_16(0), ACCUMULATORS_16(16), ACCUMULATORS_16(32), ACCUMULATORS_16(48)
 
-// Makes this thread's writes to shared memory visible to wgmma, which reads through the async proxy. A barrier must follow before
-// another warp's wgmma reads them.
+// Makes this thread's writes to shared memory visible to wgmma, which reads through the async proxy. A barrier must
+// follow before another warp's wgmma reads them.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Orders earlier register accesses before the next wgmma on these accumulators.

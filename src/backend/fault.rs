@@ -4,8 +4,8 @@ use crate::exit::{self, Coded};
 
 /// A device failed while it ran an operation: its memory is full, a kernel faulted, or the device was lost.
 ///
-/// The operations of a [`Backend`](super::Backend) return no errors. They unwind with this as the panic's payload, and it is the
-/// only payload that a backend raises on purpose.
+/// The operations of a [`Backend`](super::Backend) return no errors. They unwind with this as the panic's payload, and
+/// it is the only payload that a backend raises on purpose.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct DeviceFault(Box<dyn std::error::Error + Send + Sync>);

@@ -1,4 +1,4 @@
-//! Every kernel compiles for the architectures that we know: no GPU is needed for that, only NVRTC.
+//! Every kernel compiles for sm_80 and sm_90a. This needs NVRTC, but no GPU.
 
 use crate::nvidia;
 use moewarden::backend::cuda::gpu::{Module, SourceFile};
@@ -10,8 +10,7 @@ use rayon::prelude::*;
 /// A100 and H100.
 const ARCHITECTURES: [u32; 2] = [80, 90];
 
-/// Bytes that a thread may write to memory for want of registers: a few values that wait through a loop. A kernel that
-/// spills more is slower than it looks.
+/// Bytes of register spills allowed per thread: a few values that are live across a loop.
 const MOST_SPILLED: usize = 32;
 
 fn nvrtc(what: &str) -> Option<Nvrtc> {
@@ -19,7 +18,7 @@ fn nvrtc(what: &str) -> Option<Nvrtc> {
     Some(Nvrtc::new(&library).unwrap())
 }
 
-/// What the assembler says about a kernel.
+/// What the assembler reports about a kernel.
 #[derive(Debug, Default, PartialEq)]
 struct Usage {
     kernel: String,
@@ -27,7 +26,7 @@ struct Usage {
     spilled: usize,
 }
 
-/// Reads the assembler's `-v`: a line that names the kernel, then lines with its numbers.
+/// Parses the output of the assembler's `-v`: a line that names the kernel, then lines with its numbers.
 fn usages(log: &str) -> Vec<Usage> {
     let number_before = |line: &str, unit: &str| -> Option<usize> {
         line[..line.find(unit)?].split_whitespace().next_back()?.parse().ok()
@@ -68,7 +67,7 @@ fn every_kernel_compiles_for_a100_and_h100() {
                 continue;
             }
         };
-        // Products that wait for each other are only an "info" to the assembler.
+        // The assembler reports serialized wgmma only as an "info".
         if ["warning", "serialized"].iter().any(|word| compiled.log.contains(word)) {
             wrong.push(format!("{file}: {}", compiled.log));
         }

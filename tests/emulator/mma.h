@@ -58,9 +58,9 @@ template <bool transposed> DEVICE Fragment ldmatrix_x4(const bf16* row) {
     return f;
 }
 
-// Element (row, k) of a is in lane 4 (row % 8) + k % 8 / 2, register row / 8 + 2 (k / 8), half k % 2; element (k, col) of b is
-// in lane 4 col + k % 8 / 2, register k / 8, half k % 2; c[0..2] are row lane / 4, columns 2 (lane % 4) and the next, c[2..4]
-// are the same columns 8 rows below.
+// Element (row, k) of a is in lane 4 (row % 8) + k % 8 / 2, register row / 8 + 2 (k / 8), half k % 2; element (k, col)
+// of b is in lane 4 col + k % 8 / 2, register k / 8, half k % 2; c[0..2] are row lane / 4, columns 2 (lane % 4) and the
+// next, c[2..4] are the same columns 8 rows below.
 DEVICE void mma_m16n8k16(float (&c)[4], const Fragment& a, u32 b0, u32 b1) {
     int lane = (int)(threadIdx.x % 32);
     u32(*operands)[6] = lane_operands + (threadIdx.x - lane);

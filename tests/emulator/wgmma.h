@@ -1,5 +1,5 @@
-// Stands in for kernels/wgmma.cuh on the CPU: the same functions, as the PTX manual defines the instructions. A wgmma without a
-// fence, operands that change before it is complete, and accumulators that are read too early are found.
+// Stands in for kernels/wgmma.cuh on the CPU: the same functions, as the PTX manual defines the instructions. A wgmma
+// without a fence, operands that change before it is complete, and accumulators that are read too early are found.
 
 DEVICE void fence_async_proxy() { unfenced[threadIdx.x] = false; }
 
@@ -24,8 +24,8 @@ static std::vector<float> elements(u64 a, bool k_major_a, u64 b, bool k_major_b)
     return all;
 }
 
-// The wgmmas of a warpgroup in this block: the descriptors that the first thread to arrive passed, and the elements read, until the
-// wgmma is complete.
+// The wgmmas of a warpgroup in this block: the descriptors that the first thread to arrive passed, and the elements
+// read, until the wgmma is complete.
 struct Issued {
     u64 a, b;
     std::vector<float> (*read)(u64, u64);

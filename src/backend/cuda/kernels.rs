@@ -16,8 +16,8 @@ macro_rules! source {
     };
 }
 
-/// `NAME = "stem";` is `kernels/stem.cu`; `NAME = "stem": "file", ..;` are several files of `kernels/`, one after another.
-/// `for sm`: only for GPUs of that compute capability.
+/// `NAME = "stem";` is `kernels/stem.cu`; `NAME = "stem": "file", ..;` are several files of `kernels/`, one after
+/// another. `for sm`: only for GPUs of that compute capability.
 macro_rules! modules {
     ($($name:ident = $stem:literal $(for $sm:literal)? $(: $($file:literal),+)?;)*) => {
         $(static $name: Module = Module { stem: $stem, files: files!($stem $(, $($file),+)?), only: only!($($sm)?) };)*

@@ -1,9 +1,9 @@
 //! Kernel launches whose arguments have types and roles.
 //!
-//! A kernel is declared once, in one line of [`kernels!`] in `kernels.rs`. The declaration becomes a function that launches the
-//! kernel, and an entry of [`declarations`](super::kernels::declarations), which a test compares with the kernel's signature in
-//! `kernels/*.cu`. The types keep arguments in their places: an [`In`] is no [`Out`], and a `u32` is no `usize`. They do not
-//! bound what a kernel reads and writes: the launchers in `ops/` check shapes first.
+//! A kernel is declared once, in one line of [`kernels!`] in `kernels.rs`. The declaration becomes a function that
+//! launches the kernel, and an entry of [`declarations`](super::kernels::declarations), which a test compares with the
+//! kernel's signature in `kernels/*.cu`. The types keep arguments in their places: an [`In`] is no [`Out`], and a `u32`
+//! is no `usize`. They do not bound what a kernel reads and writes: the launchers in `ops/` check shapes first.
 
 use std::marker::PhantomData;
 
@@ -122,8 +122,8 @@ impl Role for Updates {
     const CONST: bool = false;
 }
 
-/// A pointer argument of a kernel. It borrows the memory until the launch is queued; from then on the order of the stream
-/// protects it.
+/// A pointer argument of a kernel. It borrows the memory until the launch is queued; from then on the order of the
+/// stream protects it.
 pub struct Pointer<'a, R, T: Element> {
     at: Address,
     format: T::Format,
@@ -290,7 +290,8 @@ pub struct Declaration {
     pub parameters: Vec<(&'static str, String)>,
 }
 
-/// The kernel for the number format that all arguments share which leave it open. Panics if they differ, or if there is none.
+/// The kernel for the number format that all arguments share which leave it open. Panics if they differ, or if there is
+/// none.
 pub(super) fn select(name: &str, dtypes: &[Option<Dtype>], kernels: &'static [(Dtype, Kernel)]) -> &'static Kernel {
     let mut dtypes = dtypes.iter().flatten();
     let &dtype = dtypes.next().expect("an argument that has the kernel's number format");
@@ -328,7 +329,8 @@ macro_rules! kernel {
 
             #[allow(clippy::too_many_arguments)]
             pub(in crate::backend::cuda) fn launch(cuda: &Cuda, grid: Grid, $($arg: $type),*) {
-                // SAFETY: these are the kernel's parameters, which a test compares with its source; the caller sees to extents.
+                // SAFETY: these are the kernel's parameters, which a test compares with its source; the caller sees to
+                // extents.
                 unsafe { cuda.launch(&KERNEL, grid, &[$(Argument::arg(&$arg)),*]) }
             }
 
@@ -350,7 +352,8 @@ macro_rules! kernel {
             #[allow(clippy::too_many_arguments)]
             pub(in crate::backend::cuda) fn launch<$t: Element<Format = Dtype>>(cuda: &Cuda, grid: Grid, $($arg: $type),*) {
                 let kernel = select(stringify!($name), &[$(Argument::dtype(&$arg)),*], &KERNELS);
-                // SAFETY: these are the kernel's parameters, which a test compares with its source; the caller sees to extents.
+                // SAFETY: these are the kernel's parameters, which a test compares with its source; the caller sees to
+                // extents.
                 unsafe { cuda.launch(kernel, grid, &[$(Argument::arg(&$arg)),*]) }
             }
 
@@ -383,7 +386,8 @@ macro_rules! kernel {
                     other => panic!("there is no kernel {} for {other:?}", stringify!($name)),
                 };
                 let kernel = select(stringify!($name), &[$(Argument::dtype(&$arg)),*], kernels);
-                // SAFETY: these are the kernel's parameters, which a test compares with its source; the caller sees to extents.
+                // SAFETY: these are the kernel's parameters, which a test compares with its source; the caller sees to
+                // extents.
                 unsafe { cuda.launch(kernel, grid, &[$(Argument::arg(&$arg)),*]) }
             }
 

@@ -1,4 +1,4 @@
-//! What lies in the GPU's memory.
+//! Tensors, weights and other data in the GPU's memory.
 
 use std::marker::PhantomData;
 
@@ -78,7 +78,7 @@ impl Tensor {
     }
 }
 
-/// A parameter in its stored number format. Its address never changes; a step writes over its value.
+/// A parameter in its stored number format. Its address never changes; a training step overwrites its value.
 pub struct Weight {
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
@@ -86,7 +86,7 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// Output width; 1 of a vector.
+    /// Output width; 1 for a vector.
     pub fn rows(&self) -> usize {
         if self.shape.len() == 2 { self.shape[0] } else { 1 }
     }
@@ -187,7 +187,7 @@ impl Buffer {
         Pointer::new(self.at(index, len), ())
     }
 
-    /// The element at `index`, which may be the end. Panics unless `len` elements follow.
+    /// The address of the element at `index`. Panics unless the buffer has `len` elements from there on.
     #[track_caller]
     pub fn at(&self, index: usize, len: usize) -> Address {
         assert!(index + len <= self.len, "elements {index}..{} of a buffer of {}", index + len, self.len);
@@ -205,12 +205,12 @@ pub struct Indices {
 }
 
 impl Indices {
-    /// How many.
+    /// Number of indices.
     pub fn len(&self) -> usize {
         self.host.len()
     }
 
-    /// Whether there is none.
+    /// Whether it is empty.
     pub fn is_empty(&self) -> bool {
         self.host.is_empty()
     }
@@ -238,30 +238,31 @@ impl Routing {
         self.weights.rows
     }
 
-    /// Experts a token visits, K.
+    /// Experts per token, K.
     pub fn top_k(&self) -> usize {
         self.weights.cols
     }
 }
 
-/// A stable counting sort of the routed rows (t, k), in order of t·K + k, by expert. It stays on the GPU; nothing waits
-/// for it.
+/// A stable counting sort by expert of the routed rows (t, k), in order of t·K + k. It stays on the GPU, and the host
+/// does not wait for it.
 pub struct Dispatch {
     /// Rows of all experts together, R.
     pub(super) rows: usize,
-    /// E
+    /// Number of experts, E.
     pub(super) num_experts: usize,
-    /// K
+    /// Experts per token, K.
     pub(super) top_k: usize,
     /// `[E + 1]`: expert `e` owns sorted rows `offsets[e]..offsets[e + 1]`.
     pub(super) offsets: Array<u32>,
-    /// The offsets on the host, once they were read.
+    /// The offsets on the host, once they have been read.
     pub(super) host_offsets: std::sync::OnceLock<Vec<u32>>,
-    /// Absent where no tokens are behind the rows.
+    /// The permutation of the rows; `None` for [`one_group`](super::ops::dispatch::one_group), whose rows have no
+    /// tokens.
     pub(super) order: Option<RowOrder>,
 }
 
-/// Which sorted row is whose.
+/// The permutation between tokens and sorted rows.
 pub(super) struct RowOrder {
     /// `[T·K]`: the sorted row of each (t, k).
     pub(super) row_of: Array<u32>,
@@ -280,9 +281,9 @@ impl Dispatch {
     }
 }
 
-/// Packed sequences and the rotations of their positions.
+/// Packed sequences and the rotary angles of their positions.
 pub struct Sequences {
-    /// On the host.
+    /// The packing on the host.
     pub(super) packing: crate::backend::Packing,
     /// `[sequences + 1]`: row offsets of the queries.
     pub(super) queries: Array<u32>,
@@ -290,7 +291,7 @@ pub struct Sequences {
     pub(super) keys: Array<u32>,
     /// `[T]`: position of each query row within its sequence.
     pub(super) positions: Array<u32>,
-    /// cos and sin of every position's angles.
+    /// The angles of at least these positions.
     pub(super) angles: std::sync::Arc<Angles>,
 }
 

@@ -5,10 +5,10 @@ use crate::backend::cuda::gpu::Grid;
 use crate::backend::cuda::plan::AttentionForm;
 use crate::backend::cuda::{Cuda, Sequences, Tensor, kernels};
 
-/// The form of a call, and what its blocks need.
+/// The form of a call and its launch configuration.
 struct Tiling {
     form: AttentionForm,
-    /// Rows of a block, of queries or of keys.
+    /// Rows per block, of queries or of keys.
     rows: usize,
     threads: u32,
     /// Bytes of dynamic shared memory.
@@ -20,19 +20,19 @@ impl Tiling {
         let form = cuda.attention_form(heads.dim);
         match form {
             AttentionForm::Arithmetic => Self { form, rows: 32, threads: 256, shared: 3 * 32 * (heads.dim | 1) * 4 },
-            // 3 · 64 rows, or twice 64 and twice 32, each of a head's padded width in BF16.
+            // 3 · 64 rows, or 2 · 64 and 2 · 32 rows, of a head's padded width in BF16.
             AttentionForm::TensorCores(width) => Self { form, rows: 64, threads: 128, shared: 192 * width * 2 },
         }
     }
 
-    /// A block for each tile of rows of each sequence and head.
+    /// One block per tile of rows, for each sequence and head.
     fn grid(&self, offsets: &[usize], heads: usize) -> Grid {
         let tiles: usize = offsets.windows(2).map(|w| (w[1] - w[0]).div_ceil(self.rows)).sum();
         Grid::row(tiles * heads, self.threads).shared(self.shared)
     }
 }
 
-/// The window as kernels take it.
+/// The window as a kernel argument.
 fn window(heads: &Heads) -> u64 {
     heads.window.map_or(u64::MAX, |w| w as u64)
 }
@@ -61,7 +61,7 @@ pub fn attention(cuda: &Cuda, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequenc
     y
 }
 
-/// (dq, dk, dv). The queries' pass leaves what normalises each row of probabilities for the keys' pass.
+/// (dq, dk, dv). The first kernel also stores the normaliser and δ of each row of probabilities for the second one.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     cuda: &Cuda,
@@ -129,7 +129,7 @@ pub fn backward(
 fn check(cuda: &Cuda, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) {
     assert!(heads.keys > 0 && heads.queries.is_multiple_of(heads.keys), "{heads:?}");
     assert!((1..=256).contains(&heads.dim), "heads of width {}: at most 256 fit", heads.dim);
-    assert!(heads.window != Some(0), "a window of no position");
+    assert!(heads.window != Some(0), "a window of 0 positions");
     let p = &seqs.packing;
     for (q, k) in p.queries.windows(2).zip(p.keys.windows(2)) {
         assert!(q[1] - q[0] <= k[1] - k[0], "{} queries of {} keys", q[1] - q[0], k[1] - k[0]);

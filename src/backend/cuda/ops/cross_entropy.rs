@@ -1,5 +1,5 @@
-//! Cross-entropy of a linear head, in chunks of rows: a chunk's logits, their losses and gradient in one kernel, and
-//! straight back through the head, so that logits exist once and only for one chunk.
+//! Cross-entropy of a linear head, in chunks of rows. One kernel computes the losses of a chunk's logits and their
+//! gradient, which goes back through the head immediately, so that logits exist only for one chunk at a time.
 
 use super::linear::operand;
 use crate::backend::Dtype;
@@ -9,8 +9,8 @@ use crate::backend::cuda::ops::elements::weight_in;
 use crate::backend::cuda::ops::update::total;
 use crate::backend::cuda::{Buffer, Cuda, Indices, Tensor, Weight, kernels};
 
-/// Bytes of a chunk's logits and their gradient. The head is read once a chunk for each product, which at this size is
-/// hidden behind the arithmetic of 300 rows or more.
+/// Bytes of a chunk's logits and their gradient. Each product reads the head once per chunk; with the 300 rows or more
+/// that fit, the arithmetic hides it.
 const BUDGET: usize = 256 << 20;
 
 /// Rows of a chunk for a vocabulary of `v`: within the budget, in whole tiles of a product, at least one tile.
@@ -18,7 +18,7 @@ pub fn chunk_rows(v: usize, dtype: Dtype) -> usize {
     (BUDGET / (v * (4 + dtype.size()))).next_multiple_of(64).max(64)
 }
 
-/// Σ of the losses of all rows; `dx` is given for a gradient.
+/// Σ of the losses of all rows. The gradient is computed if `dx` is given.
 fn run(
     cuda: &Cuda,
     x: &Tensor,
@@ -87,7 +87,7 @@ pub fn forward(cuda: &Cuda, x: &Tensor, w: &Weight, targets: &Indices) -> f64 {
     run(cuda, x, w, targets, 0.0, None, None)
 }
 
-/// The same sum, and the gradient of `scale` times it: dx, and with a sink dw +=.
+/// The same sum, and the gradient of `scale` times the sum: returns dx, and adds to `dw` if it is given.
 pub fn backward(
     cuda: &Cuda,
     x: &Tensor,

@@ -1,4 +1,5 @@
-//! Routed rows sorted by expert, to the experts and back. The sort runs on the GPU and nothing waits for its counts.
+//! Sorts routed rows by expert, and moves rows to the experts and back. The sort runs on the GPU, and the host does not
+//! wait for it.
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -10,7 +11,7 @@ use crate::backend::cuda::ops::rows::gather;
 use crate::backend::cuda::tensor::RowOrder;
 use crate::backend::cuda::{Cuda, Dispatch, Routing, Tensor, kernels};
 
-/// Slots of a block of the sort.
+/// Slots per block of the sort, as in `dispatch.cu`.
 const CHUNK: usize = 256;
 
 /// Sorts the routed rows by expert, stably.
@@ -34,7 +35,7 @@ pub fn dispatch(cuda: &Cuda, routing: &Routing, num_experts: usize) -> Dispatch 
     Dispatch { rows: slots, num_experts, top_k: routing.top_k(), offsets, host_offsets: OnceLock::new(), order }
 }
 
-/// All rows in one group, in their order. For grouped products only: there are no tokens behind these rows.
+/// All rows in one group, in their order. For grouped products only: these rows do not belong to tokens.
 pub fn one_group(cuda: &Cuda, rows: usize) -> Dispatch {
     let end = u32::try_from(rows).expect("fewer than 2^32 rows");
     let (offsets, host_offsets) = (cuda.uploaded(&[0, end]), vec![0, end].into());
@@ -52,7 +53,7 @@ pub fn tokens_per_expert(cuda: &Cuda, dispatch: &Dispatch) -> Vec<usize> {
     group_rows(cuda, dispatch).into_iter().map(|rows| rows.len()).collect()
 }
 
-/// x copied to the sorted rows.
+/// Copies each token's row of x to its sorted rows.
 pub fn dispatch_rows(cuda: &Cuda, x: &Tensor, dispatch: &Dispatch) -> Tensor {
     x.expect_shape("x to be dispatched", dispatch.tokens(), x.cols());
     gather(cuda, x.input(), dispatch.order().slot_of.input(), dispatch.top_k as u32, dispatch.rows, x.cols())

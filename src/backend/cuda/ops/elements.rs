@@ -1,4 +1,4 @@
-//! Element by element: sums, clamps, changes of number format, random values.
+//! Elementwise operations: sums, clamps, conversions of the number format, random values.
 
 use super::flat_grid;
 use crate::backend::Dtype;
@@ -24,7 +24,7 @@ pub fn clamp(cuda: &Cuda, x: &mut Tensor, limit: f32) {
     kernels::clamp(cuda, grid, x.inout(), n, limit);
 }
 
-/// dy where the clamped y is strictly inside its limits, else 0
+/// Sets dy to 0 where the clamped y is not strictly inside its limits.
 pub fn clamp_backward(cuda: &Cuda, dy: &mut Tensor, y: &Tensor, limit: f32) {
     y.expect_shape("y", dy.rows(), dy.cols());
     assert!(y.dtype() == dy.dtype(), "y in {:?}, dy in {:?}", y.dtype(), dy.dtype());
@@ -74,7 +74,7 @@ fn converted<'a>(cuda: &Cuda, from: In<'a, Any>, to: Dtype, n: usize) -> InDtype
     InDtype::Converted(memory, to)
 }
 
-/// Copies `n` elements, rounded to nearest even where the new format is narrower.
+/// Copies `n` elements, rounded to nearest even if the new format is narrower.
 pub fn cast(cuda: &Cuda, from: In<'_, Any>, to: Out<'_, Any>, n: usize) {
     use Dtype::{Bf16, F16, F32};
     let grid = flat_grid(n, 8);
@@ -89,7 +89,7 @@ pub fn cast(cuda: &Cuda, from: In<'_, Any>, to: Out<'_, Any>, n: usize) {
     }
 }
 
-/// A parameter of random values that never were on the host.
+/// A parameter of random values, generated on the GPU.
 pub fn random_weight(cuda: &Cuda, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Weight {
     let n: usize = shape.iter().product();
     let mut w = Weight { dtype, shape, memory: cuda.scratch(n * dtype.size()) };

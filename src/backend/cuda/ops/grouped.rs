@@ -1,7 +1,8 @@
 //! Products of groups of rows with their own weights: the experts.
 //!
-//! Each has three forms, see [`Form`]. The kernels for all groups read the groups' offsets on the GPU, so nothing waits;
-//! products for each group need them on the host, where a dispatch keeps them once they were read.
+//! [`Form`] lists the implementations. Kernels over all groups read the groups' offsets on the GPU, so the host does
+//! not wait. cuBLAS products per group need the offsets on the host, where the dispatch keeps them once they have been
+//! read.
 
 mod gradient;
 
@@ -17,18 +18,18 @@ use crate::backend::cuda::tensor::Array;
 use crate::backend::cuda::{Cuda, Dispatch, Tensor, Weight, kernels};
 use crate::backend::{Dtype, Stacks};
 
-/// The shapes of one call, and the weights where kernels find them.
+/// The shapes, the form and the weights of one call.
 struct Call<'a> {
     cuda: &'a Cuda,
     dispatch: &'a Dispatch,
     form: Form,
-    /// Weights a group.
+    /// Weights per group.
     stack: usize,
     /// Columns and rows of each weight.
     inputs: usize,
     outputs: usize,
     dtype: Dtype,
-    /// The weights in the compute type, `stack` a group.
+    /// The weights in the compute format, `stack` per group.
     weights: Vec<InDtype<'a>>,
 }
 
@@ -59,18 +60,18 @@ impl<'a> Call<'a> {
         assert!(x.dtype() == self.dtype, "{what} in {:?}, the weights in {:?}", x.dtype(), self.dtype);
     }
 
-    /// Whether there is nothing to sum up.
+    /// Whether all sums are empty.
     fn is_empty(&self) -> bool {
         self.dispatch.rows == 0 || self.weights.is_empty() || self.inputs * self.outputs == 0
     }
 
-    /// The weights' addresses on the GPU.
+    /// The array of the weights' addresses, on the GPU.
     fn pointers(&self) -> Arc<Array<u64>> {
         let addresses: Vec<u64> = self.weights.iter().map(|w| w.address().0).collect();
         if self.weights.iter().all(|w| matches!(w, InDtype::Original(_))) {
             self.cuda.table(addresses)
         } else {
-            Arc::new(self.cuda.uploaded(&addresses)) // scratch does not recur
+            Arc::new(self.cuda.uploaded(&addresses)) // addresses of converted copies do not recur
         }
     }
 
@@ -83,7 +84,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Rows of each group on the host, with the group's number, without the empty ones.
+    /// The groups that have rows: index and rows, on the host.
     fn groups(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
         group_rows(self.cuda, self.dispatch).into_iter().enumerate().filter(|(_, rows)| !rows.is_empty())
     }
@@ -92,7 +93,7 @@ impl<'a> Call<'a> {
         self.weights[group * self.stack + index].address()
     }
 
-    /// A product in the compute type, result in `c_dtype`.
+    /// A product in the compute format, with a result in `c_dtype`.
     fn gemm(
         &self,
         [m, n, k]: [usize; 3],
@@ -118,7 +119,7 @@ impl Tiling {
         Grid::row(blocks, 256).shared(self.shared)
     }
 
-    /// At least the row tiles that all groups can have together: each may end with a part of one.
+    /// An upper bound on the row tiles of all groups: each group may end with a partial tile.
     fn row_tiles(&self, dispatch: &Dispatch) -> usize {
         dispatch.rows / self.side + dispatch.num_experts.min(dispatch.rows)
     }
@@ -129,7 +130,7 @@ impl Tiling {
     }
 }
 
-/// y = x · wᵀ for each group; the outputs of stacked weights lie side by side.
+/// y = x · wᵀ for each group; the outputs of stacked weights are side by side.
 pub fn forward(cuda: &Cuda, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
     let call = Call::new(cuda, w, dispatch);
     call.expect("x of grouped products", x, call.inputs);
@@ -179,7 +180,7 @@ pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch
         return dx;
     }
     if call.form == Form::EachGroup {
-        // The sum over a stack is rounded once: in F32 first where there are several.
+        // The sum over a stack is accumulated in F32 and rounded once.
         let wide = call.stack > 1 && call.dtype != Dtype::F32;
         let sums = wide.then(|| cuda.tensor(dy.rows(), call.inputs, Dtype::F32));
         let to = sums.as_ref().unwrap_or(&dx);

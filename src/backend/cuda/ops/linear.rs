@@ -7,12 +7,12 @@ use crate::backend::cuda::launch::{Any, In, InOut, OrNull};
 use crate::backend::cuda::ops::elements::{cast, in_dtype, weight_in};
 use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight, kernels};
 
-/// A matrix as it is stored, or its transpose.
+/// An operand of a product: a stored matrix, or its transpose.
 pub fn operand(at: Address, stride: usize, transposed: bool) -> Operand {
     Operand { at, stride, transposed }
 }
 
-/// x · wᵀ (+ bias) in `dtype`: that of x and w, or F32.
+/// x · wᵀ (+ bias), in x's number format or in F32.
 pub fn linear(cuda: &Cuda, x: &Tensor, w: &Weight, bias: Option<&Weight>, dtype: Dtype) -> Tensor {
     let (m, n, k) = (x.rows(), w.rows(), w.cols());
     x.expect_shape("x of a dense layer", m, k);
@@ -20,7 +20,7 @@ pub fn linear(cuda: &Cuda, x: &Tensor, w: &Weight, bias: Option<&Weight>, dtype:
     let mut y = cuda.tensor(m, n, dtype);
     if let Some(bias) = bias {
         assert!(bias.len() == n, "a bias of {} for {n} outputs", bias.len());
-        // Added within the product, so that the sum is rounded once.
+        // The product adds to y (beta 1), so that the sum is rounded once.
         let bias = weight_in(cuda, bias, dtype);
         kernels::repeat_row(cuda, row_grid(m, n, dtype), bias.input(), y.output(), n);
     }
@@ -40,7 +40,7 @@ pub fn linear(cuda: &Cuda, x: &Tensor, w: &Weight, bias: Option<&Weight>, dtype:
     y
 }
 
-/// dx = dy · w, in the compute type. An F32 gradient of router logits is multiplied as F32.
+/// dx = dy · w in the compute format. An F32 dy (of router logits) is multiplied in F32 and rounded afterwards.
 pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Weight) -> Tensor {
     let (m, n, k) = (dy.rows(), w.cols(), w.rows());
     dy.expect_shape("dy of a dense layer", m, k);
@@ -67,7 +67,7 @@ pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Weight) -> Tensor {
     rounded
 }
 
-/// dw += dyᵀ · x. Where one of them is F32, so is the product.
+/// dw += dyᵀ · x. If dy or x is F32, the product is computed in F32.
 pub fn backward_weight(cuda: &Cuda, dy: &Tensor, x: &Tensor, dw: &mut Buffer, offset: usize) {
     assert!(dy.rows() == x.rows(), "dy has {} rows, x {}", dy.rows(), x.rows());
     let (m, n, k) = (dy.cols(), x.cols(), dy.rows());
@@ -94,12 +94,12 @@ pub fn bias_backward(cuda: &Cuda, dy: &Tensor, db: &mut Buffer, offset: usize) {
     add_column_sums(cuda, dy, None, dy.rows(), n, db.inout(offset, n));
 }
 
-/// How [`add_column_sums`] cuts its rows.
+/// How [`add_column_sums`] divides its rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Parts {
-    /// Parts of a block: threads that have no column of the first are given rows of their own.
+    /// Parts per block: with few columns, the threads of a block are divided among several parts.
     lanes: usize,
-    /// Rows of a part.
+    /// Rows per part.
     chunk: usize,
     blocks: usize,
 }
@@ -108,12 +108,13 @@ fn parts(rows: usize, cols: usize, dtype: Dtype) -> Parts {
     let width = 16 / dtype.size();
     let loads = if cols.is_multiple_of(width) { cols / width } else { cols };
     let lanes = 256 / loads.next_power_of_two().clamp(1, 256);
-    // Short parts keep all processors busy, long ones leave few partial sums.
+    // Short parts keep all multiprocessors busy; long parts give few partial sums.
     let chunk = rows.div_ceil(lanes * 1024).clamp(16, 256);
     Parts { lanes, chunk, blocks: rows.div_ceil(lanes * chunk) }
 }
 
-/// `into[c] += Σ over rows of dy[row, c]`, or of `dy · x · r[row]`, both seen as `[rows, cols]`.
+/// `into[c] += Σ over rows of dy[row, c]`, or of `dy[row, c] · x[row, c] · r[row]`; dy and x are read as `[rows,
+/// cols]`.
 pub fn add_column_sums(
     cuda: &Cuda,
     dy: &Tensor,

@@ -6,7 +6,7 @@ use crate::backend::cuda::launch::OrNull;
 use crate::backend::cuda::ops::elements::weight_in;
 use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight, kernels};
 
-/// Groups up to this many columns belong to a warp, as in `norm.cu`.
+/// Groups up to this many columns are reduced by a warp, as in `norm.cu`.
 const WARP_GROUP: usize = 1024;
 
 /// (groups, columns of a group)
@@ -30,7 +30,7 @@ pub fn rms_norm(cuda: &Cuda, x: &Tensor, w: &Weight, eps: f32) -> Tensor {
     y
 }
 
-/// dx; with a sink, dw += Σ dy · x / sqrt(mean(x²) + eps) too.
+/// dx; if `dw` is given, dw += Σ dy · x / sqrt(mean(x²) + eps) too.
 pub fn backward(
     cuda: &Cuda,
     dy: &Tensor,

@@ -3,7 +3,8 @@
 use super::row_grid;
 use crate::backend::cuda::{Cuda, Sequences, Tensor, kernels};
 
-/// Rotates each head of each row by its position's angles, in place; `direction` is 1, or -1 for the transpose.
+/// Rotates each head of each row by the angles of the row's position, in place. `direction` is 1, or -1 for the
+/// transpose.
 pub fn rotate(cuda: &Cuda, x: &mut Tensor, head_dim: usize, seqs: &Sequences, direction: f32) {
     let half = seqs.angles.rope.inv_freq.len();
     assert!(head_dim == 2 * half, "heads of {head_dim}, rotations of {half} pairs");

@@ -1,11 +1,11 @@
-//! The router: softmax over the experts and the choice of the K largest.
+//! The router: softmax over the experts and top-k.
 
 use crate::backend::Dtype;
 use crate::backend::cuda::gpu::Grid;
 use crate::backend::cuda::ops::elements::in_dtype;
 use crate::backend::cuda::{Cuda, Routing, Tensor, kernels};
 
-/// A lane of the kernel marks its experts in 32 bits.
+/// A limit of the kernel: each of 32 lanes marks its experts in 32 bits.
 const MOST_EXPERTS: usize = 1024;
 
 fn grid(tokens: usize) -> Grid {
@@ -16,7 +16,7 @@ fn grid(tokens: usize) -> Grid {
 pub fn route(cuda: &Cuda, logits: &Tensor, top_k: usize, renormalize: bool) -> Routing {
     let (t, e) = (logits.rows(), logits.cols());
     assert!((1..=e).contains(&top_k), "{top_k} of {e} experts");
-    assert!(e <= MOST_EXPERTS, "{e} experts in a layer, the kernel knows {MOST_EXPERTS}");
+    assert!(e <= MOST_EXPERTS, "{e} experts in a layer, the kernel supports {MOST_EXPERTS}");
     let logits = in_dtype(cuda, logits, Dtype::F32);
     let mut routing = Routing {
         ids: cuda.array(t * top_k),

@@ -1,4 +1,4 @@
-//! Rows of the embedding, rows of activations by number, and rows appended.
+//! Embedding lookup, gathered rows and appended rows.
 
 use super::row_grid;
 use crate::backend::Dtype;
@@ -32,7 +32,7 @@ pub fn embedding_backward(cuda: &Cuda, dy: &Tensor, ids: &Indices, dw: &mut Buff
     let d = dy.cols();
     dy.expect_shape("dy of the embedding", ids.len(), d);
     let Some(&highest) = ids.host.iter().max() else { return };
-    // The tokens of each id, found by a stable sort on the host, where the ids came from.
+    // Group the tokens by id with a stable sort on the host, which has the ids.
     let mut order: Vec<u32> = (0..ids.len() as u32).collect();
     order.sort_by_key(|&t| ids.host[t as usize]);
     let mut starts = vec![0u32];
@@ -60,8 +60,8 @@ pub fn gather_rows_backward(cuda: &Cuda, dy: &Tensor, rows: &Indices, dx: &mut T
     kernels::add_rows(cuda, grid, dx.inout(), rows.input(), dy.input(), cols);
 }
 
-/// The rows of y below those of x. Memory at least doubles when it is too small, so that a growing key/value cache costs
-/// amortised O(1) a row.
+/// Appends the rows of y to x. Memory at least doubles when it is too small, so that a growing key/value cache costs
+/// amortised O(1) per row.
 pub fn append_rows(cuda: &Cuda, x: &mut Tensor, y: &Tensor) {
     assert!(x.cols() == y.cols(), "appending rows of {} columns to rows of {}", y.cols(), x.cols());
     assert!(x.dtype() == y.dtype(), "appending {:?} to {:?}", y.dtype(), x.dtype());
@@ -76,7 +76,7 @@ pub fn append_rows(cuda: &Cuda, x: &mut Tensor, y: &Tensor) {
     x.rows += y.rows();
 }
 
-/// Kernels do not check; the numbers came from the host, so they are checked there.
+/// Kernels do not check indices; the host has them, so it does.
 fn check_range(ids: &Indices, end: usize, what: &str) {
     let bad = ids.host.iter().find(|&&id| id as usize >= end);
     assert!(bad.is_none(), "{what} {} of {end}", bad.unwrap_or(&0));

@@ -1,4 +1,4 @@
-//! Sums that the router objective and the reports are made of, in f64 and a fixed order.
+//! Sums for the router objective and the reports, in f64 and a fixed order.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use crate::backend::cuda::launch::{In, Out};
 use crate::backend::cuda::ops::elements::in_dtype;
 use crate::backend::cuda::{Cuda, Tensor, kernels};
 
-/// Rows of a partial sum, as in `statistics.cu`.
+/// Rows per partial sum, as in `statistics.cu`.
 const ROWS: usize = 64;
 
 /// `into[c] = Σ over rows of x[row, c]`, or of its softmax; x F32 `[rows, cols]`.
@@ -61,7 +61,7 @@ pub fn segment_sum(cuda: &Cuda, x: &Tensor, segments: &[Range<usize>]) -> Vec<f6
     cuda.copy_out(sums.address(), segments.len() * cols)
 }
 
-/// `dx[row] += dy[segment of row]`, one segment after another: they may overlap.
+/// `dx[row] += dy[segment of row]`, one segment after another, since segments may overlap.
 pub fn segment_sum_backward(cuda: &Cuda, dy: &[f32], segments: &[Range<usize>], dx: &mut Tensor) {
     let cols = dx.cols();
     assert!(dy.len() == segments.len() * cols, "dy of {} for {} segments of {cols}", dy.len(), segments.len());

@@ -1,4 +1,4 @@
-//! Between host and GPU.
+//! Transfers between host and GPU.
 
 use std::sync::Arc;
 
@@ -36,7 +36,7 @@ pub fn indices(cuda: &Cuda, values: &[u32]) -> Indices {
     Indices { host: values.to_vec(), on_gpu: cuda.uploaded(values) }
 }
 
-/// A parameter, copied from where the host has it (a memory-mapped file) without a second host copy.
+/// A parameter, copied from the host's memory-mapped file without a second host copy.
 pub fn weight(cuda: &Cuda, host: &HostTensor) -> Weight {
     assert!(matches!(host.shape.len(), 1 | 2), "a parameter has one or two dimensions, not {:?}", host.shape);
     let memory = cuda.scratch(host.bytes.len());
@@ -44,7 +44,7 @@ pub fn weight(cuda: &Cuda, host: &HostTensor) -> Weight {
     Weight { dtype: host.dtype, shape: host.shape.clone(), memory }
 }
 
-/// A parameter's present value.
+/// A parameter's current value.
 pub fn weight_host(cuda: &Cuda, w: &Weight) -> HostTensor {
     let bytes: Vec<u8> = cuda.copy_out(w.address(), w.len() * w.dtype().size());
     HostTensor::new(w.dtype(), w.shape.clone(), bytes.into())
@@ -71,7 +71,8 @@ pub fn scores_take(cuda: &Cuda, s: &mut Scores) -> Vec<f64> {
     values
 }
 
-/// Packed sequences. The angles of the positions are made on the host, as the CPU's are, and kept for the next batch.
+/// Packed sequences. The angles of the positions are computed on the host, as for the CPU backend, and kept for the
+/// next batch.
 pub fn sequences(cuda: &Cuda, packing: &Packing, rope: &Rope) -> Sequences {
     let ends = [&packing.queries, &packing.keys];
     let ordered = ends.iter().all(|ends| ends[0] == 0 && ends.is_sorted());
@@ -81,7 +82,7 @@ pub fn sequences(cuda: &Cuda, packing: &Packing, rope: &Rope) -> Sequences {
     let mut kept = cuda.angles.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let angles = match &*kept {
         Some(angles) if angles.rope == *rope && angles.positions >= needed => angles.clone(),
-        // Up to a power of two, so that decoding token by token makes few tables.
+        // Rounded up to a power of two, so that decoding token by token makes few tables.
         _ => kept.insert(Arc::new(make_angles(cuda, rope, needed.next_power_of_two()))).clone(),
     };
     let offsets = |ends: &[usize]| {

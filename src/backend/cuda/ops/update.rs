@@ -1,4 +1,4 @@
-//! What changes parameters: norms, AdamW, and copies between stored weights and buffers.
+//! Parameter updates: sums of squares, AdamW, and copies between stored weights and buffers.
 
 use std::ops::Range;
 
@@ -22,14 +22,14 @@ pub fn sum_squares(cuda: &Cuda, b: &Buffer, range: Range<usize>) -> f64 {
     if n == 0 {
         return 0.0;
     }
-    // By the length alone, so that the sum does not depend on the GPU.
+    // A function of the length alone, so that the sum does not depend on the GPU.
     let blocks = n.div_ceil(256 * 16).min(1024);
     let mut partial = cuda.array::<f64>(blocks);
     kernels::sum_squares(cuda, Grid::row(blocks, 256), b.input(range.start, n), partial.output(), n);
     total(cuda, &partial)
 }
 
-/// One AdamW step, with the scalars and roundings of the CPU's.
+/// One AdamW step, with the same scalars and roundings as the CPU backend.
 #[allow(clippy::too_many_arguments)]
 pub fn adamw(
     cuda: &Cuda,

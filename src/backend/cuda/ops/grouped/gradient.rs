@@ -1,4 +1,4 @@
-//! What becomes of the gradients of the groups' weights: added to the gradient buffer, or reduced to one number a group.
+//! Gradients of the groups' weights: added to the gradient buffer, or reduced to one number per group.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use crate::backend::cuda::tensor::Array;
 use crate::backend::cuda::{Buffer, Cuda, Dispatch, Scores, Tensor, Weight, kernels};
 use crate::backend::{Dtype, ExpertGrad, Moment, Stacks};
 
-/// Elements of a gradient that a block of `magnitude_of` reduces.
+/// Elements per block of `magnitude_of`.
 const MAGNITUDE_SPAN: usize = 4096;
-/// Bytes of a gradient that is made in scratch: it stays in the L2 cache beside its operands.
+/// Bytes of a slab of a gradient in scratch memory: it stays in the L2 cache with its operands.
 const SCRATCH: usize = 16 << 20;
 
-/// For each group what `plan[group]` says.
+/// Skips, accumulates or scores the gradient of each group's weights, as `plan[group]` says.
 #[allow(clippy::too_many_arguments)]
 pub fn backward_weight(
     cuda: &Cuda,
@@ -50,7 +50,7 @@ pub fn backward_weight(
     }
 }
 
-/// A group, and where the gradients of its weights begin.
+/// A group, and the offsets of its weights' gradients in the buffer.
 struct Add<'a> {
     group: usize,
     at: &'a [usize],
@@ -104,7 +104,7 @@ impl Gradients<'_> {
         }
         starts.sort_unstable();
         let apart = starts.windows(2).all(|w| w[0] + self.size() <= w[1]);
-        assert!(apart, "two gradients share a place in the buffer");
+        assert!(apart, "two gradients overlap in the buffer");
         adds
     }
 
@@ -140,7 +140,7 @@ impl Gradients<'_> {
         }
     }
 
-    /// Every tile of every gradient leaves one partial sum.
+    /// One kernel for all gradients: each tile stores one partial sum.
     fn score(&self, sums: &[Sum], scores: &mut Scores) {
         if sums.is_empty() {
             return;
@@ -167,7 +167,7 @@ impl Gradients<'_> {
         self.add_partials(scores, &partial, jobs.input(), each, sums.len());
     }
 
-    /// One gradient after another, slab by slab in scratch.
+    /// One gradient after another, slab by slab in scratch memory.
     fn score_each(&self, sums: &[Sum], rows: &[Range<usize>], scores: &mut Scores) {
         if sums.is_empty() {
             return;
@@ -197,17 +197,17 @@ impl Gradients<'_> {
         }
     }
 
-    /// As gradient_magnitude.cu reads them.
+    /// The job list in the layout of gradient_magnitude.cu.
     fn jobs(&self, sums: &[Sum]) -> Arc<Array<u64>> {
         self.call.cuda.table(sums.iter().flat_map(|s| [s.group as u64, code(s.moment), s.index as u64]).collect())
     }
 
-    /// The score of each of `n` jobs += its `each` partial sums.
+    /// Adds the `each` partial sums of each of `n` jobs to the job's score.
     fn add_partials(&self, scores: &mut Scores, partial: &Array<f64>, jobs: In<'_, u64>, each: usize, n: usize) {
         kernels::add_magnitudes(self.call.cuda, Grid::row(n, 256), scores.0.inout(), partial.input(), jobs, each);
     }
 
-    /// to = rows `out` of one gradient + beta · to
+    /// to = rows `out` of one gradient + beta · to.
     fn product(&self, rows: &Range<usize>, index: usize, out: Range<usize>, to: Address, beta: f32) {
         let call = &self.call;
         let first = (index * call.outputs + out.start) * call.dtype.size();
@@ -217,7 +217,7 @@ impl Gradients<'_> {
     }
 }
 
-/// As gradient_magnitude.cu numbers them.
+/// The moment's number in gradient_magnitude.cu.
 fn code(moment: Moment) -> u64 {
     match moment {
         Moment::Abs => 0,
