@@ -1,18 +1,18 @@
-// Attention by ordinary arithmetic, for F32 and for heads that attention_mma.cu does not take; dim is at most 256.
+// Attention by ordinary arithmetic, for F32 and for heads that attention_mma.cu does not support; dim is at most 256.
 //
-// A block takes 32 rows (of queries, or of keys) of one head against 32 of the others at a time, in shared memory as f32, with
-// 8 threads a row: thread `sub` of a row has the scores of columns sub, sub + 8, .. and dimensions sub, sub + 8, .. of the
-// sums. No [T, T] matrix exists. All sums have one owner and a fixed order.
-// Blocks of 256 threads with 3 * 32 * (dim | 1) floats of shared memory. Grid: for each sequence ceil(rows / 32) * heads
-// blocks, rows and heads of the queries or of the keys.
+// A block owns 32 rows (of queries, or of keys) of one head and iterates over tiles of 32 rows of the other side, all
+// in shared memory as f32, with 8 threads per row. Thread `lane` of a row has the scores of columns lane, lane + 8, ..
+// and dimensions lane, lane + 8, .. of the sums. No [T, T] matrix is stored. Each sum is made by one thread in a fixed
+// order. Blocks of 256 threads with 3 * 32 * (dim | 1) floats of shared memory. Grid: per sequence ceil(rows / 32) *
+// heads blocks, with the rows and heads of the queries or of the keys.
 
-const u32 ROWS = 32, SUBS = 8, THREADS = ROWS * SUBS, WIDEST = 256;
+const u32 ROWS = 32, LANES = 8, THREADS = ROWS * LANES, MAX_DIM = 256;
 
-// Odd: a column of shared memory lies in 32 banks.
+// Odd, so that a column of shared memory uses all 32 banks.
 DEVICE u64 pitch(const Geometry& g) { return g.dim | 1; }
 
-// Rows `row .. row + count` (at most 32) of one head into shared memory, zeros below them.
-template <class T> DEVICE void take(float* to, const T* x, u64 row, u64 count, u64 head, u64 heads, const Geometry& g) {
+// Copies rows `row .. row + count` (at most 32) of one head to shared memory, and zeros below them.
+template <class T> DEVICE void load_rows(float* to, const T* x, u64 row, u64 count, u64 head, u64 heads, const Geometry& g) {
     u32 dim = (u32)g.dim;
     for (u32 i = threadIdx.x; i < ROWS * dim; i += THREADS) {
         u32 r = i / dim, d = i % dim;
@@ -20,75 +20,75 @@ template <class T> DEVICE void take(float* to, const T* x, u64 row, u64 count, u
     }
 }
 
-// s[i] = ⟨row, rows[sub + 8 i]⟩
-DEVICE void products(float (&s)[4], const float* row, const float* rows, const Geometry& g) {
-    const float* from = rows + threadIdx.x % SUBS * pitch(g);
+// s[i] = ⟨row, rows[lane + 8 i]⟩
+DEVICE void scores_of(float (&s)[4], const float* row, const float* rows, const Geometry& g) {
+    const float* from = rows + threadIdx.x % LANES * pitch(g);
 #pragma unroll
     for (int i = 0; i < 4; i++) s[i] = 0.0f;
     for (u32 d = 0; d < (u32)g.dim; d++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) s[i] = fmaf(row[d], from[i * SUBS * pitch(g) + d], s[i]);
+        for (int i = 0; i < 4; i++) s[i] = fmaf(row[d], from[i * LANES * pitch(g) + d], s[i]);
 }
 
-// Dimensions sub, sub + 8, .. of a row of sums.
-struct Sum {
-    float v[WIDEST / SUBS];
+// Dimensions lane, lane + 8, .. of a row of sums.
+struct RowSum {
+    float v[MAX_DIM / LANES];
 
     DEVICE void scale(float by) {
 #pragma unroll
-        for (u32 j = 0; j < WIDEST / SUBS; j++) v[j] *= by;
+        for (u32 j = 0; j < MAX_DIM / LANES; j++) v[j] *= by;
     }
 
-    // += Σ over the 32 rows of weight · row; the threads of a row hold four of the weights each.
+    // += Σ over the 32 rows of weight · row. Each of the 8 threads of a row has four of the weights.
     DEVICE void add(const float (&weights)[4], const float* rows, const Geometry& g) {
-        u32 sub = threadIdx.x % SUBS, first = threadIdx.x % 32 / SUBS * SUBS;
+        u32 lane = threadIdx.x % LANES, first = threadIdx.x % 32 / LANES * LANES;
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            for (u32 s = 0; s < SUBS; s++) {
+            for (u32 s = 0; s < LANES; s++) {
                 float w = __shfl_sync(FULL_WARP, weights[i], (int)(first + s));
-                const float* row = rows + (i * SUBS + s) * pitch(g);
+                const float* row = rows + (i * LANES + s) * pitch(g);
 #pragma unroll
-                for (u32 j = 0; j < WIDEST / SUBS; j++)
-                    if (sub + j * SUBS < (u32)g.dim) v[j] = fmaf(w, row[sub + j * SUBS], v[j]);
+                for (u32 j = 0; j < MAX_DIM / LANES; j++)
+                    if (lane + j * LANES < (u32)g.dim) v[j] = fmaf(w, row[lane + j * LANES], v[j]);
             }
     }
 
-    template <class T> DEVICE void put(T* to, const Geometry& g) const {
-        u32 sub = threadIdx.x % SUBS;
+    template <class T> DEVICE void store(T* to, const Geometry& g) const {
+        u32 lane = threadIdx.x % LANES;
 #pragma unroll
-        for (u32 j = 0; j < WIDEST / SUBS; j++)
-            if (sub + j * SUBS < (u32)g.dim) to[sub + j * SUBS] = from_f32<T>(v[j]);
+        for (u32 j = 0; j < MAX_DIM / LANES; j++)
+            if (lane + j * LANES < (u32)g.dim) to[lane + j * LANES] = from_f32<T>(v[j]);
     }
 };
 
-// Over the 8 threads of a row.
+// Reductions over the 8 threads of a row.
 DEVICE float row_sum(float x) {
 #pragma unroll
-    for (int lane = SUBS / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_WARP, x, lane);
+    for (int lane = LANES / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_WARP, x, lane);
     return x;
 }
 DEVICE float row_max(float x) {
 #pragma unroll
-    for (int lane = SUBS / 2; lane > 0; lane /= 2) x = most(x, __shfl_xor_sync(FULL_WARP, x, lane));
+    for (int lane = LANES / 2; lane > 0; lane /= 2) x = maximum(x, __shfl_xor_sync(FULL_WARP, x, lane));
     return x;
 }
 
-// Softmax of a row whose scores come in pieces.
+// Online softmax of a row.
 struct Softmax {
     float highest = NEGATIVE_INFINITY, total = 0.0f;
 
-    // Masks and scales four scores of keys `key + sub`, .., turns them into exp(score - highest), and returns the factor of
-    // everything summed before.
+    // Masks and scales the four scores of keys `key + lane`, `key + lane + 8`, .., and replaces them by exp(score -
+    // highest). Everything summed before must be multiplied by the returned factor.
     DEVICE float add(float (&s)[4], u64 position, u64 key, const Geometry& g) {
         float next = highest;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            bool seen = sees(position, key + threadIdx.x % SUBS + i * SUBS, g.window);
+            bool seen = is_visible(position, key + threadIdx.x % LANES + i * LANES, g.window);
             s[i] = seen ? s[i] * g.scale() : NEGATIVE_INFINITY;
-            next = most(next, s[i]);
+            next = maximum(next, s[i]);
         }
         next = row_max(next);
-        // Nothing seen yet: any finite number will do.
+        // Nothing is visible yet: any finite number will do.
         float base = next == NEGATIVE_INFINITY ? 0.0f : next, factor = expf(highest - base), sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -104,83 +104,83 @@ struct Softmax {
 template <class T> DEVICE void forward(T* y, const T* q, const T* k, const T* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     float *queries = reinterpret_cast<float*>(memory), *keys = queries + ROWS * pitch(g), *values = keys + ROWS * pitch(g);
-    Place p = find_place(g.queries, g.sequences, ROWS, g.heads);
+    RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
-    u64 head = p.column, row = threadIdx.x / SUBS, position = s.before + p.row - s.query + row;
-    Span span(s, p.row - s.query, p.rows, g.window);
-    take(queries, q, p.row, p.rows, head, g.heads, g);
+    u64 head = p.column, row = threadIdx.x / LANES, position = s.before + p.row - s.query + row;
+    KeyRange range(s, p.row - s.query, p.rows, g.window);
+    load_rows(queries, q, p.row, p.rows, head, g.heads, g);
     Softmax softmax;
-    Sum sum = {};
-    for (u64 key = span.first; key < span.end; key += ROWS) {
-        u64 count = least((u64)ROWS, span.end - key);
-        __syncthreads();  // the last piece may still be read
-        take(keys, k, s.key + key, count, g.key_head(head), g.key_heads, g);
-        take(values, v, s.key + key, count, g.key_head(head), g.key_heads, g);
+    RowSum sum = {};
+    for (u64 key = range.first; key < range.end; key += ROWS) {
+        u64 count = minimum((u64)ROWS, range.end - key);
+        __syncthreads();  // other threads may still read the previous tile
+        load_rows(keys, k, s.key + key, count, g.key_head(head), g.key_heads, g);
+        load_rows(values, v, s.key + key, count, g.key_head(head), g.key_heads, g);
         __syncthreads();
         float weights[4];
-        products(weights, queries + row * pitch(g), keys, g);
+        scores_of(weights, queries + row * pitch(g), keys, g);
         sum.scale(softmax.add(weights, position, key, g));
         sum.add(weights, values, g);
     }
     if (row >= p.rows) return;
     sum.scale(1.0f / softmax.total);
-    sum.put(y + ((p.row + row) * g.heads + head) * g.dim, g);
+    sum.store(y + ((p.row + row) * g.heads + head) * g.dim, g);
 }
 
-// dq, and for each query and head what the probabilities of its row are normalised by (log Σ exp) and ⟨dy, y⟩: [T, heads].
-// With P the probabilities and δ = ⟨dy, y⟩: dS = P ∘ (dy · vᵀ − δ) / sqrt(dim), dq = dS · k (arXiv 2205.14135, appendix B).
+// dq, and per query and head the log Σ exp that normalises the row of probabilities and δ = ⟨dy, y⟩: [T, heads]. With P
+// the probabilities and δ = ⟨dy, y⟩: dS = P ∘ (dy · vᵀ − δ) / sqrt(dim), dq = dS · k (arXiv 2205.14135, appendix B).
 template <class T>
 DEVICE void backward_queries(T* dq, float* normaliser, float* delta, const T* dy, const T* q, const T* k, const T* v,
                              const T* y, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     float *queries = reinterpret_cast<float*>(memory), *dys = queries + ROWS * pitch(g), *keys = dys + ROWS * pitch(g);
-    Place p = find_place(g.queries, g.sequences, ROWS, g.heads);
+    RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
-    u64 head = p.column, row = threadIdx.x / SUBS, position = s.before + p.row - s.query + row;
-    Span span(s, p.row - s.query, p.rows, g.window);
-    take(queries, q, p.row, p.rows, head, g.heads, g);
-    take(dys, dy, p.row, p.rows, head, g.heads, g);
-    const float *own_q = queries + row * pitch(g), *own_dy = dys + row * pitch(g);
+    u64 head = p.column, row = threadIdx.x / LANES, position = s.before + p.row - s.query + row;
+    KeyRange range(s, p.row - s.query, p.rows, g.window);
+    load_rows(queries, q, p.row, p.rows, head, g.heads, g);
+    load_rows(dys, dy, p.row, p.rows, head, g.heads, g);
+    const float *query_row = queries + row * pitch(g), *dy_row = dys + row * pitch(g);
 
     Softmax softmax;
-    for (u64 key = span.first; key < span.end; key += ROWS) {
+    for (u64 key = range.first; key < range.end; key += ROWS) {
         __syncthreads();
-        take(keys, k, s.key + key, least((u64)ROWS, span.end - key), g.key_head(head), g.key_heads, g);
+        load_rows(keys, k, s.key + key, minimum((u64)ROWS, range.end - key), g.key_head(head), g.key_heads, g);
         __syncthreads();
         float weights[4];
-        products(weights, own_q, keys, g);
+        scores_of(weights, query_row, keys, g);
         softmax.add(weights, position, key, g);
     }
     float log_total = softmax.highest + logf(softmax.total), dot = 0.0f;
     u64 at = (p.row + row) * g.heads + head;
     if (row < p.rows)
-        for (u32 d = threadIdx.x % SUBS; d < (u32)g.dim; d += SUBS) dot = fmaf(own_dy[d], to_f32(y[at * g.dim + d]), dot);
+        for (u32 d = threadIdx.x % LANES; d < (u32)g.dim; d += LANES) dot = fmaf(dy_row[d], to_f32(y[at * g.dim + d]), dot);
     dot = row_sum(dot);
 
-    Sum sum = {};
-    for (u64 key = span.first; key < span.end; key += ROWS) {
-        u64 count = least((u64)ROWS, span.end - key);
+    RowSum sum = {};
+    for (u64 key = range.first; key < range.end; key += ROWS) {
+        u64 count = minimum((u64)ROWS, range.end - key);
         float ds[4], scores[4];
         __syncthreads();
-        take(keys, v, s.key + key, count, g.key_head(head), g.key_heads, g);
+        load_rows(keys, v, s.key + key, count, g.key_head(head), g.key_heads, g);
         __syncthreads();
-        products(ds, own_dy, keys, g);
+        scores_of(ds, dy_row, keys, g);
         __syncthreads();
-        take(keys, k, s.key + key, count, g.key_head(head), g.key_heads, g);
+        load_rows(keys, k, s.key + key, count, g.key_head(head), g.key_heads, g);
         __syncthreads();
-        products(scores, own_q, keys, g);
+        scores_of(scores, query_row, keys, g);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            bool seen = sees(position, key + threadIdx.x % SUBS + i * SUBS, g.window);
+            bool seen = is_visible(position, key + threadIdx.x % LANES + i * LANES, g.window);
             ds[i] = seen ? expf(scores[i] * g.scale() - log_total) * (ds[i] - dot) * g.scale() : 0.0f;
         }
         sum.add(ds, keys, g);
     }
     if (row >= p.rows) return;
-    sum.put(dq + at * g.dim, g);
-    if (threadIdx.x % SUBS == 0) {
+    sum.store(dq + at * g.dim, g);
+    if (threadIdx.x % LANES == 0) {
         normaliser[at] = log_total;
         delta[at] = dot;
     }
@@ -192,45 +192,45 @@ DEVICE void backward_keys(T* dk, T* dv, const float* normaliser, const float* de
                           const T* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     float *keys = reinterpret_cast<float*>(memory), *values = keys + ROWS * pitch(g), *others = values + ROWS * pitch(g);
-    Place p = find_place(g.keys, g.sequences, ROWS, g.key_heads);
+    RowTile p = find_row_tile(g.keys, g.sequences, ROWS, g.key_heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
-    u64 group = g.heads / g.key_heads, row = threadIdx.x / SUBS, key = p.row - s.key + row;
-    take(keys, k, p.row, p.rows, p.column, g.key_heads, g);
-    take(values, v, p.row, p.rows, p.column, g.key_heads, g);
-    const float *own_k = keys + row * pitch(g), *own_v = values + row * pitch(g);
+    u64 group = g.heads / g.key_heads, row = threadIdx.x / LANES, key = p.row - s.key + row;
+    load_rows(keys, k, p.row, p.rows, p.column, g.key_heads, g);
+    load_rows(values, v, p.row, p.rows, p.column, g.key_heads, g);
+    const float *key_row = keys + row * pitch(g), *value_row = values + row * pitch(g);
 
-    Seeing seeing(s, p.row - s.key, p.rows, g.window);
-    Sum sum_k = {}, sum_v = {};
+    QueryRange range(s, p.row - s.key, p.rows, g.window);
+    RowSum sum_k = {}, sum_v = {};
     for (u64 head = p.column * group; head < (p.column + 1) * group; head++)
-        for (u64 query = seeing.first; query < seeing.end; query += ROWS) {
-            u64 count = least((u64)ROWS, seeing.end - query);
+        for (u64 query = range.first; query < range.end; query += ROWS) {
+            u64 count = minimum((u64)ROWS, range.end - query);
             float weights[4], ds[4];
             __syncthreads();
-            take(others, dy, s.query + query, count, head, g.heads, g);
+            load_rows(others, dy, s.query + query, count, head, g.heads, g);
             __syncthreads();
-            products(ds, own_v, others, g);
+            scores_of(ds, value_row, others, g);
             __syncthreads();
-            take(others, q, s.query + query, count, head, g.heads, g);
+            load_rows(others, q, s.query + query, count, head, g.heads, g);
             __syncthreads();
-            products(weights, own_k, others, g);
+            scores_of(weights, key_row, others, g);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                u64 other = query + threadIdx.x % SUBS + i * SUBS, at = (s.query + other) * g.heads + head;
-                bool seen = other < seeing.end && sees(s.before + other, key, g.window);
+                u64 other = query + threadIdx.x % LANES + i * LANES, at = (s.query + other) * g.heads + head;
+                bool seen = other < range.end && is_visible(s.before + other, key, g.window);
                 weights[i] = seen ? expf(weights[i] * g.scale() - normaliser[at]) : 0.0f;
                 ds[i] = seen ? weights[i] * (ds[i] - delta[at]) * g.scale() : 0.0f;
             }
             sum_k.add(ds, others, g);
             __syncthreads();
-            take(others, dy, s.query + query, count, head, g.heads, g);
+            load_rows(others, dy, s.query + query, count, head, g.heads, g);
             __syncthreads();
             sum_v.add(weights, others, g);
         }
     if (row >= p.rows) return;
     u64 at = ((p.row + row) * g.key_heads + p.column) * g.dim;
-    sum_k.put(dk + at, g);
-    sum_v.put(dv + at, g);
+    sum_k.store(dk + at, g);
+    sum_v.store(dv + at, g);
 }
 
 #define TYPED(T, name)                                                                                                 \

@@ -1,8 +1,9 @@
-// What all forms of attention share: causal, within sequences of different lengths, grouped queries, an optional window.
+// What all forms of attention have in common: causal within sequences of different lengths, grouped queries, an
+// optional window.
 //
-// q, y and their gradients are [T, heads * dim]; k, v and theirs [keys, key_heads * dim]. Sequence s owns query rows
-// queries[s] .. queries[s + 1] and key rows keys[s] .. keys[s + 1]; its queries are the last positions of its keys. A query at
-// position p sees key j where j <= p and p - j < window.
+// q, y and their gradients are [T, heads * dim]; k, v and theirs [keys, key_heads * dim]. Sequence s has query rows
+// queries[s] .. queries[s + 1] and key rows keys[s] .. keys[s + 1]; its queries are the last positions of its keys. A
+// query at position p sees key j where j <= p and p - j < window.
 
 struct Geometry {
     const u32 *queries, *keys;
@@ -12,7 +13,7 @@ struct Geometry {
     DEVICE u64 key_head(u64 head) const { return head / (heads / key_heads); }
 };
 
-// One sequence: its first rows and how many keys come before the first query.
+// One sequence: its first rows, and the number of keys before the first query.
 struct Sequence {
     u64 query, key, queries, keys, before;
     DEVICE Sequence(const Geometry& g, u64 s)
@@ -20,25 +21,25 @@ struct Sequence {
           before(keys - queries) {}
 };
 
-DEVICE bool sees(u64 position, u64 key, u64 window) { return key <= position && position - key < window; }
+DEVICE bool is_visible(u64 position, u64 key, u64 window) { return key <= position && position - key < window; }
 
-// The keys that rows `row .. row + rows` of a sequence see.
-struct Span {
+// The keys that the queries `row .. row + rows` of a sequence see.
+struct KeyRange {
     u64 first, end;
-    DEVICE Span(const Sequence& s, u64 row, u64 rows, u64 window) {
+    DEVICE KeyRange(const Sequence& s, u64 row, u64 rows, u64 window) {
         u64 position = s.before + row;
         first = position >= window ? position - window + 1 : 0;
         end = position + rows;
     }
 };
 
-// The queries of a sequence whose positions see one of its keys `key .. key + rows`.
-struct Seeing {
+// The queries of a sequence that see one of its keys `key .. key + rows`.
+struct QueryRange {
     u64 first, end;
-    DEVICE Seeing(const Sequence& s, u64 key, u64 rows, u64 window) {
-        u64 past = key + rows - 1 + least(window, s.keys);
+    DEVICE QueryRange(const Sequence& s, u64 key, u64 rows, u64 window) {
+        u64 past = key + rows - 1 + minimum(window, s.keys);
         first = key > s.before ? key - s.before : 0;
-        end = past > s.before ? least(s.queries, past - s.before) : 0;
+        end = past > s.before ? minimum(s.queries, past - s.before) : 0;
     }
 };
 

@@ -1,49 +1,49 @@
-// Attention of BF16 on tensor cores, as in FlashAttention-2 (arXiv 2307.08691), for heads whose width is a multiple of 8.
+// BF16 attention on tensor cores, after FlashAttention-2 (arXiv 2307.08691), for head widths that are multiples of 8.
 //
-// D, the compiled width, is at least dim; what lies between is zero. A block of 4 warps takes 64 rows (of queries, or of keys)
-// of one head, a warp 16 of them, against pieces of the others in shared memory. Scores and sums stay in f32 registers;
-// probabilities and dS are rounded to bf16 where they are factors. Powers of two: exp(x) = exp2(x log2 e).
-// All sums have one owner and a fixed order. Blocks of 128 threads. Grid: for each sequence ceil(rows / 64) * heads blocks,
-// rows and heads of the queries or of the keys.
+// D, the compiled width, is at least dim; the columns between are zero. A block of 4 warps owns 64 rows (of queries, or
+// of keys) of one head, 16 per warp, and iterates over tiles of the other side in shared memory. Scores and sums stay
+// in f32 registers; probabilities and dS are rounded to bf16 before they are multiplied. exp(x) is computed as exp2(x
+// log2 e). Each sum is made by one thread in a fixed order. Blocks of 128 threads. Grid: per sequence ceil(rows / 64) *
+// heads blocks, with the rows and heads of the queries or of the keys.
 
-const u32 ROWS = 64, THREADS = 128, PIECE = 64, HALF_PIECE = 32;
+const u32 ROWS = 64, THREADS = 128, TILE_KEYS = 64, HALF_TILE = 32;
 const float LOG2_E = 1.4426950408889634f;
 
-// Rows of D bf16 in shared memory, 16-byte pieces permuted within each row: no bank is met twice.
-template <int D> struct Rows {
+// Rows of D bf16 in shared memory. The 16-byte chunks of a row are swizzled, so that there are no bank conflicts.
+template <int D> struct SharedRows {
     bf16* at;
 
-    DEVICE bf16* piece(u32 row, u32 piece) const { return at + row * D + (piece ^ row % 8) * 8; }
+    DEVICE bf16* chunk(u32 row, u32 chunk) const { return at + row * D + (chunk ^ row % 8) * 8; }
 
-    // `count` of N rows of one head from `row`, the rest zero; in the background.
-    template <int N> DEVICE void take(const bf16* x, u64 row, u64 count, u64 head, u64 heads, u64 dim) const {
+    // Starts copying N rows of one head from `row`; rows from `count` on become zero.
+    template <int N> DEVICE void load_rows(const bf16* x, u64 row, u64 count, u64 head, u64 heads, u64 dim) const {
 #pragma unroll
         for (u32 i = threadIdx.x; i < N * D / 8; i += THREADS) {
             u32 r = i / (D / 8), p = i % (D / 8);
-            copy_16(piece(r, p), x + ((row + r) * heads + head) * dim + p * 8, r < count && p * 8 < dim);
+            cp_async_16(chunk(r, p), x + ((row + r) * heads + head) * dim + p * 8, r < count && p * 8 < dim);
         }
     }
 
-    // The 16 x 16 factor a from row m and column k.
+    // The 16 x 16 operand a from row m and column k.
     DEVICE Fragment a(u32 m, u32 k) const {
         u32 matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-        return load_matrices<false>(piece(m + r + matrix % 2 * 8, k / 8 + matrix / 2));
+        return ldmatrix_x4<false>(chunk(m + r + matrix % 2 * 8, k / 8 + matrix / 2));
     }
-    // The factor b whose columns are rows n .. n + 16, from column k.
+    // The operand b with rows n .. n + 16 as its columns, from column k.
     DEVICE Fragment b(u32 n, u32 k) const {
         u32 matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-        return load_matrices<false>(piece(n + r + matrix / 2 * 8, k / 8 + matrix % 2));
+        return ldmatrix_x4<false>(chunk(n + r + matrix / 2 * 8, k / 8 + matrix % 2));
     }
-    // The factor b whose rows are rows k .. k + 16, from column n.
+    // The operand b with rows k .. k + 16 as its rows, from column n.
     DEVICE Fragment b_transposed(u32 k, u32 n) const {
         u32 matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-        return load_matrices<true>(piece(k + r + matrix % 2 * 8, n / 8 + matrix / 2));
+        return ldmatrix_x4<true>(chunk(k + r + matrix % 2 * 8, n / 8 + matrix / 2));
     }
 };
 
-// 16 x N sums of a warp. Of piece j, v[j][0..2] are row lane / 4, columns 8 j + 2 (lane % 4) and the next; v[j][2..4] those 8
-// rows below.
-template <int N> struct Sums {
+// The 16 x N accumulators of a warp: v[j][0..2] are row lane / 4, columns 8 j + 2 (lane % 4) and the next; v[j][2..4]
+// are the same columns 8 rows below.
+template <int N> struct WarpTile {
     float v[N / 8][4];
 
     DEVICE void clear() {
@@ -54,7 +54,7 @@ template <int N> struct Sums {
     }
 
     // = rows m .. m + 16 of x · (N rows of y)ᵀ
-    template <int D> DEVICE void products(const Rows<D>& x, u32 m, const Rows<D>& y) {
+    template <int D> DEVICE void multiply(const SharedRows<D>& x, u32 m, const SharedRows<D>& y) {
         clear();
 #pragma unroll
         for (int k = 0; k < D; k += 16) {
@@ -62,72 +62,72 @@ template <int N> struct Sums {
 #pragma unroll
             for (int n = 0; n < N; n += 16) {
                 Fragment b = y.b(n, k);
-                multiply_add(v[n / 8], a, b.r[0], b.r[1]);
-                multiply_add(v[n / 8 + 1], a, b.r[2], b.r[3]);
+                mma_m16n8k16(v[n / 8], a, b.r[0], b.r[1]);
+                mma_m16n8k16(v[n / 8 + 1], a, b.r[2], b.r[3]);
             }
         }
     }
 
     // += weights [16, K] · (K rows of y)
-    template <int K> DEVICE void add(const Sums<K>& weights, const Rows<N>& y) {
+    template <int K> DEVICE void add(const WarpTile<K>& weights, const SharedRows<N>& y) {
 #pragma unroll
         for (int k = 0; k < K; k += 16) {
             const float(&low)[4] = weights.v[k / 8], (&high)[4] = weights.v[k / 8 + 1];
-            Fragment a = {{rounded_pair(low[0], low[1]), rounded_pair(low[2], low[3]), rounded_pair(high[0], high[1]),
-                           rounded_pair(high[2], high[3])}};
+            Fragment a = {{to_bf16x2(low[0], low[1]), to_bf16x2(low[2], low[3]), to_bf16x2(high[0], high[1]),
+                           to_bf16x2(high[2], high[3])}};
 #pragma unroll
             for (int n = 0; n < N; n += 16) {
                 Fragment b = y.b_transposed(k, n);
-                multiply_add(v[n / 8], a, b.r[0], b.r[1]);
-                multiply_add(v[n / 8 + 1], a, b.r[2], b.r[3]);
+                mma_m16n8k16(v[n / 8], a, b.r[0], b.r[1]);
+                mma_m16n8k16(v[n / 8 + 1], a, b.r[2], b.r[3]);
             }
         }
     }
 
-    // Rows `row` and `row + 8` times their factors to x, where they are below `count`; `row` is this thread's.
-    DEVICE void put(bf16* x, u64 row, u64 count, u64 stride, u64 dim, float first, float second) const {
+    // Stores this thread's rows, `row` times `first` and `row + 8` times `second`, if they are below `count`.
+    DEVICE void store(bf16* x, u64 row, u64 count, u64 stride, u64 dim, float first, float second) const {
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
             u64 col = j * 8 + threadIdx.x % 4 * 2;
             if (col >= dim) continue;
-            if (row < count) *reinterpret_cast<u32*>(x + row * stride + col) = rounded_pair(v[j][0] * first, v[j][1] * first);
+            if (row < count) *reinterpret_cast<u32*>(x + row * stride + col) = to_bf16x2(v[j][0] * first, v[j][1] * first);
             if (row + 8 < count)
-                *reinterpret_cast<u32*>(x + (row + 8) * stride + col) = rounded_pair(v[j][2] * second, v[j][3] * second);
+                *reinterpret_cast<u32*>(x + (row + 8) * stride + col) = to_bf16x2(v[j][2] * second, v[j][3] * second);
         }
     }
 };
 
-// Over the 4 threads of a row.
+// Reductions over the 4 threads of a row.
 DEVICE float row_sum(float x) {
     x += __shfl_xor_sync(FULL_WARP, x, 1);
     return x + __shfl_xor_sync(FULL_WARP, x, 2);
 }
 DEVICE float row_max(float x) {
-    x = most(x, __shfl_xor_sync(FULL_WARP, x, 1));
-    return most(x, __shfl_xor_sync(FULL_WARP, x, 2));
+    x = maximum(x, __shfl_xor_sync(FULL_WARP, x, 1));
+    return maximum(x, __shfl_xor_sync(FULL_WARP, x, 2));
 }
 
-// Softmax of two rows whose scores come in pieces, in powers of two.
+// Online softmax of two rows, in powers of two.
 struct Softmax {
     float highest[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, total[2] = {0.0f, 0.0f};
 
-    // Masks and scales scores of the keys from `key`, turns them into exp2(score - highest), and sets the factors of
-    // everything summed before. `position`: of the first row.
-    template <int N> DEVICE void add(Sums<N>& s, float (&factor)[2], u64 position, u64 key, float scale, u64 window) {
+    // Masks and scales the scores of the keys from `key` on, and replaces them by exp2(score - highest). Everything
+    // summed before must be multiplied by `factor`. `position`: that of the first row.
+    template <int N> DEVICE void add(WarpTile<N>& s, float (&factor)[2], u64 position, u64 key, float scale, u64 window) {
         float next[2] = {highest[0], highest[1]};
 #pragma unroll
         for (int j = 0; j < N / 8; j++)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                bool seen = sees(position + c / 2 * 8, key + j * 8 + threadIdx.x % 4 * 2 + c % 2, window);
+                bool seen = is_visible(position + c / 2 * 8, key + j * 8 + threadIdx.x % 4 * 2 + c % 2, window);
                 s.v[j][c] = seen ? s.v[j][c] * scale : NEGATIVE_INFINITY;
-                next[c / 2] = most(next[c / 2], s.v[j][c]);
+                next[c / 2] = maximum(next[c / 2], s.v[j][c]);
             }
         float base[2], sum[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             next[i] = row_max(next[i]);
-            base[i] = next[i] == NEGATIVE_INFINITY ? 0.0f : next[i];  // nothing seen yet: any finite number will do
+            base[i] = next[i] == NEGATIVE_INFINITY ? 0.0f : next[i];  // nothing is visible yet: any finite number will do
             factor[i] = exp2f(highest[i] - base[i]);
             highest[i] = next[i];
         }
@@ -145,67 +145,67 @@ struct Softmax {
 
 template <int D> DEVICE void forward(bf16* y, const bf16* q, const bf16* k, const bf16* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
-    Rows<D> queries = {reinterpret_cast<bf16*>(memory)}, keys = {queries.at + ROWS * D}, values = {keys.at + PIECE * D};
-    Place p = find_place(g.queries, g.sequences, ROWS, g.heads);
+    SharedRows<D> queries = {reinterpret_cast<bf16*>(memory)}, keys = {queries.at + ROWS * D}, values = {keys.at + TILE_KEYS * D};
+    RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
     u64 head = p.column, key_head = g.key_head(head);
     u32 own = threadIdx.x / 32 * 16, row = own + threadIdx.x % 32 / 4;
-    Span span(s, p.row - s.query, p.rows, g.window);
-    auto take = [&](const Rows<D>& to, const bf16* x, u64 key) {
-        if (key < span.end) to.template take<PIECE>(x, s.key + key, span.end - key, key_head, g.key_heads, g.dim);
-        copies_end();
+    KeyRange range(s, p.row - s.query, p.rows, g.window);
+    auto load_rows = [&](const SharedRows<D>& to, const bf16* x, u64 key) {
+        if (key < range.end) to.template load_rows<TILE_KEYS>(x, s.key + key, range.end - key, key_head, g.key_heads, g.dim);
+        cp_async_commit_group();
     };
-    queries.template take<ROWS>(q, p.row, p.rows, head, g.heads, g.dim);
-    take(keys, k, span.first);
+    queries.template load_rows<ROWS>(q, p.row, p.rows, head, g.heads, g.dim);
+    load_rows(keys, k, range.first);
     Softmax softmax;
-    Sums<D> sum;
+    WarpTile<D> sum;
     sum.clear();
-    for (u64 key = span.first; key < span.end; key += PIECE) {
-        take(values, v, key);
-        copies_wait<1>();
-        __syncthreads();  // the keys have arrived for all
-        Sums<PIECE> weights;
-        weights.products(queries, own, keys);
-        __syncthreads();  // all are done with them
-        take(keys, k, key + PIECE);
+    for (u64 key = range.first; key < range.end; key += TILE_KEYS) {
+        load_rows(values, v, key);
+        cp_async_wait_group<1>();
+        __syncthreads();  // the keys of all threads are visible
+        WarpTile<TILE_KEYS> weights;
+        weights.multiply(queries, own, keys);
+        __syncthreads();  // all threads have read them
+        load_rows(keys, k, key + TILE_KEYS);
         float factor[2];
         softmax.add(weights, factor, s.before + p.row - s.query + row, key, g.scale() * LOG2_E, g.window);
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
 #pragma unroll
             for (int c = 0; c < 4; c++) sum.v[j][c] *= factor[c / 2];
-        copies_wait<1>();
-        __syncthreads();  // the values have arrived for all
+        cp_async_wait_group<1>();
+        __syncthreads();  // the values of all threads are visible
         sum.add(weights, values);
-        __syncthreads();  // all are done with them
+        __syncthreads();  // all threads have read them
     }
-    copies_wait<0>();
+    cp_async_wait_group<0>();
     u64 stride = g.heads * g.dim;
-    sum.put(y + p.row * stride + head * g.dim, row, p.rows, stride, g.dim, 1.0f / softmax.total[0], 1.0f / softmax.total[1]);
+    sum.store(y + p.row * stride + head * g.dim, row, p.rows, stride, g.dim, 1.0f / softmax.total[0], 1.0f / softmax.total[1]);
 }
 
-// dq, and for each query and head what normalises its row of probabilities (log2 Σ exp) and δ = ⟨dy, y⟩: f32 [T, heads].
+// dq, and per query and head the log2 Σ exp that normalises the row of probabilities and δ = ⟨dy, y⟩: f32 [T, heads].
 // dS = P ∘ (dy · vᵀ − δ) / sqrt(dim), dq = dS · k (arXiv 2205.14135, appendix B).
 template <int D>
 DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf16* dy, const bf16* q, const bf16* k,
                              const bf16* v, const bf16* y, const Geometry& g) {
     DYNAMIC_SHARED(memory);
-    Rows<D> queries = {reinterpret_cast<bf16*>(memory)}, dys = {queries.at + ROWS * D}, keys = {dys.at + ROWS * D},
-            values = {keys.at + HALF_PIECE * D};
-    Place p = find_place(g.queries, g.sequences, ROWS, g.heads);
+    SharedRows<D> queries = {reinterpret_cast<bf16*>(memory)}, dys = {queries.at + ROWS * D}, keys = {dys.at + ROWS * D},
+            values = {keys.at + HALF_TILE * D};
+    RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
     u64 head = p.column, key_head = g.key_head(head);
     u32 own = threadIdx.x / 32 * 16, row = own + threadIdx.x % 32 / 4;
     u64 position = s.before + p.row - s.query + row;
     float scale = g.scale() * LOG2_E;
-    Span span(s, p.row - s.query, p.rows, g.window);
-    auto take = [&](const Rows<D>& to, const bf16* x, u64 key) {
-        to.template take<HALF_PIECE>(x, s.key + key, span.end - key, key_head, g.key_heads, g.dim);
+    KeyRange range(s, p.row - s.query, p.rows, g.window);
+    auto load_rows = [&](const SharedRows<D>& to, const bf16* x, u64 key) {
+        to.template load_rows<HALF_TILE>(x, s.key + key, range.end - key, key_head, g.key_heads, g.dim);
     };
-    queries.template take<ROWS>(q, p.row, p.rows, head, g.heads, g.dim);
-    dys.template take<ROWS>(dy, p.row, p.rows, head, g.heads, g.dim);
+    queries.template load_rows<ROWS>(q, p.row, p.rows, head, g.heads, g.dim);
+    dys.template load_rows<ROWS>(dy, p.row, p.rows, head, g.heads, g.dim);
 
     float dot[2];
 #pragma unroll
@@ -217,13 +217,13 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
         dot[i] = row_sum(dot[i]);
     }
     Softmax softmax;
-    for (u64 key = span.first; key < span.end; key += HALF_PIECE) {
-        take(keys, k, key);
-        copies_end();
-        copies_wait<0>();
+    for (u64 key = range.first; key < range.end; key += HALF_TILE) {
+        load_rows(keys, k, key);
+        cp_async_commit_group();
+        cp_async_wait_group<0>();
         __syncthreads();
-        Sums<HALF_PIECE> weights;
-        weights.products(queries, own, keys);
+        WarpTile<HALF_TILE> weights;
+        weights.multiply(queries, own, keys);
         float factor[2];
         softmax.add(weights, factor, position, key, scale, g.window);
         __syncthreads();
@@ -238,92 +238,93 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
                 delta[at] = dot[i];
             }
 
-    Sums<D> sum;
+    WarpTile<D> sum;
     sum.clear();
-    for (u64 key = span.first; key < span.end; key += HALF_PIECE) {
-        take(keys, k, key);
-        take(values, v, key);
-        copies_end();
-        copies_wait<0>();
+    for (u64 key = range.first; key < range.end; key += HALF_TILE) {
+        load_rows(keys, k, key);
+        load_rows(values, v, key);
+        cp_async_commit_group();
+        cp_async_wait_group<0>();
         __syncthreads();
-        Sums<HALF_PIECE> weights, ds;
-        weights.products(queries, own, keys);
-        ds.products(dys, own, values);
+        WarpTile<HALF_TILE> weights, ds;
+        weights.multiply(queries, own, keys);
+        ds.multiply(dys, own, values);
 #pragma unroll
-        for (int j = 0; j < HALF_PIECE / 8; j++)
+        for (int j = 0; j < HALF_TILE / 8; j++)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                bool seen = sees(position + c / 2 * 8, key + j * 8 + threadIdx.x % 4 * 2 + c % 2, g.window);
+                bool seen = is_visible(position + c / 2 * 8, key + j * 8 + threadIdx.x % 4 * 2 + c % 2, g.window);
                 float w = exp2f(weights.v[j][c] * scale - log_total[c / 2]);
                 ds.v[j][c] = seen ? w * (ds.v[j][c] - dot[c / 2]) : 0.0f;
             }
-        __syncwarp();  // the product below is the whole warp's
+        __syncwarp();  // the whole warp takes part in the mma below
         sum.add(ds, keys);
         __syncthreads();
     }
     u64 stride = g.heads * g.dim;
-    sum.put(dq + p.row * stride + head * g.dim, row, p.rows, stride, g.dim, g.scale(), g.scale());
+    sum.store(dq + p.row * stride + head * g.dim, row, p.rows, stride, g.dim, g.scale(), g.scale());
 }
 
-// dk = dSᵀ · q and dv = Pᵀ · dy, over all query heads of the key head. Scores are made transposed: a warp has 16 keys.
+// dk = dSᵀ · q and dv = Pᵀ · dy, over all query heads of the key head. Scores are computed transposed: a warp owns 16
+// keys.
 template <int D>
 DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const float* delta, const bf16* dy, const bf16* q,
                           const bf16* k, const bf16* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
-    SHARED(float, log_total, [HALF_PIECE]);
-    SHARED(float, dot, [HALF_PIECE]);
-    Rows<D> keys = {reinterpret_cast<bf16*>(memory)}, values = {keys.at + ROWS * D}, queries = {values.at + ROWS * D},
-            dys = {queries.at + HALF_PIECE * D};
-    Place p = find_place(g.keys, g.sequences, ROWS, g.key_heads);
+    SHARED(float, log_total, [HALF_TILE]);
+    SHARED(float, dot, [HALF_TILE]);
+    SharedRows<D> keys = {reinterpret_cast<bf16*>(memory)}, values = {keys.at + ROWS * D}, queries = {values.at + ROWS * D},
+            dys = {queries.at + HALF_TILE * D};
+    RowTile p = find_row_tile(g.keys, g.sequences, ROWS, g.key_heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
     u64 group = g.heads / g.key_heads;
     u32 own = threadIdx.x / 32 * 16, row = own + threadIdx.x % 32 / 4;
     u64 key = p.row - s.key + row;
     float scale = g.scale() * LOG2_E;
-    Seeing seeing(s, p.row - s.key, p.rows, g.window);
-    keys.template take<ROWS>(k, p.row, p.rows, p.column, g.key_heads, g.dim);
-    values.template take<ROWS>(v, p.row, p.rows, p.column, g.key_heads, g.dim);
-    Sums<D> sum_k, sum_v;
+    QueryRange range(s, p.row - s.key, p.rows, g.window);
+    keys.template load_rows<ROWS>(k, p.row, p.rows, p.column, g.key_heads, g.dim);
+    values.template load_rows<ROWS>(v, p.row, p.rows, p.column, g.key_heads, g.dim);
+    WarpTile<D> sum_k, sum_v;
     sum_k.clear();
     sum_v.clear();
     for (u64 head = p.column * group; head < (p.column + 1) * group; head++)
-        for (u64 query = seeing.first; query < seeing.end; query += HALF_PIECE) {
-            u64 count = seeing.end - query;
-            queries.template take<HALF_PIECE>(q, s.query + query, count, head, g.heads, g.dim);
-            dys.template take<HALF_PIECE>(dy, s.query + query, count, head, g.heads, g.dim);
-            copies_end();
-            if (threadIdx.x < HALF_PIECE && threadIdx.x < count) {
+        for (u64 query = range.first; query < range.end; query += HALF_TILE) {
+            u64 count = range.end - query;
+            queries.template load_rows<HALF_TILE>(q, s.query + query, count, head, g.heads, g.dim);
+            dys.template load_rows<HALF_TILE>(dy, s.query + query, count, head, g.heads, g.dim);
+            cp_async_commit_group();
+            if (threadIdx.x < HALF_TILE && threadIdx.x < count) {
                 u64 at = (s.query + query + threadIdx.x) * g.heads + head;
                 log_total[threadIdx.x] = normaliser[at];
                 dot[threadIdx.x] = delta[at];
             }
-            copies_wait<0>();
+            cp_async_wait_group<0>();
             __syncthreads();
-            Sums<HALF_PIECE> weights, ds;
-            weights.products(keys, own, queries);
-            ds.products(values, own, dys);
+            WarpTile<HALF_TILE> weights, ds;
+            weights.multiply(keys, own, queries);
+            ds.multiply(values, own, dys);
 #pragma unroll
-            for (int j = 0; j < HALF_PIECE / 8; j++)
+            for (int j = 0; j < HALF_TILE / 8; j++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     u32 other = j * 8 + threadIdx.x % 4 * 2 + c % 2;
-                    bool seen = other < count && sees(s.before + query + other, key + c / 2 * 8, g.window);
-                    // Without a branch; what lies behind `count` is thrown away.
+                    bool seen = other < count && is_visible(s.before + query + other, key + c / 2 * 8, g.window);
+                    // Without a branch; values from `count` on are discarded.
                     float w = exp2f(weights.v[j][c] * scale - log_total[other]);
                     weights.v[j][c] = seen ? w : 0.0f;
                     ds.v[j][c] = seen ? w * (ds.v[j][c] - dot[other]) : 0.0f;
                 }
-            __syncwarp();  // the products below are the whole warp's
+            __syncwarp();  // the whole warp takes part in the mma below
             sum_v.add(weights, dys);
             sum_k.add(ds, queries);
             __syncthreads();
         }
-    copies_end();  // keys and values that no query sees
-    copies_wait<0>();
+    cp_async_commit_group();  // for keys and values that no query sees
+    cp_async_wait_group<0>();
     u64 stride = g.key_heads * g.dim, at = p.row * stride + p.column * g.dim;
-    sum_k.put(dk + at, row, p.rows, stride, g.dim, g.scale(), g.scale());
-    sum_v.put(dv + at, row, p.rows, stride, g.dim, 1.0f, 1.0f);
+    sum_k.store(dk + at, row, p.rows, stride, g.dim, g.scale(), g.scale());
+    sum_v.store(dv + at, row, p.rows, stride, g.dim, 1.0f, 1.0f);
 }
 
 #define WIDTH(D)                                                                                                      \

@@ -1,9 +1,10 @@
-// Sums over rows, for gradients of biases and of the norms' weights: partial sums of fixed rows, then the partial sums in
-// a fixed order. Bound by memory: the inputs are read once.
+// Column sums, for the gradients of biases and of norm weights: partial sums over fixed sets of rows, then their sum in
+// a fixed order. Memory-bound: the inputs are read once.
 
-// partial[p, c] = Σ over the rows of part p of dy[row, c], or of dy[row, c] · x[row, c] · r[row] if x is given.
-// A block of 256 threads has `lanes` parts, each of `chunk` rows, taken by turns so that neighbouring threads read
-// neighbouring rows; a part's threads stand side by side, each with W columns at a time. Grid: ceil(rows / (lanes · chunk)).
+// partial[p, c] = Σ over the rows of part p of dy[row, c], or of dy[row, c] · x[row, c] · r[row] if x is given. A block
+// of 256 threads has `lanes` parts of `chunk` rows each. The parts of a block take its rows in turn, so that its
+// threads read adjacent rows; the threads of a part take W columns each at a time. Grid: ceil(rows / (lanes · chunk))
+// blocks.
 template <class T, int W>
 DEVICE void partial_sums(const T* dy, const T* x, const float* r, float* partial, u64 rows, u64 cols, u32 lanes, u32 chunk) {
     u32 threads = blockDim.x / lanes, lane = threadIdx.x / threads;
@@ -39,7 +40,7 @@ DEVICE void partial_sums(const T* dy, const T* x, const float* r, float* partial
 TYPED(float, f32)
 TYPED(bf16, bf16)
 
-// into[c] += Σ_p partial[p, c]. Grid: ceil(cols / 32) blocks of 256 threads; a warp takes every eighth part.
+// into[c] += Σ_p partial[p, c]. Grid: ceil(cols / 32) blocks of 256 threads; a warp sums every eighth part.
 KERNEL(256, add_partials, (float* into, const float* partial, u64 parts, u64 cols)) {
     SHARED(float, sums, [8][32]);
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -1,24 +1,37 @@
-// What every kernel starts from: number formats, 16-byte loads and stores, sums over warps and blocks.
+// Included in every module: number formats, 16-byte loads and stores, reductions over warps and blocks.
 //
-// No CUDA header is included (the users' machines may have none) and nothing is linked. Everything here is deterministic:
-// sums run in a fixed order, there are no floating-point atomics. The tests also compile this file as C++ and run the
-// kernels on the CPU; they define KERNEL, SHARED and DYNAMIC_SHARED in their own way first.
+// No CUDA header is included, because the user's machine may have none, and nothing is linked. Everything here is
+// deterministic: sums have a fixed order, and there are no floating-point atomics.
 
-#ifndef KERNEL
-// A kernel of at most `threads` threads a block: KERNEL(256, name, (parameters)) { .. }. Parameters are pointers, int, u32,
-// u64, float and double, without `__restrict__` (which belongs on the device functions that do the work).
-#define KERNEL(threads, name, parameters) extern "C" __global__ void __launch_bounds__(threads) name parameters
-// An array in shared memory: SHARED(float, tile, [32][33]);
-#define SHARED(type, name, dimensions) __shared__ __align__(16) type name dimensions
-// The launch's dynamic shared memory, aligned to 16 bytes, as a byte pointer.
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#endif
+#define DEVICE __device__ __forceinline__
 
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#define DEVICE __device__ __forceinline__
+// The tests compile the kernels as C++ and run them on the CPU, with their own definitions of these macros and
+// functions.
+#ifndef KERNEL
+// A kernel with at most `threads` threads per block: KERNEL(256, name, (parameters)) { .. }. Parameters are pointers,
+// int, u32, u64, float and double, without `__restrict__`, which belongs on the device functions that do the work.
+// Every kernel is declared in src/backend/cuda/kernels.rs with the same names and types.
+#define KERNEL(threads, name, parameters) extern "C" __global__ void __launch_bounds__(threads) name parameters
+// The same, with so few registers per thread that `blocks` blocks fit on a multiprocessor.
+#define KERNEL_BLOCKS(threads, blocks, name, parameters) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name parameters
+// An array in shared memory: SHARED(float, tile, [32][33]);
+#define SHARED(type, name, dimensions) __shared__ __align__(16) type name dimensions
+// The launch's dynamic shared memory, aligned to 16 bytes, as a byte pointer.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+// The bits of x rounded to bf16, to nearest even; NaN stays NaN.
+DEVICE u16 bf16_bits(float x) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+#endif
+
 #define FULL_WARP 0xffffffffu
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 
@@ -35,12 +48,7 @@ DEVICE float to_f32(bf16 x) { return __int_as_float((int)((u32)x.bits << 16)); }
 // Rounds to nearest even; NaN stays NaN.
 DEVICE bf16 to_bf16(float x) {
     bf16 y;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-#else
-    u32 bits = (u32)__float_as_int(x);
-    y.bits = x != x ? (u16)((bits >> 16) | 0x40) : (u16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-#endif
+    y.bits = bf16_bits(x);
     return y;
 }
 
@@ -50,12 +58,12 @@ template <> DEVICE bf16 from_f32<bf16>(float x) { return to_bf16(x); }
 
 // --- loads and stores ------------------------------------------------------------------------------------------------
 
-// Elements of T in 16 bytes, the widest load.
+// Elements of T in 16 bytes, the widest load of a thread.
 template <class T> struct Width {
     static const int value = 16 / (int)sizeof(T);
 };
 
-// function<T, W>(..) for rows of n elements: 16 bytes at a time where every row then starts aligned, else one by one.
+// Calls function<T, W>(..) for rows of n elements. W is 16 bytes' worth if that keeps every row aligned, else 1.
 #define BY_WIDTH(T, n, function, ...) \
     (n) % Width<T>::value ? function<T, 1>(__VA_ARGS__) : function<T, Width<T>::value>(__VA_ARGS__)
 
@@ -63,13 +71,13 @@ struct alignas(16) Quad {
     u32 word[4];
 };
 
-// W neighbouring values in registers, as f32.
+// W consecutive values in registers, as f32.
 template <int W> struct Pack {
     float v[W];
 };
 
-// W elements as f32: in loads of 16 bytes where that is a whole number of them (then `from` must be aligned to 16),
-// else one by one.
+// W elements as f32: in 16-byte loads if W elements are a multiple of 16 bytes (then `from` must be aligned to 16
+// bytes), else one by one.
 template <int W, class T> DEVICE Pack<W> load(const T* from) {
     Pack<W> out;
     if constexpr (W * sizeof(T) % 16 == 0) {
@@ -107,13 +115,13 @@ template <int W, class T> DEVICE void store(T* to, const Pack<W>& x) {
 
 // --- arithmetic ------------------------------------------------------------------------------------------------------
 
-template <class T> DEVICE T least(T a, T b) { return a < b ? a : b; }
-// NaN in b is passed over.
-template <class T> DEVICE T most(T a, T b) { return b > a ? b : a; }
+template <class T> DEVICE T minimum(T a, T b) { return a < b ? a : b; }
+// A NaN in b is ignored.
+template <class T> DEVICE T maximum(T a, T b) { return b > a ? b : a; }
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// --- sums over warps and blocks, the same in every lane --------------------------------------------------------------
+// --- reductions over warps and blocks, with the same result in every lane --------------------------------------------
 
 template <class T> DEVICE T warp_sum(T x) {
 #pragma unroll
@@ -123,11 +131,11 @@ template <class T> DEVICE T warp_sum(T x) {
 
 template <class T> DEVICE T warp_max(T x) {
 #pragma unroll
-    for (int lane = 16; lane > 0; lane /= 2) x = most(x, __shfl_xor_sync(FULL_WARP, x, lane));
+    for (int lane = 16; lane > 0; lane /= 2) x = maximum(x, __shfl_xor_sync(FULL_WARP, x, lane));
     return x;
 }
 
-// Over all threads of a block of whole warps, in x. Every thread of the block must come here.
+// Over all threads of a one-dimensional block of whole warps. Every thread of the block must call it.
 template <class T> DEVICE T block_sum(T x) {
     SHARED(T, partial, [32]);
     x = warp_sum(x);

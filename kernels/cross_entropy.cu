@@ -1,9 +1,9 @@
-// Cross-entropy of rows of logits. Bound by memory: logits are read twice (a row of 600 kB comes from L2 the second time),
-// their gradient is written once.
+// Cross-entropy of rows of logits. Memory-bound: logits are read twice (the second time a row of 600 kB comes from L2),
+// and their gradient is written once.
 
-// losses[row] = log Σ e^logit − logit[target]; with `grad`, grad[row] = scale · (softmax − one-hot). Rows are `stride` apart,
-// a multiple of 8, in both. Grid: a block of 512 threads for each row. Each thread keeps a running maximum and sum of its
-// own logits (the "online" softmax), which then meet in a fixed tree, in f64.
+// losses[row] = log Σ e^logit − logit[target]; with `grad`, grad[row] = scale · (softmax − one-hot). Rows are `stride`
+// apart, a multiple of 8, in both. Grid: one block of 512 threads per row. Each thread keeps a running maximum and sum
+// of its own logits (the "online" softmax), which are then reduced in a fixed tree, in f64.
 template <class T> DEVICE void cross_entropy(const float* logits, const u32* targets, double* losses, T* grad, u64 classes,
                                              u64 stride, float scale) {
     const int W = 8;
@@ -14,7 +14,7 @@ template <class T> DEVICE void cross_entropy(const float* logits, const u32* tar
         Pack<W> l = load<W>(logits + c);
         float h = highest;
 #pragma unroll
-        for (int j = 0; j < W; j++) h = c + j < classes ? most(h, l.v[j]) : h;
+        for (int j = 0; j < W; j++) h = c + j < classes ? maximum(h, l.v[j]) : h;
         if (h > highest) {
             sum *= expf(highest - h);  // 0 the first time: e^-∞
             highest = h;
@@ -23,7 +23,7 @@ template <class T> DEVICE void cross_entropy(const float* logits, const u32* tar
         for (int j = 0; j < W; j++) sum += c + j < classes ? expf(l.v[j] - highest) : 0.0f;
     }
     float all = block_max(highest);
-    // A thread without logits has nothing to bring in; -∞ − -∞ would be NaN.
+    // A thread without logits contributes its sum, 0, as it is: -∞ − -∞ would be NaN.
     double total = block_sum(highest == NEGATIVE_INFINITY ? (double)sum : (double)sum * (double)expf(highest - all));
     if (threadIdx.x == 0) losses[blockIdx.x] = (double)all + log(total) - (double)logits[target];
     if (!grad) return;

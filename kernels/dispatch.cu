@@ -1,16 +1,16 @@
-// Routed rows sorted by expert, to the experts and back.
+// Sorts routed rows by expert, and moves rows to the experts and back.
 
 // --- the stable counting sort of the slots (t, k), numbered t·K + k, by expert ---------------------------------------
 //
-// 1. count: how many slots of each chunk of 256 go to each expert;
-// 2. scan_chunks: those counts become sums over the earlier chunks, for each expert;
-// 3. scan_experts: the experts' totals become offsets;
-// 4. place: each slot's row is its expert's offset + the earlier chunks' slots + the earlier slots of its own chunk.
-// Integers only; the result does not depend on the order of anything. Bound by latency: a few hundred kB at most.
+// 1. count: the slots of each chunk of 256 per expert;
+// 2. scan_chunks: an exclusive prefix sum of these counts over the chunks, for each expert;
+// 3. scan_experts: an exclusive prefix sum of the experts' totals gives the offsets;
+// 4. place: a slot's row is its expert's offset + the slots of earlier chunks + the earlier slots of its own chunk.
+// All in integers, so the result does not depend on the order of execution. Latency-bound: a few hundred kB at most.
 
 #define CHUNK 256
 
-// counts [E, chunks]. Grid: a block of CHUNK threads for each chunk; dynamic shared memory: 4·E bytes.
+// counts [E, chunks]. Grid: one block of CHUNK threads per chunk; dynamic shared memory: 4·E bytes.
 KERNEL(CHUNK, dispatch_count, (const u32* ids, u32* counts, u64 slots, u32 experts)) {
     DYNAMIC_SHARED(bytes);
     u32* count = (u32*)bytes;
@@ -22,7 +22,7 @@ KERNEL(CHUNK, dispatch_count, (const u32* ids, u32* counts, u64 slots, u32 exper
     for (u32 e = threadIdx.x; e < experts; e += CHUNK) counts[(u64)e * gridDim.x + blockIdx.x] = count[e];
 }
 
-// The sum of the lower lanes' values; `total`: of all.
+// The sum of the lower lanes' values; `total`: the sum of all lanes' values.
 DEVICE u32 warp_prefix(u32 x, u32& total) {
     u32 lane = threadIdx.x % 32, sum = x;
 #pragma unroll
@@ -34,7 +34,7 @@ DEVICE u32 warp_prefix(u32 x, u32& total) {
     return sum - x;
 }
 
-// values[i] becomes Σ values[..i]; returns the sum of all. For one warp.
+// Exclusive prefix sum in place by one warp; returns the total.
 DEVICE u32 scan(u32* values, u32 n) {
     u32 before = 0;
     for (u32 start = 0; start < n; start += 32) {
@@ -46,19 +46,19 @@ DEVICE u32 scan(u32* values, u32 n) {
     return before;
 }
 
-// counts [E, chunks] in place; totals [E]. Grid: a warp for each expert.
+// counts [E, chunks] in place; totals [E]. Grid: one warp per expert.
 KERNEL(32, dispatch_scan_chunks, (u32* counts, u32* totals, u32 chunks)) {
     u32 total = scan(counts + (u64)blockIdx.x * chunks, chunks);
     if (threadIdx.x == 0) totals[blockIdx.x] = total;
 }
 
-// offsets [E + 1]: holds the totals, becomes the offsets. Grid: one warp.
+// offsets [E + 1]: the totals on entry, the offsets on return. Grid: one warp.
 KERNEL(32, dispatch_scan_experts, (u32* offsets, u32 experts)) {
     u32 total = scan(offsets, experts);
     if (threadIdx.x == 0) offsets[experts] = total;
 }
 
-// row_of [slots], slot_of [rows]. Grid: a block of CHUNK threads for each chunk.
+// row_of [slots], slot_of [rows]. Grid: one block of CHUNK threads per chunk.
 KERNEL(CHUNK, dispatch_place, (const u32* ids, const u32* counts, const u32* offsets, u32* row_of, u32* slot_of, u64 slots)) {
     SHARED(u32, chunk, [CHUNK]);
     u64 slot = (u64)blockIdx.x * CHUNK + threadIdx.x;
@@ -75,7 +75,7 @@ KERNEL(CHUNK, dispatch_place, (const u32* ids, const u32* counts, const u32* off
 
 // --- rows ------------------------------------------------------------------------------------------------------------
 //
-// Bound by memory: every row is read once. Grid: a block of up to 256 threads for each row of the result.
+// Memory-bound: every row is read once. Grid: one block of up to 256 threads per row of the result.
 
 // y[t] = Σ_k x[row_of[t·K + k]], k ascending, summed in f32.
 template <class T, int W> DEVICE void combine(const T* x, const u32* row_of, T* y, u32 top_k, u64 cols) {

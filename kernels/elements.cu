@@ -1,8 +1,8 @@
-// Element by element: sums, clamps, changes of number format, random values. Bound by memory: each element is read and
-// written once.
+// Elementwise operations: sums, clamps, conversions of the number format, random values. Memory-bound: each element is
+// read and written once.
 
-// Runs `at<T, W>(.., i)` for i over n elements that start at aligned addresses: a thread takes 16 bytes of T, the last one
-// the tail, element by element. Grid: n / Width<T> threads or more, blocks of 256.
+// Calls at<T, W>(.., i) over n elements that start at aligned addresses: a thread takes 16 bytes of T; the last one
+// takes the tail, element by element. Grid: at least n / Width<T> threads, in blocks of 256.
 #define EACH(T, n, at, ...)                                       \
     do {                                                          \
         const int W = Width<T>::value;                            \
@@ -48,7 +48,7 @@ template <class T, int W> DEVICE void clamp_backward_at(T* dy, const T* y, float
 TYPED(float, f32)
 TYPED(bf16, bf16)
 
-// Every row of y becomes x. Grid: a block of any size for each row.
+// Sets every row of y to x. Grid: one block of any size per row.
 template <class T> DEVICE void repeat_row(const T* x, T* y, u64 cols) {
     y += blockIdx.x * cols;
     for (u64 c = threadIdx.x; c < cols; c += blockDim.x) y[c] = x[c];
@@ -57,14 +57,14 @@ template <class T> DEVICE void repeat_row(const T* x, T* y, u64 cols) {
 KERNEL(256, repeat_row_f32, (const float* x, float* y, u64 cols)) { repeat_row(x, y, cols); }
 KERNEL(256, repeat_row_bf16, (const bf16* x, bf16* y, u64 cols)) { repeat_row(x, y, cols); }
 
-// --- changes of number format ----------------------------------------------------------------------------------------
+// --- conversions of the number format --------------------------------------------------------------------------------
 
-// IEEE half precision: parameters may be stored in it, activations never are.
+// IEEE half precision. Parameters may be stored in it; activations never are.
 struct f16 {
     u16 bits;
 };
 
-// The exponent is moved by a multiplication with 2^112, which is exact and right for subnormals too.
+// The exponent is rebiased by a multiplication with 2^112, which is exact, also for subnormals.
 DEVICE float to_f32(f16 x) {
     u32 magnitude = (u32)(x.bits & 0x7fff) << 13;
     u32 finite = (u32)__float_as_int(__int_as_float((int)magnitude) * __int_as_float((127 + 112) << 23));
@@ -72,7 +72,7 @@ DEVICE float to_f32(f16 x) {
     return __int_as_float((int)(bits | (u32)(x.bits & 0x8000) << 16));
 }
 
-// To nearest even. Below 2^-14 the result is subnormal: adding 0.5 lines its bits up with the unit 2^-24.
+// Rounds to nearest even. Below 2^-14 the result is subnormal: adding 0.5 aligns its bits with the unit 2^-24.
 template <> DEVICE f16 from_f32<f16>(float x) {
     u32 bits = (u32)__float_as_int(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
     f16 y;
@@ -90,14 +90,14 @@ template <> DEVICE f16 from_f32<f16>(float x) {
     return y;
 }
 
-// `from` and `to` may start at any element. Grid: n / 8 threads or more, blocks of 256.
+// `from` and `to` may start at any element. Grid: at least n / 8 threads, in blocks of 256.
 template <class A, class B> DEVICE void cast(const A* from, B* to, u64 n) {
     u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     bool aligned = ((u64)from | (u64)to) % 16 == 0;
     if (aligned && i + 8 <= n) {
         store<8>(to + i, load<8>(from + i));
     } else {
-        for (u64 end = least(i + 8, n); i < end; i++) to[i] = from_f32<B>(to_f32(from[i]));
+        for (u64 end = minimum(i + 8, n); i < end; i++) to[i] = from_f32<B>(to_f32(from[i]));
     }
 }
 
@@ -113,7 +113,7 @@ CAST(f16, bf16, f16_bf16)
 
 // --- random values ---------------------------------------------------------------------------------------------------
 
-// Bits at a place of the sequence that `seed` begins: SplitMix64.
+// Number `place` of the SplitMix64 sequence with this seed.
 DEVICE u64 random_bits(u64 seed, u64 place) {
     u64 z = seed + (place + 1) * 0x9e3779b97f4a7c15ull;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -121,8 +121,8 @@ DEVICE u64 random_bits(u64 seed, u64 place) {
     return z ^ (z >> 31);
 }
 
-// Uniform around 0, one of 2^24 values `step` apart; each depends on the seed and its place alone. 24 bits are exact in f32:
-// the product, and then the number format, are all that rounds.
+// Uniform around 0, one of 2^24 values `step` apart; each depends only on the seed and its index. 24 bits are exact in
+// f32, so only the product and the conversion to T round.
 template <class T, int W> DEVICE void random_at(T* to, u64 seed, float step, u64 i) {
     Pack<W> x;
 #pragma unroll

@@ -1,18 +1,19 @@
-// Blocks over ragged groups of rows: consecutive rows of one matrix belong to one group (the rows of an expert, the tokens
-// of a sequence), and only the GPU knows where each begins. The host launches as many blocks as there can be tiles; each
-// block finds its own from the offsets.
+// Blocks over ragged groups of rows: consecutive rows of one matrix form a group (the rows of an expert, the tokens of
+// a sequence), and only the GPU knows the offsets. The host launches enough blocks for any distribution; each block
+// finds its tile from the offsets.
 
-// Rows `row .. row + rows` of all rows, all of `group`, and a column tile. No rows: there is nothing to do.
-struct Place {
+// Rows `row .. row + rows` of the whole matrix, all in `group`, and a column tile. With `rows` 0 the block has no work.
+struct RowTile {
     u64 group, row, rows, column;
 };
 
-// Row tiles that are taken together, so that blocks that run at the same time share rows and columns in the cache.
+// Row tiles in a band. Blocks that run at the same time share its rows and columns in the cache.
 const u64 BAND = 8;
 
-// The tile of block `blockIdx.x` where each group has ceil(rows / height) row tiles of `columns` column tiles each. Tiles
-// run down the rows of a band first, then along the columns. Every thread of the block must come here; all get the same.
-DEVICE Place find_place(const u32* offsets, u64 groups, u32 height, u64 columns) {
+// The tile of block `blockIdx.x` if each group has ceil(rows / height) row tiles of `columns` column tiles each. Tiles
+// are numbered down the rows of a band first, then across its columns. Every thread of the block must call it; all get
+// the same result.
+DEVICE RowTile find_row_tile(const u32* offsets, u64 groups, u32 height, u64 columns) {
     u64 id = blockIdx.x, lane = threadIdx.x % 32;
     for (u64 first = 0; first < groups; first += 32) {
         u64 group = first + lane;
@@ -34,9 +35,9 @@ DEVICE Place find_place(const u32* offsets, u64 groups, u32 height, u64 columns)
         start = __shfl_sync(FULL_WARP, start, mine);
         rows = __shfl_sync(FULL_WARP, rows, mine);
         u64 band = id / (BAND * columns), in_band = id % (BAND * columns);
-        u64 height_of_band = least(BAND, (u64)((rows + height - 1) / height) - band * BAND);
+        u64 height_of_band = minimum(BAND, (u64)((rows + height - 1) / height) - band * BAND);
         u64 at = (band * BAND + in_band % height_of_band) * height;
-        return {first + (u64)mine, start + at, least((u64)height, rows - at), in_band / height_of_band};
+        return {first + (u64)mine, start + at, minimum((u64)height, rows - at), in_band / height_of_band};
     }
     return {0, 0, 0, 0};
 }

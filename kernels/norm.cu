@@ -1,19 +1,20 @@
-// RMS norm over groups of n columns, forward and backward. Bound by memory: the second pass over a group finds it in L1.
+// RMS norm over groups of n columns, forward and backward. Memory-bound: the second pass over a group finds it in L1.
 //
-// A group of up to WARP_GROUP columns belongs to a warp, 8 of them to a block; a longer one to a block. Grid: 256 threads,
-// groups / 8 or groups blocks. Sums are f32: a thread's own columns in order, then the fixed tree of a warp or block.
+// A group of up to WARP_GROUP columns is reduced by a warp, with 8 groups per block; a longer group by a block. Grid:
+// groups / 8 or groups blocks of 256 threads. Sums are f32: a thread's own columns in order, then the fixed tree of a
+// warp or block.
 
 #define WARP_GROUP 1024
 
-// Which group, which share of its columns.
-struct Place {
+// The group of this thread, and its index among the threads of the group.
+struct Lanes {
     bool warp;
     u64 group;
     u32 lane, lanes;
 };
 
-DEVICE Place place(u64 n) {
-    Place p;
+DEVICE Lanes lanes_of(u64 n) {
+    Lanes p;
     p.warp = n <= WARP_GROUP;
     p.group = p.warp ? (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32 : blockIdx.x;
     p.lane = p.warp ? threadIdx.x % 32 : threadIdx.x;
@@ -21,10 +22,10 @@ DEVICE Place place(u64 n) {
     return p;
 }
 
-DEVICE float sum_at(const Place& p, float x) { return p.warp ? warp_sum(x) : block_sum(x); }
+DEVICE float sum_at(const Lanes& p, float x) { return p.warp ? warp_sum(x) : block_sum(x); }
 
 // y = w · x / sqrt(mean(x²) + eps)
-template <class T, int W> DEVICE void forward(const T* x, const T* w, T* y, u64 n, float eps, const Place& p) {
+template <class T, int W> DEVICE void forward(const T* x, const T* w, T* y, u64 n, float eps, const Lanes& p) {
     x += p.group * n;
     y += p.group * n;
     float squares = 0.0f;
@@ -42,9 +43,10 @@ template <class T, int W> DEVICE void forward(const T* x, const T* w, T* y, u64 
     }
 }
 
-// dx = r · (w·dy − x · r² · mean(w·dy·x)) with r = 1 / sqrt(mean(x²) + eps), which is also kept for dw if `rs` is given.
+// dx = r · (w·dy − x · r² · mean(w·dy·x)) with r = 1 / sqrt(mean(x²) + eps), which is also stored for dw if `rs` is
+// given.
 template <class T, int W>
-DEVICE void backward(const T* dy, const T* x, const T* w, T* dx, float* rs, u64 n, float eps, const Place& p) {
+DEVICE void backward(const T* dy, const T* x, const T* w, T* dx, float* rs, u64 n, float eps, const Lanes& p) {
     dy += p.group * n;
     x += p.group * n;
     dx += p.group * n;
@@ -70,13 +72,13 @@ DEVICE void backward(const T* dy, const T* x, const T* w, T* dx, float* rs, u64 
 
 #define TYPED(T, name)                                                                              \
     KERNEL(256, rms_norm_##name, (const T* x, const T* w, T* y, u64 groups, u64 n, float eps)) {    \
-        Place p = place(n);                                                                         \
+        Lanes p = lanes_of(n);                                                                         \
         if (p.group >= groups) return; /* a whole warp */                                           \
         BY_WIDTH(T, n, forward, x, w, y, n, eps, p);                                                \
     }                                                                                               \
     KERNEL(256, rms_norm_backward_##name,                                                           \
            (const T* dy, const T* x, const T* w, T* dx, float* rs, u64 groups, u64 n, float eps)) { \
-        Place p = place(n);                                                                         \
+        Lanes p = lanes_of(n);                                                                         \
         if (p.group >= groups) return; /* a whole warp */                                           \
         BY_WIDTH(T, n, backward, dy, x, w, dx, rs, n, eps, p);                                      \
     }

@@ -1,8 +1,8 @@
-// Rotary embedding in the half-split layout, in place. Bound by memory: x is read and written once; the angles of a
+// Rotary embedding in the half-split layout, in place. Memory-bound: x is read and written once; the angles of a
 // position are shared by its heads and stay in L1.
 
 // Rotates the pairs (i, i + half) of every head by the angles of the row's position; `direction` is 1, or -1 for the
-// transpose. x [T, heads · 2·half]; cos, sin [positions, half]. Grid: a block of up to 256 threads for each row.
+// transpose. x [T, heads · 2·half]; cos, sin [positions, half]. Grid: one block of up to 256 threads per row.
 template <class T, int W>
 DEVICE void rotate(T* x, const u32* positions, const float* cosines, const float* sines, u32 heads, u32 half,
                    float direction) {

@@ -1,13 +1,14 @@
-// The router: softmax over E experts, the K largest, and back; all in f32. A warp has a token; a lane has every 32nd expert.
-// Grid: 128 threads, ceil(T / 4) blocks. Bound by memory, but small: E numbers a token.
+// The router: softmax over E experts, the K largest, and the backward of both, in f32. One warp per token; a lane has
+// every 32nd expert. Grid: ceil(T / 4) blocks of 128 threads. Memory-bound, but small: E values per token.
 
 DEVICE u64 token_of_warp() { return (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; }
 
-// Whether (value a, expert i) goes before (b, j): larger first, equal ones by number. `none` goes last.
+// Whether (value a, expert i) comes before (b, j): larger values first, equal values by expert. NO_EXPERT comes last.
 #define NO_EXPERT 0xffffffffu
 DEVICE bool before(float a, u32 i, float b, u32 j) { return j == NO_EXPERT || (i != NO_EXPERT && (a > b || (a == b && i < j))); }
 
-// ids [T, K], weights [T, K] (divided by their sum if `renormalize`), probabilities [T, E]. E is at most 1024, a bit a lane.
+// ids [T, K], weights [T, K] (divided by their sum if `renormalize`), probabilities [T, E]. E is at most 1024: a lane
+// marks its experts in 32 bits.
 KERNEL(128, route, (const float* logits, u32* ids, float* weights, float* probabilities, u64 tokens, u32 experts, u32 top_k,
                     int renormalize)) {
     u64 t = token_of_warp();
@@ -19,7 +20,7 @@ KERNEL(128, route, (const float* logits, u32* ids, float* weights, float* probab
     weights += t * top_k;
 
     float highest = NEGATIVE_INFINITY;
-    for (u32 e = lane; e < experts; e += 32) highest = most(highest, logits[e]);
+    for (u32 e = lane; e < experts; e += 32) highest = maximum(highest, logits[e]);
     highest = warp_max(highest);
     float total = 0.0f;
     for (u32 e = lane; e < experts; e += 32) {
@@ -35,7 +36,7 @@ KERNEL(128, route, (const float* logits, u32* ids, float* weights, float* probab
         float best = 0.0f;
         u32 id = NO_EXPERT;
         for (u32 e = lane; e < experts; e += 32) {
-            // NaN counts as the smallest, so that K distinct experts come out whatever the logits are.
+            // NaN counts as the smallest value, so that the K experts are distinct for any logits.
             float x = p[e] == p[e] ? p[e] : -1.0f;
             if (!(taken >> e / 32 & 1) && before(x, e, best, id)) best = x, id = e;
         }

@@ -1,6 +1,6 @@
-// Rows by number: gathered, added back, and the gradient of an embedding. Bound by memory: every row is moved once.
+// Gathers rows by index, adds rows back, and the gradient of an embedding. Memory-bound: every row is moved once.
 
-// y[i] = x[index[i] / divide], whatever the rows hold; `bytes` is even. Grid: a block of up to 256 threads for each i.
+// y[i] = x[index[i] / divide] for rows of `bytes` bytes, an even number. Grid: one block of up to 256 threads per i.
 KERNEL(256, gather_rows, (const unsigned char* x, const u32* index, u32 divide, unsigned char* y, u64 bytes)) {
     x += (u64)(index[blockIdx.x] / divide) * bytes;
     y += blockIdx.x * bytes;
@@ -15,7 +15,7 @@ KERNEL(256, gather_rows, (const unsigned char* x, const u32* index, u32 divide, 
     }
 }
 
-// x[index[i]] += y[i] for distinct rows. Grid: a block of up to 256 threads for each i.
+// x[index[i]] += y[i] for distinct rows. Grid: one block of up to 256 threads per i.
 template <class T, int W> DEVICE void add_rows(T* x, const u32* index, const T* y, u64 cols) {
     x += (u64)index[blockIdx.x] * cols;
     y += blockIdx.x * cols;
@@ -27,8 +27,8 @@ template <class T, int W> DEVICE void add_rows(T* x, const u32* index, const T* 
     }
 }
 
-// dw[id] += Σ dy[t] over the tokens t of that id, one after another. `order` holds the tokens sorted by id, stably;
-// those of one id are order[starts[s]..starts[s + 1]]. dw may start at any element. Grid: a block for each s.
+// dw[id] += Σ dy[t] over the tokens t with that id, in order. `order` holds the tokens, stably sorted by id; the tokens
+// of one id are order[starts[s]..starts[s + 1]]. dw may start at any element. Grid: one block per s.
 template <class T> DEVICE void embedding_backward(const T* dy, const u32* ids, const u32* order, const u32* starts, float* dw,
                                                   u64 cols) {
     u32 first = starts[blockIdx.x], end = starts[blockIdx.x + 1];

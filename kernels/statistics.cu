@@ -1,25 +1,25 @@
-// Sums over the tokens that the router objective is made of, in f64 and a fixed order, and their backwards. All read f32
-// router logits once: bound by memory, and small.
+// The sums over tokens in the router objective, in f64 and a fixed order, and their backwards. All read f32 router
+// logits once: memory-bound, and small.
 
 #define ROWS 64
 
-// The largest logit of a row and 1 / Σ e^(logit − highest), for a whole warp.
+// The largest logit of a row and 1 / Σ e^(logit − highest), by one warp.
 DEVICE void softmax_of_warp(const float* row, u64 cols, float& highest, float& inverse) {
     highest = NEGATIVE_INFINITY;
-    for (u64 c = threadIdx.x % 32; c < cols; c += 32) highest = most(highest, row[c]);
+    for (u64 c = threadIdx.x % 32; c < cols; c += 32) highest = maximum(highest, row[c]);
     highest = warp_max(highest);
     float total = 0.0f;
     for (u64 c = threadIdx.x % 32; c < cols; c += 32) total += expf(row[c] - highest);
     inverse = 1.0f / warp_sum(total);
 }
 
-// partial[b, c] = Σ over the rows of chunk b of x[row, c], or of softmax(x[row])[c]. Grid: a block of 256 threads for each
+// partial[b, c] = Σ over the rows of chunk b of x[row, c], or of softmax(x[row])[c]. Grid: one block of 256 threads per
 // chunk of ROWS rows.
 KERNEL(256, sum_rows, (const float* x, double* partial, u64 rows, u64 cols, int softmax)) {
     SHARED(float, highest, [ROWS]);
     SHARED(float, inverse, [ROWS]);
     u64 first = (u64)blockIdx.x * ROWS;
-    u32 count = (u32)least((u64)ROWS, rows - first);
+    u32 count = (u32)minimum((u64)ROWS, rows - first);
     x += first * cols;
     if (softmax) {
         for (u32 i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
@@ -39,7 +39,7 @@ KERNEL(256, sum_rows, (const float* x, double* partial, u64 rows, u64 cols, int 
     }
 }
 
-// out[c] = Σ_p partial[p, c], p ascending. Grid: cols threads or more, blocks of 256.
+// out[c] = Σ_p partial[p, c], p ascending. Grid: at least cols threads, in blocks of 256.
 KERNEL(256, sum_partials, (const double* partial, double* out, u64 parts, u64 cols)) {
     u64 c = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= cols) return;
@@ -48,7 +48,7 @@ KERNEL(256, sum_partials, (const double* partial, double* out, u64 parts, u64 co
     out[c] = sum;
 }
 
-// dlogits[row] += p · (dy − Σ p·dy), p = softmax(logits[row]). Grid: a warp for each row, 4 to a block.
+// dlogits[row] += p · (dy − Σ p·dy), p = softmax(logits[row]). Grid: one warp per row, 4 per block.
 KERNEL(128, softmax_sum_backward, (const float* dy, const float* logits, float* dlogits, u64 rows, u64 cols)) {
     u64 row = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= rows) return;
@@ -63,7 +63,7 @@ KERNEL(128, softmax_sum_backward, (const float* dy, const float* logits, float* 
     }
 }
 
-// Every row += dy. Grid: a block of up to 256 threads for each row.
+// Adds dy to every row. Grid: one block of up to 256 threads per row.
 template <class T> DEVICE void add_to_rows(const float* dy, T* dx, u64 cols) {
     dx += blockIdx.x * cols;
     for (u64 c = threadIdx.x; c < cols; c += blockDim.x) dx[c] = from_f32<T>(to_f32(dx[c]) + dy[c]);

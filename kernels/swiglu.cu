@@ -1,5 +1,5 @@
-// Gated activations: silu(gate) · up, and the sigmoid gate of a shared expert. Bound by memory: every operand is read once.
-// Grid of all: a block of up to 256 threads for each row.
+// Gated activations: silu(gate) · up, and the sigmoid gate of a shared expert. Memory-bound: every operand is read
+// once. Grid of all kernels here: one block of up to 256 threads per row.
 
 // gate_up [n, 2F] → y [n, F]
 template <class T, int W> DEVICE void swiglu(const T* gate_up, T* y, u64 f) {

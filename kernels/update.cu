@@ -1,45 +1,47 @@
-// What changes parameters, and sums that decide whether it may. Bound by memory: AdamW reads 16 and writes 12 bytes an
-// element, a sum of squares reads 4.
+// Parameter updates, and the sums that decide whether they may happen. Memory-bound: AdamW reads 16 and writes 12 bytes
+// per element, a sum of squares reads 4.
 
-// PyTorch's AdamW, rounding by rounding as on the CPU: the _rn functions keep the compiler from fusing a product with a sum.
-DEVICE void adamw_one(float& w, float& m, float& v, float g, float grad_scale, float take1, float beta2, float take2,
-                      float keep, float rate, float root, float eps) {
-    g = __fmul_rn(g, grad_scale);
-    m = __fadd_rn(m, __fmul_rn(__fsub_rn(g, m), take1));
-    v = __fadd_rn(__fmul_rn(v, beta2), __fmul_rn(take2, __fmul_rn(g, g)));
-    float step = __fdiv_rn(m, __fadd_rn(__fdiv_rn(__fsqrt_rn(v), root), eps));
-    w = __fsub_rn(__fmul_rn(w, keep), __fmul_rn(rate, step));
-}
+// The scalars of one step.
+struct AdamwStep {
+    float grad_scale, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, bias_correction2_sqrt, eps;
 
-template <int W>
-DEVICE void adamw_at(float* master, float* m, float* v, const float* grad, u64 i, float grad_scale, float take1, float beta2,
-                     float take2, float keep, float rate, float root, float eps) {
-    Pack<W> w = load<W>(master + i), a = load<W>(m + i), b = load<W>(v + i), g = load<W>(grad + i);
-#pragma unroll
-    for (int j = 0; j < W; j++) {
-        adamw_one(w.v[j], a.v[j], b.v[j], g.v[j], grad_scale, take1, beta2, take2, keep, rate, root, eps);
+    // PyTorch's AdamW with the same roundings as on the CPU: the _rn functions keep the compiler from fusing a product
+    // with a sum.
+    DEVICE void apply(float& w, float& m, float& v, float g) const {
+        g = __fmul_rn(g, grad_scale);
+        m = __fadd_rn(m, __fmul_rn(__fsub_rn(g, m), one_minus_beta1));
+        v = __fadd_rn(__fmul_rn(v, beta2), __fmul_rn(one_minus_beta2, __fmul_rn(g, g)));
+        float step = __fdiv_rn(m, __fadd_rn(__fdiv_rn(__fsqrt_rn(v), bias_correction2_sqrt), eps));
+        w = __fsub_rn(__fmul_rn(w, decay), __fmul_rn(step_size, step));
     }
-    store<W>(master + i, w);
-    store<W>(m + i, a);
-    store<W>(v + i, b);
-}
 
-// The rows may start at any element. Grid: n / 4 threads or more, blocks of 256.
-KERNEL(256, adamw, (float* master, float* m, float* v, const float* grad, u64 n, float grad_scale, float take1, float beta2,
-                    float take2, float keep, float rate, float root, float eps)) {
+    // Elements i .. i + W.
+    template <int W> DEVICE void apply_at(float* master, float* m, float* v, const float* grad, u64 i) const {
+        Pack<W> w = load<W>(master + i), a = load<W>(m + i), b = load<W>(v + i), g = load<W>(grad + i);
+#pragma unroll
+        for (int j = 0; j < W; j++) apply(w.v[j], a.v[j], b.v[j], g.v[j]);
+        store<W>(master + i, w);
+        store<W>(m + i, a);
+        store<W>(v + i, b);
+    }
+};
+
+// The arrays may start at any element. Grid: at least n / 4 threads, in blocks of 256.
+KERNEL(256, adamw,
+       (float* master, float* m, float* v, const float* grad, u64 n, float grad_scale, float one_minus_beta1, float beta2,
+        float one_minus_beta2, float decay, float step_size, float bias_correction2_sqrt, float eps)) {
+    const AdamwStep step = {grad_scale, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, bias_correction2_sqrt, eps};
     u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     bool aligned = ((u64)master | (u64)m | (u64)v | (u64)grad) % 16 == 0;
     if (aligned && i + 4 <= n) {
-        adamw_at<4>(master, m, v, grad, i, grad_scale, take1, beta2, take2, keep, rate, root, eps);
+        step.apply_at<4>(master, m, v, grad, i);
     } else {
-        for (u64 end = least(i + 4, n); i < end; i++) {
-            adamw_at<1>(master, m, v, grad, i, grad_scale, take1, beta2, take2, keep, rate, root, eps);
-        }
+        for (u64 end = minimum(i + 4, n); i < end; i++) step.apply_at<1>(master, m, v, grad, i);
     }
 }
 
-// partial[b] = Σ x² of the block's share, in f64: a square of a finite f32 never overflows, so the sum is finite exactly
-// if every entry is. Grid: any number of blocks of 256 threads.
+// partial[block] = Σ x² over the block's share, in f64: the square of a finite f32 does not overflow there, so the sum
+// is finite exactly if every element is. Grid: any number of blocks of 256 threads.
 KERNEL(256, sum_squares, (const float* x, double* partial, u64 n)) {
     double sum = 0.0;
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {

@@ -2,14 +2,15 @@
 
 use std::{env, io, panic};
 
+use moewarden::backend::DeviceFault;
 use moewarden::collective::Leave;
 use moewarden::exit::{Ended, Stopped};
 use moewarden::{cli, collective, exit, panics};
 
 fn main() {
     panic::set_hook(Box::new(|fault| {
-        if fault.payload().is::<exit::Failure>() || panics::is_expected() {
-            return; // no fault of ours, and reported where it is caught
+        if fault.payload().is::<DeviceFault>() || panics::is_expected() {
+            return; // not a bug; reported where it is caught
         }
         say(&format!(
             "error: moewarden itself is at fault: {fault}\nPlease report this with the command line and the version \

@@ -1,4 +1,4 @@
-//! The operations of one layer, in the order of a pass, with what each needs at least.
+//! The operations of one layer, in the order of a pass, each with its minimum of bytes or FLOP.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use moewarden::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTenso
 
 use crate::report::{Report, Work, bytes, product};
 
-/// Sizes of a model: width, attention, experts' width and number, experts a token, vocabulary.
+/// Sizes of a model: width, attention, width and number of experts, experts per token, vocabulary.
 pub struct Shape {
     pub model: &'static str,
     pub d: usize,
@@ -23,12 +23,12 @@ pub struct Shape {
     pub v: usize,
 }
 
-/// Bytes of an activation or a weight.
+/// Bytes of an element of an activation or a weight.
 const A: usize = 2;
-/// One of so many experts is trained.
+/// One in this many experts is trained.
 const TRAINED: usize = 16;
 
-/// Numbers in [-scale, scale), always the same ones.
+/// The same pseudo-random numbers in [-scale, scale) every time.
 fn noise(n: usize, scale: f32) -> Vec<f32> {
     let mut state = 1u32;
     let mut next = || {
@@ -55,7 +55,7 @@ pub fn run(report: &mut Report, gpu: &Arc<dyn Gpu>, shape: &Shape, lengths: &[us
     updates(report, &cuda, shape);
 }
 
-/// Rows and elements.
+/// Operations on rows and elements.
 fn rows(report: &Report, b: &Cuda, shape: &Shape, x: &Tensor) {
     let (t, d) = b.shape(x);
     let one = t * d * A;
@@ -97,7 +97,7 @@ fn rows(report: &Report, b: &Cuda, shape: &Shape, x: &Tensor) {
     report.time("bias_backward", bytes(t * q * A), || b.bias_backward(&dy, &mut dw, 0));
 }
 
-/// Rotary embedding and attention, in the form that is chosen.
+/// Rotary embedding and attention, in the chosen form.
 fn attention(report: &Report, b: &Cuda, shape: &Shape, packing: &Packing, x: &Tensor) {
     let (t, dim) = (b.shape(x).0, shape.dim);
     let inv_freq = (0..dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / dim as f32)).collect();
@@ -115,7 +115,7 @@ fn attention(report: &Report, b: &Cuda, shape: &Shape, packing: &Packing, x: &Te
     let y = b.attention(&q, &k, &v, &seqs, &heads);
     let forward = product(flops, 2 * (q_size + kv_size) * A);
     report.time(&format!("attention: {form}"), forward, || b.attention(&q, &k, &v, &seqs, &heads));
-    // Five products of the forward's two.
+    // The backward has five products, the forward two.
     let backward = product(flops * 5 / 2, (4 * q_size + 4 * kv_size) * A);
     report.time(&format!("attention_backward: {form}"), backward, || {
         b.attention_backward(&y, &q, &k, &v, &y, &seqs, &heads)
@@ -141,7 +141,7 @@ fn head(report: &Report, b: &Cuda, shape: &Shape, x: &Tensor) {
     });
 }
 
-/// Router, sort, and the experts in both forms.
+/// Router, sort, and the experts in all forms.
 fn experts(report: &mut Report, gpu: &Arc<dyn Gpu>, b: &Cuda, shape: &Shape, x: &Tensor) {
     let Shape { d, f, experts, top_k, .. } = *shape;
     let t = b.shape(x).0;
@@ -194,7 +194,7 @@ fn experts(report: &mut Report, gpu: &Arc<dyn Gpu>, b: &Cuda, shape: &Shape, x: 
 /// The backend once for each form of grouped products.
 struct Forms<'a> {
     chosen: &'a Cuda,
-    /// Those that this GPU can run.
+    /// The forms that this GPU supports.
     all: Vec<(Form, Cuda)>,
 }
 
@@ -231,7 +231,7 @@ impl<'a> Forms<'a> {
 struct Products {
     name: &'static str,
     weights: Vec<Weight>,
-    /// Weights an expert.
+    /// Weights per expert.
     stack: usize,
     inputs: usize,
     outputs: usize,
@@ -288,7 +288,7 @@ impl Products {
     }
 }
 
-/// What moves the trained experts of a layer.
+/// The update of the trained experts of a layer.
 fn updates(report: &Report, b: &Cuda, shape: &Shape) {
     let (rows, cols) = (3 * shape.f * shape.experts.div_ceil(TRAINED), shape.d);
     let n = rows * cols;

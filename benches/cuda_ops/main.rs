@@ -1,11 +1,12 @@
-//! Median time and rate of each operation of the CUDA backend, beside what the GPU could do at best, at the shapes of one
-//! layer of OLMoE-1B-7B, Qwen3-30B-A3B and Mixtral-8x7B: `cargo bench --bench cuda_ops`.
+//! Median time and rate of each operation of the CUDA backend, next to the hardware's bound, at the shapes of one layer
+//! of OLMoE-1B-7B, Qwen3-30B-A3B and Mixtral-8x7B: `cargo bench --bench cuda_ops`.
 //!
-//! Options: `-- NAME` runs the operations whose line contains it, `--markdown` prints tables, `--gpu N` takes another GPU.
-//! `--open` only says which GPU and which libraries there are. `--emulate` runs everything once in tiny shapes on an emulated GPU, which says that this program works and nothing else.
+//! Options: `-- NAME` runs the operations whose line contains it, `--markdown` prints tables, `--gpu N` selects another
+//! GPU, `--open` only prints the GPU and the libraries. `--emulate` runs everything once in tiny shapes on an emulated
+//! GPU, only to test this program.
 //!
-//! Grouped products and gradient magnitudes are timed in both forms; at the end is said where `backend::cuda::plan`
-//! chooses the slower one.
+//! Grouped products and gradient magnitudes are timed in all forms; the end lists the shapes for which
+//! `backend::cuda::plan` chooses a slower one.
 
 #[path = "../../tests/emulator/mod.rs"]
 #[allow(dead_code)] // the tests use more of it
@@ -18,10 +19,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use layer::Shape;
+use moewarden::backend::DeviceFault;
 use moewarden::backend::cuda::gpu::Gpu;
 use moewarden::backend::cuda::nvidia::Nvidia;
 use moewarden::backend::cuda::nvidia::library::Surroundings;
-use moewarden::exit::{Coded, Failure};
+use moewarden::exit::Coded;
 use report::Report;
 
 /// From the models' public config.json.
@@ -65,11 +67,11 @@ fn main() -> ExitCode {
     for shape in models {
         for &(rows, length) in batches {
             report.title(&format!("{}, {rows} x {length} tokens", shape.model));
-            // Operations fail by unwinding with the error; the next shape may fit.
+            // Full memory unwinds as a device fault; the next shape may fit.
             let run = AssertUnwindSafe(|| layer::run(&mut report, &gpu, shape, &vec![length; rows]));
             if let Err(payload) = catch_unwind(run) {
-                match payload.downcast::<Failure>() {
-                    Ok(failure) => println!("\ngave up: {failure}"),
+                match payload.downcast::<DeviceFault>() {
+                    Ok(fault) => println!("\ngave up: {fault}"),
                     Err(payload) => std::panic::resume_unwind(payload),
                 }
                 code = ExitCode::FAILURE;

@@ -1,4 +1,4 @@
-//! Timing, and rates beside what the GPU could do at best.
+//! Timing, and rates next to the hardware's bound.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -6,8 +6,8 @@ use std::time::Instant;
 use moewarden::backend::cuda::gpu::Gpu;
 use moewarden::backend::cuda::plan::Form;
 
-/// What a GPU can do in a second, by a part of its name: bytes of its memory and multiplications and additions of dense BF16
-/// products. From NVIDIA's data sheets.
+/// Peak rates by a part of the GPU's name: memory bandwidth in bytes/s, and dense BF16 FLOP/s. From NVIDIA's data
+/// sheets.
 const BOUNDS: [(&str, f64, f64); 7] = [
     ("H200", 4.8e12, 989e12),
     ("H100 80GB HBM3", 3.35e12, 989e12),
@@ -18,11 +18,11 @@ const BOUNDS: [(&str, f64, f64); 7] = [
     ("RTX 4090", 1.008e12, 165e12),
 ];
 
-/// Seconds of one measurement, and how many there are.
+/// Seconds per measurement, and number of measurements.
 const SPAN: f64 = 0.05;
 const ROUNDS: usize = 5;
 
-/// What an operation cannot do without.
+/// The minimum work of an operation.
 #[derive(Clone, Copy)]
 pub struct Work {
     pub flops: f64,
@@ -30,7 +30,7 @@ pub struct Work {
     pub bytes: f64,
 }
 
-/// An operation that moves bytes.
+/// A memory-bound operation.
 pub fn bytes(n: usize) -> Work {
     Work { flops: 0.0, bytes: n as f64 }
 }
@@ -40,14 +40,14 @@ pub fn product(flops: usize, bytes: usize) -> Work {
     Work { flops: flops as f64, bytes: bytes as f64 }
 }
 
-/// Forms of one product with their seconds: the one chosen, and the best of the others.
+/// The seconds of a product in the chosen form, and in the best of the others.
 struct Choice {
     what: String,
     chosen: (Form, f64),
     best: (Form, f64),
 }
 
-/// Prints lines as they come.
+/// Prints each line immediately.
 pub struct Report {
     gpu: Arc<dyn Gpu>,
     bounds: Option<(f64, f64)>,
@@ -77,8 +77,8 @@ impl Report {
         }
     }
 
-    /// The median of a few loops between two waits, each long enough for launches to overlap with work; `None` if the filter
-    /// leaves it out.
+    /// The median of a few loops with a synchronization at the end, each long enough for launches to overlap with work;
+    /// `None` if the filter excludes it.
     pub fn time<R>(&self, name: &str, work: Work, mut f: impl FnMut() -> R) -> Option<f64> {
         if !format!("{}: {name}", self.title).contains(&self.filter) {
             return None;
@@ -89,7 +89,7 @@ impl Report {
             self.gpu.synchronize().expect("the queued work ends");
             start.elapsed().as_secs_f64()
         };
-        run(1); // allocates, loads the kernel
+        run(1); // warm-up: allocates, loads the kernel
         let n = ((SPAN / run(2).max(1e-9) * 2.0) as usize).clamp(1, 5000);
         let mut times: Vec<f64> = (0..ROUNDS).map(|_| run(n) / n as f64).collect();
         times.sort_by(f64::total_cmp);
@@ -98,7 +98,7 @@ impl Report {
         Some(median)
     }
 
-    /// The same of all forms of a product, of which the first is what is chosen.
+    /// The same for all forms of a product, with the chosen form first.
     pub fn compare<R>(&mut self, name: &str, work: Work, forms: &[Form], mut f: impl FnMut(Form) -> R) {
         let mut timed = forms
             .iter()
@@ -131,7 +131,7 @@ impl Report {
         }
     }
 
-    /// Where the choice of form was the slower one.
+    /// Prints where the chosen form is slower than another.
     pub fn judge_choices(&self) {
         if self.choices.is_empty() {
             return;

@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::backend::DeviceFault;
 use crate::collective::threads::{self, Outcome};
 use crate::collective::{self, Collective};
 use crate::exit::{self, Failure, Result};
@@ -167,14 +168,13 @@ impl Ranks {
     }
 }
 
-/// Runs `main` and turns a panic into a failure. A GPU's operations return no errors: a device fault is a panic that carries
-/// the failure.
+/// Runs `main` and turns a panic into a failure: the operations of a backend return no errors, but panic with a device fault.
 ///
 /// # Errors
-/// Those of `main`, device faults, and other panics.
+/// Those of `main`, device faults ([`DeviceFault`]), and other panics.
 pub fn catch_panic<T>(main: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(main)).unwrap_or_else(|panic| match panic.downcast::<Failure>() {
-        Ok(failure) => Err(*failure),
+    catch_unwind(AssertUnwindSafe(main)).unwrap_or_else(|panic| match panic.downcast::<DeviceFault>() {
+        Ok(fault) => Err((*fault).into()),
         Err(panic) => Err(Failure::new(exit::INTERNAL, format!("panicked: {}", threads::panic_message(&*panic)))),
     })
 }

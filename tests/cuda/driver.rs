@@ -1,5 +1,5 @@
-//! `Nvidia` and NCCL's communicator over a stand-in for the libraries (`tests/stand_in/cuda.c`), whose streams do
-//! everything as late as they may: what is called with which arguments, in which order, and that all is given back.
+//! `Nvidia` and NCCL's communicator on a stand-in for the libraries (`tests/stand_in/cuda.c`), whose streams run
+//! everything as late as allowed: calls, arguments and their order, and that every resource is freed.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,7 +13,7 @@ use moewarden::backend::cuda::nvidia::{Error, Nvidia};
 use moewarden::collective::nccl::{Communicator, DeviceCollective, Nccl};
 use moewarden::collective::threads;
 
-/// Set in the process that has the stand-in, to the folder of the kernel cache.
+/// Set in the process with the stand-in, to the folder of the kernel cache.
 const INSIDE: &str = "MOEWARDEN_TEST_STAND_IN";
 
 /// The loader reads `LD_LIBRARY_PATH` when a process starts, so this test runs itself in a second one.
@@ -41,7 +41,7 @@ fn the_calls_are_those_that_the_libraries_expect() {
     assert!(inside.status.success() && said.contains("all was looked at"), "{said}");
 }
 
-/// The number that the stand-in counts under this name.
+/// The stand-in's counter of this name.
 fn count(name: &str) -> i32 {
     // SAFETY: the stand-in is loaded; the symbol is an int.
     unsafe {
@@ -58,7 +58,7 @@ fn inside(cache: &Path) {
     let gpu = open(0).unwrap();
     assert_eq!(count("stand_in_compilations") as usize, MODULES.len());
     assert_eq!((gpu.name().as_str(), gpu.architecture().sm, gpu.architecture().processors), ("stand-in", 90, 132));
-    // From any thread.
+    // From another thread.
     std::thread::scope(|scope| {
         scope.spawn(|| {
             copies(&gpu);
@@ -69,25 +69,21 @@ fn inside(cache: &Path) {
         });
     });
     drop(gpu);
-    assert_eq!(count("stand_in_open"), 0, "all is given back");
+    assert_eq!(count("stand_in_open"), 0, "every resource is freed");
 
     drop(open(0).unwrap());
-    assert_eq!(
-        count("stand_in_compilations") as usize,
-        MODULES.len(),
-        "the second start finds the first one's kernels"
-    );
+    assert_eq!(count("stand_in_compilations") as usize, MODULES.len(), "the second start uses the cached kernels");
     println!("all was looked at");
 }
 
-/// Of every size: without staging, with a part of a buffer, and with many turns of both.
+/// Copies of every size: without staging, with part of one staging buffer, and with many turns of both.
 fn copies(gpu: &Nvidia) {
     for len in [1, 64 << 10, (64 << 10) + 1, 8 << 20, (8 << 20) + 1, (45 << 20) + 7] {
         let (first, second) = (gpu.allocate(len).unwrap().unwrap(), gpu.allocate(len).unwrap().unwrap());
         let mut bytes: Vec<u8> = (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let sent = bytes.clone();
         gpu.copy_in(first, &bytes).unwrap();
-        bytes.fill(0xee); // they may change as soon as it returns
+        bytes.fill(0xee); // allowed as soon as copy_in returns
         gpu.copy(first, second, len).unwrap();
         gpu.zero(first, len).unwrap();
         gpu.copy_out(second, &mut bytes).unwrap();
@@ -95,14 +91,14 @@ fn copies(gpu: &Nvidia) {
         gpu.copy_out(first, &mut bytes).unwrap();
         assert!(bytes.iter().all(|&b| b == 0), "{len} zeros");
         gpu.copy_in(first, &sent).unwrap();
-        gpu.free(first).unwrap(); // with work in the stream
+        gpu.free(first).unwrap(); // while work is queued
         gpu.free(second).unwrap();
     }
 }
 
 fn room(gpu: &Nvidia) {
     let before = gpu.memory().unwrap();
-    assert_eq!(gpu.allocate(before.free + 1).unwrap(), None, "no room is no fault");
+    assert_eq!(gpu.allocate(before.free + 1).unwrap(), None, "full memory is not a fault");
     let at = gpu.allocate(before.free).unwrap().unwrap();
     assert_eq!(gpu.memory().unwrap().free, 0);
     gpu.free(at).unwrap();
@@ -115,13 +111,17 @@ fn kernels(gpu: &Nvidia) {
     let mut bytes = [0; 8];
     for shared in [0, 47 << 10, 48 << 10, 200 << 10, 1 << 10] {
         let args = [Arg::Pointer(sum), Arg::F32(0.5), Arg::U32(7), Arg::U64(100)];
-        gpu.launch(&kernel("add_all"), Grid { blocks: [1, 2, 3], threads: 32, shared }, &args).unwrap();
+        let grid = Grid { blocks: [1, 2, 3], threads: 32, shared };
+        // SAFETY: the stand-in's kernel takes these arguments.
+        unsafe { gpu.launch(&kernel("add_all"), grid, &args) }.unwrap();
         gpu.copy_out(sum, &mut bytes).unwrap();
         assert_eq!(f64::from_ne_bytes(bytes), 0.5 + 7.0 + 100.0 + 1e3 + 2e4 + 3e5 + 32e6, "{shared} bytes shared");
     }
-    let error = gpu.launch(&kernel("unknown"), Grid::row(1, 32), &[]).unwrap_err().to_string();
+    // SAFETY: neither is launched.
+    let refused = |name, grid| unsafe { gpu.launch(&kernel(name), grid, &[]) }.unwrap_err().to_string();
+    let error = refused("unknown", Grid::row(1, 32));
     assert!(error.contains("unknown") && error.contains(MODULES[0].stem), "{error}");
-    let error = gpu.launch(&kernel("add_all"), Grid::row(1, 32).shared(1 << 20), &[]).unwrap_err().to_string();
+    let error = refused("add_all", Grid::row(1, 32).shared(1 << 20));
     assert!(error.contains("1048576 bytes") && error.contains("the stand-in says no"), "{error}");
     gpu.free(sum).unwrap();
 }
@@ -167,7 +167,7 @@ fn products(gpu: &Nvidia) {
 fn sums(gpu: &Nvidia, nccl: &Path) {
     let load = || Nccl::load(nccl, 0).unwrap();
     let timeout = Duration::from_secs(60);
-    // Two ranks, and one GPU.
+    // Two ranks on one GPU.
     std::thread::scope(|scope| {
         for host in threads::group(2, timeout) {
             scope.spawn(move || {
@@ -184,7 +184,7 @@ fn sums(gpu: &Nvidia, nccl: &Path) {
     let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
     let [first, second] = [0; 2].map(|_| gpu.allocate(4 * len).unwrap().unwrap());
     let mut got = vec![0f32; len];
-    // Each step reads what the one before has written, across both streams.
+    // Each step reads the result of the previous one, across both streams.
     gpu.copy_in(first, bytemuck::cast_slice(&values)).unwrap();
     group.all_reduce_f32(first.0, len).unwrap();
     group.join().unwrap();

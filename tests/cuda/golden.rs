@@ -1,5 +1,5 @@
-//! Whole identifications and training steps of golden cases on the GPU backend, its kernels run on the CPU, which is slow: a
-//! few cases. With `MOEWARDEN_TEST_GPU=0` they run on that GPU, all of them.
+//! Whole identifications and training steps of golden cases on the GPU backend. With emulated kernels, which are slow,
+//! only a few cases run; with `MOEWARDEN_TEST_GPU=0` all of them run on that GPU.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use moewarden::config::RunConfig;
 use moewarden::model::ParamId;
 use serde_json::json;
 
-/// What f32 may be off by.
+/// The tolerance for f32.
 fn f32_tolerance() -> Tolerance {
     if device::is_real() {
         Tolerance { relative: 1e-4, absolute: 1e-7, why: "f32 on a GPU: other sums, fused products, its own expf" }
@@ -22,18 +22,18 @@ fn f32_tolerance() -> Tolerance {
     }
 }
 
-/// A bf16 number is within 2^-9 = 0.2 % of what it stands for, and here the f32 parameters are rounded too. Scores are means over
-/// many such errors, but an expert that few tokens reach has few.
+/// Rounding to bf16 changes a number by up to 2^-9 = 0.2 %, and here the f32 parameters are rounded, too. Scores
+/// average over many such errors, except those of experts with few tokens.
 fn bf16_tolerance() -> Tolerance {
     if device::is_real() {
-        // All cases, which were within 2e-2 on the emulator; tensor cores round the probabilities of attention, too.
+        // All cases, which are within 2e-2 on the emulator; tensor cores round the probabilities of attention, too.
         Tolerance { relative: 0.04, absolute: 0.0, why: "activations of 8 significant bits" }
     } else {
         Tolerance { relative: 0.015, absolute: 0.0, why: "activations of 8 significant bits, measured 9e-3" }
     }
 }
 
-/// The cases that a test covers: all of them on a real GPU, `few` where kernels are emulated.
+/// The cases of a test: all on a real GPU, `few` with emulated kernels.
 fn cases(few: &[&str]) -> Vec<String> {
     if !device::is_real() {
         return few.iter().map(|name| name.to_string()).collect();
@@ -45,7 +45,7 @@ fn cases(few: &[&str]) -> Vec<String> {
     names
 }
 
-/// Cases with a phase: of the four long ones every phase on a real GPU, `few` where kernels are emulated.
+/// Cases with a phase: every phase of the four long cases on a real GPU, `few` with emulated kernels.
 fn long_cases(few: &[(&str, &'static str)]) -> Vec<(String, &'static str)> {
     if !device::is_real() {
         return few.iter().map(|&(name, phase)| (name.to_string(), phase)).collect();
@@ -78,7 +78,7 @@ fn identification(name: &str, dtype: Dtype, tolerance: Tolerance) {
     assert_eq!(bits(&run().scores.values), bits(&found.scores.values), "{name}: two runs differ");
 }
 
-/// Loss and gradients of all parameters for the first batch: on the GPU with activations of this type, then on the CPU.
+/// Loss and gradients of all parameters for the first batch: on the GPU with this number format, then on the CPU.
 fn all_gradients(case: &Case, dtype: Dtype) -> [(f64, Vec<Vec<f32>>); 2] {
     let all: Vec<ParamId> = (0..case.session.table.params.len()).collect();
     let (gpu, cpu) = (case.run_on(&case.config, cuda(dtype)), case.run(&case.config, 1));
@@ -102,11 +102,13 @@ fn gradients(name: &str) {
     }
 }
 
-/// How far all gradients together may be from those of F32: activations of 8 bits, their gradients too. A token near
-/// a tie goes to another expert: on the emulator olmoe is 0.037 off, mixtral 0.093.
+/// The relative distance allowed between BF16 and F32 gradients as one vector: activations and their gradients have 8
+/// bits, and a token near a tie goes to another expert. On the emulator the distance is 0.037 for olmoe and 0.093 for
+/// mixtral.
 const BF16_GRADIENTS: f64 = 0.2;
 
-/// The gradients of all parameters in BF16 against those in F32 on the CPU: as one vector, the length of the difference.
+/// The gradients of all parameters in BF16 against those in F32 on the CPU: as one vector, the length of the
+/// difference.
 fn gradients_in_bf16(name: &str) {
     let [(loss, ours), (expected, theirs)] = all_gradients(&Case::open(name), Dtype::Bf16);
     assert!((loss - expected).abs() < 0.01 * expected, "{name}: loss {loss} instead of {expected}");
@@ -116,12 +118,12 @@ fn gradients_in_bf16(name: &str) {
     assert!(share > 0.0 && share < BF16_GRADIENTS, "{name}: the gradients are {share} of their length off");
 }
 
-/// How far a training run may be from the CPU's.
+/// The tolerances of a training run, compared with the CPU.
 struct Apart {
     /// Losses and norms of gradients.
     losses: Tolerance,
-    /// The change of a parameter, as a share of its size. AdamW follows the sign of gradients: an entry near zero may turn,
-    /// the update as a whole may not.
+    /// The change of a parameter, relative to its size. AdamW follows the sign of gradients: an entry near zero may
+    /// change its sign, but the update as a whole may not.
     change: f64,
 }
 
@@ -129,7 +131,8 @@ fn apart(dtype: Dtype) -> Apart {
     let losses = Tolerance { relative: 0.01, absolute: 0.0, why: "means over activations of 8 bits, measured 2e-3" };
     match (dtype, device::is_real()) {
         (Dtype::Bf16, false) => Apart { losses, change: 0.3 },
-        // All cases, which were within 0.43 on the emulator: that expert saw few tokens, and 1 of 20 of its entries turned.
+        // All cases, which are within 0.43 on the emulator: that expert had few tokens, and 1 in 20 of its entries
+        // changed sign.
         (Dtype::Bf16, true) => Apart { losses, change: 0.6 },
         (_, false) => Apart { losses: f32_tolerance(), change: 2e-3 },
         (_, true) => Apart { losses: f32_tolerance(), change: 1e-2 },

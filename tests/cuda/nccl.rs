@@ -1,4 +1,4 @@
-//! What NCCL answers without a GPU: its version, and ids. With `MOEWARDEN_TEST_GPU=0` also a group of one rank on that GPU.
+//! NCCL without a GPU: its version, and ids. With `MOEWARDEN_TEST_GPU=0` also a group of one rank on that GPU.
 
 use std::path::Path;
 use std::time::Duration;
@@ -30,7 +30,7 @@ fn what_is_not_nccl_is_refused_by_name() {
     }
 }
 
-/// Sums over one rank change nothing, but they go through NCCL, its second stream, and what orders the two.
+/// Sums over one rank change nothing, but they use NCCL, its second stream, and the events that order the two streams.
 #[test]
 fn one_rank_on_a_gpu() {
     let Ok(index) = std::env::var("MOEWARDEN_TEST_GPU") else {
@@ -48,7 +48,7 @@ fn one_rank_on_a_gpu() {
     let values: Vec<f32> = (0..len).map(|i| (i % 1000) as f32 - 0.5).collect();
     let [first, second] = [0; 2].map(|_| gpu.allocate(4 * len).unwrap().unwrap());
     let mut got = vec![0f32; len];
-    // Each step reads what the one before has written, across both streams.
+    // Each step reads the result of the previous one, across both streams.
     for _ in 0..3 {
         gpu.zero(second, 4 * len).unwrap();
         gpu.copy_in(first, bytemuck::cast_slice(&values)).unwrap();

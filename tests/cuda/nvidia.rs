@@ -1,12 +1,12 @@
-//! NVIDIA's libraries from their PyPI wheels, where they are. No GPU is needed.
+//! NVIDIA's libraries from their PyPI wheels, if they are installed. No GPU is needed.
 
 use std::io::Write;
 
 use moewarden::backend::cuda::nvidia::Error;
 use moewarden::backend::cuda::nvidia::library::{self, Library, Open, Surroundings};
 
-/// The library as the program itself would find it, and in `MOEWARDEN_WHEELS`, a folder that `pip install --target` filled.
-/// Where there is none, a line says that `what` does not run.
+/// Opens a library as the program does, also from `MOEWARDEN_WHEELS`, a folder filled by `pip install --target`.
+/// Without the library, prints that `what` is skipped.
 pub fn library(library: Library, what: &str) -> Option<Open> {
     let surroundings = Surroundings::read(|name| match name {
         "PYTHONPATH" => std::env::var_os("MOEWARDEN_WHEELS"),
@@ -22,7 +22,7 @@ pub fn library(library: Library, what: &str) -> Option<Open> {
     }
 }
 
-/// A line that is shown even if the test passes.
+/// Prints a line even if the test passes.
 pub fn say(line: &str) {
     _ = writeln!(std::io::stderr(), "{line}"); // unlike eprintln!, not captured
 }

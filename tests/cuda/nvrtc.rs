@@ -1,7 +1,7 @@
-//! Every kernel compiles for the architectures that we know: no GPU is needed for that, only NVRTC.
+//! Every kernel compiles for sm_80 and sm_90a. This needs NVRTC, but no GPU.
 
 use crate::nvidia;
-use moewarden::backend::cuda::gpu::Module;
+use moewarden::backend::cuda::gpu::{Module, SourceFile};
 use moewarden::backend::cuda::kernels::MODULES;
 use moewarden::backend::cuda::nvidia::library::Library;
 use moewarden::backend::cuda::nvidia::{Nvrtc, options};
@@ -10,8 +10,7 @@ use rayon::prelude::*;
 /// A100 and H100.
 const ARCHITECTURES: [u32; 2] = [80, 90];
 
-/// Bytes that a thread may write to memory for want of registers: a few values that wait through a loop. A kernel that
-/// spills more is slower than it looks.
+/// Bytes of register spills allowed per thread: a few values that are live across a loop.
 const MOST_SPILLED: usize = 32;
 
 fn nvrtc(what: &str) -> Option<Nvrtc> {
@@ -19,7 +18,7 @@ fn nvrtc(what: &str) -> Option<Nvrtc> {
     Some(Nvrtc::new(&library).unwrap())
 }
 
-/// What the assembler says about a kernel.
+/// What the assembler reports about a kernel.
 #[derive(Debug, Default, PartialEq)]
 struct Usage {
     kernel: String,
@@ -27,7 +26,7 @@ struct Usage {
     spilled: usize,
 }
 
-/// Reads the assembler's `-v`: a line that names the kernel, then lines with its numbers.
+/// Parses the output of the assembler's `-v`: a line that names the kernel, then lines with its numbers.
 fn usages(log: &str) -> Vec<Usage> {
     let number_before = |line: &str, unit: &str| -> Option<usize> {
         line[..line.find(unit)?].split_whitespace().next_back()?.parse().ok()
@@ -68,7 +67,7 @@ fn every_kernel_compiles_for_a100_and_h100() {
                 continue;
             }
         };
-        // Products that wait for each other are only an "info" to the assembler.
+        // The assembler reports serialized wgmma only as an "info".
         if ["warning", "serialized"].iter().any(|word| compiled.log.contains(word)) {
             wrong.push(format!("{file}: {}", compiled.log));
         }
@@ -97,16 +96,15 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
 #[test]
 fn what_does_not_compile_is_named_with_file_and_cause() {
     let Some(nvrtc) = nvrtc("the compiler's messages") else { return };
-    let module = Module {
-        stem: "broken",
-        source: "// line 1\nKERNEL(32, broken, (float* x)) { *x = no_such_name; }",
-        only: None,
-    };
+    const BROKEN: &[SourceFile] =
+        &[SourceFile { name: "broken.cu", text: "// line 1\nKERNEL(32, broken, (float* x)) { *x = no_such_name; }" }];
+    let module = Module { stem: "broken", files: BROKEN, only: None };
     let error = nvrtc.compile(&module, &options(90)).err().expect("it names what does not exist").to_string();
     for part in ["kernels/broken.cu", "broken.cu(2)", "no_such_name", "NVRTC"] {
         assert!(error.contains(part), "{part} is not in: {error}");
     }
-    let module = Module { stem: "fine", source: "KERNEL(32, fine, (float* x)) { *x = 1.0f; }", only: None };
+    const FINE: &[SourceFile] = &[SourceFile { name: "fine.cu", text: "KERNEL(32, fine, (float* x)) { *x = 1.0f; }" }];
+    let module = Module { stem: "fine", files: FINE, only: None };
     let error = nvrtc.compile(&module, &options(3)).err().expect("there is no such GPU").to_string();
     assert!(error.contains("sm_3"), "{error}");
 }

@@ -1,6 +1,6 @@
-//! Every operation of the GPU backend, its kernels run on the CPU, against the CPU backend: odd sizes, F32 and BF16, memory
-//! that held NaN, blocks and threads in any order, memory that is reused. (Grouped products and attention in all their
-//! forms: `products.rs`.) With `MOEWARDEN_TEST_GPU=0` the same comparisons run on that GPU.
+//! Every operation of the GPU backend with emulated kernels, against the CPU backend: odd sizes, F32 and BF16, memory
+//! that contained NaN, blocks and threads in any order, reused memory. (All forms of grouped products and attention:
+//! `products.rs`.) With `MOEWARDEN_TEST_GPU=0` the same comparisons run on that GPU.
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -12,19 +12,20 @@ use crate::emulator::{Emulated, device};
 use crate::values::{Rng, assert_close};
 use moewarden::backend::cpu::Cpu;
 use moewarden::backend::cuda::Cuda;
-use moewarden::backend::cuda::gpu::{Address, Arg, Gpu, Grid, Kernel, Module};
+use moewarden::backend::cuda::gpu::{Address, Arg, Gpu, Grid, Kernel, Module, SourceFile};
+use moewarden::backend::cuda::kernels::{self, MODULES};
 use moewarden::backend::cuda::pool::{Pool, Reuse};
 use moewarden::backend::cuda::profile::{Profiled, Times};
-use moewarden::backend::{AdamwStep, Backend, Dtype, HostTensor, Packing, Rope};
-use moewarden::exit::{self, Failure};
+use moewarden::backend::{AdamwStep, Backend, DeviceFault, Dtype, HostTensor, Packing, Rope};
+use moewarden::exit::{self, Coded};
 
-/// What an operation gave, by name.
+/// Results by the name of the operation.
 type Results = Vec<(String, Vec<f64>)>;
 
-/// Runs operations on a backend whose activations are of type `dtype`, and notes what they give.
+/// Runs operations on a backend and records their results.
 struct Probe<'a, B: Backend> {
     b: &'a B,
-    /// Inputs are rounded to this, on every backend.
+    /// Inputs are rounded to this number format, on every backend.
     dtype: Dtype,
     /// Number format of parameters.
     stored: Dtype,
@@ -48,7 +49,7 @@ impl<B: Backend> Probe<'_, B> {
         self.b.weight(HostTensor::encode(self.stored, shape.to_vec(), &values))
     }
 
-    /// A buffer with something in it.
+    /// A buffer of random values.
     fn buffer(&mut self, len: usize) -> B::Buffer {
         let values = self.rng.values(len, 1.0);
         let mut buffer = self.b.buffer(len);
@@ -78,7 +79,7 @@ impl<B: Backend> Probe<'_, B> {
         let (mut x, y) = (self.tensor(n, cols, 2.0), self.tensor(n, cols, 2.0));
         b.add_assign(&mut x, &y);
         self.note_tensor((at, "add"), &x);
-        // Of fresh numbers: a rounded sum may lie on the other side of the limit.
+        // With new values: a rounded sum may be on the other side of the limit.
         let mut x = self.tensor(n, cols, 2.0);
         b.clamp(&mut x, 1.25);
         self.note_tensor((at, "clamp"), &x);
@@ -88,7 +89,7 @@ impl<B: Backend> Probe<'_, B> {
         b.append_rows(&mut x, &y);
         b.append_rows(&mut x, &dy);
         self.note_tensor((at, "append"), &x);
-        // Distinct rows, in no order.
+        // Distinct rows, not sorted.
         let rows = b.indices(&(0..3 * n as u32).rev().step_by(2).collect::<Vec<_>>());
         let picked = b.gather_rows(&x, &rows);
         self.note_tensor((at, "gather"), &picked);
@@ -218,7 +219,7 @@ impl<B: Backend> Probe<'_, B> {
         assert_eq!(b.download(&frozen), b.download(&dx));
     }
 
-    /// These round as the CPU's: compared bit for bit.
+    /// Updates round as on the CPU: compared bit for bit.
     fn updates(&mut self, n: usize, offset: usize) -> Vec<u32> {
         let b = self.b;
         let len = n + offset;
@@ -255,7 +256,7 @@ impl<B: Backend> Probe<'_, B> {
     }
 }
 
-/// Everything, in sizes that leave tails: one row, widths that are no multiple of a load or a warp, experts without rows.
+/// All operations in odd sizes: one row, widths that are not multiples of a load or a warp, experts without rows.
 fn everything<B: Backend>(b: &B, dtype: Dtype, stored: Dtype) -> Results {
     let mut p = Probe { b, dtype, stored, rng: Rng::new(1), found: Vec::new() };
     for (n, cols) in [(1, 1), (5, 7), (3, 40), (17, 264), (2, 4099)] {
@@ -298,7 +299,7 @@ fn compare(got: &Results, want: &Results, abs: f64, rel: f64, why: &str) {
     assert_eq!(got.len(), want.len());
     for ((what, got), (same, want)) in got.iter().zip(want) {
         assert_eq!(what, same);
-        // Sums of many terms are off by what their largest values are off.
+        // The error of a long sum scales with its largest terms.
         let size = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
         let got: Vec<f32> = got.iter().map(|&x| x as f32).collect();
         assert_close(&got, want, abs * size, rel, &format!("{what}: {why}"));
@@ -308,8 +309,8 @@ fn compare(got: &Results, want: &Results, abs: f64, rel: f64, why: &str) {
 #[test]
 fn f32_agrees_with_the_cpu() {
     let gpu = cuda(device::gpu(), Dtype::F32, Reuse::Never);
-    // Parameters that are stored in 16 bits are used as what they are.
-    // On a GPU expf and divisions are within 2 units more, and products are fused with sums.
+    // Parameters stored in 16 bits are used at their exact values.
+    // On a GPU expf and divisions have errors of up to 2 more units, and there are fused multiply-adds.
     let abs = if device::is_real() { 4e-6 } else { 2e-6 };
     for stored in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
         let (got, want) = (everything(&gpu, Dtype::F32, stored), everything(&Cpu::new(1), Dtype::F32, stored));
@@ -321,8 +322,8 @@ fn f32_agrees_with_the_cpu() {
 fn bf16_agrees_with_the_cpu_on_rounded_inputs() {
     let gpu = cuda(device::gpu(), Dtype::Bf16, Reuse::Never);
     let (got, want) = (everything(&gpu, Dtype::Bf16, Dtype::Bf16), everything(&Cpu::new(1), Dtype::Bf16, Dtype::Bf16));
-    // A unit of bf16's last bit is 2^-8; results are rounded once, where a gradient of logits or a row met on the way was
-    // rounded too, each of its terms is off by half a unit.
+    // The last bit of bf16 is 2^-8. Results are rounded once; if a gradient of logits or an intermediate row was
+    // rounded, too, each of its terms has an error of half a unit.
     compare(&got, &want, 1.0 / 256.0, 1.0 / 128.0, "rounded to bf16 once or twice");
 }
 
@@ -336,7 +337,7 @@ fn no_order_of_blocks_or_threads_changes_a_bit() {
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let first = bits(&everything(&cuda(device::gpu(), dtype, Reuse::Never), dtype, dtype));
         for seed in [0, 3] {
-            // With reuse: recycled memory must not show either.
+            // With reuse: the previous content of memory must not matter, either.
             let again = everything(&cuda(device::shuffled(seed), dtype, Reuse::Segments), dtype, dtype);
             for (one, other) in first.iter().zip(&bits(&again)) {
                 assert_eq!(one, other, "seed {seed}");
@@ -431,7 +432,7 @@ fn a_profile_counts_what_the_gpu_does() {
 #[test]
 fn in_steady_state_nothing_is_allocated() {
     let gpu = cuda(device::gpu(), Dtype::Bf16, Reuse::Segments);
-    // The first pass leaves the rotary angles behind, the second meets them.
+    // The first pass stores the rotary angles, the second one finds them.
     everything(&gpu, Dtype::Bf16, Dtype::Bf16);
     everything(&gpu, Dtype::Bf16, Dtype::Bf16);
     let before = gpu.pool().usage();
@@ -448,7 +449,8 @@ fn ragged_shapes_hold_little_more_than_they_use() {
     let mut random = Rng::new(3);
     let (mut most, mut seen) = (0, 0);
     for step in 0..200 {
-        // As in a layer: a few that stay for a while, several that come and go, lengths that differ from step to step.
+        // As in a layer: a few blocks that live longer, several short-lived ones, lengths that differ from step to
+        // step.
         let rows = 2000 + random.below(2000);
         let take = |width: usize| pool.take(rows * width).unwrap();
         let kept: Vec<_> = [4 << 10, 12 << 10, 1 << 10].into_iter().map(take).collect();
@@ -469,10 +471,10 @@ fn ragged_shapes_hold_little_more_than_they_use() {
     assert_eq!((pool.usage().held, pool.usage().used), (0, 0));
 }
 
-/// What a panic carried as a [`Failure`].
-fn failure(f: impl FnOnce()) -> Failure {
+/// The device fault that `f` unwinds with.
+fn fault(f: impl FnOnce()) -> DeviceFault {
     let payload = catch_unwind(AssertUnwindSafe(f)).expect_err("it fails");
-    *payload.downcast::<Failure>().expect("a failure with its exit code")
+    *payload.downcast::<DeviceFault>().expect("a device fault")
 }
 
 #[test]
@@ -481,7 +483,7 @@ fn full_memory_is_reported_after_what_lies_idle_was_released() {
         return;
     }
     let gpu = cuda(Arc::new(Emulated::with_room(1 << 20)), Dtype::F32, Reuse::Segments);
-    // Fills most of the memory, then gives it back to the pool.
+    // Fills most of the memory, then frees it to the pool.
     drop(gpu.zeros(200, 1000));
     let held = gpu.zeros(100, 1000);
     assert_eq!(
@@ -490,26 +492,73 @@ fn full_memory_is_reported_after_what_lies_idle_was_released() {
         "shared, shared after a release, of its own; then a part of that"
     );
     drop(held);
-    // There is room only without what lies idle.
+    // There is room only after the free segments are released.
     let held = gpu.zeros(100, 2500);
     assert_eq!(gpu.pool().usage().held, 1_000_448);
-    let error = failure(|| drop(gpu.zeros(1000, 1000)));
-    assert_eq!(error.code(), exit::LAUNCHER);
+    let error = fault(|| drop(gpu.zeros(1000, 1000)));
+    assert_eq!(error.exit_code(), exit::LAUNCHER);
     let text = error.to_string();
     for part in
-        ["asked for", "in use", "free", "--batch-size", "--max-length", "--recompute", "--top-k-experts", "ranks"]
+        ["requested", "in use", "free", "--batch-size", "--max-length", "--recompute", "--top-k-experts", "ranks"]
     {
         assert!(text.contains(part), "{part} is not in: {text}");
     }
     assert_eq!(gpu.download(&held), vec![0.0; 250_000], "what is held stays as it was");
 }
 
-// --- the emulator finds what it is there to find -------------------------------------------------------------------------
+// --- launches and sources agree -------------------------------------------------------------------------------------------
+
+/// A kernel's name, and the name and type of each of its parameters.
+type Signature = (String, Vec<(String, String)>);
+
+/// The signatures of a module's kernels, `extern "C" __global__ void __launch_bounds__(..) name(type parameter, ..)`,
+/// once the preprocessor has expanded its macros.
+fn signatures(module: &Module) -> Vec<Signature> {
+    let text = crate::emulator::preprocessed(&kernels::source(module));
+    let mut found = Vec::new();
+    for kernel in text.split("extern \"C\" __global__ void").skip(1) {
+        let bounds = kernel.split_once("__launch_bounds__").expect("a launch bound").1;
+        let (name, rest) = bounds.split_once(')').expect("its end").1.split_once('(').expect("parameters");
+        let parameter = |text: &str| {
+            let text = text.replace('*', " * ");
+            let mut words: Vec<&str> = text.split_whitespace().collect();
+            let name = words.pop().expect("the parameter's name");
+            (name.to_owned(), words.join(" ").replace(" *", "*"))
+        };
+        let parameters = rest.split_once(')').expect("their end").0.split(',').map(parameter).collect();
+        found.push((name.trim().to_owned(), parameters));
+    }
+    found
+}
+
+/// A parameter that is `const T*` in the source is an `In<T>` of the launch, any other pointer an `Out<T>` or
+/// `InOut<T>`.
+#[test]
+fn every_launch_has_the_signature_of_its_kernel() {
+    let mut declared: Vec<(&str, Signature)> = Vec::new();
+    for kernel in kernels::declarations() {
+        let parameters = kernel.parameters.iter().map(|(name, c_type)| ((*name).to_owned(), c_type.clone())).collect();
+        declared.push((kernel.kernel.module.stem, (kernel.kernel.name.to_owned(), parameters)));
+    }
+    let written = MODULES.iter().flat_map(|module| signatures(module).into_iter().map(|kernel| (module.stem, kernel)));
+    let mut written: Vec<_> = written.collect();
+    declared.sort();
+    written.sort();
+    assert!(written.len() > 60, "{written:?}");
+    for (declared, written) in declared.iter().zip(&written) {
+        assert_eq!(declared, written, "kernels.rs, and the module's source");
+    }
+    assert_eq!(declared.len(), written.len());
+}
+
+// --- mistakes that the emulator detects -----------------------------------------------------------------------------------
 
 static FAULTY: Module = Module {
     only: None,
     stem: "faulty",
-    source: r#"
+    files: &[SourceFile {
+        name: "faulty.cu",
+        text: r#"
         KERNEL(64, beyond, (float* x, u64 n)) { x[n + threadIdx.x % 2] = 1.0f; }
         KERNEL(64, dynamic_beyond, (float* x)) {
             DYNAMIC_SHARED(bytes);
@@ -520,7 +569,7 @@ static FAULTY: Module = Module {
             else __syncwarp(1u << threadIdx.x % 32);
             *x = 1.0f;
         }
-        // A neighbour's number without a barrier in between.
+        // Reads another thread's value without a barrier.
         KERNEL(64, racing, (float* x)) {
             SHARED(float, all, [64]);
             all[threadIdx.x] = (float)threadIdx.x;
@@ -533,6 +582,7 @@ static FAULTY: Module = Module {
             x[threadIdx.x] = all[63 - threadIdx.x];
         }
     "#,
+    }],
 };
 
 fn run(
@@ -545,9 +595,10 @@ fn run(
     let x = gpu.allocate(4 * 64).unwrap().unwrap();
     gpu.zero(x, 4 * 64).unwrap();
     let kernel = Kernel { module: &FAULTY, name };
-    let launch = || gpu.launch(&kernel, Grid::row(1, threads).shared(shared), &args(x)).unwrap();
+    // SAFETY: the emulator checks the arguments, and the memory is large enough for what the faulty kernels do.
+    let launch = || unsafe { gpu.launch(&kernel, Grid::row(1, threads).shared(shared), &args(x)) }.unwrap();
     if let Err(payload) = catch_unwind(AssertUnwindSafe(launch)) {
-        std::mem::forget(gpu); // its guards are no longer whole
+        std::mem::forget(gpu); // its guards are damaged
         return Err(*payload.downcast::<String>().expect("a message"));
     }
     let mut bytes = vec![0; 4 * 64];
@@ -561,7 +612,7 @@ fn guarded_memory_starts_as_nan_and_shows_what_was_written_beside_it() {
         return;
     }
     let gpu = Guarded::new(Box::new(Emulated::new()));
-    // One beyond what is copied at once, so that the last turn is a part of one.
+    // The last size is not a multiple of the copied chunk.
     for len in [1, 300, 1 << 16, (1 << 18) + 1] {
         let at = gpu.allocate(len).unwrap().unwrap();
         let mut bytes = vec![0; len];
@@ -586,15 +637,15 @@ fn mistakes_of_kernels_and_launches_are_found() {
         let error = run(name, threads, 128, args).expect_err(name);
         assert!(error.contains(what), "{name}: {error}");
     };
-    refused("beyond", 32, &|x| vec![x.into(), 64u64.into()], "wrote behind an allocation of 256 bytes");
-    refused("dynamic_beyond", 32, &|x| vec![x.into()], "beyond the dynamic shared memory");
-    refused("diverging", 64, &|x| vec![x.into()], "never reach");
-    refused("ordered", 96, &|x| vec![x.into()], "blocks of 96 threads");
-    refused("ordered", 32, &|x| vec![x.into(), 1u32.into()], "takes p, not pu");
-    refused("beyond", 32, &|x| vec![x.into(), 64u32.into()], "takes pl, not pu");
-    refused("missing", 32, &|x| vec![x.into()], "no kernel missing");
-    let racing = run("racing", 64, 0, |x| vec![x.into()]).unwrap();
+    refused("beyond", 32, &|x| vec![Arg::Pointer(x), Arg::U64(64)], "wrote behind an allocation of 256 bytes");
+    refused("dynamic_beyond", 32, &|x| vec![Arg::Pointer(x)], "beyond the dynamic shared memory");
+    refused("diverging", 64, &|x| vec![Arg::Pointer(x)], "never reach");
+    refused("ordered", 96, &|x| vec![Arg::Pointer(x)], "blocks of 96 threads");
+    refused("ordered", 32, &|x| vec![Arg::Pointer(x), Arg::U32(1)], "takes p, not pu");
+    refused("beyond", 32, &|x| vec![Arg::Pointer(x), Arg::U32(64)], "takes pl, not pu");
+    refused("missing", 32, &|x| vec![Arg::Pointer(x)], "no kernel missing");
+    let racing = run("racing", 64, 0, |x| vec![Arg::Pointer(x)]).unwrap();
     assert!(racing.iter().any(|x| x.is_nan()), "shared memory starts as NaN");
-    let ordered = run("ordered", 64, 0, |x| vec![x.into()]).unwrap();
+    let ordered = run("ordered", 64, 0, |x| vec![Arg::Pointer(x)]).unwrap();
     assert_eq!(ordered, (0..64).rev().map(|i| i as f32).collect::<Vec<_>>());
 }

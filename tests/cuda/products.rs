@@ -1,6 +1,6 @@
-//! Grouped products, gradient magnitudes and attention of the GPU backend, its kernels run on the CPU, against the CPU
-//! backend: every form, odd sizes, F32 and BF16, blocks in any order. With `MOEWARDEN_TEST_GPU=0` the same comparisons run on
-//! that GPU.
+//! Grouped products, gradient magnitudes and attention of the GPU backend with emulated kernels, against the CPU
+//! backend: every form, odd sizes, F32 and BF16, blocks in any order. With `MOEWARDEN_TEST_GPU=0` the same comparisons
+//! run on that GPU.
 
 use std::sync::Arc;
 
@@ -15,10 +15,11 @@ use moewarden::backend::{Backend, Dtype, ExpertGrad, Heads, HostTensor, Moment, 
 
 /// F32 sums of at most a few hundred products of numbers below 1, in another order.
 const F32: (f64, f64, &str) = (3e-5, 3e-5, "f32 sums in another order");
-/// The same, rounded to bf16: half a unit of the last of 8 bits.
+/// The same, rounded to bf16: half a unit in the last of 8 bits.
 const BF16: (f64, f64, &str) = (1e-4, 1.0 / 256.0, "f32 sums rounded to bf16");
 
-/// Real tensor cores cut sums off where f32 would round, always towards zero: up to 2^-22 of them for each 16 products.
+/// Real tensor cores truncate sums towards zero where f32 arithmetic would round: an error of up to 2^-22 per 16
+/// products.
 const CUT: (f64, f64, &str) = (1e-4, 1e-4, "f32 sums on tensor cores");
 const CUT_SCORES: f64 = 1e-5;
 
@@ -31,7 +32,7 @@ fn near(got: &[f32], want: &[f32], (abs, rel, why): (f64, f64, &str), what: &str
 }
 
 fn cuda(gpu: Arc<dyn Gpu>, dtype: Dtype, form: Form) -> Cuda {
-    // Exact allocations, so that anything beyond them is found.
+    // Allocations of the exact size, so that accesses beyond them are detected.
     let cuda = Cuda::new(gpu, dtype, Reuse::Never);
     match form {
         Form::EachGroup => cuda.with_forms(|_, _| Form::EachGroup),
@@ -41,7 +42,7 @@ fn cuda(gpu: Arc<dyn Gpu>, dtype: Dtype, form: Form) -> Cuda {
     }
 }
 
-/// Whether the device has this form.
+/// Whether the device supports this form.
 fn runs(form: &Form) -> bool {
     !device::is_real() || *form != Form::Warpgroups || device::gpu().architecture().sm == 90
 }
@@ -55,7 +56,7 @@ fn attending(gpu: Arc<dyn Gpu>, dtype: Dtype, form: AttentionForm) -> Cuda {
     }
 }
 
-/// Values as `dtype` holds them.
+/// Values rounded to `dtype`.
 fn rounded(dtype: Dtype, values: Vec<f32>) -> Vec<f32> {
     HostTensor::encode(dtype, vec![values.len()], &values).to_f32()
 }
@@ -91,7 +92,7 @@ impl Case {
         let weights = (0..counts.len() * stack)
             .map(|_| HostTensor::encode(dtype, vec![outputs, inputs], &values(size)))
             .collect();
-        // Frozen, accumulated with gaps and in falling order, and every moment.
+        // Skipped, accumulated with gaps and in descending order, and every moment.
         let place = |group: usize, index: usize| ((counts.len() - group) * stack - index) * (size + 1);
         let plan = (0..counts.len())
             .map(|g| match (g + seed as usize) % 5 {
@@ -108,7 +109,7 @@ impl Case {
 
     fn run<B: Backend>(&self, b: &B) -> Results {
         let groups = self.counts.len();
-        // Tokens of all groups mixed; the rows are given as sorted.
+        // The tokens of all groups are shuffled; x and dy are given in sorted order.
         let mut ids: Vec<usize> = self.counts.iter().enumerate().flat_map(|(g, &n)| vec![g; n]).collect();
         let mut rng = Rng::new(9);
         (1..ids.len()).for_each(|i| ids.swap(i, rng.below(i + 1)));
@@ -157,7 +158,7 @@ const ODD: [(&[usize], [usize; 3]); 6] = [
     (&[3], [1, 1, 1]),
     (&[0, 0, 2], [1, 130, 3]),
     (&[17, 64, 65, 1, 0], [1, 67, 65]),
-    // More row tiles than a band, several columns of them.
+    // More row tiles than a band, and several column tiles.
     (&[5, 530, 2], [1, 8, 70]),
     (&[0, 0], [2, 4, 5]),
 ];
@@ -185,7 +186,7 @@ fn grouped_products_of_each_group() {
 
 #[test]
 fn a_gradient_beyond_the_scratch_is_made_in_slabs() {
-    // 17.6 MB of F32, of which 16 MiB are made at once.
+    // 17.6 MB of F32, in slabs of 16 MiB.
     let case = Case::new(2, Dtype::F32, &[2], [1, 2100, 2100]);
     assert!(matches!(case.plan[0], ExpertGrad::Score(Moment::Abs, _)));
     case.check(Form::EachGroup);
@@ -212,7 +213,7 @@ fn grouped_products_of_warpgroups() {
     }
     let cases: [(&[usize], [usize; 3]); 5] = [
         (&[0, 1, 5, 0, 70], [2, 8, 16]),
-        // More steps than stages, along every depth; the last ones ragged.
+        // More steps than stages along every depth; the last steps are partial.
         (&[17, 33, 0, 1], [1, 456, 136]),
         (&[203, 2], [2, 40, 264]),
         (&[3, 100], [1, 136, 8]),
@@ -246,7 +247,7 @@ fn numbers_of_one_group_never_reach_another() {
         let moments = |g: usize| ExpertGrad::Score(Moment::Abs, g);
         case.plan = (0..3).map(moments).collect();
         let want = case.run(&cuda(device::gpu(), Dtype::Bf16, form));
-        // The middle group is full of NaN; its neighbours' tiles would reach into it.
+        // The middle group is full of NaN; tiles of its neighbours would extend into it.
         case.x[3 * 16..43 * 16].fill(f32::NAN);
         case.dy[3 * 24..43 * 24].fill(f32::NAN);
         case.weights[1] = HostTensor::encode(Dtype::Bf16, vec![24, 16], &[f32::NAN; 24 * 16]);
@@ -295,7 +296,7 @@ impl Attention {
         let mut rng = Rng::new(seed);
         let (queries, keys) = (packing.rows() * heads.queries, packing.keys[packing.len()] * heads.keys);
         let mut values = |n: usize, scale: f32| rounded(dtype, rng.values(n * heads.dim, scale));
-        // Wide scores, so that the maximum matters.
+        // Large scores, so that subtracting the maximum matters.
         let (q, k) = (values(queries, 3.0), values(keys, 3.0));
         let (v, dy) = (values(keys, 1.0), values(queries, 1.0));
         Self { dtype, packing, heads, q, k, v, dy }
@@ -323,7 +324,7 @@ impl Attention {
             if form == AttentionForm::Arithmetic {
                 close(got, want, self.dtype, &what);
             } else {
-                // Every probability is off by up to 2^-9 of itself, every dS too: of sums of size 1 to 10, and their terms.
+                // The relative error of every probability and every dS is up to 2^-9, in sums of size 1 to 10.
                 let size = want.iter().fold(1.0f32, |m, x| m.max(x.abs()));
                 assert_close(got, &wide(want), 4e-3 * f64::from(size), 1.0 / 128.0, &what);
             }

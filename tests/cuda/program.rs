@@ -1,5 +1,5 @@
-//! The real binary with `--device cuda`, over stand-ins for NVIDIA's libraries (`tests/stand_in/cuda.c`) that run the kernels by
-//! emulation: everything but the hardware and its libraries is the program's own.
+//! The real binary with `--device cuda`, on stand-ins for NVIDIA's libraries (`tests/stand_in/cuda.c`) that run
+//! emulated kernels: only the hardware and its libraries are replaced.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -133,7 +133,7 @@ fn assert_near(ours: &[f64], theirs: &[f64], relative: f64) {
     }
 }
 
-/// A row for each of two ranks: emulation is slow.
+/// One row for each of two ranks: emulation is slow.
 const FEW: &str = "--max-samples 2 --batch-size 1 --top-k-experts 3 --threads 1";
 
 #[test]
@@ -153,7 +153,7 @@ fn an_identification_finds_what_the_cpu_finds() {
     assert_near(&gpu.0, &cpu.0, 1e-5);
     assert_eq!(gpu.1, cpu.1, "selection");
 
-    // Two ranks on its one GPU, and the kernels of the first run.
+    // Two ranks on the one GPU, with the cached kernels of the first run.
     let kernels = machine.path("cache/moewarden/kernels");
     let compiled = fs::read_dir(&kernels).unwrap().count();
     assert!(compiled >= MODULES.len(), "{compiled} files in {}", kernels.display());
@@ -178,19 +178,18 @@ fn a_training_moves_the_weights_as_on_the_cpu() {
             machine.weights(&cpu).iter().zip(machine.weights(&gpu)).zip(source)
         {
             let worst = theirs.iter().zip(&ours).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
-            // Of a few steps of 1e-3: AdamW divides by gradients that may be tiny.
+            // A few steps of 1e-3: AdamW divides by gradients that may be tiny.
             assert!(worst < 1e-4, "{ranks} ranks: {name} is {worst} off");
             assert_eq!(*theirs == before, ours == before, "{ranks} ranks: {name} moved");
             moved += usize::from(ours != before);
         }
         assert!(moved > 3, "{moved} tensors moved");
     }
-    // By way of NCCL, to itself.
+    // A single rank through NCCL.
     let said = machine.ok("train", "olmoe", "nccl", &format!("{options} --ranks 1 --transport nccl"));
     assert!(said.contains("from GPU to GPU by NCCL 2.32.3"), "{said}");
     assert!(machine.weights("nccl") == machine.weights("gpu-1"));
-    // Between three GPUs, of which each is a rank's without being asked for, in parts that are not of one length: the sums are
-    // those by way of the host.
+    // Three GPUs, one rank each by default, with shards of different lengths: the same sums as through the host.
     let said = machine.ok_with("train", "olmoe", "between", &options, &[("STAND_IN_DEVICES", "3")]);
     assert!(said.contains("from GPU to GPU by NCCL 2.32.3") && said.contains("ranks: 3"), "{said}");
     assert!(machine.weights("between") == machine.weights("gpu-3"));
@@ -207,7 +206,7 @@ fn bf16_is_near_and_eval_answers() {
     {
         assert!(said.contains(part), "{part:?} is not in: {said}");
     }
-    // A token whose experts are near a tie may go to others, so single scores may differ by much.
+    // A token near a tie may be routed to other experts, so single scores may differ a lot.
     let (gpu, cpu) = (machine.scores("gpu").0, machine.scores("cpu").0);
     let off: f64 = gpu.iter().zip(&cpu).map(|(x, y)| (x - y).abs()).sum();
     let share = off / cpu.iter().sum::<f64>();
@@ -222,10 +221,10 @@ fn bf16_is_near_and_eval_answers() {
 fn what_is_missing_or_full_is_said() {
     let machine = Machine::new();
     let full = ["the GPU's memory is full", "GiB", "--batch-size", "--recompute always"];
-    // Less than the workspace of products and the weights.
+    // Less than the cuBLAS workspace and the weights.
     machine.failed(exit::LAUNCHER, FEW, &[("STAND_IN_MEMORY", "33600000")], &full);
     machine.failed(exit::LAUNCHER, &format!("{FEW} --ranks 2"), &[("STAND_IN_MEMORY", "67160000")], &full);
-    // Less than that workspace.
+    // Less than the cuBLAS workspace.
     machine.failed(exit::LAUNCHER, FEW, &[("STAND_IN_MEMORY", "1000000")], &["cuMemAlloc", "nvidia-smi"]);
     let shared = ["ranks 0 and 1 use the same GPU"];
     machine.failed(exit::LAUNCHER, &format!("{FEW} --ranks 2 --transport nccl"), &[], &shared);

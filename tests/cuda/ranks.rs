@@ -1,5 +1,5 @@
-//! Training over several ranks on the GPU backend, its kernels run on the CPU: gradients and weights go from GPU to GPU, or by
-//! way of the host, to the same end.
+//! Training with several ranks on the GPU backend with emulated kernels: exchanging gradients and weights between GPUs
+//! and through the host gives the same result.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -21,12 +21,12 @@ use moewarden::ui::Ui;
 
 type Queued = Box<dyn FnOnce() -> Result<()> + Send>;
 
-/// Does everything as late as it may, which is when the host waits: what must not be touched before is then still at work.
+/// Runs everything as late as allowed, that is when the host waits, so that premature reads and writes are detected.
 struct Late {
     gpu: Arc<dyn Gpu>,
     world: Arc<dyn Collective>,
     queue: Mutex<VecDeque<Queued>>,
-    /// Operations that were queued.
+    /// Number of queued operations.
     count: Arc<Mutex<usize>>,
 }
 
@@ -103,8 +103,8 @@ impl DeviceCollective for Late {
     fn abort(&self) {}
 }
 
-/// Gradient norms and all weights after two steps that train `chosen`, of one row a rank; and how many operations went
-/// between GPUs. One rank takes the rows of two.
+/// Gradient norms and all weights after two steps that train `chosen`, with one row per rank, and the number of
+/// operations between GPUs. A single rank takes the rows of two.
 fn train(
     name: &str,
     chosen: fn(ParamKind) -> bool,
@@ -164,7 +164,7 @@ fn ranks_agree_whichever_way_gradients_take() {
         assert_eq!(none, 0);
         let params = Case::open(name).session.table.params.iter().filter(|spec| chosen(spec.kind)).count();
         assert_eq!(operations, 2 * 2 * params, "{name}: in each step a sum and a gathering of each parameter");
-        // The sums of two ranks have one order.
+        // A sum over two ranks has only one order.
         assert_eq!(direct, over_host, "{name}: norms");
         assert!(weights == weights_over_host, "{name}: weights");
         let tolerance = Tolerance { relative: 1e-5, absolute: 0.0, why: "f32 sums over ranks in place of passes" };

@@ -1,14 +1,14 @@
-//! Where comparisons run: on the emulator, or on the GPU whose index `MOEWARDEN_TEST_GPU` gives. There, fresh memory is filled
-//! with NaN and guarded, unless `MOEWARDEN_TEST_PLAIN_MEMORY` is set: for checkers that want to see what was never written.
+//! The device of a test: the emulator, or the GPU with the index in `MOEWARDEN_TEST_GPU`. On a GPU new memory is filled
+//! with NaN and guarded, unless `MOEWARDEN_TEST_PLAIN_MEMORY` is set, for checkers of uninitialized memory.
 
 use std::collections::HashMap;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
+use moewarden::backend::DeviceFault;
 use moewarden::backend::cuda::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo};
 use moewarden::backend::cuda::nvidia::Nvidia;
 use moewarden::backend::cuda::nvidia::library::Surroundings;
-use moewarden::exit::Failure;
 
 use super::{Emulated, GUARD, POISON};
 
@@ -23,14 +23,14 @@ pub fn is_real() -> bool {
     index().is_some()
 }
 
-/// A device whose memory holds NaN at first, and that finds what is written beside an allocation.
+/// A device whose new memory contains NaN, and that detects writes outside allocations.
 pub fn gpu() -> Arc<dyn Gpu> {
     shuffled(0)
 }
 
-/// Another one: emulated, its blocks and threads run in an order that depends on the seed; a real GPU has its own orders.
+/// The same, with blocks and threads in an order that depends on the seed if it is emulated.
 pub fn shuffled(seed: u64) -> Arc<dyn Gpu> {
-    show_failures();
+    show_faults();
     match index() {
         Some(index) => {
             let guarded = Guarded::new(Lent::open(index));
@@ -41,21 +41,21 @@ pub fn shuffled(seed: u64) -> Arc<dyn Gpu> {
     }
 }
 
-/// Operations fail by unwinding with a [`Failure`], of which the usual hook has nothing to say.
-fn show_failures() {
+/// Operations fail by unwinding with a [`DeviceFault`], whose text the default hook does not print.
+fn show_faults() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let usual = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            if let Some(failure) = info.payload().downcast_ref::<Failure>() {
-                eprintln!("{failure}");
+            if let Some(fault) = info.payload().downcast_ref::<DeviceFault>() {
+                eprintln!("{fault}");
             }
             usual(info);
         }));
     });
 }
 
-/// Whether the test runs: not on a real GPU. `what` it is about is said where it does not.
+/// Whether the device is emulated. If not, prints that `what` is skipped.
 pub fn emulator_only(what: &str) -> bool {
     if is_real() {
         use std::io::Write;
@@ -64,15 +64,15 @@ pub fn emulator_only(what: &str) -> bool {
     !is_real()
 }
 
-/// Opened GPUs that no test uses now. Each test has its own, with a stream of its own; statics are never dropped, so that
-/// nothing is given back to a driver that is shutting down.
+/// Open GPUs that no test uses now. Each test has its own, with a stream of its own. A static is never dropped, so
+/// nothing is freed while the driver shuts down.
 static IDLE: Mutex<Vec<Nvidia>> = Mutex::new(Vec::new());
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A real GPU that another test takes over afterwards.
+/// A real GPU that returns to [`IDLE`] on drop.
 struct Lent(Option<Nvidia>);
 
 impl Lent {
@@ -97,11 +97,11 @@ impl Drop for Lent {
     }
 }
 
-/// A device that fills fresh memory with NaN and finds, when memory is freed, what was written beside it.
+/// A device that fills new memory with NaN and, when memory is freed, detects writes outside it.
 pub struct Guarded<G> {
     /// The device.
     gpu: G,
-    /// Bytes of each guard; 0: memory is left as it is.
+    /// Bytes of each guard; 0: no guards and no NaN.
     guard: usize,
     /// Bytes of each allocation.
     blocks: Mutex<HashMap<Address, usize>>,
@@ -154,7 +154,7 @@ impl<G: Deref<Target: Gpu> + Send + Sync + 'static> Gpu for Guarded<G> {
             for (guard, place) in [(start, "before"), (at.offset(bytes), "behind")] {
                 let mut found = vec![0; self.guard];
                 self.gpu.copy_out(guard, &mut found)?;
-                // A second panic would hide the first.
+                // Not in a panic: a second one would abort.
                 let whole = found.iter().all(|&byte| byte == POISON) || std::thread::panicking();
                 assert!(whole, "something wrote {place} an allocation of {bytes} bytes");
             }
@@ -178,8 +178,9 @@ impl<G: Deref<Target: Gpu> + Send + Sync + 'static> Gpu for Guarded<G> {
         self.gpu.zero(at, bytes)
     }
 
-    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
-        self.gpu.launch(kernel, grid, args)
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
+        // SAFETY: the caller's contract.
+        unsafe { self.gpu.launch(kernel, grid, args) }
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<(), Error> {

@@ -1,10 +1,11 @@
-// Enough of CUDA's C++ to run kernels on the CPU, unchanged: this text, common.cuh and a module, compiled as one file.
+// The subset of CUDA C++ that is needed to run the kernels on the CPU: this file, common.cuh and a module are compiled
+// as one file. mma.h and wgmma.h replace the module's files of PTX instructions.
 //
-// Blocks run one after another, in order or shuffled by a seed. The threads of a block are fibers: each runs until it must
-// wait for others (a barrier, a shuffle, a vote), then the next one runs. Shared memory is filled with NaN patterns before
-// each block. What CUDA leaves undefined and this can see is an error: a barrier that not all threads reach, arguments that
-// are not the kernel's, a block larger than its launch bound, writes beyond dynamic shared memory. Floating-point atomics
-// do not exist here, because no kernel may use them.
+// Blocks run one after another, in order or shuffled by a seed. The threads of a block are fibers: each runs until it
+// must wait for others (a barrier, a shuffle, a vote), then the next one runs. Shared memory is filled with NaN
+// patterns before each block. Detected errors are: a barrier that not all threads reach, arguments of wrong types, a
+// block larger than the launch bound, writes beyond dynamic shared memory, and misuse of asynchronous copies and wgmma.
+// Floating-point atomics do not exist here, because no kernel may use them.
 
 #include <math.h>
 #include <setjmp.h>
@@ -90,12 +91,12 @@ struct Fiber {
     jmp_buf state;
     std::unique_ptr<char[]> stack;
     bool started = false, done = true;
-    // What it waits for: this barrier to leave this generation.
+    // It waits for this barrier to leave this generation.
     const Barrier* waiting = nullptr;
     unsigned generation = 0;
 };
 
-// Values that the lanes of one mask exchange. Two sets, as a fast lane may already be at the next exchange.
+// The values exchanged by the lanes of one mask. Two sets, because a fast lane may already be at the next exchange.
 struct Exchange {
     unsigned mask;
     Barrier barrier;
@@ -115,10 +116,10 @@ static jmp_buf scheduler;
 static Block block;
 static std::string error;
 
-// Back to the scheduler, until it is this fiber's turn again.
+// Returns to the scheduler until this fiber runs again.
 __attribute__((noinline)) static void yield() {
     if (!_setjmp(running->state)) _longjmp(scheduler, 1);
-    asm volatile("" ::: "memory");  // globals have changed in between, whatever the compiler proved
+    asm volatile("" ::: "memory");  // a compiler barrier: other fibers have changed globals
 }
 
 [[noreturn]] static void fail(const std::string& message) {
@@ -163,7 +164,7 @@ static void arrive(Barrier& barrier, unsigned expected) {
     self->waiting = nullptr;
 }
 
-// Waits for the lanes of the mask; their values.
+// Waits for the lanes of the mask and returns their values.
 static const u64* exchange(unsigned mask, u64 value) {
     unsigned lane = threadIdx.x % 32;
     if (!(mask >> lane & 1)) fail("a lane that is not in its own mask");
@@ -185,13 +186,13 @@ static const u64* exchange(unsigned mask, u64 value) {
 // --- shared memory ---------------------------------------------------------------------------------------------------
 
 const size_t STATIC_LIMIT = 48 * 1024, ARENA = 512 * 1024;
-const size_t DYNAMIC_AT = 256;  // aligned to no more, as behind static arrays on a GPU
+const size_t DYNAMIC_AT = 256;  // not aligned to more than that, as after static arrays on a GPU
 const unsigned char POISON = 0xff;  // NaN in every floating-point format
 struct alignas(1024) Arena {
     unsigned char bytes[ARENA];
 };
 static Arena arena;
-static std::vector<std::pair<const void*, size_t>> arrays;  // of this block: whose declaration, where
+static std::vector<std::pair<const void*, size_t>> arrays;  // of this block: declaration and offset
 static size_t dynamic_end, arena_used;
 
 static void begin_shared(size_t dynamic) {
@@ -212,10 +213,10 @@ static void* shared(const void* declaration, size_t size) {
     return arena.bytes + at;
 }
 
-// What runs in the background happens at once in shuffled launches, else only when it is waited for: so both what is read too
-// early and what is overwritten too early shows.
-static bool at_once;
-static u64 blocks_run;  // before this one
+// Asynchronous copies run immediately in shuffled launches, else only when they are waited for: one finds writes that
+// come too early, the other reads that come too early.
+static bool eager;
+static u64 blocks_run;  // including the current one
 
 // --- running ---------------------------------------------------------------------------------------------------------
 
@@ -236,7 +237,7 @@ static void run_block(std::vector<unsigned>& order, bool shuffled) {
     for (auto& masks : block.warps) masks.clear();
     for (unsigned t = 0; t < threads; t++) fibers[t]->done = false, fibers[t]->waiting = nullptr;
     if (shuffled) shuffle(order);
-    unsigned halted = 0;  // warps that others leave behind for a while: a bit each
+    unsigned halted = 0;  // bit mask of warps that do not run for a while
     for (unsigned left = threads; left > 0;) {
         bool moved = false;
         if (shuffled && below(8) == 0) halted = below(1u << 16) << 16 | below(1u << 16);
@@ -261,14 +262,14 @@ static void run_block(std::vector<unsigned>& order, bool shuffled) {
 
 }  // namespace emulator
 
-// The types of a kernel's arguments; null if there is no such kernel.
+// The types of a kernel's parameters; null if there is no such kernel.
 extern "C" const char* emulator_signature(const char* name) {
     for (const auto& k : emulator::kernels())
         if (k.name == name) return k.signature.c_str();
     return nullptr;
 }
 
-// Runs a kernel; null, or what went wrong. A seed other than 0 shuffles blocks and threads.
+// Runs a kernel. Returns null or an error message. A seed other than 0 shuffles blocks and threads.
 extern "C" const char* emulator_launch(const char* name, const unsigned* blocks, unsigned threads, size_t shared,
                                        const char* signature, const uint64_t* arguments, uint64_t seed) {
     using namespace emulator;
@@ -293,7 +294,7 @@ extern "C" const char* emulator_launch(const char* name, const unsigned* blocks,
     blockDim = {threads, 1, 1};
     threadIdx = {0, 0, 0};
     random_state = seed;
-    at_once = seed != 0;
+    eager = seed != 0;
     std::vector<unsigned> order(threads);
     for (unsigned t = 0; t < threads; t++) order[t] = t;
     std::vector<u64> grid((u64)blocks[0] * blocks[1] * blocks[2]);
@@ -311,12 +312,13 @@ extern "C" const char* emulator_launch(const char* name, const unsigned* blocks,
     return nullptr;
 }
 
-// --- what kernels call -----------------------------------------------------------------------------------------------
+// --- functions of CUDA -----------------------------------------------------------------------------------------------
 
 #define KERNEL(threads, name, parameters)                                                       \
     extern "C" void name parameters;                                                            \
     __attribute__((unused)) static int registered_##name = emulator::add(#name, threads, name); \
     extern "C" void name parameters
+#define KERNEL_BLOCKS(threads, blocks, name, parameters) KERNEL(threads, name, parameters)
 
 #define SHARED(type, name, dimensions)        \
     typedef type name##_array dimensions;     \
@@ -379,12 +381,16 @@ static inline void __threadfence_block() {}
 template <class T> T __ldg(const T* at) { return *at; }
 static inline int __float_as_int(float x) { return emulator::argument<int>(emulator::u64(*(unsigned*)&x)); }
 static inline float __int_as_float(int x) { return emulator::argument<float>(emulator::u64((unsigned)x)); }
+static inline unsigned short bf16_bits(float x) {
+    unsigned bits = (unsigned)__float_as_int(x);
+    return (unsigned short)(x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 static inline unsigned __float_as_uint(float x) { return (unsigned)__float_as_int(x); }
 static inline float __uint_as_float(unsigned x) { return __int_as_float((int)x); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
-#define __expf expf  // the C library has functions of these names
+#define __expf expf  // the C library has functions with these names
 #define __logf logf
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline double rsqrt(double x) { return 1.0 / sqrt(x); }

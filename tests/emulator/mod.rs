@@ -1,5 +1,5 @@
-//! A GPU on the CPU: the kernels compiled by the system's C++ compiler behind `gpu.h`, memory that shows every mistake it
-//! can, and plain products rounded as cuBLAS rounds them.
+//! A GPU emulated on the CPU: kernels compiled as C++ with `gpu.h`, `mma.h` and `wgmma.h`, memory with guards and
+//! poison, and dense products that round as cuBLAS does.
 
 pub mod device;
 
@@ -18,16 +18,20 @@ use moewarden::backend::cuda::gpu::{
 use moewarden::backend::cuda::kernels::COMMON;
 use moewarden::backend::{Dtype, decode_into, encode_into};
 
+const COMPILER: &str = "c++";
 const HEADER: &str = include_str!("gpu.h");
+/// What stands in for the kernels' files of PTX instructions.
+const MMA: &str = include_str!("mma.h");
+const WGMMA: &str = include_str!("wgmma.h");
 
-/// Bytes before and after each allocation that nobody may write, and alignment of what lies between.
+/// Guard bytes before and after each allocation, and the alignment of allocations.
 const GUARD: usize = 256;
 /// NaN in every format, and a huge integer.
 const POISON: u8 = 0xff;
 
-/// An emulated GPU. It keeps no more than `limit` bytes.
+/// An emulated GPU with `limit` bytes of memory.
 pub struct Emulated {
-    /// 0: blocks and threads run in order; else their order is shuffled, differently in each launch.
+    /// 0: blocks and threads run in order. Else their order is shuffled, differently in each launch.
     seed: u64,
     limit: usize,
     state: Mutex<State>,
@@ -51,7 +55,7 @@ impl Emulated {
         Self { seed, limit: 1 << 34, state: Mutex::default() }
     }
 
-    /// With room for `limit` bytes.
+    /// With `limit` bytes of memory.
     pub fn with_room(limit: usize) -> Self {
         Self { seed: 0, limit, state: Mutex::default() }
     }
@@ -66,7 +70,7 @@ fn layout(bytes: usize) -> Layout {
 }
 
 impl State {
-    /// Panics unless these bytes lie within one allocation.
+    /// Panics unless these bytes are within one allocation.
     #[track_caller]
     fn check(&self, at: Address, bytes: usize) {
         let found = self.blocks.range(..=at.0).next_back();
@@ -74,7 +78,7 @@ impl State {
         assert!(inside, "{bytes} bytes at {at:?} are not allocated");
     }
 
-    /// Panics if something wrote beside an allocation.
+    /// Panics if a guard was overwritten.
     #[track_caller]
     fn check_guards(&self, after: &str) {
         for (&start, &len) in &self.blocks {
@@ -173,7 +177,8 @@ impl Gpu for Emulated {
         Ok(())
     }
 
-    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
+    /// It checks the argument list and, as far as it can, the pointers.
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
         assert!(grid.shared <= self.architecture().shared, "{}: {} bytes of shared memory", kernel.name, grid.shared);
         assert!(grid.blocks.iter().all(|&n| n > 0), "{}: an empty grid", kernel.name);
         assert!(grid.blocks[1].max(grid.blocks[2]) <= 65535, "{}: too many blocks in y or z", kernel.name);
@@ -199,7 +204,7 @@ impl Gpu for Emulated {
             let error = run(name.as_ptr(), blocks, grid.threads, shared, signature.as_ptr(), bits.as_ptr(), seed);
             (!error.is_null()).then(|| CStr::from_ptr(error).to_string_lossy().into_owned())
         };
-        // What a GPU would do then is undefined, so it is a bug and no `Error`.
+        // On a GPU the behavior would be undefined: a bug, not an `Error`.
         if let Some(error) = error {
             panic!("{}.cu: {error}", kernel.module.stem);
         }
@@ -272,7 +277,7 @@ impl Gpu for Emulated {
     }
 }
 
-/// An argument's code in a signature, and its bits.
+/// The code of an argument's type in a signature, and its bits.
 fn encoded(arg: &Arg) -> (u8, u64) {
     match *arg {
         Arg::Pointer(at) => (b'p', at.0),
@@ -287,13 +292,14 @@ fn encoded(arg: &Arg) -> (u8, u64) {
 type Launch =
     unsafe extern "C" fn(*const c_char, *const u32, u32, usize, *const c_char, *const u64, u64) -> *const c_char;
 
-/// A module as a library. It runs one launch at a time.
+/// A module as a shared library. It runs one launch at a time.
 struct Compiled {
     library: Library,
     running: Mutex<()>,
 }
 
-/// Each module is compiled once, into a file that is named by its content and kept for the next run of the tests.
+/// The compiled module. Modules are compiled once into files named by a hash of the source, and kept for later test
+/// runs.
 fn compiled(module: &'static Module) -> &'static Compiled {
     static ALL: OnceLock<Mutex<HashMap<&'static str, &'static OnceLock<Compiled>>>> = OnceLock::new();
     let cell = {
@@ -302,18 +308,38 @@ fn compiled(module: &'static Module) -> &'static Compiled {
     };
     cell.get_or_init(|| {
         let path = build(module);
-        // SAFETY: it is ours; loading it runs constructors that fill a list.
+        // SAFETY: it was built here; loading it runs constructors that register the kernels.
         let library = unsafe { Library::new(&path) }.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         Compiled { library, running: Mutex::default() }
     })
 }
 
-/// A module as a library, a file.
+/// CUDA C++ for a GPU of compute capability 9.0 after its preprocessor.
+pub fn preprocessed(source: &str) -> String {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    std::fs::write(&file, source).expect("it can be written");
+    let output = Command::new(COMPILER)
+        .args(["-E", "-P", "-x", "c++", "-D__CUDA_ARCH__=900"])
+        .arg(file.path())
+        .output()
+        .unwrap_or_else(|e| panic!("these tests need the C++ compiler `{COMPILER}`: {e}"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// Compiles a module to a shared library.
 pub fn build(module: &Module) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator");
     std::fs::create_dir_all(&folder).expect("a folder below target/");
-    let line = |file: &str| format!("\n#line 1 \"{file}\"\n");
-    let source = [HEADER, &line("common.cuh"), COMMON, &line(&format!("{}.cu", module.stem)), module.source].concat();
+    let mut source = HEADER.to_owned();
+    for file in std::iter::once(&COMMON).chain(module.files) {
+        let (name, text) = match file.name {
+            "mma.cuh" => ("mma.h", MMA),
+            "wgmma.cuh" => ("wgmma.h", WGMMA),
+            _ => (file.name, file.text),
+        };
+        source += &format!("\n#line 1 \"{name}\"\n{text}");
+    }
     let hash = blake3::hash(source.as_bytes()).to_hex();
     let library = folder.join(format!("{}-{}.so", module.stem, &hash[..16]));
     if library.exists() {
@@ -322,16 +348,15 @@ pub fn build(module: &Module) -> PathBuf {
     let name = |ending: &str| folder.join(format!("{}-{}.{}.{ending}", module.stem, &hash[..16], std::process::id()));
     let (text, made) = (name("cc"), name("so"));
     std::fs::write(&text, source).expect("a file below target/");
-    let compiler = "c++";
-    // No contraction to fused multiply-adds: results are then the same on every machine. No fortified longjmp: fibers
-    // jump between stacks.
-    let output = Command::new(compiler)
+    // No contraction to fused multiply-adds, so that results are the same on every machine. No fortified longjmp,
+    // because fibers jump between stacks.
+    let output = Command::new(COMPILER)
         .args(["-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall"])
         .args(["-Wno-unknown-pragmas", "-Wno-clobbered", "-U_FORTIFY_SOURCE", "-o"])
         .arg(&made)
         .arg(&text)
         .output()
-        .unwrap_or_else(|e| panic!("these tests need the C++ compiler `{compiler}`: {e}"));
+        .unwrap_or_else(|e| panic!("these tests need the C++ compiler `{COMPILER}`: {e}"));
     let messages = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}.cu does not compile as C++:\n{messages}", module.stem);
     std::fs::rename(&made, &library).expect("a rename below target/");

@@ -1,13 +1,12 @@
-// A driver, an NVRTC, a cuBLAS and an NCCL for machines that have none: as much of them as moewarden calls.
+// Stand-ins for the driver, NVRTC, cuBLAS and NCCL, with the functions that moewarden calls.
 //
-// Device memory is the host's. Streams are as late as they may be: what is queued runs only when somebody waits for it, or
-// for an event behind it. So a buffer that is used again too early, or read too early, shows. The "kernel" adds its
-// arguments up; the product is computed as cuBLAS's manual has it, column-major; NCCL's sums are those with a second rank
-// whose values are all 1.
+// Device memory is host memory. Streams run as late as allowed: queued work runs only when someone waits for it or for
+// a later event. So a buffer that is reused or read too early is detected. The "kernel" adds up its arguments; the
+// product is computed column-major, as cuBLAS's manual defines it; NCCL sums with a second rank whose values are all 1.
 //
-// With STAND_IN_MODULES, a folder of emulated modules (tests/emulator), NVRTC "compiles" NAME.cu to the path of NAME.so there,
-// and kernels run for real: so the whole program does, and NCCL's ranks, threads of one process, sum their own values.
-// STAND_IN_MEMORY is the GPU's memory in bytes, STAND_IN_DEVICES how many there are.
+// With STAND_IN_MODULES, a folder of emulated modules (tests/emulator), NVRTC "compiles" module NAME to the path of
+// NAME.so there, and the emulated kernels run. Then the whole program works, and NCCL's ranks, threads of one process,
+// sum their own values. STAND_IN_MEMORY is the GPU's memory in bytes, STAND_IN_DEVICES the number of GPUs.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -33,7 +32,7 @@ static void unlock(pthread_mutex_t** locked) { pthread_mutex_unlock(*locked); }
 #define LOCKED pthread_mutex_t* locked __attribute__((cleanup(unlock))) = (pthread_mutex_lock(&mutex), &mutex)
 
 // Counts that the test reads.
-int stand_in_compilations, stand_in_open; // compiled programs; things that were made and not yet given back
+int stand_in_compilations, stand_in_open; // compiled programs; live resources
 
 // --- the stream ------------------------------------------------------------------------------------------------------
 
@@ -61,7 +60,8 @@ static int made;
 static void launch(void* owned);
 static int together(struct group* group, int number);
 
-// As far as it comes: to an operation of NCCL that other ranks have not queued yet, at worst. Whether that is the end.
+// Runs the stream up to `end`, or to an NCCL operation that other ranks have not queued yet. Returns whether it reached
+// the end.
 static int try_until(struct stream* s, int end) {
     LOCKED;
     while (s->done < end) {
@@ -79,7 +79,7 @@ static int try_until(struct stream* s, int end) {
     return 1;
 }
 
-// Nobody may hold the lock: others have to queue what this waits for.
+// Must be called without the lock, because other threads queue the work that this waits for.
 static void run_until(struct stream* s, int end) {
     while (!try_until(s, end)) sched_yield();
 }
@@ -116,7 +116,7 @@ int cuEventSynchronize(struct event* e) {
     if (e->stream) run_until(e->stream, e->after);
     return OK;
 }
-// Ready at every third question.
+// Ready at every third query.
 int cuEventQuery(struct event* e) {
     static int asked;
     if (++asked % 3) return NOT_READY;
@@ -159,7 +159,7 @@ int cuGetErrorString(int code, const char** text) { *text = "the stand-in says n
 
 static struct { char* at; size_t bytes; } pinned[16];
 
-// Each block knows its size.
+// The size of each block is stored before it.
 int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
     LOCKED;
     if (!current) return INVALID;
@@ -173,7 +173,7 @@ int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
 int cuMemFree_v2(uint64_t at) {
     LOCKED;
     for (int i = 0; i < made && !modules(); i++)
-        if (streams[i].done < streams[i].queued) return INVALID; // somebody may still use it
+        if (streams[i].done < streams[i].queued) return INVALID; // it may still be in use
     size_t* block = (size_t*)at - 32;
     used -= block[0], stand_in_open--;
     free(block);
@@ -207,7 +207,7 @@ static int is_pinned(const char* at) {
         if (pinned[i].at && at >= pinned[i].at && at < pinned[i].at + pinned[i].bytes) return 1;
     return 0;
 }
-// From pageable memory it takes the bytes at once; pinned memory is read when its turn comes.
+// Pageable memory is read immediately, pinned memory when the stream runs.
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, struct stream* stream) {
     if (is_pinned(from)) return push(stream, (struct work){.to = (void*)to, .from = (void*)from, .bytes = bytes});
     void* copy = memcpy(malloc(bytes), from, bytes);
@@ -300,7 +300,7 @@ int nvrtcCreateProgram(char** program, const char* text, const char* name, int n
     __atomic_add_fetch(&stand_in_open, 1, __ATOMIC_RELAXED);
     *program = calloc(1, 4096);
     if (modules()) snprintf(*program, 4096, "%s/%.*s.so", modules(), (int)strcspn(name, "."), name);
-    return strstr(text, name) ? 0 : INVALID; // "#line 1 name.cu"
+    return strstr(text, name) ? 0 : INVALID; // the comment with the module's name
 }
 int nvrtcCompileProgram(char* program, int n, const char** options) {
     __atomic_add_fetch(&stand_in_compilations, 1, __ATOMIC_RELAXED);
@@ -321,7 +321,7 @@ struct handle {
     int math;
 };
 
-// A number as cuBLAS's data types say: f32, or bf16.
+// Element i of an array of f32 or bf16, by cuBLAS's data type.
 static float number(const void* at, int type, size_t i) {
     if (type == 0) return ((const float*)at)[i];
     uint32_t bits = (uint32_t)((const uint16_t*)at)[i] << 16;
@@ -335,7 +335,7 @@ static void set_number(void* at, int type, size_t i, float x) {
     }
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    ((uint16_t*)at)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; // to nearest even; no NaN comes here
+    ((uint16_t*)at)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; // to nearest even; NaN does not occur
 }
 
 int cublasCreate_v2(struct handle** h) { stand_in_open++; *h = calloc(1, sizeof **h); return current ? 0 : 1; }
@@ -387,7 +387,7 @@ struct id {
 
 enum { IN_PROGRESS = 7 };
 
-// Does an operation for all ranks, once all have queued it and everything before it is done. Whether it is done.
+// Runs an operation for all ranks, once all have queued it and their earlier work is done. Returns whether it has run.
 static int together(struct group* g, int number) {
     struct operation* o = &g->operations[number];
     if (o->done) return 1;
@@ -436,7 +436,7 @@ int ncclCommGetAsyncError(struct comm* comm, int* error) {
 }
 int ncclCommAbort(struct comm* comm) { stand_in_open--; free(comm); return 0; }
 
-// Several calls that start together.
+// Grouped calls.
 static __thread int grouped;
 static __thread struct comm* last;
 int ncclGroupStart(void) { grouped = 1, last = 0; return 0; }
@@ -444,7 +444,7 @@ int ncclGroupEnd(void) { grouped = 0; return last ? last->busy = 2, IN_PROGRESS 
 
 static int queue(struct comm* c, struct stream* s, int kind, void* from, void* to, size_t bytes, int root) {
     LOCKED;
-    if (c->busy > 0 || s->priority != -5 || !current) return 5; // the last call is not through, or not the stream of its own
+    if (c->busy > 0 || s->priority != -5 || !current) return 5; // the previous call is still in progress, or it is the wrong stream
     if (c->count == OPERATIONS) return 3;
     struct operation* o = &c->group->operations[c->count];
     if (o->queued && (o->kind != kind || o->bytes != bytes || o->root != root)) return 5; // ranks differ

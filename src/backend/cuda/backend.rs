@@ -1,4 +1,4 @@
-//! The operations of a [`Backend`], each by its launcher.
+//! [`Backend`] for [`Cuda`]: each operation calls its launcher in `ops/`.
 
 use std::ops::Range;
 
@@ -28,7 +28,7 @@ impl Backend for Cuda {
         Some(self.room.saturating_sub(self.pool.usage().used) as u64)
     }
     fn peak_memory(&self) -> Option<u64> {
-        Some(self.pool.usage().peak as u64) // with what lies between tensors
+        Some(self.pool.usage().peak as u64) // including gaps between tensors
     }
     fn profile(&self) -> Option<String> {
         self.times.as_ref().map(ToString::to_string)
@@ -37,7 +37,7 @@ impl Backend for Cuda {
         cross_entropy::chunk_rows(classes, self.compute)
     }
 
-    // --- moving things -------------------------------------------------------------------------------------------
+    // --- transfers ----------------------------------------------------------------------------------------------
 
     fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Tensor {
         transfer::upload(self, rows, cols, values, self.compute)
@@ -148,7 +148,7 @@ impl Backend for Cuda {
     fn rope(&self, x: &mut Tensor, head_dim: usize, seqs: &Sequences) {
         rope::rotate(self, x, head_dim, seqs, 1.0);
     }
-    /// The transpose of a rotation (times the scale) is the rotation back (times the scale).
+    /// The transpose of a rotation times the scale is the inverse rotation times the scale.
     fn rope_backward(&self, dy: &mut Tensor, head_dim: usize, seqs: &Sequences) {
         rope::rotate(self, dy, head_dim, seqs, -1.0);
     }

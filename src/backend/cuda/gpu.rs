@@ -1,26 +1,26 @@
-//! The little that a GPU does for us.
+//! The interface to a GPU.
 //!
-//! Everything above this trait (launchers, offsets, heuristics, the pool) is plain Rust and runs in tests over a GPU
-//! that is emulated on the CPU; everything below is a thin shell over the driver and cuBLAS.
+//! Everything above this trait (launchers, offsets, heuristics, the pool) is plain Rust, and tests run it on an
+//! emulated GPU. Everything below is a thin layer over the driver and cuBLAS.
 
 use crate::backend::Dtype;
 use crate::exit::{self, Coded};
 
-/// A place in the GPU's memory. Null is never allocated; kernels take it for "not given".
+/// An address in the GPU's memory. Null is never allocated; kernels take it as "not given".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address(pub u64);
 
 impl Address {
-    /// Nowhere.
+    /// The null pointer.
     pub const NULL: Address = Address(0);
 
-    /// The place `bytes` further on.
+    /// The address plus `bytes`.
     pub fn offset(self, bytes: usize) -> Self {
         Self(self.0 + bytes as u64)
     }
 }
 
-/// One argument of a kernel, with exactly the type that the kernel declares.
+/// One argument of a kernel, of exactly the type that the kernel declares.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Arg {
     /// A pointer.
@@ -37,76 +37,67 @@ pub enum Arg {
     F64(f64),
 }
 
-macro_rules! arg_from {
-    ($($from:ty => $kind:ident),*) => {$(
-        impl From<$from> for Arg {
-            fn from(value: $from) -> Self {
-                Arg::$kind(value.into())
-            }
-        }
-    )*};
+/// A source file of kernels.
+#[derive(Debug, PartialEq, Eq)]
+pub struct SourceFile {
+    /// Its name in `kernels/`.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
 }
 
-arg_from!(Address => Pointer, i32 => I32, u32 => U32, u64 => U64, f32 => F32, f64 => F64);
-
-impl From<usize> for Arg {
-    fn from(value: usize) -> Self {
-        Arg::U64(value as u64)
-    }
-}
-
-/// A source file of kernels. What is compiled is `common.cuh` followed by it.
+/// A compilation unit: `common.cuh`, then these files.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Module {
-    /// The file's stem in `kernels/`.
+    /// The name of the module.
     pub stem: &'static str,
-    /// Its text.
-    pub source: &'static str,
-    /// The one compute capability that it is written for (90 for 9.0); none: any.
+    /// Its files, in order.
+    pub files: &'static [SourceFile],
+    /// The only compute capability that it runs on (90 for 9.0); `None`: any.
     pub only: Option<u32>,
 }
 
 impl Module {
-    /// Whether a GPU of this compute capability can have it.
+    /// Whether it runs on GPUs of this compute capability.
     pub fn runs_on(&self, sm: u32) -> bool {
         self.only.is_none_or(|only| only == sm)
     }
 }
 
-/// A kernel: a module's function of this name.
+/// A kernel of a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kernel {
-    /// Where it is written.
+    /// The module that contains it.
     pub module: &'static Module,
     /// Its `extern "C"` name.
     pub name: &'static str,
 }
 
-/// How many threads run a kernel.
+/// The launch configuration of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grid {
     /// Blocks in x, y and z.
     pub blocks: [u32; 3],
-    /// Threads of a block, in x.
+    /// Threads per block, in x.
     pub threads: u32,
-    /// Bytes of dynamic shared memory of a block.
+    /// Bytes of dynamic shared memory per block.
     pub shared: usize,
 }
 
 impl Grid {
-    /// A row of blocks. Panics at more blocks than a launch can have.
+    /// A one-dimensional grid. Panics if there are more blocks than a launch can have, 2^31 - 1.
     pub fn row(blocks: usize, threads: u32) -> Self {
         let blocks = i32::try_from(blocks).expect("fewer than 2^31 blocks");
         Self { blocks: [blocks as u32, 1, 1], threads, shared: 0 }
     }
 
-    /// The same with dynamic shared memory.
+    /// The same with `bytes` of dynamic shared memory per block.
     pub fn shared(self, bytes: usize) -> Self {
         Self { shared: bytes, ..self }
     }
 }
 
-/// One factor of a product: a row-major matrix as it is stored.
+/// One operand of a product: a row-major matrix as it is stored.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Operand {
     /// The first element.
@@ -119,15 +110,15 @@ pub struct Operand {
 
 /// `c = alpha · op(a) · op(b) + beta · c`, all row-major, accumulated in f32.
 ///
-/// With `beta` 0, c is not read. The operands share a number format (F32 or BF16); c is F32, or like them. F32 operands are
-/// multiplied as such, not rounded to TF32.
+/// With `beta` 0, c is not read. a and b have the same number format (F32 or BF16); c is F32 or has their format. F32
+/// operands are multiplied as F32, not rounded to TF32.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Gemm {
     /// Rows of c.
     pub m: usize,
     /// Columns of c.
     pub n: usize,
-    /// The length of the sums.
+    /// Columns of op(a), rows of op(b).
     pub k: usize,
     /// `[m, k]`, or stored `[k, m]`.
     pub a: Operand,
@@ -143,38 +134,38 @@ pub struct Gemm {
     pub c_dtype: Dtype,
     /// Factor of the product.
     pub alpha: f32,
-    /// Factor of what c held.
+    /// Factor of the previous value of c.
     pub beta: f32,
 }
 
-/// What kind of GPU it is, for choosing among kernels.
+/// The properties of a GPU by which kernels are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Architecture {
     /// Compute capability, 90 for 9.0; 0: no GPU, so no tensor cores.
     pub sm: u32,
     /// Streaming multiprocessors.
     pub processors: u32,
-    /// Bytes of shared memory that a block may ask for.
+    /// The most shared memory per block, in bytes.
     pub shared: usize,
 }
 
-/// Bytes of the GPU's memory.
+/// The GPU's memory, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryInfo {
     /// Unused by any process.
     pub free: usize,
-    /// All.
+    /// All memory of the GPU.
     pub total: usize,
 }
 
-/// Why a GPU cannot go on.
+/// An error of a GPU or one of its libraries.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An allocation was refused.
     #[error(
-        "the GPU's memory is full: {} were asked for, {} are in use, {} of {} are free. \
-         What helps: a smaller --batch-size, a smaller --max-length, --recompute always, a smaller --top-k-experts, \
-         more ranks",
+        "the GPU's memory is full: {} requested, {} in use by this process, {} of {} free. \
+         Try a smaller --batch-size, a smaller --max-length, --recompute always, a smaller --top-k-experts, \
+         or more ranks",
         gib(*.asked), gib(*.used), gib(.info.free), gib(.info.total)
     )]
     OutOfMemory {
@@ -182,15 +173,15 @@ pub enum Error {
         asked: usize,
         /// Bytes that this process holds for tensors.
         used: usize,
-        /// The GPU's view.
+        /// Free and total memory, as the GPU reports them.
         info: MemoryInfo,
     },
-    /// Anything else: a kernel's fault, a lost device, a library that refuses.
+    /// Anything else: a kernel's fault, a lost device, an error of a library.
     #[error("{call}: {message}")]
     Fault {
-        /// What was called.
+        /// The failed call.
         call: String,
-        /// What it answered.
+        /// The reported error.
         message: String,
     },
 }
@@ -205,23 +196,23 @@ fn gib(bytes: usize) -> String {
     format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
-/// A GPU, or what stands in for one. All work goes to one stream: it runs in the order of the calls.
+/// A GPU, or an emulation of one. All work goes to one stream, so that it runs in the order of the calls.
 pub trait Gpu: Send + Sync + 'static {
-    /// Its name for people, such as "NVIDIA H200".
+    /// The product name, such as "NVIDIA H200".
     fn name(&self) -> String;
-    /// Its kind.
+    /// The properties by which kernels are chosen.
     fn architecture(&self) -> Architecture;
-    /// How full its memory is.
+    /// Free and total memory.
     ///
     /// # Errors
-    /// A GPU that does not answer.
+    /// A fault of the GPU.
     fn memory(&self) -> Result<MemoryInfo, Error>;
-    /// `bytes` > 0 of memory, aligned to 256, holding anything; `None` if there is no room.
+    /// Allocates `bytes` > 0 bytes of uninitialized memory, aligned to 256 bytes; `None` if the memory is full.
     ///
     /// # Errors
-    /// Any failure but a lack of room.
+    /// Any other failure.
     fn allocate(&self, bytes: usize) -> Result<Option<Address>, Error>;
-    /// Gives memory back, after the work queued so far.
+    /// Frees memory, after the work queued so far.
     ///
     /// # Errors
     /// A fault of the GPU.
@@ -231,26 +222,32 @@ pub trait Gpu: Send + Sync + 'static {
     /// # Errors
     /// A fault of the GPU.
     fn copy_in(&self, to: Address, bytes: &[u8]) -> Result<(), Error>;
-    /// Copies to the host, after the work queued so far. Faults of that work show here.
+    /// Copies to the host, after the work queued so far. Faults of that work are reported here.
     ///
     /// # Errors
     /// A fault of the GPU.
     fn copy_out(&self, from: Address, bytes: &mut [u8]) -> Result<(), Error>;
-    /// Copies between places that do not overlap.
+    /// Copies between ranges that do not overlap.
     ///
     /// # Errors
     /// A fault of the GPU.
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), Error>;
-    /// Sets bytes to zero.
+    /// Fills `bytes` bytes with zero.
     ///
     /// # Errors
     /// A fault of the GPU.
     fn zero(&self, at: Address, bytes: usize) -> Result<(), Error>;
     /// Queues a kernel. No dimension of the grid is zero.
     ///
+    /// # Safety
+    /// `args` must be the kernel's parameters: as many, of the same types, in the same order. Each pointer must point
+    /// to memory of this GPU with room for everything that the kernel, with this grid and these sizes, reads and writes
+    /// there; only where the kernel checks for it, it may be null. Nothing but this stream may use that memory until
+    /// the kernel has run.
+    ///
     /// # Errors
-    /// A kernel that does not compile or cannot be started.
-    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error>;
+    /// A kernel that cannot be launched.
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error>;
     /// Queues a product. No dimension is zero.
     ///
     /// # Errors

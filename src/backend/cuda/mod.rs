@@ -1,12 +1,14 @@
-//! The GPU backend: kernels of our own (`kernels/*.cu`) and plain products, over the [`Gpu`] seam.
+//! The GPU backend: custom kernels (`kernels/*.cu`) and cuBLAS products, above the [`Gpu`] trait.
 //!
-//! Activations are of one compute type, BF16 or F32; router logits, routing weights, losses, gradients of parameters,
-//! master weights and moments are F32, scores and statistics F64. Everything runs on one stream; only what returns host
-//! values waits for it. `ops/` has the launchers, one family of operations a file, named as the CPU's.
+//! Activations have one number format, BF16 or F32. Router logits, routing weights, losses, gradients of parameters,
+//! master weights and moments are F32, scores and statistics F64. Everything runs on one stream; only operations that
+//! return host values wait for it. `ops/` has the launchers, one file per family of operations, with the same names as
+//! in `backend/cpu`.
 
 mod backend;
 pub mod gpu;
 pub mod kernels;
+mod launch;
 pub mod nvidia;
 mod ops;
 pub mod plan;
@@ -19,49 +21,48 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use self::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel};
+use self::launch::Element;
 use self::plan::{AttentionForm, Form, Grouped};
 use self::pool::{Memory, Pool, Reuse};
 use self::profile::Times;
 use self::tables::Tables;
-use self::tensor::Angles;
+use self::tensor::{Angles, Array};
 pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
-use super::Dtype;
-use crate::exit::Failure;
+use super::{DeviceFault, Dtype};
 
 /// One GPU.
 pub struct Cuda {
     gpu: Arc<dyn Gpu>,
     pool: Arc<Pool>,
-    /// Type of the activations.
+    /// Number format of the activations.
     compute: Dtype,
-    /// Bytes that all tensors together may take.
+    /// The limit that `free_memory` plans with, in bytes.
     room: usize,
     /// Chooses the form of grouped products.
     forms: fn(&Grouped, Architecture) -> Form,
-    /// The same of attention, by head width.
+    /// Chooses the form of attention by the head width.
     attention_forms: fn(usize, Dtype, Architecture) -> AttentionForm,
     tables: Tables,
-    /// The rotary angles that were needed last.
+    /// The rotary angles of the last batch.
     angles: Mutex<Option<Arc<Angles>>>,
-    /// What its GPU counts, if it does.
+    /// The profile, if the GPU is profiled.
     times: Option<Arc<Times>>,
 }
 
-/// The operations cannot fail, so an error of the GPU unwinds with a [`Failure`] as its payload; whoever runs a rank turns
-/// it back into the error.
+/// Operations return no errors: an error of the GPU unwinds as a [`DeviceFault`].
 fn must<T>(result: Result<T, Error>) -> T {
-    result.unwrap_or_else(|error| std::panic::panic_any(Failure::from(error)))
+    result.unwrap_or_else(|error| DeviceFault::new(error).raise())
 }
 
 impl Cuda {
-    /// A backend over this GPU with activations of type `compute`. Panics at F16, which has too small a range. It plans with
-    /// the memory that is free now.
+    /// A backend on this GPU with activations in `compute`, F32 or BF16; the range of F16 is too small, and it panics.
+    /// It plans with the memory that is free now.
     pub fn new(gpu: Arc<dyn Gpu>, compute: Dtype, reuse: Reuse) -> Self {
         let free = must(gpu.memory()).free;
         Self::with_room(gpu, compute, reuse, free)
     }
 
-    /// The same, planning with `room` bytes: for backends that share a GPU.
+    /// The same, but it plans with `room` bytes: for backends that share a GPU.
     pub fn with_room(gpu: Arc<dyn Gpu>, compute: Dtype, reuse: Reuse, room: usize) -> Self {
         assert!(compute != Dtype::F16, "activations are F32 or BF16");
         Self {
@@ -77,12 +78,12 @@ impl Cuda {
         }
     }
 
-    /// The same over a [`Profiled`](profile::Profiled) GPU, whose times it shows.
+    /// The same on a [`Profiled`](profile::Profiled) GPU with these times.
     pub fn with_times(self, times: Arc<Times>) -> Self {
         Self { times: Some(times), ..self }
     }
 
-    /// The same with another choice of the form of grouped products, for comparing forms.
+    /// The same with another choice of the form of grouped products, to compare forms.
     pub fn with_forms(self, forms: fn(&Grouped, Architecture) -> Form) -> Self {
         Self { forms, ..self }
     }
@@ -92,7 +93,7 @@ impl Cuda {
         Self { attention_forms, ..self }
     }
 
-    /// The forms chosen for products of this shape and for heads of width `dim`, for people.
+    /// Describes the forms chosen for grouped products of this shape and for heads of width `dim`.
     pub fn choices(&self, shape: &Grouped, dim: usize) -> String {
         format!("experts: {shape}: {}; attention: {}", self.form(shape), self.attention_form(dim))
     }
@@ -105,44 +106,49 @@ impl Cuda {
         (self.attention_forms)(dim, self.compute, self.gpu.architecture())
     }
 
-    /// The GPU.
+    /// The GPU it runs on.
     pub fn gpu(&self) -> &Arc<dyn Gpu> {
         &self.gpu
     }
 
-    /// Its memory.
+    /// The pool that its tensors are allocated from.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
 
-    /// Type of the activations.
+    /// Number format of the activations.
     pub fn compute(&self) -> Dtype {
         self.compute
     }
 
-    /// Overwrites the elements from `start` on of a parameter with f32 values, rounded to nearest even.
+    /// Overwrites elements of a parameter, from `start` on, with the elements `at` of a buffer, rounded to nearest
+    /// even.
     pub fn set_weight_part(&self, w: &mut Weight, start: usize, values: &Buffer, at: Range<usize>) {
         ops::update::set_weight_part(self, w, start, values, at);
     }
 
-    /// Memory holding anything.
+    /// Uninitialized memory.
     pub(in crate::backend::cuda) fn scratch(&self, bytes: usize) -> Memory {
         must(self.pool.take(bytes))
     }
 
-    /// A tensor holding anything.
+    /// An uninitialized tensor.
     pub(in crate::backend::cuda) fn tensor(&self, rows: usize, cols: usize, dtype: Dtype) -> Tensor {
         Tensor { rows, cols, dtype, memory: self.scratch(rows * cols * dtype.size()) }
     }
 
-    /// Queues a kernel; an empty grid is no work.
-    pub(in crate::backend::cuda) fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
+    /// Queues a kernel, unless its grid is empty. Only the functions generated by [`launch::kernels!`] call it.
+    ///
+    /// # Safety
+    /// As [`Gpu::launch`].
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
         if grid.blocks.iter().all(|&n| n > 0) {
-            must(self.gpu.launch(kernel, grid, args));
+            // SAFETY: the caller's contract.
+            must(unsafe { self.gpu.launch(kernel, grid, args) });
         }
     }
 
-    /// Queues a product. An empty result is no work; an empty sum only scales c by `beta`, 0 or 1.
+    /// Queues a product. Nothing is queued if c is empty. If k is 0, c is only scaled by `beta`, which must be 0 or 1.
     pub(in crate::backend::cuda) fn gemm(&self, gemm: &Gemm) {
         if gemm.m == 0 || gemm.n == 0 {
             return;
@@ -150,7 +156,7 @@ impl Cuda {
         if gemm.k > 0 {
             must(self.gpu.gemm(gemm));
         } else if gemm.beta == 0.0 {
-            assert!(gemm.c_stride == gemm.n, "an empty sum into part of a matrix");
+            assert!(gemm.c_stride == gemm.n, "k = 0, and c is part of a matrix");
             self.zero(gemm.c, gemm.m * gemm.n * gemm.c_dtype.size());
         }
     }
@@ -167,14 +173,14 @@ impl Cuda {
         }
     }
 
-    /// Host values to the GPU.
+    /// Copies host values to the GPU.
     fn copy_in<T: bytemuck::NoUninit>(&self, to: Address, values: &[T]) {
         if !values.is_empty() {
             must(self.gpu.copy_in(to, bytemuck::cast_slice(values)));
         }
     }
 
-    /// `n` values to the host, after everything queued.
+    /// Copies `n` values to the host, after everything queued.
     fn copy_out<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(&self, from: Address, n: usize) -> Vec<T> {
         let mut out = vec![T::zeroed(); n];
         if n > 0 {
@@ -183,10 +189,15 @@ impl Cuda {
         out
     }
 
-    /// Host values in new memory.
-    fn uploaded<T: bytemuck::NoUninit>(&self, values: &[T]) -> Memory {
-        let memory = self.scratch(std::mem::size_of_val(values));
-        self.copy_in(memory.address(), values);
-        memory
+    /// An uninitialized array of `n` numbers.
+    fn array<T: Element<Format = ()>>(&self, n: usize) -> Array<T> {
+        Array::new(self.scratch(n * size_of::<T>()), n)
+    }
+
+    /// A new array with these values.
+    fn uploaded<T: Element<Format = ()> + bytemuck::NoUninit>(&self, values: &[T]) -> Array<T> {
+        let array = self.array(values.len());
+        self.copy_in(array.address(), values);
+        array
     }
 }

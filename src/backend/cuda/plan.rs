@@ -1,62 +1,64 @@
-//! Which form of a product to take: pure functions of its shape, so that what runs can be read, printed and tested.
+//! Chooses the form, that is the implementation, of a product: pure functions of its shape, which can be printed and
+//! tested.
 
 use std::fmt;
 
 use super::gpu::Architecture;
 use crate::backend::Dtype;
 
-/// Products of groups of rows with their groups' weights, or the gradients of these.
+/// The shape of a grouped product (groups of rows times their groups' weights), or of its gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grouped {
     /// Rows of all groups together.
     pub rows: usize,
-    /// How many groups there are; how many rows each has, only the GPU knows.
+    /// Number of groups. Only the GPU knows how many rows each one has.
     pub groups: usize,
     /// Columns of a weight.
     pub inputs: usize,
     /// Rows of a weight.
     pub outputs: usize,
-    /// Type of the activations.
+    /// Number format of the activations.
     pub dtype: Dtype,
 }
 
-/// How grouped products are made.
+/// The implementations of grouped products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
-    /// One product of the vendor's library a group. It must know how many rows each group has, so the first such product
+    /// One cuBLAS product per group. It needs the number of rows of each group on the host, so the first such product
     /// of a dispatch waits for the GPU.
     EachGroup,
-    /// One kernel over all groups, on tensor cores, warp by warp (`mma.sync`).
+    /// One kernel over all groups on tensor cores, by `mma.sync`.
     TensorCores,
-    /// The same by products of whole warpgroups (`wgmma`), which GPUs of compute capability 9.0 have.
+    /// One kernel over all groups on tensor cores, by `wgmma`, which GPUs of compute capability 9.0 have.
     Warpgroups,
     /// One kernel over all groups, by ordinary arithmetic.
     Arithmetic,
 }
 
-/// Work of one group's product, in floating-point operations, from which it keeps the whole GPU busy for longer than a launch
-/// takes (some 15 µs), so that the library's faster inner loop pays. An estimate, not a measurement.
+/// The FLOP per group from which one cuBLAS call per group is preferred to the `mma.sync` kernel: such a product keeps
+/// the whole GPU busy for longer than its launch takes (some 15 µs), so that the faster inner loop of cuBLAS pays. An
+/// estimate, not a measurement.
 const WORTH_A_LAUNCH: u64 = 10_000_000_000;
-/// The same beside products of warpgroups, whose inner loop is nearer to the library's: only where the wait for the counts is lost
-/// in the work of a layer.
+/// The same threshold against the `wgmma` kernel, whose inner loop is nearly as fast as cuBLAS: only where the wait for
+/// the groups' sizes is small compared with the work of a layer.
 const WORTH_A_LAUNCH_WARPGROUPS: u64 = 40_000_000_000;
-/// The same for F32, where the grouped kernel is ordinary arithmetic.
+/// The same threshold for F32, where the grouped kernel does not use tensor cores.
 const WORTH_A_LAUNCH_F32: u64 = 500_000_000;
 
 impl Grouped {
-    /// Multiplications and additions of one group's product with one weight, were all groups of one size.
+    /// Multiplications and additions of one group's product with one weight, if all groups have the same size.
     pub fn work(&self) -> u64 {
         2 * self.rows.div_ceil(self.groups.max(1)) as u64 * self.inputs as u64 * self.outputs as u64
     }
 
-    /// The form for this shape. A single group needs no counts; few large ones are done best by the library; many small
-    /// ones only fill the GPU together.
+    /// The form for this shape. A single group needs no sizes from the GPU; a few large groups are fastest in cuBLAS;
+    /// many small groups fill the GPU only together.
     pub fn form(&self, architecture: Architecture) -> Form {
-        // Tensor cores are fed in pieces of 8 numbers, which must not cross a row's end.
-        let whole_pieces = self.inputs.is_multiple_of(8) && self.outputs.is_multiple_of(8);
+        // Operands of tensor cores are copied in chunks of 8 elements, which must not cross the end of a row.
+        let whole_chunks = self.inputs.is_multiple_of(8) && self.outputs.is_multiple_of(8);
         let together = match architecture.sm {
-            90 if self.dtype == Dtype::Bf16 && whole_pieces => Form::Warpgroups,
-            80.. if self.dtype == Dtype::Bf16 && whole_pieces => Form::TensorCores,
+            90 if self.dtype == Dtype::Bf16 && whole_chunks => Form::Warpgroups,
+            80.. if self.dtype == Dtype::Bf16 && whole_chunks => Form::TensorCores,
             _ => Form::Arithmetic,
         };
         let threshold = match together {
@@ -68,7 +70,7 @@ impl Grouped {
     }
 }
 
-/// How attention is made.
+/// The implementations of attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AttentionForm {
     /// On tensor cores, compiled for heads of at most this width.
@@ -77,7 +79,8 @@ pub enum AttentionForm {
     Arithmetic,
 }
 
-/// The form for heads of width `dim`: tensor cores are fed in pieces of 8 numbers, and compiled for two widths.
+/// The form for heads of width `dim`. On tensor cores rows are copied in chunks of 8 elements; there are kernels for
+/// two widths.
 pub fn attention(dim: usize, dtype: Dtype, architecture: Architecture) -> AttentionForm {
     match dim {
         1..=128 if dtype == Dtype::Bf16 && architecture.sm >= 80 && dim.is_multiple_of(8) => {
@@ -146,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn tensor_cores_want_bf16_whole_pieces_and_ampere() {
+    fn tensor_cores_need_bf16_whole_chunks_and_ampere() {
         assert_eq!(form(64, 4, 32, 16, Dtype::Bf16, 80), Form::TensorCores);
         assert_eq!(form(64, 4, 32, 16, Dtype::Bf16, 100), Form::TensorCores);
         assert_eq!(form(64, 4, 32, 16, Dtype::Bf16, 75), Form::Arithmetic);

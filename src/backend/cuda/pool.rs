@@ -1,37 +1,37 @@
-//! A pool over the GPU's allocator: in steady state no step allocates, whatever lengths its rows have.
+//! A memory pool on top of the GPU's allocator: in steady state no step allocates, whatever lengths its rows have.
 //!
-//! The GPU gives large segments; tensors are parts of them, the smallest free part that is large enough. A part that is given
-//! back grows together with free neighbours. All work goes to one stream, so memory may be handed out again while the kernels
-//! that last used it still wait in it.
+//! The pool allocates large segments and divides them into blocks by best fit. A freed block is merged with free
+//! neighbours. All work goes to one stream, so a block may be reused while the kernels that last used it are still
+//! queued.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::gpu::{Address, Error, Gpu};
 
-/// What becomes of memory that is given back.
+/// What happens to freed memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reuse {
-    /// It is kept for later requests.
+    /// The pool keeps it for later requests.
     Segments,
-    /// It goes back to the GPU, and every allocation has exactly the size asked for: what memory checkers need.
+    /// It is returned to the GPU, and every allocation has exactly the requested size, as memory checkers need it.
     Never,
 }
 
-/// Counts of a pool, in bytes.
+/// Statistics of a pool, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Handed out now.
+    /// In use now.
     pub used: usize,
-    /// Taken from the GPU: handed out, or kept for reuse.
+    /// Allocated from the GPU: in use, or kept for reuse.
     pub held: usize,
-    /// The most that was ever taken from the GPU at once.
+    /// The peak of `held`.
     pub peak: usize,
-    /// Allocations that the GPU was asked for since the start.
+    /// Number of allocations from the GPU since the start.
     pub allocations: usize,
 }
 
-/// The GPU's memory, as tensors see it.
+/// The pool of one GPU.
 pub struct Pool {
     gpu: Arc<dyn Gpu>,
     reuse: Reuse,
@@ -41,11 +41,11 @@ pub struct Pool {
 #[derive(Default)]
 struct State {
     usage: Usage,
-    /// What the GPU gave, by address: bytes.
+    /// The segments: bytes by address.
     segments: BTreeMap<Address, usize>,
-    /// Free parts by address: bytes. No two of a segment touch.
+    /// The free blocks: bytes by address. No two free blocks of a segment are adjacent.
     free: BTreeMap<Address, usize>,
-    /// The same by size.
+    /// The same free blocks, ordered by size.
     by_size: BTreeSet<(usize, Address)>,
 }
 
@@ -53,7 +53,7 @@ struct State {
 pub struct Memory {
     pool: Arc<Pool>,
     at: Address,
-    /// The size of the whole block, at least what was asked for.
+    /// The size of the whole block, at least the requested size.
     bytes: usize,
 }
 
@@ -63,7 +63,7 @@ impl Memory {
         self.at
     }
 
-    /// How much it holds; may be more than was asked for.
+    /// Its size in bytes; it may exceed the requested size.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -71,18 +71,18 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        self.pool.give_back(self.at, self.bytes);
+        self.pool.free_block(self.at, self.bytes);
     }
 }
 
-/// Blocks begin and end at multiples of this: whole lines of all caches.
+/// Granularity of blocks in bytes: whole cache lines.
 const GRAIN: usize = 512;
-/// The GPU's own pages: segments are whole ones.
+/// Granularity of segments in bytes: the GPU's page size.
 const PAGE: usize = 2 << 20;
-/// A segment for a smaller request is as large as this, for others to share.
+/// Size in bytes of a segment that several smaller requests share.
 const SHARED: usize = 32 << 20;
 
-/// How much to ask the GPU for where no free part has `bytes`.
+/// The size of a new segment for a request of `bytes`.
 fn segment(bytes: usize) -> usize {
     match bytes {
         ..PAGE => PAGE,
@@ -97,10 +97,10 @@ impl Pool {
         Arc::new(Self { gpu, reuse, state: Mutex::default() })
     }
 
-    /// Memory for `bytes` bytes, holding anything.
+    /// Allocates `bytes` bytes of uninitialized memory.
     ///
     /// # Errors
-    /// No room, even after everything idle was released; a fault of the GPU.
+    /// The memory is full, even after free segments were released; a fault of the GPU.
     pub fn take(self: &Arc<Self>, bytes: usize) -> Result<Memory, Error> {
         let mut state = self.lock();
         let (at, bytes) = match self.reuse {
@@ -126,12 +126,12 @@ impl Pool {
         Ok(Memory { pool: self.clone(), at, bytes })
     }
 
-    /// Present counts.
+    /// The current statistics.
     pub fn usage(&self) -> Usage {
         self.lock().usage
     }
 
-    /// Gives segments of which nothing is in use back to the GPU.
+    /// Returns segments without blocks in use to the GPU.
     ///
     /// # Errors
     /// A fault of the GPU.
@@ -139,14 +139,14 @@ impl Pool {
         self.lock().release(&*self.gpu)
     }
 
-    fn give_back(&self, at: Address, bytes: usize) {
+    fn free_block(&self, at: Address, bytes: usize) {
         let mut state = self.lock();
         state.usage.used -= bytes;
         match self.reuse {
             Reuse::Segments => state.add_free(at, bytes),
             Reuse::Never => {
                 state.usage.held -= bytes;
-                // A fault will show in whatever is asked of the GPU next.
+                // A fault is reported again by the next call.
                 drop(self.gpu.free(at));
             }
         }
@@ -158,7 +158,7 @@ impl Pool {
 }
 
 impl State {
-    /// The smallest free part with room for `bytes`, or the beginning of it.
+    /// Takes `bytes` from the smallest free block that is large enough.
     fn take_free(&mut self, bytes: usize) -> Option<Address> {
         let &(size, at) = self.by_size.range((bytes, Address::NULL)..).next()?;
         self.remove_free(at, size);
@@ -168,7 +168,7 @@ impl State {
         Some(at)
     }
 
-    /// Joins it with the free parts of the same segment that it touches.
+    /// Frees a block and merges it with adjacent free blocks of the same segment.
     fn add_free(&mut self, mut at: Address, mut bytes: usize) {
         let before = self.free.range(..at).next_back().map(|(&at, &bytes)| (at, bytes));
         if let Some((start, size)) = before.filter(|&(start, size)| start.offset(size) == at)
@@ -197,11 +197,12 @@ impl State {
         self.by_size.remove(&(bytes, at));
     }
 
-    /// Another segment, with room for `bytes`: a shared one, else one of its own, after what is idle was released.
+    /// Adds a segment with room for `bytes`. If the GPU has no room for a shared one, free segments are released, then
+    /// an exact size is tried.
     fn grow(&mut self, gpu: &dyn Gpu, bytes: usize) -> Result<(), Error> {
         let mut size = segment(bytes);
-        // As much lies idle, but in smaller parts: they make way for one that others find room in, too. That ends once the
-        // longest rows have come.
+        // Enough memory is free, but fragmented: release free segments in favour of a larger one. This stops happening
+        // once the longest rows have been seen.
         if self.usage.held - self.usage.used >= bytes {
             self.release(gpu)?;
         }

@@ -1,4 +1,4 @@
-//! Where a GPU's time goes: every operation is waited for, and its time counted under its name.
+//! A profile of GPU operations: synchronizes after every operation and adds up the times by name.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -7,18 +7,18 @@ use std::time::{Duration, Instant};
 
 use super::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo};
 
-/// A GPU that waits for each operation before the next. So a run takes longer, by some microseconds an operation, and whatever
-/// would overlap does not.
+/// A GPU that waits for each operation before the next. This slows a run down by some microseconds per operation, and
+/// nothing overlaps.
 pub struct Profiled {
     gpu: Arc<dyn Gpu>,
     times: Arc<Times>,
 }
 
-/// What was counted, by name.
+/// Counts and times by the name of the operation.
 #[derive(Default)]
 pub struct Times(Mutex<HashMap<String, Time>>);
 
-/// Operations of one name.
+/// All operations with one name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Time {
     count: u64,
@@ -26,7 +26,7 @@ struct Time {
 }
 
 impl Profiled {
-    /// Counts what this GPU does into `times`.
+    /// Adds the operations of this GPU to `times`.
     pub fn new(gpu: Arc<dyn Gpu>, times: Arc<Times>) -> Self {
         Self { gpu, times }
     }
@@ -49,7 +49,7 @@ impl Times {
     }
 }
 
-/// The longest first: share, seconds, how often, name.
+/// One line per name, the longest time first: share, seconds, count, name.
 impl fmt::Display for Times {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -102,12 +102,14 @@ impl Gpu for Profiled {
         self.timed(|| "zero".into(), || self.gpu.zero(at, bytes))
     }
 
-    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
-        self.timed(|| format!("{} ({}.cu)", kernel.name, kernel.module.stem), || self.gpu.launch(kernel, grid, args))
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
+        // SAFETY: the caller's contract is the same.
+        let launch = || unsafe { self.gpu.launch(kernel, grid, args) };
+        self.timed(|| format!("{} ({}.cu)", kernel.name, kernel.module.stem), launch)
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<(), Error> {
-        // By the sizes of the weight, however many rows there are.
+        // Named by the shape of the weight, not by the number of rows.
         let name = || match gemm.a.transposed {
             true => format!("cuBLAS, {:?}, gradient of a weight [{}, {}]", gemm.dtype, gemm.m, gemm.n),
             false => format!("cuBLAS, {:?}, rows of {} to rows of {}", gemm.dtype, gemm.k, gemm.n),

@@ -1,6 +1,9 @@
-//! What lies in the GPU's memory.
+//! Tensors, weights and other data in the GPU's memory.
+
+use std::marker::PhantomData;
 
 use super::gpu::Address;
+use super::launch::{Any, Element, In, InOut, Out, Pointer};
 use super::pool::Memory;
 use crate::backend::Dtype;
 
@@ -48,6 +51,21 @@ impl Tensor {
         self.address().offset(row * self.cols * self.dtype.size())
     }
 
+    /// The elements, for a kernel that reads them.
+    pub(super) fn input(&self) -> In<'_, Any> {
+        Pointer::new(self.address(), self.dtype)
+    }
+
+    /// The elements, for a kernel that overwrites them.
+    pub(super) fn output(&mut self) -> Out<'_, Any> {
+        Pointer::new(self.address(), self.dtype)
+    }
+
+    /// The elements, for a kernel that reads and overwrites them.
+    pub(super) fn inout(&mut self) -> InOut<'_, Any> {
+        Pointer::new(self.address(), self.dtype)
+    }
+
     /// Panics with both shapes unless this is `[rows, cols]`.
     #[track_caller]
     pub(super) fn expect_shape(&self, what: &str, rows: usize, cols: usize) {
@@ -60,7 +78,7 @@ impl Tensor {
     }
 }
 
-/// A parameter in its stored number format. Its address never changes; a step writes over its value.
+/// A parameter in its stored number format. Its address never changes; a training step overwrites its value.
 pub struct Weight {
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
@@ -68,7 +86,7 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// Output width; 1 of a vector.
+    /// Output width; 1 for a vector.
     pub fn rows(&self) -> usize {
         if self.shape.len() == 2 { self.shape[0] } else { 1 }
     }
@@ -97,6 +115,51 @@ impl Weight {
     pub fn address(&self) -> Address {
         self.memory.address()
     }
+
+    /// The elements, for a kernel that reads them.
+    pub(super) fn input(&self) -> In<'_, Any> {
+        Pointer::new(self.address(), self.dtype)
+    }
+
+    /// The elements, for a kernel that overwrites them.
+    pub(super) fn output(&mut self) -> Out<'_, Any> {
+        Pointer::new(self.address(), self.dtype)
+    }
+}
+
+/// Numbers that only kernels see: ids, offsets, partial sums.
+pub(super) struct Array<T> {
+    memory: Memory,
+    len: usize,
+    elements: PhantomData<T>,
+}
+
+impl<T: Element<Format = ()>> Array<T> {
+    /// `len` numbers in this memory.
+    pub(super) fn new(memory: Memory, len: usize) -> Self {
+        assert!(len * size_of::<T>() <= memory.bytes(), "{len} numbers in {} bytes", memory.bytes());
+        Self { memory, len, elements: PhantomData }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn address(&self) -> Address {
+        self.memory.address()
+    }
+
+    pub(super) fn input(&self) -> In<'_, T> {
+        Pointer::new(self.address(), ())
+    }
+
+    pub(super) fn output(&mut self) -> Out<'_, T> {
+        Pointer::new(self.address(), ())
+    }
+
+    pub(super) fn inout(&mut self) -> InOut<'_, T> {
+        Pointer::new(self.address(), ())
+    }
 }
 
 /// A flat row of f32.
@@ -106,7 +169,25 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// The element at `index`, which may be the end. Panics unless `len` elements follow.
+    /// `len` elements from `index` on, for a kernel that reads them.
+    #[track_caller]
+    pub(super) fn input(&self, index: usize, len: usize) -> In<'_, f32> {
+        Pointer::new(self.at(index, len), ())
+    }
+
+    /// `len` elements from `index` on, for a kernel that overwrites them.
+    #[track_caller]
+    pub(super) fn output(&mut self, index: usize, len: usize) -> Out<'_, f32> {
+        Pointer::new(self.at(index, len), ())
+    }
+
+    /// `len` elements from `index` on, for a kernel that reads and overwrites them.
+    #[track_caller]
+    pub(super) fn inout(&mut self, index: usize, len: usize) -> InOut<'_, f32> {
+        Pointer::new(self.at(index, len), ())
+    }
+
+    /// The address of the element at `index`. Panics unless the buffer has `len` elements from there on.
     #[track_caller]
     pub fn at(&self, index: usize, len: usize) -> Address {
         assert!(index + len <= self.len, "elements {index}..{} of a buffer of {}", index + len, self.len);
@@ -115,45 +196,35 @@ impl Buffer {
 }
 
 /// Running sums in f64.
-pub struct Scores {
-    pub(super) len: usize,
-    pub(super) memory: Memory,
-}
-
-impl Scores {
-    /// The first sum.
-    pub fn address(&self) -> Address {
-        self.memory.address()
-    }
-}
+pub struct Scores(pub(super) Array<f64>);
 
 /// Row numbers, token ids or class ids (u32), on the GPU and on the host.
 pub struct Indices {
     pub(super) host: Vec<u32>,
-    pub(super) memory: Memory,
+    pub(super) on_gpu: Array<u32>,
 }
 
 impl Indices {
-    /// How many.
+    /// Number of indices.
     pub fn len(&self) -> usize {
         self.host.len()
     }
 
-    /// Whether there is none.
+    /// Whether it is empty.
     pub fn is_empty(&self) -> bool {
         self.host.is_empty()
     }
 
-    /// The first of them.
-    pub fn address(&self) -> Address {
-        self.memory.address()
+    /// The numbers, for a kernel that reads them.
+    pub(super) fn input(&self) -> In<'_, u32> {
+        self.on_gpu.input()
     }
 }
 
 /// The chosen experts of each token and their weights, with the probabilities for the backward.
 pub struct Routing {
-    /// u32 `[T·K]`, by decreasing probability.
-    pub(super) ids: Memory,
+    /// `[T·K]`, by decreasing probability.
+    pub(super) ids: Array<u32>,
     /// F32 `[T, K]`
     pub(super) weights: Tensor,
     /// Softmax over all experts, F32 `[T, E]`.
@@ -167,35 +238,36 @@ impl Routing {
         self.weights.rows
     }
 
-    /// Experts a token visits, K.
+    /// Experts per token, K.
     pub fn top_k(&self) -> usize {
         self.weights.cols
     }
 }
 
-/// A stable counting sort of the routed rows (t, k), in order of t·K + k, by expert. It stays on the GPU; nothing waits
-/// for it.
+/// A stable counting sort by expert of the routed rows (t, k), in order of t·K + k. It stays on the GPU, and the host
+/// does not wait for it.
 pub struct Dispatch {
     /// Rows of all experts together, R.
     pub(super) rows: usize,
-    /// E
+    /// Number of experts, E.
     pub(super) num_experts: usize,
-    /// K
+    /// Experts per token, K.
     pub(super) top_k: usize,
-    /// u32 `[E + 1]`: expert `e` owns sorted rows `offsets[e]..offsets[e + 1]`.
-    pub(super) offsets: Memory,
-    /// The offsets on the host, once they were read.
+    /// `[E + 1]`: expert `e` owns sorted rows `offsets[e]..offsets[e + 1]`.
+    pub(super) offsets: Array<u32>,
+    /// The offsets on the host, once they have been read.
     pub(super) host_offsets: std::sync::OnceLock<Vec<u32>>,
-    /// Absent where no tokens are behind the rows.
+    /// The permutation of the rows; `None` for [`one_group`](super::ops::dispatch::one_group), whose rows have no
+    /// tokens.
     pub(super) order: Option<RowOrder>,
 }
 
-/// Which sorted row is whose.
+/// The permutation between tokens and sorted rows.
 pub(super) struct RowOrder {
-    /// u32 `[T·K]`: the sorted row of each (t, k).
-    pub(super) row_of: Memory,
-    /// u32 `[R]`: t·K + k of each sorted row.
-    pub(super) slot_of: Memory,
+    /// `[T·K]`: the sorted row of each (t, k).
+    pub(super) row_of: Array<u32>,
+    /// `[R]`: t·K + k of each sorted row.
+    pub(super) slot_of: Array<u32>,
 }
 
 impl Dispatch {
@@ -209,24 +281,24 @@ impl Dispatch {
     }
 }
 
-/// Packed sequences and the rotations of their positions.
+/// Packed sequences and the rotary angles of their positions.
 pub struct Sequences {
-    /// On the host.
+    /// The packing on the host.
     pub(super) packing: crate::backend::Packing,
-    /// u32 `[sequences + 1]`: row offsets of the queries.
-    pub(super) queries: Memory,
-    /// u32 `[sequences + 1]`: row offsets of the keys.
-    pub(super) keys: Memory,
-    /// u32 `[T]`: position of each query row within its sequence.
-    pub(super) positions: Memory,
-    /// cos and sin of every position's angles.
+    /// `[sequences + 1]`: row offsets of the queries.
+    pub(super) queries: Array<u32>,
+    /// `[sequences + 1]`: row offsets of the keys.
+    pub(super) keys: Array<u32>,
+    /// `[T]`: position of each query row within its sequence.
+    pub(super) positions: Array<u32>,
+    /// The angles of at least these positions.
     pub(super) angles: std::sync::Arc<Angles>,
 }
 
-/// f32 `[positions, half]`: cos and sin of the angles, times the rope's scale.
+/// `[positions, half]`: cos and sin of the angles, times the rope's scale.
 pub(super) struct Angles {
     pub(super) rope: crate::backend::Rope,
     pub(super) positions: usize,
-    pub(super) cos: Memory,
-    pub(super) sin: Memory,
+    pub(super) cos: Array<f32>,
+    pub(super) sin: Array<f32>,
 }

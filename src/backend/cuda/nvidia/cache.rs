@@ -1,15 +1,15 @@
-//! Compiled kernels on disk, so that a second start compiles nothing.
+//! The cache of compiled kernels on disk, so that only the first start compiles.
 //!
-//! An entry's name holds a hash of all that decides its content; the entry begins with a hash of that content, so that one
-//! that a full disk or another program damaged is seen and made again. Ranks that start together may write the same entry:
-//! each writes aside and renames. A folder that cannot be written costs time at each start, and nothing else.
+//! The name of an entry contains a hash of its inputs (source, options, compiler). The entry starts with a hash of its
+//! content, so that a damaged one is detected and compiled again. Ranks that start together may write the same entry:
+//! each writes a temporary file and renames it. If the folder is not writable, every start compiles.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::files;
 
-/// The folder, or none.
+/// The cache folder, or `None` for no cache.
 pub(super) struct Cache {
     folder: Option<PathBuf>,
 }
@@ -19,7 +19,7 @@ impl Cache {
         Self { folder: folder.map(Path::to_owned) }
     }
 
-    /// The content of entry `stem` as decided by `parts`, made by `make` if it is not there.
+    /// The content of entry `stem` for the inputs `parts`. Calls `make` if the entry is absent or damaged.
     pub(super) fn get<E>(
         &self,
         stem: &str,
@@ -40,7 +40,7 @@ impl Cache {
     }
 }
 
-/// A hash of parts that cannot run into each other.
+/// A hash of the parts with their lengths, so that the boundaries count.
 fn key(parts: &[&str]) -> String {
     let mut hasher = blake3::Hasher::new();
     for part in parts {
@@ -50,7 +50,7 @@ fn key(parts: &[&str]) -> String {
     hasher.finalize().to_hex()[..32].to_owned()
 }
 
-/// The content of an entry whose hash is right.
+/// The content of an entry, if its hash matches.
 fn checked(mut entry: Vec<u8>) -> Option<Vec<u8>> {
     let content = entry.split_off(entry.len().min(blake3::OUT_LEN));
     (blake3::hash(&content).as_bytes().as_slice() == entry).then_some(content)
@@ -77,12 +77,12 @@ mod tests {
         assert_eq!(get(&["source", "options"]), b"sourceoptions");
         assert_eq!(get(&["source", "options"]), b"sourceoptions");
         assert_eq!(made.get(), 1);
-        // The same text, cut elsewhere.
+        // The same text with another boundary.
         get(&["sourceo", "ptions"]);
         assert_eq!(made.get(), 2);
 
         let entries = || fs::read_dir(folder.path().join("kernels")).unwrap().map(|entry| entry.unwrap().path());
-        assert_eq!(entries().count(), 2, "entries, and nothing left aside");
+        assert_eq!(entries().count(), 2, "entries, and no temporary files");
         for damage in [&b""[..], b"short", &[0; 40]] {
             entries().for_each(|path| fs::write(path, damage).unwrap());
             let before = made.get();

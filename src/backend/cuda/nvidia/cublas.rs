@@ -1,7 +1,7 @@
-//! cuBLAS: plain products.
+//! Dense products by cuBLAS.
 //!
-//! Function by function as in the cuBLAS manual, <https://docs.nvidia.com/cuda/cublas/index.html>; the constants are
-//! cudarc's, made from the headers.
+//! The functions are documented in the cuBLAS manual, <https://docs.nvidia.com/cuda/cublas/index.html>; the constants
+//! are cudarc's, generated from the headers.
 
 use std::ffi::{c_int, c_void};
 
@@ -14,18 +14,18 @@ use crate::backend::cuda::gpu::{self, Address, Gemm, Operand};
 
 type Handle = *mut c_void;
 
-/// A handle on one stream of one GPU.
+/// A cuBLAS handle for one stream of one GPU.
 pub(super) struct Cublas {
     functions: Functions,
     handle: Handle,
 }
 
-// SAFETY: the manual's section "Thread Safety": functions may be called with one handle from several threads, while its
-// settings stay as they are. They are made once, in `new`.
+// SAFETY: the manual's section "Thread Safety": several threads may use one handle as long as its settings do not
+// change. They are set once, in `new`.
 unsafe impl Send for Cublas {}
 unsafe impl Sync for Cublas {}
 
-/// Codes are plain integers: a newer library may return one that no enum of today lists.
+/// Status codes are plain integers, because a newer library may return codes that an enum would lack.
 struct Functions {
     destroy: unsafe extern "C" fn(Handle) -> c_int,
     gemm: unsafe extern "C" fn(
@@ -51,13 +51,13 @@ struct Functions {
     ) -> c_int,
 }
 
-/// Bytes of scratch that products may use: what the manual recommends ("cublasSetWorkspace": 32 MiB for Hopper).
+/// Bytes of the workspace, as the manual recommends ("cublasSetWorkspace": 32 MiB for Hopper).
 pub(super) const WORKSPACE: usize = 32 << 20;
 
 impl Cublas {
     /// A handle for products on `stream` of the current context. `workspace` has [`WORKSPACE`] bytes and outlives it.
     ///
-    /// With one stream and a workspace of its own, results are the same in every run ("Results Reproducibility").
+    /// With one stream and a user-provided workspace, results are reproducible ("Results Reproducibility").
     pub(super) fn new(library: &Open, stream: *mut c_void, workspace: Address) -> Result<Self, Error> {
         // SAFETY: the types are those of cublas_api.h; the handle is the one that is created here.
         unsafe {
@@ -72,26 +72,26 @@ impl Cublas {
             let mut handle = std::ptr::null_mut();
             check("cublasCreate", create(&mut handle))?;
             let made = Self { functions, handle };
-            // The stream first: setting it resets the workspace.
+            // Before the workspace, which it resets.
             check("cublasSetStream", set_stream(handle, stream))?;
             check("cublasSetWorkspace", set_workspace(handle, workspace.0 as *mut c_void, WORKSPACE))?;
-            // The default mode, in which f32 never becomes TF32, and partial sums of bf16 products stay f32.
+            // The default mode, which never rounds f32 to TF32, and with partial sums of bf16 products in f32.
             let math = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION as c_int;
             check("cublasSetMathMode", set_math(handle, math))?;
             Ok(made)
         }
     }
 
-    /// Queues a product. The handle's context is current.
+    /// Queues a product. The handle's context must be current.
     pub(super) fn gemm(&self, gemm: &Gemm) -> Result<(), gpu::Error> {
         let call = ColumnMajor::of(gemm);
-        let (factor_type, c_type) = (cuda_type(gemm.dtype), cuda_type(gemm.c_dtype));
+        let (operand_type, c_type) = (cuda_type(gemm.dtype), cuda_type(gemm.c_dtype));
         let operation = |transposed| match transposed {
             false => sys::cublasOperation_t::CUBLAS_OP_N as c_int,
             true => sys::cublasOperation_t::CUBLAS_OP_T as c_int,
         };
-        // SAFETY: the caller's matrices are where it says, by the contract of `Gpu::gemm`; alpha and beta are read before
-        // the call returns (pointer mode "host", the default).
+        // SAFETY: the matrices are valid by the contract of `Gpu::gemm`; alpha and beta are read before the call
+        // returns (pointer mode "host", the default).
         let code = unsafe {
             (self.functions.gemm)(
                 self.handle,
@@ -102,10 +102,10 @@ impl Cublas {
                 int(call.k),
                 (&raw const gemm.alpha).cast(),
                 call.a.at.0 as *const c_void,
-                factor_type,
+                operand_type,
                 int(call.a.stride),
                 call.b.at.0 as *const c_void,
-                factor_type,
+                operand_type,
                 int(call.b.stride),
                 (&raw const gemm.beta).cast(),
                 gemm.c.0 as *mut c_void,
@@ -126,10 +126,10 @@ impl Drop for Cublas {
     }
 }
 
-/// A product as cuBLAS sees it, which takes every matrix for column-major.
+/// A product in cuBLAS's column-major convention.
 ///
-/// What is stored row-major is, read column-major, the transpose. So `c = op(a) · op(b)` is asked for as
-/// `cᵀ = op(b)ᵀ · op(a)ᵀ`: the factors and the sizes change places, and everything else stays, strides and transpositions.
+/// A row-major matrix, read as column-major, is its transpose. So `c = op(a) · op(b)` is computed as `cᵀ = op(b)ᵀ ·
+/// op(a)ᵀ`: a and b, m and n are swapped; strides and transpositions stay the same.
 #[derive(Debug, PartialEq)]
 struct ColumnMajor {
     m: usize,
@@ -157,14 +157,14 @@ fn int(size: usize) -> c_int {
     c_int::try_from(size).expect("sizes of a product are below 2^31")
 }
 
-/// The statuses that have a story of their own; the manual's section "cublasStatus_t" has all.
+/// Describes the most likely status codes; the manual's section "cublasStatus_t" has all.
 fn check(call: &str, code: c_int) -> Result<(), Error> {
     let why = match code {
         0 => return Ok(()),
         1 => "not initialized (a GPU or driver that this cuBLAS does not support?)",
         3 => "no memory on the GPU",
         7 => "an invalid value",
-        8 => "a GPU that lacks what it needs",
+        8 => "the GPU lacks a required feature",
         13 => "the execution failed",
         15 => "not supported",
         _ => "see cublasStatus_t in the cuBLAS manual",
@@ -176,7 +176,8 @@ fn check(call: &str, code: c_int) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    /// What cublasGemmEx computes by its manual: C = op(A) · op(B), all column-major, "addresses" being offsets in `memory`.
+    /// What cublasGemmEx computes by its manual: C = op(A) · op(B), all column-major, "addresses" being offsets in
+    /// `memory`.
     fn blas(call: &ColumnMajor, memory: &[f64], ldc: usize) -> Vec<f64> {
         let at = |x: &Operand, row: usize, col: usize| {
             let (row, col) = if x.transposed { (col, row) } else { (row, col) };

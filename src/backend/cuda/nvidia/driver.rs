@@ -1,31 +1,31 @@
-//! The driver: whether there is one, whether it is new enough, and how many GPUs it shows.
+//! The driver: finds it, checks its version, and counts the GPUs.
 
 use cudarc::driver::{DriverError, result, sys};
 
 use super::library::{self, Library, Surroundings};
 use super::{Error, OLDEST_SM};
 
-/// The oldest CUDA that a driver must be for: NVRTC 12 is the first that has all of `sm_90a`.
+/// The oldest CUDA version that a driver must support: NVRTC 12 is the first with all of `sm_90a`.
 const OLDEST: u32 = 12;
 
-/// A driver that works, with at least one GPU.
+/// A working driver with at least one GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Driver {
-    /// The newest CUDA that it is for: (13, 0).
+    /// The newest CUDA version that it supports: (13, 0).
     pub version: (u32, u32),
     /// GPUs that this process sees.
     pub devices: usize,
 }
 
 impl Driver {
-    /// Looks for the driver and starts it.
+    /// Finds the driver and initializes it.
     ///
     /// # Errors
-    /// [`Error::Missing`], [`Error::OldDriver`], [`Error::NoDevice`], or what the driver says.
+    /// [`Error::Missing`], [`Error::OldDriver`], [`Error::NoDevice`], or the driver's error.
     pub fn start(surroundings: &Surroundings) -> Result<Self, Error> {
-        // The driver works with itself, whatever the version.
+        // The driver's file name is the same for all versions.
         let open = library::open(Library::Driver, OLDEST, surroundings)?;
-        // Without this, every call of cudarc's could panic.
+        // Without this check, every call of cudarc could panic.
         // SAFETY: it only opens the library.
         if !unsafe { sys::is_culib_present() } {
             let refused = vec![format!("{}: not found by its name libcuda.so.1", open.path.display())];
@@ -37,15 +37,15 @@ impl Driver {
         // SAFETY: it may be called before cuInit (CUDA Driver API, "Version Management").
         let asked = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
         let started = asked.and_then(|()| result::init());
-        judged(version, started.and_then(|()| result::device::get_count()), driver_says)
+        interpret(version, started.and_then(|()| result::device::get_count()), driver_says)
     }
 }
 
 impl Driver {
-    /// Refuses GPUs that are too old, before any is opened.
+    /// Checks that all GPUs are new enough, before any is opened.
     ///
     /// # Errors
-    /// [`Error::OldGpu`], or what the driver says.
+    /// [`Error::OldGpu`], or the driver's error.
     pub fn check_age(&self) -> Result<(), Error> {
         use sys::CUdevice_attribute as Attribute;
         for index in 0..self.devices {
@@ -70,15 +70,15 @@ impl Driver {
     }
 }
 
-/// What to make of the driver's answers: its version (13000 for 13.0) and the number of GPUs.
-fn judged(
+/// Interprets the driver's version (13000 for 13.0) and the number of GPUs.
+fn interpret(
     version: i32,
     devices: Result<i32, DriverError>,
     says: impl Fn(DriverError) -> String,
 ) -> Result<Driver, Error> {
     let version = u32::try_from(version).unwrap_or(0);
     let version = (version / 1000, version % 1000 / 10);
-    // cuInit fails before the version is known to be too old, so both count.
+    // cuInit of an old driver may fail, so the version is checked first.
     if version != (0, 0) && version.0 < OLDEST {
         return Err(Error::OldDriver { version, oldest: OLDEST });
     }
@@ -90,7 +90,7 @@ fn judged(
     }
 }
 
-/// An error of the driver in its own words: "CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure".
+/// The driver's name and text of an error: "CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure".
 pub(super) fn driver_says(error: DriverError) -> String {
     let (name, text) = (error.error_name(), error.error_string());
     match (name, text) {
@@ -104,14 +104,14 @@ mod tests {
     use super::*;
 
     fn message(version: i32, devices: Result<i32, sys::CUresult>) -> String {
-        judged(version, devices.map_err(DriverError), |e| format!("{:?}", e.0)).unwrap_err().to_string()
+        interpret(version, devices.map_err(DriverError), |e| format!("{:?}", e.0)).unwrap_err().to_string()
     }
 
     #[test]
     fn each_way_to_have_no_gpu_has_its_message() {
         let old = message(11080, Ok(1));
         assert!(old.contains("CUDA 11.8") && old.contains("525"), "{old}");
-        // Some old drivers fail to start on a new kernel: the age is what helps to know.
+        // Some old drivers fail to initialize on a new kernel: their age is the useful message.
         assert_eq!(message(11080, Err(sys::CUresult::CUDA_ERROR_UNKNOWN)), old);
         for none in [Ok(0), Err(sys::CUresult::CUDA_ERROR_NO_DEVICE)] {
             let message = message(13000, none);
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn a_driver_with_gpus_tells_its_version() {
-        let driver = judged(12040, Ok(8), |_| unreachable!()).unwrap();
+        let driver = interpret(12040, Ok(8), |_| unreachable!()).unwrap();
         assert_eq!(driver, Driver { version: (12, 4), devices: 8 });
     }
 }

@@ -1,39 +1,39 @@
-//! Why there is no GPU to work with, and the way out of each.
+//! The reasons why no GPU can be used, each with its remedy.
 
 use std::path::PathBuf;
 
 use super::library::Library;
 use crate::exit::{self, Coded};
 
-/// Why there is no GPU to work with. All of them end the process with [`exit::LAUNCHER`].
+/// Why no GPU can be used. The exit code is [`exit::LAUNCHER`].
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A library is nowhere, or nothing that could be loaded.
+    /// A library was not found, or the files found could not be loaded.
     #[error(
         "{library} ({names}) was not found; {remedy}. Looked in: {}.{}",
         .looked_in.join("; "),
         .refused.iter().map(|why| format!(" Not usable: {why}.")).collect::<String>()
     )]
     Missing {
-        /// Which.
+        /// The library.
         library: Library,
-        /// Its file's names.
+        /// The file names that were tried.
         names: String,
-        /// Every place.
+        /// The places that were searched.
         looked_in: Vec<String>,
-        /// Files that were there but could not be loaded, and why.
+        /// Files that exist but could not be loaded, with the loader's error.
         refused: Vec<String>,
-        /// How one gets it.
+        /// How to install it.
         remedy: &'static str,
     },
     /// A library is too old.
-    #[error("{}: {library} lacks the function {name}: a newer one is needed", .path.display())]
+    #[error("{}: {library} lacks the function {name}: install a newer version", .path.display())]
     Function {
-        /// Which.
+        /// The library.
         library: Library,
-        /// Its file.
+        /// The file that was loaded.
         path: PathBuf,
-        /// What it lacks.
+        /// The missing function.
         name: String,
     },
     /// The driver is too old.
@@ -42,9 +42,9 @@ pub enum Error {
          (580 for CUDA 13), or use --device cpu", version.0, version.1
     )]
     OldDriver {
-        /// The CUDA version that it is for.
+        /// The CUDA version that it supports.
         version: (u32, u32),
-        /// The one that is needed.
+        /// The oldest version that works.
         oldest: u32,
     },
     /// The driver shows no GPU.
@@ -53,55 +53,55 @@ pub enum Error {
          --gpus, a container --gpus all or --nv; without a GPU use --device cpu"
     )]
     NoDevice,
-    /// The toolkit's stand-in for linking was loaded in the driver's place.
-    #[error("the libcuda that was loaded is the CUDA toolkit's stub: take its folder `stubs` out of LD_LIBRARY_PATH")]
+    /// The toolkit's stub library was loaded instead of the driver.
+    #[error("the loaded libcuda is the CUDA toolkit's stub: remove its folder `stubs` from LD_LIBRARY_PATH")]
     Stub,
-    /// A GPU that does not exist was asked for.
+    /// The requested GPU does not exist.
     #[error("there is no GPU {index}: the driver shows {devices}, counted from 0")]
     NoSuchDevice {
-        /// The one that was asked for.
+        /// The requested GPU.
         index: usize,
-        /// Those that are there.
+        /// Number of GPUs.
         devices: usize,
     },
     /// The GPU is too old.
     #[error("{name} has compute capability {}.{}; 8.0 or later (A100, RTX 30) is needed for bf16: use --device cpu", sm / 10, sm % 10)]
     OldGpu {
-        /// Its name.
+        /// The GPU's name.
         name: String,
         /// Its compute capability, 75 for 7.5.
         sm: u32,
     },
-    /// The driver refused.
+    /// A call of the driver failed.
     #[error("the NVIDIA driver: {call}: {message}")]
     Driver {
-        /// What was called.
+        /// The function.
         call: &'static str,
-        /// What it answered.
+        /// The driver's error.
         message: String,
     },
-    /// cuBLAS refused.
+    /// A call of cuBLAS failed.
     #[error("{call}: status {code}, {why}")]
     Cublas {
-        /// What was called.
+        /// The function.
         call: String,
-        /// What it answered.
+        /// The status code.
         code: i32,
-        /// In words.
+        /// The meaning of the code.
         why: &'static str,
     },
     /// A kernel does not compile.
-    #[error("kernels/{file}: {compiler} with {options} refuses it (code {code}): {log}")]
+    #[error("kernels/{file}: {compiler} with {options} fails (code {code}): {log}")]
     Compile {
-        /// The source.
+        /// The module.
         file: String,
         /// Name, version and file of the compiler.
         compiler: String,
-        /// What it was told; a GPU newer than the compiler shows here.
+        /// The options, including the architecture: the compiler may be older than the GPU.
         options: String,
-        /// Its code.
+        /// The compiler's status code.
         code: i32,
-        /// Its words.
+        /// The compiler's log.
         log: String,
     },
 }

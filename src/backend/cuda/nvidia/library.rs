@@ -1,10 +1,10 @@
-//! Where NVIDIA's libraries are, found at run time: none of them is needed to build, to test or to start.
+//! Finds NVIDIA's libraries at run time. None of them is needed to build, test or start the program.
 //!
-//! cudarc looks for libraries by name only, under names that leave out `libnccl.so.2`, takes an unversioned `.so` before
-//! the one that fits the driver, and panics where one or one of its functions is missing. So NVRTC, cuBLAS and NCCL are
-//! opened here, by path where the loader does not know them, and called through small tables of functions (`nvrtc.rs`,
-//! `cublas.rs`, `collective::nccl`): what the errors and the log name is what runs. The driver is cudarc's; it is opened
-//! here first, and stays open, so that cudarc's search finds it loaded.
+//! cudarc searches for libraries by name only, without the name `libnccl.so.2`; it prefers an unversioned `.so` to the
+//! one that fits the driver, and panics if a library or a function is missing. So NVRTC, cuBLAS and NCCL are opened
+//! here, by path if the loader does not know them, and called through small function tables (`nvrtc.rs`, `cublas.rs`,
+//! `collective::nccl`). Errors and the log name the files that are used. The driver is called through cudarc; it is
+//! opened here first, and stays open, so that cudarc finds it loaded.
 
 use std::error::Error as _;
 use std::ffi::{CStr, OsStr, OsString, c_void};
@@ -15,22 +15,23 @@ use libloading::os::unix::{Library as Handle, RTLD_LOCAL, RTLD_NOW};
 
 use super::Error;
 
-/// A library of NVIDIA's.
+/// One of NVIDIA's libraries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Library {
     /// libcuda, which comes with the kernel's driver.
     Driver,
-    /// The compiler.
+    /// The run-time compiler.
     Nvrtc,
     /// Dense products.
     Cublas,
-    /// Sums over GPUs.
+    /// Collectives between GPUs.
     Nccl,
 }
 
 impl Library {
-    /// Its sonames that work with a driver for CUDA `major`, the best first. A driver runs what was built for its own or an
-    /// earlier major version of CUDA (CUDA Compatibility, "Backward Compatibility"); NCCL's name does not tell.
+    /// Its sonames that work with a driver for CUDA `major`, the best first. A driver runs libraries built for its own
+    /// or an earlier major version of CUDA (CUDA Compatibility, "Backward Compatibility"). NCCL's soname does not
+    /// contain the CUDA version.
     fn names(self, major: u32) -> Vec<String> {
         let versioned = |stem: &str| (12..=major.clamp(12, 13)).rev().map(|n| format!("{stem}.so.{n}")).collect();
         match self {
@@ -41,8 +42,8 @@ impl Library {
         }
     }
 
-    /// What it loads from its own folder without telling the loader where: NVRTC its built-in declarations, by name, at
-    /// the first compilation; cuBLAS its other half. Loaded first, they are found by their names.
+    /// A library that it loads by name, although it may be in a folder unknown to the loader: NVRTC's built-in
+    /// declarations, at the first compilation, and cuBLASLt. If loaded first, it is found.
     fn companion(self) -> Option<&'static str> {
         match self {
             Library::Nvrtc => Some("libnvrtc-builtins.so."),
@@ -61,7 +62,7 @@ impl Library {
         }
     }
 
-    /// How one gets it for this CUDA version.
+    /// How to install it for this CUDA version.
     fn remedy(self, major: u32) -> &'static str {
         match self {
             Library::Nvrtc if major == 12 => "it comes with the CUDA toolkit, or: pip install nvidia-cuda-nvrtc-cu12",
@@ -91,10 +92,10 @@ impl fmt::Display for Library {
     }
 }
 
-/// What the environment says about where libraries are.
+/// The environment variables that control the search.
 #[derive(Debug, Clone, Default)]
 pub struct Surroundings {
-    /// `LD_LIBRARY_PATH`. The loader reads it; here it is only for messages.
+    /// `LD_LIBRARY_PATH`. The loader uses it; here it is only for messages.
     loader: OsString,
     /// `CUDA_HOME` and `CUDA_PATH`.
     toolkits: Vec<PathBuf>,
@@ -107,7 +108,7 @@ pub struct Surroundings {
 }
 
 impl Surroundings {
-    /// What these variables say.
+    /// Reads the variables.
     pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Self {
         let variable = |name: &str| variable(name).filter(|value| !value.is_empty());
         let list = |name| variable(name).map_or(Vec::new(), |value| std::env::split_paths(&value).collect());
@@ -125,10 +126,10 @@ impl Surroundings {
     }
 }
 
-/// The little of a file system that the search needs.
+/// The file system operations of the search.
 trait Files {
     fn is_file(&self, path: &Path) -> bool;
-    /// Names in a folder, sorted; none if there is no such folder.
+    /// Names in a folder, sorted; empty if there is no such folder.
     fn names(&self, folder: &Path) -> Vec<OsString>;
 }
 
@@ -147,16 +148,16 @@ impl Files for Disk {
     }
 }
 
-/// What is to be tried, in this order.
+/// The result of a search: the candidates to open, in order.
 #[derive(Debug, PartialEq, Eq)]
 struct Search {
-    /// Names for the loader, which has places of its own, then files that exist.
+    /// Names for the loader, which has its own search path, then paths of existing files.
     candidates: Vec<PathBuf>,
-    /// For the message, should none of them do.
+    /// The searched places, for the error message.
     looked_in: Vec<String>,
 }
 
-/// The folders beyond the loader's own: toolkits, then Python's packages.
+/// Searches the folders outside the loader's path: toolkits, then Python packages.
 fn search(library: Library, major: u32, surroundings: &Surroundings, files: &dyn Files) -> Search {
     let names = library.names(major);
     let mut found = Search {
@@ -175,7 +176,7 @@ fn search(library: Library, major: u32, surroundings: &Surroundings, files: &dyn
     };
 
     if library == Library::Driver {
-        // Where WSL, NVIDIA's containers and NixOS put it.
+        // The folders of WSL, NVIDIA's containers and NixOS.
         let folders = ["/usr/lib/wsl/lib", "/usr/local/nvidia/lib64", "/run/opengl-driver/lib"];
         look("", folders.map(PathBuf::from).into());
         return found;
@@ -183,13 +184,13 @@ fn search(library: Library, major: u32, surroundings: &Surroundings, files: &dyn
 
     let lib = |home: PathBuf| [home.join("lib64"), home.join("targets/x86_64-linux/lib")];
     look("CUDA_HOME and CUDA_PATH", surroundings.toolkits.iter().cloned().flat_map(lib).collect());
-    // /usr/local/cuda, the administrator's choice, before versions, the newest first.
+    // /usr/local/cuda, the administrator's choice, then the versions, newest first.
     let mut installed = listed(files, Path::new("/usr/local"), |name| name.starts_with("cuda"));
     installed.reverse();
     installed.sort_by_key(|home| home.file_name() != Some(OsStr::new("cuda")));
     look("/usr/local/cuda*", installed.into_iter().flat_map(lib).collect());
 
-    // The wheels' libraries: PACKAGES/nvidia/cu13/lib, and PACKAGES/nvidia/LIBRARY/lib of CUDA 12 and of NCCL.
+    // Libraries in wheels: PACKAGES/nvidia/cu13/lib, and PACKAGES/nvidia/LIBRARY/lib of CUDA 12 and of NCCL.
     let python = surroundings.path.iter().find(|folder| files.is_file(&folder.join("python3")));
     let python = python.and_then(|bin| bin.parent()).map(Path::to_owned);
     let prefixes: Vec<_> = surroundings.prefixes.iter().cloned().chain(python).collect();
@@ -205,7 +206,7 @@ fn search(library: Library, major: u32, surroundings: &Surroundings, files: &dyn
         "Python packages nvidia/*/lib of the python3 on PATH, VIRTUAL_ENV, CONDA_PREFIX, ~/.local, PYTHONPATH",
         wheels,
     );
-    // conda's own packages of CUDA.
+    // conda's CUDA packages.
     look("CONDA_PREFIX", prefixes.into_iter().map(|prefix| prefix.join("lib")).collect());
     found
 }
@@ -215,12 +216,12 @@ fn listed(files: &dyn Files, folder: &Path, wanted: impl Fn(&str) -> bool) -> Ve
     names.map(|name| folder.join(name)).collect()
 }
 
-/// An open library. It stays open to the end of the process: CUDA's libraries do not like to be unloaded.
+/// An open library. It is never closed: CUDA's libraries do not support unloading well.
 #[derive(Debug)]
 pub struct Open {
     library: Library,
     handle: &'static Handle,
-    /// The file.
+    /// The loaded file.
     pub path: PathBuf,
 }
 
@@ -228,9 +229,9 @@ impl Open {
     /// The function of this name.
     ///
     /// # Safety
-    /// `F` is a function pointer of its C type.
+    /// `F` must be a function pointer of the function's C type.
     pub(super) unsafe fn function<F: Copy>(&self, name: &CStr) -> Result<F, Error> {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller's contract.
         let found = unsafe { self.handle.get::<F>(name.to_bytes_with_nul()) };
         found.map(|symbol| *symbol).map_err(|_| Error::Function {
             library: self.library,
@@ -240,17 +241,17 @@ impl Open {
     }
 }
 
-/// Opens the first of a library's candidates that can be opened. `major` is the CUDA version that the driver is for.
+/// Opens the first candidate of a library that can be opened. `major` is the CUDA version of the driver.
 ///
 /// # Errors
-/// [`Error::Missing`] with every place that was looked at.
+/// [`Error::Missing`] with the searched places.
 pub fn open(library: Library, major: u32, surroundings: &Surroundings) -> Result<Open, Error> {
     let Search { candidates, looked_in } = search(library, major, surroundings, &Disk);
     let mut refused = Vec::new();
     for candidate in candidates {
         match open_at(library, &candidate) {
             Ok(open) => return Ok(open),
-            // That the loader finds no file of this name is the usual case; one that cannot be loaded is worth a word.
+            // A name that the loader does not find is the usual case; a file that cannot be loaded is reported.
             Err(why) => {
                 let absent = format!("{}: cannot open shared object file", candidate.display());
                 if candidate.is_absolute() || !why.starts_with(&absent) {
@@ -263,16 +264,16 @@ pub fn open(library: Library, major: u32, surroundings: &Surroundings) -> Result
     Err(Error::Missing { library, names, looked_in, refused, remedy: library.remedy(major) })
 }
 
-/// Opens this file, or what the loader finds under this name.
+/// Opens this file, or the one that the loader finds by this name.
 fn open_at(library: Library, path: &Path) -> Result<Open, String> {
     if let (Some(companion), Some(folder), true) = (library.companion(), path.parent(), path.is_absolute()) {
         for path in listed(&Disk, folder, |name| name.starts_with(companion)) {
-            // It stays open, too. If it cannot be loaded, neither can its owner, or that fails in words of its own.
+            // It stays open, too. If it cannot be loaded, opening the library itself reports an error.
             _ = load(&path).map(Handle::into_raw);
         }
     }
     let handle = load(path)?;
-    // SAFETY: it is not called, only its address is looked at.
+    // SAFETY: it is not called; only its address is used.
     let probe = unsafe { handle.get::<*const c_void>(library.probe().to_bytes_with_nul()) };
     let probe = *probe.map_err(|_| format!("{} lacks {}", path.display(), library.probe().to_string_lossy()))?;
     Ok(Open { library, handle: Box::leak(Box::new(handle)), path: file_of(probe).unwrap_or_else(|| path.to_owned()) })
@@ -281,18 +282,18 @@ fn open_at(library: Library, path: &Path) -> Result<Open, String> {
 fn load(path: &Path) -> Result<Handle, String> {
     // SAFETY: NVIDIA's libraries may be loaded from any thread; their initializers only set up their own state.
     unsafe { Handle::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| {
-        // The loader's words, with the path, are one level down.
+        // The loader's message, with the path, is the source of the error.
         e.source().map_or_else(|| e.to_string(), ToString::to_string)
     })
 }
 
-/// The file that this address was loaded from.
+/// The file that contains this address.
 fn file_of(address: *const c_void) -> Option<PathBuf> {
     use std::os::unix::ffi::OsStrExt;
     // SAFETY: all zeros is a valid Dl_info, and dladdr takes any address.
     let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
     let known = unsafe { libc::dladdr(address, &mut info) } != 0 && !info.dli_fname.is_null();
-    // SAFETY: the loader's string lives as long as the library, which is for good.
+    // SAFETY: the loader's string lives as long as the library, which is never closed.
     known.then(|| PathBuf::from(OsStr::from_bytes(unsafe { CStr::from_ptr(info.dli_fname) }.to_bytes())))
 }
 
@@ -300,7 +301,7 @@ fn file_of(address: *const c_void) -> Option<PathBuf> {
 mod tests {
     use super::*;
 
-    /// A file system of nothing but these paths.
+    /// A file system with only these paths.
     struct Fake(Vec<&'static str>);
 
     impl Files for Fake {
@@ -431,7 +432,7 @@ mod tests {
         std::fs::write(&path, "nothing of the kind").unwrap();
         let why = open_at(Library::Nccl, &path).unwrap_err();
         assert!(why.contains("libnccl.so.2") && why.contains("too short"), "{why}");
-        // A real library, but not the one that its name says.
+        // A real library, but not the one its name suggests.
         let why = open_at(Library::Nccl, Path::new("libc.so.6")).unwrap_err();
         assert!(why.contains("ncclGetVersion"), "{why}");
     }

@@ -1,8 +1,8 @@
-//! NVIDIA GPUs: [`Nvidia`] is a [`Gpu`] over the driver, NVRTC and cuBLAS, all found at run time.
+//! NVIDIA GPUs: [`Nvidia`] implements [`Gpu`] with the driver, NVRTC and cuBLAS, all found at run time.
 //!
-//! Everything that decides anything lies above the [`Gpu`] seam, or is a pure function tested beside it; what is left here
-//! are calls, one or two for each method. Driver calls follow the CUDA Driver API manual,
-//! <https://docs.nvidia.com/cuda/cuda-driver-api/>, function by function.
+//! Decisions are made above the [`Gpu`] trait, or in pure functions with tests; here each method makes one or two
+//! calls. The driver's functions are documented in the CUDA Driver API manual,
+//! <https://docs.nvidia.com/cuda/cuda-driver-api/>.
 
 mod cache;
 mod cublas;
@@ -29,22 +29,22 @@ use self::library::{Library, Surroundings};
 pub use self::nvrtc::{Compiled, Nvrtc, options};
 use self::staging::Staging;
 use super::gpu::{self, Address, Architecture, Arg, Gemm, Gpu, Grid, Kernel, MemoryInfo, Module};
-use super::kernels::MODULES;
+use super::kernels::{self, MODULES};
 
-/// The oldest GPUs with bf16.
+/// The oldest compute capability with bf16.
 const OLDEST_SM: u32 = 80;
-/// Shared memory that a block may have without asking (CUDA C++ Programming Guide, "Compute Capabilities").
-const SHARED_WITHOUT_ASKING: usize = 48 << 10;
-/// Copies of no more than this go without staging.
+/// Shared memory per block that needs no opt-in, in bytes (CUDA C++ Programming Guide, "Compute Capabilities").
+const SHARED_WITHOUT_OPT_IN: usize = 48 << 10;
+/// Copies of at most this many bytes do not use the staging buffers.
 const SMALL: usize = 64 << 10;
 
-/// One GPU: a context, and one stream that all its work goes to.
+/// One GPU: a context, and one stream for all its work.
 pub struct Nvidia {
     name: String,
-    /// Driver and libraries, for the log.
+    /// Versions of the driver and the libraries, for the log.
     software: String,
     architecture: Architecture,
-    /// Whether it reads the host's memory without staging, as on Grace Hopper.
+    /// Whether it can read pageable host memory directly, as on Grace Hopper.
     reads_pageable: bool,
     stream: sys::CUstream,
     cublas: Option<Cublas>,
@@ -52,7 +52,7 @@ pub struct Nvidia {
     modules: HashMap<&'static str, sys::CUmodule>,
     functions: Mutex<HashMap<(&'static str, &'static str), Function>>,
     staging: Mutex<Option<Staging>>,
-    /// Dropped last: it holds the context.
+    /// Dropped last, because it owns the context.
     context: Arc<CudaContext>,
 }
 
@@ -60,26 +60,26 @@ pub struct Nvidia {
 #[derive(Clone, Copy)]
 struct Function {
     raw: sys::CUfunction,
-    /// Dynamic shared memory that it may be launched with.
+    /// The most dynamic shared memory that it may be launched with, in bytes.
     shared: usize,
 }
 
-// SAFETY: the driver's handles may be used from any thread in which the context is current, which every method sees to.
+// SAFETY: the driver's handles may be used from any thread in which the context is current; every method makes it
+// current.
 unsafe impl Send for Nvidia {}
 unsafe impl Sync for Nvidia {}
 
 impl Nvidia {
-    /// Opens GPU `index` of those that the driver shows and makes all kernels ready, from `kernel_cache` where that folder
-    /// has them.
+    /// Opens GPU `index` and loads all kernels, from the folder `kernel_cache` or compiled.
     ///
     /// # Errors
-    /// What is missing or too old, and where it was looked for.
+    /// A library or the GPU is missing or too old; a kernel does not compile.
     pub fn open(index: usize, surroundings: &Surroundings, kernel_cache: Option<&Path>) -> Result<Self, Error> {
         let Driver { version, devices } = Driver::start(surroundings)?;
         if index >= devices {
             return Err(Error::NoSuchDevice { index, devices });
         }
-        // Before the context, so that what is missing is said within a moment.
+        // Before the context, so that a missing library is reported immediately.
         let nvrtc = Nvrtc::new(&library::open(Library::Nvrtc, version.0, surroundings)?)?;
         let cublas = library::open(Library::Cublas, version.0, surroundings)?;
 
@@ -112,7 +112,7 @@ impl Nvidia {
             context,
         };
         for (module, cubin) in modules.iter().zip(cubins) {
-            // SAFETY: NVRTC's output (or the same from the cache, whose hash was right) is a whole cubin.
+            // SAFETY: NVRTC's output, or the same from the cache with a matching hash, is a complete cubin.
             let loaded = unsafe { result::module::load_data(cubin.as_ptr().cast()) };
             gpu.modules.insert(module.stem, loaded.map_err(refused("cuModuleLoadData"))?);
         }
@@ -128,21 +128,21 @@ impl Nvidia {
         &self.software
     }
 
-    /// What tells this GPU from all others, on this machine and elsewhere.
+    /// The UUID of the GPU, unique across machines.
     ///
     /// # Errors
-    /// A driver that does not answer.
+    /// An error of the driver.
     pub fn uuid(&self) -> Result<Vec<u8>, gpu::Error> {
         let uuid = self.context.uuid().map_err(fault("cuDeviceGetUuid"))?;
         Ok(uuid.bytes.map(|byte| byte as u8).to_vec())
     }
 
-    /// The stream, for work of others that has to be ordered with it: `collective::nccl`.
+    /// The stream, so that `collective::nccl` can order its work with it.
     pub fn stream(&self) -> sys::CUstream {
         self.stream
     }
 
-    /// Makes this GPU the calling thread's.
+    /// Makes this GPU's context current in the calling thread.
     ///
     /// # Errors
     /// A fault of the GPU.
@@ -157,7 +157,7 @@ impl Nvidia {
             return Ok(function);
         }
         let name = CString::new(kernel.name).expect("names of kernels hold no NUL");
-        // SAFETY: modules stay loaded as long as this value.
+        // SAFETY: modules stay loaded as long as `self` lives.
         let found = unsafe {
             result::module::get_function(self.modules[kernel.module.stem], name).and_then(|raw| {
                 let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
@@ -168,13 +168,13 @@ impl Nvidia {
             call: format!("kernel {} of kernels/{}.cu", kernel.name, kernel.module.stem),
             message: driver_says(e),
         })?;
-        let function = Function { raw, shared: SHARED_WITHOUT_ASKING.saturating_sub(statically as usize) };
+        let function = Function { raw, shared: SHARED_WITHOUT_OPT_IN.saturating_sub(statically as usize) };
         functions.insert(key, function);
         Ok(function)
     }
 
-    /// Allows a kernel more dynamic shared memory than it has without asking, once; of the cache that serves as shared memory it
-    /// then prefers all, so that a second block finds room.
+    /// Raises the limit of a kernel's dynamic shared memory, once. The carveout is set to 100 %, so that a second block
+    /// fits on a multiprocessor.
     fn allow(&self, kernel: &Kernel, function: Function, shared: usize) -> Result<(), gpu::Error> {
         use sys::CUfunction_attribute as Attribute;
         let bytes = i32::try_from(shared).expect("shared memory is small");
@@ -211,12 +211,12 @@ fn architecture(context: &CudaContext) -> Result<Architecture, DriverError> {
     Ok(Architecture { sm: (10 * major + minor) as u32, processors: processors as u32, shared: shared as usize })
 }
 
-/// Machine code of these modules, in their order, for a GPU of compute capability `sm`.
+/// The cubins of these modules, in order, for a GPU of compute capability `sm`.
 fn cubins(nvrtc: &Nvrtc, cache: &Cache, modules: &[&Module], sm: u32) -> Result<Vec<Vec<u8>>, Error> {
     let options = options(sm);
     let compiler = format!("{:?}", nvrtc.version());
     let cubin = |module: &&Module| {
-        let source = nvrtc::source(module);
+        let source = kernels::source(module);
         let mut parts = vec![source.as_str(), &compiler];
         parts.extend(options.iter().map(String::as_str));
         let stem = format!("{}-sm_{sm}", module.stem);
@@ -229,7 +229,7 @@ fn refused(call: &'static str) -> impl Fn(DriverError) -> Error {
     move |e| {
         let hint = match e.0 {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                ": no room even to begin with; nvidia-smi shows who has it, CUDA_VISIBLE_DEVICES chooses another GPU"
+                ": the GPU's memory is already full at the start; nvidia-smi shows which processes use it, CUDA_VISIBLE_DEVICES selects another GPU"
             }
             _ => "",
         };
@@ -248,7 +248,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The most arguments of a kernel.
 const MAX_ARGS: usize = 32;
 
-/// The arguments as cuLaunchKernel reads them: each from an address of its own, as many bytes as the kernel's type has.
+/// The arguments in the layout of cuLaunchKernel: each at an address of its own, with as many bytes as the kernel's
+/// type has.
 fn packed(args: &[Arg]) -> [[u8; 8]; MAX_ARGS] {
     let mut slots = [[0; 8]; MAX_ARGS];
     for (slot, arg) in slots.iter_mut().zip(args) {
@@ -280,7 +281,7 @@ impl Gpu for Nvidia {
 
     fn allocate(&self, bytes: usize) -> Result<Option<Address>, gpu::Error> {
         self.bind()?;
-        // SAFETY: the caller's pool frees it, after its last use.
+        // SAFETY: the caller frees it after its last use.
         match unsafe { result::malloc_sync(bytes) } {
             Ok(at) => Ok(Some(Address(at))),
             Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
@@ -297,38 +298,39 @@ impl Gpu for Nvidia {
     fn copy_in(&self, to: Address, bytes: &[u8]) -> Result<(), gpu::Error> {
         self.bind()?;
         if bytes.len() <= SMALL {
-            // SAFETY: the range lies in the caller's allocation.
+            // SAFETY: the range is in the caller's allocation.
             unsafe { result::memcpy_htod_async(to.0, bytes, self.stream) }.map_err(fault("cuMemcpyHtoDAsync"))?;
-            // Pageable memory is staged before the call returns (CUDA Driver API, "API synchronization behavior"), so that the
-            // stream may go on, but where the GPU can read it as it is.
+            // Pageable memory is copied to a staging buffer before the call returns (CUDA Driver API, "API
+            // synchronization behavior"), unless the GPU can read it directly.
             return if self.reads_pageable { self.synchronize() } else { Ok(()) };
         }
-        self.with_staging(|staging| staging.copy_in(to.0, bytes, self.stream)).map_err(fault("a copy to the GPU"))
+        self.with_staging(|staging| staging.copy_in(to.0, bytes, self.stream)).map_err(fault("copy to the GPU"))
     }
 
     fn copy_out(&self, from: Address, bytes: &mut [u8]) -> Result<(), gpu::Error> {
         self.bind()?;
         if bytes.len() <= SMALL {
-            // SAFETY: the range lies in the caller's allocation, and `bytes` is not touched before the stream is done.
+            // SAFETY: the range is in the caller's allocation, and `bytes` is not used before the stream is
+            // synchronized.
             unsafe { result::memcpy_dtoh_async(bytes, from.0, self.stream) }.map_err(fault("cuMemcpyDtoHAsync"))?;
             return self.synchronize();
         }
-        self.with_staging(|staging| staging.copy_out(from.0, bytes, self.stream)).map_err(fault("a copy from the GPU"))
+        self.with_staging(|staging| staging.copy_out(from.0, bytes, self.stream)).map_err(fault("copy from the GPU"))
     }
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), gpu::Error> {
         self.bind()?;
-        // SAFETY: the ranges lie in the caller's allocations and do not overlap.
+        // SAFETY: the ranges are in the caller's allocations and do not overlap.
         unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream) }.map_err(fault("cuMemcpyDtoDAsync"))
     }
 
     fn zero(&self, at: Address, bytes: usize) -> Result<(), gpu::Error> {
         self.bind()?;
-        // SAFETY: the range lies in the caller's allocation.
+        // SAFETY: the range is in the caller's allocation.
         unsafe { result::memset_d8_async(at.0, 0, bytes, self.stream) }.map_err(fault("cuMemsetD8Async"))
     }
 
-    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), gpu::Error> {
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), gpu::Error> {
         assert!(args.len() <= MAX_ARGS, "{} arguments for {}", args.len(), kernel.name);
         self.bind()?;
         let function = self.function(kernel)?;
@@ -338,7 +340,7 @@ impl Gpu for Nvidia {
         let mut slots = packed(args);
         let mut pointers = slots.each_mut().map(|slot| slot.as_mut_ptr().cast::<c_void>());
         let [x, y, z] = grid.blocks;
-        // SAFETY: the launchers in `ops/` pass what the kernel declares: the emulator checks every one of them in the tests.
+        // SAFETY: the arguments are the kernel's, by the caller's contract; the driver copies them before it returns.
         let launched = unsafe {
             let params = &mut pointers[..args.len()];
             result::launch_kernel(
@@ -363,18 +365,18 @@ impl Gpu for Nvidia {
 
     fn synchronize(&self) -> Result<(), gpu::Error> {
         self.bind()?;
-        // SAFETY: the stream lives as long as this value.
+        // SAFETY: the stream lives as long as `self`.
         unsafe { result::stream::synchronize(self.stream) }.map_err(fault("cuStreamSynchronize"))
     }
 }
 
 impl Drop for Nvidia {
-    /// A fault has shown before. The context may live on in another value.
+    /// Errors are ignored: a fault has been reported before. Other clones of the context may live on.
     fn drop(&mut self) {
         _ = self.synchronize();
         self.cublas = None;
         *lock(&self.staging) = None;
-        // SAFETY: the queued work is done, and nothing else uses them.
+        // SAFETY: the queued work is complete, and nothing else uses them.
         unsafe {
             if self.workspace != Address::NULL {
                 _ = result::free_sync(self.workspace.0);
@@ -393,13 +395,13 @@ mod tests {
     use crate::exit::{self, Coded};
 
     #[test]
-    fn arguments_lie_where_the_kernel_reads_them() {
+    fn arguments_are_packed_as_the_driver_reads_them() {
         let args =
             [Arg::Pointer(Address(0x1122_3344_5566_7788)), Arg::I32(-2), Arg::F32(1.5), Arg::F64(-0.5), Arg::U32(7)];
         let slots = packed(&args);
-        // As the GPU does: so many bytes from each address.
+        // Read as many bytes from each address as the driver does.
         let read = |i: usize| slots[i].as_ptr();
-        // SAFETY: 8 bytes lie at each; types of any alignment are read unaligned.
+        // SAFETY: there are 8 bytes at each address, and the reads are unaligned.
         unsafe {
             assert_eq!(read(0).cast::<u64>().read_unaligned(), 0x1122_3344_5566_7788);
             assert_eq!(read(1).cast::<i32>().read_unaligned(), -2);
@@ -410,10 +412,10 @@ mod tests {
     }
 
     #[test]
-    fn without_a_driver_the_message_says_where_it_was_looked_for() {
+    fn without_a_driver_the_message_lists_the_searched_places() {
         let surroundings = Surroundings::read(|name| (name == "LD_LIBRARY_PATH").then(|| "/some/where".into()));
         match Nvidia::open(usize::MAX, &surroundings, None) {
-            // No machine has so many.
+            // No machine has this many GPUs.
             Err(Error::NoSuchDevice { .. } | Error::NoDevice | Error::OldDriver { .. } | Error::Driver { .. }) => {}
             Err(error @ Error::Missing { .. }) => {
                 let message = error.to_string();

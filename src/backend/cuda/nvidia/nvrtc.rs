@@ -1,6 +1,6 @@
-//! NVRTC: CUDA C++ to machine code, in this process. It needs no GPU.
+//! NVRTC: compiles CUDA C++ to machine code, in this process and without a GPU.
 //!
-//! Function by function as in the NVRTC manual, <https://docs.nvidia.com/cuda/nvrtc/index.html>.
+//! The functions are documented in the NVRTC manual, <https://docs.nvidia.com/cuda/nvrtc/index.html>.
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::fmt;
@@ -10,7 +10,7 @@ use std::ptr;
 use super::Error;
 use super::library::Open;
 use crate::backend::cuda::gpu::Module;
-use crate::backend::cuda::kernels::COMMON;
+use crate::backend::cuda::kernels;
 
 type Handle = *mut c_void;
 type Size = unsafe extern "C" fn(Handle, *mut usize) -> c_int;
@@ -23,7 +23,7 @@ pub struct Nvrtc {
     path: PathBuf,
 }
 
-/// Codes are plain integers: a newer library may return one that no enum of today lists.
+/// Status codes are plain integers, because a newer library may return codes that an enum would lack.
 struct Functions {
     create: unsafe extern "C" fn(
         *mut Handle,
@@ -41,11 +41,11 @@ struct Functions {
     destroy: unsafe extern "C" fn(*mut Handle) -> c_int,
 }
 
-/// What a compilation brought forth.
+/// The result of a compilation.
 pub struct Compiled {
     /// Machine code, an ELF file.
     pub cubin: Vec<u8>,
-    /// What the compiler said, warnings for instance.
+    /// The compiler's log, with warnings.
     pub log: String,
 }
 
@@ -53,7 +53,7 @@ impl Nvrtc {
     /// The compiler in this library.
     ///
     /// # Errors
-    /// A function that it lacks.
+    /// The library lacks a function.
     pub fn new(library: &Open) -> Result<Self, Error> {
         // SAFETY: the types are those of nvrtc.h.
         unsafe {
@@ -81,7 +81,7 @@ impl Nvrtc {
     /// Compiles `common.cuh` followed by a module. It may be called from several threads at once.
     ///
     /// # Errors
-    /// [`Error::Compile`] with the compiler's words.
+    /// [`Error::Compile`] with the compiler's log.
     pub fn compile(&self, module: &Module, options: &[String]) -> Result<Compiled, Error> {
         let compiled = Program::new(&self.functions, module).and_then(|program| program.compile(options));
         compiled.map_err(|(code, log)| Error::Compile {
@@ -100,7 +100,7 @@ impl fmt::Display for Nvrtc {
     }
 }
 
-/// A program that is destroyed on drop. Its errors are a code and the compiler's words.
+/// A program that is destroyed on drop. Its errors are the status code and the compiler's log.
 struct Program<'a> {
     functions: &'a Functions,
     handle: Handle,
@@ -108,7 +108,7 @@ struct Program<'a> {
 
 impl<'a> Program<'a> {
     fn new(functions: &'a Functions, module: &Module) -> Result<Self, (c_int, String)> {
-        let (text, file) = (c_string(&source(module)), c_string(module.stem));
+        let (text, file) = (c_string(&kernels::source(module)), c_string(module.stem));
         let mut handle = ptr::null_mut();
         // SAFETY: both strings outlive the call, which copies them. No headers are given.
         let code =
@@ -134,10 +134,10 @@ impl<'a> Program<'a> {
         }
     }
 
-    /// What the pair of functions for a size and for that many bytes gives.
+    /// Reads a result by a pair of functions: one returns the size, the other fills a buffer of that size.
     fn bytes(&self, size: Size, fill: Fill) -> Result<Vec<u8>, c_int> {
         let mut len = 0;
-        // SAFETY: the program is alive, and the buffer as long as was asked for.
+        // SAFETY: the program is alive, and the buffer has the requested size.
         match unsafe { size(self.handle, &mut len) } {
             0 => {}
             code => return Err(code),
@@ -157,14 +157,8 @@ impl Drop for Program<'_> {
     }
 }
 
-/// What is compiled.
-pub(super) fn source(module: &Module) -> String {
-    // So that messages count the lines of the right file.
-    format!("#line 1 \"common.cuh\"\n{COMMON}\n#line 1 \"{}.cu\"\n{}", module.stem, module.source)
-}
-
-/// The options for a GPU of this compute capability (90 for 9.0). 9.0 is compiled as `sm_90a`, which alone has its matrix
-/// instructions. No fast math: results are to be those of the CPU, to rounding.
+/// The options for a GPU of this compute capability (90 for 9.0). 9.0 is compiled as `sm_90a`, the only architecture
+/// with wgmma. No fast math, so that results equal those of the CPU up to rounding.
 pub fn options(sm: u32) -> Vec<String> {
     let architecture = if sm == 90 { "sm_90a".into() } else { format!("sm_{sm}") };
     vec![format!("--gpu-architecture={architecture}"), "--std=c++17".into()]

@@ -1,19 +1,16 @@
-//! Cross-entropy of a linear head, in chunks of rows: a chunk's logits, their losses and gradient in one kernel, and
-//! straight back through the head, so that logits exist once and only for one chunk.
+//! Cross-entropy of a linear head, in chunks of rows. One kernel computes the losses of a chunk's logits and their
+//! gradient, which goes back through the head immediately, so that logits exist only for one chunk at a time.
 
 use super::linear::operand;
 use crate::backend::Dtype;
-use crate::backend::cuda::gpu::{Address, Gemm, Grid, Kernel};
-use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::gpu::{Address, Gemm, Grid};
+use crate::backend::cuda::launch::OrNull;
 use crate::backend::cuda::ops::elements::weight_in;
-use crate::backend::cuda::pool::Memory;
-use crate::backend::cuda::{Buffer, Cuda, Indices, Tensor, Weight};
+use crate::backend::cuda::ops::update::total;
+use crate::backend::cuda::{Buffer, Cuda, Indices, Tensor, Weight, kernels};
 
-const CROSS_ENTROPY: Typed = typed!(CROSS_ENTROPY, "cross_entropy");
-const TOTAL: Kernel = kernel!(UPDATE, "total");
-
-/// Bytes of a chunk's logits and their gradient. The head is read once a chunk for each product, which at this size is
-/// hidden behind the arithmetic of 300 rows or more.
+/// Bytes of a chunk's logits and their gradient. Each product reads the head once per chunk; with the 300 rows or more
+/// that fit, the arithmetic hides it.
 const BUDGET: usize = 256 << 20;
 
 /// Rows of a chunk for a vocabulary of `v`: within the budget, in whole tiles of a product, at least one tile.
@@ -21,7 +18,7 @@ pub fn chunk_rows(v: usize, dtype: Dtype) -> usize {
     (BUDGET / (v * (4 + dtype.size()))).next_multiple_of(64).max(64)
 }
 
-/// Σ of the losses of all rows; `dx` is given for a gradient.
+/// Σ of the losses of all rows. The gradient is computed if `dx` is given.
 fn run(
     cuda: &Cuda,
     x: &Tensor,
@@ -42,10 +39,10 @@ fn run(
     let w = weight_in(cuda, w, dtype);
     let chunk = chunk_rows(v, dtype).min(n);
     let stride = v.next_multiple_of(8);
-    let logits = cuda.scratch(4 * chunk * stride);
-    let grad = dx.is_some().then(|| cuda.scratch(dtype.size() * chunk * stride));
-    let grad_at = grad.as_ref().map_or(Address::NULL, Memory::address);
-    let losses = cuda.scratch(8 * (n + 1));
+    let logits = cuda.array::<f32>(chunk * stride);
+    let mut grad = dx.is_some().then(|| cuda.tensor(chunk, stride, dtype));
+    let grad_at = grad.as_ref().map_or(Address::NULL, Tensor::address);
+    let mut losses = cuda.array::<f64>(n);
     for start in (0..n).step_by(chunk) {
         let rows = chunk.min(n - start);
         let product = Gemm {
@@ -62,16 +59,17 @@ fn run(
             beta: 0.0,
         };
         cuda.gemm(&product);
-        let args = [
-            logits.address().into(),
-            targets.address().offset(4 * start).into(),
-            losses.address().offset(8 * start).into(),
-            grad_at.into(),
-            v.into(),
-            stride.into(),
-            scale.into(),
-        ];
-        cuda.launch(CROSS_ENTROPY.of(dtype), Grid::row(rows, 512), &args);
+        kernels::cross_entropy(
+            cuda,
+            Grid::row(rows, 512),
+            logits.input(),
+            targets.input().skip(start),
+            losses.output().skip(start),
+            grad.as_mut().map_or(OrNull::null(dtype), |grad| grad.output().into()),
+            v,
+            stride,
+            scale,
+        );
         if let Some(dx) = dx {
             let (a, b) = (operand(grad_at, stride, false), operand(w.address(), d, false));
             cuda.gemm(&Gemm { n: d, k: v, a, b, c: dx.row(start), c_stride: d, c_dtype: dtype, ..product });
@@ -81,9 +79,7 @@ fn run(
             cuda.gemm(&Gemm { m: v, n: d, k: rows, a, b, c: dw, c_stride: d, beta: 1.0, ..product });
         }
     }
-    let sum = losses.address().offset(8 * n);
-    cuda.launch(&TOTAL, Grid::row(1, 512), &[losses.address().into(), sum.into(), n.into()]);
-    cuda.copy_out::<f64>(sum, 1)[0]
+    total(cuda, &losses)
 }
 
 /// Σ over rows of −log softmax(x · wᵀ)\[target\].
@@ -91,7 +87,7 @@ pub fn forward(cuda: &Cuda, x: &Tensor, w: &Weight, targets: &Indices) -> f64 {
     run(cuda, x, w, targets, 0.0, None, None)
 }
 
-/// The same sum, and the gradient of `scale` times it: dx, and with a sink dw +=.
+/// The same sum, and the gradient of `scale` times the sum: returns dx, and adds to `dw` if it is given.
 pub fn backward(
     cuda: &Cuda,
     x: &Tensor,

@@ -1,24 +1,17 @@
-//! Routed rows sorted by expert, to the experts and back. The sort runs on the GPU and nothing waits for its counts.
+//! Sorts routed rows by expert, and moves rows to the experts and back. The sort runs on the GPU, and the host does not
+//! wait for it.
 
 use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::row_grid;
 use crate::backend::Dtype;
-use crate::backend::cuda::gpu::{Grid, Kernel};
-use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::gpu::Grid;
 use crate::backend::cuda::ops::rows::gather;
 use crate::backend::cuda::tensor::RowOrder;
-use crate::backend::cuda::{Cuda, Dispatch, Routing, Tensor};
+use crate::backend::cuda::{Cuda, Dispatch, Routing, Tensor, kernels};
 
-const COUNT: Kernel = kernel!(DISPATCH, "dispatch_count");
-const SCAN_CHUNKS: Kernel = kernel!(DISPATCH, "dispatch_scan_chunks");
-const SCAN_EXPERTS: Kernel = kernel!(DISPATCH, "dispatch_scan_experts");
-const PLACE: Kernel = kernel!(DISPATCH, "dispatch_place");
-const COMBINE: Typed = typed!(DISPATCH, "combine_rows");
-const WEIGHT: Typed = typed!(DISPATCH, "weight_rows");
-const WEIGHT_BACKWARD: Typed = typed!(DISPATCH, "weight_rows_backward");
-/// Slots of a block of the sort.
+/// Slots per block of the sort, as in `dispatch.cu`.
 const CHUNK: usize = 256;
 
 /// Sorts the routed rows by expert, stably.
@@ -27,31 +20,22 @@ pub fn dispatch(cuda: &Cuda, routing: &Routing, num_experts: usize) -> Dispatch 
     assert!(known == num_experts, "routed among {known} experts, sorted into {num_experts}");
     let slots = routing.tokens() * routing.top_k();
     let chunks = slots.div_ceil(CHUNK);
-    let counts = cuda.scratch(4 * num_experts * chunks);
-    let offsets = cuda.scratch(4 * (num_experts + 1));
-    let (row_of, slot_of) = (cuda.scratch(4 * slots), cuda.scratch(4 * slots));
-    let (ids, counts_at, offsets_at) = (routing.ids.address(), counts.address(), offsets.address());
-    let experts = num_experts as u32;
+    let mut counts = cuda.array::<u32>(num_experts * chunks);
+    let mut offsets = cuda.array::<u32>(num_experts + 1);
+    let (mut row_of, mut slot_of) = (cuda.array::<u32>(slots), cuda.array::<u32>(slots));
+    let (ids, experts, grid) = (routing.ids.input(), num_experts as u32, Grid::row(chunks, CHUNK as u32));
 
-    let args = [ids.into(), counts_at.into(), slots.into(), experts.into()];
-    cuda.launch(&COUNT, Grid::row(chunks, CHUNK as u32).shared(4 * num_experts), &args);
-    let args = [counts_at.into(), offsets_at.into(), (chunks as u32).into()];
-    cuda.launch(&SCAN_CHUNKS, Grid::row(num_experts, 32), &args);
-    cuda.launch(&SCAN_EXPERTS, Grid::row(1, 32), &[offsets_at.into(), experts.into()]);
-    let args = [
-        ids.into(),
-        counts_at.into(),
-        offsets_at.into(),
-        row_of.address().into(),
-        slot_of.address().into(),
-        slots.into(),
-    ];
-    cuda.launch(&PLACE, Grid::row(chunks, CHUNK as u32), &args);
+    kernels::dispatch_count(cuda, grid.shared(4 * num_experts), ids, counts.output(), slots, experts);
+    let by_expert = Grid::row(num_experts, 32);
+    kernels::dispatch_scan_chunks(cuda, by_expert, counts.inout(), offsets.output(), chunks as u32);
+    kernels::dispatch_scan_experts(cuda, Grid::row(1, 32), offsets.inout(), experts);
+    let (counts, starts) = (counts.input(), offsets.input());
+    kernels::dispatch_place(cuda, grid, ids, counts, starts, row_of.output(), slot_of.output(), slots);
     let order = Some(RowOrder { row_of, slot_of });
     Dispatch { rows: slots, num_experts, top_k: routing.top_k(), offsets, host_offsets: OnceLock::new(), order }
 }
 
-/// All rows in one group, in their order. For grouped products only: there are no tokens behind these rows.
+/// All rows in one group, in their order. For grouped products only: these rows do not belong to tokens.
 pub fn one_group(cuda: &Cuda, rows: usize) -> Dispatch {
     let end = u32::try_from(rows).expect("fewer than 2^32 rows");
     let (offsets, host_offsets) = (cuda.uploaded(&[0, end]), vec![0, end].into());
@@ -69,27 +53,19 @@ pub fn tokens_per_expert(cuda: &Cuda, dispatch: &Dispatch) -> Vec<usize> {
     group_rows(cuda, dispatch).into_iter().map(|rows| rows.len()).collect()
 }
 
-/// x copied to the sorted rows.
+/// Copies each token's row of x to its sorted rows.
 pub fn dispatch_rows(cuda: &Cuda, x: &Tensor, dispatch: &Dispatch) -> Tensor {
     x.expect_shape("x to be dispatched", dispatch.tokens(), x.cols());
-    let y = cuda.tensor(dispatch.rows, x.cols(), x.dtype());
-    let slots = dispatch.order().slot_of.address();
-    gather(cuda, x.address(), slots, dispatch.top_k as u32, y.address(), y.rows(), y.cols(), y.dtype());
-    y
+    gather(cuda, x.input(), dispatch.order().slot_of.input(), dispatch.top_k as u32, dispatch.rows, x.cols())
 }
 
 /// `y[t] = Σ_k x[row of (t, k)]`, k ascending.
 pub fn combine_rows(cuda: &Cuda, x: &Tensor, dispatch: &Dispatch) -> Tensor {
     x.expect_shape("x to be combined", dispatch.rows, x.cols());
-    let y = cuda.tensor(dispatch.tokens(), x.cols(), x.dtype());
-    let args = [
-        x.address().into(),
-        dispatch.order().row_of.address().into(),
-        y.address().into(),
-        (dispatch.top_k as u32).into(),
-        x.cols().into(),
-    ];
-    cuda.launch(COMBINE.of(x.dtype()), row_grid(y.rows(), y.cols(), y.dtype()), &args);
+    let mut y = cuda.tensor(dispatch.tokens(), x.cols(), x.dtype());
+    let grid = row_grid(y.rows(), y.cols(), y.dtype());
+    let row_of = dispatch.order().row_of.input();
+    kernels::combine_rows(cuda, grid, x.input(), row_of, y.output(), dispatch.top_k as u32, x.cols());
     y
 }
 
@@ -101,15 +77,10 @@ fn check(x: &Tensor, routing: &Routing, dispatch: &Dispatch) {
 /// Every routed row times its own routing weight.
 pub fn weight_rows(cuda: &Cuda, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
     check(x, routing, dispatch);
-    let y = cuda.tensor(x.rows(), x.cols(), x.dtype());
-    let args = [
-        x.address().into(),
-        routing.weights.address().into(),
-        dispatch.order().slot_of.address().into(),
-        y.address().into(),
-        x.cols().into(),
-    ];
-    cuda.launch(WEIGHT.of(x.dtype()), row_grid(x.rows(), x.cols(), x.dtype()), &args);
+    let mut y = cuda.tensor(x.rows(), x.cols(), x.dtype());
+    let grid = row_grid(x.rows(), x.cols(), x.dtype());
+    let (weights, slot_of) = (routing.weights.input().of(), dispatch.order().slot_of.input());
+    kernels::weight_rows(cuda, grid, x.input(), weights, slot_of, y.output(), x.cols());
     y
 }
 
@@ -123,17 +94,18 @@ pub fn weight_rows_backward(
 ) -> (Tensor, Tensor) {
     check(x, routing, dispatch);
     dy.expect_shape("dy of the weighted rows", x.rows(), x.cols());
-    let dx = cuda.tensor(x.rows(), x.cols(), x.dtype());
-    let dweights = cuda.tensor(dispatch.tokens(), dispatch.top_k, Dtype::F32);
-    let args = [
-        dy.address().into(),
-        x.address().into(),
-        routing.weights.address().into(),
-        dispatch.order().slot_of.address().into(),
-        dx.address().into(),
-        dweights.address().into(),
-        x.cols().into(),
-    ];
-    cuda.launch(WEIGHT_BACKWARD.of(x.dtype()), row_grid(x.rows(), x.cols(), x.dtype()), &args);
+    let mut dx = cuda.tensor(x.rows(), x.cols(), x.dtype());
+    let mut dweights = cuda.tensor(dispatch.tokens(), dispatch.top_k, Dtype::F32);
+    kernels::weight_rows_backward(
+        cuda,
+        row_grid(x.rows(), x.cols(), x.dtype()),
+        dy.input(),
+        x.input(),
+        routing.weights.input().of(),
+        dispatch.order().slot_of.input(),
+        dx.output(),
+        dweights.output().of(),
+        x.cols(),
+    );
     (dx, dweights)
 }

@@ -1,7 +1,8 @@
 //! Products of groups of rows with their own weights: the experts.
 //!
-//! Each has three forms, see [`Form`]. The kernels for all groups read the groups' offsets on the GPU, so nothing waits;
-//! products for each group need them on the host, where a dispatch keeps them once they were read.
+//! [`Form`] lists the implementations. Kernels over all groups read the groups' offsets on the GPU, so the host does
+//! not wait. cuBLAS products per group need the offsets on the host, where the dispatch keeps them once they have been
+//! read.
 
 mod gradient;
 
@@ -9,54 +10,31 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use self::gradient::backward_weight;
-use crate::backend::cuda::gpu::{Address, Gemm, Grid, Kernel, Operand};
-use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::gpu::{Address, Gemm, Grid, Operand};
 use crate::backend::cuda::ops::dispatch::group_rows;
 use crate::backend::cuda::ops::elements::{InDtype, weight_in};
 use crate::backend::cuda::plan::{Form, Grouped};
-use crate::backend::cuda::pool::Memory;
-use crate::backend::cuda::{Cuda, Dispatch, Tensor, Weight};
+use crate::backend::cuda::tensor::Array;
+use crate::backend::cuda::{Cuda, Dispatch, Tensor, Weight, kernels};
 use crate::backend::{Dtype, Stacks};
 
-/// A kernel over all groups, as ordinary arithmetic and, for BF16, on tensor cores by products of warps or of warpgroups.
-struct Kernels {
-    arithmetic: Typed,
-    tensor_cores: Kernel,
-    warpgroups: Kernel,
-}
-
-/// The kernels of one name in these modules.
-macro_rules! kernels {
-    ($arithmetic:ident, $tensor_cores:ident, $warpgroups:ident, $name:literal) => {
-        Kernels {
-            arithmetic: typed!($arithmetic, $name),
-            tensor_cores: kernel!($tensor_cores, concat!($name, "_bf16")),
-            warpgroups: kernel!($warpgroups, concat!($name, "_bf16")),
-        }
-    };
-}
-use kernels;
-
-const LINEAR: Kernels = kernels!(GROUPED, GROUPED_MMA, GROUPED_WGMMA, "grouped_linear");
-const BACKWARD_INPUT: Kernels = kernels!(GROUPED, GROUPED_MMA, GROUPED_WGMMA, "grouped_backward_input");
-
-/// The shapes of one call, and the weights where kernels find them.
+/// The shapes, the form and the weights of one call.
 struct Call<'a> {
     cuda: &'a Cuda,
     dispatch: &'a Dispatch,
     form: Form,
-    /// Weights a group.
+    /// Weights per group.
     stack: usize,
     /// Columns and rows of each weight.
     inputs: usize,
     outputs: usize,
     dtype: Dtype,
-    /// The weights in the compute type, `stack` a group.
-    weights: Vec<InDtype>,
+    /// The weights in the compute format, `stack` per group.
+    weights: Vec<InDtype<'a>>,
 }
 
 impl<'a> Call<'a> {
-    fn new(cuda: &'a Cuda, w: &Stacks<'_, Weight>, dispatch: &'a Dispatch) -> Self {
+    fn new(cuda: &'a Cuda, w: &Stacks<'a, Weight>, dispatch: &'a Dispatch) -> Self {
         assert!(w.len() == dispatch.num_experts, "weights of {} groups, rows of {}", w.len(), dispatch.num_experts);
         let stack = w.first().map_or(0, Vec::len);
         let (outputs, inputs) = w.first().and_then(|w| w.first()).map_or((0, 0), |w| (w.rows(), w.cols()));
@@ -82,31 +60,31 @@ impl<'a> Call<'a> {
         assert!(x.dtype() == self.dtype, "{what} in {:?}, the weights in {:?}", x.dtype(), self.dtype);
     }
 
-    /// Whether there is nothing to sum up.
+    /// Whether all sums are empty.
     fn is_empty(&self) -> bool {
         self.dispatch.rows == 0 || self.weights.is_empty() || self.inputs * self.outputs == 0
     }
 
-    /// The weights' addresses on the GPU.
-    fn pointers(&self) -> Arc<Memory> {
+    /// The array of the weights' addresses, on the GPU.
+    fn pointers(&self) -> Arc<Array<u64>> {
         let addresses: Vec<u64> = self.weights.iter().map(|w| w.address().0).collect();
-        if self.weights.iter().all(|w| matches!(w, InDtype::There(_))) {
+        if self.weights.iter().all(|w| matches!(w, InDtype::Original(_))) {
             self.cuda.table(addresses)
         } else {
-            Arc::new(self.cuda.uploaded(&addresses)) // scratch does not recur
+            Arc::new(self.cuda.uploaded(&addresses)) // addresses of converted copies do not recur
         }
     }
 
-    /// A kernel over all groups in this call's form, with the sides of its tiles and its shared memory.
-    fn tiled(&self, kernels: &Kernels) -> Tiled {
+    /// The tiles of a kernel over all groups in this call's form.
+    fn tiling(&self) -> Tiling {
         match self.form {
-            Form::TensorCores => Tiled { kernel: kernels.tensor_cores, side: 128, shared: 48 << 10 },
-            Form::Warpgroups => Tiled { kernel: kernels.warpgroups, side: 128, shared: 97 << 10 },
-            _ => Tiled { kernel: *kernels.arithmetic.of(self.dtype), side: 64, shared: 0 },
+            Form::TensorCores => Tiling { side: 128, shared: 48 << 10 },
+            Form::Warpgroups => Tiling { side: 128, shared: 97 << 10 },
+            Form::Arithmetic | Form::EachGroup => Tiling { side: 64, shared: 0 },
         }
     }
 
-    /// Rows of each group on the host, with the group's number, without the empty ones.
+    /// The groups that have rows: index and rows, on the host.
     fn groups(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
         group_rows(self.cuda, self.dispatch).into_iter().enumerate().filter(|(_, rows)| !rows.is_empty())
     }
@@ -115,7 +93,7 @@ impl<'a> Call<'a> {
         self.weights[group * self.stack + index].address()
     }
 
-    /// A product in the compute type, result in `c_dtype`.
+    /// A product in the compute format, with a result in `c_dtype`.
     fn gemm(
         &self,
         [m, n, k]: [usize; 3],
@@ -128,19 +106,20 @@ impl<'a> Call<'a> {
     }
 }
 
-/// A kernel whose blocks make square tiles.
-struct Tiled {
-    kernel: Kernel,
+/// A block computes a square tile.
+struct Tiling {
+    /// Rows and columns of a tile.
     side: usize,
+    /// Bytes of dynamic shared memory.
     shared: usize,
 }
 
-impl Tiled {
+impl Tiling {
     fn grid(&self, blocks: usize) -> Grid {
         Grid::row(blocks, 256).shared(self.shared)
     }
 
-    /// At least the row tiles that all groups can have together: each may end with a part of one.
+    /// An upper bound on the row tiles of all groups: each group may end with a partial tile.
     fn row_tiles(&self, dispatch: &Dispatch) -> usize {
         dispatch.rows / self.side + dispatch.num_experts.min(dispatch.rows)
     }
@@ -151,12 +130,12 @@ impl Tiled {
     }
 }
 
-/// y = x · wᵀ for each group; the outputs of stacked weights lie side by side.
+/// y = x · wᵀ for each group; the outputs of stacked weights are side by side.
 pub fn forward(cuda: &Cuda, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
     let call = Call::new(cuda, w, dispatch);
     call.expect("x of grouped products", x, call.inputs);
     let width = call.stack * call.outputs;
-    let y = cuda.tensor(x.rows(), width, call.dtype);
+    let mut y = cuda.tensor(x.rows(), width, call.dtype);
     if call.is_empty() {
         cuda.zero(y.address(), y.len() * call.dtype.size());
         return y;
@@ -172,9 +151,21 @@ pub fn forward(cuda: &Cuda, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispa
         }
         return y;
     }
-    let tiled = call.tiled(&LINEAR);
-    let blocks = tiled.row_tiles(dispatch) * call.stack * call.outputs.div_ceil(tiled.side);
-    launch_over_rows(&call, &tiled, blocks, &y, x);
+    let (tiling, pointers) = (call.tiling(), call.pointers());
+    let blocks = tiling.row_tiles(dispatch) * call.stack * call.outputs.div_ceil(tiling.side);
+    kernels::grouped_linear(
+        cuda,
+        call.form,
+        tiling.grid(blocks),
+        y.output(),
+        x.input(),
+        pointers.input().addresses(call.dtype),
+        dispatch.offsets.input(),
+        dispatch.num_experts,
+        call.stack,
+        call.inputs,
+        call.outputs,
+    );
     y
 }
 
@@ -183,13 +174,13 @@ pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch
     let call = Call::new(cuda, w, dispatch);
     let width = call.stack * call.outputs;
     call.expect("dy of grouped products", dy, width);
-    let dx = cuda.tensor(dy.rows(), call.inputs, call.dtype);
+    let mut dx = cuda.tensor(dy.rows(), call.inputs, call.dtype);
     if call.is_empty() {
         cuda.zero(dx.address(), dx.len() * call.dtype.size());
         return dx;
     }
     if call.form == Form::EachGroup {
-        // The sum over a stack is rounded once: in F32 first where there are several.
+        // The sum over a stack is accumulated in F32 and rounded once.
         let wide = call.stack > 1 && call.dtype != Dtype::F32;
         let sums = wide.then(|| cuda.tensor(dy.rows(), call.inputs, Dtype::F32));
         let to = sums.as_ref().unwrap_or(&dx);
@@ -204,27 +195,25 @@ pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch
             }
         }
         if let Some(sums) = sums {
-            super::elements::cast(cuda, sums.address(), Dtype::F32, dx.address(), call.dtype, dx.len());
+            let n = dx.len();
+            super::elements::cast(cuda, sums.input(), dx.output(), n);
         }
         return dx;
     }
-    let tiled = call.tiled(&BACKWARD_INPUT);
-    let blocks = tiled.row_tiles(dispatch) * call.inputs.div_ceil(tiled.side);
-    launch_over_rows(&call, &tiled, blocks, &dx, dy);
+    let (tiling, pointers) = (call.tiling(), call.pointers());
+    let blocks = tiling.row_tiles(dispatch) * call.inputs.div_ceil(tiling.side);
+    kernels::grouped_backward_input(
+        cuda,
+        call.form,
+        tiling.grid(blocks),
+        dx.output(),
+        dy.input(),
+        pointers.input().addresses(call.dtype),
+        dispatch.offsets.input(),
+        dispatch.num_experts,
+        call.stack,
+        call.inputs,
+        call.outputs,
+    );
     dx
-}
-
-fn launch_over_rows(call: &Call<'_>, tiled: &Tiled, blocks: usize, to: &Tensor, from: &Tensor) {
-    let pointers = call.pointers();
-    let args = [
-        to.address().into(),
-        from.address().into(),
-        pointers.address().into(),
-        call.dispatch.offsets.address().into(),
-        call.dispatch.num_experts.into(),
-        call.stack.into(),
-        call.inputs.into(),
-        call.outputs.into(),
-    ];
-    call.cuda.launch(&tiled.kernel, tiled.grid(blocks), &args);
 }

@@ -2,32 +2,27 @@
 
 use super::row_grid;
 use crate::backend::Dtype;
-use crate::backend::cuda::gpu::{Address, Gemm, Grid, Kernel, Operand};
-use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use crate::backend::cuda::gpu::{Address, Gemm, Grid, Operand};
+use crate::backend::cuda::launch::{Any, In, InOut, OrNull};
 use crate::backend::cuda::ops::elements::{cast, in_dtype, weight_in};
-use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight};
+use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight, kernels};
 
-const COLUMN_SUMS: Typed = typed!(COLUMNS, "column_sums");
-const ADD_PARTIALS: Kernel = kernel!(COLUMNS, "add_partials");
-const REPEAT_ROW: Typed = typed!(ELEMENTS, "repeat_row");
-
-/// A matrix as it is stored, or its transpose.
+/// An operand of a product: a stored matrix, or its transpose.
 pub fn operand(at: Address, stride: usize, transposed: bool) -> Operand {
     Operand { at, stride, transposed }
 }
 
-/// x · wᵀ (+ bias) in `dtype`: that of x and w, or F32.
+/// x · wᵀ (+ bias), in x's number format or in F32.
 pub fn linear(cuda: &Cuda, x: &Tensor, w: &Weight, bias: Option<&Weight>, dtype: Dtype) -> Tensor {
     let (m, n, k) = (x.rows(), w.rows(), w.cols());
     x.expect_shape("x of a dense layer", m, k);
     let w = weight_in(cuda, w, x.dtype());
-    let y = cuda.tensor(m, n, dtype);
+    let mut y = cuda.tensor(m, n, dtype);
     if let Some(bias) = bias {
         assert!(bias.len() == n, "a bias of {} for {n} outputs", bias.len());
-        // Added within the product, so that the sum is rounded once.
+        // The product adds to y (beta 1), so that the sum is rounded once.
         let bias = weight_in(cuda, bias, dtype);
-        let args = [bias.address().into(), y.address().into(), n.into()];
-        cuda.launch(REPEAT_ROW.of(dtype), row_grid(m, n, dtype), &args);
+        kernels::repeat_row(cuda, row_grid(m, n, dtype), bias.input(), y.output(), n);
     }
     cuda.gemm(&Gemm {
         m,
@@ -45,7 +40,7 @@ pub fn linear(cuda: &Cuda, x: &Tensor, w: &Weight, bias: Option<&Weight>, dtype:
     y
 }
 
-/// dx = dy · w, in the compute type. An F32 gradient of router logits is multiplied as F32.
+/// dx = dy · w in the compute format. An F32 dy (of router logits) is multiplied in F32 and rounded afterwards.
 pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Weight) -> Tensor {
     let (m, n, k) = (dy.rows(), w.cols(), w.rows());
     dy.expect_shape("dy of a dense layer", m, k);
@@ -67,12 +62,12 @@ pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Weight) -> Tensor {
     if dx.dtype() == cuda.compute() {
         return dx;
     }
-    let rounded = cuda.tensor(m, n, cuda.compute());
-    cast(cuda, dx.address(), dx.dtype(), rounded.address(), rounded.dtype(), m * n);
+    let mut rounded = cuda.tensor(m, n, cuda.compute());
+    cast(cuda, dx.input(), rounded.output(), m * n);
     rounded
 }
 
-/// dw += dyᵀ · x. Where one of them is F32, so is the product.
+/// dw += dyᵀ · x. If dy or x is F32, the product is computed in F32.
 pub fn backward_weight(cuda: &Cuda, dy: &Tensor, x: &Tensor, dw: &mut Buffer, offset: usize) {
     assert!(dy.rows() == x.rows(), "dy has {} rows, x {}", dy.rows(), x.rows());
     let (m, n, k) = (dy.cols(), x.cols(), dy.rows());
@@ -96,15 +91,15 @@ pub fn backward_weight(cuda: &Cuda, dy: &Tensor, x: &Tensor, dw: &mut Buffer, of
 /// db += column sums of dy.
 pub fn bias_backward(cuda: &Cuda, dy: &Tensor, db: &mut Buffer, offset: usize) {
     let n = dy.cols();
-    add_column_sums(cuda, dy, None, dy.rows(), n, db.at(offset, n));
+    add_column_sums(cuda, dy, None, dy.rows(), n, db.inout(offset, n));
 }
 
-/// How [`add_column_sums`] cuts its rows.
+/// How [`add_column_sums`] divides its rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Parts {
-    /// Parts of a block: threads that have no column of the first are given rows of their own.
+    /// Parts per block: with few columns, the threads of a block are divided among several parts.
     lanes: usize,
-    /// Rows of a part.
+    /// Rows per part.
     chunk: usize,
     blocks: usize,
 }
@@ -113,36 +108,28 @@ fn parts(rows: usize, cols: usize, dtype: Dtype) -> Parts {
     let width = 16 / dtype.size();
     let loads = if cols.is_multiple_of(width) { cols / width } else { cols };
     let lanes = 256 / loads.next_power_of_two().clamp(1, 256);
-    // Short parts keep all processors busy, long ones leave few partial sums.
+    // Short parts keep all multiprocessors busy; long parts give few partial sums.
     let chunk = rows.div_ceil(lanes * 1024).clamp(16, 256);
     Parts { lanes, chunk, blocks: rows.div_ceil(lanes * chunk) }
 }
 
-/// `into[c] += Σ over rows of dy[row, c]`, or of `dy · x · r[row]`, both seen as `[rows, cols]`.
+/// `into[c] += Σ over rows of dy[row, c]`, or of `dy[row, c] · x[row, c] · r[row]`; dy and x are read as `[rows,
+/// cols]`.
 pub fn add_column_sums(
     cuda: &Cuda,
     dy: &Tensor,
-    x: Option<(&Tensor, Address)>,
+    x: Option<(In<'_, Any>, In<'_, f32>)>,
     rows: usize,
     cols: usize,
-    into: Address,
+    into: InOut<'_, f32>,
 ) {
     let Parts { lanes, chunk, blocks } = parts(rows, cols, dy.dtype());
-    let partial = cuda.scratch(4 * blocks * lanes * cols);
-    let (x, r) = x.map_or((Address::NULL, Address::NULL), |(x, r)| (x.address(), r));
-    let args = [
-        dy.address().into(),
-        x.into(),
-        r.into(),
-        partial.address().into(),
-        rows.into(),
-        cols.into(),
-        (lanes as u32).into(),
-        (chunk as u32).into(),
-    ];
-    cuda.launch(COLUMN_SUMS.of(dy.dtype()), Grid::row(blocks, 256), &args);
-    let args = [into.into(), partial.address().into(), (blocks * lanes).into(), cols.into()];
-    cuda.launch(&ADD_PARTIALS, Grid::row(cols.div_ceil(32), 256), &args);
+    let mut partial = cuda.array::<f32>(blocks * lanes * cols);
+    let (x, r) = x.map_or((OrNull::null(dy.dtype()), OrNull::null(())), |(x, r)| (x.into(), r.into()));
+    let (grid, sums) = (Grid::row(blocks, 256), partial.output());
+    kernels::column_sums(cuda, grid, dy.input(), x, r, sums, rows, cols, lanes as u32, chunk as u32);
+    let grid = Grid::row(cols.div_ceil(32), 256);
+    kernels::add_partials(cuda, grid, into, partial.input(), blocks * lanes, cols);
 }
 
 #[cfg(test)]

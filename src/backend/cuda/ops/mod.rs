@@ -1,4 +1,5 @@
-//! The launchers: for each operation what it allocates and which kernels it queues. One file a family, named as the CPU's.
+//! The launchers: each operation checks shapes, allocates its results and queues kernels. One file per family of
+//! operations, with the same names as in `backend/cpu`.
 
 pub mod attention;
 pub mod cross_entropy;
@@ -18,14 +19,14 @@ pub mod update;
 use super::gpu::Grid;
 use crate::backend::Dtype;
 
-/// A block for each row of `cols` elements: as many threads as 16-byte loads cover, in whole warps, at most 256.
+/// One block per row of `cols` elements, with one thread per 16-byte load, in whole warps, at most 256.
 fn row_grid(rows: usize, cols: usize, dtype: Dtype) -> Grid {
     let width = 16 / dtype.size();
     let loads = if cols.is_multiple_of(width) { cols / width } else { cols };
     Grid::row(rows, loads.next_multiple_of(32).clamp(32, 256) as u32)
 }
 
-/// Blocks of 256 threads for `n` elements, `each` to a thread.
+/// Blocks of 256 threads for `n` elements, `each` per thread.
 fn flat_grid(n: usize, each: usize) -> Grid {
     Grid::row(n.div_ceil(256 * each), 256)
 }

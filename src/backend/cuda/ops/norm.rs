@@ -1,15 +1,12 @@
 //! RMS norm over groups of columns.
 
 use super::linear::add_column_sums;
-use crate::backend::Dtype;
-use crate::backend::cuda::gpu::{Address, Grid};
-use crate::backend::cuda::kernels::{Typed, typed};
+use crate::backend::cuda::gpu::Grid;
+use crate::backend::cuda::launch::OrNull;
 use crate::backend::cuda::ops::elements::weight_in;
-use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight};
+use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight, kernels};
 
-const FORWARD: Typed = typed!(NORM, "rms_norm");
-const BACKWARD: Typed = typed!(NORM, "rms_norm_backward");
-/// Groups up to this many columns belong to a warp, as in `norm.cu`.
+/// Groups up to this many columns are reduced by a warp, as in `norm.cu`.
 const WARP_GROUP: usize = 1024;
 
 /// (groups, columns of a group)
@@ -28,13 +25,12 @@ fn grid(groups: usize, n: usize) -> Grid {
 pub fn rms_norm(cuda: &Cuda, x: &Tensor, w: &Weight, eps: f32) -> Tensor {
     let (groups, n) = groups(x, w);
     let w = weight_in(cuda, w, x.dtype());
-    let y = cuda.tensor(x.rows(), x.cols(), x.dtype());
-    let args = [x.address().into(), w.address().into(), y.address().into(), groups.into(), n.into(), eps.into()];
-    cuda.launch(FORWARD.of(x.dtype()), grid(groups, n), &args);
+    let mut y = cuda.tensor(x.rows(), x.cols(), x.dtype());
+    kernels::rms_norm(cuda, grid(groups, n), x.input(), w.input(), y.output(), groups, n, eps);
     y
 }
 
-/// dx; with a sink, dw += Σ dy · x / sqrt(mean(x²) + eps) too.
+/// dx; if `dw` is given, dw += Σ dy · x / sqrt(mean(x²) + eps) too.
 pub fn backward(
     cuda: &Cuda,
     dy: &Tensor,
@@ -47,22 +43,23 @@ pub fn backward(
     dy.expect_shape("dy of the norm", x.rows(), x.cols());
     assert!(dy.dtype() == x.dtype(), "dy in {:?}, x in {:?}", dy.dtype(), x.dtype());
     let w = weight_in(cuda, w, x.dtype());
-    let dx = cuda.tensor(x.rows(), x.cols(), x.dtype());
-    let roots = dw.is_some().then(|| cuda.tensor(groups, 1, Dtype::F32));
-    let roots_at = roots.as_ref().map_or(Address::NULL, Tensor::address);
-    let args = [
-        dy.address().into(),
-        x.address().into(),
-        w.address().into(),
-        dx.address().into(),
-        roots_at.into(),
-        groups.into(),
-        n.into(),
-        eps.into(),
-    ];
-    cuda.launch(BACKWARD.of(x.dtype()), grid(groups, n), &args);
-    if let Some((dw, offset)) = dw {
-        add_column_sums(cuda, dy, Some((x, roots_at)), groups, n, dw.at(offset, n));
+    let mut dx = cuda.tensor(x.rows(), x.cols(), x.dtype());
+    let mut sink = dw.map(|(dw, offset)| (dw.inout(offset, n), cuda.array::<f32>(groups)));
+    let rs = sink.as_mut().map_or(OrNull::null(()), |(_, rs)| rs.output().into());
+    kernels::rms_norm_backward(
+        cuda,
+        grid(groups, n),
+        dy.input(),
+        x.input(),
+        w.input(),
+        dx.output(),
+        rs,
+        groups,
+        n,
+        eps,
+    );
+    if let Some((dw, rs)) = sink {
+        add_column_sums(cuda, dy, Some((x.input(), rs.input())), groups, n, dw);
     }
     dx
 }

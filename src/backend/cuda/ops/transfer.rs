@@ -1,4 +1,4 @@
-//! Between host and GPU.
+//! Transfers between host and GPU.
 
 use std::sync::Arc;
 
@@ -33,16 +33,18 @@ pub fn zeros(cuda: &Cuda, rows: usize, cols: usize, dtype: Dtype) -> Tensor {
 
 /// Row numbers or ids.
 pub fn indices(cuda: &Cuda, values: &[u32]) -> Indices {
-    Indices { host: values.to_vec(), memory: cuda.uploaded(values) }
+    Indices { host: values.to_vec(), on_gpu: cuda.uploaded(values) }
 }
 
-/// A parameter, copied from where the host has it (a memory-mapped file) without a second host copy.
+/// A parameter, copied from the host's memory-mapped file without a second host copy.
 pub fn weight(cuda: &Cuda, host: &HostTensor) -> Weight {
     assert!(matches!(host.shape.len(), 1 | 2), "a parameter has one or two dimensions, not {:?}", host.shape);
-    Weight { dtype: host.dtype, shape: host.shape.clone(), memory: cuda.uploaded(&host.bytes) }
+    let memory = cuda.scratch(host.bytes.len());
+    cuda.copy_in(memory.address(), &host.bytes);
+    Weight { dtype: host.dtype, shape: host.shape.clone(), memory }
 }
 
-/// A parameter's present value.
+/// A parameter's current value.
 pub fn weight_host(cuda: &Cuda, w: &Weight) -> HostTensor {
     let bytes: Vec<u8> = cuda.copy_out(w.address(), w.len() * w.dtype().size());
     HostTensor::new(w.dtype(), w.shape.clone(), bytes.into())
@@ -57,19 +59,20 @@ pub fn buffer(cuda: &Cuda, len: usize) -> Buffer {
 
 /// `n` sums, all zero.
 pub fn scores(cuda: &Cuda, n: usize) -> Scores {
-    let s = Scores { len: n, memory: cuda.scratch(8 * n) };
-    cuda.zero(s.address(), 8 * n);
-    s
+    let sums = cuda.array(n);
+    cuda.zero(sums.address(), 8 * n);
+    Scores(sums)
 }
 
 /// Reads the sums and sets them to zero.
 pub fn scores_take(cuda: &Cuda, s: &mut Scores) -> Vec<f64> {
-    let values = cuda.copy_out(s.address(), s.len);
-    cuda.zero(s.address(), 8 * s.len);
+    let values = cuda.copy_out(s.0.address(), s.0.len());
+    cuda.zero(s.0.address(), 8 * s.0.len());
     values
 }
 
-/// Packed sequences. The angles of the positions are made on the host, as the CPU's are, and kept for the next batch.
+/// Packed sequences. The angles of the positions are computed on the host, as for the CPU backend, and kept for the
+/// next batch.
 pub fn sequences(cuda: &Cuda, packing: &Packing, rope: &Rope) -> Sequences {
     let ends = [&packing.queries, &packing.keys];
     let ordered = ends.iter().all(|ends| ends[0] == 0 && ends.is_sorted());
@@ -79,7 +82,7 @@ pub fn sequences(cuda: &Cuda, packing: &Packing, rope: &Rope) -> Sequences {
     let mut kept = cuda.angles.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let angles = match &*kept {
         Some(angles) if angles.rope == *rope && angles.positions >= needed => angles.clone(),
-        // Up to a power of two, so that decoding token by token makes few tables.
+        // Rounded up to a power of two, so that decoding token by token makes few tables.
         _ => kept.insert(Arc::new(make_angles(cuda, rope, needed.next_power_of_two()))).clone(),
     };
     let offsets = |ends: &[usize]| {

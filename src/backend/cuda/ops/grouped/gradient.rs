@@ -1,26 +1,22 @@
-//! What becomes of the gradients of the groups' weights: added to the gradient buffer, or reduced to one number a group.
+//! Gradients of the groups' weights: added to the gradient buffer, or reduced to one number per group.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use super::{Call, Kernels, group_rows, kernels};
-use crate::backend::cuda::gpu::{Address, Grid, Kernel, Operand};
-use crate::backend::cuda::kernels::{Typed, kernel, typed};
+use super::{Call, group_rows};
+use crate::backend::cuda::gpu::{Address, Grid, Operand};
+use crate::backend::cuda::launch::In;
 use crate::backend::cuda::plan::Form;
-use crate::backend::cuda::pool::Memory;
-use crate::backend::cuda::{Buffer, Cuda, Dispatch, Scores, Tensor, Weight};
+use crate::backend::cuda::tensor::Array;
+use crate::backend::cuda::{Buffer, Cuda, Dispatch, Scores, Tensor, Weight, kernels};
 use crate::backend::{Dtype, ExpertGrad, Moment, Stacks};
 
-const BACKWARD_WEIGHT: Kernels = kernels!(GROUPED, GROUPED_MMA, GROUPED_WGMMA, "grouped_backward_weight");
-const MAGNITUDE: Kernels =
-    kernels!(GRADIENT_MAGNITUDE, GRADIENT_MAGNITUDE_MMA, GRADIENT_MAGNITUDE_WGMMA, "gradient_magnitude");
-const MAGNITUDE_OF: Typed = typed!(GRADIENT_MAGNITUDE, "magnitude_of");
-const ADD_MAGNITUDES: Kernel = kernel!(GRADIENT_MAGNITUDE, "add_magnitudes");
-/// Elements of a gradient that a block of `magnitude_of` reduces.
+/// Elements per block of `magnitude_of`.
 const MAGNITUDE_SPAN: usize = 4096;
-/// Bytes of a gradient that is made in scratch: it stays in the L2 cache beside its operands.
+/// Bytes of a slab of a gradient in scratch memory: it stays in the L2 cache with its operands.
 const SCRATCH: usize = 16 << 20;
 
-/// For each group what `plan[group]` says.
+/// Skips, accumulates or scores the gradient of each group's weights, as `plan[group]` says.
 #[allow(clippy::too_many_arguments)]
 pub fn backward_weight(
     cuda: &Cuda,
@@ -54,7 +50,7 @@ pub fn backward_weight(
     }
 }
 
-/// A group, and where the gradients of its weights begin.
+/// A group, and the offsets of its weights' gradients in the buffer.
 struct Add<'a> {
     group: usize,
     at: &'a [usize],
@@ -71,7 +67,7 @@ fn sums(plan: &[ExpertGrad], scores: &Scores) -> Vec<Sum> {
     let mut sums = Vec::new();
     for (group, grad) in plan.iter().enumerate() {
         if let &ExpertGrad::Score(moment, index) = grad {
-            assert!(index < scores.len, "score {index} of {}", scores.len);
+            assert!(index < scores.0.len(), "score {index} of {}", scores.0.len());
             sums.push(Sum { group, moment, index });
         }
     }
@@ -108,29 +104,32 @@ impl Gradients<'_> {
         }
         starts.sort_unstable();
         let apart = starts.windows(2).all(|w| w[0] + self.size() <= w[1]);
-        assert!(apart, "two gradients share a place in the buffer");
+        assert!(apart, "two gradients overlap in the buffer");
         adds
     }
 
-    fn add(&self, adds: &[Add<'_>], dw: &Buffer) {
+    fn add(&self, adds: &[Add<'_>], dw: &mut Buffer) {
         if adds.is_empty() {
             return;
         }
         let call = &self.call;
-        let tiled = call.tiled(&BACKWARD_WEIGHT);
+        let tiling = call.tiling();
         let jobs = adds.iter().flat_map(|add| std::iter::once(add.group).chain(add.at.iter().copied()));
         let jobs = call.cuda.table(jobs.map(|n| n as u64).collect());
-        let args = [
-            dw.at(0, 0).into(),
-            self.dy.address().into(),
-            self.x.address().into(),
-            call.dispatch.offsets.address().into(),
-            jobs.address().into(),
-            call.stack.into(),
-            call.inputs.into(),
-            call.outputs.into(),
-        ];
-        call.cuda.launch(&tiled.kernel, tiled.grid(adds.len() * call.stack * tiled.weight_tiles(call)), &args);
+        let len = dw.len;
+        kernels::grouped_backward_weight(
+            call.cuda,
+            call.form,
+            tiling.grid(adds.len() * call.stack * tiling.weight_tiles(call)),
+            dw.inout(0, len),
+            self.dy.input(),
+            self.x.input(),
+            call.dispatch.offsets.input(),
+            jobs.input(),
+            call.stack,
+            call.inputs,
+            call.outputs,
+        );
     }
 
     fn add_each(&self, adds: &[Add<'_>], rows: &[Range<usize>], dw: &Buffer) {
@@ -141,78 +140,74 @@ impl Gradients<'_> {
         }
     }
 
-    /// Every tile of every gradient leaves one partial sum.
-    fn score(&self, sums: &[Sum], scores: &Scores) {
+    /// One kernel for all gradients: each tile stores one partial sum.
+    fn score(&self, sums: &[Sum], scores: &mut Scores) {
         if sums.is_empty() {
             return;
         }
         let call = &self.call;
-        let tiled = call.tiled(&MAGNITUDE);
-        let each = call.stack * tiled.weight_tiles(call);
-        let partial = call.cuda.scratch(8 * sums.len() * each);
+        let tiling = call.tiling();
+        let each = call.stack * tiling.weight_tiles(call);
+        let mut partial = call.cuda.array::<f64>(sums.len() * each);
         let (pointers, jobs) = (call.pointers(), self.jobs(sums));
-        let args = [
-            partial.address().into(),
-            self.dy.address().into(),
-            self.x.address().into(),
-            pointers.address().into(),
-            call.dispatch.offsets.address().into(),
-            jobs.address().into(),
-            call.stack.into(),
-            call.inputs.into(),
-            call.outputs.into(),
-        ];
-        call.cuda.launch(&tiled.kernel, tiled.grid(sums.len() * each), &args);
-        self.add_partials(scores, partial.address(), jobs.address(), each, sums.len());
+        kernels::gradient_magnitude(
+            call.cuda,
+            call.form,
+            tiling.grid(sums.len() * each),
+            partial.output(),
+            self.dy.input(),
+            self.x.input(),
+            pointers.input().addresses(call.dtype),
+            call.dispatch.offsets.input(),
+            jobs.input(),
+            call.stack,
+            call.inputs,
+            call.outputs,
+        );
+        self.add_partials(scores, &partial, jobs.input(), each, sums.len());
     }
 
-    /// One gradient after another, slab by slab in scratch.
-    fn score_each(&self, sums: &[Sum], rows: &[Range<usize>], scores: &Scores) {
+    /// One gradient after another, slab by slab in scratch memory.
+    fn score_each(&self, sums: &[Sum], rows: &[Range<usize>], scores: &mut Scores) {
         if sums.is_empty() {
             return;
         }
         let call = &self.call;
         let jobs = self.jobs(sums);
         let height = (SCRATCH / (4 * call.inputs)).clamp(1, call.outputs);
-        let slab = call.cuda.scratch(4 * height * call.inputs);
+        let slab = call.cuda.array::<f32>(height * call.inputs);
         let slabs: Vec<Range<usize>> =
             (0..call.outputs).step_by(height).map(|at| at..call.outputs.min(at + height)).collect();
         let blocks = |slab: &Range<usize>| (slab.len() * call.inputs).div_ceil(MAGNITUDE_SPAN);
         let each = call.stack * slabs.iter().map(blocks).sum::<usize>();
-        let partial = call.cuda.scratch(8 * each);
+        let mut partial = call.cuda.array::<f64>(each);
         for (i, sum) in sums.iter().enumerate().filter(|(_, sum)| !rows[sum.group].is_empty()) {
-            let mut at = partial.address();
+            let mut at = 0;
             for index in 0..call.stack {
                 for out in &slabs {
                     self.product(&rows[sum.group], index, out.clone(), slab.address(), 0.0);
-                    let weight = call.weight(sum.group, index).offset(out.start * call.inputs * call.dtype.size());
-                    let args = [
-                        at.into(),
-                        slab.address().into(),
-                        weight.into(),
-                        (out.len() * call.inputs).into(),
-                        code(sum.moment).into(),
-                    ];
-                    call.cuda.launch(MAGNITUDE_OF.of(call.dtype), Grid::row(blocks(out), 256), &args);
-                    at = at.offset(8 * blocks(out));
+                    let w = call.weights[sum.group * call.stack + index].input().skip(out.start * call.inputs);
+                    let (grid, sums) = (Grid::row(blocks(out), 256), partial.output().skip(at));
+                    let (n, moment) = (out.len() * call.inputs, code(sum.moment));
+                    kernels::magnitude_of(call.cuda, grid, sums, slab.input(), w, n, moment);
+                    at += blocks(out);
                 }
             }
-            self.add_partials(scores, partial.address(), jobs.address().offset(i * 3 * 8), each, 1);
+            self.add_partials(scores, &partial, jobs.input().skip(3 * i), each, 1);
         }
     }
 
-    /// As gradient_magnitude.cu reads them.
-    fn jobs(&self, sums: &[Sum]) -> std::sync::Arc<Memory> {
+    /// The job list in the layout of gradient_magnitude.cu.
+    fn jobs(&self, sums: &[Sum]) -> Arc<Array<u64>> {
         self.call.cuda.table(sums.iter().flat_map(|s| [s.group as u64, code(s.moment), s.index as u64]).collect())
     }
 
-    /// The score of each of `n` jobs += its `each` partial sums.
-    fn add_partials(&self, scores: &Scores, partial: Address, jobs: Address, each: usize, n: usize) {
-        let args = [scores.address().into(), partial.into(), jobs.into(), each.into()];
-        self.call.cuda.launch(&ADD_MAGNITUDES, Grid::row(n, 256), &args);
+    /// Adds the `each` partial sums of each of `n` jobs to the job's score.
+    fn add_partials(&self, scores: &mut Scores, partial: &Array<f64>, jobs: In<'_, u64>, each: usize, n: usize) {
+        kernels::add_magnitudes(self.call.cuda, Grid::row(n, 256), scores.0.inout(), partial.input(), jobs, each);
     }
 
-    /// to = rows `out` of one gradient + beta · to
+    /// to = rows `out` of one gradient + beta · to.
     fn product(&self, rows: &Range<usize>, index: usize, out: Range<usize>, to: Address, beta: f32) {
         let call = &self.call;
         let first = (index * call.outputs + out.start) * call.dtype.size();
@@ -222,7 +217,7 @@ impl Gradients<'_> {
     }
 }
 
-/// As gradient_magnitude.cu numbers them.
+/// The moment's number in gradient_magnitude.cu.
 fn code(moment: Moment) -> u64 {
     match moment {
         Moment::Abs => 0,
