@@ -190,11 +190,11 @@ impl EvalReport {
 pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
     let format_loss = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
     let mut losses = Table::new(
-        "Cross-entropy of the replies in the data (nats a token), and divergence of routing between safe and unsafe prompts",
+        "Cross-entropy of the replies in the data (nats per token), and divergence of routing between safe and unsafe prompts",
         ["model", "unsafe", "safe", "divergence"],
     );
     let mut refusals = Table::new(
-        "Refusals by phrase list, with Wilson's 95 % interval. A proxy: phrases are not judgement; read generations.jsonl",
+        "Refusals by phrase list, with Wilson's 95 % interval. A proxy for human judgement; read generations.jsonl",
         ["model, list", "unsafe answers", "refused", "safe answers", "refused"],
     );
     for (name, eval) in evals {
