@@ -47,8 +47,8 @@ impl AsideDir {
         write_synced(&path, fill).map_err(Error::write(&self.target.join(name)))
     }
 
-    /// Syncs the folder and renames it to `target`. With `replace`, an existing `target` is removed; without, it must not
-    /// exist or be an empty folder.
+    /// Syncs the folder and renames it to `target`. With `replace`, an existing `target` is removed; without, it must
+    /// not exist or be an empty folder.
     ///
     /// # Errors
     /// A `target` that exists, or an I/O error.

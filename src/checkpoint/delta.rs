@@ -53,8 +53,8 @@ pub fn save_delta(
 /// Reads a delta file: the changed parameters, memory-mapped. Checks that the delta was made from this base model.
 ///
 /// # Errors
-/// A file that is not a delta, was made from another base model, or has a tensor whose name, shape or dtype does not match
-/// the base model.
+/// A file that is not a delta, was made from another base model, or has a tensor whose name, shape or dtype does not
+/// match the base model.
 pub fn load_delta(
     checkpoint: &Checkpoint,
     table: &ParamTable,

@@ -1,7 +1,7 @@
 //! Exports a complete Hugging Face model folder: the source model with some parameters changed.
 //!
-//! Shards are copied byte for byte, header included, except for the bytes of changed parameters. So tensor names, order,
-//! dtypes and metadata are the source's, and an unchanged shard is an identical file.
+//! Shards are copied byte for byte, header included, except for the bytes of changed parameters. So tensor names,
+//! order, dtypes and metadata are the source's, and an unchanged shard is an identical file.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,8 +19,8 @@ use crate::model::{Checkpoint, ParamId, ParamKind, ParamTable, safe_file};
 /// Subfolders of a model folder that are copied: <https://huggingface.co/docs/transformers/chat_templating>.
 const COPIED_FOLDERS: [&str; 1] = ["additional_chat_templates"];
 
-/// File extensions of weights, which are not copied: safetensors shards are written by the export, and other formats would
-/// hold the unchanged weights.
+/// File extensions of weights, which are not copied: safetensors shards are written by the export, and other formats
+/// would hold the unchanged weights.
 const WEIGHT_EXTENSIONS: [&str; 12] =
     ["safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "ggml", "onnx", "npz", "ot"];
 
@@ -33,8 +33,8 @@ const SHARD_INDEX: &str = "model.safetensors.index.json";
 /// Writes the model of `source_dir` with the parameters `changed` to the new folder `out_dir`.
 ///
 /// Shards keep their names, headers and order. The index, configuration, tokenizer and other files without weights are
-/// copied; weights in other formats (pickles, for example) are not. If the checkpoint stores a tied embedding twice, both
-/// copies change.
+/// copied; weights in other formats (pickles, for example) are not. If the checkpoint stores a tied embedding twice,
+/// both copies change.
 ///
 /// # Errors
 /// An `out_dir` that exists and is not empty, or a read or write that fails; no incomplete folder is left.

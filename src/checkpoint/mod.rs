@@ -1,6 +1,7 @@
 //! Writes and reads models, deltas and the optimizer state.
 //!
-//! Files and folders are written under a temporary name, synced (fsync) and renamed, so an output is complete or absent.
+//! Files and folders are written under a temporary name, synced (fsync) and renamed, so an output is complete or
+//! absent.
 
 mod atomic_dir;
 mod delta;

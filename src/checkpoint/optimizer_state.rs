@@ -1,6 +1,6 @@
-//! The optimizer state of one rank in a safetensors file: for each parameter, this rank's shard of the f32 tensors
-//! `NAME.master`, `NAME.m` and `NAME.v` (master weights, first and second moment of AdamW). The metadata key `steps` maps each
-//! parameter to its number of updates.
+//! The optimizer state of one rank in a safetensors file. For each parameter it has this rank's shard of the f32 tensors
+//! `NAME.master`, `NAME.m` and `NAME.v` (master weights, first and second moment of AdamW). The metadata key `steps`
+//! maps each parameter to its number of updates.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
@@ -14,7 +14,8 @@ use crate::optim::{ParamState, piece};
 
 const PARTS: [&str; 3] = ["master", "m", "v"];
 
-/// Writes the optimizer state of one rank. `layout`: (parameter, updates, elements of this rank's shard) of each item of
+/// Writes the optimizer state of one rank. `layout`: (parameter, updates, elements of this rank's shard) of each item
+/// of
 /// `states`, in the same order.
 ///
 /// # Errors
@@ -43,8 +44,8 @@ pub fn write_optimizer(
     })?)
 }
 
-/// Reads the optimizer state of rank `rank` of `world_size` from `files`, one of each rank that saved, in rank order. The world
-/// size may differ from that of the run that saved: shards are then joined and split again.
+/// Reads the optimizer state of rank `rank` of `world_size` from `files`, one of each rank that saved, in rank order.
+/// The world size may differ from that of the run that saved: shards are then joined and split again.
 ///
 /// # Errors
 /// A file that is not an optimizer state, or does not match the model.

@@ -5,8 +5,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 /// The order of `n` records in an epoch: file order, or a shuffle seeded by `seed` and `epoch`.
 ///
-/// The shuffle is Fisher-Yates from the last position down. Its random numbers come from a ChaCha8 stream whose key is the
-/// little-endian bytes of `seed`, `epoch` and sixteen zeros; a number below a bound is drawn from 64-bit words by
+/// The shuffle is Fisher-Yates from the last position down. Its random numbers come from a ChaCha8 stream whose key is
+/// the little-endian bytes of `seed`, `epoch` and sixteen zeros; a number below a bound is drawn from 64-bit words by
 /// rejection. So the order does not depend on the machine, the world size or a library's choice of algorithm.
 pub fn order(n: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
     let mut out: Vec<usize> = (0..n).collect();
@@ -34,8 +34,8 @@ fn below(rng: &mut ChaCha8Rng, bound: u64) -> u64 {
     }
 }
 
-/// Splits the global order into micro-batches of `batch_size` records; the last one may be shorter. Micro-batch i belongs
-/// to rank i mod world size.
+/// Splits the global order into micro-batches of `batch_size` records; the last one may be shorter. Micro-batch i
+/// belongs to rank i mod world size.
 ///
 /// # Panics
 /// If `batch_size` is 0.

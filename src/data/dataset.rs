@@ -27,7 +27,8 @@ pub struct DataOptions {
     pub keep_failed: bool,
     /// Target reply of rows without `refusal_response`.
     pub safe_response: String,
-    /// File of a chat template that replaces the model's. Not used here: the caller passes it to [`ChatTokenizer::open`].
+    /// File of a chat template that replaces the model's. Not used here: the caller passes it to
+    /// [`ChatTokenizer::open`].
     pub chat_template: Option<PathBuf>,
 }
 
@@ -58,8 +59,8 @@ impl Dataset {
         any(|r| r.safe_prompt.is_some()) && any(|r| r.unsafe_prompt.is_some())
     }
 
-    /// Whether a reply on the safe and one on the unsafe side exist (not necessarily in one record). Routing frequencies and
-    /// the joint schedule need both.
+    /// Whether a reply on the safe and one on the unsafe side exist (not necessarily in one record). Routing
+    /// frequencies and the joint schedule need both.
     pub fn has_both_replies(&self) -> bool {
         let any = |side: fn(&Record) -> bool| self.records.iter().any(side);
         any(|r| r.safe_reply.is_some()) && any(|r| r.unsafe_reply.is_some())
@@ -67,12 +68,13 @@ impl Dataset {
 
     /// Reads, filters, renders and tokenises a data file: a JSON array of rows, or JSONL.
     ///
-    /// Attacks without a verdict are kept and counted; attacks with a null verdict are dropped. Both sides of a row are kept
-    /// or both are dropped, so an unsafe prompt keeps its safe counterpart.
+    /// Attacks without a verdict are kept and counted; attacks with a null verdict are dropped. Both sides of a row are
+    /// kept or both are dropped, so an unsafe prompt keeps its safe counterpart.
     ///
     /// # Errors
-    /// A file that cannot be read or is empty; the first row that is invalid, or that the template cannot render or renders
-    /// as an empty prompt; with [`LongRows::Error`], a row that is too long; no row or no loss token left to train on.
+    /// A file that cannot be read or is empty; the first row that is invalid, or that the template cannot render or
+    /// renders as an empty prompt; with [`LongRows::Error`], a row that is too long; no row or no loss token left to
+    /// train on.
     pub fn read(path: &Path, tokenizer: &ChatTokenizer, options: &DataOptions) -> Result<Self, Error> {
         let text = rows::read_text(path)?;
         let mut report = DataReport { path: path.to_owned(), ..DataReport::default() };
@@ -113,8 +115,8 @@ impl Dataset {
         Ok(Self { records, report })
     }
 
-    /// Number of records whose [`Record::request`] also occurs in `other`, ignoring case and white space. Should be 0 for a
-    /// held-out file against a training file.
+    /// Number of records whose [`Record::request`] also occurs in `other`, ignoring case and white space. Should be 0
+    /// for a held-out file against a training file.
     pub fn shared_requests(&self, other: &Self) -> usize {
         let normalized = |r: &Record| r.request.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
         let others: HashSet<_> = other.records.iter().map(normalized).collect();
@@ -282,8 +284,8 @@ pub struct Sample {
     pub line: usize,
     /// Whether it is the unsafe side of the row.
     pub is_unsafe: bool,
-    /// The text of each token, and whether it carries loss. If a character takes several tokens, the last of them has the
-    /// text and the others are empty.
+    /// The text of each token, and whether it carries loss. If a character takes several tokens, the last of them has
+    /// the text and the others are empty.
     pub tokens: Vec<(String, bool)>,
 }
 

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use crate::exit::{self, Coded};
 
-/// Why a data file, tokenizer or chat template cannot be used. Every message names the file (and the line, for a row), the
-/// cause and the way out.
+/// Why a data file, tokenizer or chat template cannot be used. Every message names the file (and the line, for a row),
+/// the cause and the way out.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

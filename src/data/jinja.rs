@@ -1,5 +1,5 @@
-//! minijinja configured as Hugging Face transformers configures Jinja2 for chat templates, with limits on the resources that
-//! a template can use.
+//! minijinja configured as Hugging Face transformers configures Jinja2 for chat templates, with limits on the resources
+//! that a template can use.
 //!
 //! The differences from plain minijinja: the filter `tojson`; line endings; some methods of Python's `str`; slices
 //! `[::-1]`; and the tag `{% generation %}`, which transformers adds to mark assistant text.
@@ -11,7 +11,8 @@ use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
 use minijinja_contrib::pycompat;
 
-/// Marks before and after the output of a `{% generation %}` block: Unicode noncharacters, which ordinary text does not hold.
+/// Marks before and after the output of a `{% generation %}` block: Unicode noncharacters, which ordinary text does not
+/// hold.
 pub(super) const GENERATION: [char; 2] = ['\u{10fffe}', '\u{10ffff}'];
 /// Maximum number of instructions of one rendering; real templates take some hundreds per turn.
 const FUEL: u64 = 5_000_000;
@@ -87,8 +88,8 @@ fn python_method(state: &mut State, value: &Value, name: &str, args: &[Value]) -
     pycompat::unknown_method_callback(state, value, name, args)
 }
 
-/// Python's `str.title`: upper case for letters that follow a non-letter, lower case for others. (The method of pycompat
-/// treats only white space as a word boundary.)
+/// Python's `str.title`: upper case for letters that follow a non-letter, lower case for others. (The method of
+/// pycompat treats only white space as a word boundary.)
 fn title(text: &str) -> String {
     let (mut out, mut in_word) = (String::with_capacity(text.len()), false);
     for c in text.chars() {
@@ -149,8 +150,8 @@ fn check_indent(args: &[Value]) -> Result<(), Error> {
     check_size(args.iter().skip(1).filter_map(width).max().unwrap_or(4).saturating_mul(lines))
 }
 
-/// Refuses field widths beyond [`MAX_WIDTH`], whether written in the format string (the first argument) or passed as a later
-/// argument.
+/// Refuses field widths beyond [`MAX_WIDTH`], whether written in the format string (the first argument) or passed as a
+/// later argument.
 fn check_format(args: &[Value]) -> Result<(), Error> {
     let Some((text, args)) = args.split_first().and_then(|(text, args)| Some((text.as_str()?, args))) else {
         return Ok(());
@@ -353,9 +354,9 @@ fn civil_date(mut day: u64) -> (u64, usize, u64) {
     (year, month + 1, day + 1)
 }
 
-/// Rewrites a template for minijinja, outside of comments, strings and raw blocks: `{% generation %}` becomes a filter block
-/// and `[::-1]` the filter `reverse`. Line endings become `\n`, as in Jinja2. Also returns whether there is a generation
-/// block.
+/// Rewrites a template for minijinja, outside of comments, strings and raw blocks: `{% generation %}` becomes a filter
+/// block and `[::-1]` the filter `reverse`. Line endings become `\n`, as in Jinja2. Also returns whether there is a
+/// generation block.
 pub(super) fn to_minijinja(source: &str) -> (String, bool) {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let (mut out, mut rest) = (String::with_capacity(source.len()), source.as_str());
@@ -390,8 +391,8 @@ pub(super) fn to_minijinja(source: &str) -> (String, bool) {
     (out, marks)
 }
 
-/// Appends a tag to `out` with `x[::-1]` rewritten as `x|reverse`, because minijinja 3.0.5 panics on the slice if the list
-/// is empty. Not rewritten if an index, attribute or call follows the slice.
+/// Appends a tag to `out` with `x[::-1]` rewritten as `x|reverse`, because minijinja 3.0.5 panics on the slice if the
+/// list is empty. Not rewritten if an index, attribute or call follows the slice.
 fn push_with_reverse(tag: &str, out: &mut String) {
     const SLICE: &str = "[::-1]";
     let mut done = 0;

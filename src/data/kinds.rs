@@ -6,8 +6,8 @@
 //! | chat | `messages`, `conversations`, or `completion` | by `label` | by `label` | the last assistant turn |
 //! | pair | `safe_messages`, `unsafe_messages` | `unsafe_messages` | `safe_messages` | `response`, else the target |
 //!
-//! The target is the row's `refusal_response` if present, else the option `--safe-response`. In attack and pair rows only
-//! the reply carries loss: an assistant turn inside an attack may be harmful, and the model must not learn it.
+//! The target is the row's `refusal_response` if present, else the option `--safe-response`. In attack and pair rows
+//! only the reply carries loss: an assistant turn inside an attack may be harmful, and the model must not learn it.
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -250,8 +250,8 @@ fn chat(line: usize, row: &Map<String, Value>, target: Option<&str>, safe_respon
         return Err("a conversation without messages".into());
     }
     if !turns.iter().any(Message::is_assistant) {
-        // Without an assistant turn, the reply to an unsafe prompt is the target. A safe prompt stays without a reply: it
-        // must not be refused.
+        // Without an assistant turn, the reply to an unsafe prompt is the target. A safe prompt stays without a reply:
+        // it must not be refused.
         let reply = target.or((label == Kind::ChatUnsafe).then_some(safe_response));
         turns.extend(reply.map(|text| Message::new("assistant", text)));
     }

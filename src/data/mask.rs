@@ -1,8 +1,8 @@
 //! The loss mask: which bytes of a rendered conversation, and from them which tokens, carry loss.
 //!
 //! If the template marks assistant text with `{% generation %}`, the marks decide. Else the span of an assistant turn
-//! begins after the generation prompt and ends where the next turn would begin, so it includes the end-of-turn token and
-//! what the template writes after that token. The span is found by rendering prefixes of the conversation:
+//! begins after the generation prompt and ends where the next turn would begin, so it includes the end-of-turn token
+//! and what the template writes after that token. The span is found by rendering prefixes of the conversation:
 //!
 //! ```text
 //! render(turns before the turn, with generation prompt)  is a prefix of
@@ -87,9 +87,9 @@ pub(super) fn render_with_mask(template: &ChatTemplate, messages: &[Message]) ->
 
 /// The loss mask of tokens with byte ranges `offsets`, for `spans` of bytes that carry loss; both ascending.
 ///
-/// A token that straddles the edge of a span carries loss, so that every character of the reply is trained; transformers
-/// decides the same for its generation masks. A token with an empty byte range carries loss if the byte after it does. The
-/// first token of a sequence never carries loss, because no token precedes it.
+/// A token that straddles the edge of a span carries loss, so that every character of the reply is trained;
+/// transformers decides the same for its generation masks. A token with an empty byte range carries loss if the byte
+/// after it does. The first token of a sequence never carries loss, because no token precedes it.
 pub(super) fn token_mask(offsets: &[(usize, usize)], spans: &[Range<usize>]) -> Vec<bool> {
     let mut spans = spans.iter().peekable();
     let carries = |(i, (start, end)): (usize, &(usize, usize))| {

@@ -80,8 +80,8 @@ pub struct Example {
 pub struct Record {
     /// 1-based line of the row's first character in the file.
     pub line: usize,
-    /// The request without an attack around it, used to find duplicates between data sets: `goal` or `prompt` of an attack
-    /// row; else the last user turn (of a pair row: on the safe side).
+    /// The request without an attack around it, used to find duplicates between data sets: `goal` or `prompt` of an
+    /// attack row; else the last user turn (of a pair row: on the safe side).
     pub request: String,
     /// The unsafe prompt followed by its target reply.
     pub unsafe_reply: Option<Example>,
@@ -97,8 +97,8 @@ pub struct Record {
     pub safe_messages: Vec<Message>,
 }
 
-/// The input of one forward and backward pass on one rank: sequences packed one after another, without padding. T is the
-/// number of tokens.
+/// The input of one forward and backward pass on one rank: sequences packed one after another, without padding. T is
+/// the number of tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MicroBatch {
     /// Token ids of all sequences, `[T]`.

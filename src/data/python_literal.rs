@@ -18,8 +18,8 @@ pub struct LiteralError {
     pub message: String,
 }
 
-/// Parses a value in JSON notation, or else in Python notation: lists, tuples (as lists), dicts with string keys, strings
-/// with any quotes and Python's escapes, numbers, `True`, `False`, `None`. No expression is evaluated.
+/// Parses a value in JSON notation, or else in Python notation: lists, tuples (as lists), dicts with string keys,
+/// strings with any quotes and Python's escapes, numbers, `True`, `False`, `None`. No expression is evaluated.
 ///
 /// # Errors
 /// That of [`parse_python`], if the text is in neither notation.
@@ -168,7 +168,8 @@ impl Parser<'_> {
         Ok(out)
     }
 
-    /// The rest of a string literal that begins at byte `start` with `quotes` (1 or 3) times `quote`; appends it to `out`.
+    /// The rest of a string literal that begins at byte `start` with `quotes` (1 or 3) times `quote`; appends it to
+    /// `out`.
     fn string(&mut self, quote: char, quotes: usize, start: usize, out: &mut String) -> Result<()> {
         let close = quote.to_string().repeat(quotes);
         while let Some((at, c)) = self.chars.next() {

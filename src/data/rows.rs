@@ -165,8 +165,8 @@ impl Iterator for Rows<'_> {
     }
 }
 
-/// Length in bytes of the array element at the start of `text`: up to the comma or bracket that ends it. Only brackets and
-/// strings are tracked; the JSON parser finds the errors inside.
+/// Length in bytes of the array element at the start of `text`: up to the comma or bracket that ends it. Only brackets
+/// and strings are tracked; the JSON parser finds the errors inside.
 fn element_length(text: &[u8]) -> usize {
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
     for (i, b) in text.iter().enumerate() {

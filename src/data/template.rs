@@ -124,9 +124,9 @@ impl ChatTemplate {
         Ok(if self.marks_generation { strip_generation_marks(&text) } else { Rendered { text, generated: vec![] } })
     }
 
-    /// Renders short conversations of common shapes on a thread of their own, to find a template that takes unbounded time or
-    /// memory before any data are read. (The limit on steps does not find all of them: doubling a string takes few steps.) A
-    /// template that raises an exception for a shape passes.
+    /// Renders short conversations of common shapes on a thread of their own, to find a template that takes unbounded
+    /// time or memory before any data are read. (The limit on steps does not find all of them: doubling a string takes
+    /// few steps.) A template that raises an exception for a shape passes.
     ///
     /// # Errors
     /// The limit that was exceeded. The thread cannot be stopped and keeps rendering: the process should exit soon.

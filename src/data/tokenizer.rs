@@ -36,8 +36,8 @@ pub struct Encoded {
 impl ChatTokenizer {
     /// Opens the tokenizer of a model folder. The file `chat_template`, if given, replaces the model's template.
     ///
-    /// The model's template is `chat_template.jinja`, or else the key `chat_template` of `tokenizer_config.json`; in a list of
-    /// named templates, the one named "default".
+    /// The model's template is `chat_template.jinja`, or else the key `chat_template` of `tokenizer_config.json`; in a
+    /// list of named templates, the one named "default".
     ///
     /// # Errors
     /// A file that is missing or invalid; no template; a template that does not compile or that takes unbounded time or
@@ -51,7 +51,8 @@ impl ChatTokenizer {
         })?;
         let mut tokenizer =
             Tokenizer::from_bytes(&bytes).map_err(|e| Error::file(&path, format!("not a valid tokenizer: {e}")))?;
-        // The file may hold truncation and padding settings of an earlier use. transformers resets them on each call, too.
+        // The file may hold truncation and padding settings of an earlier use. transformers resets them on each call,
+        // too.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| Error::file(&path, e))?;
 
@@ -107,8 +108,8 @@ impl ChatTokenizer {
         self.tokenizer.decode(ids, true).unwrap_or_default()
     }
 
-    /// The text of each token id, special tokens included. If a character takes several tokens, the last of them has the
-    /// text and the others are empty.
+    /// The text of each token id, special tokens included. If a character takes several tokens, the last of them has
+    /// the text and the others are empty.
     pub fn token_texts(&self, ids: &[u32]) -> Vec<String> {
         let mut stream = self.tokenizer.decode_stream(false);
         ids.iter().map(|id| stream.step(*id).ok().flatten().unwrap_or_default()).collect()
@@ -138,8 +139,9 @@ impl ChatTokenizer {
         self.special.iter().find(|t| text.contains(t.as_str())).map(String::as_str)
     }
 
-    /// Whether a text of `bytes` certainly has more than `tokens` tokens, so that it need not be rendered and tokenised. The
-    /// factor 16 allows for white space that some tokenizers drop, and for text that a template leaves out.
+    /// Whether a text of `bytes` certainly has more than `tokens` tokens, so that it need not be rendered and
+    /// tokenised. The factor 16 allows for white space that some tokenizers drop, and for text that a template leaves
+    /// out.
     pub(super) fn exceeds_by_far(&self, bytes: usize, tokens: usize) -> bool {
         bytes / 16 > tokens.max(1).saturating_mul(self.max_token_bytes.max(1))
     }
@@ -171,7 +173,8 @@ fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, Error> {
     serde_json::from_slice(&text).map(Some).map_err(|e| Error::file(path, format!("not a JSON object: {e}")))
 }
 
-/// The special tokens that a template can refer to by name: `bos_token`, `eos_token` and so on (a string, or an object with
+/// The special tokens that a template can refer to by name: `bos_token`, `eos_token` and so on (a string, or an object
+/// with
 /// `content`), and the list `additional_special_tokens`. `tokenizer_config.json` overrides `special_tokens_map.json`.
 fn named_tokens(config: &Map<String, Value>, special_tokens_map: &Map<String, Value>) -> Map<String, Value> {
     let text = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(Value::from);
@@ -208,7 +211,8 @@ fn ids(value: Option<&Value>) -> Vec<u32> {
     }
 }
 
-/// The source of the chat template, and the file that holds it. See [`ChatTokenizer::open`] for the order of preference.
+/// The source of the chat template, and the file that holds it. See [`ChatTokenizer::open`] for the order of
+/// preference.
 fn template_source(
     dir: &Path,
     config: &Map<String, Value>,

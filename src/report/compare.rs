@@ -25,8 +25,8 @@ pub struct Overlap {
     pub share: Option<f64>,
     /// |A ∩ B| / |A ∪ B|; `None` if both are empty.
     pub jaccard: Option<f64>,
-    /// Spearman's rank correlation of the scores of all experts; `None` if a run has no scores, if the models have other
-    /// layers or numbers of experts, or if all scores of a run are equal.
+    /// Spearman's rank correlation of the scores of all experts; `None` if a run has no scores, if the models have
+    /// other layers or numbers of experts, or if all scores of a run are equal.
     pub spearman: Option<f64>,
 }
 
@@ -42,8 +42,8 @@ pub fn overlap(a: &RunChoice, b: &RunChoice) -> Overlap {
     Overlap { common, share: ratio(common, in_a.len()), jaccard: ratio(common, union), spearman }
 }
 
-/// Spearman's rank correlation: Pearson's correlation of the ranks, with equal values sharing the mean of their ranks. `None`
-/// if `x` or `y` is constant or empty.
+/// Spearman's rank correlation: Pearson's correlation of the ranks, with equal values sharing the mean of their ranks.
+/// `None` if `x` or `y` is constant or empty.
 ///
 /// # Panics
 /// If the lengths differ.
@@ -70,8 +70,8 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     out
 }
 
-/// One table for each measure over all pairs of runs: the share of the row's selection that the column selected too, the
-/// Jaccard index, and the rank correlation of the scores.
+/// One table for each measure over all pairs of runs: the share of the row's selection that the column selected too,
+/// the Jaccard index, and the rank correlation of the scores.
 pub fn overlap_tables(runs: &[RunChoice]) -> Vec<Table> {
     type Measure = fn(&Overlap) -> Option<f64>;
     let measures: [(&str, Measure); 3] = [

@@ -32,8 +32,8 @@ pub struct Sampling {
 pub struct EvaluatedModel {
     /// Its folder.
     pub path: PathBuf,
-    /// blake3 hash over its parameters, in their stored dtypes and in moewarden's order: independent of how the weights are
-    /// sharded into files.
+    /// blake3 hash over its parameters, in their stored dtypes and in moewarden's order: independent of how the weights
+    /// are sharded into files.
     pub sha: String,
     /// `tuned` if the model is in the output folder of a moewarden run, else `base`.
     pub variant: String,
@@ -86,7 +86,8 @@ pub struct GenerationRow<'a> {
     pub model: &'a EvaluatedModel,
     /// blake3 hash of the chat template's source.
     pub template_sha: &'a str,
-    /// For each phrase list (`name/version`): whether it classifies the answer as a refusal. A proxy for human judgement.
+    /// For each phrase list (`name/version`): whether it classifies the answer as a refusal. A proxy for human
+    /// judgement.
     pub proxy: BTreeMap<String, bool>,
 }
 
@@ -119,11 +120,11 @@ pub struct RefusalRate {
 /// How much the routing of safe and unsafe prompts differs.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct RoutingDifference {
-    /// (layer, Σ p ln(p/q)), the KL divergence between the mean routing probabilities p of safe and q of unsafe prompts; mean
-    /// over micro-batches. Empty if the data have prompts of one side only.
+    /// (layer, Σ p ln(p/q)), the KL divergence between the mean routing probabilities p of safe and q of unsafe
+    /// prompts; mean over micro-batches. Empty if the data have prompts of one side only.
     pub divergence_by_layer: Vec<(usize, f64)>,
-    /// The experts with the largest risk difference (routing frequency on unsafe minus on safe prompts), and that difference,
-    /// descending. Empty if the data have prompts of one side only.
+    /// The experts with the largest risk difference (routing frequency on unsafe minus on safe prompts), and that
+    /// difference, descending. Empty if the data have prompts of one side only.
     pub risk_difference_top: Vec<(ExpertId, f64)>,
 }
 
@@ -184,16 +185,16 @@ impl EvalReport {
     }
 }
 
-/// Compares named evaluations in two tables: losses and routing, with one row for each evaluation; and refusals, with one
-/// row for each evaluation and phrase list.
+/// Compares named evaluations in two tables: losses and routing, with one row for each evaluation; and refusals, with
+/// one row for each evaluation and phrase list.
 pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
     let format_loss = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
     let mut losses = Table::new(
-        "Cross-entropy of the replies in the data (nats a token), and divergence of routing between safe and unsafe prompts",
+        "Cross-entropy of the replies in the data (nats per token), and divergence of routing between safe and unsafe prompts",
         ["model", "unsafe", "safe", "divergence"],
     );
     let mut refusals = Table::new(
-        "Refusals by phrase list, with Wilson's 95 % interval. A proxy: phrases are not judgement; read generations.jsonl",
+        "Refusals by phrase list, with Wilson's 95 % interval. A proxy for human judgement; read generations.jsonl",
         ["model, list", "unsafe answers", "refused", "safe answers", "refused"],
     );
     for (name, eval) in evals {

@@ -50,8 +50,8 @@ impl Scale {
     }
 }
 
-/// Draws a heat map as an SVG element. `id` must be unique in the page; `selected` is best first. Each cell has a tooltip with
-/// its score, and the drawing has a text alternative.
+/// Draws a heat map as an SVG element. `id` must be unique in the page; `selected` is best first. Each cell has a
+/// tooltip with its score, and the drawing has a text alternative.
 ///
 /// # Panics
 /// If `id` has other characters than ASCII letters, digits and hyphens.
@@ -98,8 +98,8 @@ pub fn heatmap_svg(id: &str, title: &str, scores: &ExpertScores, selected: &[Exp
             }
         }
     }
-    // Frames are drawn last, so that neighbouring cells do not cover them, and ignore the pointer, so that cells keep their
-    // tooltips.
+    // Frames are drawn last, so that neighbouring cells do not cover them, and ignore the pointer, so that cells keep
+    // their tooltips.
     let _ =
         writeln!(out, "<g fill=\"none\" stroke=\"{FRAME}\" stroke-width=\"2\" pointer-events=\"none\">\n{frames}</g>");
     out += &legend(&scale, TOP + scores.layers.len() * ROW + 16);

@@ -1,5 +1,5 @@
-//! `training_metadata.json`: options, losses and selections of a run. Existing scripts for the method read it, so its keys must
-//! stay.
+//! `training_metadata.json`: options, losses and selections of a run. Existing scripts for the method read it, so its
+//! keys must stay.
 
 use std::collections::BTreeMap;
 
@@ -48,11 +48,11 @@ pub struct TrainingMetadata {
     pub safe_ratio: f64,
     pub max_samples: usize,
     pub seed: u64,
-    /// Mean cross-entropy of the refusals of all unsafe rows, before the first round and after the last; null until the run has
-    /// ended.
+    /// Mean cross-entropy of the refusals of all unsafe rows, before the first round and after the last; null until the
+    /// run has ended.
     pub ce_loss: Option<[Option<f64>; 2]>,
-    /// Divergence of the routing between safe and unsafe prompts, before and after; null if the data have prompts of one side
-    /// only.
+    /// Divergence of the routing between safe and unsafe prompts, before and after; null if the data have prompts of
+    /// one side only.
     pub router_loss: Option<[Option<f64>; 2]>,
     /// Mean cross-entropy of the held-out rows, before and after; null without held-out rows.
     pub held_out_loss: Option<[Option<f64>; 2]>,
@@ -92,7 +92,8 @@ pub enum TrainingStep {
 pub struct IdentifiedExperts {
     /// Best first.
     pub experts: Vec<ExpertId>,
-    /// Scores of `experts`, in the same order, under keys `L0_E1` (layer, expert); empty for a random selection without scores.
+    /// Scores of `experts`, in the same order, under keys `L0_E1` (layer, expert); empty for a random selection without
+    /// scores.
     #[serde(serialize_with = "by_expert_name")]
     pub gradients: Vec<(ExpertId, f64)>,
 }

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::Error;
 use crate::train::Phase;
 
-/// One line of `metrics.jsonl`: a training step, or a micro-batch of an identification. A loss that the phase does not compute
-/// is null, and so is a number that is not finite.
+/// One line of `metrics.jsonl`: a training step, or a micro-batch of an identification. A loss that the phase does not
+/// compute is null, and so is a number that is not finite.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MetricsRow {
     /// Phase of the round.
@@ -31,13 +31,13 @@ pub struct MetricsRow {
     pub grad_norm: Option<f64>,
     /// Tokens of the global batch (all ranks) that went through the model.
     pub tokens: u64,
-    /// Wall-clock seconds since the end of the previous step of the phase, so a checkpoint saved in between is included.
-    /// Lines with `timed_together` have an equal share of a longer time.
+    /// Wall-clock seconds since the end of the previous step of the phase, so a checkpoint saved in between is
+    /// included. Lines with `timed_together` have an equal share of a longer time.
     pub seconds: f64,
-    /// Set for the micro-batches of an identification, which are timed as a whole (ranks process them in parallel): the number
-    /// of its lines. `seconds` of each line is the time of the whole identification divided by this number. After a resume
-    /// during the identification, only the time since the resume counts. With `--selection per-batch`, scoring is part of the
-    /// expert steps' `seconds`, and these lines have about 0.
+    /// Set for the micro-batches of an identification, which are timed as a whole (ranks process them in parallel): the
+    /// number of its lines. `seconds` of each line is the time of the whole identification divided by this number.
+    /// After a resume during the identification, only the time since the resume counts. With `--selection per-batch`,
+    /// scoring is part of the expert steps' `seconds`, and these lines have about 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timed_together: Option<usize>,
     /// True if a number was not finite, so the update was skipped.
@@ -61,8 +61,8 @@ impl MetricsLog {
         Self::open(path.into(), 0)
     }
 
-    /// Continues a log after its first `length` bytes ([`Self::length`] at the checkpoint): truncates the rows of the steps that
-    /// will be repeated.
+    /// Continues a log after its first `length` bytes ([`Self::length`] at the checkpoint): truncates the rows of the
+    /// steps that will be repeated.
     ///
     /// # Errors
     /// [`Error::Log`]; [`Error::LogTruncated`] if the log is shorter than `length`.
@@ -132,8 +132,8 @@ impl MetricsLog {
     }
 }
 
-/// The human-readable form of a row: `Step 100: CE Loss: 2.3456, Router Loss: 0.0234, Total Loss: 2.3690`, with `-` for a loss
-/// that the phase does not compute. Scripts may parse it, so it must not change.
+/// The human-readable form of a row: `Step 100: CE Loss: 2.3456, Router Loss: 0.0234, Total Loss: 2.3690`, with `-` for
+/// a loss that the phase does not compute. Scripts may parse it, so it must not change.
 pub fn log_line(row: &MetricsRow) -> String {
     let loss = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
     let (ce, router, total) = (loss(row.ce_loss), loss(row.router_loss), loss(row.total_loss));

@@ -1,6 +1,7 @@
 //! The outputs of a run besides the model: the metrics log, scores, metadata, and HTML reports.
 //!
-//! Files are written under a temporary name and renamed ([`crate::files`]), except `metrics.jsonl`, which is appended to.
+//! Files are written under a temporary name and renamed ([`crate::files`]), except `metrics.jsonl`, which is appended
+//! to.
 
 mod compare;
 mod curve;

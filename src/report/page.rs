@@ -150,8 +150,8 @@ impl Page {
 pub(super) mod tests {
     use super::*;
 
-    /// Panics unless `text` is well-formed: tags are nested and closed, attributes are quoted and unique, `<` and `&` are
-    /// escaped.
+    /// Panics unless `text` is well-formed: tags are nested and closed, attributes are quoted and unique, `<` and `&`
+    /// are escaped.
     pub fn assert_well_formed(text: &str) {
         let mut open: Vec<&str> = Vec::new();
         let mut rest = text.strip_prefix("<!DOCTYPE html>").unwrap_or(text);

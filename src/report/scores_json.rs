@@ -61,8 +61,8 @@ impl ScoresFile {
     /// Reads and checks `expert_scores.json` of an earlier run.
     ///
     /// # Errors
-    /// [`Error::Missing`]; [`Error::Invalid`] if the schema is not [`SCORES_SCHEMA`], if scores do not have the shape `[L][E]`, or
-    /// if a selected expert does not exist.
+    /// [`Error::Missing`]; [`Error::Invalid`] if the schema is not [`SCORES_SCHEMA`], if scores do not have the shape
+    /// `[L][E]`, or if a selected expert does not exist.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let file: Self = read_json(path)?;
         let invalid = |reason: String| Error::Invalid { path: path.to_owned(), reason };

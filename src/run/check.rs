@@ -1,5 +1,5 @@
-//! `check`: finds the errors that a run would end with before its first step, and predicts its memory and time. Loads no
-//! weights and writes nothing.
+//! `check`: finds the errors that a run would end with before its first step, and predicts its memory and time. Loads
+//! no weights and writes nothing.
 
 use std::fmt::Write;
 use std::thread::available_parallelism;

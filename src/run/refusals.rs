@@ -1,8 +1,8 @@
 //! Counts refusals by phrase lists, which have names and versions, with confidence intervals of the rates.
 //!
-//! A phrase list is a proxy for human judgement: it classifies some helpful answers as refusals and misses refusals in other
-//! words. Published comparisons with human judgement differ by tens of percent. So several lists are reported, with
-//! intervals, and every answer is kept.
+//! A phrase list is a proxy for human judgement: it classifies some helpful answers as refusals and misses refusals in
+//! other words. Published comparisons with human judgement differ by tens of percent. So several lists are reported,
+//! with intervals, and every answer is kept.
 
 use std::sync::LazyLock;
 

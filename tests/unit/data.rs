@@ -1,5 +1,5 @@
-//! From data files to token ids and loss masks: compared with the goldens and attack rows of the optional shared folder, and
-//! with model folders made here with a byte-level tokenizer.
+//! From data files to token ids and loss masks: compared with the goldens and attack rows of the optional shared
+//! folder, and with model folders made here with a byte-level tokenizer.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -107,7 +107,7 @@ fn loss_text(tokenizer: &ChatTokenizer, ids: &[u32], loss: &[bool]) -> String {
     texts.into_iter().zip(loss).filter(|(_, loss)| **loss).map(|(text, _)| text).collect()
 }
 
-// --- comparison with transformers ----------------------------------------------------------------------------------------------
+// --- comparison with transformers ----------------------------------------------------------------------------------
 
 #[test]
 fn ids_and_labels_equal_the_goldens() {
@@ -200,7 +200,7 @@ fn real_attack_rows_are_all_read() {
     }
 }
 
-// --- rows to records ---------------------------------------------------------------------------------------------------
+// --- rows to records -----------------------------------------------------------------------------------------------
 
 #[test]
 fn a_record_has_both_sides_and_their_loss_masks() {
@@ -386,7 +386,7 @@ fn packed_micro_batches_predict_each_target_from_the_token_before_it() {
     assert_eq!((packed.ids, packed.targets.len()), (prompts.collect::<Vec<_>>().concat(), 0));
 }
 
-// --- invalid files ------------------------------------------------------------------------------
+// --- invalid files -------------------------------------------------------------------------------------------------
 
 #[test]
 fn bad_files_name_their_line_and_exit_with_the_right_code() {
@@ -444,7 +444,7 @@ fn one_huge_line_and_very_many_rows_take_linear_time() {
     assert!(start.elapsed() < Duration::from_secs(120), "{:?}", start.elapsed());
 }
 
-// --- tokenizer and chat template ----------------------------------------------------------------------------------------------
+// --- tokenizer and chat template -----------------------------------------------------------------------------------
 
 #[test]
 fn precedence_of_chat_templates_and_special_tokens() {
