@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use moewarden::backend::cpu::{Cpu, Tensor, Weight};
-use moewarden::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Moment, Packing, Rope};
+use moewarden::backend::{AdamwStep, Backend, Dtype, ExpertGrad, GradReduction, Heads, HostTensor, Packing, Rope};
 
 /// Model width.
 const D: usize = 1024;
@@ -151,7 +151,7 @@ fn main() {
         bench
             .time(&name("gate+up dx"), Work::Flops(big), || cpu.grouped_linear_backward_input(&h, &gate_up, &dispatch));
         let mut scores = cpu.scores(E);
-        let score: Vec<ExpertGrad> = (0..E).map(|e| ExpertGrad::Score(Moment::Abs, e)).collect();
+        let score: Vec<ExpertGrad> = (0..E).map(|e| ExpertGrad::Score(GradReduction::Abs, e)).collect();
         bench.time(&name("gate+up score"), Work::Flops(big), || {
             cpu.grouped_linear_backward_weight(&h, &rows, &gate_up, &dispatch, &score, &mut dw, &mut scores)
         });

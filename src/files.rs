@@ -35,7 +35,7 @@ pub enum Error {
 impl Coded for Error {
     fn exit_code(&self) -> u8 {
         match self {
-            Error::Create { source, .. } if !is_full(source) => exit::CANNOT_CREATE,
+            Error::Create { source, .. } if !is_disk_full(source) => exit::CANNOT_CREATE,
             Error::Create { .. } | Error::Write { .. } => exit::IO,
         }
     }
@@ -43,7 +43,7 @@ impl Coded for Error {
 
 /// Whether the error says that the disk is full or a quota is exceeded, in contrast to a wrong path or missing
 /// permissions.
-pub fn is_full(error: &io::Error) -> bool {
+pub fn is_disk_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
@@ -107,7 +107,7 @@ impl Write for AtomicFile {
 
 /// The output file of which `name` is a temporary file, left by a killed process: `metrics.jsonl` for
 /// `.metrics.jsonl.qX3f9a.part`. `None` if `name` is not such a temporary file.
-pub fn is_left_of(name: &str) -> Option<&str> {
+pub fn target_of_temporary(name: &str) -> Option<&str> {
     Some(name.strip_prefix('.')?.strip_suffix(".part")?.rsplit_once('.')?.0)
 }
 

@@ -6,7 +6,7 @@ use moewarden::backend::cuda::gpu::Gpu;
 use moewarden::backend::cuda::plan::{self, Form, Grouped};
 use moewarden::backend::cuda::pool::Reuse;
 use moewarden::backend::cuda::{Buffer, Cuda, Dispatch, Tensor, Weight};
-use moewarden::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Moment, Packing, Rope};
+use moewarden::backend::{AdamwStep, Backend, Dtype, ExpertGrad, GradReduction, Heads, HostTensor, Packing, Rope};
 
 use crate::report::{Report, Work, bytes, product};
 
@@ -258,13 +258,15 @@ impl Products {
         });
 
         let (mut scores, mut nothing) = (b.scores(experts), b.buffer(1));
-        let plan: Vec<_> = (0..experts).map(|e| ExpertGrad::Score(Moment::Abs, e)).collect();
+        let plan: Vec<_> = (0..experts).map(|e| ExpertGrad::Score(GradReduction::Abs, e)).collect();
         report.compare(&name("gradient magnitude"), product(flops, operands), &order, |form| {
             let b = forms.of(form);
             b.grouped_linear_backward_weight(dy, x, &stacks, dispatch, &plan, &mut nothing, &mut scores)
         });
 
-        for (moment, read) in [(Moment::Square, 0), (Moment::AbsTimesWeight, self.weights.len() * size * A)] {
+        for (moment, read) in
+            [(GradReduction::Square, 0), (GradReduction::AbsTimesWeight, self.weights.len() * size * A)]
+        {
             let plan: Vec<_> = (0..experts).map(|e| ExpertGrad::Score(moment, e)).collect();
             let what = name(&format!("gradient magnitude, {moment:?}: {}", order[0]));
             report.time(&what, product(flops, operands + read), || {

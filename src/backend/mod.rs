@@ -109,7 +109,7 @@ pub struct Rope {
 
 /// The reduction of a weight's gradient g to one number, from which expert scores are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Moment {
+pub enum GradReduction {
     /// Σ |g|
     Abs,
     /// Σ g²
@@ -124,7 +124,7 @@ pub enum ExpertGrad {
     /// Frozen: no weight gradient is computed.
     Skip,
     /// Reduce the gradient to one number and add it to the score at this index. The gradient is never stored.
-    Score(Moment, usize),
+    Score(GradReduction, usize),
     /// Accumulate the gradients of the expert's stacked matrices in the gradient buffer, each at its element offset.
     Accumulate(Vec<usize>),
 }
@@ -193,7 +193,7 @@ pub trait Backend: Send + Sync + 'static {
     fn profile(&self) -> Option<String>;
     /// Rows of a chunk in [`Self::linear_cross_entropy`] over `classes` classes, for memory estimates: it holds the
     /// logits of that many rows in f32, and their gradient as activations. 0 if it never holds a full row of logits.
-    fn rows_of_logits(&self, classes: usize) -> usize;
+    fn logit_chunk_rows(&self, classes: usize) -> usize;
 
     // --- allocation and copies -----------------------------------------------------------------------------------
 
@@ -334,7 +334,7 @@ pub trait Backend: Send + Sync + 'static {
     fn dispatch(&self, routing: &Self::Routing, num_experts: usize) -> Self::Dispatch;
     /// A dispatch of `rows` rows to a single expert, in their order. A grouped product with it is a dense product with
     /// stacked weights. Not for [`Self::dispatch_rows`] or [`Self::combine_rows`].
-    fn one_group(&self, rows: usize) -> Self::Dispatch;
+    fn single_expert_dispatch(&self, rows: usize) -> Self::Dispatch;
     /// Number of routed rows of each expert, `[E]`.
     fn tokens_per_expert(&self, dispatch: &Self::Dispatch) -> Vec<usize>;
     /// Copies each token's row of x `[T, D]` to its K sorted rows: `[R, D]`. The backward operation of

@@ -12,14 +12,14 @@ use crate::files::{folder_of, sync_folder};
 
 /// A folder that gets its final name only when it is complete.
 ///
-/// If it is dropped before [`AsideDir::finish`], the temporary folder is removed with its content.
-pub struct AsideDir {
+/// If it is dropped before [`AtomicDir::finish`], the temporary folder is removed with its content.
+pub struct AtomicDir {
     partial: PathBuf,
     target: PathBuf,
     finished: bool,
 }
 
-impl AsideDir {
+impl AtomicDir {
     /// Creates an empty temporary folder beside `target`; removes one that a killed process left.
     ///
     /// # Errors
@@ -71,7 +71,7 @@ impl AsideDir {
     }
 }
 
-impl Drop for AsideDir {
+impl Drop for AtomicDir {
     fn drop(&mut self) {
         if !self.finished {
             // Already on an error path: the next run removes what is left.
@@ -82,7 +82,7 @@ impl Drop for AsideDir {
 
 /// The target's name if `name` is a temporary folder of this module: `final_model` for `.final_model.partial` and
 /// `.final_model.old`.
-pub fn is_left_of(name: &str) -> Option<&str> {
+pub fn target_of_temporary(name: &str) -> Option<&str> {
     let name = name.strip_prefix('.')?;
     name.strip_suffix(".partial").or_else(|| name.strip_suffix(".old"))
 }
@@ -115,10 +115,10 @@ pub fn remove(target: &Path) -> Result<(), Error> {
 ///
 /// # Errors
 /// An I/O error.
-pub fn clear_left(folder: &Path, aside: &AsideDir) -> Result<(), Error> {
+pub fn remove_temporaries(folder: &Path, aside: &AtomicDir) -> Result<(), Error> {
     for entry in fs::read_dir(folder).map_err(Error::read(folder))? {
         let entry = entry.map_err(Error::read(folder))?;
-        let is_temporary = entry.file_name().to_str().and_then(is_left_of).is_some();
+        let is_temporary = entry.file_name().to_str().and_then(target_of_temporary).is_some();
         if is_temporary && entry.path() != aside.path() {
             remove_if_exists(&entry.path())?;
         }

@@ -17,7 +17,7 @@ use std::io::Write;
 use std::path::Path;
 
 use super::error::Error;
-use super::export::{export, export_over};
+use super::export::{export, export_replacing};
 use crate::backend::HostTensor;
 use crate::files;
 use crate::model::{Checkpoint, ModelConfig, ParamId, ParamTable, Shard, write_header};
@@ -104,9 +104,9 @@ pub fn apply_delta(base_dir: &Path, delta_file: &Path, out_dir: &Path) -> Result
 /// [`apply_delta`], but an existing `out_dir` is replaced once the new folder is complete.
 ///
 /// # Errors
-/// Those of opening the base, of [`load_delta`] and of [`export_over`].
-pub fn apply_delta_over(base_dir: &Path, delta_file: &Path, out_dir: &Path) -> Result<(), Error> {
-    apply_delta_by(base_dir, delta_file, out_dir, export_over)
+/// Those of opening the base, of [`load_delta`] and of [`export_replacing`].
+pub fn apply_delta_replacing(base_dir: &Path, delta_file: &Path, out_dir: &Path) -> Result<(), Error> {
+    apply_delta_by(base_dir, delta_file, out_dir, export_replacing)
 }
 
 type Export = fn(&Path, &Checkpoint, &ParamTable, &BTreeMap<ParamId, HostTensor>, &Path) -> Result<(), Error>;

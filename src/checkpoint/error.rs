@@ -57,7 +57,7 @@ impl Coded for Error {
     fn exit_code(&self) -> u8 {
         match self {
             Error::Exists(_) | Error::NoName(_) => exit::CANNOT_CREATE,
-            Error::Create { source, .. } if files::is_full(source) => exit::IO,
+            Error::Create { source, .. } if files::is_disk_full(source) => exit::IO,
             Error::Create { .. } => exit::CANNOT_CREATE,
             Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
             Error::Write { .. } | Error::Read { .. } => exit::IO,

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::atomic_dir::AsideDir;
+use super::atomic_dir::AtomicDir;
 use super::error::Error;
 use crate::backend::{HostTensor, SharedBytes};
 use crate::model::{Checkpoint, ParamId, ParamKind, ParamTable, safe_file};
@@ -62,7 +62,7 @@ pub fn export(
 ///
 /// # Errors
 /// A read or write that fails; `out_dir` is then as it was before.
-pub fn export_over(
+pub fn export_replacing(
     source_dir: &Path,
     checkpoint: &Checkpoint,
     table: &ParamTable,
@@ -78,8 +78,8 @@ fn write_model(
     table: &ParamTable,
     changed: &BTreeMap<ParamId, HostTensor>,
     out_dir: &Path,
-) -> Result<AsideDir, Error> {
-    let aside = AsideDir::create(out_dir)?;
+) -> Result<AtomicDir, Error> {
+    let aside = AtomicDir::create(out_dir)?;
     let patches = patches(checkpoint, table, changed);
     // Write shards in parallel: cluster file systems are slow for one stream and fast for many.
     checkpoint.shards().par_iter().zip(&patches).try_for_each(|(shard, patches)| {

@@ -18,20 +18,20 @@ const NAME: &str = "manifest.json";
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     schema: String,
-    files: BTreeMap<String, Entry>,
+    files: BTreeMap<String, ManifestEntry>,
 }
 
 /// Size and hash of one file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Entry {
+pub struct ManifestEntry {
     /// Size in bytes.
     pub bytes: u64,
     /// blake3 hash of the content, hexadecimal.
     pub blake3: String,
 }
 
-impl Entry {
+impl ManifestEntry {
     /// Reads the size and computes the hash of a file.
     ///
     /// # Errors
@@ -46,7 +46,7 @@ impl Entry {
 
 impl Manifest {
     /// The manifest of files by name.
-    pub fn new(files: BTreeMap<String, Entry>) -> Self {
+    pub fn new(files: BTreeMap<String, ManifestEntry>) -> Self {
         Self { schema: SCHEMA.into(), files }
     }
 
@@ -84,7 +84,7 @@ impl Manifest {
             if !path.is_file() {
                 return damaged(name, "it is missing".into());
             }
-            let found = Entry::of(&path)?;
+            let found = ManifestEntry::of(&path)?;
             if found.bytes != entry.bytes {
                 return damaged(name, format!("it has {} bytes, not {}", found.bytes, entry.bytes));
             }
@@ -111,7 +111,7 @@ mod tests {
         let mut entries = BTreeMap::new();
         for (name, text) in [("a.bin", "some bytes"), ("b.bin", "same bytes"), ("c.json", "{}")] {
             fs::write(dir.path().join(name), text).unwrap();
-            entries.insert(name.to_owned(), Entry::of(&dir.path().join(name)).unwrap());
+            entries.insert(name.to_owned(), ManifestEntry::of(&dir.path().join(name)).unwrap());
         }
         Manifest::new(entries).write(dir.path()).unwrap();
         dir

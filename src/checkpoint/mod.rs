@@ -11,10 +11,10 @@ mod manifest;
 mod optimizer_state;
 mod snapshot;
 
-pub use atomic_dir::{AsideDir, clear_left, is_left_of, partial_path, remove};
-pub use delta::{DELTA_SCHEMA, apply_delta, apply_delta_over, load_delta, save_delta};
+pub use atomic_dir::{AtomicDir, partial_path, remove, remove_temporaries, target_of_temporary};
+pub use delta::{DELTA_SCHEMA, apply_delta, apply_delta_replacing, load_delta, save_delta};
 pub use error::Error;
-pub use export::{export, export_over, is_model_file, is_model_folder};
-pub use manifest::{Entry, Manifest};
+pub use export::{export, export_replacing, is_model_file, is_model_folder};
+pub use manifest::{Manifest, ManifestEntry};
 pub use optimizer_state::{read_optimizer, write_optimizer};
 pub use snapshot::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State};

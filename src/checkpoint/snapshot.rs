@@ -23,11 +23,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AsideDir, Entry, Manifest, clear_left, load_delta, partial_path, read_optimizer, remove, save_delta,
-    write_optimizer,
+    AtomicDir, Manifest, ManifestEntry, load_delta, partial_path, read_optimizer, remove, remove_temporaries,
+    save_delta, write_optimizer,
 };
 use crate::backend::Backend;
-use crate::collective::{Collective, all_ok, meanwhile};
+use crate::collective::{Collective, all_ok, with_heartbeat};
 use crate::exit::{self, Failure, Result};
 use crate::files;
 use crate::model::{Checkpoint, ParamTable};
@@ -162,26 +162,26 @@ impl SnapshotStore<'_> {
         let leads = world.rank() == 0;
         check_replicas(replica)?;
         let Some(base) = self.base else { return Ok(()) };
-        world.doing(&format!("saving {}", position.folder()));
+        world.set_activity(&format!("saving {}", position.folder()));
         replica.visit_unchanged(Point::Save)?;
         let target = self.folder.join(position.folder());
-        let begin = || -> Result<Option<(AsideDir, O)>> {
+        let begin = || -> Result<Option<(AtomicDir, O)>> {
             if !leads {
                 return Ok(None);
             }
             let outputs = outputs()?;
-            let aside = AsideDir::create(&target)?;
-            clear_left(&self.folder, &aside)?;
+            let aside = AtomicDir::create(&target)?;
+            remove_temporaries(&self.folder, &aside)?;
             Ok(Some((aside, outputs)))
         };
         let begun = all_ok(&*world, begin())?;
         replica.visit_unchanged(Point::Save)?;
         let dir = partial_path(&target)?;
-        let own = meanwhile(&*world, || self.write_own(replica, base, &dir, phase))?;
+        let own = with_heartbeat(&*world, || self.write_own(replica, base, &dir, phase))?;
         replica.visit_unchanged(Point::Save)?;
         let entries = serde_json::to_vec(&all_ok(&*world, own)?).expect("names and numbers");
         let all = world.all_gather(&entries)?;
-        let finish = |(aside, outputs): (AsideDir, O)| -> Result<()> {
+        let finish = |(aside, outputs): (AtomicDir, O)| -> Result<()> {
             let state = State {
                 schema: SCHEMA.into(),
                 config: self.identity.options.clone(),
@@ -200,9 +200,10 @@ impl SnapshotStore<'_> {
             let mut json = serde_json::to_vec_pretty(&state).expect("a state has string keys");
             json.push(b'\n');
             files::write(aside.path().join(STATE), json)?;
-            let mut files = BTreeMap::from([(STATE.to_owned(), Entry::of(&aside.path().join(STATE))?)]);
+            let mut files = BTreeMap::from([(STATE.to_owned(), ManifestEntry::of(&aside.path().join(STATE))?)]);
             for entries in &all {
-                files.extend(serde_json::from_slice::<BTreeMap<String, Entry>>(entries).expect("written above"));
+                files
+                    .extend(serde_json::from_slice::<BTreeMap<String, ManifestEntry>>(entries).expect("written above"));
             }
             Manifest::new(files).write(aside.path())?;
             replica.visit_unchanged(Point::Save)?;
@@ -220,7 +221,7 @@ impl SnapshotStore<'_> {
         base: &Checkpoint,
         dir: &Path,
         phase: &PhaseSnapshot<'_, B>,
-    ) -> Result<BTreeMap<String, Entry>> {
+    ) -> Result<BTreeMap<String, ManifestEntry>> {
         let (rank, world_size) = (replica.world.rank(), replica.world.world_size());
         let mut names = Vec::new();
         match phase {
@@ -241,7 +242,7 @@ impl SnapshotStore<'_> {
             save_delta(base, self.table, &replica.changed(), &dir.join(WEIGHTS))?;
             names.push(WEIGHTS.into());
         }
-        names.into_iter().map(|name| Ok((name.clone(), Entry::of(&dir.join(&name))?))).collect()
+        names.into_iter().map(|name| Ok((name.clone(), ManifestEntry::of(&dir.join(&name))?))).collect()
     }
 
     /// Removes all but the newest checkpoints up to `position`, and those after it, which belong to an abandoned course of the
@@ -298,9 +299,9 @@ impl SnapshotStore<'_> {
         world: &dyn Collective,
         skipped: impl FnMut(&Path, Failure) + Send,
     ) -> Result<Option<Snapshot<O>>> {
-        world.doing("the choice of a checkpoint");
+        world.set_activity("the choice of a checkpoint");
         let newest = || if world.rank() == 0 { self.newest(skipped) } else { Ok(None) };
-        let found = all_ok(world, meanwhile(world, newest)?)?;
+        let found = all_ok(world, with_heartbeat(world, newest)?)?;
         let name = found.as_ref().and_then(|found| found.folder.file_name()?.to_str()).unwrap_or_default();
         let chosen = world.all_gather(name.as_bytes())?.swap_remove(0);
         let chosen = String::from_utf8_lossy(&chosen).into_owned();

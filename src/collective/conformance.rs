@@ -72,8 +72,8 @@ pub fn check(c: &dyn Collective) {
         super::all_agree(c, "sum", &bits).expect("the same bits on all ranks");
     }
 
-    let slow = super::meanwhile(c, || std::thread::sleep(Duration::from_millis(150 * rank as u64)));
-    slow.expect("meanwhile");
+    let slow = super::with_heartbeat(c, || std::thread::sleep(Duration::from_millis(150 * rank as u64)));
+    slow.expect("with_heartbeat");
 
     let mine: Vec<u8> = vec![rank as u8; rank * 3];
     let all = c.all_gather(&mine).expect("all_gather");
@@ -89,7 +89,7 @@ pub fn on_threads<T: Send + 'static>(
     world_size: usize,
     rank_main: impl Fn(threads::Threads) -> T + Send + Sync + 'static,
 ) -> Vec<T> {
-    threads::run(world_size, Duration::from_secs(60), rank_main).into_iter().map(threads::Outcome::unwrap).collect()
+    threads::run(world_size, Duration::from_secs(60), rank_main).into_iter().map(threads::RankOutcome::unwrap).collect()
 }
 
 fn assert_close(x: f32, y: f32, what: &str, i: usize) {

@@ -35,7 +35,7 @@ pub enum Error {
     },
     /// The ranks hold different values where they must hold the same, such as options, inputs or weights.
     #[error("rank {rank} has a different {what} than rank 0: the ranks would train different models")]
-    Disagree {
+    Disagreement {
         /// What was compared, as a noun without an article.
         what: String,
         /// The first rank that differs from rank 0.
@@ -94,7 +94,7 @@ pub enum Error {
 impl Coded for Error {
     fn exit_code(&self) -> u8 {
         match self {
-            Error::Mismatch { .. } | Error::Disagree { .. } => exit::RANKS_DIFFER,
+            Error::Mismatch { .. } | Error::Disagreement { .. } => exit::RANKS_DIFFER,
             Error::Timeout { .. } => exit::HANG,
             Error::RankEnded { .. } | Error::Mpi { .. } | Error::Nccl { .. } => exit::LAUNCHER,
             Error::Aborted { code, .. } => *code,
@@ -163,10 +163,10 @@ pub trait Collective: Send + Sync {
 
     /// Sets the activity of this rank ("round 1, expert step 7"), which its errors and warnings name. Local: it sends
     /// nothing and does not block.
-    fn doing(&self, what: &str);
+    fn set_activity(&self, activity: &str);
 
     /// The activity of this rank as last set; empty before the first call.
-    fn place(&self) -> String;
+    fn activity(&self) -> String;
 
     /// Makes every pending and future operation of all ranks fail with [`Error::Aborted`]. `code` is the exit code of
     /// the error behind it, `reason` its message. Does not wait for the other ranks. If several ranks abort, the first
@@ -183,7 +183,7 @@ pub trait Collective: Send + Sync {
 ///
 /// # Panics
 /// Resumes a panic of `work`.
-pub fn meanwhile<T: Send>(collective: &dyn Collective, work: impl FnOnce() -> T + Send) -> Result<T> {
+pub fn with_heartbeat<T: Send>(collective: &dyn Collective, work: impl FnOnce() -> T + Send) -> Result<T> {
     const HEARTBEAT: std::time::Duration = std::time::Duration::from_millis(100);
     if collective.world_size() == 1 {
         return Ok(work());
@@ -209,11 +209,11 @@ pub fn meanwhile<T: Send>(collective: &dyn Collective, work: impl FnOnce() -> T 
 /// Checks that all ranks hold the same `bytes`, usually a hash. `what` names them in the error.
 ///
 /// # Errors
-/// [`Error::Disagree`] on all ranks if the bytes of one differ from those of rank 0; those of [`Collective::barrier`].
+/// [`Error::Disagreement`] on all ranks if the bytes of one differ from those of rank 0; those of [`Collective::barrier`].
 pub fn all_agree(collective: &dyn Collective, what: &str, bytes: &[u8]) -> Result<()> {
     let all = collective.all_gather(bytes)?;
     match all.iter().position(|other| *other != all[0]) {
-        Some(rank) => Err(Error::Disagree { what: what.to_owned(), rank }),
+        Some(rank) => Err(Error::Disagreement { what: what.to_owned(), rank }),
         None => Ok(()),
     }
 }

@@ -69,7 +69,7 @@ pub fn init(timeout: Duration, stop_requested: Arc<AtomicBool>) -> Result<Mpi> {
     let link = Mutex::new(Link::new(wire));
     let lifelines = Lifelines::default();
     let mut mpi = Mpi { rank, world_size, timeout, stop_requested, activity: Mutex::default(), link, lifelines };
-    mpi.doing("the start");
+    mpi.set_activity("the start");
     mpi.lifelines = mpi.connect()?;
     Ok(mpi)
 }
@@ -443,11 +443,11 @@ impl Collective for Mpi {
         self.gather(&mut link, &call, part, counts, out)
     }
 
-    fn doing(&self, what: &str) {
-        what.clone_into(&mut self.lock_activity());
+    fn set_activity(&self, activity: &str) {
+        activity.clone_into(&mut self.lock_activity());
     }
 
-    fn place(&self) -> String {
+    fn activity(&self) -> String {
         self.lock_activity().clone()
     }
 

@@ -112,7 +112,7 @@ pub fn single() -> Threads {
 
 /// How a rank's thread ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome<T> {
+pub enum RankOutcome<T> {
     /// It returned this value.
     Done(T),
     /// It panicked with this message.
@@ -121,16 +121,16 @@ pub enum Outcome<T> {
     Lost,
 }
 
-impl<T> Outcome<T> {
+impl<T> RankOutcome<T> {
     /// The value that the rank returned.
     ///
     /// # Panics
     /// If the rank panicked or did not end.
     pub fn unwrap(self) -> T {
         match self {
-            Outcome::Done(value) => value,
-            Outcome::Panicked(message) => panic!("a rank panicked: {message}"),
-            Outcome::Lost => panic!("a rank did not end"),
+            RankOutcome::Done(value) => value,
+            RankOutcome::Panicked(message) => panic!("a rank panicked: {message}"),
+            RankOutcome::Lost => panic!("a rank did not end"),
         }
     }
 }
@@ -139,12 +139,12 @@ impl<T> Outcome<T> {
 /// the outcomes by rank.
 ///
 /// A rank that hangs does not block it: once the first rank has ended, the others have `timeout` to end, and once the
-/// group has failed, 5 s. A rank that takes longer is [`Outcome::Lost`].
+/// group has failed, 5 s. A rank that takes longer is [`RankOutcome::Lost`].
 pub fn run<T: Send + 'static>(
     world_size: usize,
     timeout: Duration,
     rank_main: impl Fn(Threads) -> T + Send + Sync + 'static,
-) -> Vec<Outcome<T>> {
+) -> Vec<RankOutcome<T>> {
     let mut ranks = group(world_size, timeout);
     if world_size == 1 {
         return vec![outcome(&rank_main, ranks.remove(0))];
@@ -160,7 +160,7 @@ pub fn run<T: Send + 'static>(
             .spawn(move || _ = sender.send((id, outcome(&*rank_main, rank))))
             .expect("cannot start a thread");
     }
-    let mut outcomes: Vec<_> = (0..world_size).map(|_| Outcome::Lost).collect();
+    let mut outcomes: Vec<_> = (0..world_size).map(|_| RankOutcome::Lost).collect();
     let (mut running, mut first_end, mut failed) = (world_size, None, None);
     while running > 0 && failed.is_none_or(|at: Instant| at.elapsed() < ABORT_GRACE) {
         if let Ok((id, outcome)) = ended.recv_timeout(Duration::from_millis(50)) {
@@ -175,11 +175,11 @@ pub fn run<T: Send + 'static>(
     outcomes
 }
 
-fn outcome<T>(rank_main: &impl Fn(Threads) -> T, rank: Threads) -> Outcome<T> {
+fn outcome<T>(rank_main: &impl Fn(Threads) -> T, rank: Threads) -> RankOutcome<T> {
     // State that a panic left inconsistent is not used again: the group has failed.
     match catch_unwind(AssertUnwindSafe(|| rank_main(rank))) {
-        Ok(value) => Outcome::Done(value),
-        Err(panic) => Outcome::Panicked(panic_message(&*panic)),
+        Ok(value) => RankOutcome::Done(value),
+        Err(panic) => RankOutcome::Panicked(panic_message(&*panic)),
     }
 }
 
@@ -332,11 +332,11 @@ impl Collective for Threads {
         Ok(())
     }
 
-    fn doing(&self, what: &str) {
-        what.clone_into(&mut self.lock_activity());
+    fn set_activity(&self, activity: &str) {
+        activity.clone_into(&mut self.lock_activity());
     }
 
-    fn place(&self) -> String {
+    fn activity(&self) -> String {
         self.lock_activity().clone()
     }
 
@@ -371,7 +371,7 @@ mod tests {
         world_size: usize,
         timeout_ms: u64,
         rank_main: impl Fn(Threads) -> T + Send + Sync + 'static,
-    ) -> Vec<Outcome<T>> {
+    ) -> Vec<RankOutcome<T>> {
         run(world_size, Duration::from_millis(timeout_ms), rank_main)
     }
 
@@ -405,13 +405,13 @@ mod tests {
     #[test]
     fn a_timeout_names_the_missing_rank() {
         let outcomes = run_ms(3, 100, |rank| {
-            rank.doing("round 1, expert step 7");
+            rank.set_activity("round 1, expert step 7");
             if rank.rank() == 2 {
                 std::thread::sleep(Duration::from_millis(400));
             }
             rank.all_reduce_f32(&mut [0.0; 1000]).unwrap_err()
         });
-        for error in outcomes.into_iter().map(Outcome::unwrap) {
+        for error in outcomes.into_iter().map(RankOutcome::unwrap) {
             assert_eq!(error.exit_code(), exit::HANG);
             assert!(matches!(&error, Error::Timeout { missing, .. } if *missing == [2]), "{error}");
             assert!(error.to_string().contains("at all_reduce_f32 of 1000 in round 1, expert step 7 for"), "{error}");
@@ -430,14 +430,14 @@ mod tests {
             assert_eq!(rank.rank(), 0, "rank 1 panics on purpose");
             rank.barrier().unwrap_err()
         });
-        assert!(matches!(outcomes[0], Outcome::Done(Error::Aborted { rank: 1, code: exit::INTERNAL, .. })));
-        assert!(matches!(&outcomes[1], Outcome::Panicked(text) if text.contains("rank 1 panics on purpose")));
+        assert!(matches!(outcomes[0], RankOutcome::Done(Error::Aborted { rank: 1, code: exit::INTERNAL, .. })));
+        assert!(matches!(&outcomes[1], RankOutcome::Panicked(text) if text.contains("rank 1 panics on purpose")));
         let alone = run_ms(1, 60_000, |_| {
             if true {
                 panic!("alone")
             }
         });
-        assert_eq!(alone, [Outcome::Panicked("alone".into())]);
+        assert_eq!(alone, [RankOutcome::Panicked("alone".into())]);
     }
 
     #[test]
@@ -451,16 +451,16 @@ mod tests {
             _ => None,
         };
         let outcomes = run_ms(2, 100, hang);
-        assert!(matches!(&outcomes[0], Outcome::Done(Some(Error::Timeout { missing, .. })) if *missing == [1]));
-        assert_eq!(outcomes[1], Outcome::Lost);
+        assert!(matches!(&outcomes[0], RankOutcome::Done(Some(Error::Timeout { missing, .. })) if *missing == [1]));
+        assert_eq!(outcomes[1], RankOutcome::Lost);
         let outcomes = run_ms(3, 100, move |rank| if rank.rank() == 0 { None } else { hang(rank) });
-        assert_eq!(outcomes, [Outcome::Done(None), Outcome::Lost, Outcome::Done(None)]);
+        assert_eq!(outcomes, [RankOutcome::Done(None), RankOutcome::Lost, RankOutcome::Done(None)]);
     }
 
     #[test]
     fn mismatched_calls_are_found() {
         let lengths = on_threads(3, |rank| {
-            rank.doing(if rank.rank() == 0 { "step 1" } else { "step 2" });
+            rank.set_activity(if rank.rank() == 0 { "step 1" } else { "step 2" });
             rank.barrier().expect("activities are not compared");
             rank.all_reduce_f64(&mut vec![0.0; 4 + rank.rank() / 2]).unwrap_err()
         });
@@ -480,7 +480,7 @@ mod tests {
         assert!(same.iter().all(Result::is_ok));
         let other = on_threads(3, |rank| all_agree(&rank, "selection", &[rank.rank() as u8 / 2]).unwrap_err());
         for error in other {
-            assert_eq!(error, Error::Disagree { what: "selection".into(), rank: 2 });
+            assert_eq!(error, Error::Disagreement { what: "selection".into(), rank: 2 });
         }
     }
 

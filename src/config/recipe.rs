@@ -2,7 +2,7 @@
 //! `skip-router-training`, `use-router-consistency-loss` and `selection`: what they mean together is decided here, once.
 
 use super::{Mode, RawOptions, RunConfig, Schedule};
-use crate::experts::{Method, Pool, RandomMatch, Selection};
+use crate::experts::{Method, RandomMatch, Selection, SelectionLimits};
 use crate::train::{
     Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, RouterPhase, ScoreBy, Trained, Training,
     Updates,
@@ -19,7 +19,11 @@ pub(super) fn recipe_of(c: &RunConfig) -> Recipe {
         identify: Identify {
             by: score_by(c),
             select: c.select,
-            pool: Pool { top_k: c.top_k_experts, per_layer: c.experts_per_layer, layers: c.layers.clone() },
+            limits: SelectionLimits {
+                top_k: c.top_k_experts,
+                per_layer: c.experts_per_layer,
+                layers: c.layers.clone(),
+            },
             as_many_as_exist: !selection_matters(&training),
             seed: c.seed,
         },

@@ -117,7 +117,7 @@ impl Dataset {
 
     /// Number of records whose [`Record::request`] also occurs in `other`, ignoring case and white space. Should be 0
     /// for a held-out file against a training file.
-    pub fn shared_requests(&self, other: &Self) -> usize {
+    pub fn count_shared_requests(&self, other: &Self) -> usize {
         let normalized = |r: &Record| r.request.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
         let others: HashSet<_> = other.records.iter().map(normalized).collect();
         self.records.iter().map(normalized).filter(|request| !request.is_empty() && others.contains(request)).count()

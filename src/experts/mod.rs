@@ -10,7 +10,7 @@ mod select;
 
 pub use frequency::{FrequencyAccumulator, RoutingCounts, token_mask};
 pub use score::{ExpertScores, ScoreAccumulator};
-pub use select::{Pool, Rank, Selected, random, select, selection_hash};
+pub use select::{Ranking, Selected, SelectionLimits, select, select_random, selection_hash};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};

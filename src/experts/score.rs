@@ -3,16 +3,16 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Error, ExpertId, Score, ScorePer};
-use crate::backend::Moment;
+use crate::backend::GradReduction;
 use crate::collective::{self, Collective};
 
 impl Score {
     /// The reduction of an expert's gradient that the backward pass computes for this score.
-    pub fn moment(self) -> Moment {
+    pub fn reduction(self) -> GradReduction {
         match self {
-            Score::L1Mean => Moment::Abs,
-            Score::L2 | Score::Fisher => Moment::Square,
-            Score::Taylor => Moment::AbsTimesWeight,
+            Score::L1Mean => GradReduction::Abs,
+            Score::L2 | Score::Fisher => GradReduction::Square,
+            Score::Taylor => GradReduction::AbsTimesWeight,
         }
     }
 
@@ -93,7 +93,7 @@ impl ScoreAccumulator {
         Self { score, per, params_per_expert, layers, num_experts, sums, micro_batches: 0 }
     }
 
-    /// Adds a micro-batch. `moments`: each expert's [`Score::moment`], summed over the gradient of the mean loss;
+    /// Adds a micro-batch. `moments`: each expert's [`Score::reduction`], summed over the gradient of the mean loss;
     /// `tokens_per_expert`: the number of tokens routed to it; both `[L · E]`. A micro-batch without loss tokens is
     /// ignored.
     pub fn add(&mut self, moments: &[f64], tokens_per_expert: &[usize], loss_tokens: usize) {

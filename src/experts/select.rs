@@ -13,7 +13,7 @@ use super::{Error, ExpertId, ExpertScores, RandomMatch, Select};
 
 /// The limits of a selection: how many experts, and from which layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pool {
+pub struct SelectionLimits {
     /// Number of experts to select.
     pub top_k: usize,
     /// Maximum number of experts per layer (`--experts-per-layer`).
@@ -24,7 +24,7 @@ pub struct Pool {
 
 /// How experts are ranked by score.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Rank {
+pub struct Ranking {
     /// The end of the ranking that is selected.
     pub select: Select,
     /// Only experts with a score above this qualify (the routing method's `--risk-threshold`).
@@ -37,17 +37,18 @@ pub struct Selected {
     /// Best first; for a random selection ordered by (layer, expert).
     pub experts: Vec<ExpertId>,
     /// The requested number of experts. Larger than `experts.len()` if too few qualified under a threshold.
-    pub asked: usize,
+    #[serde(rename = "asked")]
+    pub requested: usize,
 }
 
 impl Selected {
     /// How many fewer experts were selected than requested.
     pub fn shortfall(&self) -> usize {
-        self.asked - self.experts.len()
+        self.requested - self.experts.len()
     }
 }
 
-impl Pool {
+impl SelectionLimits {
     fn allows_layer(&self, layer: usize) -> bool {
         self.layers.as_ref().is_none_or(|range| range.contains(&layer))
     }
@@ -100,7 +101,7 @@ impl Pool {
 /// # Errors
 /// [`Error::NotFinite`] if a score is NaN or infinite; [`Error::TooMany`] if fewer than `top_k` experts can be
 /// selected.
-pub fn select(scores: &ExpertScores, pool: &Pool, rank: &Rank) -> Result<Selected, Error> {
+pub fn select(scores: &ExpertScores, pool: &SelectionLimits, rank: &Ranking) -> Result<Selected, Error> {
     if let Some((id, value)) = scores.iter().find(|(_, value)| !value.is_finite()) {
         return Err(Error::NotFinite { id, value });
     }
@@ -113,11 +114,11 @@ pub fn select(scores: &ExpertScores, pool: &Pool, rank: &Rank) -> Result<Selecte
         Select::Lowest => {
             let mut ascending: Vec<_> = scores.iter().collect();
             ascending.sort_by(|(_, a), (_, b)| a.total_cmp(b));
-            let pool = Pool { top_k: highest.len(), ..pool.clone() };
+            let pool = SelectionLimits { top_k: highest.len(), ..pool.clone() };
             pool.take(ascending.into_iter().map(|(id, _)| id))
         }
     };
-    Ok(Selected { experts, asked: pool.top_k })
+    Ok(Selected { experts, requested: pool.top_k })
 }
 
 /// Selects `top_k` experts uniformly at random.
@@ -130,10 +131,10 @@ pub fn select(scores: &ExpertScores, pool: &Pool, rank: &Rank) -> Result<Selecte
 ///
 /// # Panics
 /// If [`RandomMatch::Layer`] is used without `gradient`.
-pub fn random(
+pub fn select_random(
     layers: &[usize],
     num_experts: usize,
-    pool: &Pool,
+    pool: &SelectionLimits,
     matching: RandomMatch,
     gradient: Option<&[ExpertId]>,
     seed: u64,
@@ -164,7 +165,7 @@ pub fn random(
         }
     };
     experts.sort_unstable();
-    Ok(Selected { experts, asked: pool.top_k })
+    Ok(Selected { experts, requested: pool.top_k })
 }
 
 /// A hash of the selected experts in order, by which ranks check that they selected the same.
@@ -184,8 +185,8 @@ mod tests {
     use super::*;
     use crate::exit::Coded;
 
-    fn pool(top_k: usize) -> Pool {
-        Pool { top_k, per_layer: None, layers: None }
+    fn pool(top_k: usize) -> SelectionLimits {
+        SelectionLimits { top_k, per_layer: None, layers: None }
     }
 
     fn scores() -> ExpertScores {
@@ -197,8 +198,8 @@ mod tests {
         selected.experts.iter().map(|id| (*id).into()).collect()
     }
 
-    fn highest(pool: &Pool) -> Vec<(usize, usize)> {
-        ids(&select(&scores(), pool, &Rank::default()).unwrap())
+    fn highest(pool: &SelectionLimits) -> Vec<(usize, usize)> {
+        ids(&select(&scores(), pool, &Ranking::default()).unwrap())
     }
 
     #[test]
@@ -209,26 +210,26 @@ mod tests {
 
     #[test]
     fn caps_and_ranges() {
-        assert_eq!(highest(&Pool { per_layer: Some(1), ..pool(2) }), [(2, 1), (0, 0)]);
-        assert_eq!(highest(&Pool { layers: Some(0..=1), ..pool(2) }), [(0, 0), (0, 2)]);
-        assert_eq!(highest(&Pool { layers: Some(1..=9), per_layer: Some(2), ..pool(2) }), [(2, 1), (2, 0)]);
+        assert_eq!(highest(&SelectionLimits { per_layer: Some(1), ..pool(2) }), [(2, 1), (0, 0)]);
+        assert_eq!(highest(&SelectionLimits { layers: Some(0..=1), ..pool(2) }), [(0, 0), (0, 2)]);
+        assert_eq!(highest(&SelectionLimits { layers: Some(1..=9), per_layer: Some(2), ..pool(2) }), [(2, 1), (2, 0)]);
     }
 
     #[test]
     fn the_lowest_match_the_number_of_the_highest_above_a_threshold() {
         let threshold = Some(0.9);
-        let high = select(&scores(), &pool(4), &Rank { select: Select::Highest, threshold }).unwrap();
+        let high = select(&scores(), &pool(4), &Ranking { select: Select::Highest, threshold }).unwrap();
         assert_eq!((ids(&high), high.shortfall()), (vec![(2, 1)], 3), "0.9 is not above 0.9");
-        let low = select(&scores(), &pool(4), &Rank { select: Select::Lowest, threshold }).unwrap();
+        let low = select(&scores(), &pool(4), &Ranking { select: Select::Lowest, threshold }).unwrap();
         assert_eq!(ids(&low), [(2, 2)], "the control has as many experts as the selection");
-        let low = select(&scores(), &pool(4), &Rank { select: Select::Lowest, threshold: None }).unwrap();
+        let low = select(&scores(), &pool(4), &Ranking { select: Select::Lowest, threshold: None }).unwrap();
         assert_eq!(ids(&low), [(2, 2), (0, 1), (2, 0), (0, 0)]);
     }
 
     #[test]
     fn too_many_names_the_limits() {
-        let pool = Pool { top_k: 3, per_layer: Some(2), layers: Some(1..=5) };
-        let error = select(&scores(), &pool, &Rank::default()).unwrap_err();
+        let pool = SelectionLimits { top_k: 3, per_layer: Some(2), layers: Some(1..=5) };
+        let error = select(&scores(), &pool, &Ranking::default()).unwrap_err();
         assert_eq!(error.exit_code(), crate::exit::CONFIG);
         let text = error.to_string();
         for part in [
@@ -241,7 +242,7 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} not in: {text}");
         }
-        let error = random(&[0, 1], 4, &self::pool(9), RandomMatch::Total, None, 1, 1).unwrap_err();
+        let error = select_random(&[0, 1], 4, &self::pool(9), RandomMatch::Total, None, 1, 1).unwrap_err();
         assert!(matches!(error, Error::TooMany { requested: 9, available: 8, .. }));
     }
 
@@ -249,7 +250,7 @@ mod tests {
     fn a_nan_score_is_an_error() {
         let mut broken = scores();
         broken.values[4] = f64::NAN;
-        let error = select(&broken, &pool(1), &Rank::default()).unwrap_err();
+        let error = select(&broken, &pool(1), &Ranking::default()).unwrap_err();
         assert_eq!(error.exit_code(), crate::exit::NOT_FINITE);
         assert!(error.to_string().contains("expert 1 of layer 2"), "{error}");
     }
@@ -258,7 +259,7 @@ mod tests {
     fn random_is_fixed_by_seed_and_round() {
         let layers: Vec<_> = (0..16).collect();
         let draw = |seed, round| {
-            let drawn = random(&layers, 64, &pool(100), RandomMatch::Total, None, seed, round).unwrap();
+            let drawn = select_random(&layers, 64, &pool(100), RandomMatch::Total, None, seed, round).unwrap();
             assert_eq!(drawn.experts.len(), 100);
             assert!(drawn.experts.is_sorted_by(|a, b| a < b), "distinct, in order");
             drawn.experts
@@ -272,7 +273,7 @@ mod tests {
     fn random_can_match_the_layers() {
         let gradient: Vec<ExpertId> = [(2, 1), (0, 0), (2, 0)].map(Into::into).to_vec();
         let counts = (0..50).map(|round| {
-            let drawn = random(&[0, 2], 8, &pool(3), RandomMatch::Layer, Some(&gradient), 7, round).unwrap();
+            let drawn = select_random(&[0, 2], 8, &pool(3), RandomMatch::Layer, Some(&gradient), 7, round).unwrap();
             let of = |layer| drawn.experts.iter().filter(|id| id.layer == layer).count();
             assert_eq!((of(0), of(2)), (1, 2));
             drawn.experts
@@ -303,8 +304,8 @@ mod tests {
                 num_experts: 6,
                 values: values.iter().map(|v| f64::from(*v)).collect(),
             };
-            let pool = Pool { per_layer: cap, ..pool(top_k) };
-            let chosen = select(&scores, &pool, &Rank::default()).unwrap().experts;
+            let pool = SelectionLimits { per_layer: cap, ..pool(top_k) };
+            let chosen = select(&scores, &pool, &Ranking::default()).unwrap().experts;
             prop_assert_eq!(chosen.len(), top_k);
             let key = |id: &ExpertId| (-scores.get(*id).unwrap() as i64, *id);
             prop_assert!(chosen.is_sorted_by_key(key));

@@ -57,7 +57,7 @@ impl Coded for LaunchError {
     fn exit_code(&self) -> u8 {
         match self {
             LaunchError::Launcher(_) => exit::LAUNCHER,
-            LaunchError::OutputIo { source, .. } if crate::files::is_full(source) => exit::IO,
+            LaunchError::OutputIo { source, .. } if crate::files::is_disk_full(source) => exit::IO,
             LaunchError::OutputDir { .. } | LaunchError::OutputIo { .. } => exit::CANNOT_CREATE,
         }
     }

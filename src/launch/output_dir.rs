@@ -76,7 +76,7 @@ pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> 
         return fs::create_dir_all(dir).map_err(failed("make the output folder", dir));
     };
     if existing == Existing::Keep {
-        clear_left(dir, Place::Top)?;
+        remove_temporaries(dir, Place::Top)?;
     }
     // The lock is this process's own by now, or another's: who holds it removes it.
     let lock = dir.join(LOCK_FILE);
@@ -175,7 +175,7 @@ fn is_of_a_model(name: &str) -> bool {
 /// writing when it was killed included.
 fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
     if kind.is_file() {
-        let name = files::is_left_of(name).unwrap_or(name);
+        let name = files::target_of_temporary(name).unwrap_or(name);
         let heatmap = name.starts_with("heatmap-") && name.ends_with(".svg");
         let ours = match place {
             Place::Top => TOP_FILES.contains(&name) || heatmap,
@@ -190,7 +190,9 @@ fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
     match place {
         Place::State if kind.is_dir() => Some(Place::State),
         Place::Model if kind.is_dir() && is_model_folder(name) => Some(Place::ModelFolder),
-        Place::Top if kind.is_dir() && model(checkpoint::is_left_of(name).unwrap_or(name)) => Some(Place::Model),
+        Place::Top if kind.is_dir() && model(checkpoint::target_of_temporary(name).unwrap_or(name)) => {
+            Some(Place::Model)
+        }
         Place::Top if kind.is_dir() && name == "checkpoints" => Some(Place::State),
         // A variant of a comparison is a run of its own; it holds no variants, but a few names more allow nothing foreign.
         Place::Top if kind.is_dir() && Variant::is_name(name) => Some(Place::Top),
@@ -227,20 +229,20 @@ impl Outputs {
 }
 
 /// Removes what a killed run was writing aside. (Variants of a comparison are left to the runs that go on in them.)
-fn clear_left(dir: &Path, place: Place) -> Result<(), LaunchError> {
+fn remove_temporaries(dir: &Path, place: Place) -> Result<(), LaunchError> {
     for entry in entries(dir)? {
         let path = entry.path();
         let kind = entry.file_type().map_err(failed("read", &path))?;
         let name = entry.file_name();
         let Some(name) = name.to_str() else { continue };
         match is_output(name, place, kind) {
-            Some(_) if kind.is_file() && files::is_left_of(name).is_some() => {
+            Some(_) if kind.is_file() && files::target_of_temporary(name).is_some() => {
                 fs::remove_file(&path).map_err(failed("remove", &path))?;
             }
-            Some(_) if kind.is_dir() && checkpoint::is_left_of(name).is_some() => {
+            Some(_) if kind.is_dir() && checkpoint::target_of_temporary(name).is_some() => {
                 fs::remove_dir_all(&path).map_err(failed("remove", &path))?;
             }
-            Some(inside) if kind.is_dir() && inside != Place::Top => clear_left(&path, inside)?,
+            Some(inside) if kind.is_dir() && inside != Place::Top => remove_temporaries(&path, inside)?,
             _ => {}
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::DeviceFault;
-use crate::collective::threads::{self, Outcome};
+use crate::collective::threads::{self, RankOutcome};
 use crate::collective::{self, Collective};
 use crate::exit::{self, Failure, Result};
 use crate::train::StopFlag;
@@ -182,7 +182,7 @@ pub fn catch_panic<T>(main: impl FnOnce() -> Result<T>) -> Result<T> {
 /// Tells the other ranks that this one failed; the failure then names this rank and what it was doing.
 fn report_failure(world: &dyn Collective, failure: Failure) -> Failure {
     let (rank, world_size) = (world.rank(), world.world_size());
-    let activity = match world.place() {
+    let activity = match world.activity() {
         // An error of a collective operation names the activity itself.
         _ if failure.is::<collective::Error>() => String::new(),
         activity if activity.is_empty() => String::new(),
@@ -199,19 +199,19 @@ fn report_failure(world: &dyn Collective, failure: Failure) -> Failure {
 }
 
 /// The result of rank 0, or the failure to report: a rank's own failure rather than what others heard of it.
-fn first_of<T>(outcomes: Vec<Outcome<Result<T>>>) -> Result<T> {
+fn first_of<T>(outcomes: Vec<RankOutcome<Result<T>>>) -> Result<T> {
     let mut heard = None;
     let mut first = None;
     let mut lost = Vec::new();
     for (rank, outcome) in outcomes.into_iter().enumerate() {
         match outcome {
-            Outcome::Done(Ok(value)) => _ = first.get_or_insert(value),
-            Outcome::Done(Err(failure)) if failure.is::<collective::Error>() => _ = heard.get_or_insert(failure),
-            Outcome::Done(Err(failure)) => return Err(failure),
-            Outcome::Panicked(message) => {
+            RankOutcome::Done(Ok(value)) => _ = first.get_or_insert(value),
+            RankOutcome::Done(Err(failure)) if failure.is::<collective::Error>() => _ = heard.get_or_insert(failure),
+            RankOutcome::Done(Err(failure)) => return Err(failure),
+            RankOutcome::Panicked(message) => {
                 return Err(Failure::new(exit::INTERNAL, format!("rank {rank} panicked: {message}")));
             }
-            Outcome::Lost => lost.push(rank),
+            RankOutcome::Lost => lost.push(rank),
         }
     }
     match (heard, first) {
@@ -243,7 +243,7 @@ mod tests {
         assert_eq!(failure.to_string(), "rank 2 of 3: the disk is full");
 
         let panicked = three().run(&Ui::silent(), |rank| {
-            rank.world.doing("expert step 7");
+            rank.world.set_activity("expert step 7");
             assert!(rank.world.rank() != 1, "on purpose");
             rank.world.barrier()?;
             Ok(())
@@ -260,7 +260,7 @@ mod tests {
             while rank.world.rank() == 1 {
                 std::thread::park();
             }
-            rank.world.doing("expert step 7");
+            rank.world.set_activity("expert step 7");
             rank.world.barrier()?;
             Ok(())
         });

@@ -353,7 +353,7 @@ impl<B: Backend> Model<B> {
     /// `[n, 2F]`: gate and up side by side.
     fn dense_gate_up(&self, p: &Swiglu, x: &B::Tensor) -> B::Tensor {
         let b = &*self.backend;
-        b.grouped_linear(x, &[vec![self.weight(p.gate), self.weight(p.up)]], &b.one_group(b.shape(x).0))
+        b.grouped_linear(x, &[vec![self.weight(p.gate), self.weight(p.up)]], &b.single_expert_dispatch(b.shape(x).0))
     }
 
     fn dense_backward(
@@ -376,7 +376,7 @@ impl<B: Backend> Model<B> {
         let d_hidden = b.linear_backward_input(dy, self.weight(p.down));
         let d_gate_up = b.swiglu_backward(&d_hidden, gate_up);
         let stacks = [vec![self.weight(p.gate), self.weight(p.up)]];
-        let group = b.one_group(b.shape(x).0);
+        let group = b.single_expert_dispatch(b.shape(x).0);
         if plan[0] != ExpertGrad::Skip {
             b.grouped_linear_backward_weight(&d_gate_up, x, &stacks, &group, &plan, sinks.grads, sinks.scores);
         }

@@ -2,7 +2,7 @@
 
 use super::ids::{ParamId, ParamKind, Proj};
 use super::table::ParamTable;
-use crate::backend::{ExpertGrad, Moment};
+use crate::backend::{ExpertGrad, GradReduction};
 
 /// The gradient plan: which parameters accumulate where in the flat gradient buffer, and whether the routed experts are
 /// scored instead. Nothing is computed for a parameter outside the plan, nor below the lowest layer that is in it.
@@ -17,7 +17,7 @@ pub struct GradPlan {
 
 #[derive(Debug, Clone, Copy)]
 struct Scoring {
-    moment: Moment,
+    moment: GradReduction,
     num_experts: usize,
 }
 
@@ -47,7 +47,7 @@ impl LayerWants {
 
 impl GradPlan {
     /// Scores every routed expert; trains nothing.
-    pub fn score(table: &ParamTable, num_layers: usize, num_experts: usize, moment: Moment) -> Self {
+    pub fn score(table: &ParamTable, num_layers: usize, num_experts: usize, moment: GradReduction) -> Self {
         Self::new(table, num_layers, &[], Some(Scoring { moment, num_experts }))
     }
 

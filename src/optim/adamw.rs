@@ -9,7 +9,7 @@ use crate::model::ParamId;
 
 /// The group of parameters that share a learning rate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Group {
+pub enum LrGroup {
     /// Weights of routed experts.
     Expert,
     /// Router weights.
@@ -21,11 +21,11 @@ pub enum Group {
 /// The learning rate of each group in one step, including the schedule's factor.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LearningRates {
-    /// For [`Group::Expert`].
+    /// For [`LrGroup::Expert`].
     pub expert: f64,
-    /// For [`Group::Router`].
+    /// For [`LrGroup::Router`].
     pub router: f64,
-    /// For [`Group::Other`].
+    /// For [`LrGroup::Other`].
     pub other: f64,
 }
 
@@ -35,11 +35,11 @@ impl LearningRates {
         Self { expert: self.expert * factor, router: self.router * factor, other: self.other * factor }
     }
 
-    fn of(&self, group: Group) -> f64 {
+    fn of(&self, group: LrGroup) -> f64 {
         match group {
-            Group::Expert => self.expert,
-            Group::Router => self.router,
-            Group::Other => self.other,
+            LrGroup::Expert => self.expert,
+            LrGroup::Router => self.router,
+            LrGroup::Other => self.other,
         }
     }
 }
@@ -52,12 +52,12 @@ pub struct Trainable {
     /// Number of elements.
     pub len: usize,
     /// Learning-rate group.
-    pub group: Group,
+    pub group: LrGroup,
 }
 
 /// The position of the gradient of this rank's piece of a parameter in a step's gradient buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Gradient {
+pub struct GradientPiece {
     /// The parameter.
     pub param: ParamId,
     /// Element offset in the buffer.
@@ -93,7 +93,7 @@ struct Slot {
     slab: usize,
     /// Range in the slab's buffers, as long as this rank's piece of the parameter.
     range: Range<usize>,
-    group: Group,
+    group: LrGroup,
     step: u64,
 }
 
@@ -159,12 +159,12 @@ impl<B: Backend> AdamW<B> {
         backend: &B,
         weights: &mut [B::Weight],
         grads: &B::Buffer,
-        gradients: &[Gradient],
+        gradients: &[GradientPiece],
         lrs: &LearningRates,
         weight_decay: f64,
         grad_scale: f64,
     ) {
-        for Gradient { param, .. } in gradients {
+        for GradientPiece { param, .. } in gradients {
             self.slots.get_mut(param).unwrap_or_else(|| panic!("parameter {param} was not added")).step += 1;
         }
         for span in spans(&self.slots, gradients) {
@@ -180,7 +180,7 @@ impl<B: Backend> AdamW<B> {
             };
             backend.adamw(master, m, v, span.at, grads, span.grad_at, &step);
         }
-        for Gradient { param, .. } in gradients.iter().filter(|_| self.world_size == 1) {
+        for GradientPiece { param, .. } in gradients.iter().filter(|_| self.world_size == 1) {
             let slot = &self.slots[param];
             backend.set_weight(&mut weights[*param], &self.slabs[slot.slab].master, slot.range.clone());
         }
@@ -246,14 +246,14 @@ struct Span {
     slab: usize,
     at: Range<usize>,
     grad_at: usize,
-    group: Group,
+    group: LrGroup,
     step: u64,
 }
 
 /// Merges adjacent gradients into as few [`Span`]s as possible, keeping their order.
-fn spans(slots: &BTreeMap<ParamId, Slot>, gradients: &[Gradient]) -> Vec<Span> {
+fn spans(slots: &BTreeMap<ParamId, Slot>, gradients: &[GradientPiece]) -> Vec<Span> {
     let mut out: Vec<Span> = Vec::new();
-    for Gradient { param, offset } in gradients {
+    for GradientPiece { param, offset } in gradients {
         let slot = &slots[param];
         match out.last_mut() {
             Some(last)
@@ -283,20 +283,20 @@ mod tests {
     fn adjacent_parameters_are_merged() {
         let slot = |slab, range, group, step| Slot { slab, range, group, step };
         let slots = BTreeMap::from([
-            (3, slot(0, 0..4, Group::Expert, 1)),
-            (4, slot(0, 4..6, Group::Expert, 1)),
-            (5, slot(0, 6..9, Group::Expert, 2)),
-            (6, slot(0, 9..10, Group::Router, 2)),
-            (7, slot(1, 0..5, Group::Router, 2)),
+            (3, slot(0, 0..4, LrGroup::Expert, 1)),
+            (4, slot(0, 4..6, LrGroup::Expert, 1)),
+            (5, slot(0, 6..9, LrGroup::Expert, 2)),
+            (6, slot(0, 9..10, LrGroup::Router, 2)),
+            (7, slot(1, 0..5, LrGroup::Router, 2)),
         ]);
-        let gradient = |(param, offset)| Gradient { param, offset };
+        let gradient = |(param, offset)| GradientPiece { param, offset };
         let gradients = [(3, 10), (4, 14), (5, 16), (6, 19), (7, 20)].map(gradient);
         let span = |slab, at, grad_at, group, step| Span { slab, at, grad_at, group, step };
         let expected = [
-            span(0, 0..6, 10, Group::Expert, 1),
-            span(0, 6..9, 16, Group::Expert, 2),  // different step
-            span(0, 9..10, 19, Group::Router, 2), // different group
-            span(1, 0..5, 20, Group::Router, 2),  // different slab
+            span(0, 0..6, 10, LrGroup::Expert, 1),
+            span(0, 6..9, 16, LrGroup::Expert, 2),  // different step
+            span(0, 9..10, 19, LrGroup::Router, 2), // different group
+            span(1, 0..5, 20, LrGroup::Router, 2),  // different slab
         ];
         assert_eq!(spans(&slots, &gradients), expected);
         let with_gap = [(3, 10), (4, 15)].map(gradient);

@@ -6,7 +6,7 @@ mod meter;
 mod schedule;
 mod shard;
 
-pub use adamw::{AdamW, Gradient, Group, LearningRates, ParamState, Trainable};
+pub use adamw::{AdamW, GradientPiece, LearningRates, LrGroup, ParamState, Trainable};
 pub use meter::{LossMeter, clip_factor};
 pub use schedule::LrPlan;
 pub use shard::{ShardPlan, piece};

@@ -7,7 +7,7 @@ use crate::experts::{ExpertId, ExpertScores};
 
 /// The experts that one run selected, and their scores.
 #[derive(Debug, Clone, PartialEq)]
-pub struct RunChoice {
+pub struct RunSelection {
     /// Name of the run, for tables.
     pub name: String,
     /// The selected experts.
@@ -31,7 +31,7 @@ pub struct Overlap {
 }
 
 /// Compares the selections of runs A and B.
-pub fn overlap(a: &RunChoice, b: &RunChoice) -> Overlap {
+pub fn overlap(a: &RunSelection, b: &RunSelection) -> Overlap {
     let (in_a, in_b): (HashSet<_>, HashSet<_>) = (a.selected.iter().collect(), b.selected.iter().collect());
     let (common, union) = (in_a.intersection(&in_b).count(), in_a.union(&in_b).count());
     let ratio = |n: usize, d: usize| (d > 0).then(|| n as f64 / d as f64);
@@ -72,7 +72,7 @@ fn ranks(values: &[f64]) -> Vec<f64> {
 
 /// One table for each measure over all pairs of runs: the share of the row's selection that the column selected too,
 /// the Jaccard index, and the rank correlation of the scores.
-pub fn overlap_tables(runs: &[RunChoice]) -> Vec<Table> {
+pub fn overlap_tables(runs: &[RunSelection]) -> Vec<Table> {
     type Measure = fn(&Overlap) -> Option<f64>;
     let measures: [(&str, Measure); 3] = [
         ("Share of the row's selected experts that the column selected too", |o| o.share),
@@ -95,9 +95,9 @@ pub fn overlap_tables(runs: &[RunChoice]) -> Vec<Table> {
 mod tests {
     use super::*;
 
-    fn run(name: &str, selected: &[(usize, usize)], values: Option<[f64; 4]>) -> RunChoice {
+    fn run(name: &str, selected: &[(usize, usize)], values: Option<[f64; 4]>) -> RunSelection {
         let scores = values.map(|v| ExpertScores { layers: vec![0, 1], num_experts: 2, values: v.to_vec() });
-        RunChoice { name: name.into(), selected: selected.iter().map(|id| (*id).into()).collect(), scores }
+        RunSelection { name: name.into(), selected: selected.iter().map(|id| (*id).into()).collect(), scores }
     }
 
     #[test]

@@ -5,49 +5,54 @@ use std::collections::BTreeMap;
 
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
+use serde_json::{Map, Value};
 
-use crate::experts::{ExpertId, Method, Score, ScorePer, Selection};
-use crate::optim::LrSchedule;
-use crate::routers::{ConsistencyLayers, KlType, Statistic};
+use crate::experts::ExpertId;
 
-/// The content of `training_metadata.json`. Fields without a description are the options of the same names.
+/// The options in the file, by their names there: those of the command line, with underscores.
+const OPTIONS: [&str; 30] = [
+    "model_name",
+    "num_rounds",
+    "expert_epochs_per_round",
+    "router_epochs_per_round",
+    "top_k_experts",
+    "batch_size",
+    "grad_accum",
+    "expert_lr",
+    "router_lr",
+    "weight_decay",
+    "lr_schedule",
+    "warmup_steps",
+    "max_grad_norm",
+    "mode",
+    "schedule",
+    "method",
+    "score",
+    "score_per",
+    "selection",
+    "kl_type",
+    "router_statistic",
+    "skip_router_training",
+    "finetune_unsafe_experts",
+    "use_router_consistency_loss",
+    "router_consistency_weight",
+    "router_consistency_type",
+    "router_consistency_layers",
+    "safe_ratio",
+    "max_samples",
+    "seed",
+];
+
+/// The content of `training_metadata.json`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-#[allow(missing_docs)] // docs/options.md describes the options
 pub struct TrainingMetadata {
-    pub model_name: String,
+    /// Options of the run, at the top level of the file.
+    #[serde(flatten)]
+    pub options: Map<String, Value>,
     /// What the run trains: `combined`, `joint`, `expert_only`, `router_only`, `baseline` or `frozen`.
     pub training_strategy: String,
-    pub num_rounds: usize,
-    pub expert_epochs_per_round: usize,
-    pub router_epochs_per_round: usize,
-    pub top_k_experts: usize,
-    pub batch_size: usize,
-    pub grad_accum: usize,
-    /// Number of ranks at the start of the run.
+    /// World size that the run was started with.
     pub world_size: usize,
-    pub expert_lr: f64,
-    pub router_lr: f64,
-    pub weight_decay: f64,
-    pub lr_schedule: LrSchedule,
-    pub warmup_steps: usize,
-    pub max_grad_norm: Option<f64>,
-    pub mode: String,
-    pub schedule: String,
-    pub method: Method,
-    pub score: Score,
-    pub score_per: ScorePer,
-    pub selection: Selection,
-    pub kl_type: KlType,
-    pub router_statistic: Statistic,
-    pub skip_router_training: bool,
-    pub finetune_unsafe_experts: bool,
-    pub use_router_consistency_loss: bool,
-    pub router_consistency_weight: f64,
-    pub router_consistency_type: KlType,
-    pub router_consistency_layers: ConsistencyLayers,
-    pub safe_ratio: f64,
-    pub max_samples: usize,
-    pub seed: u64,
     /// Mean cross-entropy of the refusals of all unsafe rows, before the first round and after the last; null until the
     /// run has ended.
     pub ce_loss: Option<[Option<f64>; 2]>,
@@ -60,6 +65,30 @@ pub struct TrainingMetadata {
     pub training_logs: Vec<TrainingLog>,
     /// Selections by round, from 1.
     pub identified_experts_per_round: BTreeMap<usize, IdentifiedExperts>,
+}
+
+impl TrainingMetadata {
+    /// The metadata of a run before its first phase. `options`: all options by their names on the command line.
+    ///
+    /// # Panics
+    /// If an option of the file is missing.
+    pub fn new(options: &impl Serialize, strategy: &str, world_size: usize) -> Self {
+        let all = serde_json::to_value(options).expect("options have string keys");
+        let option = |name: &str| {
+            let value = all.get(name.replace('_', "-")).unwrap_or_else(|| panic!("there is no option {name}"));
+            (name.to_owned(), value.clone())
+        };
+        Self {
+            options: OPTIONS.into_iter().map(option).collect(),
+            training_strategy: strategy.into(),
+            world_size,
+            ce_loss: None,
+            router_loss: None,
+            held_out_loss: None,
+            training_logs: Vec::new(),
+            identified_experts_per_round: BTreeMap::new(),
+        }
+    }
 }
 
 /// A finished phase.
@@ -115,47 +144,14 @@ mod tests {
     fn keys_of_the_file() {
         let best_first: Vec<ExpertId> = (0..12).map(|e| (3, 11 - e).into()).collect();
         let gradients = best_first.iter().enumerate().map(|(i, id)| (*id, 1.0 - i as f64 / 16.0)).collect();
+        let options = OPTIONS.map(|name| (name.replace('_', "-"), Value::from(name)));
         let metadata = TrainingMetadata {
-            model_name: "m \"quoted\"".into(),
-            training_strategy: "alternate".into(),
-            num_rounds: 1,
-            expert_epochs_per_round: 1,
-            router_epochs_per_round: 1,
-            top_k_experts: 12,
-            batch_size: 8,
-            grad_accum: 1,
-            world_size: 2,
-            expert_lr: 5e-5,
-            router_lr: 1e-4,
-            weight_decay: 0.01,
-            lr_schedule: LrSchedule::Constant,
-            warmup_steps: 0,
-            max_grad_norm: None,
-            mode: "selective".into(),
-            schedule: "alternate".into(),
-            method: Method::Gradient,
-            score: Score::L1Mean,
-            score_per: ScorePer::Param,
-            selection: Selection::Global,
-            kl_type: KlType::Forward,
-            router_statistic: Statistic::TokenProbs,
-            skip_router_training: false,
-            finetune_unsafe_experts: true,
-            use_router_consistency_loss: false,
-            router_consistency_weight: 0.1,
-            router_consistency_type: KlType::Symmetric,
-            router_consistency_layers: ConsistencyLayers::UnsafeOnly,
-            safe_ratio: 0.5,
-            max_samples: 128,
-            seed: 42,
-            ce_loss: None,
-            router_loss: None,
-            held_out_loss: None,
             training_logs: vec![
                 TrainingLog { round: 1, step: TrainingStep::Expert, loss: Some(2.5), num_identified_experts: 12 },
                 TrainingLog { round: 1, step: TrainingStep::Router, loss: None, num_identified_experts: 12 },
             ],
             identified_experts_per_round: BTreeMap::from([(1, IdentifiedExperts { experts: best_first, gradients })]),
+            ..TrainingMetadata::new(&BTreeMap::from(options), "combined", 2)
         };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("training_metadata.json");
@@ -167,9 +163,8 @@ mod tests {
         {
             assert!(value.get(name).is_some(), "{name} is missing");
         }
-        assert_eq!(value["kl_type"], "forward");
-        assert_eq!((&value["score"], &value["lr_schedule"]), (&"l1-mean".into(), &"constant".into()));
-        assert!(value["max_grad_norm"].is_null());
+        assert!(OPTIONS.iter().all(|name| value[name] == *name), "each option has its own value: {value}");
+        assert_eq!((&value["training_strategy"], &value["world_size"]), (&"combined".into(), &2.into()));
         let router = serde_json::json!({"round": 1, "step": "router", "loss": null, "num_identified_experts": 12});
         assert_eq!(value["training_logs"][1], router);
         let round = &value["identified_experts_per_round"]["1"];

@@ -13,7 +13,7 @@ mod page;
 mod pickle;
 mod scores_json;
 
-pub use compare::{Overlap, RunChoice, overlap, overlap_tables, spearman};
+pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
 pub use curve::{Series, curve_svg};
 pub use eval::{
     EVAL_SCHEMA, EvalReport, EvaluatedModel, FinishReason, GENERATION_SCHEMA, GenerationRow, MeanLoss, PromptSide,

@@ -13,7 +13,7 @@ use crate::exit::{self, Ended, Result};
 use crate::experts::ExpertId;
 use crate::files;
 use crate::launch::{Started, check_output_dir, prepare_output_dir};
-use crate::report::{Overlap, Page, RunChoice, Table, overlap, overlap_tables, write_json};
+use crate::report::{Overlap, Page, RunSelection, Table, overlap, overlap_tables, write_json};
 use crate::ui::Ui;
 
 /// The value of `compare.json`'s schema.
@@ -132,7 +132,7 @@ fn write(config: &RunConfig, outcomes: Vec<Outcome>, ui: &Ui) -> Result<()> {
         .filter(|o| o.result.is_some())
         .map(|o| Run::read(Path::new(&o.folder), o.name.clone()))
         .collect::<Result<_>>()?;
-    let choices: Vec<RunChoice> = runs.iter().filter_map(Run::choice).collect();
+    let choices: Vec<RunSelection> = runs.iter().filter_map(Run::choice).collect();
     let mut tables = vec![table(&outcomes)];
     if choices.len() > 1 {
         tables.extend(overlap_tables(&choices));
@@ -168,7 +168,7 @@ fn write(config: &RunConfig, outcomes: Vec<Outcome>, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-fn pairs(choices: &[RunChoice]) -> Vec<Pair> {
+fn pairs(choices: &[RunSelection]) -> Vec<Pair> {
     let mut out = Vec::new();
     for (i, a) in choices.iter().enumerate() {
         for b in &choices[i + 1..] {

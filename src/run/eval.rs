@@ -160,7 +160,7 @@ impl Evaluation<'_> {
         for (index, prompt) in prompts.iter().enumerate() {
             let said = answer(model, prompt.ids, session.tokenizer.eos_ids(), sampling, index as u64)?;
             let response = session.tokenizer.decode(&said.ids);
-            let verdicts: Vec<bool> = LISTS.iter().map(|list| list.calls_refusal(&response)).collect();
+            let verdicts: Vec<bool> = LISTS.iter().map(|list| list.is_refusal(&response)).collect();
             let (answers, refused) = counts.entry(prompt.side).or_insert_with(|| (0, vec![0; LISTS.len()]));
             *answers += 1;
             refused.iter_mut().zip(&verdicts).for_each(|(n, refusal)| *n += usize::from(*refusal));

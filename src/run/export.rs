@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::checkpoint::{apply_delta, apply_delta_over};
+use crate::checkpoint::{apply_delta, apply_delta_replacing};
 use crate::config::ExportArgs;
 use crate::exit::{self, Failure, Result};
 use crate::launch::{check_model_dir, hub_cache};
@@ -18,7 +18,7 @@ pub fn export(args: &ExportArgs, ui: &Ui) -> Result<()> {
     let delta = delta_file(args)?;
     check_model_dir(&args.output_dir, args.overwrite, &[&base, &delta])?;
     ui.line(format_args!("base {}, delta {}", base.display(), delta.display()));
-    let apply = if args.overwrite { apply_delta_over } else { apply_delta };
+    let apply = if args.overwrite { apply_delta_replacing } else { apply_delta };
     apply(&base, &delta, &args.output_dir)?;
     ui.result(format_args!("model: {}", args.output_dir.display()));
     Ok(())

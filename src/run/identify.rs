@@ -120,7 +120,7 @@ impl<B: Backend> RoundScan<'_, B> {
             progress.warn(format_args!(
                 "only {} of {} experts qualify (--risk-threshold {})",
                 found.selected.experts.len(),
-                found.selected.asked,
+                found.selected.requested,
                 identify.threshold().unwrap_or_default()
             ));
         }

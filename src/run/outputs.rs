@@ -1,10 +1,8 @@
 //! The output folder of a run, as it grows.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::session::Session;
@@ -83,7 +81,8 @@ impl<'a> Outputs<'a> {
             Ok(Some(MetricsLog::resume(dir.join("metrics.jsonl"), metrics_length)?))
         };
         let metrics = all_ok(world, open())?;
-        let metadata = TrainingMetadata { training_logs, ..metadata(config, recipe, replica.step_world_size) };
+        let metadata = TrainingMetadata::new(config, recipe.strategy(), replica.step_world_size);
+        let metadata = TrainingMetadata { training_logs, ..metadata };
         Ok(Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, metadata })
     }
 
@@ -253,52 +252,5 @@ impl<'a> Outputs<'a> {
         let seconds = (now - self.last).as_secs_f64();
         self.last = now;
         seconds
-    }
-}
-
-/// An option's value as it is given on the command line.
-fn name(value: impl ValueEnum) -> String {
-    value.to_possible_value().expect("no value is hidden").get_name().to_owned()
-}
-
-fn metadata(config: &RunConfig, recipe: &Recipe, world_size: usize) -> TrainingMetadata {
-    TrainingMetadata {
-        model_name: config.model_name.clone(),
-        training_strategy: recipe.strategy().into(),
-        num_rounds: config.num_rounds,
-        expert_epochs_per_round: config.expert_epochs_per_round,
-        router_epochs_per_round: config.router_epochs_per_round,
-        top_k_experts: config.top_k_experts,
-        batch_size: config.batch_size,
-        grad_accum: config.grad_accum,
-        world_size,
-        expert_lr: config.expert_lr,
-        router_lr: config.router_lr,
-        weight_decay: config.weight_decay,
-        lr_schedule: config.lr_schedule,
-        warmup_steps: config.warmup_steps,
-        max_grad_norm: config.max_grad_norm,
-        mode: name(config.mode),
-        schedule: name(config.schedule),
-        method: config.method,
-        score: config.score,
-        score_per: config.score_per,
-        selection: config.selection,
-        kl_type: config.kl_type,
-        router_statistic: config.router_statistic,
-        skip_router_training: config.skip_router_training,
-        finetune_unsafe_experts: config.finetune_unsafe_experts,
-        use_router_consistency_loss: config.use_router_consistency_loss,
-        router_consistency_weight: config.router_consistency_weight,
-        router_consistency_type: config.router_consistency_type,
-        router_consistency_layers: config.router_consistency_layers,
-        safe_ratio: config.safe_ratio,
-        max_samples: config.max_samples,
-        seed: config.seed,
-        ce_loss: None,
-        router_loss: None,
-        held_out_loss: None,
-        training_logs: Vec::new(),
-        identified_experts_per_round: BTreeMap::new(),
     }
 }

@@ -51,7 +51,7 @@ impl PhraseList {
     }
 
     /// Whether this list classifies the answer as a refusal. Typographic apostrophes match plain ones.
-    pub fn calls_refusal(&self, answer: &str) -> bool {
+    pub fn is_refusal(&self, answer: &str) -> bool {
         let plain = answer.replace(['\u{2019}', '\u{02bc}'], "'");
         let text = if self.caseless { plain.to_lowercase() } else { plain };
         match self.matching {
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     fn verdicts(answer: &str) -> Vec<bool> {
-        LISTS.iter().map(|list| list.calls_refusal(answer)).collect()
+        LISTS.iter().map(|list| list.is_refusal(answer)).collect()
     }
 
     #[test]

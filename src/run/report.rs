@@ -10,7 +10,7 @@ use crate::experts::ExpertScores;
 use crate::files;
 use crate::launch::{Existing, prepare_dir_keeping};
 use crate::report::{
-    EvalReport, MetricsLog, MetricsRow, Page, RunChoice, ScoresFile, Series, Table, curve_svg, eval_tables,
+    EvalReport, MetricsLog, MetricsRow, Page, RunSelection, ScoresFile, Series, Table, curve_svg, eval_tables,
     heatmap_svg, overlap_tables, read_json,
 };
 use crate::train::Phase;
@@ -56,7 +56,7 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
         page.section("Evaluations");
         eval_tables(&evals).iter().for_each(|table| add(&mut page, table));
     }
-    let choices: Vec<RunChoice> = runs.iter().filter_map(Run::choice).collect();
+    let choices: Vec<RunSelection> = runs.iter().filter_map(Run::choice).collect();
     if choices.len() > 1 {
         page.section("Comparison of the last selections");
         overlap_tables(&choices).iter().for_each(|table| add(&mut page, table));
@@ -95,10 +95,10 @@ impl Run {
     }
 
     /// The last round's selection and scores.
-    pub fn choice(&self) -> Option<RunChoice> {
+    pub fn choice(&self) -> Option<RunSelection> {
         let scores = self.scores.as_ref()?;
         let (round, last) = scores.rounds.last_key_value()?;
-        Some(RunChoice { name: self.name.clone(), selected: last.selected.clone(), scores: scores.scores(*round) })
+        Some(RunSelection { name: self.name.clone(), selected: last.selected.clone(), scores: scores.scores(*round) })
     }
 
     /// A value of the metadata as text; `-` if it is missing.

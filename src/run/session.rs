@@ -83,7 +83,7 @@ impl Session {
             None => None,
             Some(path) => {
                 let held_out = Dataset::read(path, &tokenizer, &options).context("reading the held-out data")?;
-                let shared = held_out.shared_requests(&data);
+                let shared = held_out.count_shared_requests(&data);
                 if shared > 0 {
                     ui.warn(format_args!(
                         "{shared} of {} held-out rows of {} have the same request as rows of {}: losses on them say \
@@ -167,21 +167,21 @@ impl Session {
     /// fewer experts than asked for are enough: then says so.
     fn check_selection(&self, recipe: &Recipe, ui: &Ui) -> Result<()> {
         let (identify, depth) = (&recipe.identify, self.model.layers.len());
-        if let Some(range) = identify.pool.layers.as_ref().filter(|range| *range.end() >= depth) {
+        if let Some(range) = identify.limits.layers.as_ref().filter(|range| *range.end() >= depth) {
             let (first, last) = (range.start(), range.end());
             let message = format!("--layers {first}-{last} leaves the model, which has the layers 0-{}", depth - 1);
             return Err(Failure::new(exit::CONFIG, message));
         }
         let layers: Vec<_> = self.model.moe_layers().collect();
-        let pool = identify.pool_of(&layers, self.model.num_experts);
-        if pool.top_k < identify.pool.top_k {
+        let limits = identify.limits_for(&layers, self.model.num_experts);
+        if limits.top_k < identify.limits.top_k {
             ui.warn(format_args!(
                 "--top-k-experts {} is more than the {} experts that can be selected: all of them are. (No selection is trained \
                  with these options; otherwise this would be an error.)",
-                identify.pool.top_k, pool.top_k
+                identify.limits.top_k, limits.top_k
             ));
         }
-        Ok(pool.check(&layers, self.model.num_experts)?)
+        Ok(limits.check(&layers, self.model.num_experts)?)
     }
 
     /// The number format of the weights: F32 only if none is narrower.
@@ -234,7 +234,7 @@ impl Session {
     /// # Errors
     /// What differs, and on which rank.
     pub fn agree(&self, config: &RunConfig, world: &dyn Collective) -> Result<()> {
-        world.doing("the check that all ranks have the same inputs");
+        world.set_activity("the check that all ranks have the same inputs");
         all_agree(world, "version of moewarden", env!("CARGO_PKG_VERSION").as_bytes())?;
         agree_on_options(world, &config.decisive_yaml()?)?;
         let files = self.fingerprint_of_files(config)?;
@@ -282,7 +282,7 @@ fn agree_on_options(world: &dyn Collective, options: &str) -> Result<()> {
     let [ours, theirs] = [0, rank].map(|rank| String::from_utf8_lossy(&all[rank]));
     let mut lines = ours.lines().zip(theirs.lines()).filter(|(ours, theirs)| ours != theirs);
     let (ours, theirs) = lines.next().unwrap_or(("fewer of them", "more"));
-    Err(collective::Error::Disagree { what: format!("set of options (`{theirs}`, not `{ours}`)"), rank }.into())
+    Err(collective::Error::Disagreement { what: format!("set of options (`{theirs}`, not `{ours}`)"), rank }.into())
 }
 
 /// The files of rows and template that a run reads.

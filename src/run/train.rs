@@ -11,8 +11,8 @@ use super::session::Session;
 use super::verify::verify_frozen;
 use super::{prepare, summary};
 use crate::backend::Backend;
-use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, export_over, save_delta};
-use crate::collective::{all_ok, meanwhile};
+use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, export_replacing, save_delta};
+use crate::collective::{all_ok, with_heartbeat};
 use crate::config::{Init, RunConfig, SaveRounds};
 use crate::exit::{Ended, Result, Stopped};
 use crate::experts::ExpertId;
@@ -105,7 +105,7 @@ impl<'a> RunOf<'a> {
             }
         }
 
-        rank.world.doing("measuring the losses after training");
+        rank.world.set_activity("measuring the losses after training");
         let after = run.measure()?;
         after.check_finite()?;
         rank.ui.line(summary::losses("after", &after));
@@ -153,7 +153,7 @@ impl<'a> RunOf<'a> {
                 (snapshot.state.before, Outputs::resume(config, recipe, &replica, ui, outputs)?)
             }
             None => {
-                world.doing("measuring the losses before training");
+                world.set_activity("measuring the losses before training");
                 let before = measure(session, recipe, &replica)?;
                 (before, Outputs::create(session, config, recipe, &replica, ui)?)
             }
@@ -197,7 +197,7 @@ impl<B: Backend> Run<'_, B> {
                 return Ok(ControlFlow::Break(()));
             }
         }
-        self.replica.world.doing(&format!("the end of round {}", round + 1));
+        self.replica.world.set_activity(&format!("the end of round {}", round + 1));
         self.replica.check_weights(&format!("round {}", round + 1))?;
         self.save_round(round)?;
         self.save_between(Position::start(round + 1, Phase::Identify))
@@ -340,7 +340,7 @@ impl<B: Backend> Run<'_, B> {
             match self.config.save_rounds {
                 SaveRounds::None => return outputs.write_metadata(),
                 SaveRounds::Full => {
-                    export_over(&session.dir, checkpoint, &session.table, &replica.changed(), &dir)?;
+                    export_replacing(&session.dir, checkpoint, &session.table, &replica.changed(), &dir)?;
                 }
                 SaveRounds::Delta => {
                     save_delta(checkpoint, &session.table, &replica.changed(), &dir.join("delta.safetensors"))?;
@@ -350,8 +350,8 @@ impl<B: Backend> Run<'_, B> {
             outputs.write_metadata()
         };
         let world = &*replica.world;
-        world.doing(&format!("saving the model of round {}", round + 1));
-        all_ok(world, meanwhile(world, write)?)
+        world.set_activity(&format!("saving the model of round {}", round + 1));
+        all_ok(world, with_heartbeat(world, write)?)
     }
 
     /// Writes the final model, and verifies that all frozen parameters are bit-identical to their source.
@@ -368,7 +368,7 @@ impl<B: Backend> Run<'_, B> {
                 return Ok(());
             };
             let final_model = outputs.path("final_model");
-            export_over(&session.dir, checkpoint, &session.table, &replica.changed(), &final_model)?;
+            export_replacing(&session.dir, checkpoint, &session.table, &replica.changed(), &final_model)?;
             let frozen = verify_frozen(session, &final_model, replica.written())?;
             ui.result(format_args!(
                 "frozen: {} parameters ({:.2} % of the elements) have the source's bits, blake3 {}",
@@ -381,8 +381,8 @@ impl<B: Backend> Run<'_, B> {
             Ok(())
         };
         let world = &*replica.world;
-        world.doing("writing the final model");
-        all_ok(world, meanwhile(world, write)?)
+        world.set_activity("writing the final model");
+        all_ok(world, with_heartbeat(world, write)?)
     }
 }
 

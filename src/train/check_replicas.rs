@@ -17,8 +17,8 @@ pub fn check_replicas<B: Backend>(replica: &Replica<B>) -> Result<()> {
     if world.world_size() == 1 {
         return Ok(());
     }
-    let activity = world.place();
-    world.doing(&format!("the comparison of all ranks' weights in {activity}"));
+    let activity = world.activity();
+    world.set_activity(&format!("the comparison of all ranks' weights in {activity}"));
     let hashes: Vec<(ParamId, blake3::Hash)> = replica
         .written()
         .iter()
@@ -30,7 +30,7 @@ pub fn check_replicas<B: Backend>(replica: &Replica<B>) -> Result<()> {
     }
     let digests = world.all_gather(all.finalize().as_bytes())?;
     if digests.iter().all(|digest| *digest == digests[0]) {
-        world.doing(&activity);
+        world.set_activity(&activity);
         return Ok(());
     }
     // Only on failure: gather the hash of every tensor to find the one that differs.

@@ -7,7 +7,7 @@ use super::device_transport::DeviceTransport;
 use crate::backend::{Backend, HostTensor, encode_into};
 use crate::collective::{self, Collective};
 use crate::model::{Model, ParamId, ParamKind};
-use crate::optim::{AdamW, Gradient, ShardPlan};
+use crate::optim::{AdamW, GradientPiece, ShardPlan};
 
 /// A bucket on its way to the reducing thread: the range of its parameters, and their packed gradients.
 pub(super) type Bucket = (Range<usize>, Vec<f32>);
@@ -37,7 +37,7 @@ pub(super) enum Transport<'t, B: Backend> {
         /// Receives this rank's pieces.
         shard: &'t B::Buffer,
         /// Their offsets in the shard.
-        pieces: &'t [Gradient],
+        pieces: &'t [GradientPiece],
         /// The first error; no bucket is sent after it.
         error: Option<collective::Error>,
     },

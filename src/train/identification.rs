@@ -9,7 +9,7 @@ use crate::backend::Backend;
 use crate::collective::all_agree;
 use crate::data::Sampler;
 use crate::exit::Result;
-use crate::experts::{self, ExpertId, ExpertScores, RandomMatch, Rank, Selected, selection_hash};
+use crate::experts::{self, ExpertId, ExpertScores, RandomMatch, Ranking, Selected, selection_hash};
 
 /// What an identification found; the same on all ranks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -62,21 +62,21 @@ pub fn select<B: Backend>(
 ) -> Result<Identification> {
     let layers = &replica.moe_layers().layers;
     let num_experts = replica.model().config.num_experts;
-    let pool = identify.pool_of(layers, num_experts);
-    let rank = Rank { select: identify.select, threshold: None };
+    let limits = identify.limits_for(layers, num_experts);
+    let rank = Ranking { select: identify.select, threshold: None };
     let Scores { scores, mut micro_batches, mut losses, mut tokens, warning } = scored;
     let selected = match identify.by {
-        ScoreBy::Gradient(_) => experts::select(&scores, &pool, &rank)?,
+        ScoreBy::Gradient(_) => experts::select(&scores, &limits, &rank)?,
         ScoreBy::Routing { threshold, .. } => {
-            experts::select(&scores, &pool, &Rank { threshold: Some(threshold), ..rank })?
+            experts::select(&scores, &limits, &Ranking { threshold: Some(threshold), ..rank })?
         }
         ScoreBy::Random(score) => {
-            let matched = score.map(|_| experts::select(&scores, &pool, &rank)).transpose()?.map(|s| s.experts);
+            let matched = score.map(|_| experts::select(&scores, &limits, &rank)).transpose()?.map(|s| s.experts);
             let matching = if matched.is_some() { RandomMatch::Layer } else { RandomMatch::Total };
             // The scores served to match the layers; they did not decide which experts are selected.
             (micro_batches, losses, tokens) = (0, Vec::new(), Vec::new());
             let (seed, round) = (identify.seed, round as u64);
-            experts::random(layers, num_experts, &pool, matching, matched.as_deref(), seed, round)?
+            experts::select_random(layers, num_experts, &limits, matching, matched.as_deref(), seed, round)?
         }
     };
     all_agree(&*replica.world, "selection of experts", &selection_hash(&selected.experts))?;
@@ -127,7 +127,7 @@ impl StepSelections {
         let mut times = self.times.clone();
         times.sort_by_key(|(id, times)| (std::cmp::Reverse(*times), *id));
         let experts: Vec<_> = times.into_iter().map(|(id, _)| id).collect();
-        found.selected = Selected { asked: experts.len(), experts };
+        found.selected = Selected { requested: experts.len(), experts };
         Some(found)
     }
 }

@@ -41,7 +41,7 @@ impl MemoryBudget {
         let own = backend.free_memory();
         Self {
             activation_size: backend.activation_size(),
-            logit_rows: backend.rows_of_logits(vocab_size),
+            logit_rows: backend.logit_chunk_rows(vocab_size),
             vocab_size,
             free: own.unwrap_or_else(free_host),
             device: own.is_some(),

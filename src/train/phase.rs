@@ -143,7 +143,7 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
             let skipped = Some(not_finite.to_string());
             return self.count(StepResult { total_loss: f64::NAN, skipped, ..StepResult::default() });
         }
-        replica.world.doing(&step_name);
+        replica.world.set_activity(&step_name);
         let own: Vec<&O::Batch> = share(&batches, &*replica.world).map(|(_, batch)| batch).collect();
         let losses = self.objective.backward(replica, &own, &mut self.trainer)?;
         let norm = self.trainer.norm(replica)?;
@@ -186,7 +186,7 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
     fn enter_step(&self, replica: &mut Replica<B>) -> Result<String> {
         let (round, step) = (self.round + 1, self.progress.steps + 1);
         let step_name = format!("round {round}, {} step {step}", name(self.objective.phase()));
-        replica.world.doing(&step_name);
+        replica.world.set_activity(&step_name);
         replica.inject_nan = false;
         replica.visit(Point::Step)?;
         Ok(step_name)

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::memory::Recompute;
-use crate::experts::{ExpertId, Pool, RoutingTokens, Score, ScorePer, Select, Selection};
+use crate::experts::{ExpertId, RoutingTokens, Score, ScorePer, Select, Selection, SelectionLimits};
 use crate::model::{ModelConfig, ParamId, ParamKind, ParamTable, expert_params};
 use crate::optim::{LearningRates, LrSchedule};
 use crate::routers::{ConsistencyLayers, KlType, Statistic};
@@ -79,7 +79,7 @@ pub struct Identify {
     /// Which end of the ranking is selected.
     pub select: Select,
     /// How many experts are selected, and from which.
-    pub pool: Pool,
+    pub limits: SelectionLimits,
     /// Whether fewer experts are selected where the model has fewer: so where the selection trains nothing and is made for
     /// comparison. Otherwise that is an error.
     pub as_many_as_exist: bool,
@@ -320,7 +320,7 @@ impl Recipe {
         let [experts, others] = match self.trained() {
             None => [0, 0],
             Some(Trained::SelectedExperts) => {
-                [self.identify.pool.top_k * 3 * model.hidden_size * model.expert_width, 0]
+                [self.identify.limits.top_k * 3 * model.hidden_size * model.expert_width, 0]
             }
             Some(Trained::AllExperts) => [all_experts, 0],
             Some(Trained::Everything) => [all_experts, table.total().elements - all_experts - all_routers],
@@ -344,12 +344,12 @@ impl Identify {
 
     /// The pool of a model that routes in `layers` among `num_experts` experts each: with fewer experts than asked for where
     /// the model has fewer and [`Self::as_many_as_exist`] allows it.
-    pub fn pool_of(&self, layers: &[usize], num_experts: usize) -> Pool {
-        let mut pool = self.pool.clone();
+    pub fn limits_for(&self, layers: &[usize], num_experts: usize) -> SelectionLimits {
+        let mut limits = self.limits.clone();
         if self.as_many_as_exist {
-            pool.top_k = pool.top_k.min(pool.available(layers, num_experts));
+            limits.top_k = limits.top_k.min(limits.available(layers, num_experts));
         }
-        pool
+        limits
     }
 }
 

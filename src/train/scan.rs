@@ -199,7 +199,7 @@ impl<'d, B: Backend> Scan<'d, B> {
             return None;
         }
         let (rank, size) = (replica.world.rank(), replica.world.world_size());
-        replica.world.doing(&format!("identification, micro-batches from {}", self.next));
+        replica.world.set_activity(&format!("identification, micro-batches from {}", self.next));
         let first = self.next;
         self.next = self.micro_batches.len().min(first + len);
         Some((first..self.next).filter(|i| i % size == rank).collect())
@@ -305,7 +305,7 @@ impl<B: Backend> GradientScorer<B> {
         let params = 3 * model.config.hidden_size * model.config.expert_width;
         let layers = replica.moe_layers().layers.clone();
         Self {
-            plan: GradPlan::score(&model.table, depth, num_experts, score.score.moment()),
+            plan: GradPlan::score(&model.table, depth, num_experts, score.score.reduction()),
             no_grads: b.buffer(0),
             moments: b.scores(depth * num_experts),
             per_token: score.per == ScorePer::Token,

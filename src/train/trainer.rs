@@ -16,7 +16,9 @@ use crate::collective;
 use crate::model::{
     Forward, GradPlan, Inputs, LossGrads, Model, Observer, OnLayer, ParamId, ParamKind, PassEnd, Sinks,
 };
-use crate::optim::{AdamW, Error, Gradient, Group, LearningRates, ParamState, ShardPlan, Trainable, clip_factor};
+use crate::optim::{
+    AdamW, Error, GradientPiece, LearningRates, LrGroup, ParamState, ShardPlan, Trainable, clip_factor,
+};
 
 /// Elements after which a bucket is full: 32 MiB of f32, long enough to use the network's bandwidth, short enough that the
 /// first bucket is sent early. (PyTorch's DistributedDataParallel takes 25 MiB.)
@@ -40,7 +42,7 @@ pub struct Trainer<B: Backend> {
     /// This rank's pieces of the sum over all ranks. Unused where nothing is exchanged: there `grads` is the sum.
     shard: B::Buffer,
     /// Offsets of the pieces in the shard.
-    pieces: Vec<Gradient>,
+    pieces: Vec<GradientPiece>,
     scores: B::Scores,
     /// Whether gradients are exchanged with other ranks (or, for tests, with itself).
     exchanges: bool,
@@ -98,7 +100,7 @@ impl<B: Backend> Trainer<B> {
         let mut offset = 0;
         self.pieces = (0..ids.len())
             .map(|i| {
-                let piece = Gradient { param: ids[i], offset };
+                let piece = GradientPiece { param: ids[i], offset };
                 offset += self.shards.piece(i, rank).len();
                 piece
             })
@@ -292,9 +294,9 @@ fn trainables<B: Backend>(model: &Model<B>, ids: &[ParamId]) -> Vec<Trainable> {
     let trainable = |&param: &ParamId| {
         let spec = &model.table.params[param];
         let group = match spec.kind {
-            ParamKind::Expert(..) => Group::Expert,
-            ParamKind::Router(_) => Group::Router,
-            _ => Group::Other,
+            ParamKind::Expert(..) => LrGroup::Expert,
+            ParamKind::Router(_) => LrGroup::Router,
+            _ => LrGroup::Other,
         };
         Trainable { param, len: spec.value.len(), group }
     };

@@ -13,7 +13,7 @@ use moewarden::run::session::Session;
 use moewarden::train::memory::KeptLayers;
 use moewarden::train::{
     ExpertCrossEntropy, Identification, JointConsistency, Objective, PhasePlan, Recipe, Recompute, Replica,
-    RouterAlignment, StepResult, TrainingPhase, alignment_by_layer, find,
+    RouterAlignment, StepResult, TrainingPhase, find,
 };
 use moewarden::ui::Ui;
 use serde_json::Value;
@@ -150,12 +150,6 @@ impl<'a, B: Backend> CaseRun<'a, B> {
     /// The identification over these micro-batches.
     pub fn find(&self, micro_batches: Vec<Vec<usize>>) -> Identification {
         find(&self.replica, &self.recipe.identify, self.sampler(), micro_batches, 0).expect("finite losses")
-    }
-
-    /// Mean divergence of the routers over the whole data.
-    pub fn measure_alignment(&self) -> f64 {
-        let by_layer = alignment_by_layer(&self.replica, self.sampler(), self.recipe.divergence).expect("both sides");
-        by_layer.iter().sum::<f64>() / by_layer.len() as f64
     }
 
     /// Micro-batches of all unsafe replies, in the order of the first round.

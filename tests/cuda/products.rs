@@ -11,7 +11,7 @@ use moewarden::backend::cuda::Cuda;
 use moewarden::backend::cuda::gpu::Gpu;
 use moewarden::backend::cuda::plan::{AttentionForm, Form};
 use moewarden::backend::cuda::pool::Reuse;
-use moewarden::backend::{Backend, Dtype, ExpertGrad, Heads, HostTensor, Moment, Packing, Rope};
+use moewarden::backend::{Backend, Dtype, ExpertGrad, GradReduction, Heads, HostTensor, Packing, Rope};
 
 /// F32 sums of at most a few hundred products of numbers below 1, in another order.
 const F32: (f64, f64, &str) = (3e-5, 3e-5, "f32 sums in another order");
@@ -98,9 +98,9 @@ impl Case {
             .map(|g| match (g + seed as usize) % 5 {
                 0 => ExpertGrad::Skip,
                 1 => ExpertGrad::Accumulate((0..stack).map(|i| place(g, i)).collect()),
-                2 => ExpertGrad::Score(Moment::Abs, counts.len() - g),
-                3 => ExpertGrad::Score(Moment::Square, counts.len() - g),
-                _ => ExpertGrad::Score(Moment::AbsTimesWeight, counts.len() - g),
+                2 => ExpertGrad::Score(GradReduction::Abs, counts.len() - g),
+                3 => ExpertGrad::Score(GradReduction::Square, counts.len() - g),
+                _ => ExpertGrad::Score(GradReduction::AbsTimesWeight, counts.len() - g),
             })
             .collect();
         let start = Rng::new(seed + 1).values((counts.len() * stack + 1) * (size + 1), 1.0);
@@ -188,7 +188,7 @@ fn grouped_products_of_each_group() {
 fn a_gradient_beyond_the_scratch_is_made_in_slabs() {
     // 17.6 MB of F32, in slabs of 16 MiB.
     let case = Case::new(2, Dtype::F32, &[2], [1, 2100, 2100]);
-    assert!(matches!(case.plan[0], ExpertGrad::Score(Moment::Abs, _)));
+    assert!(matches!(case.plan[0], ExpertGrad::Score(GradReduction::Abs, _)));
     case.check(Form::EachGroup);
 }
 
@@ -244,7 +244,7 @@ fn numbers_of_one_group_never_reach_another() {
     for form in [Form::Arithmetic, Form::EachGroup, Form::TensorCores, Form::Warpgroups].into_iter().filter(runs) {
         let counts = [3, 40, 7];
         let mut case = Case::new(1, Dtype::Bf16, &counts, [1, 16, 24]);
-        let moments = |g: usize| ExpertGrad::Score(Moment::Abs, g);
+        let moments = |g: usize| ExpertGrad::Score(GradReduction::Abs, g);
         case.plan = (0..3).map(moments).collect();
         let want = case.run(&cuda(device::gpu(), Dtype::Bf16, form));
         // The middle group is full of NaN; tiles of its neighbours would extend into it.
@@ -273,10 +273,16 @@ fn one_group_is_a_plain_product_that_waits_for_nothing() {
         (0..2).map(|_| HostTensor::from_f32(vec![outputs, inputs], &rng.values(inputs * outputs, 1.0))).collect();
     let on_cpu: Vec<_> = hosts.iter().map(|w| cpu.weight(w.clone())).collect();
     let on_gpu: Vec<_> = hosts.iter().map(|w| gpu.weight(w.clone())).collect();
-    let want =
-        cpu.grouped_linear(&cpu.upload(rows, inputs, &x), &[on_cpu.iter().collect::<Vec<_>>()], &cpu.one_group(rows));
-    let got =
-        gpu.grouped_linear(&gpu.upload(rows, inputs, &x), &[on_gpu.iter().collect::<Vec<_>>()], &gpu.one_group(rows));
+    let want = cpu.grouped_linear(
+        &cpu.upload(rows, inputs, &x),
+        &[on_cpu.iter().collect::<Vec<_>>()],
+        &cpu.single_expert_dispatch(rows),
+    );
+    let got = gpu.grouped_linear(
+        &gpu.upload(rows, inputs, &x),
+        &[on_gpu.iter().collect::<Vec<_>>()],
+        &gpu.single_expert_dispatch(rows),
+    );
     close(&gpu.download(&got), &cpu.download(&want), Dtype::F32, "one group");
 }
 

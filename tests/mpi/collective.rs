@@ -102,7 +102,7 @@ fn join(timeout: Duration) -> Mpi {
     let stop_requested = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGTERM, stop_requested.clone()).unwrap();
     let c = mpi::init(timeout, stop_requested).unwrap();
-    c.doing("round 1, expert step 7");
+    c.set_activity("round 1, expert step 7");
     c
 }
 

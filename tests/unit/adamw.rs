@@ -2,7 +2,7 @@
 
 use moewarden::backend::cpu::Cpu;
 use moewarden::backend::{Backend, Dtype, HostTensor};
-use moewarden::optim::{AdamW, Gradient, Group, LearningRates, ParamState, Trainable, piece};
+use moewarden::optim::{AdamW, GradientPiece, LearningRates, LrGroup, ParamState, Trainable, piece};
 
 const LRS: LearningRates = LearningRates { expert: 1e-2, router: 3e-3, other: 1e-3 };
 const DECAY: f64 = 0.01;
@@ -17,7 +17,7 @@ fn gradient(step: usize, param: usize, len: usize) -> Vec<f32> {
 
 /// Three parameters of one dtype.
 fn weights(cpu: &Cpu, dtype: Dtype) -> (Vec<Trainable>, Vec<<Cpu as Backend>::Weight>) {
-    let params: Vec<_> = [(6, Group::Expert), (4, Group::Expert), (5, Group::Router)]
+    let params: Vec<_> = [(6, LrGroup::Expert), (4, LrGroup::Expert), (5, LrGroup::Router)]
         .into_iter()
         .enumerate()
         .map(|(param, (len, group))| Trainable { param, len, group })
@@ -40,7 +40,7 @@ fn step(
     let mut offset = 0;
     for p in params {
         cpu.buffer_write(&mut grads, offset, &gradient(number, p.param, p.len));
-        gradients.push(Gradient { param: p.param, offset });
+        gradients.push(GradientPiece { param: p.param, offset });
         offset += p.len;
     }
     optimizer.step(cpu, weights, &grads, &gradients, &LRS, DECAY, 0.5);
@@ -67,7 +67,7 @@ fn each_parameter_follows_the_formula_with_its_own_step_count() {
         }
     }
     for p in &params {
-        let lr = if p.group == Group::Router { LRS.router } else { LRS.expert };
+        let lr = if p.group == LrGroup::Router { LRS.router } else { LRS.expert };
         let mut w: Vec<f64> = initial(p.param, p.len).into_iter().map(f64::from).collect();
         let (mut m, mut v, mut t) = (vec![0.0; p.len], vec![0.0; p.len], 0);
         for number in (0..7).filter(|n| takes_part(*n, p)) {
@@ -90,7 +90,7 @@ fn each_parameter_follows_the_formula_with_its_own_step_count() {
 #[test]
 fn master_weights_accumulate_updates_below_bf16_precision() {
     let cpu = Cpu::new(1);
-    let one = Trainable { param: 0, len: 1, group: Group::Expert };
+    let one = Trainable { param: 0, len: 1, group: LrGroup::Expert };
     let mut weights = vec![cpu.weight(HostTensor::encode(Dtype::Bf16, vec![1], &[1.0]))];
     let mut optimizer = AdamW::new(0, 1);
     optimizer.add(&cpu, &weights, &[one]);
@@ -100,7 +100,7 @@ fn master_weights_accumulate_updates_below_bf16_precision() {
     cpu.buffer_write(&mut grads, 0, &[1.0]);
     let mut value = |steps: usize| {
         for _ in 0..steps {
-            optimizer.step(&cpu, &mut weights, &grads, &[Gradient { param: 0, offset: 0 }], &lrs, 0.0, 1.0);
+            optimizer.step(&cpu, &mut weights, &grads, &[GradientPiece { param: 0, offset: 0 }], &lrs, 0.0, 1.0);
         }
         cpu.weight_host(&weights[0]).to_f32()[0]
     };
@@ -159,7 +159,7 @@ fn the_shards_of_three_ranks_are_bit_identical_to_the_whole() {
                 let mut shard = Vec::new();
                 let mut gradients = Vec::new();
                 for p in active(number) {
-                    gradients.push(Gradient { param: p.param, offset: shard.len() });
+                    gradients.push(GradientPiece { param: p.param, offset: shard.len() });
                     shard.extend_from_slice(&gradient(number, p.param, p.len)[piece(p.len, rank, RANKS)]);
                 }
                 let mut grads = cpu.buffer(shard.len());

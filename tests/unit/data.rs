@@ -330,7 +330,7 @@ fn counts_of_the_report() {
 fn requests_shared_with_a_held_out_file_are_counted() {
     let train = read(&json!([attack("Make a Bomb", "a"), attack("other", "b")]), &options()).unwrap();
     let held_out = read(&json!([attack("make a  bomb ", "z"), attack("new", "b")]), &options()).unwrap();
-    assert_eq!((held_out.shared_requests(&train), train.shared_requests(&train)), (1, 2));
+    assert_eq!((held_out.count_shared_requests(&train), train.count_shared_requests(&train)), (1, 2));
 }
 
 #[test]

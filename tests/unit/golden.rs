@@ -9,12 +9,12 @@ use crate::case::{
 use moewarden::backend::{Backend, Dtype, cpu::Cpu};
 use moewarden::config::RunConfig;
 use moewarden::data::{LossOn, MicroBatch};
-use moewarden::experts::{Method, Rank, RoutingTokens, Score, ScorePer, Select, select, token_mask};
+use moewarden::experts::{Method, Ranking, RoutingTokens, Score, ScorePer, Select, select, token_mask};
 use moewarden::launch;
 use moewarden::model::{Model, ParamId, PassEnd, Routed};
 use moewarden::routers::{KlType, Statistic};
 use moewarden::run::session::Session;
-use moewarden::train::{Recompute, mean_loss};
+use moewarden::train::{Recompute, alignment_by_layer, mean_loss};
 use moewarden::ui::Ui;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -225,8 +225,8 @@ fn identification(name: &str) {
     {
         let found = select(
             &found.scores,
-            &config.recipe().unwrap().identify.pool_of(&found.scores.layers, found.scores.num_experts),
-            &Rank { select: end, threshold: None },
+            &config.recipe().unwrap().identify.limits_for(&found.scores.layers, found.scores.num_experts),
+            &Ranking { select: end, threshold: None },
         )
         .unwrap();
         assert_eq!(found.experts, experts(&selection[key]), "selection {key}");
@@ -276,7 +276,9 @@ fn routing(name: &str) {
         for router_statistic in [Statistic::TokenProbs, Statistic::SampleLogits] {
             for kl_type in [KlType::Forward, KlType::Reverse, KlType::Symmetric] {
                 let config = RunConfig { router_statistic, kl_type, ..case.config.clone() };
-                let measured = case.run(&config, 1).measure_alignment();
+                let run = case.run(&config, 1);
+                let by_layer = alignment_by_layer(&run.replica, run.sampler(), run.recipe.divergence).unwrap();
+                let measured = by_layer.iter().sum::<f64>() / by_layer.len() as f64;
                 let (statistic, kl) = (json!(router_statistic), json!(kl_type));
                 let theirs = &case.expect["router_kl"][statistic.as_str().unwrap()][kl.as_str().unwrap()];
                 assert_near(&format!("{statistic}, {kl}"), &[measured], &numbers(&theirs[i]), KL);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use moewarden::collective::Collective;
 use moewarden::collective::conformance::on_threads;
-use moewarden::experts::{ExpertId, ExpertScores, Pool, Rank, select};
+use moewarden::experts::{ExpertId, ExpertScores, Ranking, SelectionLimits, select};
 use moewarden::routers::{KlType, LayerStatistic, SampleSoftmax, alignment, all_reduce, kl_and_gradient};
 use proptest::prelude::*;
 
@@ -220,8 +220,8 @@ fn selections_of_the_reference_cases() {
             num_experts: rows[0].len(),
             values: rows.concat(),
         };
-        let pool = Pool { top_k: selected.len(), per_layer: None, layers: None };
-        assert_eq!(select(&scores, &pool, &Rank::default()).unwrap().experts, selected, "{}", path.display());
+        let pool = SelectionLimits { top_k: selected.len(), per_layer: None, layers: None };
+        assert_eq!(select(&scores, &pool, &Ranking::default()).unwrap().experts, selected, "{}", path.display());
         checked += 1;
     }
     assert!(checked > 0, "{} is empty", shared.display());

@@ -5,7 +5,7 @@ use crate::reference as r;
 use crate::values::{Rng, assert_close, wide};
 use moewarden::backend::cpu::{Buffer, Cpu, Tensor, Weight};
 use moewarden::backend::{
-    AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Moment, Packing, Rope, encode_into,
+    AdamwStep, Backend, Dtype, ExpertGrad, GradReduction, Heads, HostTensor, Packing, Rope, encode_into,
 };
 
 /// Sums of some hundred products of numbers below 1 in f32 have errors of 100 · 2^-24 = 6e-6; the rest is a margin for
@@ -390,7 +390,7 @@ fn a_layer_of_experts_and_its_backward() {
 
         // Backward: expert 0 frozen, the others alternately accumulated and scored by each moment.
         let loss = |x: &[f64], l: &[f64], g: &[Vec<f64>], dn: &[Vec<f64>]| r::dot(&forward(x, l, g, dn), &wide(&c));
-        let moments = [Moment::Abs, Moment::Square, Moment::AbsTimesWeight];
+        let moments = [GradReduction::Abs, GradReduction::Square, GradReduction::AbsTimesWeight];
         let plan = |sizes: &[usize]| -> Vec<ExpertGrad> {
             let stride: usize = sizes.iter().sum();
             (0..e)
@@ -455,9 +455,9 @@ fn a_layer_of_experts_and_its_backward() {
                     _ => assert!(got.iter().all(|&g| g == 0.0), "expert {i} must not write to the gradient buffer"),
                 }
                 let expected = match plan {
-                    ExpertGrad::Score(Moment::Abs, _) => want.iter().map(|g| g.abs()).sum(),
-                    ExpertGrad::Score(Moment::Square, _) => want.iter().map(|g| g * g).sum(),
-                    ExpertGrad::Score(Moment::AbsTimesWeight, _) => {
+                    ExpertGrad::Score(GradReduction::Abs, _) => want.iter().map(|g| g.abs()).sum(),
+                    ExpertGrad::Score(GradReduction::Square, _) => want.iter().map(|g| g * g).sum(),
+                    ExpertGrad::Score(GradReduction::AbsTimesWeight, _) => {
                         want.iter().zip(w).map(|(g, w)| (g * w).abs()).sum()
                     }
                     _ => 0.0,
@@ -485,7 +485,7 @@ fn a_score_over_several_tiles_is_the_sum_over_the_matrix() {
     let stacks: Vec<Vec<&Weight>> = w.iter().map(|w| vec![&w.0]).collect();
     let (rows, drows) =
         (cpu.dispatch_rows(&cpu.upload(t, d, &x), &dispatch), cpu.dispatch_rows(&cpu.upload(t, n, &dy), &dispatch));
-    for moment in [Moment::Abs, Moment::Square, Moment::AbsTimesWeight] {
+    for moment in [GradReduction::Abs, GradReduction::Square, GradReduction::AbsTimesWeight] {
         let plan: Vec<ExpertGrad> = (0..3).map(|e| ExpertGrad::Score(moment, 2 - e)).collect();
         let (mut dw, mut scores) = (cpu.buffer(0), cpu.scores(3));
         cpu.grouped_linear_backward_weight(&drows, &rows, &stacks, &dispatch, &plan, &mut dw, &mut scores);
@@ -498,9 +498,9 @@ fn a_score_over_several_tiles_is_the_sum_over_the_matrix() {
                     .map(|t| f64::from(dy[t * n + i / d]) * f64::from(x[t * d + i % d]))
                     .sum();
                 want += match moment {
-                    Moment::Abs => g.abs(),
-                    Moment::Square => g * g,
-                    Moment::AbsTimesWeight => (g * f64::from(w[e].1[i])).abs(),
+                    GradReduction::Abs => g.abs(),
+                    GradReduction::Square => g * g,
+                    GradReduction::AbsTimesWeight => (g * f64::from(w[e].1[i])).abs(),
                 };
             }
             assert_close(&[scores[2 - e] as f32], &[want], 0.0, 1e-6, "f32 errors of 28,000 entries average out");
@@ -724,7 +724,7 @@ fn everything(threads: usize) -> Vec<u64> {
     record(&cpu.download(&cpu.route_backward(&dweights, &routing)));
     record(&cpu.download(&dact));
     let plan: Vec<ExpertGrad> = (0..e)
-        .map(|i| if i == 0 { ExpertGrad::Accumulate(vec![500]) } else { ExpertGrad::Score(Moment::Abs, i) })
+        .map(|i| if i == 0 { ExpertGrad::Accumulate(vec![500]) } else { ExpertGrad::Score(GradReduction::Abs, i) })
         .collect();
     cpu.grouped_linear_backward_weight(&dout, &weighted, &s2, &dispatch, &plan, &mut dw, &mut scores);
     let dh = cpu.swiglu_backward(&dact, &h);

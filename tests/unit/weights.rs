@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moewarden::backend::{Dtype, HostTensor};
-use moewarden::checkpoint::{self, apply_delta, export, export_over, save_delta};
+use moewarden::checkpoint::{self, apply_delta, export, export_replacing, save_delta};
 use moewarden::exit::{self, Coded};
 use moewarden::model::tiny::{Layout, TinySpec, write_random_checkpoint};
 use moewarden::model::{
@@ -185,7 +185,7 @@ fn export_refuses_a_folder_with_files_and_export_over_replaces_it() {
     let temp = tempfile::tempdir().unwrap();
     let model = make(&temp.path().join("in"), &TinySpec::new("olmoe"));
     let write = |over: bool, changed: &BTreeMap<ParamId, HostTensor>| {
-        let export = if over { export_over } else { export };
+        let export = if over { export_replacing } else { export };
         export(&model.dir, &model.checkpoint, &model.table, changed, &out(&temp))
     };
     fs::create_dir(out(&temp)).unwrap(); // an empty folder is accepted
@@ -258,7 +258,7 @@ fn a_cached_snapshot_is_found_and_exported_as_real_files() {
     // A link to a file outside of the cache is not followed: the exported folder may be published.
     fs::write(temp.path().join("secret"), "s").unwrap();
     std::os::unix::fs::symlink(temp.path().join("secret"), snapshot.join("notes.txt")).unwrap();
-    let error = export_over(&found, &model.checkpoint, &model.table, &BTreeMap::new(), &out(&temp)).unwrap_err();
+    let error = export_replacing(&found, &model.checkpoint, &model.table, &BTreeMap::new(), &out(&temp)).unwrap_err();
     assert_eq!(error.exit_code(), exit::DATA, "{error}");
     assert!(files(&out(&temp)) == files(&blobs), "the folder before is untouched");
 }

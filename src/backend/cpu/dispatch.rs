@@ -44,7 +44,7 @@ impl Dispatch {
     }
 
     /// All rows in one group, in their order. For grouped products only: the rows belong to no tokens.
-    pub(super) fn one_group(rows: usize) -> Self {
+    pub(super) fn single_expert_dispatch(rows: usize) -> Self {
         Self { offsets: vec![0, rows], row_of: Vec::new(), slot_of: Vec::new(), top_k: 1 }
     }
 

@@ -10,7 +10,7 @@ use super::parallel::{Scratch, SharedSlice};
 use super::simd::{simd, sum, sum2};
 use super::tensor::Tensor;
 use super::weight::Weight;
-use crate::backend::{ExpertGrad, Moment};
+use crate::backend::{ExpertGrad, GradReduction};
 
 /// Consecutive rows that are multiplied by the same stacked weights.
 pub(super) struct RowGroup<'a> {
@@ -107,9 +107,9 @@ pub(super) fn backward_input(dy: &Tensor, groups: &[RowGroup<'_>], dx: &mut Tens
 pub(super) enum Sink<'a> {
     /// Accumulated in the gradient buffer at this element offset.
     Add(usize),
-    /// Reduced to one number, which is added to the score at this index. [`Moment::AbsTimesWeight`] needs the weight
+    /// Reduced to one number, which is added to the score at this index. [`GradReduction::AbsTimesWeight`] needs the weight
     /// itself.
-    Score(Moment, usize, &'a Weight),
+    Score(GradReduction, usize, &'a Weight),
 }
 
 /// A weight gradient to compute, dyᵀ · x: from rows `rows` of dy and x, and columns `out` of dy.
@@ -166,9 +166,9 @@ pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, jobs: &[WeightGrad<'_>], 
                     let mut g = Scratch::take(t.out.len() * k);
                     matmul(MatrixMut::new(&mut g, t.out.len(), k, k), dy_t, x, 1.0, false);
                     match moment {
-                        Moment::Abs => simd!(sum(&g, f32::abs)),
-                        Moment::Square => simd!(sum(&g, |g| g * g)),
-                        Moment::AbsTimesWeight => {
+                        GradReduction::Abs => simd!(sum(&g, f32::abs)),
+                        GradReduction::Square => simd!(sum(&g, |g| g * g)),
+                        GradReduction::AbsTimesWeight => {
                             let w = weight.read(t.out.clone());
                             simd!(sum2(&g, &w, |g, w| (g * w).abs()))
                         }

@@ -117,7 +117,7 @@ impl Backend for Cpu {
     fn profile(&self) -> Option<String> {
         None
     }
-    fn rows_of_logits(&self, _: usize) -> usize {
+    fn logit_chunk_rows(&self, _: usize) -> usize {
         0
     }
 
@@ -292,8 +292,8 @@ impl Backend for Cpu {
     fn dispatch(&self, routing: &Routing, num_experts: usize) -> Dispatch {
         Dispatch::new(&routing.ids, routing.top_k(), num_experts)
     }
-    fn one_group(&self, rows: usize) -> Dispatch {
-        Dispatch::one_group(rows)
+    fn single_expert_dispatch(&self, rows: usize) -> Dispatch {
+        Dispatch::single_expert_dispatch(rows)
     }
     fn tokens_per_expert(&self, dispatch: &Dispatch) -> Vec<usize> {
         dispatch.tokens_per_expert()

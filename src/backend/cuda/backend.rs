@@ -33,7 +33,7 @@ impl Backend for Cuda {
     fn profile(&self) -> Option<String> {
         self.times.as_ref().map(ToString::to_string)
     }
-    fn rows_of_logits(&self, classes: usize) -> usize {
+    fn logit_chunk_rows(&self, classes: usize) -> usize {
         cross_entropy::chunk_rows(classes, self.compute)
     }
 
@@ -194,8 +194,8 @@ impl Backend for Cuda {
     fn dispatch(&self, routing: &Routing, num_experts: usize) -> Dispatch {
         dispatch::dispatch(self, routing, num_experts)
     }
-    fn one_group(&self, rows: usize) -> Dispatch {
-        dispatch::one_group(self, rows)
+    fn single_expert_dispatch(&self, rows: usize) -> Dispatch {
+        dispatch::single_expert_dispatch(self, rows)
     }
     fn tokens_per_expert(&self, dispatch: &Dispatch) -> Vec<usize> {
         dispatch::tokens_per_expert(self, dispatch)

@@ -154,7 +154,7 @@ impl Forecast {
         let weights = |t: &Tokens| match recipe.trained() {
             None => 0.0,
             Some(Trained::SelectedExperts) => {
-                work(t).backward_experts(t) * (recipe.identify.pool.top_k as f64 / all_experts).min(1.0)
+                work(t).backward_experts(t) * (recipe.identify.limits.top_k as f64 / all_experts).min(1.0)
             }
             Some(Trained::AllExperts) => work(t).backward_experts(t),
             Some(Trained::Everything) => work(t).backward_weights(t),

@@ -167,12 +167,12 @@ impl Collective for FaultInjecting {
         self.inner.world_size()
     }
 
-    fn doing(&self, what: &str) {
-        self.inner.doing(what);
+    fn set_activity(&self, activity: &str) {
+        self.inner.set_activity(activity);
     }
 
-    fn place(&self) -> String {
-        self.inner.place()
+    fn activity(&self) -> String {
+        self.inner.activity()
     }
 
     fn barrier(&self) -> Result<()> {

@@ -36,7 +36,7 @@ pub fn dispatch(cuda: &Cuda, routing: &Routing, num_experts: usize) -> Dispatch 
 }
 
 /// All rows in one group, in their order. For grouped products only: these rows do not belong to tokens.
-pub fn one_group(cuda: &Cuda, rows: usize) -> Dispatch {
+pub fn single_expert_dispatch(cuda: &Cuda, rows: usize) -> Dispatch {
     let end = u32::try_from(rows).expect("fewer than 2^32 rows");
     let (offsets, host_offsets) = (cuda.uploaded(&[0, end]), vec![0, end].into());
     Dispatch { rows, num_experts: 1, top_k: 1, offsets, host_offsets, order: None }

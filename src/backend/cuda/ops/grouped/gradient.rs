@@ -9,7 +9,7 @@ use crate::backend::cuda::launch::In;
 use crate::backend::cuda::plan::Form;
 use crate::backend::cuda::tensor::Array;
 use crate::backend::cuda::{Buffer, Cuda, Dispatch, Scores, Tensor, Weight, kernels};
-use crate::backend::{Dtype, ExpertGrad, Moment, Stacks};
+use crate::backend::{Dtype, ExpertGrad, GradReduction, Stacks};
 
 /// Elements per block of `magnitude_of`.
 const MAGNITUDE_SPAN: usize = 4096;
@@ -59,7 +59,7 @@ struct Add<'a> {
 /// A group, its moment and the index of its score.
 struct Sum {
     group: usize,
-    moment: Moment,
+    moment: GradReduction,
     index: usize,
 }
 
@@ -218,10 +218,10 @@ impl Gradients<'_> {
 }
 
 /// The moment's number in gradient_magnitude.cu.
-fn code(moment: Moment) -> u64 {
+fn code(moment: GradReduction) -> u64 {
     match moment {
-        Moment::Abs => 0,
-        Moment::Square => 1,
-        Moment::AbsTimesWeight => 2,
+        GradReduction::Abs => 0,
+        GradReduction::Square => 1,
+        GradReduction::AbsTimesWeight => 2,
     }
 }
