@@ -156,10 +156,10 @@ pub struct AdamwStep {
 /// The operations of a model on one device. Conventions of all operations: see the module's documentation.
 ///
 /// # Panics
-/// A mismatch of shapes is a bug of the caller and panics with a message. A device that fails (memory full, a kernel's fault, a
-/// lost device) makes an operation unwind with a [`DeviceFault`] as the payload. Operations may be queued, so a fault can
-/// surface in a later one, at the latest in one that returns host values. Afterwards the contents of tensors are undefined.
-/// The code that runs a rank catches the unwinding, turns it into an error, and tells the other ranks.
+/// A mismatch of shapes is a bug of the caller and panics with a message. A device that fails (memory full, a kernel's
+/// fault, a lost device) makes an operation unwind with a [`DeviceFault`] as the payload. Operations may be queued, so a
+/// fault can surface in a later one, at the latest in one that returns host values. Afterwards the contents of tensors
+/// are undefined. The code that runs a rank catches the unwinding, turns it into an error, and tells the other ranks.
 ///
 /// A backend may store activations in 16 bits. Router logits, routing weights and their gradients, losses, parameter
 /// gradients and statistics are always f32 or wider.

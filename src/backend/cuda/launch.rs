@@ -146,7 +146,7 @@ impl<T: Element> Clone for In<'_, T> {
 impl<T: Element> Copy for In<'_, T> {}
 
 impl<R, T: Element> Pointer<'_, R, T> {
-    /// The caller names the memory's owner by the lifetime, and the type of the elements there.
+    /// A pointer to elements of type `T` at this address, in memory that its owner keeps alive for `'a`.
     pub(super) fn new(at: Address, format: T::Format) -> Self {
         Self { at, format, borrowed: PhantomData }
     }
@@ -290,8 +290,8 @@ pub struct Declaration {
     pub parameters: Vec<(&'static str, String)>,
 }
 
-/// The kernel for the number format that all arguments share which leave it open. Panics if they differ, or if there is
-/// none.
+/// The kernel for the number format of the arguments, `dtypes`. Panics if the arguments have different formats, or if no
+/// kernel exists for it.
 pub(super) fn select(name: &str, dtypes: &[Option<Dtype>], kernels: &'static [(Dtype, Kernel)]) -> &'static Kernel {
     let mut dtypes = dtypes.iter().flatten();
     let &dtype = dtypes.next().expect("an argument that has the kernel's number format");
