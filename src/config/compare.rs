@@ -3,8 +3,8 @@
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use super::{Mode, RunConfig, Schedule};
-use crate::experts::{Method, Selection};
+use super::{Mode, RunConfig, recipe};
+use crate::experts::Method;
 
 /// Which parameters a run of the matrix trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -55,24 +55,16 @@ impl Ablation {
         matches!(self, Ablation::ExpertOnly | Ablation::Combined)
     }
 
-    /// `base` with this ablation. The joint schedule is kept only if experts and routers both train.
-    pub fn apply(self, base: &RunConfig) -> RunConfig {
-        let (mode, experts, routers) = match self {
-            Ablation::ExpertOnly => (Mode::Selective, true, false),
-            Ablation::RouterOnly => (Mode::Selective, false, true),
-            Ablation::Combined => (Mode::Selective, true, true),
-            Ablation::Frozen => (Mode::Selective, false, false),
-            Ablation::Baseline => (Mode::Baseline, true, !base.skip_router_training),
+    /// `base` with this ablation and this method. The joint schedule is kept only if experts and routers both train.
+    pub fn apply(self, base: &RunConfig, method: Method) -> RunConfig {
+        let (experts, routers) = match self {
+            Ablation::ExpertOnly => (Some(Mode::Selective), Some(false)),
+            Ablation::RouterOnly => (None, Some(true)),
+            Ablation::Combined => (Some(Mode::Selective), Some(true)),
+            Ablation::Frozen => (None, Some(false)),
+            Ablation::Baseline => (Some(Mode::Baseline), None),
         };
-        let joint = base.schedule == Schedule::Joint && experts && routers;
-        RunConfig {
-            mode,
-            finetune_unsafe_experts: experts,
-            skip_router_training: !routers,
-            schedule: if joint { Schedule::Joint } else { Schedule::Alternate },
-            use_router_consistency_loss: joint,
-            ..base.clone()
-        }
+        recipe::variant(base, method, experts, routers)
     }
 }
 
@@ -88,10 +80,8 @@ impl CompareArgs {
                 if variants.iter().any(|v| v.name == name) {
                     continue;
                 }
-                // Random experts are drawn once a round.
-                let selection = if *method == Method::Random { Selection::Global } else { base.selection };
                 let output_dir = base.output_dir.join(&name);
-                let config = RunConfig { method: *method, selection, output_dir, ..ablation.apply(base) };
+                let config = RunConfig { output_dir, ..ablation.apply(base, *method) };
                 variants.push(Variant { name, ablation: *ablation, config });
             }
         }
@@ -111,7 +101,8 @@ impl Variant {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::validate;
+    use crate::config::{Schedule, validate};
+    use crate::experts::Selection;
 
     #[test]
     fn the_matrix_has_each_cell_once_and_every_cell_is_valid() {

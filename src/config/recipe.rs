@@ -115,6 +115,24 @@ pub(super) fn imply(given: &RawOptions, implied: &mut RawOptions) {
     }
 }
 
+/// `base` with another method, which trains the experts of a mode (`None`: no experts) and routers or not (`None`: as `base`).
+/// The joint schedule is kept only if experts and routers both train.
+pub(super) fn variant(base: &RunConfig, method: Method, experts: Option<Mode>, routers: Option<bool>) -> RunConfig {
+    let routers = routers.unwrap_or(!base.skip_router_training);
+    let joint = base.schedule == Schedule::Joint && experts.is_some() && routers;
+    RunConfig {
+        method,
+        mode: experts.unwrap_or(Mode::Selective),
+        finetune_unsafe_experts: experts.is_some(),
+        skip_router_training: !routers,
+        schedule: if joint { Schedule::Joint } else { Schedule::Alternate },
+        use_router_consistency_loss: joint,
+        // Random experts are drawn once a round.
+        selection: if method == Method::Random { Selection::Global } else { base.selection },
+        ..base.clone()
+    }
+}
+
 /// Contradictions between these options: (whether there is one, the message).
 pub(super) fn contradictions(c: &RunConfig) -> Vec<(bool, &'static str)> {
     let joint = c.schedule == Schedule::Joint;

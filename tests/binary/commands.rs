@@ -3,13 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::golden_copy::golden_copy as case;
 use assert_cmd::Command;
 use moewarden::exit;
 use serde_json::{Value, json};
-
-fn case(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
-}
 
 fn read_json(path: impl AsRef<Path>) -> Value {
     let path = path.as_ref();

@@ -1,6 +1,8 @@
 //! Tests that run the real binary: its commands and options, bad input, resumed runs, faults, and ranks as threads and, with
 //! the feature `mpi`, as processes.
 
+#[path = "../common/golden_copy.rs"]
+mod golden_copy;
 #[path = "../common/processes.rs"]
 mod processes;
 

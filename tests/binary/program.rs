@@ -1,5 +1,6 @@
 //! Runs of the real binary, alone or under `mpirun`, and their output files.
 
+use crate::golden_copy::golden_copy;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
@@ -114,7 +115,7 @@ pub fn moewarden<S: Into<OsString>>(processes: usize, args: impl IntoIterator<It
 
 /// The model of a golden case.
 pub fn model(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case).join("model")
+    golden_copy(case).join("model")
 }
 
 /// Rows with a safe and an unsafe prompt, short and of uneven length.

@@ -1,6 +1,7 @@
 //! Python reads the outputs of runs. These tests are ignored by default, so that they do not count as passed where Python is
 //! missing; `tests/all.sh` includes them where it is installed.
 
+use crate::golden_copy::golden_copy as golden;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
@@ -13,10 +14,6 @@ use moewarden::data::{ChatTokenizer, DataOptions, Dataset};
 use moewarden::model::tiny::{Layout, TinySpec, write_random_checkpoint};
 use moewarden::model::{Checkpoint, ModelConfig, ParamKind, ParamTable};
 use serde_json::{Value, json};
-
-fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case)
-}
 
 /// The interpreter `MOEWARDEN_PYTHON`, or `python3`, with these arguments.
 fn python(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Output {

@@ -5,6 +5,8 @@
 mod case;
 #[path = "../emulator/mod.rs"]
 mod emulator;
+#[path = "../common/golden_copy.rs"]
+mod golden_copy;
 #[path = "../common/values.rs"]
 mod values;
 

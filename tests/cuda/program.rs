@@ -1,6 +1,7 @@
 //! The real binary with `--device cuda`, on stand-ins for NVIDIA's libraries (`tests/stand_in/cuda.c`) that run
 //! emulated kernels: only the hardware and its libraries are replaced.
 
+use crate::golden_copy::golden_copy as golden;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -13,10 +14,6 @@ use moewarden::exit;
 use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
-
-fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case)
-}
 
 /// A machine with one GPU.
 struct Machine {

@@ -1,5 +1,7 @@
 //! Tests of ranks over MPI, and of the SLURM scripts that start them.
 
+#[path = "../common/golden_copy.rs"]
+mod golden_copy;
 #[path = "../common/processes.rs"]
 mod processes;
 

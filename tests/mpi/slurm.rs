@@ -1,6 +1,7 @@
 //! The batch scripts of `launch/` with the real binary and real MPI, on a private SLURM of two nodes: see
 //! `tests/mpi/cluster.sh`. Where that cannot run, a line says so.
 
+use crate::golden_copy::golden_copy;
 use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -34,7 +35,7 @@ fn text(bytes: &[u8]) -> String {
 
 /// The options of a training on the tiny model.
 fn training(output: &Path, more: &str) -> Vec<String> {
-    let case = repository().join("tests/golden/olmoe_bf16");
+    let case = golden_copy("olmoe_bf16");
     let (model, rows, output) = (case.join("model"), case.join("data.json"), output);
     let paths =
         format!("--model-name {} --dataset-path {} --output-dir {}", model.display(), rows.display(), output.display());

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::case::{Case, CaseRun};
+use crate::golden_copy::golden_copy;
 use moewarden::backend::{Backend, cpu::Cpu};
 use moewarden::config::{Mode, RunConfig, SaveRounds};
 use moewarden::exit::Ended;
@@ -222,6 +223,7 @@ fn a_run_that_trains_nothing_changes_nothing() {
         finetune_unsafe_experts: false,
         skip_router_training: true,
         save_rounds: SaveRounds::None,
+        model_name: golden_copy("qwen3_moe").join("model").to_str().unwrap().into(),
         output_dir: out.path().join("run"),
         ..case.config.clone()
     };

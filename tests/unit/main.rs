@@ -2,6 +2,8 @@
 
 #[path = "../common/case.rs"]
 mod case;
+#[path = "../common/golden_copy.rs"]
+mod golden_copy;
 #[path = "../common/values.rs"]
 mod values;
 

@@ -14,6 +14,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::campaign::repeats;
+use crate::golden_copy::golden_copy;
 use crate::processes::{MARK, Marked, marked, mpirun};
 
 /// Longer than any run, even if other programs share the cores.
@@ -207,7 +208,7 @@ pub fn duration(by: By) -> Duration {
 
 /// The golden case with the model. (16-bit weights: the gathered weights differ from the f32 masters.)
 pub fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/olmoe_bf16")
+    golden_copy("olmoe_bf16")
 }
 
 /// The names in a folder, sorted; empty if there is no such folder.
