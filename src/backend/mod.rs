@@ -16,7 +16,9 @@
 //! - Every result is deterministic: the order of each sum is fixed and does not depend on the number of threads.
 //! - The caller guarantees matching shapes. A mismatch is a bug, and panics with both shapes.
 
+#[doc(hidden)]
 pub mod cpu;
+#[doc(hidden)]
 pub mod cuda;
 mod fault;
 mod host;

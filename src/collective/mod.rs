@@ -7,10 +7,14 @@
 //! Each operation has a deadline, and each error names the rank at fault: a rank that died, that does not arrive before
 //! the timeout, or that called another operation. This module knows nothing about models.
 
+#[doc(hidden)]
 pub mod conformance;
 #[cfg(feature = "mpi")]
+#[doc(hidden)]
 pub mod mpi;
+#[doc(hidden)]
 pub mod nccl;
+#[doc(hidden)]
 pub mod threads;
 
 use std::borrow::Cow;

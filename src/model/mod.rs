@@ -12,6 +12,7 @@ mod plan;
 mod random;
 mod safetensors;
 mod table;
+#[doc(hidden)]
 pub mod tiny;
 mod transformer;
 mod weights;

@@ -21,6 +21,7 @@ mod hostile;
 mod layering;
 mod method;
 mod ops;
+mod operations;
 mod ops_autograd;
 mod recipe;
 mod second_opinion;
