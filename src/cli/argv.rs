@@ -1,4 +1,4 @@
-//! From the spellings users write to the one that the grammar knows: `--learning_rate 1e-4` → `--expert-lr=1e-4`.
+//! Normalizes the spellings of options before clap parses them: `--learning_rate 1e-4` → `--expert-lr=1e-4`.
 
 use std::ffi::{OsStr, OsString};
 
@@ -7,16 +7,18 @@ use clap::error::ErrorKind;
 
 use crate::config::{Meaning, Spelled, spelled};
 
-/// An option with its value as it was written.
+/// An option that has been normalized, to find contradictions.
 struct Written {
     name: String,
     spelling: String,
     value: OsString,
 }
 
-/// Replaces each known option by its own name, joined with its value by `=`. Values are untouched; what is not known
-/// is left for clap to speak about. Two spellings of one option with the same value become one; with different
-/// values they are an error (a usage error, exit 2).
+/// Replaces each known option by its canonical name, joined with its value by `=`. Values are unchanged; unknown
+/// options are left for clap to report. Two spellings of an option with the same value become one.
+///
+/// # Errors
+/// Two spellings with different values, or a boolean option with another value: a usage error (exit 2).
 pub fn canonical(args: Vec<OsString>, root: &mut Command) -> Result<Vec<OsString>, clap::Error> {
     let subcommand = args.iter().skip(1).find(|a| !a.to_string_lossy().starts_with('-'));
     let Some(command) = subcommand.and_then(|name| root.find_subcommand(name)).cloned() else { return Ok(args) };
@@ -51,7 +53,7 @@ pub fn canonical(args: Vec<OsString>, root: &mut Command) -> Result<Vec<OsString
             }
             Err(Unclear::NotBool(value)) => {
                 let value = value.to_string_lossy();
-                let message = format!("--{spelling} is true or false, not '{value}'");
+                let message = format!("--{spelling} takes true or false, not '{value}'");
                 return Err(root.error(ErrorKind::InvalidValue, message));
             }
         };
@@ -74,15 +76,15 @@ pub fn canonical(args: Vec<OsString>, root: &mut Command) -> Result<Vec<OsString
     Ok(out)
 }
 
-/// Why an option has no value here.
+/// Why [`meant`] finds no value.
 enum Unclear {
-    /// It is a switch, or its value is missing.
+    /// The option is a switch without a value, or the value is missing.
     NoValue,
-    /// `--no-x=7`
+    /// Not a boolean, as in `--no-x=7`.
     NotBool(OsString),
 }
 
-/// The value that an option's spelling and the value written with it stand for; `None`: nothing was asked for.
+/// The value of an option, by its spelling and its written value. `None`: the option is not given.
 fn meant(option: Spelled, inline: Option<OsString>) -> Result<Option<OsString>, Unclear> {
     if option.meaning == Meaning::Itself {
         return match inline {
@@ -103,8 +105,8 @@ fn meant(option: Spelled, inline: Option<OsString>) -> Result<Option<OsString>, 
     })
 }
 
-/// `--name=value` as (name, value), `--name` as (name, none); anything else (text only, so that other values pass
-/// untouched) is no option.
+/// Splits `--name=value` into (name, value) and `--name` into (name, `None`). Returns `None` for any other argument,
+/// and for one that is not UTF-8.
 fn split(arg: &OsStr) -> Option<(String, Option<OsString>)> {
     let text = arg.to_str()?.strip_prefix("--")?;
     Some(match text.split_once('=') {
@@ -122,7 +124,7 @@ fn join(name: &str, value: Option<&OsStr>) -> OsString {
     arg
 }
 
-/// A dash in front, unless it belongs to a negative number.
+/// Whether an argument starts with a dash and is not a negative number.
 fn looks_like_option(arg: &OsStr) -> bool {
     let text = arg.to_string_lossy();
     text.starts_with('-') && text.len() > 1 && text.parse::<f64>().is_err()

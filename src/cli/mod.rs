@@ -26,7 +26,7 @@ pub struct Cli {
     /// Print no progress: only results, warnings and errors
     #[arg(long, short, global = true)]
     pub quiet: bool,
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -39,38 +39,38 @@ pub enum Command {
     Train(RunArgs),
     /// Score and select experts; changes no weight
     Identify(RunArgs),
-    /// Generate answers of a model, and measure refusals, loss and routing
+    /// Generate responses, and measure refusals, loss and routing
     Eval(EvalArgs),
-    /// Draw the scores and selections of finished runs, and compare them
+    /// Draw heatmaps of the scores and selections of finished runs, and compare the runs
     Report(ReportArgs),
     /// Train a matrix of methods and ablations from one configuration
     Compare {
         /// The matrix.
         #[command(flatten)]
         args: CompareArgs,
-        /// The configuration that all its cells share.
+        /// The base configuration of all its runs.
         #[command(flatten)]
         run: RunArgs,
     },
-    /// Join a base model and a delta into a complete model folder
+    /// Merge a base model and a delta into a complete model folder
     Export(ExportArgs),
     /// Validate model, data and options, show the loss mask, predict memory and time; loads no weights
     Check {
-        /// What to show.
+        /// Options of `check` itself.
         #[command(flatten)]
         args: CheckArgs,
-        /// The run that is checked.
+        /// The run to check.
         #[command(flatten)]
         run: RunArgs,
     },
-    /// Make a tiny model and data set, train on them and report, in seconds
+    /// Generate a tiny model and data set, train and report, in seconds
     Quickstart(QuickstartArgs),
 }
 
-/// The options of a run, and the file that may hold some of them.
+/// The options of a run, as flags and in a YAML file.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// YAML file with the names of these options; flags win over it. Paths in it are relative to the current folder
+    /// YAML file of these options; flags win over the file. Paths in the file are relative to the current folder
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// The flags.
@@ -92,7 +92,7 @@ impl RunArgs {
     }
 }
 
-/// Reads the command line. The error knows its exit code (2, or 0 for help and version) and prints itself.
+/// Parses the command line. The error carries its exit code (2; 0 for help and version) and its output.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
     let mut command = command();
     let args = argv::canonical(args.into_iter().collect(), &mut command)?;
@@ -138,7 +138,7 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
     }
 }
 
-/// The grammar: what clap derives, with defaults shown from [`RunConfig::default`], and true-or-false options that
+/// The grammar: clap's derived one, plus the defaults of [`RunConfig::default`] in the help, and boolean options that
 /// need no value.
 pub fn command() -> clap::Command {
     let defaults = serde_json::to_value(RunConfig::default()).expect("the defaults are text and numbers");
@@ -150,8 +150,8 @@ pub fn command() -> clap::Command {
         })
         .collect();
     let after = format!(
-        "Underscores may stand for the dashes of an option (--top_k_experts), and --no-OPTION for a false one.\n\
-         Spellings of the original scripts:\n{originals}"
+        "Options accept underscores instead of dashes (--top_k_experts). --no-OPTION sets a boolean option to false.\n\
+         Flags of the original scripts:\n{originals}"
     );
     Cli::command().mut_subcommands(|command| {
         let is_run = command.get_arguments().any(|a| a.get_id() == "num_rounds");
@@ -165,7 +165,7 @@ pub fn command() -> clap::Command {
     })
 }
 
-/// Shows a run option's default, and lets a true-or-false one stand alone.
+/// Adds the default of a run option to its help, and makes the value of a boolean option optional.
 fn run_option(arg: Arg, defaults: &Value) -> Arg {
     let default = arg.get_long().and_then(|name| defaults.get(name)).map_or_else(String::new, |value| match value {
         Value::String(text) => text.clone(),
@@ -196,7 +196,7 @@ fn run_option(arg: Arg, defaults: &Value) -> Arg {
     }
 }
 
-/// Whether an option decides about training only.
+/// Whether an option concerns only training.
 fn is_training(arg: &Arg) -> bool {
     matches!(
         arg.get_help_heading(),
@@ -204,7 +204,8 @@ fn is_training(arg: &Arg) -> bool {
     )
 }
 
-/// `identify` shares the options file of `train`, but a flag that trains would do nothing.
+/// Refuses training flags of `identify`, where they have no effect. (In its options file, which `train` may share, they
+/// are allowed.)
 fn refuse_training_flags(flags: &RawOptions) -> exit::Result<()> {
     let options = RawOptions::augment_args(clap::Command::new("options"));
     for arg in options.get_arguments().filter(|a| is_training(a)) {

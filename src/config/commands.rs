@@ -72,7 +72,7 @@ const GENERATION: &str = "Generation";
 
 impl EvalArgs {
     /// The options of a run that reads the same model and data in the order of the file. Routing frequencies are
-    /// counted over prompt tokens: prompts differ between the safe and the unsafe side, while responses are often equal.
+    /// counted over prompt tokens: the prompts of the two sides differ, their responses are often equal.
     ///
     /// # Errors
     /// [`ConfigError::Invalid`], with every value out of range.

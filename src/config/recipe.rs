@@ -140,7 +140,7 @@ pub(super) fn contradictions(c: &RunConfig) -> Vec<(bool, &'static str)> {
         (
             c.use_router_consistency_loss && !joint,
             "--use-router-consistency-loss trains experts and routers in one step, but --schedule is alternate: \
-             leave out --schedule, or the loss",
+             leave one out",
         ),
         (
             joint && !c.use_router_consistency_loss,
@@ -149,20 +149,20 @@ pub(super) fn contradictions(c: &RunConfig) -> Vec<(bool, &'static str)> {
         ),
         (
             joint && c.skip_router_training,
-            "the joint schedule trains the routers, and --skip-router-training leaves them alone: leave one out",
+            "--schedule joint trains the routers, but --skip-router-training does not: leave one out",
         ),
         (
             joint && c.batch_size < 2,
-            "the joint schedule needs safe and unsafe examples in each micro-batch: --batch-size must be at least 2",
+            "--schedule joint needs safe and unsafe examples in each micro-batch: --batch-size must be at least 2",
         ),
         (
             c.mode != Mode::Selective && !c.finetune_unsafe_experts,
-            "--mode baseline and --mode experts train all experts, and --no-finetune-unsafe-experts trains none: \
+            "--mode baseline and --mode experts train all experts, but --no-finetune-unsafe-experts trains no expert: \
              leave one out",
         ),
         (
             c.method == Method::Random && c.selection == Selection::PerBatch,
-            "random experts are drawn once a round, so that they stay as many as the method they control: \
+            "--method random draws its experts once a round, to match the count of the gradient method: \
              use --selection global",
         ),
     ]
@@ -179,7 +179,7 @@ pub(super) fn no_effect(c: &RunConfig) -> Vec<(bool, &'static str, &'static [&'s
             "experts are not trained (--no-finetune-unsafe-experts)",
             &["expert-epochs-per-round"],
         ),
-        (c.mode != Mode::Selective, "only --mode selective trains a selection", &["selection"]),
+        (c.mode != Mode::Selective, "only --mode selective trains selected experts", &["selection"]),
         (
             c.skip_router_training,
             "routers are not trained (--skip-router-training)",
@@ -187,12 +187,12 @@ pub(super) fn no_effect(c: &RunConfig) -> Vec<(bool, &'static str, &'static [&'s
         ),
         (
             joint,
-            "it belongs to the router phase of --schedule alternate",
+            "only the router phase of --schedule alternate uses it",
             &["router-epochs-per-round", "router-statistic", "kl-type"],
         ),
         (
             !joint,
-            "it belongs to --use-router-consistency-loss",
+            "only --use-router-consistency-loss uses it",
             &["router-consistency-weight", "router-consistency-type", "router-consistency-layers", "safe-ratio"],
         ),
     ]

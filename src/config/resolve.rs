@@ -10,8 +10,8 @@ use crate::train::{Identify, Recipe, ScoreBy, Training};
 pub struct Resolved {
     /// The options of the run.
     pub config: RunConfig,
-    /// One sentence for each option of the YAML file that has no effect in this run. (A flag without effect is an error:
-    /// a file may serve several kinds of run, a command line serves one.)
+    /// One sentence for each option of the YAML file that has no effect in this run. (A flag without effect is an
+    /// error: a file may serve several kinds of run, a command line serves one.)
     pub warnings: Vec<String>,
 }
 

@@ -87,9 +87,9 @@ fn contradictions(c: &RunConfig, wrong: &mut Vec<String>) {
     let cases = [
         (
             c.init == Init::Random && c.resume,
-            "--resume goes on from a checkpoint, and a run of --init random makes none: leave one out",
+            "--resume needs a checkpoint, but a run with --init random saves no checkpoint: leave one out",
         ),
-        (c.overwrite && c.resume, "--overwrite removes the outputs that --resume continues: leave one out"),
+        (c.overwrite && c.resume, "--overwrite deletes the outputs that --resume continues: leave one out"),
     ];
     let cases = recipe::contradictions(c).into_iter().chain(cases);
     wrong.extend(cases.filter(|(holds, _)| *holds).map(|(_, message)| message.to_owned()));
@@ -118,21 +118,21 @@ fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
     }
 }
 
-/// Options that ask for something else than their default does, in a run in which they cannot act: (name, why).
+/// Options with a value other than the default that have no effect in this run: (name, reason).
 pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
     let random = c.method == Method::Random;
     let gradient_scores = c.method == Method::Gradient || random && c.random_match == RandomMatch::Layer;
     let random_weights = c.init == Init::Random;
-    let no_model = "random weights are not worth writing (--init random)";
+    let no_model = "a run with --init random saves no model and no checkpoint";
     let mut rules: Vec<(bool, &str, &[&str])> = vec![
-        (!gradient_scores, "it belongs to the gradient method (--method gradient)", &["score", "score-per"]),
-        (c.method != Method::Routing, "it belongs to --method routing", &["risk-threshold", "routing-tokens"]),
-        (!random, "it belongs to --method random", &["random-match"]),
-        (random && c.random_match == RandomMatch::Total, "random experts are not ranked", &["select"]),
+        (!gradient_scores, "only --method gradient uses it", &["score", "score-per"]),
+        (c.method != Method::Routing, "only --method routing uses it", &["risk-threshold", "routing-tokens"]),
+        (!random, "only --method random uses it", &["random-match"]),
+        (random && c.random_match == RandomMatch::Total, "--method random does not rank experts", &["select"]),
     ];
     rules.extend(recipe::no_effect(c));
     rules.extend([
-        (c.device == Device::Cpu, "it belongs to GPUs (--device cuda)", &["precision", "transport", "profile"][..]),
+        (c.device == Device::Cpu, "only GPUs use it (--device cuda)", &["precision", "transport", "profile"][..]),
         (random_weights && c.save_rounds != SaveRounds::None, no_model, &["save-rounds"]),
         (random_weights && c.save_steps > 0, no_model, &["save-steps"]),
         (random_weights, no_model, &["keep-checkpoints"]),
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
     use crate::config::{Mode, Schedule};
 
-    /// [`inert`] panics on a name that is no option.
+    /// [`options_without_effect`] panics on an unknown name.
     #[test]
     fn every_rule_names_options() {
         options_without_effect(&RunConfig { schedule: Schedule::Joint, ..RunConfig::default() });

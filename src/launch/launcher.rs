@@ -1,46 +1,46 @@
-//! Who started this process, and as which of how many.
+//! Detects the launcher of this process (mpirun, mpiexec, srun), its rank and the world size.
 
 use super::LaunchError;
 
-/// What starts several processes of a run.
+/// A program that starts the processes of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Launcher {
-    /// None that is known.
+    /// No known launcher.
     None,
     /// `mpirun` of Open MPI.
     OpenMpi,
-    /// `mpiexec` of MPICH and of what descends from it, as Intel MPI.
+    /// `mpiexec` of MPICH and its derivatives, such as Intel MPI.
     Hydra,
     /// `srun`.
     Slurm,
 }
 
-/// The place of this process among those that were started with it. Without a launcher: 0 of 1.
+/// This process among the processes of the run. Without a launcher: rank 0 of 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Launch {
-    /// Who started it.
+    /// The launcher.
     pub launcher: Launcher,
-    /// This process, from 0.
+    /// Rank of this process, from 0.
     pub rank: usize,
-    /// Number of processes.
+    /// Number of processes of the run.
     pub world_size: usize,
-    /// This process among those on its machine.
+    /// Rank of this process among those on its machine, from 0.
     pub local_rank: usize,
-    /// Number of processes on its machine.
+    /// Number of processes of the run on its machine.
     pub local_size: usize,
 }
 
-/// Slurm's own numbers for what is no `srun`: the batch script, the shell of `salloc`.
+/// From this number on, Slurm's step ids are special: the batch script, the shell of `salloc`.
 const SLURM_SPECIAL_STEPS: u32 = 0xffff_fff0;
 
 impl Launch {
-    /// Finds out from environment variables, which `var` looks up.
+    /// Detects the launcher from environment variables, which `var` looks up.
     ///
-    /// The innermost launcher counts: an `mpirun` in a Slurm job is itself started by Slurm, whose variables then describe
-    /// its helpers.
+    /// The innermost launcher counts: Slurm starts the daemons of an `mpirun` in a Slurm job, and its variables then
+    /// describe those daemons.
     ///
     /// # Errors
-    /// [`LaunchError::Launcher`] on values that cannot be, and if it was torchrun.
+    /// [`LaunchError::Launcher`] for invalid values, and if torchrun started several processes.
     pub fn detect(var: impl Fn(&str) -> Option<String>) -> Result<Self, LaunchError> {
         let is_set = |name| var(name).is_some();
         let slurm_step = match var("SLURM_STEP_ID") {
@@ -50,10 +50,10 @@ impl Launch {
         };
         let launch = if is_set("OMPI_COMM_WORLD_RANK") {
             let local = ["OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
-            place(&var, Launcher::OpenMpi, ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"], local)?
+            from_pairs(&var, Launcher::OpenMpi, ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"], local)?
         } else if is_set("PMI_RANK") && (is_set("MPI_LOCALNRANKS") || !slurm_step) {
             // `srun --mpi=pmi2` sets PMI_RANK too, and only that.
-            place(&var, Launcher::Hydra, ["PMI_RANK", "PMI_SIZE"], ["MPI_LOCALRANKID", "MPI_LOCALNRANKS"])?
+            from_pairs(&var, Launcher::Hydra, ["PMI_RANK", "PMI_SIZE"], ["MPI_LOCALRANKID", "MPI_LOCALNRANKS"])?
         } else if is_set("TORCHELASTIC_RUN_ID") || (is_set("RANK") && !slurm_step) {
             return torchrun(&var);
         } else if slurm_step {
@@ -64,10 +64,10 @@ impl Launch {
         Ok(launch)
     }
 
-    /// That ranks are not asked for twice: as threads and as processes.
+    /// Checks that `--ranks` (threads) and a launcher (processes) are not combined.
     ///
     /// # Errors
-    /// [`LaunchError::Launcher`] if they are.
+    /// [`LaunchError::Launcher`] if both give more than one rank.
     pub fn check_ranks(&self, ranks: Option<usize>) -> Result<(), LaunchError> {
         let Some(ranks) = ranks.filter(|ranks| *ranks > 1 && self.world_size > 1) else { return Ok(()) };
         let Self { launcher, world_size, .. } = self;
@@ -77,41 +77,41 @@ impl Launch {
         )))
     }
 
-    /// That only one process was started, of a command that has no ranks.
+    /// Checks that a command without ranks runs as one process.
     ///
     /// # Errors
-    /// [`LaunchError::Launcher`] if there are more.
+    /// [`LaunchError::Launcher`] if the launcher started several.
     pub fn check_single(&self) -> Result<(), LaunchError> {
         if self.world_size == 1 {
             return Ok(());
         }
         let Self { launcher, world_size, .. } = self;
         Err(LaunchError::Launcher(format!(
-            "{launcher} started {world_size} processes of a command that runs as one (only `train` and `identify` have \
-             ranks): start it without {launcher}, or as one process"
+            "{launcher} started {world_size} processes, but this command runs as one process (only `train` and \
+             `identify` have ranks): start it without {launcher}, or as one process"
         )))
     }
 
-    /// That this build can join the processes that were started.
+    /// Checks that several processes run with a build that has MPI.
     ///
     /// # Errors
-    /// [`LaunchError::Launcher`] if it cannot.
+    /// [`LaunchError::Launcher`] if the build has no MPI.
     pub fn check_build(&self, with_mpi: bool) -> Result<(), LaunchError> {
         if with_mpi || self.world_size == 1 {
             return Ok(());
         }
         let Self { launcher, world_size, .. } = self;
         Err(LaunchError::Launcher(format!(
-            "{launcher} started {world_size} processes, but this moewarden was built without MPI and would run as \
-             {world_size} runs that overwrite each other: cargo build --release --features mpi"
+            "{launcher} started {world_size} processes, but this moewarden was built without MPI, so that each process \
+             would be a run of its own in the same output folder: cargo build --release --features mpi"
         )))
     }
 
-    /// That MPI joined the processes that were started. (One that the launcher does not know starts as many runs of one
-    /// process, and says nothing.)
+    /// Checks MPI's world size against the launcher's. (An MPI library that does not belong to the launcher silently
+    /// starts runs of one process each.)
     ///
     /// # Errors
-    /// [`LaunchError::Launcher`] if it joined another number of them.
+    /// [`LaunchError::Launcher`] if they differ.
     pub fn check_mpi(&self, mpi_size: usize) -> Result<(), LaunchError> {
         let Self { launcher, world_size, .. } = *self;
         if mpi_size == world_size {
@@ -123,7 +123,7 @@ impl Launch {
                 "srun needs --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH (srun --mpi=list shows what it has)"
             }
             Launcher::OpenMpi | Launcher::Hydra => {
-                "this mpirun belongs to another MPI than the one moewarden was built with: compare `mpirun --version` with \
+                "this mpirun does not belong to the MPI that moewarden was built with: compare `mpirun --version` with \
                  `ldd moewarden | grep mpi`, and rebuild with that MPI's mpicc first on PATH"
             }
         };
@@ -136,7 +136,7 @@ impl Launch {
 impl std::fmt::Display for Launcher {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Launcher::None => "nothing known",
+            Launcher::None => "no launcher",
             Launcher::OpenMpi => "Open MPI's mpirun",
             Launcher::Hydra => "MPICH's or Intel MPI's mpiexec",
             Launcher::Slurm => "srun",
@@ -146,19 +146,19 @@ impl std::fmt::Display for Launcher {
 
 const ALONE: Launch = Launch { launcher: Launcher::None, rank: 0, world_size: 1, local_rank: 0, local_size: 1 };
 
-/// A way to look up variables.
+/// A lookup of environment variables.
 trait Var: Fn(&str) -> Option<String> {}
 impl<F: Fn(&str) -> Option<String>> Var for F {}
 
 fn garbage(name: &str, value: &str) -> LaunchError {
-    LaunchError::Launcher(format!("the environment variable {name} is {value:?}, which is no number of a process"))
+    LaunchError::Launcher(format!("the environment variable {name} is {value:?}, which is not a valid value"))
 }
 
 fn number(var: &impl Var, name: &str) -> Result<Option<usize>, LaunchError> {
     var(name).map(|value| value.trim().parse().map_err(|_| garbage(name, &value))).transpose()
 }
 
-/// The numbers in a pair of variables, rank and size; both or none.
+/// Reads a pair of variables, rank and size. Both must be set, or neither.
 fn pair(var: &impl Var, [rank, size]: [&str; 2]) -> Result<Option<(usize, usize)>, LaunchError> {
     match (number(var, rank)?, number(var, size)?) {
         (None, None) => Ok(None),
@@ -173,9 +173,10 @@ fn pair(var: &impl Var, [rank, size]: [&str; 2]) -> Result<Option<(usize, usize)
     }
 }
 
-/// Where the launcher says nothing of machines there is one.
-fn place(var: &impl Var, launcher: Launcher, global: [&str; 2], local: [&str; 2]) -> Result<Launch, LaunchError> {
-    let (rank, world_size) = pair(var, global)?.expect("the launcher was known by its rank");
+/// The launch by the variables of a launcher: rank and size, local rank and local size. Without the local pair, all
+/// processes are on one machine.
+fn from_pairs(var: &impl Var, launcher: Launcher, global: [&str; 2], local: [&str; 2]) -> Result<Launch, LaunchError> {
+    let (rank, world_size) = pair(var, global)?.expect("the launcher was detected by this rank variable");
     let (local_rank, local_size) = pair(var, local)?.unwrap_or((rank, world_size));
     if local_size > world_size {
         let message =
@@ -188,7 +189,8 @@ fn place(var: &impl Var, launcher: Launcher, global: [&str; 2], local: [&str; 2]
 fn slurm(var: &impl Var) -> Result<Launch, LaunchError> {
     let size = if var("SLURM_STEP_NUM_TASKS").is_some() { "SLURM_STEP_NUM_TASKS" } else { "SLURM_NTASKS" };
     let Some((rank, world_size)) = pair(var, ["SLURM_PROCID", size])? else {
-        let message = "the environment variable SLURM_STEP_ID is set, but SLURM_PROCID is not: keep Slurm's variables";
+        let message =
+            "the environment variable SLURM_STEP_ID is set, but SLURM_PROCID is not: do not unset Slurm's variables";
         return Err(LaunchError::Launcher(message.to_owned()));
     };
     let node = number(var, "SLURM_NODEID")?.unwrap_or(0);
@@ -202,18 +204,19 @@ fn slurm(var: &impl Var) -> Result<Launch, LaunchError> {
             "the environment variable SLURM_LOCALID is {local_rank}, but this node has {local_size} of {world_size} tasks"
         )));
     }
-    // What the three ways of `srun --mpi` tell a rank. Without any, Open MPI ends the process, and others start runs of one.
+    // Variables of PMIx, PMI-1 and PMI-2. Without any, Open MPI ends the process, and other MPIs start runs of one
+    // process.
     let connected = ["PMIX_RANK", "PMI_RANK", "PMI_CONTROL_PORT"].iter().any(|name| var(name).is_some());
     if world_size > 1 && !connected {
         return Err(LaunchError::Launcher(format!(
-            "srun started {world_size} processes that MPI cannot join, as --mpi=none does: srun needs --mpi=pmix for Open \
-             MPI, --mpi=pmi2 for MPICH (srun --mpi=list shows what it has)"
+            "srun started {world_size} processes without PMI or PMIx (--mpi=none), so that MPI cannot connect them: \
+             srun needs --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH (srun --mpi=list shows what it has)"
         )));
     }
     Ok(Launch { launcher: Launcher::Slurm, rank, world_size, local_rank, local_size })
 }
 
-/// The entry of `node` in a list like `4(x2),3`: 4 on each of two nodes, 3 on the next.
+/// Number of tasks on `node` in a list like `4(x2),3`: 4 on each of two nodes, 3 on the next.
 fn tasks_of_node(list: &str, node: usize) -> Option<usize> {
     let mut before = 0;
     for entry in list.split(',') {
@@ -229,12 +232,12 @@ fn tasks_of_node(list: &str, node: usize) -> Option<usize> {
     None
 }
 
-/// One process is as good as none: all is well. More cannot find each other.
+/// torchrun with one process is fine. Several processes cannot connect: they would need MPI.
 fn torchrun(var: &impl Var) -> Result<Launch, LaunchError> {
     match pair(var, ["RANK", "WORLD_SIZE"])? {
         Some((_, world_size @ 2..)) => Err(LaunchError::Launcher(format!(
-            "torchrun started {world_size} processes (RANK and WORLD_SIZE are set), which moewarden cannot join: start it \
-             by mpirun or srun, or as one process with --ranks {world_size}"
+            "torchrun started {world_size} processes (RANK and WORLD_SIZE are set), which moewarden cannot connect: start \
+             it by mpirun or srun, or as one process with --ranks {world_size}"
         ))),
         _ => Ok(ALONE),
     }
@@ -257,7 +260,7 @@ mod tests {
     const BATCH: &str = "SLURM_JOB_ID=7 SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_LOCALID=0 SLURM_NODEID=0";
     const STEP: &str = "SLURM_STEP_ID=0 SLURM_PROCID=6 SLURM_NTASKS=8 SLURM_STEP_NUM_TASKS=7 SLURM_LOCALID=2 \
                         SLURM_NODEID=1 SLURM_STEP_TASKS_PER_NODE=4,3 PMIX_RANK=6";
-    /// What Slurm tells the helper that `mpirun` starts on each node.
+    /// Slurm's variables for the daemon that `mpirun` starts on each node.
     const HELPER: &str = "SLURM_STEP_ID=0 SLURM_PROCID=1 SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=0 \
                           SLURM_NODEID=1 SLURM_STEP_TASKS_PER_NODE=1(x2)";
 

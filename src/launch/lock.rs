@@ -1,4 +1,4 @@
-//! One run a folder: two that write the same files would destroy each other's.
+//! A lock file in the output folder: two runs in one folder would overwrite each other's files.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
@@ -6,22 +6,24 @@ use std::path::{Path, PathBuf};
 
 use super::LaunchError;
 
-/// The file that is locked while a run works in its output folder.
+/// Name of the lock file.
 pub const LOCK_FILE: &str = ".moewarden.lock";
 
-/// An output folder that is this process's alone until this is dropped.
+/// Exclusive use of an output folder, released on drop.
 #[derive(Debug)]
 pub struct OutputLock {
     path: PathBuf,
     file: File,
-    /// What the file holds: who has it.
+    /// Content of the lock file: process id, host name and time.
     pub holder: String,
 }
 
 impl OutputLock {
-    /// Makes the folder, if need be, and takes it.
+    /// Creates the folder if necessary and locks it.
     ///
-    /// Fails with [`LaunchError::OutputDir`] where another process has it, which it names.
+    /// # Errors
+    /// [`LaunchError::OutputDir`] if another process holds the lock; the message names the process.
+    /// [`LaunchError::OutputIo`] if the lock file cannot be written.
     pub fn take(dir: &Path) -> Result<Self, LaunchError> {
         let path = dir.join(LOCK_FILE);
         let failed = |source| LaunchError::OutputIo { what: "lock", path: path.clone(), source };
@@ -29,7 +31,7 @@ impl OutputLock {
         let mut file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
         match file.try_lock() {
-            // Another process may have ended, and removed the file, since it was opened.
+            // Between opening and locking, another process may have deleted the file on its exit.
             Ok(()) if is_at(&file, &path).map_err(failed)? => {}
             Ok(()) | Err(TryLockError::WouldBlock) => {
                 let mut holder = String::new();
@@ -37,8 +39,8 @@ impl OutputLock {
                 return Err(LaunchError::OutputDir {
                     path: dir.into(),
                     message: format!(
-                        "another run works here ({}): wait for it, end it, or give another --output-dir",
-                        if holder.is_empty() { "it has just begun or ended" } else { holder.trim() }
+                        "another run works here ({}): wait for it to end, stop it, or give another --output-dir",
+                        if holder.is_empty() { "it has just started or ended" } else { holder.trim() }
                     ),
                 });
             }
@@ -55,12 +57,12 @@ impl OutputLock {
 
 impl Drop for OutputLock {
     fn drop(&mut self) {
-        _ = std::fs::remove_file(&self.path); // while it is locked: nobody else has it
+        _ = std::fs::remove_file(&self.path); // while locked, so that no other process holds it
         _ = self.file.unlock();
     }
 }
 
-/// Whether the file is the one under this name.
+/// Whether `path` still refers to this open file.
 fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     use std::os::unix::fs::MetadataExt;
     let (ours, there) = (file.metadata()?, std::fs::metadata(path));

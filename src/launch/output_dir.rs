@@ -1,4 +1,5 @@
-//! The output folder: never mixed with something else, never emptied of what moewarden did not write.
+//! Prepares the output folder. A run never writes among foreign files, and `--overwrite` deletes only files that
+//! moewarden writes.
 
 use std::fs::{self, FileType};
 use std::io::{self, ErrorKind};
@@ -10,19 +11,19 @@ use crate::checkpoint::{self, is_model_file, is_model_folder};
 use crate::config::{RunConfig, Variant};
 use crate::files;
 
-/// What happens to a folder that already holds something.
+/// What to do with an output folder that is not empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Existing {
-    /// It is an error.
+    /// Return an error.
     Refuse,
-    /// Known outputs are removed; anything else is an error, and then nothing is removed.
+    /// Delete known outputs. If the folder holds any other file, return an error and delete nothing.
     Replace,
-    /// It stays as it is, but for what a killed run was writing.
+    /// Keep all files except temporary files of a killed run.
     Keep,
 }
 
 impl Existing {
-    /// By the two flags that exclude each other.
+    /// From `--overwrite` and `--resume`, which exclude each other.
     pub fn of(overwrite: bool, resume: bool) -> Self {
         match (overwrite, resume) {
             (true, _) => Existing::Replace,
@@ -32,53 +33,63 @@ impl Existing {
     }
 }
 
-/// Makes the output folder of a run. See [`prepare_dir_keeping`].
+/// Prepares the output folder of a run.
+///
+/// # Errors
+/// As [`prepare_dir_keeping`].
 pub fn prepare_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
     prepare_dir_keeping(&config.output_dir, Existing::of(config.overwrite, config.resume), &config.inputs())
 }
 
-/// Says what [`prepare_output_dir`] would say, and touches nothing.
+/// Checks whether [`prepare_output_dir`] would succeed, without changing anything.
+///
+/// # Errors
+/// As [`prepare_output_dir`].
 pub fn check_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
     inspect(&config.output_dir, Existing::of(config.overwrite, config.resume), &config.inputs(), Place::Top).map(drop)
 }
 
-/// Whether a model may be written as the folder `dir`: it is absent or empty, or (with `overwrite`) holds a model, with
-/// its configuration, and nothing else, none of `inputs` included. Touches nothing.
+/// Checks whether a model can be written to the folder `dir`, without changing anything. The folder must be absent or
+/// empty; with `overwrite` it may hold a model with config.json, but no other file and none of `inputs`.
 ///
-/// Fails with [`LaunchError::OutputDir`] or [`LaunchError::OutputIo`].
+/// # Errors
+/// [`LaunchError::OutputDir`] or [`LaunchError::OutputIo`].
 pub fn check_model_dir(dir: &Path, overwrite: bool, inputs: &[&Path]) -> Result<(), LaunchError> {
     let Some(outputs) = inspect(dir, Existing::of(overwrite, false), inputs, Place::Model)? else { return Ok(()) };
-    // The name is the user's own here: a folder of other small files is none that an export has written.
+    // The user chose this folder. Without config.json it was not written by an export: do not replace it.
     if outputs.files.is_empty() || dir.join("config.json").is_file() {
         return Ok(());
     }
-    let message = "holds no config.json, so no model that --overwrite could replace; give another --output-dir".into();
+    let message =
+        "holds no config.json, so it is not a model that --overwrite may replace; give another --output-dir".into();
     Err(LaunchError::OutputDir { path: dir.to_owned(), message })
 }
 
-/// Makes `dir` and its parents, and sees that it holds nothing but what `existing` allows.
+/// Creates `dir` and its parents, or applies `existing` to a folder that is not empty.
 ///
-/// [`Existing::Replace`] removes files and folders by name only: those of `is_output`. The whole tree is looked at
-/// before anything is removed; an unknown name, a symbolic link or a special file anywhere in it is an error.
+/// [`Existing::Replace`] deletes only names that moewarden writes (`is_output`). The whole tree is checked before
+/// anything is deleted; an unknown name, a symbolic link or a special file anywhere in the tree is an error.
 ///
-/// Fails with [`LaunchError::OutputDir`] or [`LaunchError::OutputIo`].
+/// # Errors
+/// [`LaunchError::OutputDir`] or [`LaunchError::OutputIo`].
 pub fn prepare_dir(dir: &Path, existing: Existing) -> Result<(), LaunchError> {
     prepare_dir_keeping(dir, existing, &[])
 }
 
-/// [`prepare_dir`] for a command that reads `inputs`: to remove one of them together with an earlier run's outputs (the
-/// final model of a run, say, that is trained on) is an error. Inputs that do not exist are hub ids, or are reported by
-/// who opens them.
+/// [`prepare_dir`] for a command that reads `inputs`. It is an error to delete one of them with an earlier run's
+/// outputs (such as the final model of a run that is trained further). Inputs that do not exist are ignored: they are
+/// hub ids, or opening them reports the error.
 ///
-/// Fails with [`LaunchError::OutputDir`] or [`LaunchError::OutputIo`].
+/// # Errors
+/// [`LaunchError::OutputDir`] or [`LaunchError::OutputIo`].
 pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> Result<(), LaunchError> {
     let Some(outputs) = inspect(dir, existing, inputs, Place::Top)? else {
-        return fs::create_dir_all(dir).map_err(failed("make the output folder", dir));
+        return fs::create_dir_all(dir).map_err(failed("create the output folder", dir));
     };
     if existing == Existing::Keep {
         remove_temporaries(dir, Place::Top)?;
     }
-    // The lock is this process's own by now, or another's: who holds it removes it.
+    // Keep the lock file: the process that holds the lock deletes it.
     let lock = dir.join(LOCK_FILE);
     for file in outputs.files.iter().filter(|file| **file != lock) {
         fs::remove_file(file).map_err(failed("remove", file))?;
@@ -89,7 +100,7 @@ pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> 
     Ok(())
 }
 
-/// What is to be removed from `dir`; `None` where there is no such folder yet.
+/// The outputs to delete from `dir`; `None` if the folder does not exist yet.
 fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Result<Option<Outputs>, LaunchError> {
     let refused = |message: String| LaunchError::OutputDir { path: dir.to_owned(), message };
     match fs::metadata(dir) {
@@ -101,12 +112,12 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
     let mut outputs = Outputs::default();
     match existing {
         Existing::Keep => {}
-        // The lock is this process's own, or left by one that was killed.
+        // The lock file belongs to this process or to a killed one.
         Existing::Refuse if entries(dir)?.iter().all(|entry| entry.file_name() == LOCK_FILE) => {}
         Existing::Refuse => {
             return Err(refused(
-                "is not empty; give another --output-dir, --overwrite to remove an earlier run's outputs from it, \
-                 or (train) --resume to continue them"
+                "is not empty; give another --output-dir, --overwrite to delete an earlier run's outputs from it, \
+                 or (train) --resume to continue that run"
                     .into(),
             ));
         }
@@ -123,7 +134,7 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
             let inside = |path: &&&Path| fs::canonicalize(path).is_ok_and(|path| path.starts_with(&whole));
             if let Some(input) = inputs.iter().find(inside) {
                 return Err(refused(format!(
-                    "holds {}, which is to be read: --overwrite would remove it; give another --output-dir",
+                    "holds {}, which is to be read and which --overwrite would delete; give another --output-dir",
                     input.display()
                 )));
             }
@@ -132,20 +143,20 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
     Ok(Some(outputs))
 }
 
-/// Where in the output folder a name stands.
+/// Kind of a folder in the output folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
-    /// The folder itself.
+    /// The output folder itself.
     Top,
-    /// `round_1`, `final_model`: a Hugging Face folder, or a delta.
+    /// `round_1`, `final_model`: a model folder in Hugging Face format, or a delta.
     Model,
-    /// A folder of such a folder that an export copies.
+    /// A subfolder of a model folder, as export copies it.
     ModelFolder,
-    /// `checkpoints` and below: resume state, which belongs to the program whatever its names.
+    /// `checkpoints` and its subfolders: resume state, where any name counts as an output.
     State,
 }
 
-/// Files of the folder itself. A command that writes another one there adds its name, or --overwrite refuses it.
+/// Files at the top of the output folder. A new output file must be added here, or `--overwrite` refuses the folder.
 const TOP_FILES: [&str; 12] = [
     LOCK_FILE,
     "config.resolved.yaml",
@@ -161,18 +172,20 @@ const TOP_FILES: [&str; 12] = [
     "compare.md",
 ];
 
-/// Papers that model folders carry; an export copies them with all other small files.
-const PAPERS: [&str; 6] = ["README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md"];
+/// Documents in model folders; export copies them with all other small files.
+const DOCUMENTS: [&str; 6] = ["README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md"];
 
-/// Whether a file's name is one that model folders have. An export copies more than these where its source has more, but
-/// what somebody may have put beside the model (notes.md, thesis.txt) must not be taken for it.
+/// Whether model folders usually have a file of this name. Export copies more files if its source has more, but a
+/// user's own file beside the model (notes.md, thesis.txt) must not count as an output.
 fn is_of_a_model(name: &str) -> bool {
     let endings = [".safetensors", ".json", ".jinja", ".model", ".tiktoken"];
-    PAPERS.contains(&name) || ["vocab.txt", "merges.txt"].contains(&name) || endings.iter().any(|e| name.ends_with(e))
+    DOCUMENTS.contains(&name)
+        || ["vocab.txt", "merges.txt"].contains(&name)
+        || endings.iter().any(|e| name.ends_with(e))
 }
 
-/// Whether moewarden writes a file, or (answering with the place inside it) a folder, of this name here; what it was
-/// writing when it was killed included.
+/// Whether moewarden writes a file or folder of this name here, temporary names included. Returns the kind of the
+/// folder (for a file, `place`), or `None` for a foreign name.
 fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
     if kind.is_file() {
         let name = files::target_of_temporary(name).unwrap_or(name);
@@ -194,18 +207,19 @@ fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
             Some(Place::Model)
         }
         Place::Top if kind.is_dir() && name == "checkpoints" => Some(Place::State),
-        // A variant of a comparison is a run of its own; it holds no variants, but a few names more allow nothing foreign.
+        // A variant of `compare` has the layout of a run. (It holds no variants itself; allowing their names is
+        // harmless.)
         Place::Top if kind.is_dir() && Variant::is_name(name) => Some(Place::Top),
         _ => None,
     }
 }
 
-/// What lies in a folder, folders after what they hold.
+/// Outputs in a folder tree; each folder comes after its contents.
 #[derive(Default)]
 struct Outputs {
     files: Vec<PathBuf>,
     folders: Vec<PathBuf>,
-    /// The first thing that is no output.
+    /// The first entry that is not an output.
     foreign: Option<PathBuf>,
 }
 
@@ -213,7 +227,7 @@ impl Outputs {
     fn collect(&mut self, dir: &Path, place: Place) -> Result<(), LaunchError> {
         for entry in entries(dir)? {
             let path = entry.path();
-            // of the entry itself: a symbolic link is neither file nor folder here
+            // `file_type` does not follow links: a symbolic link is neither file nor folder here.
             let kind = entry.file_type().map_err(failed("read", &path))?;
             match entry.file_name().to_str().and_then(|name| is_output(name, place, kind)) {
                 None => _ = self.foreign.get_or_insert(path),
@@ -228,7 +242,7 @@ impl Outputs {
     }
 }
 
-/// Removes what a killed run was writing aside. (Variants of a comparison are left to the runs that go on in them.)
+/// Deletes temporary files and folders of a killed run. (Each variant of `compare` does this for its own folder.)
 fn remove_temporaries(dir: &Path, place: Place) -> Result<(), LaunchError> {
     for entry in entries(dir)? {
         let path = entry.path();
@@ -249,7 +263,7 @@ fn remove_temporaries(dir: &Path, place: Place) -> Result<(), LaunchError> {
     Ok(())
 }
 
-/// The entries of a folder, by name.
+/// The entries of a folder, sorted by name.
 fn entries(dir: &Path) -> Result<Vec<fs::DirEntry>, LaunchError> {
     let mut entries =
         fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(failed("read", dir))?;
@@ -295,7 +309,7 @@ mod tests {
         "round_12/",
         "final_model/tokenizer.tiktoken",
         "final_model/additional_chat_templates/tool_use.jinja",
-        // a killed run's
+        // temporary names of a killed run
         ".round_2.partial/model.safetensors",
         ".final_model.old/config.json",
         ".metrics.jsonl.qX3f9a.part",

@@ -161,7 +161,7 @@ fn contradictions_and_invalid_values_are_configuration_errors() {
         ("--safe-ratio 0 --schedule joint", "between 0 and 1"),
         ("--router-consistency-weight 0 --schedule joint", "above 0"),
         ("--method routing --risk-threshold 1.5", "between -1 and 1"),
-        ("--use-router-consistency-loss --schedule alternate", "leave out --schedule, or the loss"),
+        ("--use-router-consistency-loss --schedule alternate", "leave one out"),
         ("--no-use-router-consistency-loss --schedule joint", "leave one out"),
         ("--schedule joint --skip-router-training", "leave one out"),
         ("--schedule joint --batch-size 1", "at least 2"),
@@ -176,9 +176,9 @@ fn contradictions_and_invalid_values_are_configuration_errors() {
         ("--random-match layer", "--method random"),
         ("--risk-threshold 0.1", "--method routing"),
         ("--routing-tokens all", "--method routing"),
-        ("--method routing --score l2", "gradient method"),
-        ("--method random --score-per token", "gradient method"),
-        ("--method random --select lowest", "not ranked"),
+        ("--method routing --score l2", "--method gradient"),
+        ("--method random --score-per token", "--method gradient"),
+        ("--method random --select lowest", "does not rank"),
         ("--skip-router-training --router-lr 1e-3", "not trained"),
         ("--skip-router-training --kl-type reverse", "not trained"),
         ("--skip-router-training --router-epochs-per-round 2", "not trained"),
@@ -257,7 +257,7 @@ fn exit_codes_and_messages_of_the_process() {
         (format!("{run} --config /nowhere.yaml"), 66, "/nowhere.yaml"),
         (format!("{run} --batch-size 0"), 78, "--batch-size is 0"),
         ("identify --model-name m --dataset-path d --expert-lr 1e-3".into(), 78, "`identify` trains nothing"),
-        (format!("{run} --device cpu --precision bf16"), 78, "--precision would do nothing: it belongs to GPUs"),
+        (format!("{run} --device cpu --precision bf16"), 78, "--precision would do nothing: only GPUs use it"),
         (format!("{run} --device cpu --transport host"), 78, "--transport would do nothing"),
         (format!("{run} --ranks 0"), 78, "--ranks is 0"),
     ];
@@ -394,11 +394,11 @@ proptest! {
 fn documentation() -> String {
     let mut out = String::from(
         "# Options\n\n\
-         Written from the parser by `MOEWARDEN_BLESS=1 cargo test --test binary cli_options`; a test fails when it is out of \
+         Generated from the parser by `MOEWARDEN_BLESS=1 cargo test --test binary cli_options`; a test fails when it is out of \
          date.\n\n\
          Every option of `train` is also a key of the YAML file that `--config` reads; flags win over the file, the file \
-         over the defaults. Underscores may stand for dashes in both. A true-or-false option stands alone \
-         (`--resume`), takes a value (`--resume=false`), and has an opposite (`--no-resume`).\n",
+         over the defaults. Both accept underscores instead of dashes. A boolean option may stand alone \
+         (`--resume`), take a value (`--resume=false`) or be negated (`--no-resume`).\n",
     );
     let command = cli::command();
     let options = |c: &clap::Command| -> Vec<clap::Arg> {
