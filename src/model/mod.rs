@@ -18,7 +18,7 @@ mod weights;
 
 pub use attention::KvCache;
 pub use claim::Error as ClaimError;
-pub use config::{Error as ConfigError, FAMILIES, Family, LayerKind, ModelConfig, QkNorm};
+pub use config::{Error as ConfigError, FAMILIES, Family, LayerKind, ModelConfig, MoeLayers, QkNorm};
 pub use feed_forward::{Observer, Routed};
 pub use finite::{NotFinite, find_non_finite};
 pub use hub::{Error as HubError, HubCache};

@@ -336,6 +336,6 @@ fn check_selection(config: &RunConfig, model: &ModelConfig) -> Result<()> {
         let message = format!("--layers {first}-{last} leaves the model, which has the layers 0-{}", depth - 1);
         return Err(Failure::new(exit::CONFIG, message));
     }
-    let layers: Vec<_> = model.moe_layers().collect();
-    Ok(super::identify::pool(config, &layers, model.num_experts).check(&layers, model.num_experts)?)
+    let layers = &model.moe_layers().layers;
+    Ok(super::identify::pool(config, layers, model.num_experts).check(layers, model.num_experts)?)
 }
