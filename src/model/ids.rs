@@ -252,15 +252,18 @@ impl ParamSpec {
 pub(super) mod tests {
     use super::*;
     use crate::backend::{Heads, Rope};
+    use crate::model::config::MoeLayers;
 
     /// Everything that a model can have, in one layer of each kind.
     pub(crate) fn config() -> ModelConfig {
         let heads = Heads { queries: 4, keys: 2, dim: 4, window: None };
+        let layers = vec![LayerKind::Dense(6), LayerKind::Moe];
         ModelConfig {
             model_type: "qwen2_moe".into(),
             vocab_size: 10,
             hidden_size: 16,
-            layers: vec![LayerKind::Dense(6), LayerKind::Moe],
+            moe_layers: MoeLayers::of(&layers),
+            layers,
             heads: vec![heads; 2],
             num_experts: 3,
             num_experts_per_tok: 2,

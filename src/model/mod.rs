@@ -1,32 +1,42 @@
 //! Models: family tables, weights in and out, and the hand-written forward and backward.
 
+#[allow(non_snake_case)] // shape suffixes: see layer.rs
 mod attention;
 mod claim;
 mod config;
+#[allow(non_snake_case)] // shape suffixes: see layer.rs
+mod decode;
+#[allow(non_snake_case)] // shape suffixes: see layer.rs
 mod feed_forward;
 mod finite;
 mod hub;
 mod ids;
 mod json;
+mod layer;
+#[allow(non_snake_case)] // shape suffixes: see layer.rs
+mod moe;
 mod plan;
 mod random;
 mod safetensors;
+#[allow(non_snake_case)] // shape suffixes: see layer.rs
+mod swiglu;
 mod table;
 #[doc(hidden)]
 pub mod tiny;
+#[allow(non_snake_case)] // shape suffixes: see layer.rs
 mod transformer;
 mod weights;
 
-pub use attention::KvCache;
 pub use claim::Error as ClaimError;
-pub use config::{Error as ConfigError, FAMILIES, Family, LayerKind, ModelConfig, QkNorm};
-pub use feed_forward::{Observer, Routed};
+pub use config::{Error as ConfigError, FAMILIES, Family, LayerKind, ModelConfig, MoeLayers, QkNorm};
+pub use decode::KvCache;
 pub use finite::{NotFinite, find_non_finite};
 pub use hub::{Error as HubError, HubCache};
 pub use ids::{Group, ParamId, ParamKind, ParamSpec, Proj};
+pub use layer::{Observer, OnLayer, Routed, RouterGrad, Sinks};
 pub use plan::{GradPlan, expert_params};
 pub use random::RandomInit;
 pub use safetensors::{Header, HeaderError, StoredDtype, TensorInfo, write_header};
 pub use table::{Count, ParamTable};
-pub use transformer::{Forward, ForwardOptions, Inputs, LossGrads, Model, OnLayer, PassEnd, RouterGrad, Sinks};
+pub use transformer::{Forward, ForwardOptions, Inputs, LossGrads, Model, PassEnd};
 pub use weights::{Checkpoint, Error as WeightsError, Shard, safe_file};

@@ -58,6 +58,11 @@ impl ParamTable {
         self.params.binary_search_by_key(&kind.sort_key(), |spec| spec.kind.sort_key()).ok()
     }
 
+    /// The place of a parameter that every model of this configuration has.
+    pub(super) fn expect_id(&self, kind: ParamKind) -> ParamId {
+        self.id(kind).expect("the table was checked against the family")
+    }
+
     /// All parameters with their places, in order.
     pub fn iter(&self) -> impl Iterator<Item = (ParamId, &ParamSpec)> {
         self.params.iter().enumerate()

@@ -1,17 +1,16 @@
-//! The whole model: parameters on a backend, forward, backward by plan, decoding.
+//! The whole model: parameters on a backend, forward, backward by plan.
 //!
-//! One backward serves every purpose. Walking the layers from the top it asks the [`GradPlan`] what each parameter
+//! One backward serves every purpose. Walking the layers from the top it asks the [`GradPlan`](super::GradPlan) what each parameter
 //! wants and stops below the lowest layer that wants anything. A layer's forward is kept or computed again from its saved
-//! input; either way its backward reads the same values.
+//! input; either way its backward reads the same values. Shape suffixes: see [`super::layer`].
 
-use std::ops::Range;
 use std::sync::Arc;
 
-use super::attention::{AttentionParams, AttentionSaved, KvCache};
-use super::config::{LayerKind, ModelConfig};
-use super::feed_forward::{Extent, FeedForwardParams, FeedForwardSaved, Observer};
+use super::attention::{self, AttentionParams, AttentionSaved};
+use super::config::ModelConfig;
+use super::feed_forward::{self, FeedForwardParams, FeedForwardSaved};
 use super::ids::{ParamId, ParamKind};
-use super::plan::GradPlan;
+use super::layer::{Extent, LayerCtx, LayerGrads, Observer, RouterGrad, Sinks};
 use super::table::ParamTable;
 use crate::backend::{Backend, HostTensor, Packing};
 
@@ -23,18 +22,18 @@ pub struct Model<B: Backend> {
     pub config: ModelConfig,
     /// Its parameters' names and sources.
     pub table: ParamTable,
-    weights: Vec<B::Weight>,
-    embedding: ParamId,
-    layers: Vec<Layer>,
-    final_norm: ParamId,
+    pub(super) weights: Vec<B::Weight>,
+    pub(super) embedding: ParamId,
+    pub(super) layers: Vec<Layer>,
+    pub(super) final_norm: ParamId,
     /// The embedding itself where the model ties them.
-    head: ParamId,
+    pub(super) head: ParamId,
 }
 
 #[derive(Debug, Clone)]
-struct Layer {
-    attention: AttentionParams,
-    feed_forward: FeedForwardParams,
+pub(super) struct Layer {
+    pub(super) attention: AttentionParams,
+    pub(super) feed_forward: FeedForwardParams,
 }
 
 /// One micro-batch on the backend.
@@ -74,64 +73,19 @@ pub enum PassEnd {
 pub struct Forward<B: Backend> {
     layers: Vec<Option<LayerSaved<B>>>,
     /// The hidden states of the rows that carry loss, `[n, D]`.
-    last: Option<B::Tensor>,
+    last_ND: Option<B::Tensor>,
     options: ForwardOptions,
 }
 
 struct LayerSaved<B: Backend> {
-    x: B::Tensor,
+    x_TD: B::Tensor,
     kept: Option<LayerKept<B>>,
 }
 
 struct LayerKept<B: Backend> {
     attention: AttentionSaved<B>,
-    h: B::Tensor,
+    h_ND: B::Tensor,
     feed_forward: FeedForwardSaved<B>,
-}
-
-/// Told of each decoder layer whose gradients are complete, and shown the gradients.
-pub type OnLayer<'a, B> = &'a mut dyn FnMut(usize, &<B as Backend>::Buffer);
-
-/// Where a backward pass puts gradients and scores.
-pub struct Sinks<'a, B: Backend> {
-    /// What to do with each parameter.
-    pub plan: &'a GradPlan,
-    /// `plan.len()` elements; accumulates.
-    pub grads: &'a mut B::Buffer,
-    /// `layers · experts` sums; accumulates.
-    pub scores: &'a mut B::Scores,
-    /// Told of each layer as it is done: its gradients can leave while the layers below still compute. The head's are
-    /// complete before the first layer's.
-    pub done: Option<OnLayer<'a, B>>,
-}
-
-impl<B: Backend> Sinks<'_, B> {
-    /// The buffer and the offset for a parameter's gradient, if it is to accumulate.
-    pub(super) fn slot(&mut self, id: ParamId) -> Option<(&mut B::Buffer, usize)> {
-        self.plan.slot(id).map(|offset| (&mut *self.grads, offset))
-    }
-}
-
-/// The gradient of a loss on one layer's routing statistic, brought to that layer's logits.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RouterGrad {
-    /// For row ranges, the gradient of Σ over their rows of softmax(logits), `[E]` each.
-    SoftmaxSums(Vec<(Range<usize>, Vec<f32>)>),
-    /// For row ranges, the gradient of Σ over their rows of the logits, `[ranges · E]`.
-    SegmentSums(Vec<Range<usize>>, Vec<f32>),
-}
-
-impl RouterGrad {
-    pub(super) fn add_to<B: Backend>(&self, b: &B, logits: &B::Tensor, dlogits: &mut B::Tensor) {
-        match self {
-            RouterGrad::SoftmaxSums(parts) => {
-                for (rows, dy) in parts {
-                    b.softmax_sum_backward(dy, logits, rows.clone(), dlogits);
-                }
-            }
-            RouterGrad::SegmentSums(segments, dy) => b.segment_sum_backward(dy, segments, dlogits),
-        }
-    }
 }
 
 /// What a backward pass starts from.
@@ -166,15 +120,14 @@ impl<B: Backend> Model<B> {
     /// Puts the parameters on the backend. The CPU leaves a checkpoint's memory-mapped.
     pub fn new(backend: Arc<B>, config: ModelConfig, table: ParamTable) -> Self {
         let weights = table.weights(&*backend);
-        let must = |kind| table.id(kind).expect("the table was checked against the family");
-        let embedding = must(ParamKind::Embedding);
+        let embedding = table.expect_id(ParamKind::Embedding);
         let layers = (0..config.layers.len())
             .map(|l| Layer {
                 attention: AttentionParams::find(&table, l, config.heads[l]),
                 feed_forward: FeedForwardParams::find(&table, l, &config),
             })
             .collect();
-        let final_norm = must(ParamKind::FinalNorm);
+        let final_norm = table.expect_id(ParamKind::FinalNorm);
         let head = table.id(ParamKind::LmHead).unwrap_or(embedding);
         Self { backend, config, table, weights, embedding, layers, final_norm, head }
     }
@@ -206,7 +159,7 @@ impl<B: Backend> Model<B> {
 
     /// The last decoder layer that routes.
     pub fn last_moe_layer(&self) -> usize {
-        self.config.layers.iter().rposition(|k| *k == LayerKind::Moe).expect("a model with experts")
+        *self.config.moe_layers().layers.last().expect("a model with experts")
     }
 
     /// Runs the layers; `observer` sees each router.
@@ -218,37 +171,35 @@ impl<B: Backend> Model<B> {
     ) -> Forward<B> {
         let b = &*self.backend;
         let mut saved: Vec<Option<LayerSaved<B>>> = Vec::with_capacity(self.layers.len());
-        let mut x = b.embedding(&inputs.ids, self.weight(self.embedding));
+        let mut x_TD = b.embedding(&inputs.ids, self.weight(self.embedding));
         let top = self.top_layer(options.end);
         for (l, layer) in self.layers.iter().enumerate().take(top + 1) {
-            let rows = self.pruned_rows(l, inputs, options.end);
+            let ctx = self.layer_ctx(l, inputs, options.end);
             let extent = if options.end == PassEnd::Routers && l == top { Extent::Router } else { Extent::Whole };
-            let (h, attention) = self.attention_forward(&layer.attention, &x, &inputs.seqs, rows, None);
-            let (y, feed_forward) =
-                self.feed_forward(&layer.feed_forward, &h, extent, observer.as_mut().map(|o| &mut **o as _));
-            let kept = (l >= options.keep_from).then_some(LayerKept { attention, h, feed_forward });
-            let Some(y) = y else {
-                saved.push((l >= options.lowest).then_some(LayerSaved { x, kept }));
-                return Forward { layers: saved, last: None, options };
+            let (y_ND, kept) = layer_forward(&ctx, layer, &x_TD, extent, observer.as_mut().map(|o| &mut **o as _));
+            let kept = (l >= options.keep_from).then_some(kept);
+            let Some(y_ND) = y_ND else {
+                saved.push((l >= options.lowest).then_some(LayerSaved { x_TD, kept }));
+                return Forward { layers: saved, last_ND: None, options };
             };
-            let input = std::mem::replace(&mut x, y);
-            saved.push((l >= options.lowest).then_some(LayerSaved { x: input, kept }));
+            let x_TD = std::mem::replace(&mut x_TD, y_ND);
+            saved.push((l >= options.lowest).then_some(LayerSaved { x_TD, kept }));
         }
-        let last =
-            if self.pruned_rows(top, inputs, options.end).is_some() { x } else { b.gather_rows(&x, &inputs.loss_rows) };
-        Forward { layers: saved, last: Some(last), options }
+        let pruned = self.pruned_rows(top, inputs, options.end).is_some();
+        let last_ND = if pruned { x_TD } else { b.gather_rows(&x_TD, &inputs.loss_rows) };
+        Forward { layers: saved, last_ND: Some(last_ND), options }
     }
 
     /// The summed cross-entropy of a forward pass that ended at the loss.
     pub fn loss(&self, inputs: &Inputs<B>, forward: &Forward<B>) -> f64 {
         let b = &*self.backend;
-        let last = forward.last.as_ref().expect("a pass that ended at the loss");
-        let normed = b.rms_norm(last, self.weight(self.final_norm), self.config.rms_norm_eps);
-        b.linear_cross_entropy(&normed, self.weight(self.head), &inputs.targets)
+        let last_ND = forward.last_ND.as_ref().expect("a pass that ended at the loss");
+        let normed_ND = b.rms_norm(last_ND, self.weight(self.final_norm), self.config.rms_norm_eps);
+        b.linear_cross_entropy(&normed_ND, self.weight(self.head), &inputs.targets)
     }
 
-    /// The summed cross-entropy (`None` where the pass ended at the routers) and every gradient that the plan wants.
-    /// `forward` must have been made with `lowest <= plan.lowest_layer()`.
+    /// The summed cross-entropy (`None` where the pass ended at the routers), and into the sinks every gradient that the
+    /// plan wants. `forward` must have been made with `lowest <= plan.lowest_layer()`.
     pub fn backward(
         &self,
         inputs: &Inputs<B>,
@@ -261,82 +212,62 @@ impl<B: Backend> Model<B> {
         let top = self.top_layer(end);
         let mut loss = None;
         let mut dx = None;
-        if let Some(last) = forward.last.take() {
-            let (sum, d_last) = self.head_backward(&last, inputs, grads.ce_scale, sinks);
+        if let Some(last_ND) = forward.last_ND.take() {
+            let (sum, d_last_ND) = self.head_backward(&last_ND, inputs, grads.ce_scale, sinks);
             loss = Some(sum);
             dx = Some(if self.pruned_rows(top, inputs, end).is_some() {
-                d_last
+                d_last_ND
             } else {
-                let mut spread = b.zeros(inputs.rows, self.config.hidden_size);
-                b.gather_rows_backward(&d_last, &inputs.loss_rows, &mut spread);
-                spread
+                let mut dx_TD = b.zeros(inputs.rows, self.config.hidden_size);
+                b.gather_rows_backward(&d_last_ND, &inputs.loss_rows, &mut dx_TD);
+                dx_TD
             });
         }
         let Some(lowest) = sinks.plan.lowest_layer() else { return loss };
         for l in (lowest..=top).rev() {
-            let LayerSaved { x, kept } = forward.layers[l].take().expect("layers from the lowest up are saved");
-            dx =
-                self.layer_backward(l, dx, &x, kept, inputs, end, grads.routers.get(l).and_then(Option::as_ref), sinks);
+            let saved = forward.layers[l].take().expect("layers from the lowest up are saved");
+            let grads = LayerGrads { dy: dx, router: grads.routers.get(l).and_then(Option::as_ref) };
+            dx = layer_backward(&self.layer_ctx(l, inputs, end), &self.layers[l], grads, saved, sinks);
             if let Some(done) = &mut sinks.done {
                 done(l, sinks.grads);
             }
         }
         if sinks.plan.wants_embedding()
-            && let (Some(dx), Some((dw, offset))) = (dx, sinks.slot(self.embedding))
+            && let (Some(dx_TD), Some((dw, offset))) = (dx, sinks.slot(self.embedding))
         {
-            b.embedding_backward(&dx, &inputs.ids, dw, offset);
+            b.embedding_backward(&dx_TD, &inputs.ids, dw, offset);
         }
         loss
     }
 
     fn head_backward(
         &self,
-        last: &B::Tensor,
+        last_ND: &B::Tensor,
         inputs: &Inputs<B>,
         scale: f32,
         sinks: &mut Sinks<'_, B>,
     ) -> (f64, B::Tensor) {
         let b = &*self.backend;
         let (norm, eps) = (self.weight(self.final_norm), self.config.rms_norm_eps);
-        let normed = b.rms_norm(last, norm, eps);
+        let normed_ND = b.rms_norm(last_ND, norm, eps);
         let head = self.weight(self.head);
-        let (sum, d_normed) =
-            b.linear_cross_entropy_backward(&normed, head, &inputs.targets, scale, sinks.slot(self.head));
-        (sum, b.rms_norm_backward(&d_normed, last, norm, eps, sinks.slot(self.final_norm)))
+        let (sum, d_normed_ND) =
+            b.linear_cross_entropy_backward(&normed_ND, head, &inputs.targets, scale, sinks.slot(self.head));
+        (sum, b.rms_norm_backward(&d_normed_ND, last_ND, norm, eps, sinks.slot(self.final_norm)))
     }
 
-    /// The gradient of the layer's input, where something below wants it and it is not zero.
-    #[allow(clippy::too_many_arguments)]
-    fn layer_backward(
-        &self,
-        l: usize,
-        dy: Option<B::Tensor>,
-        x: &B::Tensor,
-        kept: Option<LayerKept<B>>,
-        inputs: &Inputs<B>,
-        end: PassEnd,
-        router_grad: Option<&RouterGrad>,
-        sinks: &mut Sinks<'_, B>,
-    ) -> Option<B::Tensor> {
-        if dy.is_none() && router_grad.is_none() {
-            return None;
+    fn layer_ctx<'a>(&'a self, layer: usize, inputs: &'a Inputs<B>, end: PassEnd) -> LayerCtx<'a, B> {
+        LayerCtx {
+            b: &*self.backend,
+            weights: &self.weights,
+            config: &self.config,
+            layer,
+            seqs: &inputs.seqs,
+            rows: self.pruned_rows(layer, inputs, end),
         }
-        let layer = &self.layers[l];
-        let rows = self.pruned_rows(l, inputs, end);
-        let wants = sinks.plan.layer(l);
-        let LayerKept { attention, h, feed_forward } = kept.unwrap_or_else(|| {
-            let (h, attention) = self.attention_forward(&layer.attention, x, &inputs.seqs, rows, None);
-            let extent = if dy.is_none() { Extent::Router } else { Extent::Recompute };
-            let (_, feed_forward) = self.feed_forward(&layer.feed_forward, &h, extent, None);
-            LayerKept { attention, h, feed_forward }
-        });
-        let dh =
-            self.feed_forward_backward(&layer.feed_forward, dy, &h, &feed_forward, router_grad, wants.hidden(), sinks)?;
-        drop((h, feed_forward));
-        self.attention_backward(&layer.attention, dh, x, &attention, &inputs.seqs, rows, wants.below, sinks)
     }
 
-    /// The rows that the last layer computes, where it need not compute all.
+    /// The rows that the last layer computes behind attention, where it need not compute all.
     fn pruned_rows<'a>(&self, layer: usize, inputs: &'a Inputs<B>, end: PassEnd) -> Option<&'a B::Indices> {
         let prunes = end == PassEnd::Loss { all_rows: false } && layer + 1 == self.layers.len();
         prunes.then_some(&inputs.loss_rows)
@@ -348,28 +279,38 @@ impl<B: Backend> Model<B> {
             PassEnd::Routers => self.last_moe_layer(),
         }
     }
+}
 
-    /// An empty key/value cache.
-    pub fn kv_cache(&self) -> KvCache<B> {
-        let b = &*self.backend;
-        let empty = |h: &crate::backend::Heads| b.zeros(0, h.keys * h.dim);
-        KvCache { layers: self.config.heads.iter().map(|h| (empty(h), empty(h))).collect() }
-    }
+/// The layer's output `[N, D]`, if the extent reaches it, and what its backward reads.
+fn layer_forward<B: Backend>(
+    ctx: &LayerCtx<'_, B>,
+    layer: &Layer,
+    x_TD: &B::Tensor,
+    extent: Extent,
+    observer: Option<Observer<'_, B>>,
+) -> (Option<B::Tensor>, LayerKept<B>) {
+    let (h_ND, attention) = attention::forward(ctx, &layer.attention, x_TD, None);
+    let (y_ND, feed_forward) = feed_forward::forward(ctx, &layer.feed_forward, &h_ND, extent, observer);
+    (y_ND, LayerKept { attention, h_ND, feed_forward })
+}
 
-    /// Continues one sequence by `ids`; the logits of the next token, `[V]`.
-    pub fn decode(&self, ids: &[u32], cache: &mut KvCache<B>) -> Vec<f32> {
-        let b = &*self.backend;
-        let seen = b.shape(&cache.layers[0].0).0;
-        let seqs = b.sequences(&Packing::continuing(ids.len(), seen + ids.len()), &self.config.rope);
-        let last_row = b.indices(&[ids.len() as u32 - 1]);
-        let mut x = b.embedding(&b.indices(ids), self.weight(self.embedding));
-        let top = self.layers.len() - 1;
-        for (l, layer) in self.layers.iter().enumerate() {
-            let rows = (l == top).then_some(&last_row);
-            let (h, _) = self.attention_forward(&layer.attention, &x, &seqs, rows, Some(&mut cache.layers[l]));
-            x = self.feed_forward(&layer.feed_forward, &h, Extent::Whole, None).0.expect("the whole extent");
-        }
-        let normed = b.rms_norm(&x, self.weight(self.final_norm), self.config.rms_norm_eps);
-        b.download(&b.linear(&normed, self.weight(self.head), None))
+/// The gradient of the layer's input, `[T, D]`, where the plan wants something below and the gradient is not zero.
+fn layer_backward<B: Backend>(
+    ctx: &LayerCtx<'_, B>,
+    layer: &Layer,
+    grads: LayerGrads<'_, B::Tensor>,
+    saved: LayerSaved<B>,
+    sinks: &mut Sinks<'_, B>,
+) -> Option<B::Tensor> {
+    if grads.is_zero() {
+        return None;
     }
+    let LayerSaved { x_TD, kept } = saved;
+    let LayerKept { attention, h_ND, feed_forward } = kept.unwrap_or_else(|| {
+        let extent = if grads.dy.is_none() { Extent::Router } else { Extent::Recompute };
+        layer_forward(ctx, layer, &x_TD, extent, None).1
+    });
+    let dh_ND = feed_forward::backward(ctx, &layer.feed_forward, grads, &h_ND, &feed_forward, sinks)?;
+    drop((h_ND, feed_forward));
+    attention::backward(ctx, &layer.attention, dh_ND, &x_TD, &attention, sinks)
 }

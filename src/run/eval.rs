@@ -123,7 +123,7 @@ impl Evaluation<'_> {
         let mut out = RoutingDifference::default();
         if session.data.has_both_prompts() {
             let by_layer = alignment_by_layer(replica, sampler, recipe.divergence)?;
-            out.divergence_by_layer = session.model.moe_layers().zip(by_layer).collect();
+            out.divergence_by_layer = session.model.moe_layers().layers.iter().copied().zip(by_layer).collect();
         }
         if session.data.has_both_replies() {
             let mut scan = Scan::new(replica, &recipe.identify, sampler, sampler.unsafe_order(0))?;

@@ -53,7 +53,7 @@ impl<'a> Outputs<'a> {
         replica: &Replica<B>,
         ui: &'a Ui,
     ) -> Result<Self> {
-        let layers = session.model.moe_layers().collect();
+        let layers = session.model.moe_layers().layers.clone();
         let scores = ScoresFile::new(config.method, config.score, layers, session.model.num_experts);
         let state = OutputState { steps: 0, metrics_length: 0, scores, training_logs: Vec::new() };
         Self::resume(config, recipe, replica, ui, state)

@@ -172,8 +172,8 @@ impl Session {
             let message = format!("--layers {first}-{last} leaves the model, which has the layers 0-{}", depth - 1);
             return Err(Failure::new(exit::CONFIG, message));
         }
-        let layers: Vec<_> = self.model.moe_layers().collect();
-        let limits = identify.limits_for(&layers, self.model.num_experts);
+        let layers = &self.model.moe_layers().layers;
+        let limits = identify.limits_for(layers, self.model.num_experts);
         if limits.top_k < identify.limits.top_k {
             ui.warn(format_args!(
                 "--top-k-experts {} is more than the {} experts that can be selected: all of them are. (No selection is trained \
@@ -181,7 +181,7 @@ impl Session {
                 identify.limits.top_k, limits.top_k
             ));
         }
-        Ok(limits.check(&layers, self.model.num_experts)?)
+        Ok(limits.check(layers, self.model.num_experts)?)
     }
 
     /// The number format of the weights: F32 only if none is narrower.

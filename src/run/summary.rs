@@ -20,12 +20,12 @@ pub(super) fn losses(when: &str, m: &Measured) -> String {
 /// Prints how many experts of each layer are selected, and the first of them with their scores.
 pub(super) fn selection(found: &Identification, session: &Session, ui: &Ui) {
     const SHOWN: usize = 5;
-    let layers: Vec<_> = session.model.moe_layers().collect();
+    let layers = &session.model.moe_layers().layers;
     let experts = &found.selected.experts;
     let all = layers.len() * session.model.num_experts;
     let mut lines = format!("selected {} of {all} experts; by layer:", experts.len());
     for layer in layers {
-        lines += &format!(" {}", experts.iter().filter(|id| id.layer == layer).count());
+        lines += &format!(" {}", experts.iter().filter(|id| id.layer == *layer).count());
     }
     for id in experts.iter().take(SHOWN) {
         if let Some(score) = found.scores.get(*id).filter(|s| *s != 0.0) {

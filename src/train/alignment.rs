@@ -8,7 +8,7 @@ use super::replica::Replica;
 use crate::backend::{Backend, Packing};
 use crate::collective::Collective;
 use crate::exit::Result;
-use crate::model::{LayerKind, ModelConfig, Routed, RouterGrad};
+use crate::model::{MoeLayers, Routed, RouterGrad};
 use crate::routers::{self, Alignment, KlType, LayerStatistic, SampleSoftmax, Statistic};
 
 /// One side (safe or unsafe) of one packed batch of this rank.
@@ -150,34 +150,6 @@ impl GlobalAlignment {
 /// The sides as [`align`] takes them.
 pub fn refs(sides: &[Side]) -> Vec<&Side> {
     sides.iter().collect()
-}
-
-/// The decoder layers that route.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MoeLayers {
-    /// Decoder-layer numbers, ascending.
-    pub layers: Vec<usize>,
-    /// Number of decoder layers, dense ones included.
-    pub depth: usize,
-}
-
-impl MoeLayers {
-    /// The MoE layers of a model.
-    pub fn of(config: &ModelConfig) -> Self {
-        let kinds = &config.layers;
-        let layers = (0..kinds.len()).filter(|&l| kinds[l] == LayerKind::Moe).collect();
-        Self { layers, depth: kinds.len() }
-    }
-
-    /// Indices of all MoE layers: 0, 1, ...
-    pub fn indices(&self) -> Vec<usize> {
-        (0..self.layers.len()).collect()
-    }
-
-    /// The index of a decoder layer among the MoE layers.
-    pub fn index_of(&self, layer: usize) -> usize {
-        self.layers.binary_search(&layer).expect("a layer that routes")
-    }
 }
 
 /// An observer of a forward pass that adds the logits of every MoE layer to these sides.

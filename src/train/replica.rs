@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::alignment::MoeLayers;
 use super::device_transport::DeviceTransport;
 use super::fault::{Corruption, Fault, Point};
 use super::memory::KeptLayers;
@@ -13,7 +12,7 @@ use crate::collective::Collective;
 use crate::data::MicroBatch;
 use crate::exit::{Context, Result};
 use crate::model::{
-    Forward, ForwardOptions, GradPlan, Inputs, Model, NotFinite, Observer, ParamId, PassEnd, find_non_finite,
+    Forward, ForwardOptions, GradPlan, Inputs, Model, MoeLayers, NotFinite, Observer, ParamId, PassEnd, find_non_finite,
 };
 
 /// One rank's copy of the model, with its connection to the other ranks.
@@ -24,7 +23,6 @@ use crate::model::{
 pub struct Replica<B: Backend> {
     model: Model<B>,
     written: BTreeSet<ParamId>,
-    moe_layers: MoeLayers,
     /// The communicator of all ranks.
     pub world: Arc<dyn Collective>,
     /// Device-to-device transport; `None`: gradients and weights go through the host.
@@ -71,7 +69,6 @@ impl<B: Backend> Replica<B> {
     /// A copy of the untrained model. All layers keep their activations until [`Self::kept`] says otherwise.
     pub fn new(model: Model<B>, world: Arc<dyn Collective>) -> Self {
         Self {
-            moe_layers: MoeLayers::of(&model.config),
             model,
             written: BTreeSet::new(),
             step_world_size: world.world_size(),
@@ -101,7 +98,7 @@ impl<B: Backend> Replica<B> {
 
     /// The decoder layers that route.
     pub fn moe_layers(&self) -> &MoeLayers {
-        &self.moe_layers
+        self.model.config.moe_layers()
     }
 
     // --- writing weights -----------------------------------------------------------------------------------------

@@ -192,7 +192,11 @@ fn a_plan_for_some_parameters_gives_the_gradients_of_a_full_plan() {
         let parts: Vec<(&str, Option<usize>, Vec<ParamId>)> = vec![
             ("the top layer's experts", Some(top), only(&|k| matches!(k, ParamKind::Expert(l, ..) if l == top))),
             ("one expert of the middle", Some(1), expert_params(table, 1, 2).collect()),
-            ("routers", tiny.model.config.moe_layers().next(), only(&|k| matches!(k, ParamKind::Router(_)))),
+            (
+                "routers",
+                tiny.model.config.moe_layers().layers.first().copied(),
+                only(&|k| matches!(k, ParamKind::Router(_))),
+            ),
             ("attention of the middle", Some(1), only(&|k| k.layer() == Some(1) && k.group() == Group::Attention)),
             ("the head's norm", None, only(&|k| k == ParamKind::FinalNorm)),
             ("the embedding", Some(0), only(&|k| k == ParamKind::Embedding)),

@@ -13,7 +13,10 @@ const THROUGH_MODELS: [&str; 3] = ["random_weight", "router_logits", "single_exp
 fn sources(folder: &str) -> String {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(folder);
     let files = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
-    files.filter(|path| path.extension().is_some_and(|e| e == "rs")).map(|path| fs::read_to_string(path).unwrap()).collect()
+    files
+        .filter(|path| path.extension().is_some_and(|e| e == "rs"))
+        .map(|path| fs::read_to_string(path).unwrap())
+        .collect()
 }
 
 /// The names of the methods of `trait Backend`.

@@ -104,8 +104,8 @@ fn answers(config: &RunConfig, session: &Session, replica: &Replica<Cpu>) -> Str
         .unwrap();
     write!(out, " | {}", recipe.forwards_at_once()).unwrap();
     let many = RunConfig { top_k_experts: 10_000, ..config.clone() }.recipe().unwrap();
-    let layers: Vec<_> = session.model.moe_layers().collect();
-    write!(out, " | {}", many.identify.limits_for(&layers, session.model.num_experts).top_k).unwrap();
+    let layers = &session.model.moe_layers().layers;
+    write!(out, " | {}", many.identify.limits_for(layers, session.model.num_experts).top_k).unwrap();
     let f = Forecast::new(&recipe, &session.model, &session.data.records, 0.5);
     write!(out, " | {:.6e} {:.6e} {:.6e} {:.6e}", f.identify, f.experts, f.routers, f.measure).unwrap();
     out

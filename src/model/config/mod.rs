@@ -2,6 +2,7 @@
 
 mod error;
 mod families;
+mod layers;
 mod raw;
 mod rope;
 
@@ -12,17 +13,9 @@ pub(crate) use self::error::known;
 pub(crate) use self::families::Rule;
 use self::families::WindowRule;
 pub use self::families::{FAMILIES, Family, QkNorm};
+pub use self::layers::{LayerKind, MoeLayers};
 pub(super) use self::raw::RawConfig;
 use crate::backend::{Heads, Rope};
-
-/// The feed-forward part of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LayerKind {
-    /// Routed experts.
-    Moe,
-    /// One SwiGLU of this width.
-    Dense(usize),
-}
 
 /// A model's shape and its family's differences, as data.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +28,8 @@ pub struct ModelConfig {
     pub hidden_size: usize,
     /// One entry a decoder layer.
     pub layers: Vec<LayerKind>,
+    /// [`MoeLayers::of`] `layers`.
+    pub(crate) moe_layers: MoeLayers,
     /// One entry a decoder layer (the window may differ).
     pub heads: Vec<Heads>,
     /// E
@@ -86,9 +81,9 @@ impl ModelConfig {
         Family::find(&self.model_type).expect("a configuration is only made for a known family")
     }
 
-    /// The decoder layers that route.
-    pub fn moe_layers(&self) -> impl Iterator<Item = usize> {
-        (0..self.layers.len()).filter(|&l| self.layers[l] == LayerKind::Moe)
+    /// The MoE layers.
+    pub fn moe_layers(&self) -> &MoeLayers {
+        &self.moe_layers
     }
 
     /// Whether sequences of this length are within what [`Self::rope`] holds for.
@@ -130,8 +125,10 @@ fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
     }
 
     let heads = heads(raw, family, hidden_size)?;
-    let layers = layers(raw, family, num_layers)?;
+    let moe = moe_flags(raw, family, num_layers)?;
     let dense_width = if family.dense_layers { size("intermediate_size", defaults.dense_width)? } else { 0 };
+    let kind = |moe: bool| if moe { LayerKind::Moe } else { LayerKind::Dense(dense_width) };
+    let layers: Vec<_> = moe.into_iter().map(kind).collect();
     let largest = [
         ("vocab_size", [vocab_size, hidden_size, 1]),
         (family.expert_width_key, [num_experts, 2 * expert_width, hidden_size]),
@@ -153,10 +150,8 @@ fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
         vocab_size,
         hidden_size,
         heads: windows(raw, family, num_layers)?.into_iter().map(|window| Heads { window, ..heads }).collect(),
-        layers: layers
-            .into_iter()
-            .map(|moe| if moe { LayerKind::Moe } else { LayerKind::Dense(dense_width) })
-            .collect(),
+        moe_layers: MoeLayers::of(&layers),
+        layers,
         num_experts,
         num_experts_per_tok: top_k,
         expert_width,
@@ -215,8 +210,8 @@ fn heads(raw: &RawConfig, family: &Family, hidden_size: usize) -> Result<Heads, 
     Ok(Heads { queries, keys, dim, window: None })
 }
 
-/// For each layer whether it routes.
-fn layers(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<bool>, Error> {
+/// For each decoder layer whether it has routed experts.
+fn moe_flags(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<bool>, Error> {
     let mut moe = vec![true; num_layers];
     if family.dense_layers {
         let step = raw.size("decoder_sparse_step")?.unwrap_or(1);
@@ -353,7 +348,8 @@ mod tests {
         let extra =
             json!({"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3], "intermediate_size": 9});
         let config = config("qwen3_moe", extra).unwrap();
-        assert_eq!(config.moe_layers().collect::<Vec<_>>(), [1, 5]);
+        assert_eq!(*config.moe_layers(), MoeLayers { layers: vec![1, 5], depth: 6 });
+        assert_eq!((config.moe_layers().count(), config.moe_layers().index_of(5)), (2, 1));
         assert_eq!(config.layers[3], LayerKind::Dense(9));
     }
 

@@ -267,7 +267,7 @@ mod tests {
     use crate::backend::{Heads, Rope};
     use crate::config::{Mode, RunConfig};
     use crate::experts::{Method, RandomMatch, Selection};
-    use crate::model::QkNorm;
+    use crate::model::{MoeLayers, QkNorm};
 
     /// allenai/OLMoE-1B-7B-0125-Instruct.
     fn olmoe() -> ModelConfig {
@@ -276,6 +276,7 @@ mod tests {
             vocab_size: 50304,
             hidden_size: 2048,
             layers: vec![LayerKind::Moe; 16],
+            moe_layers: MoeLayers::of(&[LayerKind::Moe; 16]),
             heads: vec![Heads { queries: 16, keys: 16, dim: 128, window: None }; 16],
             num_experts: 64,
             num_experts_per_tok: 8,

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::library::Library;
+use super::names::Library;
 use crate::exit::{self, Coded};
 
 /// Why no GPU can be used. The exit code is [`exit::LAUNCHER`].

@@ -9,6 +9,7 @@ mod cublas;
 mod driver;
 mod error;
 pub mod library;
+mod names;
 mod nvrtc;
 mod staging;
 
