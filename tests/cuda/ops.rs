@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::emulator::device::Guarded;
-use crate::emulator::{self, Emulated, device};
+use crate::emulator::{Emulated, device};
 use crate::values::{Rng, assert_close};
 use moewarden::backend::cpu::Cpu;
 use moewarden::backend::cuda::Cuda;
