@@ -514,7 +514,7 @@ type Signature = (String, Vec<(String, String)>);
 /// The signatures of a module's kernels, `extern "C" __global__ void __launch_bounds__(..) name(type parameter, ..)`,
 /// once the preprocessor has expanded its macros.
 fn signatures(module: &Module) -> Vec<Signature> {
-    let text = emulator::preprocessed(&kernels::source(module));
+    let text = crate::emulator::preprocessed(&kernels::source(module));
     let mut found = Vec::new();
     for kernel in text.split("extern \"C\" __global__ void").skip(1) {
         let bounds = kernel.split_once("__launch_bounds__").expect("a launch bound").1;
