@@ -256,6 +256,7 @@ pub fn leave(code: u8, how: Leave) -> ! {
     #[cfg(feature = "mpi")]
     mpi::leave(code, how);
     let _ = how; // without MPI there is nobody to leave
+    #[expect(clippy::exit, reason = "the one place where the process ends")]
     std::process::exit(code.into())
 }
 

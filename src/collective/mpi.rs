@@ -93,6 +93,7 @@ pub(super) fn leave(code: u8, how: super::Leave) {
                 std::io::stderr(),
                 "error: this rank has finished and waited {seconds} s for the other ranks to finish"
             );
+            #[expect(clippy::exit, reason = "MPI_Finalize would wait for ever")]
             std::process::exit(exit::HANG.into());
         });
     }

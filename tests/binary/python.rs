@@ -136,7 +136,7 @@ fn expectation(folder: &Path, model: &Path, data: &Path) -> Value {
         ParamKind::Router(_) => true,
         _ => false,
     });
-    let changed: BTreeSet<_> = trained.map(|spec| spec.tensor.to_string()).collect();
+    let changed: BTreeSet<_> = trained.map(|spec| spec.tensor.clone()).collect();
     json!({"rows": rows, "changed": changed})
 }
 

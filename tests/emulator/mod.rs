@@ -94,6 +94,7 @@ impl State {
 /// # Safety
 /// The bytes must be allocated.
 unsafe fn bytes<'a>(at: Address, len: usize) -> &'a mut [u8] {
+    // SAFETY: the caller's promise.
     unsafe { std::slice::from_raw_parts_mut(at.0 as *mut u8, len) }
 }
 

@@ -38,7 +38,7 @@ fn training_loss(model: &Model<Cpu>, ids: &[u32], target: u32) -> f64 {
 }
 
 fn loss_of(logits: &[f32], target: u32) -> f64 {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let sum: f64 = logits.iter().map(|x| (f64::from(*x) - largest).exp()).sum();
     largest + sum.ln() - f64::from(logits[target as usize])
 }

@@ -59,7 +59,7 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 /// The folder of shared test material, where there is one.
 fn shared() -> Option<PathBuf> {
     let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
-    let dir = std::env::var_os("MOEWARDEN_SHARED").map(PathBuf::from).unwrap_or_else(beside);
+    let dir = std::env::var_os("MOEWARDEN_SHARED").map_or_else(beside, PathBuf::from);
     if dir.is_dir() {
         return Some(dir);
     }

@@ -34,6 +34,7 @@ pub struct Communicator {
 
 // SAFETY: CUDA's handles may be used from any thread; NCCL's, which allows one thread at a time, is behind the mutex.
 unsafe impl Send for Communicator {}
+// SAFETY: as for Send.
 unsafe impl Sync for Communicator {}
 
 impl Communicator {
@@ -84,6 +85,7 @@ impl Communicator {
         // SAFETY: a plain allocation; it is freed below, when no operation uses it any more.
         let values = unsafe { result::malloc_sync(4 * self.world_size) }.map_err(failed)?;
         let part = values + 4 * self.rank as u64;
+        // SAFETY: the allocation above has this length, and is freed only after the stream is done.
         let connected = unsafe { result::memset_d8_async(values, 0, 4 * self.world_size, self.compute) }
             .map_err(failed)
             .and_then(|()| self.all_reduce_f32(values, self.world_size))
@@ -198,6 +200,7 @@ impl Communicator {
             }
             offset += count;
         }
+        // SAFETY: the group was started above, on this thread.
         let end = unsafe { (self.nccl.functions.group_end)() };
         if fine(code) { end } else { code }
     }
@@ -226,6 +229,7 @@ impl DeviceCollective for Communicator {
         self.queue(&format_args!("reduce_scatter_f32 of {total}"), |comm, stream| match common_count(counts) {
             // SAFETY: the addresses are valid by the trait's contract, and the communicator is not aborted.
             Some(len) => unsafe { (functions.reduce_scatter)(at(values), at_mut(part), len, F32, SUM, comm, stream) },
+            // SAFETY: as above; the offset stays within the buffer that all counts add up to.
             None => self.group(counts, |root, offset, len| unsafe {
                 let from = at(values + (offset * size_of::<f32>()) as u64);
                 (functions.reduce)(from, at_mut(part), len, F32, SUM, root, comm, stream)
@@ -240,6 +244,7 @@ impl DeviceCollective for Communicator {
         self.queue(&format_args!("all_gather_into of {total} bytes"), |comm, stream| match common_count(counts) {
             // SAFETY: the addresses are valid by the trait's contract, and the communicator is not aborted.
             Some(len) => unsafe { (functions.all_gather)(at(part), at_mut(out), len, BYTE, comm, stream) },
+            // SAFETY: as above; the offset stays within the buffer that all counts add up to.
             None => self.group(counts, |root, offset, len| unsafe {
                 (functions.broadcast)(at(part), at_mut(out + offset as u64), len, BYTE, root, comm, stream)
             }),
@@ -265,6 +270,7 @@ impl DeviceCollective for Communicator {
         self.check_driver(&mut state, &"wait", recorded)?;
         let started = Instant::now();
         loop {
+            // SAFETY: the event is this communicator's, and alive.
             match unsafe { result::event::query(self.done) } {
                 Ok(()) => return Ok(()),
                 Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => {}

@@ -105,6 +105,7 @@ impl Functions {
         /// # Safety
         /// `F` is a function pointer of its C type.
         unsafe fn function<F: Copy>(library: &Library, name: &'static CStr) -> std::result::Result<F, &'static str> {
+            // SAFETY: the caller's promise: `F` is the C type of the function of this name.
             let found = unsafe { library.get::<F>(name.to_bytes_with_nul()) };
             found.map(|symbol| *symbol).map_err(|_| name.to_str().expect("names are ASCII"))
         }
@@ -126,6 +127,7 @@ impl Functions {
                 broadcast: function(library, c"ncclBroadcast")?,
             }
         };
+        // SAFETY: the caller's promise.
         Ok((functions, unsafe { function(library, c"ncclGetVersion") }?))
     }
 }
@@ -217,6 +219,7 @@ pub(super) mod fake {
     unsafe extern "C" fn async_error(_: Comm, code: *mut Code) -> Code {
         let busy = BUSY.get();
         BUSY.set(busy.saturating_sub(1));
+        // SAFETY: the caller passes a valid pointer, as NCCL's interface demands.
         unsafe { *code = if busy > 0 { IN_PROGRESS } else { THEN.get() } };
         SUCCESS
     }

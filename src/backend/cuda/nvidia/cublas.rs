@@ -23,6 +23,7 @@ pub(super) struct Cublas {
 // SAFETY: the manual's section "Thread Safety": several threads may use one handle as long as its settings do not
 // change. They are set once, in `new`.
 unsafe impl Send for Cublas {}
+// SAFETY: as for Send.
 unsafe impl Sync for Cublas {}
 
 /// Status codes are plain integers, because a newer library may return codes that an enum would lack.

@@ -54,6 +54,7 @@ impl Driver {
                 let major = unsafe {
                     result::device::get_attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?
                 };
+                // SAFETY: as above.
                 let minor = unsafe {
                     result::device::get_attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?
                 };

@@ -68,6 +68,7 @@ struct Function {
 // SAFETY: the driver's handles may be used from any thread in which the context is current; every method makes it
 // current.
 unsafe impl Send for Nvidia {}
+// SAFETY: as for Send.
 unsafe impl Sync for Nvidia {}
 
 impl Nvidia {

@@ -143,6 +143,7 @@ impl<'a> Program<'a> {
             code => return Err(code),
         }
         let mut bytes = vec![0u8; len];
+        // SAFETY: `bytes` has the length that NVRTC asked for, and the program is alive.
         match unsafe { fill(self.handle, bytes.as_mut_ptr().cast()) } {
             0 => Ok(bytes),
             code => Err(code),
