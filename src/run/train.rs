@@ -215,7 +215,8 @@ impl<B: Backend> Run<'_, B> {
         let mut saved = scan.pass.done();
         while let Some(stop) = scan.interval(&self.replica, &progress)? {
             let done = scan.pass.done();
-            let due = self.config.save_steps > 0 && done - saved >= self.config.save_steps;
+            // The end of the phase is saved by the caller.
+            let due = self.config.save_steps > 0 && done - saved >= self.config.save_steps && scan.pass.left() > 0;
             if stop || due {
                 let position = Position { round, phase: Phase::Identify, step: done };
                 self.save(position, &PhaseSnapshot::Identification(scan.pass.state()))?;
