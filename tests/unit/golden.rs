@@ -6,12 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::case::{
     self, Case, CaseRun, Tolerance, assert_near, ce_gradients, example, experts, fixture_name, ids, numbers,
 };
+use clap::ValueEnum;
 use moewarden::backend::{Backend, Dtype, cpu::Cpu};
 use moewarden::config::RunConfig;
 use moewarden::data::{LossOn, MicroBatch};
 use moewarden::experts::{Method, Ranking, RoutingTokens, Score, ScorePer, Select, select, token_mask};
 use moewarden::launch;
-use moewarden::model::{Model, ParamId, PassEnd, Routed};
+use moewarden::model::{FAMILIES, Model, ParamId, PassEnd, Routed};
 use moewarden::routers::{KlType, Statistic};
 use moewarden::run::session::Session;
 use moewarden::train::{Recompute, alignment_by_layer, mean_loss};
@@ -115,6 +116,16 @@ cases! {
     olmoe_fused olmoe_bf16 mixtral_fused qwen2_fused
 }
 
+#[test]
+fn every_family_has_a_case() {
+    let cases = std::fs::read_dir(case::golden_dir()).unwrap().map(|entry| entry.unwrap().path());
+    let configs = cases.filter_map(|case| std::fs::read_to_string(case.join("model/config.json")).ok());
+    let types: BTreeSet<String> = configs
+        .map(|text| serde_json::from_str::<Value>(&text).unwrap()["model_type"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(types, FAMILIES.iter().map(|family| family.model_type.to_owned()).collect());
+}
+
 /// Token ids and targets of every record.
 fn rows(name: &str) {
     let case = Case::open_as_read(name);
@@ -204,6 +215,7 @@ fn identification(name: &str) {
         }
     };
     let kinds = [(Score::L1Mean, true), (Score::L2, false), (Score::Fisher, true), (Score::Taylor, false)];
+    assert_eq!(kinds.len(), Score::value_variants().len(), "every score is tested");
     for (score, score_per) in kinds.into_iter().flat_map(|(s, p)| pers(p).iter().map(move |per| (s, *per))) {
         let config = RunConfig { score, score_per, ..case.config.clone() };
         let found = case.run(&config, 1).identify();
