@@ -146,7 +146,7 @@ pub(super) fn claim(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec
         let byte_range = elements.start * size..elements.end * size;
         let value = HostTensor::new(whole.dtype, kind.shape(config), whole.bytes.slice(byte_range.clone()));
         claimed.insert(tensor.clone());
-        params.push(ParamSpec { kind, tensor, byte_range, value });
+        params.push(ParamSpec::new(kind, tensor, byte_range, value));
     }
     if let Some(tensor) = missing.first() {
         let dir = checkpoint.dir().display().to_string();

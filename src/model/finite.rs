@@ -78,11 +78,9 @@ mod tests {
         for (dtype, largest) in [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().zip(largest) {
             let mut values = vec![largest; CHUNK + 5]; // more than one chunk
             values[3] = -0.0;
-            let spec = |values: &[f32]| ParamSpec {
-                kind: ParamKind::Embedding,
-                tensor: "t".into(),
-                byte_range: 0..values.len() * dtype.size(),
-                value: HostTensor::encode(dtype, vec![values.len()], values),
+            let spec = |values: &[f32]| {
+                let value = HostTensor::encode(dtype, vec![values.len()], values);
+                ParamSpec::new(ParamKind::Embedding, "t".into(), 0..value.bytes.len(), value)
             };
             let good = spec(&values);
             assert_eq!(first(std::slice::from_ref(&good)), None, "{dtype:?}");

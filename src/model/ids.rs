@@ -1,9 +1,10 @@
 //! What a model's parameters are: their kinds, order and shapes.
 
 use std::fmt;
+use std::ops::Range;
 
 use super::config::{LayerKind, ModelConfig, QkNorm};
-use crate::backend::HostTensor;
+use crate::backend::{Dtype, HostTensor};
 
 /// Place in the [`ParamTable`].
 pub type ParamId = usize;
@@ -100,16 +101,19 @@ impl fmt::Display for Group {
     }
 }
 
-/// One parameter: an expert's matrix is one parameter even where the checkpoint fuses all experts into one tensor.
+/// One parameter: its kind, place, format and shape, which stay as they are, and the value that a run starts from. An
+/// expert's matrix is one parameter even where the checkpoint fuses all experts of a layer into one tensor.
 #[derive(Clone)]
 pub struct ParamSpec {
     /// What it is.
     pub kind: ParamKind,
-    /// The checkpoint tensor that holds it, or would if there were one.
+    /// Name of the checkpoint tensor that holds it; without a checkpoint, the name that this tensor would have.
     pub tensor: String,
-    /// Where in that tensor's bytes it lies.
-    pub byte_range: std::ops::Range<usize>,
-    /// Its value, memory-mapped, or absent where it is random; shape `[out, in]` or `[n]`.
+    /// Byte range of the parameter in that tensor.
+    pub byte_range: Range<usize>,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// The base value: memory-mapped from the checkpoint and never updated by training, or absent where it is random.
     pub value: HostTensor,
 }
 
@@ -235,6 +239,27 @@ impl Proj {
 }
 
 impl ParamSpec {
+    /// A parameter with this base value.
+    pub(super) fn new(kind: ParamKind, tensor: String, byte_range: Range<usize>, value: HostTensor) -> Self {
+        Self { kind, tensor, byte_range, dtype: value.dtype, shape: value.shape.clone(), value }
+    }
+
+    /// The number format in which the checkpoint stores it and training keeps it.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// `[out, in]` or `[n]`.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of elements.
+    #[allow(clippy::len_without_is_empty)] // no parameter is empty
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
     /// A name of its own: the tensor's, or where the tensor holds all experts the name this one would have alone,
     /// `….experts.7.gate_proj.weight`.
     pub fn name(&self) -> String {

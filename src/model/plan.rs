@@ -61,7 +61,7 @@ impl GradPlan {
         let mut len = 0;
         for &id in trainable {
             slots[id] = Some(len);
-            len += table.params[id].value.len();
+            len += table.params[id].len();
         }
         let mut embedding = false;
         let mut layers = vec![LayerWants::default(); num_layers];

@@ -60,7 +60,7 @@ impl RandomInit {
         let block = BlockNames { name: family.blocks[0], fused: false };
         let spec = |kind: ParamKind| {
             let value = HostTensor::absent(self.dtype, kind.shape(config));
-            ParamSpec { kind, tensor: tensor_name(kind, family, block), byte_range: 0..value.bytes.len(), value }
+            ParamSpec::new(kind, tensor_name(kind, family, block), 0..value.bytes.len(), value)
         };
         ParamKind::all(config).into_iter().map(spec).collect()
     }
@@ -68,9 +68,9 @@ impl RandomInit {
     /// One of them, on a backend.
     pub(super) fn weight<B: Backend>(&self, backend: &B, id: ParamId, spec: &ParamSpec) -> B::Weight {
         use ParamKind::{KBias, OBias, QBias, VBias};
-        let shape = spec.value.shape.clone();
+        let shape = spec.shape().to_vec();
         let all = |x: f32| {
-            let values = vec![x; spec.value.len()];
+            let values = vec![x; spec.len()];
             backend.weight(HostTensor::encode(self.dtype, shape.clone(), &values))
         };
         match spec.kind {

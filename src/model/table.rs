@@ -72,7 +72,7 @@ impl ParamTable {
     pub fn count(&self, chosen: impl Fn(&ParamSpec) -> bool) -> Count {
         self.params.iter().filter(|spec| chosen(spec)).fold(Count::default(), |sum, spec| Count {
             params: sum.params + 1,
-            elements: sum.elements + spec.value.len(),
+            elements: sum.elements + spec.len(),
             bytes: sum.bytes + spec.byte_range.len(),
         })
     }
@@ -121,12 +121,8 @@ mod tests {
     fn every_parameter_is_found_by_its_kind_and_no_other() {
         let kinds = ParamKind::all(&config());
         assert_eq!(kinds.len(), 1 + (12 + 3) + (12 + 1 + 9 + 4) + 2);
-        let spec = |kind| ParamSpec {
-            kind,
-            tensor: String::new(),
-            byte_range: 0..4,
-            value: HostTensor::from_f32(vec![1], &[0.0]),
-        };
+        let value = HostTensor::from_f32(vec![1], &[0.0]);
+        let spec = |kind| ParamSpec::new(kind, String::new(), 0..4, value.clone());
         let table = ParamTable { params: kinds.iter().copied().map(spec).collect(), random: None };
         for (place, kind) in kinds.iter().enumerate() {
             assert_eq!(table.id(*kind), Some(place), "{kind:?}");

@@ -71,8 +71,8 @@ fn shared() -> Option<PathBuf> {
 fn some_changes(table: &ParamTable) -> BTreeMap<ParamId, HostTensor> {
     let mut changed = BTreeMap::new();
     for (id, spec) in table.iter().filter(|(id, spec)| id % 5 == 0 || spec.kind.group() == Group::Router) {
-        let values: Vec<f32> = (0..spec.value.len()).map(|i| (i % 7) as f32 - id as f32).collect();
-        changed.insert(id, HostTensor::encode(spec.value.dtype, spec.value.shape.clone(), &values));
+        let values: Vec<f32> = (0..spec.len()).map(|i| (i % 7) as f32 - id as f32).collect();
+        changed.insert(id, HostTensor::encode(spec.dtype(), spec.shape().to_vec(), &values));
     }
     changed
 }
@@ -121,7 +121,7 @@ fn every_family_layout_format_and_sharding_round_trips() {
                     let model = make(&temp.path().join("in"), &spec);
                     let what = format!("{} {layout:?} {dtype:?} {shards}", family.model_type);
                     assert_eq!(model.checkpoint.shards().len(), shards, "{what}");
-                    assert!(model.table.params.iter().all(|spec| spec.value.dtype == dtype), "{what}");
+                    assert!(model.table.params.iter().all(|spec| spec.dtype() == dtype), "{what}");
                     assert_eq!(model.table.id(ParamKind::LmHead).is_none(), tie, "{what}");
 
                     // The layout and the sharding change where a value lies, not which it is.
@@ -289,7 +289,7 @@ fn a_second_copy_of_a_tied_embedding_follows_it() {
     fs::rename(dir.join("new"), dir.join("model.safetensors")).unwrap();
     let model = open(&dir);
     let embedding = model.table.id(ParamKind::Embedding).unwrap();
-    let shape = model.table.params[embedding].value.shape.clone();
+    let shape = model.table.params[embedding].shape().to_vec();
     let value = HostTensor::from_f32(shape.clone(), &vec![0.5; shape.iter().product()]);
     export(&dir, &model.checkpoint, &model.table, &BTreeMap::from([(embedding, value)]), &out(&temp)).unwrap();
     let written = open(&out(&temp)); // refused if the copies differed
