@@ -1,4 +1,4 @@
-//! What a model's parameters are: their kinds, order and shapes.
+//! The parameters of a model: kinds, order, shapes.
 
 use std::fmt;
 use std::ops::Range;
@@ -6,13 +6,13 @@ use std::ops::Range;
 use super::config::{LayerKind, ModelConfig, QkNorm};
 use crate::backend::{Dtype, HostTensor};
 
-/// Place in the [`ParamTable`].
+/// Index of a parameter in [`ParamTable::params`](super::ParamTable::params).
 pub type ParamId = usize;
 
 /// A matrix of a SwiGLU block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Proj {
-    /// `[F, D]`, goes through silu.
+    /// `[F, D]`; its output goes through silu.
     Gate,
     /// `[F, D]`
     Up,
@@ -20,7 +20,7 @@ pub enum Proj {
     Down,
 }
 
-/// What a parameter is. Layers count all decoder layers.
+/// The role of a parameter. Layer numbers count all decoder layers, from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ParamKind {
     /// `[V, D]`
@@ -49,23 +49,23 @@ pub enum ParamKind {
     KNorm(usize),
     /// `[D]`, before the feed-forward part.
     PostNorm(usize),
-    /// A dense layer's SwiGLU.
+    /// A matrix of a dense layer's SwiGLU.
     Dense(usize, Proj),
     /// `[E, D]`
     Router(usize),
-    /// (layer, expert, matrix)
+    /// A matrix of a routed expert: (layer, expert, matrix).
     Expert(usize, usize, Proj),
-    /// The shared expert's SwiGLU.
+    /// A matrix of the shared expert's SwiGLU.
     Shared(usize, Proj),
-    /// `[1, D]`
+    /// `[1, D]`, the gate of the shared expert.
     SharedGate(usize),
     /// `[D]`
     FinalNorm,
-    /// `[V, D]`; absent where the embedding is tied.
+    /// `[V, D]`; absent in models with a tied embedding.
     LmHead,
 }
 
-/// Kinds of parameters as people name them.
+/// Groups of parameters for reports and counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Group {
     /// The input embedding.
@@ -118,7 +118,7 @@ pub struct ParamSpec {
 }
 
 impl ParamKind {
-    /// What people call it.
+    /// The group it is counted in.
     pub fn group(self) -> Group {
         use ParamKind as P;
         match self {
@@ -141,7 +141,7 @@ impl ParamKind {
         (section == 1).then_some(layer)
     }
 
-    /// Where it stands in the order of all parameters: (section, layer, part of the layer, expert, matrix).
+    /// Sort key of the parameter order: (section, layer, part of the layer, expert, matrix).
     pub(super) fn sort_key(self) -> (u8, usize, u8, usize, u8) {
         use ParamKind as P;
         let (layer, part, expert, proj) = match self {
@@ -204,7 +204,7 @@ impl ParamKind {
         kinds
     }
 
-    /// The shape that config.json gives it.
+    /// `[out, in]` or `[n]`, by the configuration. Panics for a kind that the model does not have.
     pub fn shape(self, config: &ModelConfig) -> Vec<usize> {
         use ParamKind as P;
         let d = config.hidden_size;
@@ -234,7 +234,7 @@ impl ParamKind {
 }
 
 impl Proj {
-    /// In the order of parameters.
+    /// All three, in the order of parameters.
     pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
 }
 
@@ -260,8 +260,8 @@ impl ParamSpec {
         self.shape.iter().product()
     }
 
-    /// A name of its own: the tensor's, or where the tensor holds all experts the name this one would have alone,
-    /// `….experts.7.gate_proj.weight`.
+    /// A unique name: that of the tensor, or for an expert in a fused tensor the name that a tensor of this expert alone would
+    /// have, `….experts.7.gate_proj.weight`.
     pub fn name(&self) -> String {
         match (self.kind, self.tensor.rsplit_once(".experts.")) {
             (ParamKind::Expert(_, e, proj), Some((block, "gate_up_proj" | "down_proj"))) => {
@@ -279,7 +279,7 @@ pub(super) mod tests {
     use crate::backend::{Heads, Rope};
     use crate::model::config::MoeLayers;
 
-    /// Everything that a model can have, in one layer of each kind.
+    /// A model with every kind of parameter, one dense and one MoE layer.
     pub(crate) fn config() -> ModelConfig {
         let heads = Heads { queries: 4, keys: 2, dim: 4, window: None };
         let layers = vec![LayerKind::Dense(6), LayerKind::Moe];

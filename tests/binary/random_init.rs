@@ -1,4 +1,4 @@
-//! `--init random`: a model's shape without its weights.
+//! `--init random`: models without weights.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +12,7 @@ use moewarden::exit::{self, Coded};
 use moewarden::model::{Checkpoint, FAMILIES, Group, Model, ModelConfig, ParamTable, RandomInit};
 use serde_json::{Value, json};
 
-/// Sums of f64 in another order.
+/// Tolerance for f64 sums in another order.
 const SAME_SCORES: f64 = 1e-12;
 
 /// A copy of a case's model without its weights, with these members of config.json changed (null: removed).
@@ -56,7 +56,7 @@ fn config_json_alone_gives_the_names_shapes_and_formats_of_the_checkpoint() {
             assert_eq!(ours.shape(), theirs.shape(), "{what}: {:?}", ours.kind);
             assert_eq!(ours.dtype(), theirs.dtype(), "{what}: {:?}", ours.kind);
             assert_eq!(ours.byte_range.len(), theirs.byte_range.len(), "{what}: {:?}", ours.kind);
-            // Random weights are named as each expert's own tensors are, in the block that the family's authors published.
+            // Random weights have the names of the published checkpoints, with one tensor per expert and matrix.
             if !is_fused {
                 assert_eq!((ours.name(), &ours.tensor), (theirs.name(), &theirs.tensor), "{what}");
             }
@@ -98,7 +98,7 @@ fn the_format_and_the_size_of_weights_come_from_config_json() {
 }
 
 #[test]
-fn published_shapes_have_their_known_number_of_parameters() {
+fn published_models_have_their_known_number_of_parameters() {
     let known = [
         // allenai/OLMoE-1B-7B-0125-Instruct
         (json!({"model_type": "olmoe", "intermediate_size": 1024}), 6_919_161_856),
@@ -152,7 +152,7 @@ fn norms_are_ones_biases_zeros_and_matrices_random() {
 }
 
 #[test]
-fn random_values_have_the_mean_and_the_deviation_asked_for() {
+fn random_values_have_mean_zero_and_the_given_deviation() {
     let b = Cpu::new(2);
     let n = 300_007; // more than one chunk
     for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
@@ -175,7 +175,7 @@ fn absent_values_cannot_be_taken_for_zeros() {
 
 // --- commands ----------------------------------------------------------------------------------------------------
 
-/// A folder with a shape and rows.
+/// A folder with a model without weights, and rows.
 struct Scene(tempfile::TempDir);
 
 impl Scene {
@@ -208,7 +208,7 @@ impl Scene {
     }
 }
 
-/// The numbers of a list, and of the lists in it.
+/// The numbers of a list and its nested lists.
 fn numbers(value: &Value) -> Vec<f64> {
     match value {
         Value::Array(values) => values.iter().flat_map(numbers).collect(),
@@ -228,7 +228,7 @@ fn identify_gives_the_same_scores_whatever_the_ranks_and_others_by_another_seed(
     assert_eq!(one, identify("again", ""));
     let losses = numbers(&one["losses"]);
     assert_eq!(losses.len(), 5);
-    // A guess among 320 tokens, a little worse for the weights' noise.
+    // The loss of a uniform guess among 320 tokens, plus some noise of the weights.
     assert!(losses.iter().all(|loss| (loss - 320f64.ln()).abs() < 1.0), "{losses:?}");
 
     let two = identify("two", "--ranks 2");
@@ -299,17 +299,17 @@ fn a_signal_ends_a_run_that_has_nothing_to_save() {
 }
 
 #[test]
-fn what_random_weights_cannot_do_is_refused() {
+fn options_that_need_real_weights_are_refused() {
     let scene = Scene::new();
     let random = |more: &str| scene.run("train", "out", &format!("--init random {more}"));
     random("--resume").failed(exit::CONFIG, &["--resume", "--init random"]);
     random("--save-rounds delta").failed(exit::CONFIG, &["--save-rounds would do nothing", "--init random"]);
     random("--save-steps 10").failed(exit::CONFIG, &["--save-steps would do nothing"]);
     random("--keep-checkpoints 9").failed(exit::CONFIG, &["--keep-checkpoints would do nothing"]);
-    // Asking for nothing is no contradiction.
+    // Options that turn saving off are accepted.
     random("--num-rounds 1 --save-rounds none --save-steps 0").ok();
 
-    // The weights that are missing without it, and what is missing with it.
+    // Missing weights without --init random; a missing tokenizer with it.
     scene.run("train", "other", "").failed(exit::NO_INPUT, &["model.safetensors", "--init random"]);
     fs::remove_file(scene.path("model/tokenizer.json")).unwrap();
     scene.run("identify", "other", "--init random").failed(exit::NO_INPUT, &["tokenizer.json"]);

@@ -1,5 +1,5 @@
-//! Gradients of whole models: against finite differences, against candle's autograd, and of a part of the model against
-//! those of all of it.
+//! Gradients of whole models against finite differences and against candle's autograd, and gradients of a subset of
+//! parameters against those of all parameters.
 
 use std::ops::Range;
 
@@ -13,12 +13,13 @@ use moewarden::routers::{KlType, LayerStatistic, SampleSoftmax, Statistic, align
 
 // --- finite differences ----------------------------------------------------------------------------------------------
 
-/// The derivative of `f` along both halves (the even and the odd entries) of every parameter's gradient, by central
-/// differences, against what the gradient says it is: the half's squared norm over its norm.
+/// Compares the derivative of `f` along both halves (the even and the odd elements) of every parameter's gradient, by central
+/// differences, with the norm of that half.
 ///
-/// Single entries would not do. `f` is a sum of f32 terms and rounds at about 1e-7, so a difference of it must be of the
-/// order of 1e-3 to have three digits; along the gradient that takes a step of 1e-3/‖g‖. Two halves see an error that is
-/// orthogonal to the gradient as a whole. Where a step changes a choice of experts f jumps, and the step is too long.
+/// Differences of single elements are too inaccurate: `f` is a sum of f32 terms with a rounding error of about 1e-7, so a
+/// difference of `f` must be about 1e-3 to have three digits; along the gradient that takes a step of 1e-3/‖g‖. With two
+/// halves an error orthogonal to the whole gradient shows, too. `f` jumps where a step changes the chosen experts; then the
+/// step is too long.
 fn check_along_gradients(name: &str, tiny: &mut Tiny, gradients: &[Vec<f32>], f: impl Fn(&Tiny) -> (f64, Vec<u32>)) {
     let (_, choices) = f(tiny);
     for (id, gradient) in gradients.iter().enumerate() {
@@ -43,7 +44,7 @@ fn check_along_gradients(name: &str, tiny: &mut Tiny, gradients: &[Vec<f32>], f:
                 f(tiny)
             };
             let mut step = (CHANGE / norm).min(LONGEST);
-            // The derivative is a limit: across the edge of a clamp, or where f bends, a shorter step comes closer.
+            // Near the limit of a clamp, or where f has a large curvature, a shorter step is more accurate.
             loop {
                 let ((above, up), (below, down)) = (at(step), at(-step));
                 let measured = (above - below) / (2.0 * step);
@@ -63,11 +64,11 @@ fn check_along_gradients(name: &str, tiny: &mut Tiny, gradients: &[Vec<f32>], f:
     }
 }
 
-/// By how much a step is to move the loss.
+/// Change of the loss that a step aims at.
 const CHANGE: f64 = 1e-3;
-/// Norm of the longest step: a tenth of a matrix's.
+/// Norm of the longest step: a tenth of the norm of a matrix.
 const LONGEST: f64 = 0.1;
-/// Rounding of the loss: 2⁻²⁴ = 6e-8 of each of a mean's terms, which are about 5; the mean of 11 of them is nearer.
+/// Rounding error of the loss: 2⁻²⁴ = 6e-8 of each term, which are about 5; less in the mean of 11 terms.
 const ROUNDING: f64 = 2e-7;
 
 #[test]
@@ -79,7 +80,8 @@ fn cross_entropy_agrees_with_finite_differences() {
     }
 }
 
-/// The routers' divergence: the first sequence is the safe side, which stays as it is; the gradient goes through the second.
+/// The divergence of the routers: the first sequence is the safe side, which is constant; the gradient goes through the
+/// second.
 #[test]
 fn the_routers_divergence_agrees_with_finite_differences() {
     for (name, spec) in specs() {
@@ -97,7 +99,7 @@ fn the_routers_divergence_agrees_with_finite_differences() {
     }
 }
 
-/// What one layer's routing of one sequence comes to.
+/// Routing statistic of one layer for one sequence.
 struct Observed {
     layer: usize,
     statistic: LayerStatistic,
@@ -132,7 +134,7 @@ fn rows_of(tiny: &Tiny, sequence: usize) -> Range<usize> {
     tiny.packing.queries[sequence]..tiny.packing.queries[sequence + 1]
 }
 
-/// Of all parameters, through the second sequence.
+/// Gradients of all parameters through the second sequence.
 fn divergence_gradients(tiny: &Tiny, kind: Statistic, target: &[LayerStatistic]) -> Vec<Vec<f32>> {
     let observed = divergence(tiny, kind, 1);
     let statistics: Vec<_> = observed.iter().map(|layer| layer.statistic.clone()).collect();
@@ -163,7 +165,7 @@ fn every_gradient_agrees_with_autograd() {
         let off = loss - theirs.to_scalar::<f64>().unwrap();
         assert!(off.abs() < 1e-6, "{name}: loss off by {off:e}");
         let theirs = theirs.backward().unwrap();
-        // Roundings of a backward pass are relative to what is summed: to the largest gradient of its kind, at least.
+        // Rounding errors of a backward pass are relative to the summed terms: at least to the largest gradient.
         let scale = gradients.iter().flatten().fold(0.0f32, |a, g| a.max(g.abs()));
         for ((_, spec), ours) in tiny.model.table.iter().zip(&gradients) {
             let theirs = autograd.gradient(&theirs, spec.kind).unwrap();
@@ -176,10 +178,10 @@ fn every_gradient_agrees_with_autograd() {
 
 // --- parts -----------------------------------------------------------------------------------------------------------
 
-/// What a plan does not want changes nothing of what it wants, bit for bit, and nothing below its lowest layer is visited
-/// (see [`Tiny::gradients`]).
+/// The gradient of a parameter has the same bits whatever else is in the plan, and no layer below the lowest in the plan is
+/// visited (see [`Tiny::gradients`]).
 #[test]
-fn a_part_has_the_gradients_of_the_whole() {
+fn a_subset_has_the_same_gradients_as_all_parameters() {
     for (name, spec) in specs() {
         let tiny = Tiny::new(&TinySpec { num_layers: 3, ..spec });
         let table = &tiny.model.table;

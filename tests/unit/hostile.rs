@@ -1,4 +1,5 @@
-//! Checkpoints that lie: each is refused with the file, the tensor and the right exit code.
+//! Invalid and hostile checkpoints: each is refused with an error that names the file and the tensor, and the right exit
+//! code.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +11,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 
-/// A safetensors file of this header and this many zero bytes.
+/// A safetensors file with this header and `data` zero bytes.
 fn file(header: &str, data: usize) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.as_bytes());
@@ -25,7 +26,7 @@ fn open_single(bytes: &[u8]) -> Result<Checkpoint, WeightsError> {
 }
 
 #[test]
-fn an_honest_file_opens() {
+fn a_valid_file_opens() {
     let header = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]},
         "empty":{"dtype":"I64","shape":[0,3],"data_offsets":[8,8]},"b":{"dtype":"BF16","shape":[],"data_offsets":[16,18]},
         "c":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}"#;
@@ -35,7 +36,7 @@ fn an_honest_file_opens() {
 }
 
 #[test]
-fn every_lie_of_a_file_is_named() {
+fn every_defect_of_a_file_is_named() {
     let one = |entry: &str| format!(r#"{{"x":{entry}}}"#);
     let two = |a: &str, b: &str| {
         format!(
@@ -49,7 +50,7 @@ fn every_lie_of_a_file_is_named() {
         ("too few", vec![]),
         ("too few", vec![1; 7]),
         ("more than the", huge),
-        ("claims 1000 bytes", beyond),
+        ("a header of 1000 bytes", beyond),
         ("does not begin with `{`", file(" {}", 0)),
         ("does not begin with `{`", file("", 0)),
         ("not JSON", file("{\"x\":", 0)),
@@ -89,7 +90,7 @@ fn every_lie_of_a_file_is_named() {
     }
 }
 
-/// A model in two shards, with its index to be changed.
+/// A model in two shards, and its index.
 fn sharded() -> (TempDir, Value) {
     let dir = tempdir().unwrap();
     write_random_checkpoint(dir.path(), &TinySpec { shards: 2, ..TinySpec::new("olmoe") }).unwrap();
@@ -107,7 +108,7 @@ const FIRST: &str = "model-00001-of-00002.safetensors";
 const SECOND: &str = "model-00002-of-00002.safetensors";
 
 #[test]
-fn every_lie_of_an_index_is_named() {
+fn every_defect_of_an_index_is_named() {
     let (dir, good) = sharded();
     let with = |name: &str, file: Value| {
         let mut index = good.clone();
@@ -156,7 +157,7 @@ fn a_tensor_in_two_shards_is_refused() {
 }
 
 #[test]
-fn links_may_lead_into_the_cache_only() {
+fn symbolic_links_must_stay_in_the_cache() {
     let link = |to: &Path, from: &Path| std::os::unix::fs::symlink(to, from).unwrap();
     let temp = tempdir().unwrap();
     let blobs = temp.path().join("models--a--b/blobs");
@@ -187,7 +188,7 @@ fn a_folder_without_safetensors_says_what_to_do() {
     assert_eq!(error.exit_code(), exit::NO_INPUT);
 }
 
-/// A model whose config.json says something else than its weights.
+/// The error for a model whose config.json contradicts its weights in one key.
 fn contradiction(spec: &TinySpec, key: &str, value: Value) -> ClaimError {
     let dir = tempdir().unwrap();
     write_random_checkpoint(dir.path(), spec).unwrap();
@@ -219,7 +220,7 @@ fn config_and_weights_that_disagree_name_the_tensor() {
     for (spec, key, value, tensor) in cases {
         let error = contradiction(spec, key, value);
         assert_eq!(error.exit_code(), exit::DATA, "{error}");
-        // The first of several may be another expert's or layer's.
+        // The first of several tensors may belong to another expert or layer.
         assert!(error.to_string().contains(tensor), "{key}: {error} lacks {tensor}");
     }
 }
@@ -258,14 +259,14 @@ fn quantised_weights_are_refused_and_known_extras_are_not() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// Whatever is done to a file, opening it answers, and what it accepts stays inside the file.
+    /// Opening a corrupted file does not panic, and an accepted tensor stays inside the file.
     #[test]
-    fn no_damage_to_a_file_brings_the_reader_down(edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6), cut in any::<prop::sample::Index>(), do_cut: bool) {
+    fn the_reader_survives_any_corruption(edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6), cut in any::<prop::sample::Index>(), do_cut: bool) {
         let header = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,1],"data_offsets":[8,16]},"c":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}"#;
         let mut bytes = file(header, 16);
-        for (place, value) in edits {
-            let place = place.index(bytes.len().min(8 + header.len()));
-            bytes[place] = value;
+        for (at, value) in edits {
+            let at = at.index(bytes.len().min(8 + header.len()));
+            bytes[at] = value;
         }
         if do_cut {
             bytes.truncate(cut.index(bytes.len()));

@@ -1,4 +1,4 @@
-//! Logits of tiny checkpoints against candle-transformers' own Mixtral and Qwen3-MoE, which share no code with ours.
+//! Logits of tiny checkpoints against the independent implementations of Mixtral and Qwen3-MoE in candle-transformers.
 
 use crate::tiny_model::Tiny;
 use candle_core::{DType, Device, Tensor};
@@ -7,7 +7,7 @@ use candle_transformers::models::{mixtral, qwen3_moe};
 use moewarden::model::tiny::TinySpec;
 use serde_json::{Map, Value, json};
 
-/// What candle asks of config.json beside what a tiny checkpoint has.
+/// The configuration for candle: config.json of the tiny checkpoint and further required keys.
 fn config<T: serde::de::DeserializeOwned>(tiny: &Tiny, more: Value) -> T {
     let text = std::fs::read_to_string(tiny.dir.path().join("config.json")).unwrap();
     let mut config: Map<String, Value> = serde_json::from_str(&text).unwrap();
@@ -20,7 +20,7 @@ fn weights(tiny: &Tiny) -> VarBuilder<'static> {
     VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu).unwrap()
 }
 
-/// Next-token logits after each prefix of a row, ours and theirs. Both are f32 with another order of sums, over rows of 48
+/// Compares the next-token logits after each prefix of a row. Both are f32 with different orders of summation, over rows of 48
 /// entries and three layers: 1e-5 of the largest logit.
 fn compare(tiny: &Tiny, mut theirs: impl FnMut(&Tensor) -> candle_core::Result<Tensor>) {
     for upto in [1, 2, 7, 19] {
@@ -38,7 +38,7 @@ fn compare(tiny: &Tiny, mut theirs: impl FnMut(&Tensor) -> candle_core::Result<T
 
 #[test]
 fn mixtral_agrees_with_candle() {
-    // candle derives the width of a head from D / H and always has a window; a row stays shorter than this one.
+    // candle derives the head width from D / H and always applies a window; this window is longer than the row.
     let tiny = Tiny::new(&TinySpec::new("mixtral"));
     let config: mixtral::Config = config(&tiny, json!({"sliding_window": 4096, "use_flash_attn": false}));
     compare(&tiny, |ids| mixtral::Model::new(&config, weights(&tiny))?.forward(ids, 0));

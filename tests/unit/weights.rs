@@ -1,4 +1,4 @@
-//! Models in and out: the golden checkpoints, every family × layout × format × sharding, hostile files, exports.
+//! Reading and exporting models: the golden checkpoints, every family × layout × number format × sharding, hostile files.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +14,7 @@ use moewarden::model::{
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-/// A checkpoint on disk and open.
+/// An opened checkpoint.
 struct Model {
     dir: PathBuf,
     config: ModelConfig,
@@ -39,7 +39,7 @@ fn out(temp: &TempDir) -> PathBuf {
     temp.path().join("out")
 }
 
-/// Every file below a folder, by its path relative to it.
+/// Contents of every file below a folder, by relative path.
 fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut folders = vec![dir.to_path_buf()];
@@ -56,7 +56,7 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-/// The folder of shared test material, where there is one.
+/// The folder of shared test data, if it exists.
 fn shared() -> Option<PathBuf> {
     let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
     let dir = std::env::var_os("MOEWARDEN_SHARED").map(PathBuf::from).unwrap_or_else(beside);
@@ -94,7 +94,7 @@ fn goldens_open_and_export_unchanged() {
     }
 }
 
-/// A spec for each family that uses what only this family has.
+/// A spec for each family with the features that only this family has.
 fn families() -> Vec<TinySpec> {
     let with = |model_type: &str, extra: serde_json::Value| {
         let mut spec = TinySpec::new(model_type);
@@ -124,7 +124,7 @@ fn every_family_layout_format_and_sharding_round_trips() {
                     assert!(model.table.params.iter().all(|spec| spec.dtype() == dtype), "{what}");
                     assert_eq!(model.table.id(ParamKind::LmHead).is_none(), tie, "{what}");
 
-                    // The layout and the sharding change where a value lies, not which it is.
+                    // The layout and the sharding do not change the values.
                     if dtype == Dtype::F32 && !tie {
                         let here = model.table.params.iter().map(|spec| spec.value.to_f32()).collect();
                         assert!(*values.get_or_insert_with(|| Vec::clone(&here)) == here, "{what}");
@@ -255,7 +255,7 @@ fn a_cached_snapshot_is_found_and_exported_as_real_files() {
         assert!(!out(&temp).join(name).is_symlink(), "{name:?}");
     }
 
-    // A small file that leads out of the cache is not copied into a folder that may be published.
+    // A link out of the cache is not copied into a folder that may be published.
     fs::write(temp.path().join("secret"), "s").unwrap();
     std::os::unix::fs::symlink(temp.path().join("secret"), snapshot.join("notes.txt")).unwrap();
     let error = export_over(&found, &model.checkpoint, &model.table, &BTreeMap::new(), &out(&temp)).unwrap_err();
@@ -273,7 +273,7 @@ fn a_second_copy_of_a_tied_embedding_follows_it() {
         let tied = config.replace("\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true");
         fs::write(dir.join("config.json"), tied).unwrap();
     };
-    // A head of its own under a configuration that says tied: transformers would not tie it.
+    // A separate head under tie_word_embeddings: transformers would not tie it.
     tie(&dir);
     let config = ModelConfig::from_dir(&dir).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
@@ -335,7 +335,7 @@ fn a_hostile_delta_is_refused() {
         bytes
     };
     let router = "model.layers.0.block_sparse_moe.gate.weight";
-    // Two routers change places: each still has the right shape.
+    // Two routers are swapped: each still has the right shape.
     let other_router = router.replace("layers.0", "layers.1");
     let swapped = header.replace(router, "?").replace(&other_router, router).replace('?', &other_router);
     let swapped =
@@ -360,7 +360,7 @@ fn a_hostile_delta_is_refused() {
     }
     fs::write(&path, good).unwrap();
 
-    // The same structure, other weights: another seed's model.
+    // The same structure with the weights of another seed.
     let other = temp.path().join("other");
     make(&other, &TinySpec { seed: 7, ..TinySpec::new("mixtral") });
     let error = apply_delta(&other, &path, &out(&temp)).unwrap_err();
@@ -368,14 +368,14 @@ fn a_hostile_delta_is_refused() {
     apply_delta(&model.dir, &path, &out(&temp)).unwrap();
 }
 
-/// The same tensors in other files of other names and in another order.
+/// Distributes the same tensors over files with these names, in another order.
 fn reshard(model: &Model, dir: &Path, names: &[String], seed: u64) {
     fs::create_dir(dir).unwrap();
     fs::copy(model.dir.join("config.json"), dir.join("config.json")).unwrap();
     let mut files: Vec<Vec<_>> = vec![Vec::new(); names.len()];
     let mut weight_map = serde_json::Map::new();
     for (n, (shard, info)) in model.checkpoint.tensors().enumerate() {
-        // A hash deals the tensors out and orders them: any spread will do, as long as the seed decides it.
+        // A hash of seed and name chooses the file and the order of each tensor.
         let hash = blake3::hash(format!("{seed} {n}").as_bytes());
         let file = if n < names.len() { n } else { hash.as_bytes()[0] as usize % names.len() };
         files[file].push((*hash.as_bytes(), info.name.clone(), shard.value(info).unwrap()));
@@ -396,8 +396,8 @@ fn reshard(model: &Model, dir: &Path, names: &[String], seed: u64) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// However the tensors are spread, the parameters are the same, an export changes nothing but what it should, and
-    /// the files keep their names and headers.
+    /// For any distribution of the tensors over files, the parameters are the same, an export changes only the changed
+    /// parameters, and the files keep their names and headers.
     #[test]
     fn sharding_names_and_order_change_no_parameter(
         names in prop::collection::hash_set("[a-z0-9_-]{1,12}\\.safetensors", 1..5),
@@ -427,7 +427,7 @@ proptest! {
     }
 }
 
-/// Runs in a process of its own, started by the test below with a limit on the size of files.
+/// Runs in a separate process, started by the test below with a limit on the size of files.
 #[test]
 #[ignore = "started by a_disk_that_fills_up_leaves_nothing"]
 fn export_onto_a_disk_that_fills_up() {
@@ -449,10 +449,10 @@ fn a_disk_that_fills_up_leaves_nothing() {
     let mut child = std::process::Command::new(std::env::current_exe().unwrap());
     child.args(["--exact", "weights::export_onto_a_disk_that_fills_up", "--ignored", "--nocapture"]);
     child.env("MOEWARDEN_TEST_DIR", temp.path());
-    // SAFETY: between fork and exec only these two async-signal-safe calls are made.
+    // SAFETY: between fork and exec the child makes only these two async-signal-safe calls.
     unsafe {
         child.pre_exec(|| {
-            // A write beyond 64 KiB fails like one to a full disk, once the signal that would kill is ignored.
+            // A write beyond 64 KiB fails as on a full disk; SIGXFSZ would otherwise kill the process.
             let limit = libc::rlimit { rlim_cur: 1 << 16, rlim_max: 1 << 16 };
             libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
             if libc::setrlimit(libc::RLIMIT_FSIZE, &limit) == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
