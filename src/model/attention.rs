@@ -25,9 +25,9 @@ struct Projection {
     bias: Option<ParamId>,
 }
 
-/// What the backward of one attention block reads.
+/// Activations for the backward of one attention block.
 pub(super) struct AttentionSaved<B: Backend> {
-    /// Queries and keys before their norms, where the family has these norms.
+    /// Queries and keys before their norms, in families with these norms.
     raw_qk: Option<(B::Tensor, B::Tensor)>,
     q_TQ: B::Tensor,
     k_TC: B::Tensor,
@@ -97,7 +97,7 @@ pub(super) fn forward<B: Backend>(
     (h_ND, AttentionSaved { raw_qk, q_TQ, k_TC, v_TC, o_TQ })
 }
 
-/// dx `[T, D]` of [`forward`], if the plan wants anything below this layer.
+/// dx `[T, D]` of [`forward`], if a parameter below this layer is in the plan.
 pub(super) fn backward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     p: &AttentionParams,
@@ -110,7 +110,7 @@ pub(super) fn backward<B: Backend>(
     let want_dx = sinks.plan.layer(ctx.layer).below;
     let normed_TD = ctx.rms_norm(x_TD, p.norm);
 
-    // Back through the output projection; the residual's gradient is dh itself.
+    // Output projection; the gradient of the residual is dh itself.
     let do_TQ;
     let mut dx_TD;
     match ctx.rows {

@@ -1,4 +1,5 @@
-//! Which tensor of the checkpoint is which parameter: every tensor is claimed once, or the checkpoint is refused.
+//! Maps parameters to the tensors of a checkpoint. Every parameter needs a tensor and every tensor a parameter; otherwise the
+//! checkpoint is refused.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -12,19 +13,19 @@ use crate::exit::{self, Coded};
 /// The output head's tensor.
 const LM_HEAD: &str = "lm_head.weight";
 
-/// Why a checkpoint's tensors are not the model that config.json describes.
+/// Why a checkpoint's tensors do not fit the model that config.json describes.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
+#[allow(missing_docs)] // the messages are the documentation
 pub enum Error {
-    #[error("{dir}: tensor `{tensor}` is missing{}, though config.json asks for it", and_more(.more))]
+    #[error("{dir}: tensor `{tensor}` is missing{}, but config.json requires it", and_more(.more))]
     Missing { dir: String, tensor: String, more: usize },
-    #[error("{file}: tensor `{tensor}`{} is no part of the {model_type} model that config.json describes", and_more(.more))]
+    #[error("{file}: tensor `{tensor}`{} does not belong to the {model_type} model that config.json describes", and_more(.more))]
     Unclaimed { file: String, tensor: String, model_type: String, more: usize },
-    #[error("{file}: tensor `{tensor}` has shape {found:?}, but config.json asks for {expected:?}")]
+    #[error("{file}: tensor `{tensor}` has shape {found:?}, but config.json requires {expected:?}")]
     Shape { file: String, tensor: String, found: Vec<usize>, expected: Vec<usize> },
     #[error(
-        "{file}: config.json says tie_word_embeddings, but `{LM_HEAD}` differs from the embedding; \
-         set it to false if the model has a head of its own"
+        "{file}: config.json sets tie_word_embeddings, but `{LM_HEAD}` differs from the embedding; \
+         set it to false if the model has a separate output head"
     )]
     TiedHead { file: String },
     #[error(transparent)]
@@ -44,17 +45,17 @@ fn and_more(more: &usize) -> String {
     if *more == 0 { String::new() } else { format!(" (and {more} more)") }
 }
 
-/// How a layer's routed block is written.
+/// Names of the tensors of a layer's MoE block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BlockNames {
-    /// `mlp` or `block_sparse_moe`.
+    /// Name of the block: `mlp` or `block_sparse_moe`.
     pub(crate) name: &'static str,
-    /// All experts of a layer in two tensors.
+    /// Whether all experts of a layer are fused into two tensors.
     pub(crate) fused: bool,
 }
 
 impl BlockNames {
-    /// What the checkpoint has; where it has neither, what the family's authors published.
+    /// The names that the checkpoint uses; if it has none of the known ones, those of the published checkpoints.
     fn detect(family: &Family, checkpoint: &Checkpoint, layer: usize) -> Self {
         let has = |block: &str, part: &str| checkpoint.get(&format!("model.layers.{layer}.{block}.{part}")).is_some();
         let name = family.blocks.iter().find(|block| has(block, "gate.weight")).unwrap_or(&family.blocks[0]);
@@ -63,7 +64,7 @@ impl BlockNames {
     }
 }
 
-/// The tensor that holds a parameter, by the names of its family.
+/// Name of the tensor that holds a parameter.
 pub(crate) fn tensor_name(kind: ParamKind, family: &Family, block: BlockNames) -> String {
     use ParamKind as P;
     let layer = |l: usize, part: &str| format!("model.layers.{l}.{part}");
@@ -95,13 +96,13 @@ pub(crate) fn tensor_name(kind: ParamKind, family: &Family, block: BlockNames) -
     }
 }
 
-/// The shape of a tensor that holds a parameter, and the parameter's elements within it.
+/// The shape of the tensor that holds a parameter, and the range of the parameter's elements in it.
 pub(crate) fn tensor_shape(kind: ParamKind, config: &ModelConfig, fused: bool) -> (Vec<usize>, Range<usize>) {
     let own = kind.shape(config);
     let (e, d, f) = (config.num_experts, config.hidden_size, config.expert_width);
     let size = f * d;
     let (shape, start) = match kind {
-        // [E, 2F, D], an expert's gate rows before its up rows; [E, D, F]
+        // gate_up is [E, 2F, D], each expert's gate rows before its up rows; down is [E, D, F].
         ParamKind::Expert(_, x, Proj::Gate) if fused => (vec![e, 2 * f, d], 2 * x * size),
         ParamKind::Expert(_, x, Proj::Up) if fused => (vec![e, 2 * f, d], (2 * x + 1) * size),
         ParamKind::Expert(_, x, Proj::Down) if fused => (vec![e, d, f], x * size),
@@ -113,7 +114,7 @@ pub(crate) fn tensor_shape(kind: ParamKind, config: &ModelConfig, fused: bool) -
     (shape, start..start + size)
 }
 
-/// All parameters in order, each with its place in the checkpoint.
+/// All parameters in order, each with its tensor in the checkpoint.
 pub(super) fn claim(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec<ParamSpec>, Error> {
     let family = config.family();
     let none = BlockNames { name: family.blocks[0], fused: false };
@@ -132,7 +133,7 @@ pub(super) fn claim(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec
         let tensor = tensor_name(kind, family, block);
         let Some((shard, info)) = checkpoint.get(&tensor) else {
             if claimed.insert(tensor.clone()) {
-                missing.push(tensor); // once: a fused tensor is asked for by every expert
+                missing.push(tensor); // once, although every expert needs a fused tensor
             }
             continue;
         };
@@ -146,7 +147,7 @@ pub(super) fn claim(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec
         let byte_range = elements.start * size..elements.end * size;
         let value = HostTensor::new(whole.dtype, kind.shape(config), whole.bytes.slice(byte_range.clone()));
         claimed.insert(tensor.clone());
-        params.push(ParamSpec { kind, tensor, byte_range, value });
+        params.push(ParamSpec::new(kind, tensor, byte_range, value));
     }
     if let Some(tensor) = missing.first() {
         let dir = checkpoint.dir().display().to_string();
@@ -166,12 +167,12 @@ pub(super) fn claim(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec
     Ok(params)
 }
 
-/// Tensors that some checkpoints hold and no model reads: kept on export, otherwise ignored.
+/// Tensors that some checkpoints hold but the model does not read: exported unchanged, otherwise ignored.
 fn is_extra(name: &str, config: &ModelConfig) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || (config.tie_word_embeddings && name == LM_HEAD)
 }
 
-/// The second copy of a tied embedding, where the checkpoint holds one.
+/// The output head of a model with tied embeddings, if the checkpoint stores this second copy.
 pub(crate) fn tied_head<'a>(
     checkpoint: &'a Checkpoint,
     params: &[ParamSpec],
@@ -180,7 +181,8 @@ pub(crate) fn tied_head<'a>(
     if own_head { None } else { checkpoint.get(LM_HEAD) }
 }
 
-/// A copy that differs is a head of its own for transformers, whatever config.json says.
+/// transformers loads a copy that differs from the embedding as a separate head, even if config.json sets
+/// tie_word_embeddings.
 fn check_tied_head(checkpoint: &Checkpoint, params: &[ParamSpec]) -> Result<(), Error> {
     let Some((shard, info)) = tied_head(checkpoint, params) else { return Ok(()) };
     let head = shard.value(info)?;

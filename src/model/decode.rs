@@ -5,7 +5,7 @@ use super::transformer::Model;
 use super::{attention, feed_forward};
 use crate::backend::{Backend, Heads, Packing};
 
-/// Keys and values of the positions seen so far, `[S, C]` each: one pair a layer.
+/// Keys and values of all previous positions, `[S, C]` each: one pair per layer.
 pub struct KvCache<B: Backend> {
     layers: Vec<(B::Tensor, B::Tensor)>,
 }
@@ -17,7 +17,7 @@ impl<B: Backend> Model<B> {
         KvCache { layers: self.config.heads.iter().map(|h| (empty(h), empty(h))).collect() }
     }
 
-    /// Continues one sequence by `ids`; the logits of the next token, `[V]`.
+    /// Appends `ids` to the sequence of the cache and returns the logits of the next token, `[V]`.
     pub fn decode(&self, ids: &[u32], cache: &mut KvCache<B>) -> Vec<f32> {
         let b = &*self.backend;
         let seen = b.shape(&cache.layers[0].0).0;

@@ -1,4 +1,4 @@
-//! The feed-forward part of a layer, h + block(norm(h)): the block is a dense SwiGLU or a routed one.
+//! The feed-forward part of a layer, h + block(norm(h)), where the block is a dense SwiGLU or an MoE block.
 //! Shape suffixes: see [`super::layer`].
 
 use super::config::{LayerKind, ModelConfig};
@@ -22,7 +22,7 @@ enum Block {
     Moe(MoeParams),
 }
 
-/// What the backward reads, besides the hidden state h.
+/// Activations for the backward, besides the hidden state h.
 pub(super) enum FeedForwardSaved<B: Backend> {
     /// Gate and up before the activation, `[N, 2F]`.
     Dense(B::Tensor),
@@ -65,7 +65,7 @@ pub(super) fn forward<B: Backend>(
     (y_ND, saved)
 }
 
-/// dh `[N, D]` of [`forward`]; `None` where the plan wants no gradient of attention or below, or where dh is zero.
+/// dh `[N, D]` of [`forward`]; `None` if the plan needs no gradient in attention or below, or if dh is zero.
 pub(super) fn backward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     p: &FeedForwardParams,
@@ -87,7 +87,7 @@ pub(super) fn backward<B: Backend>(
         (Block::Moe(moe), FeedForwardSaved::Moe(saved)) => {
             moe::backward(ctx, moe, grads.borrowed(), &x_ND, saved, want_dx, sinks)
         }
-        _ => unreachable!("a dense block saves Dense, a routed one Moe"),
+        _ => unreachable!("a dense block saves Dense, an MoE block Moe"),
     }?;
     let dh_ND = ctx.rms_norm_backward(&dx_ND, h_ND, p.norm, sinks);
     if !want_dh {
@@ -95,7 +95,7 @@ pub(super) fn backward<B: Backend>(
     }
     Some(match grads.dy {
         Some(mut dy_ND) => {
-            // The residual's gradient is dy itself.
+            // The gradient of the residual is dy itself.
             ctx.b.add_assign(&mut dy_ND, &dh_ND);
             dy_ND
         }

@@ -1,4 +1,4 @@
-//! NaN and infinite weights, found fast: one look at each exponent.
+//! Fast search for NaN and infinite weights by their exponent bits.
 
 use rayon::prelude::*;
 
@@ -6,13 +6,13 @@ use super::ids::{ParamId, ParamSpec};
 use crate::backend::{Dtype, HostTensor};
 use crate::exit::{self, Coded};
 
-/// A weight that is NaN or infinite.
+/// A weight is NaN or infinite.
 #[derive(Debug, thiserror::Error, PartialEq)]
 #[error("the weight `{tensor}` is NaN or infinite at element {index}")]
 pub struct NotFinite {
     /// The parameter's name.
     pub tensor: String,
-    /// The entry, row-major.
+    /// Row-major index of the element.
     pub index: usize,
 }
 
@@ -22,10 +22,10 @@ impl Coded for NotFinite {
     }
 }
 
-/// Bytes that one thread looks at in one go; a multiple of every element's size.
+/// Bytes that one thread checks at a time; a multiple of every element size.
 const CHUNK: usize = 1 << 20;
 
-/// The first parameter, in order, with an entry that is not finite, and the place of that entry.
+/// The first parameter, in order, with a non-finite element, and the index of that element.
 pub(super) fn first(params: &[ParamSpec]) -> Option<(ParamId, usize)> {
     let chunks: Vec<(ParamId, usize)> = params
         .iter()
@@ -40,17 +40,17 @@ pub(super) fn first(params: &[ParamSpec]) -> Option<(ParamId, usize)> {
     })
 }
 
-/// The first entry of a tensor that is NaN or infinite.
+/// Row-major index of the first NaN or infinite element.
 pub fn find_non_finite(value: &HostTensor) -> Option<usize> {
     in_bytes(value.dtype, &value.bytes)
 }
 
-/// An entry is not finite when all bits of its exponent are set.
+/// An element is NaN or infinite if all bits of its exponent are set.
 fn in_bytes(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
     let half = |mask: u16| {
         let (entries, _) = bytes.as_chunks::<2>();
         let bad = |entry: &[u8; 2]| u16::from_le_bytes(*entry) & mask == mask;
-        // Two passes: the first has no early exit, so that it is a vector loop.
+        // Two passes: the first has no early exit, so that the compiler vectorises it.
         let any = entries.iter().fold(false, |any, entry| any | bad(entry));
         if any { entries.iter().position(bad) } else { None }
     };
@@ -73,16 +73,14 @@ mod tests {
     use crate::model::ids::ParamKind;
 
     #[test]
-    fn the_first_bad_entry_is_found_in_every_format_and_no_good_one() {
+    fn the_first_non_finite_element_is_found_in_every_format() {
         let largest = [f32::MAX, 65504.0, 3.38e38];
         for (dtype, largest) in [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().zip(largest) {
             let mut values = vec![largest; CHUNK + 5]; // more than one chunk
             values[3] = -0.0;
-            let spec = |values: &[f32]| ParamSpec {
-                kind: ParamKind::Embedding,
-                tensor: "t".into(),
-                byte_range: 0..values.len() * dtype.size(),
-                value: HostTensor::encode(dtype, vec![values.len()], values),
+            let spec = |values: &[f32]| {
+                let value = HostTensor::encode(dtype, vec![values.len()], values);
+                ParamSpec::new(ParamKind::Embedding, "t".into(), 0..value.bytes.len(), value)
             };
             let good = spec(&values);
             assert_eq!(first(std::slice::from_ref(&good)), None, "{dtype:?}");

@@ -1,4 +1,4 @@
-//! Where a model lies: a folder, or a hub id in the local Hugging Face cache. Nothing is ever downloaded.
+//! Resolves a model name: a folder, or a hub id in the local Hugging Face cache. Nothing is downloaded.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ pub struct HubCache {
 
 /// Why a model was not found.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
+#[allow(missing_docs)] // the messages are the documentation
 pub enum Error {
     #[error("the model `{0}` is a file; give the folder that holds config.json and the weights")]
     IsFile(String),
@@ -39,7 +39,7 @@ impl Coded for Error {
 }
 
 impl HubCache {
-    /// The cache that these environment variables name, by the rules of `huggingface_hub`: `HF_HUB_CACHE`, the older
+    /// The cache folder by the environment variables and precedence of `huggingface_hub`: `HF_HUB_CACHE`, the older
     /// `HUGGINGFACE_HUB_CACHE`, `HF_HOME`/hub, `XDG_CACHE_HOME`/huggingface/hub, `HOME`/.cache/huggingface/hub.
     pub fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Self {
         let home = var("HOME").map(PathBuf::from).unwrap_or_default();
@@ -55,16 +55,16 @@ impl HubCache {
         Self { root }
     }
 
-    /// The folder of the model `name`: a folder path as it is, or the snapshot that `refs/main` of a hub id names.
+    /// The folder of the model `name`: a path to a folder unchanged, or the snapshot that `refs/main` of a hub id names.
     ///
     /// # Errors
-    /// A name that is neither, a model that is not in the cache, or one whose download is incomplete.
+    /// A name that is neither a folder nor a hub id, a model that is not in the cache, an incomplete download.
     pub fn resolve(&self, name: &str) -> Result<PathBuf, Error> {
-        let here = Path::new(name);
-        if here.is_dir() {
-            return Ok(here.to_path_buf());
+        let folder = Path::new(name);
+        if folder.is_dir() {
+            return Ok(folder.to_path_buf());
         }
-        if here.is_file() {
+        if folder.is_file() {
             return Err(Error::IsFile(name.into()));
         }
         if !is_hub_id(name) {
@@ -80,7 +80,7 @@ impl HubCache {
             return Err(incomplete(main, "cannot be read"));
         };
         let commit = commit.trim();
-        // What the file says becomes part of a path.
+        // The content becomes part of a path.
         if commit.is_empty() || !commit.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(incomplete(main, "does not hold a commit"));
         }
@@ -92,7 +92,7 @@ impl HubCache {
     }
 }
 
-/// `NAME` or `ORG/NAME`, of the characters that the hub allows.
+/// Whether it is `NAME` or `ORG/NAME` in the characters that the hub allows.
 fn is_hub_id(name: &str) -> bool {
     let plain = |part: &str| {
         !part.is_empty()
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn the_variables_have_the_order_of_huggingface_hub() {
+    fn the_variables_have_the_precedence_of_huggingface_hub() {
         let all = [
             ("HOME", "/h"),
             ("XDG_CACHE_HOME", "/x"),
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_model_names_the_place_and_the_command() {
+    fn a_missing_model_names_the_cache_and_the_download_command() {
         let dir = tempfile::tempdir().unwrap();
         let error = HubCache { root: dir.path().into() }.resolve("org/name").unwrap_err();
         assert_eq!(error.exit_code(), exit::NO_INPUT);

@@ -1,17 +1,18 @@
-//! What a model's parameters are: their kinds, order and shapes.
+//! The parameters of a model: kinds, order, shapes.
 
 use std::fmt;
+use std::ops::Range;
 
 use super::config::{LayerKind, ModelConfig, QkNorm};
-use crate::backend::HostTensor;
+use crate::backend::{Dtype, HostTensor};
 
-/// Place in the [`ParamTable`].
+/// Index of a parameter in [`ParamTable::params`](super::ParamTable::params).
 pub type ParamId = usize;
 
 /// A matrix of a SwiGLU block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Proj {
-    /// `[F, D]`, goes through silu.
+    /// `[F, D]`; its output goes through silu.
     Gate,
     /// `[F, D]`
     Up,
@@ -19,7 +20,7 @@ pub enum Proj {
     Down,
 }
 
-/// What a parameter is. Layers count all decoder layers.
+/// The role of a parameter. Layer numbers count all decoder layers, from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ParamKind {
     /// `[V, D]`
@@ -48,23 +49,23 @@ pub enum ParamKind {
     KNorm(usize),
     /// `[D]`, before the feed-forward part.
     PostNorm(usize),
-    /// A dense layer's SwiGLU.
+    /// A matrix of a dense layer's SwiGLU.
     Dense(usize, Proj),
     /// `[E, D]`
     Router(usize),
-    /// (layer, expert, matrix)
+    /// A matrix of a routed expert: (layer, expert, matrix).
     Expert(usize, usize, Proj),
-    /// The shared expert's SwiGLU.
+    /// A matrix of the shared expert's SwiGLU.
     Shared(usize, Proj),
-    /// `[1, D]`
+    /// `[1, D]`, the gate of the shared expert.
     SharedGate(usize),
     /// `[D]`
     FinalNorm,
-    /// `[V, D]`; absent where the embedding is tied.
+    /// `[V, D]`; absent in models with a tied embedding.
     LmHead,
 }
 
-/// Kinds of parameters as people name them.
+/// Groups of parameters for reports and counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Group {
     /// The input embedding.
@@ -100,21 +101,24 @@ impl fmt::Display for Group {
     }
 }
 
-/// One parameter: an expert's matrix is one parameter even where the checkpoint fuses all experts into one tensor.
+/// One parameter: its kind, place, format and shape, which stay as they are, and the value that a run starts from. An
+/// expert's matrix is one parameter even where the checkpoint fuses all experts of a layer into one tensor.
 #[derive(Clone)]
 pub struct ParamSpec {
     /// What it is.
     pub kind: ParamKind,
-    /// The checkpoint tensor that holds it, or would if there were one.
+    /// Name of the checkpoint tensor that holds it; without a checkpoint, the name that this tensor would have.
     pub tensor: String,
-    /// Where in that tensor's bytes it lies.
-    pub byte_range: std::ops::Range<usize>,
-    /// Its value, memory-mapped, or absent where it is random; shape `[out, in]` or `[n]`.
+    /// Byte range of the parameter in that tensor.
+    pub byte_range: Range<usize>,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// The base value: memory-mapped from the checkpoint and never updated by training, or absent where it is random.
     pub value: HostTensor,
 }
 
 impl ParamKind {
-    /// What people call it.
+    /// The group it is counted in.
     pub fn group(self) -> Group {
         use ParamKind as P;
         match self {
@@ -137,7 +141,7 @@ impl ParamKind {
         (section == 1).then_some(layer)
     }
 
-    /// Where it stands in the order of all parameters: (section, layer, part of the layer, expert, matrix).
+    /// Sort key of the parameter order: (section, layer, part of the layer, expert, matrix).
     pub(super) fn sort_key(self) -> (u8, usize, u8, usize, u8) {
         use ParamKind as P;
         let (layer, part, expert, proj) = match self {
@@ -200,7 +204,7 @@ impl ParamKind {
         kinds
     }
 
-    /// The shape that config.json gives it.
+    /// `[out, in]` or `[n]`, by the configuration. Panics for a kind that the model does not have.
     pub fn shape(self, config: &ModelConfig) -> Vec<usize> {
         use ParamKind as P;
         let d = config.hidden_size;
@@ -230,13 +234,34 @@ impl ParamKind {
 }
 
 impl Proj {
-    /// In the order of parameters.
+    /// All three, in the order of parameters.
     pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
 }
 
 impl ParamSpec {
-    /// A name of its own: the tensor's, or where the tensor holds all experts the name this one would have alone,
-    /// `….experts.7.gate_proj.weight`.
+    /// A parameter with this base value.
+    pub(super) fn new(kind: ParamKind, tensor: String, byte_range: Range<usize>, value: HostTensor) -> Self {
+        Self { kind, tensor, byte_range, dtype: value.dtype, shape: value.shape.clone(), value }
+    }
+
+    /// The number format in which the checkpoint stores it and training keeps it.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// `[out, in]` or `[n]`.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of elements.
+    #[allow(clippy::len_without_is_empty)] // no parameter is empty
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// A unique name: that of the tensor, or for an expert in a fused tensor the name that a tensor of this expert alone would
+    /// have, `….experts.7.gate_proj.weight`.
     pub fn name(&self) -> String {
         match (self.kind, self.tensor.rsplit_once(".experts.")) {
             (ParamKind::Expert(_, e, proj), Some((block, "gate_up_proj" | "down_proj"))) => {
@@ -254,7 +279,7 @@ pub(super) mod tests {
     use crate::backend::{Heads, Rope};
     use crate::model::config::MoeLayers;
 
-    /// Everything that a model can have, in one layer of each kind.
+    /// A model with every kind of parameter, one dense and one MoE layer.
     pub(crate) fn config() -> ModelConfig {
         let heads = Heads { queries: 4, keys: 2, dim: 4, window: None };
         let layers = vec![LayerKind::Dense(6), LayerKind::Moe];

@@ -1,6 +1,6 @@
-//! JSON objects read strictly: in order, and with a repeated key as an error.
+//! Strict reading of JSON objects: in order, and a repeated key is an error.
 //!
-//! `serde_json` keeps the last of two equal keys without a word, which lets a file mean different things to different
+//! `serde_json` silently keeps the last of two equal keys, so that one file could have different meanings for different
 //! readers.
 
 use std::collections::HashSet;
@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
 
-/// Calls `read` for each member, to take its value; every key occurs once. Errors begin with the key.
+/// Calls `read` for each member with its key; `read` takes the value. A repeated key is an error. Errors begin with the key.
 pub(crate) fn each_member<'de, A: MapAccess<'de>>(
     mut map: A,
     mut read: impl FnMut(String, &mut A) -> Result<(), A::Error>,
@@ -24,7 +24,7 @@ pub(crate) fn each_member<'de, A: MapAccess<'de>>(
     Ok(())
 }
 
-/// An object's members in the order of the file; every key occurs once.
+/// The members of an object in the order of the file, with unique keys.
 pub(crate) struct Members<T>(pub(crate) Vec<(String, T)>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Members<T> {

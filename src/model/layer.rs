@@ -1,5 +1,5 @@
-//! What the parts of a decoder layer share: the context they read, the extent of a forward, observers of routing, and
-//! where gradients come from and go to.
+//! Types that the parts of a decoder layer share: context, extent of a forward, observers of routing, gradients and their
+//! sinks.
 //!
 //! Shape suffixes in `attention`, `swiglu`, `moe`, `feed_forward` and `transformer` (`x_TD` is `[T, D]`):
 //!
@@ -22,7 +22,7 @@ use super::ids::ParamId;
 use super::plan::GradPlan;
 use crate::backend::Backend;
 
-/// What the forward and the backward of one layer read in one pass, besides activations.
+/// The context of one layer in one pass: backend, parameters, configuration, sequences.
 pub(super) struct LayerCtx<'a, B: Backend> {
     pub(super) b: &'a B,
     /// All parameters of the model, by [`ParamId`].
@@ -44,7 +44,7 @@ impl<'a, B: Backend> LayerCtx<'a, B> {
         self.b.rms_norm(x, self.weight(norm), self.config.rms_norm_eps)
     }
 
-    /// dx; dw goes to the sinks if the plan wants it.
+    /// Returns dx, and adds dw to the sinks if the plan trains the norm.
     pub(super) fn rms_norm_backward(
         &self,
         dy: &B::Tensor,
@@ -55,7 +55,7 @@ impl<'a, B: Backend> LayerCtx<'a, B> {
         self.b.rms_norm_backward(dy, x, self.weight(norm), self.config.rms_norm_eps, sinks.slot(norm))
     }
 
-    /// Gradient of the weight of y = x · wᵀ, if the plan wants it.
+    /// Adds the gradient of w in y = x · wᵀ to the sinks, if the plan trains w.
     pub(super) fn weight_grad(&self, w: ParamId, dy: &B::Tensor, x: &B::Tensor, sinks: &mut Sinks<'_, B>) {
         if let Some((dw, offset)) = sinks.slot(w) {
             self.b.linear_backward_weight(dy, x, dw, offset);
@@ -68,13 +68,13 @@ impl<'a, B: Backend> LayerCtx<'a, B> {
 pub(super) enum Extent {
     /// Everything.
     Whole,
-    /// What a backward reads: not the outputs of the down projections.
+    /// All activations that a backward reads, which are all but the outputs of the down projections.
     Recompute,
-    /// The router's logits alone.
+    /// Only the router's logits.
     Router,
 }
 
-/// What an observer sees of one MoE layer.
+/// The routing of one MoE layer, for an observer.
 pub struct Routed<'a, B: Backend> {
     /// Number of the decoder layer.
     pub layer: usize,
@@ -82,7 +82,7 @@ pub struct Routed<'a, B: Backend> {
     pub logits: &'a B::Tensor,
     /// The chosen experts of each row and their weights.
     pub routing: &'a B::Routing,
-    /// The routed rows sorted by expert.
+    /// The routed rows, sorted by expert.
     pub dispatch: &'a B::Dispatch,
 }
 
@@ -92,7 +92,7 @@ pub type Observer<'a, B> = &'a mut dyn FnMut(Routed<'_, B>);
 /// Called with the number of each decoder layer whose gradients are complete, and the gradient buffer.
 pub type OnLayer<'a, B> = &'a mut dyn FnMut(usize, &<B as Backend>::Buffer);
 
-/// Where a backward pass puts gradients and scores.
+/// Where a backward pass accumulates gradients and scores.
 pub struct Sinks<'a, B: Backend> {
     /// What to do with each parameter.
     pub plan: &'a GradPlan,
@@ -106,7 +106,7 @@ pub struct Sinks<'a, B: Backend> {
 }
 
 impl<B: Backend> Sinks<'_, B> {
-    /// The buffer and the offset for a parameter's gradient, if it is to accumulate.
+    /// Buffer and offset of a parameter's gradient, if the plan trains it.
     pub(super) fn slot(&mut self, id: ParamId) -> Option<(&mut B::Buffer, usize)> {
         self.plan.slot(id).map(|offset| (&mut *self.grads, offset))
     }

@@ -1,4 +1,7 @@
-//! Models: family tables, weights in and out, and the hand-written forward and backward.
+//! Models: configurations and families, checkpoints, parameters, and the hand-written forward and backward.
+//!
+//! Each file imports only from files to its left: `json`, `config`, `safetensors`, `hub`, `weights`, `ids`, `claim`,
+//! `random`, `finite`, `table`, `plan`, `layer`, `attention`, `swiglu`, `moe`, `feed_forward`, `transformer`, `decode`.
 
 #[allow(non_snake_case)] // shape suffixes: see layer.rs
 mod attention;

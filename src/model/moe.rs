@@ -1,5 +1,5 @@
-//! The routed block of an MoE layer: router, routed experts, and an optional shared expert that every token visits.
-//! Shape suffixes: see [`super::layer`]; T stands for the rows of the block.
+//! The MoE block: router, routed experts, and an optional shared expert that processes every token.
+//! Shape suffixes: see [`super::layer`]; T is the number of rows of the block (N there).
 
 use super::config::ModelConfig;
 use super::ids::{ParamId, ParamKind};
@@ -22,7 +22,7 @@ struct SharedExpert {
     gate: ParamId,
 }
 
-/// What the backward reads, besides the input.
+/// Activations for the backward, besides the input.
 pub(super) struct MoeSaved<B: Backend> {
     logits_TE: B::Tensor,
     /// Absent where the pass ended at this layer's router.
@@ -100,7 +100,7 @@ pub(super) fn forward<B: Backend>(
     (y_TD, MoeSaved { logits_TE, experts: Some(ExpertsSaved { routing, dispatch, gate_up_R2F, shared }) })
 }
 
-/// dx `[T, D]` where wanted and not zero.
+/// dx `[T, D]`; `None` if not `want_dx`, or if it is zero.
 pub(super) fn backward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     p: &MoeParams,
@@ -133,7 +133,8 @@ pub(super) fn backward<B: Backend>(
     dx_TD
 }
 
-/// (dx `[T, D]`, dlogits `[T, E]`) through the routed experts, each where wanted.
+/// (dx `[T, D]`, dlogits `[T, E]`) through the routed experts: dx if `want_dx`, dlogits if `want_dx` or the plan trains the
+/// router.
 fn experts_backward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     p: &MoeParams,
@@ -198,7 +199,7 @@ fn experts_backward<B: Backend>(
     (dx_TD, dlogits_TE)
 }
 
-/// dx `[T, D]` through the shared expert and its gate, where wanted.
+/// dx `[T, D]` through the shared expert and its gate, if `want_dx`.
 fn shared_backward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     p: SharedExpert,

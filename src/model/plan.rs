@@ -1,11 +1,11 @@
-//! What a backward pass does with each parameter's gradient.
+//! The gradient plan: what a backward pass does with each parameter's gradient.
 
 use super::ids::{ParamId, ParamKind, Proj};
 use super::table::ParamTable;
 use crate::backend::{ExpertGrad, GradReduction};
 
-/// The gradient plan: which parameters accumulate where in the flat gradient buffer, and whether the routed experts are
-/// scored instead. Nothing is computed for a parameter outside the plan, nor below the lowest layer that is in it.
+/// Which parameters accumulate at which offset of the flat gradient buffer, or whether the routed experts are scored. No
+/// weight gradient is computed for a parameter outside the plan, and nothing at all below the lowest layer in the plan.
 #[derive(Debug, Clone)]
 pub struct GradPlan {
     slots: Vec<Option<usize>>,
@@ -21,21 +21,21 @@ struct Scoring {
     num_experts: usize,
 }
 
-/// Which parts of one layer want a gradient.
+/// Which parts of one layer need a gradient.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct LayerWants {
-    /// Any weight of attention or the norm before it.
+    /// A weight of attention or of the norm before it.
     pub attention: bool,
-    /// Any routed expert, to train or to score.
+    /// A routed expert, trained or scored.
     pub experts: bool,
-    /// The router, or anything else of the feed-forward part but its experts.
+    /// The router, or another parameter of the feed-forward part that is not a routed expert.
     pub feed_forward: bool,
-    /// Anything in a lower layer, or the embedding.
+    /// A parameter in a lower layer, or the embedding.
     pub below: bool,
 }
 
 impl LayerWants {
-    /// Whether the gradient of the layer's hidden state after attention is needed.
+    /// Whether the gradient of the hidden state after attention is needed.
     pub(super) fn hidden(self) -> bool {
         self.attention || self.below
     }
@@ -46,12 +46,12 @@ impl LayerWants {
 }
 
 impl GradPlan {
-    /// Scores every routed expert; trains nothing.
+    /// Scores every routed expert and accumulates no gradient.
     pub fn score(table: &ParamTable, num_layers: usize, num_experts: usize, moment: GradReduction) -> Self {
         Self::new(table, num_layers, &[], Some(Scoring { moment, num_experts }))
     }
 
-    /// Accumulates the gradients of these parameters, one after another in the buffer, in the order given.
+    /// Accumulates the gradients of these parameters, consecutive in the buffer, in this order.
     pub fn train(table: &ParamTable, num_layers: usize, trainable: &[ParamId]) -> Self {
         Self::new(table, num_layers, trainable, None)
     }
@@ -61,7 +61,7 @@ impl GradPlan {
         let mut len = 0;
         for &id in trainable {
             slots[id] = Some(len);
-            len += table.params[id].value.len();
+            len += table.params[id].len();
         }
         let mut embedding = false;
         let mut layers = vec![LayerWants::default(); num_layers];
@@ -98,7 +98,7 @@ impl GradPlan {
         self.len == 0
     }
 
-    /// Where a parameter's gradient begins in the buffer; `None`: it gets none.
+    /// Offset of a parameter's gradient in the buffer; `None` for a parameter that does not accumulate.
     pub fn slot(&self, id: ParamId) -> Option<usize> {
         self.slots[id]
     }
@@ -111,13 +111,13 @@ impl GradPlan {
         self.layers[layer]
     }
 
-    /// The lowest layer that the backward pass visits; `None`: it visits none.
+    /// The lowest layer that the backward pass visits; `None` if it visits no layer.
     pub fn lowest_layer(&self) -> Option<usize> {
         if self.embedding { Some(0) } else { self.layers.iter().position(|l| l.any()) }
     }
 
-    /// The plan of one expert's stacked matrices. `layer` counts decoder layers; scores are indexed
-    /// `layer · num_experts + expert`.
+    /// The plan for one expert's stacked matrices. The index of its score is `layer · num_experts + expert`, where `layer`
+    /// counts all decoder layers.
     pub(super) fn expert(&self, layer: usize, expert: usize, stack: &[ParamId]) -> ExpertGrad {
         if let Some(Scoring { moment, num_experts }) = self.score {
             return ExpertGrad::Score(moment, layer * num_experts + expert);
@@ -125,7 +125,7 @@ impl GradPlan {
         self.accumulate(stack)
     }
 
-    /// Accumulate for stacked matrices that are all trained; they are trained together or not at all.
+    /// The plan for stacked matrices, which are trained together or not at all.
     pub(super) fn accumulate(&self, stack: &[ParamId]) -> ExpertGrad {
         match stack.iter().map(|&id| self.slots[id]).collect::<Option<Vec<_>>>() {
             Some(offsets) => ExpertGrad::Accumulate(offsets),
@@ -134,7 +134,7 @@ impl GradPlan {
     }
 }
 
-/// The parameters of whole experts: gate, up and down are trained together or not at all.
+/// The gate, up and down matrices of one expert, which are trained together or not at all.
 pub fn expert_params(table: &ParamTable, layer: usize, expert: usize) -> impl Iterator<Item = ParamId> {
     [Proj::Gate, Proj::Up, Proj::Down]
         .into_iter()

@@ -1,9 +1,9 @@
-//! The safetensors format: a strict reader of headers and a writer of whole files.
+//! The safetensors format: a strict reader and a writer of headers.
 //!
 //! A file is `u64` header length (little-endian), a JSON object `{name: {dtype, shape, data_offsets}}` with optional
-//! string metadata under `__metadata__`, then the tensors' bytes, which cover the rest of the file exactly once.
-//! Format: <https://huggingface.co/docs/safetensors>. The reader is our own because a checkpoint comes from strangers:
-//! the `safetensors` crate (0.8) lets the last of two equal names win.
+//! string metadata under `__metadata__`, then the tensors' bytes, which cover the rest of the file without gaps or overlaps.
+//! Format: <https://huggingface.co/docs/safetensors>. Checkpoints are untrusted input, and the `safetensors` crate (0.8)
+//! accepts duplicate tensor names and keeps the last; this reader refuses them.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -15,10 +15,10 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use super::json::{Members, each_member};
 use crate::backend::Dtype;
 
-/// No header is longer: the format's own limit, which keeps a lying length from being allocated.
+/// The format's limit on the JSON header, in bytes; a false length field cannot cause a larger allocation.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// The formats a file may name, with the bits of one element.
+/// Names of the number formats and bits of one element.
 const DTYPES: [(&str, usize); 22] = [
     ("F64", 64),
     ("F32", 32),
@@ -44,7 +44,7 @@ const DTYPES: [(&str, usize); 22] = [
     ("F4", 4),
 ];
 
-/// The number format of a stored tensor, by its name in the file.
+/// The number format of a stored tensor: name in the file, bits of an element.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct StoredDtype(&'static str, usize);
 
@@ -53,7 +53,7 @@ impl StoredDtype {
         DTYPES.iter().find(|(known, _)| *known == name).map(|&(name, bits)| Self(name, bits))
     }
 
-    /// The format as one that moewarden computes with, if it is one.
+    /// The corresponding [`Dtype`], if moewarden computes in this format.
     pub fn float(self) -> Option<Dtype> {
         match self.0 {
             "F32" => Some(Dtype::F32),
@@ -89,17 +89,17 @@ impl fmt::Debug for StoredDtype {
 /// One tensor of a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TensorInfo {
-    /// Its name, unique in the file.
+    /// Unique in the file.
     pub name: String,
     /// Its number format.
     pub dtype: StoredDtype,
-    /// Sizes, slowest first.
+    /// Row-major: the last dimension is contiguous.
     pub shape: Vec<usize>,
-    /// Where its bytes lie, counted from the start of the file.
+    /// Byte range of the data, from the start of the file.
     pub file_range: Range<usize>,
 }
 
-/// A file's header, checked against the length of the file.
+/// A file's header, validated against the length of the file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Header {
     /// Bytes before the first tensor: the length field and the JSON.
@@ -110,19 +110,19 @@ pub struct Header {
     pub tensors: Vec<TensorInfo>,
 }
 
-/// The ways in which a file can lie.
+/// Why a header is invalid.
 #[derive(Debug, thiserror::Error, PartialEq)]
-#[allow(missing_docs)] // the messages say it
+#[allow(missing_docs)] // the messages are the documentation
 pub enum HeaderError {
-    #[error("it has {0} bytes, too few for a safetensors file; is the download complete?")]
+    #[error("the file has {0} bytes, too few for a safetensors file; is the download complete?")]
     TooShort(usize),
     #[error(
-        "its header claims {claimed} bytes, but the file has only {there} after the length field; is the download complete?"
+        "the length field claims a header of {claimed} bytes, but only {available} bytes follow; is the download complete?"
     )]
-    BeyondFile { claimed: u64, there: usize },
-    #[error("its header claims {0} bytes, more than the {MAX_HEADER} a safetensors header may have")]
+    BeyondFile { claimed: u64, available: usize },
+    #[error("the length field claims a header of {0} bytes, more than the limit of {MAX_HEADER}")]
     TooLong(u64),
-    #[error("its header is not JSON as the safetensors format wants it: {0}")]
+    #[error("the header is not JSON in the safetensors schema: {0}")]
     NotJson(String),
     #[error("tensor `{tensor}`: the number format `{dtype}` is unknown")]
     UnknownDtype { tensor: String, dtype: String },
@@ -132,10 +132,10 @@ pub enum HeaderError {
     BrokenBytes { tensor: String, shape: Vec<usize>, dtype: StoredDtype },
     #[error("tensor `{tensor}`: data_offsets {begin}..{end} run backwards")]
     Backwards { tensor: String, begin: usize, end: usize },
-    #[error("tensor `{tensor}`: data_offsets give it {there} bytes, shape {shape:?} of {dtype} needs {needed}")]
-    WrongSize { tensor: String, shape: Vec<usize>, dtype: StoredDtype, there: usize, needed: usize },
-    #[error("tensor `{tensor}` ends at byte {end} of the data, which has {there}; is the download complete?")]
-    Truncated { tensor: String, end: usize, there: usize },
+    #[error("tensor `{tensor}`: data_offsets span {found} bytes, but shape {shape:?} of {dtype} needs {needed}")]
+    WrongSize { tensor: String, shape: Vec<usize>, dtype: StoredDtype, found: usize, needed: usize },
+    #[error("tensor `{tensor}` ends at byte {end} of the data, which has {available} bytes; is the download complete?")]
+    Truncated { tensor: String, end: usize, available: usize },
     #[error("tensors `{first}` and `{second}` overlap")]
     Overlap { first: String, second: String },
     #[error("bytes {from}..{to} of the data belong to no tensor")]
@@ -150,7 +150,7 @@ struct Entry {
     data_offsets: (usize, usize),
 }
 
-/// The header as written, before its claims are checked.
+/// The parsed header, before validation.
 #[derive(Default)]
 struct RawHeader {
     metadata: Vec<(String, String)>,
@@ -183,17 +183,17 @@ impl<'de> Deserialize<'de> for RawHeader {
 }
 
 impl Header {
-    /// Reads the header of a file that has these bytes.
+    /// Parses and validates the header of a file with these bytes.
     ///
     /// # Errors
-    /// Every way in which the header can contradict the format, itself or the length of the file.
+    /// A header that violates the format, contradicts itself, or does not fit the length of the file.
     pub fn parse(file: &[u8]) -> Result<Self, HeaderError> {
         let (length, rest) = file.split_first_chunk::<8>().ok_or(HeaderError::TooShort(file.len()))?;
         let claimed = u64::from_le_bytes(*length);
         if claimed > MAX_HEADER {
             return Err(HeaderError::TooLong(claimed));
         }
-        let json = rest.get(..claimed as usize).ok_or(HeaderError::BeyondFile { claimed, there: rest.len() })?;
+        let json = rest.get(..claimed as usize).ok_or(HeaderError::BeyondFile { claimed, available: rest.len() })?;
         if json.first() != Some(&b'{') {
             return Err(HeaderError::NotJson("it does not begin with `{`".into()));
         }
@@ -206,7 +206,7 @@ impl Header {
         Ok(header)
     }
 
-    /// Every byte of the data belongs to exactly one tensor.
+    /// Checks that every byte of the data belongs to exactly one tensor.
     fn check_cover(&self, file_len: usize) -> Result<(), HeaderError> {
         let mut order: Vec<&TensorInfo> = self.tensors.iter().filter(|t| !t.file_range.is_empty()).collect();
         order.sort_by_key(|t| t.file_range.start);
@@ -233,7 +233,7 @@ impl Entry {
         let Some(dtype) = StoredDtype::parse(&dtype) else {
             return Err(HeaderError::UnknownDtype { tensor, dtype });
         };
-        // The product must fit in either order of multiplication, so a zero does not excuse an absurd size.
+        // A zero counts as one here, so that it cannot hide an overflow of the other sizes.
         let size = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1))).and_then(|n| n.checked_mul(dtype.1));
         let Some(size) = size else {
             return Err(HeaderError::TooLarge { tensor, shape });
@@ -246,19 +246,19 @@ impl Entry {
             return Err(HeaderError::Backwards { tensor, begin, end });
         }
         if end - begin != bits / 8 {
-            return Err(HeaderError::WrongSize { tensor, shape, dtype, there: end - begin, needed: bits / 8 });
+            return Err(HeaderError::WrongSize { tensor, shape, dtype, found: end - begin, needed: bits / 8 });
         }
         if end > file_len - data_at {
-            return Err(HeaderError::Truncated { tensor, end, there: file_len - data_at });
+            return Err(HeaderError::Truncated { tensor, end, available: file_len - data_at });
         }
         Ok(TensorInfo { name: tensor, dtype, shape, file_range: data_at + begin..data_at + end })
     }
 }
 
-/// Writes a file's length field and header for these tensors, to be followed by their bytes in this order.
+/// Writes the length field and the header of a file with these tensors; their bytes must follow in this order.
 ///
 /// # Errors
-/// Those of `out`.
+/// Write errors of `out`.
 pub fn write_header(
     out: &mut impl Write,
     metadata: &[(String, String)],
@@ -277,7 +277,7 @@ pub fn write_header(
         at = end;
     }
     let mut json = serde_json::to_vec(&object)?;
-    json.resize(json.len().next_multiple_of(8), b' '); // the data starts aligned
+    json.resize(json.len().next_multiple_of(8), b' '); // aligns the data to 8 bytes
     out.write_all(&(json.len() as u64).to_le_bytes())?;
     out.write_all(&json)
 }

@@ -1,5 +1,5 @@
-//! One SwiGLU block, y = (silu(x · gateᵀ) · (x · upᵀ)) · downᵀ: of a dense layer or a shared expert, and the parameters of
-//! a routed expert. Shape suffixes: see [`super::layer`].
+//! SwiGLU, y = (silu(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ, of a dense layer or a shared expert; and the parameters of one routed
+//! expert. Shape suffixes: see [`super::layer`].
 
 use super::ids::{ParamId, ParamKind, Proj};
 use super::layer::{LayerCtx, Sinks};
@@ -47,7 +47,7 @@ pub(super) fn down<B: Backend>(ctx: &LayerCtx<'_, B>, p: &Swiglu, gate_up_T2F: &
     ctx.b.linear(&ctx.b.swiglu(gate_up_T2F), ctx.weight(p.down), None)
 }
 
-/// dx `[T, D]` of both steps, where wanted.
+/// dx `[T, D]` of [`gate_up`] and [`down`] together, if `want_dx`.
 pub(super) fn backward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     p: &Swiglu,

@@ -13,39 +13,39 @@ use crate::backend::Backend;
 /// All parameters, in the order of [`ParamKind`] by layer: embedding, each layer from the first, final norm, head.
 #[derive(Clone)]
 pub struct ParamTable {
-    /// In order; a [`ParamId`] is a place in this list.
+    /// In order, indexed by [`ParamId`].
     pub params: Vec<ParamSpec>,
-    /// How the values are made, where there is no checkpoint.
+    /// How the values are generated, if there is no checkpoint.
     pub random: Option<RandomInit>,
 }
 
-/// Number and size of some parameters.
+/// Number and size of a set of parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Count {
     /// Matrices and vectors.
     pub params: usize,
-    /// Their entries.
+    /// Elements in total.
     pub elements: usize,
-    /// Their bytes as stored.
+    /// Bytes in their stored formats.
     pub bytes: usize,
 }
 
 impl ParamTable {
-    /// Finds every parameter of the model in its checkpoint.
+    /// The parameters of a model in their checkpoint.
     ///
     /// # Errors
-    /// A tensor that is missing, that nothing claims, or whose shape or number format is not what config.json says; a
-    /// tied head that differs from the embedding. Each names the tensor.
+    /// A tensor that is missing or does not belong to the model, or that has another shape than config.json requires or an
+    /// unsupported number format; a tied output head that differs from the embedding. Each error names the tensor.
     pub fn build(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Self, ClaimError> {
         claim::claim(config, checkpoint).map(|params| Self { params, random: None })
     }
 
-    /// The parameters of a model that has no checkpoint.
+    /// The parameters of a model without a checkpoint.
     pub fn random(config: &ModelConfig, init: RandomInit) -> Self {
         Self { params: init.params(config), random: Some(init) }
     }
 
-    /// All parameters on a backend: those of the checkpoint, or random ones.
+    /// All parameters on a backend: from the checkpoint, or random.
     pub(super) fn weights<B: Backend>(&self, backend: &B) -> Vec<B::Weight> {
         match &self.random {
             None => self.params.iter().map(|spec| backend.weight(spec.value.clone())).collect(),
@@ -53,31 +53,31 @@ impl ParamTable {
         }
     }
 
-    /// The place of a parameter, if the model has it.
+    /// The id of a parameter, if the model has it.
     pub fn id(&self, kind: ParamKind) -> Option<ParamId> {
         self.params.binary_search_by_key(&kind.sort_key(), |spec| spec.kind.sort_key()).ok()
     }
 
-    /// The place of a parameter that every model of this configuration has.
+    /// The id of a parameter that every model of this configuration has.
     pub(super) fn expect_id(&self, kind: ParamKind) -> ParamId {
         self.id(kind).expect("the table was checked against the family")
     }
 
-    /// All parameters with their places, in order.
+    /// All parameters with their ids, in order.
     pub fn iter(&self) -> impl Iterator<Item = (ParamId, &ParamSpec)> {
         self.params.iter().enumerate()
     }
 
-    /// Number and size of the parameters that `chosen` picks.
+    /// Number and size of the parameters for which `chosen` is true.
     pub fn count(&self, chosen: impl Fn(&ParamSpec) -> bool) -> Count {
         self.params.iter().filter(|spec| chosen(spec)).fold(Count::default(), |sum, spec| Count {
             params: sum.params + 1,
-            elements: sum.elements + spec.value.len(),
+            elements: sum.elements + spec.len(),
             bytes: sum.bytes + spec.byte_range.len(),
         })
     }
 
-    /// Number and size of each group that the model has.
+    /// Number and size by group, without groups that the model does not have.
     pub fn by_group(&self) -> BTreeMap<Group, Count> {
         let groups: BTreeSet<Group> = self.params.iter().map(|spec| spec.kind.group()).collect();
         groups.into_iter().map(|group| (group, self.count(|spec| spec.kind.group() == group))).collect()
@@ -88,21 +88,21 @@ impl ParamTable {
         self.count(|_| true)
     }
 
-    /// The tensor that holds a second copy of a tied embedding, in checkpoints that store one.
+    /// Name of the tensor that holds a second copy of a tied embedding, if the checkpoint stores one.
     pub fn tied_head<'a>(&self, checkpoint: &'a Checkpoint) -> Option<&'a str> {
         claim::tied_head(checkpoint, &self.params).map(|(_, tensor)| &*tensor.name)
     }
 
-    /// The first parameter with a NaN or an infinity, and the place of that entry in it. Reads all weights, on all cores;
-    /// random ones are finite unread.
+    /// The first parameter with a NaN or an infinity, and the index of that element. Reads all weights on all cores; random
+    /// weights are finite by construction and not read.
     pub fn find_non_finite(&self) -> Option<(ParamId, usize)> {
         if self.random.is_some() { None } else { finite::first(&self.params) }
     }
 
-    /// Whether all weights are finite.
+    /// Checks that all weights are finite.
     ///
     /// # Errors
-    /// The first parameter and entry that is not.
+    /// The first parameter and element that is not finite.
     pub fn check_finite(&self) -> Result<(), NotFinite> {
         match self.find_non_finite() {
             None => Ok(()),
@@ -118,18 +118,14 @@ mod tests {
     use crate::model::ids::{Proj, tests::config};
 
     #[test]
-    fn every_parameter_is_found_by_its_kind_and_no_other() {
+    fn parameters_are_found_by_their_kind() {
         let kinds = ParamKind::all(&config());
         assert_eq!(kinds.len(), 1 + (12 + 3) + (12 + 1 + 9 + 4) + 2);
-        let spec = |kind| ParamSpec {
-            kind,
-            tensor: String::new(),
-            byte_range: 0..4,
-            value: HostTensor::from_f32(vec![1], &[0.0]),
-        };
+        let value = HostTensor::from_f32(vec![1], &[0.0]);
+        let spec = |kind| ParamSpec::new(kind, String::new(), 0..4, value.clone());
         let table = ParamTable { params: kinds.iter().copied().map(spec).collect(), random: None };
-        for (place, kind) in kinds.iter().enumerate() {
-            assert_eq!(table.id(*kind), Some(place), "{kind:?}");
+        for (id, kind) in kinds.iter().enumerate() {
+            assert_eq!(table.id(*kind), Some(id), "{kind:?}");
         }
         assert_eq!(table.id(ParamKind::Router(0)), None);
         assert_eq!(table.id(ParamKind::Expert(1, 3, Proj::Gate)), None);

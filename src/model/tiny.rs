@@ -1,7 +1,8 @@
-//! Random checkpoints in Hugging Face form: for the quickstart, tests and benches.
+//! Random checkpoints in the Hugging Face layout: for the quickstart, tests and benches.
 //!
-//! A value depends on the seed, the parameter and the place in it alone, so models that differ only in layout, format
-//! or sharding hold the same weights. Written as a stream: a benchmark's model may be larger than memory.
+//! A value depends only on the seed, the parameter and the index of the element, so models that differ only in layout,
+//! number format or sharding have the same weights. Weights are streamed to disk: a benchmark's model may be larger than
+//! memory.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -23,13 +24,13 @@ use crate::exit::{self, Coded};
 /// How experts are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
-    /// A tensor for each expert and matrix.
+    /// One tensor per expert and matrix.
     PerExpert,
     /// Two tensors for all experts of a layer.
     Fused,
 }
 
-/// What to make. [`TinySpec::new`] gives sizes for tests; every field may be changed.
+/// Specification of a checkpoint. [`TinySpec::new`] gives sizes for tests; every field may be changed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TinySpec {
     /// `model_type` of one of [`FAMILIES`](super::FAMILIES).
@@ -56,23 +57,23 @@ pub struct TinySpec {
     pub dtype: Dtype,
     /// How experts are stored.
     pub layout: Layout,
-    /// Files that the weights are spread over, at most.
+    /// Maximum number of files for the weights.
     pub shards: usize,
-    /// The output head is the embedding.
+    /// Whether the output head is the embedding.
     pub tie: bool,
     /// Seed of the weights.
     pub seed: u64,
-    /// Standard deviation of the weights (norms: around 1).
+    /// Standard deviation of the weights. The mean is 0, for norms 1.
     pub std: f32,
-    /// More keys of config.json, or other values for those above: `mlp_only_layers`, `rope_scaling`, `clip_qkv`, …
+    /// Further keys of config.json, which override the fields above: `mlp_only_layers`, `rope_scaling`, `clip_qkv`, …
     pub extra: Map<String, Value>,
 }
 
-/// Why a checkpoint could not be made.
+/// Why a checkpoint could not be written.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
+#[allow(missing_docs)] // the messages are the documentation
 pub enum Error {
-    #[error("there is no model family `{0}`; moewarden knows {known}", known = config::known())]
+    #[error("the model family `{0}` is not supported; moewarden knows {known}", known = config::known())]
     Family(String),
     #[error("cannot write {path}")]
     Write { path: PathBuf, source: io::Error },
@@ -91,7 +92,7 @@ impl Coded for Error {
 }
 
 impl TinySpec {
-    /// A model of about 150 000 parameters of this family, in f32, in one file.
+    /// A model of this family with about 150 000 parameters, in f32, in one file.
     pub fn new(model_type: &str) -> Self {
         Self {
             model_type: model_type.into(),
@@ -152,19 +153,19 @@ impl TinySpec {
     }
 }
 
-/// A tensor to write: its header entry and the parameters it consists of, in order.
+/// A tensor to write: its header entry and its parameters in order.
 struct Tensor {
     entry: (String, Dtype, Vec<usize>),
     pieces: Vec<Piece>,
 }
 
-/// Part of a tensor: `len` values of random stream `stream` from place `start`.
+/// Part of a tensor: `len` values of the random stream `stream`, from index `start`.
 #[derive(Clone, Copy)]
 struct Piece {
     stream: u64,
     start: usize,
     len: usize,
-    centre: f32,
+    mean: f32,
 }
 
 impl Tensor {
@@ -173,11 +174,11 @@ impl Tensor {
     }
 }
 
-/// Writes config.json and random weights to `dir`, which is created; no tokenizer. Gives the configuration as it is read
-/// back.
+/// Creates `dir` and writes config.json and random weights to it, but no tokenizer. Returns the configuration as read from
+/// the written file.
 ///
 /// # Errors
-/// A specification that makes no valid model, and a write that fails.
+/// A specification that is not a valid model, and failed writes.
 pub fn write_random_checkpoint(dir: &Path, spec: &TinySpec) -> Result<ModelConfig, Error> {
     let family = Family::find(&spec.model_type).ok_or_else(|| Error::Family(spec.model_type.clone()))?;
     let write = |path: &Path| {
@@ -219,21 +220,21 @@ pub fn write_random_checkpoint(dir: &Path, spec: &TinySpec) -> Result<ModelConfi
 fn tensors(config: &ModelConfig, family: &Family, spec: &TinySpec) -> Vec<Tensor> {
     let block = BlockNames { name: family.blocks[0], fused: spec.layout == Layout::Fused };
     let mut tensors: Vec<Tensor> = Vec::new();
-    let mut places = std::collections::HashMap::new();
+    let mut index = std::collections::HashMap::new();
     for (stream, kind) in ParamKind::all(config).into_iter().enumerate() {
         let name = tensor_name(kind, family, block);
         let (shape, elements) = tensor_shape(kind, config, block.fused);
-        let place = *places.entry(name.clone()).or_insert_with(|| {
+        let at = *index.entry(name.clone()).or_insert_with(|| {
             tensors.push(Tensor { entry: (name, spec.dtype, shape), pieces: Vec::new() });
             tensors.len() - 1
         });
-        let centre = if kind.group() == Group::Norm { 1.0 } else { 0.0 };
-        tensors[place].pieces.push(Piece { stream: stream as u64, start: 0, len: elements.len(), centre });
+        let mean = if kind.group() == Group::Norm { 1.0 } else { 0.0 };
+        tensors[at].pieces.push(Piece { stream: stream as u64, start: 0, len: elements.len(), mean });
     }
     tensors
 }
 
-/// At most `shards` runs of tensors of about equal size.
+/// Splits the tensors into at most `shards` consecutive parts of about equal size.
 fn split(tensors: Vec<Tensor>, shards: usize) -> Vec<Vec<Tensor>> {
     let total: usize = tensors.iter().map(Tensor::bytes).sum();
     let mut out: Vec<Vec<Tensor>> = Vec::new();
@@ -251,9 +252,10 @@ fn split(tensors: Vec<Tensor>, shards: usize) -> Vec<Vec<Tensor>> {
 }
 
 fn write_shard(path: &Path, tensors: &[Tensor], spec: &TinySpec) -> io::Result<()> {
-    /// Values made by one thread in one go, and how many of these are held.
+    /// Values that one thread generates at a time.
     const CHUNK: usize = 1 << 18;
-    const HELD: usize = 64;
+    /// Chunks in memory at a time.
+    const BATCH: usize = 64;
 
     let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
     let entries: Vec<_> = tensors.iter().map(|tensor| tensor.entry.clone()).collect();
@@ -266,14 +268,14 @@ fn write_shard(path: &Path, tensors: &[Tensor], spec: &TinySpec) -> io::Result<(
             (0..piece.len).step_by(CHUNK).map(cut)
         })
         .collect();
-    for chunks in chunks.chunks(HELD) {
-        let made: Vec<Vec<u8>> = chunks.par_iter().map(|piece| random_bytes(piece, spec)).collect();
-        made.iter().try_for_each(|bytes| out.write_all(bytes))?;
+    for chunks in chunks.chunks(BATCH) {
+        let encoded: Vec<Vec<u8>> = chunks.par_iter().map(|piece| random_bytes(piece, spec)).collect();
+        encoded.iter().try_for_each(|bytes| out.write_all(bytes))?;
     }
     out.into_inner()?.sync_all()
 }
 
-/// Uniform values of the standard deviation asked for: one 32-bit word each, so any part can be made on its own.
+/// Uniform values with the standard deviation of `spec`, each from one 32-bit word, so that any part can be generated alone.
 fn random_bytes(piece: &Piece, spec: &TinySpec) -> Vec<u8> {
     let mut rng = ChaCha8Rng::seed_from_u64(spec.seed);
     rng.set_stream(piece.stream);
@@ -283,7 +285,7 @@ fn random_bytes(piece: &Piece, spec: &TinySpec) -> Vec<u8> {
     let half_width = spec.std * 3f32.sqrt();
     let uniform = |word: [u8; 4]| {
         let bits = u32::from_le_bytes(word) >> 8; // 24 bits are exact in f32
-        piece.centre + half_width * (bits as f32 / (1 << 23) as f32 - 1.0)
+        piece.mean + half_width * (bits as f32 / (1 << 23) as f32 - 1.0)
     };
     let values: Vec<f32> = words.as_chunks::<4>().0.iter().copied().map(uniform).collect();
     let mut bytes = vec![0; piece.len * spec.dtype.size()];

@@ -1,8 +1,9 @@
 //! The whole model: parameters on a backend, forward, backward by plan.
 //!
-//! One backward serves every purpose. Walking the layers from the top it asks the [`GradPlan`](super::GradPlan) what each parameter
-//! wants and stops below the lowest layer that wants anything. A layer's forward is kept or computed again from its saved
-//! input; either way its backward reads the same values. Shape suffixes: see [`super::layer`].
+//! One backward serves scoring and every kind of training. From the top layer down it asks the
+//! [`GradPlan`](super::GradPlan) what to do with each parameter's gradient, and it stops below the lowest layer in the plan.
+//! The activations that a layer's backward reads are kept, or recomputed from the layer's saved input; both give the same
+//! values. Shape suffixes: see [`super::layer`].
 
 use std::sync::Arc;
 
@@ -16,17 +17,17 @@ use crate::backend::{Backend, HostTensor, Packing};
 
 /// A model on a backend.
 pub struct Model<B: Backend> {
-    /// Where its operations run.
+    /// Runs the operations.
     pub backend: Arc<B>,
-    /// Its shape and family.
+    /// Sizes and family.
     pub config: ModelConfig,
-    /// Its parameters' names and sources.
+    /// Kinds, names and base values of the parameters.
     pub table: ParamTable,
     pub(super) weights: Vec<B::Weight>,
     pub(super) embedding: ParamId,
     pub(super) layers: Vec<Layer>,
     pub(super) final_norm: ParamId,
-    /// The embedding itself where the model ties them.
+    /// The embedding, if the model ties the two.
     pub(super) head: ParamId,
 }
 
@@ -45,12 +46,13 @@ pub struct Inputs<B: Backend> {
     rows: usize,
 }
 
-/// How a forward pass is to run.
+/// What a forward pass keeps for its backward, and where it ends.
 #[derive(Debug, Clone, Copy)]
 pub struct ForwardOptions {
-    /// Layers below this one are not kept at all: no backward visits them.
+    /// The lowest layer that the backward visits: nothing is kept of the layers below.
     pub lowest: usize,
-    /// Layers from this one up keep what their backward reads; those between keep their input and compute again.
+    /// Layers from this one up keep the activations that their backward reads; layers from `lowest` to here keep only their
+    /// input, and their backward recomputes the rest.
     pub keep_from: usize,
     /// Where the pass ends.
     pub end: PassEnd,
@@ -59,8 +61,8 @@ pub struct ForwardOptions {
 /// Where a pass ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PassEnd {
-    /// At the cross-entropy. The feed-forward part of the last layer is computed for rows that carry loss alone, which is
-    /// exact, since nothing above mixes rows; not so if `all_rows`, for those who observe that layer's router.
+    /// At the cross-entropy. Behind attention, the last layer computes only the rows that carry loss, which is exact, since
+    /// nothing above attention mixes rows. An observer of that layer's router needs `all_rows`.
     Loss {
         /// Compute the last layer for every row.
         all_rows: bool,
@@ -69,10 +71,10 @@ pub enum PassEnd {
     Routers,
 }
 
-/// What a forward pass leaves for its backward.
+/// The activations that a forward pass keeps for its backward.
 pub struct Forward<B: Backend> {
     layers: Vec<Option<LayerSaved<B>>>,
-    /// The hidden states of the rows that carry loss, `[n, D]`.
+    /// Hidden states of the rows that carry loss. Absent where the pass ended at the routers.
     last_ND: Option<B::Tensor>,
     options: ForwardOptions,
 }
@@ -88,17 +90,17 @@ struct LayerKept<B: Backend> {
     feed_forward: FeedForwardSaved<B>,
 }
 
-/// What a backward pass starts from.
+/// The gradients that a backward pass starts from.
 #[derive(Debug, Clone, Copy)]
 pub struct LossGrads<'a> {
-    /// The gradient is that of this factor times the summed cross-entropy.
+    /// Factor of the summed cross-entropy in the loss.
     pub ce_scale: f32,
-    /// One entry a decoder layer, or none at all.
+    /// The gradient of a routing loss for each decoder layer, `[layers]` or empty.
     pub routers: &'a [Option<RouterGrad>],
 }
 
 impl<B: Backend> Inputs<B> {
-    /// Puts a micro-batch on the backend: `ids` `[T]`, rows that carry loss and their targets.
+    /// Uploads a micro-batch: token ids `[T]`, the rows that carry loss and their target ids.
     pub fn new(model: &Model<B>, ids: &[u32], packing: &Packing, loss_rows: &[u32], targets: &[u32]) -> Self {
         let b = &*model.backend;
         Self {
@@ -117,7 +119,7 @@ impl<B: Backend> Inputs<B> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Puts the parameters on the backend. The CPU leaves a checkpoint's memory-mapped.
+    /// Uploads the parameters. On the CPU, those of a checkpoint stay memory-mapped.
     pub fn new(backend: Arc<B>, config: ModelConfig, table: ParamTable) -> Self {
         let weights = table.weights(&*backend);
         let embedding = table.expect_id(ParamKind::Embedding);
@@ -132,7 +134,7 @@ impl<B: Backend> Model<B> {
         Self { backend, config, table, weights, embedding, layers, final_norm, head }
     }
 
-    /// A parameter's present value on the backend.
+    /// A parameter's current value on the backend.
     pub fn weight(&self, id: ParamId) -> &B::Weight {
         &self.weights[id]
     }
@@ -147,7 +149,7 @@ impl<B: Backend> Model<B> {
         &mut self.weights
     }
 
-    /// A parameter's present value in its stored dtype.
+    /// A parameter's current value in its stored dtype.
     pub fn weight_host(&self, id: ParamId) -> HostTensor {
         self.backend.weight_host(&self.weights[id])
     }
@@ -157,12 +159,12 @@ impl<B: Backend> Model<B> {
         self.weights[id] = self.backend.weight(value);
     }
 
-    /// The last decoder layer that routes.
+    /// Number of the last MoE layer.
     pub fn last_moe_layer(&self) -> usize {
         *self.config.moe_layers().layers.last().expect("a model with experts")
     }
 
-    /// Runs the layers; `observer` sees each router.
+    /// Runs the layers and calls `observer` at each MoE layer.
     pub fn forward(
         &self,
         inputs: &Inputs<B>,
@@ -198,8 +200,8 @@ impl<B: Backend> Model<B> {
         b.linear_cross_entropy(&normed_ND, self.weight(self.head), &inputs.targets)
     }
 
-    /// The summed cross-entropy (`None` where the pass ended at the routers), and into the sinks every gradient that the
-    /// plan wants. `forward` must have been made with `lowest <= plan.lowest_layer()`.
+    /// Adds the gradients of the plan to the sinks and returns the summed cross-entropy (`None` if the pass ended at the
+    /// routers). `forward` must have been run with `lowest <= plan.lowest_layer()`.
     pub fn backward(
         &self,
         inputs: &Inputs<B>,
@@ -267,7 +269,7 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    /// The rows that the last layer computes behind attention, where it need not compute all.
+    /// The rows that carry loss, if this layer computes only those behind attention.
     fn pruned_rows<'a>(&self, layer: usize, inputs: &'a Inputs<B>, end: PassEnd) -> Option<&'a B::Indices> {
         let prunes = end == PassEnd::Loss { all_rows: false } && layer + 1 == self.layers.len();
         prunes.then_some(&inputs.loss_rows)
@@ -281,7 +283,7 @@ impl<B: Backend> Model<B> {
     }
 }
 
-/// The layer's output `[N, D]`, if the extent reaches it, and what its backward reads.
+/// The layer's output `[N, D]`, if the extent reaches it, and the activations that the backward reads.
 fn layer_forward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     layer: &Layer,
@@ -294,7 +296,7 @@ fn layer_forward<B: Backend>(
     (y_ND, LayerKept { attention, h_ND, feed_forward })
 }
 
-/// The gradient of the layer's input, `[T, D]`, where the plan wants something below and the gradient is not zero.
+/// The gradient of the layer's input, `[T, D]`; `None` if no parameter below is in the plan, or if it is zero.
 fn layer_backward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     layer: &Layer,

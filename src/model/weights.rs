@@ -1,4 +1,4 @@
-//! A checkpoint's weights: memory-mapped safetensors files, checked before anything is read from them.
+//! A checkpoint's weights: memory-mapped safetensors files whose headers are validated before a tensor is read.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -19,41 +19,43 @@ const INDEX: &str = "model.safetensors.index.json";
 
 /// Why a checkpoint's weights cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
+#[allow(missing_docs)] // the messages are the documentation
 pub enum Error {
     #[error("{0} is not a folder")]
     NoFolder(PathBuf),
     #[error(
-        "{0} holds neither {SINGLE} nor {INDEX}; to try its size and speed without them, give `train` or `identify` \
-         --init random"
+        "{0} holds neither {SINGLE} nor {INDEX}; to measure memory and speed without weights, run `train` or `identify` \
+         with --init random"
     )]
     NoWeights(PathBuf),
     #[error(
-        "{0} is a pickle, which can run code when it is read, so moewarden does not read it. Convert it with: \
+        "{0} is a pickle file, which can run code when it is loaded, so moewarden does not load it. Convert it with: \
          python -c \"from transformers import AutoModelForCausalLM as M; \
          M.from_pretrained('FOLDER', dtype='auto').save_pretrained('NEW_FOLDER')\", \
-         then copy the tokenizer files beside the result"
+         then copy the tokenizer files into NEW_FOLDER"
     )]
     Pickle(PathBuf),
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
-    #[error("{path}: {lie}")]
-    Header { path: PathBuf, lie: HeaderError },
+    #[error("{path}: {reason}")]
+    Header { path: PathBuf, reason: HeaderError },
     #[error("{path}: {message}")]
     Index { path: PathBuf, message: String },
     #[error(
-        "{index}: tensor `{tensor}` is said to be in {file:?}, which is not a plain file name ending in .safetensors"
+        "{index}: the file of tensor `{tensor}` is {file:?}, which is not a plain file name ending in .safetensors"
     )]
     NotAFileName { index: PathBuf, tensor: String, file: String },
     #[error("{index}: the shard {file} does not exist; is the download complete?")]
     MissingShard { index: PathBuf, file: String },
-    #[error("{shard}: tensor `{tensor}` is missing, though {INDEX} says that it is there")]
+    #[error("{shard}: tensor `{tensor}` is missing, but {INDEX} lists it in this file")]
     NotInShard { shard: PathBuf, tensor: String },
     #[error("{shard}: {INDEX} does not name the tensor `{tensor}`")]
     NotInIndex { shard: PathBuf, tensor: String },
     #[error("tensor `{tensor}` is in both {first} and {second}")]
     InTwoShards { tensor: String, first: String, second: String },
-    #[error("{path} is a link to {target}, outside the checkpoint and its cache; replace it by the file itself")]
+    #[error(
+        "{path} is a symbolic link to {target}, outside the checkpoint and its cache; replace the link by the file"
+    )]
     LinkOutside { path: PathBuf, target: PathBuf },
     #[error(
         "{path}: tensor `{tensor}` is stored as {dtype}; moewarden reads F32, F16 and BF16 (is the model quantised?)"
@@ -72,27 +74,27 @@ impl Coded for Error {
     }
 }
 
-/// One safetensors file, mapped into memory.
+/// One memory-mapped safetensors file.
 pub struct Shard {
-    /// Its name within the checkpoint's folder.
+    /// File name in the checkpoint's folder.
     pub file: String,
-    /// What it holds.
+    /// Its validated header.
     pub header: Header,
     bytes: SharedBytes,
 }
 
 impl Shard {
-    /// Maps a file and checks its header.
+    /// Maps a file and validates its header.
     ///
     /// # Errors
-    /// A file that cannot be read, or whose header lies.
+    /// A file that cannot be read, or an invalid header.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let read = |source| Error::Read { path: path.into(), source };
         let file = File::open(path).map_err(read)?;
-        // SAFETY: the bytes must not change while they are mapped. No Rust program can enforce that on other processes;
-        // checkpoints are written aside and renamed, here as by the hub's tools, so a file once seen stays as it is.
+        // SAFETY: the bytes must not change while they are mapped. A program cannot enforce that on other processes, but
+        // moewarden and the hub's tools write to a temporary file and rename it, so a visible file does not change.
         let map = unsafe { Mmap::map(&file) }.map_err(read)?;
-        let header = Header::parse(&map).map_err(|lie| Error::Header { path: path.into(), lie })?;
+        let header = Header::parse(&map).map_err(|reason| Error::Header { path: path.into(), reason })?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let len = map.len();
         Ok(Self { file: name, header, bytes: SharedBytes::new(Arc::new(map), 0..len) })
@@ -103,10 +105,10 @@ impl Shard {
         &self.bytes
     }
 
-    /// A tensor's value, sharing the mapped file.
+    /// A tensor's value; it shares the mapped memory.
     ///
     /// # Errors
-    /// A number format other than F32, F16, BF16.
+    /// A number format other than F32, F16 and BF16.
     pub fn value(&self, tensor: &TensorInfo) -> Result<HostTensor, Error> {
         let dtype = tensor.dtype.float().ok_or_else(|| Error::NotFloat {
             path: self.file.clone().into(),
@@ -117,12 +119,13 @@ impl Shard {
     }
 }
 
-/// All weights of a model, as they lie on disk.
+/// All weights of a model as stored on disk.
 pub struct Checkpoint {
     dir: PathBuf,
     sharded: bool,
     shards: Vec<Shard>,
-    places: HashMap<String, (usize, usize)>,
+    /// Tensor name → (shard, index in its header).
+    index: HashMap<String, (usize, usize)>,
 }
 
 impl Checkpoint {
@@ -130,34 +133,34 @@ impl Checkpoint {
     /// `model.safetensors.index.json` names.
     ///
     /// # Errors
-    /// Weights that are missing, pickled, or contradict the format, the index or each other; links that leave the
-    /// checkpoint. Every message names the file and the tensor.
+    /// Weights that are missing or pickled, files that violate the format or contradict the index or each other, symbolic
+    /// links out of the checkpoint. Each error names the file and the tensor.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         if !dir.is_dir() {
             return Err(Error::NoFolder(dir.into()));
         }
         let index = dir.join(INDEX);
         let sharded = !dir.join(SINGLE).exists();
-        let (files, claims) = match sharded {
+        let (files, weight_map) = match sharded {
             false => (vec![SINGLE.to_string()], None),
             true if index.exists() => {
-                let claims = read_index(&safe_file(dir, INDEX)?)?;
-                (files_of(&index, &claims)?, Some(claims))
+                let weight_map = read_index(&safe_file(dir, INDEX)?)?;
+                (files_of(&index, &weight_map)?, Some(weight_map))
             }
             true => return Err(no_weights(dir)),
         };
 
-        let mut checkpoint = Self { dir: dir.into(), sharded, shards: Vec::new(), places: HashMap::new() };
+        let mut checkpoint = Self { dir: dir.into(), sharded, shards: Vec::new(), index: HashMap::new() };
         for file in files {
             if fs::symlink_metadata(dir.join(&file)).is_err() {
                 return Err(Error::MissingShard { index, file });
             }
             let mut shard = Shard::open(&safe_file(dir, &file)?)?;
-            shard.file = file; // a link's own name, not its target's
+            shard.file = file; // the name of a symbolic link, not of its target
             checkpoint.add(shard)?;
         }
-        if let Some(claims) = claims {
-            checkpoint.check_index(&claims)?;
+        if let Some(weight_map) = weight_map {
+            checkpoint.check_index(&weight_map)?;
         }
         Ok(checkpoint)
     }
@@ -167,46 +170,46 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// The name of the index file, where there is one.
+    /// Name of the index file, if the weights are sharded.
     pub fn index_file(&self) -> Option<&'static str> {
         self.sharded.then_some(INDEX)
     }
 
-    /// The files, in the order of their names.
+    /// The files, sorted by name.
     pub fn shards(&self) -> &[Shard] {
         &self.shards
     }
 
-    /// All tensors with their files: the files in order, each file's tensors in the order of its header.
+    /// All tensors with their files: files sorted by name, tensors in the order of the header.
     pub fn tensors(&self) -> impl Iterator<Item = (&Shard, &TensorInfo)> {
         self.shards.iter().flat_map(|shard| shard.header.tensors.iter().map(move |tensor| (shard, tensor)))
     }
 
-    /// The tensor of this name and the file that holds it.
+    /// The tensor with this name and the file that holds it.
     pub fn get(&self, name: &str) -> Option<(&Shard, &TensorInfo)> {
-        let &(shard, tensor) = self.places.get(name)?;
+        let &(shard, tensor) = self.index.get(name)?;
         let shard = &self.shards[shard];
         Some((shard, &shard.header.tensors[tensor]))
     }
 
-    /// Which file holds the tensor of this name: its place in [`Self::shards`].
+    /// Index in [`Self::shards`] of the file that holds the tensor with this name.
     pub fn shard_of(&self, name: &str) -> Option<usize> {
-        self.places.get(name).map(|&(shard, _)| shard)
+        self.index.get(name).map(|&(shard, _)| shard)
     }
 
-    /// A hash of the structure: file names and headers, that is all names, shapes, formats and places, but no weight.
+    /// Hash of file names and headers: all names, shapes, number formats and offsets, but no weights.
     pub fn layout_hash(&self) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
         for shard in &self.shards {
             hasher.update(&(shard.file.len() as u64).to_le_bytes()).update(shard.file.as_bytes());
-            hasher.update(&shard.bytes()[..shard.header.len]); // says its own length
+            hasher.update(&shard.bytes()[..shard.header.len]); // begins with its length
         }
         hasher.finalize()
     }
 
     fn add(&mut self, shard: Shard) -> Result<(), Error> {
-        for (place, tensor) in shard.header.tensors.iter().enumerate() {
-            if let Some((other, _)) = self.places.insert(tensor.name.clone(), (self.shards.len(), place)) {
+        for (i, tensor) in shard.header.tensors.iter().enumerate() {
+            if let Some((other, _)) = self.index.insert(tensor.name.clone(), (self.shards.len(), i)) {
                 let first = self.shards[other].file.clone();
                 return Err(Error::InTwoShards { tensor: tensor.name.clone(), first, second: shard.file });
             }
@@ -215,15 +218,15 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The index and the shards say the same about every tensor.
-    fn check_index(&self, claims: &[(String, String)]) -> Result<(), Error> {
-        for (tensor, file) in claims {
+    /// Checks that the index and the shards list the same tensors in the same files.
+    fn check_index(&self, weight_map: &[(String, String)]) -> Result<(), Error> {
+        for (tensor, file) in weight_map {
             if self.get(tensor).is_none_or(|(shard, _)| shard.file != *file) {
                 return Err(Error::NotInShard { shard: self.dir.join(file), tensor: tensor.clone() });
             }
         }
-        if claims.len() < self.places.len() {
-            let named: std::collections::HashSet<_> = claims.iter().map(|(tensor, _)| tensor.as_str()).collect();
+        if weight_map.len() < self.index.len() {
+            let named: std::collections::HashSet<_> = weight_map.iter().map(|(tensor, _)| tensor.as_str()).collect();
             let extra = self.tensors().find(|(_, tensor)| !named.contains(tensor.name.as_str()));
             let (shard, tensor) = extra.expect("more tensors than names");
             return Err(Error::NotInIndex { shard: self.dir.join(&shard.file), tensor: tensor.name.clone() });
@@ -232,7 +235,7 @@ impl Checkpoint {
     }
 }
 
-/// The index's `weight_map`: tensor → file.
+/// `weight_map` of the index file: tensor → file.
 fn read_index(path: &Path) -> Result<Vec<(String, String)>, Error> {
     #[derive(Deserialize)]
     struct Index {
@@ -248,11 +251,11 @@ fn read_index(path: &Path) -> Result<Vec<(String, String)>, Error> {
 }
 
 /// The distinct file names of an index, sorted.
-fn files_of(index: &Path, claims: &[(String, String)]) -> Result<Vec<String>, Error> {
+fn files_of(index: &Path, weight_map: &[(String, String)]) -> Result<Vec<String>, Error> {
     let mut files = std::collections::BTreeSet::new();
-    for (tensor, file) in claims {
+    for (tensor, file) in weight_map {
         if !files.contains(file) {
-            // What the index says becomes part of a path, for reading and for export.
+            // The name becomes part of a path, for reading and for export.
             if !is_plain_name(file) || !file.ends_with(".safetensors") {
                 return Err(Error::NotAFileName { index: index.into(), tensor: tensor.clone(), file: file.clone() });
             }
@@ -262,16 +265,16 @@ fn files_of(index: &Path, claims: &[(String, String)]) -> Result<Vec<String>, Er
     Ok(files.into_iter().collect())
 }
 
-/// One visible component of a path, on any system.
+/// Whether it is a single path component on any system, and not hidden.
 fn is_plain_name(file: &str) -> bool {
     !file.starts_with('.') && !file.is_empty() && !file.contains(['/', '\\', ':', '\0'])
 }
 
-/// The path of a file of the model in `dir`, links followed. A link may lead to a file in the folder itself or, as
-/// the hub's cache is built (`snapshots/COMMIT/file` → `blobs/HASH`), to the `blobs` of the same model.
+/// The path of a file of the model in `dir`, with symbolic links resolved. A link may point into the folder itself or, as in
+/// the hub's cache (`snapshots/COMMIT/file` → `blobs/HASH`), to the `blobs` of the same model.
 ///
 /// # Errors
-/// A file that is not there, and a link that leads elsewhere.
+/// A file that does not exist, and a link to any other target.
 pub fn safe_file(dir: &Path, file: impl AsRef<Path>) -> Result<PathBuf, Error> {
     let path = dir.join(file.as_ref());
     let real = |path: &Path| path.canonicalize().map_err(|source| Error::Read { path: path.into(), source });
@@ -285,7 +288,7 @@ pub fn safe_file(dir: &Path, file: impl AsRef<Path>) -> Result<PathBuf, Error> {
     }
 }
 
-/// What to say about a folder without safetensors.
+/// The error for a folder without safetensors: it names a pickle file, if there is one.
 fn no_weights(dir: &Path) -> Error {
     let names = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut pickles: Vec<_> = names

@@ -53,8 +53,8 @@ fn config_json_alone_gives_the_names_shapes_and_dtypes_of_the_checkpoint() {
         let is_fused = stored.params.iter().any(|spec| spec.tensor.ends_with("experts.gate_up_proj"));
         for (theirs, ours) in stored.params.iter().zip(&random.params) {
             assert_eq!(ours.kind, theirs.kind, "{what}");
-            assert_eq!(ours.value.shape, theirs.value.shape, "{what}: {:?}", ours.kind);
-            assert_eq!(ours.value.dtype, theirs.value.dtype, "{what}: {:?}", ours.kind);
+            assert_eq!(ours.shape(), theirs.shape(), "{what}: {:?}", ours.kind);
+            assert_eq!(ours.dtype(), theirs.dtype(), "{what}: {:?}", ours.kind);
             assert_eq!(ours.byte_range.len(), theirs.byte_range.len(), "{what}: {:?}", ours.kind);
             // Random weights have the tensor names of the published, unfused checkpoints.
             if !is_fused {
@@ -135,7 +135,7 @@ fn norms_are_ones_biases_zeros_and_matrices_random() {
         for (id, spec) in one.table.iter() {
             let name = spec.name();
             let [value, again, other] = [&one, &again, &other].map(|model| model.weight_host(id));
-            assert_eq!((value.dtype, &value.shape), (spec.value.dtype, &spec.value.shape), "{name}");
+            assert_eq!((value.dtype, &*value.shape), (spec.dtype(), spec.shape()), "{name}");
             assert!(value.bytes[..] == again.bytes[..], "{case} {name}: another number of threads, other bits");
             let values = value.to_f32();
             if spec.kind.group() == Group::Norm {
@@ -306,10 +306,10 @@ fn options_that_need_real_weights_are_refused() {
     random("--save-rounds delta").failed(exit::CONFIG, &["--save-rounds would do nothing", "--init random"]);
     random("--save-steps 10").failed(exit::CONFIG, &["--save-steps would do nothing"]);
     random("--keep-checkpoints 9").failed(exit::CONFIG, &["--keep-checkpoints would do nothing"]);
-    // Options that ask for no output are accepted.
+    // Options that turn saving off are accepted.
     random("--num-rounds 1 --save-rounds none --save-steps 0").ok();
 
-    // Without the option the weights are missing; with it, only the tokenizer.
+    // Missing weights without --init random; a missing tokenizer with it.
     scene.run("train", "other", "").failed(exit::NO_INPUT, &["model.safetensors", "--init random"]);
     fs::remove_file(scene.path("model/tokenizer.json")).unwrap();
     scene.run("identify", "other", "--init random").failed(exit::NO_INPUT, &["tokenizer.json"]);

@@ -65,9 +65,9 @@ fn check_along_gradients(name: &str, tiny: &mut Tiny, gradients: &[Vec<f32>], f:
 
 /// The intended change of the loss by a step.
 const CHANGE: f64 = 1e-3;
-/// Norm of the longest step: a tenth of a matrix's.
+/// Norm of the longest step: a tenth of the norm of a matrix.
 const LONGEST: f64 = 0.1;
-/// Rounding of the loss: 2⁻²⁴ = 6e-8 of each of a mean's terms, which are about 5; the mean of 11 of them is nearer.
+/// Rounding error of the loss: 2⁻²⁴ = 6e-8 of each term, which are about 5; less in the mean of 11 terms.
 const ROUNDING: f64 = 2e-7;
 
 #[test]
@@ -163,7 +163,7 @@ fn every_gradient_agrees_with_autograd() {
         let off = loss - theirs.to_scalar::<f64>().unwrap();
         assert!(off.abs() < 1e-6, "{name}: loss off by {off:e}");
         let theirs = theirs.backward().unwrap();
-        // Roundings of a backward pass are relative to what is summed: to the largest gradient of its kind, at least.
+        // Rounding errors of a backward pass are relative to the summed terms: at least to the largest gradient.
         let scale = gradients.iter().flatten().fold(0.0f32, |a, g| a.max(g.abs()));
         for ((_, spec), ours) in tiny.model.table.iter().zip(&gradients) {
             let theirs = autograd.gradient(&theirs, spec.kind).unwrap();

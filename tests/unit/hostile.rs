@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 
-/// A safetensors file of this header and this many zero bytes.
+/// A safetensors file with this header and `data` zero bytes.
 fn file(header: &str, data: usize) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.as_bytes());
@@ -49,7 +49,7 @@ fn every_defect_of_a_file_is_named() {
         ("too few", vec![]),
         ("too few", vec![1; 7]),
         ("more than the", huge),
-        ("claims 1000 bytes", beyond),
+        ("a header of 1000 bytes", beyond),
         ("does not begin with `{`", file(" {}", 0)),
         ("does not begin with `{`", file("", 0)),
         ("not JSON", file("{\"x\":", 0)),
@@ -89,7 +89,7 @@ fn every_defect_of_a_file_is_named() {
     }
 }
 
-/// A model in two shards, with its index to be changed.
+/// A model in two shards, and its index.
 fn sharded() -> (TempDir, Value) {
     let dir = tempdir().unwrap();
     write_random_checkpoint(dir.path(), &TinySpec { shards: 2, ..TinySpec::new("olmoe") }).unwrap();
@@ -263,9 +263,9 @@ proptest! {
     fn the_reader_survives_any_damage_to_a_file(edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6), cut in any::<prop::sample::Index>(), do_cut: bool) {
         let header = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,1],"data_offsets":[8,16]},"c":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}"#;
         let mut bytes = file(header, 16);
-        for (place, value) in edits {
-            let place = place.index(bytes.len().min(8 + header.len()));
-            bytes[place] = value;
+        for (at, value) in edits {
+            let at = at.index(bytes.len().min(8 + header.len()));
+            bytes[at] = value;
         }
         if do_cut {
             bytes.truncate(cut.index(bytes.len()));

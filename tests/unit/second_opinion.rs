@@ -38,7 +38,7 @@ fn compare(tiny: &Tiny, mut theirs: impl FnMut(&Tensor) -> candle_core::Result<T
 
 #[test]
 fn mixtral_agrees_with_candle() {
-    // candle derives the width of a head from D / H and always has a window; a row stays shorter than this one.
+    // candle derives the head width from D / H and always applies a window; this window is longer than the row.
     let tiny = Tiny::new(&TinySpec::new("mixtral"));
     let config: mixtral::Config = config(&tiny, json!({"sliding_window": 4096, "use_flash_attn": false}));
     compare(&tiny, |ids| mixtral::Model::new(&config, weights(&tiny))?.forward(ids, 0));

@@ -14,7 +14,7 @@ use moewarden::model::{
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-/// A checkpoint on disk and open.
+/// An opened checkpoint.
 struct Model {
     dir: PathBuf,
     config: ModelConfig,
@@ -39,7 +39,7 @@ fn out(temp: &TempDir) -> PathBuf {
     temp.path().join("out")
 }
 
-/// Every file below a folder, by its path relative to it.
+/// Contents of every file below a folder, by relative path.
 fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut folders = vec![dir.to_path_buf()];
@@ -56,7 +56,7 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-/// The folder of shared test material, where there is one.
+/// The folder of shared test data, if it exists.
 fn shared() -> Option<PathBuf> {
     let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
     let dir = std::env::var_os("MOEWARDEN_SHARED").map_or_else(beside, PathBuf::from);
@@ -71,8 +71,8 @@ fn shared() -> Option<PathBuf> {
 fn some_changes(table: &ParamTable) -> BTreeMap<ParamId, HostTensor> {
     let mut changed = BTreeMap::new();
     for (id, spec) in table.iter().filter(|(id, spec)| id % 5 == 0 || spec.kind.group() == Group::Router) {
-        let values: Vec<f32> = (0..spec.value.len()).map(|i| (i % 7) as f32 - id as f32).collect();
-        changed.insert(id, HostTensor::encode(spec.value.dtype, spec.value.shape.clone(), &values));
+        let values: Vec<f32> = (0..spec.len()).map(|i| (i % 7) as f32 - id as f32).collect();
+        changed.insert(id, HostTensor::encode(spec.dtype(), spec.shape().to_vec(), &values));
     }
     changed
 }
@@ -121,7 +121,7 @@ fn every_family_layout_dtype_and_sharding_round_trips() {
                     let model = make(&temp.path().join("in"), &spec);
                     let what = format!("{} {layout:?} {dtype:?} {shards}", family.model_type);
                     assert_eq!(model.checkpoint.shards().len(), shards, "{what}");
-                    assert!(model.table.params.iter().all(|spec| spec.value.dtype == dtype), "{what}");
+                    assert!(model.table.params.iter().all(|spec| spec.dtype() == dtype), "{what}");
                     assert_eq!(model.table.id(ParamKind::LmHead).is_none(), tie, "{what}");
 
                     // Layout and sharding change the position of a value in the files, not the value.
@@ -289,7 +289,7 @@ fn a_second_copy_of_a_tied_embedding_is_updated_with_it() {
     fs::rename(dir.join("new"), dir.join("model.safetensors")).unwrap();
     let model = open(&dir);
     let embedding = model.table.id(ParamKind::Embedding).unwrap();
-    let shape = model.table.params[embedding].value.shape.clone();
+    let shape = model.table.params[embedding].shape().to_vec();
     let value = HostTensor::from_f32(shape.clone(), &vec![0.5; shape.iter().product()]);
     export(&dir, &model.checkpoint, &model.table, &BTreeMap::from([(embedding, value)]), &out(&temp)).unwrap();
     let written = open(&out(&temp)); // refused if the copies differed
@@ -360,7 +360,7 @@ fn a_hostile_delta_is_refused() {
     }
     fs::write(&path, good).unwrap();
 
-    // The same structure, other weights: another seed's model.
+    // The same structure with the weights of another seed.
     let other = temp.path().join("other");
     make(&other, &TinySpec { seed: 7, ..TinySpec::new("mixtral") });
     let error = apply_delta(&other, &path, &out(&temp)).unwrap_err();
@@ -368,7 +368,7 @@ fn a_hostile_delta_is_refused() {
     apply_delta(&model.dir, &path, &out(&temp)).unwrap();
 }
 
-/// The same tensors in other files of other names and in another order.
+/// Distributes the same tensors over files with these names, in another order.
 fn reshard(model: &Model, dir: &Path, names: &[String], seed: u64) {
     fs::create_dir(dir).unwrap();
     fs::copy(model.dir.join("config.json"), dir.join("config.json")).unwrap();
@@ -449,7 +449,7 @@ fn a_full_disk_leaves_no_partial_files() {
     let mut child = std::process::Command::new(std::env::current_exe().unwrap());
     child.args(["--exact", "weights::export_onto_a_disk_that_fills_up", "--ignored", "--nocapture"]);
     child.env("MOEWARDEN_TEST_DIR", temp.path());
-    // SAFETY: between fork and exec only these two async-signal-safe calls are made.
+    // SAFETY: between fork and exec the child makes only these two async-signal-safe calls.
     unsafe {
         child.pre_exec(|| {
             // With SIGXFSZ ignored, a write beyond 64 KiB fails like a write to a full disk.

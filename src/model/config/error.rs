@@ -8,11 +8,11 @@ use crate::exit::{self, Coded};
 
 /// Why a config.json cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
+#[allow(missing_docs)] // the messages are the documentation
 pub enum Error {
-    #[error("cannot read {path}; a model folder holds config.json beside its safetensors files")]
+    #[error("cannot read {path}; a model folder contains config.json and safetensors files")]
     Read { path: PathBuf, source: io::Error },
-    #[error("{path} is not a model's configuration: {message}")]
+    #[error("{path} is not a valid model configuration: {message}")]
     NotJson { path: PathBuf, message: String },
     #[error("{path}: the model_type {found} is not supported; moewarden knows {}", known())]
     ModelType { path: PathBuf, found: String },
@@ -21,8 +21,8 @@ pub enum Error {
     #[error("{path}: {key}: {message}")]
     Unsupported { path: PathBuf, key: String, message: String },
     #[error(
-        "sequences of {length} tokens are longer than the {limit} for which the model's rotary embedding keeps its \
-         frequencies; lower --max-length"
+        "a sequence of {length} tokens is longer than {limit}, above which the model's rotary embedding changes its \
+         frequencies, which moewarden does not support; lower --max-length"
     )]
     TooLong { length: usize, limit: usize },
 }
@@ -38,7 +38,7 @@ impl Coded for Error {
     }
 }
 
-/// The families' names, for messages.
+/// The supported values of `model_type`, for messages.
 pub(crate) fn known() -> String {
     FAMILIES.map(|family| family.model_type).join(", ")
 }

@@ -1,43 +1,43 @@
-//! What sets the model families apart, as one table.
+//! The differences between model families, as one table.
 //!
-//! Facts and defaults are those of transformers 5.17, `models/{olmoe,mixtral,qwen3_moe,qwen2_moe}`; a new family that
-//! differs in nothing else is a new row.
+//! Behaviour and defaults are those of transformers 5.17, `models/{olmoe,mixtral,qwen3_moe,qwen2_moe}`. A new family that
+//! differs in these points only is a new row.
 
-/// Where queries and keys are normalised.
+/// RMS norm of queries and keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QkNorm {
-    /// Not at all.
+    /// No norm.
     None,
-    /// Each head on its own.
+    /// One norm over each head; the weight is `[dim]`.
     PerHead,
-    /// The whole width at once.
+    /// One norm over all heads together; the weight is `[heads · dim]`.
     WholeWidth,
 }
 
-/// A yes or no that the family fixes, or that a key of config.json decides.
+/// A boolean that the family fixes, or that a key of config.json sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rule {
     /// The same for every model of the family.
     Fixed(bool),
-    /// This key, with its default.
+    /// The value of this key, or the default.
     Key(&'static str, bool),
 }
 
 /// Which layers have an attention window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WindowRule {
-    /// None.
+    /// No layer.
     Never,
-    /// All, if `sliding_window` is set.
+    /// All layers, if `sliding_window` is set.
     IfSet,
-    /// All, if `use_sliding_window` is true.
+    /// All layers, if `use_sliding_window` is true.
     IfUsed,
-    /// Those that `layer_types` calls `sliding_attention`. Without it and with `use_sliding_window`: every other layer
-    /// from the first, below `max_window_layers`.
+    /// The layers whose entry in `layer_types` is `sliding_attention`. Without `layer_types`, if `use_sliding_window` is
+    /// true: layers 0, 2, 4, ... below `max_window_layers`.
     ByLayer,
 }
 
-/// Sizes that config.json may leave out.
+/// Defaults of keys that config.json may leave out.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Defaults {
     /// `vocab_size`
@@ -48,7 +48,7 @@ pub struct Defaults {
     pub layers: usize,
     /// `num_attention_heads`
     pub heads: usize,
-    /// `num_key_value_heads`; `None`: as many as query heads.
+    /// `num_key_value_heads`; `None`: the number of query heads.
     pub kv_heads: Option<usize>,
     /// `max_position_embeddings`
     pub positions: usize,
@@ -56,9 +56,9 @@ pub struct Defaults {
     pub experts: usize,
     /// `num_experts_per_tok`
     pub top_k: usize,
-    /// The key of [`Family::expert_width_key`].
+    /// The key in [`Family::expert_width_key`]
     pub expert_width: usize,
-    /// `intermediate_size`, where it is the width of dense layers.
+    /// `intermediate_size`, in families where it is the width of dense layers
     pub dense_width: usize,
     /// `rms_norm_eps`
     pub eps: f64,
@@ -71,21 +71,21 @@ pub struct Defaults {
 pub struct Family {
     /// `model_type` of config.json.
     pub model_type: &'static str,
-    /// The first of `architectures` in config.json.
+    /// The first entry of `architectures` in config.json.
     pub architecture: &'static str,
-    /// Sizes that config.json may leave out.
+    /// Defaults of keys that config.json may leave out.
     pub defaults: Defaults,
-    /// The key that holds F.
+    /// The key of the expert width F.
     pub expert_width_key: &'static str,
     /// The key and default of the shared expert's width.
     pub shared_expert: Option<(&'static str, usize)>,
-    /// `mlp_only_layers` and `decoder_sparse_step` make some layers dense.
+    /// Whether `mlp_only_layers` and `decoder_sparse_step` can make layers dense.
     pub dense_layers: bool,
     /// Whether routing weights are divided by their sum.
     pub renormalize: Rule,
     /// Norms of queries and keys.
     pub qk_norm: QkNorm,
-    /// `clip_qkv` is honoured.
+    /// Whether `clip_qkv` is read.
     pub clip_qkv: bool,
     /// Biases of the q, k and v projections.
     pub qkv_bias: Rule,
@@ -93,13 +93,14 @@ pub struct Family {
     pub o_bias: Rule,
     /// Attention windows.
     pub window: WindowRule,
-    /// The routed block's name within a layer, one of these; the first is the one its authors published.
+    /// Names of the MoE block within a layer, one of which a checkpoint uses; the first is the name in the published
+    /// checkpoints.
     pub blocks: &'static [&'static str],
-    /// Names of an expert's gate, up and down matrices where each expert has its own tensors.
+    /// Names of an expert's gate, up and down matrices in checkpoints with one tensor per expert and matrix.
     pub expert_matrices: [&'static str; 3],
 }
 
-/// All families that moewarden knows.
+/// All supported families.
 pub const FAMILIES: [Family; 4] = [
     Family {
         model_type: "olmoe",

@@ -1,4 +1,4 @@
-//! What a checkpoint's `config.json` says, in one vocabulary for all families.
+//! A model's configuration, read from `config.json` into one form for all families.
 
 mod error;
 mod families;
@@ -17,7 +17,7 @@ pub use self::layers::{LayerKind, MoeLayers};
 pub(super) use self::raw::RawConfig;
 use crate::backend::{Heads, Rope};
 
-/// A model's shape and its family's differences, as data.
+/// A model's sizes and the properties of its family.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// `model_type` of config.json.
@@ -26,11 +26,11 @@ pub struct ModelConfig {
     pub vocab_size: usize,
     /// D
     pub hidden_size: usize,
-    /// One entry a decoder layer.
+    /// One entry for each decoder layer.
     pub layers: Vec<LayerKind>,
     /// [`MoeLayers::of`] `layers`.
     pub(crate) moe_layers: MoeLayers,
-    /// One entry a decoder layer (the window may differ).
+    /// One entry for each decoder layer; only the window may differ.
     pub heads: Vec<Heads>,
     /// E
     pub num_experts: usize,
@@ -38,25 +38,26 @@ pub struct ModelConfig {
     pub num_experts_per_tok: usize,
     /// F
     pub expert_width: usize,
-    /// Routing weights are divided by their sum.
+    /// Whether the K routing weights of a token are divided by their sum.
     pub renormalize: bool,
-    /// Width of the shared expert, which every token visits.
+    /// Width of the shared expert, which processes every token.
     pub shared_expert_width: Option<usize>,
     /// Norms of queries and keys.
     pub qk_norm: QkNorm,
-    /// Queries, keys and values are clamped to ± this.
+    /// Limit c: queries, keys and values are clamped to [-c, c].
     pub clip_qkv: Option<f32>,
-    /// The q, k and v projections have biases.
+    /// Whether the q, k and v projections have biases.
     pub qkv_bias: bool,
-    /// The output projection of attention has a bias.
+    /// Whether the output projection of attention has a bias.
     pub o_bias: bool,
-    /// The output head is the embedding.
+    /// Whether the output head is the embedding.
     pub tie_word_embeddings: bool,
-    /// Added to the mean square.
+    /// Epsilon of all RMS norms, added to the mean square.
     pub rms_norm_eps: f32,
     /// Rotary embedding.
     pub rope: Rope,
-    /// The longest sequence for which `rope` holds: above it, types `dynamic` and `longrope` change their frequencies.
+    /// The longest sequence, in tokens, for which `rope` is valid: types `dynamic` and `longrope` change their frequencies
+    /// above it. `None`: no limit.
     pub rope_limit: Option<usize>,
 }
 
@@ -64,8 +65,8 @@ impl ModelConfig {
     /// Reads and validates the config.json of the model in this folder.
     ///
     /// # Errors
-    /// A file that is missing or no JSON object, a family or a feature that is not supported, a value that is wrong or
-    /// contradicts another; each names the file and the key.
+    /// A file that is missing or not a JSON object, an unsupported family or feature, an invalid value, or values that
+    /// contradict each other. Each error names the file and the key.
     pub fn from_dir(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("config.json");
         let raw = RawConfig::read(&path)?;
@@ -76,7 +77,7 @@ impl ModelConfig {
         read(&raw, family)
     }
 
-    /// The family's row of the table.
+    /// The family's row in [`FAMILIES`].
     pub fn family(&self) -> &'static Family {
         Family::find(&self.model_type).expect("a configuration is only made for a known family")
     }
@@ -86,7 +87,7 @@ impl ModelConfig {
         &self.moe_layers
     }
 
-    /// Whether sequences of this length are within what [`Self::rope`] holds for.
+    /// Checks that [`Self::rope`] is valid for sequences of `length` tokens.
     ///
     /// # Errors
     /// A length beyond [`Self::rope_limit`].
@@ -111,12 +112,12 @@ fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
     let hidden_size = size("hidden_size", defaults.hidden_size)?;
     let num_layers = size("num_hidden_layers", defaults.layers)?;
     if num_layers > 100_000 {
-        return Err(raw.invalid("num_hidden_layers", format!("{num_layers} layers are too many")));
+        return Err(raw.invalid("num_hidden_layers", format!("{num_layers} layers are more than the supported 100000")));
     }
     let expert_width = size(family.expert_width_key, defaults.expert_width)?;
     let shared_expert_width = family.shared_expert.map(|(key, default)| size(key, default)).transpose()?;
 
-    // transformers reads either name in every family, and writes the one or the other by its version.
+    // transformers reads both names in every family; which one it writes depends on its version.
     let experts_key = if raw.get("num_local_experts").is_some() { "num_local_experts" } else { "num_experts" };
     let num_experts = size(experts_key, defaults.experts)?;
     let top_k = size("num_experts_per_tok", defaults.top_k)?;
@@ -136,7 +137,7 @@ fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
         ("intermediate_size", [dense_width, hidden_size, 1]),
     ];
     for (key, shape) in largest {
-        // In f32, as gradients are held.
+        // Bytes in f32, the format of gradients.
         let bytes = shape.iter().try_fold(4usize, |n, &d| n.checked_mul(d));
         if bytes.is_none_or(|n| n > isize::MAX as usize) {
             return Err(raw.invalid(key, format!("a tensor of shape {shape:?} is too large for this machine")));
@@ -168,7 +169,7 @@ fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
     })
 }
 
-/// Keys that would change what is computed, with values that nothing here computes.
+/// Refuses values of keys that would change the computation in a way that is not implemented.
 fn refuse_unsupported(raw: &RawConfig, family: &Family) -> Result<(), Error> {
     if let Some(act) = raw.string("hidden_act")?.filter(|act| !matches!(*act, "silu" | "swish")) {
         return Err(raw.unsupported("hidden_act", format!("`{act}` is not supported; these families use `silu`")));
@@ -177,12 +178,15 @@ fn refuse_unsupported(raw: &RawConfig, family: &Family) -> Result<(), Error> {
         return Err(raw.unsupported("quantization_config", "quantised weights cannot be trained; use the bf16 model"));
     }
     if family.window == WindowRule::Never && raw.get("sliding_window").is_some() {
-        return Err(raw.unsupported("sliding_window", format!("{} has no attention window", family.model_type)));
+        return Err(raw.unsupported(
+            "sliding_window",
+            format!("models of the family {} have no attention window", family.model_type),
+        ));
     }
     Ok(())
 }
 
-/// The geometry of attention, without its window.
+/// Heads of attention, without the window.
 fn heads(raw: &RawConfig, family: &Family, hidden_size: usize) -> Result<Heads, Error> {
     let queries = raw.size("num_attention_heads")?.unwrap_or(family.defaults.heads);
     let default = if raw.is_null("num_key_value_heads") { None } else { family.defaults.kv_heads };
@@ -200,11 +204,11 @@ fn heads(raw: &RawConfig, family: &Family, hidden_size: usize) -> Result<Heads, 
         }
     };
     if !dim.is_multiple_of(2) {
-        return Err(raw.invalid("head_dim", format!("{dim} is odd; the rotary embedding turns pairs")));
+        return Err(raw.invalid("head_dim", format!("{dim} is odd, but the rotary embedding rotates pairs")));
     }
     if family.qk_norm == QkNorm::WholeWidth && dim.checked_mul(queries) != Some(hidden_size) {
-        // The norm of the queries is as wide as the hidden state.
-        let message = format!("{queries} heads of {dim} must be as wide as hidden_size {hidden_size} in this family");
+        // The norm of the queries has the width of the hidden state.
+        let message = format!("{queries} heads of {dim} must have the width hidden_size {hidden_size} in this family");
         return Err(raw.invalid("head_dim", message));
     }
     Ok(Heads { queries, keys, dim, window: None })
@@ -218,25 +222,27 @@ fn moe_flags(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<
         moe.iter_mut().enumerate().for_each(|(l, moe)| *moe = (l + 1).is_multiple_of(step));
         for value in raw.list("mlp_only_layers")?.into_iter().flatten() {
             let layer = value.as_u64().and_then(|l| moe.get_mut(l as usize));
-            *layer
-                .ok_or_else(|| raw.invalid("mlp_only_layers", format!("{value} is none of {num_layers} layers")))? =
-                false;
+            *layer.ok_or_else(|| {
+                raw.invalid("mlp_only_layers", format!("{value} is not one of the {num_layers} layers"))
+            })? = false;
         }
         if !moe.contains(&true) {
-            return Err(raw.invalid("mlp_only_layers", "with decoder_sparse_step it leaves no layer with experts"));
+            return Err(
+                raw.invalid("mlp_only_layers", "together with decoder_sparse_step it leaves no layer with experts")
+            );
         }
     }
     Ok(moe)
 }
 
-/// Each layer's window. A window of W in transformers lets query q see keys q − W < k ≤ q: W positions, as in [`Heads`].
+/// Each layer's window. A window W in transformers lets query q attend to keys q − W < k ≤ q: W positions, as in [`Heads`].
 fn windows(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<Option<usize>>, Error> {
     let used = match family.window {
         WindowRule::Never => false,
         WindowRule::IfSet => raw.get("sliding_window").is_some(),
         WindowRule::IfUsed | WindowRule::ByLayer => raw.flag("use_sliding_window", false)?,
     };
-    // Unused, the key may hold anything: Qwen2-MoE is saved with a 0 there.
+    // An unused `sliding_window` may have any value: Qwen2-MoE is saved with 0.
     let window = if used { Some(raw.size("sliding_window")?.unwrap_or(4096)) } else { None };
     if family.window != WindowRule::ByLayer {
         return Ok(vec![window; num_layers]);
@@ -252,7 +258,7 @@ fn windows(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<Op
         Some("full_attention") => Ok(None),
         Some("sliding_attention") if window.is_some() => Ok(window),
         Some("sliding_attention") => {
-            Err(raw.invalid("layer_types", "a sliding layer, but use_sliding_window is false"))
+            Err(raw.invalid("layer_types", "an entry is sliding_attention, but use_sliding_window is false"))
         }
         _ => Err(raw.unsupported("layer_types", format!("{value} is not supported"))),
     };
@@ -266,7 +272,7 @@ mod tests {
     use super::*;
     use crate::exit::{self, Coded};
 
-    /// A configuration of this family with these keys, all others left to their defaults.
+    /// A configuration of this family with these keys and the defaults of all others.
     fn config(model_type: &str, extra: Value) -> Result<ModelConfig, Error> {
         let mut object = extra;
         object["model_type"] = model_type.into();
@@ -284,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_keys_have_the_defaults_of_transformers() {
+    fn missing_keys_get_the_defaults_of_transformers() {
         let olmoe = config("olmoe", json!({})).unwrap();
         assert_eq!((olmoe.vocab_size, olmoe.hidden_size, olmoe.layers.len()), (50304, 2048, 16));
         assert_eq!((olmoe.num_experts, olmoe.num_experts_per_tok, olmoe.expert_width), (64, 8, 2048));
@@ -363,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_right_names_its_key() {
+    fn invalid_values_name_their_key() {
         let cases = [
             ("olmoe", "num_experts", json!({"num_experts": 0}), exit::DATA),
             ("olmoe", "num_experts_per_tok", json!({"num_experts": 4, "num_experts_per_tok": 5}), exit::DATA),
@@ -402,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_configuration_is_bad_data() {
+    fn an_invalid_file_is_bad_data() {
         for text in ["", "[]", "{", r#"{"model_type": "olmoe", "rope_theta": NaN}"#, r#"{"a": 1, "a": 2}"#] {
             assert_eq!(from_text(text).unwrap_err().exit_code(), exit::DATA, "{text}");
         }

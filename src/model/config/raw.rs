@@ -1,4 +1,4 @@
-//! The keys of a config.json, read one by one with errors that name the key and the file.
+//! Typed access to the keys of a config.json; errors name the file and the key.
 
 use std::path::{Path, PathBuf};
 
@@ -7,15 +7,15 @@ use serde_json::Value;
 use super::error::Error;
 use crate::model::json::Members;
 
-/// An object of config.json: the whole, or one inside it.
+/// The object of a config.json, or an object nested in it.
 pub(crate) struct RawConfig {
     path: PathBuf,
-    /// What stands before a key in messages: empty, or `rope_scaling.`.
+    /// Prefix of keys in messages: empty, or for example `rope_scaling.`.
     prefix: String,
     members: serde_json::Map<String, Value>,
 }
 
-/// No size of a model comes near this; products of two are safe from overflow.
+/// Far above any real size; the product of two such sizes cannot overflow.
 const MAX_SIZE: u64 = 1 << 28;
 
 impl RawConfig {
@@ -26,12 +26,12 @@ impl RawConfig {
         Ok(Self { path: path.into(), prefix: String::new(), members: members.0.into_iter().collect() })
     }
 
-    /// This key's value makes no sense.
+    /// An error: the key's value is invalid.
     pub(crate) fn invalid(&self, key: &str, message: impl Into<String>) -> Error {
         Error::Invalid { path: self.path.clone(), key: self.full(key), message: message.into() }
     }
 
-    /// This key's value makes sense, but moewarden cannot do it.
+    /// An error: the key's value is valid, but moewarden does not implement it.
     pub(crate) fn unsupported(&self, key: &str, message: impl Into<String>) -> Error {
         Error::Unsupported { path: self.path.clone(), key: self.full(key), message: message.into() }
     }
@@ -44,12 +44,12 @@ impl RawConfig {
         self.members.is_empty()
     }
 
-    /// The key's value; null is as good as absent.
+    /// The key's value; `None` if it is null or absent.
     pub(crate) fn get(&self, key: &str) -> Option<&Value> {
         self.members.get(key).filter(|value| !value.is_null())
     }
 
-    /// Whether the key is there and null.
+    /// Whether the key is present and null.
     pub(crate) fn is_null(&self, key: &str) -> bool {
         self.members.get(key).is_some_and(Value::is_null)
     }
@@ -75,7 +75,7 @@ impl RawConfig {
         }
     }
 
-    /// A size of at least one.
+    /// A size from 1 to [`MAX_SIZE`].
     pub(crate) fn size(&self, key: &str) -> Result<Option<usize>, Error> {
         let read = |value: &Value| value.as_u64().filter(|n| (1..=MAX_SIZE).contains(n)).map(|n| n as usize);
         self.typed(key, "a whole number from 1 to 268435456", read)

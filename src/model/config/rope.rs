@@ -1,12 +1,12 @@
 //! Rotary embeddings: the inverse frequencies of every scaling type, computed once.
 //!
-//! Formulas are those of transformers 5.17, `modeling_rope_utils.py`, in its precision (f32), so that angles agree to
-//! the last bits. Both spellings are read: `rope_theta` + `rope_scaling` (`type` or `rope_type`), and
-//! `rope_parameters` with the theta inside.
+//! The formulas are those of transformers 5.17, `modeling_rope_utils.py`, in the same precision (f32), so that angles agree
+//! to the last bits. Both spellings are read: `rope_theta` with `rope_scaling` (`type` or `rope_type`), and
+//! `rope_parameters`, which holds the theta.
 //!
-//! Types `dynamic` and `longrope` choose their frequencies by the length of the sequence. Here they are those for
-//! lengths within the original context, and longer sequences are refused (`ModelConfig::check_length`): a packed batch
-//! holds sequences of many lengths, and a model that changes with its batch would make scores depend on it.
+//! The types `dynamic` and `longrope` choose their frequencies by the length of the sequence. Here the frequencies for
+//! lengths within the original context are used, and longer sequences are refused (`ModelConfig::check_length`): a packed
+//! batch holds sequences of many lengths, and scores must not depend on how sequences are batched.
 
 use std::f32::consts::TAU;
 
@@ -14,14 +14,14 @@ use super::error::Error;
 use super::raw::RawConfig;
 use crate::backend::Rope;
 
-/// The frequencies, and the longest sequence they hold for.
+/// The frequencies, and the longest sequence in tokens for which they are valid (`None`: any).
 pub(super) fn read(
     raw: &RawConfig,
     default_theta: f64,
     dim: usize,
     positions: usize,
 ) -> Result<(Rope, Option<usize>), Error> {
-    // An old key in a new file wins, as it does in transformers.
+    // `rope_scaling`, the older key, takes precedence, as in transformers.
     let scaling = match raw.object("rope_scaling")? {
         Some(scaling) if !scaling.is_empty() => Some(scaling),
         _ => raw.object("rope_parameters")?,
@@ -32,12 +32,14 @@ pub(super) fn read(
     };
     let theta = scaling.number_above("rope_theta", 1.0)?.unwrap_or(top_theta);
     if scaling.number("partial_rotary_factor")?.is_some_and(|part| part != 1.0) {
-        return Err(scaling.unsupported("partial_rotary_factor", "only whole heads are rotated in these families"));
+        return Err(
+            scaling.unsupported("partial_rotary_factor", "these families rotate whole heads: only 1.0 is supported")
+        );
     }
     if let Some(nested) = ["full_attention", "sliding_attention"].iter().find(|key| scaling.get(key).is_some()) {
-        return Err(scaling.unsupported(nested, "rotary embeddings that differ by layer are not supported"));
+        return Err(scaling.unsupported(nested, "rotary embeddings that differ between layers are not supported"));
     }
-    // Some files keep it beside the scaling, where it wins.
+    // A value outside the scaling object takes precedence.
     let original = match raw.size("original_max_position_embeddings")? {
         Some(n) => n,
         None => scaling.size("original_max_position_embeddings")?.unwrap_or(positions),
@@ -71,7 +73,7 @@ pub(super) fn read(
 }
 
 fn required(scaling: &RawConfig, key: &str) -> Result<f64, Error> {
-    scaling.number_above(key, 0.0)?.ok_or_else(|| scaling.invalid(key, "is missing, and this rope_type needs it"))
+    scaling.number_above(key, 0.0)?.ok_or_else(|| scaling.invalid(key, "is missing, but this rope_type needs it"))
 }
 
 /// theta^(2i/dim)
@@ -83,7 +85,8 @@ fn plain(theta: f64, dim: usize) -> Rope {
     Rope { inv_freq: pos_freqs(theta, dim).map(f32::recip).collect(), scale: 1.0 }
 }
 
-/// Llama 3.1: long waves are slowed down by `factor`, short ones kept, those between blended.
+/// Llama 3.1: frequencies of long wavelengths are divided by `factor`, those of short wavelengths stay, and between the two
+/// they are interpolated.
 fn llama3(scaling: &RawConfig, theta: f64, dim: usize, original: usize) -> Result<Rope, Error> {
     let factor = required(scaling, "factor")? as f32;
     let (low, high) = (required(scaling, "low_freq_factor")? as f32, required(scaling, "high_freq_factor")? as f32);
@@ -104,8 +107,8 @@ fn llama3(scaling: &RawConfig, theta: f64, dim: usize, original: usize) -> Resul
     Ok(rope)
 }
 
-/// YaRN (arXiv 2309.00071): between two pairs found from the number of turns within the original context, a ramp from
-/// unchanged frequencies to interpolated ones.
+/// YaRN (arXiv 2309.00071): a linear ramp over the pairs of dimensions from unchanged to interpolated frequencies. It begins
+/// and ends at the pairs that make `beta_fast` and `beta_slow` rotations within the original context.
 fn yarn(scaling: &RawConfig, theta: f64, dim: usize, original: usize, positions: usize) -> Result<Rope, Error> {
     let ratio = positions as f64 / original as f64;
     let factor = scaling.number_above("factor", 0.0)?.unwrap_or(ratio);
@@ -120,15 +123,16 @@ fn yarn(scaling: &RawConfig, theta: f64, dim: usize, original: usize, positions:
     };
     let fast = scaling.number_above("beta_fast", 0.0)?.unwrap_or(32.0);
     let slow = scaling.number_above("beta_slow", 0.0)?.unwrap_or(1.0);
-    // The pair that makes this many turns within the original context.
-    let pair = |turns: f64| dim as f64 * (original as f64 / (turns * std::f64::consts::TAU)).ln() / (2.0 * theta.ln());
+    // The pair that makes this many rotations within the original context.
+    let pair =
+        |rotations: f64| dim as f64 * (original as f64 / (rotations * std::f64::consts::TAU)).ln() / (2.0 * theta.ln());
     let (mut low, mut high) = (pair(fast), pair(slow));
     if scaling.flag("truncate", true)? {
         (low, high) = (low.floor(), high.ceil());
     }
     let (low, mut high) = (low.max(0.0), high.min(dim as f64 - 1.0));
     if low == high {
-        high += 0.001; // as the reference does against a division by zero
+        high += 0.001; // avoids a division by zero, as in the reference
     }
     let blend = |(i, freq): (usize, f32)| {
         let ramp = ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
@@ -162,7 +166,8 @@ mod tests {
 
     use super::*;
 
-    /// Frequencies and limit by a config.json of these keys, for heads of 16, 4096 positions and a default theta of 1e6.
+    /// Frequencies and limit from a config.json with these keys, for a head width of 16, 4096 positions and a default theta of
+    /// 1e6.
     fn rope(keys: Value) -> Result<(Rope, Option<usize>), Error> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
@@ -170,7 +175,7 @@ mod tests {
         read(&RawConfig::read(&path)?, 1e6, 16, 4096)
     }
 
-    /// Frequencies and scale that transformers 5.17 (`MixtralRotaryEmbedding`) gives for the same keys.
+    /// Frequencies and scale from transformers 5.17 (`MixtralRotaryEmbedding`) for the same keys.
     #[test]
     #[rustfmt::skip]
     fn frequencies_are_those_of_transformers() {
@@ -188,7 +193,7 @@ mod tests {
         for (keys, freqs, scale) in cases {
             let (rope, _) = rope(keys.clone()).unwrap();
             for (i, (ours, theirs)) in rope.inv_freq.iter().zip(freqs).enumerate() {
-                // Two implementations of pow in f32, each right to the last place; blends and quotients add a place or two.
+                // Two implementations of pow in f32, each accurate to one ulp; interpolations and quotients add one or two.
                 assert!((ours - theirs).abs() <= 4.0 * f32::EPSILON * theirs, "{keys}: pair {i}: {ours} != {theirs}");
             }
             assert!((rope.scale - scale).abs() <= f32::EPSILON * scale, "{keys}: {} != {scale}", rope.scale);
@@ -206,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_right_names_its_key() {
+    fn invalid_values_name_their_key() {
         let cases = [
             ("rope_theta", json!({"rope_theta": -1.0})),
             ("rope_theta", json!({"rope_theta": "big"})),

@@ -92,7 +92,7 @@ fn truncated_or_inconsistent_weights() {
         ("needs", longer),
         ("occurs twice", twice),
         ("needs", weights.with(EMBEDDING, |e| e["shape"] = json!([320, 47]))),
-        ("asks for [320, 48]", weights.with(EMBEDDING, |e| e["shape"] = json!([48, 320]))),
+        ("requires [320, 48]", weights.with(EMBEDDING, |e| e["shape"] = json!([48, 320]))),
         ("I32", weights.with(EMBEDDING, |e| e["dtype"] = json!("I32"))),
         ("too large", weights.with(EMBEDDING, |e| e["shape"] = json!([1u64 << 62, 1u64 << 62]))),
     ];
