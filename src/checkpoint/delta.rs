@@ -79,7 +79,7 @@ pub fn load_delta(
     for info in &delta.header.tensors {
         let wrong = |message| Error::DeltaTensor { file: file(), tensor: info.name.clone(), message };
         let id = *ids.get(&info.name).ok_or_else(|| wrong("the base model has no such parameter".into()))?;
-        let (value, base) = (delta.value(info)?, &table.params[id].value);
+        let (value, base) = (delta.value(info)?, &table.params[id].base);
         if value.shape != base.shape || value.dtype != base.dtype {
             let (found, expected) = ((value.dtype, value.shape), (base.dtype, &base.shape));
             return Err(wrong(format!("is {found:?}, in the base model {expected:?}")));
@@ -123,7 +123,7 @@ fn apply_delta_by(base_dir: &Path, delta_file: &Path, out_dir: &Path, export: Ex
 fn base_values<'a>(table: &ParamTable, ids: impl IntoIterator<Item = &'a ParamId>) -> String {
     let mut hasher = blake3::Hasher::new();
     for &id in ids {
-        hasher.update(&table.params[id].value.bytes);
+        hasher.update(&table.params[id].base.bytes);
     }
     hasher.finalize().to_string()
 }

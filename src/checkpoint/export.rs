@@ -119,7 +119,7 @@ fn patches(
     };
     for (&id, value) in changed {
         let spec = &table.params[id];
-        let same = value.shape == spec.value.shape && value.dtype == spec.value.dtype;
+        let same = value.shape == spec.shape() && value.dtype == spec.dtype();
         assert!(same, "the changed value of `{}` has another shape or dtype", spec.name());
         patch(&spec.tensor, &spec.byte_range, &value.bytes);
         if spec.kind == ParamKind::Embedding

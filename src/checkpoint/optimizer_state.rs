@@ -69,7 +69,7 @@ pub fn read_optimizer(
     let mut states = Vec::new();
     for (name, step) in steps {
         let param = *ids.get(&name).ok_or_else(|| wrong(format!("the model has no parameter {name}")))?;
-        let len = table.params[param].value.len();
+        let len = table.params[param].len();
         let read = |part: &str| -> Result<Vec<f32>, Error> {
             let tensor = format!("{name}.{part}");
             let mut values = Vec::new();

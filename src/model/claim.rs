@@ -186,7 +186,7 @@ pub(crate) fn tied_head<'a>(
 fn check_tied_head(checkpoint: &Checkpoint, params: &[ParamSpec]) -> Result<(), Error> {
     let Some((shard, info)) = tied_head(checkpoint, params) else { return Ok(()) };
     let head = shard.value(info)?;
-    let embedding = &params[0].value;
+    let embedding = &params[0].base;
     if head.shape != embedding.shape || head.dtype != embedding.dtype || *head.bytes != *embedding.bytes {
         return Err(Error::TiedHead { file: shard.file.clone() });
     }

@@ -30,10 +30,10 @@ pub(super) fn first(params: &[ParamSpec]) -> Option<(ParamId, usize)> {
     let chunks: Vec<(ParamId, usize)> = params
         .iter()
         .enumerate()
-        .flat_map(|(id, spec)| (0..spec.value.bytes.len()).step_by(CHUNK).map(move |at| (id, at)))
+        .flat_map(|(id, spec)| (0..spec.base.bytes.len()).step_by(CHUNK).map(move |at| (id, at)))
         .collect();
     chunks.par_iter().find_map_first(|&(id, at)| {
-        let value = &params[id].value;
+        let value = &params[id].base;
         let end = value.bytes.len().min(at + CHUNK);
         let found = in_bytes(value.dtype, &value.bytes[at..end])?;
         Some((id, at / value.dtype.size() + found))

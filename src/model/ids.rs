@@ -114,7 +114,7 @@ pub struct ParamSpec {
     dtype: Dtype,
     shape: Vec<usize>,
     /// The base value: memory-mapped from the checkpoint and never updated by training, or absent where it is random.
-    pub value: HostTensor,
+    pub base: HostTensor,
 }
 
 impl ParamKind {
@@ -241,7 +241,7 @@ impl Proj {
 impl ParamSpec {
     /// A parameter with this base value.
     pub(super) fn new(kind: ParamKind, tensor: String, byte_range: Range<usize>, value: HostTensor) -> Self {
-        Self { kind, tensor, byte_range, dtype: value.dtype, shape: value.shape.clone(), value }
+        Self { kind, tensor, byte_range, dtype: value.dtype, shape: value.shape.clone(), base: value }
     }
 
     /// The number format in which the checkpoint stores it and training keeps it.

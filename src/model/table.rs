@@ -48,7 +48,7 @@ impl ParamTable {
     /// All parameters on a backend: from the checkpoint, or random.
     pub(super) fn weights<B: Backend>(&self, backend: &B) -> Vec<B::Weight> {
         match &self.random {
-            None => self.params.iter().map(|spec| backend.weight(spec.value.clone())).collect(),
+            None => self.params.iter().map(|spec| backend.weight(spec.base.clone())).collect(),
             Some(init) => self.iter().map(|(id, spec)| init.weight(backend, id, spec)).collect(),
         }
     }

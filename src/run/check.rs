@@ -60,7 +60,7 @@ fn forecast_time(session: &Session, config: &RunConfig, recipe: &Recipe, ranks: 
     // Ranks share the cores of one machine, so more ranks do not add compute.
     let cores = available_parallelism().map_or(1, usize::from);
     let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(ranks).min(cores) };
-    let dtype = session.table.params[0].value.dtype;
+    let dtype = session.table.params[0].dtype();
     let rate = measure_rate(&Cpu::new(threads), dtype);
     ui.result(forecast.at(rate));
     ui.result(format_args!(

@@ -223,7 +223,7 @@ fn prompts_of(r: &Record) -> impl Iterator<Item = Prompt<'_>> {
 fn evaluated(session: &Session) -> EvaluatedModel {
     let mut hasher = blake3::Hasher::new();
     for spec in &session.table.params {
-        hasher.update_rayon(&spec.value.bytes);
+        hasher.update_rayon(&spec.base.bytes);
     }
     let in_a_run = |dir: &Path| dir.parent().is_some_and(|run| run.join("training_metadata.json").is_file());
     EvaluatedModel {

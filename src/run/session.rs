@@ -186,7 +186,7 @@ impl Session {
 
     /// The number format of the weights: F32 only if none is narrower.
     fn stored_dtype(&self) -> Dtype {
-        let mut dtypes = self.table.params.iter().map(|spec| spec.value.dtype);
+        let mut dtypes = self.table.params.iter().map(|spec| spec.dtype());
         dtypes.find(|dtype| *dtype != Dtype::F32).unwrap_or(Dtype::F32)
     }
 
@@ -212,7 +212,7 @@ impl Session {
             hasher.update(&init.seed.to_le_bytes()); // with config.json, below, it decides all values
         } else {
             for spec in &self.table.params {
-                hasher.update_rayon(&spec.value.bytes);
+                hasher.update_rayon(&spec.base.bytes);
             }
         }
         hasher.update(self.fingerprint_of_files(config)?.as_bytes());

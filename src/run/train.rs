@@ -114,7 +114,7 @@ impl<'a> RunOf<'a> {
         }
         run.write_final_model(&after)?;
         rank.ui.line(summary::resources(&run.replica, predicted_memory)?);
-        let elements = |ids: &mut dyn Iterator<Item = usize>| ids.map(|id| session.table.params[id].value.len()).sum();
+        let elements = |ids: &mut dyn Iterator<Item = usize>| ids.map(|id| session.table.params[id].len()).sum();
         Ok(Ended::Done(TrainSummary {
             before: run.before,
             after,

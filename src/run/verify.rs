@@ -33,18 +33,18 @@ pub fn verify_frozen(session: &Session, exported: &Path, touched: &BTreeSet<Para
     let (mut frozen, mut frozen_elements, mut changed) = (0, 0, 0);
     for (id, (ours, theirs)) in session.table.params.iter().zip(&table.params).enumerate() {
         if touched.contains(&id) {
-            changed += usize::from(ours.value.bytes[..] != theirs.value.bytes[..]);
+            changed += usize::from(ours.base.bytes[..] != theirs.base.bytes[..]);
             continue;
         }
         frozen += 1;
-        frozen_elements += ours.value.len();
-        source.update_rayon(&ours.value.bytes);
-        copy.update_rayon(&theirs.value.bytes);
+        frozen_elements += ours.len();
+        source.update_rayon(&ours.base.bytes);
+        copy.update_rayon(&theirs.base.bytes);
     }
     let hash = source.finalize();
     if hash != copy.finalize() {
         let pairs = session.table.params.iter().zip(&table.params).enumerate();
-        let mut differ = pairs.filter(|(id, (a, b))| !touched.contains(id) && a.value.bytes[..] != b.value.bytes[..]);
+        let mut differ = pairs.filter(|(id, (a, b))| !touched.contains(id) && a.base.bytes[..] != b.base.bytes[..]);
         let name = differ.next().map_or_else(String::new, |(_, (spec, _))| spec.name());
         return Err(Failure::new(
             exit::INTERNAL,

@@ -137,14 +137,14 @@ pub(super) fn gather_through_host<B: Backend>(
     let b = model.backend.clone();
     for bucket in shards.buckets() {
         let sizes: Vec<usize> =
-            params[bucket.clone()].iter().map(|&id| model.table.params[id].value.dtype.size()).collect();
+            params[bucket.clone()].iter().map(|&id| model.table.params[id].dtype().size()).collect();
         let len = |i: usize, rank: usize| shards.piece(bucket.start + i, rank).len() * sizes[i];
         let counts: Vec<usize> =
             (0..shards.world_size()).map(|rank| (0..sizes.len()).map(|i| len(i, rank)).sum()).collect();
         let mut mine = Vec::with_capacity(counts[world.rank()]);
         for &id in &params[bucket.clone()] {
             let master = optimizer.master(&b, id);
-            let dtype = model.table.params[id].value.dtype;
+            let dtype = model.table.params[id].dtype();
             let start = mine.len();
             mine.resize(start + master.len() * dtype.size(), 0);
             encode_into(dtype, &master, &mut mine[start..]);
@@ -154,9 +154,9 @@ pub(super) fn gather_through_host<B: Backend>(
         // `all` is ordered by rank, then parameter; a weight needs its pieces of all ranks one after another.
         let mut next: Vec<usize> = counts.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();
         for (i, &id) in params[bucket.clone()].iter().enumerate() {
-            let spec = &model.table.params[id].value;
-            let (dtype, shape) = (spec.dtype, spec.shape.clone());
-            let mut bytes = Vec::with_capacity(spec.bytes.len());
+            let spec = &model.table.params[id];
+            let (dtype, shape) = (spec.dtype(), spec.shape().to_vec());
+            let mut bytes = Vec::with_capacity(spec.len() * dtype.size());
             for (rank, at) in next.iter_mut().enumerate() {
                 bytes.extend_from_slice(&all[*at..*at + len(i, rank)]);
                 *at += len(i, rank);

@@ -92,7 +92,7 @@ impl<B: Backend> Trainer<B> {
         self.optimizer.add(b, model.weights(), &trainables(model, ids));
         self.plan = GradPlan::train(&model.table, model.config.layers.len(), ids);
         self.params = ids.to_vec();
-        let lens = ids.iter().map(|&id| model.table.params[id].value.len());
+        let lens = ids.iter().map(|&id| model.table.params[id].len());
         self.shards = ShardPlan::new(lens, world.world_size(), self.bucket_size);
         let completed = |&id: &ParamId| completed_by(model, id);
         self.completed_by =
@@ -298,7 +298,7 @@ fn trainables<B: Backend>(model: &Model<B>, ids: &[ParamId]) -> Vec<Trainable> {
             ParamKind::Router(_) => LrGroup::Router,
             _ => LrGroup::Other,
         };
-        Trainable { param, len: spec.value.len(), group }
+        Trainable { param, len: spec.len(), group }
     };
     ids.iter().map(trainable).collect()
 }

@@ -170,7 +170,7 @@ fn random_values_have_the_given_mean_and_standard_deviation() {
 #[test]
 #[should_panic(expected = "exist only on the device")]
 fn absent_values_cannot_be_taken_for_zeros() {
-    model("olmoe", 1, 1).table.params[0].value.to_f32();
+    model("olmoe", 1, 1).table.params[0].base.to_f32();
 }
 
 // --- commands ----------------------------------------------------------------------------------------------------

@@ -157,12 +157,12 @@ fn training(name: &str, phase: &str, dtype: Dtype) {
     for (id, spec) in case.session.table.iter() {
         let wide = |x: Vec<f32>| x.into_iter().map(f64::from).collect::<Vec<_>>();
         let (ours, theirs) = (gpu.model().weight_host(id), cpu.model().weight_host(id));
-        if *theirs.bytes == *spec.value.bytes {
-            assert!(*ours.bytes == *spec.value.bytes, "{what}: {} moved", fixture_name(spec));
+        if *theirs.bytes == *spec.base.bytes {
+            assert!(*ours.bytes == *spec.base.bytes, "{what}: {} moved", fixture_name(spec));
             continue;
         }
         moved += 1;
-        let before = wide(spec.value.to_f32());
+        let before = wide(spec.base.to_f32());
         let change = |after: Vec<f32>| wide(after).iter().zip(&before).map(|(a, b)| a - b).collect::<Vec<_>>();
         let (ours, theirs) = (change(ours.to_f32()), change(theirs.to_f32()));
         let size = theirs.iter().map(|x| x * x).sum::<f64>().sqrt();

@@ -174,7 +174,7 @@ fn ranks_agree_whichever_way_gradients_take() {
             let near =
                 Tolerance { relative: 0.0, absolute: 2e-5, why: "of steps of 1e-3: AdamW divides by tiny gradients" };
             assert_near(&format!("{name}: {}", fixture_name(spec)), &wide(&weights[id]), &wide(&single[id]), near);
-            let source = spec.value.to_f32();
+            let source = spec.base.to_f32();
             assert_eq!(weights[id] != source, chosen(spec.kind), "{name}: {} moved", fixture_name(spec));
         }
     }

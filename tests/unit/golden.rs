@@ -47,7 +47,7 @@ const CHANGE_16: Tolerance = Tolerance {
 
 /// Whether the weights are stored in 16 bits.
 fn is_16_bit(case: &Case) -> bool {
-    case.session.table.params[0].value.dtype != Dtype::F32
+    case.session.table.params[0].base.dtype != Dtype::F32
 }
 
 /// `[Σ|x|, sqrt(Σ x²), Σ_i x_i · cos(i)]`
@@ -400,7 +400,7 @@ fn compare_changes(case: &Case, golden: &Value, run: &CaseRun<'_, Cpu>) {
     let file = file.as_deref().map(|bytes| SafeTensors::deserialize(bytes).unwrap());
     for (id, spec) in case.session.table.iter() {
         let name = fixture_name(spec);
-        let (before, after) = (&spec.value, run.model().weight_host(id));
+        let (before, after) = (&spec.base, run.model().weight_host(id));
         let Some(expected) = expected.remove(&name) else {
             assert!(!run.replica.written().contains(&id), "{name} is trained and should be frozen");
             assert!(*before.bytes == *after.bytes, "run {}: {name} moved", golden["name"]);

@@ -59,7 +59,7 @@ fn gradients_are_complete_layer_by_layer() {
         for (layer, then) in &done {
             for (id, spec) in model.table.iter() {
                 let start = plan.slot(id).unwrap();
-                let range = start..start + spec.value.len();
+                let range = start..start + spec.base.len();
                 let is_complete = match spec.kind {
                     ParamKind::Embedding => false,
                     ParamKind::FinalNorm | ParamKind::LmHead => true,
@@ -80,7 +80,7 @@ fn buckets_are_sent_during_the_last_backward_pass() {
     on_ranks(2, move |run| {
         let all = all_params(&run);
         if run.replica.world.rank() == 1 {
-            let lens = all.iter().map(|&id| run.model().table.params[id].value.len());
+            let lens = all.iter().map(|&id| run.model().table.params[id].base.len());
             let shards = ShardPlan::new(lens, 2, 1);
             for bucket in shards.buckets() {
                 let counts = shards.counts(bucket.clone());

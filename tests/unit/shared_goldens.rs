@@ -207,7 +207,7 @@ fn compare_update(name: &str, before: &HostTensor, ours: &HostTensor, theirs: &[
 fn weights(dir: &Path) -> Weights {
     let config = ModelConfig::from_dir(dir).unwrap();
     let table = ParamTable::build(&config, &Checkpoint::open(dir).unwrap()).unwrap();
-    table.params.into_iter().map(|spec| (spec.kind, spec.value)).collect()
+    table.params.into_iter().map(|spec| (spec.kind, spec.base)).collect()
 }
 
 fn is_16_bit(weights: &Weights) -> bool {

@@ -126,7 +126,7 @@ fn every_family_layout_dtype_and_sharding_round_trips() {
 
                     // Layout and sharding change the position of a value in the files, not the value.
                     if dtype == Dtype::F32 && !tie {
-                        let here = model.table.params.iter().map(|spec| spec.value.to_f32()).collect();
+                        let here = model.table.params.iter().map(|spec| spec.base.to_f32()).collect();
                         assert!(*values.get_or_insert_with(|| Vec::clone(&here)) == here, "{what}");
                     }
 
@@ -139,8 +139,8 @@ fn every_family_layout_dtype_and_sharding_round_trips() {
                     let written = open(&out(&temp));
                     assert_eq!(written.config, model.config, "{what}");
                     for (id, spec) in written.table.iter() {
-                        let expected = changed.get(&id).unwrap_or(&model.table.params[id].value);
-                        assert!(*spec.value.bytes == *expected.bytes, "{what}: {}", spec.name());
+                        let expected = changed.get(&id).unwrap_or(&model.table.params[id].base);
+                        assert!(*spec.base.bytes == *expected.bytes, "{what}: {}", spec.name());
                     }
                 }
             }
@@ -158,7 +158,7 @@ fn a_fused_expert_consists_of_its_rows() {
     assert_eq!(info.shape, [spec.num_experts, 2 * f, d]);
     let whole = shard.value(info).unwrap().to_f32();
     let up = &model.table.params[model.table.id(ParamKind::Expert(1, e, Proj::Up)).unwrap()];
-    assert_eq!(up.value.to_f32(), whole[(e * 2 * f + f) * d..(e + 1) * 2 * f * d]);
+    assert_eq!(up.base.to_f32(), whole[(e * 2 * f + f) * d..(e + 1) * 2 * f * d]);
     assert_eq!(up.name(), "model.layers.1.mlp.experts.5.up_proj.weight");
 }
 
@@ -170,7 +170,7 @@ fn a_weight_that_is_not_finite_is_reported_by_name() {
     let model = make(&dir, &spec);
     model.table.check_finite().unwrap();
     let id = model.table.id(ParamKind::Expert(2, 3, Proj::Down)).unwrap();
-    let old = &model.table.params[id].value;
+    let old = &model.table.params[id].base;
     let mut values = old.to_f32();
     values[17] = f32::NEG_INFINITY;
     let bad = BTreeMap::from([(id, HostTensor::encode(old.dtype, old.shape.clone(), &values))]);
@@ -293,7 +293,7 @@ fn a_second_copy_of_a_tied_embedding_is_updated_with_it() {
     let value = HostTensor::from_f32(shape.clone(), &vec![0.5; shape.iter().product()]);
     export(&dir, &model.checkpoint, &model.table, &BTreeMap::from([(embedding, value)]), &out(&temp)).unwrap();
     let written = open(&out(&temp)); // refused if the copies differed
-    assert_eq!(written.table.params[embedding].value.to_f32()[0], 0.5);
+    assert_eq!(written.table.params[embedding].base.to_f32()[0], 0.5);
 }
 
 #[test]
@@ -413,7 +413,7 @@ proptest! {
         reshard(&original, &temp.path().join("sharded"), &names, seed);
         let model = open(&temp.path().join("sharded"));
         for (id, spec) in model.table.iter() {
-            prop_assert!(*spec.value.bytes == *original.table.params[id].value.bytes, "{}", spec.name());
+            prop_assert!(*spec.base.bytes == *original.table.params[id].base.bytes, "{}", spec.name());
         }
 
         let changed = some_changes(&model.table);
@@ -421,8 +421,8 @@ proptest! {
         let written = open(&out(&temp));
         prop_assert_eq!(written.checkpoint.layout_hash(), model.checkpoint.layout_hash());
         for (id, spec) in written.table.iter() {
-            let expected = changed.get(&id).unwrap_or(&model.table.params[id].value);
-            prop_assert!(*spec.value.bytes == *expected.bytes, "{}", spec.name());
+            let expected = changed.get(&id).unwrap_or(&model.table.params[id].base);
+            prop_assert!(*spec.base.bytes == *expected.bytes, "{}", spec.name());
         }
     }
 }
