@@ -1,56 +1,56 @@
-//! Exit codes, and the one error type of the program's edge.
+//! Exit codes, and the error type above the modules: [`Failure`].
 //!
-//! Modules define their own `thiserror` enums and say through [`Coded`] how the process ends;
-//! everything above collects them in a [`Failure`], which keeps the chain of causes.
+//! Modules define their own `thiserror` enums, and map them to exit codes through [`Coded`]. Code above the modules collects
+//! them in a [`Failure`], which keeps the chain of causes.
 
 use std::fmt;
 
-/// Everything done.
+/// Success.
 pub const OK: u8 = 0;
-/// The command line cannot be understood.
+/// The command line is invalid.
 pub const USAGE: u8 = 2;
-/// A data row, a checkpoint or a tokenizer holds something that cannot be right.
+/// A data row, a checkpoint or a tokenizer is invalid.
 pub const DATA: u8 = 65;
-/// A file or folder that was named does not exist.
+/// An input file or folder does not exist.
 pub const NO_INPUT: u8 = 66;
-/// The launcher or the device is missing or contradicts itself.
+/// The launcher or the device is missing or misconfigured.
 pub const LAUNCHER: u8 = 69;
-/// A fault of moewarden itself.
+/// A bug of moewarden.
 pub const INTERNAL: u8 = 70;
 /// An output cannot be created (exists, not empty, not writable).
 pub const CANNOT_CREATE: u8 = 73;
 /// Reading or writing failed midway (full disk, I/O error).
 pub const IO: u8 = 74;
-/// The configuration contradicts itself, the model or the data.
+/// The options contradict each other, the model or the data.
 pub const CONFIG: u8 = 78;
 /// A loss, gradient or weight is not finite.
 pub const NOT_FINITE: u8 = 80;
-/// Ranks that must agree do not.
+/// Ranks hold different values that must be equal.
 pub const RANKS_DIFFER: u8 = 81;
-/// A rank did not answer in time.
+/// A rank timed out.
 pub const HANG: u8 = 82;
-/// A checkpoint was saved because a signal asked for it: please requeue.
+/// Stopped by a signal, after a checkpoint was saved: the launcher should requeue the job.
 pub const REQUEUE: u8 = 85;
-/// A signal ended it: 128 and SIGTERM's number, as shells say it.
+/// Ended by a signal, without a checkpoint: 128 + SIGTERM, as in a shell.
 pub const TERMINATED: u8 = 143;
 
-/// How the process ends when this error reaches its edge.
+/// An error with an exit code.
 pub trait Coded {
-    /// One of the constants of [`crate::exit`].
+    /// The exit code of the process if it ends with this error: a constant of [`crate::exit`].
     fn exit_code(&self) -> u8;
 }
 
-/// An error on its way to the process's edge: a chain of causes and the exit code of its root.
+/// An error above the modules: a chain of causes, and the exit code of its root.
 pub struct Failure {
     code: u8,
     error: anyhow::Error,
 }
 
-/// The result of everything above the modules with typed errors.
+/// The result type above the modules.
 pub type Result<T, E = Failure> = std::result::Result<T, E>;
 
 impl Failure {
-    /// A failure without a typed error behind it.
+    /// A failure without a typed cause.
     pub fn new(code: u8, message: impl fmt::Display) -> Self {
         Self { code, error: anyhow::anyhow!("{message}") }
     }
@@ -60,7 +60,7 @@ impl Failure {
         self.code
     }
 
-    /// Puts what was being done in front of the cause.
+    /// Adds the activity during which the failure occurred.
     pub fn context(self, what: impl fmt::Display + Send + Sync + 'static) -> Self {
         Self { code: self.code, error: self.error.context(what) }
     }
@@ -76,22 +76,22 @@ impl Failure {
     }
 }
 
-/// How work ended that may be asked to stop. To stop on request is no error.
+/// How a command ended that a signal can stop. Stopping on request is not an error.
 #[derive(Debug)]
 #[must_use]
 pub enum Ended<T> {
-    /// It came to its end.
+    /// It ran to its end, with this result.
     Done(T),
-    /// It stopped because a signal asked for it.
+    /// A signal stopped it.
     Stopped(Stopped),
 }
 
-/// What is left of work that stopped on request: the message for the user.
+/// Whether a stopped run can be resumed, with the message for the user.
 #[derive(Debug)]
 pub enum Stopped {
-    /// A checkpoint: the work can be resumed ([`REQUEUE`]).
+    /// A checkpoint was saved: the run can be resumed ([`REQUEUE`]).
     Saved(String),
-    /// Nothing ([`TERMINATED`]).
+    /// Nothing was saved ([`TERMINATED`]).
     Lost(String),
 }
 
@@ -115,7 +115,7 @@ impl fmt::Debug for Failure {
 
 /// `.context(..)` on results whose error becomes a [`Failure`].
 pub trait Context<T> {
-    /// Puts what was being done in front of the cause.
+    /// Adds the activity during which the failure occurred.
     fn context(self, what: impl fmt::Display + Send + Sync + 'static) -> Result<T>;
 }
 

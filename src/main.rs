@@ -1,4 +1,4 @@
-//! The process's edge: modes and exit codes.
+//! The process: panic hook, command line, exit code.
 
 use std::{env, io, panic};
 
@@ -23,7 +23,7 @@ fn main() {
         }
     }));
     let code = panic::catch_unwind(run).unwrap_or(exit::INTERNAL);
-    // After a complete run and after a saved checkpoint every rank comes here by itself; otherwise others may wait forever.
+    // After success or a saved checkpoint all ranks reach this point; after a failure some may wait forever.
     let together = [exit::OK, exit::REQUEUE].contains(&code);
     collective::leave(code, if together { Leave::Together } else { Leave::Abort })
 }
@@ -33,7 +33,7 @@ fn run() -> u8 {
     let cli = match cli::parse(env::args_os()) {
         Ok(cli) => cli,
         Err(help_or_error) => {
-            // a reader that went away is no error
+            // A closed pipe is not an error.
             _ = help_or_error.print();
             return if help_or_error.use_stderr() { exit::USAGE } else { exit::OK };
         }
@@ -57,7 +57,7 @@ fn run() -> u8 {
     }
 }
 
-/// A line on stderr, which may be closed.
+/// Prints a line to stderr, which may be closed.
 fn say(text: &str) {
     _ = io::Write::write_all(&mut io::stderr(), format!("{text}\n").as_bytes());
 }

@@ -11,7 +11,7 @@
 //! | `manifest.json` | rank 0 | size and blake3 hash of all other files |
 //!
 //! All ranks write into a temporary folder, which is then synced (fsync) and renamed: a checkpoint is complete or absent. The
-//! order of the rows depends only on the seed and the round, and a phase begins with zero moments: nothing else is state. So
+//! order of the rows depends only on the seed and the epoch, and a phase begins with zero moments: nothing else is state. So
 //! a resumed run equals an uninterrupted one, bit for bit with the same world size; with another world size it takes the same
 //! steps over the same rows, and differs by the rounding of sums.
 
@@ -116,7 +116,7 @@ pub enum PhaseSnapshot<'p, B: Backend> {
 pub struct Identity<'a> {
     /// The options that decide results, as YAML.
     pub options: String,
-    /// blake3 of the other inputs that decide results. Computed when first asked for: it reads the whole model.
+    /// blake3 of the other inputs that decide results. Computed on first use: it reads the whole model.
     pub inputs: Box<dyn Fn() -> Result<blake3::Hash> + Send + Sync + 'a>,
     /// The model's folder, which errors name.
     pub model: &'a Path,

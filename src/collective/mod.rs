@@ -251,11 +251,11 @@ pub enum Leave {
     Abort,
 }
 
-/// Ends MPI, if it is initialised, and the process, with whatever threads still run.
+/// Ends MPI, if it is initialised, and then the process. Threads that still run are stopped.
 pub fn leave(code: u8, how: Leave) -> ! {
     #[cfg(feature = "mpi")]
     mpi::leave(code, how);
-    let _ = how; // without MPI there is nobody to leave
+    let _ = how; // only MPI needs it
     #[expect(clippy::exit, reason = "the one place where the process ends")]
     std::process::exit(code.into())
 }

@@ -11,7 +11,7 @@ impl RunConfig {
     ///
     /// # Errors
     /// As [`Self::to_yaml`].
-    pub fn decisive_yaml(&self) -> Result<String, ConfigError> {
+    pub fn result_options_yaml(&self) -> Result<String, ConfigError> {
         let default = RunConfig::default();
         let config = RunConfig {
             overwrite: false,

@@ -136,7 +136,7 @@ impl Sampler<'_> {
         (safe, unsafe_)
     }
 
-    /// For each record the one whose safe prompt its unsafe prompt is compared with; see [`Self::safe_partners`].
+    /// For each record the one whose safe prompt its unsafe prompt is compared with; see `safe_partners`.
     ///
     /// # Errors
     /// [`MissingSide::SafePrompts`].
@@ -144,7 +144,7 @@ impl Sampler<'_> {
         self.safe_partners(|r| r.safe_prompt.is_some()).ok_or(MissingSide::SafePrompts)
     }
 
-    /// For each record the one whose safe reply its unsafe reply is compared with; see [`Self::safe_partners`].
+    /// For each record the one whose safe reply its unsafe reply is compared with; see `safe_partners`.
     ///
     /// # Errors
     /// [`MissingSide::SafeReplies`].

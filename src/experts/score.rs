@@ -93,18 +93,18 @@ impl ScoreAccumulator {
         Self { score, per, params_per_expert, layers, num_experts, sums, micro_batches: 0 }
     }
 
-    /// Adds a micro-batch. `moments`: each expert's [`Score::reduction`], summed over the gradient of the mean loss;
+    /// Adds a micro-batch. `reductions`: each expert's [`Score::reduction`], summed over the gradient of the mean loss;
     /// `tokens_per_expert`: the number of tokens routed to it; both `[L · E]`. A micro-batch without loss tokens is
     /// ignored.
-    pub fn add(&mut self, moments: &[f64], tokens_per_expert: &[usize], loss_tokens: usize) {
-        assert_eq!(moments.len(), self.sums.len(), "one moment per expert");
+    pub fn add(&mut self, reductions: &[f64], tokens_per_expert: &[usize], loss_tokens: usize) {
+        assert_eq!(reductions.len(), self.sums.len(), "one reduction per expert");
         assert_eq!(tokens_per_expert.len(), self.sums.len(), "one token count per expert");
         if loss_tokens == 0 {
             return;
         }
         self.micro_batches += 1;
-        for ((sum, moment), tokens) in self.sums.iter_mut().zip(moments).zip(tokens_per_expert) {
-            let score = self.score.of_sum(*moment, self.params_per_expert as f64);
+        for ((sum, reduction), tokens) in self.sums.iter_mut().zip(reductions).zip(tokens_per_expert) {
+            let score = self.score.of_sum(*reduction, self.params_per_expert as f64);
             *sum += match (self.per, tokens) {
                 (ScorePer::Param, _) => score,
                 (ScorePer::Token, 0) => 0.0, // its gradient is exactly 0 too
@@ -188,9 +188,9 @@ mod tests {
             (Score::L1Mean, ScorePer::Token, 12.0, 0.6),
             (Score::L2, ScorePer::Token, 36.0, 0.6),
         ];
-        for (score, per, moment, expected) in cases {
+        for (score, per, reduction, expected) in cases {
             let mut acc = accumulator(score, per);
-            acc.add(&[moment, 0.0, 0.0, 0.0], &[5, 0, 1, 1], 9);
+            acc.add(&[reduction, 0.0, 0.0, 0.0], &[5, 0, 1, 1], 9);
             let scores = acc.finish().unwrap();
             let value = scores.get((1, 0).into()).unwrap();
             assert!((value - expected).abs() < 1e-15, "{score:?} {per:?}: {value}, not {expected}"); // one rounding
@@ -212,12 +212,12 @@ mod tests {
 
     #[test]
     fn merged_scores_equal_those_of_one_rank() {
-        let moments = |b: usize| -> Vec<f64> { (0..4).map(|i| ((b * 7 + i * 3) % 11) as f64 / 7.0).collect() };
+        let reductions = |b: usize| -> Vec<f64> { (0..4).map(|i| ((b * 7 + i * 3) % 11) as f64 / 7.0).collect() };
         let score = |ranks: usize| {
             on_threads(ranks, move |c| {
                 let mut acc = accumulator(Score::L2, ScorePer::Param);
                 for b in (0..10).filter(|b| b % ranks == c.rank()) {
-                    acc.add(&moments(b), &[2; 4], if b == 4 { 0 } else { 5 });
+                    acc.add(&reductions(b), &[2; 4], if b == 4 { 0 } else { 5 });
                 }
                 acc.merge(&c).unwrap();
                 assert_eq!(acc.micro_batches(), 9);

@@ -51,13 +51,13 @@ pub enum Opened {
 pub struct Workload {
     /// Tokens of the largest micro-batch.
     pub rows: usize,
-    /// Experts a token.
+    /// Experts per token, K.
     pub num_experts_per_tok: usize,
-    /// Experts a layer.
+    /// Experts per MoE layer, E.
     pub num_experts: usize,
-    /// D
+    /// Model width, D.
     pub hidden_size: usize,
-    /// F
+    /// Expert width, F.
     pub expert_width: usize,
     /// Width of one attention head.
     pub head_dim: usize,
@@ -146,7 +146,7 @@ impl Device {
         if let (Some(with), Some(without)) = (with, without) {
             let why = String::from_utf8_lossy(&all[without]);
             let message = format!(
-                "rank {with} has a GPU, and rank {without} has none: {why}; mend that, or give all ranks --device cpu"
+                "rank {with} uses a GPU, but rank {without} has none: {why}; fix this, or give all ranks --device cpu"
             );
             return Err(Failure::new(exit::LAUNCHER, message));
         }

@@ -1,6 +1,7 @@
 //! What this process is, and where it may write: its launcher, ranks and devices, its environment, its output folder.
 //!
-//! Nothing below this module reads environment variables or creates files outside the output folder.
+//! Only this module and `ui` read environment variables. A run writes to its output folder and, for compiled kernels, to the
+//! kernel cache.
 
 mod device;
 mod env;

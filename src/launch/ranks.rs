@@ -116,7 +116,7 @@ impl Ranks {
         self.other_processes().is_none_or(|world| world.rank() == 0)
     }
 
-    /// Ends work that each process does by itself, opening its files for example: no process goes on unless all of them
+    /// Combines the results of work that each process did independently, such as opening its files: Ok only if all processes
     /// succeeded.
     ///
     /// # Errors

@@ -33,7 +33,7 @@ impl Started {
             let device = Device::find(config, ui)?;
             (Ranks::threads(config.ranks.unwrap_or_else(|| device.ranks()), timeout), device)
         } else {
-            // The ranks first: then all of them hear of a device that one of them lacks.
+            // Join the ranks first: then a missing device on one rank is reported to all.
             let world = join(launch, timeout, &stop)?;
             let device = collective::all_ok(&*world, Device::find(config, ui))?;
             (Ranks::process(world, launch.local_rank, launch.local_size), device)

@@ -17,7 +17,7 @@ pub struct GradPlan {
 
 #[derive(Debug, Clone, Copy)]
 struct Scoring {
-    moment: GradReduction,
+    reduction: GradReduction,
     num_experts: usize,
 }
 
@@ -47,8 +47,8 @@ impl LayerWants {
 
 impl GradPlan {
     /// Scores every routed expert and accumulates no gradient.
-    pub fn score(table: &ParamTable, num_layers: usize, num_experts: usize, moment: GradReduction) -> Self {
-        Self::new(table, num_layers, &[], Some(Scoring { moment, num_experts }))
+    pub fn score(table: &ParamTable, num_layers: usize, num_experts: usize, reduction: GradReduction) -> Self {
+        Self::new(table, num_layers, &[], Some(Scoring { reduction, num_experts }))
     }
 
     /// Accumulates the gradients of these parameters, consecutive in the buffer, in this order.
@@ -119,8 +119,8 @@ impl GradPlan {
     /// The plan for one expert's stacked matrices. The index of its score is `layer · num_experts + expert`, where `layer`
     /// counts all decoder layers.
     pub(super) fn expert(&self, layer: usize, expert: usize, stack: &[ParamId]) -> ExpertGrad {
-        if let Some(Scoring { moment, num_experts }) = self.score {
-            return ExpertGrad::Score(moment, layer * num_experts + expert);
+        if let Some(Scoring { reduction, num_experts }) = self.score {
+            return ExpertGrad::Score(reduction, layer * num_experts + expert);
         }
         self.accumulate(stack)
     }

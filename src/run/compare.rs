@@ -1,4 +1,4 @@
-//! `compare`: a matrix of methods and ablations from one configuration, each a run of its own, side by side.
+//! `compare`: trains a matrix of methods and ablations from one configuration, and tabulates the results.
 
 use std::path::Path;
 
@@ -19,7 +19,7 @@ use crate::ui::Ui;
 /// The value of `compare.json`'s schema.
 const COMPARE_SCHEMA: &str = "moewarden.compare/1";
 
-/// `compare.json`.
+/// The content of `compare.json`.
 #[derive(Serialize)]
 struct Comparison {
     schema: &'static str,
@@ -29,12 +29,12 @@ struct Comparison {
     overlaps: Vec<Pair>,
 }
 
-/// One variant: what it came to, or why it did not.
+/// A variant: its results, or its error.
 #[derive(Serialize)]
 struct Outcome {
     name: String,
     folder: String,
-    /// Null where it did not end.
+    /// Null if the run failed.
     result: Option<Numbers>,
     error: Option<Error>,
 }
@@ -47,24 +47,24 @@ struct Error {
 
 #[derive(Serialize)]
 struct Numbers {
-    /// Each [before, after].
+    /// The losses: [before, after] training.
     ce_loss: [Option<f64>; 2],
     router_loss: Option<[f64; 2]>,
     held_out_loss: [Option<f64>; 2],
-    /// The last round's.
+    /// The selection of the last round.
     selected: Vec<ExpertId>,
     trained_parameters: usize,
     all_parameters: usize,
     seconds: f64,
 }
 
-/// Two variants' last selections.
+/// The last selections of two variants.
 #[derive(Serialize)]
 struct Pair {
     a: String,
     b: String,
     common: usize,
-    /// Of a's selection.
+    /// `common` as a share of a's selection.
     share: Option<f64>,
     jaccard: Option<f64>,
     spearman: Option<f64>,
@@ -72,13 +72,13 @@ struct Pair {
 
 /// Trains every variant in a folder of its own, then writes `compare.json`, `compare.md` and `compare.html`.
 ///
-/// A variant that fails is reported, and the others go on: hours of the others are worth more than an early end. When all
-/// have run, the first failure is the command's. A signal that asks a run to stop ends the comparison.
+/// If a variant fails, its error is reported and the other variants still run: hours of their results would be lost otherwise.
+/// The command then ends with the first failure. A signal that stops a run ends the comparison.
 ///
 /// # Errors
-/// The first failure of a variant; an output that cannot be written.
+/// The first failure of a variant; a failed write.
 pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
-    // A wrong path is found before an earlier comparison is removed for nothing.
+    // Check the inputs before the outputs of an earlier comparison are removed.
     check_output_dir(config)?;
     Session::open(config, &config.recipe()?, &Ui::silent())?;
     prepare_output_dir(config)?;
@@ -104,8 +104,8 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
     first_failure.map_or(Ok(Ended::Done(())), Err)
 }
 
-/// A variant's configuration: the folder of the comparison was made ready for all of them, and there is something to
-/// resume only where a variant had begun.
+/// The configuration of a variant. The folder of the comparison is prepared already, and only variants that had started can be
+/// resumed.
 fn of_its_own(variant: &Variant) -> RunConfig {
     let resume = variant.config.resume && variant.config.output_dir.is_dir();
     RunConfig { overwrite: false, resume, ..variant.config.clone() }

@@ -1,4 +1,4 @@
-//! `eval`: what a model answers to the unsafe and the safe prompts of a data set, and how it routes them.
+//! `eval`: answers of a model to unsafe and safe prompts, refusal rates, losses, and routing.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -23,13 +23,13 @@ use crate::report::{
 use crate::train::{Recipe, Replica, Scan, alignment_by_layer, mean_loss};
 use crate::ui::Ui;
 
-/// Experts shown of those that unsafe prompts visit more.
+/// How many experts with the largest risk differences are listed.
 const TOP_EXPERTS: usize = 10;
 
-/// Measures losses and routing, then lets the model answer every prompt. Writes `eval.json` and `generations.jsonl`.
+/// Measures losses and routing, then generates an answer to every prompt. Writes `eval.json` and `generations.jsonl`.
 ///
 /// # Errors
-/// Anything that keeps it from its end; then no output is written.
+/// Any failure; then no output is written.
 pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     let config = args.run_config()?;
     let recipe = config.recipe_of_evaluation()?;
@@ -249,6 +249,6 @@ fn show_routing(routing: &RoutingDifference, ui: &Ui) {
             .iter()
             .map(|(id, d)| format!("layer {} expert {} {d:+.3}", id.layer, id.expert))
             .collect();
-        ui.line(format_args!("more frequent on unsafe prompts: {}", experts.join(", ")));
+        ui.line(format_args!("largest risk differences (unsafe - safe): {}", experts.join(", ")));
     }
 }

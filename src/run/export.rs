@@ -1,4 +1,4 @@
-//! `export`: a base model and a delta become a complete model folder.
+//! `export`: applies a delta to a base model and writes a complete model folder.
 
 use std::path::PathBuf;
 
@@ -8,11 +8,10 @@ use crate::exit::{self, Failure, Result};
 use crate::launch::{check_model_dir, hub_cache};
 use crate::ui::Ui;
 
-/// Writes the base model with the delta applied. What stands in the output folder gives way only when the new model is
-/// whole.
+/// Writes the base model with the delta applied. An existing output folder is replaced only when the new model is complete.
 ///
 /// # Errors
-/// An input that is missing, a delta of another base, an output folder that holds something else.
+/// A missing input; a delta of another base model; an output folder with other contents.
 pub fn export(args: &ExportArgs, ui: &Ui) -> Result<()> {
     let base = hub_cache().resolve(&args.base)?;
     let delta = delta_file(args)?;
@@ -24,7 +23,7 @@ pub fn export(args: &ExportArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-/// The delta itself, or the one in a round's folder.
+/// The path of the delta: the file itself, or `delta.safetensors` in the folder of a round.
 fn delta_file(args: &ExportArgs) -> Result<PathBuf> {
     let given = &args.delta;
     let file = if given.is_dir() { given.join("delta.safetensors") } else { given.clone() };

@@ -1,4 +1,4 @@
-//! Answers of a model to prompts, token by token with a key/value cache.
+//! Generation: answers of a model to prompts, token by token with a key/value cache.
 
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::LogitsProcessor;
@@ -8,17 +8,17 @@ use crate::exit::{self, Failure, Result};
 use crate::model::Model;
 use crate::report::{FinishReason, Sampling};
 
-/// What a model said.
+/// A generated answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
-    /// Its tokens, without the one that ended it.
+    /// Tokens of the answer, without the end-of-sequence token.
     pub ids: Vec<u32>,
-    /// Why it ended.
+    /// Why generation stopped.
     pub finish: FinishReason,
 }
 
-/// Continues `prompt` until one of the tokens `eos`, or the most tokens. `index` numbers the answers: each has random
-/// numbers of its own, so that an answer does not depend on those before it.
+/// Continues `prompt` until one of the tokens `eos`, or `max_new_tokens`. The random seed is `sampling.seed + index`, so that an
+/// answer does not depend on the other answers.
 ///
 /// # Errors
 /// Logits that are not finite.

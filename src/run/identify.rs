@@ -12,13 +12,14 @@ use crate::config::RunConfig;
 use crate::exit::{Ended, Result, Stopped};
 use crate::launch::{Opened, Rank, Started, memory};
 use crate::train::memory::Activations;
-use crate::train::{DeviceTransport, Identification, Meeting, Recipe, Replica, Scan, select};
+use crate::train::{Decision, DeviceTransport, Identification, Recipe, Replica, Scan, select};
 use crate::ui::Ui;
 
 /// Scores and selects experts; changes no weight.
 ///
 /// # Errors
-/// Anything that prevents it.
+/// Inputs that cannot be read or are invalid; an output folder or a device that cannot be used; a loss that is not finite; a rank
+/// that fails.
 pub fn identify(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     let ranks = &started.ranks;
     let recipe = config.recipe_of_identification()?;
@@ -106,7 +107,7 @@ impl<B: Backend> RoundScan<'_, B> {
             let scored = self.pass.add(replica, index)?;
             progress.step(scored.tokens, scored.loss.map_or_else(String::new, |loss| format!("loss {loss:.4}")));
         }
-        Ok(Some(self.pass.meet(replica)? == Meeting::Stop))
+        Ok(Some(self.pass.synchronize(replica)? == Decision::Stop))
     }
 
     /// Sums over all ranks, and selects.

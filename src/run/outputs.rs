@@ -1,4 +1,4 @@
-//! The output folder of a run, as it grows.
+//! The outputs of a run besides its models: log, scores, metadata.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -28,7 +28,7 @@ pub struct OutputState {
     training_logs: Vec<TrainingLog>,
 }
 
-/// Writes all outputs of a run except its models. Every rank holds their state; rank 0 writes them.
+/// The outputs of a run except its models. Every rank holds their state; rank 0 writes them.
 pub struct Outputs<'a> {
     config: &'a RunConfig,
     ui: &'a Ui,
@@ -132,7 +132,7 @@ impl<'a> Outputs<'a> {
     /// Records an identification: its micro-batches as steps, its scores and its selection. `round` counts from 1.
     ///
     /// # Errors
-    /// A file that cannot be written.
+    /// A failed write.
     pub fn identified(&mut self, round: usize, found: &Identification) -> Result<()> {
         let lines = found.losses.len();
         let seconds = self.lap() / lines.max(1) as f64;
@@ -173,7 +173,7 @@ impl<'a> Outputs<'a> {
         Ok(())
     }
 
-    /// Each round with its selection and all its scores.
+    /// Number, selection and scores of each round.
     fn rounds(&self) -> impl Iterator<Item = (usize, &[ExpertId], Option<ExpertScores>)> {
         self.scores.rounds.iter().map(|(round, r)| (*round, &r.selected[..], self.scores.scores(*round)))
     }
@@ -181,7 +181,7 @@ impl<'a> Outputs<'a> {
     /// Records one optimizer step.
     ///
     /// # Errors
-    /// A log that cannot be appended to.
+    /// A failed write.
     pub fn step(&mut self, phase: Phase, round: usize, result: &StepResult) -> Result<()> {
         let seconds = self.lap();
         self.row(MetricsRow {
@@ -209,7 +209,7 @@ impl<'a> Outputs<'a> {
     /// Writes the present state of `training_metadata.json`.
     ///
     /// # Errors
-    /// A file that cannot be written.
+    /// A failed write.
     pub fn write_metadata(&self) -> Result<()> {
         if !self.writes() {
             return Ok(());

@@ -20,7 +20,7 @@ impl<'a> Progress<'a> {
         Self { bar: ui.bar(len as u64, label), ui, started: Instant::now(), tokens: AtomicUsize::new(0) }
     }
 
-    /// Advances by one micro-batch or step of so many tokens.
+    /// Advances by one micro-batch or step with `tokens` tokens.
     pub fn step(&self, tokens: usize, message: impl AsRef<str>) {
         let tokens = self.tokens.fetch_add(tokens, Ordering::Relaxed) + tokens;
         let rate = tokens as f64 / self.started.elapsed().as_secs_f64().max(1e-9);

@@ -78,7 +78,7 @@ impl Session {
         let data = Dataset::read(&config.dataset_path, &tokenizer, &options)?;
         ui.line(&data.report);
         let padding = data.report.padding(config.batch_size);
-        ui.line(format_args!("  padding left out: {} tokens ({:.0} %)", padding.avoided, 100.0 * padding.share()));
+        ui.line(format_args!("  padding avoided: {} tokens ({:.0} %)", padding.avoided, 100.0 * padding.share()));
         let held_out = match &config.eval_dataset_path {
             None => None,
             Some(path) => {
@@ -100,7 +100,7 @@ impl Session {
         Ok(Self { dir, model, checkpoint, table, tokenizer, data, held_out, data_path, fingerprint })
     }
 
-    /// The rows in the order of `recipe`.
+    /// A sampler of the training rows, with the order and the batch size of `recipe`.
     pub fn sampler(&self, recipe: &Recipe) -> Sampler<'_> {
         Sampler {
             data: &self.data,
@@ -139,7 +139,7 @@ impl Session {
         }
     }
 
-    /// Refuses data without the safe side that a later phase of the run needs: before an earlier phase has run for hours.
+    /// Refuses data without the safe side that a phase of the run needs, before the first phase begins.
     ///
     /// # Errors
     /// The phase, and how to do without it.
@@ -163,8 +163,8 @@ impl Session {
         }
     }
 
-    /// Refuses a selection that the model does not allow, before anything is computed. Where the selection trains nothing,
-    /// fewer experts than asked for are enough: then says so.
+    /// Refuses a selection that the model does not allow. If the selection trains nothing, a smaller one is made instead, with a
+    /// warning.
     fn check_selection(&self, recipe: &Recipe, ui: &Ui) -> Result<()> {
         let (identify, depth) = (&recipe.identify, self.model.layers.len());
         if let Some(range) = identify.limits.layers.as_ref().filter(|range| *range.end() >= depth) {
@@ -202,7 +202,7 @@ impl Session {
     /// blake3 over the base model's parameters, its configuration and tokenizer, and the files of rows and template.
     ///
     /// # Errors
-    /// A file that cannot be read.
+    /// A failed read.
     pub fn fingerprint(&self, config: &RunConfig) -> Result<blake3::Hash> {
         if let Some(hash) = self.fingerprint.get() {
             return Ok(*hash);
@@ -236,7 +236,7 @@ impl Session {
     pub fn agree(&self, config: &RunConfig, world: &dyn Collective) -> Result<()> {
         world.set_activity("the check that all ranks have the same inputs");
         all_agree(world, "version of moewarden", env!("CARGO_PKG_VERSION").as_bytes())?;
-        agree_on_options(world, &config.decisive_yaml()?)?;
+        agree_on_options(world, &config.result_options_yaml()?)?;
         let files = self.fingerprint_of_files(config)?;
         all_agree(world, "file of rows, chat template, tokenizer or config.json", files.as_bytes())?;
         Ok(all_agree(world, "set of model weights", self.fingerprint(config)?.as_bytes())?)
@@ -285,7 +285,7 @@ fn agree_on_options(world: &dyn Collective, options: &str) -> Result<()> {
     Err(collective::Error::Disagreement { what: format!("set of options (`{theirs}`, not `{ours}`)"), rank }.into())
 }
 
-/// The files of rows and template that a run reads.
+/// The data files and the chat template of a run.
 fn data_files(config: &RunConfig) -> impl Iterator<Item = PathBuf> + '_ {
     let files = [Some(&config.dataset_path), config.eval_dataset_path.as_ref(), config.chat_template.as_ref()];
     files.into_iter().flatten().cloned()
@@ -299,7 +299,7 @@ fn hash_file(path: &Path) -> Result<blake3::Hash> {
     Ok(hasher.finalize())
 }
 
-/// The options of reading rows.
+/// The options of the data pipeline.
 pub fn data_options(config: &RunConfig) -> DataOptions {
     DataOptions {
         max_samples: config.max_samples,

@@ -43,7 +43,8 @@ pub struct TrainSummary {
 /// Runs all rounds and writes the final model.
 ///
 /// # Errors
-/// Anything that prevents it.
+/// Inputs that cannot be read or are invalid; an output folder or a device that cannot be used; too many steps with numbers that are
+/// not finite; weights that diverged; a rank that fails.
 pub fn train(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<TrainSummary>> {
     let ranks = &started.ranks;
     let recipe = config.recipe()?;
@@ -53,7 +54,7 @@ pub fn train(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<Tra
     prepare::describe_trained(&session, &recipe, ui);
     let (config, device) = (config.clone(), started.device.clone());
     ranks.run(ui, move |rank| {
-        let run = RunOf { session: &session, config: &config, recipe: &recipe, rank };
+        let run = RankInputs { session: &session, config: &config, recipe: &recipe, rank };
         match device.open(&config, session.workload(config.batch_size), rank)? {
             Opened::Cpu(cpu) => run.all_rounds(cpu, None),
             Opened::Cuda(cuda, transport) => run.all_rounds(cuda, transport),
@@ -61,8 +62,8 @@ pub fn train(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<Tra
     })
 }
 
-/// What one rank is given.
-struct RunOf<'a> {
+/// The inputs of one rank.
+struct RankInputs<'a> {
     session: &'a Session,
     config: &'a RunConfig,
     recipe: &'a Recipe,
@@ -70,7 +71,7 @@ struct RunOf<'a> {
 }
 
 /// A training run on one rank, between its first step and its last.
-struct Run<'a, B: Backend> {
+struct RankRun<'a, B: Backend> {
     session: &'a Session,
     config: &'a RunConfig,
     recipe: &'a Recipe,
@@ -82,7 +83,7 @@ struct Run<'a, B: Backend> {
     before: Measured,
 }
 
-impl<'a> RunOf<'a> {
+impl<'a> RankInputs<'a> {
     /// The whole run on this rank.
     fn all_rounds<B: Backend>(
         self,
@@ -125,14 +126,14 @@ impl<'a> RunOf<'a> {
     }
 
     /// Restores the newest checkpoint if the run resumes one; otherwise measures the untrained model.
-    fn begin<B: Backend>(self, mut replica: Replica<B>) -> Result<(Run<'a, B>, Option<Snapshot<OutputState>>)> {
+    fn begin<B: Backend>(self, mut replica: Replica<B>) -> Result<(RankRun<'a, B>, Option<Snapshot<OutputState>>)> {
         let Self { session, config, recipe, rank } = self;
         let (ui, world) = (&rank.ui, &*rank.world);
         let store = SnapshotStore {
             folder: config.output_dir.join("checkpoints"),
             keep: config.keep_checkpoints,
             identity: Identity {
-                options: config.decisive_yaml()?,
+                options: config.result_options_yaml()?,
                 inputs: Box::new(move || session.fingerprint(config)),
                 model: &session.dir,
             },
@@ -159,11 +160,11 @@ impl<'a> RunOf<'a> {
             }
         };
         let local_world_size = rank.local_world_size;
-        Ok((Run { session, config, recipe, ui, local_world_size, replica, store, outputs, before }, snapshot))
+        Ok((RankRun { session, config, recipe, ui, local_world_size, replica, store, outputs, before }, snapshot))
     }
 }
 
-impl<B: Backend> Run<'_, B> {
+impl<B: Backend> RankRun<'_, B> {
     /// One round from its phase `first` on; `resumed` is the checkpoint that this phase continues. Breaks if the run was asked
     /// to stop; then it is saved.
     fn round(

@@ -1,4 +1,4 @@
-//! Proof that frozen means frozen: the exported model against its source, on disk.
+//! Verifies on disk that the frozen parameters of an exported model are bit-identical to its source.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -7,16 +7,16 @@ use super::session::Session;
 use crate::exit::{self, Failure, Result};
 use crate::model::{Checkpoint, ParamId, ParamTable};
 
-/// What a comparison of an exported model with its source found.
+/// The result of comparing an exported model with its source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FrozenReport {
     /// Parameters that no optimizer wrote.
     pub frozen: usize,
-    /// Their elements.
+    /// Elements of the frozen parameters.
     pub frozen_elements: usize,
     /// Parameters that an optimizer wrote.
     pub trained: usize,
-    /// Those of them whose bits did change.
+    /// Trained parameters whose bits changed.
     pub changed: usize,
     /// blake3 over the frozen parameters' bytes, in the table's order; the same in both models.
     pub hash: blake3::Hash,
@@ -25,7 +25,7 @@ pub struct FrozenReport {
 /// Compares every parameter of the exported folder with the source.
 ///
 /// # Errors
-/// A frozen parameter whose bits differ (a fault of moewarden, which must never happen silently).
+/// A frozen parameter whose bits differ: a bug of moewarden.
 pub fn verify_frozen(session: &Session, exported: &Path, touched: &BTreeSet<ParamId>) -> Result<FrozenReport> {
     let checkpoint = Checkpoint::open(exported)?;
     let table = ParamTable::build(&session.model, &checkpoint)?;

@@ -9,7 +9,7 @@ use crate::collective::{self, Collective};
 use crate::model::{Model, ParamId, ParamKind};
 use crate::optim::{AdamW, GradientPiece, ShardPlan};
 
-/// A bucket on its way to the reducing thread: the range of its parameters, and their packed gradients.
+/// A bucket for the reducing thread: the range of its parameters, and their packed gradients.
 pub(super) type Bucket = (Range<usize>, Vec<f32>);
 
 /// Sends each bucket as soon as its gradients are complete.

@@ -1,4 +1,4 @@
-//! The expert phase: cross-entropy of the unsafe prompts with their refusals.
+//! The expert phase: cross-entropy of the refusals, given the unsafe prompts.
 
 use super::identification::{Identification, find};
 use super::objective::{Losses, Objective};
@@ -70,8 +70,8 @@ impl<B: Backend> Objective<B> for ExpertCrossEntropy<'_> {
     /// global batch is spread over micro-batches and ranks.
     fn backward(&self, replica: &Replica<B>, own: &[&Vec<usize>], trainer: &mut Trainer<B>) -> Result<Losses> {
         let batches: Vec<_> = own.iter().map(|records| self.sampler.pack_unsafe(records)).collect();
-        let agreed = replica.agree(&batches)?;
-        let ce_scale = (1.0 / agreed.divisor()) as f32;
+        let totals = replica.sum_step_totals(&batches)?;
+        let ce_scale = (1.0 / totals.divisor()) as f32;
         let with_loss: Vec<_> = batches.iter().filter(|batch| !batch.targets.is_empty()).collect();
 
         let sum: f64 = trainer.accumulate(replica, |step| {
@@ -87,7 +87,7 @@ impl<B: Backend> Objective<B> for ExpertCrossEntropy<'_> {
 
         let mut sum = [sum];
         replica.world.all_reduce_f64(&mut sum)?;
-        let loss = sum[0] / agreed.divisor();
-        Ok(Losses { ce: Some(loss), router: None, total: loss, tokens: agreed.tokens, stop: agreed.stop })
+        let loss = sum[0] / totals.divisor();
+        Ok(Losses { ce: Some(loss), router: None, total: loss, tokens: totals.tokens, stop: totals.stop })
     }
 }

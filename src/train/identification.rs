@@ -53,7 +53,7 @@ pub fn find<B: Backend>(
 /// Selects experts by these scores; all ranks verify that they select the same ones.
 ///
 /// # Errors
-/// Scores that are not finite; fewer experts than asked for; ranks that differ.
+/// Scores that are not finite; fewer experts than requested; ranks whose selections differ.
 pub fn select<B: Backend>(
     replica: &Replica<B>,
     identify: &Identify,

@@ -105,7 +105,7 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
 
     fn backward(&self, replica: &Replica<B>, own: &[&JointBatch], trainer: &mut Trainer<B>) -> Result<Losses> {
         let batches: Vec<_> = own.iter().map(|batch| self.sampler.pack_joint(batch)).collect();
-        let agreed = replica.agree(&batches)?;
+        let totals = replica.sum_step_totals(&batches)?;
         let (layers, experts) = (replica.moe_layers(), replica.model().config.num_experts);
 
         // The divergence is that of the step's whole global batch: all forward passes come before the first backward.
@@ -138,7 +138,7 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
                 .collect(),
         };
 
-        let ce_scale = (1.0 / agreed.divisor()) as f32;
+        let ce_scale = (1.0 / totals.divisor()) as f32;
         let last = passes.len();
         let sum: f64 = trainer.accumulate(replica, |step| {
             let mut sum = 0.0;
@@ -151,9 +151,9 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
 
         let mut sum = [sum];
         replica.world.all_reduce_f64(&mut sum)?;
-        let ce = sum[0] / agreed.divisor();
+        let ce = sum[0] / totals.divisor();
         let router = alignment.map(|a| a.loss());
         let total = ce + self.phase.weight * router.unwrap_or(0.0);
-        Ok(Losses { ce: Some(ce), router, total, tokens: agreed.tokens, stop: agreed.stop })
+        Ok(Losses { ce: Some(ce), router, total, tokens: totals.tokens, stop: totals.stop })
     }
 }

@@ -14,7 +14,7 @@ use crate::optim::LossMeter;
 /// What is measured before the first round and after the last one.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
-    /// Mean cross-entropy of the unsafe prompts with their refusals, in nats a token.
+    /// Mean cross-entropy of the refusals, given the unsafe prompts, in nats a token.
     pub ce_loss: Option<f64>,
     /// Mean divergence of the routers between safe and unsafe prompts, in nats.
     pub router_loss: Option<f64>,

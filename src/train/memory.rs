@@ -10,7 +10,8 @@ use crate::model::{LayerKind, ModelConfig};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Recompute {
-    /// When keeping the activations would take more than a quarter of the free memory (on a GPU: more than is free).
+    /// Keeps the activations of as many top layers as fit (CPU: in a quarter of the free memory; GPU: in 7/8 of it, less what else
+    /// is needed), and recomputes those of the others.
     #[default]
     Auto,
     /// Always: the least memory.

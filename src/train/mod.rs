@@ -6,7 +6,7 @@
 //! | `recipe` | what each round does, decided once from the options |
 //! | `replica` | this rank's weights, who may write them, forward passes, agreement between ranks |
 //! | `scan`, `identification` | the scoring pass, and the selection from its scores |
-//! | `phase` | the loop of training steps: select, backward, norm, update or skip |
+//! | `phase` | one training step: select, backward, norm, update or skip (the loop over steps is `run/train.rs`) |
 //! | `objective` | what a phase minimises; `expert`, `router` and `joint` implement it |
 //! | `alignment` | routing statistics of a step's global batch, their divergence and its gradient |
 //! | `trainer`, `exchange`, `device_transport` | gradient buffers, the sharded optimizer, what ranks exchange |
@@ -49,6 +49,6 @@ pub use recipe::{
 };
 pub use replica::{Replica, share};
 pub use router::{RouterAlignment, alignment_by_layer};
-pub use scan::{Meeting, NonFinite, Scan, ScoredBatch, Scores};
+pub use scan::{Decision, NonFinite, Scan, ScoredBatch, Scores};
 pub use stop::StopFlag;
 pub use trainer::{Norm, StepBackward, Trainer};

@@ -9,7 +9,7 @@ use crate::exit::Result;
 use crate::model::{ParamId, ParamTable};
 use crate::optim::LearningRates;
 
-/// What a training phase minimises, and the order of its data. The loop of steps ([`super::TrainingPhase`]) knows nothing
+/// What a training phase minimises, and the order of its data. A training step ([`super::TrainingPhase::step`]) knows nothing
 /// else of a phase: a new kind of training is a new implementation.
 pub trait Objective<B: Backend> {
     /// The records of one micro-batch of one rank.

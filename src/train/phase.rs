@@ -51,9 +51,10 @@ pub struct StepResult {
     pub router_loss: Option<f64>,
     /// What is minimised.
     pub total_loss: f64,
-    /// The learning rate of this step: of the routers in the router phase, of the experts in others.
+    /// The learning rate of this step: of the routers in the router phase, of the experts in others. 0 if the selection of the
+    /// step failed.
     pub lr: f64,
-    /// Global L2 norm of the gradient before clipping.
+    /// Global L2 norm of the gradient before clipping. 0 if the selection of the step failed.
     pub grad_norm: f64,
     /// Tokens of the forward passes of all ranks.
     pub tokens: usize,
@@ -212,7 +213,7 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
             Err(failure) => return Err(failure),
             Ok(None) => {}
             Ok(Some(found)) => {
-                self.trainer.choose(replica, &self.objective.params(&replica.model().table));
+                self.trainer.set_trainable(replica, &self.objective.params(&replica.model().table));
                 self.progress.selections.add(found);
             }
         }

@@ -80,8 +80,8 @@ pub struct Identify {
     pub select: Select,
     /// How many experts are selected, and from which.
     pub limits: SelectionLimits,
-    /// Whether fewer experts are selected where the model has fewer: so where the selection trains nothing and is made for
-    /// comparison. Otherwise that is an error.
+    /// Whether `top_k` may exceed the number of experts. True if the selection is only reported and not trained; otherwise that is
+    /// an error.
     pub as_many_as_exist: bool,
     /// The seed of random selections.
     pub seed: u64,
@@ -128,7 +128,7 @@ pub enum Training {
     Joint(JointPhase),
 }
 
-/// Which weights besides routers a phase trains.
+/// Which weights the expert phase trains, or the joint phase besides all routers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trained {
     /// The selected experts.
@@ -277,7 +277,7 @@ impl Recipe {
         }
     }
 
-    /// Which weights besides routers some phase trains.
+    /// Which weights an expert phase or a joint phase trains.
     pub fn trained(&self) -> Option<Trained> {
         match &self.training {
             Training::Experts(phase) | Training::Alternate(phase, _) => Some(phase.trained),
@@ -342,8 +342,8 @@ impl Identify {
         }
     }
 
-    /// The pool of a model that routes in `layers` among `num_experts` experts each: with fewer experts than asked for where
-    /// the model has fewer and [`Self::as_many_as_exist`] allows it.
+    /// The limits for a model with the MoE layers `layers` of `num_experts` experts each: `top_k` is lowered to the number of
+    /// experts that exist if [`Self::as_many_as_exist`].
     pub fn limits_for(&self, layers: &[usize], num_experts: usize) -> SelectionLimits {
         let mut limits = self.limits.clone();
         if self.as_many_as_exist {

@@ -1,4 +1,4 @@
-//! One rank's copy of the model, and everything that reads or writes its weights.
+//! One rank's copy of the model, and the only ways to write its weights.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,9 +17,9 @@ use crate::model::{
 
 /// One rank's copy of the model, with its connection to the other ranks.
 ///
-/// The weights are private. Only three methods write them: `update` (an optimizer step), [`Self::restore`] (a checkpoint),
-/// and the injected fault "one bit flips". What they have written is recorded; everything else stays bit-identical to the
-/// model's files.
+/// The weights are private. Only three methods write them: `update` (an optimizer step, called by [`super::Trainer::update`]),
+/// [`Self::restore`] (a checkpoint), and `flip_bit` (an injected fault). Which parameters were written is recorded; all others
+/// must stay bit-identical to the model's files, which `run/verify.rs` checks at the end of a run.
 pub struct Replica<B: Backend> {
     model: Model<B>,
     written: BTreeSet<ParamId>,
@@ -39,8 +39,8 @@ pub struct Replica<B: Backend> {
     pub(super) inject_nan: bool,
 }
 
-/// What all ranks agree on before a step's first backward pass.
-pub(super) struct Agreed {
+/// Sums over all ranks before a step's first backward pass.
+pub(super) struct StepTotals {
     /// Tokens with loss, of all ranks.
     pub loss_tokens: f64,
     /// Tokens of all ranks.
@@ -49,7 +49,7 @@ pub(super) struct Agreed {
     pub stop: bool,
 }
 
-impl Agreed {
+impl StepTotals {
     /// The divisor of a mean over tokens with loss; 1 without any.
     pub fn divisor(&self) -> f64 {
         self.loss_tokens.max(1.0)
@@ -103,7 +103,7 @@ impl<B: Backend> Replica<B> {
 
     // --- writing weights -----------------------------------------------------------------------------------------
 
-    /// Writes `params` by an optimizer step.
+    /// Writes `params` by an optimizer step: the only parameters that `write` may change.
     pub(super) fn update<T>(&mut self, params: &[ParamId], write: impl FnOnce(&mut Model<B>) -> T) -> T {
         self.written.extend(params);
         write(&mut self.model)
@@ -171,17 +171,17 @@ impl<B: Backend> Replica<B> {
     // --- agreement between ranks ---------------------------------------------------------------------------------
 
     /// Sums the tokens of a step's micro-batches over all ranks, and the stop flags.
-    pub(super) fn agree<'m>(&self, own: impl IntoIterator<Item = &'m MicroBatch>) -> Result<Agreed> {
+    pub(super) fn sum_step_totals<'m>(&self, own: impl IntoIterator<Item = &'m MicroBatch>) -> Result<StepTotals> {
         let mut sums = [0.0, 0.0, f64::from(u8::from(self.stop.is_set()))];
         for batch in own {
             sums[0] += batch.targets.len() as f64;
             sums[1] += batch.ids.len() as f64;
         }
         self.world.all_reduce_f64(&mut sums)?;
-        Ok(Agreed { loss_tokens: sums[0], tokens: sums[1] as usize, stop: sums[2] > 0.0 })
+        Ok(StepTotals { loss_tokens: sums[0], tokens: sums[1] as usize, stop: sums[2] > 0.0 })
     }
 
-    /// Whether some of these conditions holds on some rank, each by itself.
+    /// The logical OR of each condition over all ranks.
     ///
     /// # Errors
     /// Those of the collective.
@@ -191,7 +191,8 @@ impl<B: Backend> Replica<B> {
         Ok(counts.map(|count| count > 0.0))
     }
 
-    /// The values of all ranks by index: every rank gets all `n`. `own`: (index, value) of this rank.
+    /// `n` values, each from the one rank that has it: `own` holds (index, value) of this rank. Every rank gets all of them; an
+    /// index that no rank has is 0.
     pub(super) fn gather_by_index(&self, n: usize, own: &[(usize, f64)]) -> Result<Vec<f64>> {
         let mut all = vec![0.0; n];
         for &(index, value) in own {

@@ -67,7 +67,7 @@ impl<B: Backend> Objective<B> for RouterAlignment<'_> {
     fn backward(&self, replica: &Replica<B>, own: &[&Vec<usize>], trainer: &mut Trainer<B>) -> Result<Losses> {
         let records: Vec<usize> = own.iter().copied().flatten().copied().collect();
         let (safe, unsafe_) = self.sampler.pack_prompts(&self.partners, &records);
-        let agreed = replica.agree([&safe, &unsafe_])?;
+        let totals = replica.sum_step_totals([&safe, &unsafe_])?;
         let safe = observe(replica, self.phase.divergence.statistic, &safe);
 
         let mut sides = Vec::new();
@@ -93,7 +93,7 @@ impl<B: Backend> Objective<B> for RouterAlignment<'_> {
             }
         })?;
         let loss = alignment.loss();
-        Ok(Losses { ce: None, router: Some(loss), total: loss, tokens: agreed.tokens, stop: agreed.stop })
+        Ok(Losses { ce: None, router: Some(loss), total: loss, tokens: totals.tokens, stop: totals.stop })
     }
 }
 

@@ -5,7 +5,7 @@
 //! ```text
 //! while let Some(interval) = scan.next_interval(&replica) {
 //!     for index in interval { scan.add(&replica, index)?; }      // this rank's micro-batches
-//!     if scan.meet(&replica)? == Meeting::Stop { save(scan.state()); return }
+//!     if scan.synchronize(&replica)? == Decision::Stop { save(scan.state()); return }
 //! }
 //! let found = scan.finish(&replica)?;
 //! ```
@@ -24,7 +24,7 @@ use crate::experts::{
 use crate::model::{GradPlan, LossGrads, Observer, PassEnd, Routed, Sinks};
 use crate::train::fault::Point;
 
-/// Micro-batches of a rank between two points where ranks meet. They wait for each other there; over several micro-batches
+/// Micro-batches of a rank between two points where ranks synchronize. They wait for each other there; over several micro-batches
 /// their work evens out.
 const MICRO_BATCHES_PER_INTERVAL: usize = 4;
 
@@ -70,10 +70,10 @@ struct GradientScorer<B: Backend> {
     plan: GradPlan,
     /// The plan stores no gradient; the backward pass wants a buffer all the same.
     no_grads: B::Buffer,
-    moments: B::Scores,
+    reductions: B::Scores,
     /// Whether scores are divided by the tokens routed to an expert, which must then be counted.
     per_token: bool,
-    sums: Sums<ScoreAccumulator>,
+    sums: PartialSums<ScoreAccumulator>,
 }
 
 /// Counts how often each expert is among the top K, by forward passes only.
@@ -81,13 +81,14 @@ struct RoutingScorer {
     tokens: RoutingTokens,
     /// For each record the one with its safe reply.
     partners: Vec<usize>,
-    sums: Sums<FrequencyAccumulator>,
+    sums: PartialSums<FrequencyAccumulator>,
 }
 
 /// What one rank has added up; a checkpoint holds it as JSON.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Sums<A> {
-    sums: A,
+struct PartialSums<A> {
+    #[serde(rename = "sums")]
+    accumulator: A,
     /// (index in the global order, mean loss)
     losses: Vec<(usize, f64)>,
     /// (index in the global order, tokens)
@@ -105,9 +106,9 @@ pub struct ScoredBatch {
 
 /// What the ranks agree on at the end of an interval.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Meeting {
-    /// All of them go on.
-    GoOn,
+pub enum Decision {
+    /// Continue with the next interval.
+    Continue,
     /// The stop flag of some rank is set.
     Stop,
 }
@@ -188,7 +189,7 @@ impl<'d, B: Backend> Scan<'d, B> {
         self.interval(replica, MICRO_BATCHES_PER_INTERVAL * size)
     }
 
-    /// The same in one interval for all that is left: without meetings.
+    /// The same in one interval for all that is left: without synchronization in between.
     pub fn last_interval(&mut self, replica: &Replica<B>) -> Option<Vec<usize>> {
         let left = self.left();
         self.interval(replica, left)
@@ -219,14 +220,14 @@ impl<'d, B: Backend> Scan<'d, B> {
         })
     }
 
-    /// The end of an interval: ranks agree whether to go on. After the last interval there is nothing to agree on. A loss
+    /// Synchronizes the ranks at the end of an interval: they agree whether to continue. After the last interval there is nothing to agree on. A loss
     /// that is not finite ends the scan: [`Self::finish`] then names it on all ranks.
     ///
     /// # Errors
     /// Those of the collective.
-    pub fn meet(&mut self, replica: &Replica<B>) -> Result<Meeting> {
+    pub fn synchronize(&mut self, replica: &Replica<B>) -> Result<Decision> {
         if self.left() == 0 {
-            return Ok(Meeting::GoOn);
+            return Ok(Decision::Continue);
         }
         let finite = match &self.scorer {
             Scorer::Gradient(scorer) => scorer.sums.losses.iter().all(|(_, loss)| loss.is_finite()),
@@ -235,9 +236,9 @@ impl<'d, B: Backend> Scan<'d, B> {
         let [stop, not_finite] = replica.any([replica.stop.is_set(), !finite])?;
         if not_finite {
             self.next = self.micro_batches.len();
-            return Ok(Meeting::GoOn);
+            return Ok(Decision::Continue);
         }
-        Ok(if stop { Meeting::Stop } else { Meeting::GoOn })
+        Ok(if stop { Decision::Stop } else { Decision::Continue })
     }
 
     /// What this rank has added up, as JSON, for [`Self::restore`].
@@ -272,9 +273,9 @@ impl Scores {
     }
 }
 
-impl<A: Serialize + DeserializeOwned> Sums<A> {
-    fn new(sums: A) -> Self {
-        Self { sums, losses: Vec::new(), tokens: Vec::new() }
+impl<A: Serialize + DeserializeOwned> PartialSums<A> {
+    fn new(accumulator: A) -> Self {
+        Self { accumulator, losses: Vec::new(), tokens: Vec::new() }
     }
 
     fn to_json(&self) -> Vec<u8> {
@@ -290,7 +291,7 @@ impl<A: Serialize + DeserializeOwned> Sums<A> {
                 *self = other; // not added to zeros: -0.0 must stay -0.0
                 continue;
             }
-            absorb(&mut self.sums, &other.sums);
+            absorb(&mut self.accumulator, &other.accumulator);
             self.losses.extend(other.losses);
             self.tokens.extend(other.tokens);
         }
@@ -307,9 +308,9 @@ impl<B: Backend> GradientScorer<B> {
         Self {
             plan: GradPlan::score(&model.table, depth, num_experts, score.score.reduction()),
             no_grads: b.buffer(0),
-            moments: b.scores(depth * num_experts),
+            reductions: b.scores(depth * num_experts),
             per_token: score.per == ScorePer::Token,
-            sums: Sums::new(ScoreAccumulator::new(score.score, score.per, layers, num_experts, params)),
+            sums: PartialSums::new(ScoreAccumulator::new(score.score, score.per, layers, num_experts, params)),
         }
     }
 
@@ -330,22 +331,24 @@ impl<B: Backend> GradientScorer<B> {
         let end = PassEnd::Loss { all_rows: self.per_token };
         let observer: Option<Observer<'_, B>> = if self.per_token { Some(&mut observe) } else { None };
         let forward = replica.forward(&inputs, Some(&self.plan), end, observer);
-        let mut sinks = Sinks { plan: &self.plan, grads: &mut self.no_grads, scores: &mut self.moments, done: None };
+        let mut sinks = Sinks { plan: &self.plan, grads: &mut self.no_grads, scores: &mut self.reductions, done: None };
+        // The plan makes the backend reduce each expert's weight gradient to one number, tile by tile, in
+        // `Backend::grouped_linear_backward_weight`.
         let loss_grads = LossGrads { ce_scale: 1.0 / loss_tokens as f32, routers: &[] };
         let sum = model.backward(&inputs, forward, loss_grads, &mut sinks).expect("a pass to the loss");
         let loss = sum / loss_tokens as f64;
 
-        let all = b.scores_take(&mut self.moments);
+        let all = b.scores_take(&mut self.reductions);
         let of_layer = |l: &usize| all[l * num_experts..(l + 1) * num_experts].iter().copied();
-        let moments: Vec<_> = layers.layers.iter().flat_map(of_layer).collect();
-        self.sums.sums.add(&moments, &counts, loss_tokens);
+        let reductions: Vec<_> = layers.layers.iter().flat_map(of_layer).collect();
+        self.sums.accumulator.add(&reductions, &counts, loss_tokens);
         self.sums.losses.push((index, loss));
         self.sums.tokens.push((index, batch.ids.len() as f64));
         ScoredBatch { tokens: batch.ids.len(), loss: Some(loss) }
     }
 
     fn finish(self, replica: &Replica<B>, sampler: Sampler<'_>, micro_batches: &[Vec<usize>]) -> Result<Scores> {
-        let Sums { sums: mut total, losses, tokens } = self.sums;
+        let PartialSums { accumulator: mut total, losses, tokens } = self.sums;
         total.merge(&*replica.world)?;
         let all_losses = replica.gather_by_index(micro_batches.len(), &losses)?;
         // Checked here and not where a loss is computed: all ranks see all losses, and end together.
@@ -366,7 +369,7 @@ impl<B: Backend> GradientScorer<B> {
 impl RoutingScorer {
     fn new<B: Backend>(replica: &Replica<B>, sampler: Sampler<'_>, tokens: RoutingTokens) -> Result<Self> {
         let layers = replica.moe_layers().layers.clone();
-        let sums = Sums::new(FrequencyAccumulator::new(layers, replica.model().config.num_experts));
+        let sums = PartialSums::new(FrequencyAccumulator::new(layers, replica.model().config.num_experts));
         Ok(Self { tokens, partners: sampler.reply_partners()?, sums })
     }
 
@@ -374,7 +377,7 @@ impl RoutingScorer {
     fn add<B: Backend>(&mut self, replica: &Replica<B>, sampler: Sampler<'_>, records: &[usize]) -> ScoredBatch {
         let partners: Vec<_> = records.iter().map(|&r| self.partners[r]).collect();
         let (safe, unsafe_) = (sampler.pack_safe(&partners), sampler.pack_unsafe(records));
-        self.sums.sums.add(&self.count(replica, &safe), &self.count(replica, &unsafe_));
+        self.sums.accumulator.add(&self.count(replica, &safe), &self.count(replica, &unsafe_));
         ScoredBatch { tokens: safe.ids.len() + unsafe_.ids.len(), loss: None }
     }
 
@@ -390,7 +393,7 @@ impl RoutingScorer {
     }
 
     fn finish<B: Backend>(self, replica: &Replica<B>) -> Result<Scores> {
-        let mut total = self.sums.sums;
+        let mut total = self.sums.accumulator;
         total.merge(&*replica.world)?;
         let (batches, skipped) = (total.batches(), total.skipped());
         let warning = (skipped > 0).then(|| {

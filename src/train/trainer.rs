@@ -43,6 +43,7 @@ pub struct Trainer<B: Backend> {
     shard: B::Buffer,
     /// Offsets of the pieces in the shard.
     pieces: Vec<GradientPiece>,
+    /// Empty: a backward pass needs score buffers, but training scores nothing.
     scores: B::Scores,
     /// Whether gradients are exchanged with other ranks (or, for tests, with itself).
     exchanges: bool,
@@ -80,12 +81,12 @@ impl<B: Backend> Trainer<B> {
             scores: b.scores(0),
             exchanges: world.world_size() > 1 || replica.transport.is_some(),
         };
-        trainer.choose(replica, ids);
+        trainer.set_trainable(replica, ids);
         trainer
     }
 
-    /// Trains `ids` from the next step on. Other parameters keep their value, and their moments until they are chosen again.
-    pub fn choose(&mut self, replica: &Replica<B>, ids: &[ParamId]) {
+    /// Trains `ids` from the next step on. Other parameters keep their value, and their moments until they are trained again.
+    pub fn set_trainable(&mut self, replica: &Replica<B>, ids: &[ParamId]) {
         let (b, model, world) = (&*replica.model().backend, replica.model(), &*replica.world);
         let rank = world.rank();
         let old = (self.plan.len(), self.shards.shard_len(rank));

@@ -215,7 +215,7 @@ pub fn ce_gradients<B: Backend>(replica: &Replica<B>, batch: &MicroBatch, ids: &
     let loss = model.backward(&inputs, forward, loss_grads, &mut sinks).expect("a pass to the loss") / n;
     let read = |id: &ParamId| {
         let at = plan.slot(*id).expect("a slot");
-        b.buffer_read(&grads, at..at + model.table.params[*id].base.len())
+        b.buffer_read(&grads, at..at + model.table.params[*id].len())
     };
     (loss, ids.iter().map(read).collect())
 }

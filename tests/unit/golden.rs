@@ -47,7 +47,7 @@ const CHANGE_16: Tolerance = Tolerance {
 
 /// Whether the weights are stored in 16 bits.
 fn is_16_bit(case: &Case) -> bool {
-    case.session.table.params[0].base.dtype != Dtype::F32
+    case.session.table.params[0].dtype() != Dtype::F32
 }
 
 /// `[Σ|x|, sqrt(Σ x²), Σ_i x_i · cos(i)]`

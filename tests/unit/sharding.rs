@@ -15,7 +15,7 @@ use moewarden::train::memory::TrainedState;
 use moewarden::train::{StepBackward, Trainer};
 use moewarden::ui::Ui;
 
-/// Runs `work` on each of so many ranks.
+/// Runs `work` on each of `ranks` ranks.
 fn on_ranks<T: Send + 'static>(ranks: usize, work: impl Fn(CaseRun<'_, Cpu>) -> T + Send + Sync + 'static) -> Vec<T> {
     let case = Arc::new(Case::open("olmoe"));
     on_threads(ranks, move |world| {
@@ -59,7 +59,7 @@ fn gradients_are_complete_layer_by_layer() {
         for (layer, then) in &done {
             for (id, spec) in model.table.iter() {
                 let start = plan.slot(id).unwrap();
-                let range = start..start + spec.base.len();
+                let range = start..start + spec.len();
                 let is_complete = match spec.kind {
                     ParamKind::Embedding => false,
                     ParamKind::FinalNorm | ParamKind::LmHead => true,
@@ -80,7 +80,7 @@ fn buckets_are_sent_during_the_last_backward_pass() {
     on_ranks(2, move |run| {
         let all = all_params(&run);
         if run.replica.world.rank() == 1 {
-            let lens = all.iter().map(|&id| run.model().table.params[id].base.len());
+            let lens = all.iter().map(|&id| run.model().table.params[id].len());
             let shards = ShardPlan::new(lens, 2, 1);
             for bucket in shards.buckets() {
                 let counts = shards.counts(bucket.clone());

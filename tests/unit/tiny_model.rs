@@ -105,7 +105,7 @@ impl Tiny {
         let loss = self.model.backward(&inputs, forward, grads, &mut sinks);
         let read = |id: &ParamId| {
             let at = plan.slot(*id).expect("a slot");
-            b.buffer_read(&buffer, at..at + self.model.table.params[*id].base.len())
+            b.buffer_read(&buffer, at..at + self.model.table.params[*id].len())
         };
         (loss, ids.iter().map(read).collect())
     }

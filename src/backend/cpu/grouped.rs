@@ -162,10 +162,10 @@ pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, jobs: &[WeightGrad<'_>], 
                     matmul(dw, dy_t, x, 1.0, true);
                     0.0
                 }
-                Sink::Score(moment, _, weight) => {
+                Sink::Score(reduction, _, weight) => {
                     let mut g = Scratch::take(t.out.len() * k);
                     matmul(MatrixMut::new(&mut g, t.out.len(), k, k), dy_t, x, 1.0, false);
-                    match moment {
+                    match reduction {
                         GradReduction::Abs => simd!(sum(&g, f32::abs)),
                         GradReduction::Square => simd!(sum(&g, |g| g * g)),
                         GradReduction::AbsTimesWeight => {
@@ -197,7 +197,7 @@ pub(super) fn weight_grad_jobs<'a>(
         for (i, weight) in stack.iter().enumerate() {
             let sink = match grad {
                 ExpertGrad::Skip => None,
-                ExpertGrad::Score(moment, index) => Some(Sink::Score(*moment, *index, weight)),
+                ExpertGrad::Score(reduction, index) => Some(Sink::Score(*reduction, *index, weight)),
                 ExpertGrad::Accumulate(at) => {
                     assert!(at.len() == stack.len(), "{} offsets for {} stacked matrices", at.len(), stack.len());
                     Some(Sink::Add(at[i]))

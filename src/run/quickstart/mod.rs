@@ -1,4 +1,4 @@
-//! `quickstart`: a tiny model, a tokenizer and rows made on the spot, and a whole run on them.
+//! `quickstart`: generates a tiny model, a tokenizer and rows, and runs a complete training on them.
 
 mod sample;
 
@@ -12,15 +12,15 @@ use crate::model::tiny::{TinySpec, write_random_checkpoint};
 use crate::model::{Checkpoint, WeightsError};
 use crate::ui::Ui;
 
-/// Rows of the embedding, and the most tokens that the tokenizer may have.
+/// Rows of the embedding, and the maximum vocabulary of the tokenizer.
 const VOCAB_SIZE: usize = 512;
 
-/// Makes a tiny model, a tokenizer and rows in the output folder, trains on them and says what happened.
+/// Writes a tiny model, a tokenizer and rows to the output folder, trains on them, and prints a summary.
 ///
 /// # Errors
-/// An output folder that is not empty or cannot be written to; what keeps [`train`] from its end.
+/// An output folder that is not empty or not writable; the errors of [`train`].
 pub fn quickstart(args: &QuickstartArgs, ui: &Ui) -> Result<()> {
-    // What else lies there stays; the folder of the run is looked at by `train`.
+    // Other files there are kept; `train` checks the folder of the run.
     prepare_dir(&args.output_dir, if args.overwrite { Existing::Keep } else { Existing::Refuse })?;
     let (model, rows) = (args.output_dir.join("model"), args.output_dir.join("rows.json"));
     ui.line("making a tiny model with random weights, a tokenizer and 24 harmless rows");
@@ -51,7 +51,7 @@ pub fn quickstart(args: &QuickstartArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-/// One round, at rates far above those for real models: the weights are random and the steps are few.
+/// One round, at learning rates far above those for real models: the weights are random, and there are few steps.
 fn config(dir: &Path, model: &Path, rows: PathBuf, overwrite: bool) -> Result<RunConfig> {
     let model = model.to_str().ok_or_else(|| {
         Failure::new(exit::CONFIG, format!("{}: the path is not UTF-8; give another --output-dir", dir.display()))
@@ -74,11 +74,11 @@ fn config(dir: &Path, model: &Path, rows: PathBuf, overwrite: bool) -> Result<Ru
     })
 }
 
-/// The tensors of two folders of the same model, bit by bit.
+/// A bitwise comparison of the tensors of two model folders.
 #[derive(Debug, PartialEq, Eq)]
 struct Diff {
     tensors: usize,
-    /// Names of those whose bits differ.
+    /// Names of the tensors whose bits differ.
     changed: Vec<String>,
 }
 
@@ -99,7 +99,7 @@ impl Diff {
     }
 }
 
-/// What happened, in plain words.
+/// The summary in text.
 fn describe(config: &RunConfig, summary: &TrainSummary, diff: &Diff) -> String {
     let experts: Vec<_> = summary.selected.iter().map(|id| format!("{}.{}", id.layer, id.expert)).collect();
     let of_experts = diff.changed.iter().filter(|name| name.contains(".experts.")).count();

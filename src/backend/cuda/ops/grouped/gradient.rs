@@ -56,19 +56,19 @@ struct Add<'a> {
     at: &'a [usize],
 }
 
-/// A group, its moment and the index of its score.
+/// An expert's group, the reduction of its gradient, and the index of its score.
 struct Sum {
     group: usize,
-    moment: GradReduction,
+    reduction: GradReduction,
     index: usize,
 }
 
 fn sums(plan: &[ExpertGrad], scores: &Scores) -> Vec<Sum> {
     let mut sums = Vec::new();
     for (group, grad) in plan.iter().enumerate() {
-        if let &ExpertGrad::Score(moment, index) = grad {
+        if let &ExpertGrad::Score(reduction, index) = grad {
             assert!(index < scores.0.len(), "score {index} of {}", scores.0.len());
-            sums.push(Sum { group, moment, index });
+            sums.push(Sum { group, reduction, index });
         }
     }
     let mut indices: Vec<usize> = sums.iter().map(|s| s.index).collect();
@@ -188,8 +188,8 @@ impl Gradients<'_> {
                     self.product(&rows[sum.group], index, out.clone(), slab.address(), 0.0);
                     let w = call.weights[sum.group * call.stack + index].input().skip(out.start * call.inputs);
                     let (grid, sums) = (Grid::row(blocks(out), 256), partial.output().skip(at));
-                    let (n, moment) = (out.len() * call.inputs, code(sum.moment));
-                    kernels::magnitude_of(call.cuda, grid, sums, slab.input(), w, n, moment);
+                    let (n, reduction) = (out.len() * call.inputs, code(sum.reduction));
+                    kernels::magnitude_of(call.cuda, grid, sums, slab.input(), w, n, reduction);
                     at += blocks(out);
                 }
             }
@@ -199,7 +199,7 @@ impl Gradients<'_> {
 
     /// The job list in the layout of gradient_magnitude.cu.
     fn jobs(&self, sums: &[Sum]) -> Arc<Array<u64>> {
-        self.call.cuda.table(sums.iter().flat_map(|s| [s.group as u64, code(s.moment), s.index as u64]).collect())
+        self.call.cuda.table(sums.iter().flat_map(|s| [s.group as u64, code(s.reduction), s.index as u64]).collect())
     }
 
     /// Adds the `each` partial sums of each of `n` jobs to the job's score.
@@ -217,9 +217,9 @@ impl Gradients<'_> {
     }
 }
 
-/// The moment's number in gradient_magnitude.cu.
-fn code(moment: GradReduction) -> u64 {
-    match moment {
+/// The code of a reduction in gradient_magnitude.cu.
+fn code(reduction: GradReduction) -> u64 {
+    match reduction {
         GradReduction::Abs => 0,
         GradReduction::Square => 1,
         GradReduction::AbsTimesWeight => 2,
