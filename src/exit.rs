@@ -67,7 +67,12 @@ impl Failure {
 
     /// Whether one of the causes is an error of this type.
     pub fn is<E: std::error::Error + Send + Sync + 'static>(&self) -> bool {
-        self.error.chain().any(|cause| cause.is::<E>())
+        self.find::<E>().is_some()
+    }
+
+    /// The first cause that is an error of this type.
+    pub fn find<E: std::error::Error + Send + Sync + 'static>(&self) -> Option<&E> {
+        self.error.chain().find_map(|cause| cause.downcast_ref::<E>())
     }
 
     /// The causes, outermost first.

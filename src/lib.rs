@@ -1,12 +1,12 @@
 //! moewarden finds the experts of a Mixture-of-Experts language model that answer unsafe prompts, by the size of their
 //! gradients, and retrains only those experts and the routers.
 //!
-//! The library serves the binary and its tests; it has no stable interface. Modules of plumbing are hidden from this
+//! The library serves the binary and its tests; it has no stable interface. Internal modules are hidden from this
 //! documentation. `CONTRIBUTING.md` has a map of the code, and recipes for extending it.
 //!
 //! # Data flow of one training step
 //!
-//! 1. [`config`] merges the options and makes of them, once, a [`train::Recipe`]: which phases a round has and what they train.
+//! 1. [`config`] merges the options and resolves them, once, into a [`train::Recipe`]: which phases a round has and what they train.
 //! 2. [`data`] has rendered and tokenised the rows; a [`data::Sampler`] names the records of each micro-batch in the global
 //!    order, and packs them.
 //! 3. [`train::TrainingPhase::step`] is the step. A [`train::Objective`] runs forward and backward passes of this rank's

@@ -145,7 +145,7 @@ pub struct Snapshot<O> {
 
 impl SnapshotStore<'_> {
     /// Saves a run at `position` and removes all but the newest checkpoints. First the ranks verify that they hold the same
-    /// weights; of a model with random weights, that is all. All ranks take part; rank 0 calls `outputs`, which syncs the
+    /// weights; with random weights nothing is written. All ranks take part; rank 0 calls `outputs`, which syncs the
     /// outputs and returns what is needed to continue them.
     ///
     /// # Errors
@@ -284,7 +284,8 @@ impl SnapshotStore<'_> {
             }
         }
         if any {
-            let message = format!("no checkpoint of {} is whole; start again with --overwrite", self.folder.display());
+            let message =
+                format!("all checkpoints in {} are damaged; start again with --overwrite", self.folder.display());
             return Err(Failure::new(exit::DATA, message));
         }
         Ok(None)

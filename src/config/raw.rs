@@ -246,7 +246,7 @@ pub struct RawOptions {
     pub timeout: Option<u64>,
 }
 
-/// What is done with every option alike. The compiler complains about an option that is missing in the list below.
+/// Operations that apply to every option. The compiler complains about an option that is missing in the list below.
 macro_rules! for_each_option {
     (resolved: { $($option:ident)* } shorthands: { $($shorthand:ident)* }) => {
         impl RawOptions {

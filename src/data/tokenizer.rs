@@ -201,7 +201,7 @@ fn template_value(token: &Value) -> minijinja::Value {
     }
 }
 
-/// One id or a list of ids; anything else gives none.
+/// One id or a list of ids; other values yield an empty list.
 fn ids(value: Option<&Value>) -> Vec<u32> {
     let one = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
     match value {

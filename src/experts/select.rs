@@ -101,24 +101,24 @@ impl SelectionLimits {
 /// # Errors
 /// [`Error::NotFinite`] if a score is NaN or infinite; [`Error::TooMany`] if fewer than `top_k` experts can be
 /// selected.
-pub fn select(scores: &ExpertScores, pool: &SelectionLimits, rank: &Ranking) -> Result<Selected, Error> {
+pub fn select(scores: &ExpertScores, limits: &SelectionLimits, ranking: &Ranking) -> Result<Selected, Error> {
     if let Some((id, value)) = scores.iter().find(|(_, value)| !value.is_finite()) {
         return Err(Error::NotFinite { id, value });
     }
-    pool.check(&scores.layers, scores.num_experts)?;
+    limits.check(&scores.layers, scores.num_experts)?;
     let ranked = scores.ranked();
-    let qualifies = |value: f64| rank.threshold.is_none_or(|threshold| value > threshold);
-    let highest = pool.take(ranked.iter().filter(|(_, value)| qualifies(*value)).map(|(id, _)| *id));
-    let experts = match rank.select {
+    let qualifies = |value: f64| ranking.threshold.is_none_or(|threshold| value > threshold);
+    let highest = limits.take(ranked.iter().filter(|(_, value)| qualifies(*value)).map(|(id, _)| *id));
+    let experts = match ranking.select {
         Select::Highest => highest,
         Select::Lowest => {
             let mut ascending: Vec<_> = scores.iter().collect();
             ascending.sort_by(|(_, a), (_, b)| a.total_cmp(b));
-            let pool = SelectionLimits { top_k: highest.len(), ..pool.clone() };
-            pool.take(ascending.into_iter().map(|(id, _)| id))
+            let limits = SelectionLimits { top_k: highest.len(), ..limits.clone() };
+            limits.take(ascending.into_iter().map(|(id, _)| id))
         }
     };
-    Ok(Selected { experts, requested: pool.top_k })
+    Ok(Selected { experts, requested: limits.top_k })
 }
 
 /// Selects `top_k` experts uniformly at random.
@@ -134,20 +134,20 @@ pub fn select(scores: &ExpertScores, pool: &SelectionLimits, rank: &Ranking) -> 
 pub fn select_random(
     layers: &[usize],
     num_experts: usize,
-    pool: &SelectionLimits,
+    limits: &SelectionLimits,
     matching: RandomMatch,
     gradient: Option<&[ExpertId]>,
     seed: u64,
     round: u64,
 ) -> Result<Selected, Error> {
-    pool.check(layers, num_experts)?;
+    limits.check(layers, num_experts)?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(round); // independent draws per round from one seed
     let mut experts = match matching {
         RandomMatch::Total => {
             let mut candidates: Vec<_> = experts_of(layers, num_experts).collect();
             candidates.shuffle(&mut rng);
-            pool.take(candidates)
+            limits.take(candidates)
         }
         RandomMatch::Layer => {
             let gradient = gradient.expect("RandomMatch::Layer needs the gradient method's selection");
@@ -165,7 +165,7 @@ pub fn select_random(
         }
     };
     experts.sort_unstable();
-    Ok(Selected { experts, requested: pool.top_k })
+    Ok(Selected { experts, requested: limits.top_k })
 }
 
 /// A hash of the selected experts in order, by which ranks check that they selected the same.
@@ -198,8 +198,8 @@ mod tests {
         selected.experts.iter().map(|id| (*id).into()).collect()
     }
 
-    fn highest(pool: &SelectionLimits) -> Vec<(usize, usize)> {
-        ids(&select(&scores(), pool, &Ranking::default()).unwrap())
+    fn highest(limits: &SelectionLimits) -> Vec<(usize, usize)> {
+        ids(&select(&scores(), limits, &Ranking::default()).unwrap())
     }
 
     #[test]

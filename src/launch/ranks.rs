@@ -81,7 +81,7 @@ impl Ranks {
     pub(super) fn with(self, stop: StopFlag, fault: Option<Fault>) -> Result<Self> {
         let world_size = self.world_size();
         if let Some(fault) = fault.as_ref().filter(|fault| fault.rank() >= world_size) {
-            let message = format!("MOEWARDEN_FAULT strikes rank {}, but there are {world_size}", fault.rank());
+            let message = format!("MOEWARDEN_FAULT names rank {}, but the world size is {world_size}", fault.rank());
             return Err(Failure::new(exit::CONFIG, message));
         }
         Ok(Self { stop, fault, ..self })

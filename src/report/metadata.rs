@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::experts::ExpertId;
+use crate::train::Phase;
 
 /// The options in the file, by their names there: those of the command line, with underscores.
 const OPTIONS: [&str; 30] = [
@@ -96,24 +97,12 @@ impl TrainingMetadata {
 pub struct TrainingLog {
     /// Round, from 1.
     pub round: usize,
-    /// The phase.
-    pub step: TrainingStep,
+    /// The training phase.
+    pub step: Phase,
     /// Mean of the losses of its steps; null without steps.
     pub loss: Option<f64>,
     /// Number of experts selected in the round.
     pub num_identified_experts: usize,
-}
-
-/// A training phase.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum TrainingStep {
-    /// Training of experts.
-    Expert,
-    /// Alignment of routers.
-    Router,
-    /// Joint training of experts and routers.
-    Joint,
 }
 
 /// All experts selected in a round, and their scores.
@@ -147,8 +136,8 @@ mod tests {
         let options = OPTIONS.map(|name| (name.replace('_', "-"), Value::from(name)));
         let metadata = TrainingMetadata {
             training_logs: vec![
-                TrainingLog { round: 1, step: TrainingStep::Expert, loss: Some(2.5), num_identified_experts: 12 },
-                TrainingLog { round: 1, step: TrainingStep::Router, loss: None, num_identified_experts: 12 },
+                TrainingLog { round: 1, step: Phase::Expert, loss: Some(2.5), num_identified_experts: 12 },
+                TrainingLog { round: 1, step: Phase::Router, loss: None, num_identified_experts: 12 },
             ],
             identified_experts_per_round: BTreeMap::from([(1, IdentifiedExperts { experts: best_first, gradients })]),
             ..TrainingMetadata::new(&BTreeMap::from(options), "combined", 2)

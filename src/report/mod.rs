@@ -20,7 +20,7 @@ pub use eval::{
     RefusalRate, RoutingDifference, Sampling, eval_tables,
 };
 pub use heatmap::heatmap_svg;
-pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata, TrainingStep};
+pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use page::{Page, Table, escape};
 pub use pickle::{RoundGradients, gradients_pickle};
@@ -41,7 +41,7 @@ pub enum Error {
     #[error(transparent)]
     File(#[from] files::Error),
     /// The metrics log could not be opened, truncated, appended to or synced.
-    #[error("{path}: {action} failed (is the disk full, may the folder be written to?)")]
+    #[error("{path}: {action} failed (is the disk full, or is the folder not writable?)")]
     Log {
         /// The log.
         path: PathBuf,

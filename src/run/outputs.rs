@@ -14,7 +14,7 @@ use crate::experts::{ExpertId, ExpertScores, Method};
 use crate::files;
 use crate::report::{
     IdentifiedExperts, MetricsLog, MetricsRow, RoundGradients, RoundScores, ScoresFile, TrainingLog, TrainingMetadata,
-    TrainingStep, gradients_pickle, log_line, write_json,
+    gradients_pickle, log_line, write_json,
 };
 use crate::train::{Identification, Measured, Phase, Recipe, Replica, StepResult};
 use crate::ui::Ui;
@@ -201,7 +201,7 @@ impl<'a> Outputs<'a> {
     }
 
     /// Records the end of a phase.
-    pub fn phase_done(&mut self, round: usize, step: TrainingStep, losses: &[f64], num_identified_experts: usize) {
+    pub fn phase_done(&mut self, round: usize, step: Phase, losses: &[f64], num_identified_experts: usize) {
         let loss = (!losses.is_empty()).then(|| losses.iter().sum::<f64>() / losses.len() as f64);
         self.metadata.training_logs.push(TrainingLog { round, step, loss, num_identified_experts });
     }

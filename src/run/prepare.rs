@@ -83,7 +83,7 @@ pub(super) fn describe_trained(session: &Session, recipe: &Recipe, ui: &Ui) {
     let TrainedElements { experts, routers, others, .. } = recipe.trained_elements(&session.table, &session.model);
     let kinds = [("experts", experts), ("routers", routers), ("others", others)]
         .map(|(kind, elements)| format!("{kind} {elements} ({:.2} %)", 100.0 * elements as f64 / total as f64));
-    let when = if recipe.selects_each_step() { ", chosen anew at every step" } else { "" };
+    let when = if recipe.selects_each_step() { ", reselected at every step" } else { "" };
     ui.line(format_args!("trained parameters, of {total}: {}{when}", kinds.join(", ")));
 }
 

@@ -176,8 +176,8 @@ impl Session {
         let limits = identify.limits_for(layers, self.model.num_experts);
         if limits.top_k < identify.limits.top_k {
             ui.warn(format_args!(
-                "--top-k-experts {} is more than the {} experts that can be selected: all of them are. (No selection is trained \
-                 with these options; otherwise this would be an error.)",
+                "--top-k-experts {} exceeds the {} selectable experts: all of them are selected. (With these options no selection \
+                 is trained; otherwise this would be an error.)",
                 identify.limits.top_k, limits.top_k
             ));
         }
@@ -257,7 +257,9 @@ impl Session {
             human(total.bytes as u64),
         );
         if let Some(RandomInit { seed, std, dtype }) = &self.table.random {
-            lines += &format!("\n  weights: random {dtype:?} of seed {seed}, standard deviation {std}; none is saved");
+            lines += &format!(
+                "\n  weights: random {dtype:?} of seed {seed}, standard deviation {std}; no weights will be saved"
+            );
         }
         for (group, count) in self.table.by_group() {
             let share = 100.0 * count.elements as f64 / total.elements as f64;

@@ -17,8 +17,8 @@ use crate::config::{Init, RunConfig, SaveRounds};
 use crate::exit::{Ended, Result, Stopped};
 use crate::experts::ExpertId;
 use crate::launch::{Opened, Rank, Started, memory};
-use crate::report::TrainingStep;
-use crate::train::memory::Activations;
+use crate::model::ParamKind;
+use crate::train::memory::{Activations, TrainedState};
 use crate::train::{
     DeviceTransport, ExpertCrossEntropy, JointConsistency, Measured, Objective, Phase, PhasePlan, Recipe, Replica,
     RouterAlignment, TrainingPhase,
@@ -106,6 +106,7 @@ impl<'a> RankInputs<'a> {
             }
         }
 
+        let seconds = clock.elapsed().as_secs_f64();
         rank.world.set_activity("measuring the losses after training");
         let after = run.measure()?;
         after.check_finite()?;
@@ -121,7 +122,7 @@ impl<'a> RankInputs<'a> {
             after,
             selected: run.outputs.last_selection(),
             trained: [elements(&mut run.replica.written().iter().copied()), session.table.total().elements],
-            seconds: clock.elapsed().as_secs_f64(),
+            seconds,
         }))
     }
 
@@ -177,7 +178,8 @@ impl<B: Backend> RankRun<'_, B> {
         let phases: Vec<_> = recipe.phases().into_iter().filter(|plan| plan.phase() >= first).collect();
         for (i, plan) in phases.iter().enumerate() {
             let resumed = resumed.filter(|_| plan.phase() == first);
-            let selected = self.outputs.last_selection();
+            // A phase that selects at each step starts without a selection.
+            let selected = if recipe.selects_each_step() { Vec::new() } else { self.outputs.last_selection() };
             let (identify, sampler) = (&recipe.identify, self.session.sampler(recipe));
             let flow = match *plan {
                 PhasePlan::Identify => self.identify(round, resumed)?,
@@ -209,7 +211,7 @@ impl<B: Backend> RankRun<'_, B> {
         let Self { recipe, session, ui, .. } = *self;
         let mut scan = scan_round(session, recipe, &mut self.replica, self.local_world_size, round, ui)?;
         if let Some(snapshot) = resumed {
-            snapshot.restore_scan(&self.replica, &mut scan.pass)?;
+            all_ok(&*self.replica.world, snapshot.restore_scan(&self.replica, &mut scan.pass))?;
         }
         self.outputs.start_clock();
         let progress = scan.progress(&self.replica, ui);
@@ -249,11 +251,11 @@ impl<B: Backend> RankRun<'_, B> {
             };
             all_ok(&*self.replica.world, restore())?;
         }
-        let (name, logged) = names(phase.phase());
+        let label = phase.phase().label();
         self.plan_memory(&phase, round);
         let mut num_selected = self.outputs.last_selection().len();
         let progress =
-            Progress::new(ui, phase.total_steps() - phase.progress().steps, format!("round {} {name}", round + 1));
+            Progress::new(ui, phase.total_steps() - phase.progress().steps, format!("round {} {label}", round + 1));
         self.outputs.start_clock();
 
         while !phase.is_done() {
@@ -279,7 +281,7 @@ impl<B: Backend> RankRun<'_, B> {
             self.outputs.identified(round + 1, &found)?;
             num_selected = found.selected.experts.len();
         }
-        self.outputs.phase_done(round + 1, logged, &phase.progress().losses, num_selected);
+        self.outputs.phase_done(round + 1, phase.phase(), &phase.progress().losses, num_selected);
         Ok(ControlFlow::Continue(()))
     }
 
@@ -289,21 +291,26 @@ impl<B: Backend> RankRun<'_, B> {
         let layers = model.layers.len();
         // A run that was resumed on fewer ranks puts the micro-batches of several former ranks on each.
         let per_rank = self.replica.step_world_size.div_ceil(self.replica.world.world_size());
-        let longest = self.session.longest_batch(recipe.batch_size);
-        let (rows, forwards) = match phase.phase() {
-            Phase::Router => (longest * per_rank, 1),
-            Phase::Joint => (longest, recipe.forwards_at_once() * per_rank),
-            Phase::Identify | Phase::Expert => (longest, 1),
-        };
+        let (packed, forwards) = phase.objective().forwards(per_rank);
+        let rows = packed * self.session.longest_batch(recipe.batch_size);
         // Each step's own selection may reach any layer.
         let lowest = if recipe.selects_each_step() { 0 } else { phase.trainer().plan.lowest_layer().unwrap_or(layers) };
-        let budget = memory::budget(&*self.replica.model().backend, self.local_world_size, model.vocab_size);
+        let mut budget = memory::budget(&*self.replica.model().backend, self.local_world_size, model.vocab_size);
+        if budget.device && recipe.selects_each_step() {
+            // Gradients and optimizer state of the experts that the steps will select are not allocated yet.
+            let a_step = recipe.trained_elements(&self.session.table, model).experts;
+            let all = self.session.table.count(|spec| matches!(spec.kind, ParamKind::Expert(..))).elements;
+            let selected = all.min(a_step.saturating_mul(phase.total_steps()));
+            let world_size = self.replica.world.world_size();
+            let state = TrainedState::predict(selected as u64, 0, world_size);
+            budget.free = budget.free.saturating_sub(state.whole + state.sharded);
+        }
         let activations = Activations::predict(model, rows, &budget);
         self.replica.kept = activations.kept_layers(recipe.recompute, layers, lowest, &budget, forwards);
         self.ui.line(format_args!(
             "round {} {}: {}",
             round + 1,
-            names(phase.phase()).0,
+            phase.phase().label(),
             self.replica.kept.describe(layers, lowest)
         ));
     }
@@ -392,21 +399,12 @@ fn measure<B: Backend>(session: &Session, recipe: &Recipe, replica: &Replica<B>)
     Measured::of(replica, session.sampler(recipe), session.held_out.as_ref(), recipe.divergence)
 }
 
-/// How the progress bar and `training_metadata.json` name a training phase.
-fn names(phase: Phase) -> (&'static str, TrainingStep) {
-    match phase {
-        Phase::Identify | Phase::Expert => ("experts", TrainingStep::Expert),
-        Phase::Router => ("routers", TrainingStep::Router),
-        Phase::Joint => ("joint", TrainingStep::Joint),
-    }
-}
-
 /// What is left of a run that was asked to stop.
 fn stopped(config: &RunConfig) -> Stopped {
     match config.init {
         Init::Random => Stopped::Lost("stopped by a signal: nothing of random weights is saved".into()),
         Init::Checkpoint => Stopped::Saved(format!(
-            "stopped as asked, and saved in {}: --resume goes on from there",
+            "stopped by a signal, and saved in {}: --resume continues from there",
             config.output_dir.display()
         )),
     }

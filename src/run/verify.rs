@@ -26,13 +26,13 @@ pub struct FrozenReport {
 ///
 /// # Errors
 /// A frozen parameter whose bits differ: a bug of moewarden.
-pub fn verify_frozen(session: &Session, exported: &Path, touched: &BTreeSet<ParamId>) -> Result<FrozenReport> {
+pub fn verify_frozen(session: &Session, exported: &Path, written: &BTreeSet<ParamId>) -> Result<FrozenReport> {
     let checkpoint = Checkpoint::open(exported)?;
     let table = ParamTable::build(&session.model, &checkpoint)?;
     let (mut source, mut copy) = (blake3::Hasher::new(), blake3::Hasher::new());
     let (mut frozen, mut frozen_elements, mut changed) = (0, 0, 0);
     for (id, (ours, theirs)) in session.table.params.iter().zip(&table.params).enumerate() {
-        if touched.contains(&id) {
+        if written.contains(&id) {
             changed += usize::from(ours.base.bytes[..] != theirs.base.bytes[..]);
             continue;
         }
@@ -44,7 +44,7 @@ pub fn verify_frozen(session: &Session, exported: &Path, touched: &BTreeSet<Para
     let hash = source.finalize();
     if hash != copy.finalize() {
         let pairs = session.table.params.iter().zip(&table.params).enumerate();
-        let mut differ = pairs.filter(|(id, (a, b))| !touched.contains(id) && a.base.bytes[..] != b.base.bytes[..]);
+        let mut differ = pairs.filter(|(id, (a, b))| !written.contains(id) && a.base.bytes[..] != b.base.bytes[..]);
         let name = differ.next().map_or_else(String::new, |(_, (spec, _))| spec.name());
         return Err(Failure::new(
             exit::INTERNAL,
@@ -54,5 +54,5 @@ pub fn verify_frozen(session: &Session, exported: &Path, touched: &BTreeSet<Para
             ),
         ));
     }
-    Ok(FrozenReport { frozen, frozen_elements, trained: touched.len(), changed, hash })
+    Ok(FrozenReport { frozen, frozen_elements, trained: written.len(), changed, hash })
 }

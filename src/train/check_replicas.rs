@@ -44,8 +44,8 @@ pub fn check_replicas<B: Backend>(replica: &Replica<B>) -> Result<()> {
             return Err(Failure::new(
                 exit::RANKS_DIFFER,
                 format!(
-                    "the weights of {name} on rank(s) {ranks:?} differ from those on the others: memory or a device is at \
-                     fault there; resume from the last checkpoint, without that machine"
+                    "the weights of {name} on rank(s) {ranks:?} differ from those on the others: probably faulty memory or a \
+                     faulty device on that machine; resume from the last checkpoint, without it"
                 ),
             ));
         }

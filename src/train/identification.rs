@@ -63,15 +63,15 @@ pub fn select<B: Backend>(
     let layers = &replica.moe_layers().layers;
     let num_experts = replica.model().config.num_experts;
     let limits = identify.limits_for(layers, num_experts);
-    let rank = Ranking { select: identify.select, threshold: None };
+    let ranking = Ranking { select: identify.select, threshold: None };
     let Scores { scores, mut micro_batches, mut losses, mut tokens, warning } = scored;
     let selected = match identify.by {
-        ScoreBy::Gradient(_) => experts::select(&scores, &limits, &rank)?,
+        ScoreBy::Gradient(_) => experts::select(&scores, &limits, &ranking)?,
         ScoreBy::Routing { threshold, .. } => {
-            experts::select(&scores, &limits, &Ranking { threshold: Some(threshold), ..rank })?
+            experts::select(&scores, &limits, &Ranking { threshold: Some(threshold), ..ranking })?
         }
         ScoreBy::Random(score) => {
-            let matched = score.map(|_| experts::select(&scores, &limits, &rank)).transpose()?.map(|s| s.experts);
+            let matched = score.map(|_| experts::select(&scores, &limits, &ranking)).transpose()?.map(|s| s.experts);
             let matching = if matched.is_some() { RandomMatch::Layer } else { RandomMatch::Total };
             // The scores served to match the layers; they did not decide which experts are selected.
             (micro_batches, losses, tokens) = (0, Vec::new(), Vec::new());

@@ -80,6 +80,11 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
         self.phase.rates()
     }
 
+    /// The divergence needs the forward passes of all micro-batches of a step before the first backward.
+    fn forwards(&self, per_rank: usize) -> (usize, usize) {
+        (1, self.phase.grad_accum * per_rank)
+    }
+
     fn params(&self, table: &ParamTable) -> Vec<ParamId> {
         self.phase.params(table, &self.selected)
     }

@@ -25,7 +25,7 @@ pub enum Recompute {
 pub struct MemoryBudget {
     /// Bytes of one element of an activation.
     pub activation_size: usize,
-    /// Rows whose logits exist at the same time at most.
+    /// Maximum number of rows whose logits are in memory at the same time.
     pub logit_rows: usize,
     /// Logits of a row.
     pub vocab_size: usize,
@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(from(Recompute::Auto, 4, &host(4 * 350), 1), 13);
         assert_eq!(from(Recompute::Auto, 4, &host(0), 1), 15);
         assert_eq!(from(Recompute::Auto, 16, &host(u64::MAX / 2), 1), 16);
-        // A device: 7/8 of it less 50 and 12 inputs of 10 are 3 layers of 100; for two passes at once, a layer each.
+        // A device: 7/8 of it less 50 and 12 inputs of 10 are 3 layers of 100; with two forward passes in flight, one layer each.
         let device = |free| MemoryBudget { device: true, ..host(free) };
         assert_eq!(from(Recompute::Auto, 4, &device(544), 1), 13);
         assert_eq!(from(Recompute::Auto, 4, &device(544), 2), 15);

@@ -27,6 +27,18 @@ pub trait Objective<B: Backend> {
     /// Learning rates before the schedule.
     fn rates(&self) -> LearningRates;
 
+    /// The learning rate in the log, of a step with these rates.
+    fn logged_rate(&self, rates: &LearningRates) -> f64 {
+        rates.expert
+    }
+
+    /// The forward passes of one step on a rank that runs `per_rank` micro-batches where others run one (after a resume on fewer
+    /// ranks): (micro-batches packed into one pass, passes that wait for their backward at the same time).
+    fn forwards(&self, per_rank: usize) -> (usize, usize) {
+        let _ = per_rank;
+        (1, 1)
+    }
+
     /// The parameters that the next step trains, in the table's order.
     fn params(&self, table: &ParamTable) -> Vec<ParamId>;
 
@@ -40,7 +52,7 @@ pub trait Objective<B: Backend> {
     /// [`Self::params`] answers for that selection. `round` counts from 0.
     ///
     /// # Errors
-    /// A loss that is not finite ([`super::NonFinite`], on all ranks); those of the selection and of the collective.
+    /// A loss or a score that is not finite (on all ranks); those of the selection and of the collective.
     fn select(&mut self, _: &Replica<B>, _step: &[Self::Batch], _round: usize) -> Result<Option<Identification>> {
         Ok(None)
     }

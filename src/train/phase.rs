@@ -13,6 +13,7 @@ use super::scan::NonFinite;
 use super::trainer::Trainer;
 use crate::backend::Backend;
 use crate::exit::{self, Failure, Result};
+use crate::experts;
 use crate::optim::{LearningRates, LrPlan, ParamState};
 
 /// A phase under way on one rank.
@@ -64,14 +65,10 @@ pub struct StepResult {
     pub stop: bool,
 }
 
-/// `expert` in "round 1, expert step 7".
-fn name(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Identify => "identification",
-        Phase::Expert => "expert",
-        Phase::Router => "router",
-        Phase::Joint => "joint",
-    }
+/// Whether a selection failed because a loss or a score is not finite. All ranks see the same losses and scores.
+fn is_non_finite(failure: &Failure) -> bool {
+    let score = failure.find::<experts::Error>();
+    failure.is::<NonFinite>() || score.is_some_and(|error| matches!(error, experts::Error::NotFinite { .. }))
 }
 
 impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
@@ -90,7 +87,7 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
         }
     }
 
-    /// Goes on after the steps of a checkpoint, with this rank's shard of its optimizer state.
+    /// Resumes after the steps of a checkpoint, with this rank's shard of its optimizer state.
     ///
     /// # Errors
     /// A state that does not fit this model.
@@ -125,6 +122,11 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
     /// Whether all steps are done.
     pub fn is_done(&self) -> bool {
         self.progress.steps == self.total_steps()
+    }
+
+    /// What the phase minimises.
+    pub fn objective(&self) -> &O {
+        &self.objective
     }
 
     /// The optimizer state of the phase.
@@ -170,7 +172,7 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
             }
         };
         let Losses { ce, router, total, tokens, stop } = losses;
-        let lr = if self.objective.phase() == Phase::Router { rates.router } else { rates.expert };
+        let lr = self.objective.logged_rate(&rates);
         self.count(StepResult {
             ce_loss: ce,
             router_loss: router,
@@ -186,7 +188,7 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
     /// Announces the next step: its name is in the errors of all ranks.
     fn enter_step(&self, replica: &mut Replica<B>) -> Result<String> {
         let (round, step) = (self.round + 1, self.progress.steps + 1);
-        let step_name = format!("round {round}, {} step {step}", name(self.objective.phase()));
+        let step_name = format!("round {round}, {} step {step}", self.objective.phase().name());
         replica.world.set_activity(&step_name);
         replica.inject_nan = false;
         replica.visit(Point::Step)?;
@@ -206,10 +208,10 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
         left.take(per_step).collect()
     }
 
-    /// Selects the experts of this step, in runs that select at each step. The inner error: a loss is not finite.
+    /// Selects the experts of this step, in runs that select at each step. The inner error: a loss or a score is not finite.
     fn select(&mut self, replica: &Replica<B>, batches: &[O::Batch]) -> Result<Result<(), Failure>> {
         match self.objective.select(replica, batches, self.round) {
-            Err(failure) if failure.is::<NonFinite>() => return Ok(Err(failure)),
+            Err(failure) if is_non_finite(&failure) => return Ok(Err(failure)),
             Err(failure) => return Err(failure),
             Ok(None) => {}
             Ok(Some(found)) => {
@@ -249,5 +251,24 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
             return Err(Failure::new(exit::NOT_FINITE, format!("{reason}{before}")));
         }
         Ok(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_numbers_that_are_not_finite_skip_a_selection() {
+        let (id, value) = ((0, 1).into(), f64::INFINITY);
+        let score = Failure::from(experts::Error::NotFinite { id, value });
+        let loss =
+            Failure::from(NonFinite { what: "the loss".into(), value: f64::NAN, rows: "rows at lines 1".into() });
+        let others = [
+            Failure::from(experts::Error::NothingToScore { what: "a token" }),
+            Failure::new(exit::NOT_FINITE, "the same exit code, another error"),
+        ];
+        assert!(is_non_finite(&score) && is_non_finite(&loss.context("in step 3")));
+        assert!(!others.iter().any(is_non_finite));
     }
 }

@@ -23,6 +23,28 @@ pub enum Phase {
     Joint,
 }
 
+impl Phase {
+    /// The name of the phase in messages: `expert` in "round 1, expert step 7".
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Identify => "identification",
+            Phase::Expert => "expert",
+            Phase::Router => "router",
+            Phase::Joint => "joint",
+        }
+    }
+
+    /// The label of the phase in the progress bar.
+    pub fn label(self) -> &'static str {
+        match self {
+            Phase::Identify => "identify",
+            Phase::Expert => "experts",
+            Phase::Router => "routers",
+            Phase::Joint => "joint",
+        }
+    }
+}
+
 /// A phase of a round, with its options.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum PhasePlan<'r> {

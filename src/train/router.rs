@@ -52,6 +52,15 @@ impl<B: Backend> Objective<B> for RouterAlignment<'_> {
         LearningRates { expert: lr, router: lr, other: lr }
     }
 
+    fn logged_rate(&self, rates: &LearningRates) -> f64 {
+        rates.router
+    }
+
+    /// All prompts of a rank are packed into one pass a side.
+    fn forwards(&self, per_rank: usize) -> (usize, usize) {
+        (per_rank, 1)
+    }
+
     fn params(&self, table: &ParamTable) -> Vec<ParamId> {
         router_params(table)
     }

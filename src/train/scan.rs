@@ -151,7 +151,7 @@ impl<'d, B: Backend> Scan<'d, B> {
         Ok(Self { sampler, micro_batches, next, scorer })
     }
 
-    /// Goes on after the first `next` micro-batches. `sums`: what ranks had added up ([`Self::state`]): one entry if the world
+    /// Resumes after the first `next` micro-batches. `sums`: what ranks had added up ([`Self::state`]): one entry if the world
     /// size is the same, several or none if it has changed.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! `--init random`: random weights for a model of which only config.json and the tokenizer exist.
+//! `--init random`: random weights for a model folder that has only config.json and a tokenizer.
 
 use std::collections::BTreeSet;
 use std::fs;

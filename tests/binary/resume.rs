@@ -362,7 +362,7 @@ fn a_signal_to_one_process_stops_all() {
     let one = processes_with(&run).pop().expect("two are running");
     // SAFETY: signals a process that this test has started.
     assert_eq!(unsafe { libc::kill(one, libc::SIGTERM) }, 0);
-    running.end().failed(exit::REQUEUE, &["stopped as asked"]);
+    running.end().failed(exit::REQUEUE, &["stopped by a signal, and saved"]);
     ALTERNATE.run(&run, Processes(2), "--batch-size 1 --resume").ok();
     Outputs::read(&run).assert_same(&Outputs::read(&plain), "one of two processes was signalled");
 }

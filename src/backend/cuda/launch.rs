@@ -105,7 +105,7 @@ pub trait Role {
     const CONST: bool;
 }
 
-/// It reads.
+/// Marks a read-only pointer.
 pub enum Reads {}
 /// It writes, and never reads what was there before.
 pub enum Writes {}
@@ -197,7 +197,7 @@ impl<'a> In<'a, u64> {
 pub struct OrNull<P>(P);
 
 impl<R, T: Element> OrNull<Pointer<'_, R, T>> {
-    /// Not given.
+    /// A null pointer.
     pub(super) fn null(format: T::Format) -> Self {
         Self(Pointer::new(Address::NULL, format))
     }
@@ -329,8 +329,8 @@ macro_rules! kernel {
 
             #[allow(clippy::too_many_arguments)]
             pub(in crate::backend::cuda) fn launch(cuda: &Cuda, grid: Grid, $($arg: $type),*) {
-                // SAFETY: these are the kernel's parameters, which a test compares with its source; the caller sees to
-                // extents.
+                // SAFETY: these are the kernel's parameters, which a test compares with its source. Only this backend can
+                // call this function, and its operations check the lengths of what they pass.
                 unsafe { cuda.launch(&KERNEL, grid, &[$(Argument::arg(&$arg)),*]) }
             }
 
@@ -352,8 +352,8 @@ macro_rules! kernel {
             #[allow(clippy::too_many_arguments)]
             pub(in crate::backend::cuda) fn launch<$t: Element<Format = Dtype>>(cuda: &Cuda, grid: Grid, $($arg: $type),*) {
                 let kernel = select(stringify!($name), &[$(Argument::dtype(&$arg)),*], &KERNELS);
-                // SAFETY: these are the kernel's parameters, which a test compares with its source; the caller sees to
-                // extents.
+                // SAFETY: these are the kernel's parameters, which a test compares with its source. Only this backend can
+                // call this function, and its operations check the lengths of what they pass.
                 unsafe { cuda.launch(kernel, grid, &[$(Argument::arg(&$arg)),*]) }
             }
 
@@ -386,8 +386,8 @@ macro_rules! kernel {
                     other => panic!("there is no kernel {} for {other:?}", stringify!($name)),
                 };
                 let kernel = select(stringify!($name), &[$(Argument::dtype(&$arg)),*], kernels);
-                // SAFETY: these are the kernel's parameters, which a test compares with its source; the caller sees to
-                // extents.
+                // SAFETY: these are the kernel's parameters, which a test compares with its source. Only this backend can
+                // call this function, and its operations check the lengths of what they pass.
                 unsafe { cuda.launch(kernel, grid, &[$(Argument::arg(&$arg)),*]) }
             }
 

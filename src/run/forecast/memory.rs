@@ -59,7 +59,7 @@ impl MemoryForecast {
         };
         format!(
             "memory a rank: weights {}{mapped}, activations {} for {of} of up to {rows} tokens ({kept_layers} of {} layers \
-             kept, the others recomputed), trained state {} ({} {}, 1/{world_size} of masters and moments {}): {} in all; {} \
+             kept, the others recomputed), trained state {} ({} {}, 1/{world_size} of masters and moments {}): {} in total; {} \
              free",
             human(self.weights),
             human(self.activations),

@@ -35,7 +35,7 @@ pub struct Tokens {
     pub loss: f64,
     /// Sequences.
     pub sequences: f64,
-    /// Σ length², for the mean length that a token sees.
+    /// Σ length², for the token-weighted mean length.
     pub squares: f64,
 }
 
@@ -342,7 +342,7 @@ mod tests {
         assert_eq!(of(|c| c.finetune_unsafe_experts = false), Forecast { experts: 0.0, ..base });
         assert!(of(|c| c.mode = Mode::Experts).experts > base.experts);
         assert_eq!(of(|c| c.num_rounds = 6).identify, 2.0 * base.identify);
-        // Routing counts have no backward, a random choice has no pass at all unless it matches the gradient's.
+        // Routing counts need no backward; a random selection needs no pass, except with --random-match layer.
         let routing = of(|c| c.method = Method::Routing).identify;
         assert!(0.0 < routing && routing < base.identify, "{routing} of {}", base.identify);
         let random = |matching| Forecast { identify: if matching { base.identify } else { 0.0 }, ..base };

@@ -20,7 +20,7 @@ impl FromStr for Fault {
 }
 
 impl Fault {
-    /// The rank that it strikes.
+    /// The rank on which the fault is injected.
     pub fn rank(&self) -> usize {
         match *self {}
     }

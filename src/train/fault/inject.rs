@@ -102,7 +102,7 @@ impl fmt::Display for Fault {
 }
 
 impl Fault {
-    /// The rank that it strikes.
+    /// The rank on which the fault is injected.
     pub fn rank(&self) -> usize {
         self.rank
     }

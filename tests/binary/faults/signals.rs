@@ -22,7 +22,7 @@ fn a_signal_at_any_point() {
                 let scene = Scene::new();
                 let place = place(i, random.random_range(0..2), random);
                 let ended = scene.run(by, "", Some(&format!("{place},do={action}")));
-                ended.expect(exit::REQUEUE, &["stopped as asked, and saved", "--resume"]);
+                ended.expect(exit::REQUEUE, &["stopped by a signal, and saved", "--resume"]);
                 ended.soon(GRACE);
                 scene.resumes(by);
             });
@@ -52,7 +52,7 @@ fn a_signal_from_outside() {
             if ended.code == Some(exit::OK.into()) {
                 scene.equals_undisturbed(&ended); // it ended before the signal
             } else {
-                ended.expect(exit::REQUEUE, &["stopped as asked, and saved"]);
+                ended.expect(exit::REQUEUE, &["stopped by a signal, and saved"]);
                 scene.resumes(by);
             }
         });
