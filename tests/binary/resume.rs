@@ -256,7 +256,7 @@ fn the_newest_valid_checkpoint_of_the_same_run_is_used() {
     for checkpoint in checkpoints(&run) {
         fs::remove_file(run.join("checkpoints").join(checkpoint).join("manifest.json")).unwrap();
     }
-    resume("--batch-size 1").failed(exit::DATA, &["is skipped", "manifest.json", "no checkpoint", "--overwrite"]);
+    resume("--batch-size 1").failed(exit::DATA, &["is skipped", "manifest.json", "are damaged", "--overwrite"]);
 }
 
 #[test]
