@@ -12,7 +12,7 @@ use crate::model::{MoeLayers, Routed, RouterGrad};
 use crate::routers::{self, Alignment, KlType, LayerStatistic, SampleSoftmax, Statistic};
 
 /// One side (safe or unsafe) of one packed batch of this rank.
-pub struct Side {
+pub struct RoutingSide {
     kind: Statistic,
     /// Row ranges: all rows of this side, or for `sample-logits` one range a sample.
     segments: Vec<Range<usize>>,
@@ -22,7 +22,7 @@ pub struct Side {
     samples: Vec<Option<SampleSoftmax>>,
 }
 
-impl Side {
+impl RoutingSide {
     /// An empty statistic of `num_layers` MoE layers. `sequences`: the packed sequences of this side.
     pub fn new(
         kind: Statistic,
@@ -81,12 +81,12 @@ pub struct GlobalAlignment {
 pub fn align(
     world: &dyn Collective,
     kl: KlType,
-    safe: &[&Side],
-    unsafe_: &[&Side],
+    safe: &[&RoutingSide],
+    unsafe_: &[&RoutingSide],
     indices: &[usize],
     num_experts: usize,
 ) -> Result<Option<GlobalAlignment>> {
-    let total = |sides: &[&Side]| -> Result<Vec<LayerStatistic>> {
+    let total = |sides: &[&RoutingSide]| -> Result<Vec<LayerStatistic>> {
         let mut statistics = vec![LayerStatistic::zero(num_experts); indices.len()];
         for side in sides {
             for (statistic, &index) in statistics.iter_mut().zip(indices) {
@@ -113,15 +113,15 @@ impl GlobalAlignment {
     }
 
     /// The gradient of `factor` times the loss through the unsafe side, one entry a decoder layer.
-    pub fn through_unsafe(&self, side: &Side, layers: &MoeLayers, factor: f64) -> Vec<Option<RouterGrad>> {
+    pub fn through_unsafe(&self, side: &RoutingSide, layers: &MoeLayers, factor: f64) -> Vec<Option<RouterGrad>> {
         self.spread(layers, |i, index| side.gradient(index, &self.loss.d_unsafe[i], factor))
     }
 
     /// The gradient of `factor` times the loss through both sides of one packed batch, one entry a decoder layer.
     pub fn through_both(
         &self,
-        safe: &Side,
-        unsafe_: &Side,
+        safe: &RoutingSide,
+        unsafe_: &RoutingSide,
         layers: &MoeLayers,
         factor: f64,
     ) -> Vec<Option<RouterGrad>> {
@@ -148,12 +148,15 @@ impl GlobalAlignment {
 }
 
 /// The sides as [`align`] takes them.
-pub fn refs(sides: &[Side]) -> Vec<&Side> {
+pub fn refs(sides: &[RoutingSide]) -> Vec<&RoutingSide> {
     sides.iter().collect()
 }
 
 /// An observer of a forward pass that adds the logits of every MoE layer to these sides.
-pub fn watch<'s, B: Backend>(replica: &'s Replica<B>, mut sides: Vec<&'s mut Side>) -> impl FnMut(Routed<'_, B>) + 's {
+pub fn watch<'s, B: Backend>(
+    replica: &'s Replica<B>,
+    mut sides: Vec<&'s mut RoutingSide>,
+) -> impl FnMut(Routed<'_, B>) + 's {
     move |routed| {
         for side in sides.iter_mut() {
             side.observe(&*replica.model().backend, replica.moe_layers().index_of(routed.layer), routed.logits);

@@ -18,11 +18,11 @@ pub(super) struct BucketSender<'t, B: Backend> {
     /// For each bucket the decoder layer whose backward completes it; `None`: the end of the backward pass.
     completed_by: &'t [Option<usize>],
     next: usize,
-    transport: Transport<'t, B>,
+    transport: BucketTransport<'t, B>,
 }
 
 /// How a bucket reaches the other ranks.
-pub(super) enum Transport<'t, B: Backend> {
+pub(super) enum BucketTransport<'t, B: Backend> {
     /// Through the host: the reducing thread receives packed copies.
     Host {
         /// Copies a bucket from the device.
@@ -44,7 +44,11 @@ pub(super) enum Transport<'t, B: Backend> {
 }
 
 impl<'t, B: Backend> BucketSender<'t, B> {
-    pub(super) fn new(shards: &'t ShardPlan, completed_by: &'t [Option<usize>], transport: Transport<'t, B>) -> Self {
+    pub(super) fn new(
+        shards: &'t ShardPlan,
+        completed_by: &'t [Option<usize>],
+        transport: BucketTransport<'t, B>,
+    ) -> Self {
         Self { shards, completed_by, next: 0, transport }
     }
 
@@ -58,13 +62,13 @@ impl<'t, B: Backend> BucketSender<'t, B> {
             let bucket = buckets[self.next].clone();
             self.next += 1;
             match &mut self.transport {
-                Transport::Host { backend, send } => {
+                BucketTransport::Host { backend, send } => {
                     let flat = backend.buffer_read(grads, shards.flat(bucket.clone()));
                     // Fails only if the reducing thread has ended with an error, which joining it reports.
                     let _ = send.send((bucket.clone(), shards.pack(bucket, &flat)));
                 }
-                Transport::Device { error: Some(_), .. } => {}
-                Transport::Device { device, shard, pieces, error } => {
+                BucketTransport::Device { error: Some(_), .. } => {}
+                BucketTransport::Device { device, shard, pieces, error } => {
                     let sum = |i: usize| {
                         let at = shards.flat(i..i + 1).start;
                         device.reduce_scatter(grads, at, &shards.counts(i..i + 1), shard, pieces[i].offset)
@@ -78,8 +82,8 @@ impl<'t, B: Backend> BucketSender<'t, B> {
     /// The first error of the device transport.
     pub(super) fn into_error(self) -> Option<collective::Error> {
         match self.transport {
-            Transport::Device { error, .. } => error,
-            Transport::Host { .. } => None,
+            BucketTransport::Device { error, .. } => error,
+            BucketTransport::Host { .. } => None,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The joint phase: experts and routers in one step, by cross-entropy plus the weighted divergence between the safe and the
 //! unsafe examples of the batch.
 
-use super::alignment::{Side, align, watch};
+use super::alignment::{RoutingSide, align, watch};
 use super::identification::{Identification, find};
 use super::objective::{Losses, Objective};
 use super::recipe::{Identify, JointPhase, Phase};
@@ -27,8 +27,8 @@ pub struct JointConsistency<'a> {
 struct Pass<B: Backend> {
     inputs: Inputs<B>,
     forward: Forward<B>,
-    safe: Side,
-    unsafe_: Side,
+    safe: RoutingSide,
+    unsafe_: RoutingSide,
 }
 
 impl<'a> JointConsistency<'a> {
@@ -120,8 +120,9 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
             .map(|(records, batch)| {
                 let inputs = replica.inputs(batch);
                 let (packing, first_unsafe) = (&batch.packing, records.safe.len());
-                let side =
-                    |sequences| Side::new(Statistic::TokenProbs, layers.layers.len(), experts, packing, sequences);
+                let side = |sequences| {
+                    RoutingSide::new(Statistic::TokenProbs, layers.layers.len(), experts, packing, sequences)
+                };
                 let mut unsafe_ = side(first_unsafe..packing.len());
                 let mut safe = side(0..first_unsafe);
                 let mut observer = watch(replica, vec![&mut safe, &mut unsafe_]);
@@ -132,8 +133,8 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
             })
             .collect();
 
-        let safe: Vec<&Side> = passes.iter().map(|pass| &pass.safe).collect();
-        let unsafe_: Vec<&Side> = passes.iter().map(|pass| &pass.unsafe_).collect();
+        let safe: Vec<&RoutingSide> = passes.iter().map(|pass| &pass.safe).collect();
+        let unsafe_: Vec<&RoutingSide> = passes.iter().map(|pass| &pass.unsafe_).collect();
         let alignment = align(&*replica.world, self.phase.kl, &safe, &unsafe_, &self.layers(replica), experts)?;
         let routers: Vec<_> = match &alignment {
             None => vec![Vec::new(); passes.len()],

@@ -1,7 +1,7 @@
 //! The router phase: the routing of the safe prompts is the target of the routing of the unsafe ones, by two forward passes a
 //! step.
 
-use super::alignment::{Side, align, refs, watch};
+use super::alignment::{RoutingSide, align, refs, watch};
 use super::objective::{Losses, Objective};
 use super::recipe::{Divergence, Phase, RouterPhase, router_params};
 use super::replica::{Replica, share};
@@ -137,13 +137,13 @@ pub fn alignment_by_layer<B: Backend>(
 }
 
 /// An empty statistic over all sequences of a packed batch.
-fn empty_side<B: Backend>(replica: &Replica<B>, statistic: Statistic, batch: &MicroBatch) -> Side {
+fn empty_side<B: Backend>(replica: &Replica<B>, statistic: Statistic, batch: &MicroBatch) -> RoutingSide {
     let (layers, experts) = (replica.moe_layers().layers.len(), replica.model().config.num_experts);
-    Side::new(statistic, layers, experts, &batch.packing, 0..batch.packing.len())
+    RoutingSide::new(statistic, layers, experts, &batch.packing, 0..batch.packing.len())
 }
 
 /// The statistic of a packed batch by a forward pass that keeps nothing; none for an empty batch.
-fn observe<B: Backend>(replica: &Replica<B>, statistic: Statistic, batch: &MicroBatch) -> Vec<Side> {
+fn observe<B: Backend>(replica: &Replica<B>, statistic: Statistic, batch: &MicroBatch) -> Vec<RoutingSide> {
     if batch.ids.is_empty() {
         return Vec::new();
     }

@@ -8,7 +8,9 @@
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
-use super::exchange::{BucketSender, Transport, completed_by, gather_on_devices, gather_through_host, reduce_scatter};
+use super::exchange::{
+    BucketSender, BucketTransport, completed_by, gather_on_devices, gather_through_host, reduce_scatter,
+};
 use super::recipe::Updates;
 use super::replica::Replica;
 use crate::backend::Backend;
@@ -148,7 +150,7 @@ impl<B: Backend> Trainer<B> {
             return Ok(passes(&mut StepBackward { replica, plan, grads, scores, sender: None }));
         }
         if let Some(device) = &replica.transport {
-            let transport = Transport::Device { device: &**device, shard, pieces, error: None };
+            let transport = BucketTransport::Device { device: &**device, shard, pieces, error: None };
             let sender = BucketSender::new(shards, completed_by, transport);
             let mut step = StepBackward { replica, plan, grads, scores, sender: Some(sender) };
             let out = passes(&mut step);
@@ -162,7 +164,7 @@ impl<B: Backend> Trainer<B> {
         thread::scope(|scope| {
             let (send, receive) = sync_channel(QUEUED_BUCKETS);
             let reduced = scope.spawn(|| reduce_scatter(world, shards, receive));
-            let sender = BucketSender::new(shards, completed_by, Transport::Host { backend: b, send });
+            let sender = BucketSender::new(shards, completed_by, BucketTransport::Host { backend: b, send });
             let mut step = StepBackward { replica, plan, grads, scores, sender: Some(sender) };
             let out = passes(&mut step);
             step.send_complete(None);
