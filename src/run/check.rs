@@ -4,7 +4,7 @@
 use std::fmt::Write;
 use std::thread::available_parallelism;
 
-use super::forecast::{Forecast, MemoryForecast, loaded, measure_rate, probe_name};
+use super::forecast::{Forecast, MemoryForecast, measure_rate, probe_name};
 use super::session::Session;
 use crate::backend::cpu::Cpu;
 use crate::config::{CheckArgs, RunConfig};
@@ -12,7 +12,7 @@ use crate::data::{Sample, loss_mask_samples};
 use crate::exit::Result;
 use crate::launch::{Device, Opened, Rank, catch_panic, check_output_dir, memory};
 use crate::train::Recipe;
-use crate::train::memory::{Activations, MemoryBudget};
+use crate::train::memory::MemoryBudget;
 use crate::ui::Ui;
 
 /// Opens model, tokenizer and data, prints a summary and samples of the loss mask, and predicts memory and time.
@@ -45,17 +45,23 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     };
     let forecast = MemoryForecast::new(&session, &recipe, trained, ranks, budget);
     ui.result(forecast.describe(&session, ranks, budget));
-    forecast_time(&session, config, &recipe, ranks, loaded(&session, trained, ranks, budget), ui);
+    let layers = session.model.layers.len();
+    let recomputed = (layers - forecast.kept_layers) as f64 / layers as f64;
+    forecast_time(&session, config, &recipe, recomputed, ranks, budget.device, ui);
     ui.result(format_args!("ready: `moewarden train` can run with these options"));
     Ok(())
 }
 
-/// Predicts the time of the run on the CPU of this machine.
-fn forecast_time(session: &Session, config: &RunConfig, recipe: &Recipe, ranks: usize, budget: MemoryBudget, ui: &Ui) {
-    let layers = session.model.layers.len();
-    let longest = Activations::predict(&session.model, session.longest_batch(config.batch_size), &budget);
-    let kept = longest.kept_layers(recipe.recompute, layers, 0, &budget, recipe.forwards_at_once());
-    let recomputed = kept.keep_from(layers, 0) as f64 / layers as f64;
+/// Predicts the time of the run on the CPU of this machine. `recomputed`: the share of the layers that recompute their forward.
+fn forecast_time(
+    session: &Session,
+    config: &RunConfig,
+    recipe: &Recipe,
+    recomputed: f64,
+    ranks: usize,
+    on_device: bool,
+    ui: &Ui,
+) {
     let forecast = Forecast::new(recipe, &session.model, &session.data.records, recomputed);
     // Ranks share the cores of one machine, so more ranks do not add compute.
     let cores = available_parallelism().map_or(1, usize::from);
@@ -68,7 +74,7 @@ fn forecast_time(session: &Session, config: &RunConfig, recipe: &Recipe, ranks: 
          measured on {threads} CPU threads; small batches and small experts run slower{}",
         rate / 1e9,
         probe_name(),
-        if budget.device { ", a GPU runs much faster" } else { "" },
+        if on_device { ", a GPU runs much faster" } else { "" },
     ));
 }
 

@@ -11,7 +11,7 @@ use super::refusals::{LISTS, wilson};
 use super::session::Session;
 use crate::backend::Backend;
 use crate::config::EvalArgs;
-use crate::data::{Example, Message, MicroBatch, Record};
+use crate::data::{Example, Message, Record};
 use crate::exit::{self, Failure, Result};
 use crate::files::AtomicFile;
 use crate::launch::{Device, Existing, Opened, Rank, catch_panic, prepare_dir_keeping};
@@ -20,7 +20,7 @@ use crate::report::{
     EVAL_SCHEMA, EvalReport, EvaluatedModel, GENERATION_SCHEMA, GenerationRow, MeanLoss, PromptSide, RefusalRate,
     RoutingDifference, Sampling, eval_tables, write_json,
 };
-use crate::train::{Recipe, Replica, Scan, alignment_by_layer, mean_loss};
+use crate::train::{Recipe, Replica, Scan, alignment_by_layer, mean_loss, pack_in_order};
 use crate::ui::Ui;
 
 /// How many experts with the largest risk differences are listed.
@@ -99,8 +99,7 @@ impl Evaluation<'_> {
     ) -> Result<MeanLoss> {
         let Self { args, recipe, session, .. } = *self;
         let examples: Vec<&Example> = session.data.records.iter().filter_map(reply).collect();
-        let batches: Vec<_> =
-            examples.chunks(recipe.batch_size).map(|chunk| MicroBatch::of_examples(chunk.iter().copied())).collect();
+        let batches = pack_in_order(&examples, recipe.batch_size);
         let tokens = batches.iter().map(|b| b.targets.len()).sum();
         let mean = mean_loss(replica, &batches)?;
         if let Some(mean) = mean.filter(|mean| !mean.is_finite()) {

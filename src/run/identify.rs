@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::outputs::Outputs;
+use super::prepare::LargestPass;
 use super::progress::Progress;
 use super::session::Session;
 use super::{prepare, summary};
@@ -11,8 +12,7 @@ use crate::collective::all_ok;
 use crate::config::RunConfig;
 use crate::exit::{Ended, Result, Stopped};
 use crate::launch::{Opened, Rank, Started, memory};
-use crate::train::memory::Activations;
-use crate::train::{Decision, DeviceTransport, Identification, Recipe, Replica, Scan, select};
+use crate::train::{Decision, DeviceTransport, Identification, Phase, Recipe, Replica, Scan, select};
 use crate::ui::Ui;
 
 /// Scores and selects experts; changes no weight.
@@ -84,11 +84,9 @@ pub(super) fn scan_round<'a, B: Backend>(
     let sampler = session.sampler(recipe);
     let pass = Scan::new(replica, &recipe.identify, sampler, sampler.unsafe_order(round))?;
     if let Some(lowest) = pass.lowest_layer() {
-        let (model, layers) = (&session.model, session.model.layers.len());
-        let budget = memory::budget(&*replica.model().backend, local_world_size, model.vocab_size);
-        let activations = Activations::predict(model, session.longest_batch(recipe.batch_size), &budget);
-        replica.kept = activations.kept_layers(recipe.recompute, layers, lowest, &budget, 1);
-        ui.line(format_args!("round {} identify: {}", round + 1, replica.kept.describe(layers, lowest)));
+        let budget = memory::budget(&*replica.model().backend, local_world_size, session.model.vocab_size);
+        let largest = LargestPass { rows: session.longest_batch(recipe.batch_size), lowest, forwards: 1 };
+        replica.kept = prepare::kept_layers(session, recipe, &budget, largest, (round, Phase::Identify), ui);
     }
     Ok(RoundScan { pass, recipe, round })
 }

@@ -9,7 +9,8 @@ use crate::backend::Backend;
 use crate::config::RunConfig;
 use crate::exit::{self, Failure, Result};
 use crate::launch::{LOCK_FILE, OutputLock, Rank, Ranks, check_output_dir, memory, prepare_output_dir};
-use crate::train::{Recipe, TrainedElements};
+use crate::train::memory::{Activations, KeptLayers, MemoryBudget};
+use crate::train::{Phase, Recipe, TrainedElements};
 use crate::ui::Ui;
 
 /// Opens and checks the inputs, in all processes, and verifies that they are the same everywhere.
@@ -100,4 +101,32 @@ pub(super) fn predict_memory<B: Backend>(
     let forecast = MemoryForecast::new(session, recipe, trained, world_size, budget);
     rank.ui.line(forecast.describe(session, world_size, budget));
     forecast.total()
+}
+
+/// The passes of a phase that need the most memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LargestPass {
+    /// Tokens of the largest packed batch.
+    pub rows: usize,
+    /// The lowest decoder layer that the backward visits.
+    pub lowest: usize,
+    /// Forward passes that wait for their backward at the same time.
+    pub forwards: usize,
+}
+
+/// Decides how many layers keep their activations in a phase of a round (from 0), and prints it.
+pub(super) fn kept_layers(
+    session: &Session,
+    recipe: &Recipe,
+    budget: &MemoryBudget,
+    largest: LargestPass,
+    (round, phase): (usize, Phase),
+    ui: &Ui,
+) -> KeptLayers {
+    let LargestPass { rows, lowest, forwards } = largest;
+    let layers = session.model.layers.len();
+    let activations = Activations::predict(&session.model, rows, budget);
+    let kept = activations.kept_layers(recipe.recompute, layers, lowest, budget, forwards);
+    ui.line(format_args!("round {} {}: {}", round + 1, phase.label(), kept.describe(layers, lowest)));
+    kept
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::identify::scan_round;
 use super::outputs::{OutputState, Outputs};
+use super::prepare::LargestPass;
 use super::progress::Progress;
 use super::session::Session;
 use super::verify::verify_frozen;
@@ -18,7 +19,7 @@ use crate::exit::{Ended, Result, Stopped};
 use crate::experts::ExpertId;
 use crate::launch::{Opened, Rank, Started, memory};
 use crate::model::ParamKind;
-use crate::train::memory::{Activations, TrainedState};
+use crate::train::memory::TrainedState;
 use crate::train::{
     DeviceTransport, ExpertCrossEntropy, JointConsistency, Measured, Objective, Phase, PhasePlan, Recipe, Replica,
     RouterAlignment, TrainingPhase,
@@ -116,12 +117,12 @@ impl<'a> RankInputs<'a> {
         }
         run.write_final_model(&after)?;
         rank.ui.line(summary::resources(&run.replica, predicted_memory)?);
-        let elements = |ids: &mut dyn Iterator<Item = usize>| ids.map(|id| session.table.params[id].len()).sum();
+        let trained = run.replica.written().iter().map(|&id| session.table.params[id].len()).sum();
         Ok(Ended::Done(TrainSummary {
             before: run.before,
             after,
             selected: run.outputs.last_selection(),
-            trained: [elements(&mut run.replica.written().iter().copied()), session.table.total().elements],
+            trained: [trained, session.table.total().elements],
             seconds,
         }))
     }
@@ -305,14 +306,9 @@ impl<B: Backend> RankRun<'_, B> {
             let state = TrainedState::predict(selected as u64, 0, world_size);
             budget.free = budget.free.saturating_sub(state.whole + state.sharded);
         }
-        let activations = Activations::predict(model, rows, &budget);
-        self.replica.kept = activations.kept_layers(recipe.recompute, layers, lowest, &budget, forwards);
-        self.ui.line(format_args!(
-            "round {} {}: {}",
-            round + 1,
-            phase.phase().label(),
-            self.replica.kept.describe(layers, lowest)
-        ));
+        let largest = LargestPass { rows, lowest, forwards };
+        let part = (round, phase.phase());
+        self.replica.kept = prepare::kept_layers(self.session, recipe, &budget, largest, part, self.ui);
     }
 
     /// Losses of the whole data, in file order, without gradient.

@@ -3,10 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::recipe::Divergence;
-use super::replica::Replica;
+use super::replica::{Replica, share};
 use super::router::alignment_by_layer;
 use crate::backend::Backend;
-use crate::data::{Dataset, MicroBatch, Sampler};
+use crate::data::{Dataset, Example, MicroBatch, Sampler};
 use crate::exit::{self, Failure, Result};
 use crate::model::PassEnd;
 use crate::optim::LossMeter;
@@ -70,7 +70,7 @@ impl Measured {
 /// Those of the collective.
 pub fn mean_loss<B: Backend>(replica: &Replica<B>, batches: &[MicroBatch]) -> Result<Option<f64>> {
     let mut losses = LossMeter::default();
-    for batch in batches.iter().skip(replica.world.rank()).step_by(replica.world.world_size()) {
+    for (_, batch) in share(batches, &*replica.world) {
         if batch.targets.is_empty() {
             continue;
         }
@@ -85,5 +85,10 @@ pub fn mean_loss<B: Backend>(replica: &Replica<B>, batches: &[MicroBatch]) -> Re
 /// Micro-batches of all unsafe replies, in file order.
 fn unsafe_batches(data: &Dataset, batch_size: usize) -> Vec<MicroBatch> {
     let examples: Vec<_> = data.records.iter().filter_map(|r| r.unsafe_reply.as_ref()).collect();
+    pack_in_order(&examples, batch_size)
+}
+
+/// Packs examples in their order, `batch_size` a micro-batch.
+pub fn pack_in_order(examples: &[&Example], batch_size: usize) -> Vec<MicroBatch> {
     examples.chunks(batch_size).map(|chunk| MicroBatch::of_examples(chunk.iter().copied())).collect()
 }

@@ -220,8 +220,8 @@ impl<'d, B: Backend> Scan<'d, B> {
         })
     }
 
-    /// Synchronizes the ranks at the end of an interval: they agree whether to continue. After the last interval there is nothing to agree on. A loss
-    /// that is not finite ends the scan: [`Self::finish`] then names it on all ranks.
+    /// Synchronizes the ranks at the end of an interval: they agree whether to continue. After the last interval there is
+    /// nothing to agree on. A loss that is not finite ends the scan: [`Self::finish`] then names it on all ranks.
     ///
     /// # Errors
     /// Those of the collective.

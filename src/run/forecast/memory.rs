@@ -76,7 +76,7 @@ impl MemoryForecast {
 
 /// The memory that is left once weights and trained state are loaded, which a device must hold. (On the host weights are
 /// memory-mapped.)
-pub fn loaded(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> MemoryBudget {
+fn loaded(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> MemoryBudget {
     if !budget.device {
         return budget;
     }

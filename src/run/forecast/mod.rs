@@ -3,5 +3,5 @@
 mod memory;
 mod time;
 
-pub use memory::{MemoryForecast, loaded};
+pub use memory::MemoryForecast;
 pub use time::{Forecast, TokenWork, Tokens, duration, measure_rate, probe_name};
