@@ -122,6 +122,11 @@ fn main() {
 
     let logits = tensor(t, E);
     bench.time("route", Work::Values(2 * t * E), || cpu.route(&logits, K, false));
+    let few = cpu.indices(&[0, 1, 2, 3]);
+    let mut changed = tensor(t, E);
+    bench.time("fill_columns", Work::Values(4 * t), || cpu.fill_columns(&mut changed, &few, 0.0));
+    let mut silenced = cpu.route(&logits, K, false);
+    bench.time("zero_routing_weights", Work::Values(t * K), || cpu.zero_routing_weights(&mut silenced, &few));
     let routing = cpu.route(&logits, K, false);
     bench.time("dispatch", Work::Values(t * K), || cpu.dispatch(&routing, E));
     let dispatch = cpu.dispatch(&routing, E);

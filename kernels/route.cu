@@ -86,3 +86,12 @@ KERNEL(128, route_backward, (const float* dweights, const u32* ids, const float*
     __syncwarp();
     for (u32 k = lane; k < top_k; k += 32) dlogits[ids[k]] = p[ids[k]] * ((dweights[k] - along) * scale - mean);
 }
+
+// weights [slots] = 0 where the expert of the slot is among `count` experts. Grid: one thread per slot.
+KERNEL(256, zero_weights, (const u32* ids, float* weights, const u32* experts, u64 slots, u64 count)) {
+    u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= slots) return;
+    for (u64 j = 0; j < count; j++) {
+        if (ids[i] == experts[j]) weights[i] = 0.0f;
+    }
+}

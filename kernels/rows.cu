@@ -51,3 +51,16 @@ template <class T> DEVICE void embedding_backward(const T* dy, const u32* ids, c
 
 TYPED(float, f32)
 TYPED(bf16, bf16)
+
+// x [rows, cols] at the given columns = value. Grid: one block of any size per row.
+template <class T> DEVICE void fill_columns(T* x, const u32* columns, u64 count, u64 cols, float value) {
+    x += blockIdx.x * cols;
+    for (u64 j = threadIdx.x; j < count; j += blockDim.x) x[columns[j]] = from_f32<T>(value);
+}
+
+KERNEL(256, fill_columns_f32, (float* x, const u32* columns, u64 count, u64 cols, float value)) {
+    fill_columns(x, columns, count, cols, value);
+}
+KERNEL(256, fill_columns_bf16, (bf16* x, const u32* columns, u64 count, u64 cols, float value)) {
+    fill_columns(x, columns, count, cols, value);
+}

@@ -63,6 +63,8 @@ fn rows(report: &Report, b: &Cuda, shape: &Shape, x: &Tensor) {
     report.time("add_assign", bytes(3 * one), || b.add_assign(&mut y, x));
     report.time("clamp", bytes(2 * one), || b.clamp(&mut y, 8.0));
     report.time("clamp_backward", bytes(3 * one), || b.clamp_backward(&mut y, x, 8.0));
+    let columns = b.indices(&[0, 1, 2, 3]);
+    report.time("fill_columns, 4", bytes(16 * t), || b.fill_columns(&mut y, &columns, 0.0));
     let half = b.indices(&(0..t as u32).step_by(2).collect::<Vec<_>>());
     let picked = b.gather_rows(x, &half);
     report.time("gather_rows, every second", bytes(one), || b.gather_rows(x, &half));
@@ -153,6 +155,8 @@ fn experts(report: &mut Report, gpu: &Arc<dyn Gpu>, b: &Cuda, shape: &Shape, x: 
     let work = product(2 * t * d * experts, (t + experts) * d * A + 4 * t * experts);
     report.time("router_logits", work, || b.router_logits(x, &router));
     report.time("route", bytes(8 * t * experts + 8 * rows), || b.route(&logits, top_k, true));
+    let (mut silenced, few) = (b.route(&logits, top_k, true), b.indices(&[0, 1, 2, 3]));
+    report.time("zero_routing_weights, 4", bytes(8 * rows), || b.zero_routing_weights(&mut silenced, &few));
     report.time("dispatch", bytes(16 * rows), || b.dispatch(&routing, experts));
     report.time("dispatch, and waiting for its counts", bytes(16 * rows), || {
         b.tokens_per_expert(&b.dispatch(&routing, experts))

@@ -247,6 +247,8 @@ pub trait Backend: Send + Sync + 'static {
     fn clamp(&self, x: &mut Self::Tensor, limit: f32);
     /// Sets dy to 0 where the clamped output `y` is not strictly inside (-limit, limit), in place.
     fn clamp_backward(&self, dy: &mut Self::Tensor, y: &Self::Tensor, limit: f32);
+    /// Sets these columns of x to `value` in every row, in place.
+    fn fill_columns(&self, x: &mut Self::Tensor, columns: &Self::Indices, value: f32);
 
     // --- dense layers --------------------------------------------------------------------------------------------
 
@@ -330,6 +332,9 @@ pub trait Backend: Send + Sync + 'static {
     fn route(&self, logits: &Self::Tensor, top_k: usize, renormalize: bool) -> Self::Routing;
     /// The gradient of the logits `[T, E]`, from that of the routing weights `[T, K]`.
     fn route_backward(&self, dweights: &Self::Tensor, routing: &Self::Routing) -> Self::Tensor;
+    /// Sets the routing weights of these experts to 0 wherever they were chosen. The other weights stay as they are, also where
+    /// they were divided by a sum that included the former ones. For forward passes only.
+    fn zero_routing_weights(&self, routing: &mut Self::Routing, experts: &Self::Indices);
     /// Copies the chosen experts to the host: `[T·K]`, K consecutive per token.
     fn expert_ids(&self, routing: &Self::Routing) -> Vec<u32>;
     /// Sorts the routed rows by expert with a stable counting sort.

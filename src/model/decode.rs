@@ -33,6 +33,7 @@ impl<B: Backend> Model<B> {
                 layer: l,
                 seqs: &seqs,
                 rows: (l == top).then_some(&last_row),
+                intervention: self.intervention(l),
             };
             let (h_ND, _) = attention::forward(&ctx, &layer.attention, &x_TD, Some(&mut cache.layers[l]));
             let (y_ND, _) = feed_forward::forward(&ctx, &layer.feed_forward, &h_ND, Extent::Whole, None);

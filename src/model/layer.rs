@@ -19,6 +19,7 @@ use std::ops::Range;
 
 use super::config::ModelConfig;
 use super::ids::ParamId;
+use super::intervention::LayerIntervention;
 use super::plan::GradPlan;
 use crate::backend::Backend;
 
@@ -33,6 +34,8 @@ pub(super) struct LayerCtx<'a, B: Backend> {
     pub(super) seqs: &'a B::Sequences,
     /// The rows that the layer computes behind attention, `[N]`; `None`: all.
     pub(super) rows: Option<&'a B::Indices>,
+    /// A change of this layer's routing.
+    pub(super) intervention: Option<&'a LayerIntervention<B>>,
 }
 
 impl<'a, B: Backend> LayerCtx<'a, B> {

@@ -1,7 +1,7 @@
 //! Models: configurations and families, checkpoints, parameters, and the hand-written forward and backward.
 //!
 //! Each file imports only from files to its left: `json`, `config`, `safetensors`, `hub`, `weights`, `ids`, `claim`,
-//! `random`, `finite`, `table`, `plan`, `layer`, `attention`, `swiglu`, `moe`, `feed_forward`, `transformer`, `decode`.
+//! `random`, `finite`, `table`, `plan`, `intervention`, `layer`, `attention`, `swiglu`, `moe`, `feed_forward`, `transformer`, `decode`.
 
 #[allow(non_snake_case)] // shape suffixes: see layer.rs
 mod attention;
@@ -14,6 +14,7 @@ mod feed_forward;
 mod finite;
 mod hub;
 mod ids;
+mod intervention;
 mod json;
 mod layer;
 #[allow(non_snake_case)] // shape suffixes: see layer.rs
@@ -36,6 +37,7 @@ pub use decode::KvCache;
 pub use finite::{NotFinite, find_non_finite};
 pub use hub::{Error as HubError, HubCache};
 pub use ids::{Group, ParamId, ParamKind, ParamSpec, Proj};
+pub use intervention::{Intervention, InterventionError};
 pub use layer::{Observer, OnLayer, Routed, RouterGrad, Sinks};
 pub use plan::{GradPlan, expert_params};
 pub use random::RandomInit;

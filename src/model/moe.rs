@@ -71,11 +71,17 @@ pub(super) fn forward<B: Backend>(
     observer: Option<Observer<'_, B>>,
 ) -> (Option<B::Tensor>, MoeSaved<B>) {
     let b = ctx.b;
-    let logits_TE = b.router_logits(x_TD, ctx.weight(p.router));
+    let mut logits_TE = b.router_logits(x_TD, ctx.weight(p.router));
+    if let Some(intervention) = ctx.intervention {
+        intervention.change_logits(b, &mut logits_TE);
+    }
     if extent == Extent::Router && observer.is_none() {
         return (None, MoeSaved { logits_TE, experts: None });
     }
-    let routing = b.route(&logits_TE, ctx.config.num_experts_per_tok, ctx.config.renormalize);
+    let mut routing = b.route(&logits_TE, ctx.config.num_experts_per_tok, ctx.config.renormalize);
+    if let Some(intervention) = ctx.intervention {
+        intervention.change_routing(b, &mut routing);
+    }
     let dispatch = b.dispatch(&routing, ctx.config.num_experts);
     if let Some(observe) = observer {
         observe(Routed { layer: ctx.layer, logits: &logits_TE, routing: &routing, dispatch: &dispatch });

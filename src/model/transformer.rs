@@ -11,6 +11,7 @@ use super::attention::{self, AttentionParams, AttentionSaved};
 use super::config::ModelConfig;
 use super::feed_forward::{self, FeedForwardParams, FeedForwardSaved};
 use super::ids::{ParamId, ParamKind};
+use super::intervention::{Intervention, InterventionError, LayerIntervention};
 use super::layer::{Extent, LayerCtx, LayerGrads, Observer, RouterGrad, Sinks};
 use super::table::ParamTable;
 use crate::backend::{Backend, HostTensor, Packing};
@@ -29,6 +30,8 @@ pub struct Model<B: Backend> {
     pub(super) final_norm: ParamId,
     /// The embedding, if the model ties the two.
     pub(super) head: ParamId,
+    /// The change of each layer's routing; empty without an intervention.
+    interventions: Vec<Option<LayerIntervention<B>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -131,7 +134,7 @@ impl<B: Backend> Model<B> {
             .collect();
         let final_norm = table.expect_id(ParamKind::FinalNorm);
         let head = table.id(ParamKind::LmHead).unwrap_or(embedding);
-        Self { backend, config, table, weights, embedding, layers, final_norm, head }
+        Self { backend, config, table, weights, embedding, layers, final_norm, head, interventions: Vec::new() }
     }
 
     /// A parameter's current value on the backend.
@@ -157,6 +160,22 @@ impl<B: Backend> Model<B> {
     /// Overwrites a parameter.
     pub fn set_weight_host(&mut self, id: ParamId, value: HostTensor) {
         self.weights[id] = self.backend.weight(value);
+    }
+
+    /// Applies an intervention to all forward passes and to decoding from now on, in place of the former one; `None` clears it.
+    ///
+    /// # Errors
+    /// Experts that the model does not have; a layer with fewer than K experts left. The former intervention then stays.
+    pub fn set_intervention(&mut self, intervention: Option<&Intervention>) -> Result<(), InterventionError> {
+        self.interventions = match intervention {
+            Some(intervention) => intervention.by_layer(&*self.backend, &self.config)?,
+            None => Vec::new(),
+        };
+        Ok(())
+    }
+
+    pub(super) fn intervention(&self, layer: usize) -> Option<&LayerIntervention<B>> {
+        self.interventions.get(layer).and_then(Option::as_ref)
     }
 
     /// Number of the last MoE layer.
@@ -209,6 +228,7 @@ impl<B: Backend> Model<B> {
         grads: LossGrads<'_>,
         sinks: &mut Sinks<'_, B>,
     ) -> Option<f64> {
+        assert!(self.interventions.is_empty(), "an intervention is for forward passes only");
         let b = &*self.backend;
         let end = forward.options.end;
         let top = self.top_layer(end);
@@ -266,6 +286,7 @@ impl<B: Backend> Model<B> {
             layer,
             seqs: &inputs.seqs,
             rows: self.pruned_rows(layer, inputs, end),
+            intervention: self.intervention(layer),
         }
     }
 

@@ -86,6 +86,10 @@ impl<B: Backend> Probe<'_, B> {
         let mut dy = self.tensor(n, cols, 1.0);
         b.clamp_backward(&mut dy, &x, 1.25);
         self.note_tensor((at, "clamp backward"), &dy);
+        let mut filled = self.tensor(n, cols, 2.0);
+        b.fill_columns(&mut filled, &b.indices(&[0, cols as u32 - 1, cols as u32 / 2]), 0.75);
+        b.fill_columns(&mut filled, &b.indices(&[]), 1.0);
+        self.note_tensor((at, "filled columns"), &filled);
         b.append_rows(&mut x, &y);
         b.append_rows(&mut x, &dy);
         self.note_tensor((at, "append"), &x);
@@ -187,6 +191,16 @@ impl<B: Backend> Probe<'_, B> {
         let mut dw = self.buffer(experts * d);
         b.linear_backward_weight(&dlogits, &x, &mut dw, 0);
         self.note_buffer((at, "router dw"), &dw, experts * d);
+
+        if top_k < experts {
+            let mut off = b.router_logits(&x, &w);
+            b.fill_columns(&mut off, &b.indices(&[experts as u32 / 2]), f32::NEG_INFINITY);
+            let off = b.route(&off, top_k, renormalize);
+            self.note((at, "ids with one off"), b.expert_ids(&off).into_iter().map(f64::from).collect());
+        }
+        let mut silenced = b.route(&logits, top_k, renormalize);
+        b.zero_routing_weights(&mut silenced, &b.indices(&[experts as u32 / 2, 0]));
+        self.note_tensor((at, "silenced"), &b.weight_rows(&rows, &silenced, &dispatch));
 
         // The statistics of the router's logits.
         let mut dlogits = b.zeros_like(&logits);

@@ -18,6 +18,7 @@ mod frozen;
 mod golden;
 mod gradients;
 mod hostile;
+mod intervention;
 mod layering;
 mod method;
 mod operations;

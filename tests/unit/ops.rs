@@ -325,6 +325,29 @@ fn routing_and_its_backward() {
     }
 }
 
+#[test]
+fn filled_columns_and_zeroed_routing_weights() {
+    let cpu = poisoned(2);
+    let mut x = cpu.upload(2, 3, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    cpu.fill_columns(&mut x, &cpu.indices(&[2, 0]), f32::NEG_INFINITY);
+    assert_eq!(
+        cpu.download(&x),
+        [f32::NEG_INFINITY, 2.0, f32::NEG_INFINITY, f32::NEG_INFINITY, 5.0, f32::NEG_INFINITY]
+    );
+    cpu.fill_columns(&mut cpu.zeros(0, 3), &cpu.indices(&[1]), 1.0);
+
+    // An expert of probability 0 is not chosen while K others are left.
+    let mut logits = cpu.upload(1, 4, &[3.0, 1.0, 2.0, 0.0]);
+    cpu.fill_columns(&mut logits, &cpu.indices(&[0]), f32::NEG_INFINITY);
+    let mut routing = cpu.route(&logits, 2, true);
+    assert_eq!(cpu.expert_ids(&routing), [2, 1]);
+    cpu.zero_routing_weights(&mut routing, &cpu.indices(&[3, 2]));
+    let dispatch = cpu.dispatch(&routing, 4);
+    let weights = cpu.weight_rows(&cpu.upload(2, 1, &[1.0, 1.0]), &routing, &dispatch);
+    let kept = 1.0 / (1.0 + f64::exp(1.0));
+    assert_close(&cpu.download(&weights), &[kept, 0.0], 1e-6, 1e-6, "exp"); // sorted by expert: 1, 2
+}
+
 /// One layer of experts in f64: gate and up stacked, swiglu, down, combine.
 struct Experts {
     d: usize,

@@ -206,6 +206,9 @@ impl Backend for Cpu {
         y.expect_shape("y", dy.rows(), dy.cols());
         self.run(|| update::zip_assign(dy.values_mut(), y.values(), |dy, y| if y.abs() < limit { dy } else { 0.0 }));
     }
+    fn fill_columns(&self, x: &mut Tensor, columns: &Indices, value: f32) {
+        self.run(|| update::fill_columns(x, &columns.0, value));
+    }
 
     // --- dense layers --------------------------------------------------------------------------------------------
 
@@ -285,6 +288,9 @@ impl Backend for Cpu {
     }
     fn route_backward(&self, dweights: &Tensor, routing: &Routing) -> Tensor {
         self.run(|| route::backward(self, dweights, routing))
+    }
+    fn zero_routing_weights(&self, routing: &mut Routing, experts: &Indices) {
+        route::zero_weights(routing, &experts.0);
     }
     fn expert_ids(&self, routing: &Routing) -> Vec<u32> {
         routing.ids.clone()

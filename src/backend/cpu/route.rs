@@ -72,6 +72,14 @@ fn top_k_of(p: &[f32], values: &mut [f32], ids: &mut [u32]) {
     }
 }
 
+pub(super) fn zero_weights(routing: &mut Routing, experts: &[u32]) {
+    for (weight, id) in routing.weights.values_mut().iter_mut().zip(&routing.ids) {
+        if experts.contains(id) {
+            *weight = 0.0;
+        }
+    }
+}
+
 /// With renormalisation w = p/s by the sum s of the top K: dp_k = (dw_k − Σ_j dw_j·w_j) / s. Through the softmax:
 /// dlogit = p · (dp − Σ p·dp), where dp = 0 for experts outside the top K.
 pub(super) fn backward(cpu: &Cpu, dweights: &Tensor, routing: &Routing) -> Tensor {

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::parallel::{CHUNK, Scratch};
 use super::simd::simd;
+use super::tensor::Tensor;
 use super::weight::Weight;
 use crate::backend::random::{uniform, uniform_step};
 use crate::backend::{AdamwStep, Dtype, HostTensor, encode_into};
@@ -90,4 +91,14 @@ pub(super) fn zip_assign(x: &mut [f32], y: &[f32], f: impl Fn(f32, f32) -> f32 +
             }
         });
     });
+}
+
+/// Sets these columns of x to `value`.
+pub(super) fn fill_columns(x: &mut Tensor, columns: &[u32], value: f32) {
+    let cols = x.cols();
+    for row in x.values_mut().chunks_exact_mut(cols.max(1)) {
+        for &column in columns {
+            row[column as usize] = value;
+        }
+    }
 }

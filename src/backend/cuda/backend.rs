@@ -108,6 +108,9 @@ impl Backend for Cuda {
     fn clamp_backward(&self, dy: &mut Tensor, y: &Tensor, limit: f32) {
         elements::clamp_backward(self, dy, y, limit);
     }
+    fn fill_columns(&self, x: &mut Tensor, columns: &Indices, value: f32) {
+        rows::fill_columns(self, x, columns, value);
+    }
 
     // --- dense layers --------------------------------------------------------------------------------------------
 
@@ -187,6 +190,9 @@ impl Backend for Cuda {
     }
     fn route_backward(&self, dweights: &Tensor, routing: &Routing) -> Tensor {
         route::backward(self, dweights, routing)
+    }
+    fn zero_routing_weights(&self, routing: &mut Routing, experts: &Indices) {
+        route::zero_weights(self, routing, experts);
     }
     fn expert_ids(&self, routing: &Routing) -> Vec<u32> {
         self.copy_out(routing.ids.address(), routing.tokens() * routing.top_k())

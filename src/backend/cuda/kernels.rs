@@ -107,7 +107,8 @@ kernels! {
     // rows.cu
     fn gather_rows(x: In<u8>, index: In<u32>, divide: u32, y: Out<u8>, bytes: usize),
     fn add_rows<T>(x: InOut<T>, index: In<u32>, y: In<T>, cols: usize),
-    fn embedding_backward<T>(dy: In<T>, ids: In<u32>, order: In<u32>, starts: In<u32>, dw: InOut<f32>, cols: usize)
+    fn embedding_backward<T>(dy: In<T>, ids: In<u32>, order: In<u32>, starts: In<u32>, dw: InOut<f32>, cols: usize),
+    fn fill_columns<T>(x: InOut<T>, columns: In<u32>, count: usize, cols: usize, value: f32)
     in ROWS;
 
     // norm.cu
@@ -147,7 +148,8 @@ kernels! {
     fn route(logits: In<f32>, ids: Out<u32>, weights: Out<f32>, probabilities: Out<f32>, tokens: usize, experts: u32,
         top_k: u32, renormalize: bool),
     fn route_backward(dweights: In<f32>, ids: In<u32>, weights: In<f32>, probabilities: In<f32>, dlogits: Out<f32>,
-        tokens: usize, experts: u32, top_k: u32, renormalize: bool)
+        tokens: usize, experts: u32, top_k: u32, renormalize: bool),
+    fn zero_weights(ids: In<u32>, weights: InOut<f32>, experts: In<u32>, slots: usize, count: usize)
     in ROUTE;
 
     // dispatch.cu

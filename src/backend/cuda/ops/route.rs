@@ -1,9 +1,10 @@
 //! The router: softmax over the experts and top-k.
 
+use super::flat_grid;
 use crate::backend::Dtype;
 use crate::backend::cuda::gpu::Grid;
 use crate::backend::cuda::ops::elements::in_dtype;
-use crate::backend::cuda::{Cuda, Routing, Tensor, kernels};
+use crate::backend::cuda::{Cuda, Indices, Routing, Tensor, kernels};
 
 /// A limit of the kernel: each of 32 lanes marks its experts in 32 bits.
 const MOST_EXPERTS: usize = 1024;
@@ -37,6 +38,23 @@ pub fn route(cuda: &Cuda, logits: &Tensor, top_k: usize, renormalize: bool) -> R
         renormalize,
     );
     routing
+}
+
+/// See [`crate::backend::Backend::zero_routing_weights`].
+pub fn zero_weights(cuda: &Cuda, routing: &mut Routing, experts: &Indices) {
+    let slots = routing.tokens() * routing.top_k();
+    if experts.is_empty() {
+        return;
+    }
+    kernels::zero_weights(
+        cuda,
+        flat_grid(slots, 1),
+        routing.ids.input(),
+        routing.weights.inout().of(),
+        experts.input(),
+        slots,
+        experts.len(),
+    );
 }
 
 /// d logits, F32 `[T, E]`.

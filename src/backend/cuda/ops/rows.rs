@@ -2,6 +2,7 @@
 
 use super::row_grid;
 use crate::backend::Dtype;
+use crate::backend::cuda::gpu::Grid;
 use crate::backend::cuda::launch::{Any, In};
 use crate::backend::cuda::ops::elements::cast;
 use crate::backend::cuda::{Buffer, Cuda, Indices, Tensor, Weight, kernels};
@@ -74,6 +75,16 @@ pub fn append_rows(cuda: &Cuda, x: &mut Tensor, y: &Tensor) {
     }
     cuda.copy(y.address(), x.address().offset(old), new - old);
     x.rows += y.rows();
+}
+
+/// See [`crate::backend::Backend::fill_columns`].
+pub fn fill_columns(cuda: &Cuda, x: &mut Tensor, columns: &Indices, value: f32) {
+    check_range(columns, x.cols(), "column");
+    if columns.is_empty() {
+        return;
+    }
+    let (rows, cols) = (x.rows(), x.cols());
+    kernels::fill_columns(cuda, Grid::row(rows, 32), x.inout(), columns.input(), columns.len(), cols, value);
 }
 
 /// Kernels do not check indices; the host has them, so it does.
