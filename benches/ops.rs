@@ -178,6 +178,9 @@ fn main() {
         bench.time(&format!("cross-entropy {dtype:?}"), Work::Flops(2 * t * D * V), || {
             cpu.linear_cross_entropy(&x, &head, &targets)
         });
+        bench.time(&format!("cross-entropy {dtype:?} by row"), Work::Flops(2 * t * D * V), || {
+            cpu.linear_cross_entropy_rows(&x, &head, &targets)
+        });
         bench.time(&format!("cross-entropy {dtype:?} backward"), Work::Flops(4 * t * D * V), || {
             cpu.linear_cross_entropy_backward(&x, &head, &targets, 1.0, None)
         });

@@ -48,3 +48,17 @@ template <class T> DEVICE void cross_entropy(const float* logits, const u32* tar
 
 TYPED(float, f32)
 TYPED(bf16, bf16)
+
+// greedy[row] = whether the target is the first class with the highest logit. Grid: one block of 512 threads per row. Class
+// numbers below 2^24 are exact in f32.
+KERNEL(512, greedy, (const float* logits, const u32* targets, u32* greedy, u64 classes, u64 stride)) {
+    logits += blockIdx.x * stride;
+    float highest = NEGATIVE_INFINITY, best = -16777216.0f;
+    for (u64 c = threadIdx.x; c < classes; c += blockDim.x) {
+        float l = logits[c];
+        if (l > highest) highest = l, best = -(float)c;
+    }
+    float all = block_max(highest);
+    float first = block_max(highest == all ? best : -16777216.0f);
+    if (threadIdx.x == 0) greedy[blockIdx.x] = -first == (float)targets[blockIdx.x] ? 1 : 0;
+}

@@ -34,6 +34,7 @@ pub mod experts;
 #[doc(hidden)]
 pub mod files;
 #[doc(hidden)]
+pub mod judge;
 pub mod launch;
 pub mod model;
 pub mod optim;

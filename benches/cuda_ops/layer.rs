@@ -135,6 +135,7 @@ fn head(report: &Report, b: &Cuda, shape: &Shape, x: &Tensor) {
     report.time("embedding_backward", bytes(t * d * (A + 8)), || b.embedding_backward(x, &ids, &mut dw, 0));
     let (flops, operands) = (2 * t * d * v, (t * d + v * d) * A);
     report.time("linear_cross_entropy", product(flops, operands), || b.linear_cross_entropy(x, &w, &ids));
+    report.time("linear_cross_entropy_rows", product(flops, operands), || b.linear_cross_entropy_rows(x, &w, &ids));
     report.time("linear_cross_entropy_backward, frozen head", product(2 * flops, operands + t * d * A), || {
         b.linear_cross_entropy_backward(x, &w, &ids, 1.0, None)
     });

@@ -155,6 +155,15 @@ pub struct AdamwStep {
     pub grad_scale: f32,
 }
 
+/// The loss of one row of a linear head.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RowLoss {
+    /// −log softmax(logits)\[target\], in nats.
+    pub loss: f64,
+    /// Whether the target has the highest logit; of equal ones the lowest class counts as the highest.
+    pub greedy: bool,
+}
+
 /// The operations of a model on one device. Conventions of all operations: see the module's documentation.
 ///
 /// # Panics
@@ -390,6 +399,9 @@ pub trait Backend: Send + Sync + 'static {
     /// Cross-entropy of a linear head: Σ over rows of `−log softmax(x · wᵀ)[target]`, for x `[n, D]` and w `[V, D]`. A
     /// fused operation in chunks, without a logit matrix `[n, V]`.
     fn linear_cross_entropy(&self, x: &Self::Tensor, w: &Self::Weight, targets: &Self::Indices) -> f64;
+    /// The terms of [`Self::linear_cross_entropy`] row by row, and whether each target has the highest logit. The same pass in
+    /// chunks.
+    fn linear_cross_entropy_rows(&self, x: &Self::Tensor, w: &Self::Weight, targets: &Self::Indices) -> Vec<RowLoss>;
     /// Returns the sum of [`Self::linear_cross_entropy`] and dx, the gradient of `scale` times that sum; accumulates dw
     /// if a buffer is given.
     fn linear_cross_entropy_backward(

@@ -37,6 +37,9 @@ pub struct EvalArgs {
     #[arg(long, value_name = "EXAMPLES", help_heading = INPUT, default_value_t = 8, value_parser = at_least_one)]
     pub batch_size: usize,
 
+    /// Generate no responses: only losses, exact replies and routing
+    #[arg(long, help_heading = GENERATION, conflicts_with_all = ["max_new_tokens", "temperature", "top_p", "seed"])]
+    pub skip_answers: bool,
     /// Maximum length of a generated response in tokens
     #[arg(long, value_name = "TOKENS", help_heading = GENERATION, default_value_t = 128, value_parser = at_least_one)]
     pub max_new_tokens: usize,

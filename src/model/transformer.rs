@@ -14,7 +14,7 @@ use super::ids::{ParamId, ParamKind};
 use super::intervention::{Intervention, InterventionError, LayerIntervention};
 use super::layer::{Extent, LayerCtx, LayerGrads, Observer, RouterGrad, Sinks};
 use super::table::ParamTable;
-use crate::backend::{Backend, HostTensor, Packing};
+use crate::backend::{Backend, HostTensor, Packing, RowLoss};
 
 /// A model on a backend.
 pub struct Model<B: Backend> {
@@ -213,10 +213,18 @@ impl<B: Backend> Model<B> {
 
     /// The summed cross-entropy of a forward pass that ended at the loss.
     pub fn loss(&self, inputs: &Inputs<B>, forward: &Forward<B>) -> f64 {
-        let b = &*self.backend;
+        self.backend.linear_cross_entropy(&self.normed(forward), self.weight(self.head), &inputs.targets)
+    }
+
+    /// The cross-entropy of each target of a forward pass that ended at the loss, and whether it is the greedy choice.
+    pub fn row_losses(&self, inputs: &Inputs<B>, forward: &Forward<B>) -> Vec<RowLoss> {
+        self.backend.linear_cross_entropy_rows(&self.normed(forward), self.weight(self.head), &inputs.targets)
+    }
+
+    /// The input of the head, `[N, D]`.
+    fn normed(&self, forward: &Forward<B>) -> B::Tensor {
         let last_ND = forward.last_ND.as_ref().expect("a pass that ended at the loss");
-        let normed_ND = b.rms_norm(last_ND, self.weight(self.final_norm), self.config.rms_norm_eps);
-        b.linear_cross_entropy(&normed_ND, self.weight(self.head), &inputs.targets)
+        self.backend.rms_norm(last_ND, self.weight(self.final_norm), self.config.rms_norm_eps)
     }
 
     /// Adds the gradients of the plan to the sinks and returns the summed cross-entropy (`None` if the pass ended at the

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{Error, Table, read_json};
 use crate::data::Message;
 use crate::experts::ExpertId;
+use crate::judge::Rate;
 
 /// Value of [`EvalReport::schema`].
 pub const EVAL_SCHEMA: &str = "moewarden.eval/1";
@@ -100,6 +101,16 @@ pub struct MeanLoss {
     pub tokens: usize,
 }
 
+/// How many replies of the data on one side the model gives by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ExactRate {
+    /// The side of the prompts. On the unsafe side the replies are refusals.
+    pub side: PromptSide,
+    /// Replies of which every token is the most probable one, given those before: greedy decoding gives the reply.
+    #[serde(flatten)]
+    pub exact: Rate,
+}
+
 /// Refusals among the answers to the prompts of one side, by one phrase list.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RefusalRate {
@@ -145,7 +156,10 @@ pub struct EvalReport {
     pub ce_unsafe: MeanLoss,
     /// Cross-entropy of the replies on safe prompts.
     pub ce_safe: MeanLoss,
-    /// Refusal rates by phrase list and side. A proxy for human judgement.
+    /// Exact replies by side; empty in files of earlier versions.
+    #[serde(default)]
+    pub exact: Vec<ExactRate>,
+    /// Refusal rates by phrase list and side; empty with `--skip-answers`. A proxy for human judgement.
     pub refusals: Vec<RefusalRate>,
     /// Difference of the routing of safe and unsafe prompts.
     pub routing: RoutingDifference,
@@ -175,14 +189,19 @@ impl EvalReport {
 
     fn refusal(&self, list: &str, side: PromptSide) -> String {
         let found = self.refusals.iter().find(|r| r.list == list && r.side == side);
-        found.map_or_else(
-            || "-".into(),
-            |r| {
-                let [low, high] = r.interval.map(|x| 100.0 * x);
-                format!("{:.1} % [{low:.1}, {high:.1}]", 100.0 * r.rate)
-            },
-        )
+        found.map_or_else(|| "-".into(), |r| percent(r.rate, r.interval))
     }
+
+    fn exact(&self, side: PromptSide) -> String {
+        let found = self.exact.iter().find(|exact| exact.side == side);
+        let rate = found.and_then(|exact| Some((exact.exact.rate?, exact.exact.interval)));
+        rate.map_or_else(|| "-".into(), |(rate, interval)| percent(rate, interval))
+    }
+}
+
+fn percent(rate: f64, interval: [f64; 2]) -> String {
+    let [low, high] = interval.map(|x| 100.0 * x);
+    format!("{:.1} % [{low:.1}, {high:.1}]", 100.0 * rate)
 }
 
 /// Compares named evaluations in two tables: losses and routing, with one row for each evaluation; and refusals, with
@@ -190,8 +209,9 @@ impl EvalReport {
 pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
     let format_loss = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
     let mut losses = Table::new(
-        "Cross-entropy of the replies in the data (nats per token), and divergence of routing between safe and unsafe prompts",
-        ["model", "unsafe", "safe", "divergence"],
+        "Cross-entropy of the replies in the data (nats per token), exact replies (greedy decoding gives them) with Wilson's 95 % \
+         interval, and divergence of routing between safe and unsafe prompts",
+        ["model", "unsafe", "exact", "safe", "exact", "divergence"],
     );
     let mut refusals = Table::new(
         "Refusals by phrase list, with Wilson's 95 % interval. A proxy for human judgement; read generations.jsonl",
@@ -201,7 +221,9 @@ pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
         losses.row([
             name.clone(),
             format_loss(eval.ce_unsafe.mean),
+            eval.exact(PromptSide::Unsafe),
             format_loss(eval.ce_safe.mean),
+            eval.exact(PromptSide::Safe),
             eval.mean_divergence().map_or_else(|| "-".into(), |kl| format!("{kl:.5}")),
         ]);
         let lists: std::collections::BTreeSet<&str> = eval.refusals.iter().map(|r| r.list.as_str()).collect();
@@ -219,5 +241,5 @@ pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
             ]);
         }
     }
-    vec![losses, refusals]
+    if refusals.rows.is_empty() { vec![losses] } else { vec![losses, refusals] }
 }

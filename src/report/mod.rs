@@ -16,8 +16,8 @@ mod scores_json;
 pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
 pub use curve::{Series, curve_svg};
 pub use eval::{
-    EVAL_SCHEMA, EvalReport, EvaluatedModel, FinishReason, GENERATION_SCHEMA, GenerationRow, MeanLoss, PromptSide,
-    RefusalRate, RoutingDifference, Sampling, eval_tables,
+    EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, FinishReason, GENERATION_SCHEMA, GenerationRow, MeanLoss,
+    PromptSide, RefusalRate, RoutingDifference, Sampling, eval_tables,
 };
 pub use heatmap::heatmap_svg;
 pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata};

@@ -7,26 +7,27 @@ use std::time::Instant;
 
 use super::generate::answer;
 use super::progress::Progress;
-use super::refusals::{LISTS, wilson};
+use super::refusals::LISTS;
 use super::session::Session;
 use crate::backend::Backend;
 use crate::config::EvalArgs;
 use crate::data::{Example, Message, Record};
 use crate::exit::{self, Failure, Result};
 use crate::files::AtomicFile;
+use crate::judge::{Rate, wilson};
 use crate::launch::{Device, Existing, Opened, Rank, catch_panic, prepare_dir_keeping};
 use crate::model::Model;
 use crate::report::{
-    EVAL_SCHEMA, EvalReport, EvaluatedModel, GENERATION_SCHEMA, GenerationRow, MeanLoss, PromptSide, RefusalRate,
-    RoutingDifference, Sampling, eval_tables, write_json,
+    EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, GENERATION_SCHEMA, GenerationRow, MeanLoss, PromptSide,
+    RefusalRate, RoutingDifference, Sampling, eval_tables, write_json,
 };
-use crate::train::{Recipe, Replica, Scan, alignment_by_layer, mean_loss, pack_in_order};
+use crate::train::{Recipe, Replica, Scan, alignment_by_layer, example_losses, mean_of};
 use crate::ui::Ui;
 
 /// How many experts with the largest risk differences are listed.
 const TOP_EXPERTS: usize = 10;
 
-/// Measures losses and routing, then generates an answer to every prompt. Writes `eval.json` and `generations.jsonl`.
+/// Measures losses and routing, then generates an answer to every prompt (unless `--skip-answers`). Writes `eval.json` and `generations.jsonl`.
 ///
 /// # Errors
 /// Any failure; then no output is written.
@@ -34,7 +35,8 @@ pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     let config = args.run_config()?;
     let recipe = config.recipe_of_evaluation()?;
     let session = Session::open_any(&config, ui)?;
-    session.model.check_length(args.max_length + args.max_new_tokens)?;
+    let generated = if args.skip_answers { 0 } else { args.max_new_tokens };
+    session.model.check_length(args.max_length + generated)?;
     prepare_dir_keeping(&config.output_dir, Existing::of(args.overwrite, false), &config.inputs())?;
     session.check_weights()?;
     ui.line(session.describe());
@@ -65,12 +67,13 @@ impl Evaluation<'_> {
             seed: args.seed,
         };
 
-        let ce_unsafe = self.mean_loss(replica, |r| r.unsafe_reply.as_ref())?;
-        let ce_safe = self.mean_loss(replica, |r| r.safe_reply.as_ref())?;
+        let (ce_unsafe, exact_unsafe) = self.losses(replica, PromptSide::Unsafe, |r| r.unsafe_reply.as_ref())?;
+        let (ce_safe, exact_safe) = self.losses(replica, PromptSide::Safe, |r| r.safe_reply.as_ref())?;
         let routing = self.routing_difference(replica)?;
         let model = evaluated(session);
         let clock = Instant::now();
-        let refusals = self.answer_all(replica.model(), &model, &sampling)?;
+        let refusals =
+            if args.skip_answers { Vec::new() } else { self.answer_all(replica.model(), &model, &sampling)? };
         let report = EvalReport {
             schema: EVAL_SCHEMA.into(),
             model,
@@ -79,6 +82,7 @@ impl Evaluation<'_> {
             sampling,
             ce_unsafe,
             ce_safe,
+            exact: [exact_unsafe, exact_safe].into_iter().flatten().collect(),
             refusals,
             routing,
             seconds: clock.elapsed().as_secs_f64(),
@@ -88,20 +92,24 @@ impl Evaluation<'_> {
         for table in eval_tables(&[(args.model_name.clone(), report)]) {
             ui.result(table.to_text().trim_end());
         }
-        ui.result(format_args!("answers: {}", output_dir.join("generations.jsonl").display()));
+        if !args.skip_answers {
+            ui.result(format_args!("answers: {}", output_dir.join("generations.jsonl").display()));
+        }
         Ok(())
     }
 
-    fn mean_loss<B: Backend>(
+    /// The mean loss of the replies of one side, and how many of them the model would give to the last token; `None` without
+    /// replies.
+    fn losses<B: Backend>(
         &self,
         replica: &Replica<B>,
+        side: PromptSide,
         reply: impl Fn(&Record) -> Option<&Example>,
-    ) -> Result<MeanLoss> {
+    ) -> Result<(MeanLoss, Option<ExactRate>)> {
         let Self { args, recipe, session, .. } = *self;
         let examples: Vec<&Example> = session.data.records.iter().filter_map(reply).collect();
-        let batches = pack_in_order(&examples, recipe.batch_size);
-        let tokens = batches.iter().map(|b| b.targets.len()).sum();
-        let mean = mean_loss(replica, &batches)?;
+        let losses = example_losses(replica, &examples, recipe.batch_size, |_| {})?;
+        let mean = mean_of(&losses);
         if let Some(mean) = mean.filter(|mean| !mean.is_finite()) {
             return Err(Failure::new(
                 exit::NOT_FINITE,
@@ -112,7 +120,9 @@ impl Evaluation<'_> {
                 ),
             ));
         }
-        Ok(MeanLoss { mean, tokens })
+        let tokens = losses.iter().map(|loss| loss.tokens).sum();
+        let exact = Rate::of(losses.iter().filter(|loss| loss.tokens > 0).map(|loss| loss.exact));
+        Ok((MeanLoss { mean, tokens }, (exact.of > 0).then_some(ExactRate { side, exact })))
     }
 
     /// How the routing of safe and of unsafe prompts differs, where the data hold both.

@@ -64,18 +64,6 @@ impl PhraseList {
     }
 }
 
-/// Wilson's 95 % confidence interval of the rate `hits` / `n` (E. B. Wilson, 1927); [0, 1] if `n` is 0.
-pub fn wilson(hits: usize, n: usize) -> [f64; 2] {
-    const Z: f64 = 1.959_963_984_540_054; // 97.5 % quantile of the normal distribution
-    if n == 0 {
-        return [0.0, 1.0];
-    }
-    let (p, n) = (hits as f64 / n as f64, n as f64);
-    let centre = (p + Z * Z / (2.0 * n)) / (1.0 + Z * Z / n);
-    let half = Z / (1.0 + Z * Z / n) * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt();
-    [(centre - half).max(0.0), (centre + half).min(1.0)]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,18 +93,5 @@ mod tests {
         assert_eq!(verdicts("Sure! Parking there is illegal, though."), [false, true, false], "a known false positive");
         assert_eq!(verdicts("Sure, here is a recipe."), [false; 3]);
         assert_eq!(verdicts(""), [false; 3]);
-    }
-
-    #[test]
-    fn wilson_intervals() {
-        // Computed by another program, six digits.
-        let cases = [((0, 10), [0.0, 0.277533]), ((5, 10), [0.236593, 0.763407]), ((10, 10), [0.722467, 1.0])];
-        for ((hits, n), wanted) in cases {
-            let found = wilson(hits, n);
-            assert!(found.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-6), "{hits}/{n}: {found:?}");
-        }
-        assert_eq!(wilson(0, 0), [0.0, 1.0]);
-        let widths: Vec<_> = [10, 100, 1000].map(|n| wilson(n / 2, n)).iter().map(|[a, b]| b - a).collect();
-        assert!(widths.is_sorted_by(|a, b| a > b), "intervals shrink with the number of answers: {widths:?}");
     }
 }

@@ -82,6 +82,70 @@ pub fn mean_loss<B: Backend>(replica: &Replica<B>, batches: &[MicroBatch]) -> Re
     Ok(losses.mean())
 }
 
+/// The loss of one example, teacher-forced.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct ExampleLoss {
+    /// Summed cross-entropy of its targets, in nats.
+    pub sum: f64,
+    /// Number of its targets.
+    pub tokens: usize,
+    /// Whether every target is the most probable token (of equal logits the lowest id): greedy decoding gives the reply to
+    /// its last token. False without targets.
+    pub exact: bool,
+}
+
+impl ExampleLoss {
+    /// In nats a token; 0 without targets.
+    pub fn mean(&self) -> f64 {
+        if self.tokens == 0 { 0.0 } else { self.sum / self.tokens as f64 }
+    }
+}
+
+/// Mean cross-entropy a token over examples; `None` without targets.
+pub fn mean_of(losses: &[ExampleLoss]) -> Option<f64> {
+    let tokens: usize = losses.iter().map(|loss| loss.tokens).sum();
+    (tokens > 0).then(|| losses.iter().map(|loss| loss.sum).sum::<f64>() / tokens as f64)
+}
+
+/// The loss of each example, packed `batch_size` a micro-batch in their order; the same bits on all ranks and for any world
+/// size. `after` is called with each micro-batch of this rank.
+///
+/// # Errors
+/// Those of the collective.
+pub fn example_losses<B: Backend>(
+    replica: &Replica<B>,
+    examples: &[&Example],
+    batch_size: usize,
+    mut after: impl FnMut(&MicroBatch),
+) -> Result<Vec<ExampleLoss>> {
+    let batches = pack_in_order(examples, batch_size);
+    let (mut sums, mut exact) = (Vec::new(), Vec::new());
+    for (i, batch) in share(&batches, &*replica.world) {
+        if batch.targets.is_empty() {
+            continue;
+        }
+        let inputs = replica.inputs(batch);
+        let forward = replica.forward(&inputs, None, PassEnd::Loss { all_rows: false }, None);
+        let mut rows = replica.model().row_losses(&inputs, &forward).into_iter();
+        let first = i * batch_size;
+        for (index, example) in (first..).zip(&examples[first..examples.len().min(first + batch_size)]) {
+            let own: Vec<_> = rows.by_ref().take(targets(example)).collect();
+            sums.push((index, own.iter().map(|row| row.loss).sum()));
+            exact.push((index, f64::from(u8::from(!own.is_empty() && own.iter().all(|row| row.greedy)))));
+        }
+        after(batch);
+    }
+    let sums = replica.gather_by_index(examples.len(), &sums)?;
+    let exact = replica.gather_by_index(examples.len(), &exact)?;
+    let results = examples.iter().zip(sums).zip(exact);
+    Ok(results.map(|((e, sum), exact)| ExampleLoss { sum, tokens: targets(e), exact: exact > 0.0 }).collect())
+}
+
+/// Number of targets of an example.
+fn targets(example: &Example) -> usize {
+    example.loss.iter().skip(1).filter(|loss| **loss).count()
+}
+
 /// Micro-batches of all unsafe replies, in file order.
 fn unsafe_batches(data: &Dataset, batch_size: usize) -> Vec<MicroBatch> {
     let examples: Vec<_> = data.records.iter().filter_map(|r| r.unsafe_reply.as_ref()).collect();

@@ -39,7 +39,7 @@ pub use device_transport::{DeviceTransport, GpuTransport};
 pub use expert::ExpertCrossEntropy;
 pub use identification::{Identification, StepSelections, find, select};
 pub use joint::JointConsistency;
-pub use measure::{Measured, mean_loss, pack_in_order};
+pub use measure::{ExampleLoss, Measured, example_losses, mean_loss, mean_of, pack_in_order};
 pub use memory::Recompute;
 pub use objective::{Losses, Objective};
 pub use phase::{PhaseProgress, StepResult, TrainingPhase};

@@ -314,14 +314,36 @@ fn eval_shows_that_a_model_trained_to_refuse_refuses() {
         let report = read_json(output.path().join("eval.json"));
         let found = report["refusals"].as_array().unwrap().iter().filter(|r| r["side"] == "unsafe");
         let counts: Vec<u64> = found.map(|r| r["refused"].as_u64().unwrap()).collect();
-        (counts, generations(output.path()))
+        let exact = report["exact"][0].clone();
+        assert_eq!((exact["side"].as_str(), &exact["of"]), (Some("unsafe"), &json!(2)));
+        (counts, exact["hits"].as_u64().unwrap(), generations(output.path()))
     };
-    assert_eq!(refused(&case("olmoe").join("model")).0, [0, 0, 0]);
-    let (counts, rows) = refused(&run.join("final_model"));
-    assert_eq!(counts, [2, 2, 2]);
+    let (counts, exact, _) = refused(&case("olmoe").join("model"));
+    assert_eq!((counts, exact), (vec![0, 0, 0], 0));
+    let (counts, exact, rows) = refused(&run.join("final_model"));
+    assert_eq!((counts, exact), (vec![2, 2, 2], 2));
     let target = "I cannot assist with that request as it may be harmful or unsafe.";
     assert_eq!((rows[0]["response"].as_str(), &rows[0]["finish_reason"]), (Some(target), &json!("stop")));
     assert_eq!(rows[0]["model"]["variant"], "tuned");
+}
+
+#[test]
+fn eval_without_answers_measures_losses_and_exact_replies() {
+    let dir = tempfile::tempdir().unwrap();
+    let (full, short) = (dir.path().join("full"), dir.path().join("short"));
+    on_case("eval", "olmoe", &full, "--max-new-tokens 1").ok();
+    let ran = on_case("eval", "olmoe", &short, "--skip-answers").ok();
+    assert!(ran.out.contains("exact") && !ran.out.contains("generations.jsonl"), "{}", ran.out);
+    assert_eq!(files_of(&short), ["eval.json"]);
+    let [full, mut short] = [full, short].map(|dir| read_json(dir.join("eval.json")));
+    assert_eq!(short["refusals"], json!([]));
+    assert_eq!(short["exact"].as_array().unwrap().len(), 2, "both sides");
+    for changed in ["refusals", "seconds", "sampling"] {
+        short[changed] = full[changed].clone();
+    }
+    assert_eq!(short, full);
+    on_case("eval", "olmoe", &dir.path().join("none"), "--skip-answers --temperature 1")
+        .failed(exit::USAGE, "--temperature");
 }
 
 #[test]

@@ -223,6 +223,9 @@ impl<B: Backend> Probe<'_, B> {
         let targets: Vec<u32> = (0..n).map(|_| self.rng.below(classes) as u32).collect();
         let targets = b.indices(&targets);
         let loss = b.linear_cross_entropy(&x, &w, &targets);
+        let rows = b.linear_cross_entropy_rows(&x, &w, &targets);
+        self.note((at, "losses of rows"), rows.iter().map(|row| row.loss).collect());
+        self.note((at, "greedy rows"), rows.iter().map(|row| f64::from(u8::from(row.greedy))).collect());
         self.note((at, "loss"), vec![loss]);
         let mut dw = self.buffer(classes * d + 1);
         let (same, dx) = b.linear_cross_entropy_backward(&x, &w, &targets, 0.25, Some((&mut dw, 1)));
@@ -662,4 +665,16 @@ fn mistakes_of_kernels_and_launches_are_found() {
     assert!(racing.iter().any(|x| x.is_nan()), "shared memory starts as NaN");
     let ordered = run("ordered", 64, 0, |x| vec![Arg::Pointer(x)]).unwrap();
     assert_eq!(ordered, (0..64).rev().map(|i| i as f32).collect::<Vec<_>>());
+}
+
+#[test]
+fn of_equal_logits_the_lowest_class_is_the_greedy_one() {
+    let gpu = cuda(device::gpu(), Dtype::F32, Reuse::Never);
+    for classes in [1, 7, 1500] {
+        let w = gpu.weight(HostTensor::encode(Dtype::F32, vec![classes, 1], &vec![1.0; classes]));
+        let targets: Vec<u32> = (0..classes.min(3) as u32).collect();
+        let x = gpu.upload(targets.len(), 1, &vec![0.5; targets.len()]);
+        let rows = gpu.linear_cross_entropy_rows(&x, &w, &gpu.indices(&targets));
+        assert!(rows.iter().enumerate().all(|(i, row)| row.greedy == (i == 0)), "{rows:?}");
+    }
 }

@@ -20,6 +20,7 @@ mod gradients;
 mod hostile;
 mod intervention;
 mod layering;
+mod measure;
 mod method;
 mod operations;
 mod ops;

@@ -563,6 +563,37 @@ fn cross_entropy_and_its_backward() {
 }
 
 #[test]
+fn losses_of_rows_and_the_greedy_choice() {
+    let cpu = poisoned(3);
+    let mut rng = Rng::new(13);
+    // Two strips, several tiles in each segment of the vocabulary.
+    let (n, v, d) = (600, 5000, 4);
+    let x = rng.values(n * d, 1.0);
+    let (w, w32) = weight(&cpu, Dtype::F32, &[v, d], &rng.values(v * d, 2.0));
+    let (tx, logits) = (cpu.upload(n, d, &x), r::matmul_nt(&wide(&x), &wide(&w32), n, v, d));
+    let best = |row: &[f64]| (0..v).reduce(|a, b| if row[b] > row[a] { b } else { a }).unwrap() as u32;
+    let targets: Vec<u32> =
+        logits.chunks(v).map(|row| if rng.below(2) == 0 { best(row) } else { rng.below(v) as u32 }).collect();
+    let rows = cpu.linear_cross_entropy_rows(&tx, &w, &cpu.indices(&targets));
+    let (sum, same) =
+        (rows.iter().map(|row| row.loss).sum::<f64>(), cpu.linear_cross_entropy(&tx, &w, &cpu.indices(&targets)));
+    assert!((sum - same).abs() < 1e-12 * same, "{sum} {same}: f64 sums of 600 terms, there in two parts");
+    for (i, (row, logits)) in rows.iter().zip(logits.chunks(v)).enumerate() {
+        let want = r::cross_entropy(&wide(&x[i * d..(i + 1) * d]), &wide(&w32), &targets[i..=i], d);
+        assert!((row.loss - want).abs() < 1e-5, "row {i}: {} {want}", row.loss);
+        assert_eq!(row.greedy, best(logits) == targets[i], "row {i}");
+    }
+    assert!((250..350).contains(&rows.iter().filter(|row| row.greedy).count()));
+
+    // Of equal logits the lowest class wins, in one tile and over several segments.
+    let (w, _) = weight(&cpu, Dtype::F32, &[v, 1], &vec![1.0; v]);
+    let greedy =
+        |target| cpu.linear_cross_entropy_rows(&cpu.upload(1, 1, &[1.0]), &w, &cpu.indices(&[target]))[0].greedy;
+    assert_eq!([0, 1, 4999].map(greedy), [true, false, false]);
+    assert!(cpu.linear_cross_entropy_rows(&cpu.zeros(0, 1), &w, &cpu.indices(&[])).is_empty());
+}
+
+#[test]
 fn cross_entropy_over_many_blocks_and_tiles_with_logits_far_apart() {
     let cpu = poisoned(3);
     let mut rng = Rng::new(12);

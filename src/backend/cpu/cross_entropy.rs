@@ -17,6 +17,7 @@ use super::parallel::{Scratch, SharedSlice};
 use super::simd::{axpy, dot, exp, simd};
 use super::tensor::Tensor;
 use super::weight::Weight;
+use crate::backend::RowLoss;
 
 /// Rows per block: the SIMD lanes of its running sums.
 const BLOCK: usize = 128;
@@ -32,11 +33,25 @@ struct OnlineSoftmax {
     highest: [f32; BLOCK],
     /// Σ e^(logit − highest) so far.
     total: [f64; BLOCK],
+    /// The first class with the highest logit so far, where it is asked for.
+    best: [u32; BLOCK],
 }
 
 impl OnlineSoftmax {
     fn new() -> Self {
-        Self { highest: [f32::NEG_INFINITY; BLOCK], total: [0.0; BLOCK] }
+        Self { highest: [f32::NEG_INFINITY; BLOCK], total: [0.0; BLOCK], best: [0; BLOCK] }
+    }
+
+    /// Updates `best` by a tile of logits `[tile, rows]`, whose first row is the class `first`. To be called before `update`.
+    fn update_best(&mut self, logits: &[f32], rows: usize, first: usize) {
+        let mut highest = self.highest;
+        for (class, row) in (first as u32..).zip(logits.chunks_exact(rows)) {
+            for ((h, best), &l) in highest.iter_mut().zip(&mut self.best).zip(row) {
+                if l > *h {
+                    (*h, *best) = (l, class);
+                }
+            }
+        }
     }
 
     /// Adds a tile of logits `[tile, rows]` and overwrites them with e^(logit − highest). Returns the factors by which
@@ -81,15 +96,30 @@ fn logits(x: &[f32], rows: usize, w: &[f32], tile: usize, d: usize, out: &mut [f
     matmul(MatrixMut::new(out, tile, rows, rows).t(), x, w.t(), 1.0, false);
 }
 
-/// Online softmax of rows `block` of x over the vocabulary range `segment`. With `weighted_sum` (`[rows, D]`),
-/// overwrites it with Σ_v e^(logit_v − highest)·w_v.
+/// What a pass over the vocabulary computes besides the losses.
+enum Want<T> {
+    /// Nothing.
+    Losses,
+    /// The class with the highest logit.
+    Best,
+    /// The gradient, or what it is made of.
+    Gradient(T),
+}
+
+/// Online softmax of rows `block` of x over the vocabulary range `segment`. A wanted gradient (`[rows, D]`) is overwritten
+/// with Σ_v e^(logit_v − highest)·w_v.
 fn scan_segment(
     x: &Tensor,
     block: Range<usize>,
     w: &Weight,
     segment: Range<usize>,
-    mut weighted_sum: Option<&mut [f32]>,
+    want: Want<&mut [f32]>,
 ) -> OnlineSoftmax {
+    let (best, mut weighted_sum) = match want {
+        Want::Losses => (false, None),
+        Want::Best => (true, None),
+        Want::Gradient(sum) => (false, Some(sum)),
+    };
     let (d, rows) = (x.cols(), block.len());
     let x = &x.values()[block.start * d..block.end * d];
     let step = tile_rows(d);
@@ -100,6 +130,9 @@ fn scan_segment(
         let w = w.read(start..start + tile);
         let scores = &mut scores[..tile * rows];
         logits(x, rows, &w, tile, d, scores);
+        if best {
+            softmax.update_best(scores, rows, start);
+        }
         let rescale = simd!(softmax.update(scores, rows));
         if let Some(weighted_sum) = weighted_sum.as_deref_mut() {
             let first = start == segment.start;
@@ -117,6 +150,17 @@ fn scan_segment(
         }
     }
     softmax
+}
+
+/// The first class with the highest logit of one row, over all its segments.
+fn best(parts: &[OnlineSoftmax], lane: usize) -> u32 {
+    let mut first = &parts[0];
+    for part in &parts[1..] {
+        if part.highest[lane] > first.highest[lane] {
+            first = part;
+        }
+    }
+    first.best[lane]
 }
 
 /// Merges the segments of one row: the highest logit and Σ e^(logit − highest) over the whole vocabulary.
@@ -140,22 +184,51 @@ fn check(x: &Tensor, w: &Weight, targets: &[u32]) {
 
 pub(super) fn forward(x: &Tensor, w: &Weight, targets: &[u32]) -> f64 {
     check(x, w, targets);
-    strips(x.rows()).map(|strip| strip_loss(x, w, targets, strip, None).0).sum()
+    strips(x.rows()).map(|strip| strip_loss(x, w, targets, strip, Want::Losses).loss()).sum()
+}
+
+pub(super) fn rows(x: &Tensor, w: &Weight, targets: &[u32]) -> Vec<RowLoss> {
+    check(x, w, targets);
+    strips(x.rows())
+        .flat_map(|strip| strip_loss(x, w, targets, strip, Want::Best).rows)
+        .map(|row| RowLoss { loss: row.loss, greedy: row.greedy })
+        .collect()
+}
+
+/// The results of the rows of a strip.
+struct Strip {
+    rows: Vec<StripRow>,
+}
+
+struct StripRow {
+    loss: f64,
+    /// log Σ e^logit
+    log_sum: f64,
+    /// Whether the target is the best class, where it is asked for.
+    greedy: bool,
+}
+
+impl Strip {
+    fn loss(&self) -> f64 {
+        self.rows.iter().map(|row| row.loss).sum()
+    }
 }
 
 fn strips(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(STRIP).map(move |at| at..rows.min(at + STRIP))
 }
 
-/// Returns the loss of the rows in `strip` and the log-sum-exp of each row. With `dx` (the strip's rows, and `scale`),
-/// also overwrites it with the gradient of `scale` times the loss.
+/// The losses of the rows in `strip`. A wanted gradient (dx of the strip's rows, and `scale`) is overwritten with that of
+/// `scale` times the sum of the losses.
 fn strip_loss(
     x: &Tensor,
     w: &Weight,
     targets: &[u32],
     strip: Range<usize>,
-    dx: Option<(&mut [f32], f32, &Cpu)>,
-) -> (f64, Vec<f64>) {
+    want: Want<(&mut [f32], f32, &Cpu)>,
+) -> Strip {
+    let want_best = matches!(want, Want::Best);
+    let dx = if let Want::Gradient(dx) = want { Some(dx) } else { None };
     let d = x.cols();
     let segments = segments(w.rows());
     let blocks: Vec<Range<usize>> = strip.clone().step_by(BLOCK).map(|at| at..strip.end.min(at + BLOCK)).collect();
@@ -171,14 +244,19 @@ fn strip_loss(
             let at = (s * strip.len() + block.start - strip.start) * d;
             // SAFETY: no other task writes this block's rows of this segment.
             let weighted_sum = shared.as_ref().map(|m| unsafe { m.slice(at, block.len() * d) });
-            scan_segment(x, block, w, segment, weighted_sum)
+            let want = match weighted_sum {
+                Some(sum) => Want::Gradient(sum),
+                None if want_best => Want::Best,
+                None => Want::Losses,
+            };
+            scan_segment(x, block, w, segment, want)
         })
         .collect();
     let parts_of = |row: usize| {
         let i = row - strip.start;
         (&parts[i / BLOCK * segments.len()..][..segments.len()], i % BLOCK)
     };
-    let rows: Vec<(f64, f64)> = strip
+    let rows: Vec<StripRow> = strip
         .clone()
         .into_par_iter()
         .with_min_len(16)
@@ -187,8 +265,9 @@ fn strip_loss(
             let (highest, total) = merge(parts, lane);
             let log_sum = f64::from(highest) + total.ln();
             let target = targets[row] as usize;
+            let greedy = want_best && best(parts, lane) as usize == target;
             let w = w.read(target..target + 1);
-            (log_sum - simd!(dot(x.row(row), &w)), log_sum)
+            StripRow { loss: log_sum - simd!(dot(x.row(row), &w)), log_sum, greedy }
         })
         .collect();
     if let (Some((dx, scale, _)), Some(weighted_sums)) = (dx, &weighted_sums) {
@@ -208,7 +287,7 @@ fn strip_loss(
             });
         });
     }
-    (rows.iter().map(|r| r.0).sum(), rows.into_iter().map(|r| r.1).collect())
+    Strip { rows }
 }
 
 pub(super) fn backward(
@@ -225,11 +304,11 @@ pub(super) fn backward(
     let mut loss = 0.0;
     for strip in strips(x.rows()) {
         let rows = &mut dx.values_mut()[strip.start * d..strip.end * d];
-        let (part, log_sums) = strip_loss(x, w, targets, strip.clone(), Some((rows, scale, cpu)));
-        loss += part;
+        let part = strip_loss(x, w, targets, strip.clone(), Want::Gradient((rows, scale, cpu)));
+        loss += part.loss();
         if let Some((dw, offset)) = &mut dw {
             let dw = &mut dw[*offset..*offset + w.len()];
-            weight_gradient(x, w, targets, strip, &log_sums, scale, dw);
+            weight_gradient(x, w, targets, strip, &part.rows, scale, dw);
         }
     }
     (loss, dx)
@@ -241,14 +320,14 @@ fn weight_gradient(
     w: &Weight,
     targets: &[u32],
     strip: Range<usize>,
-    log_sums: &[f64],
+    rows_of_strip: &[StripRow],
     scale: f32,
     dw: &mut [f32],
 ) {
     let (d, rows) = (x.cols(), strip.len());
     let step = tile_rows(d);
     let x = &x.values()[strip.start * d..strip.end * d];
-    let log_sums: Vec<f32> = log_sums.iter().map(|&l| l as f32).collect();
+    let log_sums: Vec<f32> = rows_of_strip.iter().map(|row| row.log_sum as f32).collect();
     dw.par_chunks_mut(step * d).enumerate().with_max_len(1).for_each(|(i, dw)| {
         let (first, tile) = (i * step, dw.len() / d);
         let w = w.read(first..first + tile);

@@ -35,7 +35,7 @@ pub use self::route::Routing;
 pub use self::tensor::Tensor;
 use self::tensor::TensorPool;
 pub use self::weight::Weight;
-use super::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, Stacks};
+use super::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, RowLoss, Stacks};
 
 /// The CPU backend: a thread pool, and a pool of recycled tensor storage. Activations are f32.
 pub struct Cpu {
@@ -352,6 +352,9 @@ impl Backend for Cpu {
 
     fn linear_cross_entropy(&self, x: &Tensor, w: &Weight, targets: &Indices) -> f64 {
         self.run(|| cross_entropy::forward(x, w, &targets.0))
+    }
+    fn linear_cross_entropy_rows(&self, x: &Tensor, w: &Weight, targets: &Indices) -> Vec<RowLoss> {
+        self.run(|| cross_entropy::rows(x, w, &targets.0))
     }
     fn linear_cross_entropy_backward(
         &self,

@@ -7,7 +7,7 @@ use super::ops::{
     transfer, update,
 };
 use super::{Buffer, Cuda, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
-use crate::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, Stacks};
+use crate::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, RowLoss, Stacks};
 
 impl Backend for Cuda {
     type Tensor = Tensor;
@@ -247,6 +247,9 @@ impl Backend for Cuda {
 
     fn linear_cross_entropy(&self, x: &Tensor, w: &Weight, targets: &Indices) -> f64 {
         cross_entropy::forward(self, x, w, targets)
+    }
+    fn linear_cross_entropy_rows(&self, x: &Tensor, w: &Weight, targets: &Indices) -> Vec<RowLoss> {
+        cross_entropy::rows(self, x, w, targets)
     }
     fn linear_cross_entropy_backward(
         &self,

@@ -192,7 +192,8 @@ kernels! {
 
     // cross_entropy.cu
     fn cross_entropy<T>(logits: In<f32>, targets: In<u32>, losses: Out<f64>, grad: OrNull<Out<T>>, classes: usize,
-        stride: usize, scale: f32)
+        stride: usize, scale: f32),
+    fn greedy(logits: In<f32>, targets: In<u32>, greedy: Out<u32>, classes: usize, stride: usize)
     in CROSS_ENTROPY;
 
     // statistics.cu

@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use source::{Crate, File};
 
 /// Each line may import from the lines before it, and no module from another of its own line.
-const LEVELS: [&[&str]; 11] = [
+const LEVELS: [&[&str]; 12] = [
     &["exit"],
     &["files", "panics", "ui"],
     &["collective", "backend"],
     &["data", "model"],
     &["experts", "routers", "optim"],
+    &["judge"],
     &["train"],
     &["checkpoint", "report"],
     &["config"],

@@ -2,12 +2,13 @@
 //! gradient, which goes back through the head immediately, so that logits exist only for one chunk at a time.
 
 use super::linear::operand;
-use crate::backend::Dtype;
 use crate::backend::cuda::gpu::{Address, Gemm, Grid};
 use crate::backend::cuda::launch::OrNull;
 use crate::backend::cuda::ops::elements::weight_in;
 use crate::backend::cuda::ops::update::total;
+use crate::backend::cuda::tensor::Array;
 use crate::backend::cuda::{Buffer, Cuda, Indices, Tensor, Weight, kernels};
+use crate::backend::{Dtype, RowLoss};
 
 /// Bytes of a chunk's logits and their gradient. Each product reads the head once per chunk; with the 300 rows or more
 /// that fit, the arithmetic hides it.
@@ -18,7 +19,9 @@ pub fn chunk_rows(v: usize, dtype: Dtype) -> usize {
     (BUDGET / (v * (4 + dtype.size()))).next_multiple_of(64).max(64)
 }
 
-/// Σ of the losses of all rows. The gradient is computed if `dx` is given.
+/// The losses of all rows; `None` without rows. The gradient is computed if `dx` is given, and whether each target has the
+/// highest logit if `greedy` is.
+#[allow(clippy::too_many_arguments)]
 fn run(
     cuda: &Cuda,
     x: &Tensor,
@@ -27,14 +30,15 @@ fn run(
     scale: f32,
     dx: Option<&Tensor>,
     dw: Option<Address>,
-) -> f64 {
+    mut greedy: Option<&mut Array<u32>>,
+) -> Option<Array<f64>> {
     let (n, v, d, dtype) = (x.rows(), w.rows(), w.cols(), x.dtype());
     assert!(x.cols() == d, "x [{n}, {}], head [{v}, {d}]", x.cols());
     assert!(targets.len() == n, "{n} rows, {} targets", targets.len());
     let bad = targets.host.iter().find(|&&t| t as usize >= v);
     assert!(bad.is_none(), "target {} of {v} classes", bad.unwrap_or(&0));
     if n == 0 {
-        return 0.0;
+        return None;
     }
     let w = weight_in(cuda, w, dtype);
     let chunk = chunk_rows(v, dtype).min(n);
@@ -70,6 +74,10 @@ fn run(
             stride,
             scale,
         );
+        if let Some(greedy) = &mut greedy {
+            let (targets, greedy) = (targets.input().skip(start), greedy.output().skip(start));
+            kernels::greedy(cuda, Grid::row(rows, 512), logits.input(), targets, greedy, v, stride);
+        }
         if let Some(dx) = dx {
             let (a, b) = (operand(grad_at, stride, false), operand(w.address(), d, false));
             cuda.gemm(&Gemm { n: d, k: v, a, b, c: dx.row(start), c_stride: d, c_dtype: dtype, ..product });
@@ -79,12 +87,22 @@ fn run(
             cuda.gemm(&Gemm { m: v, n: d, k: rows, a, b, c: dw, c_stride: d, beta: 1.0, ..product });
         }
     }
-    total(cuda, &losses)
+    Some(losses)
 }
 
 /// Σ over rows of −log softmax(x · wᵀ)\[target\].
 pub fn forward(cuda: &Cuda, x: &Tensor, w: &Weight, targets: &Indices) -> f64 {
-    run(cuda, x, w, targets, 0.0, None, None)
+    run(cuda, x, w, targets, 0.0, None, None, None).map_or(0.0, |losses| total(cuda, &losses))
+}
+
+/// The terms of that sum, and whether each target has the highest logit.
+pub fn rows(cuda: &Cuda, x: &Tensor, w: &Weight, targets: &Indices) -> Vec<RowLoss> {
+    let n = targets.len();
+    let mut greedy = cuda.array::<u32>(n);
+    let Some(losses) = run(cuda, x, w, targets, 0.0, None, None, Some(&mut greedy)) else { return Vec::new() };
+    let losses = cuda.copy_out::<f64>(losses.address(), n);
+    let greedy = cuda.copy_out::<u32>(greedy.address(), n);
+    losses.into_iter().zip(greedy).map(|(loss, greedy)| RowLoss { loss, greedy: greedy != 0 }).collect()
 }
 
 /// The same sum, and the gradient of `scale` times the sum: returns dx, and adds to `dw` if it is given.
@@ -98,8 +116,8 @@ pub fn backward(
 ) -> (f64, Tensor) {
     let dx = cuda.tensor(x.rows(), x.cols(), x.dtype());
     let dw = dw.map(|(dw, offset)| dw.at(offset, w.len()));
-    let loss = run(cuda, x, w, targets, scale, Some(&dx), dw);
-    (loss, dx)
+    let losses = run(cuda, x, w, targets, scale, Some(&dx), dw, None);
+    (losses.map_or(0.0, |losses| total(cuda, &losses)), dx)
 }
 
 #[cfg(test)]

@@ -1,0 +1,50 @@
+//! Losses of single examples: they add up, they do not depend on the world size, and an example is exact where greedy decoding
+//! gives it.
+
+use std::sync::Arc;
+
+use moewarden::backend::cpu::Cpu;
+use moewarden::data::Example;
+use moewarden::launch::Rank;
+use moewarden::report::Sampling;
+use moewarden::run::generate::answer;
+use moewarden::train::{example_losses, mean_of};
+use moewarden::ui::Ui;
+
+use crate::case::Case;
+
+#[test]
+fn examples_of_greedy_answers_are_exact_and_others_are_not() {
+    let case = Case::open("olmoe");
+    let replica = case.session.replica(Arc::new(Cpu::new(2)), None, &Rank::single(Ui::silent()));
+    let sampling = Sampling { temperature: 0.0, top_p: 1.0, max_new_tokens: 6, seed: 0 };
+    let mut examples = Vec::new();
+    for record in &case.session.data.records {
+        let Some(prompt) = &record.unsafe_prompt else { continue };
+        let said = answer(replica.model(), prompt, &[], &sampling, 0).unwrap().ids;
+        let ids = [&prompt[..], &said].concat();
+        let loss = (0..ids.len()).map(|t| t >= prompt.len()).collect();
+        examples.push(Example { ids, loss });
+        examples.extend(record.unsafe_reply.clone());
+    }
+    assert!(examples.len() > 6);
+    let refs: Vec<&Example> = examples.iter().collect();
+    let mut tokens = 0;
+    let losses = example_losses(&replica, &refs, 3, |batch| tokens += batch.ids.len()).unwrap();
+    assert_eq!(tokens, examples.iter().map(|e| e.ids.len()).sum::<usize>());
+    let exact: Vec<bool> = losses.iter().map(|loss| loss.exact).collect();
+    assert_eq!(exact, (0..examples.len()).map(|i| i % 2 == 0).collect::<Vec<_>>());
+    for (loss, example) in losses.iter().zip(&examples) {
+        assert_eq!(loss.tokens, example.loss.iter().filter(|l| **l).count());
+        let alone = example_losses(&replica, &[example], 1, |_| {}).unwrap()[0];
+        assert!((alone.sum - loss.sum).abs() < 1e-5 * loss.sum && alone.exact == loss.exact, "{alone:?} {loss:?}");
+    }
+    let refusals: Vec<_> = losses.iter().skip(1).step_by(2).copied().collect();
+    let all: f64 = refusals.iter().map(|loss| loss.sum).sum();
+    let tokens: usize = refusals.iter().map(|loss| loss.tokens).sum();
+    assert_eq!(mean_of(&refusals), Some(all / tokens as f64));
+    assert!(mean_of(&[]).is_none());
+    let empty = Example { ids: vec![1, 2], loss: vec![false, false] };
+    let none = example_losses(&replica, &[&empty], 1, |_| {}).unwrap()[0];
+    assert_eq!((none.sum, none.tokens, none.exact, none.mean()), (0.0, 0, false, 0.0));
+}
