@@ -6,10 +6,15 @@ use super::score::{add_sums, merge_sums};
 use super::{Error, ExpertScores, RoutingTokens};
 use crate::collective::{self, Collective};
 
-/// Whether each token is counted, `[T]`. `is_response`: whether each token is a loss token, `[T]`.
+/// Whether each token is counted, `[T]`. `is_response`: whether each token is a loss token, `[T]`; never true for the first token of
+/// a sequence.
 pub fn token_mask(tokens: RoutingTokens, is_response: &[bool]) -> Vec<bool> {
     match tokens {
         RoutingTokens::Response => is_response.to_vec(),
+        // The next token of a sequence's last one begins another sequence, and carries no loss.
+        RoutingTokens::Predicting => {
+            is_response.iter().skip(1).copied().chain([false]).take(is_response.len()).collect()
+        }
         RoutingTokens::Prompt => is_response.iter().map(|r| !r).collect(),
         RoutingTokens::All => vec![true; is_response.len()],
     }
@@ -153,8 +158,18 @@ mod tests {
     fn masks_split_a_conversation() {
         let is_response = [false, false, true];
         assert_eq!(token_mask(RoutingTokens::Response, &is_response), [false, false, true]);
+        assert_eq!(token_mask(RoutingTokens::Predicting, &is_response), [false, true, false]);
         assert_eq!(token_mask(RoutingTokens::Prompt, &is_response), [true, true, false]);
         assert_eq!(token_mask(RoutingTokens::All, &is_response), [true, true, true]);
+    }
+
+    #[test]
+    fn predicting_tokens_stay_in_their_sequence() {
+        // Two sequences: prompt, reply, reply; prompt, prompt, reply.
+        let is_response = [false, true, true, false, false, true];
+        let mask = token_mask(RoutingTokens::Predicting, &is_response);
+        assert_eq!(mask, [true, true, false, false, true, false]);
+        assert!(token_mask(RoutingTokens::Predicting, &[]).is_empty());
     }
 
     #[test]

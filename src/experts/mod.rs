@@ -131,7 +131,10 @@ pub enum RoutingTokens {
     /// Loss tokens: the tokens of the response.
     #[default]
     Response,
-    /// All other tokens.
+    /// Tokens whose next token is a loss token: from the last token of the prompt, which decides how the reply begins, to the last but
+    /// one of the reply.
+    Predicting,
+    /// Tokens without loss.
     Prompt,
     /// All tokens.
     All,

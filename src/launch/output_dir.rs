@@ -10,6 +10,7 @@ use super::lock::LOCK_FILE;
 use crate::checkpoint::{self, is_model_file, is_model_folder};
 use crate::config::{RunConfig, Variant};
 use crate::files;
+use crate::report::OWN_REPLIES;
 
 /// What to do with an output folder that is not empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,9 +90,10 @@ pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> 
     if existing == Existing::Keep {
         remove_temporaries(dir, Place::Top)?;
     }
-    // Keep the lock file: the process that holds the lock deletes it.
-    let lock = dir.join(LOCK_FILE);
-    for file in outputs.files.iter().filter(|file| **file != lock) {
+    // Keep the lock file: the process that holds the lock deletes it. Keep the model's own replies: their keys say to which model
+    // and prompts they belong, and they are expensive.
+    let kept = [dir.join(LOCK_FILE), dir.join(OWN_REPLIES)];
+    for file in outputs.files.iter().filter(|file| !kept.contains(file)) {
         fs::remove_file(file).map_err(failed("remove", file))?;
     }
     for folder in &outputs.folders {
@@ -157,7 +159,7 @@ enum Place {
 }
 
 /// Files at the top of the output folder. A new output file must be added here, or `--overwrite` refuses the folder.
-const TOP_FILES: [&str; 12] = [
+const TOP_FILES: [&str; 13] = [
     LOCK_FILE,
     "config.resolved.yaml",
     "metrics.jsonl",
@@ -166,6 +168,7 @@ const TOP_FILES: [&str; 12] = [
     "training_metadata.json",
     "eval.json",
     "generations.jsonl",
+    OWN_REPLIES,
     "report.html",
     "compare.json",
     "compare.html",

@@ -11,6 +11,7 @@ mod metadata;
 mod metrics;
 mod page;
 mod pickle;
+mod replies;
 mod scores_json;
 
 pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
@@ -24,6 +25,7 @@ pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use page::{Page, Table, escape};
 pub use pickle::{RoundGradients, gradients_pickle};
+pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
 
 use std::io;

@@ -12,6 +12,7 @@ mod prepare;
 mod progress;
 mod quickstart;
 pub mod refusals;
+pub mod replies;
 mod report;
 pub mod session;
 mod summary;

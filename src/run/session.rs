@@ -34,6 +34,7 @@ pub struct Session {
     /// The file of [`Self::data`].
     data_path: PathBuf,
     fingerprint: OnceLock<blake3::Hash>,
+    weights_hash: OnceLock<blake3::Hash>,
 }
 
 impl Session {
@@ -96,8 +97,9 @@ impl Session {
                 Some(held_out)
             }
         };
-        let (data_path, fingerprint) = (config.dataset_path.clone(), OnceLock::new());
-        Ok(Self { dir, model, checkpoint, table, tokenizer, data, held_out, data_path, fingerprint })
+        let data_path = config.dataset_path.clone();
+        let [fingerprint, weights_hash] = [OnceLock::new(), OnceLock::new()];
+        Ok(Self { dir, model, checkpoint, table, tokenizer, data, held_out, data_path, fingerprint, weights_hash })
     }
 
     /// A sampler of the training rows, with the order and the batch size of `recipe`.
@@ -208,15 +210,33 @@ impl Session {
             return Ok(*hash);
         }
         let mut hasher = blake3::Hasher::new();
+        self.hash_parameters(&mut hasher);
+        hasher.update(self.fingerprint_of_files(config)?.as_bytes());
+        Ok(*self.fingerprint.get_or_init(|| hasher.finalize()))
+    }
+
+    /// blake3 over the base model's parameters and its configuration.
+    ///
+    /// # Errors
+    /// A failed read.
+    pub fn weights_hash(&self) -> Result<blake3::Hash> {
+        if let Some(hash) = self.weights_hash.get() {
+            return Ok(*hash);
+        }
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(hash_file(&self.dir.join("config.json"))?.as_bytes());
+        self.hash_parameters(&mut hasher);
+        Ok(*self.weights_hash.get_or_init(|| hasher.finalize()))
+    }
+
+    fn hash_parameters(&self, hasher: &mut blake3::Hasher) {
         if let Some(init) = &self.table.random {
-            hasher.update(&init.seed.to_le_bytes()); // with config.json, below, it decides all values
+            hasher.update(&init.seed.to_le_bytes()); // with config.json it decides all values
         } else {
             for spec in &self.table.params {
                 hasher.update_rayon(&spec.base.bytes);
             }
         }
-        hasher.update(self.fingerprint_of_files(config)?.as_bytes());
-        Ok(*self.fingerprint.get_or_init(|| hasher.finalize()))
     }
 
     fn fingerprint_of_files(&self, config: &RunConfig) -> Result<blake3::Hash> {

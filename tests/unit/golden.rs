@@ -281,6 +281,21 @@ fn routing(name: &str) {
         let theirs = numbers(&case.expect["routing"][json!(tokens).as_str().unwrap()]["risk_difference"]);
         assert_near("risk differences", &found.scores.values, &theirs, COUNTS);
     }
+    // The tokens that predict are those before the loss tokens: the same as `response` where each mask begins one token earlier.
+    let predicting = RunConfig {
+        method: Method::Routing,
+        routing_tokens: RoutingTokens::Predicting,
+        risk_threshold: -1.0,
+        ..case.config.clone()
+    };
+    let found = case.run(&predicting, 1).identify().scores.values;
+    let records = case.session.data.records.clone();
+    for reply in case.session.data.records.iter_mut().flat_map(|r| [&mut r.unsafe_reply, &mut r.safe_reply]).flatten() {
+        reply.loss.rotate_left(1);
+    }
+    let shifted = case.run(&RunConfig { routing_tokens: RoutingTokens::Response, ..predicting }, 1).identify();
+    assert_eq!(found, shifted.scores.values);
+    case.session.data.records = records;
 
     let records = case.session.data.records.clone();
     for (i, batch) in records.chunks(case.config.batch_size).enumerate() {

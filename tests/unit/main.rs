@@ -26,6 +26,7 @@ mod operations;
 mod ops;
 mod ops_autograd;
 mod recipe;
+mod replies;
 mod second_opinion;
 mod sharding;
 mod shared_goldens;
