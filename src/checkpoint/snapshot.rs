@@ -7,6 +7,7 @@
 //! | `state.json` | rank 0 | options, position, results so far |
 //! | `weights.safetensors` | rank 0 | the weights that changed, as a delta |
 //! | `optimizer-R-of-N.safetensors` | each rank | in a training phase: its shard of master weights and moments |
+//! | `prepared.bin` | rank 0 | what a training phase computed before its first step: the fixed target of the routers |
 //! | `identify-R-of-N.json` | each rank | in an identification: the sums so far |
 //! | `manifest.json` | rank 0 | size and blake3 hash of all other files |
 //!
@@ -16,7 +17,7 @@
 //! steps over the same rows, and differs by the rounding of sums.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::{fs, io};
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -39,6 +40,7 @@ use crate::train::{Measured, Phase, PhaseProgress, Replica, Scan, check_replicas
 const SCHEMA: &str = "moewarden.checkpoint/2";
 const WEIGHTS: &str = "weights.safetensors";
 const STATE: &str = "state.json";
+const PREPARED: &str = "prepared.bin";
 
 /// A position in a run: the phase and the step that come next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -109,7 +111,19 @@ pub enum PhaseSnapshot<'p, B: Backend> {
         progress: &'p PhaseProgress,
         /// This rank's shard of the optimizer state.
         optimizer: &'p AdamW<B>,
+        /// What the objective computed before the first step.
+        prepared: Option<Vec<u8>>,
     },
+}
+
+/// What a checkpoint holds of a training phase under way, for one rank.
+pub struct TrainingSnapshot {
+    /// What the phase carries from step to step.
+    pub progress: PhaseProgress,
+    /// This rank's shard of the optimizer state.
+    pub optimizer: Vec<ParamState>,
+    /// What the objective computed before the first step.
+    pub prepared: Option<Vec<u8>>,
 }
 
 /// What a run must have in common with a checkpoint that it resumes.
@@ -231,11 +245,15 @@ impl SnapshotStore<'_> {
                 files::write(dir.join(&name), sums)?;
                 names.push(name);
             }
-            PhaseSnapshot::Training { optimizer, .. } => {
+            PhaseSnapshot::Training { optimizer, prepared, .. } => {
                 let name = optimizer_name(rank, world_size);
                 let states = optimizer.export(&replica.model().backend);
                 write_optimizer(self.table, &optimizer.layout(), states, &dir.join(&name))?;
                 names.push(name);
+                if let Some(bytes) = prepared.as_ref().filter(|_| rank == 0) {
+                    files::write(dir.join(PREPARED), bytes)?;
+                    names.push(PREPARED.into());
+                }
             }
         }
         if rank == 0 {
@@ -396,17 +414,23 @@ impl<O> Snapshot<O> {
         scan.restore(next, &mine.map(read).collect::<Result<Vec<_>>>()?)
     }
 
-    /// The progress of a training phase, and this rank's shard of its optimizer state; `None` at the start of a phase.
+    /// The training phase under way; `None` at the start of a phase.
     ///
     /// # Errors
     /// A file that cannot be read.
-    pub fn training<B: Backend>(&self, replica: &Replica<B>) -> Result<Option<(PhaseProgress, Vec<ParamState>)>> {
+    pub fn training<B: Backend>(&self, replica: &Replica<B>) -> Result<Option<TrainingSnapshot>> {
         let Some(progress) = &self.state.progress else { return Ok(None) };
         let writers = self.state.world_size;
         let files: Vec<_> = (0..writers).map(|rank| self.folder.join(optimizer_name(rank, writers))).collect();
         let (rank, world_size) = (replica.world.rank(), replica.world.world_size());
         let states = read_optimizer(&replica.model().table, &files, rank, world_size)?;
-        Ok(Some((progress.clone(), states)))
+        let path = self.folder.join(PREPARED);
+        let prepared = match fs::read(&path) {
+            Ok(bytes) => Some(bytes),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+            Err(e) => return Err(Failure::new(exit::IO, format!("{}: {e}", path.display()))),
+        };
+        Ok(Some(TrainingSnapshot { progress: progress.clone(), optimizer: states, prepared }))
     }
 }
 

@@ -24,7 +24,7 @@ use crate::data::{LongRows, LossOn};
 use crate::exit::{self, Coded};
 use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
-use crate::routers::{ConsistencyLayers, KlType, Statistic};
+use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
 use crate::train::Recompute;
 
 pub use commands::{CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
@@ -214,6 +214,10 @@ pub struct RunConfig {
     pub max_skipped_steps: usize,
     /// Router phase: how a layer's router logits become one distribution.
     pub router_statistic: Statistic,
+    /// Tokens at the end of each prompt that count; 0: all.
+    pub router_last_tokens: usize,
+    /// The routing that the unsafe prompts are aligned with.
+    pub router_target: RouterTarget,
     /// Router phase: divergence.
     pub kl_type: KlType,
     /// Add the router consistency loss. True if and only if the schedule is joint.
@@ -309,6 +313,8 @@ impl Default for RunConfig {
             max_grad_norm: None,
             max_skipped_steps: 3,
             router_statistic: Statistic::TokenProbs,
+            router_last_tokens: 0,
+            router_target: RouterTarget::Current,
             kl_type: KlType::Forward,
             use_router_consistency_loss: false,
             router_consistency_weight: 0.1,

@@ -10,7 +10,7 @@ use super::{Device, Init, Layers, Mode, Precision, Recompute, RunConfig, SaveRou
 use crate::data::{LongRows, LossOn};
 use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
-use crate::routers::{ConsistencyLayers, KlType, Statistic};
+use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
 
 /// Headings of the help; each option belongs to one of them.
 pub mod heading {
@@ -173,6 +173,12 @@ pub struct RawOptions {
     /// Alternating schedule: how router logits of a layer become one distribution over experts
     #[arg(long, help_heading = ROUTERS)]
     pub router_statistic: Option<Statistic>,
+    /// Alternating schedule: how many tokens at the end of each prompt count in the statistic; 0: all
+    #[arg(long, value_name = "TOKENS", help_heading = ROUTERS)]
+    pub router_last_tokens: Option<usize>,
+    /// Alternating schedule: the routing of the safe prompts that the unsafe prompts are aligned with
+    #[arg(long, help_heading = ROUTERS)]
+    pub router_target: Option<RouterTarget>,
     /// Alternating schedule: KL divergence between p (safe) and q (unsafe)
     #[arg(long, help_heading = ROUTERS)]
     pub kl_type: Option<KlType>,
@@ -180,7 +186,7 @@ pub struct RawOptions {
     /// examples of a batch; implies --schedule joint
     #[arg(long, help_heading = ROUTERS)]
     pub use_router_consistency_loss: Option<bool>,
-    /// Joint schedule: weight of the router consistency loss
+    /// Joint schedule: weight of the router consistency loss; 0: the divergence is only logged
     #[arg(long, value_name = "FACTOR", help_heading = ROUTERS)]
     pub router_consistency_weight: Option<f64>,
     /// Joint schedule: KL divergence between p (safe) and q (unsafe)
@@ -299,7 +305,7 @@ for_each_option! {
         random_match top_k_experts experts_per_layer layers select selection mode schedule num_rounds
         expert_epochs_per_round router_epochs_per_round grad_accum finetune_unsafe_experts skip_router_training
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic
-        kl_type use_router_consistency_loss router_consistency_weight router_consistency_type
+        router_last_tokens router_target kl_type use_router_consistency_loss router_consistency_weight router_consistency_type
         router_consistency_layers safe_ratio output_dir overwrite logging_steps resume save_steps keep_checkpoints
         check_replicas save_rounds device precision ranks transport profile threads recompute timeout
     }

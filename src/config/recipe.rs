@@ -1,6 +1,8 @@
 //! From options to the recipe of a run. Only this file reads the options `mode`, `schedule`, `finetune-unsafe-experts`,
 //! `skip-router-training`, `use-router-consistency-loss` and `selection`: what they mean together is decided here, once.
 
+use std::num::NonZeroUsize;
+
 use super::{Mode, RawOptions, RunConfig, Schedule};
 use crate::experts::{Method, RandomMatch, Selection, SelectionLimits};
 use crate::train::{
@@ -52,7 +54,8 @@ fn score_by(c: &RunConfig) -> ScoreBy {
 }
 
 fn divergence(c: &RunConfig) -> Divergence {
-    Divergence { statistic: c.router_statistic, kl: c.kl_type }
+    let last_tokens = NonZeroUsize::new(c.router_last_tokens);
+    Divergence { statistic: c.router_statistic, last_tokens, kl: c.kl_type }
 }
 
 fn training(c: &RunConfig) -> Training {
@@ -70,7 +73,12 @@ fn training(c: &RunConfig) -> Training {
         grad_accum: c.grad_accum,
         lr: c.expert_lr,
     };
-    let routers = RouterPhase { epochs: c.router_epochs_per_round, divergence: divergence(c), lr: c.router_lr };
+    let routers = RouterPhase {
+        epochs: c.router_epochs_per_round,
+        divergence: divergence(c),
+        target: c.router_target,
+        lr: c.router_lr,
+    };
     match (c.schedule, c.finetune_unsafe_experts, !c.skip_router_training) {
         (Schedule::Joint, finetune, _) => Training::Joint(JointPhase {
             trained: finetune.then_some(trained),
@@ -183,12 +191,12 @@ pub(super) fn no_effect(c: &RunConfig) -> Vec<(bool, &'static str, &'static [&'s
         (
             c.skip_router_training,
             "routers are not trained (--skip-router-training)",
-            &["router-lr", "router-epochs-per-round", "router-statistic", "kl-type"],
+            &["router-lr", "router-epochs-per-round", "router-statistic", "router-last-tokens", "router-target", "kl-type"],
         ),
         (
             joint,
             "only the router phase of --schedule alternate uses it",
-            &["router-epochs-per-round", "router-statistic", "kl-type"],
+            &["router-epochs-per-round", "router-statistic", "router-last-tokens", "router-target", "kl-type"],
         ),
         (
             !joint,

@@ -45,11 +45,6 @@ fn numbers(c: &RunConfig, wrong: &mut Vec<String>) {
     let positive = [
         ("expert-lr", c.expert_lr, "to train no expert, use --no-finetune-unsafe-experts"),
         ("router-lr", c.router_lr, "to train no router, use --skip-router-training"),
-        (
-            "router-consistency-weight",
-            c.router_consistency_weight,
-            "to train without this loss, use --schedule alternate",
-        ),
         ("max-grad-norm", c.max_grad_norm.unwrap_or(1.0), "leave it out for no clipping"),
     ];
     for (option, value, hint) in positive {
@@ -57,11 +52,14 @@ fn numbers(c: &RunConfig, wrong: &mut Vec<String>) {
             wrong.push(format!("--{option} is {value}, but must be a finite number above 0: {hint}"));
         }
     }
-    if !(c.weight_decay.is_finite() && c.weight_decay >= 0.0) {
-        wrong.push(format!(
-            "--weight-decay is {}, but must be finite and not negative: use 0 to turn weight decay off",
-            c.weight_decay
-        ));
+    let not_negative = [
+        ("weight-decay", c.weight_decay, "use 0 to turn weight decay off"),
+        ("router-consistency-weight", c.router_consistency_weight, "use 0 to train without this loss"),
+    ];
+    for (option, value, hint) in not_negative {
+        if !(value.is_finite() && value >= 0.0) {
+            wrong.push(format!("--{option} is {value}, but must be finite and not negative: {hint}"));
+        }
     }
     if !(-1.0..=1.0).contains(&c.risk_threshold) {
         let hint = "it is the threshold of a difference of two frequencies";

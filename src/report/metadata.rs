@@ -11,7 +11,7 @@ use crate::experts::ExpertId;
 use crate::train::Phase;
 
 /// The options in the file, by their names there: those of the command line, with underscores.
-const OPTIONS: [&str; 30] = [
+const OPTIONS: [&str; 32] = [
     "model_name",
     "num_rounds",
     "expert_epochs_per_round",
@@ -33,6 +33,8 @@ const OPTIONS: [&str; 30] = [
     "selection",
     "kl_type",
     "router_statistic",
+    "router_last_tokens",
+    "router_target",
     "skip_router_training",
     "finetune_unsafe_experts",
     "use_router_consistency_loss",
@@ -57,6 +59,8 @@ pub struct TrainingMetadata {
     /// Mean cross-entropy of the refusals of all unsafe rows, before the first round and after the last; null until the
     /// run has ended.
     pub ce_loss: Option<[Option<f64>; 2]>,
+    /// Mean cross-entropy of the replies to the safe prompts, before and after; null without such rows.
+    pub safe_loss: Option<[Option<f64>; 2]>,
     /// Divergence of the routing between safe and unsafe prompts, before and after; null if the data have prompts of
     /// one side only.
     pub router_loss: Option<[Option<f64>; 2]>,
@@ -84,6 +88,7 @@ impl TrainingMetadata {
             training_strategy: strategy.into(),
             world_size,
             ce_loss: None,
+            safe_loss: None,
             router_loss: None,
             held_out_loss: None,
             training_logs: Vec::new(),

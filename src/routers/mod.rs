@@ -28,6 +28,17 @@ pub enum Statistic {
     SampleLogits,
 }
 
+/// The routing that the unsafe prompts are aligned with in the router phase (`--router-target`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum RouterTarget {
+    /// The present routing of the safe prompts, which moves with the routers.
+    #[default]
+    Current,
+    /// The routing of the safe prompts at the start of the round's router phase.
+    RoundStart,
+}
+
 /// The direction of the KL divergence between p (safe) and q (unsafe) (`--kl-type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]

@@ -231,6 +231,7 @@ impl<'a> Outputs<'a> {
             both.iter().any(Option::is_some).then_some(both)
         };
         self.metadata.ce_loss = both(|m| m.ce_loss);
+        self.metadata.safe_loss = both(|m| m.safe_loss);
         self.metadata.router_loss = both(|m| m.router_loss);
         self.metadata.held_out_loss = both(|m| m.held_out_loss);
     }

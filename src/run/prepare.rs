@@ -86,6 +86,13 @@ pub(super) fn describe_trained(session: &Session, recipe: &Recipe, ui: &Ui) {
         .map(|(kind, elements)| format!("{kind} {elements} ({:.2} %)", 100.0 * elements as f64 / total as f64));
     let when = if recipe.selects_each_step() { ", reselected at every step" } else { "" };
     ui.line(format_args!("trained parameters, of {total}: {}{when}", kinds.join(", ")));
+    if recipe.router_phase().is_some() {
+        ui.warn(
+            "the router phase is part of the published recipe, but on models with planted unsafe experts it never raised \
+             refusals, and at --router-lr 1e-3 it destroyed the refusal of plain requests (1.00 to 0.10): compare with \
+             --skip-router-training, and watch the loss of the replies to safe prompts",
+        );
+    }
 }
 
 /// Prints the predicted memory of a rank that trains at most `trained` elements at once, and returns it in bytes.

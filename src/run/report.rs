@@ -124,7 +124,7 @@ fn names(dirs: &[&Path]) -> Vec<String> {
 fn summary(runs: &[&Run]) -> Table {
     let mut table = Table::new(
         "Losses over all rows, before the first round → after the last",
-        ["run", "method", "strategy", "rounds", "selected", "cross-entropy", "divergence", "held-out"],
+        ["run", "method", "strategy", "rounds", "selected", "cross-entropy", "safe prompts", "divergence", "held-out"],
     );
     for run in runs {
         let scores = run.scores.as_ref();
@@ -143,6 +143,7 @@ fn summary(runs: &[&Run]) -> Table {
             rounds.to_string(),
             selected.to_string(),
             before_and_after("ce_loss"),
+            before_and_after("safe_loss"),
             before_and_after("router_loss"),
             before_and_after("held_out_loss"),
         ]);

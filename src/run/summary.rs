@@ -11,6 +11,7 @@ use crate::ui::Ui;
 pub(super) fn losses(when: &str, m: &Measured) -> String {
     let parts = [
         m.ce_loss.map(|x| format!("cross-entropy of the refusals {x:.4}")),
+        m.safe_loss.map(|x| format!("of the replies to safe prompts {x:.4}")),
         m.router_loss.map(|x| format!("divergence of the routers {x:.5}")),
         m.held_out_loss.map(|x| format!("cross-entropy of the held-out refusals {x:.4}")),
     ];

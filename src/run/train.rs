@@ -112,6 +112,12 @@ impl<'a> RankInputs<'a> {
         let after = run.measure()?;
         after.check_finite()?;
         rank.ui.line(summary::losses("after", &after));
+        if let Some([before, after]) = run.before.harm_to_safe_side(&after) {
+            rank.ui.warn(format_args!(
+                "the loss of the replies to safe prompts rose from {before:.4} to {after:.4} nats a token: training harmed answers \
+                 that were right; lower the learning rates, or leave the routers alone (--skip-router-training)"
+            ));
+        }
         if run.stop_requested()? {
             return Ok(Ended::Stopped(stopped(config))); // the end of the last round is saved
         }
@@ -245,15 +251,16 @@ impl<B: Backend> RankRun<'_, B> {
     ) -> Result<ControlFlow<()>> {
         let Self { recipe, ui, .. } = *self;
         let mut phase = TrainingPhase::new(objective, &recipe.updates, round, &self.replica);
-        if let Some(snapshot) = resumed {
-            let mut restore = || match snapshot.training(&self.replica)? {
-                Some((progress, optimizer)) => phase.restore(&self.replica, progress, optimizer),
-                None => Ok(()),
-            };
-            all_ok(&*self.replica.world, restore())?;
-        }
         let label = phase.phase().label();
         self.plan_memory(&phase, round);
+        let mut restore = || -> Result<bool> {
+            let Some(saved) = resumed.map(|s| s.training(&self.replica)).transpose()?.flatten() else { return Ok(false) };
+            phase.restore(&self.replica, saved.progress, saved.optimizer, saved.prepared.as_deref())?;
+            Ok(true)
+        };
+        if !all_ok(&*self.replica.world, restore())? {
+            phase.prepare(&self.replica)?;
+        }
         let mut num_selected = self.outputs.last_selection().len();
         let progress =
             Progress::new(ui, phase.total_steps() - phase.progress().steps, format!("round {} {label}", round + 1));
@@ -271,7 +278,8 @@ impl<B: Backend> RankRun<'_, B> {
             if !phase.is_done() && (step.stop || due) {
                 let position = Position { round, phase: phase.phase(), step: phase.progress().steps };
                 let (progress, optimizer) = (phase.progress(), phase.trainer().optimizer());
-                self.save(position, &PhaseSnapshot::Training { progress, optimizer })?;
+                let prepared = phase.objective().prepared();
+                self.save(position, &PhaseSnapshot::Training { progress, optimizer, prepared })?;
                 if step.stop {
                     return Ok(ControlFlow::Break(()));
                 }

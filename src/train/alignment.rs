@@ -2,6 +2,7 @@
 //! with respect to each layer's logits.
 
 use std::iter;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use super::replica::Replica;
@@ -14,7 +15,7 @@ use crate::routers::{self, Alignment, KlType, LayerStatistic, SampleSoftmax, Sta
 /// One side (safe or unsafe) of one packed batch of this rank.
 pub struct RoutingSide {
     kind: Statistic,
-    /// Row ranges: all rows of this side, or for `sample-logits` one range a sample.
+    /// Row ranges, each of the counted tokens of one sample; for `token-probs` over all tokens one range of all rows.
     segments: Vec<Range<usize>>,
     /// One statistic a MoE layer.
     statistics: Vec<LayerStatistic>,
@@ -23,22 +24,43 @@ pub struct RoutingSide {
 }
 
 impl RoutingSide {
-    /// An empty statistic of `num_layers` MoE layers. `sequences`: the packed sequences of this side.
+    /// An empty statistic of `num_layers` MoE layers. `sequences`: the packed sequences of this side; `last_tokens`: how many
+    /// tokens at the end of each count, `None` for all.
     pub fn new(
         kind: Statistic,
+        last_tokens: Option<NonZeroUsize>,
         num_layers: usize,
         num_experts: usize,
         packing: &Packing,
         sequences: Range<usize>,
     ) -> Self {
-        let segments = match kind {
-            Statistic::TokenProbs => {
+        let segments = match (kind, last_tokens) {
+            (Statistic::TokenProbs, None) => {
                 iter::once(packing.queries[sequences.start]..packing.queries[sequences.end]).collect()
             }
-            Statistic::SampleLogits => sequences.map(|s| packing.queries[s]..packing.queries[s + 1]).collect(),
+            _ => sequences.map(|s| counted(packing.queries[s]..packing.queries[s + 1], last_tokens)).collect(),
         };
         let statistics = vec![LayerStatistic::zero(num_experts); num_layers];
         Self { kind, segments, statistics, samples: vec![None; num_layers] }
+    }
+
+    /// The sum of known statistics, `[layers]` each, without a forward pass and without a gradient.
+    pub fn of_known<'s>(
+        kind: Statistic,
+        num_layers: usize,
+        num_experts: usize,
+        parts: impl Iterator<Item = &'s [LayerStatistic]>,
+    ) -> Self {
+        let mut statistics = vec![LayerStatistic::zero(num_experts); num_layers];
+        for part in parts {
+            statistics.iter_mut().zip(part).for_each(|(sum, part)| sum.add(&part.sum, part.weight));
+        }
+        Self { kind, segments: Vec::new(), statistics, samples: vec![None; num_layers] }
+    }
+
+    /// The statistic of each MoE layer.
+    pub fn into_statistics(self) -> Vec<LayerStatistic> {
+        self.statistics
     }
 
     /// Adds the logits `[T, E]` of the MoE layer with this index (among the MoE layers).
@@ -46,8 +68,9 @@ impl RoutingSide {
         let statistic = &mut self.statistics[index];
         match self.kind {
             Statistic::TokenProbs => {
-                let rows = self.segments[0].clone();
-                statistic.add(&b.softmax_sum(logits, rows.clone()), rows.len() as f64);
+                for rows in &self.segments {
+                    statistic.add(&b.softmax_sum(logits, rows.clone()), rows.len() as f64);
+                }
             }
             Statistic::SampleLogits => {
                 let lengths: Vec<_> = self.segments.iter().map(Range::len).collect();
@@ -62,10 +85,16 @@ impl RoutingSide {
     fn gradient(&self, index: usize, d_sum: &[f64], factor: f64) -> RouterGrad {
         let to_f32 = |values: &[f64]| values.iter().map(|d| (d * factor) as f32).collect();
         match &self.samples[index] {
-            None => RouterGrad::SoftmaxSums(vec![(self.segments[0].clone(), to_f32(d_sum))]),
+            None => RouterGrad::SoftmaxSums(self.segments.iter().map(|rows| (rows.clone(), to_f32(d_sum))).collect()),
             Some(samples) => RouterGrad::SegmentSums(self.segments.clone(), to_f32(&samples.backward(d_sum))),
         }
     }
+}
+
+/// The rows of a sample that count.
+fn counted(rows: Range<usize>, last_tokens: Option<NonZeroUsize>) -> Range<usize> {
+    let first = last_tokens.map_or(rows.start, |n| rows.end.saturating_sub(n.get()).max(rows.start));
+    first..rows.end
 }
 
 /// The alignment loss of a global batch over some of the layers.

@@ -121,7 +121,7 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
                 let inputs = replica.inputs(batch);
                 let (packing, first_unsafe) = (&batch.packing, records.safe.len());
                 let side = |sequences| {
-                    RoutingSide::new(Statistic::TokenProbs, layers.layers.len(), experts, packing, sequences)
+                    RoutingSide::new(Statistic::TokenProbs, None, layers.layers.len(), experts, packing, sequences)
                 };
                 let mut unsafe_ = side(first_unsafe..packing.len());
                 let mut safe = side(0..first_unsafe);
@@ -138,6 +138,8 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
         let alignment = align(&*replica.world, self.phase.kl, &safe, &unsafe_, &self.layers(replica), experts)?;
         let routers: Vec<_> = match &alignment {
             None => vec![Vec::new(); passes.len()],
+            // Without weight there is no gradient; the divergence is logged all the same.
+            Some(_) if self.phase.weight == 0.0 => vec![Vec::new(); passes.len()],
             Some(alignment) => passes
                 .iter()
                 .map(|pass| alignment.through_both(&pass.safe, &pass.unsafe_, layers, self.phase.weight))

@@ -16,6 +16,9 @@ use crate::optim::LossMeter;
 pub struct Measured {
     /// Mean cross-entropy of the refusals, given the unsafe prompts, in nats a token.
     pub ce_loss: Option<f64>,
+    /// Mean cross-entropy of the replies to the safe prompts, in nats a token: training should not raise it.
+    #[serde(default)]
+    pub safe_loss: Option<f64>,
     /// Mean divergence of the routers between safe and unsafe prompts, in nats.
     pub router_loss: Option<f64>,
     /// Mean cross-entropy of the held-out refusals, in nats a token.
@@ -34,6 +37,8 @@ impl Measured {
         divergence: Divergence,
     ) -> Result<Self> {
         let ce_loss = mean_loss(replica, &unsafe_batches(sampler.data, sampler.batch_size))?;
+        let safe: Vec<_> = sampler.data.records.iter().filter_map(|r| r.safe_reply.as_ref()).collect();
+        let safe_loss = mean_loss(replica, &pack_in_order(&safe, sampler.batch_size))?;
         let router_loss = if sampler.data.has_both_prompts() {
             let by_layer = alignment_by_layer(replica, sampler, divergence)?;
             Some(by_layer.iter().sum::<f64>() / by_layer.len() as f64)
@@ -44,7 +49,14 @@ impl Measured {
             Some(data) => mean_loss(replica, &unsafe_batches(data, sampler.batch_size))?,
             None => None,
         };
-        Ok(Self { ce_loss, router_loss, held_out_loss })
+        Ok(Self { ce_loss, safe_loss, router_loss, held_out_loss })
+    }
+
+    /// The mean loss of the replies to safe prompts before and after, if training has raised it by more than a tenth and by
+    /// more than 0.05 nats a token: the model answers them less as the data say.
+    pub fn harm_to_safe_side(&self, after: &Self) -> Option<[f64; 2]> {
+        let both = [self.safe_loss?, after.safe_loss?];
+        (both[1] > 1.1 * both[0] && both[1] > both[0] + 0.05).then_some(both)
     }
 
     /// Refuses losses that are not finite.
@@ -52,7 +64,10 @@ impl Measured {
     /// # Errors
     /// The first such loss.
     pub fn check_finite(&self) -> Result<()> {
-        let losses = [("refusals", self.ce_loss), ("routers", self.router_loss), ("held-out rows", self.held_out_loss)];
+        let losses = [
+            ("refusals", self.ce_loss),
+            ("replies to safe prompts", self.safe_loss),
+            ("routers", self.router_loss), ("held-out rows", self.held_out_loss)];
         match losses.iter().find_map(|(what, loss)| loss.filter(|l| !l.is_finite()).map(|l| (what, l))) {
             None => Ok(()),
             Some((what, loss)) => Err(Failure::new(

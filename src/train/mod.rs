@@ -30,6 +30,7 @@ mod phase;
 mod recipe;
 mod replica;
 mod router;
+mod router_target;
 mod scan;
 mod stop;
 mod trainer;

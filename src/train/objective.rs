@@ -48,6 +48,27 @@ pub trait Objective<B: Backend> {
     /// `rows at lines 3, 7 of rows.jsonl`, for errors.
     fn describe_rows(&self, step: &[Self::Batch]) -> String;
 
+    /// Computes what the phase needs once, before its first step. Nothing by default.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    fn prepare(&mut self, _: &Replica<B>) -> Result<()> {
+        Ok(())
+    }
+
+    /// What [`Self::prepare`] computed, for a checkpoint within the phase; the same on all ranks.
+    fn prepared(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// Restores [`Self::prepared`] of a checkpoint.
+    ///
+    /// # Errors
+    /// Content that is missing or does not fit.
+    fn restore_prepared(&mut self, _: &Replica<B>, _bytes: Option<&[u8]>) -> Result<()> {
+        Ok(())
+    }
+
     /// Selects experts from the micro-batches of the coming step (of all ranks), in runs that select at each step; then
     /// [`Self::params`] answers for that selection. `round` counts from 0.
     ///

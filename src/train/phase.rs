@@ -87,7 +87,17 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
         }
     }
 
-    /// Resumes after the steps of a checkpoint, with this rank's shard of its optimizer state.
+    /// Computes what the objective needs once, before the first step.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn prepare(&mut self, replica: &Replica<B>) -> Result<()> {
+        replica.world.set_activity(&format!("preparing the {} phase", self.phase().name()));
+        self.objective.prepare(replica)
+    }
+
+    /// Resumes after the steps of a checkpoint, with this rank's shard of its optimizer state, and with what was prepared
+    /// before the first step.
     ///
     /// # Errors
     /// A state that does not fit this model.
@@ -96,8 +106,10 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
         replica: &Replica<B>,
         progress: PhaseProgress,
         optimizer: impl IntoIterator<Item = ParamState>,
+        prepared: Option<&[u8]>,
     ) -> Result<()> {
         self.progress = progress;
+        self.objective.restore_prepared(replica, prepared)?;
         for state in optimizer {
             self.trainer.import(replica, &state)?;
         }

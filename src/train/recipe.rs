@@ -1,13 +1,15 @@
 //! The recipe of a run: what each of its rounds does. It is decided once, from the options; everything below asks the
 //! recipe, never an option.
 
+use std::num::NonZeroUsize;
+
 use serde::{Deserialize, Serialize};
 
 use super::memory::Recompute;
 use crate::experts::{ExpertId, RoutingTokens, Score, ScorePer, Select, Selection, SelectionLimits};
 use crate::model::{ModelConfig, ParamId, ParamKind, ParamTable, expert_params};
 use crate::optim::{LearningRates, LrSchedule};
-use crate::routers::{ConsistencyLayers, KlType, Statistic};
+use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
 
 /// A part of a round, in the order in which the parts run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -183,6 +185,8 @@ pub struct RouterPhase {
     pub epochs: usize,
     /// What is minimised.
     pub divergence: Divergence,
+    /// The routing that the unsafe prompts are aligned with.
+    pub target: RouterTarget,
     /// Learning rate of the routers.
     pub lr: f64,
 }
@@ -192,6 +196,8 @@ pub struct RouterPhase {
 pub struct Divergence {
     /// How the logits of a layer become one distribution over its experts.
     pub statistic: Statistic,
+    /// How many tokens at the end of each prompt count; `None`: all.
+    pub last_tokens: Option<NonZeroUsize>,
     /// The divergence between the two distributions.
     pub kl: KlType,
 }

@@ -5,13 +5,14 @@ use super::alignment::{RoutingSide, align, refs, watch};
 use super::objective::{Losses, Objective};
 use super::recipe::{Divergence, Phase, RouterPhase, router_params};
 use super::replica::{Replica, share};
+use super::router_target::PromptRouting;
 use super::trainer::Trainer;
 use crate::backend::Backend;
 use crate::data::{MicroBatch, MissingSide, Sampler, micro_batches};
 use crate::exit::Result;
 use crate::model::{LossGrads, ParamId, ParamTable, PassEnd};
 use crate::optim::LearningRates;
-use crate::routers::Statistic;
+use crate::routers::RouterTarget;
 
 /// Trains routers by the divergence between the routing of safe and of unsafe prompts.
 pub struct RouterAlignment<'a> {
@@ -19,6 +20,8 @@ pub struct RouterAlignment<'a> {
     sampler: Sampler<'a>,
     /// For each record the one with its safe prompt.
     partners: Vec<usize>,
+    /// The routing of the safe prompts at the start of the phase, if that is the target.
+    target: Option<PromptRouting>,
 }
 
 impl<'a> RouterAlignment<'a> {
@@ -27,7 +30,7 @@ impl<'a> RouterAlignment<'a> {
     /// # Errors
     /// Rows without a safe prompt.
     pub fn new(phase: &'a RouterPhase, sampler: Sampler<'a>) -> Result<Self, MissingSide> {
-        Ok(Self { phase, sampler, partners: sampler.prompt_partners()? })
+        Ok(Self { phase, sampler, partners: sampler.prompt_partners()?, target: None })
     }
 }
 
@@ -73,26 +76,56 @@ impl<B: Backend> Objective<B> for RouterAlignment<'_> {
         self.sampler.describe_rows(&step.concat())
     }
 
+    /// The target of `--router-target round-start`, by a forward pass over the safe prompts.
+    fn prepare(&mut self, replica: &Replica<B>) -> Result<()> {
+        if self.phase.target == RouterTarget::RoundStart {
+            self.target =
+                Some(PromptRouting::compute(replica, self.sampler, &self.partners, self.phase.divergence)?);
+        }
+        Ok(())
+    }
+
+    fn prepared(&self) -> Option<Vec<u8>> {
+        self.target.as_ref().map(PromptRouting::to_bytes)
+    }
+
+    fn restore_prepared(&mut self, replica: &Replica<B>, bytes: Option<&[u8]>) -> Result<()> {
+        if self.phase.target == RouterTarget::RoundStart {
+            let (layers, experts) = (replica.moe_layers().layers.len(), replica.model().config.num_experts);
+            let bytes = bytes.unwrap_or_default();
+            self.target = Some(PromptRouting::from_bytes(bytes, &self.partners, layers, experts)?);
+        }
+        Ok(())
+    }
+
     fn backward(&self, replica: &Replica<B>, own: &[&Vec<usize>], trainer: &mut Trainer<B>) -> Result<Losses> {
+        let divergence = self.phase.divergence;
+        let (layers, experts) = (replica.moe_layers(), replica.model().config.num_experts);
         let records: Vec<usize> = own.iter().copied().flatten().copied().collect();
         let (safe, unsafe_) = self.sampler.pack_prompts(&self.partners, &records);
-        let totals = replica.sum_step_totals([&safe, &unsafe_])?;
-        let safe = observe(replica, self.phase.divergence.statistic, &safe);
+        assert!(self.phase.target == RouterTarget::Current || self.target.is_some(), "prepared before the first step");
+        let (totals, safe) = match &self.target {
+            None => (replica.sum_step_totals([&safe, &unsafe_])?, observe(replica, divergence, &safe)),
+            Some(target) => {
+                let partners: Vec<usize> = records.iter().map(|&i| self.partners[i]).collect();
+                let side = target.side(divergence, layers.layers.len(), experts, &partners);
+                (replica.sum_step_totals([&unsafe_])?, vec![side])
+            }
+        };
 
         let mut sides = Vec::new();
         let mut pass = None;
         if !unsafe_.ids.is_empty() {
             let inputs = replica.inputs(&unsafe_);
-            let mut side = empty_side(replica, self.phase.divergence.statistic, &unsafe_);
+            let mut side = empty_side(replica, divergence, &unsafe_);
             let mut observer = watch(replica, vec![&mut side]);
             let forward = trainer.forward(replica, &inputs, PassEnd::Routers, Some(&mut observer));
             drop(observer);
             sides.push(side);
             pass = Some((inputs, forward));
         }
-        let (layers, experts) = (replica.moe_layers(), replica.model().config.num_experts);
         let alignment =
-            align(&*replica.world, self.phase.divergence.kl, &refs(&safe), &refs(&sides), &layers.indices(), experts)?
+            align(&*replica.world, divergence.kl, &refs(&safe), &refs(&sides), &layers.indices(), experts)?
                 .expect("a router step has safe and unsafe prompts on some rank");
 
         trainer.accumulate(replica, |step| {
@@ -116,7 +149,6 @@ pub fn alignment_by_layer<B: Backend>(
     sampler: Sampler<'_>,
     divergence: Divergence,
 ) -> Result<Vec<f64>> {
-    let Divergence { statistic, kl } = divergence;
     let layers = replica.moe_layers();
     let experts = replica.model().config.num_experts;
     let partners = sampler.prompt_partners()?;
@@ -126,8 +158,8 @@ pub fn alignment_by_layer<B: Backend>(
     for step in micro_batches.chunks(replica.step_world_size) {
         let own: Vec<usize> = share(step, &*replica.world).flat_map(|(_, records)| records.iter().copied()).collect();
         let (safe, unsafe_) = sampler.pack_prompts(&partners, &own);
-        let (safe, unsafe_) = (observe(replica, statistic, &safe), observe(replica, statistic, &unsafe_));
-        if let Some(a) = align(&*replica.world, kl, &refs(&safe), &refs(&unsafe_), &layers.indices(), experts)? {
+        let (safe, unsafe_) = (observe(replica, divergence, &safe), observe(replica, divergence, &unsafe_));
+        if let Some(a) = align(&*replica.world, divergence.kl, &refs(&safe), &refs(&unsafe_), &layers.indices(), experts)? {
             sums.iter_mut().zip(a.by_layer()).for_each(|(sum, kl)| *sum += kl);
             steps += 1.0;
         }
@@ -137,17 +169,18 @@ pub fn alignment_by_layer<B: Backend>(
 }
 
 /// An empty statistic over all sequences of a packed batch.
-fn empty_side<B: Backend>(replica: &Replica<B>, statistic: Statistic, batch: &MicroBatch) -> RoutingSide {
+fn empty_side<B: Backend>(replica: &Replica<B>, divergence: Divergence, batch: &MicroBatch) -> RoutingSide {
+    let Divergence { statistic, last_tokens, .. } = divergence;
     let (layers, experts) = (replica.moe_layers().layers.len(), replica.model().config.num_experts);
-    RoutingSide::new(statistic, layers, experts, &batch.packing, 0..batch.packing.len())
+    RoutingSide::new(statistic, last_tokens, layers, experts, &batch.packing, 0..batch.packing.len())
 }
 
 /// The statistic of a packed batch by a forward pass that keeps nothing; none for an empty batch.
-fn observe<B: Backend>(replica: &Replica<B>, statistic: Statistic, batch: &MicroBatch) -> Vec<RoutingSide> {
+fn observe<B: Backend>(replica: &Replica<B>, divergence: Divergence, batch: &MicroBatch) -> Vec<RoutingSide> {
     if batch.ids.is_empty() {
         return Vec::new();
     }
-    let mut side = empty_side(replica, statistic, batch);
+    let mut side = empty_side(replica, divergence, batch);
     replica.forward(&replica.inputs(batch), None, PassEnd::Routers, Some(&mut watch(replica, vec![&mut side])));
     vec![side]
 }

@@ -193,7 +193,7 @@ impl Forecast {
             identify: scans * identification,
             experts: passes * a_pass,
             routers,
-            measure: 2.0 * (forward(&unsafe_replies) + pairs),
+            measure: 2.0 * (forward(&unsafe_replies) + forward(&safe_replies) + pairs),
         }
     }
 
