@@ -191,7 +191,14 @@ pub(super) fn no_effect(c: &RunConfig) -> Vec<(bool, &'static str, &'static [&'s
         (
             c.skip_router_training,
             "routers are not trained (--skip-router-training)",
-            &["router-lr", "router-epochs-per-round", "router-statistic", "router-last-tokens", "router-target", "kl-type"],
+            &[
+                "router-lr",
+                "router-epochs-per-round",
+                "router-statistic",
+                "router-last-tokens",
+                "router-target",
+                "kl-type",
+            ],
         ),
         (
             joint,

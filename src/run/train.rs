@@ -254,7 +254,9 @@ impl<B: Backend> RankRun<'_, B> {
         let label = phase.phase().label();
         self.plan_memory(&phase, round);
         let mut restore = || -> Result<bool> {
-            let Some(saved) = resumed.map(|s| s.training(&self.replica)).transpose()?.flatten() else { return Ok(false) };
+            let Some(saved) = resumed.map(|s| s.training(&self.replica)).transpose()?.flatten() else {
+                return Ok(false);
+            };
             phase.restore(&self.replica, saved.progress, saved.optimizer, saved.prepared.as_deref())?;
             Ok(true)
         };

@@ -67,7 +67,9 @@ impl Measured {
         let losses = [
             ("refusals", self.ce_loss),
             ("replies to safe prompts", self.safe_loss),
-            ("routers", self.router_loss), ("held-out rows", self.held_out_loss)];
+            ("routers", self.router_loss),
+            ("held-out rows", self.held_out_loss),
+        ];
         match losses.iter().find_map(|(what, loss)| loss.filter(|l| !l.is_finite()).map(|l| (what, l))) {
             None => Ok(()),
             Some((what, loss)) => Err(Failure::new(

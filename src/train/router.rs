@@ -79,8 +79,7 @@ impl<B: Backend> Objective<B> for RouterAlignment<'_> {
     /// The target of `--router-target round-start`, by a forward pass over the safe prompts.
     fn prepare(&mut self, replica: &Replica<B>) -> Result<()> {
         if self.phase.target == RouterTarget::RoundStart {
-            self.target =
-                Some(PromptRouting::compute(replica, self.sampler, &self.partners, self.phase.divergence)?);
+            self.target = Some(PromptRouting::compute(replica, self.sampler, &self.partners, self.phase.divergence)?);
         }
         Ok(())
     }
@@ -124,9 +123,8 @@ impl<B: Backend> Objective<B> for RouterAlignment<'_> {
             sides.push(side);
             pass = Some((inputs, forward));
         }
-        let alignment =
-            align(&*replica.world, divergence.kl, &refs(&safe), &refs(&sides), &layers.indices(), experts)?
-                .expect("a router step has safe and unsafe prompts on some rank");
+        let alignment = align(&*replica.world, divergence.kl, &refs(&safe), &refs(&sides), &layers.indices(), experts)?
+            .expect("a router step has safe and unsafe prompts on some rank");
 
         trainer.accumulate(replica, |step| {
             if let Some((inputs, forward)) = pass {
@@ -159,7 +157,9 @@ pub fn alignment_by_layer<B: Backend>(
         let own: Vec<usize> = share(step, &*replica.world).flat_map(|(_, records)| records.iter().copied()).collect();
         let (safe, unsafe_) = sampler.pack_prompts(&partners, &own);
         let (safe, unsafe_) = (observe(replica, divergence, &safe), observe(replica, divergence, &unsafe_));
-        if let Some(a) = align(&*replica.world, divergence.kl, &refs(&safe), &refs(&unsafe_), &layers.indices(), experts)? {
+        if let Some(a) =
+            align(&*replica.world, divergence.kl, &refs(&safe), &refs(&unsafe_), &layers.indices(), experts)?
+        {
             sums.iter_mut().zip(a.by_layer()).for_each(|(sum, kl)| *sum += kl);
             steps += 1.0;
         }

@@ -52,7 +52,8 @@ impl PromptRouting {
             parts.push(from_bytes(bytes, layers, experts).expect("written by this program").into_iter());
         }
         let ranks = parts.len();
-        let of_batch = |(i, batch): (usize, &Vec<usize>)| parts[i % ranks].by_ref().take(batch.len()).collect::<Vec<_>>();
+        let of_batch =
+            |(i, batch): (usize, &Vec<usize>)| parts[i % ranks].by_ref().take(batch.len()).collect::<Vec<_>>();
         let statistics = batches.iter().enumerate().flat_map(of_batch).collect();
         Ok(Self { records, statistics })
     }

@@ -159,7 +159,7 @@ fn contradictions_and_invalid_values_are_configuration_errors() {
         ("--layers 15-8", "write the lower one first, 8-15"),
         ("--safe-ratio 1 --schedule joint", "between 0 and 1"),
         ("--safe-ratio 0 --schedule joint", "between 0 and 1"),
-        ("--router-consistency-weight 0 --schedule joint", "above 0"),
+        ("--router-consistency-weight -1 --schedule joint", "not negative"),
         ("--method routing --risk-threshold 1.5", "between -1 and 1"),
         ("--use-router-consistency-loss --schedule alternate", "leave one out"),
         ("--no-use-router-consistency-loss --schedule joint", "leave one out"),

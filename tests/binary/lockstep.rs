@@ -162,6 +162,8 @@ fn the_router_phase_by_either_statistic() {
         "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3",
         "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3 --router-statistic sample-logits \
          --kl-type symmetric",
+        "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3 --router-last-tokens 2 \
+         --router-target round-start",
     ] {
         Job::new(ByBatchSize, options, &[("router", 2)]).check();
     }

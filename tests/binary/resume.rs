@@ -145,6 +145,11 @@ fn other_modes_and_schedules_resume() {
         ("olmoe_fused", "--num-rounds 2 --selection per-batch --skip-router-training --batch-size 1"),
         (
             "olmoe",
+            "--num-rounds 1 --method random --router-lr 1e-3 --batch-size 1 --router-epochs-per-round 2 \
+             --router-target round-start --router-last-tokens 1",
+        ),
+        (
+            "olmoe",
             "--num-rounds 1 --method routing --risk-threshold -1 --batch-size 1 --lr-schedule cosine --warmup-steps 2 \
              --expert-epochs-per-round 2",
         ),

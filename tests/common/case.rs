@@ -176,6 +176,7 @@ impl<'a, B: Backend> CaseRun<'a, B> {
     fn run_objective<O: Objective<B>>(&mut self, objective: O) -> Vec<StepResult> {
         let updates = self.recipe.updates.clone();
         let mut phase = TrainingPhase::new(objective, &updates, 0, &self.replica);
+        phase.prepare(&self.replica).expect("finite statistics");
         let mut steps = Vec::new();
         while !phase.is_done() {
             steps.push(phase.step(&mut self.replica).expect("a step"));

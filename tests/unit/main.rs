@@ -9,6 +9,7 @@ mod values;
 
 mod autograd;
 mod reference;
+mod router_target;
 mod tiny_model;
 
 mod adamw;
