@@ -76,7 +76,7 @@ fn main() {
         Activations::predict(&replica.model().config, longest, &budget).kept_layers(recompute, layers, 0, &budget, 1);
     for pass in 1..=number("--repeat", 3) {
         let clock = Instant::now();
-        let found = find(&replica, &recipe.identify, sampler, micro_batches.clone(), 0).expect("a finite loss");
+        let found = find(&replica, &recipe.identify, sampler, micro_batches.clone()).expect("a finite loss");
         let seconds = clock.elapsed().as_secs_f64();
         println!(
             "pass {pass}: {seconds:.3} s, {:.0} tokens/s, peak RSS {:.2} GiB, loss of the first micro-batch {:.6}",

@@ -115,6 +115,7 @@ mod tests {
             ..RunConfig::default()
         };
         for base in [RunConfig::default(), joint] {
+            let base = RunConfig { experts: Some("experts.json".into()), ..base };
             let variants = args.variants(&base);
             let names: Vec<_> = variants.iter().map(|v| v.name.as_str()).collect();
             assert_eq!(
@@ -123,10 +124,12 @@ mod tests {
                     "gradient-expert-only",
                     "routing-expert-only",
                     "random-expert-only",
+                    "given-expert-only",
                     "router-only",
                     "gradient-combined",
                     "routing-combined",
                     "random-combined",
+                    "given-combined",
                     "frozen",
                     "baseline"
                 ]
@@ -135,9 +138,9 @@ mod tests {
                 assert_eq!(validate::problems(&v.config), Vec::<String>::new(), "{}", v.name);
                 assert_eq!(v.config.output_dir, base.output_dir.join(&v.name));
             }
-            let frozen = &variants[7].config;
+            let frozen = &variants[9].config;
             assert!(!frozen.finetune_unsafe_experts && frozen.skip_router_training);
-            assert_eq!(variants[8].config.mode, Mode::Baseline);
+            assert_eq!(variants[10].config.mode, Mode::Baseline);
         }
     }
 }

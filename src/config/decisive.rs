@@ -17,6 +17,7 @@ impl RunConfig {
             overwrite: false,
             resume: false,
             output_dir: PathBuf::new(),
+            experts: None, // the experts that it lists count, with the other inputs
             threads: 0,
             ranks: None,
             device: Device::Auto,

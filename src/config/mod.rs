@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{LongRows, LossOn};
 use crate::exit::{self, Coded};
-use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
+use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
 use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
 use crate::train::Recompute;
@@ -159,14 +159,20 @@ pub struct RunConfig {
     pub method: Method,
     /// Gradient method: statistic over the gradients of an expert's parameters.
     pub score: Score,
-    /// Gradient method: normalization of the score.
+    /// Gradient method: normalization of the score in each micro-batch.
     pub score_per: ScorePer,
+    /// Gradient method: what scores are divided by before ranking.
+    pub score_norm: ScoreNorm,
     /// Routing method: tokens over which routing frequencies are counted.
     pub routing_tokens: RoutingTokens,
     /// Routing method: minimum routing risk difference, in -1..=1.
     pub risk_threshold: f64,
     /// Random method: how the counts match those of the gradient method.
     pub random_match: RandomMatch,
+    /// Random method: the gradient method's selection is not drawn.
+    pub random_exclude_found: bool,
+    /// Method given: file of the experts to select.
+    pub experts: Option<PathBuf>,
     /// Number of experts to select, over all layers.
     pub top_k_experts: usize,
     /// Maximum number of experts to select in one layer; `None`: no limit.
@@ -288,9 +294,12 @@ impl Default for RunConfig {
             method: Method::Gradient,
             score: Score::L1Mean,
             score_per: ScorePer::Param,
+            score_norm: ScoreNorm::None,
             routing_tokens: RoutingTokens::Response,
             risk_threshold: 0.05,
             random_match: RandomMatch::Total,
+            random_exclude_found: false,
+            experts: None,
             top_k_experts: 100,
             experts_per_layer: None,
             layers: None,
@@ -352,7 +361,7 @@ impl RunConfig {
 
     /// Input paths of the run. Includes `model_name` even if it is a hub id and not a path.
     pub fn inputs(&self) -> Vec<&Path> {
-        let optional = [&self.eval_dataset_path, &self.chat_template].into_iter().flatten();
+        let optional = [&self.eval_dataset_path, &self.chat_template, &self.experts].into_iter().flatten();
         [Path::new(&self.model_name), &self.dataset_path].into_iter().chain(optional.map(PathBuf::as_path)).collect()
     }
 }
@@ -384,6 +393,9 @@ pub enum ConfigError {
     /// Values out of range and contradictions between options, one a line.
     #[error("{}", .0.join("\n"))]
     Invalid(Vec<String>),
+    /// The file of `--experts` cannot be read or is invalid.
+    #[error(transparent)]
+    Experts(#[from] crate::report::Error),
     /// A path that is not UTF-8.
     #[error("an option is not valid UTF-8, which config.resolved.yaml requires: {0}")]
     NotText(String),
@@ -394,6 +406,7 @@ impl Coded for ConfigError {
         match self {
             ConfigError::NotRead { source, .. } if source.kind() == std::io::ErrorKind::NotFound => exit::NO_INPUT,
             ConfigError::NotRead { .. } => exit::IO,
+            ConfigError::Experts(e) => e.exit_code(),
             ConfigError::Missing(_) => exit::USAGE,
             ConfigError::File { .. } | ConfigError::Invalid(_) | ConfigError::NotText(_) => exit::CONFIG,
         }

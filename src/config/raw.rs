@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Device, Init, Layers, Mode, Precision, Recompute, RunConfig, SaveRounds, Schedule, Transport};
 use crate::data::{LongRows, LossOn};
-use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
+use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
 use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
 
@@ -88,9 +88,13 @@ pub struct RawOptions {
     /// Gradient method: statistic over the gradients of an expert's parameters
     #[arg(long, help_heading = EXPERTS)]
     pub score: Option<Score>,
-    /// Gradient method: normalization of the score
+    /// Gradient method: normalization of the score in each micro-batch
     #[arg(long, help_heading = EXPERTS)]
     pub score_per: Option<ScorePer>,
+    /// Gradient method: what scores are divided by before ranking; the sum of the layer takes out that gradients of early
+    /// layers are larger
+    #[arg(long, help_heading = EXPERTS)]
+    pub score_norm: Option<ScoreNorm>,
     /// Routing method: tokens over which routing frequencies are counted
     #[arg(long, help_heading = EXPERTS)]
     pub routing_tokens: Option<RoutingTokens>,
@@ -100,6 +104,13 @@ pub struct RawOptions {
     /// Random method: match the gradient method's total count, or its count per layer
     #[arg(long, help_heading = EXPERTS)]
     pub random_match: Option<RandomMatch>,
+    /// Random method: do not draw the experts that the gradient method selects
+    #[arg(long, help_heading = EXPERTS)]
+    pub random_exclude_found: Option<bool>,
+    /// Method given: file of the experts to select: expert_scores.json of a run (its first round's selection), a JSON list
+    /// of [layer, expert], or text with one layer.expert a line
+    #[arg(long, value_name = "FILE", help_heading = EXPERTS)]
+    pub experts: Option<PathBuf>,
     /// Number of experts to select, over all layers
     #[arg(long, value_name = "EXPERTS", help_heading = EXPERTS, visible_alias = "unsafe-expert-top-k")]
     pub top_k_experts: Option<usize>,
@@ -301,8 +312,8 @@ macro_rules! for_each_option {
 for_each_option! {
     resolved: {
         model_name init dataset_path eval_dataset_path chat_template max_samples max_length long_rows loss_on
-        keep_failed safe_response shuffle seed batch_size method score score_per routing_tokens risk_threshold
-        random_match top_k_experts experts_per_layer layers select selection mode schedule num_rounds
+        keep_failed safe_response shuffle seed batch_size method score score_per score_norm routing_tokens risk_threshold
+        random_match random_exclude_found experts top_k_experts experts_per_layer layers select selection mode schedule num_rounds
         expert_epochs_per_round router_epochs_per_round grad_accum finetune_unsafe_experts skip_router_training
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic
         router_last_tokens router_target kl_type use_router_consistency_loss router_consistency_weight router_consistency_type

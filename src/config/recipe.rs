@@ -4,15 +4,16 @@
 use std::num::NonZeroUsize;
 
 use super::{Mode, RawOptions, RunConfig, Schedule};
-use crate::experts::{Method, RandomMatch, Selection, SelectionLimits};
+use crate::experts::{ExpertId, Method, RandomMatch, Selection, SelectionLimits};
 use crate::train::{
     Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, RouterPhase, ScoreBy, Trained, Training,
     Updates,
 };
 
-/// The recipe of valid options.
-pub(super) fn recipe_of(c: &RunConfig) -> Recipe {
+/// The recipe of valid options. `given`: the experts of `--experts`, which are all selected; empty for other methods.
+pub(super) fn recipe_of(c: &RunConfig, given: Vec<ExpertId>) -> Recipe {
     let training = training(c);
+    let top_k = if c.method == Method::Given { given.len() } else { c.top_k_experts };
     Recipe {
         rounds: c.num_rounds,
         batch_size: c.batch_size,
@@ -21,13 +22,10 @@ pub(super) fn recipe_of(c: &RunConfig) -> Recipe {
         identify: Identify {
             by: score_by(c),
             select: c.select,
-            limits: SelectionLimits {
-                top_k: c.top_k_experts,
-                per_layer: c.experts_per_layer,
-                layers: c.layers.clone(),
-            },
+            limits: SelectionLimits { top_k, per_layer: c.experts_per_layer, layers: c.layers.clone() },
             as_many_as_exist: !selection_matters(&training),
             seed: c.seed,
+            given,
         },
         divergence: divergence(c),
         training,
@@ -44,12 +42,25 @@ pub(super) fn recipe_of(c: &RunConfig) -> Recipe {
 }
 
 fn score_by(c: &RunConfig) -> ScoreBy {
-    let gradient = GradientScore { score: c.score, per: c.score_per };
-    match (c.method, c.random_match) {
-        (Method::Gradient, _) => ScoreBy::Gradient(gradient),
-        (Method::Routing, _) => ScoreBy::Routing { tokens: c.routing_tokens, threshold: c.risk_threshold },
-        (Method::Random, RandomMatch::Layer) => ScoreBy::Random(Some(gradient)),
-        (Method::Random, RandomMatch::Total) => ScoreBy::Random(None),
+    let gradient = GradientScore { score: c.score, per: c.score_per, norm: c.score_norm };
+    match c.method {
+        Method::Gradient => ScoreBy::Gradient(gradient),
+        Method::Routing => ScoreBy::Routing { tokens: c.routing_tokens, threshold: c.risk_threshold },
+        Method::Random => ScoreBy::Random {
+            gradient: computes_gradient_scores(c).then_some(gradient),
+            matching: c.random_match,
+            exclude_found: c.random_exclude_found,
+        },
+        Method::Given => ScoreBy::Given,
+    }
+}
+
+/// Whether the gradient method scores experts, to select them or for the random control.
+pub(super) fn computes_gradient_scores(c: &RunConfig) -> bool {
+    match c.method {
+        Method::Gradient => true,
+        Method::Random => c.random_match == RandomMatch::Layer || c.random_exclude_found,
+        Method::Routing | Method::Given => false,
     }
 }
 
@@ -135,8 +146,8 @@ pub(super) fn variant(base: &RunConfig, method: Method, experts: Option<Mode>, r
         skip_router_training: !routers,
         schedule: if joint { Schedule::Joint } else { Schedule::Alternate },
         use_router_consistency_loss: joint,
-        // Random experts are drawn once a round.
-        selection: if method == Method::Random { Selection::Global } else { base.selection },
+        // Random and given experts are the same in all rounds.
+        selection: if matches!(method, Method::Random | Method::Given) { Selection::Global } else { base.selection },
         ..base.clone()
     }
 }
@@ -170,8 +181,16 @@ pub(super) fn contradictions(c: &RunConfig) -> Vec<(bool, &'static str)> {
         ),
         (
             c.method == Method::Random && c.selection == Selection::PerBatch,
-            "--method random draws its experts once a round, to match the count of the gradient method: \
+            "--method random draws its experts once a run, to match the count of the gradient method: \
              use --selection global",
+        ),
+        (
+            c.method == Method::Given && c.selection == Selection::PerBatch,
+            "--method given has the same experts in all steps: use --selection global",
+        ),
+        (
+            c.method == Method::Given && c.experts.is_none(),
+            "--method given needs the file of the experts: give --experts FILE",
         ),
     ]
 }

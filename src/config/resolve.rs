@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use super::{ConfigError, RawOptions, RunConfig, file, recipe, validate};
+use crate::experts::{ExpertId, Method};
+use crate::report::ExpertsFile;
 use crate::train::{Identify, Recipe, ScoreBy, Training};
 
 /// Resolved options, with warnings.
@@ -75,13 +77,21 @@ pub fn resolve_matrix(
 }
 
 impl RunConfig {
+    /// The experts of `--experts`, where the method selects them.
+    fn given_experts(&self) -> Result<Vec<ExpertId>, ConfigError> {
+        match &self.experts {
+            Some(path) if self.method == Method::Given => Ok(ExpertsFile::read(path)?.experts),
+            _ => Ok(Vec::new()),
+        }
+    }
+
     /// What a run with these options does.
     ///
     /// # Errors
-    /// [`ConfigError::Invalid`], with every contradiction between the options.
+    /// [`ConfigError::Invalid`], with every contradiction between the options; [`ConfigError::Experts`].
     pub fn recipe(&self) -> Result<Recipe, ConfigError> {
         match validate::problems(self) {
-            problems if problems.is_empty() => Ok(recipe::recipe_of(self)),
+            problems if problems.is_empty() => Ok(recipe::recipe_of(self, self.given_experts()?)),
             problems => Err(ConfigError::Invalid(problems)),
         }
     }

@@ -1,7 +1,7 @@
 //! Validation of resolved options: ranges, contradictions, options without effect.
 
 use super::{Device, Init, RunConfig, SaveRounds, recipe};
-use crate::experts::{Method, RandomMatch};
+use crate::experts::Method;
 
 /// All values out of range and all contradictions, each with a remedy.
 pub(super) fn problems(c: &RunConfig) -> Vec<String> {
@@ -105,6 +105,7 @@ fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
         ("dataset-path", Some(c.dataset_path.as_path())),
         ("eval-dataset-path", c.eval_dataset_path.as_deref()),
         ("chat-template", c.chat_template.as_deref()),
+        ("experts", c.experts.as_deref()),
         ("output-dir", Some(c.output_dir.as_path())),
     ];
     for (option, path) in paths {
@@ -119,14 +120,21 @@ fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
 /// Options with a value other than the default that have no effect in this run: (name, reason).
 pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
     let random = c.method == Method::Random;
-    let gradient_scores = c.method == Method::Gradient || random && c.random_match == RandomMatch::Layer;
+    let given = c.method == Method::Given;
+    let gradient_scores = recipe::computes_gradient_scores(c);
     let random_weights = c.init == Init::Random;
     let no_model = "a run with --init random saves no model and no checkpoint";
     let mut rules: Vec<(bool, &str, &[&str])> = vec![
-        (!gradient_scores, "only --method gradient uses it", &["score", "score-per"]),
+        (!gradient_scores, "only --method gradient uses it", &["score", "score-per", "score-norm"]),
         (c.method != Method::Routing, "only --method routing uses it", &["risk-threshold", "routing-tokens"]),
-        (!random, "only --method random uses it", &["random-match"]),
-        (random && c.random_match == RandomMatch::Total, "--method random does not rank experts", &["select"]),
+        (!random, "only --method random uses it", &["random-match", "random-exclude-found"]),
+        (random && !gradient_scores, "--method random does not rank experts", &["select"]),
+        (!given, "only --method given uses it", &["experts"]),
+        (
+            given,
+            "--method given selects the experts of --experts",
+            &["top-k-experts", "experts-per-layer", "layers", "select"],
+        ),
     ];
     rules.extend(recipe::no_effect(c));
     rules.extend([

@@ -10,7 +10,7 @@ mod select;
 
 pub use frequency::{FrequencyAccumulator, RoutingCounts, token_mask};
 pub use score::{ExpertScores, ScoreAccumulator};
-pub use select::{Ranking, Selected, SelectionLimits, select, select_random, selection_hash};
+pub use select::{RandomDraw, Ranking, Selected, SelectionLimits, select, select_random, selection_hash};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -43,6 +43,21 @@ pub enum Error {
         /// The options that limit the selection, as text; may be empty.
         limit: String,
     },
+    /// `--random-exclude-found` leaves too few experts.
+    #[error(
+        "--random-exclude-found leaves only {available} experts{}, but the random control draws {requested}{}: lower \
+         --top-k-experts, or leave --random-exclude-found out",
+        layer.map_or_else(String::new, |layer| format!(" in layer {layer}")),
+        layer.map_or("", |_| " there (--random-match layer)")
+    )]
+    TooFewLeft {
+        /// Experts that are drawn.
+        requested: usize,
+        /// Experts that the gradient method did not select, within the limits of the selection.
+        available: usize,
+        /// The layer, if the draw matches the counts per layer.
+        layer: Option<usize>,
+    },
     /// A score is NaN or infinite.
     #[error("the score of expert {} of layer {} is {value}: the loss or a gradient is not finite", id.expert, id.layer)]
     NotFinite {
@@ -57,7 +72,7 @@ impl Coded for Error {
     fn exit_code(&self) -> u8 {
         match self {
             Error::NothingToScore { .. } => exit::DATA,
-            Error::TooMany { .. } => exit::CONFIG,
+            Error::TooMany { .. } | Error::TooFewLeft { .. } => exit::CONFIG,
             Error::NotFinite { .. } => exit::NOT_FINITE,
         }
     }
@@ -96,6 +111,8 @@ pub enum Method {
     Routing,
     /// Random selection, as a control.
     Random,
+    /// The experts of a file (--experts).
+    Given,
 }
 
 /// The gradient method's score of an expert with P = 3·D·F parameters w and gradients g (`--score`).
@@ -122,6 +139,17 @@ pub enum ScorePer {
     Param,
     /// Also by the number of tokens routed to the expert in the micro-batch.
     Token,
+}
+
+/// What a gradient score is divided by before ranking (`--score-norm`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScoreNorm {
+    /// Nothing.
+    #[default]
+    None,
+    /// The sum of the scores of its layer; 0 where that sum is 0.
+    Layer,
 }
 
 /// The tokens over which routing frequencies are counted (`--routing-tokens`).

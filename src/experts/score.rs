@@ -55,6 +55,15 @@ impl ExpertScores {
         all
     }
 
+    /// The scores divided by the sum of their layer: s(l,e) / Σ_e' s(l,e'). All 0 in a layer whose sum is 0.
+    pub fn divided_by_layer_sum(mut self) -> Self {
+        for row in self.values.chunks_exact_mut(self.num_experts) {
+            let sum: f64 = row.iter().sum();
+            row.iter_mut().for_each(|value| *value = if sum == 0.0 { 0.0 } else { *value / sum });
+        }
+        self
+    }
+
     /// The scores of each layer, `[E]`, in the order of `layers`.
     pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f64]> {
         self.values.chunks_exact(self.num_experts)
@@ -232,6 +241,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_norm_is_the_sum_of_the_layer() {
+        let scores =
+            ExpertScores { layers: vec![2, 5, 6], num_experts: 2, values: vec![1.0, 3.0, 0.0, 0.0, 0.0, 2e-9] };
+        assert_eq!(scores.divided_by_layer_sum().values, [0.25, 0.75, 0.0, 0.0, 0.0, 1.0]);
+        let broken = ExpertScores { layers: vec![0], num_experts: 2, values: vec![f64::NAN, 1.0] };
+        assert!(broken.divided_by_layer_sum().values.iter().all(|v| v.is_nan()), "a NaN stays visible");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::score::experts_of;
-use super::{Error, ExpertId, ExpertScores, RandomMatch, Select};
+use super::{Error, ExpertId, ExpertScores, Select};
 
 /// The limits of a selection: how many experts, and from which layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,47 +121,59 @@ pub fn select(scores: &ExpertScores, limits: &SelectionLimits, ranking: &Ranking
     Ok(Selected { experts, requested: limits.top_k })
 }
 
-/// Selects `top_k` experts uniformly at random.
-///
-/// [`RandomMatch::Layer`] instead draws as many experts from each layer as `gradient`, the gradient method's selection,
-/// has there. The draw depends only on `seed`, `round` and these counts.
+/// What a random selection takes from the gradient method's selection.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RandomDraw<'s> {
+    /// Draws as many experts from each layer as this selection has there, in place of `top_k` over all layers.
+    pub matched: Option<&'s [ExpertId]>,
+    /// Experts that are not drawn.
+    pub excluded: &'s [ExpertId],
+}
+
+/// Selects `top_k` experts uniformly at random, without replacement. The draw depends only on `seed`, the limits and
+/// `draw`.
 ///
 /// # Errors
-/// [`Error::TooMany`] if fewer than `top_k` experts can be selected.
-///
-/// # Panics
-/// If [`RandomMatch::Layer`] is used without `gradient`.
+/// [`Error::TooMany`] if fewer than `top_k` experts can be selected; [`Error::TooFewLeft`] if that is so because of the
+/// excluded ones.
 pub fn select_random(
     layers: &[usize],
     num_experts: usize,
     limits: &SelectionLimits,
-    matching: RandomMatch,
-    gradient: Option<&[ExpertId]>,
+    draw: RandomDraw<'_>,
     seed: u64,
-    round: u64,
 ) -> Result<Selected, Error> {
     limits.check(layers, num_experts)?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(round); // independent draws per round from one seed
-    let mut experts = match matching {
-        RandomMatch::Total => {
-            let mut candidates: Vec<_> = experts_of(layers, num_experts).collect();
-            candidates.shuffle(&mut rng);
-            limits.take(candidates)
+    let mut shuffled = |layers: &[usize]| {
+        let mut candidates: Vec<_> = experts_of(layers, num_experts).collect();
+        candidates.shuffle(&mut rng);
+        candidates.retain(|id| !draw.excluded.contains(id));
+        candidates
+    };
+    let too_few = |requested, available, layer| Err(Error::TooFewLeft { requested, available, layer });
+    let mut experts = match draw.matched {
+        None => {
+            let drawn = limits.take(shuffled(layers));
+            if drawn.len() < limits.top_k {
+                return too_few(limits.top_k, drawn.len(), None);
+            }
+            drawn
         }
-        RandomMatch::Layer => {
-            let gradient = gradient.expect("RandomMatch::Layer needs the gradient method's selection");
+        Some(matched) => {
             let mut counts = BTreeMap::<usize, usize>::new();
-            for id in gradient {
+            for id in matched {
                 *counts.entry(id.layer).or_default() += 1;
             }
-            let draw = |(layer, count)| {
-                let mut candidates: Vec<_> = experts_of(&[layer], num_experts).collect();
-                candidates.shuffle(&mut rng);
-                candidates.truncate(count);
-                candidates
-            };
-            counts.into_iter().flat_map(draw).collect()
+            let mut drawn = Vec::new();
+            for (layer, count) in counts {
+                let candidates = shuffled(&[layer]);
+                if candidates.len() < count {
+                    return too_few(count, candidates.len(), Some(layer));
+                }
+                drawn.extend(candidates.into_iter().take(count));
+            }
+            drawn
         }
     };
     experts.sort_unstable();
@@ -242,7 +254,7 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} not in: {text}");
         }
-        let error = select_random(&[0, 1], 4, &self::pool(9), RandomMatch::Total, None, 1, 1).unwrap_err();
+        let error = select_random(&[0, 1], 4, &self::pool(9), RandomDraw::default(), 1).unwrap_err();
         assert!(matches!(error, Error::TooMany { requested: 9, available: 8, .. }));
     }
 
@@ -256,30 +268,57 @@ mod tests {
     }
 
     #[test]
-    fn random_is_fixed_by_seed_and_round() {
+    fn random_is_fixed_by_the_seed() {
         let layers: Vec<_> = (0..16).collect();
-        let draw = |seed, round| {
-            let drawn = select_random(&layers, 64, &pool(100), RandomMatch::Total, None, seed, round).unwrap();
+        let draw = |seed| {
+            let drawn = select_random(&layers, 64, &pool(100), RandomDraw::default(), seed).unwrap();
             assert_eq!(drawn.experts.len(), 100);
             assert!(drawn.experts.is_sorted_by(|a, b| a < b), "distinct, in order");
             drawn.experts
         };
-        assert_eq!(draw(42, 1), draw(42, 1));
-        assert_ne!(draw(42, 1), draw(42, 2));
-        assert_ne!(draw(42, 1), draw(43, 1));
+        assert_eq!(draw(42), draw(42));
+        assert_ne!(draw(42), draw(43));
     }
 
     #[test]
     fn random_can_match_the_layers() {
         let gradient: Vec<ExpertId> = [(2, 1), (0, 0), (2, 0)].map(Into::into).to_vec();
-        let counts = (0..50).map(|round| {
-            let drawn = select_random(&[0, 2], 8, &pool(3), RandomMatch::Layer, Some(&gradient), 7, round).unwrap();
+        let matched = RandomDraw { matched: Some(&gradient), excluded: &[] };
+        let draws = (0..50).map(|seed| {
+            let drawn = select_random(&[0, 2], 8, &pool(3), matched, seed).unwrap();
             let of = |layer| drawn.experts.iter().filter(|id| id.layer == layer).count();
             assert_eq!((of(0), of(2)), (1, 2));
             drawn.experts
         });
-        let all: std::collections::BTreeSet<_> = counts.flatten().collect();
-        assert_eq!(all.len(), 16, "in 50 rounds every expert is drawn");
+        let all: std::collections::BTreeSet<_> = draws.flatten().collect();
+        assert_eq!(all.len(), 16, "by 50 seeds every expert is drawn");
+    }
+
+    #[test]
+    fn random_can_exclude_experts() {
+        let found: Vec<ExpertId> = [(2, 1), (0, 0), (2, 0)].map(Into::into).to_vec();
+        let mut drawn = std::collections::BTreeSet::new();
+        for seed in 0..50 {
+            for matched in [None, Some(&found[..])] {
+                let selected =
+                    select_random(&[0, 2], 4, &pool(3), RandomDraw { matched, excluded: &found }, seed).unwrap();
+                assert_eq!(selected.experts.len(), 3);
+                drawn.extend(selected.experts);
+            }
+        }
+        assert_eq!(drawn.len(), 5, "all but the excluded: {drawn:?}");
+
+        let draw = |matched, top_k| {
+            select_random(&[0, 2], 3, &pool(top_k), RandomDraw { matched, excluded: &found }, 1).unwrap_err()
+        };
+        let error = draw(Some(&found[..]), 3);
+        assert_eq!(error, Error::TooFewLeft { requested: 2, available: 1, layer: Some(2) });
+        assert_eq!(error.exit_code(), crate::exit::CONFIG);
+        assert!(
+            error.to_string().contains("only 1 experts in layer 2, but the random control draws 2 there"),
+            "{error}"
+        );
+        assert_eq!(draw(None, 4), Error::TooFewLeft { requested: 4, available: 3, layer: None });
     }
 
     #[test]

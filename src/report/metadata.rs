@@ -11,7 +11,7 @@ use crate::experts::ExpertId;
 use crate::train::Phase;
 
 /// The options in the file, by their names there: those of the command line, with underscores.
-const OPTIONS: [&str; 32] = [
+const OPTIONS: [&str; 33] = [
     "model_name",
     "num_rounds",
     "expert_epochs_per_round",
@@ -30,6 +30,7 @@ const OPTIONS: [&str; 32] = [
     "method",
     "score",
     "score_per",
+    "score_norm",
     "selection",
     "kl_type",
     "router_statistic",

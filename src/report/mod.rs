@@ -6,6 +6,7 @@
 mod compare;
 mod curve;
 mod eval;
+mod experts_file;
 mod heatmap;
 mod metadata;
 mod metrics;
@@ -20,6 +21,7 @@ pub use eval::{
     EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, FinishReason, GENERATION_SCHEMA, GenerationRow, MeanLoss,
     PromptSide, RefusalRate, RoutingDifference, Sampling, eval_tables,
 };
+pub use experts_file::ExpertsFile;
 pub use heatmap::heatmap_svg;
 pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};

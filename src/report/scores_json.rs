@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, read_json};
-use crate::experts::{ExpertId, ExpertScores, Method, Score};
+use crate::experts::{ExpertId, ExpertScores, Method, Score, ScoreNorm};
 
 /// Value of [`ScoresFile::schema`].
 pub const SCORES_SCHEMA: &str = "moewarden.scores/1";
@@ -20,6 +20,9 @@ pub struct ScoresFile {
     pub method: Method,
     /// The score of the gradient method; null for other methods.
     pub score: Option<Score>,
+    /// What the scores of the gradient method are divided by; missing for other methods and in older files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub score_norm: Option<ScoreNorm>,
     /// Decoder layers with experts (numbers from 0): the rows of all scores.
     pub layers: Vec<usize>,
     /// E: the columns of all scores.
@@ -39,13 +42,22 @@ pub struct RoundScores {
     pub micro_batches: u64,
     /// Loss of each micro-batch, in global order; empty if the method computes none.
     pub losses: Vec<f64>,
+    /// The earlier round whose selection was kept; missing where the round selected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_from: Option<usize>,
 }
 
 impl ScoresFile {
     /// A file without rounds. `score` is kept only for the gradient method.
     pub fn new(method: Method, score: Score, layers: Vec<usize>, num_experts: usize) -> Self {
         let score = (method == Method::Gradient).then_some(score);
-        Self { schema: SCORES_SCHEMA.to_owned(), method, score, layers, num_experts, rounds: BTreeMap::new() }
+        let schema = SCORES_SCHEMA.to_owned();
+        Self { schema, method, score, score_norm: None, layers, num_experts, rounds: BTreeMap::new() }
+    }
+
+    /// The scores of a round, or of the round from which it kept the selection.
+    pub fn scores_of_selection(&self, round: usize) -> Option<ExpertScores> {
+        self.scores(round).or_else(|| self.scores(self.rounds.get(&round)?.kept_from?))
     }
 
     /// The scores of a round; `None` without such a round or without scores in it.
@@ -92,7 +104,7 @@ impl RoundScores {
     /// The result of a round. `scores` is `None` for a random selection without scores.
     pub fn new(scores: Option<&ExpertScores>, selected: &[ExpertId], micro_batches: u64, losses: Vec<f64>) -> Self {
         let scores = scores.map_or_else(Vec::new, |s| s.rows().map(<[f64]>::to_vec).collect());
-        Self { scores, selected: selected.to_vec(), micro_batches, losses }
+        Self { scores, selected: selected.to_vec(), micro_batches, losses, kept_from: None }
     }
 }
 

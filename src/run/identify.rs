@@ -111,7 +111,7 @@ impl<B: Backend> RoundScan<'_, B> {
     /// Sums over all ranks, and selects.
     pub(super) fn finish(self, replica: &Replica<B>, progress: &Progress<'_>) -> Result<Identification> {
         let identify = &self.recipe.identify;
-        let found = select(replica, identify, self.pass.finish(replica)?, self.round)?;
+        let found = select(replica, identify, self.pass.finish(replica)?)?;
         if let Some(warning) = &found.warning {
             progress.warn(warning);
         }

@@ -54,7 +54,10 @@ impl<'a> Outputs<'a> {
         ui: &'a Ui,
     ) -> Result<Self> {
         let layers = session.model.moe_layers().layers.clone();
-        let scores = ScoresFile::new(config.method, config.score, layers, session.model.num_experts);
+        let scores = ScoresFile {
+            score_norm: (config.method == Method::Gradient).then_some(config.score_norm),
+            ..ScoresFile::new(config.method, config.score, layers, session.model.num_experts)
+        };
         let state = OutputState { steps: 0, metrics_length: 0, scores, training_logs: Vec::new() };
         Self::resume(config, recipe, replica, ui, state)
     }
@@ -99,6 +102,12 @@ impl<'a> Outputs<'a> {
     /// The newest round's selection; empty before the first.
     pub fn last_selection(&self) -> Vec<ExpertId> {
         self.scores.rounds.last_key_value().map_or_else(Vec::new, |(_, r)| r.selected.clone())
+    }
+
+    /// The newest round's selection and the round (from 1) that made it; `None` before the first.
+    pub fn selection_to_keep(&self) -> Option<(usize, Vec<ExpertId>)> {
+        let (round, last) = self.scores.rounds.last_key_value()?;
+        Some((last.kept_from.unwrap_or(*round), last.selected.clone()))
     }
 
     /// Syncs the log to disk (fsync), and returns what a checkpoint keeps of the outputs.
@@ -152,11 +161,10 @@ impl<'a> Outputs<'a> {
                 skipped: false,
             })?;
         }
-        let scored = self.config.method != Method::Random || found.micro_batches > 0;
-        let scores = scored.then_some(&found.scores);
+        let scores = (found.micro_batches > 0).then_some(&found.scores);
         let experts = &found.selected.experts;
-        let losses = found.losses.clone();
-        self.scores.rounds.insert(round, RoundScores::new(scores, experts, found.micro_batches, losses));
+        let of_round = RoundScores::new(scores, experts, found.micro_batches, found.losses.clone());
+        self.scores.rounds.insert(round, RoundScores { kept_from: found.kept_from, ..of_round });
         if !self.writes() {
             return Ok(());
         }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::config::ReportArgs;
 use crate::exit::{self, Failure, Result};
-use crate::experts::ExpertScores;
+use crate::experts::{ExpertScores, ScoreNorm};
 use crate::files;
 use crate::launch::{Existing, prepare_dir_keeping};
 use crate::report::{
@@ -98,7 +98,11 @@ impl Run {
     pub fn choice(&self) -> Option<RunSelection> {
         let scores = self.scores.as_ref()?;
         let (round, last) = scores.rounds.last_key_value()?;
-        Some(RunSelection { name: self.name.clone(), selected: last.selected.clone(), scores: scores.scores(*round) })
+        Some(RunSelection {
+            name: self.name.clone(),
+            selected: last.selected.clone(),
+            scores: scores.scores_of_selection(*round),
+        })
     }
 
     /// A value of the metadata as text; `-` if it is missing.
@@ -174,9 +178,10 @@ pub(super) fn loss_curves(runs: &[Run]) -> impl Iterator<Item = String> {
 fn heatmaps(page: &mut Page, index: usize, run: &Run, scores: &ScoresFile, dir: &Path) -> Result<()> {
     let file_name: String = run.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     for (round, found) in &scores.rounds {
-        let title = format!("{}, round {round}: {}", run.name, score_name(scores));
+        let kept = found.kept_from.map_or_else(String::new, |from| format!(", selection of round {from}"));
+        let title = format!("{}, round {round}: {}{kept}", run.name, score_name(scores));
         // Without scores (random selection), all scores are drawn as 0, with the selected experts framed.
-        let values = scores.scores(*round).unwrap_or_else(|| ExpertScores {
+        let values = scores.scores_of_selection(*round).unwrap_or_else(|| ExpertScores {
             layers: scores.layers.clone(),
             num_experts: scores.num_experts,
             values: vec![0.0; scores.layers.len() * scores.num_experts],
@@ -194,7 +199,8 @@ fn score_name(scores: &ScoresFile) -> String {
     match scores.score {
         Some(score) => {
             let score = serde_json::to_value(score).ok().and_then(|v| v.as_str().map(str::to_owned));
-            format!("{method} ({})", score.unwrap_or_default())
+            let norm = if scores.score_norm == Some(ScoreNorm::Layer) { ", divided by the layer's sum" } else { "" };
+            format!("{method} ({}{norm})", score.unwrap_or_default())
         }
         None => method,
     }
@@ -203,7 +209,7 @@ fn score_name(scores: &ScoresFile) -> String {
 /// The best of the experts that the last round selected, with their scores; `None` without rounds.
 fn top_experts(scores: &ScoresFile) -> Option<Table> {
     let (round, last) = scores.rounds.last_key_value()?;
-    let values = scores.scores(*round);
+    let values = scores.scores_of_selection(*round);
     let caption = match last.selected.len() {
         0 => format!("No experts were selected in round {round}"),
         n if n <= TOP_EXPERTS => format!("Experts selected in round {round}"),

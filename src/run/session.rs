@@ -8,11 +8,13 @@ use crate::collective::{self, Collective, all_agree};
 use crate::config::{Init, RunConfig};
 use crate::data::{ChatTokenizer, DataOptions, Dataset, Sampler};
 use crate::exit::{self, Context, Failure, Result};
+use crate::experts::selection_hash;
 use crate::launch::hub_cache;
 use crate::launch::memory::{human, human_count};
 use crate::launch::{Rank, Workload};
 use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit};
-use crate::train::{DeviceTransport, Recipe, Replica};
+use crate::report::ExpertsFile;
+use crate::train::{DeviceTransport, Recipe, Replica, ScoreBy};
 use crate::ui::Ui;
 
 /// The inputs of a run.
@@ -33,6 +35,8 @@ pub struct Session {
     pub held_out: Option<Dataset>,
     /// The file of [`Self::data`].
     data_path: PathBuf,
+    /// The hash of the experts of `--method given`, which decide results as the other inputs do.
+    given: Option<[u8; 32]>,
     fingerprint: OnceLock<blake3::Hash>,
     weights_hash: OnceLock<blake3::Hash>,
 }
@@ -43,8 +47,9 @@ impl Session {
     /// # Errors
     /// Those of [`Self::open_any`]; data without an unsafe row; a selection that the model does not allow.
     pub fn open(config: &RunConfig, recipe: &Recipe, ui: &Ui) -> Result<Self> {
-        let session = Self::open_any(config, ui)?;
-        session.check_selection(recipe, ui)?;
+        let mut session = Self::open_any(config, ui)?;
+        session.check_selection(config, recipe, ui)?;
+        session.given = (recipe.identify.by == ScoreBy::Given).then(|| selection_hash(&recipe.identify.given));
         if session.data.records.iter().all(|r| r.unsafe_reply.is_none()) {
             return Err(Failure::new(
                 exit::DATA,
@@ -99,7 +104,20 @@ impl Session {
         };
         let data_path = config.dataset_path.clone();
         let [fingerprint, weights_hash] = [OnceLock::new(), OnceLock::new()];
-        Ok(Self { dir, model, checkpoint, table, tokenizer, data, held_out, data_path, fingerprint, weights_hash })
+        let given = None;
+        Ok(Self {
+            dir,
+            model,
+            checkpoint,
+            table,
+            tokenizer,
+            data,
+            held_out,
+            data_path,
+            given,
+            fingerprint,
+            weights_hash,
+        })
     }
 
     /// A sampler of the training rows, with the order and the batch size of `recipe`.
@@ -167,7 +185,7 @@ impl Session {
 
     /// Refuses a selection that the model does not allow. If the selection trains nothing, a smaller one is made instead, with a
     /// warning.
-    fn check_selection(&self, recipe: &Recipe, ui: &Ui) -> Result<()> {
+    fn check_selection(&self, config: &RunConfig, recipe: &Recipe, ui: &Ui) -> Result<()> {
         let (identify, depth) = (&recipe.identify, self.model.layers.len());
         if let Some(range) = identify.limits.layers.as_ref().filter(|range| *range.end() >= depth) {
             let (first, last) = (range.start(), range.end());
@@ -175,6 +193,10 @@ impl Session {
             return Err(Failure::new(exit::CONFIG, message));
         }
         let layers = &self.model.moe_layers().layers;
+        if let Some(path) = config.experts.as_ref().filter(|_| identify.by == ScoreBy::Given) {
+            let file = ExpertsFile { path: path.clone(), experts: identify.given.clone() };
+            return Ok(file.check(layers, self.model.num_experts)?);
+        }
         let limits = identify.limits_for(layers, self.model.num_experts);
         if limits.top_k < identify.limits.top_k {
             ui.warn(format_args!(
@@ -245,6 +267,9 @@ impl Session {
         let model = names.iter().map(|name| self.dir.join(name)).filter(|path| path.is_file());
         for path in model.chain(data_files(config)) {
             hasher.update(hash_file(&path)?.as_bytes());
+        }
+        if let Some(experts) = &self.given {
+            hasher.update(experts);
         }
         Ok(hasher.finalize())
     }

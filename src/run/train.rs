@@ -21,8 +21,8 @@ use crate::launch::{Opened, Rank, Started, memory};
 use crate::model::ParamKind;
 use crate::train::memory::TrainedState;
 use crate::train::{
-    DeviceTransport, ExpertCrossEntropy, JointConsistency, Measured, Objective, Phase, PhasePlan, Recipe, Replica,
-    RouterAlignment, TrainingPhase,
+    DeviceTransport, ExpertCrossEntropy, Identification, JointConsistency, Measured, Objective, Phase, PhasePlan,
+    Recipe, Replica, RouterAlignment, TrainingPhase,
 };
 use crate::ui::Ui;
 
@@ -216,6 +216,14 @@ impl<B: Backend> RankRun<'_, B> {
     /// Scores and selects experts.
     fn identify(&mut self, round: usize, resumed: Option<&Snapshot<OutputState>>) -> Result<ControlFlow<()>> {
         let Self { recipe, session, ui, .. } = *self;
+        if let Some((from, experts)) =
+            self.outputs.selection_to_keep().filter(|_| recipe.identify.keeps_first_selection())
+        {
+            let found = Identification::kept(&self.replica, experts, from);
+            self.outputs.identified(round + 1, &found)?;
+            ui.line(format_args!("round {}: the selection of round {from} is kept", round + 1));
+            return Ok(ControlFlow::Continue(()));
+        }
         let mut scan = scan_round(session, recipe, &mut self.replica, self.local_world_size, round, ui)?;
         if let Some(snapshot) = resumed {
             all_ok(&*self.replica.world, snapshot.restore_scan(&self.replica, &mut scan.pass))?;

@@ -57,11 +57,11 @@ impl<B: Backend> Objective<B> for ExpertCrossEntropy<'_> {
         self.sampler.describe_rows(&step.concat())
     }
 
-    fn select(&mut self, replica: &Replica<B>, step: &[Vec<usize>], round: usize) -> Result<Option<Identification>> {
+    fn select(&mut self, replica: &Replica<B>, step: &[Vec<usize>]) -> Result<Option<Identification>> {
         if self.phase.selection == Selection::Global {
             return Ok(None);
         }
-        let found = find(replica, self.identify, self.sampler, step.to_vec(), round)?;
+        let found = find(replica, self.identify, self.sampler, step.to_vec())?;
         self.selected.clone_from(&found.selected.experts);
         Ok(Some(found))
     }

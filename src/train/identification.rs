@@ -9,7 +9,7 @@ use crate::backend::Backend;
 use crate::collective::all_agree;
 use crate::data::Sampler;
 use crate::exit::Result;
-use crate::experts::{self, ExpertId, ExpertScores, RandomMatch, Ranking, Selected, selection_hash};
+use crate::experts::{self, ExpertId, ExpertScores, RandomDraw, RandomMatch, Ranking, Selected, selection_hash};
 
 /// What an identification found; the same on all ranks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -25,12 +25,32 @@ pub struct Identification {
     pub losses: Vec<f64>,
     /// Tokens of the same micro-batches.
     pub tokens: Vec<usize>,
+    /// The earlier round (from 1) whose selection this is, if it was kept.
+    #[serde(default)]
+    pub kept_from: Option<usize>,
     /// A remark for the user.
     #[serde(skip)]
     pub warning: Option<String>,
 }
 
-/// Scores these micro-batches without a pause, and selects. `round` (from 0) decides a random draw.
+impl Identification {
+    /// The selection of an earlier round (from 1), kept without scoring anything; the scores are zeros.
+    pub fn kept<B: Backend>(replica: &Replica<B>, experts: Vec<ExpertId>, from: usize) -> Self {
+        let (layers, num_experts) = (replica.moe_layers().layers.clone(), replica.model().config.num_experts);
+        let values = vec![0.0; layers.len() * num_experts];
+        Self {
+            scores: ExpertScores { layers, num_experts, values },
+            selected: Selected { requested: experts.len(), experts },
+            micro_batches: 0,
+            losses: Vec::new(),
+            tokens: Vec::new(),
+            kept_from: Some(from),
+            warning: None,
+        }
+    }
+}
+
+/// Scores these micro-batches without a pause, and selects.
 ///
 /// # Errors
 /// A loss that is not finite ([`super::NonFinite`], on all ranks); a selection that is not possible; ranks that differ.
@@ -39,7 +59,6 @@ pub fn find<B: Backend>(
     identify: &Identify,
     sampler: Sampler<'_>,
     micro_batches: Vec<Vec<usize>>,
-    round: usize,
 ) -> Result<Identification> {
     let mut scan = Scan::new(replica, identify, sampler, micro_batches)?;
     while let Some(own) = scan.last_interval(replica) {
@@ -47,19 +66,14 @@ pub fn find<B: Backend>(
             scan.add(replica, index)?;
         }
     }
-    select(replica, identify, scan.finish(replica)?, round)
+    select(replica, identify, scan.finish(replica)?)
 }
 
 /// Selects experts by these scores; all ranks verify that they select the same ones.
 ///
 /// # Errors
 /// Scores that are not finite; fewer experts than requested; ranks whose selections differ.
-pub fn select<B: Backend>(
-    replica: &Replica<B>,
-    identify: &Identify,
-    scored: Scores,
-    round: usize,
-) -> Result<Identification> {
+pub fn select<B: Backend>(replica: &Replica<B>, identify: &Identify, scored: Scores) -> Result<Identification> {
     let layers = &replica.moe_layers().layers;
     let num_experts = replica.model().config.num_experts;
     let limits = identify.limits_for(layers, num_experts);
@@ -70,17 +84,20 @@ pub fn select<B: Backend>(
         ScoreBy::Routing { threshold, .. } => {
             experts::select(&scores, &limits, &Ranking { threshold: Some(threshold), ..ranking })?
         }
-        ScoreBy::Random(score) => {
-            let matched = score.map(|_| experts::select(&scores, &limits, &ranking)).transpose()?.map(|s| s.experts);
-            let matching = if matched.is_some() { RandomMatch::Layer } else { RandomMatch::Total };
-            // The scores served to match the layers; they did not decide which experts are selected.
+        ScoreBy::Random { gradient, matching, exclude_found } => {
+            let found = gradient.map(|_| experts::select(&scores, &limits, &ranking)).transpose()?.map(|s| s.experts);
+            // The scores served to match the layers or to exclude experts; they did not decide which ones are drawn.
             (micro_batches, losses, tokens) = (0, Vec::new(), Vec::new());
-            let (seed, round) = (identify.seed, round as u64);
-            experts::select_random(layers, num_experts, &limits, matching, matched.as_deref(), seed, round)?
+            let draw = RandomDraw {
+                matched: found.as_deref().filter(|_| matching == RandomMatch::Layer),
+                excluded: found.as_deref().filter(|_| exclude_found).unwrap_or_default(),
+            };
+            experts::select_random(layers, num_experts, &limits, draw, identify.seed)?
         }
+        ScoreBy::Given => Selected { experts: identify.given.clone(), requested: identify.given.len() },
     };
     all_agree(&*replica.world, "selection of experts", &selection_hash(&selected.experts))?;
-    Ok(Identification { scores, selected, micro_batches, losses, tokens, warning })
+    Ok(Identification { scores, selected, micro_batches, losses, tokens, kept_from: None, warning })
 }
 
 /// The selections of a round that selects at each step: mean scores over all micro-batches, and every expert that was

@@ -98,12 +98,12 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
         self.sampler.describe_rows(&records)
     }
 
-    fn select(&mut self, replica: &Replica<B>, step: &[JointBatch], round: usize) -> Result<Option<Identification>> {
+    fn select(&mut self, replica: &Replica<B>, step: &[JointBatch]) -> Result<Option<Identification>> {
         if self.phase.selection == Selection::Global {
             return Ok(None);
         }
         let unsafe_ = step.iter().map(|batch| batch.unsafe_.clone()).collect();
-        let found = find(replica, self.identify, self.sampler, unsafe_, round)?;
+        let found = find(replica, self.identify, self.sampler, unsafe_)?;
         self.selected.clone_from(&found.selected.experts);
         Ok(Some(found))
     }

@@ -70,11 +70,11 @@ pub trait Objective<B: Backend> {
     }
 
     /// Selects experts from the micro-batches of the coming step (of all ranks), in runs that select at each step; then
-    /// [`Self::params`] answers for that selection. `round` counts from 0.
+    /// [`Self::params`] answers for that selection.
     ///
     /// # Errors
     /// A loss or a score that is not finite (on all ranks); those of the selection and of the collective.
-    fn select(&mut self, _: &Replica<B>, _step: &[Self::Batch], _round: usize) -> Result<Option<Identification>> {
+    fn select(&mut self, _: &Replica<B>, _step: &[Self::Batch]) -> Result<Option<Identification>> {
         Ok(None)
     }
 

@@ -222,7 +222,7 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
 
     /// Selects the experts of this step, in runs that select at each step. The inner error: a loss or a score is not finite.
     fn select(&mut self, replica: &Replica<B>, batches: &[O::Batch]) -> Result<Result<(), Failure>> {
-        match self.objective.select(replica, batches, self.round) {
+        match self.objective.select(replica, batches) {
             Err(failure) if is_non_finite(&failure) => return Ok(Err(failure)),
             Err(failure) => return Err(failure),
             Ok(None) => {}

@@ -6,7 +6,9 @@ use std::num::NonZeroUsize;
 use serde::{Deserialize, Serialize};
 
 use super::memory::Recompute;
-use crate::experts::{ExpertId, RoutingTokens, Score, ScorePer, Select, Selection, SelectionLimits};
+use crate::experts::{
+    ExpertId, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection, SelectionLimits,
+};
 use crate::model::{ModelConfig, ParamId, ParamKind, ParamTable, expert_params};
 use crate::optim::{LearningRates, LrSchedule};
 use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
@@ -109,6 +111,8 @@ pub struct Identify {
     pub as_many_as_exist: bool,
     /// The seed of random selections.
     pub seed: u64,
+    /// The experts of [`ScoreBy::Given`], in the order of their file; otherwise empty.
+    pub given: Vec<ExpertId>,
 }
 
 /// What the score of an expert measures.
@@ -123,9 +127,17 @@ pub enum ScoreBy {
         /// Only a risk difference above this qualifies.
         threshold: f64,
     },
-    /// Nothing: experts are drawn at random. With a gradient score, as many are drawn from each layer as the gradient method
-    /// selects there.
-    Random(Option<GradientScore>),
+    /// Nothing: experts are drawn at random, once a run.
+    Random {
+        /// The gradient score whose selection the draw matches or excludes; `None` if it does neither.
+        gradient: Option<GradientScore>,
+        /// The counts of that selection which the draw matches.
+        matching: RandomMatch,
+        /// Whether that selection is excluded from the draw.
+        exclude_found: bool,
+    },
+    /// Nothing: the experts are given ([`Identify::given`]).
+    Given,
 }
 
 /// A score from gradients.
@@ -133,8 +145,10 @@ pub enum ScoreBy {
 pub struct GradientScore {
     /// The norm that is taken.
     pub score: Score,
-    /// What it is divided by.
+    /// What it is divided by in each micro-batch.
     pub per: ScorePer,
+    /// What the mean over micro-batches is divided by.
+    pub norm: ScoreNorm,
 }
 
 /// What the rounds train, and by which phases.
@@ -366,8 +380,14 @@ impl Identify {
     pub fn threshold(&self) -> Option<f64> {
         match self.by {
             ScoreBy::Routing { threshold, .. } => Some(threshold),
-            ScoreBy::Gradient(_) | ScoreBy::Random(_) => None,
+            ScoreBy::Gradient(_) | ScoreBy::Random { .. } | ScoreBy::Given => None,
         }
+    }
+
+    /// Whether a later round keeps the first round's selection and scores nothing: random and given experts are the same in
+    /// all rounds, so that as many experts are trained as the options ask for.
+    pub fn keeps_first_selection(&self) -> bool {
+        matches!(self.by, ScoreBy::Random { .. } | ScoreBy::Given)
     }
 
     /// The limits for a model with the MoE layers `layers` of `num_experts` experts each: `top_k` is lowered to the number of

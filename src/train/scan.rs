@@ -19,7 +19,7 @@ use crate::backend::Backend;
 use crate::data::{MicroBatch, Sampler};
 use crate::exit::{self, Coded, Failure, Result};
 use crate::experts::{
-    ExpertScores, FrequencyAccumulator, RoutingCounts, RoutingTokens, ScoreAccumulator, ScorePer, token_mask,
+    ExpertScores, FrequencyAccumulator, RoutingCounts, RoutingTokens, ScoreAccumulator, ScoreNorm, ScorePer, token_mask,
 };
 use crate::model::{GradPlan, LossGrads, Observer, PassEnd, Routed, Sinks};
 use crate::train::fault::Point;
@@ -73,6 +73,7 @@ struct GradientScorer<B: Backend> {
     reductions: B::Scores,
     /// Whether scores are divided by the tokens routed to an expert, which must then be counted.
     per_token: bool,
+    norm: ScoreNorm,
     sums: PartialSums<ScoreAccumulator>,
 }
 
@@ -141,11 +142,11 @@ impl<'d, B: Backend> Scan<'d, B> {
         micro_batches: Vec<Vec<usize>>,
     ) -> Result<Self> {
         let scorer = match identify.by {
-            ScoreBy::Gradient(score) | ScoreBy::Random(Some(score)) => {
+            ScoreBy::Gradient(score) | ScoreBy::Random { gradient: Some(score), .. } => {
                 Scorer::Gradient(GradientScorer::new(replica, score))
             }
             ScoreBy::Routing { tokens, .. } => Scorer::Routing(RoutingScorer::new(replica, sampler, tokens)?),
-            ScoreBy::Random(None) => Scorer::None,
+            ScoreBy::Random { gradient: None, .. } | ScoreBy::Given => Scorer::None,
         };
         let next = if matches!(scorer, Scorer::None) { micro_batches.len() } else { 0 };
         Ok(Self { sampler, micro_batches, next, scorer })
@@ -310,6 +311,7 @@ impl<B: Backend> GradientScorer<B> {
             no_grads: b.buffer(0),
             reductions: b.scores(depth * num_experts),
             per_token: score.per == ScorePer::Token,
+            norm: score.norm,
             sums: PartialSums::new(ScoreAccumulator::new(score.score, score.per, layers, num_experts, params)),
         }
     }
@@ -362,7 +364,12 @@ impl<B: Backend> GradientScorer<B> {
         let counted = all_losses.into_iter().zip(all_tokens).filter(|(_, tokens)| *tokens > 0.0);
         let (losses, tokens) = counted.map(|(loss, tokens)| (loss, tokens as usize)).unzip();
         let micro_batches = total.micro_batches();
-        Ok(Scores { losses, tokens, ..Scores::of(total.finish()?, micro_batches) })
+        let scores = total.finish()?;
+        let scores = match self.norm {
+            ScoreNorm::None => scores,
+            ScoreNorm::Layer => scores.divided_by_layer_sum(),
+        };
+        Ok(Scores { losses, tokens, ..Scores::of(scores, micro_batches) })
     }
 }
 

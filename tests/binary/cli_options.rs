@@ -167,6 +167,9 @@ fn contradictions_and_invalid_values_are_configuration_errors() {
         ("--schedule joint --batch-size 1", "at least 2"),
         ("--mode baseline --no-finetune-unsafe-experts", "leave one out"),
         ("--method random --selection per-batch", "--selection global"),
+        ("--method given", "--experts FILE"),
+        ("--method given --experts f --selection per-batch", "--selection global"),
+        ("--method given --experts ~/f", "`~`"),
         ("--overwrite --resume", "leave one out"),
         ("--init random --resume", "leave one out"),
         ("--output-dir=~/runs", "`~`"),
@@ -174,6 +177,14 @@ fn contradictions_and_invalid_values_are_configuration_errors() {
         ("--num-epochs 2 --epochs-per-round 3", "leave one out"),
         // options without effect
         ("--random-match layer", "--method random"),
+        ("--random-exclude-found", "--method random"),
+        ("--method routing --score-norm layer", "--method gradient"),
+        ("--method random --score-norm layer", "--method gradient"),
+        ("--experts f", "--method given"),
+        ("--method given --experts f --top-k-experts 7", "selects the experts of --experts"),
+        ("--method given --experts f --layers 1-2", "selects the experts of --experts"),
+        ("--method given --experts f --experts-per-layer 1", "selects the experts of --experts"),
+        ("--method given --experts f --select lowest", "selects the experts of --experts"),
         ("--risk-threshold 0.1", "--method routing"),
         ("--routing-tokens all", "--method routing"),
         ("--method routing --score l2", "--method gradient"),
@@ -200,6 +211,8 @@ fn contradictions_and_invalid_values_are_configuration_errors() {
 fn an_option_without_effect_is_accepted_with_its_default_value() {
     config("--kl-type forward --skip-router-training --risk-threshold 0.05");
     config("--method random --random-match layer --score l2");
+    config("--method random --random-exclude-found --score-norm layer --select lowest");
+    config("--method given --experts f --expert-lr 1e-3");
 }
 
 #[test]

@@ -18,5 +18,6 @@ mod python;
 mod quickstart;
 mod random_init;
 mod resume;
+mod selection;
 #[cfg(feature = "mpi")]
 mod sharding;

@@ -149,7 +149,7 @@ impl<'a, B: Backend> CaseRun<'a, B> {
 
     /// The identification over these micro-batches.
     pub fn find(&self, micro_batches: Vec<Vec<usize>>) -> Identification {
-        find(&self.replica, &self.recipe.identify, self.sampler(), micro_batches, 0).expect("finite losses")
+        find(&self.replica, &self.recipe.identify, self.sampler(), micro_batches).expect("finite losses")
     }
 
     /// Micro-batches of all unsafe replies, in the order of the first round.

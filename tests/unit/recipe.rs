@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::case::golden_dir;
 use moewarden::backend::cpu::Cpu;
 use moewarden::config::{Mode, RunConfig, Schedule, options_without_effect};
-use moewarden::experts::{ExpertId, Method, RandomMatch, RoutingTokens, Score, ScorePer, Select, Selection};
+use moewarden::experts::{ExpertId, Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
 use moewarden::launch::Rank;
 use moewarden::model::ParamId;
 use moewarden::routers::{ConsistencyLayers, KlType, Statistic};
@@ -30,6 +30,8 @@ fn with_other_values(c: &RunConfig) -> RunConfig {
     RunConfig {
         score: Score::L2,
         score_per: ScorePer::Token,
+        score_norm: ScoreNorm::Layer,
+        experts: Some("experts.json".into()),
         risk_threshold: 0.25,
         routing_tokens: RoutingTokens::All,
         select: Select::Lowest,

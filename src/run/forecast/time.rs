@@ -179,15 +179,19 @@ impl Forecast {
             rounds * phase.epochs as f64 * (forward(&safe_prompts) + there_and_back(&unsafe_prompts))
         });
         let identification = match recipe.identify.by {
-            ScoreBy::Gradient(_) | ScoreBy::Random(Some(_)) => gradients,
-            ScoreBy::Random(None) => 0.0,
+            ScoreBy::Gradient(_) | ScoreBy::Random { gradient: Some(_), .. } => gradients,
+            ScoreBy::Random { gradient: None, .. } | ScoreBy::Given => 0.0,
             ScoreBy::Routing { .. } => [unsafe_replies, safe_replies.like(unsafe_replies.sequences)]
                 .iter()
                 .map(|side| work(side).routing(side))
                 .sum(),
         };
         // A run that selects at each step scores each step's own batch: in each pass the whole data.
-        let scans = if recipe.selects_each_step() { passes } else { rounds };
+        let scans = match recipe.selects_each_step() {
+            true => passes,
+            false if recipe.identify.keeps_first_selection() => 1.0,
+            false => rounds,
+        };
         let pairs = if safe_prompts.all > 0.0 { forward(&safe_prompts) + forward(&unsafe_prompts) } else { 0.0 };
         Self {
             identify: scans * identification,
@@ -345,7 +349,8 @@ mod tests {
         // Routing counts need no backward; a random selection needs no pass, except with --random-match layer.
         let routing = of(|c| c.method = Method::Routing).identify;
         assert!(0.0 < routing && routing < base.identify, "{routing} of {}", base.identify);
-        let random = |matching| Forecast { identify: if matching { base.identify } else { 0.0 }, ..base };
+        // It is drawn in the first of three rounds.
+        let random = |matching| Forecast { identify: if matching { base.identify / 3.0 } else { 0.0 }, ..base };
         assert_eq!(of(|c| c.method = Method::Random), random(false));
         let matched = of(|c| (c.method, c.random_match) = (Method::Random, RandomMatch::Layer));
         assert_eq!(matched, random(true));

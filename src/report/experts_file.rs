@@ -1,0 +1,176 @@
+//! A file of experts: the selection of an earlier run, or a list from elsewhere.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::{Error, ScoresFile};
+use crate::experts::ExpertId;
+
+/// The most entries that a file may list. No model has nearly as many experts.
+const MAX_EXPERTS: usize = 1 << 20;
+
+/// The experts that a file lists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertsFile {
+    /// Path of the file, for messages.
+    pub path: PathBuf,
+    /// In the order of the file, without duplicates; at least one.
+    pub experts: Vec<ExpertId>,
+}
+
+impl ExpertsFile {
+    /// Reads one of three formats: `expert_scores.json` of a run, of which the first round's selection is taken; a JSON list
+    /// of `[layer, expert]`; or text of `layer.expert`, one a line or separated by commas, where `#` starts a comment.
+    /// Layers and experts count from 0; dense layers count too.
+    ///
+    /// # Errors
+    /// [`Error::Missing`]; [`Error::Invalid`], which names the entry: one that is not an expert, one that comes twice, or a file
+    /// without any.
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let invalid = |reason: String| Error::Invalid { path: path.to_owned(), reason };
+        let bytes = std::fs::read(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
+        let text = String::from_utf8(bytes).map_err(|_| invalid("it is not text in UTF-8".into()))?;
+        let experts = match text.trim_start().chars().next() {
+            Some('{') => first_selection(path)?,
+            Some('[') => list(&text).map_err(invalid)?,
+            _ => lines(&text).map_err(invalid)?,
+        };
+        let mut seen = BTreeSet::new();
+        if let Some(i) = experts.iter().position(|id| !seen.insert(*id)) {
+            return Err(invalid(format!("entry {}, {}, comes twice: leave one out", i + 1, name(experts[i]))));
+        }
+        if experts.is_empty() {
+            return Err(invalid("it lists no expert".into()));
+        }
+        Ok(Self { path: path.to_owned(), experts })
+    }
+
+    /// Checks that a model with the routing layers `layers` of `num_experts` experts each has all these experts.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], which names the first entry that does not exist.
+    pub fn check(&self, layers: &[usize], num_experts: usize) -> Result<(), Error> {
+        for (i, id) in self.experts.iter().enumerate() {
+            let reason = if !layers.contains(&id.layer) {
+                let of_model = layers.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+                format!("the model's layers with experts are {of_model}")
+            } else if id.expert >= num_experts {
+                format!("the model has the experts 0 to {} in each layer", num_experts - 1)
+            } else {
+                continue;
+            };
+            let reason = format!("entry {}, {}, does not exist: {reason}", i + 1, name(*id));
+            return Err(Error::Invalid { path: self.path.clone(), reason });
+        }
+        Ok(())
+    }
+}
+
+fn name(id: ExpertId) -> String {
+    format!("expert {} of layer {}", id.expert, id.layer)
+}
+
+/// The first round's selection of `expert_scores.json`.
+fn first_selection(path: &Path) -> Result<Vec<ExpertId>, Error> {
+    let file = ScoresFile::read(path)?;
+    Ok(file.rounds.into_values().next().map_or_else(Vec::new, |round| round.selected))
+}
+
+/// A JSON list of `[layer, expert]`.
+fn list(text: &str) -> Result<Vec<ExpertId>, String> {
+    let entries: Vec<Value> = serde_json::from_str(text).map_err(|e| format!("it is not a JSON list: {e}"))?;
+    let parsed = entries.iter().enumerate().map(|(i, entry)| {
+        serde_json::from_value::<ExpertId>(entry.clone())
+            .map_err(|_| format!("entry {}, {entry}, is not [layer, expert] with two numbers from 0", i + 1))
+    });
+    parsed.collect()
+}
+
+/// `layer.expert`, separated by commas or line ends.
+fn lines(text: &str) -> Result<Vec<ExpertId>, String> {
+    let mut experts = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        let line = line.split('#').next().unwrap_or_default();
+        for entry in line.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+            let both = entry.split_once('.').and_then(|(layer, expert)| Some((index(layer)?, index(expert)?)));
+            let Some(both) = both else {
+                return Err(format!("line {}: {entry:?} is not layer.expert, such as 3.17", number + 1));
+            };
+            if experts.len() == MAX_EXPERTS {
+                return Err(format!("line {}: it lists more than {MAX_EXPERTS} experts", number + 1));
+            }
+            experts.push(both.into());
+        }
+    }
+    Ok(experts)
+}
+
+/// Digits only: no sign, no spaces.
+fn index(text: &str) -> Option<usize> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit::{self, Coded};
+    use crate::experts::{Method, Score};
+    use crate::report::{RoundScores, write_json};
+
+    fn read(text: &str) -> Result<Vec<(usize, usize)>, Error> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        ExpertsFile::read(file.path()).map(|file| file.experts.into_iter().map(Into::into).collect())
+    }
+
+    #[test]
+    fn three_formats() {
+        assert_eq!(read("[[3, 17], [0, 2]]").unwrap(), [(3, 17), (0, 2)]);
+        assert_eq!(read("# found by hand\n3.17\n\n0.2, 1.0 # two\n").unwrap(), [(3, 17), (0, 2), (1, 0)]);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("expert_scores.json");
+        let mut scores = ScoresFile::new(Method::Gradient, Score::L1Mean, vec![0, 3], 20);
+        for (round, selected) in [(2, [(0, 1).into()]), (1, [(3, 17).into()]), (10, [(0, 2).into()])] {
+            scores.rounds.insert(round, RoundScores::new(None, &selected, 1, vec![]));
+        }
+        write_json(&path, &scores).unwrap();
+        assert_eq!(ExpertsFile::read(&path).unwrap().experts, [(3, 17).into()], "the first round's selection");
+    }
+
+    #[test]
+    fn errors_name_the_entry() {
+        for (text, named) in [
+            ("", "lists no expert"),
+            ("[]", "lists no expert"),
+            ("[[1, 2], [1, -2]]", "entry 2, [1,-2], is not [layer, expert]"),
+            ("[[1, 2, 3]]", "entry 1"),
+            ("[[1, 2], [0, 0], [1, 2]]", "entry 3, expert 2 of layer 1, comes twice"),
+            ("[[1, 2]", "not a JSON list"),
+            ("1.2\n1:3", "line 2: \"1:3\" is not layer.expert"),
+            ("1.+3", "\"1.+3\""),
+            ("1.2,1.2", "comes twice"),
+            ("{}", "missing field"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.to_string().contains(named), "{named} not in: {error}");
+            assert_eq!(error.exit_code(), exit::DATA);
+        }
+        let missing = ExpertsFile::read(Path::new("/nowhere/list")).unwrap_err();
+        assert_eq!(missing.exit_code(), exit::NO_INPUT);
+    }
+
+    #[test]
+    fn a_model_without_these_experts_is_named() {
+        let file =
+            |id: (usize, usize)| ExpertsFile { path: "list.txt".into(), experts: vec![(1, 0).into(), id.into()] };
+        let error = |id| file(id).check(&[1, 3], 4).unwrap_err().to_string();
+        assert!(file((3, 3)).check(&[1, 3], 4).is_ok());
+        assert_eq!(
+            error((0, 1)),
+            "list.txt: entry 2, expert 1 of layer 0, does not exist: the model's layers with experts are 1, 3"
+        );
+        assert!(error((3, 4)).ends_with("the model has the experts 0 to 3 in each layer"));
+    }
+}
