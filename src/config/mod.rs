@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{LongRows, LossOn};
 use crate::exit::{self, Coded};
-use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
+use crate::experts::{IdentifyIn, Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
 use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
 use crate::train::Recompute;
@@ -182,6 +182,8 @@ pub struct RunConfig {
     pub layers: Option<RangeInclusive<usize>>,
     /// End of the ranking to select from.
     pub select: Select,
+    /// Resamples of the micro-batches for inclusion probabilities; 0: none.
+    pub bootstrap: usize,
     /// Select once a round, or at every step.
     pub selection: Selection,
 
@@ -190,6 +192,10 @@ pub struct RunConfig {
     pub mode: Mode,
     /// Alternating phases, or one joint phase.
     pub schedule: Schedule,
+    /// Rounds in which experts are identified.
+    pub identify: IdentifyIn,
+    /// Share of the first round's refusal loss below which the last selection is kept, in 0..=1; 0: never.
+    pub identify_until: f64,
     /// Rounds of: identify, train experts, align routers, save.
     pub num_rounds: usize,
     /// Epochs of the expert phase (of the joint phase, in the joint schedule) in each round.
@@ -304,9 +310,12 @@ impl Default for RunConfig {
             experts_per_layer: None,
             layers: None,
             select: Select::Highest,
+            bootstrap: 200,
             selection: Selection::Global,
             mode: Mode::Selective,
             schedule: Schedule::Alternate,
+            identify: IdentifyIn::EveryRound,
+            identify_until: 0.1,
             num_rounds: 3,
             expert_epochs_per_round: 1,
             router_epochs_per_round: 1,

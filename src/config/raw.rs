@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Device, Init, Layers, Mode, Precision, Recompute, RunConfig, SaveRounds, Schedule, Transport};
 use crate::data::{LongRows, LossOn};
-use crate::experts::{Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
+use crate::experts::{IdentifyIn, Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
 use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
 
@@ -123,6 +123,10 @@ pub struct RawOptions {
     /// Select experts from the top or from the bottom of the ranking
     #[arg(long, help_heading = EXPERTS)]
     pub select: Option<Select>,
+    /// Resamples of the micro-batches (Poisson bootstrap), by which each expert gets the share of resamples that select it;
+    /// 0: none
+    #[arg(long, value_name = "N", help_heading = EXPERTS)]
+    pub bootstrap: Option<usize>,
     /// Select experts once a round or at every step
     #[arg(long, help_heading = EXPERTS)]
     pub selection: Option<Selection>,
@@ -134,6 +138,13 @@ pub struct RawOptions {
     /// joint
     #[arg(long, help_heading = TRAINING)]
     pub schedule: Option<Schedule>,
+    /// Identify experts in every round, or in the first one only
+    #[arg(long, help_heading = TRAINING)]
+    pub identify: Option<IdentifyIn>,
+    /// Gradient method: keep the last selection once the mean refusal loss of a round's scan is below this share of the first
+    /// round's, because the scores are noise then; 0: always select anew
+    #[arg(long, value_name = "SHARE", help_heading = TRAINING)]
+    pub identify_until: Option<f64>,
     /// Number of rounds; each identifies experts, trains them, aligns the routers and saves the model
     #[arg(long, value_name = "ROUNDS", help_heading = TRAINING)]
     pub num_rounds: Option<usize>,
@@ -313,7 +324,7 @@ for_each_option! {
     resolved: {
         model_name init dataset_path eval_dataset_path chat_template max_samples max_length long_rows loss_on
         keep_failed safe_response shuffle seed batch_size method score score_per score_norm routing_tokens risk_threshold
-        random_match random_exclude_found experts top_k_experts experts_per_layer layers select selection mode schedule num_rounds
+        random_match random_exclude_found experts top_k_experts experts_per_layer layers select bootstrap selection identify identify_until mode schedule num_rounds
         expert_epochs_per_round router_epochs_per_round grad_accum finetune_unsafe_experts skip_router_training
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic
         router_last_tokens router_target kl_type use_router_consistency_loss router_consistency_weight router_consistency_type

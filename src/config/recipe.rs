@@ -4,7 +4,7 @@
 use std::num::NonZeroUsize;
 
 use super::{Mode, RawOptions, RunConfig, Schedule};
-use crate::experts::{ExpertId, Method, RandomMatch, Selection, SelectionLimits};
+use crate::experts::{ExpertId, IdentifyIn, Method, RandomMatch, Selection, SelectionLimits};
 use crate::train::{
     Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, RouterPhase, ScoreBy, Trained, Training,
     Updates,
@@ -25,6 +25,9 @@ pub(super) fn recipe_of(c: &RunConfig, given: Vec<ExpertId>) -> Recipe {
             limits: SelectionLimits { top_k, per_layer: c.experts_per_layer, layers: c.layers.clone() },
             as_many_as_exist: !selection_matters(&training),
             seed: c.seed,
+            bootstrap: if resamples(c) { c.bootstrap } else { 0 },
+            once: c.identify == IdentifyIn::Once,
+            until: if c.method == Method::Gradient { c.identify_until } else { 0.0 },
             given,
         },
         divergence: divergence(c),
@@ -53,6 +56,11 @@ fn score_by(c: &RunConfig) -> ScoreBy {
         },
         Method::Given => ScoreBy::Given,
     }
+}
+
+/// Whether a selection is by the scores of micro-batches that can be resampled.
+fn resamples(c: &RunConfig) -> bool {
+    matches!(c.method, Method::Gradient | Method::Routing) && c.selection == Selection::Global
 }
 
 /// Whether the gradient method scores experts, to select them or for the random control.
@@ -199,7 +207,19 @@ pub(super) fn contradictions(c: &RunConfig) -> Vec<(bool, &'static str)> {
 pub(super) fn no_effect(c: &RunConfig) -> Vec<(bool, &'static str, &'static [&'static str])> {
     let no_expert_phase = !c.finetune_unsafe_experts;
     let joint = c.schedule == Schedule::Joint;
+    let in_rounds: &[&str] = &["identify", "identify-until"];
     vec![
+        (
+            !resamples(c),
+            "only scores of the whole data, by --method gradient or routing, are resampled",
+            &["bootstrap"],
+        ),
+        (c.num_rounds == 1, "there is only one round (--num-rounds 1)", in_rounds),
+        (c.selection == Selection::PerBatch, "--selection per-batch selects at every step", in_rounds),
+        (c.method == Method::Random, "--method random draws its experts once a run", in_rounds),
+        (c.method == Method::Given, "--method given has the same experts in all rounds", in_rounds),
+        (c.method == Method::Routing, "only --method gradient computes the loss", &["identify-until"]),
+        (c.identify == IdentifyIn::Once, "only --identify every-round uses it", &["identify-until"]),
         (no_expert_phase, "experts are not trained (--no-finetune-unsafe-experts)", &["expert-lr", "selection"]),
         (
             no_expert_phase && !joint,

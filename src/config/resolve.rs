@@ -111,7 +111,7 @@ impl RunConfig {
     pub fn recipe_of_evaluation(&self) -> Result<Recipe, ConfigError> {
         let recipe = self.recipe_of_identification()?;
         let by = ScoreBy::Routing { tokens: self.routing_tokens, threshold: self.risk_threshold };
-        Ok(Recipe { identify: Identify { by, ..recipe.identify }, ..recipe })
+        Ok(Recipe { identify: Identify { by, bootstrap: 0, ..recipe.identify }, ..recipe })
     }
 }
 

@@ -3,6 +3,9 @@
 use super::{Device, Init, RunConfig, SaveRounds, recipe};
 use crate::experts::Method;
 
+/// The most resamples of a bootstrap.
+const MAX_RESAMPLES: usize = 100_000;
+
 /// All values out of range and all contradictions, each with a remedy.
 pub(super) fn problems(c: &RunConfig) -> Vec<String> {
     let mut wrong = Vec::new();
@@ -14,6 +17,12 @@ pub(super) fn problems(c: &RunConfig) -> Vec<String> {
 }
 
 fn counts(c: &RunConfig, wrong: &mut Vec<String>) {
+    if c.bootstrap > MAX_RESAMPLES {
+        wrong.push(format!(
+            "--bootstrap is {}, but must be at most {MAX_RESAMPLES}: each resample takes 8 bytes an expert",
+            c.bootstrap
+        ));
+    }
     let at_least = [
         ("max-samples", c.max_samples, 1, "to use all rows, give a number above their number"),
         ("max-length", c.max_length, 2, "the first token of an example is never predicted"),
@@ -66,6 +75,13 @@ fn numbers(c: &RunConfig, wrong: &mut Vec<String>) {
         wrong.push(format!(
             "--risk-threshold is {}, but must be a finite number between -1 and 1: {hint}",
             c.risk_threshold
+        ));
+    }
+    if !(0.0..=1.0).contains(&c.identify_until) {
+        let hint = "it is a share of the first round's loss; use 0 to select anew in every round";
+        wrong.push(format!(
+            "--identify-until is {}, but must be a finite number between 0 and 1: {hint}",
+            c.identify_until
         ));
     }
     if !(c.safe_ratio > 0.0 && c.safe_ratio < 1.0) {

@@ -88,18 +88,18 @@ impl FrequencyAccumulator {
         Self { layers, num_experts, sums, batches: 0, skipped: 0 }
     }
 
-    /// Adds a batch. A batch without counted tokens on one of its sides has no frequencies there: it is skipped, and
-    /// counted in [`Self::skipped`].
-    pub fn add(&mut self, safe: &RoutingCounts, unsafe_: &RoutingCounts) {
+    /// Adds a batch, and returns its risk differences. A batch without counted tokens on one of its sides has no frequencies
+    /// there: it is skipped, and counted in [`Self::skipped`].
+    pub fn add(&mut self, safe: &RoutingCounts, unsafe_: &RoutingCounts) -> Option<Vec<f64>> {
         assert_eq!((safe.counts.len(), unsafe_.counts.len()), (self.sums.len(), self.sums.len()), "counts per expert");
         if safe.tokens == 0 || unsafe_.tokens == 0 {
             self.skipped += 1;
-            return;
+            return None;
         }
         self.batches += 1;
-        for (sum, (s, u)) in self.sums.iter_mut().zip(safe.frequencies().zip(unsafe_.frequencies())) {
-            *sum += u - s;
-        }
+        let differences: Vec<f64> = safe.frequencies().zip(unsafe_.frequencies()).map(|(s, u)| u - s).collect();
+        add_sums(&mut self.sums, &differences);
+        Some(differences)
     }
 
     /// Number of batches added, B: of this rank before [`Self::merge`], of all ranks after it.

@@ -4,11 +4,15 @@
 //! the magnitude of its gradients for a loss on refusals (arXiv 2602.04448) or, for comparison, by how much more often
 //! unsafe prompts are routed to it than safe ones.
 
+mod bootstrap;
 mod frequency;
+mod how_many;
 mod score;
 mod select;
 
+pub use bootstrap::Bootstrap;
 pub use frequency::{FrequencyAccumulator, RoutingCounts, token_mask};
+pub use how_many::{Drop, HowMany, STABLE};
 pub use score::{ExpertScores, ScoreAccumulator};
 pub use select::{RandomDraw, Ranking, Selected, SelectionLimits, select, select_random, selection_hash};
 
@@ -188,6 +192,17 @@ pub enum Select {
     Highest,
     /// The lowest scores, as a control.
     Lowest,
+}
+
+/// In which rounds experts are identified (`--identify`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum IdentifyIn {
+    /// In every round, from the model that the earlier rounds trained.
+    #[default]
+    EveryRound,
+    /// In the first round; later rounds keep its selection.
+    Once,
 }
 
 /// When and from which data experts are selected (`--selection`).

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, ExpertId, Score, ScorePer};
+use super::{Error, ExpertId, Score, ScoreNorm, ScorePer};
 use crate::backend::GradReduction;
 use crate::collective::{self, Collective};
 
@@ -21,6 +21,16 @@ impl Score {
         match self {
             Score::L1Mean | Score::Fisher | Score::Taylor => sum / params,
             Score::L2 => (sum / params).sqrt(),
+        }
+    }
+}
+
+impl ScoreNorm {
+    /// The scores, divided.
+    pub fn apply(self, scores: ExpertScores) -> ExpertScores {
+        match self {
+            ScoreNorm::None => scores,
+            ScoreNorm::Layer => scores.divided_by_layer_sum(),
         }
     }
 }
@@ -56,7 +66,7 @@ impl ExpertScores {
     }
 
     /// The scores divided by the sum of their layer: s(l,e) / Σ_e' s(l,e'). All 0 in a layer whose sum is 0.
-    pub fn divided_by_layer_sum(mut self) -> Self {
+    fn divided_by_layer_sum(mut self) -> Self {
         for row in self.values.chunks_exact_mut(self.num_experts) {
             let sum: f64 = row.iter().sum();
             row.iter_mut().for_each(|value| *value = if sum == 0.0 { 0.0 } else { *value / sum });
@@ -104,22 +114,25 @@ impl ScoreAccumulator {
 
     /// Adds a micro-batch. `reductions`: each expert's [`Score::reduction`], summed over the gradient of the mean loss;
     /// `tokens_per_expert`: the number of tokens routed to it; both `[L · E]`. A micro-batch without loss tokens is
-    /// ignored.
-    pub fn add(&mut self, reductions: &[f64], tokens_per_expert: &[usize], loss_tokens: usize) {
+    /// ignored; otherwise its scores are returned.
+    pub fn add(&mut self, reductions: &[f64], tokens_per_expert: &[usize], loss_tokens: usize) -> Option<Vec<f64>> {
         assert_eq!(reductions.len(), self.sums.len(), "one reduction per expert");
         assert_eq!(tokens_per_expert.len(), self.sums.len(), "one token count per expert");
         if loss_tokens == 0 {
-            return;
+            return None;
         }
         self.micro_batches += 1;
-        for ((sum, reduction), tokens) in self.sums.iter_mut().zip(reductions).zip(tokens_per_expert) {
+        let of_expert = |(reduction, tokens): (&f64, &usize)| {
             let score = self.score.of_sum(*reduction, self.params_per_expert as f64);
-            *sum += match (self.per, tokens) {
+            match (self.per, tokens) {
                 (ScorePer::Param, _) => score,
                 (ScorePer::Token, 0) => 0.0, // its gradient is exactly 0 too
                 (ScorePer::Token, tokens) => score / *tokens as f64,
-            };
-        }
+            }
+        };
+        let scores: Vec<f64> = reductions.iter().zip(tokens_per_expert).map(of_expert).collect();
+        add_sums(&mut self.sums, &scores);
+        Some(scores)
     }
 
     /// Number of micro-batches added, B: of this rank before [`Self::merge`], of all ranks after it.

@@ -49,7 +49,7 @@ impl Selected {
 }
 
 impl SelectionLimits {
-    fn allows_layer(&self, layer: usize) -> bool {
+    pub(super) fn allows_layer(&self, layer: usize) -> bool {
         self.layers.as_ref().is_none_or(|range| range.contains(&layer))
     }
 

@@ -159,11 +159,12 @@ enum Place {
 }
 
 /// Files at the top of the output folder. A new output file must be added here, or `--overwrite` refuses the folder.
-const TOP_FILES: [&str; 13] = [
+const TOP_FILES: [&str; 14] = [
     LOCK_FILE,
     "config.resolved.yaml",
     "metrics.jsonl",
     "expert_scores.json",
+    "rankings.json",
     "expert_gradients.pkl",
     "training_metadata.json",
     "eval.json",

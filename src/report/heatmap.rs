@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use super::page::escape;
-use crate::experts::{ExpertId, ExpertScores};
+use crate::experts::{ExpertId, ExpertScores, STABLE};
 
 type Rgb = [f64; 3];
 
@@ -14,6 +14,9 @@ const SEQUENTIAL: [Rgb; 3] = [[247.0, 250.0, 255.0], [96.0, 160.0, 210.0], [8.0,
 const DIVERGING: [Rgb; 3] = [[10.0, 60.0, 130.0], [250.0, 250.0, 250.0], [150.0, 20.0, 30.0]];
 /// Colour of the frames of selected experts; contrasts with all colours above.
 const FRAME: &str = "#f08c00";
+
+/// Attribute of the frames of experts that are selected in few resamples.
+const DASHES: &str = " stroke-dasharray=\"3 2\"";
 
 const LEFT: usize = 56;
 const TOP: usize = 64;
@@ -51,15 +54,22 @@ impl Scale {
 }
 
 /// Draws a heat map as an SVG element. `id` must be unique in the page; `selected` is best first. Each cell has a
-/// tooltip with its score, and the drawing has a text alternative.
+/// tooltip with its score, and the drawing has a text alternative. `inclusion`, the share of bootstrap resamples that select an
+/// expert (`[L][E]`, empty without a bootstrap), is in the tooltips; the frames of experts below [`STABLE`] are dashed.
 ///
 /// # Panics
 /// If `id` has other characters than ASCII letters, digits and hyphens.
-pub fn heatmap_svg(id: &str, title: &str, scores: &ExpertScores, selected: &[ExpertId]) -> String {
+pub fn heatmap_svg(
+    id: &str,
+    title: &str,
+    scores: &ExpertScores,
+    selected: &[ExpertId],
+    inclusion: &[Vec<f64>],
+) -> String {
     assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{id:?} is not a valid id");
     let cell = if scores.num_experts <= 64 { 16 } else { 8 };
     let (width, height) = (LEFT + scores.num_experts * cell + 16, TOP + scores.layers.len() * ROW + 64);
-    let width = width.max(420); // the width of the legend
+    let width = width.max(if inclusion.is_empty() { 420 } else { 540 }); // the width of the legend
     let scale = Scale::of_values(&scores.values);
     let rank: HashMap<ExpertId, usize> = selected.iter().enumerate().map(|(i, id)| (*id, i + 1)).collect();
 
@@ -86,15 +96,18 @@ pub fn heatmap_svg(id: &str, title: &str, scores: &ExpertScores, selected: &[Exp
             let x = LEFT + expert * cell;
             let rank = rank.get(&ExpertId { layer: *layer, expert });
             let selected = rank.map_or_else(String::new, |r| format!(", selected, rank {r}"));
+            let share = inclusion.get(i).and_then(|row| row.get(expert));
+            let included = share.map_or_else(String::new, |p| format!(", in {p:.2} of resamples"));
             let _ = writeln!(
                 out,
                 "<rect x=\"{x}\" y=\"{y}\" width=\"{cell}\" height=\"{ROW}\" fill=\"{}\"><title>layer {layer}, expert \
-                 {expert}: {value:.4e}{selected}</title></rect>",
+                 {expert}: {value:.4e}{selected}{included}</title></rect>",
                 scale.colour(*value)
             );
             if rank.is_some() {
                 let (x, y, w, h) = (x + 1, y + 1, cell - 2, ROW - 2);
-                let _ = writeln!(frames, "<rect x=\"{x}\" y=\"{y}\" width=\"{w}\" height=\"{h}\"/>");
+                let dashes = if share.is_some_and(|p| *p < STABLE) { DASHES } else { "" };
+                let _ = writeln!(frames, "<rect x=\"{x}\" y=\"{y}\" width=\"{w}\" height=\"{h}\"{dashes}/>");
             }
         }
     }
@@ -102,7 +115,8 @@ pub fn heatmap_svg(id: &str, title: &str, scores: &ExpertScores, selected: &[Exp
     // their tooltips.
     let _ =
         writeln!(out, "<g fill=\"none\" stroke=\"{FRAME}\" stroke-width=\"2\" pointer-events=\"none\">\n{frames}</g>");
-    out += &legend(&scale, TOP + scores.layers.len() * ROW + 16);
+    let dashed = !inclusion.is_empty();
+    out += &legend(&scale, TOP + scores.layers.len() * ROW + 16, dashed);
     out + "</svg>\n"
 }
 
@@ -119,8 +133,8 @@ fn description(scores: &ExpertScores, selected: &[ExpertId]) -> String {
     out
 }
 
-/// The legend: the colour scale, and the frame of selected experts.
-fn legend(scale: &Scale, y: usize) -> String {
+/// The legend: the colour scale, and the frames of selected experts.
+fn legend(scale: &Scale, y: usize, dashed: bool) -> String {
     const STEPS: usize = 32;
     let mut out = String::new();
     for i in 0..STEPS {
@@ -142,6 +156,17 @@ fn legend(scale: &Scale, y: usize) -> String {
         end + 42,
         y + 10,
     );
+    if dashed {
+        let _ = writeln!(
+            out,
+            "<rect x=\"{}\" y=\"{}\" width=\"12\" height=\"12\" fill=\"none\" stroke=\"{FRAME}\" stroke-width=\"2\"{DASHES}/>\n\
+             <text x=\"{}\" y=\"{}\">selected in less than {STABLE} of resamples</text>",
+            end + 24,
+            y + 18,
+            end + 42,
+            y + 28,
+        );
+    }
     out
 }
 
@@ -157,7 +182,7 @@ mod tests {
     #[test]
     fn every_expert_is_drawn_and_selected_experts_are_framed() {
         let scores = scores(vec![0.1, 0.5, 0.0, 1.0, 0.25, 0.75]);
-        let svg = heatmap_svg("round-1", "Round 1 <of> 3 & more", &scores, &[(4, 0).into(), (4, 2).into()]);
+        let svg = heatmap_svg("round-1", "Round 1 <of> 3 & more", &scores, &[(4, 0).into(), (4, 2).into()], &[]);
         assert_well_formed(&svg);
         assert_eq!(svg.matches("<rect").count(), 6 + 2 + 32 + 1, "cells, frames, legend, its frame");
         assert!(svg.contains("layer 4, expert 2: 7.5000e-1, selected, rank 2"));
@@ -166,6 +191,17 @@ mod tests {
             "3 experts each (columns), 2 selected. The highest: layer 4 expert 0 with 1.000e0, layer 4 expert 2"
         ));
         assert!(svg.contains("aria-labelledby=\"round-1-title round-1-desc\""));
+    }
+
+    #[test]
+    fn unstable_selections_have_dashed_frames() {
+        let scores = scores(vec![0.1, 0.5, 0.0, 1.0, 0.25, 0.75]);
+        let inclusion = [vec![0.0, 0.1, 0.0], vec![1.0, 0.0, 0.895]];
+        let svg = heatmap_svg("round-1", "Round 1", &scores, &[(4, 0).into(), (4, 2).into()], &inclusion);
+        assert_well_formed(&svg);
+        assert!(svg.contains("layer 4, expert 2: 7.5000e-1, selected, rank 2, in 0.90 of resamples"), "{svg}");
+        assert!(svg.contains("layer 1, expert 1: 5.0000e-1, in 0.10 of resamples"));
+        assert_eq!(svg.matches("stroke-dasharray").count(), 1 + 1, "one expert, and the legend");
     }
 
     #[test]

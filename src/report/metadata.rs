@@ -11,7 +11,7 @@ use crate::experts::ExpertId;
 use crate::train::Phase;
 
 /// The options in the file, by their names there: those of the command line, with underscores.
-const OPTIONS: [&str; 33] = [
+const OPTIONS: [&str; 35] = [
     "model_name",
     "num_rounds",
     "expert_epochs_per_round",
@@ -32,6 +32,8 @@ const OPTIONS: [&str; 33] = [
     "score_per",
     "score_norm",
     "selection",
+    "identify",
+    "identify_until",
     "kl_type",
     "router_statistic",
     "router_last_tokens",

@@ -12,6 +12,7 @@ mod metadata;
 mod metrics;
 mod page;
 mod pickle;
+mod rankings;
 mod replies;
 mod scores_json;
 
@@ -27,6 +28,7 @@ pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use page::{Page, Table, escape};
 pub use pickle::{RoundGradients, gradients_pickle};
+pub use rankings::{NamedRanking, RANKINGS_SCHEMA, RankingsFile};
 pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
 

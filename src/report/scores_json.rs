@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, read_json};
-use crate::experts::{ExpertId, ExpertScores, Method, Score, ScoreNorm};
+use crate::experts::{ExpertId, ExpertScores, HowMany, Method, Score, ScoreNorm};
 
 /// Value of [`ScoresFile::schema`].
 pub const SCORES_SCHEMA: &str = "moewarden.scores/1";
@@ -45,6 +45,12 @@ pub struct RoundScores {
     /// The earlier round whose selection was kept; missing where the round selected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_from: Option<usize>,
+    /// The share of bootstrap resamples in which each expert is selected, `[L][E]`; missing without a bootstrap.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inclusion: Vec<Vec<f64>>,
+    /// How many experts the scores single out; missing where scores do not decide the selection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub how_many: Option<HowMany>,
 }
 
 impl ScoresFile {
@@ -55,9 +61,9 @@ impl ScoresFile {
         Self { schema, method, score, score_norm: None, layers, num_experts, rounds: BTreeMap::new() }
     }
 
-    /// The scores of a round, or of the round from which it kept the selection.
+    /// The scores by which the selection of a round was made: its own, or those of the round whose selection it kept.
     pub fn scores_of_selection(&self, round: usize) -> Option<ExpertScores> {
-        self.scores(round).or_else(|| self.scores(self.rounds.get(&round)?.kept_from?))
+        self.scores(self.rounds.get(&round)?.kept_from.unwrap_or(round))
     }
 
     /// The scores of a round; `None` without such a round or without scores in it.
@@ -82,11 +88,12 @@ impl ScoresFile {
             return Err(invalid(format!("its schema is {:?}, not {SCORES_SCHEMA:?}", file.schema)));
         }
         for (round, scores) in &file.rounds {
-            let rows = &scores.scores;
-            let shape_fits = rows.len() == file.layers.len() && rows.iter().all(|r| r.len() == file.num_experts);
-            if !rows.is_empty() && !shape_fits {
-                let (l, e) = (file.layers.len(), file.num_experts);
-                return Err(invalid(format!("the scores of round {round} are not {l} layers of {e} experts")));
+            for (what, rows) in [("scores", &scores.scores), ("inclusion", &scores.inclusion)] {
+                let shape_fits = rows.len() == file.layers.len() && rows.iter().all(|r| r.len() == file.num_experts);
+                if !rows.is_empty() && !shape_fits {
+                    let (l, e) = (file.layers.len(), file.num_experts);
+                    return Err(invalid(format!("the {what} of round {round} are not {l} layers of {e} experts")));
+                }
             }
             let unknown = |id: &&ExpertId| !file.layers.contains(&id.layer) || id.expert >= file.num_experts;
             if let Some(id) = scores.selected.iter().find(unknown) {
@@ -101,10 +108,24 @@ impl ScoresFile {
 }
 
 impl RoundScores {
+    /// The share of bootstrap resamples that select an expert. `layers`: those of the file.
+    pub fn inclusion_of(&self, layers: &[usize], id: ExpertId) -> Option<f64> {
+        let row = layers.binary_search(&id.layer).ok()?;
+        self.inclusion.get(row)?.get(id.expert).copied()
+    }
+
     /// The result of a round. `scores` is `None` for a random selection without scores.
     pub fn new(scores: Option<&ExpertScores>, selected: &[ExpertId], micro_batches: u64, losses: Vec<f64>) -> Self {
         let scores = scores.map_or_else(Vec::new, |s| s.rows().map(<[f64]>::to_vec).collect());
-        Self { scores, selected: selected.to_vec(), micro_batches, losses, kept_from: None }
+        Self {
+            scores,
+            selected: selected.to_vec(),
+            micro_batches,
+            losses,
+            kept_from: None,
+            inclusion: Vec::new(),
+            how_many: None,
+        }
     }
 }
 
@@ -154,7 +175,8 @@ mod tests {
             assert!(error.contains(part) && error.contains("expert_scores.json"), "{part} not in: {error}");
         };
         expect(|f| f.schema = "other/1".into(), "other/1");
-        expect(|f| f.num_experts = 3, "round 1");
+        expect(|f| f.num_experts = 3, "the scores of round 1");
+        expect(|f| f.rounds.get_mut(&1).unwrap().inclusion = vec![vec![1.0]], "the inclusion of round 1");
         expect(|f| f.rounds.get_mut(&10).unwrap().selected[0].layer = 1, "expert 1 of layer 1");
     }
 }

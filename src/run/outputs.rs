@@ -1,5 +1,6 @@
 //! The outputs of a run besides its models: log, scores, metadata.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -13,8 +14,8 @@ use crate::exit::Result;
 use crate::experts::{ExpertId, ExpertScores, Method};
 use crate::files;
 use crate::report::{
-    IdentifiedExperts, MetricsLog, MetricsRow, RoundGradients, RoundScores, ScoresFile, TrainingLog, TrainingMetadata,
-    gradients_pickle, log_line, write_json,
+    IdentifiedExperts, MetricsLog, MetricsRow, RankingsFile, RoundGradients, RoundScores, ScoresFile, TrainingLog,
+    TrainingMetadata, gradients_pickle, log_line, write_json,
 };
 use crate::train::{Identification, Measured, Phase, Recipe, Replica, StepResult};
 use crate::ui::Ui;
@@ -25,6 +26,9 @@ pub struct OutputState {
     steps: u64,
     metrics_length: u64,
     scores: ScoresFile,
+    /// See [`Outputs::matched`].
+    #[serde(default)]
+    matched: BTreeMap<usize, RoundScores>,
     training_logs: Vec<TrainingLog>,
 }
 
@@ -38,6 +42,8 @@ pub struct Outputs<'a> {
     step: u64,
     last: Instant,
     scores: ScoresFile,
+    /// The gradient method's selection and scores in the rounds (from 1) whose random selection matches or excludes it.
+    matched: BTreeMap<usize, RoundScores>,
     metadata: TrainingMetadata,
 }
 
@@ -58,7 +64,8 @@ impl<'a> Outputs<'a> {
             score_norm: (config.method == Method::Gradient).then_some(config.score_norm),
             ..ScoresFile::new(config.method, config.score, layers, session.model.num_experts)
         };
-        let state = OutputState { steps: 0, metrics_length: 0, scores, training_logs: Vec::new() };
+        let state =
+            OutputState { steps: 0, metrics_length: 0, scores, matched: BTreeMap::new(), training_logs: Vec::new() };
         Self::resume(config, recipe, replica, ui, state)
     }
 
@@ -75,7 +82,7 @@ impl<'a> Outputs<'a> {
     ) -> Result<Self> {
         let world = &*replica.world;
         let dir = config.output_dir.clone();
-        let OutputState { steps, metrics_length, scores, training_logs } = state;
+        let OutputState { steps, metrics_length, scores, matched, training_logs } = state;
         let open = || -> Result<Option<MetricsLog>> {
             if world.rank() != 0 {
                 return Ok(None);
@@ -86,7 +93,7 @@ impl<'a> Outputs<'a> {
         let metrics = all_ok(world, open())?;
         let metadata = TrainingMetadata::new(config, recipe.strategy(), replica.step_world_size);
         let metadata = TrainingMetadata { training_logs, ..metadata };
-        Ok(Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, metadata })
+        Ok(Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, matched, metadata })
     }
 
     /// Whether this rank writes.
@@ -110,6 +117,11 @@ impl<'a> Outputs<'a> {
         Some((last.kept_from.unwrap_or(*round), last.selected.clone()))
     }
 
+    /// The losses of the first round's scan; empty before it, and where the method computes none.
+    pub fn first_losses(&self) -> &[f64] {
+        self.scores.rounds.get(&1).map_or(&[], |first| &first.losses)
+    }
+
     /// Syncs the log to disk (fsync), and returns what a checkpoint keeps of the outputs.
     ///
     /// # Errors
@@ -120,6 +132,7 @@ impl<'a> Outputs<'a> {
             steps: self.step,
             metrics_length: self.metrics.as_ref().map_or(0, MetricsLog::length),
             scores: self.scores.clone(),
+            matched: self.matched.clone(),
             training_logs: self.metadata.training_logs.clone(),
         })
     }
@@ -161,14 +174,33 @@ impl<'a> Outputs<'a> {
                 skipped: false,
             })?;
         }
+        let num_experts = self.scores.num_experts;
         let scores = (found.micro_batches > 0).then_some(&found.scores);
         let experts = &found.selected.experts;
         let of_round = RoundScores::new(scores, experts, found.micro_batches, found.losses.clone());
-        self.scores.rounds.insert(round, RoundScores { kept_from: found.kept_from, ..of_round });
+        self.scores.rounds.insert(
+            round,
+            RoundScores {
+                kept_from: found.kept_from,
+                inclusion: found
+                    .inclusion
+                    .iter()
+                    .flat_map(|all| all.chunks(num_experts))
+                    .map(<[f64]>::to_vec)
+                    .collect(),
+                how_many: found.how_many.clone(),
+                ..of_round
+            },
+        );
+        if let Some(experts) = &found.gradient_selection {
+            self.matched.insert(round, RoundScores::new(Some(&found.scores), experts, 0, Vec::new()));
+        }
         if !self.writes() {
             return Ok(());
         }
         write_json(self.path("expert_scores.json"), &self.scores)?;
+        let gradient = (self.config.score, self.config.score_norm);
+        write_json(self.path("rankings.json"), &RankingsFile::new(&self.scores, gradient, &self.matched))?;
         let rounds: Vec<_> = self
             .rounds()
             .map(|(round, selected, all)| RoundGradients {

@@ -10,8 +10,8 @@ use crate::experts::{ExpertScores, ScoreNorm};
 use crate::files;
 use crate::launch::{Existing, prepare_dir_keeping};
 use crate::report::{
-    EvalReport, MetricsLog, MetricsRow, Page, RunSelection, ScoresFile, Series, Table, curve_svg, eval_tables,
-    heatmap_svg, overlap_tables, read_json,
+    EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RunSelection, ScoresFile, Series, Table, curve_svg,
+    eval_tables, heatmap_svg, overlap_tables, read_json,
 };
 use crate::train::Phase;
 use crate::ui::Ui;
@@ -25,6 +25,7 @@ pub(super) struct Run {
     pub scores: Option<ScoresFile>,
     pub metrics: Vec<MetricsRow>,
     metadata: Value,
+    rankings: Option<RankingsFile>,
     eval: Option<EvalReport>,
 }
 
@@ -65,7 +66,17 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
         let Some(scores) = &run.scores else { continue };
         page.section(&run.name);
         heatmaps(&mut page, i, run, scores, &args.output_dir)?;
+        let rankings = run.rankings.as_ref().map_or_else(Vec::new, RankingsFile::selections);
+        if rankings.len() > 1 {
+            overlap_tables(&rankings).iter().for_each(|table| page.table(table));
+        }
         top_experts(scores).iter().for_each(|table| page.table(table));
+        for (round, found) in &scores.rounds {
+            let how_many = found.how_many.as_ref().filter(|_| found.kept_from.is_none());
+            for line in how_many.iter().flat_map(|h| h.describe().lines().map(str::to_owned).collect::<Vec<_>>()) {
+                page.text(&format!("Round {round}: {line}"));
+            }
+        }
     }
     let path = args.output_dir.join("report.html");
     files::write(&path, page.finish())?;
@@ -80,6 +91,7 @@ impl Run {
         let scores = existing("expert_scores.json").map(|path| ScoresFile::read(&path)).transpose()?;
         let metrics = existing("metrics.jsonl").map(|path| MetricsLog::read(&path)).transpose()?.unwrap_or_default();
         let metadata = existing("training_metadata.json").map(|path| read_json(&path)).transpose()?;
+        let rankings = existing("rankings.json").map(|path| RankingsFile::read(&path)).transpose()?;
         let eval = existing("eval.json").map(|path| EvalReport::read(&path)).transpose()?;
         if scores.is_none() && eval.is_none() {
             return Err(Failure::new(
@@ -91,7 +103,7 @@ impl Run {
                 ),
             ));
         }
-        Ok(Self { name, scores, metrics, metadata: metadata.unwrap_or(Value::Null), eval })
+        Ok(Self { name, scores, metrics, metadata: metadata.unwrap_or(Value::Null), rankings, eval })
     }
 
     /// The last round's selection and scores.
@@ -181,12 +193,14 @@ fn heatmaps(page: &mut Page, index: usize, run: &Run, scores: &ScoresFile, dir: 
         let kept = found.kept_from.map_or_else(String::new, |from| format!(", selection of round {from}"));
         let title = format!("{}, round {round}: {}{kept}", run.name, score_name(scores));
         // Without scores (random selection), all scores are drawn as 0, with the selected experts framed.
-        let values = scores.scores_of_selection(*round).unwrap_or_else(|| ExpertScores {
-            layers: scores.layers.clone(),
-            num_experts: scores.num_experts,
-            values: vec![0.0; scores.layers.len() * scores.num_experts],
-        });
-        let svg = heatmap_svg(&format!("run-{index}-round-{round}"), &title, &values, &found.selected);
+        let values =
+            scores.scores(*round).or_else(|| scores.scores_of_selection(*round)).unwrap_or_else(|| ExpertScores {
+                layers: scores.layers.clone(),
+                num_experts: scores.num_experts,
+                values: vec![0.0; scores.layers.len() * scores.num_experts],
+            });
+        let svg =
+            heatmap_svg(&format!("run-{index}-round-{round}"), &title, &values, &found.selected, &found.inclusion);
         page.svg(&svg);
         files::write(dir.join(format!("heatmap-{}-{file_name}-round-{round}.svg", index + 1)), svg)?;
     }
@@ -206,7 +220,7 @@ fn score_name(scores: &ScoresFile) -> String {
     }
 }
 
-/// The best of the experts that the last round selected, with their scores; `None` without rounds.
+/// The best of the experts that the last round selected, with their scores and the share of resamples that select them; `None` without rounds.
 fn top_experts(scores: &ScoresFile) -> Option<Table> {
     let (round, last) = scores.rounds.last_key_value()?;
     let values = scores.scores_of_selection(*round);
@@ -215,10 +229,11 @@ fn top_experts(scores: &ScoresFile) -> Option<Table> {
         n if n <= TOP_EXPERTS => format!("Experts selected in round {round}"),
         n => format!("The first {TOP_EXPERTS} of {n} experts selected in round {round}"),
     };
-    let mut table = Table::new(caption, ["rank", "layer", "expert", "score"]);
+    let mut table = Table::new(caption, ["rank", "layer", "expert", "score", "inclusion"]);
     for (i, id) in last.selected.iter().take(TOP_EXPERTS).enumerate() {
         let score = values.as_ref().and_then(|v| v.get(*id)).map_or_else(|| "-".into(), |x| format!("{x:.4e}"));
-        table.row([(i + 1).to_string(), id.layer.to_string(), id.expert.to_string(), score]);
+        let share = last.inclusion_of(&scores.layers, *id).map_or_else(|| "-".into(), |p| format!("{p:.2}"));
+        table.row([(i + 1).to_string(), id.layer.to_string(), id.expert.to_string(), score, share]);
     }
     Some(table)
 }

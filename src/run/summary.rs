@@ -18,7 +18,7 @@ pub(super) fn losses(when: &str, m: &Measured) -> String {
     format!("{when}: {}", parts.into_iter().flatten().collect::<Vec<_>>().join(", "))
 }
 
-/// Prints how many experts of each layer are selected, and the first of them with their scores.
+/// Prints how many experts of each layer are selected, the first of them with their scores, and how many the scores single out.
 pub(super) fn selection(found: &Identification, session: &Session, ui: &Ui) {
     const SHOWN: usize = 5;
     let layers = &session.model.moe_layers().layers;
@@ -31,6 +31,11 @@ pub(super) fn selection(found: &Identification, session: &Session, ui: &Ui) {
     for id in experts.iter().take(SHOWN) {
         if let Some(score) = found.scores.get(*id).filter(|s| *s != 0.0) {
             lines += &format!("\n  layer {:>2} expert {:>3}  {score:.4e}", id.layer, id.expert);
+        }
+    }
+    if let Some(how_many) = found.how_many.as_ref().filter(|_| found.kept_from.is_none()) {
+        for line in how_many.describe().lines() {
+            lines += &format!("\n  {line}");
         }
     }
     ui.line(lines);

@@ -16,7 +16,7 @@ use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotSto
 use crate::collective::{all_ok, with_heartbeat};
 use crate::config::{Init, RunConfig, SaveRounds};
 use crate::exit::{Ended, Result, Stopped};
-use crate::experts::ExpertId;
+use crate::experts::{ExpertId, Selected};
 use crate::launch::{Opened, Rank, Started, memory};
 use crate::model::ParamKind;
 use crate::train::memory::TrainedState;
@@ -244,7 +244,19 @@ impl<B: Backend> RankRun<'_, B> {
                 return Ok(ControlFlow::Break(()));
             }
         }
-        let found = scan.finish(&self.replica, &progress)?;
+        let mut found = scan.finish(&self.replica, &progress)?;
+        if let Some((from, experts)) = self.outputs.selection_to_keep()
+            && let Some([first, now]) = found.has_learned(self.outputs.first_losses(), recipe.identify.until)
+        {
+            progress.warn(format_args!(
+                "round {}: the mean refusal loss of the scan is {now:.4e}, below {} times the {first:.4e} of round 1 \
+                 (--identify-until): its scores are noise, and the selection of round {from} is kept",
+                round + 1,
+                recipe.identify.until
+            ));
+            found.selected = Selected { requested: experts.len(), experts };
+            found.kept_from = Some(from);
+        }
         self.outputs.identified(round + 1, &found)?;
         summary::selection(&found, session, ui);
         Ok(ControlFlow::Continue(()))

@@ -9,7 +9,9 @@ use crate::backend::Backend;
 use crate::collective::all_agree;
 use crate::data::Sampler;
 use crate::exit::Result;
-use crate::experts::{self, ExpertId, ExpertScores, RandomDraw, RandomMatch, Ranking, Selected, selection_hash};
+use crate::experts::{
+    self, ExpertId, ExpertScores, HowMany, RandomDraw, RandomMatch, Ranking, ScoreNorm, Selected, selection_hash,
+};
 
 /// What an identification found; the same on all ranks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -28,12 +30,28 @@ pub struct Identification {
     /// The earlier round (from 1) whose selection this is, if it was kept.
     #[serde(default)]
     pub kept_from: Option<usize>,
+    /// The gradient method's selection by [`Self::scores`], which a random selection matches or excludes.
+    #[serde(default)]
+    pub gradient_selection: Option<Vec<ExpertId>>,
+    /// The share of bootstrap resamples in which each expert is selected, `[L · E]`.
+    #[serde(default)]
+    pub inclusion: Option<Vec<f64>>,
+    /// How many experts the scores single out, where they decide the selection.
+    #[serde(default)]
+    pub how_many: Option<HowMany>,
     /// A remark for the user.
     #[serde(skip)]
     pub warning: Option<String>,
 }
 
 impl Identification {
+    /// The mean losses of the first round's scan and of this one, if the latter is below `until` times the former.
+    pub fn has_learned(&self, first: &[f64], until: f64) -> Option<[f64; 2]> {
+        let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+        let both = [mean(first), mean(&self.losses)];
+        (both[1] < until * both[0]).then_some(both) // no losses: NaN, and no
+    }
+
     /// The selection of an earlier round (from 1), kept without scoring anything; the scores are zeros.
     pub fn kept<B: Backend>(replica: &Replica<B>, experts: Vec<ExpertId>, from: usize) -> Self {
         let (layers, num_experts) = (replica.moe_layers().layers.clone(), replica.model().config.num_experts);
@@ -45,6 +63,9 @@ impl Identification {
             losses: Vec::new(),
             tokens: Vec::new(),
             kept_from: Some(from),
+            gradient_selection: None,
+            inclusion: None,
+            how_many: None,
             warning: None,
         }
     }
@@ -77,13 +98,11 @@ pub fn select<B: Backend>(replica: &Replica<B>, identify: &Identify, scored: Sco
     let layers = &replica.moe_layers().layers;
     let num_experts = replica.model().config.num_experts;
     let limits = identify.limits_for(layers, num_experts);
-    let ranking = Ranking { select: identify.select, threshold: None };
-    let Scores { scores, mut micro_batches, mut losses, mut tokens, warning } = scored;
+    let ranking = Ranking { select: identify.select, threshold: identify.threshold() };
+    let Scores { scores, mut micro_batches, mut losses, mut tokens, bootstrap, warning } = scored;
+    let mut gradient_selection = None;
     let selected = match identify.by {
-        ScoreBy::Gradient(_) => experts::select(&scores, &limits, &ranking)?,
-        ScoreBy::Routing { threshold, .. } => {
-            experts::select(&scores, &limits, &Ranking { threshold: Some(threshold), ..ranking })?
-        }
+        ScoreBy::Gradient(_) | ScoreBy::Routing { .. } => experts::select(&scores, &limits, &ranking)?,
         ScoreBy::Random { gradient, matching, exclude_found } => {
             let found = gradient.map(|_| experts::select(&scores, &limits, &ranking)).transpose()?.map(|s| s.experts);
             // The scores served to match the layers or to exclude experts; they did not decide which ones are drawn.
@@ -92,12 +111,35 @@ pub fn select<B: Backend>(replica: &Replica<B>, identify: &Identify, scored: Sco
                 matched: found.as_deref().filter(|_| matching == RandomMatch::Layer),
                 excluded: found.as_deref().filter(|_| exclude_found).unwrap_or_default(),
             };
-            experts::select_random(layers, num_experts, &limits, draw, identify.seed)?
+            let drawn = experts::select_random(layers, num_experts, &limits, draw, identify.seed)?;
+            gradient_selection = found;
+            drawn
         }
         ScoreBy::Given => Selected { experts: identify.given.clone(), requested: identify.given.len() },
     };
     all_agree(&*replica.world, "selection of experts", &selection_hash(&selected.experts))?;
-    Ok(Identification { scores, selected, micro_batches, losses, tokens, kept_from: None, warning })
+    let norm = match identify.by {
+        ScoreBy::Gradient(score) => score.norm,
+        _ => ScoreNorm::None,
+    };
+    let resampled = bootstrap.map(|bootstrap| {
+        bootstrap.inclusion(&scores, |resample| experts::select(&norm.apply(resample), &limits, &ranking))
+    });
+    let inclusion = resampled.transpose()?;
+    let by_scores = matches!(identify.by, ScoreBy::Gradient(_) | ScoreBy::Routing { .. });
+    let how_many = by_scores.then(|| HowMany::of(&scores, &selected, &limits, inclusion.as_deref()));
+    Ok(Identification {
+        scores,
+        selected,
+        micro_batches,
+        losses,
+        tokens,
+        kept_from: None,
+        gradient_selection,
+        inclusion,
+        how_many,
+        warning,
+    })
 }
 
 /// The selections of a round that selects at each step: mean scores over all micro-batches, and every expert that was
@@ -146,5 +188,31 @@ impl StepSelections {
         let experts: Vec<_> = times.into_iter().map(|(id, _)| id).collect();
         found.selected = Selected { requested: experts.len(), experts };
         Some(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scan_below_the_share_of_the_first_loss_has_learned() {
+        let found = |losses: &[f64]| Identification {
+            scores: ExpertScores { layers: vec![0], num_experts: 1, values: vec![0.0] },
+            selected: Selected { experts: vec![], requested: 0 },
+            micro_batches: losses.len() as u64,
+            losses: losses.to_vec(),
+            tokens: vec![],
+            kept_from: None,
+            gradient_selection: None,
+            inclusion: None,
+            how_many: None,
+            warning: None,
+        };
+        let first = [3.0, 5.0];
+        assert_eq!(found(&[0.25, 0.5]).has_learned(&first, 0.1), Some([4.0, 0.375]));
+        assert_eq!(found(&[0.4]).has_learned(&first, 0.1), None, "not below");
+        assert_eq!(found(&[0.0]).has_learned(&first, 0.0), None, "0 turns it off");
+        assert_eq!(found(&[]).has_learned(&[], 0.1), None, "a method without losses");
     }
 }

@@ -109,8 +109,15 @@ pub struct Identify {
     /// Whether `top_k` may exceed the number of experts. True if the selection is only reported and not trained; otherwise that is
     /// an error.
     pub as_many_as_exist: bool,
-    /// The seed of random selections.
+    /// The seed of random selections and of the bootstrap.
     pub seed: u64,
+    /// Resamples of the micro-batches from which inclusion probabilities are computed; 0: none.
+    pub bootstrap: usize,
+    /// Whether only the first round scores and selects.
+    pub once: bool,
+    /// A later round keeps the selection before it where the mean loss of its scan is below this share of the first round's: the
+    /// gradients are noise then. 0: never.
+    pub until: f64,
     /// The experts of [`ScoreBy::Given`], in the order of their file; otherwise empty.
     pub given: Vec<ExpertId>,
 }
@@ -384,10 +391,10 @@ impl Identify {
         }
     }
 
-    /// Whether a later round keeps the first round's selection and scores nothing: random and given experts are the same in
-    /// all rounds, so that as many experts are trained as the options ask for.
+    /// Whether a later round keeps the first round's selection and scores nothing. Random and given experts are the same in all
+    /// rounds, so that as many experts are trained as the options ask for.
     pub fn keeps_first_selection(&self) -> bool {
-        matches!(self.by, ScoreBy::Random { .. } | ScoreBy::Given)
+        self.once || matches!(self.by, ScoreBy::Random { .. } | ScoreBy::Given)
     }
 
     /// The limits for a model with the MoE layers `layers` of `num_experts` experts each: `top_k` is lowered to the number of

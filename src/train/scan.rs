@@ -19,7 +19,8 @@ use crate::backend::Backend;
 use crate::data::{MicroBatch, Sampler};
 use crate::exit::{self, Coded, Failure, Result};
 use crate::experts::{
-    ExpertScores, FrequencyAccumulator, RoutingCounts, RoutingTokens, ScoreAccumulator, ScoreNorm, ScorePer, token_mask,
+    Bootstrap, ExpertScores, FrequencyAccumulator, RoutingCounts, RoutingTokens, ScoreAccumulator, ScoreNorm, ScorePer,
+    token_mask,
 };
 use crate::model::{GradPlan, LossGrads, Observer, PassEnd, Routed, Sinks};
 use crate::train::fault::Point;
@@ -94,6 +95,9 @@ struct PartialSums<A> {
     losses: Vec<(usize, f64)>,
     /// (index in the global order, tokens)
     tokens: Vec<(usize, f64)>,
+    /// The same sums of resampled micro-batches, if the run wants them.
+    #[serde(default)]
+    bootstrap: Option<Bootstrap>,
 }
 
 /// One micro-batch, scored.
@@ -126,6 +130,8 @@ pub struct Scores {
     pub losses: Vec<f64>,
     /// Tokens of the same micro-batches.
     pub tokens: Vec<usize>,
+    /// Scores of resampled micro-batches.
+    pub bootstrap: Option<Bootstrap>,
     /// A remark for the user.
     pub warning: Option<String>,
 }
@@ -141,11 +147,15 @@ impl<'d, B: Backend> Scan<'d, B> {
         sampler: Sampler<'d>,
         micro_batches: Vec<Vec<usize>>,
     ) -> Result<Self> {
+        let experts = replica.moe_layers().layers.len() * replica.model().config.num_experts;
+        let bootstrap = (identify.bootstrap > 0).then(|| Bootstrap::new(identify.seed, identify.bootstrap, experts));
         let scorer = match identify.by {
             ScoreBy::Gradient(score) | ScoreBy::Random { gradient: Some(score), .. } => {
-                Scorer::Gradient(GradientScorer::new(replica, score))
+                Scorer::Gradient(GradientScorer::new(replica, score, bootstrap))
             }
-            ScoreBy::Routing { tokens, .. } => Scorer::Routing(RoutingScorer::new(replica, sampler, tokens)?),
+            ScoreBy::Routing { tokens, .. } => {
+                Scorer::Routing(RoutingScorer::new(replica, sampler, tokens, bootstrap)?)
+            }
             ScoreBy::Random { gradient: None, .. } | ScoreBy::Given => Scorer::None,
         };
         let next = if matches!(scorer, Scorer::None) { micro_batches.len() } else { 0 };
@@ -216,7 +226,7 @@ impl<'d, B: Backend> Scan<'d, B> {
         let records = &self.micro_batches[index];
         Ok(match &mut self.scorer {
             Scorer::Gradient(scorer) => scorer.add(replica, index, &self.sampler.pack_unsafe(records)),
-            Scorer::Routing(scorer) => scorer.add(replica, self.sampler, records),
+            Scorer::Routing(scorer) => scorer.add(replica, self.sampler, index, records),
             Scorer::None => ScoredBatch::default(),
         })
     }
@@ -270,13 +280,20 @@ impl<'d, B: Backend> Scan<'d, B> {
 
 impl Scores {
     fn of(scores: ExpertScores, micro_batches: u64) -> Self {
-        Self { scores, micro_batches, losses: Vec::new(), tokens: Vec::new(), warning: None }
+        Self { scores, micro_batches, losses: Vec::new(), tokens: Vec::new(), bootstrap: None, warning: None }
     }
 }
 
 impl<A: Serialize + DeserializeOwned> PartialSums<A> {
-    fn new(accumulator: A) -> Self {
-        Self { accumulator, losses: Vec::new(), tokens: Vec::new() }
+    fn new(accumulator: A, bootstrap: Option<Bootstrap>) -> Self {
+        Self { accumulator, losses: Vec::new(), tokens: Vec::new(), bootstrap }
+    }
+
+    /// Adds the scores of a micro-batch to the resampled sums.
+    fn resample(&mut self, index: usize, scores: Option<&[f64]>) {
+        if let (Some(bootstrap), Some(scores)) = (&mut self.bootstrap, scores) {
+            bootstrap.add(index, scores);
+        }
     }
 
     fn to_json(&self) -> Vec<u8> {
@@ -288,11 +305,18 @@ impl<A: Serialize + DeserializeOwned> PartialSums<A> {
             let other: Self = serde_json::from_slice(bytes).map_err(|e| {
                 Failure::new(exit::DATA, format!("the scores so far in the checkpoint cannot be read: {e}"))
             })?;
+            if self.bootstrap.is_some() != other.bootstrap.is_some() {
+                let message = "the scores so far in the checkpoint are of a version without --bootstrap: resume with that version";
+                return Err(Failure::new(exit::DATA, message));
+            }
             if i == 0 {
                 *self = other; // not added to zeros: -0.0 must stay -0.0
                 continue;
             }
             absorb(&mut self.accumulator, &other.accumulator);
+            if let (Some(own), Some(others)) = (&mut self.bootstrap, &other.bootstrap) {
+                own.absorb(others);
+            }
             self.losses.extend(other.losses);
             self.tokens.extend(other.tokens);
         }
@@ -301,18 +325,19 @@ impl<A: Serialize + DeserializeOwned> PartialSums<A> {
 }
 
 impl<B: Backend> GradientScorer<B> {
-    fn new(replica: &Replica<B>, score: GradientScore) -> Self {
+    fn new(replica: &Replica<B>, score: GradientScore, bootstrap: Option<Bootstrap>) -> Self {
         let (b, model) = (&*replica.model().backend, replica.model());
         let (depth, num_experts) = (model.config.layers.len(), model.config.num_experts);
         let params = 3 * model.config.hidden_size * model.config.expert_width;
         let layers = replica.moe_layers().layers.clone();
+        let accumulator = ScoreAccumulator::new(score.score, score.per, layers, num_experts, params);
         Self {
             plan: GradPlan::score(&model.table, depth, num_experts, score.score.reduction()),
             no_grads: b.buffer(0),
             reductions: b.scores(depth * num_experts),
             per_token: score.per == ScorePer::Token,
             norm: score.norm,
-            sums: PartialSums::new(ScoreAccumulator::new(score.score, score.per, layers, num_experts, params)),
+            sums: PartialSums::new(accumulator, bootstrap),
         }
     }
 
@@ -343,15 +368,17 @@ impl<B: Backend> GradientScorer<B> {
         let all = b.scores_take(&mut self.reductions);
         let of_layer = |l: &usize| all[l * num_experts..(l + 1) * num_experts].iter().copied();
         let reductions: Vec<_> = layers.layers.iter().flat_map(of_layer).collect();
-        self.sums.accumulator.add(&reductions, &counts, loss_tokens);
+        let scores = self.sums.accumulator.add(&reductions, &counts, loss_tokens);
+        self.sums.resample(index, scores.as_deref());
         self.sums.losses.push((index, loss));
         self.sums.tokens.push((index, batch.ids.len() as f64));
         ScoredBatch { tokens: batch.ids.len(), loss: Some(loss) }
     }
 
     fn finish(self, replica: &Replica<B>, sampler: Sampler<'_>, micro_batches: &[Vec<usize>]) -> Result<Scores> {
-        let PartialSums { accumulator: mut total, losses, tokens } = self.sums;
+        let PartialSums { accumulator: mut total, losses, tokens, mut bootstrap } = self.sums;
         total.merge(&*replica.world)?;
+        bootstrap.as_mut().map_or(Ok(()), |bootstrap| bootstrap.merge(&*replica.world))?;
         let all_losses = replica.gather_by_index(micro_batches.len(), &losses)?;
         // Checked here and not where a loss is computed: all ranks see all losses, and end together.
         for (index, (&value, records)) in all_losses.iter().zip(micro_batches).enumerate() {
@@ -364,27 +391,36 @@ impl<B: Backend> GradientScorer<B> {
         let counted = all_losses.into_iter().zip(all_tokens).filter(|(_, tokens)| *tokens > 0.0);
         let (losses, tokens) = counted.map(|(loss, tokens)| (loss, tokens as usize)).unzip();
         let micro_batches = total.micro_batches();
-        let scores = total.finish()?;
-        let scores = match self.norm {
-            ScoreNorm::None => scores,
-            ScoreNorm::Layer => scores.divided_by_layer_sum(),
-        };
-        Ok(Scores { losses, tokens, ..Scores::of(scores, micro_batches) })
+        let scores = self.norm.apply(total.finish()?);
+        Ok(Scores { losses, tokens, bootstrap, ..Scores::of(scores, micro_batches) })
     }
 }
 
 impl RoutingScorer {
-    fn new<B: Backend>(replica: &Replica<B>, sampler: Sampler<'_>, tokens: RoutingTokens) -> Result<Self> {
+    fn new<B: Backend>(
+        replica: &Replica<B>,
+        sampler: Sampler<'_>,
+        tokens: RoutingTokens,
+        bootstrap: Option<Bootstrap>,
+    ) -> Result<Self> {
         let layers = replica.moe_layers().layers.clone();
-        let sums = PartialSums::new(FrequencyAccumulator::new(layers, replica.model().config.num_experts));
+        let accumulator = FrequencyAccumulator::new(layers, replica.model().config.num_experts);
+        let sums = PartialSums::new(accumulator, bootstrap);
         Ok(Self { tokens, partners: sampler.reply_partners()?, sums })
     }
 
     /// The unsafe replies of a micro-batch against the safe replies of their partners.
-    fn add<B: Backend>(&mut self, replica: &Replica<B>, sampler: Sampler<'_>, records: &[usize]) -> ScoredBatch {
+    fn add<B: Backend>(
+        &mut self,
+        replica: &Replica<B>,
+        sampler: Sampler<'_>,
+        index: usize,
+        records: &[usize],
+    ) -> ScoredBatch {
         let partners: Vec<_> = records.iter().map(|&r| self.partners[r]).collect();
         let (safe, unsafe_) = (sampler.pack_safe(&partners), sampler.pack_unsafe(records));
-        self.sums.accumulator.add(&self.count(replica, &safe), &self.count(replica, &unsafe_));
+        let differences = self.sums.accumulator.add(&self.count(replica, &safe), &self.count(replica, &unsafe_));
+        self.sums.resample(index, differences.as_deref());
         ScoredBatch { tokens: safe.ids.len() + unsafe_.ids.len(), loss: None }
     }
 
@@ -400,8 +436,9 @@ impl RoutingScorer {
     }
 
     fn finish<B: Backend>(self, replica: &Replica<B>) -> Result<Scores> {
-        let mut total = self.sums.accumulator;
+        let PartialSums { accumulator: mut total, mut bootstrap, .. } = self.sums;
         total.merge(&*replica.world)?;
+        bootstrap.as_mut().map_or(Ok(()), |bootstrap| bootstrap.merge(&*replica.world))?;
         let (batches, skipped) = (total.batches(), total.skipped());
         let warning = (skipped > 0).then(|| {
             format!(
@@ -409,6 +446,6 @@ impl RoutingScorer {
                 batches + skipped,
             )
         });
-        Ok(Scores { warning, ..Scores::of(total.finish()?, batches) })
+        Ok(Scores { warning, bootstrap, ..Scores::of(total.finish()?, batches) })
     }
 }

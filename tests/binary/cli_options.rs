@@ -167,6 +167,9 @@ fn contradictions_and_invalid_values_are_configuration_errors() {
         ("--schedule joint --batch-size 1", "at least 2"),
         ("--mode baseline --no-finetune-unsafe-experts", "leave one out"),
         ("--method random --selection per-batch", "--selection global"),
+        ("--bootstrap 100001", "at most 100000"),
+        ("--identify-until 1.5", "between 0 and 1"),
+        ("--identify-until nan", "finite"),
         ("--method given", "--experts FILE"),
         ("--method given --experts f --selection per-batch", "--selection global"),
         ("--method given --experts ~/f", "`~`"),
@@ -180,6 +183,15 @@ fn contradictions_and_invalid_values_are_configuration_errors() {
         ("--random-exclude-found", "--method random"),
         ("--method routing --score-norm layer", "--method gradient"),
         ("--method random --score-norm layer", "--method gradient"),
+        ("--identify once --num-rounds 1", "only one round"),
+        ("--identify once --selection per-batch", "every step"),
+        ("--identify once --method random", "once a run"),
+        ("--identify once --method given --experts f", "all rounds"),
+        ("--identify once --identify-until 0.2", "every-round"),
+        ("--identify-until 0 --method routing", "--method gradient"),
+        ("--identify-until 0 --num-rounds 1", "only one round"),
+        ("--bootstrap 0 --method random", "are resampled"),
+        ("--bootstrap 50 --selection per-batch", "are resampled"),
         ("--experts f", "--method given"),
         ("--method given --experts f --top-k-experts 7", "selects the experts of --experts"),
         ("--method given --experts f --layers 1-2", "selects the experts of --experts"),
@@ -213,6 +225,8 @@ fn an_option_without_effect_is_accepted_with_its_default_value() {
     config("--method random --random-match layer --score l2");
     config("--method random --random-exclude-found --score-norm layer --select lowest");
     config("--method given --experts f --expert-lr 1e-3");
+    config("--identify once --method routing");
+    config("--identify-until 0");
 }
 
 #[test]
@@ -241,7 +255,7 @@ fn a_number_that_is_not_finite_is_never_dropped() {
             }
         }
     }
-    assert_eq!(numbers, 3 * 7);
+    assert_eq!(numbers, 3 * 8);
 }
 
 #[test]

@@ -142,7 +142,7 @@ pub struct Outputs {
 impl Outputs {
     pub fn read(dir: &Path) -> Self {
         let read = |name: &str| fs::read(dir.join(name)).unwrap_or_else(|e| panic!("{name} of {}: {e}", dir.display()));
-        let names = ["expert_scores.json", "expert_gradients.pkl", "training_metadata.json"];
+        let names = ["expert_scores.json", "rankings.json", "expert_gradients.pkl", "training_metadata.json"];
         let metrics = String::from_utf8(read("metrics.jsonl")).unwrap();
         let row = |line: &str| {
             let mut row: Value = serde_json::from_str(line).unwrap();

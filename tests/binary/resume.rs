@@ -92,7 +92,8 @@ fn cut_at(run: &Path, checkpoint: &str, copy: &Path) {
     let folder = Path::new("checkpoints").join(checkpoint);
     fs::create_dir_all(copy.join(&folder)).unwrap();
     let files = fs::read_dir(run.join(&folder)).unwrap().map(|file| folder.join(file.unwrap().file_name()));
-    let logs = ["metrics.jsonl", "expert_scores.json", "training_metadata.json", "expert_gradients.pkl"];
+    let logs =
+        ["metrics.jsonl", "expert_scores.json", "rankings.json", "training_metadata.json", "expert_gradients.pkl"];
     for file in files.chain(logs.map(PathBuf::from)) {
         fs::copy(run.join(&file), copy.join(&file)).unwrap();
     }
@@ -143,6 +144,8 @@ fn other_modes_and_schedules_resume() {
         ("olmoe", "--num-rounds 1 --use-router-consistency-loss --router-lr 1e-3 --batch-size 2"),
         ("olmoe_bf16", "--num-rounds 1 --mode baseline --router-lr 1e-3 --batch-size 1"),
         ("olmoe_fused", "--num-rounds 2 --selection per-batch --skip-router-training --batch-size 1"),
+        ("olmoe", "--num-rounds 3 --skip-router-training --batch-size 1 --identify-until 1 --score-norm layer"),
+        ("olmoe", "--num-rounds 2 --skip-router-training --batch-size 1 --method random --random-match layer"),
         (
             "olmoe",
             "--num-rounds 1 --method random --router-lr 1e-3 --batch-size 1 --router-epochs-per-round 2 \

@@ -129,3 +129,85 @@ fn scores_are_divided_by_the_sum_of_their_layer() {
     let file = |folder: &str| json_of(dir, &format!("{folder}/expert_scores.json"));
     assert_eq!((&file("plain")["score_norm"], &file("norm")["score_norm"]), (&json!("none"), &json!("layer")));
 }
+
+#[test]
+fn later_rounds_keep_the_selection_where_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    train(dir, "every", "--top-k-experts 4").ok();
+    let [first, second] = [1, 2].map(|n| round(dir, "every", n));
+    assert!(second["kept_from"].is_null() && second["scores"] != first["scores"]);
+
+    let ran = train(dir, "once", "--top-k-experts 4 --identify once").ok();
+    assert!(ran.out.contains("round 2: the selection of round 1 is kept"), "{}", ran.out);
+    let second = round(dir, "once", 2);
+    assert_eq!((&second["selected"], &second["kept_from"]), (&first["selected"], &json!(1)));
+    assert_eq!((&second["scores"], &second["micro_batches"]), (&json!([]), &json!(0)));
+
+    // Any lower loss than in the first round counts as learned.
+    let ran = train(dir, "until", "--top-k-experts 4 --identify-until 1").ok();
+    assert!(ran.err.contains("below 1 times the"), "{}", ran.err);
+    let second = round(dir, "until", 2);
+    assert_eq!((&second["selected"], &second["kept_from"]), (&first["selected"], &json!(1)));
+    assert!(second["micro_batches"] == json!(5) && second["scores"] != json!([]), "the scan is recorded: {second}");
+}
+
+#[test]
+fn inclusion_is_the_same_on_any_number_of_ranks_and_says_what_is_stable() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    for method in ["gradient", "routing --risk-threshold -1"] {
+        let identify = |ranks| {
+            run("identify", dir, "found", &format!("--method {method} --top-k-experts 4 --ranks {ranks} --overwrite"))
+                .ok();
+            round(dir, "found", 1)
+        };
+        let one = identify(1);
+        let shares: Vec<Vec<f64>> = serde_json::from_value(one["inclusion"].clone()).unwrap();
+        let sum: f64 = shares.concat().iter().sum();
+        assert!((sum - 4.0).abs() < 1e-9, "each of the resamples selects 4: {sum}");
+        assert!(shares.concat().iter().any(|p| *p > 0.0 && *p < 1.0), "{shares:?}");
+        for ranks in 2..=4 {
+            assert_eq!(identify(ranks)["inclusion"], one["inclusion"], "{method}, {ranks} ranks");
+        }
+    }
+    run("identify", dir, "off", "--top-k-experts 4 --bootstrap 0").ok();
+    let ran = run("identify", dir, "on", "--top-k-experts 4").ok();
+    let (off, on) = (round(dir, "off", 1), round(dir, "on", 1));
+    assert_eq!((&off["scores"], &off["selected"]), (&on["scores"], &on["selected"]), "the bootstrap changes no score");
+    assert!(off["inclusion"].is_null() && off["how_many"]["stable"].is_null());
+    let how_many = &on["how_many"];
+    assert!(how_many["share"].as_f64().unwrap() > 4.0 / 24.0 && how_many["stable"].is_u64(), "{how_many}");
+    assert!(how_many["largest_drop"]["ratio"].as_f64().unwrap() >= 1.0, "{how_many}");
+    for part in ["of the total score", "drop", "of the bootstrap resamples"] {
+        assert!(ran.out.contains(part), "{part} not in: {}", ran.out);
+    }
+}
+
+#[test]
+fn all_rankings_of_a_run_are_in_one_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    train(dir, "found", "--top-k-experts 4").ok();
+    train(dir, "random", "--top-k-experts 4 --method random --random-match layer --score-norm layer").ok();
+    let names = |folder: &str| -> Vec<Value> {
+        let file = json_of(dir, &format!("{folder}/rankings.json"));
+        file["rankings"].as_array().unwrap().iter().map(|ranking| ranking["name"].clone()).collect()
+    };
+    assert_eq!(names("found"), [json!("round-1"), json!("round-2")]);
+    assert_eq!(names("random"), [json!("round-1"), json!("round-1-gradient")], "the second round computes none");
+    let found = json_of(dir, "found/rankings.json");
+    let first = &found["rankings"][0];
+    assert_eq!(first["experts"].as_array().unwrap()[..4], first["selected"].as_array().unwrap()[..]);
+    assert!(found["spearman"][0][1].as_f64().unwrap() < 1.0);
+    let matched = &json_of(dir, "random/rankings.json")["rankings"][1];
+    assert_eq!((&matched["method"], &matched["score_norm"]), (&json!("gradient"), &json!("layer")));
+    let report =
+        ["report", "--output-dir", &dir.join("report").display().to_string(), &dir.join("found").display().to_string()]
+            .map(str::to_owned);
+    start(moewarden(0, report)).end().ok();
+    let page = fs::read_to_string(dir.join("report/report.html")).unwrap();
+    for part in ["Jaccard index of the selections", "round-2", "of resamples", "of the total score"] {
+        assert!(page.contains(part), "{part} is not in the page");
+    }
+}

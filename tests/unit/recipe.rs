@@ -35,6 +35,8 @@ fn with_other_values(c: &RunConfig) -> RunConfig {
         risk_threshold: 0.25,
         routing_tokens: RoutingTokens::All,
         select: Select::Lowest,
+        bootstrap: 7,
+        identify_until: 0.5,
         expert_lr: 1.0,
         router_lr: 1.0,
         router_statistic: Statistic::SampleLogits,
