@@ -184,6 +184,10 @@ fn main() {
         bench.time(&format!("cross-entropy {dtype:?} backward"), Work::Flops(4 * t * D * V), || {
             cpu.linear_cross_entropy_backward(&x, &head, &targets, 1.0, None)
         });
+        bench.time(&format!("KL {dtype:?}"), Work::Flops(4 * t * D * V), || cpu.linear_kl(&x, &head, &x, &head));
+        bench.time(&format!("KL {dtype:?} backward"), Work::Flops(6 * t * D * V), || {
+            cpu.linear_kl_backward(&x, &head, &x, &head, 1.0, None)
+        });
         let ids = cpu.indices(&(0..t as u32).map(|i| i * 27).collect::<Vec<_>>());
         bench.time(&format!("embedding {dtype:?}"), Work::Values(2 * t * D), || cpu.embedding(&ids, &head));
     }

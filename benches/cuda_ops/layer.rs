@@ -142,6 +142,10 @@ fn head(report: &Report, b: &Cuda, shape: &Shape, x: &Tensor) {
     report.time("linear_cross_entropy_backward", product(3 * flops, operands + t * d * A + 8 * v * d), || {
         b.linear_cross_entropy_backward(x, &w, &ids, 1.0, Some((&mut dw, 0)))
     });
+    report.time("linear_kl", product(2 * flops, 2 * operands), || b.linear_kl(x, &w, x, &w));
+    report.time("linear_kl_backward, frozen head", product(3 * flops, 2 * operands + t * d * A), || {
+        b.linear_kl_backward(x, &w, x, &w, 1.0, None)
+    });
 }
 
 /// Router, sort, and the experts in all forms.
@@ -164,6 +168,11 @@ fn experts(report: &mut Report, gpu: &Arc<dyn Gpu>, b: &Cuda, shape: &Shape, x: 
     });
     let mut dlogits = b.zeros_like(&logits);
     let dy = noise(experts, 1.0);
+    let base = b.download(&logits);
+    report.time("softmax_kl", bytes(8 * t * experts), || b.softmax_kl(&logits, &base));
+    report.time("softmax_kl_backward", bytes(16 * t * experts), || {
+        b.softmax_kl_backward(&base, &logits, 1.0, &mut dlogits)
+    });
     report.time("softmax_sum", bytes(4 * t * experts), || b.softmax_sum(&logits, 0..t));
     report.time("softmax_sum_backward", bytes(12 * t * experts), || {
         b.softmax_sum_backward(&dy, &logits, 0..t, &mut dlogits)

@@ -413,6 +413,34 @@ pub trait Backend: Send + Sync + 'static {
         dw: Option<(&mut Self::Buffer, usize)>,
     ) -> (f64, Self::Tensor);
 
+    /// Divergence of a linear head's distributions from those of another head: with p = softmax(x · wᵀ) and p₀ =
+    /// softmax(x₀ · w₀ᵀ) of each row, returns Σ over rows of KL(p₀ ‖ p) = Σ_v p₀ ln(p₀/p) in nats, over all V classes, and the
+    /// number of rows whose most probable class is the same (of equal ones the first). x and `base_x` `[n, D]`, w and
+    /// `base_w` `[V, D]`. In chunks of rows, without a logit matrix `[n, V]`.
+    fn linear_kl(
+        &self,
+        x: &Self::Tensor,
+        w: &Self::Weight,
+        base_x: &Self::Tensor,
+        base_w: &Self::Weight,
+    ) -> (f64, usize);
+    /// Returns the sum of [`Self::linear_kl`] and dx, the gradient of `scale` times that sum; accumulates dw if a buffer is
+    /// given. The base's distributions are constants.
+    fn linear_kl_backward(
+        &self,
+        x: &Self::Tensor,
+        w: &Self::Weight,
+        base_x: &Self::Tensor,
+        base_w: &Self::Weight,
+        scale: f32,
+        dw: Option<(&mut Self::Buffer, usize)>,
+    ) -> (f64, Self::Tensor);
+
+    /// Σ over rows of KL(softmax(base) ‖ softmax(logits)) in nats; logits `[n, E]`, `base` `[n · E]` on the host.
+    fn softmax_kl(&self, logits: &Self::Tensor, base: &[f32]) -> f64;
+    /// dlogits `[n, E]` += the gradient of `scale` times [`Self::softmax_kl`].
+    fn softmax_kl_backward(&self, base: &[f32], logits: &Self::Tensor, scale: f32, dlogits: &mut Self::Tensor);
+
     /// Σ of softmax(logits) over the rows in the range `rows`: `[E]`.
     fn softmax_sum(&self, logits: &Self::Tensor, rows: Range<usize>) -> Vec<f64>;
     /// `dlogits[rows]` += the gradient through the softmax of each row, where `dy` `[E]` is the gradient of the sum.

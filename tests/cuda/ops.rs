@@ -236,6 +236,38 @@ impl<B: Backend> Probe<'_, B> {
         assert_eq!(b.download(&frozen), b.download(&dx));
     }
 
+    fn linear_kl(&mut self, n: usize, classes: usize, d: usize) {
+        let b = self.b;
+        let at = ("KL", n, classes, d);
+        let (x, w) = (self.tensor(n, d, 1.0), self.weight(&[classes, d]));
+        let (base_x, base_w) = (self.tensor(n, d, 1.0), self.weight(&[classes, d]));
+        let (kl, same) = b.linear_kl(&x, &w, &base_x, &base_w);
+        self.note((at, "sum and agreement"), vec![kl, same as f64]);
+        assert_eq!(b.linear_kl(&x, &w, &x, &w), (0.0, n));
+        let mut dw = self.buffer(classes * d + 1);
+        let (again, dx) = b.linear_kl_backward(&x, &w, &base_x, &base_w, 0.25, Some((&mut dw, 1)));
+        assert_eq!(again, kl);
+        self.note_tensor((at, "dx"), &dx);
+        self.note_buffer((at, "dw"), &dw, classes * d + 1);
+        let (_, frozen) = b.linear_kl_backward(&x, &w, &base_x, &base_w, 0.25, None);
+        assert_eq!(b.download(&frozen), b.download(&dx));
+    }
+
+    fn softmax_kl(&mut self, tokens: usize, experts: usize) {
+        let b = self.b;
+        let at = ("KL of routers", tokens, experts);
+        // Router logits are F32 tensors.
+        let (x, router) = (self.tensor(tokens, 5, 1.0), self.weight(&[experts, 5]));
+        let logits = b.router_logits(&x, &router);
+        let base = self.rng.values(tokens * experts, 2.0);
+        self.note((at, "sum"), vec![b.softmax_kl(&logits, &base)]);
+        assert_eq!(b.softmax_kl(&logits, &b.download(&logits)), 0.0);
+        let mut dlogits = b.zeros_like(&logits);
+        b.softmax_kl_backward(&base, &logits, 0.25, &mut dlogits);
+        b.softmax_kl_backward(&base, &logits, 0.5, &mut dlogits);
+        self.note_tensor((at, "dlogits"), &dlogits);
+    }
+
     /// Updates round as on the CPU: compared bit for bit.
     fn updates(&mut self, n: usize, offset: usize) -> Vec<u32> {
         let b = self.b;
@@ -302,6 +334,10 @@ fn everything<B: Backend>(b: &B, dtype: Dtype, stored: Dtype) -> Results {
     }
     for (n, classes, d) in [(1, 2, 1), (5, 13, 4), (3, 5003, 8), (70, 264, 16), (0, 5, 2)] {
         p.cross_entropy(n, classes, d);
+        p.linear_kl(n, classes, d);
+    }
+    for (tokens, experts) in [(1, 2), (9, 5), (70, 130), (0, 4)] {
+        p.softmax_kl(tokens, experts);
     }
     p.updates(5000, 0);
     p.found

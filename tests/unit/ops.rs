@@ -623,6 +623,82 @@ fn cross_entropy_over_many_blocks_and_tiles_with_logits_far_apart() {
 }
 
 #[test]
+fn kl_of_a_head_and_its_backward() {
+    let cpu = poisoned(2);
+    let mut rng = Rng::new(14);
+    // The last case has more rows than a chunk, several blocks, and logits up to about 30.
+    for (n, v, d, base_d, dtype) in [
+        (1, 2, 1, 1, Dtype::F32),
+        (5, 13, 4, 3, Dtype::Bf16),
+        (3, 70, 3, 3, Dtype::F16),
+        (0, 5, 2, 2, Dtype::F32),
+        (530, 7, 8, 8, Dtype::F32),
+    ] {
+        let (x, base_x) = (rng.values(n * d, 2.0), rng.values(n * base_d, 2.0));
+        let (w, w32) = weight(&cpu, dtype, &[v, d], &rng.values(v * d, 2.0));
+        let (base_w, base32) = weight(&cpu, dtype, &[v, base_d], &rng.values(v * base_d, 2.0));
+        let (tx, tb) = (cpu.upload(n, d, &x), cpu.upload(n, base_d, &base_x));
+        let base: Vec<Vec<f64>> =
+            r::matmul_nt(&wide(&base_x), &wide(&base32), n, v, base_d).chunks(v).map(r::softmax).collect();
+        let rows = |x: &[f64], w: &[f64]| -> Vec<Vec<f64>> {
+            r::matmul_nt(x, w, x.len() / d, v, d).chunks(v).map(r::softmax).collect()
+        };
+        let sum = |x: &[f64], w: &[f64]| -> f64 { rows(x, w).iter().zip(&base).map(|(p, b)| r::kl(b, p)).sum() };
+        let want = sum(&wide(&x), &wide(&w32));
+        let top = |p: &Vec<f64>| p.iter().enumerate().fold(0, |best, (i, x)| if *x > p[best] { i } else { best });
+        let same = rows(&wide(&x), &wide(&w32)).iter().zip(&base).filter(|(p, b)| top(p) == top(b)).count();
+        let (value, agree) = cpu.linear_kl(&tx, &w, &tb, &base_w);
+        assert_close(&[value as f32], &[want], 2e-6, 2e-6, "f32 logits");
+        assert_eq!(agree, same);
+        let scale = 0.37f32;
+        let mut dw = cpu.buffer(v * d + 2);
+        let (again, dx) = cpu.linear_kl_backward(&tx, &w, &tb, &base_w, scale, Some((&mut dw, 2)));
+        assert_eq!(again, value);
+        if n > 100 {
+            continue; // finite differences of so many inputs take long
+        }
+        let scaled = |x: &[f64], w: &[f64]| f64::from(scale) * sum(x, w);
+        assert_close(&cpu.download(&dx), &r::gradient(&wide(&x), |x| scaled(x, &wide(&w32))), 5e-6, REL, "exp");
+        let want = r::gradient(&wide(&w32), |w| scaled(&wide(&x), w));
+        assert_close(&read(&cpu, &dw, v * d + 2)[2..], &want, 5e-6, REL, "exp");
+    }
+}
+
+#[test]
+fn kl_from_itself_is_exactly_zero() {
+    let cpu = poisoned(2);
+    let mut rng = Rng::new(15);
+    let (n, v, d) = (9, 301, 16);
+    let x = cpu.upload(n, d, &rng.values(n * d, 3.0));
+    let (w, _) = weight(&cpu, Dtype::F32, &[v, d], &rng.values(v * d, 3.0));
+    assert_eq!(cpu.linear_kl(&x, &w, &x, &w), (0.0, n));
+    let (_, dx) = cpu.linear_kl_backward(&x, &w, &x, &w, 1.0, None);
+    assert!(cpu.download(&dx).iter().all(|d| *d == 0.0));
+    let values = cpu.download(&x);
+    assert_eq!(cpu.softmax_kl(&x, &values), 0.0);
+}
+
+#[test]
+fn kl_of_a_router_and_its_backward() {
+    let cpu = poisoned(2);
+    let mut rng = Rng::new(16);
+    for (t, e) in [(1, 2), (9, 5), (70, 33), (0, 4)] {
+        let (logits, base) = (rng.values(t * e, 3.0), rng.values(t * e, 3.0));
+        let tl = cpu.upload(t, e, &logits);
+        let kl = |l: &[f64]| -> f64 {
+            l.chunks(e).zip(wide(&base).chunks(e)).map(|(l, b)| r::kl(&r::softmax(b), &r::softmax(l))).sum()
+        };
+        assert_close(&[cpu.softmax_kl(&tl, &base) as f32], &[kl(&wide(&logits))], 1e-6, 1e-6, "f64");
+        let start = rng.values(t * e, 1.0);
+        let mut dl = cpu.upload(t, e, &start);
+        cpu.softmax_kl_backward(&base, &tl, 0.3, &mut dl);
+        let mut want = r::gradient(&wide(&logits), |l| f64::from(0.3f32) * kl(l));
+        want.iter_mut().zip(&start).for_each(|(w, s)| *w += f64::from(*s));
+        assert_close(&cpu.download(&dl), &want, 1e-6, 1e-6, "one rounding to f32");
+    }
+}
+
+#[test]
 fn statistics_and_their_backwards() {
     let cpu = poisoned(2);
     let mut rng = Rng::new(13);
@@ -789,9 +865,13 @@ fn everything(threads: usize) -> Vec<u64> {
     let targets: Vec<u32> = (0..t).map(|_| rng.below(v) as u32).collect();
     let (loss, dx) = cpu.linear_cross_entropy_backward(&x, &head, &cpu.indices(&targets), 0.1, Some((&mut dw, 0)));
     record(&cpu.download(&dx));
+    let base = make(&mut rng, Dtype::Bf16, v, d);
+    let (kl, dx) = cpu.linear_kl_backward(&x, &head, &dy, &base, 0.1, Some((&mut dw, 0)));
+    record(&cpu.download(&dx));
+    let kl_of_router = cpu.softmax_kl(&logits, &cpu.download(&cpu.zeros_like(&logits)));
     cpu.embedding_backward(&dy, &cpu.indices(&targets), &mut dw, 0);
     record(&cpu.buffer_read(&dw, 0..v * d));
-    let mut doubles = vec![loss, cpu.sum_squares(&dw, 0..v * d)];
+    let mut doubles = vec![loss, kl, kl_of_router, cpu.sum_squares(&dw, 0..v * d)];
     doubles.extend(cpu.scores_take(&mut scores));
     doubles.extend(cpu.softmax_sum(&logits, 0..t));
     doubles.extend(cpu.segment_sum(&x, &[0..170, 171..300]));

@@ -126,6 +126,11 @@ pub fn routing_weights(logits: &[f64], e: usize, ids: &[usize], k: usize, renorm
 }
 
 /// Σ over rows of −log softmax(x · wᵀ)[target].
+/// Σ p ln(p/q).
+pub fn kl(p: &[f64], q: &[f64]) -> f64 {
+    p.iter().zip(q).map(|(p, q)| if *p == 0.0 { 0.0 } else { p * (p / q).ln() }).sum()
+}
+
 pub fn cross_entropy(x: &[f64], w: &[f64], targets: &[u32], d: usize) -> f64 {
     let v = w.len() / d;
     let logits = matmul_nt(x, w, targets.len(), v, d);

@@ -11,6 +11,7 @@ mod dispatch;
 mod embedding;
 mod gemm;
 mod grouped;
+mod kl;
 mod linear;
 mod norm;
 mod parallel;
@@ -366,6 +367,27 @@ impl Backend for Cpu {
     ) -> (f64, Tensor) {
         let dw = grad_slice(dw);
         self.run(|| cross_entropy::backward(self, x, w, &targets.0, scale, dw))
+    }
+    fn linear_kl(&self, x: &Tensor, w: &Weight, base_x: &Tensor, base_w: &Weight) -> (f64, usize) {
+        self.run(|| kl::forward(self, [x, base_x], [w, base_w]))
+    }
+    fn linear_kl_backward(
+        &self,
+        x: &Tensor,
+        w: &Weight,
+        base_x: &Tensor,
+        base_w: &Weight,
+        scale: f32,
+        dw: Option<(&mut Buffer, usize)>,
+    ) -> (f64, Tensor) {
+        let dw = grad_slice(dw);
+        self.run(|| kl::backward(self, [x, base_x], [w, base_w], scale, dw))
+    }
+    fn softmax_kl(&self, logits: &Tensor, base: &[f32]) -> f64 {
+        self.run(|| kl::softmax(logits, base))
+    }
+    fn softmax_kl_backward(&self, base: &[f32], logits: &Tensor, scale: f32, dlogits: &mut Tensor) {
+        self.run(|| kl::softmax_backward(base, logits, scale, dlogits));
     }
     fn softmax_sum(&self, logits: &Tensor, rows: Range<usize>) -> Vec<f64> {
         self.run(|| statistics::softmax_sum(logits, rows))

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::ops::{
-    attention, cross_entropy, dispatch, elements, grouped, linear, norm, rope, route, rows, statistics, swiglu,
+    attention, cross_entropy, dispatch, elements, grouped, kl, linear, norm, rope, route, rows, statistics, swiglu,
     transfer, update,
 };
 use super::{Buffer, Cuda, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
@@ -260,6 +260,26 @@ impl Backend for Cuda {
         dw: Option<(&mut Buffer, usize)>,
     ) -> (f64, Tensor) {
         cross_entropy::backward(self, x, w, targets, scale, dw)
+    }
+    fn linear_kl(&self, x: &Tensor, w: &Weight, base_x: &Tensor, base_w: &Weight) -> (f64, usize) {
+        kl::forward(self, kl::Head { x, w }, kl::Head { x: base_x, w: base_w })
+    }
+    fn linear_kl_backward(
+        &self,
+        x: &Tensor,
+        w: &Weight,
+        base_x: &Tensor,
+        base_w: &Weight,
+        scale: f32,
+        dw: Option<(&mut Buffer, usize)>,
+    ) -> (f64, Tensor) {
+        kl::backward(self, kl::Head { x, w }, kl::Head { x: base_x, w: base_w }, scale, dw)
+    }
+    fn softmax_kl(&self, logits: &Tensor, base: &[f32]) -> f64 {
+        kl::softmax(self, logits, base)
+    }
+    fn softmax_kl_backward(&self, base: &[f32], logits: &Tensor, scale: f32, dlogits: &mut Tensor) {
+        kl::softmax_backward(self, base, logits, scale, dlogits);
     }
     fn softmax_sum(&self, logits: &Tensor, rows: Range<usize>) -> Vec<f64> {
         statistics::softmax_sum(self, logits, rows)

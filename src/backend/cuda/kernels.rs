@@ -63,6 +63,7 @@ modules! {
     GROUPED_MMA = "grouped_mma": "groups.cuh", "mma.cuh", "tile.cuh", "pipeline.cuh", "tile_mma.cuh", "grouped.cu";
     GROUPED_WGMMA = "grouped_wgmma" for 90: "groups.cuh", "mma.cuh", "wgmma_layout.cuh", "wgmma.cuh", "tile.cuh", "pipeline.cuh", "tile_wgmma.cuh",
         "grouped.cu";
+    KL = "kl";
     NORM = "norm";
     ROPE = "rope";
     ROUTE = "route";
@@ -195,6 +196,13 @@ kernels! {
         stride: usize, scale: f32),
     fn greedy(logits: In<f32>, targets: In<u32>, greedy: Out<u32>, classes: usize, stride: usize)
     in CROSS_ENTROPY;
+
+    // kl.cu
+    fn linear_kl<T>(logits: In<f32>, base: In<f32>, kl: Out<f64>, same: Out<f64>, grad: OrNull<Out<T>>, classes: usize,
+        stride: usize, scale: f32),
+    fn softmax_kl(logits: In<f32>, base: In<f32>, kl: Out<f64>, rows: usize, cols: usize),
+    fn softmax_kl_backward(base: In<f32>, logits: In<f32>, dlogits: InOut<f32>, rows: usize, cols: usize, scale: f32)
+    in KL;
 
     // statistics.cu
     fn sum_rows(x: In<f32>, partial: Out<f64>, rows: usize, cols: usize, softmax: bool),

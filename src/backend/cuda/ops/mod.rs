@@ -6,6 +6,7 @@ pub mod cross_entropy;
 pub mod dispatch;
 pub mod elements;
 pub mod grouped;
+pub mod kl;
 pub mod linear;
 pub mod norm;
 pub mod rope;
