@@ -4,6 +4,7 @@
 //! absent.
 
 mod atomic_dir;
+mod base_outputs;
 mod delta;
 mod error;
 mod export;
@@ -12,6 +13,7 @@ mod optimizer_state;
 mod snapshot;
 
 pub use atomic_dir::{AtomicDir, partial_path, remove, remove_temporaries, target_of_temporary};
+pub use base_outputs::BaseCache;
 pub use delta::{DELTA_SCHEMA, apply_delta, apply_delta_replacing, load_delta, save_delta};
 pub use error::Error;
 pub use export::{export, export_replacing, is_model_file, is_model_folder};

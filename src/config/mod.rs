@@ -26,6 +26,7 @@ use crate::experts::{IdentifyIn, Method, RandomMatch, RoutingTokens, Score, Scor
 use crate::optim::LrSchedule;
 use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
 use crate::train::Recompute;
+use crate::train::RetainLoss;
 
 pub use commands::{CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
 pub use compare::{Ablation, CompareArgs, Variant};
@@ -135,6 +136,8 @@ pub struct RunConfig {
     pub dataset_path: PathBuf,
     /// Held-out data, evaluated before and after training and never trained on.
     pub eval_dataset_path: Option<PathBuf>,
+    /// Rows on which the trained model must stay near the original one.
+    pub retain_dataset_path: Option<PathBuf>,
     /// Jinja file that replaces the model's chat template.
     pub chat_template: Option<PathBuf>,
     /// Maximum number of rows, counted after failed attacks are dropped.
@@ -242,6 +245,13 @@ pub struct RunConfig {
     pub router_consistency_layers: ConsistencyLayers,
     /// Joint schedule: fraction of safe examples in a batch, in 0..1 without the ends.
     pub safe_ratio: f64,
+    // retention
+    /// The loss of the next-token distributions on the retain rows.
+    pub retain_loss: RetainLoss,
+    /// Its factor.
+    pub retain_weight: f64,
+    /// Factor of the divergence of the routing of the retain rows.
+    pub retain_routing_weight: f64,
 
     // outputs
     /// Output folder of the run.
@@ -288,6 +298,7 @@ impl Default for RunConfig {
             init: Init::Checkpoint,
             dataset_path: PathBuf::new(),
             eval_dataset_path: None,
+            retain_dataset_path: None,
             chat_template: None,
             max_samples: 128,
             max_length: 512,
@@ -339,6 +350,9 @@ impl Default for RunConfig {
             router_consistency_type: KlType::Symmetric,
             router_consistency_layers: ConsistencyLayers::All,
             safe_ratio: 0.5,
+            retain_loss: RetainLoss::Kl,
+            retain_weight: 1.0,
+            retain_routing_weight: 0.0,
             output_dir: "moewarden-output".into(),
             overwrite: false,
             resume: false,
@@ -370,7 +384,9 @@ impl RunConfig {
 
     /// Input paths of the run. Includes `model_name` even if it is a hub id and not a path.
     pub fn inputs(&self) -> Vec<&Path> {
-        let optional = [&self.eval_dataset_path, &self.chat_template, &self.experts].into_iter().flatten();
+        let optional = [&self.eval_dataset_path, &self.retain_dataset_path, &self.chat_template, &self.experts]
+            .into_iter()
+            .flatten();
         [Path::new(&self.model_name), &self.dataset_path].into_iter().chain(optional.map(PathBuf::as_path)).collect()
     }
 }

@@ -11,6 +11,7 @@ use crate::data::{LongRows, LossOn};
 use crate::experts::{IdentifyIn, Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
 use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
+use crate::train::RetainLoss;
 
 /// Headings of the help; each option belongs to one of them.
 pub mod heading {
@@ -24,6 +25,8 @@ pub mod heading {
     pub const OPTIMIZER: &str = "Optimizer";
     /// Router phase and consistency loss.
     pub const ROUTERS: &str = "Router alignment";
+    /// Losses on retain rows.
+    pub const RETENTION: &str = "Retention";
     /// Output folder and log.
     pub const OUTPUT: &str = "Output";
     /// Resume state and saved models.
@@ -51,6 +54,9 @@ pub struct RawOptions {
     /// Held-out data, evaluated before and after training and never trained on
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub eval_dataset_path: Option<PathBuf>,
+    /// Retain data: rows with a safe reply, on which the trained model must stay near the original one
+    #[arg(long, value_name = "FILE", help_heading = INPUT)]
+    pub retain_dataset_path: Option<PathBuf>,
     /// Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub chat_template: Option<PathBuf>,
@@ -221,6 +227,16 @@ pub struct RawOptions {
     #[arg(long, value_name = "SHARE", help_heading = ROUTERS)]
     pub safe_ratio: Option<f64>,
 
+    /// Retain rows: cross-entropy of their replies, or KL divergence from the original model's next-token distributions
+    #[arg(long, help_heading = RETENTION)]
+    pub retain_loss: Option<RetainLoss>,
+    /// Weight of that loss in every training step; 0: none
+    #[arg(long, value_name = "WEIGHT", help_heading = RETENTION)]
+    pub retain_weight: Option<f64>,
+    /// Retain rows: weight of the KL divergence from the original model's routing in every training step
+    #[arg(long, value_name = "WEIGHT", help_heading = RETENTION)]
+    pub retain_routing_weight: Option<f64>,
+
     /// Output folder of the run
     #[arg(long, value_name = "FOLDER", help_heading = OUTPUT)]
     pub output_dir: Option<PathBuf>,
@@ -322,13 +338,13 @@ macro_rules! for_each_option {
 
 for_each_option! {
     resolved: {
-        model_name init dataset_path eval_dataset_path chat_template max_samples max_length long_rows loss_on
+        model_name init dataset_path eval_dataset_path retain_dataset_path chat_template max_samples max_length long_rows loss_on
         keep_failed safe_response shuffle seed batch_size method score score_per score_norm routing_tokens risk_threshold
         random_match random_exclude_found experts top_k_experts experts_per_layer layers select bootstrap selection identify identify_until mode schedule num_rounds
         expert_epochs_per_round router_epochs_per_round grad_accum finetune_unsafe_experts skip_router_training
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic
         router_last_tokens router_target kl_type use_router_consistency_loss router_consistency_weight router_consistency_type
-        router_consistency_layers safe_ratio output_dir overwrite logging_steps resume save_steps keep_checkpoints
+        router_consistency_layers safe_ratio retain_loss retain_weight retain_routing_weight output_dir overwrite logging_steps resume save_steps keep_checkpoints
         check_replicas save_rounds device precision ranks transport profile threads recompute timeout
     }
     shorthands: { epochs_per_round num_epochs }

@@ -6,8 +6,8 @@ use std::num::NonZeroUsize;
 use super::{Mode, RawOptions, RunConfig, Schedule};
 use crate::experts::{ExpertId, IdentifyIn, Method, RandomMatch, Selection, SelectionLimits};
 use crate::train::{
-    Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, RouterPhase, ScoreBy, Trained, Training,
-    Updates,
+    Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, Retain, RouterPhase, ScoreBy, Trained,
+    Training, Updates,
 };
 
 /// The recipe of valid options. `given`: the experts of `--experts`, which are all selected; empty for other methods.
@@ -32,6 +32,11 @@ pub(super) fn recipe_of(c: &RunConfig, given: Vec<ExpertId>) -> Recipe {
         },
         divergence: divergence(c),
         training,
+        retain: c.retain_dataset_path.is_some().then_some(Retain {
+            loss: c.retain_loss,
+            weight: c.retain_weight,
+            routing_weight: c.retain_routing_weight,
+        }),
         updates: Updates {
             lr_schedule: c.lr_schedule,
             warmup_steps: c.warmup_steps,
@@ -207,6 +212,8 @@ pub(super) fn contradictions(c: &RunConfig) -> Vec<(bool, &'static str)> {
 pub(super) fn no_effect(c: &RunConfig) -> Vec<(bool, &'static str, &'static [&'static str])> {
     let no_expert_phase = !c.finetune_unsafe_experts;
     let joint = c.schedule == Schedule::Joint;
+    let nothing_trained = no_expert_phase && !joint && c.skip_router_training;
+    const RETAIN: &[&str] = &["retain-loss", "retain-weight", "retain-routing-weight"];
     let in_rounds: &[&str] = &["identify", "identify-until"];
     vec![
         (
@@ -220,6 +227,10 @@ pub(super) fn no_effect(c: &RunConfig) -> Vec<(bool, &'static str, &'static [&'s
         (c.method == Method::Given, "--method given has the same experts in all rounds", in_rounds),
         (c.method == Method::Routing, "only --method gradient computes the loss", &["identify-until"]),
         (c.identify == IdentifyIn::Once, "only --identify every-round uses it", &["identify-until"]),
+        (c.retain_dataset_path.is_none(), "only --retain-dataset-path uses it", RETAIN),
+        (nothing_trained, "nothing is trained, so nothing drifts", &["retain-dataset-path"]),
+        (nothing_trained, "nothing is trained, so nothing drifts", RETAIN),
+        (c.retain_weight == 0.0, "--retain-weight is 0", &["retain-loss"]),
         (no_expert_phase, "experts are not trained (--no-finetune-unsafe-experts)", &["expert-lr", "selection"]),
         (
             no_expert_phase && !joint,

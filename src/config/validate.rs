@@ -70,6 +70,12 @@ fn numbers(c: &RunConfig, wrong: &mut Vec<String>) {
             wrong.push(format!("--{option} is {value}, but must be finite and not negative: {hint}"));
         }
     }
+    for (option, weight) in [("retain-weight", c.retain_weight), ("retain-routing-weight", c.retain_routing_weight)] {
+        if !(weight.is_finite() && weight >= 0.0) {
+            let hint = "use 0 to train without this loss";
+            wrong.push(format!("--{option} is {weight}, but must be finite and not negative: {hint}"));
+        }
+    }
     if !(-1.0..=1.0).contains(&c.risk_threshold) {
         let hint = "it is the threshold of a difference of two frequencies";
         wrong.push(format!(
@@ -120,6 +126,7 @@ fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
         ("model-name", Some(c.model_name.as_ref())),
         ("dataset-path", Some(c.dataset_path.as_path())),
         ("eval-dataset-path", c.eval_dataset_path.as_deref()),
+        ("retain-dataset-path", c.retain_dataset_path.as_deref()),
         ("chat-template", c.chat_template.as_deref()),
         ("experts", c.experts.as_deref()),
         ("output-dir", Some(c.output_dir.as_path())),

@@ -154,7 +154,7 @@ enum Place {
     Model,
     /// A subfolder of a model folder, as export copies it.
     ModelFolder,
-    /// `checkpoints` and its subfolders: resume state, where any name counts as an output.
+    /// `checkpoints` and `retain_cache` with their subfolders: resume state and what can be made again, where any name counts as an output.
     State,
 }
 
@@ -210,7 +210,7 @@ fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
         Place::Top if kind.is_dir() && model(checkpoint::target_of_temporary(name).unwrap_or(name)) => {
             Some(Place::Model)
         }
-        Place::Top if kind.is_dir() && name == "checkpoints" => Some(Place::State),
+        Place::Top if kind.is_dir() && ["checkpoints", "retain_cache"].contains(&name) => Some(Place::State),
         // A variant of `compare` has the layout of a run. (It holds no variants itself; allowing their names is
         // harmless.)
         Place::Top if kind.is_dir() && Variant::is_name(name) => Some(Place::Top),

@@ -16,6 +16,7 @@
 //! | V | vocabulary |
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::config::ModelConfig;
 use super::ids::ParamId;
@@ -140,6 +141,14 @@ pub enum RouterGrad {
     SoftmaxSums(Vec<(Range<usize>, Vec<f32>)>),
     /// For row ranges, the gradient of Σ over their rows of the logits, `[ranges · E]`.
     SegmentSums(Vec<Range<usize>>, Vec<f32>),
+    /// Of `scale` times Σ over all rows of KL(softmax(base) ‖ softmax(logits)), where `base` `[N, E]` are the logits of a base
+    /// model.
+    SoftmaxKl {
+        /// Row-major.
+        base: Arc<[f32]>,
+        /// Factor of the sum in the loss.
+        scale: f32,
+    },
 }
 
 impl RouterGrad {
@@ -151,6 +160,7 @@ impl RouterGrad {
                     b.softmax_sum_backward(dy, logits, rows.clone(), dlogits);
                 }
             }
+            RouterGrad::SoftmaxKl { base, scale } => b.softmax_kl_backward(base, logits, *scale, dlogits),
             RouterGrad::SegmentSums(segments, dy) => b.segment_sum_backward(dy, segments, dlogits),
         }
     }

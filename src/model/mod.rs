@@ -43,5 +43,5 @@ pub use plan::{GradPlan, expert_params};
 pub use random::RandomInit;
 pub use safetensors::{Header, HeaderError, StoredDtype, TensorInfo, write_header};
 pub use table::{Count, ParamTable};
-pub use transformer::{Forward, ForwardOptions, Inputs, LossGrads, Model, PassEnd};
+pub use transformer::{BaseHead, Forward, ForwardOptions, Inputs, LossGrads, Model, PassEnd};
 pub use weights::{Checkpoint, Error as WeightsError, Shard, safe_file};

@@ -47,9 +47,15 @@ impl ParamTable {
 
     /// All parameters on a backend: from the checkpoint, or random.
     pub(super) fn weights<B: Backend>(&self, backend: &B) -> Vec<B::Weight> {
+        (0..self.params.len()).map(|id| self.weight(backend, id)).collect()
+    }
+
+    /// One parameter with its base value on a backend: from the checkpoint, or random.
+    pub fn weight<B: Backend>(&self, backend: &B, id: ParamId) -> B::Weight {
+        let spec = &self.params[id];
         match &self.random {
-            None => self.params.iter().map(|spec| backend.weight(spec.base.clone())).collect(),
-            Some(init) => self.iter().map(|(id, spec)| init.weight(backend, id, spec)).collect(),
+            None => backend.weight(spec.base.clone()),
+            Some(init) => init.weight(backend, id, spec),
         }
     }
 

@@ -102,6 +102,14 @@ pub struct LossGrads<'a> {
     pub routers: &'a [Option<RouterGrad>],
 }
 
+/// What a base model computed for the rows of a pass that carry loss: the constant side of a KL divergence.
+pub struct BaseHead<'a, B: Backend> {
+    /// Its final hidden states behind the norm, `[n, D]`.
+    pub normed: &'a B::Tensor,
+    /// Its head; `None`: the model's own, which is frozen.
+    pub head: Option<&'a B::Weight>,
+}
+
 impl<B: Backend> Inputs<B> {
     /// Uploads a micro-batch: token ids `[T]`, the rows that carry loss and their target ids.
     pub fn new(model: &Model<B>, ids: &[u32], packing: &Packing, loss_rows: &[u32], targets: &[u32]) -> Self {
@@ -221,10 +229,22 @@ impl<B: Backend> Model<B> {
         self.backend.linear_cross_entropy_rows(&self.normed(forward), self.weight(self.head), &inputs.targets)
     }
 
-    /// The input of the head, `[N, D]`.
-    fn normed(&self, forward: &Forward<B>) -> B::Tensor {
+    /// The input of the head, `[N, D]`: the final hidden states behind the norm, of the rows that carry loss.
+    pub fn normed(&self, forward: &Forward<B>) -> B::Tensor {
         let last_ND = forward.last_ND.as_ref().expect("a pass that ended at the loss");
         self.backend.rms_norm(last_ND, self.weight(self.final_norm), self.config.rms_norm_eps)
+    }
+
+    /// Σ over the rows that carry loss of KL(base ‖ model) of the next-token distributions, in nats, and the number of rows
+    /// whose most probable token is the same.
+    pub fn kl(&self, forward: &Forward<B>, base: &BaseHead<'_, B>) -> (f64, usize) {
+        let head = self.weight(self.head);
+        self.backend.linear_kl(&self.normed(forward), head, base.normed, base.head.unwrap_or(head))
+    }
+
+    /// The parameter that makes logits of hidden states: the embedding, if the model ties the two.
+    pub fn head(&self) -> ParamId {
+        self.head
     }
 
     /// Adds the gradients of the plan to the sinks and returns the summed cross-entropy (`None` if the pass ended at the
@@ -232,9 +252,41 @@ impl<B: Backend> Model<B> {
     pub fn backward(
         &self,
         inputs: &Inputs<B>,
-        mut forward: Forward<B>,
+        forward: Forward<B>,
         grads: LossGrads<'_>,
         sinks: &mut Sinks<'_, B>,
+    ) -> Option<f64> {
+        let LossGrads { ce_scale, routers } = grads;
+        self.backward_from(inputs, forward, routers, sinks, |normed_ND, head, dw| {
+            self.backend.linear_cross_entropy_backward(normed_ND, head, &inputs.targets, ce_scale, dw)
+        })
+    }
+
+    /// As [`Self::backward`], for `scale` times the sum of [`Self::kl`] in place of the cross-entropy. Returns that sum.
+    pub fn backward_kl(
+        &self,
+        inputs: &Inputs<B>,
+        forward: Forward<B>,
+        base: &BaseHead<'_, B>,
+        scale: f32,
+        routers: &[Option<RouterGrad>],
+        sinks: &mut Sinks<'_, B>,
+    ) -> f64 {
+        let sum = self.backward_from(inputs, forward, routers, sinks, |normed_ND, head, dw| {
+            self.backend.linear_kl_backward(normed_ND, head, base.normed, base.head.unwrap_or(head), scale, dw)
+        });
+        sum.expect("a pass that ended at the loss")
+    }
+
+    /// The backward of a pass with `of_head`, the backward of the loss behind the final norm: (normed hidden states, head, sink
+    /// of the head) → (sum, gradient of the normed hidden states).
+    fn backward_from(
+        &self,
+        inputs: &Inputs<B>,
+        mut forward: Forward<B>,
+        routers: &[Option<RouterGrad>],
+        sinks: &mut Sinks<'_, B>,
+        of_head: impl FnOnce(&B::Tensor, &B::Weight, Option<(&mut B::Buffer, usize)>) -> (f64, B::Tensor),
     ) -> Option<f64> {
         assert!(self.interventions.is_empty(), "an intervention is for forward passes only");
         let b = &*self.backend;
@@ -243,7 +295,7 @@ impl<B: Backend> Model<B> {
         let mut loss = None;
         let mut dx = None;
         if let Some(last_ND) = forward.last_ND.take() {
-            let (sum, d_last_ND) = self.head_backward(&last_ND, inputs, grads.ce_scale, sinks);
+            let (sum, d_last_ND) = self.head_backward(&last_ND, sinks, of_head);
             loss = Some(sum);
             dx = Some(if self.pruned_rows(top, inputs, end).is_some() {
                 d_last_ND
@@ -256,7 +308,7 @@ impl<B: Backend> Model<B> {
         let Some(lowest) = sinks.plan.lowest_layer() else { return loss };
         for l in (lowest..=top).rev() {
             let saved = forward.layers[l].take().expect("layers from the lowest up are saved");
-            let grads = LayerGrads { dy: dx, router: grads.routers.get(l).and_then(Option::as_ref) };
+            let grads = LayerGrads { dy: dx, router: routers.get(l).and_then(Option::as_ref) };
             dx = layer_backward(&self.layer_ctx(l, inputs, end), &self.layers[l], grads, saved, sinks);
             if let Some(done) = &mut sinks.done {
                 done(l, sinks.grads);
@@ -273,16 +325,13 @@ impl<B: Backend> Model<B> {
     fn head_backward(
         &self,
         last_ND: &B::Tensor,
-        inputs: &Inputs<B>,
-        scale: f32,
         sinks: &mut Sinks<'_, B>,
+        of_head: impl FnOnce(&B::Tensor, &B::Weight, Option<(&mut B::Buffer, usize)>) -> (f64, B::Tensor),
     ) -> (f64, B::Tensor) {
         let b = &*self.backend;
         let (norm, eps) = (self.weight(self.final_norm), self.config.rms_norm_eps);
         let normed_ND = b.rms_norm(last_ND, norm, eps);
-        let head = self.weight(self.head);
-        let (sum, d_normed_ND) =
-            b.linear_cross_entropy_backward(&normed_ND, head, &inputs.targets, scale, sinks.slot(self.head));
+        let (sum, d_normed_ND) = of_head(&normed_ND, self.weight(self.head), sinks.slot(self.head));
         (sum, b.rms_norm_backward(&d_normed_ND, last_ND, norm, eps, sinks.slot(self.final_norm)))
     }
 

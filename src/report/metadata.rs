@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::experts::ExpertId;
-use crate::train::Phase;
+use crate::train::{Drift, Phase};
 
 /// The options in the file, by their names there: those of the command line, with underscores.
-const OPTIONS: [&str; 35] = [
+const OPTIONS: [&str; 39] = [
     "model_name",
     "num_rounds",
     "expert_epochs_per_round",
@@ -45,6 +45,10 @@ const OPTIONS: [&str; 35] = [
     "router_consistency_type",
     "router_consistency_layers",
     "safe_ratio",
+    "retain_dataset_path",
+    "retain_loss",
+    "retain_weight",
+    "retain_routing_weight",
     "max_samples",
     "seed",
 ];
@@ -69,6 +73,9 @@ pub struct TrainingMetadata {
     pub router_loss: Option<[Option<f64>; 2]>,
     /// Mean cross-entropy of the held-out rows, before and after; null without held-out rows.
     pub held_out_loss: Option<[Option<f64>; 2]>,
+    /// The retain rows, and the distance from the base model on them; absent without retain rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retention: Option<RetentionLog>,
     /// One entry for each finished phase.
     pub training_logs: Vec<TrainingLog>,
     /// Selections by round, from 1.
@@ -94,10 +101,24 @@ impl TrainingMetadata {
             safe_loss: None,
             router_loss: None,
             held_out_loss: None,
+            retention: None,
             training_logs: Vec::new(),
             identified_experts_per_round: BTreeMap::new(),
         }
     }
+}
+
+/// The retain rows, and the distance from the base model on them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RetentionLog {
+    /// Number of rows.
+    pub rows: usize,
+    /// Their tokens with loss.
+    pub loss_tokens: usize,
+    /// All their tokens.
+    pub tokens: usize,
+    /// Before the first round, then after each round.
+    pub drift: Vec<Drift>,
 }
 
 /// A finished phase.

@@ -23,6 +23,14 @@ pub struct MetricsRow {
     pub ce_loss: Option<f64>,
     /// Mean divergence over the layers, in nats.
     pub router_loss: Option<f64>,
+    /// Mean cross-entropy of the replies of the step's retain rows, or divergence of their next-token distributions from the
+    /// base model's, in nats; absent where it is no part of the loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retain_loss: Option<f64>,
+    /// Mean divergence of the routing of the step's retain rows from the base model's, in nats; absent where it is no part of
+    /// the loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retain_routing_loss: Option<f64>,
     /// The minimised loss.
     pub total_loss: Option<f64>,
     /// Learning rate.
@@ -137,7 +145,13 @@ impl MetricsLog {
 pub fn log_line(row: &MetricsRow) -> String {
     let loss = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
     let (ce, router, total) = (loss(row.ce_loss), loss(row.router_loss), loss(row.total_loss));
-    format!("Step {}: CE Loss: {ce}, Router Loss: {router}, Total Loss: {total}", row.step)
+    let mut retain = String::new();
+    for (name, value) in [("Retain Loss", row.retain_loss), ("Retain Routing Loss", row.retain_routing_loss)] {
+        if value.is_some() {
+            retain += &format!(", {name}: {}", loss(value));
+        }
+    }
+    format!("Step {}: CE Loss: {ce}, Router Loss: {router}{retain}, Total Loss: {total}", row.step)
 }
 
 #[cfg(test)]
@@ -152,6 +166,8 @@ mod tests {
             step,
             ce_loss: Some(2.3456),
             router_loss: Some(0.0234),
+            retain_loss: None,
+            retain_routing_loss: None,
             total_loss: Some(2.369),
             lr: Some(5e-5),
             grad_norm: None,
@@ -227,5 +243,7 @@ mod tests {
         assert_eq!(line, "Step 100: CE Loss: 2.3456, Router Loss: 0.0234, Total Loss: 2.3690");
         let line = log_line(&MetricsRow { router_loss: None, ..row(3) });
         assert_eq!(line, "Step 3: CE Loss: 2.3456, Router Loss: -, Total Loss: 2.3690");
+        let line = log_line(&MetricsRow { retain_loss: Some(0.5), ..row(3) });
+        assert_eq!(line, "Step 3: CE Loss: 2.3456, Router Loss: 0.0234, Retain Loss: 0.5000, Total Loss: 2.3690");
     }
 }

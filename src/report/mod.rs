@@ -5,6 +5,7 @@
 
 mod compare;
 mod curve;
+mod drift;
 mod eval;
 mod experts_file;
 mod heatmap;
@@ -18,13 +19,14 @@ mod scores_json;
 
 pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
 pub use curve::{Series, curve_svg};
+pub use drift::drift_tables;
 pub use eval::{
     EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, FinishReason, GENERATION_SCHEMA, GenerationRow, MeanLoss,
     PromptSide, RefusalRate, RoutingDifference, Sampling, eval_tables,
 };
 pub use experts_file::ExpertsFile;
 pub use heatmap::heatmap_svg;
-pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata};
+pub use metadata::{IdentifiedExperts, RetentionLog, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use page::{Page, Table, escape};
 pub use pickle::{RoundGradients, gradients_pickle};

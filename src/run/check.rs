@@ -62,7 +62,11 @@ fn forecast_time(
     on_device: bool,
     ui: &Ui,
 ) {
-    let forecast = Forecast::new(recipe, &session.model, &session.data.records, recomputed);
+    let records = &session.data.records;
+    let mut forecast = Forecast::new(recipe, &session.model, records, recomputed);
+    if let Some(rows) = session.retain_records() {
+        forecast = forecast.with_retain_rows(recipe, &session.model, records, rows);
+    }
     // Ranks share the cores of one machine, so more ranks do not add compute.
     let cores = available_parallelism().map_or(1, usize::from);
     let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(ranks).min(cores) };

@@ -14,6 +14,7 @@ mod quickstart;
 pub mod refusals;
 pub mod replies;
 mod report;
+pub mod retention;
 pub mod session;
 mod summary;
 mod train;

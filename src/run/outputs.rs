@@ -14,10 +14,10 @@ use crate::exit::Result;
 use crate::experts::{ExpertId, ExpertScores, Method};
 use crate::files;
 use crate::report::{
-    IdentifiedExperts, MetricsLog, MetricsRow, RankingsFile, RoundGradients, RoundScores, ScoresFile, TrainingLog,
-    TrainingMetadata, gradients_pickle, log_line, write_json,
+    IdentifiedExperts, MetricsLog, MetricsRow, RankingsFile, RetentionLog, RoundGradients, RoundScores, ScoresFile,
+    TrainingLog, TrainingMetadata, gradients_pickle, log_line, write_json,
 };
-use crate::train::{Identification, Measured, Phase, Recipe, Replica, StepResult};
+use crate::train::{Drift, Identification, Measured, Phase, Recipe, Replica, RetainRows, StepResult};
 use crate::ui::Ui;
 
 /// The outputs so far: what a checkpoint keeps of them, to continue them.
@@ -30,6 +30,8 @@ pub struct OutputState {
     #[serde(default)]
     matched: BTreeMap<usize, RoundScores>,
     training_logs: Vec<TrainingLog>,
+    #[serde(default)]
+    retention: Option<RetentionLog>,
 }
 
 /// The outputs of a run except its models. Every rank holds their state; rank 0 writes them.
@@ -64,8 +66,14 @@ impl<'a> Outputs<'a> {
             score_norm: (config.method == Method::Gradient).then_some(config.score_norm),
             ..ScoresFile::new(config.method, config.score, layers, session.model.num_experts)
         };
-        let state =
-            OutputState { steps: 0, metrics_length: 0, scores, matched: BTreeMap::new(), training_logs: Vec::new() };
+        let state = OutputState {
+            steps: 0,
+            metrics_length: 0,
+            scores,
+            matched: BTreeMap::new(),
+            training_logs: Vec::new(),
+            retention: None,
+        };
         Self::resume(config, recipe, replica, ui, state)
     }
 
@@ -82,7 +90,7 @@ impl<'a> Outputs<'a> {
     ) -> Result<Self> {
         let world = &*replica.world;
         let dir = config.output_dir.clone();
-        let OutputState { steps, metrics_length, scores, matched, training_logs } = state;
+        let OutputState { steps, metrics_length, scores, matched, training_logs, retention } = state;
         let open = || -> Result<Option<MetricsLog>> {
             if world.rank() != 0 {
                 return Ok(None);
@@ -92,7 +100,7 @@ impl<'a> Outputs<'a> {
         };
         let metrics = all_ok(world, open())?;
         let metadata = TrainingMetadata::new(config, recipe.strategy(), replica.step_world_size);
-        let metadata = TrainingMetadata { training_logs, ..metadata };
+        let metadata = TrainingMetadata { training_logs, retention, ..metadata };
         Ok(Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, matched, metadata })
     }
 
@@ -134,6 +142,7 @@ impl<'a> Outputs<'a> {
             scores: self.scores.clone(),
             matched: self.matched.clone(),
             training_logs: self.metadata.training_logs.clone(),
+            retention: self.metadata.retention.clone(),
         })
     }
 
@@ -165,6 +174,8 @@ impl<'a> Outputs<'a> {
                 step: 0,
                 ce_loss: Some(*loss),
                 router_loss: None,
+                retain_loss: None,
+                retain_routing_loss: None,
                 total_loss: Some(*loss),
                 lr: None,
                 grad_norm: None,
@@ -230,6 +241,8 @@ impl<'a> Outputs<'a> {
             step: 0,
             ce_loss: result.ce_loss,
             router_loss: result.router_loss,
+            retain_loss: result.retain_loss,
+            retain_routing_loss: result.retain_routing_loss,
             total_loss: Some(result.total_loss),
             lr: Some(result.lr),
             grad_norm: Some(result.grad_norm),
@@ -244,6 +257,17 @@ impl<'a> Outputs<'a> {
     pub fn phase_done(&mut self, round: usize, step: Phase, losses: &[f64], num_identified_experts: usize) {
         let loss = (!losses.is_empty()).then(|| losses.iter().sum::<f64>() / losses.len() as f64);
         self.metadata.training_logs.push(TrainingLog { round, step, loss, num_identified_experts });
+    }
+
+    /// Records the retain rows, before their first measurement.
+    pub fn start_retention(&mut self, rows: &RetainRows<'_>) {
+        let [loss_tokens, tokens] = rows.tokens();
+        self.metadata.retention = Some(RetentionLog { rows: rows.len(), loss_tokens, tokens, drift: Vec::new() });
+    }
+
+    /// Records the distance from the base model: before training, then after each round.
+    pub fn drifted(&mut self, drift: Drift) {
+        self.metadata.retention.as_mut().expect("retention has started").drift.push(drift);
     }
 
     /// Writes the present state of `training_metadata.json`.

@@ -10,8 +10,8 @@ use crate::experts::{ExpertScores, ScoreNorm};
 use crate::files;
 use crate::launch::{Existing, prepare_dir_keeping};
 use crate::report::{
-    EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RunSelection, ScoresFile, Series, Table, curve_svg,
-    eval_tables, heatmap_svg, overlap_tables, read_json,
+    EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile, Series, Table,
+    curve_svg, drift_tables, eval_tables, heatmap_svg, overlap_tables, read_json,
 };
 use crate::train::Phase;
 use crate::ui::Ui;
@@ -51,6 +51,11 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
     add(&mut page, &summary(&trained));
     page.section("Losses");
     loss_curves(&runs).for_each(|svg| page.svg(&svg));
+    let retained: Vec<_> = runs.iter().filter_map(|run| Some((run.name.clone(), run.retention()?))).collect();
+    if !retained.is_empty() {
+        page.section("Drift");
+        drift_tables(&retained).iter().for_each(|table| add(&mut page, table));
+    }
     let evals: Vec<(String, EvalReport)> =
         runs.iter().filter_map(|run| Some((run.name.clone(), run.eval.clone()?))).collect();
     if !evals.is_empty() {
@@ -115,6 +120,11 @@ impl Run {
             selected: last.selected.clone(),
             scores: scores.scores_of_selection(*round),
         })
+    }
+
+    /// The distance from the original model on the retain rows, of a run that had some.
+    fn retention(&self) -> Option<RetentionLog> {
+        serde_json::from_value(self.metadata["retention"].clone()).ok()
     }
 
     /// A value of the metadata as text; `-` if it is missing.

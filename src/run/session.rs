@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use crate::backend::{Backend, Dtype};
 use crate::collective::{self, Collective, all_agree};
 use crate::config::{Init, RunConfig};
-use crate::data::{ChatTokenizer, DataOptions, Dataset, Sampler};
+use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, Sampler};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::selection_hash;
 use crate::launch::hub_cache;
@@ -14,7 +14,7 @@ use crate::launch::memory::{human, human_count};
 use crate::launch::{Rank, Workload};
 use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit};
 use crate::report::ExpertsFile;
-use crate::train::{DeviceTransport, Recipe, Replica, ScoreBy};
+use crate::train::{DeviceTransport, Recipe, Replica, RetainRows, ScoreBy};
 use crate::ui::Ui;
 
 /// The inputs of a run.
@@ -33,6 +33,8 @@ pub struct Session {
     pub data: Dataset,
     /// Rows that are only measured.
     pub held_out: Option<Dataset>,
+    /// Rows on which the trained model must stay near the base model.
+    retain: Option<(PathBuf, Dataset)>,
     /// The file of [`Self::data`].
     data_path: PathBuf,
     /// The hash of the experts of `--method given`, which decide results as the other inputs do.
@@ -102,8 +104,12 @@ impl Session {
                 Some(held_out)
             }
         };
+        let retain = match &config.retain_dataset_path {
+            None => None,
+            Some(path) => Some((path.clone(), read_retain_rows(path, &tokenizer, &options, held_out.as_ref(), ui)?)),
+        };
+        let (fingerprint, weights_hash) = (OnceLock::new(), OnceLock::new());
         let data_path = config.dataset_path.clone();
-        let [fingerprint, weights_hash] = [OnceLock::new(), OnceLock::new()];
         let given = None;
         Ok(Self {
             dir,
@@ -113,11 +119,23 @@ impl Session {
             tokenizer,
             data,
             held_out,
+            retain,
             data_path,
             given,
             fingerprint,
             weights_hash,
         })
+    }
+
+    /// The records of the retain rows.
+    pub fn retain_records(&self) -> Option<&[Record]> {
+        Some(&self.retain.as_ref()?.1.records)
+    }
+
+    /// The retain rows, with the order and the batch size of `recipe`.
+    pub fn retain_rows(&self, recipe: &Recipe) -> Option<RetainRows<'_>> {
+        let (path, data) = self.retain.as_ref()?;
+        Some(RetainRows::new(Sampler { data, path, ..self.sampler(recipe) }))
     }
 
     /// A sampler of the training rows, with the order and the batch size of `recipe`.
@@ -315,10 +333,14 @@ impl Session {
 
     /// Tokens of the largest possible micro-batch.
     pub fn longest_batch(&self, batch_size: usize) -> usize {
-        let replies = self.data.records.iter().flat_map(|r| [&r.unsafe_reply, &r.safe_reply]);
-        let mut lengths: Vec<_> = replies.flatten().map(|e| e.ids.len()).collect();
-        lengths.sort_unstable_by(|a, b| b.cmp(a));
-        lengths.iter().take(batch_size).sum()
+        let largest = |data: &Dataset| -> usize {
+            let replies = data.records.iter().flat_map(|r| [&r.unsafe_reply, &r.safe_reply]);
+            let mut lengths: Vec<_> = replies.flatten().map(|e| e.ids.len()).collect();
+            lengths.sort_unstable_by(|a, b| b.cmp(a));
+            lengths.iter().take(batch_size).sum()
+        };
+        // The passes of the retain rows follow those of the step's own rows: the larger ones decide.
+        largest(&self.data).max(self.retain.as_ref().map_or(0, |(_, data)| largest(data)))
     }
 }
 
@@ -334,8 +356,43 @@ fn agree_on_options(world: &dyn Collective, options: &str) -> Result<()> {
 
 /// The data files and the chat template of a run.
 fn data_files(config: &RunConfig) -> impl Iterator<Item = PathBuf> + '_ {
-    let files = [Some(&config.dataset_path), config.eval_dataset_path.as_ref(), config.chat_template.as_ref()];
-    files.into_iter().flatten().cloned()
+    let optional = [&config.eval_dataset_path, &config.retain_dataset_path, &config.chat_template];
+    let files = std::iter::once(Some(&config.dataset_path)).chain(optional.map(Option::as_ref));
+    files.flatten().cloned()
+}
+
+/// Reads the retain rows.
+fn read_retain_rows(
+    path: &Path,
+    tokenizer: &ChatTokenizer,
+    options: &DataOptions,
+    held_out: Option<&Dataset>,
+    ui: &Ui,
+) -> Result<Dataset> {
+    let data = Dataset::read(path, tokenizer, options).context("reading the retain rows")?;
+    let usable = data.records.iter().filter(|r| r.safe_reply.is_some()).count();
+    if usable == 0 {
+        let message = format!(
+            "{} holds no row with a safe reply, so nothing can be retained: give chat rows with the label safe and an \
+             assistant turn",
+            path.display()
+        );
+        return Err(Failure::new(exit::DATA, message));
+    }
+    let without = data.records.len() - usable;
+    if without > 0 {
+        ui.warn(format_args!("{without} rows of {} have no safe reply and are not used", path.display()));
+    }
+    let shared = held_out.map_or(0, |held_out| held_out.count_shared_requests(&data));
+    if shared > 0 {
+        ui.warn(format_args!(
+            "{shared} held-out rows have the same request as retain rows of {}, on which the model is trained: losses on them \
+             say nothing about unseen requests",
+            path.display()
+        ));
+    }
+    ui.line(format_args!("retain rows: {usable} of {}", path.display()));
+    Ok(data)
 }
 
 fn hash_file(path: &Path) -> Result<blake3::Hash> {

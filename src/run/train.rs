@@ -10,7 +10,7 @@ use super::prepare::LargestPass;
 use super::progress::Progress;
 use super::session::Session;
 use super::verify::verify_frozen;
-use super::{prepare, summary};
+use super::{prepare, retention, summary};
 use crate::backend::Backend;
 use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, export_replacing, save_delta};
 use crate::collective::{all_ok, with_heartbeat};
@@ -22,7 +22,7 @@ use crate::model::ParamKind;
 use crate::train::memory::TrainedState;
 use crate::train::{
     DeviceTransport, ExpertCrossEntropy, Identification, JointConsistency, Measured, Objective, Phase, PhasePlan,
-    Recipe, Replica, RouterAlignment, TrainingPhase,
+    Recipe, Replica, Retention, RouterAlignment, TrainingPhase,
 };
 use crate::ui::Ui;
 
@@ -79,6 +79,7 @@ struct RankRun<'a, B: Backend> {
     ui: &'a Ui,
     local_world_size: usize,
     replica: Replica<B>,
+    retention: Option<Arc<Retention<'a, B>>>,
     store: SnapshotStore<'a>,
     outputs: Outputs<'a>,
     before: Measured,
@@ -154,7 +155,9 @@ impl<'a> RankInputs<'a> {
             })?,
             false => None,
         };
-        let (before, outputs) = match &snapshot {
+        // With the base model's weights, before those of a checkpoint replace them.
+        let retention = retention::open(session, config, recipe, &replica, ui)?;
+        let (before, mut outputs) = match &snapshot {
             Some(snapshot) => {
                 ui.line(format_args!("resuming from {}", snapshot.folder().display()));
                 all_ok(world, snapshot.restore_weights(&store, &mut replica))?;
@@ -167,8 +170,16 @@ impl<'a> RankInputs<'a> {
                 (before, Outputs::create(session, config, recipe, &replica, ui)?)
             }
         };
+        if let Some(retention) = retention.as_ref().filter(|_| snapshot.is_none()) {
+            world.set_activity("measuring the retain rows before training");
+            let drift = retention.drift(&replica)?;
+            ui.line(retention::describe("before", retention.rows().len(), &drift));
+            outputs.start_retention(retention.rows());
+            outputs.drifted(drift);
+        }
         let local_world_size = rank.local_world_size;
-        Ok((RankRun { session, config, recipe, ui, local_world_size, replica, store, outputs, before }, snapshot))
+        let run = RankRun { session, config, recipe, ui, local_world_size, replica, retention, store, outputs, before };
+        Ok((run, snapshot))
     }
 }
 
@@ -209,6 +220,7 @@ impl<B: Backend> RankRun<'_, B> {
         }
         self.replica.world.set_activity(&format!("the end of round {}", round + 1));
         self.replica.check_weights(&format!("round {}", round + 1))?;
+        self.measure_drift(round)?;
         self.save_round(round)?;
         self.save_between(Position::start(round + 1, Phase::Identify))
     }
@@ -270,7 +282,8 @@ impl<B: Backend> RankRun<'_, B> {
         resumed: Option<&Snapshot<OutputState>>,
     ) -> Result<ControlFlow<()>> {
         let Self { recipe, ui, .. } = *self;
-        let mut phase = TrainingPhase::new(objective, &recipe.updates, round, &self.replica);
+        let phase = TrainingPhase::new(objective, &recipe.updates, round, &self.replica);
+        let mut phase = phase.with_retention(self.retention.clone());
         let label = phase.phase().label();
         self.plan_memory(&phase, round);
         let mut restore = || -> Result<bool> {
@@ -339,6 +352,17 @@ impl<B: Backend> RankRun<'_, B> {
         let largest = LargestPass { rows, lowest, forwards };
         let part = (round, phase.phase());
         self.replica.kept = prepare::kept_layers(self.session, recipe, &budget, largest, part, self.ui);
+    }
+
+    /// Measures the distance from the base model after a round (from 0).
+    fn measure_drift(&mut self, round: usize) -> Result<()> {
+        let Some(retention) = &self.retention else { return Ok(()) };
+        self.replica.world.set_activity(&format!("measuring the retain rows after round {}", round + 1));
+        let drift = retention.drift(&self.replica)?;
+        retention::check_finite(&drift)?;
+        self.ui.line(retention::describe(&format!("after round {}", round + 1), retention.rows().len(), &drift));
+        self.outputs.drifted(drift);
+        Ok(())
     }
 
     /// Losses of the whole data, in file order, without gradient.

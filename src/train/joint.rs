@@ -93,6 +93,10 @@ impl<B: Backend> Objective<B> for JointConsistency<'_> {
         self.sampler.joint_order(epoch, self.phase.safe_ratio).expect("checked when the objective was made")
     }
 
+    fn examples(&self, batch: &JointBatch) -> usize {
+        batch.safe.len() + batch.unsafe_.len()
+    }
+
     fn describe_rows(&self, step: &[JointBatch]) -> String {
         let records: Vec<usize> = step.iter().flat_map(|b| b.safe.iter().chain(&b.unsafe_)).copied().collect();
         self.sampler.describe_rows(&records)

@@ -9,7 +9,8 @@
 //! | `phase` | one training step: select, backward, norm, update or skip (the loop over steps is `run/train.rs`) |
 //! | `objective` | what a phase minimises; `expert`, `router` and `joint` implement it |
 //! | `alignment` | routing statistics of a step's global batch, their divergence and its gradient |
-//! | `trainer`, `exchange`, `device_transport` | gradient buffers, the sharded optimizer, what ranks exchange |
+//! | `retention` | the loss that keeps the model near the base on retain rows; how far it has drifted |
+//! | `trainer`, `step_backward`, `exchange`, `device_transport` | gradient buffers, the sharded optimizer, what ranks exchange |
 //! | `check_replicas` | the check that all ranks hold the same weights |
 //! | `measure` | losses over a whole data set |
 //! | `memory` | memory of a rank from shapes; how many layers keep their activations |
@@ -29,9 +30,11 @@ mod objective;
 mod phase;
 mod recipe;
 mod replica;
+mod retention;
 mod router;
 mod router_target;
 mod scan;
+mod step_backward;
 mod stop;
 mod trainer;
 
@@ -45,11 +48,13 @@ pub use memory::Recompute;
 pub use objective::{Losses, Objective};
 pub use phase::{PhaseProgress, StepResult, TrainingPhase};
 pub use recipe::{
-    Divergence, ExpertPhase, GradientScore, Identify, JointPhase, NeededSides, Phase, PhasePlan, Recipe, RouterPhase,
-    ScoreBy, Trained, TrainedElements, Training, Updates, router_params,
+    Divergence, ExpertPhase, GradientScore, Identify, JointPhase, NeededSides, Phase, PhasePlan, Recipe, Retain,
+    RetainLoss, RouterPhase, ScoreBy, Trained, TrainedElements, Training, Updates, router_params,
 };
 pub use replica::{Replica, share};
+pub use retention::{BaseOutputs, BaseRow, Drift, LayerDrift, RetainRows, Retention, compute_base};
 pub use router::{RouterAlignment, alignment_by_layer};
 pub use scan::{Decision, NonFinite, Scan, ScoredBatch, Scores};
+pub use step_backward::StepBackward;
 pub use stop::StopFlag;
-pub use trainer::{Norm, StepBackward, Trainer};
+pub use trainer::{Norm, Trainer};

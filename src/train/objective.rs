@@ -45,6 +45,9 @@ pub trait Objective<B: Backend> {
     /// The micro-batches of one pass over the data, on all ranks together. `epoch` counts from 0 over all rounds.
     fn epoch(&self, epoch: usize) -> Vec<Self::Batch>;
 
+    /// Examples that a micro-batch trains on.
+    fn examples(&self, batch: &Self::Batch) -> usize;
+
     /// `rows at lines 3, 7 of rows.jsonl`, for errors.
     fn describe_rows(&self, step: &[Self::Batch]) -> String;
 

@@ -1,6 +1,8 @@
 //! A training phase: the steps of one objective, in their order. Every rank takes the same number of steps, whatever its
 //! share of the data.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use super::check_replicas::check_replicas;
@@ -9,6 +11,7 @@ use super::identification::StepSelections;
 use super::objective::{Losses, Objective};
 use super::recipe::{Phase, Updates};
 use super::replica::{Replica, share};
+use super::retention::{Retained, Retention};
 use super::scan::NonFinite;
 use super::trainer::Trainer;
 use crate::backend::Backend;
@@ -25,6 +28,9 @@ pub struct TrainingPhase<'a, B: Backend, O: Objective<B>> {
     trainer: Trainer<B>,
     progress: PhaseProgress,
     steps_per_epoch: usize,
+    /// Examples of each micro-batch of an epoch; the same in every epoch.
+    sizes: Vec<usize>,
+    retention: Option<Arc<Retention<'a, B>>>,
     /// The number of the present epoch, and its micro-batches that are left.
     epoch: Option<(usize, std::vec::IntoIter<O::Batch>)>,
 }
@@ -50,6 +56,10 @@ pub struct StepResult {
     pub ce_loss: Option<f64>,
     /// The alignment or consistency loss, in nats.
     pub router_loss: Option<f64>,
+    /// Mean cross-entropy or divergence of the retain rows, in nats.
+    pub retain_loss: Option<f64>,
+    /// Mean divergence of the routing of the retain rows, in nats.
+    pub retain_routing_loss: Option<f64>,
     /// What is minimised.
     pub total_loss: f64,
     /// The learning rate of this step: of the routers in the router phase, of the experts in others. 0 if the selection of the
@@ -74,7 +84,8 @@ fn is_non_finite(failure: &Failure) -> bool {
 impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
     /// A phase of `round` (from 0) before its first step, with zero moments.
     pub fn new(objective: O, updates: &'a Updates, round: usize, replica: &Replica<B>) -> Self {
-        let micro_batches = objective.epoch(round * objective.epochs()).len();
+        let micro_batches = objective.epoch(round * objective.epochs());
+        let sizes: Vec<usize> = micro_batches.iter().map(|batch| objective.examples(batch)).collect();
         let per_step = objective.grad_accum() * replica.step_world_size;
         Self {
             trainer: Trainer::new(replica, &objective.params(&replica.model().table)),
@@ -82,9 +93,16 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
             updates,
             round,
             progress: PhaseProgress::default(),
-            steps_per_epoch: micro_batches.div_ceil(per_step),
+            steps_per_epoch: sizes.len().div_ceil(per_step),
+            sizes,
+            retention: None,
             epoch: None,
         }
+    }
+
+    /// The phase with the retention loss added to each step.
+    pub fn with_retention(self, retention: Option<Arc<Retention<'a, B>>>) -> Self {
+        Self { retention, ..self }
     }
 
     /// Computes what the objective needs once, before the first step.
@@ -160,7 +178,10 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
         }
         replica.world.set_activity(&step_name);
         let own: Vec<&O::Batch> = share(&batches, &*replica.world).map(|(_, batch)| batch).collect();
+        self.prepare_retain_rows(replica, batches.len())?;
         let losses = self.objective.backward(replica, &own, &mut self.trainer)?;
+        let retained = self.retained(replica)?;
+        let losses = Losses { total: losses.total + retained.total, tokens: losses.tokens + retained.tokens, ..losses };
         let norm = self.trainer.norm(replica)?;
 
         // All ranks hold the same losses and norm: they update or skip together.
@@ -188,6 +209,8 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
         self.count(StepResult {
             ce_loss: ce,
             router_loss: router,
+            retain_loss: retained.loss,
+            retain_routing_loss: retained.routing,
             total_loss: total,
             lr,
             grad_norm: norm.value,
@@ -232,6 +255,26 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
             }
         }
         Ok(Ok(()))
+    }
+
+    /// Gives the trainer the retain rows of the next step, which has `count` micro-batches: for each of them as many rows as it
+    /// has examples. The first is the number of examples that all earlier steps of this phase took, in earlier rounds too.
+    fn prepare_retain_rows(&mut self, replica: &Replica<B>, count: usize) -> Result<()> {
+        let Some(retention) = &self.retention else { return Ok(()) };
+        let (epoch, step) = (self.progress.steps / self.steps_per_epoch, self.progress.steps % self.steps_per_epoch);
+        let epochs_before = self.round * self.objective.epochs() + epoch;
+        let (before, rest) = self.sizes.split_at(step * self.objective.grad_accum() * replica.step_world_size);
+        let first = epochs_before * self.sizes.iter().sum::<usize>() + before.iter().sum::<usize>();
+        self.trainer.set_retain(retention.step(replica, first, &rest[..count])?);
+        Ok(())
+    }
+
+    /// The retention losses of the step's global batch.
+    fn retained(&mut self, replica: &Replica<B>) -> Result<Retained> {
+        match (&self.retention, self.trainer.take_retained()) {
+            (Some(retention), Some((step, sums))) => retention.reduce(replica, &step, sums),
+            _ => Ok(Retained::default()),
+        }
     }
 
     /// The learning rates of the next step.

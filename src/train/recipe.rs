@@ -3,6 +3,7 @@
 
 use std::num::NonZeroUsize;
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::memory::Recompute;
@@ -91,6 +92,8 @@ pub struct Recipe {
     pub training: Training,
     /// How the routing of safe and unsafe prompts is compared, in the router phase and in measurements.
     pub divergence: Divergence,
+    /// How the model is kept near the base model; `None` without retain rows.
+    pub retain: Option<Retain>,
     /// How a gradient becomes an update.
     pub updates: Updates,
     /// When the forward pass of a layer is recomputed in the backward.
@@ -246,6 +249,28 @@ pub struct JointPhase {
     pub expert_lr: f64,
     /// Learning rate of routers.
     pub router_lr: f64,
+}
+
+/// The loss that keeps the model near the base model on the retain rows. With both weights 0 the distance is only measured.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Retain {
+    /// The loss of the next-token distributions.
+    pub loss: RetainLoss,
+    /// Its factor.
+    pub weight: f64,
+    /// Factor of the divergence of the routing.
+    pub routing_weight: f64,
+}
+
+/// The loss of the next-token distributions on retain rows (`--retain-loss`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum RetainLoss {
+    /// Cross-entropy of the rows' replies.
+    Ce,
+    /// Divergence from the base model's distributions over the whole vocabulary, at the tokens of the replies.
+    #[default]
+    Kl,
 }
 
 /// How a gradient becomes an update.

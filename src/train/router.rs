@@ -72,6 +72,10 @@ impl<B: Backend> Objective<B> for RouterAlignment<'_> {
         self.sampler.prompt_order(epoch)
     }
 
+    fn examples(&self, batch: &Vec<usize>) -> usize {
+        batch.len()
+    }
+
     fn describe_rows(&self, step: &[Vec<usize>]) -> String {
         self.sampler.describe_rows(&step.concat())
     }

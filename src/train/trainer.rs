@@ -13,11 +13,11 @@ use super::exchange::{
 };
 use super::recipe::Updates;
 use super::replica::Replica;
+use super::retention::RetainStep;
+use super::step_backward::StepBackward;
 use crate::backend::Backend;
 use crate::collective;
-use crate::model::{
-    Forward, GradPlan, Inputs, LossGrads, Model, Observer, OnLayer, ParamId, ParamKind, PassEnd, Sinks,
-};
+use crate::model::{Forward, GradPlan, Inputs, Model, Observer, ParamId, ParamKind, PassEnd};
 use crate::optim::{
     AdamW, Error, GradientPiece, LearningRates, LrGroup, ParamState, ShardPlan, Trainable, clip_factor,
 };
@@ -49,6 +49,10 @@ pub struct Trainer<B: Backend> {
     scores: B::Scores,
     /// Whether gradients are exchanged with other ranks (or, for tests, with itself).
     exchanges: bool,
+    /// The retain rows of the present step, whose passes follow those of the objective.
+    retain: Option<RetainStep<B>>,
+    /// What they summed up to on this rank.
+    retained: [f64; 2],
 }
 
 /// The global gradient norm.
@@ -82,6 +86,8 @@ impl<B: Backend> Trainer<B> {
             pieces: Vec::new(),
             scores: b.scores(0),
             exchanges: world.world_size() > 1 || replica.transport.is_some(),
+            retain: None,
+            retained: [0.0; 2],
         };
         trainer.set_trainable(replica, ids);
         trainer
@@ -130,8 +136,18 @@ impl<B: Backend> Trainer<B> {
         replica.forward(inputs, Some(&self.plan), end, observer)
     }
 
-    /// Computes the gradient of a step: `passes` runs the backward passes of this rank, and the gradients of all ranks are
-    /// summed.
+    /// Sets the retain rows of the next [`Self::accumulate`].
+    pub(super) fn set_retain(&mut self, retain: Option<RetainStep<B>>) {
+        self.retain = retain;
+    }
+
+    /// The retain rows of the last step, and their sums on this rank.
+    pub(super) fn take_retained(&mut self) -> Option<(RetainStep<B>, [f64; 2])> {
+        Some((self.retain.take()?, self.retained))
+    }
+
+    /// Computes the gradient of a step: `passes` runs the backward passes of this rank, those of the retain rows
+    /// follow, and the gradients of all ranks are summed.
     ///
     /// # Errors
     /// Those of the collective.
@@ -145,14 +161,23 @@ impl<B: Backend> Trainer<B> {
         if replica.inject_nan {
             b.buffer_write(&mut self.grads, 0, &[f32::NAN]);
         }
-        let Self { plan, shards, completed_by, grads, shard, pieces, scores, exchanges, .. } = self;
+        let Self { plan, shards, completed_by, grads, shard, pieces, scores, exchanges, retain, retained, .. } = self;
+        let more_follow = retain.as_ref().is_some_and(RetainStep::has_passes);
+        let passes = |step: &mut StepBackward<'_, B>| {
+            let out = passes(step);
+            step.more_follow = false;
+            if let Some(retain) = retain {
+                *retained = retain.backward(step);
+            }
+            out
+        };
         if !*exchanges {
-            return Ok(passes(&mut StepBackward { replica, plan, grads, scores, sender: None }));
+            return Ok(passes(&mut StepBackward { replica, plan, grads, scores, sender: None, more_follow }));
         }
         if let Some(device) = &replica.transport {
             let transport = BucketTransport::Device { device: &**device, shard, pieces, error: None };
             let sender = BucketSender::new(shards, completed_by, transport);
-            let mut step = StepBackward { replica, plan, grads, scores, sender: Some(sender) };
+            let mut step = StepBackward { replica, plan, grads, scores, sender: Some(sender), more_follow };
             let out = passes(&mut step);
             step.send_complete(None);
             if let Some(error) = step.sender.and_then(BucketSender::into_error) {
@@ -165,7 +190,7 @@ impl<B: Backend> Trainer<B> {
             let (send, receive) = sync_channel(QUEUED_BUCKETS);
             let reduced = scope.spawn(|| reduce_scatter(world, shards, receive));
             let sender = BucketSender::new(shards, completed_by, BucketTransport::Host { backend: b, send });
-            let mut step = StepBackward { replica, plan, grads, scores, sender: Some(sender) };
+            let mut step = StepBackward { replica, plan, grads, scores, sender: Some(sender), more_follow };
             let out = passes(&mut step);
             step.send_complete(None);
             drop(step); // closes the channel: the reducing thread ends
@@ -239,52 +264,6 @@ impl<B: Backend> Trainer<B> {
         let (b, model) = (&*replica.model().backend, replica.model());
         self.optimizer.add(b, model.weights(), &trainables(model, &[state.param]));
         self.optimizer.import(b, state)
-    }
-}
-
-/// The backward passes of one step on this rank.
-pub struct StepBackward<'t, B: Backend> {
-    replica: &'t Replica<B>,
-    plan: &'t GradPlan,
-    grads: &'t mut B::Buffer,
-    scores: &'t mut B::Scores,
-    sender: Option<BucketSender<'t, B>>,
-}
-
-impl<B: Backend> StepBackward<'_, B> {
-    /// A forward pass that keeps what the backward of this step reads.
-    pub fn forward(&self, inputs: &Inputs<B>, end: PassEnd, observer: Option<Observer<'_, B>>) -> Forward<B> {
-        self.replica.forward(inputs, Some(self.plan), end, observer)
-    }
-
-    /// Adds the gradients of one pass to those of the step. Returns the summed cross-entropy if the pass went to the loss.
-    /// During the `last` pass of the step, complete buckets are sent.
-    pub fn backward(
-        &mut self,
-        inputs: &Inputs<B>,
-        forward: Forward<B>,
-        loss: LossGrads<'_>,
-        last: bool,
-    ) -> Option<f64> {
-        let sender = &mut self.sender;
-        let mut layer_done = |layer: usize, grads: &B::Buffer| {
-            if let Some(sender) = sender {
-                sender.send_complete(Some(layer), grads);
-            }
-        };
-        let done: Option<OnLayer<'_, B>> = if last { Some(&mut layer_done) } else { None };
-        self.replica.model().backward(
-            inputs,
-            forward,
-            loss,
-            &mut Sinks { plan: self.plan, grads: self.grads, scores: self.scores, done },
-        )
-    }
-
-    fn send_complete(&mut self, layer: Option<usize>) {
-        if let Some(sender) = &mut self.sender {
-            sender.send_complete(layer, self.grads);
-        }
     }
 }
 

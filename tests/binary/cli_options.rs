@@ -255,7 +255,7 @@ fn a_number_that_is_not_finite_is_never_dropped() {
             }
         }
     }
-    assert_eq!(numbers, 3 * 8);
+    assert_eq!(numbers, 3 * 10);
 }
 
 #[test]
@@ -374,6 +374,9 @@ prop_compose! {
             model_name: model_name.or(Some("m".into())),
             dataset_path: Some(path.clone().unwrap_or("d".into())),
             eval_dataset_path: path.clone(),
+            retain_dataset_path: path.clone(),
+            retain_weight: risk_threshold.map(f64::abs),
+            retain_routing_weight: safe_ratio,
             output_dir: path,
             layers: layers.map(|(a, n)| moewarden::config::Layers::Range(a..=a + n)),
             device: Some(Device::Cpu),
@@ -398,6 +401,7 @@ proptest! {
             model_name: options.model_name.take(),
             dataset_path: options.dataset_path.take(),
             eval_dataset_path: options.eval_dataset_path.take(),
+            retain_dataset_path: options.retain_dataset_path.take(),
             output_dir: options.output_dir.take(),
             safe_response: options.safe_response.take(),
             ..RawOptions::default()

@@ -175,6 +175,28 @@ fn rounds_of_both_phases() {
     Job::new(ByBatchSize, options, &[("expert", 4), ("router", 4)]).check();
 }
 
+/// As many retain rows in a step as it has examples, also in the last step, which has one.
+#[test]
+fn every_phase_with_retain_rows() {
+    let retain = |weights: &str| format!("--retain-dataset-path {{DATA}} {weights}");
+    let experts = format!("{{EXPERTS}} {}", retain("--retain-routing-weight 0.5"));
+    let everything = format!("{{EXPERTS}} --mode baseline {}", retain("--retain-weight 3"));
+    let joint = "--num-rounds 1 --use-router-consistency-loss --expert-lr 1e-3 --router-lr 1e-3";
+    let joint = format!("{joint} {}", retain("--retain-loss ce --retain-routing-weight 2"));
+    let both = "--method random --num-rounds 2 --expert-lr 1e-3 --router-lr 1e-3";
+    let both = format!("{both} {}", retain("--retain-weight 0.5 --retain-routing-weight 1"));
+    let routing = "--num-rounds 1 --method random --no-finetune-unsafe-experts --router-lr 1e-3";
+    let routing = format!("{routing} {}", retain("--retain-weight 0 --retain-routing-weight 1"));
+    let check = |shared, options: &str, steps| {
+        Job { options: options.to_owned().leak(), ..Job::new(shared, "", steps) }.check();
+    };
+    check(ByAccumulation(1), &experts, ONE_EXPERT_PHASE);
+    check(ByAccumulation(1), &everything, ONE_EXPERT_PHASE);
+    check(ByAccumulation(2), &joint, &[("identify", 7), ("joint", 2)]);
+    check(ByBatchSize, &both, &[("expert", 4), ("router", 4)]);
+    check(ByBatchSize, &routing, &[("router", 2)]);
+}
+
 #[cfg(feature = "mpi")]
 #[test]
 fn processes_are_bit_identical_to_threads() {

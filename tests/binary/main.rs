@@ -18,6 +18,7 @@ mod python;
 mod quickstart;
 mod random_init;
 mod resume;
+mod retention;
 mod selection;
 #[cfg(feature = "mpi")]
 mod sharding;

@@ -57,7 +57,7 @@ impl Job {
             program::model(self.model).display(),
             data.display(),
             output.display(),
-            self.options,
+            self.options.replace("{DATA}", &data.display().to_string()),
         );
         moewarden(processes, text.split_whitespace())
     }
@@ -146,6 +146,12 @@ fn other_modes_and_schedules_resume() {
         ("olmoe_fused", "--num-rounds 2 --selection per-batch --skip-router-training --batch-size 1"),
         ("olmoe", "--num-rounds 3 --skip-router-training --batch-size 1 --identify-until 1 --score-norm layer"),
         ("olmoe", "--num-rounds 2 --skip-router-training --batch-size 1 --method random --random-match layer"),
+        (
+            "olmoe_bf16",
+            "--num-rounds 2 --method random --router-lr 1e-3 --batch-size 1 --retain-dataset-path {DATA} \
+             --retain-routing-weight 0.5",
+        ),
+        ("olmoe", "--num-rounds 1 --mode baseline --router-lr 1e-3 --batch-size 2 --retain-dataset-path {DATA}"),
         (
             "olmoe",
             "--num-rounds 1 --method random --router-lr 1e-3 --batch-size 1 --router-epochs-per-round 2 \

@@ -12,7 +12,7 @@ use moewarden::model::{GradPlan, LossGrads, Model, ParamId, ParamKind, ParamSpec
 use moewarden::run::session::Session;
 use moewarden::train::memory::KeptLayers;
 use moewarden::train::{
-    ExpertCrossEntropy, Identification, JointConsistency, Objective, PhasePlan, Recipe, Recompute, Replica,
+    ExpertCrossEntropy, Identification, JointConsistency, Objective, PhasePlan, Recipe, Recompute, Replica, Retention,
     RouterAlignment, StepResult, TrainingPhase, find,
 };
 use moewarden::ui::Ui;
@@ -121,6 +121,8 @@ impl Case {
 pub struct CaseRun<'a, B: Backend> {
     pub replica: Replica<B>,
     pub recipe: Recipe,
+    /// Added to every step, if it is set.
+    pub retention: Option<Arc<Retention<'a, B>>>,
     session: &'a Session,
 }
 
@@ -131,7 +133,7 @@ impl<'a, B: Backend> CaseRun<'a, B> {
         if recipe.recompute == Recompute::Always {
             replica.kept = KeptLayers(1);
         }
-        Self { replica, recipe, session }
+        Self { replica, recipe, retention: None, session }
     }
 
     pub fn model(&self) -> &Model<B> {
@@ -175,7 +177,8 @@ impl<'a, B: Backend> CaseRun<'a, B> {
 
     fn run_objective<O: Objective<B>>(&mut self, objective: O) -> Vec<StepResult> {
         let updates = self.recipe.updates.clone();
-        let mut phase = TrainingPhase::new(objective, &updates, 0, &self.replica);
+        let phase = TrainingPhase::new(objective, &updates, 0, &self.replica);
+        let mut phase = phase.with_retention(self.retention.clone());
         phase.prepare(&self.replica).expect("finite statistics");
         let mut steps = Vec::new();
         while !phase.is_done() {

@@ -2,14 +2,17 @@
 //! against the gradients of all parameters.
 
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use crate::autograd::Autograd;
 use crate::tiny_model::{Tiny, nothing_kept, specs};
-use crate::values::assert_close;
-use moewarden::backend::{HostTensor, cpu::Cpu};
+use crate::values::{Rng, assert_close};
+use moewarden::backend::{Backend, HostTensor, cpu::Cpu};
 use moewarden::launch::Rank;
 use moewarden::model::tiny::TinySpec;
-use moewarden::model::{Group, LossGrads, ParamId, ParamKind, PassEnd, Routed, expert_params};
+use moewarden::model::{
+    BaseHead, ForwardOptions, Group, LossGrads, ParamId, ParamKind, PassEnd, Routed, RouterGrad, Sinks, expert_params,
+};
 use moewarden::routers::{KlType, Statistic};
 use moewarden::train::alignment::{GlobalAlignment, RoutingSide, align};
 use moewarden::ui::Ui;
@@ -125,6 +128,54 @@ fn divergence(tiny: &Tiny, safe: &RoutingSide, unsafe_: &RoutingSide) -> GlobalA
     let indices = config.moe_layers().indices();
     let loss = align(world, KlType::Symmetric, &[safe], &[unsafe_], &indices, config.num_experts);
     loss.unwrap().expect("both sides have tokens")
+}
+
+/// The divergences from a base model, at the head and of the routers: here from arbitrary distributions.
+#[test]
+fn the_divergence_from_a_base_model_agrees_with_finite_differences() {
+    for (name, spec) in specs() {
+        let mut tiny = Tiny::new(&spec);
+        let mut rng = Rng::new(31);
+        let (n, d, v) = (tiny.targets.len(), spec.hidden_size, spec.vocab_size);
+        let b = tiny.model.backend.clone();
+        let normed = b.upload(n, d, &rng.values(n * d, 1.0));
+        let head = b.weight(HostTensor::from_f32(vec![v, d], &rng.values(v * d, 0.5)));
+        let layers = tiny.model.config.moe_layers().clone();
+        let base: Vec<Arc<[f32]>> =
+            layers.layers.iter().map(|_| rng.values(tiny.ids.len() * spec.num_experts, 2.0).into()).collect();
+        let (head_scale, router_scale) = (1.0 / n as f64, 0.3 / tiny.ids.len() as f64);
+        let f = |tiny: &Tiny| {
+            let (mut routers, mut chosen) = (0.0, Vec::new());
+            let mut observe = |routed: Routed<'_, Cpu>| {
+                routers += b.softmax_kl(routed.logits, &base[layers.index_of(routed.layer)]);
+                chosen.extend(b.expert_ids(routed.routing));
+            };
+            let end = PassEnd::Loss { all_rows: true };
+            let forward = tiny.model.forward(&tiny.inputs(), nothing_kept(end), Some(&mut observe));
+            let (kl, _) = tiny.model.kl(&forward, &BaseHead { normed: &normed, head: Some(&head) });
+            (head_scale * kl + router_scale * routers, chosen)
+        };
+
+        let all = tiny.all();
+        let plan = tiny.plan(&all);
+        let inputs = tiny.inputs();
+        let options = ForwardOptions { lowest: 0, keep_from: 0, end: PassEnd::Loss { all_rows: true } };
+        let forward = tiny.model.forward(&inputs, options, None);
+        let mut routers = vec![None; layers.depth];
+        for (base, &layer) in base.iter().zip(&layers.layers) {
+            routers[layer] = Some(RouterGrad::SoftmaxKl { base: base.clone(), scale: router_scale as f32 });
+        }
+        let (mut buffer, mut scores) = (b.buffer(plan.len()), b.scores(0));
+        let mut sinks = Sinks { plan: &plan, grads: &mut buffer, scores: &mut scores, done: None };
+        let of_base = BaseHead { normed: &normed, head: Some(&head) };
+        tiny.model.backward_kl(&inputs, forward, &of_base, head_scale as f32, &routers, &mut sinks);
+        let read = |id: &ParamId| {
+            let at = plan.slot(*id).unwrap();
+            b.buffer_read(&buffer, at..at + tiny.model.table.params[*id].len())
+        };
+        let gradients: Vec<_> = all.iter().map(read).collect();
+        check_along_gradients(&format!("{name}, KL"), &mut tiny, &gradients, f);
+    }
 }
 
 // --- autograd --------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ mod ops;
 mod ops_autograd;
 mod recipe;
 mod replies;
+mod retention;
 mod second_opinion;
 mod sharding;
 mod shared_goldens;

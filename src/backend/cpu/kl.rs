@@ -26,24 +26,36 @@ fn log_sum(row: &[f32]) -> f64 {
     highest + row.iter().map(|&l| (f64::from(l) - highest).exp()).sum::<f64>().ln()
 }
 
-/// KL(softmax(base) ‖ softmax(logits)). With `grad` = (scale, sink), calls `sink(class, scale · (p − p₀))`.
-fn divergence(logits: &[f32], base: &[f32], grad: Option<(f64, &mut dyn FnMut(usize, f32))>) -> f64 {
-    let (log_sum, base_log_sum) = (log_sum(logits), log_sum(base));
-    let mut kl = 0.0;
-    for (&l, &b) in logits.iter().zip(base) {
-        let (log_p, log_base) = (f64::from(l) - log_sum, f64::from(b) - base_log_sum);
-        let p = log_base.exp();
-        if p != 0.0 {
-            kl += p * (log_base - log_p);
-        }
+/// ln Σ e^logit of a row, and of the base's row.
+#[derive(Clone, Copy)]
+struct LogSums {
+    own: f64,
+    base: f64,
+}
+
+impl LogSums {
+    fn of(logits: &[f32], base: &[f32]) -> Self {
+        Self { own: log_sum(logits), base: log_sum(base) }
     }
-    if let Some((scale, sink)) = grad {
-        for (class, (&l, &b)) in logits.iter().zip(base).enumerate() {
-            let (p, p_base) = ((f64::from(l) - log_sum).exp(), (f64::from(b) - base_log_sum).exp());
-            sink(class, (scale * (p - p_base)) as f32);
+
+    /// KL(softmax(base) ‖ softmax(logits)).
+    fn divergence(self, logits: &[f32], base: &[f32]) -> f64 {
+        let mut kl = 0.0;
+        for (&l, &b) in logits.iter().zip(base) {
+            let (log_p, log_base) = (f64::from(l) - self.own, f64::from(b) - self.base);
+            let p = log_base.exp();
+            if p != 0.0 {
+                kl += p * (log_base - log_p);
+            }
         }
+        if kl < 0.0 { 0.0 } else { kl } // rounding may make a divergence of 0 negative; NaN stays NaN
     }
-    if kl < 0.0 { 0.0 } else { kl } // rounding may make a divergence of 0 negative; NaN stays NaN
+
+    /// The gradient of `scale` times the divergence by one logit: scale · (p − p₀).
+    fn gradient(self, logit: f32, base: f32, scale: f32) -> f32 {
+        let (p, p_base) = ((f64::from(logit) - self.own).exp(), (f64::from(base) - self.base).exp());
+        (f64::from(scale) * (p - p_base)) as f32
+    }
 }
 
 /// The first of the largest.
@@ -91,7 +103,7 @@ pub(super) fn forward(cpu: &Cpu, x: [&Tensor; 2], w: [&Weight; 2]) -> (f64, usiz
             .into_par_iter()
             .map(|row| {
                 let (l, b) = (logits.row(row), base.row(row));
-                (divergence(l, b, None), argmax(l) == argmax(b))
+                (LogSums::of(l, b).divergence(l, b), argmax(l) == argmax(b))
             })
             .collect();
         sum += found.iter().map(|f| f.0).sum::<f64>();
@@ -117,8 +129,11 @@ pub(super) fn backward(
             .par_chunks_mut(v)
             .enumerate()
             .map(|(row, logits)| {
-                let l = logits.to_vec();
-                divergence(&l, base.row(row), Some((f64::from(scale), &mut |class, grad| logits[class] = grad)))
+                let base = base.row(row);
+                let sums = LogSums::of(logits, base);
+                let kl = sums.divergence(logits, base);
+                logits.iter_mut().zip(base).for_each(|(l, &b)| *l = sums.gradient(*l, b, scale));
+                kl
             })
             .collect();
         sum += found.iter().sum::<f64>();
@@ -138,7 +153,10 @@ pub(super) fn softmax(logits: &Tensor, base: &[f32]) -> f64 {
     let rows: Vec<f64> = (0..logits.rows())
         .into_par_iter()
         .with_min_len(16)
-        .map(|row| divergence(logits.row(row), &base[row * e..][..e], None))
+        .map(|row| {
+            let (l, b) = (logits.row(row), &base[row * e..][..e]);
+            LogSums::of(l, b).divergence(l, b)
+        })
         .collect();
     rows.iter().sum()
 }
@@ -149,7 +167,10 @@ pub(super) fn softmax_backward(base: &[f32], logits: &Tensor, scale: f32, dlogit
     assert!(base.len() == logits.rows() * e, "{} base logits for [{}, {e}]", base.len(), logits.rows());
     dlogits.expect_shape("dlogits", logits.rows(), e);
     dlogits.values_mut().par_chunks_mut(e).enumerate().with_min_len(16).for_each(|(row, dlogits)| {
-        let add = &mut |class: usize, grad: f32| dlogits[class] += grad;
-        divergence(logits.row(row), &base[row * e..][..e], Some((f64::from(scale), add)));
+        let (logits, base) = (logits.row(row), &base[row * e..][..e]);
+        let sums = LogSums::of(logits, base);
+        for ((d, &l), &b) in dlogits.iter_mut().zip(logits).zip(base) {
+            *d += sums.gradient(l, b, scale);
+        }
     });
 }

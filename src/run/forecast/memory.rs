@@ -1,9 +1,10 @@
 //! The memory of a run, predicted from shapes.
 
 use crate::launch::memory::human;
+use crate::model::ParamKind;
 use crate::run::session::Session;
-use crate::train::Recipe;
 use crate::train::memory::{Activations, MemoryBudget, TrainedState};
+use crate::train::{Recipe, Trained};
 
 /// The predicted peak memory of one rank, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,9 +33,13 @@ impl MemoryForecast {
         let loaded = loaded(session, trained, world_size, budget);
         let kept = activations.kept_layers(recipe.recompute, layers, 0, &loaded, forwards);
         let keep_from = kept.keep_from(layers, 0);
+        // The divergence from the base model needs the base's head, if the run trains the head. On the host it is memory-mapped.
+        let copied_head = recipe.retain.is_some() && recipe.trained() == Some(Trained::Everything) && budget.device;
+        let base_head =
+            if copied_head { session.model.vocab_size * session.model.hidden_size * head_size(session) } else { 0 };
         let waiting = activations.peak(layers, 0, keep_from) - activations.working;
         Self {
-            weights: session.table.total().bytes as u64,
+            weights: (session.table.total().bytes + base_head) as u64,
             activations: waiting.saturating_mul(forwards as u64).saturating_add(activations.working),
             state: trained_state(session, trained, world_size, budget),
             rows,
@@ -72,6 +77,13 @@ impl MemoryForecast {
             human(budget.free),
         )
     }
+}
+
+/// Bytes of an element of the head.
+fn head_size(session: &Session) -> usize {
+    let table = &session.table;
+    let head = table.id(ParamKind::LmHead).or_else(|| table.id(ParamKind::Embedding));
+    head.map_or(4, |id| table.params[id].dtype().size())
 }
 
 /// The memory that is left once weights and trained state are loaded, which a device must hold. (On the host weights are

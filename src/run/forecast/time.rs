@@ -50,6 +50,8 @@ pub struct Forecast {
     pub routers: f64,
     /// Measuring before and after.
     pub measure: f64,
+    /// The passes of the retain rows, those that measure included.
+    pub retain: f64,
 }
 
 impl Tokens {
@@ -198,20 +200,48 @@ impl Forecast {
             experts: passes * a_pass,
             routers,
             measure: 2.0 * (forward(&unsafe_replies) + forward(&safe_replies) + pairs),
+            retain: 0.0,
         }
+    }
+
+    /// With the passes of `rows`, the retain rows of the run: as many in each step as it has examples.
+    #[must_use]
+    pub fn with_retain_rows(self, recipe: &Recipe, model: &ModelConfig, data: &[Record], rows: &[Record]) -> Self {
+        let Some(goal) = recipe.retain else { return self };
+        let all = Tokens::of_replies(rows.iter().filter_map(|r| r.safe_reply.as_ref()));
+        let work = |t: &Tokens| TokenWork::new(model, t.mean_length());
+        // The divergence makes the base's logits too.
+        let with_base = |t: &Tokens| work(t).forward(t) + t.loss * work(t).head;
+        let rounds = recipe.rounds as f64;
+        // Outputs of the base model once, then a measurement before the first round and after each.
+        let measured = work(&all).forward(&all) + (rounds + 1.0) * with_base(&all);
+        let count = |has: fn(&Record) -> bool| data.iter().filter(|r| has(r)).count() as f64;
+        let (replies, prompts) = (count(|r| r.unsafe_reply.is_some()), count(|r| r.unsafe_prompt.is_some()));
+        let in_training = match &recipe.training {
+            Training::Nothing => 0.0,
+            Training::Experts(phase) => phase.epochs as f64 * replies,
+            Training::Routers(phase) => phase.epochs as f64 * prompts,
+            Training::Alternate(experts, routers) => experts.epochs as f64 * replies + routers.epochs as f64 * prompts,
+            Training::Joint(phase) => phase.epochs as f64 * replies / (1.0 - phase.safe_ratio),
+        };
+        let trains = goal.weight > 0.0 || goal.routing_weight > 0.0;
+        let trained = all.like(if trains { rounds * in_training } else { 0.0 });
+        let retain = measured + with_base(&trained) + work(&trained).backward_inputs(&trained);
+        Self { retain, ..self }
     }
 
     /// The work of all phases.
     pub fn total(&self) -> f64 {
-        self.identify + self.experts + self.routers + self.measure
+        self.identify + self.experts + self.routers + self.measure + self.retain
     }
 
     /// The durations in text. `rate`: floating-point operations a second of all ranks together.
     pub fn at(&self, rate: f64) -> impl fmt::Display {
-        let Self { identify, experts, routers, measure } = *self;
+        let Self { identify, experts, routers, measure, retain } = *self;
         let seconds = |work: f64| duration(work / rate);
+        let retain = if retain > 0.0 { format!(", retain rows {}", seconds(retain)) } else { String::new() };
         format!(
-            "time a rank: {} in all: identification {}, experts {}, routers {}, measuring {} ({:.2} TFLOP)",
+            "time a rank: {} in all: identification {}, experts {}, routers {}, measuring {}{retain} ({:.2} TFLOP)",
             seconds(self.total()),
             seconds(identify),
             seconds(experts),
