@@ -1,6 +1,6 @@
 //! Arguments of the commands without run options, and additional arguments of the commands with run options.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -74,6 +74,21 @@ pub struct EvalArgs {
 const GENERATION: &str = "Generation";
 
 impl EvalArgs {
+    /// The arguments of an evaluation of `model` on `rows`, with the defaults of the command line.
+    ///
+    /// # Panics
+    /// Never: the required arguments are there.
+    pub fn of(model: String, rows: &Path) -> Self {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: EvalArgs,
+        }
+        let rows = rows.as_os_str();
+        let words = ["eval".as_ref(), "--model-name".as_ref(), model.as_ref(), "--dataset-path".as_ref(), rows];
+        <Line as clap::Parser>::parse_from(words).args
+    }
+
     /// The options of a run that reads the same model and data in the order of the file. Routing frequencies are
     /// counted over prompt tokens: the prompts of the two sides differ, their responses are often equal.
     ///

@@ -14,6 +14,7 @@ mod metrics;
 mod page;
 mod pickle;
 mod rankings;
+mod rates;
 mod replies;
 mod scores_json;
 
@@ -31,6 +32,7 @@ pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use page::{Page, Table, escape};
 pub use pickle::{RoundGradients, gradients_pickle};
 pub use rankings::{NamedRanking, RANKINGS_SCHEMA, RankingsFile};
+pub use rates::{RateRow, rates_svg};
 pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
 
