@@ -17,7 +17,7 @@ use crate::experts::{ExpertId, Method};
 use crate::files;
 use crate::launch::{Existing, Started, prepare_dir};
 use crate::model::{Checkpoint, WeightsError};
-use crate::report::{Page, RunSelection, Table, heatmap_svg};
+use crate::report::{Page, Table, heatmap_svg};
 use crate::ui::Ui;
 
 /// Writes the planted model and its rows to the output folder, trains the found experts and as many random ones, evaluates all
@@ -139,13 +139,11 @@ fn write_page(
     page.text(&format!("Planted experts (layer.expert): {}.", names(&planted.experts)));
     let read = |trained: &Trained, name: &str| Run::read(&trained.config.output_dir, name.into());
     let runs = [read(found, "found experts")?, read(random, "random experts")?];
-    if let Some(RunSelection { selected, scores: Some(scores), .. }) = runs[0].choice() {
-        page.svg(&heatmap_svg(
-            "scores",
-            "Mean absolute gradient of each expert, the selected ones framed",
-            &scores,
-            &selected,
-        ));
+    if let Some(file) = &runs[0].scores
+        && let (Some(scores), Some(round)) = (file.scores(1), file.rounds.get(&1))
+    {
+        let title = "Mean absolute gradient of each expert, the selected ones framed";
+        page.svg(&heatmap_svg("scores", title, &scores, &round.selected, &round.inclusion));
     }
     page.section("Losses during training");
     loss_curves(&runs).for_each(|svg| page.svg(&svg));
