@@ -10,6 +10,7 @@ mod file;
 mod layers;
 mod raw;
 mod recipe;
+mod replies;
 mod resolve;
 mod spelling;
 mod validate;
@@ -32,6 +33,7 @@ pub use commands::{CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
 pub use compare::{Ablation, CompareArgs, Variant};
 pub use layers::Layers;
 pub use raw::{RawOptions, heading};
+pub use replies::RoutingReplies;
 pub use resolve::{Resolved, resolve, resolve_matrix};
 pub use spelling::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
 pub use validate::options_without_effect;
@@ -168,6 +170,10 @@ pub struct RunConfig {
     pub score_norm: ScoreNorm,
     /// Routing method: tokens over which routing frequencies are counted.
     pub routing_tokens: RoutingTokens,
+    /// Routing method: replies on whose tokens frequencies are counted.
+    pub routing_replies: RoutingReplies,
+    /// Routing method: largest number of tokens of the model's own replies.
+    pub max_new_tokens: usize,
     /// Routing method: minimum routing risk difference, in -1..=1.
     pub risk_threshold: f64,
     /// Random method: how the counts match those of the gradient method.
@@ -313,6 +319,8 @@ impl Default for RunConfig {
             score_per: ScorePer::Param,
             score_norm: ScoreNorm::None,
             routing_tokens: RoutingTokens::Response,
+            routing_replies: RoutingReplies::Target,
+            max_new_tokens: 128,
             risk_threshold: 0.05,
             random_match: RandomMatch::Total,
             random_exclude_found: false,
@@ -387,7 +395,8 @@ impl RunConfig {
         let optional = [&self.eval_dataset_path, &self.retain_dataset_path, &self.chat_template, &self.experts]
             .into_iter()
             .flatten();
-        [Path::new(&self.model_name), &self.dataset_path].into_iter().chain(optional.map(PathBuf::as_path)).collect()
+        let required = [Path::new(&self.model_name), &self.dataset_path];
+        required.into_iter().chain(optional.map(PathBuf::as_path)).chain(self.routing_replies.path()).collect()
     }
 }
 

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::{Device, Init, Layers, Mode, Precision, Recompute, RunConfig, SaveRounds, Schedule, Transport};
+use super::{
+    Device, Init, Layers, Mode, Precision, Recompute, RoutingReplies, RunConfig, SaveRounds, Schedule, Transport,
+};
 use crate::data::{LongRows, LossOn};
 use crate::experts::{IdentifyIn, Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
 use crate::optim::LrSchedule;
@@ -104,6 +106,13 @@ pub struct RawOptions {
     /// Routing method: tokens over which routing frequencies are counted
     #[arg(long, help_heading = EXPERTS)]
     pub routing_tokens: Option<RoutingTokens>,
+    /// Routing method: replies on whose tokens frequencies are counted: `target`, the rows' target replies; `own`, the model's own
+    /// greedy replies, on the unsafe side those that comply; or a file of routing traces of vLLM or SGLang
+    #[arg(long, value_name = "target|own|FILE", help_heading = EXPERTS)]
+    pub routing_replies: Option<RoutingReplies>,
+    /// Routing method with own replies: maximum number of tokens of a reply
+    #[arg(long, value_name = "TOKENS", help_heading = EXPERTS)]
+    pub max_new_tokens: Option<usize>,
     /// Routing method: select only experts with a routing risk difference above this (-1 to 1)
     #[arg(long, value_name = "DIFFERENCE", help_heading = EXPERTS)]
     pub risk_threshold: Option<f64>,
@@ -339,7 +348,7 @@ macro_rules! for_each_option {
 for_each_option! {
     resolved: {
         model_name init dataset_path eval_dataset_path retain_dataset_path chat_template max_samples max_length long_rows loss_on
-        keep_failed safe_response shuffle seed batch_size method score score_per score_norm routing_tokens risk_threshold
+        keep_failed safe_response shuffle seed batch_size method score score_per score_norm routing_tokens routing_replies max_new_tokens risk_threshold
         random_match random_exclude_found experts top_k_experts experts_per_layer layers select bootstrap selection identify identify_until mode schedule num_rounds
         expert_epochs_per_round router_epochs_per_round grad_accum finetune_unsafe_experts skip_router_training
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic

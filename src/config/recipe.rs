@@ -3,11 +3,11 @@
 
 use std::num::NonZeroUsize;
 
-use super::{Mode, RawOptions, RunConfig, Schedule};
+use super::{Mode, RawOptions, RoutingReplies, RunConfig, Schedule};
 use crate::experts::{ExpertId, IdentifyIn, Method, RandomMatch, Selection, SelectionLimits};
 use crate::train::{
-    Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, Retain, RouterPhase, ScoreBy, Trained,
-    Training, Updates,
+    CountedReplies, Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, Retain, RouterPhase, ScoreBy,
+    Trained, Training, Updates,
 };
 
 /// The recipe of valid options. `given`: the experts of `--experts`, which are all selected; empty for other methods.
@@ -53,7 +53,15 @@ fn score_by(c: &RunConfig) -> ScoreBy {
     let gradient = GradientScore { score: c.score, per: c.score_per, norm: c.score_norm };
     match c.method {
         Method::Gradient => ScoreBy::Gradient(gradient),
-        Method::Routing => ScoreBy::Routing { tokens: c.routing_tokens, threshold: c.risk_threshold },
+        Method::Routing => ScoreBy::Routing {
+            tokens: c.routing_tokens,
+            threshold: c.risk_threshold,
+            replies: match c.routing_replies {
+                RoutingReplies::Target => CountedReplies::Targets,
+                RoutingReplies::Own => CountedReplies::Own { max_new_tokens: c.max_new_tokens },
+                RoutingReplies::File(_) => CountedReplies::Traces,
+            },
+        },
         Method::Random => ScoreBy::Random {
             gradient: computes_gradient_scores(c).then_some(gradient),
             matching: c.random_match,
@@ -196,6 +204,12 @@ pub(super) fn contradictions(c: &RunConfig) -> Vec<(bool, &'static str)> {
             c.method == Method::Random && c.selection == Selection::PerBatch,
             "--method random draws its experts once a run, to match the count of the gradient method: \
              use --selection global",
+        ),
+        (
+            c.method == Method::Routing
+                && c.routing_replies != RoutingReplies::Target
+                && c.selection == Selection::PerBatch,
+            "--routing-replies own and routing traces are of the whole data set: use --selection global",
         ),
         (
             c.method == Method::Given && c.selection == Selection::PerBatch,

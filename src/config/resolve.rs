@@ -5,7 +5,7 @@ use std::path::Path;
 use super::{ConfigError, RawOptions, RunConfig, file, recipe, validate};
 use crate::experts::{ExpertId, Method};
 use crate::report::ExpertsFile;
-use crate::train::{Identify, Recipe, ScoreBy, Training};
+use crate::train::{CountedReplies, Identify, Recipe, ScoreBy, Training};
 
 /// Resolved options, with warnings.
 #[derive(Debug, Clone, PartialEq)]
@@ -110,7 +110,8 @@ impl RunConfig {
     /// As [`Self::recipe`].
     pub fn recipe_of_evaluation(&self) -> Result<Recipe, ConfigError> {
         let recipe = self.recipe_of_identification()?;
-        let by = ScoreBy::Routing { tokens: self.routing_tokens, threshold: self.risk_threshold };
+        let (tokens, threshold) = (self.routing_tokens, self.risk_threshold);
+        let by = ScoreBy::Routing { tokens, threshold, replies: CountedReplies::Targets };
         Ok(Recipe { identify: Identify { by, bootstrap: 0, ..recipe.identify }, ..recipe })
     }
 }

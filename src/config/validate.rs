@@ -1,6 +1,6 @@
 //! Validation of resolved options: ranges, contradictions, options without effect.
 
-use super::{Device, Init, RunConfig, SaveRounds, recipe};
+use super::{Device, Init, RoutingReplies, RunConfig, SaveRounds, recipe};
 use crate::experts::Method;
 
 /// The most resamples of a bootstrap.
@@ -38,6 +38,7 @@ fn counts(c: &RunConfig, wrong: &mut Vec<String>) {
             "to train no expert, use --no-finetune-unsafe-experts",
         ),
         ("router-epochs-per-round", c.router_epochs_per_round, 1, "to train no router, use --skip-router-training"),
+        ("max-new-tokens", c.max_new_tokens, 1, "a reply has at least one token"),
         ("logging-steps", c.logging_steps, 1, "use a large number for few log lines"),
         ("keep-checkpoints", c.keep_checkpoints, 1, "--resume needs one"),
         ("ranks", c.ranks.unwrap_or(1), 1, "use 1 to turn data parallelism off"),
@@ -129,6 +130,7 @@ fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
         ("retain-dataset-path", c.retain_dataset_path.as_deref()),
         ("chat-template", c.chat_template.as_deref()),
         ("experts", c.experts.as_deref()),
+        ("routing-replies", c.routing_replies.path()),
         ("output-dir", Some(c.output_dir.as_path())),
     ];
     for (option, path) in paths {
@@ -149,7 +151,16 @@ pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)
     let no_model = "a run with --init random saves no model and no checkpoint";
     let mut rules: Vec<(bool, &str, &[&str])> = vec![
         (!gradient_scores, "only --method gradient uses it", &["score", "score-per", "score-norm"]),
-        (c.method != Method::Routing, "only --method routing uses it", &["risk-threshold", "routing-tokens"]),
+        (
+            c.method != Method::Routing,
+            "only --method routing uses it",
+            &["risk-threshold", "routing-tokens", "routing-replies"],
+        ),
+        (
+            c.method != Method::Routing || c.routing_replies != RoutingReplies::Own,
+            "only --routing-replies own uses it",
+            &["max-new-tokens"],
+        ),
         (!random, "only --method random uses it", &["random-match", "random-exclude-found"]),
         (random && !gradient_scores, "--method random does not rank experts", &["select"]),
         (!given, "only --method given uses it", &["experts"]),

@@ -9,6 +9,7 @@
 //! | `mask` | loss mask: the bytes of the text, and from them the tokens, that carry loss |
 //! | `dataset`, `report` | runs all steps on a file; counts of kept and dropped rows with reasons |
 //! | `batches` | shuffled order of an epoch and its micro-batches |
+//! | `traces` | routing traces of an inference server, in place of rows |
 //! | `sampling` | which records a micro-batch of each phase holds, and how they are packed |
 
 mod batches;
@@ -23,6 +24,7 @@ mod rows;
 mod sampling;
 mod template;
 mod tokenizer;
+mod traces;
 
 pub use batches::{micro_batches, order};
 pub use dataset::{DataOptions, Dataset, Sample, loss_mask_samples};
@@ -32,6 +34,7 @@ pub use report::{DataReport, DropReason, Kind, Padding};
 pub use sampling::{JointBatch, MissingSide, Sampler};
 pub use template::{ChatTemplate, Rendered, TemplateError};
 pub use tokenizer::{ChatTokenizer, Encoded};
+pub use traces::{RoutingTraces, Trace, TraceShape};
 
 use std::ops::Range;
 

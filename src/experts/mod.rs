@@ -7,12 +7,14 @@
 mod bootstrap;
 mod frequency;
 mod how_many;
+mod replies;
 mod score;
 mod select;
 
 pub use bootstrap::Bootstrap;
 pub use frequency::{FrequencyAccumulator, RoutingCounts, token_mask};
 pub use how_many::{Drop, HowMany, STABLE};
+pub use replies::ReplyCounts;
 pub use score::{ExpertScores, ScoreAccumulator};
 pub use select::{RandomDraw, Ranking, Selected, SelectionLimits, select, select_random, selection_hash};
 

@@ -35,7 +35,10 @@ pub struct OwnReply {
     /// Whether the reply equals the row's target reply, token by token; null if the row has none. A reply of the largest
     /// number of tokens need only be the beginning of the target.
     pub equals_target: Option<bool>,
-    /// The verdict: a refusal by some phrase list, or, on the unsafe side, by equality with the target.
+    /// Whether the row's target reply is a refusal: on the unsafe side always; on the safe side by some phrase list, or where it
+    /// equals the target of the unsafe side; null without a target.
+    pub target_refuses: Option<bool>,
+    /// The verdict: a refusal by some phrase list, or by equality with a target that is a refusal.
     pub refuses: bool,
     /// Index of the record among those that were answered.
     #[serde(skip)]

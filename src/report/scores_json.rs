@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, read_json};
-use crate::experts::{ExpertId, ExpertScores, HowMany, Method, Score, ScoreNorm};
+use crate::experts::{ExpertId, ExpertScores, HowMany, Method, ReplyCounts, Score, ScoreNorm};
 
 /// Value of [`ScoresFile::schema`].
 pub const SCORES_SCHEMA: &str = "moewarden.scores/1";
@@ -51,6 +51,9 @@ pub struct RoundScores {
     /// How many experts the scores single out; missing where scores do not decide the selection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub how_many: Option<HowMany>,
+    /// How many of the model's own replies comply; missing where it was not asked for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own_replies: Option<ReplyCounts>,
 }
 
 impl ScoresFile {
@@ -125,6 +128,7 @@ impl RoundScores {
             kept_from: None,
             inclusion: Vec::new(),
             how_many: None,
+            own_replies: None,
         }
     }
 }

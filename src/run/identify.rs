@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::counted::CountedRows;
 use super::outputs::Outputs;
 use super::prepare::LargestPass;
 use super::progress::Progress;
@@ -46,13 +47,17 @@ fn identify_rank<B: Backend>(
     let predicted_memory = prepare::predict_memory(session, recipe, rank, 0, &*backend);
     let mut replica = session.replica(backend, transport, rank);
     let mut outputs = Outputs::create(session, config, recipe, &replica, ui)?;
-    let mut scan = scan_round(session, recipe, &mut replica, rank.local_world_size, 0, ui)?;
+    let lost = "stopped by a signal: nothing was saved (only `train` makes checkpoints)";
+    let Some(rows) = CountedRows::of(session, config, recipe, &replica, ui)? else {
+        return Ok(Ended::Stopped(Stopped::Lost(lost.into())));
+    };
+    rows.check()?;
+    let mut scan = scan_round(session, &rows, recipe, &mut replica, rank.local_world_size, 0, ui)?;
     outputs.start_clock();
     let progress = scan.progress(&replica, ui);
     while let Some(stop) = scan.interval(&replica, &progress)? {
         if stop {
-            let message = "stopped by a signal: nothing was saved (only `train` makes checkpoints)";
-            return Ok(Ended::Stopped(Stopped::Lost(message.into())));
+            return Ok(Ended::Stopped(Stopped::Lost(lost.into())));
         }
     }
     let found = scan.finish(&replica, &progress)?;
@@ -69,26 +74,29 @@ pub(super) struct RoundScan<'a, B: Backend> {
     /// The scoring pass.
     pub pass: Scan<'a, B>,
     recipe: &'a Recipe,
+    rows: &'a CountedRows,
     round: usize,
 }
 
-/// Begins the identification of `round` (from 0): a scoring pass over the training rows.
+/// Begins the identification of `round` (from 0): a scoring pass over these rows.
 pub(super) fn scan_round<'a, B: Backend>(
     session: &'a Session,
+    rows: &'a CountedRows,
     recipe: &'a Recipe,
     replica: &mut Replica<B>,
     local_world_size: usize,
     round: usize,
     ui: &Ui,
 ) -> Result<RoundScan<'a, B>> {
-    let sampler = session.sampler(recipe);
-    let pass = Scan::new(replica, &recipe.identify, sampler, sampler.unsafe_order(round))?;
+    let sampler = rows.sampler(session, recipe);
+    let pass =
+        Scan::new(replica, &recipe.identify, sampler, sampler.unsafe_order(round))?.with_traces(session.traces());
     if let Some(lowest) = pass.lowest_layer() {
         let budget = memory::budget(&*replica.model().backend, local_world_size, session.model.vocab_size);
         let largest = LargestPass { rows: session.longest_batch(recipe.batch_size), lowest, forwards: 1 };
         replica.kept = prepare::kept_layers(session, recipe, &budget, largest, (round, Phase::Identify), ui);
     }
-    Ok(RoundScan { pass, recipe, round })
+    Ok(RoundScan { pass, recipe, rows, round })
 }
 
 impl<B: Backend> RoundScan<'_, B> {
@@ -112,6 +120,7 @@ impl<B: Backend> RoundScan<'_, B> {
     pub(super) fn finish(self, replica: &Replica<B>, progress: &Progress<'_>) -> Result<Identification> {
         let identify = &self.recipe.identify;
         let found = select(replica, identify, self.pass.finish(replica)?)?;
+        let found = Identification { replies: self.rows.counts(), ..found };
         if let Some(warning) = &found.warning {
             progress.warn(warning);
         }

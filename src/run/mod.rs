@@ -2,6 +2,7 @@
 
 mod check;
 mod compare;
+pub mod counted;
 mod eval;
 mod export;
 pub mod forecast;

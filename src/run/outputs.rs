@@ -200,6 +200,7 @@ impl<'a> Outputs<'a> {
                     .map(<[f64]>::to_vec)
                     .collect(),
                 how_many: found.how_many.clone(),
+                own_replies: found.replies,
                 ..of_round
             },
         );

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use crate::backend::{Backend, Dtype};
 use crate::collective::{self, Collective, all_agree};
 use crate::config::{Init, RunConfig};
-use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, Sampler};
+use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, TraceShape};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::selection_hash;
 use crate::launch::hub_cache;
@@ -14,7 +14,7 @@ use crate::launch::memory::{human, human_count};
 use crate::launch::{Rank, Workload};
 use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit};
 use crate::report::ExpertsFile;
-use crate::train::{DeviceTransport, Recipe, Replica, RetainRows, ScoreBy};
+use crate::train::{CountedReplies, DeviceTransport, Recipe, Replica, RetainRows, ScoreBy};
 use crate::ui::Ui;
 
 /// The inputs of a run.
@@ -41,6 +41,8 @@ pub struct Session {
     given: Option<[u8; 32]>,
     fingerprint: OnceLock<blake3::Hash>,
     weights_hash: OnceLock<blake3::Hash>,
+    /// The routing traces on which routing is counted, and their file.
+    traces: Option<(PathBuf, RoutingTraces)>,
 }
 
 impl Session {
@@ -52,6 +54,12 @@ impl Session {
         let mut session = Self::open_any(config, ui)?;
         session.check_selection(config, recipe, ui)?;
         session.given = (recipe.identify.by == ScoreBy::Given).then(|| selection_hash(&recipe.identify.given));
+        if let (CountedReplies::Traces, Some(path)) = (recipe.identify.counted_replies(), config.routing_replies.path())
+        {
+            let (layers, num_experts) = (session.model.moe_layers().layers.len(), session.model.num_experts);
+            let shape = TraceShape { layers, num_experts, top_k: session.model.num_experts_per_tok };
+            session.traces = Some((path.to_owned(), RoutingTraces::read(path, shape)?));
+        }
         if session.data.records.iter().all(|r| r.unsafe_reply.is_none()) {
             return Err(Failure::new(
                 exit::DATA,
@@ -108,9 +116,7 @@ impl Session {
             None => None,
             Some(path) => Some((path.clone(), read_retain_rows(path, &tokenizer, &options, held_out.as_ref(), ui)?)),
         };
-        let (fingerprint, weights_hash) = (OnceLock::new(), OnceLock::new());
         let data_path = config.dataset_path.clone();
-        let given = None;
         Ok(Self {
             dir,
             model,
@@ -121,9 +127,10 @@ impl Session {
             held_out,
             retain,
             data_path,
-            given,
-            fingerprint,
-            weights_hash,
+            given: None,
+            fingerprint: OnceLock::new(),
+            weights_hash: OnceLock::new(),
+            traces: None,
         })
     }
 
@@ -147,6 +154,20 @@ impl Session {
             shuffle: recipe.shuffle,
             seed: recipe.seed,
         }
+    }
+
+    /// A sampler of the records over which experts are scored: routing traces have their own, in place of the rows.
+    pub fn scored_sampler(&self, recipe: &Recipe) -> Sampler<'_> {
+        let rows = self.sampler(recipe);
+        match &self.traces {
+            Some((path, traces)) => Sampler { data: &traces.data, path, ..rows },
+            None => rows,
+        }
+    }
+
+    /// The routing traces on which routing is counted.
+    pub fn traces(&self) -> Option<&RoutingTraces> {
+        self.traces.as_ref().map(|(_, traces)| traces)
     }
 
     /// A copy of the model on the device of one rank.
@@ -187,6 +208,7 @@ impl Session {
         let needs = [
             (needed.safe_prompts && !prompts, "router alignment needs safe prompts", "--skip-router-training"),
             (needed.safe_examples && !replies, "the joint schedule needs safe examples", "--schedule alternate"),
+            (needed.answered_prompts && !prompts, "--routing-replies own needs safe prompts", "--method gradient"),
             (needed.safe_replies && !replies, "--method routing needs safe examples", "--method gradient"),
         ];
         match needs.into_iter().find(|(lacks, ..)| *lacks) {
@@ -358,7 +380,7 @@ fn agree_on_options(world: &dyn Collective, options: &str) -> Result<()> {
 fn data_files(config: &RunConfig) -> impl Iterator<Item = PathBuf> + '_ {
     let optional = [&config.eval_dataset_path, &config.retain_dataset_path, &config.chat_template];
     let files = std::iter::once(Some(&config.dataset_path)).chain(optional.map(Option::as_ref));
-    files.flatten().cloned()
+    files.flatten().cloned().chain(config.routing_replies.path().map(Path::to_owned))
 }
 
 /// Reads the retain rows.

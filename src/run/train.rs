@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::counted::CountedRows;
 use super::identify::scan_round;
 use super::outputs::{OutputState, Outputs};
 use super::prepare::LargestPass;
@@ -236,7 +237,24 @@ impl<B: Backend> RankRun<'_, B> {
             ui.line(format_args!("round {}: the selection of round {from} is kept", round + 1));
             return Ok(ControlFlow::Continue(()));
         }
-        let mut scan = scan_round(session, recipe, &mut self.replica, self.local_world_size, round, ui)?;
+        let Some(rows) = CountedRows::of(session, self.config, recipe, &self.replica, ui)? else {
+            // The start of a later round, or of this phase if it was resumed, is saved.
+            if round == 0 && resumed.is_none() {
+                self.save(Position::start(0, Phase::Identify), &PhaseSnapshot::Between)?;
+            }
+            return Ok(ControlFlow::Break(()));
+        };
+        match (rows.check(), self.outputs.selection_to_keep()) {
+            (Err(nothing), Some((from, experts))) => {
+                ui.warn(format_args!("round {}: the selection of round {from} is kept: {nothing}", round + 1));
+                let found =
+                    Identification { replies: rows.counts(), ..Identification::kept(&self.replica, experts, from) };
+                self.outputs.identified(round + 1, &found)?;
+                return Ok(ControlFlow::Continue(()));
+            }
+            (checked, _) => checked?,
+        }
+        let mut scan = scan_round(session, &rows, recipe, &mut self.replica, self.local_world_size, round, ui)?;
         if let Some(snapshot) = resumed {
             all_ok(&*self.replica.world, snapshot.restore_scan(&self.replica, &mut scan.pass))?;
         }

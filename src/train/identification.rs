@@ -10,7 +10,8 @@ use crate::collective::all_agree;
 use crate::data::Sampler;
 use crate::exit::Result;
 use crate::experts::{
-    self, ExpertId, ExpertScores, HowMany, RandomDraw, RandomMatch, Ranking, ScoreNorm, Selected, selection_hash,
+    self, ExpertId, ExpertScores, HowMany, RandomDraw, RandomMatch, Ranking, ReplyCounts, ScoreNorm, Selected,
+    selection_hash,
 };
 
 /// What an identification found; the same on all ranks.
@@ -39,6 +40,9 @@ pub struct Identification {
     /// How many experts the scores single out, where they decide the selection.
     #[serde(default)]
     pub how_many: Option<HowMany>,
+    /// How many of the model's own replies comply, where they were asked for.
+    #[serde(default)]
+    pub replies: Option<ReplyCounts>,
     /// A remark for the user.
     #[serde(skip)]
     pub warning: Option<String>,
@@ -66,6 +70,7 @@ impl Identification {
             gradient_selection: None,
             inclusion: None,
             how_many: None,
+            replies: None,
             warning: None,
         }
     }
@@ -138,6 +143,7 @@ pub fn select<B: Backend>(replica: &Replica<B>, identify: &Identify, scored: Sco
         gradient_selection,
         inclusion,
         how_many,
+        replies: None,
         warning,
     })
 }

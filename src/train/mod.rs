@@ -48,8 +48,8 @@ pub use memory::Recompute;
 pub use objective::{Losses, Objective};
 pub use phase::{PhaseProgress, StepResult, TrainingPhase};
 pub use recipe::{
-    Divergence, ExpertPhase, GradientScore, Identify, JointPhase, NeededSides, Phase, PhasePlan, Recipe, Retain,
-    RetainLoss, RouterPhase, ScoreBy, Trained, TrainedElements, Training, Updates, router_params,
+    CountedReplies, Divergence, ExpertPhase, GradientScore, Identify, JointPhase, NeededSides, Phase, PhasePlan,
+    Recipe, Retain, RetainLoss, RouterPhase, ScoreBy, Trained, TrainedElements, Training, Updates, router_params,
 };
 pub use replica::{Replica, share};
 pub use retention::{BaseOutputs, BaseRow, Drift, LayerDrift, RetainRows, Retention, compute_base};

@@ -136,6 +136,8 @@ pub enum ScoreBy {
         tokens: RoutingTokens,
         /// Only a risk difference above this qualifies.
         threshold: f64,
+        /// The replies whose tokens are counted.
+        replies: CountedReplies,
     },
     /// Nothing: experts are drawn at random, once a run.
     Random {
@@ -148,6 +150,20 @@ pub enum ScoreBy {
     },
     /// Nothing: the experts are given ([`Identify::given`]).
     Given,
+}
+
+/// The replies on whose tokens routing is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CountedReplies {
+    /// The targets of the rows, in one forward pass.
+    Targets,
+    /// The model's own greedy replies of at most so many tokens.
+    Own {
+        /// Largest number of tokens of a reply.
+        max_new_tokens: usize,
+    },
+    /// Those of routing traces: no forward pass is needed.
+    Traces,
 }
 
 /// A score from gradients.
@@ -299,6 +315,8 @@ pub struct NeededSides {
     pub safe_examples: bool,
     /// The routing method counts on safe replies.
     pub safe_replies: bool,
+    /// The routing method counts on the model's own replies to safe prompts.
+    pub answered_prompts: bool,
 }
 
 /// Elements that a run trains.
@@ -372,8 +390,9 @@ impl Recipe {
     pub fn needed_sides(&self) -> NeededSides {
         NeededSides {
             safe_prompts: self.router_phase().is_some(),
+            answered_prompts: matches!(self.identify.counted_replies(), CountedReplies::Own { .. }),
             safe_examples: matches!(self.training, Training::Joint(_)),
-            safe_replies: matches!(self.identify.by, ScoreBy::Routing { .. }),
+            safe_replies: matches!(self.identify.by, ScoreBy::Routing { replies: CountedReplies::Targets, .. }),
         }
     }
 
@@ -416,10 +435,19 @@ impl Identify {
         }
     }
 
-    /// Whether a later round keeps the first round's selection and scores nothing. Random and given experts are the same in all
-    /// rounds, so that as many experts are trained as the options ask for.
+    /// Whether a later round keeps the first round's selection and scores nothing: random and given experts are the same in
+    /// all rounds, so that as many experts are trained as the options ask for; routing traces are of the untrained model.
     pub fn keeps_first_selection(&self) -> bool {
-        self.once || matches!(self.by, ScoreBy::Random { .. } | ScoreBy::Given)
+        let traces = self.counted_replies() == CountedReplies::Traces;
+        self.once || traces || matches!(self.by, ScoreBy::Random { .. } | ScoreBy::Given)
+    }
+
+    /// The replies on whose tokens routing is counted.
+    pub fn counted_replies(&self) -> CountedReplies {
+        match self.by {
+            ScoreBy::Routing { replies, .. } => replies,
+            ScoreBy::Gradient(_) | ScoreBy::Random { .. } | ScoreBy::Given => CountedReplies::Targets,
+        }
     }
 
     /// The limits for a model with the MoE layers `layers` of `num_experts` experts each: `top_k` is lowered to the number of

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::recipe::{GradientScore, Identify, ScoreBy};
 use super::replica::Replica;
 use crate::backend::Backend;
-use crate::data::{MicroBatch, Sampler};
+use crate::data::{MicroBatch, RoutingTraces, Sampler, Trace};
 use crate::exit::{self, Coded, Failure, Result};
 use crate::experts::{
     Bootstrap, ExpertScores, FrequencyAccumulator, RoutingCounts, RoutingTokens, ScoreAccumulator, ScoreNorm, ScorePer,
@@ -56,12 +56,12 @@ pub struct Scan<'d, B: Backend> {
     micro_batches: Vec<Vec<usize>>,
     /// Micro-batches of the global order that are done.
     next: usize,
-    scorer: Scorer<B>,
+    scorer: Scorer<'d, B>,
 }
 
-enum Scorer<B: Backend> {
+enum Scorer<'d, B: Backend> {
     Gradient(GradientScorer<B>),
-    Routing(RoutingScorer),
+    Routing(RoutingScorer<'d>),
     /// A random selection needs no scores.
     None,
 }
@@ -78,11 +78,13 @@ struct GradientScorer<B: Backend> {
     sums: PartialSums<ScoreAccumulator>,
 }
 
-/// Counts how often each expert is among the top K, by forward passes only.
-struct RoutingScorer {
+/// Counts how often each expert is among the top K, by forward passes only, or in routing traces.
+struct RoutingScorer<'d> {
     tokens: RoutingTokens,
     /// For each record the one with its safe reply.
     partners: Vec<usize>,
+    /// The traces of the sampler's records, in place of forward passes.
+    traces: Option<&'d RoutingTraces>,
     sums: PartialSums<FrequencyAccumulator>,
 }
 
@@ -160,6 +162,15 @@ impl<'d, B: Backend> Scan<'d, B> {
         };
         let next = if matches!(scorer, Scorer::None) { micro_batches.len() } else { 0 };
         Ok(Self { sampler, micro_batches, next, scorer })
+    }
+
+    /// Counts in these traces, whose records are those of the sampler, instead of running the model.
+    #[must_use]
+    pub fn with_traces(mut self, traces: Option<&'d RoutingTraces>) -> Self {
+        if let Scorer::Routing(scorer) = &mut self.scorer {
+            scorer.traces = traces;
+        }
+        self
     }
 
     /// Resumes after the first `next` micro-batches. `sums`: what ranks had added up ([`Self::state`]): one entry if the world
@@ -396,17 +407,17 @@ impl<B: Backend> GradientScorer<B> {
     }
 }
 
-impl RoutingScorer {
+impl<'d> RoutingScorer<'d> {
     fn new<B: Backend>(
         replica: &Replica<B>,
-        sampler: Sampler<'_>,
+        sampler: Sampler<'d>,
         tokens: RoutingTokens,
         bootstrap: Option<Bootstrap>,
     ) -> Result<Self> {
         let layers = replica.moe_layers().layers.clone();
         let accumulator = FrequencyAccumulator::new(layers, replica.model().config.num_experts);
         let sums = PartialSums::new(accumulator, bootstrap);
-        Ok(Self { tokens, partners: sampler.reply_partners()?, sums })
+        Ok(Self { tokens, partners: sampler.reply_partners()?, traces: None, sums })
     }
 
     /// The unsafe replies of a micro-batch against the safe replies of their partners.
@@ -419,9 +430,27 @@ impl RoutingScorer {
     ) -> ScoredBatch {
         let partners: Vec<_> = records.iter().map(|&r| self.partners[r]).collect();
         let (safe, unsafe_) = (sampler.pack_safe(&partners), sampler.pack_unsafe(records));
-        let differences = self.sums.accumulator.add(&self.count(replica, &safe), &self.count(replica, &unsafe_));
+        let (safe_counts, unsafe_counts) = match self.traces {
+            None => (self.count(replica, &safe), self.count(replica, &unsafe_)),
+            Some(traces) => (
+                self.count_traces(replica, &safe, &traces.safe_side(&partners)),
+                self.count_traces(replica, &unsafe_, &traces.unsafe_side(records)),
+            ),
+        };
+        let differences = self.sums.accumulator.add(&safe_counts, &unsafe_counts);
         self.sums.resample(index, differences.as_deref());
         ScoredBatch { tokens: safe.ids.len() + unsafe_.ids.len(), loss: None }
+    }
+
+    fn count_traces<B: Backend>(&self, replica: &Replica<B>, batch: &MicroBatch, traces: &[&Trace]) -> RoutingCounts {
+        let layers = replica.moe_layers().layers.len();
+        let mask = token_mask(self.tokens, &batch.is_response);
+        let mut counts = RoutingCounts::new(mask, layers, replica.model().config.num_experts);
+        for layer in 0..layers {
+            let experts: Vec<u32> = traces.iter().flat_map(|trace| trace.layer(layer)).collect();
+            counts.add_layer(layer, &experts);
+        }
+        counts
     }
 
     fn count<B: Backend>(&self, replica: &Replica<B>, batch: &MicroBatch) -> RoutingCounts {

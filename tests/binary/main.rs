@@ -14,6 +14,7 @@ mod cli_options;
 mod commands;
 mod faults;
 mod lockstep;
+mod own_replies;
 mod python;
 mod quickstart;
 mod random_init;

@@ -29,6 +29,7 @@ mod ops_autograd;
 mod recipe;
 mod replies;
 mod retention;
+mod routing_replies;
 mod second_opinion;
 mod sharding;
 mod shared_goldens;
