@@ -125,11 +125,19 @@ mod tests {
                     "routing-expert-only",
                     "random-expert-only",
                     "given-expert-only",
+                    "esft-token-expert-only",
+                    "esft-gate-expert-only",
+                    "steermoe-expert-only",
+                    "safex-expert-only",
                     "router-only",
                     "gradient-combined",
                     "routing-combined",
                     "random-combined",
                     "given-combined",
+                    "esft-token-combined",
+                    "esft-gate-combined",
+                    "steermoe-combined",
+                    "safex-combined",
                     "frozen",
                     "baseline"
                 ]
@@ -138,9 +146,9 @@ mod tests {
                 assert_eq!(validate::problems(&v.config), Vec::<String>::new(), "{}", v.name);
                 assert_eq!(v.config.output_dir, base.output_dir.join(&v.name));
             }
-            let frozen = &variants[9].config;
+            let frozen = &variants[17].config;
             assert!(!frozen.finetune_unsafe_experts && frozen.skip_router_training);
-            assert_eq!(variants[10].config.mode, Mode::Baseline);
+            assert_eq!(variants[18].config.mode, Mode::Baseline);
         }
     }
 }

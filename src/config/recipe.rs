@@ -4,7 +4,7 @@
 use std::num::NonZeroUsize;
 
 use super::{Mode, RawOptions, RoutingReplies, RunConfig, Schedule};
-use crate::experts::{ExpertId, IdentifyIn, Method, RandomMatch, Selection, SelectionLimits};
+use crate::experts::{ExpertId, IdentifyIn, Method, RandomMatch, Rule, Selection, SelectionLimits};
 use crate::train::{
     CountedReplies, Divergence, ExpertPhase, GradientScore, Identify, JointPhase, Recipe, Retain, RouterPhase, ScoreBy,
     Trained, Training, Updates,
@@ -13,7 +13,11 @@ use crate::train::{
 /// The recipe of valid options. `given`: the experts of `--experts`, which are all selected; empty for other methods.
 pub(super) fn recipe_of(c: &RunConfig, given: Vec<ExpertId>) -> Recipe {
     let training = training(c);
-    let top_k = if c.method == Method::Given { given.len() } else { c.top_k_experts };
+    let top_k = match c.method {
+        Method::Given => given.len(),
+        _ if decides_size(c) => 0,
+        _ => c.top_k_experts,
+    };
     Recipe {
         rounds: c.num_rounds,
         batch_size: c.batch_size,
@@ -51,17 +55,19 @@ pub(super) fn recipe_of(c: &RunConfig, given: Vec<ExpertId>) -> Recipe {
 
 fn score_by(c: &RunConfig) -> ScoreBy {
     let gradient = GradientScore { score: c.score, per: c.score_per, norm: c.score_norm };
+    let tokens = c.routing_tokens;
+    let replies = match c.routing_replies {
+        RoutingReplies::Target => CountedReplies::Targets,
+        RoutingReplies::Own => CountedReplies::Own { max_new_tokens: c.max_new_tokens },
+        RoutingReplies::File(_) => CountedReplies::Traces,
+    };
     match c.method {
         Method::Gradient => ScoreBy::Gradient(gradient),
-        Method::Routing => ScoreBy::Routing {
-            tokens: c.routing_tokens,
-            threshold: c.risk_threshold,
-            replies: match c.routing_replies {
-                RoutingReplies::Target => CountedReplies::Targets,
-                RoutingReplies::Own => CountedReplies::Own { max_new_tokens: c.max_new_tokens },
-                RoutingReplies::File(_) => CountedReplies::Traces,
-            },
-        },
+        Method::Routing => ScoreBy::Routing { tokens, threshold: c.risk_threshold, replies },
+        Method::EsftToken => ScoreBy::Published { rule: Rule::EsftToken, tokens, replies },
+        Method::EsftGate => ScoreBy::Published { rule: Rule::EsftGate, tokens, replies },
+        Method::Steermoe => ScoreBy::Published { rule: Rule::SteerMoe, tokens, replies },
+        Method::Safex => ScoreBy::Published { rule: Rule::Safex, tokens, replies },
         Method::Random => ScoreBy::Random {
             gradient: computes_gradient_scores(c).then_some(gradient),
             matching: c.random_match,
@@ -81,8 +87,23 @@ pub(super) fn computes_gradient_scores(c: &RunConfig) -> bool {
     match c.method {
         Method::Gradient => true,
         Method::Random => c.random_match == RandomMatch::Layer || c.random_exclude_found,
-        Method::Routing | Method::Given => false,
+        _ => false,
     }
+}
+
+/// Whether the method counts which experts tokens are routed to.
+pub(super) fn counts_routing(c: &RunConfig) -> bool {
+    c.method == Method::Routing || is_published(c)
+}
+
+/// Whether the method is a published rule.
+fn is_published(c: &RunConfig) -> bool {
+    matches!(score_by(c), ScoreBy::Published { .. })
+}
+
+/// Whether the method decides itself how many experts are selected.
+pub(super) fn decides_size(c: &RunConfig) -> bool {
+    matches!(score_by(c), ScoreBy::Published { rule, .. } if rule.decides_size())
 }
 
 fn divergence(c: &RunConfig) -> Divergence {
@@ -167,8 +188,11 @@ pub(super) fn variant(base: &RunConfig, method: Method, experts: Option<Mode>, r
         skip_router_training: !routers,
         schedule: if joint { Schedule::Joint } else { Schedule::Alternate },
         use_router_consistency_loss: joint,
-        // Random and given experts are the same in all rounds.
-        selection: if matches!(method, Method::Random | Method::Given) { Selection::Global } else { base.selection },
+        // Random and given experts are the same in all rounds; published rules select on the whole data set.
+        selection: match method {
+            Method::Gradient | Method::Routing => base.selection,
+            _ => Selection::Global,
+        },
         ..base.clone()
     }
 }
@@ -206,10 +230,16 @@ pub(super) fn contradictions(c: &RunConfig) -> Vec<(bool, &'static str)> {
              use --selection global",
         ),
         (
-            c.method == Method::Routing
-                && c.routing_replies != RoutingReplies::Target
-                && c.selection == Selection::PerBatch,
+            counts_routing(c) && c.routing_replies != RoutingReplies::Target && c.selection == Selection::PerBatch,
             "--routing-replies own and routing traces are of the whole data set: use --selection global",
+        ),
+        (
+            is_published(c) && c.selection == Selection::PerBatch,
+            "this --method selects by the routing of the whole data set: use --selection global",
+        ),
+        (
+            c.method == Method::EsftGate && matches!(c.routing_replies, RoutingReplies::File(_)),
+            "--method esft-gate needs routing weights, which routing traces do not hold: use --method esft-token",
         ),
         (
             c.method == Method::Given && c.selection == Selection::PerBatch,

@@ -151,13 +151,20 @@ pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)
     let no_model = "a run with --init random saves no model and no checkpoint";
     let mut rules: Vec<(bool, &str, &[&str])> = vec![
         (!gradient_scores, "only --method gradient uses it", &["score", "score-per", "score-norm"]),
+        (c.method != Method::Routing, "only --method routing uses it", &["risk-threshold"]),
         (
-            c.method != Method::Routing,
-            "only --method routing uses it",
-            &["risk-threshold", "routing-tokens", "routing-replies"],
+            !recipe::counts_routing(c),
+            "only --method routing and the published rules use it",
+            &["routing-tokens", "routing-replies"],
         ),
         (
-            c.method != Method::Routing || c.routing_replies != RoutingReplies::Own,
+            recipe::decides_size(c),
+            "this --method decides itself how many experts it selects",
+            &["top-k-experts", "experts-per-layer", "select"],
+        ),
+        (c.method == Method::Steermoe, "--method steermoe selects from the top", &["select"]),
+        (
+            !recipe::counts_routing(c) || c.routing_replies != RoutingReplies::Own,
             "only --routing-replies own uses it",
             &["max-new-tokens"],
         ),

@@ -7,6 +7,7 @@
 mod bootstrap;
 mod frequency;
 mod how_many;
+mod published;
 mod replies;
 mod score;
 mod select;
@@ -14,6 +15,10 @@ mod select;
 pub use bootstrap::Bootstrap;
 pub use frequency::{FrequencyAccumulator, RoutingCounts, token_mask};
 pub use how_many::{Drop, HowMany, STABLE};
+pub use published::{
+    BatchUsage, ESFT_GATE_P, ESFT_TOKEN_P, OtherExperts, Rule, RuleResult, SAFEX_BOOTSTRAPS, SAFEX_SHARE, Usage,
+    UsageAccumulator, top_p,
+};
 pub use replies::ReplyCounts;
 pub use score::{ExpertScores, ScoreAccumulator};
 pub use select::{RandomDraw, Ranking, Selected, SelectionLimits, select, select_random, selection_hash};
@@ -119,6 +124,14 @@ pub enum Method {
     Random,
     /// The experts of a file (--experts).
     Given,
+    /// ESFT by tokens: in each layer the experts with the largest token shares on unsafe prompts, 0.2 together.
+    EsftToken,
+    /// ESFT by gate: in each layer the experts with the largest routing weights on unsafe prompts, 0.1 together.
+    EsftGate,
+    /// SteerMoE: the largest positive differences of routing frequencies between unsafe and safe prompts.
+    Steermoe,
+    /// SAFEx: experts that are stably frequent on safe, but not on unsafe prompts.
+    Safex,
 }
 
 /// The gradient method's score of an expert with P = 3·D·F parameters w and gradients g (`--score`).

@@ -81,7 +81,7 @@ impl SelectionLimits {
     }
 
     /// The first `top_k` of `candidates` that are in an allowed layer and do not exceed the limit per layer.
-    fn take(&self, candidates: impl IntoIterator<Item = ExpertId>) -> Vec<ExpertId> {
+    pub(super) fn take(&self, candidates: impl IntoIterator<Item = ExpertId>) -> Vec<ExpertId> {
         let mut taken_of_layer = BTreeMap::<usize, usize>::new();
         let cap = self.per_layer.unwrap_or(usize::MAX);
         let mut is_under_cap = |id: &ExpertId| {

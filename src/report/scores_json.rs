@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, read_json};
-use crate::experts::{ExpertId, ExpertScores, HowMany, Method, ReplyCounts, Score, ScoreNorm};
+use crate::experts::{ExpertId, ExpertScores, HowMany, Method, OtherExperts, ReplyCounts, Score, ScoreNorm};
 
 /// Value of [`ScoresFile::schema`].
 pub const SCORES_SCHEMA: &str = "moewarden.scores/1";
@@ -54,6 +54,9 @@ pub struct RoundScores {
     /// How many of the model's own replies comply; missing where it was not asked for them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub own_replies: Option<ReplyCounts>,
+    /// Experts that a published rule names besides the selection; missing for other methods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub others: Option<OtherExperts>,
 }
 
 impl ScoresFile {
@@ -129,6 +132,7 @@ impl RoundScores {
             inclusion: Vec::new(),
             how_many: None,
             own_replies: None,
+            others: None,
         }
     }
 }

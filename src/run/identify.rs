@@ -125,12 +125,13 @@ impl<B: Backend> RoundScan<'_, B> {
             progress.warn(warning);
         }
         if found.selected.shortfall() > 0 {
-            progress.warn(format_args!(
-                "only {} of {} experts qualify (--risk-threshold {})",
-                found.selected.experts.len(),
-                found.selected.requested,
-                identify.threshold().unwrap_or_default()
-            ));
+            let (selected, requested) = (found.selected.experts.len(), found.selected.requested);
+            progress.warn(match identify.threshold() {
+                Some(threshold) => {
+                    format!("only {selected} of {requested} experts qualify (--risk-threshold {threshold})")
+                }
+                None => format!("only {selected} of {requested} experts have a score above 0"),
+            });
         }
         Ok(found)
     }

@@ -201,6 +201,7 @@ impl<'a> Outputs<'a> {
                     .collect(),
                 how_many: found.how_many.clone(),
                 own_replies: found.replies,
+                others: found.others.clone(),
                 ..of_round
             },
         );

@@ -237,6 +237,9 @@ impl Session {
             let file = ExpertsFile { path: path.clone(), experts: identify.given.clone() };
             return Ok(file.check(layers, self.model.num_experts)?);
         }
+        if matches!(identify.by, ScoreBy::Published { rule, .. } if rule.decides_size()) {
+            return Ok(());
+        }
         let limits = identify.limits_for(layers, self.model.num_experts);
         if limits.top_k < identify.limits.top_k {
             ui.warn(format_args!(

@@ -10,8 +10,8 @@ use crate::collective::all_agree;
 use crate::data::Sampler;
 use crate::exit::Result;
 use crate::experts::{
-    self, ExpertId, ExpertScores, HowMany, RandomDraw, RandomMatch, Ranking, ReplyCounts, ScoreNorm, Selected,
-    selection_hash,
+    self, ExpertId, ExpertScores, HowMany, OtherExperts, RandomDraw, RandomMatch, Ranking, ReplyCounts, ScoreNorm,
+    Selected, selection_hash,
 };
 
 /// What an identification found; the same on all ranks.
@@ -43,6 +43,9 @@ pub struct Identification {
     /// How many of the model's own replies comply, where they were asked for.
     #[serde(default)]
     pub replies: Option<ReplyCounts>,
+    /// Experts that a published rule names besides the selection.
+    #[serde(default)]
+    pub others: Option<OtherExperts>,
     /// A remark for the user.
     #[serde(skip)]
     pub warning: Option<String>,
@@ -71,6 +74,7 @@ impl Identification {
             inclusion: None,
             how_many: None,
             replies: None,
+            others: None,
             warning: None,
         }
     }
@@ -104,8 +108,9 @@ pub fn select<B: Backend>(replica: &Replica<B>, identify: &Identify, scored: Sco
     let num_experts = replica.model().config.num_experts;
     let limits = identify.limits_for(layers, num_experts);
     let ranking = Ranking { select: identify.select, threshold: identify.threshold() };
-    let Scores { scores, mut micro_batches, mut losses, mut tokens, bootstrap, warning } = scored;
+    let Scores { mut scores, mut micro_batches, mut losses, mut tokens, bootstrap, usage, warning } = scored;
     let mut gradient_selection = None;
+    let mut others = None;
     let selected = match identify.by {
         ScoreBy::Gradient(_) | ScoreBy::Routing { .. } => experts::select(&scores, &limits, &ranking)?,
         ScoreBy::Random { gradient, matching, exclude_found } => {
@@ -119,6 +124,12 @@ pub fn select<B: Backend>(replica: &Replica<B>, identify: &Identify, scored: Sco
             let drawn = experts::select_random(layers, num_experts, &limits, draw, identify.seed)?;
             gradient_selection = found;
             drawn
+        }
+        ScoreBy::Published { rule, .. } => {
+            let usage = usage.expect("the scan of a published rule counts usage");
+            let found = usage.apply(rule, layers, num_experts, &limits, identify.seed)?;
+            (scores, others) = (found.scores, found.others);
+            found.selected
         }
         ScoreBy::Given => Selected { experts: identify.given.clone(), requested: identify.given.len() },
     };
@@ -144,6 +155,7 @@ pub fn select<B: Backend>(replica: &Replica<B>, identify: &Identify, scored: Sco
         inclusion,
         how_many,
         replies: None,
+        others,
         warning,
     })
 }
@@ -213,6 +225,8 @@ mod tests {
             gradient_selection: None,
             inclusion: None,
             how_many: None,
+            replies: None,
+            others: None,
             warning: None,
         };
         let first = [3.0, 5.0];

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `recipe` | what each round does, decided once from the options |
 //! | `replica` | this rank's weights, who may write them, forward passes, agreement between ranks |
-//! | `scan`, `identification` | the scoring pass, and the selection from its scores |
+//! | `scan`, `usage`, `identification` | the scoring pass, and the selection from its scores |
 //! | `phase` | one training step: select, backward, norm, update or skip (the loop over steps is `run/train.rs`) |
 //! | `objective` | what a phase minimises; `expert`, `router` and `joint` implement it |
 //! | `alignment` | routing statistics of a step's global batch, their divergence and its gradient |
@@ -37,6 +37,7 @@ mod scan;
 mod step_backward;
 mod stop;
 mod trainer;
+mod usage;
 
 pub use check_replicas::check_replicas;
 pub use device_transport::{DeviceTransport, GpuTransport};

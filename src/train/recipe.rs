@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::memory::Recompute;
 use crate::experts::{
-    ExpertId, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection, SelectionLimits,
+    ExpertId, RandomMatch, RoutingTokens, Rule, Score, ScoreNorm, ScorePer, Select, Selection, SelectionLimits,
 };
 use crate::model::{ModelConfig, ParamId, ParamKind, ParamTable, expert_params};
 use crate::optim::{LearningRates, LrSchedule};
@@ -136,6 +136,15 @@ pub enum ScoreBy {
         tokens: RoutingTokens,
         /// Only a risk difference above this qualifies.
         threshold: f64,
+        /// The replies whose tokens are counted.
+        replies: CountedReplies,
+    },
+    /// Routing, by a published rule.
+    Published {
+        /// The rule.
+        rule: Rule,
+        /// The tokens that are counted.
+        tokens: RoutingTokens,
         /// The replies whose tokens are counted.
         replies: CountedReplies,
     },
@@ -390,9 +399,10 @@ impl Recipe {
     pub fn needed_sides(&self) -> NeededSides {
         NeededSides {
             safe_prompts: self.router_phase().is_some(),
-            answered_prompts: matches!(self.identify.counted_replies(), CountedReplies::Own { .. }),
+            answered_prompts: self.identify.compares_sides()
+                && matches!(self.identify.counted_replies(), CountedReplies::Own { .. }),
             safe_examples: matches!(self.training, Training::Joint(_)),
-            safe_replies: matches!(self.identify.by, ScoreBy::Routing { replies: CountedReplies::Targets, .. }),
+            safe_replies: self.identify.compares_sides() && self.identify.counted_replies() == CountedReplies::Targets,
         }
     }
 
@@ -412,9 +422,13 @@ impl Recipe {
         let all_experts = count(|kind| matches!(kind, ParamKind::Expert(..)));
         let [experts, others] = match self.trained() {
             None => [0, 0],
-            Some(Trained::SelectedExperts) => {
-                [self.identify.limits.top_k * 3 * model.hidden_size * model.expert_width, 0]
-            }
+            Some(Trained::SelectedExperts) => [
+                self.identify.expected_size(model.moe_layers().count(), model.num_experts)
+                    * 3
+                    * model.hidden_size
+                    * model.expert_width,
+                0,
+            ],
             Some(Trained::AllExperts) => [all_experts, 0],
             Some(Trained::Everything) => [all_experts, table.total().elements - all_experts - all_routers],
         };
@@ -431,7 +445,7 @@ impl Identify {
     pub fn threshold(&self) -> Option<f64> {
         match self.by {
             ScoreBy::Routing { threshold, .. } => Some(threshold),
-            ScoreBy::Gradient(_) | ScoreBy::Random { .. } | ScoreBy::Given => None,
+            ScoreBy::Gradient(_) | ScoreBy::Published { .. } | ScoreBy::Random { .. } | ScoreBy::Given => None,
         }
     }
 
@@ -442,10 +456,30 @@ impl Identify {
         self.once || traces || matches!(self.by, ScoreBy::Random { .. } | ScoreBy::Given)
     }
 
+    /// Whether the score compares routing on unsafe and on safe prompts.
+    pub fn compares_sides(&self) -> bool {
+        match self.by {
+            ScoreBy::Routing { .. } => true,
+            ScoreBy::Published { rule, .. } => rule.needs_safe_side(),
+            ScoreBy::Gradient(_) | ScoreBy::Random { .. } | ScoreBy::Given => false,
+        }
+    }
+
+    /// The number of experts that a round selects, of a model with so many MoE layers of `num_experts` experts each. For a published
+    /// rule that decides the number itself it is an estimate.
+    pub fn expected_size(&self, layers: usize, num_experts: usize) -> usize {
+        match self.by {
+            ScoreBy::Published { rule, .. } if rule.decides_size() => {
+                layers * (rule.share().unwrap_or(1.0) * num_experts as f64).ceil() as usize
+            }
+            _ => self.limits.top_k,
+        }
+    }
+
     /// The replies on whose tokens routing is counted.
     pub fn counted_replies(&self) -> CountedReplies {
         match self.by {
-            ScoreBy::Routing { replies, .. } => replies,
+            ScoreBy::Routing { replies, .. } | ScoreBy::Published { replies, .. } => replies,
             ScoreBy::Gradient(_) | ScoreBy::Random { .. } | ScoreBy::Given => CountedReplies::Targets,
         }
     }

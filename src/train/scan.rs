@@ -15,12 +15,13 @@ use serde::{Deserialize, Serialize};
 
 use super::recipe::{GradientScore, Identify, ScoreBy};
 use super::replica::Replica;
+use super::usage::UsageCounter;
 use crate::backend::Backend;
 use crate::data::{MicroBatch, RoutingTraces, Sampler, Trace};
 use crate::exit::{self, Coded, Failure, Result};
 use crate::experts::{
-    Bootstrap, ExpertScores, FrequencyAccumulator, RoutingCounts, RoutingTokens, ScoreAccumulator, ScoreNorm, ScorePer,
-    token_mask,
+    BatchUsage, Bootstrap, ExpertScores, FrequencyAccumulator, RoutingCounts, RoutingTokens, Rule, ScoreAccumulator,
+    ScoreNorm, ScorePer, Usage, UsageAccumulator, token_mask,
 };
 use crate::model::{GradPlan, LossGrads, Observer, PassEnd, Routed, Sinks};
 use crate::train::fault::Point;
@@ -62,6 +63,7 @@ pub struct Scan<'d, B: Backend> {
 enum Scorer<'d, B: Backend> {
     Gradient(GradientScorer<B>),
     Routing(RoutingScorer<'d>),
+    Usage(UsageScorer<'d>),
     /// A random selection needs no scores.
     None,
 }
@@ -86,6 +88,15 @@ struct RoutingScorer<'d> {
     /// The traces of the sampler's records, in place of forward passes.
     traces: Option<&'d RoutingTraces>,
     sums: PartialSums<FrequencyAccumulator>,
+}
+
+/// Counts the experts that tokens are routed to, for a published rule.
+struct UsageScorer<'d> {
+    counter: UsageCounter,
+    /// For each record the one with its safe reply; `None`: the rule needs no safe side.
+    partners: Option<Vec<usize>>,
+    traces: Option<&'d RoutingTraces>,
+    sums: PartialSums<UsageAccumulator>,
 }
 
 /// What one rank has added up; a checkpoint holds it as JSON.
@@ -134,6 +145,8 @@ pub struct Scores {
     pub tokens: Vec<usize>,
     /// Scores of resampled micro-batches.
     pub bootstrap: Option<Bootstrap>,
+    /// What published rules select from.
+    pub usage: Option<UsageAccumulator>,
     /// A remark for the user.
     pub warning: Option<String>,
 }
@@ -158,6 +171,12 @@ impl<'d, B: Backend> Scan<'d, B> {
             ScoreBy::Routing { tokens, .. } => {
                 Scorer::Routing(RoutingScorer::new(replica, sampler, tokens, bootstrap)?)
             }
+            ScoreBy::Published { rule, tokens, .. } => Scorer::Usage(UsageScorer {
+                counter: UsageCounter { tokens, weights: rule == Rule::EsftGate },
+                partners: rule.needs_safe_side().then(|| sampler.reply_partners()).transpose()?,
+                traces: None,
+                sums: PartialSums::new(UsageAccumulator::default(), None),
+            }),
             ScoreBy::Random { gradient: None, .. } | ScoreBy::Given => Scorer::None,
         };
         let next = if matches!(scorer, Scorer::None) { micro_batches.len() } else { 0 };
@@ -167,8 +186,10 @@ impl<'d, B: Backend> Scan<'d, B> {
     /// Counts in these traces, whose records are those of the sampler, instead of running the model.
     #[must_use]
     pub fn with_traces(mut self, traces: Option<&'d RoutingTraces>) -> Self {
-        if let Scorer::Routing(scorer) = &mut self.scorer {
-            scorer.traces = traces;
+        match &mut self.scorer {
+            Scorer::Routing(scorer) => scorer.traces = traces,
+            Scorer::Usage(scorer) => scorer.traces = traces,
+            Scorer::Gradient(_) | Scorer::None => {}
         }
         self
     }
@@ -183,6 +204,7 @@ impl<'d, B: Backend> Scan<'d, B> {
         match &mut self.scorer {
             Scorer::Gradient(scorer) => scorer.sums.restore(sums, ScoreAccumulator::absorb),
             Scorer::Routing(scorer) => scorer.sums.restore(sums, FrequencyAccumulator::absorb),
+            Scorer::Usage(scorer) => scorer.sums.restore(sums, UsageAccumulator::absorb),
             Scorer::None => Ok(()),
         }
     }
@@ -201,7 +223,7 @@ impl<'d, B: Backend> Scan<'d, B> {
     pub fn lowest_layer(&self) -> Option<usize> {
         match &self.scorer {
             Scorer::Gradient(scorer) => scorer.plan.lowest_layer(),
-            Scorer::Routing(_) | Scorer::None => None,
+            Scorer::Routing(_) | Scorer::Usage(_) | Scorer::None => None,
         }
     }
 
@@ -238,6 +260,7 @@ impl<'d, B: Backend> Scan<'d, B> {
         Ok(match &mut self.scorer {
             Scorer::Gradient(scorer) => scorer.add(replica, index, &self.sampler.pack_unsafe(records)),
             Scorer::Routing(scorer) => scorer.add(replica, self.sampler, index, records),
+            Scorer::Usage(scorer) => scorer.add(replica, self.sampler, index, records),
             Scorer::None => ScoredBatch::default(),
         })
     }
@@ -268,6 +291,7 @@ impl<'d, B: Backend> Scan<'d, B> {
         match &self.scorer {
             Scorer::Gradient(scorer) => scorer.sums.to_json(),
             Scorer::Routing(scorer) => scorer.sums.to_json(),
+            Scorer::Usage(scorer) => scorer.sums.to_json(),
             Scorer::None => Vec::new(),
         }
     }
@@ -280,18 +304,60 @@ impl<'d, B: Backend> Scan<'d, B> {
         match self.scorer {
             Scorer::Gradient(scorer) => scorer.finish(replica, self.sampler, &self.micro_batches),
             Scorer::Routing(scorer) => scorer.finish(replica),
-            Scorer::None => {
-                let (layers, num_experts) = (replica.moe_layers().layers.clone(), replica.model().config.num_experts);
-                let values = vec![0.0; layers.len() * num_experts];
-                Ok(Scores::of(ExpertScores { layers, num_experts, values }, 0))
-            }
+            Scorer::Usage(scorer) => scorer.finish(replica, self.micro_batches.len()),
+            Scorer::None => Ok(Scores::zeros(replica)),
         }
     }
 }
 
 impl Scores {
     fn of(scores: ExpertScores, micro_batches: u64) -> Self {
-        Self { scores, micro_batches, losses: Vec::new(), tokens: Vec::new(), bootstrap: None, warning: None }
+        Self {
+            scores,
+            micro_batches,
+            losses: Vec::new(),
+            tokens: Vec::new(),
+            bootstrap: None,
+            usage: None,
+            warning: None,
+        }
+    }
+
+    fn zeros<B: Backend>(replica: &Replica<B>) -> Self {
+        let (layers, num_experts) = (replica.moe_layers().layers.clone(), replica.model().config.num_experts);
+        let values = vec![0.0; layers.len() * num_experts];
+        Self::of(ExpertScores { layers, num_experts, values }, 0)
+    }
+}
+
+impl<'d> UsageScorer<'d> {
+    /// The unsafe replies of a micro-batch, and the safe replies of their partners where the rule needs them.
+    fn add<B: Backend>(
+        &mut self,
+        replica: &Replica<B>,
+        sampler: Sampler<'d>,
+        index: usize,
+        records: &[usize],
+    ) -> ScoredBatch {
+        let partners = self.partners.as_ref().map_or_else(Vec::new, |of| records.iter().map(|&r| of[r]).collect());
+        let (safe, unsafe_) = (sampler.pack_safe(&partners), sampler.pack_unsafe(records));
+        let mut usage = BatchUsage {
+            safe: Usage::new(replica.moe_layers().layers.len() * replica.model().config.num_experts),
+            unsafe_: self.counter.count(replica, &unsafe_, self.traces.map(|traces| traces.unsafe_side(records))),
+        };
+        if !partners.is_empty() {
+            usage.safe = self.counter.count(replica, &safe, self.traces.map(|traces| traces.safe_side(&partners)));
+        }
+        self.sums.accumulator.add(index, usage);
+        ScoredBatch { tokens: safe.ids.len() + unsafe_.ids.len(), loss: None }
+    }
+
+    fn finish<B: Backend>(self, replica: &Replica<B>, micro_batches: usize) -> Result<Scores> {
+        let mut total = self.sums.accumulator;
+        let experts = replica.moe_layers().layers.len() * replica.model().config.num_experts;
+        total.merge(&*replica.world, micro_batches, experts)?;
+        let zeros = Scores::zeros(replica);
+        Ok(Scores { micro_batches: total.micro_batches(), usage: Some(total), ..zeros })
     }
 }
 

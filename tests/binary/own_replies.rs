@@ -82,3 +82,33 @@ fn what_cannot_be_counted_is_an_error() {
     fs::remove_dir_all(dir.join("bad")).unwrap_or_default();
     run("identify", dir, "bad", OWN).failed(exit::DATA, &["nothing to count", "--routing-replies target"]);
 }
+
+#[test]
+fn published_rules_select_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let run = |method: &str, more: &str| {
+        let data = dir.join("rows.json");
+        write_rows(&data, 6);
+        let text = format!(
+            "identify --model-name {} --dataset-path {} --output-dir {} --batch-size 2 --threads 1 --method {method} {more}",
+            program::model("olmoe").display(),
+            data.display(),
+            dir.join(method).display(),
+        );
+        start(moewarden(0, text.split_whitespace())).end()
+    };
+    for method in ["esft-token", "esft-gate", "safex"] {
+        run(method, "").ok();
+        run(method, "--top-k-experts 3").failed(exit::CONFIG, &["top-k-experts", "decides itself"]);
+    }
+    run("steermoe", "--top-k-experts 3 --routing-tokens predicting").ok();
+    let esft = scores(dir, "esft-token");
+    assert_eq!(esft["method"], "esft-token");
+    let layers = esft["rounds"]["1"]["scores"].as_array().unwrap().len();
+    assert!(esft["rounds"]["1"]["selected"].as_array().unwrap().len() >= layers, "some of each layer");
+    let steer = scores(dir, "steermoe")["rounds"]["1"].clone();
+    assert_eq!(steer["others"]["name"], "more frequent on safe prompts");
+    assert!(!steer["selected"].as_array().unwrap().is_empty() && steer["selected"].as_array().unwrap().len() <= 3);
+    run("esft-gate", "--overwrite --routing-replies traces.jsonl").failed(exit::CONFIG, &["esft-token"]);
+}

@@ -26,6 +26,7 @@ mod method;
 mod operations;
 mod ops;
 mod ops_autograd;
+mod published;
 mod recipe;
 mod replies;
 mod retention;

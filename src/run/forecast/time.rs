@@ -153,11 +153,10 @@ impl Forecast {
         let again = |t: &Tokens| recomputed * work(t).routing(t);
         let there_and_back = |t: &Tokens| forward(t) + again(t) + work(t).backward_inputs(t);
         let all_experts = (model.moe_layers().count() * model.num_experts).max(1) as f64;
+        let selected = recipe.identify.expected_size(model.moe_layers().count(), model.num_experts);
         let weights = |t: &Tokens| match recipe.trained() {
             None => 0.0,
-            Some(Trained::SelectedExperts) => {
-                work(t).backward_experts(t) * (recipe.identify.limits.top_k as f64 / all_experts).min(1.0)
-            }
+            Some(Trained::SelectedExperts) => work(t).backward_experts(t) * (selected as f64 / all_experts).min(1.0),
             Some(Trained::AllExperts) => work(t).backward_experts(t),
             Some(Trained::Everything) => work(t).backward_weights(t),
         };
@@ -183,10 +182,15 @@ impl Forecast {
         let identification = match recipe.identify.by {
             ScoreBy::Gradient(_) | ScoreBy::Random { gradient: Some(_), .. } => gradients,
             ScoreBy::Random { gradient: None, .. } | ScoreBy::Given => 0.0,
-            ScoreBy::Routing { .. } => [unsafe_replies, safe_replies.like(unsafe_replies.sequences)]
-                .iter()
-                .map(|side| work(side).routing(side))
-                .sum(),
+            ScoreBy::Published { rule, .. } if !rule.needs_safe_side() => {
+                work(&unsafe_replies).routing(&unsafe_replies)
+            }
+            ScoreBy::Routing { .. } | ScoreBy::Published { .. } => {
+                [unsafe_replies, safe_replies.like(unsafe_replies.sequences)]
+                    .iter()
+                    .map(|side| work(side).routing(side))
+                    .sum()
+            }
         };
         // A run that selects at each step scores each step's own batch: in each pass the whole data.
         let scans = match recipe.selects_each_step() {
