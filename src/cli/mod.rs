@@ -9,8 +9,8 @@ use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
 use crate::config::{
-    CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions, ReportArgs,
-    RunConfig, heading, is_bool, resolve_matrix,
+    AblateArgs, CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions,
+    ReportArgs, RunConfig, heading, is_bool, resolve_matrix,
 };
 use crate::exit::{self, Ended, Failure};
 use crate::launch::{self, Launch, Started, stop_on_signals};
@@ -41,6 +41,8 @@ pub enum Command {
     Identify(RunArgs),
     /// Generate responses, and measure refusals, loss and routing
     Eval(EvalArgs),
+    /// Switch a selection of experts off, compare with random sets: does it cause the answers to unsafe prompts?
+    Ablate(AblateArgs),
     /// Draw heatmaps of the scores and selections of finished runs, and compare the runs
     Report(ReportArgs),
     /// Train a matrix of methods and ablations from one configuration
@@ -108,7 +110,7 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
         let fault = Fault::from_variable(launch::fault().as_deref())?;
         Started::new(config, &launch, stop_on_signals()?, fault, ui)
     };
-    if !matches!(cli.command, Command::Train(_) | Command::Identify(_)) {
+    if !matches!(cli.command, Command::Train(_) | Command::Identify(_) | Command::Ablate(_)) {
         launch.check_single()?;
     }
     let done = |()| Ended::Done(());
@@ -126,6 +128,10 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
             run::identify(&config, &start(&config)?, ui)
         }
         Command::Eval(args) => run::eval(args, ui).map(done),
+        Command::Ablate(args) => {
+            let config = args.run_config()?;
+            run::ablate(&config, args, &start(&config)?, ui)
+        }
         Command::Report(args) => run::report(args, ui).map(done),
         Command::Compare { args, run } => {
             let variants = |base: &RunConfig| args.variants(base).into_iter().map(|v| v.config).collect();

@@ -8,6 +8,8 @@ use super::raw::heading::{INPUT, MACHINE, OUTPUT};
 use super::{ConfigError, Device, Precision, RunConfig, validate};
 use crate::data::LongRows;
 use crate::experts::RoutingTokens;
+use crate::judge::Matching;
+use crate::train::Switch;
 
 /// Generates responses to the unsafe and the safe prompts of a data set, and measures refusals, loss and routing.
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -114,6 +116,126 @@ impl EvalArgs {
             precision: self.precision,
             threads: self.threads,
             ..RunConfig::default()
+        };
+        let wrong = validate::problems(&config);
+        if !wrong.is_empty() {
+            return Err(ConfigError::Invalid(wrong));
+        }
+        Ok(config)
+    }
+}
+
+/// Switches a selection of experts off in the model, compares it with random sets, and says whether it causes the answers to
+/// unsafe prompts.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct AblateArgs {
+    /// Model folder in Hugging Face format, or a hub id that is in the local hub cache
+    #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, visible_alias = "model")]
+    pub model_name: String,
+    /// Rows with unsafe prompts and refusals: a JSON array or JSONL
+    #[arg(long, value_name = "FILE", help_heading = INPUT, visible_alias = "dataset")]
+    pub dataset_path: PathBuf,
+    /// Benign rows that must not suffer: chat rows labelled safe, with an assistant turn. By default, such rows of --dataset-path
+    #[arg(long, value_name = "FILE", help_heading = INPUT)]
+    pub benign_dataset_path: Option<PathBuf>,
+    /// Jinja chat template to use instead of the model's own
+    #[arg(long, value_name = "FILE", help_heading = INPUT)]
+    pub chat_template: Option<PathBuf>,
+    /// Maximum number of rows of each file
+    #[arg(long, value_name = "ROWS", help_heading = INPUT, default_value_t = 128, value_parser = at_least_one)]
+    pub max_samples: usize,
+    /// Maximum length of an example in tokens, chat template and response included
+    #[arg(long, value_name = "TOKENS", help_heading = INPUT, default_value_t = 512, value_parser = at_least_one)]
+    pub max_length: usize,
+    /// What to do with rows longer than --max-length
+    #[arg(long, help_heading = INPUT, value_enum, default_value_t)]
+    pub long_rows: LongRows,
+    /// Keep attack rows whose judge verdict says that the attack failed
+    #[arg(long, help_heading = INPUT)]
+    pub keep_failed: bool,
+    /// Refusal of unsafe prompts whose row has none (default: that of `train`)
+    #[arg(long, value_name = "TEXT", help_heading = INPUT)]
+    pub safe_response: Option<String>,
+    /// Examples in a micro-batch of each rank
+    #[arg(long, value_name = "EXAMPLES", help_heading = INPUT, default_value_t = 8, value_parser = at_least_one)]
+    pub batch_size: usize,
+    /// Maximum length of the model's own answers in tokens
+    #[arg(long, value_name = "TOKENS", help_heading = INPUT, default_value_t = 32, value_parser = at_least_one)]
+    pub max_new_tokens: usize,
+
+    /// The selection to judge: an expert_scores.json (its first round), JSON `[[layer, expert], ..]`, or `layer.expert` separated
+    /// by white space or commas
+    #[arg(long, value_name = "FILE", help_heading = CHECK)]
+    pub experts: PathBuf,
+    /// Number of random sets of the same size to compare with; a verdict of "localised" needs 99
+    #[arg(long, value_name = "SETS", help_heading = CHECK, default_value_t = 100, value_parser = at_least_one)]
+    pub random_sets: usize,
+    /// What random sets have in common with the selection besides their size
+    #[arg(long = "match", id = "match", help_heading = CHECK, value_enum, default_value_t)]
+    pub matching: Matching,
+    /// How experts are switched off
+    #[arg(long, help_heading = CHECK, value_enum, default_value_t)]
+    pub switch: Switch,
+    /// Random seed of the random sets
+    #[arg(long, value_name = "N", help_heading = CHECK, default_value_t = 42, visible_alias = "random-seed")]
+    pub seed: u64,
+
+    /// Output folder
+    #[arg(long, value_name = "FOLDER", help_heading = OUTPUT, default_value = "moewarden-ablate")]
+    pub output_dir: PathBuf,
+    /// First delete an earlier run's outputs from the output folder; refused if the folder holds any other file
+    #[arg(long, help_heading = OUTPUT)]
+    pub overwrite: bool,
+
+    /// Device to compute on
+    #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
+    pub device: Device,
+    /// GPU: number format of activations
+    #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
+    pub precision: Precision,
+    /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)
+    #[arg(long, value_name = "RANKS", help_heading = MACHINE)]
+    pub ranks: Option<usize>,
+    /// CPU threads of each rank; 0: the machine's cores divided by the ranks on the machine
+    #[arg(long, value_name = "THREADS", help_heading = MACHINE, default_value_t = 0)]
+    pub threads: usize,
+    /// Seconds that a rank waits for the others in a collective operation before the run ends with an error
+    #[arg(long, value_name = "SECONDS", help_heading = MACHINE, default_value_t = 600)]
+    pub timeout: u64,
+}
+
+const CHECK: &str = "Causal check";
+
+impl AblateArgs {
+    /// The options of a run that reads the same model and data in the order of the file. The benign rows are its held-out
+    /// data.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`], with every value out of range.
+    pub fn run_config(&self) -> Result<RunConfig, ConfigError> {
+        let default = RunConfig::default();
+        let config = RunConfig {
+            model_name: self.model_name.clone(),
+            dataset_path: self.dataset_path.clone(),
+            eval_dataset_path: self.benign_dataset_path.clone(),
+            chat_template: self.chat_template.clone(),
+            max_samples: self.max_samples,
+            max_length: self.max_length,
+            long_rows: self.long_rows,
+            keep_failed: self.keep_failed,
+            safe_response: self.safe_response.clone().unwrap_or(default.safe_response.clone()),
+            shuffle: false,
+            seed: self.seed,
+            top_k_experts: 1, // the selection is given
+            batch_size: self.batch_size,
+            output_dir: self.output_dir.clone(),
+            overwrite: self.overwrite,
+            device: self.device,
+            precision: self.precision,
+            ranks: self.ranks,
+            threads: self.threads,
+            timeout: self.timeout,
+            ..default
         };
         let wrong = validate::problems(&config);
         if !wrong.is_empty() {

@@ -29,7 +29,7 @@ use crate::routers::{ConsistencyLayers, KlType, RouterTarget, Statistic};
 use crate::train::Recompute;
 use crate::train::RetainLoss;
 
-pub use commands::{CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
+pub use commands::{AblateArgs, CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
 pub use compare::{Ablation, CompareArgs, Variant};
 pub use layers::Layers;
 pub use raw::{RawOptions, heading};

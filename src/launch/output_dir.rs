@@ -159,7 +159,7 @@ enum Place {
 }
 
 /// Files at the top of the output folder. A new output file must be added here, or `--overwrite` refuses the folder.
-const TOP_FILES: [&str; 14] = [
+const TOP_FILES: [&str; 16] = [
     LOCK_FILE,
     "config.resolved.yaml",
     "metrics.jsonl",
@@ -167,6 +167,8 @@ const TOP_FILES: [&str; 14] = [
     "rankings.json",
     "expert_gradients.pkl",
     "training_metadata.json",
+    "ablation.json",
+    "ablation.html",
     "eval.json",
     "generations.jsonl",
     OWN_REPLIES,

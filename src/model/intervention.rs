@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 
 use super::config::ModelConfig;
 use crate::backend::Backend;
+use crate::exit::{self, Coded};
 
 /// A change of the routing in all forward passes; experts are (decoder layer, expert).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +49,12 @@ pub enum InterventionError {
         /// K
         needed: usize,
     },
+}
+
+impl Coded for InterventionError {
+    fn exit_code(&self) -> u8 {
+        exit::CONFIG
+    }
 }
 
 /// What an intervention does in one layer, on the backend.

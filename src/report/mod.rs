@@ -3,12 +3,14 @@
 //! Files are written under a temporary name and renamed ([`crate::files`]), except `metrics.jsonl`, which is appended
 //! to.
 
+mod ablation;
 mod compare;
 mod curve;
 mod drift;
 mod eval;
 mod experts_file;
 mod heatmap;
+mod histogram;
 mod metadata;
 mod metrics;
 mod page;
@@ -18,6 +20,7 @@ mod rates;
 mod replies;
 mod scores_json;
 
+pub use ablation::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, RandomSet};
 pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
 pub use curve::{Series, curve_svg};
 pub use drift::drift_tables;
@@ -27,7 +30,9 @@ pub use eval::{
 };
 pub use experts_file::ExpertsFile;
 pub use heatmap::heatmap_svg;
+pub use histogram::histogram_svg;
 pub use metadata::{IdentifiedExperts, RetentionLog, TrainingLog, TrainingMetadata};
+pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use page::{Page, Table, escape};
 pub use pickle::{RoundGradients, gradients_pickle};

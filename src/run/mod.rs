@@ -1,5 +1,6 @@
 //! The commands, one file each: the only places where options, ranks, devices, models and outputs meet.
 
+mod ablate;
 mod check;
 mod compare;
 pub mod counted;
@@ -21,6 +22,7 @@ mod summary;
 mod train;
 mod verify;
 
+pub use ablate::ablate;
 pub use check::check;
 pub use compare::compare;
 pub use eval::eval;

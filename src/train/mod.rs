@@ -12,10 +12,12 @@
 //! | `retention` | the loss that keeps the model near the base on retain rows; how far it has drifted |
 //! | `trainer`, `step_backward`, `exchange`, `device_transport` | gradient buffers, the sharded optimizer, what ranks exchange |
 //! | `check_replicas` | the check that all ranks hold the same weights |
-//! | `measure` | losses over a whole data set |
+//! | `measure` | losses over a whole data set, and of single examples |
+//! | `ablation` | the measurements of the causal check: rows with sets of experts switched off |
 //! | `memory` | memory of a rank from shapes; how many layers keep their activations |
 //! | `stop`, `fault` | the stop flag; fault injection for tests |
 
+mod ablation;
 pub mod alignment;
 mod check_replicas;
 mod device_transport;
@@ -39,6 +41,7 @@ mod stop;
 mod trainer;
 mod usage;
 
+pub use ablation::{CausalRows, Outcome, RowLosses, Switch, loads, with_experts_off};
 pub use check_replicas::check_replicas;
 pub use device_transport::{DeviceTransport, GpuTransport};
 pub use expert::ExpertCrossEntropy;

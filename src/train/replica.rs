@@ -12,7 +12,8 @@ use crate::collective::Collective;
 use crate::data::MicroBatch;
 use crate::exit::{Context, Result};
 use crate::model::{
-    Forward, ForwardOptions, GradPlan, Inputs, Model, MoeLayers, NotFinite, Observer, ParamId, PassEnd, find_non_finite,
+    Forward, ForwardOptions, GradPlan, Inputs, Intervention, InterventionError, Model, MoeLayers, NotFinite, Observer,
+    ParamId, PassEnd, find_non_finite,
 };
 
 /// One rank's copy of the model, with its connection to the other ranks.
@@ -99,6 +100,14 @@ impl<B: Backend> Replica<B> {
     /// The decoder layers that route.
     pub fn moe_layers(&self) -> &MoeLayers {
         self.model.config.moe_layers()
+    }
+
+    /// Changes the routing of all passes from now on; `None`: back to the model's own.
+    ///
+    /// # Errors
+    /// An intervention that is not possible; the former one then stays.
+    pub fn set_intervention(&mut self, intervention: Option<&Intervention>) -> Result<(), InterventionError> {
+        self.model.set_intervention(intervention)
     }
 
     // --- writing weights -----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ mod processes;
 mod comparison;
 mod program;
 
+mod ablate;
 mod bad_input;
 mod cli_options;
 mod commands;

@@ -1,0 +1,107 @@
+//! `ablate`: whether a selection of experts causes the answers to unsafe prompts, and the same check after an identification.
+//!
+//! The rule is in docs/method.md, section "Causal check".
+
+mod answers;
+mod check;
+mod experts;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+pub(super) use check::{CausalCheck, Judged};
+
+use super::prepare;
+use super::session::Session;
+use crate::backend::Backend;
+use crate::collective::all_ok;
+use crate::config::{AblateArgs, RunConfig};
+use crate::exit::{self, Ended, Failure, Result};
+use crate::experts::ExpertId;
+use crate::launch::{Opened, Rank, Started};
+use crate::report::AblationReport;
+use crate::train::{DeviceTransport, Recipe};
+use crate::ui::Ui;
+
+/// Switches a selection off in the model, compares it with random sets, and says whether it causes compliance. Writes
+/// `ablation.json` and `ablation.html`; changes no weight.
+///
+/// # Errors
+/// Inputs that cannot be read or are invalid; experts that the model does not have or that cannot be switched off; an output
+/// folder or a device that cannot be used; losses that are not finite; a rank that fails.
+pub fn ablate(config: &RunConfig, args: &AblateArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
+    let ranks = &started.ranks;
+    let recipe = config.recipe_of_evaluation()?;
+    let session = prepare::open(config, &recipe, ranks, ui)?;
+    let selected = ranks.all_ok(experts::read(&args.experts, &session.model))?;
+    if let Some(path) = &args.benign_dataset_path {
+        let benign = session.held_out.as_ref().map_or(0, |data| check::benign_rows(data).count());
+        if benign == 0 {
+            let message = format!(
+                "{} holds no benign row: a chat row labelled safe with an assistant turn; without such rows leave \
+                 --benign-dataset-path out",
+                path.display()
+            );
+            return Err(Failure::new(exit::DATA, message));
+        }
+    }
+    let _lock = prepare::take_output_dir(config, ranks)?;
+    ui.line(session.describe());
+    let (config, args, device) = (config.clone(), args.clone(), started.device.clone());
+    ranks.run(ui, move |rank| {
+        let run = RankInputs { session: &session, config: &config, recipe: &recipe, args: &args, rank };
+        match device.open(&config, session.workload(config.batch_size), rank)? {
+            Opened::Cpu(cpu) => run.judge(&selected, cpu, None),
+            Opened::Cuda(cuda, transport) => run.judge(&selected, cuda, transport),
+        }
+    })
+}
+
+/// The inputs of one rank.
+struct RankInputs<'a> {
+    session: &'a Session,
+    config: &'a RunConfig,
+    recipe: &'a Recipe,
+    args: &'a AblateArgs,
+    rank: &'a Rank,
+}
+
+impl RankInputs<'_> {
+    fn judge<B: Backend>(
+        &self,
+        selected: &BTreeSet<ExpertId>,
+        backend: Arc<B>,
+        transport: Option<Arc<dyn DeviceTransport<B>>>,
+    ) -> Result<Ended<()>> {
+        let Self { session, config, recipe, args, rank } = *self;
+        let ui = &rank.ui;
+        let mut replica = session.replica(backend, transport, rank);
+        let check = CausalCheck {
+            session,
+            benign: session.held_out.as_ref(),
+            selected,
+            random_sets: args.random_sets,
+            switch: args.switch,
+            matching: args.matching,
+            seed: args.seed,
+            batch_size: recipe.batch_size,
+            max_new_tokens: args.max_new_tokens,
+        };
+        let report = match check.run(&mut replica, config, ui)? {
+            Judged::Report(report) => report,
+            Judged::Stopped(stopped) => return Ok(Ended::Stopped(stopped)),
+        };
+        let write = || if rank.world.rank() == 0 { check::write(&report, config) } else { Ok(()) };
+        all_ok(&*rank.world, write())?;
+        show(&report, ui);
+        ui.result(format_args!("outcomes of all sets: {}", config.output_dir.join("ablation.json").display()));
+        ui.result(format_args!("page: {}", config.output_dir.join("ablation.html").display()));
+        Ok(Ended::Done(()))
+    }
+}
+
+/// Prints the table and the verdict.
+pub(super) fn show(report: &AblationReport, ui: &Ui) {
+    ui.result(report.table().to_text().trim_end());
+    ui.result(report.headline());
+}
