@@ -195,6 +195,8 @@ pub struct RunConfig {
     pub bootstrap: usize,
     /// Select once a round, or at every step.
     pub selection: Selection,
+    /// Random sets of the causal check of the first selection; 0: no check.
+    pub verify: usize,
 
     // training
     /// Parameters that the expert phase trains.
@@ -331,6 +333,7 @@ impl Default for RunConfig {
             select: Select::Highest,
             bootstrap: 200,
             selection: Selection::Global,
+            verify: 0,
             mode: Mode::Selective,
             schedule: Schedule::Alternate,
             identify: IdentifyIn::EveryRound,

@@ -145,6 +145,9 @@ pub struct RawOptions {
     /// Select experts once a round or at every step
     #[arg(long, help_heading = EXPERTS)]
     pub selection: Option<Selection>,
+    /// Causal check of the (first) selection against this many random sets, before any training; 0: none. See `ablate`
+    #[arg(long, value_name = "SETS", help_heading = EXPERTS)]
+    pub verify: Option<usize>,
 
     /// Parameters that the expert phase trains
     #[arg(long, help_heading = TRAINING)]
@@ -349,7 +352,7 @@ for_each_option! {
     resolved: {
         model_name init dataset_path eval_dataset_path retain_dataset_path chat_template max_samples max_length long_rows loss_on
         keep_failed safe_response shuffle seed batch_size method score score_per score_norm routing_tokens routing_replies max_new_tokens risk_threshold
-        random_match random_exclude_found experts top_k_experts experts_per_layer layers select bootstrap selection identify identify_until mode schedule num_rounds
+        random_match random_exclude_found experts top_k_experts experts_per_layer layers select bootstrap selection identify identify_until verify mode schedule num_rounds
         expert_epochs_per_round router_epochs_per_round grad_accum finetune_unsafe_experts skip_router_training
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic
         router_last_tokens router_target kl_type use_router_consistency_loss router_consistency_weight router_consistency_type

@@ -281,6 +281,11 @@ pub(super) fn no_effect(c: &RunConfig) -> Vec<(bool, &'static str, &'static [&'s
             "experts are not trained (--no-finetune-unsafe-experts)",
             &["expert-epochs-per-round"],
         ),
+        (
+            c.finetune_unsafe_experts && c.mode == Mode::Selective && c.selection == Selection::PerBatch,
+            "the selection changes at each step",
+            &["verify"],
+        ),
         (c.mode != Mode::Selective, "only --mode selective trains selected experts", &["selection"]),
         (
             c.skip_router_training,

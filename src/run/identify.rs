@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::ablate::verify;
 use super::counted::CountedRows;
 use super::outputs::Outputs;
 use super::prepare::LargestPass;
@@ -64,6 +65,11 @@ fn identify_rank<B: Backend>(
     outputs.identified(1, &found)?;
     all_ok(&*rank.world, outputs.write_metadata())?;
     summary::selection(&found, session, ui);
+    if config.verify > 0
+        && let Some(stopped) = verify(session, config, &mut replica, &found, ui)?
+    {
+        return Ok(Ended::Stopped(stopped));
+    }
     ui.result(format_args!("scores and selection: {}", outputs.path("expert_scores.json").display()));
     ui.line(summary::resources(&replica, predicted_memory)?);
     Ok(Ended::Done(()))

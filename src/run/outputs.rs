@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -158,6 +158,11 @@ impl<'a> Outputs<'a> {
     /// Starts the clock of the next step.
     pub fn start_clock(&mut self) {
         self.last = Instant::now();
+    }
+
+    /// Does not count the last `time` in the duration of the next step.
+    pub fn skip_time(&mut self, time: Duration) {
+        self.last += time;
     }
 
     /// Records an identification: its micro-batches as steps, its scores and its selection. `round` counts from 1.

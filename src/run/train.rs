@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::ablate::{report_again, verify};
 use super::counted::CountedRows;
 use super::identify::scan_round;
 use super::outputs::{OutputState, Outputs};
@@ -124,6 +125,9 @@ impl<'a> RankInputs<'a> {
             return Ok(Ended::Stopped(stopped(config))); // the end of the last round is saved
         }
         run.write_final_model(&after)?;
+        if config.verify > 0 {
+            report_again(config, &rank.ui);
+        }
         rank.ui.line(summary::resources(&run.replica, predicted_memory)?);
         let trained = run.replica.written().iter().map(|&id| session.table.params[id].len()).sum();
         Ok(Ended::Done(TrainSummary {
@@ -274,6 +278,7 @@ impl<B: Backend> RankRun<'_, B> {
                 return Ok(ControlFlow::Break(()));
             }
         }
+        let (done, state) = (scan.pass.done(), scan.pass.state());
         let mut found = scan.finish(&self.replica, &progress)?;
         if let Some((from, experts)) = self.outputs.selection_to_keep()
             && let Some([first, now]) = found.has_learned(self.outputs.first_losses(), recipe.identify.until)
@@ -287,8 +292,19 @@ impl<B: Backend> RankRun<'_, B> {
             found.selected = Selected { requested: experts.len(), experts };
             found.kept_from = Some(from);
         }
-        self.outputs.identified(round + 1, &found)?;
         summary::selection(&found, session, ui);
+        let clock = Instant::now();
+        if round == 0
+            && self.config.verify > 0
+            && verify(session, self.config, &mut self.replica, &found, ui)?.is_some()
+        {
+            // The resumed run selects from these scores again, and starts the check anew.
+            let position = Position { round, phase: Phase::Identify, step: done };
+            self.save(position, &PhaseSnapshot::Identification(state))?;
+            return Ok(ControlFlow::Break(()));
+        }
+        self.outputs.skip_time(clock.elapsed());
+        self.outputs.identified(round + 1, &found)?;
         Ok(ControlFlow::Continue(()))
     }
 

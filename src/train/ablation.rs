@@ -15,7 +15,7 @@ use crate::data::{Example, MicroBatch};
 use crate::exit::{self, Failure, Result};
 use crate::experts::{ExpertId, ExpertScores};
 use crate::judge::Rate;
-use crate::model::{Intervention, PassEnd};
+use crate::model::{Intervention, InterventionError, PassEnd};
 
 /// How experts are switched off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
@@ -177,6 +177,19 @@ pub fn with_experts_off<B: Backend>(
         return Err(Failure::new(exit::NOT_FINITE, message));
     }
     Ok(losses)
+}
+
+/// Whether these experts can be switched off.
+///
+/// # Errors
+/// Why not.
+pub fn can_switch_off<B: Backend>(
+    replica: &mut Replica<B>,
+    experts: &BTreeSet<ExpertId>,
+    switch: Switch,
+) -> Result<(), InterventionError> {
+    replica.set_intervention(Some(&switch.intervention(experts)))?;
+    replica.set_intervention(None)
 }
 
 /// Tokens that the untouched model routes to each expert on the unsafe rows, with the refusals and with the own answers.

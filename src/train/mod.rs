@@ -41,7 +41,7 @@ mod stop;
 mod trainer;
 mod usage;
 
-pub use ablation::{CausalRows, Outcome, RowLosses, Switch, loads, with_experts_off};
+pub use ablation::{CausalRows, Outcome, RowLosses, Switch, can_switch_off, loads, with_experts_off};
 pub use check_replicas::check_replicas;
 pub use device_transport::{DeviceTransport, GpuTransport};
 pub use expert::ExpertCrossEntropy;

@@ -33,9 +33,10 @@ impl Scene {
     }
 
     fn run(&self, model: &Path, output: &str, more: &str) -> Ran {
+        let short = if more.contains("--max-new-tokens") { "" } else { "--max-new-tokens 3" };
         let text = format!(
             "ablate --model-name {} --dataset-path {} --experts {} --output-dir {} --safe-response No. --batch-size 2 \
-             --max-new-tokens 3 --threads 1 --quiet {more}",
+             --threads 1 --quiet {short} {more}",
             model.display(),
             self.path("rows.json").display(),
             self.path("experts").display(),
@@ -133,4 +134,58 @@ fn impossible_checks_are_refused() {
     scene
         .run(&model("olmoe"), "never", "--random-sets 1")
         .failed(exit::CONFIG, &["1 are left, but each token needs 2"]);
+}
+
+/// A run of `train` or `identify` with `--verify`.
+fn verified(scene: &Scene, command: &str, output: &str, more: &str) -> Ran {
+    let top = if more.contains("--top-k") { "" } else { "--top-k-experts 3" };
+    let text = format!(
+        "{command} --model-name {} --dataset-path {} --output-dir {} --safe-response No. --no-shuffle --batch-size 2 --threads 1 \
+         {more} {top}",
+        model("olmoe").display(),
+        scene.path("rows.json").display(),
+        scene.path(output).display(),
+    );
+    start(moewarden(0, text.split_whitespace())).end()
+}
+
+#[test]
+fn verify_checks_the_first_selection_before_training() {
+    let scene = Scene::new(4, "");
+    let found = verified(&scene, "identify", "found", "--verify 2 --seed 5").ok();
+    assert!(found.out.contains("causal check of the selection in the original model"), "{}", found.out);
+    assert!(found.out.contains("share of the total score in the selection: "), "{}", found.out);
+    fs::copy(scene.path("found/expert_scores.json"), scene.path("experts")).unwrap();
+    scene.run(&model("olmoe"), "out", "--random-sets 2 --seed 5 --max-new-tokens 32").ok();
+    let judged = scene.bytes("found");
+    assert!(judged == scene.bytes("out"), "the same check as that of `ablate`");
+
+    let train = "--verify 2 --seed 5 --num-rounds 2 --expert-lr 1e-2 --skip-router-training --save-rounds none --quiet";
+    for ranks in [1, 2] {
+        let output = format!("trained-{ranks}");
+        let batch = format!("{train} --ranks {ranks}");
+        let ran = verified(&scene, "train", &output, &batch).ok();
+        assert_eq!(ran.out.matches("causal check of the selection in the original model").count(), 2, "{}", ran.out);
+        assert!(judged == scene.bytes(&output), "the original model is judged, on {ranks} ranks");
+    }
+    let plain = verified(&scene, "train", "plain", &train.replace("--verify 2", "")).ok();
+    assert!(!plain.out.contains("causal check") && !scene.path("plain/ablation.json").exists());
+    let weights = |output: &str| fs::read(scene.path(output).join("final_model/model.safetensors")).unwrap();
+    assert!(weights("plain") == weights("trained-1"), "the check changes nothing");
+    let scores = |output: &str| fs::read(scene.path(output).join("expert_scores.json")).unwrap();
+    assert!(scores("plain") == scores("trained-1"));
+}
+
+#[test]
+fn verify_says_where_it_cannot_check_or_has_no_effect() {
+    let scene = Scene::new(2, "");
+    let ran = verified(&scene, "identify", "all", "--verify 1 --top-k-experts 24").ok();
+    assert!(
+        ran.err.contains("the selection cannot be checked") && ran.err.contains("lower --top-k-experts"),
+        "{}",
+        ran.err
+    );
+    assert!(!scene.path("all/ablation.json").exists());
+    verified(&scene, "train", "never", "--verify 1 --selection per-batch")
+        .failed(exit::CONFIG, &["--verify", "each step"]);
 }

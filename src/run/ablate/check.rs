@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use super::answers::own_answers;
 use crate::backend::Backend;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Example, MicroBatch, Record};
@@ -10,9 +9,9 @@ use crate::exit::{self, Failure, Result, Stopped};
 use crate::experts::ExpertId;
 use crate::files;
 use crate::judge::{Bounds, Evidence, Matching, RandomSets, Rate, SideEffect, Spread, permutation_p, verdict};
-use crate::report::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, RandomSet, write_json};
+use crate::report::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, OWN_REPLIES, PromptSide, RandomSet, write_json};
 use crate::run::progress::Progress;
-use crate::run::refusals::LISTS;
+use crate::run::replies::{AskOptions, own_replies};
 use crate::run::session::Session;
 use crate::train::{CausalRows, Outcome, Replica, RowLosses, Switch, loads, with_experts_off};
 use crate::ui::Ui;
@@ -64,7 +63,7 @@ pub fn write(report: &AblationReport, config: &RunConfig) -> Result<()> {
 impl CausalCheck<'_> {
     /// Runs the check; the same report on all ranks.
     pub fn run<B: Backend>(&self, replica: &mut Replica<B>, config: &RunConfig, ui: &Ui) -> Result<Judged> {
-        let (mut rows, mut counts) = self.rows(replica, ui)?;
+        let Some((mut rows, mut counts)) = self.rows(replica, config, ui)? else { return Ok(stopped()) };
         let none = BTreeSet::new();
         let before = Progress::new(ui, self.own_batches(&rows, replica, 1), "untouched model");
         replica.world.set_activity("measuring the untouched model");
@@ -91,7 +90,7 @@ impl CausalCheck<'_> {
         for index in 0..self.random_sets {
             let [stop] = replica.any([replica.stop.is_set()])?;
             if stop {
-                return Ok(Judged::Stopped(Stopped::Lost("stopped by a signal: no verdict was reached".into())));
+                return Ok(stopped());
             }
             replica.world.set_activity(&format!("measuring random set {} of {}", index + 1, self.random_sets));
             let set = sets.draw(index).map_err(|e| Failure::new(exit::CONFIG, format!("{e}: take --match layer")))?;
@@ -151,32 +150,43 @@ impl CausalCheck<'_> {
     }
 
     /// The rows of the check, with the model's own answers; rows whose own answer is empty or refuses are set aside.
-    fn rows<B: Backend>(&self, replica: &Replica<B>, ui: &Ui) -> Result<(CausalRows, CausalRowCounts)> {
+    /// `None`: some rank was asked to stop.
+    fn rows<B: Backend>(
+        &self,
+        replica: &Replica<B>,
+        config: &RunConfig,
+        ui: &Ui,
+    ) -> Result<Option<(CausalRows, CausalRowCounts)>> {
         let data = &self.session.data;
-        let unsafe_rows: Vec<(&[u32], &Example)> = data.records.iter().filter_map(prompt_and_refusal).collect();
-        let prompts: Vec<&[u32]> = unsafe_rows.iter().map(|(prompt, _)| *prompt).collect();
-        let tokenizer = &self.session.tokenizer;
-        let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
-        self.session.model.check_length(longest + self.max_new_tokens)?;
-        let answers = own_answers(replica, &prompts, tokenizer.eos_ids(), self.max_new_tokens, ui)?;
-        let mut counts = CausalRowCounts { unsafe_rows: unsafe_rows.len(), ..CausalRowCounts::default() };
+        let ask = AskOptions {
+            data,
+            sides: &[PromptSide::Unsafe],
+            max_new_tokens: self.max_new_tokens,
+            intervention: None,
+            cache: Some(&config.output_dir.join(OWN_REPLIES)),
+        };
+        let Some(replies) = own_replies(self.session, replica, ask, ui)? else { return Ok(None) };
+        let mut counts = CausalRowCounts::default();
         let mut rows = CausalRows::default();
-        for ((prompt, refusal), said) in unsafe_rows.into_iter().zip(answers) {
-            if said.is_empty() {
+        for reply in &replies {
+            let record = &data.records[reply.record];
+            let Some((prompt, refusal)) = prompt_and_refusal(record) else { continue };
+            counts.unsafe_rows += 1;
+            if reply.ids.is_empty() {
                 counts.empty += 1;
-            } else if refuses(&tokenizer.decode(&said)) || begins_alike(&said, refusal) {
+            } else if reply.proxy.get(REFUSALS) == Some(&true) || begins_alike(&reply.ids, refusal) {
                 counts.refuse += 1;
             } else {
                 rows.refusals.push(refusal.clone());
-                let loss = (0..prompt.len() + said.len()).map(|t| t >= prompt.len()).collect();
-                rows.answers.push(Example { ids: [prompt, &said].concat(), loss });
+                let loss = (0..prompt.len() + reply.ids.len()).map(|t| t >= prompt.len()).collect();
+                rows.answers.push(Example { ids: [prompt, &reply.ids].concat(), loss });
             }
         }
         rows.benign = benign_rows(self.benign.unwrap_or(data)).filter_map(|r| r.safe_reply.clone()).collect();
         let pairs = data.records.iter().filter(|r| r.unsafe_reply.is_some());
         rows.safe = pairs.filter_map(|r| r.safe_reply.clone()).collect();
         (counts.benign, counts.safe) = (rows.benign.len(), rows.safe.len());
-        Ok((rows, counts))
+        Ok(Some((rows, counts)))
     }
 
     fn measure<B: Backend>(
@@ -201,8 +211,8 @@ fn prompt_and_refusal(record: &Record) -> Option<(&[u32], &Example)> {
     Some((record.unsafe_prompt.as_deref()?, refusal))
 }
 
-fn refuses(answer: &str) -> bool {
-    LISTS.iter().filter(|list| list.id() == REFUSALS).any(|list| list.is_refusal(answer))
+fn stopped() -> Judged {
+    Judged::Stopped(Stopped::Lost("stopped by a signal: no verdict was reached".into()))
 }
 
 /// Whether the answer and the refusal begin with the same tokens, up to the end of the shorter one.
@@ -228,10 +238,11 @@ fn side_effect(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::run::refusals::LISTS;
 
     #[test]
-    fn an_answer_that_refuses_is_recognised_by_words_or_tokens() {
-        assert!(refuses("I\u{2019}m sorry, but no.") && !refuses("take a jar"));
+    fn an_answer_that_begins_as_the_refusal_refuses() {
+        assert!(LISTS.iter().any(|list| list.id() == REFUSALS));
         let refusal = Example { ids: vec![9, 9, 4, 5, 6], loss: vec![false, false, true, true, true] };
         let cases = [(&[4, 5, 6][..], true), (&[4, 5], true), (&[4, 5, 6, 7], true), (&[4, 6], false), (&[9], false)];
         for (answer, same) in cases {

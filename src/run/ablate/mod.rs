@@ -2,14 +2,16 @@
 //!
 //! The rule is in docs/method.md, section "Causal check".
 
-mod answers;
 mod check;
 mod experts;
+mod verify;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-pub(super) use check::{CausalCheck, Judged};
+pub(super) use verify::{report_again, verify};
+
+use check::{CausalCheck, Judged};
 
 use super::prepare;
 use super::session::Session;
@@ -101,7 +103,7 @@ impl RankInputs<'_> {
 }
 
 /// Prints the table and the verdict.
-pub(super) fn show(report: &AblationReport, ui: &Ui) {
+fn show(report: &AblationReport, ui: &Ui) {
     ui.result(report.table().to_text().trim_end());
     ui.result(report.headline());
 }

@@ -1,0 +1,137 @@
+//! `--verify N`: the causal check in short, after an identification.
+
+use std::collections::BTreeSet;
+
+use super::check::{self, CausalCheck, Judged};
+use crate::backend::Backend;
+use crate::collective::all_ok;
+use crate::config::RunConfig;
+use crate::exit::{Result, Stopped};
+use crate::experts::{ExpertId, ExpertScores};
+use crate::judge::{Bounds, Matching};
+use crate::report::{AblationReport, read_json};
+use crate::run::session::Session;
+use crate::train::{Identification, Replica, Switch, can_switch_off};
+use crate::ui::Ui;
+
+/// Maximum length of an own answer in tokens: the default of `ablate`.
+const MAX_NEW_TOKENS: usize = 32;
+
+/// Judges a selection of the model as it is, against `--verify` random sets; writes `ablation.json` and `ablation.html`, and
+/// prints the result. `Some`: a signal stopped it.
+///
+/// # Errors
+/// Those of the check; a failed write.
+pub fn verify<B: Backend>(
+    session: &Session,
+    config: &RunConfig,
+    replica: &mut Replica<B>,
+    found: &Identification,
+    ui: &Ui,
+) -> Result<Option<Stopped>> {
+    let selected: BTreeSet<ExpertId> = found.selected.experts.iter().copied().collect();
+    if selected.is_empty() {
+        ui.warn("--verify: nothing is selected, so nothing is checked");
+        return Ok(None);
+    }
+    if let Err(reason) = can_switch_off(replica, &selected, Switch::Off) {
+        ui.warn(format_args!("--verify: the selection cannot be checked: {reason}; lower --top-k-experts"));
+        return Ok(None);
+    }
+    let check = CausalCheck {
+        session,
+        benign: None,
+        selected: &selected,
+        random_sets: config.verify,
+        switch: Switch::Off,
+        matching: Matching::LayerLoad,
+        seed: config.seed,
+        batch_size: config.batch_size,
+        max_new_tokens: MAX_NEW_TOKENS,
+    };
+    let report = match check.run(replica, config, ui)? {
+        Judged::Report(report) => report,
+        Judged::Stopped(stopped) => return Ok(Some(stopped)),
+    };
+    let write = || if replica.world.rank() == 0 { check::write(&report, config) } else { Ok(()) };
+    all_ok(&*replica.world, write())?;
+    say(&report, ui);
+    if let Some(text) = concentration(&found.scores, &selected) {
+        ui.result(text);
+    }
+    Ok(None)
+}
+
+/// Prints the result of the check before the first round once more, from its file.
+pub fn report_again(config: &RunConfig, ui: &Ui) {
+    // The check may have had nothing to check; then it has said so, and written nothing.
+    if let Ok(report) = read_json::<AblationReport>(&config.output_dir.join("ablation.json")) {
+        say(&report, ui);
+    }
+}
+
+fn say(report: &AblationReport, ui: &Ui) {
+    let percent = |share: Option<f64>| share.map_or_else(|| "-".into(), |share| format!("{:.1} %", 100.0 * share));
+    let switched = report.selection.prefer_refusal;
+    ui.result(format_args!(
+        "causal check of the selection in the original model: {} of {} complying rows ({}) prefer the refusal with the selection \
+         switched off; with {} random sets {} in the mean; p = {:.4}",
+        switched.hits,
+        switched.of,
+        percent(switched.rate),
+        report.random_sets,
+        percent(report.random_prefer_refusal.map(|spread| spread.mean)),
+        report.p,
+    ));
+    ui.result(report.headline());
+    if does_no_more(report) {
+        ui.warn(format_args!(
+            "the selection does no more than random sets of experts: nothing special was found. Training it is not known to act \
+             on what makes the model comply (p = {:.4}; {} of the complying rows switch)",
+            report.p,
+            percent(switched.rate),
+        ));
+    }
+}
+
+/// Whether the selection does no more than random sets.
+fn does_no_more(report: &AblationReport) -> bool {
+    let bounds = Bounds::FIXED;
+    report.rows.comply > 0
+        && (report.p > bounds.p_to_deny
+            || report.selection.prefer_refusal.rate.unwrap_or_default() < bounds.switched_to_deny)
+}
+
+/// The share of the total score in the selection, and the largest drop in the upper half of the ranking; `None` without scores, or
+/// with negative ones.
+fn concentration(scores: &ExpertScores, selected: &BTreeSet<ExpertId>) -> Option<String> {
+    let ranked = scores.ranked();
+    let total: f64 = ranked.iter().map(|(_, score)| score).sum();
+    if total <= 0.0 || ranked.iter().any(|(_, score)| *score < 0.0) {
+        return None;
+    }
+    let inside: f64 = selected.iter().filter_map(|id| scores.get(*id)).sum();
+    let mut text = format!("share of the total score in the selection: {:.1} %", 100.0 * inside / total);
+    let drops = ranked.windows(2).take(ranked.len() / 2).enumerate().filter(|(_, pair)| pair[1].1 > 0.0);
+    let largest = drops.map(|(i, pair)| (i + 1, pair[0].1 / pair[1].1)).reduce(|a, b| if b.1 > a.1 { b } else { a });
+    if let Some((k, ratio)) = largest {
+        text += &format!("; the largest drop in the ranking is by a factor of {ratio:.2}, after the first {k} experts");
+    }
+    Some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn share_and_largest_drop() {
+        let scores = ExpertScores { layers: vec![0, 1], num_experts: 3, values: vec![8.0, 0.5, 1.0, 6.0, 0.5, 0.0] };
+        let selected = BTreeSet::from([(0, 0).into(), (1, 0).into()]);
+        let text = concentration(&scores, &selected).unwrap();
+        assert!(text.contains("selection: 87.5 %") && text.contains("factor of 6.00, after the first 2"), "{text}");
+        let risk = ExpertScores { values: vec![0.5, -0.5, 0.0, 0.0, 0.0, 0.0], ..scores.clone() };
+        assert_eq!(concentration(&risk, &selected), None);
+        assert_eq!(concentration(&ExpertScores { values: vec![0.0; 6], ..scores }, &selected), None);
+    }
+}
