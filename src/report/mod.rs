@@ -32,7 +32,6 @@ pub use experts_file::ExpertsFile;
 pub use heatmap::heatmap_svg;
 pub use histogram::histogram_svg;
 pub use metadata::{IdentifiedExperts, RetentionLog, TrainingLog, TrainingMetadata};
-pub use metadata::{IdentifiedExperts, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use page::{Page, Table, escape};
 pub use pickle::{RoundGradients, gradients_pickle};

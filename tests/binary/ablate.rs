@@ -120,17 +120,17 @@ fn impossible_checks_are_refused() {
         scene.run(&model("olmoe"), "never", more).failed(code, &[said]);
         assert!(!scene.path("never/ablation.json").exists());
     };
-    refused("", "", exit::DATA, "holds no expert");
-    refused("0.1 x", "", exit::DATA, "\"x\" is not of the form layer.expert");
-    refused("[[0,1],[0,8]]", "", exit::DATA, "no expert 8 in layer 0");
-    refused("0.1 1.2 0.1", "", exit::DATA, "listed twice");
+    refused("", "", exit::DATA, "lists no expert");
+    refused("0.1, x", "", exit::DATA, "\"x\" is not layer.expert");
+    refused("[[0,1],[0,8]]", "", exit::DATA, "expert 8 of layer 0, does not exist");
+    refused("0.1, 1.2, 0.1", "", exit::DATA, "comes twice");
     refused("{}", "", exit::DATA, "experts");
     refused("0.1", "--random-sets 0", exit::USAGE, "at least 1");
     let rows = format!("--benign-dataset-path {}", scene.path("rows.json").display());
     refused("0.1", &rows, exit::DATA, "holds no benign row");
     fs::remove_file(scene.path("experts")).unwrap();
     scene.run(&model("olmoe"), "never", "").failed(exit::NO_INPUT, &["cannot be read"]);
-    fs::write(scene.path("experts"), "0.0 0.1 0.2 0.3 0.4 0.5 0.6").unwrap();
+    fs::write(scene.path("experts"), "0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6").unwrap();
     scene
         .run(&model("olmoe"), "never", "--random-sets 1")
         .failed(exit::CONFIG, &["1 are left, but each token needs 2"]);

@@ -3,10 +3,10 @@
 //! The rule is in docs/method.md, section "Causal check".
 
 mod check;
-mod experts;
 mod verify;
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 
 pub(super) use verify::{report_again, verify};
@@ -21,9 +21,16 @@ use crate::config::{AblateArgs, RunConfig};
 use crate::exit::{self, Ended, Failure, Result};
 use crate::experts::ExpertId;
 use crate::launch::{Opened, Rank, Started};
-use crate::report::AblationReport;
+use crate::report::{AblationReport, ExpertsFile};
 use crate::train::{DeviceTransport, Recipe};
 use crate::ui::Ui;
+
+/// The experts of a file, all of which the model has.
+fn read_experts(path: &Path, session: &Session) -> Result<BTreeSet<ExpertId>> {
+    let file = ExpertsFile::read(path)?;
+    file.check(&session.model.moe_layers().layers, session.model.num_experts)?;
+    Ok(file.experts.into_iter().collect())
+}
 
 /// Switches a selection off in the model, compares it with random sets, and says whether it causes compliance. Writes
 /// `ablation.json` and `ablation.html`; changes no weight.
@@ -35,7 +42,7 @@ pub fn ablate(config: &RunConfig, args: &AblateArgs, started: &Started, ui: &Ui)
     let ranks = &started.ranks;
     let recipe = config.recipe_of_evaluation()?;
     let session = prepare::open(config, &recipe, ranks, ui)?;
-    let selected = ranks.all_ok(experts::read(&args.experts, &session.model))?;
+    let selected = ranks.all_ok(read_experts(&args.experts, &session))?;
     if let Some(path) = &args.benign_dataset_path {
         let benign = session.held_out.as_ref().map_or(0, |data| check::benign_rows(data).count());
         if benign == 0 {
