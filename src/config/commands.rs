@@ -20,6 +20,12 @@ pub struct EvalArgs {
     /// Data to evaluate on: a JSON array or JSONL
     #[arg(long, value_name = "FILE", help_heading = INPUT, visible_alias = "dataset")]
     pub dataset_path: PathBuf,
+    /// Restored routers: evaluate with the router weights of this model, such as the one before training
+    #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, conflicts_with = "route_as")]
+    pub routers: Option<String>,
+    /// Locked routing: every token takes the experts and routing weights that this model computes for it
+    #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT)]
+    pub route_as: Option<String>,
     /// Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub chat_template: Option<PathBuf>,

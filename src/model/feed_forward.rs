@@ -1,6 +1,8 @@
 //! The feed-forward part of a layer, h + block(norm(h)), where the block is a dense SwiGLU or an MoE block.
 //! Shape suffixes: see [`super::layer`].
 
+use std::sync::Arc;
+
 use super::config::{LayerKind, ModelConfig};
 use super::ids::{ParamId, ParamKind};
 use super::layer::{Extent, LayerCtx, LayerGrads, Observer, Sinks};
@@ -27,6 +29,16 @@ pub(super) enum FeedForwardSaved<B: Backend> {
     /// Gate and up before the activation, `[N, 2F]`.
     Dense(B::Tensor),
     Moe(MoeSaved<B>),
+}
+
+impl<B: Backend> FeedForwardSaved<B> {
+    /// The routing of an MoE block whose experts were computed.
+    pub(super) fn routing(&self) -> Option<Arc<B::Routing>> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Moe(saved) => saved.routing(),
+        }
+    }
 }
 
 impl FeedForwardParams {

@@ -37,6 +37,8 @@ pub(super) struct LayerCtx<'a, B: Backend> {
     pub(super) rows: Option<&'a B::Indices>,
     /// A change of this layer's routing.
     pub(super) intervention: Option<&'a LayerIntervention<B>>,
+    /// The routing of the layer's rows, where it is not the layer's router that decides it.
+    pub(super) given: Option<Arc<B::Routing>>,
 }
 
 impl<'a, B: Backend> LayerCtx<'a, B> {

@@ -1,7 +1,7 @@
 //! Models: configurations and families, checkpoints, parameters, and the hand-written forward and backward.
 //!
 //! Each file imports only from files to its left: `json`, `config`, `safetensors`, `hub`, `weights`, `ids`, `claim`,
-//! `random`, `finite`, `table`, `plan`, `intervention`, `layer`, `attention`, `swiglu`, `moe`, `feed_forward`, `transformer`, `decode`.
+//! `random`, `finite`, `table`, `plan`, `guide`, `intervention`, `layer`, `attention`, `swiglu`, `moe`, `feed_forward`, `transformer`, `decode`.
 
 #[allow(non_snake_case)] // shape suffixes: see layer.rs
 mod attention;
@@ -12,6 +12,7 @@ mod decode;
 #[allow(non_snake_case)] // shape suffixes: see layer.rs
 mod feed_forward;
 mod finite;
+mod guide;
 mod hub;
 mod ids;
 mod intervention;
@@ -35,6 +36,7 @@ pub use claim::Error as ClaimError;
 pub use config::{Error as ConfigError, FAMILIES, Family, LayerKind, ModelConfig, MoeLayers, QkNorm};
 pub use decode::KvCache;
 pub use finite::{NotFinite, find_non_finite};
+pub use guide::{RoutingMismatch, check_same_routing};
 pub use hub::{Error as HubError, HubCache};
 pub use ids::{Group, ParamId, ParamKind, ParamSpec, Proj};
 pub use intervention::{Intervention, InterventionError};

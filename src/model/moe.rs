@@ -1,6 +1,8 @@
 //! The MoE block: router, routed experts, and an optional shared expert that processes every token.
 //! Shape suffixes: see [`super::layer`]; T is the number of rows of the block (N there).
 
+use std::sync::Arc;
+
 use super::config::ModelConfig;
 use super::ids::{ParamId, ParamKind};
 use super::layer::{Extent, LayerCtx, LayerGrads, Observer, Routed, Sinks};
@@ -30,7 +32,7 @@ pub(super) struct MoeSaved<B: Backend> {
 }
 
 struct ExpertsSaved<B: Backend> {
-    routing: B::Routing,
+    routing: Arc<B::Routing>,
     dispatch: B::Dispatch,
     gate_up_R2F: B::Tensor,
     shared: Option<SharedSaved<B>>,
@@ -40,6 +42,13 @@ struct SharedSaved<B: Backend> {
     gate_up_T2F: B::Tensor,
     gate_T1: B::Tensor,
     out_TD: B::Tensor,
+}
+
+impl<B: Backend> MoeSaved<B> {
+    /// The routing by which the experts were computed, if they were.
+    pub(super) fn routing(&self) -> Option<Arc<B::Routing>> {
+        self.experts.as_ref().map(|experts| experts.routing.clone())
+    }
 }
 
 impl MoeParams {
@@ -78,10 +87,13 @@ pub(super) fn forward<B: Backend>(
     if extent == Extent::Router && observer.is_none() {
         return (None, MoeSaved { logits_TE, experts: None });
     }
-    let mut routing = b.route(&logits_TE, ctx.config.num_experts_per_tok, ctx.config.renormalize);
-    if let Some(intervention) = ctx.intervention {
-        intervention.change_routing(b, &mut routing);
-    }
+    let routing = ctx.given.clone().unwrap_or_else(|| {
+        let mut routing = b.route(&logits_TE, ctx.config.num_experts_per_tok, ctx.config.renormalize);
+        if let Some(intervention) = ctx.intervention {
+            intervention.change_routing(b, &mut routing);
+        }
+        Arc::new(routing)
+    });
     let dispatch = b.dispatch(&routing, ctx.config.num_experts);
     if let Some(observe) = observer {
         observe(Routed { layer: ctx.layer, logits: &logits_TE, routing: &routing, dispatch: &dispatch });

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::attention::{self, AttentionParams, AttentionSaved};
 use super::config::ModelConfig;
 use super::feed_forward::{self, FeedForwardParams, FeedForwardSaved};
+use super::guide::{RoutingMismatch, check_same_routing};
 use super::ids::{ParamId, ParamKind};
 use super::intervention::{Intervention, InterventionError, LayerIntervention};
 use super::layer::{Extent, LayerCtx, LayerGrads, Observer, RouterGrad, Sinks};
@@ -32,6 +33,8 @@ pub struct Model<B: Backend> {
     pub(super) head: ParamId,
     /// The change of each layer's routing; empty without an intervention.
     interventions: Vec<Option<LayerIntervention<B>>>,
+    /// The model whose routing this one uses.
+    pub(super) guide: Option<Box<Model<B>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -142,7 +145,18 @@ impl<B: Backend> Model<B> {
             .collect();
         let final_norm = table.expect_id(ParamKind::FinalNorm);
         let head = table.id(ParamKind::LmHead).unwrap_or(embedding);
-        Self { backend, config, table, weights, embedding, layers, final_norm, head, interventions: Vec::new() }
+        Self {
+            backend,
+            config,
+            table,
+            weights,
+            embedding,
+            layers,
+            final_norm,
+            head,
+            interventions: Vec::new(),
+            guide: None,
+        }
     }
 
     /// A parameter's current value on the backend.
@@ -182,7 +196,22 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
+    /// Locked routing: from now on, each token takes in each layer the experts and the routing weights that `guide` computes for it
+    /// from the same tokens, in all forward passes and in decoding. The own routers still compute logits, which observers see;
+    /// they decide nothing. Both models run side by side, so a pass takes twice the time. For forward passes only; an
+    /// intervention on the guide applies to both models, an intervention on this one is refused by a panic.
+    ///
+    /// # Errors
+    /// A guide of another family or of other sizes.
+    pub fn route_as(&mut self, guide: Self) -> Result<(), RoutingMismatch> {
+        check_same_routing(&self.config, &guide.config)?;
+        self.guide = Some(Box::new(guide));
+        Ok(())
+    }
+
+    /// The change of a layer's routing.
     pub(super) fn intervention(&self, layer: usize) -> Option<&LayerIntervention<B>> {
+        assert!(self.guide.is_none() || self.interventions.is_empty(), "the routing is the guide's: change it there");
         self.interventions.get(layer).and_then(Option::as_ref)
     }
 
@@ -201,9 +230,17 @@ impl<B: Backend> Model<B> {
         let b = &*self.backend;
         let mut saved: Vec<Option<LayerSaved<B>>> = Vec::with_capacity(self.layers.len());
         let mut x_TD = b.embedding(&inputs.ids, self.weight(self.embedding));
+        let mut guide =
+            self.guide.as_deref().map(|guide| (guide, b.embedding(&inputs.ids, guide.weight(guide.embedding))));
         let top = self.top_layer(options.end);
         for (l, layer) in self.layers.iter().enumerate().take(top + 1) {
-            let ctx = self.layer_ctx(l, inputs, options.end);
+            let mut ctx = self.layer_ctx(l, inputs, options.end);
+            if let Some((guide, guide_x_TD)) = &mut guide {
+                let ctx_of_guide = guide.layer_ctx(l, inputs, options.end);
+                let (y_ND, kept) = layer_forward(&ctx_of_guide, &guide.layers[l], guide_x_TD, Extent::Whole, None);
+                *guide_x_TD = y_ND.expect("the whole extent");
+                ctx.given = kept.feed_forward.routing();
+            }
             let extent = if options.end == PassEnd::Routers && l == top { Extent::Router } else { Extent::Whole };
             let (y_ND, kept) = layer_forward(&ctx, layer, &x_TD, extent, observer.as_mut().map(|o| &mut **o as _));
             let kept = (l >= options.keep_from).then_some(kept);
@@ -288,7 +325,7 @@ impl<B: Backend> Model<B> {
         sinks: &mut Sinks<'_, B>,
         of_head: impl FnOnce(&B::Tensor, &B::Weight, Option<(&mut B::Buffer, usize)>) -> (f64, B::Tensor),
     ) -> Option<f64> {
-        assert!(self.interventions.is_empty(), "an intervention is for forward passes only");
+        assert!(self.interventions.is_empty() && self.guide.is_none(), "an intervention is for forward passes only");
         let b = &*self.backend;
         let end = forward.options.end;
         let top = self.top_layer(end);
@@ -344,6 +381,7 @@ impl<B: Backend> Model<B> {
             seqs: &inputs.seqs,
             rows: self.pruned_rows(layer, inputs, end),
             intervention: self.intervention(layer),
+            given: None,
         }
     }
 

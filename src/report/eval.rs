@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Table, read_json};
+use super::{Error, OtherRouting, Table, read_json};
 use crate::data::Message;
 use crate::experts::ExpertId;
 use crate::judge::Rate;
@@ -38,6 +38,9 @@ pub struct EvaluatedModel {
     pub sha: String,
     /// `tuned` if the model is in the output folder of a moewarden run, else `base`.
     pub variant: String,
+    /// Whose routing it was evaluated with; absent: its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_routing: Option<OtherRouting>,
 }
 
 /// Which side of a row a prompt comes from.
@@ -218,6 +221,10 @@ pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
         ["model, list", "unsafe answers", "refused", "safe answers", "refused"],
     );
     for (name, eval) in evals {
+        let name = match &eval.model.other_routing {
+            None => name.clone(),
+            Some(other) => format!("{name}, {}", other.from.phrase()),
+        };
         losses.row([
             name.clone(),
             format_loss(eval.ce_unsafe.mean),

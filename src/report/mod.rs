@@ -13,11 +13,13 @@ mod heatmap;
 mod histogram;
 mod metadata;
 mod metrics;
+mod other_routing;
 mod page;
 mod pickle;
 mod rankings;
 mod rates;
 mod replies;
+mod rerouting;
 mod scores_json;
 
 pub use ablation::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, RandomSet};
@@ -33,11 +35,13 @@ pub use heatmap::heatmap_svg;
 pub use histogram::histogram_svg;
 pub use metadata::{IdentifiedExperts, RetentionLog, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};
+pub use other_routing::{OtherRouting, RoutingFrom};
 pub use page::{Page, Table, escape};
 pub use pickle::{RoundGradients, gradients_pickle};
 pub use rankings::{NamedRanking, RANKINGS_SCHEMA, RankingsFile};
 pub use rates::{RateRow, rates_svg};
 pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
+pub use rerouting::rerouting_table;
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
 
 use std::io;

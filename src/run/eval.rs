@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::generate::answer;
+use super::other_routing::{use_other_routing, weights_sha};
 use super::progress::Progress;
 use super::refusals::LISTS;
 use super::session::Session;
@@ -34,14 +35,22 @@ const TOP_EXPERTS: usize = 10;
 pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     let config = args.run_config()?;
     let recipe = config.recipe_of_evaluation()?;
-    let session = Session::open_any(&config, ui)?;
+    let mut session = Session::open_any(&config, ui)?;
     let generated = if args.skip_answers { 0 } else { args.max_new_tokens };
     session.model.check_length(args.max_length + generated)?;
-    prepare_dir_keeping(&config.output_dir, Existing::of(args.overwrite, false), &config.inputs())?;
+    let mut model = evaluated(&session);
+    model.other_routing = use_other_routing(&mut session, args)?;
+    let mut inputs = config.inputs();
+    inputs.extend(model.other_routing.iter().map(|other| &*other.path));
+    prepare_dir_keeping(&config.output_dir, Existing::of(args.overwrite, false), &inputs)?;
     session.check_weights()?;
     ui.line(session.describe());
+    if let Some(other) = &model.other_routing {
+        ui.line(format_args!("  {other}"));
+    }
     let (device, rank) = (Device::find(&config, ui)?, Rank::single(ui.clone()));
-    let evaluation = Evaluation { args, output_dir: &config.output_dir, recipe: &recipe, session: &session, ui };
+    let evaluation =
+        Evaluation { args, output_dir: &config.output_dir, recipe: &recipe, session: &session, model: &model, ui };
     catch_panic(|| match device.open(&config, session.workload(config.batch_size), &rank)? {
         Opened::Cpu(cpu) => evaluation.run(&session.replica(cpu, None, &rank)),
         Opened::Cuda(cuda, transport) => evaluation.run(&session.replica(cuda, transport, &rank)),
@@ -54,12 +63,13 @@ struct Evaluation<'a> {
     output_dir: &'a Path,
     recipe: &'a Recipe,
     session: &'a Session,
+    model: &'a EvaluatedModel,
     ui: &'a Ui,
 }
 
 impl Evaluation<'_> {
     fn run<B: Backend>(&self, replica: &Replica<B>) -> Result<()> {
-        let Self { args, output_dir, session, ui, .. } = *self;
+        let Self { args, output_dir, session, model, ui, .. } = *self;
         let sampling = Sampling {
             temperature: args.temperature,
             top_p: args.top_p,
@@ -70,13 +80,11 @@ impl Evaluation<'_> {
         let (ce_unsafe, exact_unsafe) = self.losses(replica, PromptSide::Unsafe, |r| r.unsafe_reply.as_ref())?;
         let (ce_safe, exact_safe) = self.losses(replica, PromptSide::Safe, |r| r.safe_reply.as_ref())?;
         let routing = self.routing_difference(replica)?;
-        let model = evaluated(session);
         let clock = Instant::now();
-        let refusals =
-            if args.skip_answers { Vec::new() } else { self.answer_all(replica.model(), &model, &sampling)? };
+        let refusals = if args.skip_answers { Vec::new() } else { self.answer_all(replica.model(), model, &sampling)? };
         let report = EvalReport {
             schema: EVAL_SCHEMA.into(),
-            model,
+            model: model.clone(),
             dataset_path: args.dataset_path.clone(),
             rows: session.data.records.len(),
             sampling,
@@ -230,15 +238,12 @@ fn prompts_of(r: &Record) -> impl Iterator<Item = Prompt<'_>> {
 }
 
 fn evaluated(session: &Session) -> EvaluatedModel {
-    let mut hasher = blake3::Hasher::new();
-    for spec in &session.table.params {
-        hasher.update_rayon(&spec.base.bytes);
-    }
     let in_a_run = |dir: &Path| dir.parent().is_some_and(|run| run.join("training_metadata.json").is_file());
     EvaluatedModel {
         path: session.dir.clone(),
-        sha: blake3_name(hasher.finalize()),
+        sha: weights_sha(&session.table),
         variant: if in_a_run(&session.dir) { "tuned" } else { "base" }.into(),
+        other_routing: None,
     }
 }
 

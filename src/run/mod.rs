@@ -9,6 +9,7 @@ mod export;
 pub mod forecast;
 pub mod generate;
 mod identify;
+mod other_routing;
 mod outputs;
 mod prepare;
 mod progress;

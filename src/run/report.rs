@@ -11,7 +11,7 @@ use crate::files;
 use crate::launch::{Existing, prepare_dir_keeping};
 use crate::report::{
     EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile, Series, Table,
-    curve_svg, drift_tables, eval_tables, heatmap_svg, overlap_tables, read_json,
+    curve_svg, drift_tables, eval_tables, heatmap_svg, overlap_tables, read_json, rerouting_table,
 };
 use crate::train::Phase;
 use crate::ui::Ui;
@@ -61,6 +61,7 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
     if !evals.is_empty() {
         page.section("Evaluations");
         eval_tables(&evals).iter().for_each(|table| add(&mut page, table));
+        add(&mut page, &rerouting_table(&evals));
     }
     let choices: Vec<RunSelection> = runs.iter().filter_map(Run::choice).collect();
     if choices.len() > 1 {

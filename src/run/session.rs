@@ -35,6 +35,8 @@ pub struct Session {
     pub held_out: Option<Dataset>,
     /// Rows on which the trained model must stay near the base model.
     retain: Option<(PathBuf, Dataset)>,
+    /// The parameters of a model of the same configuration that decides the routing in place of [`Self::table`]'s routers.
+    pub route_as: Option<ParamTable>,
     /// The file of [`Self::data`].
     data_path: PathBuf,
     /// The hash of the experts of `--method given`, which decide results as the other inputs do.
@@ -126,6 +128,7 @@ impl Session {
             data,
             held_out,
             retain,
+            route_as: None,
             data_path,
             given: None,
             fingerprint: OnceLock::new(),
@@ -177,7 +180,11 @@ impl Session {
         transport: Option<Arc<dyn DeviceTransport<B>>>,
         rank: &Rank,
     ) -> Replica<B> {
-        let model = Model::new(backend, self.model.clone(), self.table.clone());
+        let mut model = Model::new(backend.clone(), self.model.clone(), self.table.clone());
+        if let Some(table) = &self.route_as {
+            let guide = Model::new(backend, self.model.clone(), table.clone());
+            model.route_as(guide).expect("the same configuration");
+        }
         let mut replica = Replica::new(model, rank.world.clone());
         replica.transport = transport;
         replica.stop = rank.stop.clone();

@@ -15,6 +15,7 @@ mod cli_options;
 mod commands;
 mod faults;
 mod lockstep;
+mod other_routing;
 mod own_replies;
 mod python;
 mod quickstart;

@@ -30,6 +30,7 @@ mod published;
 mod recipe;
 mod replies;
 mod retention;
+mod route_as;
 mod routing_replies;
 mod second_opinion;
 mod sharding;
