@@ -1,8 +1,6 @@
 //! Decoding with a key/value cache. Shape suffixes: see [`super::layer`].
 
-use std::sync::Arc;
-
-use super::layer::{Extent, LayerCtx};
+use super::layer::{Extent, LayerCtx, LayerRouting};
 use super::transformer::Model;
 use super::{attention, feed_forward};
 use crate::backend::{Backend, Heads, Packing};
@@ -39,8 +37,8 @@ impl<B: Backend> Model<B> {
         &self,
         ids: &[u32],
         cache: &mut KvCache<B>,
-        given: &[Option<Arc<B::Routing>>],
-    ) -> (B::Tensor, Vec<Option<Arc<B::Routing>>>) {
+        given: &[LayerRouting<B>],
+    ) -> (B::Tensor, Vec<LayerRouting<B>>) {
         let b = &*self.backend;
         let seen = b.shape(&cache.layers[0].0).0;
         let seqs = b.sequences(&Packing::continuing(ids.len(), seen + ids.len()), &self.config.rope);

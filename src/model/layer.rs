@@ -24,6 +24,9 @@ use super::intervention::LayerIntervention;
 use super::plan::GradPlan;
 use crate::backend::Backend;
 
+/// The experts and routing weights of one layer, shared between two models; `None` in a layer that does not route.
+pub(super) type LayerRouting<B> = Option<Arc<<B as Backend>::Routing>>;
+
 /// The context of one layer in one pass: backend, parameters, configuration, sequences.
 pub(super) struct LayerCtx<'a, B: Backend> {
     pub(super) b: &'a B,
@@ -38,7 +41,7 @@ pub(super) struct LayerCtx<'a, B: Backend> {
     /// A change of this layer's routing.
     pub(super) intervention: Option<&'a LayerIntervention<B>>,
     /// The routing of the layer's rows, where it is not the layer's router that decides it.
-    pub(super) given: Option<Arc<B::Routing>>,
+    pub(super) given: LayerRouting<B>,
 }
 
 impl<'a, B: Backend> LayerCtx<'a, B> {
