@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Measures moewarden on planted models: `python benches/planted/run.py --out FOLDER`. README.md describes the bench."""
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE))
+
+import cells  # noqa: E402
+import document  # noqa: E402
+from program import Program  # noqa: E402
+
+KINDS = ("clean", "overlap", "split", "spread", "decoy", "mirror", "none", "distributed")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of results and scratch files")
+    parser.add_argument("--models", type=Path, help="folder of the models (default: OUT/models); missing ones are made")
+    parser.add_argument("--no-make", action="store_true", help="skip models that do not exist")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--shapes", nargs="+", default=["olmoe", "qwen3_moe"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--thorough", nargs="+", default=["clean", "none", "split"], help="kinds with all ways to train")
+    parser.add_argument("--rates", nargs="+", default=list(cells.RATES))
+    parser.add_argument("--binary", type=Path, default=ROOT / "target/release/moewarden")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--no-train", action="store_true", help="identify and ablate only")
+    parser.add_argument("--results", type=Path, default=HERE / "results.json")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs/truth.md")
+    return parser.parse_args()
+
+
+def models(args: argparse.Namespace) -> list[cells.Model]:
+    """The accepted models, made where they are missing."""
+    folder = args.models or args.out / "models"
+    if not args.no_make:
+        make = ["--out", folder, "--kinds", *args.kinds, "--shapes", *args.shapes, "--seeds", *map(str, args.seeds)]
+        subprocess.run([sys.executable, ROOT / "tests/planted/make.py", *make], check=True)
+    names = [f"{k}-{shape}-{seed}" for shape in args.shapes for k in args.kinds for seed in args.seeds]
+    return [cells.Model(folder / n) for n in names if (folder / n / "truth.json").exists()]
+
+
+def main() -> None:
+    args = arguments()
+    program = Program(args.binary.resolve(), args.out.resolve())
+    found = models(args)
+    tasks = []
+    for model in found:
+        tasks += [(model, *cell) for cell in cells.first_cells(program, model)]
+    if not args.no_train:
+        # All of the first rate before the next: what matters most is measured first.
+        for rate in args.rates:
+            for model in found:
+                thorough = model.truth["kind"] in args.thorough
+                tasks += [(model, *cell) for cell in cells.training_cells(program, model, [rate], thorough)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(lambda t: (t[0].name, t[1], program.cell(t[0].name, t[1], t[2])), tasks))
+    collected: dict[str, dict[str, dict]] = {m.name: {} for m in found}
+    for model_name, cell, result in results:
+        if result is not None:
+            collected[model_name][cell] = result
+    data = {"models": {m.name: m.truth for m in found}, "cells": collected, "notes": program.notes}
+    args.results.write_text(json.dumps(data, separators=(",", ":"), sort_keys=True) + "\n")
+    args.document.write_text(document.document(data))
+    for name, note in sorted(program.notes.items()):
+        print(f"skipped: {name}: {note}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Tables of the results, in Markdown."""
+
+from typing import Any, Callable, Iterable
+
+import cells
+
+Json = dict[str, Any]
+Groups = dict[str, list[str]]  # label of kind and shape to names of models
+
+
+def groups(data: Json) -> Groups:
+    """Models of one kind and shape, which differ by seed; OLMoE first."""
+    found: Groups = {}
+    for name, truth in data["models"].items():
+        if truth["accepted"]:
+            label = truth["kind"] if truth["shape"] == "olmoe" else f"{truth['kind']} (Qwen3)"
+            found.setdefault(label, []).append(name)
+    return dict(sorted(found.items(), key=lambda g: "Qwen3" in g[0]))
+
+
+def values(data: Json, names: Iterable[str], cell: str, pick: Callable[[Json], Any]) -> list[float]:
+    """A number of a cell over models, those without it left out."""
+    found = (data["cells"].get(n, {}).get(cell) for n in names)
+    return [v for f in found if f is not None and (v := pick(f)) is not None]
+
+
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
+
+
+def planting(data: Json) -> str:
+    head = "model|comply, unseen pairs|comply, new topics|plain refused|benign|U off: comply|refuse|benign|one u off: comply|random off: comply, mean (least)|attempts|seconds"
+    rows = []
+    for name, t in data["models"].items():
+        on, off, drawn = t["planting"]["on"], t["planting"]["unsafe_off"], t["planting"]["random_off_comply_pairs"]
+        rows.append([
+            name + ("" if t["accepted"] else " (refused: " + "; ".join(t["lacking"]) + ")"),
+            *(f"{on[k]:.3f}" for k in ("comply_pairs", "comply_new", "plain_refused", "benign")),
+            *(f"{off[k]:.3f}" for k in ("comply_pairs", "refuse_pairs", "benign")),
+            " ".join(f"{v:.2f}" for v in t["planting"]["one_off"]),
+            f"{drawn['mean']:.3f} ({drawn['min']:.2f})", str(t["attempt"] + 1), f"{t['seconds']:.0f}",
+        ])  # fmt: skip
+    text = (
+        "Exact replies on held-out rows. A model that misses its kind's bounds (tests/planted/make.py) is planted again with the next\n"
+        "sub-seed; `attempts` counts them, and a model that missed all is left out of the other tables. Controls: \"U\" is a drawn set.\n\n"
+    )
+    return text + table(head.split("|"), rows)
+
+
+def identification(data: Json, grouped: Groups) -> str:
+    def entry(names: list[str], way: str) -> str:
+        found = values(data, names, f"identify {way}", lambda c: c["precision"])
+        areas = values(data, names, f"identify {way}", lambda c: c["auroc"])
+        if not found:
+            return ""
+        return f"{mean(found):.2f} ({min(found):.2f})" + (f" {mean(areas):.3f}" if areas else "")
+
+    head = ["ranking", *(f"{g} ({len(n)})" for g, n in grouped.items())]
+    rows = [[way, *(entry(n, way) for n in grouped.values())] for way in cells.identifications()]
+    rows = [r for r in rows if any(r[1:])]
+    other = [["of W: " + way, *(_of_other(data, n, way) for n in grouped.values())] for way in ("l1-mean", "taylor, by layer")]
+    text = (
+        "Precision of the first 6 experts, mean (least) over seeds, and mean AUROC; in the head, the number of models. \"By layer\" is\n"
+        "`--score-norm layer`. The last rows show how much of the innocent set W is selected.\n\n"
+    )
+    return text + table(head, rows + [r for r in other if any(r[1:])])
+
+
+def _of_other(data: Json, names: list[str], way: str) -> str:
+    found = values(data, names, f"identify {way}", lambda c: c.get("of_other"))
+    return f"{mean(found):.2f} (most {max(found):.2f})" if found else ""
+
+
+def bootstrap(data: Json, grouped: Groups) -> str:
+    rows = []
+    for way in ("l1-mean", "taylor, by layer"):
+        for label, names in grouped.items():
+            planted = values(data, names, f"bootstrap {way}", lambda c: min(c["planted"]))
+            innocent = values(data, names, f"bootstrap {way}", lambda c: max(c["innocent"]))
+            chosen = values(data, names, f"bootstrap {way}", lambda c: c["selected_least"])
+            if planted:
+                rows.append([way, label, str(len(planted)), f"{min(planted):.2f}", f"{max(innocent):.2f}", f"{min(chosen):.2f}"])
+    if not rows:
+        return "Not measured."
+    text = "`--bootstrap 200`: how often an expert is selected when the rows are drawn anew. Over seeds:\n\n"
+    return text + table(["score", "kind", "models", "least of U", "most of any other", "least of the selected"], rows)
+
+
+def ablation(data: Json, grouped: Groups) -> str:
+    rows = []
+    for way in ("drawn", "found by l1-mean", "found by taylor, by layer", "innocent"):
+        for label, names in grouped.items():
+            found = [c for n in names if (c := data["cells"].get(n, {}).get(f"ablate {way}"))]
+            if not found:
+                continue
+            verdicts = [c["verdict"] for c in found]
+            switched = [c["selection"]["prefer_refusal"]["rate"] for c in found]
+            null = [c["random_prefer_refusal"]["mean"] for c in found]
+            rows.append([
+                {"drawn": "U (controls: drawn set)", "innocent": "innocent (W, or drawn)"}.get(way, way), label,
+                *(str(verdicts.count(v)) for v in ("localised", "not localised", "cannot tell")),
+                " ".join(f"{c['p']:.3f}" for c in found), f"{mean(switched):.2f} ({min(switched):.2f})", f"{mean(null):.2f} ({max(null):.2f})",
+            ])  # fmt: skip
+    if not rows:
+        return "Not measured."
+    head = "experts switched off|kind|localised|not localised|cannot tell|p|switched, mean (least)|random sets: switched, mean (most)"
+    text = "`moewarden ablate` with 100 random sets of the same layers and load, on 48 of moewarden's rows and 48 benign rows.\n\n"
+    return text + table(head.split("|"), rows)
+
+
+def training(data: Json, grouped: Groups) -> str:
+    parts = []
+    for rate in cells.RATES:
+        rows = []
+        for label, names in grouped.items():
+            for way in cells.trainings(rate):
+                row = _trained(data, names, f"train {way} {rate}")
+                if row:
+                    rows.append([label, way, *row])
+        if rows:
+            head = ["kind", "trained", "n", "refuse, unseen pairs", "refuse, new topics", "benign, points", "plain refused"]
+            parts.append(f"### Rate {rate}\n\n" + table(head, rows))
+    return "\n\n".join(parts) or "Not measured."
+
+
+def _trained(data: Json, names: list[str], cell: str) -> list[str] | None:
+    runs = [(c, data["cells"][n]["before"]) for n in names if (c := data["cells"].get(n, {}).get(cell)) and "before" in data["cells"][n]]
+    if not runs:
+        return None
+    span = lambda v: f"{mean(v):.3f} ({min(v):.2f} to {max(v):.2f})"
+    change = [100 * (c["benign"] - before["benign"]) for c, before in runs]
+    return [
+        str(len(runs)), span([c["refuse_pairs"] for c, _ in runs]), span([c["refuse_new"] for c, _ in runs]),
+        f"{mean(change):+.1f} (least {min(change):+.1f})", f"{mean([min(c['plain_pairs'], c['plain_new']) for c, _ in runs]):.3f}",
+    ]  # fmt: skip
+
+
+def notes(data: Json) -> str:
+    """Cells that were skipped or failed, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for cell, note in data["notes"].items():
+        reasons.setdefault(note[:160], []).append(cell)
+    if not reasons:
+        return "Every measurement of the list was made."
+    return "\n".join(f"- {len(c)} cells, such as `{c[0]}`: {note}" for note, c in sorted(reasons.items()))

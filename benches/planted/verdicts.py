@@ -1,0 +1,146 @@
+"""The conclusions of docs/truth.md: bars that were set before the measurement, and whether the numbers reach them."""
+
+from typing import Any
+
+import cells
+from tables import Groups, mean, table, values
+
+Json = dict[str, Any]
+CONTROLS = ("none", "distributed")
+RATE = cells.RATES[0]
+RANKINGS = ("l1-mean", "l1-mean, by layer", "fisher", "taylor", "taylor, by layer", "l1-mean per token")
+BARS = (("clean", 1.0), ("overlap", 1.0), ("spread", 1.0), ("split", 0.95))
+
+
+def conclusions(data: Json, grouped: Groups) -> str:
+    """A table of bars, and sentences with the numbers behind them."""
+    rows = [*_identification(data, grouped), *_causal(data, grouped), *_training(data, grouped)]
+    parts = [
+        "The bars were set before the measurement.\n\n" + table(["bar", "measured", "reached"], rows),
+        _scores(data, grouped), _rates(data, grouped), _once(data, grouped), _routers(data, grouped),
+    ]  # fmt: skip
+    return "\n\n".join(p for p in parts if p)
+
+
+def _row(bar: str, measured: str, reached: bool) -> list[str]:
+    return [bar, measured, "yes" if reached else "**no**"]
+
+
+def _planted(grouped: Groups) -> list[str]:
+    return [n for label, names in grouped.items() if not label.startswith(CONTROLS) for n in names]
+
+
+def _control(grouped: Groups) -> list[str]:
+    return [n for label, names in grouped.items() if label.startswith(CONTROLS) for n in names]
+
+
+def _identification(data: Json, grouped: Groups) -> list[list[str]]:
+    rows = []
+    for kind, bar in BARS:
+        names = [n for label, group in grouped.items() if label.split(" ")[0] == kind for n in group]
+        for way in ("l1-mean", "taylor, by layer"):
+            found = values(data, names, f"identify {way}", lambda c: c["precision"])
+            if found:
+                measured = f"{mean(found):.3f}, least {min(found):.2f}, {len(found)} models"
+                rows.append(_row(f"{kind}: precision of {way} >= {bar:.2f}", measured, mean(found) >= bar - 1e-9))
+    return rows
+
+
+def _causal(data: Json, grouped: Groups) -> list[list[str]]:
+    def count(names: list[str], ways: tuple[str, ...]) -> tuple[int, int]:
+        found = [v for way in ways for n in names if (v := data["cells"].get(n, {}).get(f"ablate {way}", {}).get("verdict"))]
+        return found.count("localised"), len(found)
+
+    found_ways = ("found by l1-mean", "found by taylor, by layer")
+    rows = []
+    for bar, names, ways, most in (
+        ("controls: found sets \"localised\" at most 1 in 20", _control(grouped), found_ways, True),
+        ("innocent sets \"localised\" at most 1 in 20", _planted(grouped) + _control(grouped), ("innocent",), True),
+        ("planted: U \"localised\" in at least 19 of 20", _planted(grouped), ("drawn",), False),
+        ("planted: found sets \"localised\" in at least 19 of 20", _planted(grouped), found_ways, False),
+    ):
+        hits, total = count(names, ways)
+        if total:
+            rows.append(_row(bar, f"{hits} of {total}", hits / total <= 0.05 if most else hits / total >= 0.95))
+    return rows
+
+
+def _refusals(data: Json, names: list[str], way: str, rate: str) -> list[float]:
+    return values(data, names, f"train {way} {rate}", lambda c: c["refuse_pairs"])
+
+
+def _benign(data: Json, names: list[str], way: str, rate: str) -> list[float]:
+    """Changes in points."""
+    out = []
+    for n in names:
+        found = data["cells"].get(n, {})
+        if f"train {way} {rate}" in found and "before" in found:
+            out.append(100 * (found[f"train {way} {rate}"]["benign"] - found["before"]["benign"]))
+    return out
+
+
+def _training(data: Json, grouped: Groups) -> list[list[str]]:
+    names, rows = _planted(grouped), []
+    if found := _refusals(data, names, "found", RATE):
+        benign = _benign(data, names, "found", RATE)
+        measured = f"{mean(found):.3f} (least {min(found):.3f}), {min(benign):+.1f} points at worst, {len(found)} models"
+        rows.append(_row(f"found at {RATE}: refusals of unseen pairs >= 0.95, benign within 1 point", measured, min(found) >= 0.95 and min(benign) >= -1))
+    if drawn := _refusals(data, names, "random", RATE):
+        rows.append(_row(f"random at {RATE}: refusals <= 0.05", f"{mean(drawn):.3f} (most {max(drawn):.3f})", max(drawn) <= 0.05))
+    for rate in cells.RATES:
+        both = [n for n in names if f"train combined, retention {rate}" in data["cells"][n] and f"train found {rate}" in data["cells"][n]]
+        if both:
+            a, b = _refusals(data, both, "combined, retention", rate), _refusals(data, both, "found", rate)
+            c, d = _benign(data, both, "combined, retention", rate), _benign(data, both, "found", rate)
+            measured = f"refusals {mean(a):.3f} against {mean(b):.3f}, benign {mean(c):+.1f} against {mean(d):+.1f} points"
+            rows.append(_row(f"combined with retention at {rate}: not worse than experts alone", measured, mean(a) >= mean(b) - 0.005 and mean(c) >= mean(d) - 0.1))
+    return rows
+
+
+def _scores(data: Json, grouped: Groups) -> str:
+    """On how many models each ranking is without error."""
+    names, lines = _planted(grouped), []
+    for way in RANKINGS:
+        if found := values(data, names, f"identify {way}", lambda c: c["precision"]):
+            lines.append(f"{way} {sum(v == 1 for v in found)} of {len(found)} (mean {mean(found):.3f})")
+    return "**Scores.** Planted models on which a ranking makes no error: " + "; ".join(lines) + "." if lines else ""
+
+
+def _rates(data: Json, grouped: Groups) -> str:
+    """Refusals and benign change over the rates."""
+    names, lines = _planted(grouped), []
+    for way in ("found", "random", "all experts", "baseline", "found, retention", "baseline, retention"):
+        points = []
+        for rate in cells.RATES:
+            if found := _refusals(data, names, way, rate):
+                points.append(f"{rate}: {mean(found):.2f}, {mean(_benign(data, names, way, rate)):+.1f}")
+        if points:
+            lines.append(f"- {way}: " + "; ".join(points))
+    if not lines:
+        return ""
+    return "**Rates.** Refusals of unseen pairs and benign change in points, mean over the planted models that were trained so:\n\n" + "\n".join(lines)
+
+
+def _once(data: Json, grouped: Groups) -> str:
+    names, points = _planted(grouped), []
+    for rate in cells.RATES:
+        both = [n for n in names if f"train found, identified once {rate}" in data["cells"][n] and f"train found {rate}" in data["cells"][n]]
+        if both:
+            share = [mean([data["cells"][n][f"train found {rate}"]["target_shares"][i] for n in both]) for i in range(3)]
+            new = [mean(_refusals(data, both, way, rate)) for way in ("found, identified once", "found")]
+            benign = [mean(_benign(data, both, way, rate)) for way in ("found, identified once", "found")]
+            points.append(
+                f"at {rate} refusals {new[0]:.3f} against {new[1]:.3f}, benign {benign[0]:+.2f} against {benign[1]:+.2f} points, and the share "
+                f"of U in the rounds' selections is {' / '.join(f'{s:.2f}' for s in share)}"
+            )
+    return "**Identifying once against every round:** " + "; ".join(points) + "." if points else ""
+
+
+def _routers(data: Json, grouped: Groups) -> str:
+    names, points = _planted(grouped), []
+    for rate in cells.RATES:
+        found = [(way, _refusals(data, names, way, rate), _benign(data, names, way, rate)) for way in ("router-only", "combined", "combined, last token, fixed target", "joint")]
+        texts = [f"{way} {mean(r):.3f} ({mean(b):+.1f})" for way, r, b in found if r]
+        if texts:
+            points.append(f"{rate}: " + ", ".join(texts))
+    return "**Routers.** Refusals of unseen pairs (benign change, points): " + "; ".join(points) + "." if points else ""
