@@ -18,6 +18,7 @@ ROWS = ["--max-samples", ABLATED_ROWS, "--batch-size", "24"]
 RATES = ("1e-4", "3e-4", "1e-3")
 EXPERTS_ONLY = ["--skip-router-training"]
 ROUTER_RATE = ["--router-lr", "1e-4"]
+LAST_TOKEN = ["--router-target", "round-start", "--router-last-tokens", "1"]
 
 
 def identifications() -> dict[str, list[str]]:
@@ -47,14 +48,16 @@ def trainings(rate: str) -> dict[str, list[str]]:
         "all experts": [*lr, *EXPERTS_ONLY, "--mode", "experts"],
         "baseline": [*lr, *EXPERTS_ONLY, "--mode", "baseline"],
         "router-only": ["--no-finetune-unsafe-experts", "--router-lr", rate],
+        "router-only, last token, fixed target": ["--no-finetune-unsafe-experts", "--router-lr", rate, *LAST_TOKEN],
         "combined": [*lr, *ROUTER_RATE],
-        "combined, last token, fixed target": [*lr, *ROUTER_RATE, "--router-target", "round-start", "--router-last-tokens", "1"],
+        "combined, last token, fixed target": [*lr, *ROUTER_RATE, *LAST_TOKEN],
         "found, retention": [*lr, *EXPERTS_ONLY, *retain],
         "found, retention by ce": [*lr, *EXPERTS_ONLY, *retain, "--retain-loss", "ce"],
         "all experts, retention": [*lr, *EXPERTS_ONLY, "--mode", "experts", *retain],
         "baseline, retention": [*lr, *EXPERTS_ONLY, "--mode", "baseline", *retain],
         "combined, retention": [*lr, *ROUTER_RATE, *retain, "--retain-routing-weight", "1"],
         "joint": [*lr, *ROUTER_RATE, "--schedule", "joint"],
+        "found, identified every round": [*lr, *EXPERTS_ONLY, "--identify-until", "0"],
         "found, identified once": [*lr, *EXPERTS_ONLY, "--identify", "once"],
         "found, recommended score": [*lr, *EXPERTS_ONLY, *RECOMMENDED],
     }
@@ -113,24 +116,13 @@ def bootstrap(program: Program, model: Model, args: list[str], folder: Path) -> 
     """Inclusion probabilities, those of the target first."""
     program.run("identify", [*model.common(), "--top-k-experts", str(SIZE), "--bootstrap", "200", *args], folder)
     found = json.loads((folder / "expert_scores.json").read_text())["rounds"]["1"]
-    table = inclusion(found)
     wanted = {tuple(t) for t in model.target}
-    values = {(l, e): p for l, row in enumerate(table) for e, p in enumerate(row)}
+    values = {(l, e): p for l, row in enumerate(found["inclusion"]) for e, p in enumerate(row)}
     return {
         "planted": sorted(values[u] for u in wanted),
         "innocent": sorted((p for e, p in values.items() if e not in wanted), reverse=True)[:6],
         "selected_least": min(values[tuple(e)] for e in found["selected"]),
     }
-
-
-def inclusion(round_scores: Json) -> list[list[float]]:
-    """The table of inclusion probabilities, under the key that the program gives it."""
-    for key, value in round_scores.items():
-        if "inclusion" in key:
-            return value
-        if "bootstrap" in key and isinstance(value, dict):
-            return inclusion(value)
-    raise Failed(f"no inclusion probabilities among {list(round_scores)}")
 
 
 def ablate(program: Program, model: Model, experts: list[list[int]], folder: Path, rows: str = "train") -> Json:
@@ -150,7 +142,7 @@ def evaluate(program: Program, model: Model, weights: Path, folder: Path) -> Jso
     for rows in ("unsafe_pairs", "unsafe_new", "benign"):
         args = ["--model-name", str(weights), "--dataset-path", model.file(rows), "--skip-answers", "--max-samples", "1000"]
         program.run("eval", args, folder)
-        sides = {e["side"]: e["exact"]["rate"] for e in json.loads((folder / "eval.json").read_text())["exact"]}
+        sides = {e["side"]: e["rate"] for e in json.loads((folder / "eval.json").read_text())["exact"]}
         if rows == "benign":
             out["benign"] = sides["safe"]
         else:

@@ -17,6 +17,10 @@ class Missing(Exception):
     """The program does not know an option or a value; the cell is skipped with this note."""
 
 
+class Late(Exception):
+    """The bench's time is over; the cell is left to a later run."""
+
+
 class Failed(Exception):
     """The program failed."""
 
@@ -28,6 +32,7 @@ class Program:
     binary: Path
     out: Path
     threads: int = 1
+    deadline: float = float("inf")  # of time.monotonic(): no cell begins later
     notes: dict[str, str] = field(default_factory=dict)
     locks: dict[Path, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
 
@@ -53,8 +58,10 @@ class Program:
     def _compute(self, model: str, name: str, compute: Callable[[Path], Json], file: Path) -> Json | None:
         scratch = self.out / "scratch" / model / name
         try:
+            if time.monotonic() > self.deadline:
+                raise Late("not begun within --minutes")
             result = compute(scratch / "run")
-        except (Missing, Failed, subprocess.TimeoutExpired, KeyError) as error:
+        except (Missing, Failed, Late, subprocess.TimeoutExpired, KeyError) as error:
             self.notes[f"{model} {name}"] = f"{type(error).__name__}: {error}"
             return None
         finally:

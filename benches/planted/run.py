@@ -5,6 +5,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", default=list(cells.RATES))
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/moewarden")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no measurement after this time")
     parser.add_argument("--no-train", action="store_true", help="identify and ablate only")
     parser.add_argument("--results", type=Path, default=HERE / "results.json")
     parser.add_argument("--document", type=Path, default=ROOT / "docs/truth.md")
@@ -51,6 +53,7 @@ def main() -> None:
     args = arguments()
     program = Program(args.binary.resolve(), args.out.resolve())
     found = models(args)
+    program.deadline = time.monotonic() + 60 * args.minutes
     tasks = []
     for model in found:
         tasks += [(model, *cell) for cell in cells.first_cells(program, model)]

@@ -122,13 +122,13 @@ def _rates(data: Json, grouped: Groups) -> str:
 
 
 def _once(data: Json, grouped: Groups) -> str:
-    names, points = _planted(grouped), []
+    names, points, every = _planted(grouped), [], "found, identified every round"
     for rate in cells.RATES:
-        both = [n for n in names if f"train found, identified once {rate}" in data["cells"][n] and f"train found {rate}" in data["cells"][n]]
+        both = [n for n in names if f"train found, identified once {rate}" in data["cells"][n] and f"train {every} {rate}" in data["cells"][n]]
         if both:
-            share = [mean([data["cells"][n][f"train found {rate}"]["target_shares"][i] for n in both]) for i in range(3)]
-            new = [mean(_refusals(data, both, way, rate)) for way in ("found, identified once", "found")]
-            benign = [mean(_benign(data, both, way, rate)) for way in ("found, identified once", "found")]
+            share = [mean([data["cells"][n][f"train {every} {rate}"]["target_shares"][i] for n in both]) for i in range(3)]
+            new = [mean(_refusals(data, both, way, rate)) for way in ("found, identified once", every)]
+            benign = [mean(_benign(data, both, way, rate)) for way in ("found, identified once", every)]
             points.append(
                 f"at {rate} refusals {new[0]:.3f} against {new[1]:.3f}, benign {benign[0]:+.2f} against {benign[1]:+.2f} points, and the share "
                 f"of U in the rounds' selections is {' / '.join(f'{s:.2f}' for s in share)}"
@@ -139,7 +139,7 @@ def _once(data: Json, grouped: Groups) -> str:
 def _routers(data: Json, grouped: Groups) -> str:
     names, points = _planted(grouped), []
     for rate in cells.RATES:
-        found = [(way, _refusals(data, names, way, rate), _benign(data, names, way, rate)) for way in ("router-only", "combined", "combined, last token, fixed target", "joint")]
+        found = [(way, _refusals(data, names, way, rate), _benign(data, names, way, rate)) for way in ("router-only", "router-only, last token, fixed target", "combined", "combined, last token, fixed target", "joint")]
         texts = [f"{way} {mean(r):.3f} ({mean(b):+.1f})" for way, r, b in found if r]
         if texts:
             points.append(f"{rate}: " + ", ".join(texts))

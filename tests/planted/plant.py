@@ -26,7 +26,7 @@ class Settings:
     """Sizes and rates of the training."""
 
     batch: int = 64
-    first_steps: int = 350
+    first_steps: int = 450
     second_steps: int = 360
     first_rate: float = 4e-3
     second_rate: float = 3e-3
