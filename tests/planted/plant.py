@@ -26,7 +26,7 @@ class Settings:
     """Sizes and rates of the training."""
 
     batch: int = 64
-    first_steps: int = 450
+    first_steps: int = 600
     second_steps: int = 360
     first_rate: float = 4e-3
     second_rate: float = 3e-3
