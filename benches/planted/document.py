@@ -14,6 +14,7 @@ def document(data: Json) -> str:
     groups = tables.groups(data)
     parts = [
         INTRODUCTION,
+        f"Measured with {data['program']}, on a CPU.",
         "## Conclusions\n\n" + verdicts.conclusions(data, groups),
         "## Planting\n\n" + tables.planting(data),
         "## Identification\n\n" + tables.identification(data, groups),

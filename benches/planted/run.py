@@ -69,8 +69,11 @@ def main() -> None:
     for model_name, cell, result in results:
         if result is not None:
             collected[model_name][cell] = result
-    data = {"models": {m.name: m.truth for m in found}, "cells": collected, "notes": program.notes}
-    args.results.write_text(json.dumps(data, separators=(",", ":"), sort_keys=True) + "\n")
+    version = subprocess.run([program.binary, "--version"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    data = {"program": f"{version}, commit {commit}", "models": {m.name: m.truth for m in found}, "cells": collected, "notes": program.notes}
+    rounded = json.loads(json.dumps(data), parse_float=lambda number: round(float(number), 5))
+    args.results.write_text(json.dumps(rounded, separators=(",", ":"), sort_keys=True) + "\n")
     args.document.write_text(document.document(data))
     for name, note in sorted(program.notes.items()):
         print(f"skipped: {name}: {note}")
