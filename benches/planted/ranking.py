@@ -1,6 +1,6 @@
 """How well a ranking of experts finds a known set."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 Expert = tuple[int, int]
 

@@ -62,7 +62,7 @@ def main() -> None:
         for rate in args.rates:
             for model in found:
                 thorough = model.truth["kind"] in args.thorough
-                tasks += [(model, *cell) for cell in cells.training_cells(program, model, [rate], thorough)]
+                tasks += [(model, *cell) for cell in cells.training_cells(program, model, rate, thorough)]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda t: (t[0].name, t[1], program.cell(t[0].name, t[1], t[2])), tasks))
     collected: dict[str, dict[str, dict]] = {m.name: {} for m in found}
@@ -71,7 +71,12 @@ def main() -> None:
             collected[model_name][cell] = result
     version = subprocess.run([program.binary, "--version"], capture_output=True, text=True).stdout.strip()
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    data = {"program": f"{version}, commit {commit}", "models": {m.name: m.truth for m in found}, "cells": collected, "notes": program.notes}
+    data = {
+        "program": f"{version}, commit {commit}",
+        "models": {m.name: m.truth for m in found},
+        "cells": collected,
+        "notes": program.notes,
+    }
     rounded = json.loads(json.dumps(data), parse_float=lambda number: round(float(number), 5))
     args.results.write_text(json.dumps(rounded, separators=(",", ":"), sort_keys=True) + "\n")
     args.document.write_text(document.document(data))

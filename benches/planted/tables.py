@@ -1,6 +1,7 @@
 """Tables of the results, in Markdown."""
 
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import cells
 
@@ -34,7 +35,8 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def planting(data: Json) -> str:
-    head = "model|comply, unseen pairs|comply, new topics|plain refused|benign|U off: comply|refuse|benign|one u off: comply|random off: comply, mean (least)|attempts|seconds"
+    head = "model|comply, unseen pairs|comply, new topics|plain refused|benign|U off: comply|refuse|benign|one u off: comply"
+    head += "|random off: comply, mean (least)|attempts|seconds"
     rows = []
     for name, t in data["models"].items():
         on, off, drawn = t["planting"]["on"], t["planting"]["unsafe_off"], t["planting"]["random_off_comply_pairs"]
@@ -47,7 +49,7 @@ def planting(data: Json) -> str:
         ])  # fmt: skip
     text = (
         "Exact replies on held-out rows. A model that misses its kind's bounds (tests/planted/make.py) is planted again with the next\n"
-        "sub-seed; `attempts` counts them, and a model that missed all is left out of the other tables. Controls: \"U\" is a drawn set.\n\n"
+        'sub-seed; `attempts` counts them, and a model that missed all is left out of the other tables. Controls: "U" is a drawn set.\n\n'
     )
     return text + table(head.split("|"), rows)
 
@@ -65,7 +67,7 @@ def identification(data: Json, grouped: Groups) -> str:
     rows = [r for r in rows if any(r[1:])]
     other = [["of W: " + way, *(_of_other(data, n, way) for n in grouped.values())] for way in ("l1-mean", "taylor, by layer")]
     text = (
-        "Precision of the first 6 experts, mean (least) over seeds, and mean AUROC; in the head, the number of models. \"By layer\" is\n"
+        'Precision of the first 6 experts, mean (least) over seeds, and mean AUROC; in the head, the number of models. "By layer" is\n'
         "`--score-norm layer`. The last rows show how much of the innocent set W is selected.\n\n"
     )
     return text + table(head, rows + [r for r in other if any(r[1:])])
@@ -109,7 +111,9 @@ def ablation(data: Json, grouped: Groups) -> str:
     if not rows:
         return "Not measured."
     head = "experts switched off|kind|localised|not localised|cannot tell|p|switched, mean (least)|random sets: switched, mean (most)"
-    text = "`moewarden ablate` with 100 random sets of the same layers and load, on 48 of moewarden's rows and 48 benign rows.\n\n"
+    text = (
+        "`moewarden ablate` with 100 random sets of the same layers and load, on 40 of moewarden's rows and 40 benign rows.\n\n"
+    )
     return text + table(head.split("|"), rows)
 
 
@@ -129,7 +133,11 @@ def training(data: Json, grouped: Groups) -> str:
 
 
 def _trained(data: Json, names: list[str], cell: str) -> list[str] | None:
-    runs = [(c, data["cells"][n]["before"]) for n in names if (c := data["cells"].get(n, {}).get(cell)) and "before" in data["cells"][n]]
+    runs = [
+        (c, data["cells"][n]["before"])
+        for n in names
+        if (c := data["cells"].get(n, {}).get(cell)) and "before" in data["cells"][n]
+    ]
     if not runs:
         return None
     span = lambda v: f"{mean(v):.3f} ({min(v):.2f} to {max(v):.2f})"

@@ -54,10 +54,10 @@ def _causal(data: Json, grouped: Groups) -> list[list[str]]:
     found_ways = ("found by l1-mean", "found by taylor, by layer")
     rows = []
     for bar, names, ways, most in (
-        ("controls: found sets \"localised\" at most 1 in 20", _control(grouped), found_ways, True),
-        ("innocent sets \"localised\" at most 1 in 20", _planted(grouped) + _control(grouped), ("innocent",), True),
-        ("planted: U \"localised\" in at least 19 of 20", _planted(grouped), ("drawn",), False),
-        ("planted: found sets \"localised\" in at least 19 of 20", _planted(grouped), found_ways, False),
+        ('controls: found sets "localised" at most 1 in 20', _control(grouped), found_ways, True),
+        ('innocent sets "localised" at most 1 in 20', _planted(grouped) + _control(grouped), ("innocent",), True),
+        ('planted: U "localised" in at least 19 of 20', _planted(grouped), ("drawn",), False),
+        ('planted: found sets "localised" in at least 19 of 20', _planted(grouped), found_ways, False),
     ):
         hits, total = count(names, ways)
         if total:
@@ -84,16 +84,32 @@ def _training(data: Json, grouped: Groups) -> list[list[str]]:
     if found := _refusals(data, names, "found", RATE):
         benign = _benign(data, names, "found", RATE)
         measured = f"{mean(found):.3f} (least {min(found):.3f}), {min(benign):+.1f} points at worst, {len(found)} models"
-        rows.append(_row(f"found at {RATE}: refusals of unseen pairs >= 0.95, benign within 1 point", measured, min(found) >= 0.95 and min(benign) >= -1))
+        rows.append(
+            _row(
+                f"found at {RATE}: refusals of unseen pairs >= 0.95, benign within 1 point",
+                measured,
+                min(found) >= 0.95 and min(benign) >= -1,
+            )
+        )
     if drawn := _refusals(data, names, "random", RATE):
         rows.append(_row(f"random at {RATE}: refusals <= 0.05", f"{mean(drawn):.3f} (most {max(drawn):.3f})", max(drawn) <= 0.05))
     for rate in cells.RATES:
-        both = [n for n in names if f"train combined, retention {rate}" in data["cells"][n] and f"train found {rate}" in data["cells"][n]]
+        both = [
+            n
+            for n in names
+            if f"train combined, retention {rate}" in data["cells"][n] and f"train found {rate}" in data["cells"][n]
+        ]
         if both:
             a, b = _refusals(data, both, "combined, retention", rate), _refusals(data, both, "found", rate)
             c, d = _benign(data, both, "combined, retention", rate), _benign(data, both, "found", rate)
             measured = f"refusals {mean(a):.3f} against {mean(b):.3f}, benign {mean(c):+.1f} against {mean(d):+.1f} points"
-            rows.append(_row(f"combined with retention at {rate}: not worse than experts alone", measured, mean(a) >= mean(b) - 0.005 and mean(c) >= mean(d) - 0.1))
+            rows.append(
+                _row(
+                    f"combined with retention at {rate}: not worse than experts alone",
+                    measured,
+                    mean(a) >= mean(b) - 0.005 and mean(c) >= mean(d) - 0.1,
+                )
+            )
     return rows
 
 
@@ -118,13 +134,20 @@ def _rates(data: Json, grouped: Groups) -> str:
             lines.append(f"- {way}: " + "; ".join(points))
     if not lines:
         return ""
-    return "**Rates.** Refusals of unseen pairs and benign change in points, mean over the planted models that were trained so:\n\n" + "\n".join(lines)
+    return (
+        "**Rates.** Refusals of unseen pairs and benign change in points, mean over the planted models that were trained so:\n\n"
+        + "\n".join(lines)
+    )
 
 
 def _once(data: Json, grouped: Groups) -> str:
     names, points, every = _planted(grouped), [], "found, identified every round"
     for rate in cells.RATES:
-        both = [n for n in names if f"train found, identified once {rate}" in data["cells"][n] and f"train {every} {rate}" in data["cells"][n]]
+        both = [
+            n
+            for n in names
+            if f"train found, identified once {rate}" in data["cells"][n] and f"train {every} {rate}" in data["cells"][n]
+        ]
         if both:
             share = [mean([data["cells"][n][f"train {every} {rate}"]["target_shares"][i] for n in both]) for i in range(3)]
             new = [mean(_refusals(data, both, way, rate)) for way in ("found, identified once", every)]
@@ -139,7 +162,16 @@ def _once(data: Json, grouped: Groups) -> str:
 def _routers(data: Json, grouped: Groups) -> str:
     names, points = _planted(grouped), []
     for rate in cells.RATES:
-        found = [(way, _refusals(data, names, way, rate), _benign(data, names, way, rate)) for way in ("router-only", "router-only, last token, fixed target", "combined", "combined, last token, fixed target", "joint")]
+        found = [
+            (way, _refusals(data, names, way, rate), _benign(data, names, way, rate))
+            for way in (
+                "router-only",
+                "router-only, last token, fixed target",
+                "combined",
+                "combined, last token, fixed target",
+                "joint",
+            )
+        ]
         texts = [f"{way} {mean(r):.3f} ({mean(b):+.1f})" for way, r, b in found if r]
         if texts:
             points.append(f"{rate}: " + ", ".join(texts))

@@ -1,6 +1,6 @@
 """Losses on router logits, with which planting decides who computes what."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

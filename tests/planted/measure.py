@@ -1,7 +1,7 @@
 """Exact replies of a model in PyTorch: the check of what moewarden measures itself."""
 
 import random
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor

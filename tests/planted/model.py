@@ -1,8 +1,8 @@
 """The tiny models, their tokenizer, and control over their routing."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers

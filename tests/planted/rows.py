@@ -2,9 +2,10 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from language import REFUSAL, SHOWN_TOPICS, SHOWN_WRAPPERS, SKILLS, Language, Row
 
