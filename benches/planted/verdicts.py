@@ -8,6 +8,7 @@ from tables import Groups, mean, table, values
 Json = dict[str, Any]
 CONTROLS = ("none", "distributed")
 RATE = cells.RATES[0]
+LAST_TOKEN = "router-only, last token, fixed target"
 RANKINGS = ("l1-mean", "l1-mean, by layer", "fisher", "taylor", "taylor, by layer", "l1-mean per token")
 BARS = (("clean", 1.0), ("overlap", 1.0), ("spread", 1.0), ("split", 0.95))
 
@@ -129,13 +130,13 @@ def _rates(data: Json, grouped: Groups) -> str:
         points = []
         for rate in cells.RATES:
             if found := _refusals(data, names, way, rate):
-                points.append(f"{rate}: {mean(found):.2f}, {mean(_benign(data, names, way, rate)):+.1f}")
+                points.append(f"{rate}: {mean(found):.2f}, {mean(_benign(data, names, way, rate)):+.1f} ({len(found)})")
         if points:
             lines.append(f"- {way}: " + "; ".join(points))
     if not lines:
         return ""
     return (
-        "**Rates.** Refusals of unseen pairs and benign change in points, mean over the planted models that were trained so:\n\n"
+        "**Rates.** Refusals of unseen pairs and benign change in points, mean over the planted models that were trained so (their number):\n\n"
         + "\n".join(lines)
     )
 
@@ -160,13 +161,14 @@ def _once(data: Json, grouped: Groups) -> str:
 
 
 def _routers(data: Json, grouped: Groups) -> str:
-    names, points = _planted(grouped), []
+    points = []
     for rate in cells.RATES:
+        names = [n for n in _planted(grouped) if f"train {LAST_TOKEN} {rate}" in data["cells"][n]]
         found = [
             (way, _refusals(data, names, way, rate), _benign(data, names, way, rate))
             for way in (
                 "router-only",
-                "router-only, last token, fixed target",
+                LAST_TOKEN,
                 "combined",
                 "combined, last token, fixed target",
                 "joint",
