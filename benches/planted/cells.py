@@ -13,9 +13,11 @@ from program import Failed, Json, Program
 SIZE = 6  # |U|
 SCORES = ("l1-mean", "l2", "fisher", "taylor")
 RECOMMENDED = ["--score", "taylor", "--score-norm", "layer"]
-RANDOM_SETS, ABLATED_ROWS = "100", "40"
+RANDOM_SETS, ABLATED_ROWS = "100", "20"
 ROWS = ["--max-samples", ABLATED_ROWS, "--batch-size", "20"]
 RATES = ("1e-4", "3e-4", "1e-3")
+ROUTING = ["--method", "routing", "--risk-threshold", "-1", "--routing-tokens"]
+DECIDE_THEMSELVES = ("esft-token", "esft-gate", "safex")  # how many experts they select
 EXPERTS_ONLY = ["--skip-router-training"]
 ROUTER_RATE = ["--router-lr", "1e-4"]
 LAST_TOKEN = ["--router-target", "round-start", "--router-last-tokens", "1"]
@@ -28,19 +30,11 @@ def identifications() -> dict[str, list[str]]:
         ways[f"{score}"] = ["--score", score, "--score-norm", "none"]
         ways[f"{score}, by layer"] = ["--score", score, "--score-norm", "layer"]
     ways["l1-mean per token"] = ["--score-per", "token"]
-    for replies in ("target", "own"):
-        for tokens in ("response", "predicting", "prompt", "all"):
-            own = ["--routing-replies", "own", "--max-new-tokens", "16"] if replies == "own" else []
-            ways[f"routing, {tokens}, {replies} replies"] = [
-                "--method",
-                "routing",
-                "--routing-tokens",
-                tokens,
-                *own,
-                "--risk-threshold",
-                "-1",
-            ]
-    for method in ("esft-token", "esft-gate", "safex", "steermoe"):
+    for tokens in ("response", "predicting", "prompt", "all"):
+        ways[f"routing, {tokens}, target replies"] = [*ROUTING, tokens]
+    for tokens in ("response", "predicting"):
+        ways[f"routing, {tokens}, own replies"] = [*ROUTING, tokens, "--routing-replies", "own", "--max-new-tokens", "16"]
+    for method in ("steermoe", *DECIDE_THEMSELVES):
         ways[method] = ["--method", method]
     ways["random"] = ["--method", "random"]
     return ways
@@ -71,8 +65,11 @@ def trainings(rate: str) -> dict[str, list[str]]:
     }
 
 
-ALWAYS = ("found", "random", "all experts", "baseline", "combined")
-BETWEEN = (*ALWAYS, "router-only, last token, fixed target", "found, retention", "combined, retention")
+ALWAYS = ("found", "random", "all experts", "baseline", "combined", "found, retention", "combined, retention")
+AT_HIGH_RATES = (
+    "found", "random", "all experts", "baseline", "router-only", "router-only, last token, fixed target", "combined",
+    "found, retention", "baseline, retention", "combined, retention", "found, identified once", "found, identified every round",
+)  # fmt: skip
 
 
 @dataclass
@@ -106,7 +103,8 @@ Cell = tuple[str, Compute]
 
 
 def identify(program: Program, model: Model, args: list[str], folder: Path) -> Json:
-    seconds = program.run("identify", [*model.common(), "--top-k-experts", str(SIZE), *args], folder)
+    size = [] if args[-1] in DECIDE_THEMSELVES else ["--top-k-experts", str(SIZE)]
+    seconds = program.run("identify", [*model.common(), *size, *args], folder)
     found = json.loads((folder / "expert_scores.json").read_text())["rounds"]["1"]
     scores = found["scores"]
     out: Json = {
@@ -182,16 +180,24 @@ def innocent_set(model: Model) -> list[list[int]]:
 
 
 def first_cells(program: Program, model: Model) -> Iterator[Cell]:
-    """Measurements that need no other."""
+    """Measurements that are made before any training."""
     yield "before", lambda folder: evaluate(program, model, model.folder, folder)
     for name, args in identifications().items():
-        yield f"identify {name}", lambda folder, a=args: identify(program, model, a, folder)
+        if "own" not in args:
+            yield f"identify {name}", lambda folder, a=args: identify(program, model, a, folder)
+
+
+def slow_cells(program: Program, model: Model) -> Iterator[Cell]:
+    """Measurements that take longer, made after the first trainings."""
+    yield "ablate drawn", lambda folder: ablate(program, model, model.target, folder)
+    yield "ablate found by taylor, by layer", lambda folder: ablate_found(program, model, "taylor, by layer", folder)
+    yield "ablate innocent", lambda folder: ablate(program, model, innocent_set(model), folder)
+    for name, args in identifications().items():
+        if "own" in args:
+            yield f"identify {name}", lambda folder, a=args: identify(program, model, a, folder)
     for name, args in {"l1-mean": [], "taylor, by layer": RECOMMENDED}.items():
         yield f"bootstrap {name}", lambda folder, a=args: bootstrap(program, model, a, folder)
-    yield "ablate drawn", lambda folder: ablate(program, model, model.target, folder)
-    yield "ablate innocent", lambda folder: ablate(program, model, innocent_set(model), folder)
-    for name in ("l1-mean", "taylor, by layer"):
-        yield f"ablate found by {name}", lambda folder, n=name: ablate_found(program, model, n, folder)
+    yield "ablate found by l1-mean", lambda folder: ablate_found(program, model, "l1-mean", folder)
 
 
 def ablate_found(program: Program, model: Model, name: str, folder: Path) -> Json:
@@ -207,12 +213,12 @@ def ablate_found(program: Program, model: Model, name: str, folder: Path) -> Jso
 
 
 def training_cells(program: Program, model: Model, rate: str, thorough: bool) -> Iterator[Cell]:
-    """Trainings at a rate: all ways, or those that are always run. At the middle rate, only some."""
+    """Trainings at a rate: many ways, or those that are always run. At high rates, fewer."""
     ways = trainings(rate)
-    if rate not in (RATES[0], RATES[-1]):
-        wanted = BETWEEN if thorough else ()
-    else:
+    if rate == RATES[0]:
         wanted = tuple(ways) if thorough else ALWAYS
+    else:
+        wanted = AT_HIGH_RATES if thorough else ALWAYS[:2]
     for name, args in ways.items():
         if name in wanted:
             yield f"train {name} {rate}", lambda folder, a=args: train(program, model, a, folder)

@@ -60,10 +60,10 @@ class Program:
         scratch = self.out / "scratch" / model / name
         try:
             if time.monotonic() > self.deadline:
-                raise Late("not begun within --minutes")
+                raise Late("not begun before the time of this run was over")
             result = compute(scratch / "run")
         except (Missing, Failed, Late, subprocess.TimeoutExpired, KeyError) as error:
-            self.notes[f"{model} {name}"] = f"{type(error).__name__}: {error}"
+            self.notes[f"{model} {name}"] = str(error) if isinstance(error, Late) else f"{type(error).__name__}: {error}"
             return None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -28,8 +28,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--shapes", nargs="+", default=["olmoe", "qwen3_moe"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--thorough", nargs="+", default=["clean", "none", "split"], help="kinds with all ways to train")
-    parser.add_argument("--rates", nargs="+", default=list(cells.RATES))
+    parser.add_argument("--thorough", nargs="+", default=["clean"], help="kinds with all ways to train")
+    parser.add_argument("--rates", nargs="+", default=["1e-4", "1e-3", "3e-4"])
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/moewarden")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no measurement after this time")
@@ -57,12 +57,14 @@ def main() -> None:
     tasks = []
     for model in found:
         tasks += [(model, *cell) for cell in cells.first_cells(program, model)]
-    if not args.no_train:
-        # All of the first rate before the next: what matters most is measured first.
-        for rate in args.rates:
-            for model in found:
-                thorough = model.truth["kind"] in args.thorough
-                tasks += [(model, *cell) for cell in cells.training_cells(program, model, rate, thorough)]
+    # What matters most is measured first, on all models.
+    for rate in [] if args.no_train else args.rates:
+        for model in found:
+            thorough = model.truth["kind"] in args.thorough
+            tasks += [(model, *cell) for cell in cells.training_cells(program, model, rate, thorough)]
+        tasks += [(model, *cell) for model in found if rate == args.rates[0] for cell in cells.slow_cells(program, model)]
+    if args.no_train:
+        tasks += [(model, *cell) for model in found for cell in cells.slow_cells(program, model)]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda t: (t[0].name, t[1], program.cell(t[0].name, t[1], t[2])), tasks))
     collected: dict[str, dict[str, dict]] = {m.name: {} for m in found}

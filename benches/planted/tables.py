@@ -112,7 +112,7 @@ def ablation(data: Json, grouped: Groups) -> str:
         return "Not measured."
     head = "experts switched off|kind|localised|not localised|cannot tell|p|switched, mean (least)|random sets: switched, mean (most)"
     text = (
-        "`moewarden ablate` with 100 random sets of the same layers and load, on 40 of moewarden's rows and 40 benign rows.\n\n"
+        "`moewarden ablate` with 100 random sets of the same layers and load, on 20 of the 128 rows and 20 benign rows.\n\n"
     )
     return text + table(head.split("|"), rows)
 
@@ -155,4 +155,4 @@ def notes(data: Json) -> str:
         reasons.setdefault(note[:160], []).append(cell)
     if not reasons:
         return "Every measurement of the list was made."
-    return "\n".join(f"- {len(c)} cells, such as `{c[0]}`: {note}" for note, c in sorted(reasons.items()))
+    return "\n".join(f"- {len(c)} measurements, such as `{c[0]}`: {note}" for note, c in sorted(reasons.items()))

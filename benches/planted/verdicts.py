@@ -18,7 +18,7 @@ def conclusions(data: Json, grouped: Groups) -> str:
     rows = [*_identification(data, grouped), *_causal(data, grouped), *_training(data, grouped)]
     parts = [
         "The bars were set before the measurement.\n\n" + table(["bar", "measured", "reached"], rows),
-        _scores(data, grouped), _rates(data, grouped), _once(data, grouped), _routers(data, grouped),
+        _scores(data, grouped), _misses(data, grouped), _rates(data, grouped), _only_them(data, grouped), _once(data, grouped), _routers(data, grouped),
     ]  # fmt: skip
     return "\n\n".join(p for p in parts if p)
 
@@ -123,6 +123,23 @@ def _scores(data: Json, grouped: Groups) -> str:
     return "**Scores.** Planted models on which a ranking makes no error: " + "; ".join(lines) + "." if lines else ""
 
 
+def _misses(data: Json, grouped: Groups) -> str:
+    """How much the found and the missed experts of U matter, each switched off alone."""
+    texts = []
+    for way in ("l1-mean", "taylor, by layer"):
+        hits, misses = [], []
+        for n in _planted(grouped):
+            if cell := data["cells"][n].get(f"identify {way}"):
+                truth, chosen = data["models"][n], [tuple(e) for e in cell["selected"]]
+                before = truth["planting"]["on"]["comply_pairs"]
+                for u, rate in zip(truth["unsafe_experts"], truth["planting"]["one_off"], strict=True):
+                    (hits if tuple(u) in chosen else misses).append(before - rate)
+        if misses:
+            texts.append(f"{way}: {mean(hits):.2f} ({len(hits)} found), {mean(misses):.2f} ({len(misses)} missed)")
+    intro = "**Misses.** Loss of compliance when an expert of U is switched off alone, mean: "
+    return intro + "; ".join(texts) + "." if texts else ""
+
+
 def _rates(data: Json, grouped: Groups) -> str:
     """Refusals and benign change over the rates."""
     names, lines = _planted(grouped), []
@@ -139,6 +156,19 @@ def _rates(data: Json, grouped: Groups) -> str:
         "**Rates.** Refusals of unseen pairs and benign change in points, mean over the planted models that were trained so (their number):\n\n"
         + "\n".join(lines)
     )
+
+
+def _only_them(data: Json, grouped: Groups) -> str:
+    """The found experts beside all experts and all parameters, on the same models."""
+    points = []
+    for rate in cells.RATES:
+        ways = ("found", "all experts", "baseline")
+        names = [n for n in _planted(grouped) if all(f"train {w} {rate}" in data["cells"][n] for w in ways)]
+        if names:
+            texts = [f"{w} {mean(_refusals(data, names, w, rate)):.3f} ({mean(_benign(data, names, w, rate)):+.1f})" for w in ways]
+            points.append(f"{rate}, {len(names)} models: " + ", ".join(texts))
+    intro = "**Must only they be trained?** Refusals of unseen pairs (benign change, points), on the same models: "
+    return intro + "; ".join(points) + "." if points else ""
 
 
 def _once(data: Json, grouped: Groups) -> str:
