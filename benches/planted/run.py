@@ -72,7 +72,9 @@ def main() -> None:
         if result is not None:
             collected[model_name][cell] = result
     version = subprocess.run([program.binary, "--version"], capture_output=True, text=True).stdout.strip()
-    commit = subprocess.run(["git", "-C", ROOT, "log", "-1", "--format=%h", "--", "src"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "log", "-1", "--format=%h", "--", "src"], capture_output=True, text=True
+    ).stdout.strip()
     data = {
         "program": f"{version}, commit {commit}",
         "models": {m.name: m.truth for m in found},

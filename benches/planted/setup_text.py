@@ -53,4 +53,6 @@ LIMITS = """
 Toys: half a million parameters, one refusal text, compliance planted in a second stage, U made sharp by a routing loss. Rates
 are on 240 rows a set (standard error at most 3 points). Intervals are over seeds: least and most, not confidence bounds. Real
 compliance may look like `none` or `distributed`; there, no choice of experts is right, and the causal check exists to say so.
+The bounds of planting were loosened after the first trial models (benign from 0.985, plain refused from 0.99), before any model
+above was made; the first 6 of the three methods that decide themselves how many experts they select are their best 6.
 """

@@ -48,8 +48,11 @@ def planting(data: Json) -> str:
             f"{drawn['mean']:.3f} ({drawn['min']:.2f})", str(t["attempt"] + 1), f"{t['seconds']:.0f}",
         ])  # fmt: skip
     text = (
-        "Exact replies on held-out rows. A model that misses its kind's bounds (tests/planted/make.py) is planted again with the next\n"
-        'sub-seed; `attempts` counts them, and a model that missed all is left out of the other tables. Controls: "U" is a drawn set.\n\n'
+        "Exact replies on held-out rows. Bounds: compliance at least 0.9 on both files, benign and plain refused at least\n"
+        "0.95; with U off compliance at most 0.02, refusals at least 0.95 (spread: 0.5), benign not lower by more than\n"
+        "0.02 (overlap: 0.05); with random sets off, compliance at least 0.6 in the mean. A model that misses one is\n"
+        "planted again with the next sub-seed; `attempts` counts them. Controls have no U: the columns show the drawn\n"
+        "set. Seconds are wall-clock, on one thread of a busy machine.\n\n"
     )
     return text + table(head.split("|"), rows)
 
@@ -65,10 +68,11 @@ def identification(data: Json, grouped: Groups) -> str:
     head = ["ranking", *(f"{g} ({len(n)})" for g, n in grouped.items())]
     rows = [[way, *(entry(n, way) for n in grouped.values())] for way in cells.identifications()]
     rows = [r for r in rows if any(r[1:])]
-    other = [["of W: " + way, *(_of_other(data, n, way) for n in grouped.values())] for way in ("l1-mean", "taylor, by layer")]
+    ways = ("l1-mean", "taylor, by layer")
+    other = [["of W: " + way, *(_of_other(data, n, way) for n in grouped.values())] for way in ways]
     text = (
-        'Precision of the first 6 experts, mean (least) over seeds, and mean AUROC; in the head, the number of models. "By layer" is\n'
-        "`--score-norm layer`. The last rows show how much of the innocent set W is selected.\n\n"
+        "Precision of the first 6 experts, mean (least) over seeds, and mean AUROC; in the head, the number of models.\n"
+        "`By layer` is `--score-norm layer`. The last rows show how much of the innocent set W is selected.\n\n"
     )
     return text + table(head, rows + [r for r in other if any(r[1:])])
 
@@ -106,14 +110,14 @@ def ablation(data: Json, grouped: Groups) -> str:
             rows.append([
                 {"drawn": "U (controls: drawn set)", "innocent": "innocent (W, or drawn)"}.get(way, way), label,
                 *(str(verdicts.count(v)) for v in ("localised", "not localised", "cannot tell")),
-                " ".join(f"{c['p']:.3f}" for c in found), f"{mean(switched):.2f} ({min(switched):.2f})", f"{mean(null):.2f} ({max(null):.2f})",
+                " ".join(f"{c['p']:.3f}" for c in found), f"{mean(switched):.2f} ({min(switched):.2f})",
+                f"{mean(null):.2f} ({max(null):.2f})",
             ])  # fmt: skip
     if not rows:
         return "Not measured."
-    head = "experts switched off|kind|localised|not localised|cannot tell|p|switched, mean (least)|random sets: switched, mean (most)"
-    text = (
-        "`moewarden ablate` with 100 random sets of the same layers and load, on 20 of the 128 rows and 20 benign rows.\n\n"
-    )
+    head = "experts switched off|kind|localised|not localised|cannot tell|p|switched, mean (least)"
+    head += "|random sets: switched, mean (most)"
+    text = "`moewarden ablate` with 100 random sets of the same layers and load, on 20 of the 128 rows and 20 benign rows.\n\n"
     return text + table(head.split("|"), rows)
 
 
@@ -144,7 +148,8 @@ def _trained(data: Json, names: list[str], cell: str) -> list[str] | None:
     change = [100 * (c["benign"] - before["benign"]) for c, before in runs]
     return [
         str(len(runs)), span([c["refuse_pairs"] for c, _ in runs]), span([c["refuse_new"] for c, _ in runs]),
-        f"{mean(change):+.1f} (least {min(change):+.1f})", f"{mean([min(c['plain_pairs'], c['plain_new']) for c, _ in runs]):.3f}",
+        f"{mean(change):+.1f} (least {min(change):+.1f})",
+        f"{mean([min(c['plain_pairs'], c['plain_new']) for c, _ in runs]):.3f}",
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def conclusions(data: Json, grouped: Groups) -> str:
     rows = [*_identification(data, grouped), *_causal(data, grouped), *_training(data, grouped)]
     parts = [
         "The bars were set before the measurement.\n\n" + table(["bar", "measured", "reached"], rows),
-        _scores(data, grouped), _misses(data, grouped), _rates(data, grouped), _only_them(data, grouped), _once(data, grouped), _routers(data, grouped),
+        *(part(data, grouped) for part in (_scores, _misses, _rates, _only_them, _once, _routers)),
     ]  # fmt: skip
     return "\n\n".join(p for p in parts if p)
 
@@ -153,7 +153,8 @@ def _rates(data: Json, grouped: Groups) -> str:
     if not lines:
         return ""
     return (
-        "**Rates.** Refusals of unseen pairs and benign change in points, mean over the planted models that were trained so (their number):\n\n"
+        "**Rates.** Refusals of unseen pairs and benign change in points, mean over the planted models that were trained so\n"
+        "(their number):\n\n"
         + "\n".join(lines)
     )
 
@@ -165,7 +166,9 @@ def _only_them(data: Json, grouped: Groups) -> str:
         ways = ("found", "all experts", "baseline")
         names = [n for n in _planted(grouped) if all(f"train {w} {rate}" in data["cells"][n] for w in ways)]
         if names:
-            texts = [f"{w} {mean(_refusals(data, names, w, rate)):.3f} ({mean(_benign(data, names, w, rate)):+.1f})" for w in ways]
+            texts = [
+                f"{w} {mean(_refusals(data, names, w, rate)):.3f} ({mean(_benign(data, names, w, rate)):+.1f})" for w in ways
+            ]
             points.append(f"{rate}, {len(names)} models: " + ", ".join(texts))
     intro = "**Must only they be trained?** Refusals of unseen pairs (benign change, points), on the same models: "
     return intro + "; ".join(points) + "." if points else ""
@@ -184,8 +187,8 @@ def _once(data: Json, grouped: Groups) -> str:
             new = [mean(_refusals(data, both, way, rate)) for way in ("found, identified once", every)]
             benign = [mean(_benign(data, both, way, rate)) for way in ("found, identified once", every)]
             points.append(
-                f"at {rate} refusals {new[0]:.3f} against {new[1]:.3f}, benign {benign[0]:+.2f} against {benign[1]:+.2f} points, and the share "
-                f"of U in the rounds' selections is {' / '.join(f'{s:.2f}' for s in share)}"
+                f"at {rate} refusals {new[0]:.3f} against {new[1]:.3f}, benign {benign[0]:+.2f} against {benign[1]:+.2f} points, "
+                f"and the share of U in the rounds' selections is {' / '.join(f'{s:.2f}' for s in share)}"
             )
     return "**Identifying once against every round:** " + "; ".join(points) + "." if points else ""
 
