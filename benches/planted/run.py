@@ -39,20 +39,21 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def models(args: argparse.Namespace) -> list[cells.Model]:
-    """The accepted models, made where they are missing."""
+def models(args: argparse.Namespace) -> tuple[list[cells.Model], list[str]]:
+    """The models, made where they are missing, and the names of those that are missing still."""
     folder = args.models or args.out / "models"
     if not args.no_make:
         make = ["--out", folder, "--kinds", *args.kinds, "--shapes", *args.shapes, "--seeds", *map(str, args.seeds)]
         subprocess.run([sys.executable, ROOT / "tests/planted/make.py", *make], check=True)
     names = [f"{k}-{shape}-{seed}" for shape in args.shapes for k in args.kinds for seed in args.seeds]
-    return [cells.Model(folder / n) for n in names if (folder / n / "truth.json").exists()]
+    made = [n for n in names if (folder / n / "truth.json").exists()]
+    return [cells.Model(folder / n) for n in made], [n for n in names if n not in made]
 
 
 def main() -> None:
     args = arguments()
     program = Program(args.binary.resolve(), args.out.resolve())
-    found = models(args)
+    found, missing = models(args)
     program.deadline = time.monotonic() + 60 * args.minutes
     tasks = []
     for model in found:
@@ -80,6 +81,7 @@ def main() -> None:
         "models": {m.name: m.truth for m in found},
         "cells": collected,
         "notes": program.notes,
+        "missing": missing,
     }
     rounded = json.loads(json.dumps(data), parse_float=lambda number: round(float(number), 5))
     args.results.write_text(json.dumps(rounded, separators=(",", ":"), sort_keys=True) + "\n")

@@ -158,6 +158,7 @@ def notes(data: Json) -> str:
     reasons: dict[str, list[str]] = {}
     for cell, note in data["notes"].items():
         reasons.setdefault(note[:160], []).append(cell)
-    if not reasons:
-        return "Every measurement of the list was made."
-    return "\n".join(f"- {len(c)} measurements, such as `{c[0]}`: {note}" for note, c in sorted(reasons.items()))
+    lines = [f"- {len(c)} measurements, such as `{c[0]}`: {note}" for note, c in sorted(reasons.items())]
+    if data["missing"]:
+        lines.insert(0, "- Models that were planned and not made: " + ", ".join(data["missing"]) + ".")
+    return "\n".join(lines) or "Every measurement of the list was made."
