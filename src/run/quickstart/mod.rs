@@ -182,6 +182,10 @@ Files
   {dir}/found/expert_scores.json  scores of all experts, and the selection
   {dir}/found/config.resolved.yaml  every option of this run; `--config` takes it
 
+Do these experts cause the compliance? Switch them off in the model before training, beside 100 random sets
+  moewarden ablate --model-name {dir}/model --dataset-path {dir}/rows/train.jsonl --benign-dataset-path {dir}/rows/benign.jsonl \
+    --experts {dir}/found/expert_scores.json --output-dir {dir}/ablation
+
 Next, on a real model (rows.jsonl holds your attack rows, see README.md; `cargo install --path .` installs moewarden)
   hf download {real}
   moewarden check --model-name {real} --dataset-path rows.jsonl
