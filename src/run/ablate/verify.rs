@@ -7,7 +7,7 @@ use crate::backend::Backend;
 use crate::collective::all_ok;
 use crate::config::RunConfig;
 use crate::exit::{Result, Stopped};
-use crate::experts::{ExpertId, ExpertScores};
+use crate::experts::ExpertId;
 use crate::judge::{Bounds, Matching};
 use crate::report::{AblationReport, read_json};
 use crate::run::session::Session;
@@ -56,9 +56,6 @@ pub fn verify<B: Backend>(
     let write = || if replica.world.rank() == 0 { check::write(&report, config) } else { Ok(()) };
     all_ok(&*replica.world, write())?;
     say(&report, ui);
-    if let Some(text) = concentration(&found.scores, &selected) {
-        ui.result(text);
-    }
     Ok(None)
 }
 
@@ -100,24 +97,6 @@ fn does_no_more(report: &AblationReport) -> bool {
     report.rows.comply > 0
         && (report.p > bounds.p_to_deny
             || report.selection.prefer_refusal.rate.unwrap_or_default() < bounds.switched_to_deny)
-}
-
-/// The share of the total score in the selection, and the largest drop in the upper half of the ranking; `None` without scores, or
-/// with negative ones.
-fn concentration(scores: &ExpertScores, selected: &BTreeSet<ExpertId>) -> Option<String> {
-    let ranked = scores.ranked();
-    let total: f64 = ranked.iter().map(|(_, score)| score).sum();
-    if total <= 0.0 || ranked.iter().any(|(_, score)| *score < 0.0) {
-        return None;
-    }
-    let inside: f64 = selected.iter().filter_map(|id| scores.get(*id)).sum();
-    let mut text = format!("share of the total score in the selection: {:.1} %", 100.0 * inside / total);
-    let drops = ranked.windows(2).take(ranked.len() / 2).enumerate().filter(|(_, pair)| pair[1].1 > 0.0);
-    let largest = drops.map(|(i, pair)| (i + 1, pair[0].1 / pair[1].1)).reduce(|a, b| if b.1 > a.1 { b } else { a });
-    if let Some((k, ratio)) = largest {
-        text += &format!("; the largest drop in the ranking is by a factor of {ratio:.2}, after the first {k} experts");
-    }
-    Some(text)
 }
 
 #[cfg(test)]
