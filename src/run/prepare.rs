@@ -88,9 +88,9 @@ pub(super) fn describe_trained(session: &Session, recipe: &Recipe, ui: &Ui) {
     ui.line(format_args!("trained parameters, of {total}: {}{when}", kinds.join(", ")));
     if recipe.router_phase().is_some() {
         ui.warn(
-            "the router phase is part of the published recipe, but on models with planted unsafe experts it never raised \
-             refusals, and at --router-lr 1e-3 it destroyed the refusal of plain requests (1.00 to 0.10): compare with \
-             --skip-router-training, and watch the loss of the replies to safe prompts",
+            "the router phase is part of the published recipe, but on models with planted unsafe experts (docs/truth.md) it alone \
+             raised refusals by less than 0.01 at --router-lr 1e-4, and at 1e-3 by 0.23, with 1.7 points fewer benign answers right: \
+             compare with --skip-router-training, or with --router-last-tokens 1 --router-target round-start (0.55 and 0.1)",
         );
     }
 }
