@@ -265,6 +265,7 @@ fn train_reports_metrics_and_writes_no_model() {
             "expert_gradients.pkl",
             "expert_scores.json",
             "metrics.jsonl",
+            "rankings.json",
             "training_metadata.json",
         ];
         assert_eq!(left, known, "{ranks} ranks");
