@@ -31,7 +31,7 @@ pub struct HowMany {
 pub struct Drop {
     /// The number of experts before it, k.
     pub after: usize,
-    /// s[k] / s[k+1]
+    /// `s[k] / s[k+1]`
     pub ratio: f64,
 }
 
