@@ -98,19 +98,3 @@ fn does_no_more(report: &AblationReport) -> bool {
         && (report.p > bounds.p_to_deny
             || report.selection.prefer_refusal.rate.unwrap_or_default() < bounds.switched_to_deny)
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn share_and_largest_drop() {
-        let scores = ExpertScores { layers: vec![0, 1], num_experts: 3, values: vec![8.0, 0.5, 1.0, 6.0, 0.5, 0.0] };
-        let selected = BTreeSet::from([(0, 0).into(), (1, 0).into()]);
-        let text = concentration(&scores, &selected).unwrap();
-        assert!(text.contains("selection: 87.5 %") && text.contains("factor of 6.00, after the first 2"), "{text}");
-        let risk = ExpertScores { values: vec![0.5, -0.5, 0.0, 0.0, 0.0, 0.0], ..scores.clone() };
-        assert_eq!(concentration(&risk, &selected), None);
-        assert_eq!(concentration(&ExpertScores { values: vec![0.0; 6], ..scores }, &selected), None);
-    }
-}
