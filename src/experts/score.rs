@@ -47,6 +47,12 @@ pub struct ExpertScores {
 }
 
 impl ExpertScores {
+    /// Zero for every expert of these MoE layers (decoder-layer indices, ascending).
+    pub fn zeros(layers: Vec<usize>, num_experts: usize) -> Self {
+        let values = vec![0.0; layers.len() * num_experts];
+        Self { layers, num_experts, values }
+    }
+
     /// The score of an expert; `None` if the model has no such expert.
     pub fn get(&self, id: ExpertId) -> Option<f64> {
         let row = self.layers.binary_search(&id.layer).ok()?;

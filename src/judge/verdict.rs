@@ -114,13 +114,7 @@ pub fn verdict(evidence: &Evidence) -> (Verdict, Vec<String>) {
     if e.p > B.p_to_deny {
         against.push(format!("random sets gain as much: p = {:.4}, above {}", e.p, B.p_to_deny));
     }
-    if e.switched < B.switched_to_deny {
-        let percent = 100.0 * B.switched_to_deny;
-        against.push(format!(
-            "{:.1} % of the complying rows switch to the refusal, less than {percent} %",
-            100.0 * e.switched
-        ));
-    }
+    against.extend(switches_too_few(e, B.switched_to_deny));
     if !against.is_empty() && e.sets >= B.sets_to_deny {
         return (Verdict::NotLocalised, against);
     }
@@ -141,6 +135,13 @@ pub fn verdict(evidence: &Evidence) -> (Verdict, Vec<String>) {
     (Verdict::Localised, reasons)
 }
 
+/// The reason, if the selection switches a smaller share of the complying rows than `bound`.
+fn switches_too_few(e: &Evidence, bound: f64) -> Option<String> {
+    let [switched, percent] = [e.switched, bound].map(|share| 100.0 * share);
+    (e.switched < bound)
+        .then(|| format!("{switched:.1} % of the complying rows switch to the refusal, less than {percent} %"))
+}
+
 /// What stands against "localised".
 fn open_questions(e: &Evidence, b: &Bounds) -> Vec<String> {
     let mut open = Vec::new();
@@ -149,13 +150,7 @@ fn open_questions(e: &Evidence, b: &Bounds) -> Vec<String> {
     } else if e.p > b.p_to_affirm {
         open.push(format!("p = {:.4}, above {}", e.p, b.p_to_affirm));
     }
-    if e.switched < b.switched_to_affirm {
-        let percent = 100.0 * b.switched_to_affirm;
-        open.push(format!(
-            "{:.1} % of the complying rows switch to the refusal, less than {percent} %",
-            100.0 * e.switched
-        ));
-    }
+    open.extend(switches_too_few(e, b.switched_to_affirm));
     if e.switched_random > b.random_share * e.switched {
         open.push(format!(
             "random sets switch {:.1} % of the complying rows in the mean, more than half of the selection's {:.1} %",

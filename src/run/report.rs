@@ -204,12 +204,10 @@ fn heatmaps(page: &mut Page, index: usize, run: &Run, scores: &ScoresFile, dir: 
         let kept = found.kept_from.map_or_else(String::new, |from| format!(", selection of round {from}"));
         let title = format!("{}, round {round}: {}{kept}", run.name, score_name(scores));
         // Without scores (random selection), all scores are drawn as 0, with the selected experts framed.
-        let values =
-            scores.scores(*round).or_else(|| scores.scores_of_selection(*round)).unwrap_or_else(|| ExpertScores {
-                layers: scores.layers.clone(),
-                num_experts: scores.num_experts,
-                values: vec![0.0; scores.layers.len() * scores.num_experts],
-            });
+        let values = scores
+            .scores(*round)
+            .or_else(|| scores.scores_of_selection(*round))
+            .unwrap_or_else(|| ExpertScores::zeros(scores.layers.clone(), scores.num_experts));
         let svg =
             heatmap_svg(&format!("run-{index}-round-{round}"), &title, &values, &found.selected, &found.inclusion);
         page.svg(&svg);

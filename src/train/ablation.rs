@@ -15,7 +15,7 @@ use crate::data::{Example, MicroBatch};
 use crate::exit::{self, Failure, Result};
 use crate::experts::{ExpertId, ExpertScores};
 use crate::judge::Rate;
-use crate::model::{Intervention, InterventionError, PassEnd};
+use crate::model::{Intervention, InterventionError, PassEnd, Routed};
 
 /// How experts are switched off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
@@ -58,10 +58,8 @@ impl CausalRows {
 
     /// Keeps the unsafe rows for which `keep` holds.
     pub fn retain(&mut self, keep: &[bool]) {
-        for rows in [&mut self.refusals, &mut self.answers] {
-            let mut keep = keep.iter();
-            rows.retain(|_| *keep.next().expect("one for each row"));
-        }
+        keep_rows(&mut self.refusals, keep);
+        keep_rows(&mut self.answers, keep);
     }
 
     /// Micro-batches of one measurement.
@@ -122,10 +120,8 @@ impl RowLosses {
 
     /// Keeps the unsafe rows for which `keep` holds.
     pub fn retain(&mut self, keep: &[bool]) {
-        for rows in [&mut self.refusals, &mut self.answers] {
-            let mut keep = keep.iter();
-            rows.retain(|_| *keep.next().expect("one for each row"));
-        }
+        keep_rows(&mut self.refusals, keep);
+        keep_rows(&mut self.answers, keep);
     }
 
     /// The outcome, compared with the untouched model.
@@ -146,6 +142,12 @@ impl RowLosses {
             exact_safe: exact(&self.safe),
         }
     }
+}
+
+/// Keeps the rows for which `keep`, one for each, holds.
+fn keep_rows<T>(rows: &mut Vec<T>, keep: &[bool]) {
+    let mut keep = keep.iter();
+    rows.retain(|_| *keep.next().expect("one for each row"));
 }
 
 /// Measures the rows with these experts switched off; without experts, the untouched model. `after` is called with each
@@ -197,15 +199,15 @@ pub fn can_switch_off<B: Backend>(
 /// # Errors
 /// Those of the collective.
 pub fn loads<B: Backend>(replica: &Replica<B>, rows: &CausalRows, batch_size: usize) -> Result<ExpertScores> {
-    let (layers, num_experts) = (replica.moe_layers().layers.clone(), replica.model().config.num_experts);
-    let mut values = vec![0.0; layers.len() * num_experts];
+    let (layers, num_experts) = (replica.moe_layers(), replica.model().config.num_experts);
+    let mut loads = ExpertScores::zeros(layers.layers.clone(), num_experts);
     let b = &*replica.model().backend;
     for examples in [&rows.refusals, &rows.answers] {
         let examples: Vec<&Example> = examples.iter().collect();
         for (_, batch) in share(&pack_in_order(&examples, batch_size), &*replica.world) {
-            let mut count = |routed: crate::model::Routed<'_, B>| {
-                let row = layers.binary_search(&routed.layer).expect("a layer that routes");
-                for (sum, n) in values[row * num_experts..].iter_mut().zip(b.tokens_per_expert(routed.dispatch)) {
+            let mut count = |routed: Routed<'_, B>| {
+                let row = layers.index_of(routed.layer);
+                for (sum, n) in loads.values[row * num_experts..].iter_mut().zip(b.tokens_per_expert(routed.dispatch)) {
                     *sum += n as f64;
                 }
             };
@@ -213,6 +215,6 @@ pub fn loads<B: Backend>(replica: &Replica<B>, rows: &CausalRows, batch_size: us
             replica.forward(&inputs, None, PassEnd::Loss { all_rows: true }, Some(&mut count));
         }
     }
-    replica.world.all_reduce_f64(&mut values)?; // whole numbers: the sum is exact
-    Ok(ExpertScores { layers, num_experts, values })
+    replica.world.all_reduce_f64(&mut loads.values)?; // whole numbers: the sum is exact
+    Ok(loads)
 }

@@ -62,14 +62,19 @@ impl Identification {
     /// The selection of an earlier round (from 1), kept without scoring anything; the scores are zeros.
     pub fn kept<B: Backend>(replica: &Replica<B>, experts: Vec<ExpertId>, from: usize) -> Self {
         let (layers, num_experts) = (replica.moe_layers().layers.clone(), replica.model().config.num_experts);
-        let values = vec![0.0; layers.len() * num_experts];
+        let selected = Selected { requested: experts.len(), experts };
+        Self { kept_from: Some(from), ..Self::bare(ExpertScores::zeros(layers, num_experts), selected) }
+    }
+
+    /// Scores and a selection, and nothing else.
+    fn bare(scores: ExpertScores, selected: Selected) -> Self {
         Self {
-            scores: ExpertScores { layers, num_experts, values },
-            selected: Selected { requested: experts.len(), experts },
+            scores,
+            selected,
             micro_batches: 0,
             losses: Vec::new(),
             tokens: Vec::new(),
-            kept_from: Some(from),
+            kept_from: None,
             gradient_selection: None,
             inclusion: None,
             how_many: None,
@@ -216,18 +221,9 @@ mod tests {
     #[test]
     fn a_scan_below_the_share_of_the_first_loss_has_learned() {
         let found = |losses: &[f64]| Identification {
-            scores: ExpertScores { layers: vec![0], num_experts: 1, values: vec![0.0] },
-            selected: Selected { experts: vec![], requested: 0 },
             micro_batches: losses.len() as u64,
             losses: losses.to_vec(),
-            tokens: vec![],
-            kept_from: None,
-            gradient_selection: None,
-            inclusion: None,
-            how_many: None,
-            replies: None,
-            others: None,
-            warning: None,
+            ..Identification::bare(ExpertScores::zeros(vec![0], 1), Selected { experts: vec![], requested: 0 })
         };
         let first = [3.0, 5.0];
         assert_eq!(found(&[0.25, 0.5]).has_learned(&first, 0.1), Some([4.0, 0.375]));

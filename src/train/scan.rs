@@ -325,8 +325,7 @@ impl Scores {
 
     fn zeros<B: Backend>(replica: &Replica<B>) -> Self {
         let (layers, num_experts) = (replica.moe_layers().layers.clone(), replica.model().config.num_experts);
-        let values = vec![0.0; layers.len() * num_experts];
-        Self::of(ExpertScores { layers, num_experts, values }, 0)
+        Self::of(ExpertScores::zeros(layers, num_experts), 0)
     }
 }
 
