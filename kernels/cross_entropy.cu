@@ -2,29 +2,15 @@
 // and their gradient is written once.
 
 // losses[row] = log Σ e^logit − logit[target]; with `grad`, grad[row] = scale · (softmax − one-hot). Rows are `stride`
-// apart, a multiple of 8, in both. Grid: one block of 512 threads per row. Each thread keeps a running maximum and sum
-// of its own logits (the "online" softmax), which are then reduced in a fixed tree, in f64.
+// apart, a multiple of 8, in both. Grid: one block of 512 threads per row.
 template <class T> DEVICE void cross_entropy(const float* logits, const u32* targets, double* losses, T* grad, u64 classes,
                                              u64 stride, float scale) {
     const int W = 8;
     logits += blockIdx.x * stride;
     u32 target = targets[blockIdx.x];
-    float highest = NEGATIVE_INFINITY, sum = 0.0f;
-    for (u64 c = threadIdx.x * W; c < classes; c += blockDim.x * W) {
-        Pack<W> l = load<W>(logits + c);
-        float h = highest;
-#pragma unroll
-        for (int j = 0; j < W; j++) h = c + j < classes ? maximum(h, l.v[j]) : h;
-        if (h > highest) {
-            sum *= expf(highest - h);  // 0 the first time: e^-∞
-            highest = h;
-        }
-#pragma unroll
-        for (int j = 0; j < W; j++) sum += c + j < classes ? expf(l.v[j] - highest) : 0.0f;
-    }
-    float all = block_max(highest);
-    // A thread without logits contributes its sum, 0, as it is: -∞ − -∞ would be NaN.
-    double total = block_sum(highest == NEGATIVE_INFINITY ? (double)sum : (double)sum * (double)expf(highest - all));
+    float all;
+    double total;
+    softmax_of_block(logits, classes, all, total);
     if (threadIdx.x == 0) losses[blockIdx.x] = (double)all + log(total) - (double)logits[target];
     if (!grad) return;
     grad += blockIdx.x * stride;

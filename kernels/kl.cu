@@ -1,27 +1,6 @@
 // KL divergence of softmax distributions: of rows of logits from the rows of a base model. Memory-bound: both rows are
 // read twice (the second time from L2), and the gradient is written once.
 
-// The largest of a row's logits, and Σ e^(logit − highest), by a block; `row` aligned to 8 elements.
-DEVICE void softmax_of_block(const float* row, u64 classes, float& all, double& total) {
-    const int W = 8;
-    float highest = NEGATIVE_INFINITY, sum = 0.0f;
-    for (u64 c = threadIdx.x * W; c < classes; c += blockDim.x * W) {
-        Pack<W> l = load<W>(row + c);
-        float h = highest;
-#pragma unroll
-        for (int j = 0; j < W; j++) h = c + j < classes ? maximum(h, l.v[j]) : h;
-        if (h > highest) {
-            sum *= expf(highest - h);  // 0 the first time: e^-∞
-            highest = h;
-        }
-#pragma unroll
-        for (int j = 0; j < W; j++) sum += c + j < classes ? expf(l.v[j] - highest) : 0.0f;
-    }
-    all = block_max(highest);
-    // A thread without logits contributes its sum, 0, as it is: -∞ − -∞ would be NaN.
-    total = block_sum(highest == NEGATIVE_INFINITY ? (double)sum : (double)sum * (double)expf(highest - all));
-}
-
 // One class of KL(p0 ‖ p), where p0 = e^log_base.
 DEVICE double kl_term(float p0, double log_base, double log_p) {
     return p0 > 0.0f ? (double)p0 * (log_base - log_p) : 0.0;
@@ -82,16 +61,6 @@ template <class T> DEVICE void linear_kl(const float* logits, const float* base,
 
 TYPED(float, f32)
 TYPED(bf16, bf16)
-
-// The largest logit of a row, and Σ e^(logit − highest), by one warp.
-DEVICE void softmax_of_warp(const float* row, u64 cols, float& highest, float& total) {
-    highest = NEGATIVE_INFINITY;
-    for (u64 c = threadIdx.x % 32; c < cols; c += 32) highest = maximum(highest, row[c]);
-    highest = warp_max(highest);
-    float sum = 0.0f;
-    for (u64 c = threadIdx.x % 32; c < cols; c += 32) sum += expf(row[c] - highest);
-    total = warp_sum(sum);
-}
 
 // kl[row] = KL(softmax(base) ‖ softmax(logits)) of router logits. Grid: one warp per row, 4 per block.
 KERNEL(128, softmax_kl, (const float* logits, const float* base, double* kl, u64 rows, u64 cols)) {

@@ -3,16 +3,6 @@
 
 #define ROWS 64
 
-// The largest logit of a row and 1 / Σ e^(logit − highest), by one warp.
-DEVICE void softmax_of_warp(const float* row, u64 cols, float& highest, float& inverse) {
-    highest = NEGATIVE_INFINITY;
-    for (u64 c = threadIdx.x % 32; c < cols; c += 32) highest = maximum(highest, row[c]);
-    highest = warp_max(highest);
-    float total = 0.0f;
-    for (u64 c = threadIdx.x % 32; c < cols; c += 32) total += expf(row[c] - highest);
-    inverse = 1.0f / warp_sum(total);
-}
-
 // partial[b, c] = Σ over the rows of chunk b of x[row, c], or of softmax(x[row])[c]. Grid: one block of 256 threads per
 // chunk of ROWS rows.
 KERNEL(256, sum_rows, (const float* x, double* partial, u64 rows, u64 cols, int softmax)) {
@@ -25,7 +15,7 @@ KERNEL(256, sum_rows, (const float* x, double* partial, u64 rows, u64 cols, int 
         for (u32 i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
             float h, s;
             softmax_of_warp(x + i * cols, cols, h, s);
-            if (threadIdx.x % 32 == 0) highest[i] = h, inverse[i] = s;
+            if (threadIdx.x % 32 == 0) highest[i] = h, inverse[i] = 1.0f / s;
         }
         __syncthreads();
     }
@@ -54,8 +44,9 @@ KERNEL(128, softmax_sum_backward, (const float* dy, const float* logits, float* 
     if (row >= rows) return;
     logits += row * cols;
     dlogits += row * cols;
-    float highest, inverse, along = 0.0f;
-    softmax_of_warp(logits, cols, highest, inverse);
+    float highest, total, along = 0.0f;
+    softmax_of_warp(logits, cols, highest, total);
+    float inverse = 1.0f / total;
     for (u64 c = threadIdx.x % 32; c < cols; c += 32) along += expf(logits[c] - highest) * inverse * dy[c];
     along = warp_sum(along);
     for (u64 c = threadIdx.x % 32; c < cols; c += 32) {

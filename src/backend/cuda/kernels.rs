@@ -52,7 +52,7 @@ modules! {
     ATTENTION_MMA = "attention_mma": "groups.cuh", "mma.cuh", "attention.cuh", "attention_mma.cu";
     ATTENTION = "attention": "groups.cuh", "attention.cuh", "attention.cu";
     COLUMNS = "columns";
-    CROSS_ENTROPY = "cross_entropy";
+    CROSS_ENTROPY = "cross_entropy": "softmax.cuh", "cross_entropy.cu";
     DISPATCH = "dispatch";
     ELEMENTS = "elements";
     GRADIENT_MAGNITUDE = "gradient_magnitude": "tile.cuh", "tile_simt.cuh", "gradient_magnitude.cu";
@@ -63,12 +63,12 @@ modules! {
     GROUPED_MMA = "grouped_mma": "groups.cuh", "mma.cuh", "tile.cuh", "pipeline.cuh", "tile_mma.cuh", "grouped.cu";
     GROUPED_WGMMA = "grouped_wgmma" for 90: "groups.cuh", "mma.cuh", "wgmma_layout.cuh", "wgmma.cuh", "tile.cuh", "pipeline.cuh", "tile_wgmma.cuh",
         "grouped.cu";
-    KL = "kl";
+    KL = "kl": "softmax.cuh", "kl.cu";
     NORM = "norm";
     ROPE = "rope";
     ROUTE = "route";
     ROWS = "rows";
-    STATISTICS = "statistics";
+    STATISTICS = "statistics": "softmax.cuh", "statistics.cu";
     SWIGLU = "swiglu";
     UPDATE = "update";
 }
