@@ -2,6 +2,7 @@
 //! rows.
 //!
 //!     cargo bench --bench identify -- MODEL ROWS [--micro-batch 8] [--threads 2] [--repeat 3] [--recompute auto] [--scores FILE]
+//!         [--precision f32|bf16]
 //!
 //! ROWS is the output file of `benches/peer/make_rows.py`. Prints the seconds of each pass over all rows (without
 //! loading, as the peer does), tokens/s without padding, and the peak resident memory of the process.
@@ -10,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use moewarden::backend::cpu::Cpu;
+use moewarden::backend::cpu::{Caches, Cpu, Processor, Products};
 use moewarden::collective::threads;
 use moewarden::config::RunConfig;
 use moewarden::data::{Dataset, Example, Record, Sampler};
@@ -57,6 +58,16 @@ fn main() {
     let shape = ModelConfig::from_dir(&dir).expect("config.json");
     let table = ParamTable::build(&shape, &Checkpoint::open(&dir).expect("weights")).expect("parameters");
     let cpu = Cpu::new(number("--threads", 2));
+    let cpu = match option("--precision").as_deref() {
+        None | Some("f32") => cpu,
+        Some("bf16") => {
+            let forced = option("--instructions").map(|name| name.parse().expect("--instructions"));
+            let instructions = Processor::detect().choose(forced).expect("--instructions");
+            println!("products in bf16 by {instructions}");
+            cpu.with_bf16(Products::new(instructions, Caches::detect()))
+        }
+        Some(other) => panic!("--precision {other}"),
+    };
     println!(
         "{tokens} tokens in {} rows, {} a micro-batch, {} threads",
         data.records.len(),

@@ -2,11 +2,13 @@
 //! `cargo bench --bench ops`. On a machine shared with other work the best rate is the more reliable one.
 //!
 //! Options: `-- NAME` runs the operations whose name contains NAME; the environment variable `THREADS` sets the number
-//! of threads (0 or unset: one per core). Nothing is asserted, because machines differ.
+//! of threads (0 or unset: one per core). PRECISION=bf16 computes products of bf16 values, by the fastest instructions of the
+//! processor or by INSTRUCTIONS. The percentage is the share of the processor's bound, which is measured first: the rate of
+//! the innermost loop on all threads, with operands in the caches. Nothing is asserted, because machines differ.
 
 use std::time::Instant;
 
-use moewarden::backend::cpu::{Cpu, Tensor, Weight};
+use moewarden::backend::cpu::{Caches, Cpu, Instructions, Processor, Products, Tensor, Weight};
 use moewarden::backend::{AdamwStep, Backend, Dtype, ExpertGrad, GradReduction, Heads, HostTensor, Packing, Rope};
 
 /// Model width.
@@ -32,6 +34,8 @@ enum Work {
 
 struct Bench {
     filter: String,
+    /// FLOP/s of the innermost loop on all threads.
+    bound: f64,
 }
 
 impl Bench {
@@ -55,7 +59,9 @@ impl Bench {
             Work::Values(n) => (4.0 * n as f64, "GB/s"),
         };
         let rate = |t: f64| amount / t / 1e9;
-        println!("{name:32} {:9.3} ms {:7.1} {unit:7} (best {:7.1})", median * 1e3, rate(median), rate(best));
+        let share =
+            if unit == "GFLOP/s" { format!(", {:.0} %", 1e11 * rate(best) / self.bound) } else { String::new() };
+        println!("{name:32} {:9.3} ms {:7.1} {unit:7} (best {:7.1}{share})", median * 1e3, rate(median), rate(best));
     }
 }
 
@@ -76,9 +82,28 @@ fn weight(cpu: &Cpu, dtype: Dtype, rows: usize, cols: usize) -> Weight {
 
 fn main() {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
-    let bench = Bench { filter };
     let threads = std::env::var("THREADS").ok().and_then(|t| t.parse().ok()).unwrap_or(0);
     let cpu = Cpu::new(threads);
+    let processor = Processor::detect();
+    let forced = std::env::var("INSTRUCTIONS").ok().map(|name| name.parse::<Instructions>().expect("INSTRUCTIONS"));
+    let bf16 = std::env::var("PRECISION").is_ok_and(|p| p == "bf16");
+    let instructions = if bf16 { processor.choose(forced) } else { processor.choose(None) }.expect("INSTRUCTIONS");
+    // In f32 the bound is that of the widest vectors.
+    let widest = if processor.has(Instructions::Avx512) { Instructions::Avx512 } else { Instructions::Portable };
+    let products = Products::new(if bf16 { instructions } else { widest }, Caches::detect());
+    let bound = std::thread::scope(|scope| {
+        let all: Vec<_> = (0..cpu.threads()).map(|_| scope.spawn(|| products.kernel_rate())).collect();
+        all.into_iter().map(|one| one.join().expect("no panic")).sum::<f64>()
+    });
+    let cpu = if bf16 { cpu.with_bf16(products) } else { cpu };
+    println!(
+        "{} threads, {:?}, bound {:.0} GFLOP/s by {}",
+        cpu.threads(),
+        cpu.precision(),
+        bound / 1e9,
+        products.instructions()
+    );
+    let bench = Bench { filter, bound };
     let lengths = [60, 400, 230, 310, 120, 270, 350, 100];
     let packing = Packing::of_lengths(lengths);
     let t = packing.rows();

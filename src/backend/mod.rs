@@ -196,6 +196,9 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Bytes of one element of a [`Self::Tensor`].
     fn activation_size(&self) -> usize;
+    /// The number format of the operands of matrix products, F32 or BF16; sums are f32. [`Self::router_logits`] is an
+    /// exception.
+    fn precision(&self) -> Dtype;
     /// Free bytes of device memory; `None` if the backend uses host memory.
     fn free_memory(&self) -> Option<u64>;
     /// Peak allocation of device memory in bytes; `None` if the backend uses host memory.

@@ -73,6 +73,11 @@ impl Position {
     }
 }
 
+/// The number format of a replica's products, in words.
+fn precision<B: Backend>(replica: &Replica<B>) -> String {
+    format!("{:?}", replica.model().backend.precision())
+}
+
 /// The state of a run between two steps, the same on all ranks. `O`: what the outputs need to be continued.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct State<O> {
@@ -83,8 +88,8 @@ pub struct State<O> {
     inputs: String,
     /// World size of the run that wrote it.
     world_size: usize,
-    /// Bytes of one element of an activation.
-    activation_size: usize,
+    /// The number format of products.
+    precision: String,
     /// World size that the run was started with.
     #[serde(rename = "step_ranks")]
     step_world_size: usize,
@@ -201,7 +206,7 @@ impl SnapshotStore<'_> {
                 config: self.identity.options.clone(),
                 inputs: (self.identity.inputs)()?.to_string(),
                 world_size: world.world_size(),
-                activation_size: replica.model().backend.activation_size(),
+                precision: precision(replica),
                 step_world_size: replica.step_world_size,
                 position,
                 progress: match phase {
@@ -375,15 +380,13 @@ impl<O> Snapshot<O> {
     /// Restores the weights.
     ///
     /// # Errors
-    /// A delta that does not fit the model; activations of another size.
+    /// A delta that does not fit the model; products in another number format.
     pub fn restore_weights<B: Backend>(&self, store: &SnapshotStore<'_>, replica: &mut Replica<B>) -> Result<()> {
-        let (theirs, ours) = (self.state.activation_size, replica.model().backend.activation_size());
-        if theirs != ours {
+        let (theirs, ours) = (&self.state.precision, precision(replica));
+        if *theirs != ours {
             let message = format!(
-                "the checkpoint was made with activations of {} bits, and here they have {}: resume with the --device and \
-                 --precision of that run, or start again with --overwrite",
-                8 * theirs,
-                8 * ours
+                "the checkpoint was made with products in {theirs}, and here they are in {ours}: resume with the --device and \
+                 --precision of that run, or start again with --overwrite"
             );
             return Err(Failure::new(exit::CONFIG, message));
         }

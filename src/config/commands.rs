@@ -71,7 +71,7 @@ pub struct EvalArgs {
     /// Device to compute on
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub device: Device,
-    /// GPU: number format of activations
+    /// Number format of matrix products, with sums in f32, and of activations on a GPU
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub precision: Precision,
     /// CPU threads; 0: one for each core
@@ -196,7 +196,7 @@ pub struct AblateArgs {
     /// Device to compute on
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub device: Device,
-    /// GPU: number format of activations
+    /// Number format of matrix products, with sums in f32, and of activations on a GPU
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub precision: Precision,
     /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)

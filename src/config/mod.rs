@@ -99,14 +99,14 @@ pub enum Device {
     Cuda,
 }
 
-/// Number format of activations on a GPU. (The CPU uses f32.)
+/// Number format of matrix products, and of activations on a GPU. Sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
-    /// bf16 for 16-bit weights, f32 for 32-bit weights.
+    /// bf16 for 16-bit weights, f32 for 32-bit weights. On a CPU without bf16 instructions f32.
     #[default]
     Auto,
-    /// f32, never rounded to TF32: slow, for comparison with the CPU.
+    /// f32, on GPUs never rounded to TF32.
     F32,
     /// bf16, with sums in f32.
     Bf16,

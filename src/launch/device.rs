@@ -8,7 +8,7 @@ use super::env;
 use super::memory::human;
 use super::ranks::Rank;
 use crate::backend::Dtype;
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{Caches, Cpu, Instructions, Processor, Products};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::gpu::Gpu;
 use crate::backend::cuda::nvidia::library::{self, Library, Surroundings};
@@ -91,9 +91,6 @@ impl Device {
         } else {
             ui.warn(format_args!("the GPU cannot be used: {why}"));
         }
-        if config.precision == Precision::Bf16 {
-            ui.warn("--precision bf16 does nothing: the CPU computes in f32");
-        }
         if config.transport != Transport::Auto {
             ui.warn("--transport does nothing: it is for GPUs");
         }
@@ -151,22 +148,50 @@ impl Device {
             return Err(Failure::new(exit::LAUNCHER, message));
         }
         match self {
-            Device::Cpu(_) => Ok(Opened::Cpu(open_cpu(config, rank))),
+            Device::Cpu(_) => open_cpu(config, workload.stored, rank).map(Opened::Cpu),
             Device::Gpus(gpus) => gpus.open(config, workload, rank),
         }
     }
 }
 
-/// The CPU backend of a rank, with its share of the cores.
-fn open_cpu(config: &RunConfig, rank: &Rank) -> Arc<Cpu> {
+/// The CPU backend of a rank, with its share of the cores. All ranks call it together.
+fn open_cpu(config: &RunConfig, stored: Dtype, rank: &Rank) -> Result<Arc<Cpu>> {
     let cores = available_parallelism().map_or(1, usize::from);
     let cpu = Cpu::new(if config.threads == 0 { (cores / rank.local_world_size).max(1) } else { config.threads });
+    let processor = Processor::detect();
+    let chosen = products(config.precision, stored, &processor, env::cpu_instructions());
+    let (products, what) = all_ok(&*rank.world, chosen.map_err(|message| Failure::new(exit::USAGE, message)))?;
+    all_agree(&*rank.world, "the number format of products on the CPU", what.as_bytes())?;
     rank.ui.line(format_args!(
-        "device: cpu, {} threads{}",
+        "device: cpu, {} threads{}; {what}",
         cpu.threads(),
         if rank.local_world_size > 1 { " a rank" } else { "" }
     ));
-    Arc::new(cpu)
+    Ok(Arc::new(match products {
+        Some(products) => cpu.with_bf16(products),
+        None => cpu,
+    }))
+}
+
+/// How the CPU computes products: with which instructions in bf16, or in f32. And the same in words.
+fn products(
+    precision: Precision,
+    stored: Dtype,
+    processor: &Processor,
+    forced: Option<String>,
+) -> std::result::Result<(Option<Products>, String), String> {
+    let f32 = |why: &str| Ok((None, format!("products in f32{why}")));
+    match precision {
+        Precision::F32 => return f32(""),
+        Precision::Auto if stored == Dtype::F32 => return f32(", as the weights"),
+        Precision::Auto if !processor.has_bf16() => return f32(": this processor has no bf16 instructions"),
+        Precision::Auto | Precision::Bf16 => {}
+    }
+    let in_variable = |message| format!("{}: {message}", env::CPU_INSTRUCTIONS);
+    let forced = forced.map(|name| name.parse::<Instructions>()).transpose().map_err(in_variable)?;
+    let instructions = processor.choose(forced).map_err(in_variable)?;
+    let what = format!("products in bf16 with sums in f32, by {instructions} instructions");
+    Ok((Some(Products::new(instructions, Caches::detect())), what))
 }
 
 impl Gpus {
@@ -250,5 +275,30 @@ impl Gpus {
         let nccl = Communicator::new(library, &*rank.world, gpu.stream(), timeout)?;
         rank.ui.line(format_args!("gradients and new weights go from GPU to GPU by {}", nccl.library()));
         Ok(Arc::new(GpuTransport::new(Box::new(nccl), rank.world.clone(), cuda.clone())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_on_the_cpu_are_chosen_by_precision_weights_and_processor() {
+        let plain = Processor { amx: false, avx512_bf16: false, avx512: true, intel: true };
+        let bf16 = Processor { avx512_bf16: true, ..plain };
+        let choose = |precision, stored, processor: Processor, forced: Option<&str>| {
+            products(precision, stored, &processor, forced.map(str::to_owned))
+                .map(|(products, _)| products.map(|p| p.instructions()))
+        };
+        use Dtype::{Bf16, F16, F32};
+        assert_eq!(choose(Precision::F32, Bf16, bf16, None), Ok(None));
+        assert_eq!(choose(Precision::Auto, F32, bf16, None), Ok(None));
+        assert_eq!(choose(Precision::Auto, Bf16, plain, None), Ok(None));
+        assert_eq!(choose(Precision::Auto, F16, bf16, None), Ok(Some(Instructions::Avx512)));
+        assert_eq!(choose(Precision::Auto, Bf16, Processor { amx: true, ..bf16 }, None), Ok(Some(Instructions::Amx)));
+        assert_eq!(choose(Precision::Bf16, F32, plain, None), Ok(Some(Instructions::Avx512)));
+        assert_eq!(choose(Precision::Bf16, F32, plain, Some("portable")), Ok(Some(Instructions::Portable)));
+        let error = choose(Precision::Bf16, Bf16, plain, Some("amx")).unwrap_err();
+        assert!(error.starts_with("MOEWARDEN_CPU_INSTRUCTIONS: ") && error.contains("no amx instructions"), "{error}");
     }
 }

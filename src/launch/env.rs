@@ -35,6 +35,15 @@ pub fn kernel_cache() -> Option<PathBuf> {
     cache.or_else(|| Some(folder("HOME")?.join(".cache"))).map(|cache| cache.join("moewarden/kernels"))
 }
 
+/// The environment variable of [`cpu_instructions`].
+pub const CPU_INSTRUCTIONS: &str = "MOEWARDEN_CPU_INSTRUCTIONS";
+
+/// The instructions that multiply bf16 values on the CPU, instead of the fastest ones. For comparisons: they give different
+/// roundings.
+pub fn cpu_instructions() -> Option<String> {
+    std::env::var(CPU_INSTRUCTIONS).ok().filter(|name| !name.is_empty())
+}
+
 /// The fault to inject for a test: `MOEWARDEN_FAULT`.
 pub fn fault() -> Option<String> {
     std::env::var("MOEWARDEN_FAULT").ok()

@@ -38,7 +38,7 @@ fn key<B: Backend>(session: &Session, rows: &RetainRows<'_>, replica: &Replica<B
     hasher.update(b"moewarden.base_outputs/1");
     hasher.update(session.weights_hash()?.as_bytes());
     hasher.update(rows.hash().as_bytes());
-    hasher.update(&[b.activation_size() as u8, u8::from(b.free_memory().is_some())]);
+    hasher.update(&[b.precision() as u8, u8::from(b.free_memory().is_some())]);
     Ok(hasher.finalize())
 }
 

@@ -1,12 +1,14 @@
 //! Grouped matrix products: each group of rows has its own weights. The groups are the experts; a dense layer is one
-//! group.
+//! group. In f32 here, in bf16 (given [`Products`]) in `bf16.rs`.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::bf16;
 use super::gemm::{Matrix, MatrixMut, TileSize, matmul, matmul_nt};
 use super::parallel::{Scratch, SharedSlice};
+use super::product::Products;
 use super::simd::{simd, sum, sum2};
 use super::tensor::Tensor;
 use super::weight::Weight;
@@ -23,7 +25,10 @@ pub(super) struct RowGroup<'a> {
 const SCRATCH_TILE: usize = 256 * 1024;
 
 /// y = x · wᵀ for each group. The outputs of stacked weights are concatenated.
-pub(super) fn forward(x: &Tensor, groups: &[RowGroup<'_>], y: &mut Tensor) {
+pub(super) fn forward(products: Option<&Products>, x: &Tensor, groups: &[RowGroup<'_>], y: &mut Tensor) {
+    if let Some(products) = products {
+        return bf16::forward(products, x, groups, y);
+    }
     struct Task<'a> {
         rows: Range<usize>,
         weight: &'a Weight,
@@ -62,7 +67,10 @@ pub(super) fn forward(x: &Tensor, groups: &[RowGroup<'_>], y: &mut Tensor) {
 }
 
 /// dx = dy · w for each group, summed over its stacked weights.
-pub(super) fn backward_input(dy: &Tensor, groups: &[RowGroup<'_>], dx: &mut Tensor) {
+pub(super) fn backward_input(products: Option<&Products>, dy: &Tensor, groups: &[RowGroup<'_>], dx: &mut Tensor) {
+    if let Some(products) = products {
+        return bf16::backward_input(products, dy, groups, dx);
+    }
     let (n, k) = (dy.cols(), dx.cols());
     let tile = TileSize::choose(groups.iter().map(|g| g.rows.len()), k);
     let mut tasks = Vec::new();
@@ -123,8 +131,26 @@ pub(super) struct WeightGrad<'a> {
 ///
 /// A scored gradient is computed tile by tile in scratch memory that fits the L2 cache, and reduced there. A tile has
 /// whole rows, so its sum is in the matrix's memory order; the sums of tiles are added in the order of the jobs.
-pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, jobs: &[WeightGrad<'_>], dw: &mut [f32], scores: &mut [f64]) {
+pub(super) fn backward_weight(
+    products: Option<&Products>,
+    dy: &Tensor,
+    x: &Tensor,
+    jobs: &[WeightGrad<'_>],
+    dw: &mut [f32],
+    scores: &mut [f64],
+) {
     let (n, k) = (dy.cols(), x.cols());
+    let mut claimed: Vec<Range<usize>> = Vec::new();
+    for job in jobs.iter().filter(|j| !j.rows.is_empty()) {
+        if let Sink::Add(at) = job.sink {
+            claimed.push(at..at + job.out.len() * k);
+        }
+    }
+    claimed.sort_by_key(|r| r.start);
+    assert!(claimed.windows(2).all(|w| w[0].end <= w[1].start), "two gradients overlap in the buffer");
+    if let Some(products) = products {
+        return bf16::backward_weight(products, dy, x, jobs, dw, scores);
+    }
     let tile = TileSize::choose(jobs.iter().map(|j| j.out.len()), k);
     struct Task<'a> {
         job: &'a WeightGrad<'a>,
@@ -132,19 +158,13 @@ pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, jobs: &[WeightGrad<'_>], 
         cols: Range<usize>,
     }
     let mut tasks = Vec::new();
-    let mut claimed: Vec<Range<usize>> = Vec::new();
     for job in jobs.iter().filter(|j| !j.rows.is_empty()) {
         let tile = match job.sink {
-            Sink::Add(at) => {
-                claimed.push(at..at + job.out.len() * k);
-                TileSize { rows: tile.rows.min(256), cols: tile.cols }
-            }
+            Sink::Add(_) => TileSize { rows: tile.rows.min(256), cols: tile.cols },
             Sink::Score(..) => TileSize { rows: (SCRATCH_TILE / k.max(1)).clamp(16, 256), cols: k.max(1) },
         };
         tasks.extend(tile.tiles(job.out.len(), k).map(|(out, cols)| Task { job, out, cols }));
     }
-    claimed.sort_by_key(|r| r.start);
-    assert!(claimed.windows(2).all(|w| w[0].end <= w[1].start), "two gradients overlap in the buffer");
     let dw = SharedSlice::new(dw);
     let sums: Vec<f64> = tasks
         .par_iter()

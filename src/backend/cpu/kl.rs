@@ -140,7 +140,7 @@ pub(super) fn backward(
         let part_dx = linear::backward_input(cpu, logits, w[0]);
         dx.values_mut()[rows.start * d..rows.end * d].copy_from_slice(part_dx.values());
         if let Some((dw, offset)) = &mut dw {
-            linear::backward_weight(logits, part, dw, *offset);
+            linear::backward_weight(cpu, logits, part, dw, *offset);
         }
     });
     (sum, dx)

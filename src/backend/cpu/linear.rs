@@ -5,13 +5,13 @@ use rayon::prelude::*;
 use super::Cpu;
 use super::grouped::{self, RowGroup, Sink, WeightGrad};
 use super::parallel::chunk_rows;
+use super::product::Products;
 use super::simd::{axpy, simd};
 use super::tensor::Tensor;
 use super::weight::Weight;
 
 pub(super) fn linear(cpu: &Cpu, x: &Tensor, w: &Weight, bias: Option<&Weight>) -> Tensor {
-    let mut y = cpu.pool.take(x.rows(), w.rows());
-    grouped::forward(x, &[RowGroup { rows: 0..x.rows(), stack: &[w] }], &mut y);
+    let mut y = product(cpu, cpu.products(), x, w);
     if let Some(bias) = bias {
         let n = y.cols();
         assert!(bias.len() == n, "a bias of {} for {n} outputs", bias.len());
@@ -27,16 +27,27 @@ pub(super) fn linear(cpu: &Cpu, x: &Tensor, w: &Weight, bias: Option<&Weight>) -
     y
 }
 
+/// y = x · wᵀ in f32, whatever the precision of other products.
+pub(super) fn linear_f32(cpu: &Cpu, x: &Tensor, w: &Weight) -> Tensor {
+    product(cpu, None, x, w)
+}
+
+fn product(cpu: &Cpu, products: Option<&Products>, x: &Tensor, w: &Weight) -> Tensor {
+    let mut y = cpu.pool.take(x.rows(), w.rows());
+    grouped::forward(products, x, &[RowGroup { rows: 0..x.rows(), stack: &[w] }], &mut y);
+    y
+}
+
 pub(super) fn backward_input(cpu: &Cpu, dy: &Tensor, w: &Weight) -> Tensor {
     let mut dx = cpu.pool.take(dy.rows(), w.cols());
-    grouped::backward_input(dy, &[RowGroup { rows: 0..dy.rows(), stack: &[w] }], &mut dx);
+    grouped::backward_input(cpu.products(), dy, &[RowGroup { rows: 0..dy.rows(), stack: &[w] }], &mut dx);
     dx
 }
 
-pub(super) fn backward_weight(dy: &Tensor, x: &Tensor, dw: &mut [f32], offset: usize) {
+pub(super) fn backward_weight(cpu: &Cpu, dy: &Tensor, x: &Tensor, dw: &mut [f32], offset: usize) {
     assert!(dy.rows() == x.rows(), "dy has {} rows, x {}", dy.rows(), x.rows());
     let job = WeightGrad { rows: 0..x.rows(), out: 0..dy.cols(), sink: Sink::Add(offset) };
-    grouped::backward_weight(dy, x, &[job], dw, &mut []);
+    grouped::backward_weight(cpu.products(), dy, x, &[job], dw, &mut []);
 }
 
 /// db += column sums of dy, in the fixed order of [`add_row_sums`].

@@ -6,6 +6,7 @@
 //! that number.
 
 mod attention;
+mod bf16;
 mod cross_entropy;
 mod dispatch;
 mod embedding;
@@ -15,6 +16,7 @@ mod kl;
 mod linear;
 mod norm;
 mod parallel;
+mod product;
 mod rope;
 mod route;
 mod simd;
@@ -31,6 +33,7 @@ use rayon::prelude::*;
 
 pub use self::dispatch::Dispatch;
 use self::grouped::RowGroup;
+pub use self::product::{Caches, Instructions, Processor, Products};
 pub use self::rope::Sequences;
 pub use self::route::Routing;
 pub use self::tensor::Tensor;
@@ -38,10 +41,12 @@ use self::tensor::TensorPool;
 pub use self::weight::Weight;
 use super::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, RowLoss, Stacks};
 
-/// The CPU backend: a thread pool, and a pool of recycled tensor storage. Activations are f32.
+/// The CPU backend: a thread pool, and a pool of recycled tensor storage. Activations are stored in f32. Products are
+/// computed in f32, or of values rounded to bf16 with sums in f32.
 pub struct Cpu {
     threads: rayon::ThreadPool,
     pool: Arc<TensorPool>,
+    products: Option<Products>,
 }
 
 impl Cpu {
@@ -55,7 +60,17 @@ impl Cpu {
             .thread_name(|i| format!("cpu-{i}"))
             .build()
             .unwrap_or_else(|e| panic!("cannot start {threads} threads: {e}"));
-        Self { threads, pool: Arc::new(TensorPool::default()) }
+        Self { threads, pool: Arc::new(TensorPool::default()), products: None }
+    }
+
+    /// The same backend with products of bf16 values. Router logits stay products of f32.
+    pub fn with_bf16(self, products: Products) -> Self {
+        Self { products: Some(products), ..self }
+    }
+
+    /// How products of bf16 values are computed; `None` if they are products of f32.
+    pub fn products(&self) -> Option<&Products> {
+        self.products.as_ref()
     }
 
     /// Number of threads in the pool.
@@ -108,6 +123,9 @@ impl Backend for Cpu {
 
     fn activation_size(&self) -> usize {
         size_of::<f32>()
+    }
+    fn precision(&self) -> Dtype {
+        if self.products.is_some() { Dtype::Bf16 } else { Dtype::F32 }
     }
     fn free_memory(&self) -> Option<u64> {
         None
@@ -237,13 +255,13 @@ impl Backend for Cpu {
         self.run(|| linear::linear(self, x, w, bias))
     }
     fn router_logits(&self, x: &Tensor, w: &Weight) -> Tensor {
-        self.linear(x, w, None)
+        self.run(|| linear::linear_f32(self, x, w))
     }
     fn linear_backward_input(&self, dy: &Tensor, w: &Weight) -> Tensor {
         self.run(|| linear::backward_input(self, dy, w))
     }
     fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, dw: &mut Buffer, offset: usize) {
-        self.run(|| linear::backward_weight(dy, x, &mut dw.0, offset));
+        self.run(|| linear::backward_weight(self, dy, x, &mut dw.0, offset));
     }
     fn bias_backward(&self, dy: &Tensor, db: &mut Buffer, offset: usize) {
         self.run(|| linear::bias_backward(dy, &mut db.0, offset));
@@ -314,13 +332,13 @@ impl Backend for Cpu {
     fn grouped_linear(&self, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
         let outputs = w.first().map_or(0, |stack| stack.iter().map(|w| w.rows()).sum());
         let mut y = self.pool.take(x.rows(), outputs);
-        self.run(|| grouped::forward(x, &groups(w, dispatch), &mut y));
+        self.run(|| grouped::forward(self.products(), x, &groups(w, dispatch), &mut y));
         y
     }
     fn grouped_linear_backward_input(&self, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
         let inputs = w.first().and_then(|stack| stack.first()).map_or(0, |w| w.cols());
         let mut dx = self.pool.take(dy.rows(), inputs);
-        self.run(|| grouped::backward_input(dy, &groups(w, dispatch), &mut dx));
+        self.run(|| grouped::backward_input(self.products(), dy, &groups(w, dispatch), &mut dx));
         dx
     }
     fn grouped_linear_backward_weight(
@@ -334,7 +352,7 @@ impl Backend for Cpu {
         scores: &mut Scores,
     ) {
         let jobs = grouped::weight_grad_jobs(&dispatch.offsets, w, plan);
-        self.run(|| grouped::backward_weight(dy, x, &jobs, &mut dw.0, &mut scores.0));
+        self.run(|| grouped::backward_weight(self.products(), dy, x, &jobs, &mut dw.0, &mut scores.0));
     }
     fn weight_rows(&self, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
         self.run(|| dispatch::weight_rows(self, x, routing, dispatch))

@@ -50,13 +50,24 @@ impl<'a, T> SharedSlice<'a, T> {
     }
 }
 
+/// A cache line, so that vectors in scratch memory do not cross one.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+// SAFETY: 64 bytes of f32 without padding; all bit patterns are valid, zeros among them.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for Line {}
+
 thread_local! {
-    static SCRATCH: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Scratch memory of this thread, recycled by later uses. Its content is unspecified (old values).
+/// Scratch memory of this thread, aligned to cache lines and recycled by later uses. Its content is unspecified (old
+/// values).
 pub(super) struct Scratch {
-    storage: Vec<f32>,
+    storage: Vec<Line>,
     len: usize,
 }
 
@@ -64,18 +75,17 @@ impl Scratch {
     /// `len` elements. The storage is a per-thread stack: nested uses get different storage, and each nesting depth
     /// gets the same storage again.
     pub(super) fn take(len: usize) -> Self {
-        let mut storage = SCRATCH.with_borrow_mut(Vec::pop).unwrap_or_default();
-        if storage.len() < len {
-            // A fresh allocation instead of a resize, which would copy the old values.
-            storage = vec![0.0; len.next_multiple_of(1024)];
-        }
-        Self { storage, len }
+        let mut scratch = Self { storage: SCRATCH.with_borrow_mut(Vec::pop).unwrap_or_default(), len: 0 };
+        scratch.resize(len);
+        scratch
     }
 
     /// Changes the length; the content is unspecified afterwards.
     pub(super) fn resize(&mut self, len: usize) {
-        if self.storage.len() < len {
-            self.storage = vec![0.0; len.next_multiple_of(1024)];
+        let lines = len.div_ceil(16);
+        if self.storage.len() < lines {
+            // A fresh allocation instead of a resize of the vector, which would copy the old values.
+            self.storage = vec![bytemuck::Zeroable::zeroed(); lines.next_multiple_of(64)];
         }
         self.len = len;
     }
@@ -84,13 +94,13 @@ impl Scratch {
 impl Deref for Scratch {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        &self.storage[..self.len]
+        &bytemuck::cast_slice(&self.storage)[..self.len]
     }
 }
 
 impl DerefMut for Scratch {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.storage[..self.len]
+        &mut bytemuck::cast_slice_mut(&mut self.storage)[..self.len]
     }
 }
 

@@ -87,7 +87,8 @@ impl Weight {
         self.len() == 0
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// The values as little-endian bytes of [`Self::dtype`].
+    pub(super) fn bytes(&self) -> &[u8] {
         match &self.bytes {
             Bytes::Loaded(bytes) => bytes,
             Bytes::Written(words) => (**words).as_ref(),
@@ -179,7 +180,7 @@ fn bf16_bits_to_f32(bits: u16) -> f32 {
 /// Branch-free, so that it vectorises. A multiplication by 2^112 changes the exponent bias from 15 to 127; it is exact,
 /// also for subnormals. Infinities and NaN keep an all-ones exponent.
 #[inline(always)]
-fn f16_bits_to_f32(bits: u16) -> f32 {
+pub(super) fn f16_bits_to_f32(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff) << 13;
     let sign = u32::from(bits & 0x8000) << 16;
     let finite = (f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23)).to_bits();

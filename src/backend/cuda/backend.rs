@@ -24,6 +24,9 @@ impl Backend for Cuda {
     fn activation_size(&self) -> usize {
         self.compute.size()
     }
+    fn precision(&self) -> Dtype {
+        self.compute
+    }
     fn free_memory(&self) -> Option<u64> {
         Some(self.room.saturating_sub(self.pool.usage().used) as u64)
     }

@@ -1,0 +1,118 @@
+//! The kernels for AVX-512: 12 lines by 2 vectors of sums, 24 of the 32 registers.
+
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_shuffle_i32x4, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_unpackhi_epi32,
+    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+};
+
+use super::Instructions;
+use super::kernel::{BLOCK, Shape};
+
+const LANES: usize = 16;
+const A: usize = Shape::of(Instructions::Avx512).a;
+const B: usize = Shape::of(Instructions::Avx512).b;
+const VECTORS: usize = B / LANES;
+const _: () = assert!(Shape::of(Instructions::Avx512Bf16).a == A && Shape::of(Instructions::Avx512Bf16).b == B);
+
+/// Implements a kernel; `$step` is `(sum, a, b) -> sum` on vectors of units.
+macro_rules! kernel {
+    ($name:ident, $features:literal, $step:expr) => {
+        #[target_feature(enable = $features)]
+        fn $name(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bool) {
+            let (c, _) = c.as_chunks_mut::<LANES>();
+            let mut sums = [[_mm512_setzero_ps(); VECTORS]; A];
+            if accumulate {
+                for (sum, c) in sums.as_flattened_mut().iter_mut().zip(&*c) {
+                    // SAFETY: c has 16 elements.
+                    *sum = unsafe { _mm512_loadu_ps(c.as_ptr()) };
+                }
+            }
+            for (a, b) in a.as_chunks::<{ A * BLOCK }>().0.iter().zip(b.as_chunks::<{ B * BLOCK }>().0) {
+                for (u, b) in b.as_chunks::<B>().0.iter().enumerate() {
+                    let b: [__m512; VECTORS] = std::array::from_fn(|v| {
+                        // SAFETY: b has 16 elements a vector.
+                        unsafe { _mm512_loadu_ps(b.as_ptr().add(v * LANES).cast()) }
+                    });
+                    for (line, sums) in sums.iter_mut().enumerate() {
+                        let a = _mm512_set1_ps(f32::from_bits(a[line * BLOCK + u]));
+                        for (sum, b) in sums.iter_mut().zip(b) {
+                            *sum = $step(*sum, a, b);
+                        }
+                    }
+                }
+            }
+            for (sum, c) in sums.as_flattened().iter().zip(c) {
+                // SAFETY: c has 16 elements.
+                unsafe { _mm512_storeu_ps(c.as_mut_ptr(), *sum) };
+            }
+        }
+    };
+}
+
+kernel!(fma, "avx512f", |sum, a, b| _mm512_fmadd_ps(a, b, sum));
+kernel!(dot_pairs, "avx512f,avx512bf16", |sum, a: __m512, b: __m512| _mm512_dpbf16_ps(sum, pairs(a), pairs(b)));
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pairs(units: __m512) -> __m512bh {
+    // SAFETY: both are 64 bytes, and all bit patterns are valid.
+    unsafe { std::mem::transmute::<__m512, __m512bh>(units) }
+}
+
+/// Units of one f32.
+pub(super) fn multiply(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bool) {
+    // SAFETY: `Processor::choose` gives these instructions only where they exist.
+    unsafe { fma(a, b, c, accumulate) }
+}
+
+/// Units of two bf16.
+pub(super) fn multiply_pairs(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bool) {
+    // SAFETY: `Processor::choose` gives these instructions only where they exist.
+    unsafe { dot_pairs(a, b, c, accumulate) }
+}
+
+/// The transpose of 16 by 16 units.
+pub(super) fn transpose(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
+    // SAFETY: `Processor::choose` gives instructions that need it only where AVX-512 exists.
+    unsafe { transposed(block) }
+}
+
+/// Pairs, then quadruples of rows are interleaved within 128-bit lanes; then the lanes are transposed.
+#[target_feature(enable = "avx512f")]
+fn transposed(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
+    // SAFETY: each row has 16 elements.
+    let rows: [__m512i; 16] = std::array::from_fn(|i| unsafe { _mm512_loadu_si512(block[i].as_ptr().cast()) });
+    // quads[g][j]: lane L has rows 4g to 4g + 3 of column 4L + j.
+    let quads: [[__m512i; 4]; 4] = std::array::from_fn(|g| {
+        let (a, b) =
+            (_mm512_unpacklo_epi32(rows[4 * g], rows[4 * g + 1]), _mm512_unpackhi_epi32(rows[4 * g], rows[4 * g + 1]));
+        let (c, d) = (
+            _mm512_unpacklo_epi32(rows[4 * g + 2], rows[4 * g + 3]),
+            _mm512_unpackhi_epi32(rows[4 * g + 2], rows[4 * g + 3]),
+        );
+        [
+            _mm512_unpacklo_epi64(a, c),
+            _mm512_unpackhi_epi64(a, c),
+            _mm512_unpacklo_epi64(b, d),
+            _mm512_unpackhi_epi64(b, d),
+        ]
+    });
+    let mut columns = [[0; 16]; 16];
+    for j in 0..4 {
+        let [a, b, c, d] = quads.map(|quad| quad[j]);
+        let even = [_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d)];
+        let odd = [_mm512_shuffle_i32x4::<0xdd>(a, b), _mm512_shuffle_i32x4::<0xdd>(c, d)];
+        let lanes = [
+            _mm512_shuffle_i32x4::<0x88>(even[0], even[1]),
+            _mm512_shuffle_i32x4::<0x88>(odd[0], odd[1]),
+            _mm512_shuffle_i32x4::<0xdd>(even[0], even[1]),
+            _mm512_shuffle_i32x4::<0xdd>(odd[0], odd[1]),
+        ];
+        for (l, lane) in lanes.into_iter().enumerate() {
+            // SAFETY: each column has 16 elements.
+            unsafe { _mm512_storeu_si512(columns[4 * l + j].as_mut_ptr().cast(), lane) };
+        }
+    }
+    columns
+}

@@ -1,0 +1,187 @@
+//! Products of bf16 values with sums in f32, by the widest instructions of the processor.
+//!
+//! A product is A·Bᵀ: element (i, j) is the sum over the depth of line i of A times line j of B. One operand is packed as a
+//! whole ([`Products::block`]); it is the smaller one and stays in the L2 cache. The other is packed a few panels at a time
+//! and multiplied with the whole block ([`Products::stream`]), so each value is packed once. The caller gets C tile by tile
+//! from the L1 cache, and stores, transposes, adds or reduces it: no tile reaches main memory for its own sake.
+//!
+//! Everything here runs on the calling thread. A sum's order depends on the depth alone, not on the block sizes, because
+//! sums that are interrupted continue from their value.
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod emulated;
+mod instructions;
+mod kernel;
+mod pack;
+mod portable;
+
+use std::ops::Range;
+
+pub use self::instructions::{Caches, Instructions, Processor};
+use self::kernel::{BLOCK, Shape};
+pub(super) use self::pack::{Part, Side};
+use super::parallel::Scratch;
+
+/// How products of bf16 values are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Products {
+    instructions: Instructions,
+    caches: Caches,
+}
+
+/// An operand that is packed as a whole.
+pub(super) struct Block {
+    side: Side,
+    panels: Scratch,
+    lines: usize,
+    units: usize,
+}
+
+/// A tile of C. The lines count from the start of the ranges that the operands were packed from.
+pub(super) struct Tile<'c> {
+    /// Lines of A.
+    pub(super) a: Range<usize>,
+    /// Lines of B.
+    pub(super) b: Range<usize>,
+    values: &'c [f32],
+    stride: usize,
+}
+
+impl Tile<'_> {
+    /// Line `i` of the tile: its sums with each line of B.
+    #[inline(always)]
+    pub(super) fn row(&self, i: usize) -> &[f32] {
+        &self.values[i * self.stride..][..self.b.len()]
+    }
+
+    /// All sums of the tile, line by line. Lines that are missing at the edges are zeros.
+    #[inline(always)]
+    pub(super) fn padded(&self) -> &[f32] {
+        self.values
+    }
+}
+
+/// Calls of the kernel in a measurement of its rate.
+const REPEATS: usize = 100;
+/// Panels that are packed at a time, so that neighbouring columns are read together.
+const STREAMED: usize = 8;
+
+impl Products {
+    /// Products by these instructions, which the processor must have ([`Processor::choose`]).
+    pub fn new(instructions: Instructions, caches: Caches) -> Self {
+        Self { instructions, caches }
+    }
+
+    /// The instructions.
+    pub fn instructions(&self) -> Instructions {
+        self.instructions
+    }
+
+    /// Floating-point operations a second of the innermost loop on one thread, with panels in the caches: the bound of all
+    /// products. Takes some milliseconds.
+    pub fn kernel_rate(&self) -> f64 {
+        let shape = Shape::of(self.instructions);
+        let units = shape.units(512);
+        let mut c = Scratch::take(shape.block());
+        let (mut a, mut b) = (Scratch::take(shape.a * units), Scratch::take(shape.b * units));
+        a.fill(1.0);
+        b.fill(1.0);
+        let (a, b) = (bytemuck::cast_slice(&a), bytemuck::cast_slice(&b));
+        let depth = if self.pairs() { 2 * units } else { units };
+        let flops = (REPEATS * 2 * shape.block() * depth) as f64;
+        let rate = |_| {
+            let clock = std::time::Instant::now();
+            for _ in 0..REPEATS {
+                kernel::multiply(self.instructions, a, b, &mut c, false);
+            }
+            std::hint::black_box(&c);
+            flops / clock.elapsed().as_secs_f64()
+        };
+        (0..8).map(rate).fold(0.0, f64::max)
+    }
+
+    fn pairs(&self) -> bool {
+        Shape::of(self.instructions).pairs
+    }
+
+    /// Splits lines into blocks of nearly equal size for this depth. A block takes at most half of the L2 cache, and is a
+    /// whole number of panels.
+    pub(super) fn blocks(
+        &self,
+        side: Side,
+        depth: usize,
+        lines: Range<usize>,
+    ) -> impl Iterator<Item = Range<usize>> + use<> {
+        let shape = Shape::of(self.instructions);
+        let p = side.lines(shape);
+        let most = (self.caches.l2 / 2 / (4 * shape.units(depth).max(1))).max(2 * p);
+        let step = lines.len().div_ceil(lines.len().div_ceil(most).max(1)).next_multiple_of(p).max(p);
+        lines.clone().step_by(step).map(move |at| at..lines.end.min(at + step))
+    }
+
+    /// Packs `lines` of an operand.
+    pub(super) fn block(&self, side: Side, parts: &[Part<'_>], lines: Range<usize>) -> Block {
+        let shape = Shape::of(self.instructions);
+        let units = pack::units(shape, parts);
+        let p = side.lines(shape);
+        let mut panels = Scratch::take(lines.len().div_ceil(p) * p * units);
+        let n = lines.len();
+        pack::pack(self.instructions, side, parts, lines, bytemuck::cast_slice_mut(&mut panels));
+        Block { side, panels, lines: n, units }
+    }
+
+    /// Multiplies `lines` of the other operand with a block, and gives each tile to `take`: for each panel of lines in
+    /// order, the block's panels in order.
+    pub(super) fn stream(
+        &self,
+        block: &Block,
+        parts: &[Part<'_>],
+        lines: Range<usize>,
+        mut take: impl FnMut(&Tile<'_>),
+    ) {
+        let shape = Shape::of(self.instructions);
+        let side = block.side.other();
+        assert!(pack::units(shape, parts) == block.units, "operands of different depth");
+        let (units, p, q) = (block.units, side.lines(shape), block.side.lines(shape));
+        // A piece of a streamed panel stays in the L1 cache while the block passes by.
+        let piece = (self.caches.l1 * 2 / 3 / (4 * p) / BLOCK * BLOCK).max(BLOCK);
+        let chunk = (self.caches.l2 / 4 / (4 * p * units.max(1))).clamp(1, STREAMED);
+        let fixed: &[u32] = bytemuck::cast_slice(&block.panels);
+        let mut panels = Scratch::take(0);
+        let mut c = Scratch::take(block.lines.div_ceil(q) * shape.block());
+        for start in (0..lines.len()).step_by(chunk * p) {
+            let now = (chunk * p).min(lines.len() - start);
+            panels.resize(now.div_ceil(p) * p * units);
+            let streamed: &mut [u32] = bytemuck::cast_slice_mut(&mut panels);
+            let from = lines.start + start;
+            pack::pack(self.instructions, side, parts, from..from + now, streamed);
+            for first in (0..now).step_by(p) {
+                let panel = &streamed[first * units..(first + p) * units];
+                if units == 0 {
+                    c.fill(0.0);
+                }
+                for unit in (0..units).step_by(piece) {
+                    let to = units.min(unit + piece);
+                    let streamed = &panel[unit * p..to * p];
+                    for (i, c) in c.chunks_exact_mut(shape.block()).enumerate() {
+                        let fixed = &fixed[i * q * units..][unit * q..to * q];
+                        let (a, b) = if side == Side::A { (streamed, fixed) } else { (fixed, streamed) };
+                        kernel::multiply(self.instructions, a, b, c, unit > 0);
+                    }
+                }
+                let streamed = start + first..start + now.min(first + p);
+                for (i, c) in c.chunks_exact(shape.block()).enumerate() {
+                    let fixed = i * q..block.lines.min((i + 1) * q);
+                    let (a, b) = if side == Side::A { (streamed.clone(), fixed) } else { (fixed, streamed.clone()) };
+                    take(&Tile { a, b, values: c, stride: shape.b });
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,348 @@
+//! Packing: operands as they are stored, to the panels of a kernel, rounded to bf16 on the way.
+
+use std::ops::Range;
+
+use super::Instructions;
+use super::kernel::{BLOCK, Shape};
+use crate::backend::Dtype;
+use crate::backend::cpu::simd::simd;
+use crate::backend::cpu::weight::f16_bits_to_f32;
+
+/// A side of a product A·Bᵀ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::backend::cpu) enum Side {
+    A,
+    B,
+}
+
+impl Side {
+    pub(super) fn other(self) -> Self {
+        if self == Self::A { Self::B } else { Self::A }
+    }
+
+    /// Lines of a panel.
+    pub(super) fn lines(self, shape: Shape) -> usize {
+        if self == Self::A { shape.a } else { shape.b }
+    }
+}
+
+/// The elements of a matrix, row by row.
+#[derive(Clone, Copy)]
+enum Values<'a> {
+    F32(&'a [f32]),
+    /// Little-endian bytes of a weight.
+    Stored(Dtype, &'a [u8]),
+}
+
+/// A part of an operand's depth. The parts of an operand have the same lines, side by side in depth.
+#[derive(Clone, Copy)]
+pub(in crate::backend::cpu) struct Part<'a> {
+    values: Values<'a>,
+    /// Elements from one row to the next.
+    stride: usize,
+    /// Whether the rows are the lines of the operand; otherwise the columns are.
+    rows_are_lines: bool,
+    depth: usize,
+}
+
+impl<'a> Part<'a> {
+    /// Activations; consecutive rows are `stride` elements apart.
+    pub(in crate::backend::cpu) fn activations(values: &'a [f32], stride: usize) -> Self {
+        Self { values: Values::F32(values), stride, rows_are_lines: true, depth: 0 }
+    }
+
+    /// A weight's bytes; consecutive rows are `stride` elements apart.
+    pub(in crate::backend::cpu) fn weight(dtype: Dtype, bytes: &'a [u8], stride: usize) -> Self {
+        Self { values: Values::Stored(dtype, bytes), stride, rows_are_lines: true, depth: 0 }
+    }
+
+    /// With the rows as lines, and their first `depth` elements as depth.
+    pub(in crate::backend::cpu) fn by_rows(self, depth: usize) -> Self {
+        Self { rows_are_lines: true, depth, ..self }
+    }
+
+    /// With the columns as lines, and the first `depth` rows as depth.
+    pub(in crate::backend::cpu) fn by_columns(self, depth: usize) -> Self {
+        Self { rows_are_lines: false, depth, ..self }
+    }
+}
+
+/// Units of a whole operand: each part is padded by itself.
+pub(super) fn units(shape: Shape, parts: &[Part<'_>]) -> usize {
+    parts.iter().map(|part| shape.units(part.depth)).sum()
+}
+
+/// Packs `lines` of an operand into panels, one after another in `out`. Missing lines and depth become zeros.
+pub(super) fn pack(instructions: Instructions, side: Side, parts: &[Part<'_>], lines: Range<usize>, out: &mut [u32]) {
+    let shape = Shape::of(instructions);
+    let p = side.lines(shape);
+    let (panel, panels) = (units(shape, parts) * p, lines.len().div_ceil(p));
+    assert!(out.len() == panels * panel, "{} units for {panels} panels of {panel}", out.len());
+    let mut first = 0;
+    for part in parts {
+        let packer = Packer { side, p, panel, first, lines: lines.clone(), part, instructions };
+        match part.values {
+            Values::F32(values) => packer.pack::<F32>(shape.pairs, values, out),
+            Values::Stored(Dtype::F32, bytes) => packer.pack::<StoredF32>(shape.pairs, bytes.as_chunks().0, out),
+            Values::Stored(Dtype::F16, bytes) => packer.pack::<F16>(shape.pairs, bytes.as_chunks().0, out),
+            Values::Stored(Dtype::Bf16, bytes) => packer.pack::<Bf16>(shape.pairs, bytes.as_chunks().0, out),
+        }
+        first += shape.units(part.depth);
+    }
+}
+
+/// How values are stored, and how they become bf16.
+trait Stored {
+    type Raw: Copy + Sync;
+    /// The bits of the value as an f32, rounded to bf16: the low half is zero.
+    fn bits(raw: Self::Raw) -> u32;
+    /// Two values as one unit.
+    #[inline(always)]
+    fn pair(low: Self::Raw, high: Self::Raw) -> u32 {
+        Self::bits(low) >> 16 | Self::bits(high)
+    }
+}
+
+struct F32;
+struct StoredF32;
+struct F16;
+struct Bf16;
+
+impl Stored for F32 {
+    type Raw = f32;
+    #[inline(always)]
+    fn bits(x: f32) -> u32 {
+        rounded(x)
+    }
+}
+
+impl Stored for StoredF32 {
+    type Raw = [u8; 4];
+    #[inline(always)]
+    fn bits(bytes: [u8; 4]) -> u32 {
+        rounded(f32::from_le_bytes(bytes))
+    }
+}
+
+impl Stored for F16 {
+    type Raw = [u8; 2];
+    #[inline(always)]
+    fn bits(bytes: [u8; 2]) -> u32 {
+        rounded(f16_bits_to_f32(u16::from_le_bytes(bytes)))
+    }
+}
+
+impl Stored for Bf16 {
+    type Raw = [u8; 2];
+    #[inline(always)]
+    fn bits(bytes: [u8; 2]) -> u32 {
+        u32::from(u16::from_le_bytes(bytes)) << 16
+    }
+    #[inline(always)]
+    fn pair(low: [u8; 2], high: [u8; 2]) -> u32 {
+        u32::from_le_bytes([low[0], low[1], high[0], high[1]])
+    }
+}
+
+/// 16 units side by side in a panel.
+pub(super) type Row = [u32; BLOCK];
+
+/// Packs one part of an operand.
+struct Packer<'a> {
+    side: Side,
+    /// Lines of a panel.
+    p: usize,
+    /// Units of a panel.
+    panel: usize,
+    /// First unit of the part in its panel.
+    first: usize,
+    lines: Range<usize>,
+    part: &'a Part<'a>,
+    instructions: Instructions,
+}
+
+impl Packer<'_> {
+    fn pack<S: Stored>(&self, pairs: bool, values: &[S::Raw], out: &mut [u32]) {
+        match (pairs, self.part.rows_are_lines) {
+            (true, true) => simd!(self.rows::<S, true, true>(values, out)),
+            (true, false) => simd!(self.rows::<S, true, false>(values, out)),
+            (false, true) => simd!(self.rows::<S, false, true>(values, out)),
+            (false, false) => simd!(self.rows::<S, false, false>(values, out)),
+        }
+    }
+
+    /// `LINES`: the stored rows are lines of the operand; otherwise they are its depth.
+    #[inline(always)]
+    fn rows<S: Stored, const PAIRS: bool, const LINES: bool>(&self, values: &[S::Raw], out: &mut [u32]) {
+        let depth = if PAIRS { self.part.depth.div_ceil(2) } else { self.part.depth };
+        let units = depth.next_multiple_of(BLOCK);
+        let lines = out.len() / self.panel.max(1) * self.p;
+        // Always 16 stored rows together, so that a panel is written from beginning to end.
+        if LINES {
+            for line in (0..lines).step_by(self.p) {
+                let out = &mut out[line / self.p * self.panel..][..self.panel];
+                for first in (0..self.p).step_by(BLOCK) {
+                    let rows: [_; BLOCK] = std::array::from_fn(
+                        #[inline(always)]
+                        |i| self.line::<S>(values, line + first + i),
+                    );
+                    for unit in (0..units).step_by(BLOCK) {
+                        self.place::<S, PAIRS, LINES>(&rows, unit, first, unit, out);
+                    }
+                }
+            }
+        } else {
+            for unit in (0..units).step_by(BLOCK) {
+                let rows: [_; BLOCK] = std::array::from_fn(
+                    #[inline(always)]
+                    |i| self.unit::<S, PAIRS>(values, unit + i),
+                );
+                for line in (0..lines).step_by(self.p) {
+                    let out = &mut out[line / self.p * self.panel..][..self.panel];
+                    for first in (0..self.p).step_by(BLOCK) {
+                        self.place::<S, PAIRS, LINES>(&rows, line + first, first, unit, out);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes 16 units, from element or unit `at` of 16 stored rows, to the panel `out`: lines from `line` on, units from `unit`
+    /// on. A panel of A has no place for lines beyond its own.
+    #[inline(always)]
+    fn place<S: Stored, const PAIRS: bool, const LINES: bool>(
+        &self,
+        rows: &[[&[S::Raw]; 2]; BLOCK],
+        at: usize,
+        line: usize,
+        unit: usize,
+        out: &mut [u32],
+    ) {
+        let (p, unit) = (self.p, self.first + unit);
+        let keep = BLOCK.min(p - line);
+        match (self.side, LINES) {
+            (Side::A, true) => {
+                let out = &mut out[unit * p + line * BLOCK..][..keep * BLOCK];
+                for (out, row) in out.as_chunks_mut::<BLOCK>().0.iter_mut().zip(rows) {
+                    *out = read::<S, PAIRS, LINES>(*row, at);
+                }
+            }
+            (Side::B, false) => {
+                for (out, row) in out[unit * p..][..BLOCK * p].chunks_exact_mut(p).zip(rows) {
+                    out[line..line + BLOCK].copy_from_slice(&read::<S, PAIRS, LINES>(*row, at));
+                }
+            }
+            (side, _) => {
+                let mut block = [[0; BLOCK]; BLOCK];
+                for (to, row) in block.iter_mut().zip(rows) {
+                    *to = read::<S, PAIRS, LINES>(*row, at);
+                }
+                let block = transpose(self.instructions, &block);
+                if side == Side::A {
+                    out[unit * p + line * BLOCK..][..keep * BLOCK].copy_from_slice(block[..keep].as_flattened());
+                } else {
+                    for (out, row) in out[unit * p..][..BLOCK * p].chunks_exact_mut(p).zip(&block) {
+                        out[line..line + BLOCK].copy_from_slice(row);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The depth of a line, counted from the first one; nothing of a missing line.
+    #[inline(always)]
+    fn line<'v, S: Stored>(&self, values: &'v [S::Raw], line: usize) -> [&'v [S::Raw]; 2] {
+        let line = self.lines.start + line;
+        let values = if line < self.lines.end { &values[line * self.part.stride..][..self.part.depth] } else { &[] };
+        [values, &[]]
+    }
+
+    /// All lines of the one or two rows of a unit; nothing of missing rows.
+    #[inline(always)]
+    fn unit<'v, S: Stored, const PAIRS: bool>(&self, values: &'v [S::Raw], unit: usize) -> [&'v [S::Raw]; 2] {
+        let mut rows: [&[S::Raw]; 2] = [&[]; 2];
+        let per_unit = if PAIRS { 2 } else { 1 };
+        for (i, row) in rows.iter_mut().enumerate().take(per_unit) {
+            let depth = unit * per_unit + i;
+            if depth < self.part.depth {
+                *row = &values[depth * self.part.stride + self.lines.start..][..self.lines.len()];
+            }
+        }
+        rows
+    }
+}
+
+/// 16 units of a stored row from element or unit `at` on. What is missing is zero.
+#[inline(always)]
+fn read<S: Stored, const PAIRS: bool, const LINES: bool>([low, high]: [&[S::Raw]; 2], at: usize) -> Row {
+    let mut out = [0; BLOCK];
+    if PAIRS && LINES {
+        let low = low.get(2 * at..).unwrap_or(&[]);
+        if let Some(low) = low.first_chunk::<{ 2 * BLOCK }>() {
+            for (out, &[low, high]) in out.iter_mut().zip(low.as_chunks::<2>().0) {
+                *out = S::pair(low, high);
+            }
+        } else {
+            for (out, pair) in out.iter_mut().zip(low.chunks(2)) {
+                *out = if let [low, high] = *pair { S::pair(low, high) } else { S::bits(pair[0]) >> 16 };
+            }
+        }
+        return out;
+    }
+    let low = low.get(at..).unwrap_or(&[]);
+    let high = high.get(at..).unwrap_or(&[]);
+    let shift = if PAIRS { 16 } else { 0 };
+    match (low.first_chunk::<BLOCK>(), high.first_chunk::<BLOCK>()) {
+        (Some(low), Some(high)) if PAIRS => {
+            for ((out, &low), &high) in out.iter_mut().zip(low).zip(high) {
+                *out = S::pair(low, high);
+            }
+        }
+        (Some(low), _) if high.is_empty() => {
+            for (out, &low) in out.iter_mut().zip(low) {
+                *out = S::bits(low) >> shift;
+            }
+        }
+        _ => {
+            for (i, (out, &low)) in out.iter_mut().zip(low).enumerate() {
+                *out = high.get(i).map_or(S::bits(low) >> shift, |&high| S::pair(low, high));
+            }
+        }
+    }
+    out
+}
+
+/// The transpose of 16 by 16 units.
+#[inline(always)]
+pub(super) fn transpose(instructions: Instructions, rows: &[Row; BLOCK]) -> [Row; BLOCK] {
+    match instructions {
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Amx | Instructions::Avx512Bf16 | Instructions::Avx512 => super::avx512::transpose(rows),
+        _ => std::array::from_fn(|j| std::array::from_fn(|i| rows[i][j])),
+    }
+}
+
+/// The bits of x rounded to bf16, to the nearest and of two equally near ones to the even one; the low half is zero. NaN
+/// stays NaN.
+#[inline(always)]
+fn rounded(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000;
+    let nan = bits & 0xffff_0000 | 0x0040_0000;
+    if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { nearest }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_that_of_the_half_crate() {
+        let special = [0.0, -0.0, f32::NAN, f32::INFINITY, -f32::INFINITY, f32::MAX, 1e-40, 1.003_906_3, 1.011_718_8];
+        let many = (0..200_000u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761)));
+        for x in special.into_iter().chain(many) {
+            let (got, want) = (f32::from_bits(rounded(x)), half::bf16::from_f32(x).to_f32());
+            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{x}: {got} {want}");
+        }
+    }
+}

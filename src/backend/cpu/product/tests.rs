@@ -1,0 +1,127 @@
+use super::*;
+use crate::backend::Dtype;
+
+/// The instructions that run on this processor. Says which do not.
+fn available() -> Vec<Instructions> {
+    let processor = Processor::detect();
+    let (run, skipped): (Vec<_>, Vec<_>) = Instructions::ALL.into_iter().partition(|&i| processor.has(i));
+    println!("products by {run:?}; skipped, because this processor lacks them: {skipped:?}");
+    run
+}
+
+fn values(n: usize, seed: usize) -> Vec<f32> {
+    (0..n).map(|i| (((i * 37 + seed * 11) % 17) as f32 - 8.0) / 4.0).collect()
+}
+
+fn bf16_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect()
+}
+
+/// C of a product of `m` by `n` lines, `[m, n]`, with the block on one side.
+fn product(products: &Products, block_side: Side, a: (&[Part<'_>], usize), b: (&[Part<'_>], usize)) -> Vec<f32> {
+    let (m, n) = (a.1, b.1);
+    let mut c = vec![f32::NAN; m * n];
+    let mut seen = vec![0; m * n];
+    let (block, stream) = if block_side == Side::A { (a, b) } else { (b, a) };
+    let packed = products.block(block_side, block.0, 0..block.1);
+    products.stream(&packed, stream.0, 0..stream.1, |tile| {
+        for (i, row) in tile.a.clone().enumerate() {
+            c[row * n + tile.b.start..][..tile.b.len()].copy_from_slice(tile.row(i));
+            tile.b.clone().for_each(|j| seen[row * n + j] += 1);
+        }
+    });
+    assert!(seen.iter().all(|&s| s == 1));
+    c
+}
+
+#[test]
+fn products_of_small_numbers_are_exact_in_every_orientation() {
+    // Small caches, so that depth and lines are split.
+    let caches = [Caches { l1: 2 << 10, l2: 8 << 10 }, Caches { l1: 32 << 10, l2: 1 << 20 }];
+    for instructions in available() {
+        for (m, n, k) in [(1, 1, 1), (5, 3, 7), (64, 9, 33), (130, 17, 40), (3, 100, 301), (37, 70, 128), (7, 7, 0)] {
+            let (a, b) = (values(m * k, 1), values(n * k, 2));
+            let want: Vec<f32> =
+                (0..m * n).map(|i| (0..k).map(|d| a[i / n * k + d] * b[i % n * k + d]).sum()).collect();
+            let transposed =
+                |x: &[f32], rows: usize| -> Vec<f32> { (0..rows * k).map(|i| x[i % rows * k + i / rows]).collect() };
+            let (a_t, b_t) = (transposed(&a, m), transposed(&b, n));
+            let (a_bytes, b_bytes, a_t_bytes) = (bf16_bytes(&a), bf16_bytes(&b), bf16_bytes(&a_t));
+            let f16: Vec<u8> = b_t.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect();
+            let a_ways = [
+                Part::activations(&a, k).by_rows(k),
+                Part::activations(&a_t, m).by_columns(k),
+                Part::weight(Dtype::Bf16, &a_bytes, k).by_rows(k),
+                Part::weight(Dtype::Bf16, &a_t_bytes, m).by_columns(k),
+            ];
+            let b_ways = [
+                Part::activations(&b, k).by_rows(k),
+                Part::activations(&b_t, n).by_columns(k),
+                Part::weight(Dtype::Bf16, &b_bytes, k).by_rows(k),
+                Part::weight(Dtype::F16, &f16, n).by_columns(k),
+            ];
+            for caches in caches {
+                let products = Products::new(instructions, caches);
+                for a in a_ways {
+                    for b in b_ways {
+                        for side in [Side::A, Side::B] {
+                            assert_eq!(
+                                product(&products, side, (&[a], m), (&[b], n)),
+                                want,
+                                "{instructions} {m} {n} {k}"
+                            );
+                        }
+                    }
+                }
+                // The depth in two parts.
+                let at = k / 2;
+                let split = |x| {
+                    [Part::activations(x, k).by_rows(at), Part::activations(&x[at.min(x.len())..], k).by_rows(k - at)]
+                };
+                assert_eq!(
+                    product(&products, Side::B, (&split(&a), m), (&split(&b), n)),
+                    want,
+                    "{instructions} {m} {n} {k}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn operands_are_rounded_to_bf16_and_sums_are_not() {
+    // 1 + 2^-8 rounds to 1, 1 + 3·2^-8 to 1 + 2^-6.
+    let (a, b) = ([1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0], [1.0, 1.0 / 4096.0]);
+    for instructions in available() {
+        let products = Products::new(instructions, Caches { l1: 32 << 10, l2: 1 << 20 });
+        let part = |x| Part::activations(x, 2).by_rows(2);
+        let got = product(&products, Side::A, (&[part(&a)], 1), (&[part(&b)], 1));
+        assert_eq!(got, [1.0 + (1.0 + 1.0 / 64.0) / 4096.0], "{instructions}");
+    }
+}
+
+#[test]
+fn sums_do_not_depend_on_the_sizes_of_the_caches() {
+    let noise = |n: usize, seed: u32| -> Vec<f32> {
+        (0..n as u32)
+            .map(|i| (i.wrapping_add(seed).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0)
+            .collect()
+    };
+    let (m, n, k) = (40, 50, 700);
+    let (a, b) = (noise(m * k, 1), noise(n * k, 99));
+    for instructions in available() {
+        let [small, large] = [Caches { l1: 2 << 10, l2: 8 << 10 }, Caches { l1: 1 << 20, l2: 8 << 20 }].map(|caches| {
+            let products = Products::new(instructions, caches);
+            let part = |x| Part::activations(x, k).by_rows(k);
+            product(&products, Side::B, (&[part(&a)], m), (&[part(&b)], n))
+        });
+        assert_eq!(small, large, "{instructions}");
+        let exact = |i: usize| -> f64 {
+            let round = |x: f32| half::bf16::from_f32(x).to_f64();
+            (0..k).map(|d| round(a[i / n * k + d]) * round(b[i % n * k + d])).sum()
+        };
+        for (i, got) in small.iter().enumerate() {
+            assert!((f64::from(*got) - exact(i)).abs() < 1e-3, "{instructions}: {got} {}", exact(i));
+        }
+    }
+}
