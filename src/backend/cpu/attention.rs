@@ -10,8 +10,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::gemm::{Matrix, MatrixMut, matmul};
+use super::gemm::{Matrix, MatrixMut, product};
 use super::parallel::{Scratch, SharedSlice};
+use super::product::Products;
 use super::rope::Sequences;
 use super::simd::{dot, exp, simd};
 use super::tensor::Tensor;
@@ -136,10 +137,10 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) {
 }
 
 /// Computes the probabilities of a block, `[keys, rows]`, into `scores`.
-fn probabilities(q: Matrix<'_>, k: &[f32], block: &Block, dim: usize, scores: &mut [f32]) {
+fn probabilities(products: Option<&Products>, q: Matrix<'_>, k: &[f32], block: &Block, dim: usize, scores: &mut [f32]) {
     let (n, m) = (block.rows.len(), block.keys.len());
     let k = Matrix::new(&k[block.keys.start * dim..], m, dim, dim);
-    matmul(MatrixMut::new(scores, m, n, n).t(), q, k.t(), 1.0 / (dim as f32).sqrt(), false);
+    product(products, MatrixMut::new(scores, m, n, n).t(), q, k.t(), 1.0 / (dim as f32).sqrt(), false);
     simd!(block.softmax(scores));
 }
 
@@ -158,11 +159,11 @@ pub(super) fn attention(cpu: &Cpu, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Se
                 let (n, m) = (block.rows.len(), block.keys.len());
                 let rows = task.queries.start + block.rows.start..task.queries.start + block.rows.end;
                 scores.resize(m * n);
-                probabilities(head_view(q, rows.clone(), h, dim), &k, &block, dim, &mut scores);
+                probabilities(cpu.products(), head_view(q, rows.clone(), h, dim), &k, &block, dim, &mut scores);
                 // SAFETY: no other task writes this query head's columns of this sequence's rows.
                 let y = unsafe { MatrixMut::shared(&out, rows.start * width + h * dim, n, dim, width) };
                 let v = Matrix::new(&v[block.keys.start * dim..], m, dim, dim);
-                matmul(y, Matrix::new(&scores, m, n, n).t(), v, 1.0, false);
+                product(cpu.products(), y, Matrix::new(&scores, m, n, n).t(), v, 1.0, false);
             }
         }
     });
@@ -185,6 +186,7 @@ pub(super) fn backward(
     check(q, k, v, seqs, heads);
     dy.expect_shape("dy of attention", q.rows(), q.cols());
     y.expect_shape("y of attention", q.rows(), q.cols());
+    let products = cpu.products();
     let (dim, group) = (heads.dim, heads.queries / heads.keys);
     let (width, key_width) = (q.cols(), k.cols());
     let mut dq = cpu.pool.take(q.rows(), width);
@@ -207,12 +209,19 @@ pub(super) fn backward(
                 let (q, dy_block) = (head_view(q, rows.clone(), h, dim), head_view(dy, rows.clone(), h, dim));
                 p.resize(m * n);
                 ds.resize(m * n);
-                probabilities(q, &k, &block, dim, &mut p);
+                probabilities(products, q, &k, &block, dim, &mut p);
                 let probabilities = Matrix::new(&p, m, n, n);
-                matmul(MatrixMut::new(&mut dv[keys.clone()], m, dim, dim), probabilities, dy_block, 1.0, true);
+                product(
+                    products,
+                    MatrixMut::new(&mut dv[keys.clone()], m, dim, dim),
+                    probabilities,
+                    dy_block,
+                    1.0,
+                    true,
+                );
 
                 let values = Matrix::new(&v[keys.clone()], m, dim, dim);
-                matmul(MatrixMut::new(&mut ds, m, n, n).t(), dy_block, values.t(), 1.0, false);
+                product(products, MatrixMut::new(&mut ds, m, n, n).t(), dy_block, values.t(), 1.0, false);
                 let mut delta = [0f32; BLOCK];
                 simd!({
                     for (delta, row) in delta.iter_mut().zip(rows.clone()) {
@@ -227,10 +236,10 @@ pub(super) fn backward(
                     }
                 });
                 let ds = Matrix::new(&ds, m, n, n);
-                matmul(MatrixMut::new(&mut dk[keys.clone()], m, dim, dim), ds, q, 1.0, true);
+                product(products, MatrixMut::new(&mut dk[keys.clone()], m, dim, dim), ds, q, 1.0, true);
                 // SAFETY: no other task writes this query head's columns of this sequence's rows.
                 let dq = unsafe { MatrixMut::shared(&out_q, rows.start * width + h * dim, n, dim, width) };
-                matmul(dq, ds.t(), Matrix::new(&k[keys], m, dim, dim), 1.0, false);
+                product(products, dq, ds.t(), Matrix::new(&k[keys], m, dim, dim), 1.0, false);
             }
         }
         for (i, row) in task.keys.clone().enumerate() {

@@ -12,8 +12,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::gemm::{Matrix, MatrixMut, matmul};
+use super::gemm::{Matrix, MatrixMut, product};
 use super::parallel::{Scratch, SharedSlice};
+use super::product::{Products, round};
 use super::simd::{axpy, dot, exp, simd};
 use super::tensor::Tensor;
 use super::weight::Weight;
@@ -91,9 +92,10 @@ fn tile_rows(d: usize) -> usize {
 }
 
 /// Computes the logits of `rows` rows of x against a tile of the head, transposed: `[tile, rows]`.
-fn logits(x: &[f32], rows: usize, w: &[f32], tile: usize, d: usize, out: &mut [f32]) {
+fn logits(products: Option<&Products>, x: &[f32], rows: usize, w: &[f32], out: &mut [f32]) {
+    let (tile, d) = (out.len() / rows, x.len() / rows);
     let (x, w) = (Matrix::new(x, rows, d, d), Matrix::new(w, tile, d, d));
-    matmul(MatrixMut::new(out, tile, rows, rows).t(), x, w.t(), 1.0, false);
+    product(products, MatrixMut::new(out, tile, rows, rows).t(), x, w.t(), 1.0, false);
 }
 
 /// What a pass over the vocabulary computes besides the losses.
@@ -108,18 +110,13 @@ enum Want<T> {
 
 /// Online softmax of rows `block` of x over the vocabulary range `segment`. A wanted gradient (`[rows, D]`) is overwritten
 /// with Σ_v e^(logit_v − highest)·w_v.
-fn scan_segment(
-    x: &Tensor,
-    block: Range<usize>,
-    w: &Weight,
-    segment: Range<usize>,
-    want: Want<&mut [f32]>,
-) -> OnlineSoftmax {
+fn scan_segment(head: &Head<'_>, block: Range<usize>, segment: Range<usize>, want: Want<&mut [f32]>) -> OnlineSoftmax {
     let (best, mut weighted_sum) = match want {
         Want::Losses => (false, None),
         Want::Best => (true, None),
         Want::Gradient(sum) => (false, Some(sum)),
     };
+    let Head { x, w, products, .. } = *head;
     let (d, rows) = (x.cols(), block.len());
     let x = &x.values()[block.start * d..block.end * d];
     let step = tile_rows(d);
@@ -129,7 +126,7 @@ fn scan_segment(
         let tile = step.min(segment.end - start);
         let w = w.read(start..start + tile);
         let scores = &mut scores[..tile * rows];
-        logits(x, rows, &w, tile, d, scores);
+        logits(products, x, rows, &w, scores);
         if best {
             softmax.update_best(scores, rows, start);
         }
@@ -146,7 +143,14 @@ fn scan_segment(
                 });
             }
             let p = Matrix::new(scores, tile, rows, rows);
-            matmul(MatrixMut::new(weighted_sum, rows, d, d), p.t(), Matrix::new(&w, tile, d, d), 1.0, !first);
+            product(
+                products,
+                MatrixMut::new(weighted_sum, rows, d, d),
+                p.t(),
+                Matrix::new(&w, tile, d, d),
+                1.0,
+                !first,
+            );
         }
     }
     softmax
@@ -175,24 +179,48 @@ fn segments(v: usize) -> Vec<Range<usize>> {
     (0..v).step_by(step).map(|at| at..v.min(at + step)).collect()
 }
 
-fn check(x: &Tensor, w: &Weight, targets: &[u32]) {
-    assert!(x.cols() == w.cols(), "x [{}, {}], head [{}, {}]", x.rows(), x.cols(), w.rows(), w.cols());
-    assert!(x.rows() == targets.len(), "{} rows, {} targets", x.rows(), targets.len());
-    let bad = targets.iter().find(|&&t| t as usize >= w.rows());
-    assert!(bad.is_none(), "target {} of {} classes", bad.unwrap_or(&0), w.rows());
+/// A linear head and its input.
+#[derive(Clone, Copy)]
+struct Head<'a> {
+    /// `[n, D]`; rounded to bf16 if products are.
+    x: &'a Tensor,
+    /// `[V, D]`
+    w: &'a Weight,
+    /// `[n]`
+    targets: &'a [u32],
+    products: Option<&'a Products>,
 }
 
-pub(super) fn forward(x: &Tensor, w: &Weight, targets: &[u32]) -> f64 {
-    check(x, w, targets);
-    strips(x.rows()).map(|strip| strip_loss(x, w, targets, strip, Want::Losses).loss()).sum()
+impl Head<'_> {
+    /// Calls `f` with the head. In bf16 x is rounded first, because the target's logit is computed apart from the others.
+    fn with<R>(cpu: &Cpu, x: &Tensor, w: &Weight, targets: &[u32], f: impl FnOnce(&Head<'_>) -> R) -> R {
+        assert!(x.cols() == w.cols(), "x [{}, {}], head [{}, {}]", x.rows(), x.cols(), w.rows(), w.cols());
+        assert!(x.rows() == targets.len(), "{} rows, {} targets", x.rows(), targets.len());
+        let bad = targets.iter().find(|&&t| t as usize >= w.rows());
+        assert!(bad.is_none(), "target {} of {} classes", bad.unwrap_or(&0), w.rows());
+        let products = cpu.products();
+        let rounded = products.map(|_| {
+            let mut rounded = cpu.pool.take(x.rows(), x.cols());
+            round(x.values(), rounded.values_mut());
+            rounded
+        });
+        f(&Head { x: rounded.as_ref().unwrap_or(x), w, targets, products })
+    }
 }
 
-pub(super) fn rows(x: &Tensor, w: &Weight, targets: &[u32]) -> Vec<RowLoss> {
-    check(x, w, targets);
-    strips(x.rows())
-        .flat_map(|strip| strip_loss(x, w, targets, strip, Want::Best).rows)
-        .map(|row| RowLoss { loss: row.loss, greedy: row.greedy })
-        .collect()
+pub(super) fn forward(cpu: &Cpu, x: &Tensor, w: &Weight, targets: &[u32]) -> f64 {
+    Head::with(cpu, x, w, targets, |head| {
+        strips(x.rows()).map(|strip| strip_loss(head, strip, Want::Losses).loss()).sum()
+    })
+}
+
+pub(super) fn rows(cpu: &Cpu, x: &Tensor, w: &Weight, targets: &[u32]) -> Vec<RowLoss> {
+    Head::with(cpu, x, w, targets, |head| {
+        strips(x.rows())
+            .flat_map(|strip| strip_loss(head, strip, Want::Best).rows)
+            .map(|row| RowLoss { loss: row.loss, greedy: row.greedy })
+            .collect()
+    })
 }
 
 /// The results of the rows of a strip.
@@ -220,13 +248,8 @@ fn strips(rows: usize) -> impl Iterator<Item = Range<usize>> {
 
 /// The losses of the rows in `strip`. A wanted gradient (dx of the strip's rows, and `scale`) is overwritten with that of
 /// `scale` times the sum of the losses.
-fn strip_loss(
-    x: &Tensor,
-    w: &Weight,
-    targets: &[u32],
-    strip: Range<usize>,
-    want: Want<(&mut [f32], f32, &Cpu)>,
-) -> Strip {
+fn strip_loss(head: &Head<'_>, strip: Range<usize>, want: Want<(&mut [f32], f32, &Cpu)>) -> Strip {
+    let Head { x, w, targets, .. } = *head;
     let want_best = matches!(want, Want::Best);
     let dx = if let Want::Gradient(dx) = want { Some(dx) } else { None };
     let d = x.cols();
@@ -249,7 +272,7 @@ fn strip_loss(
                 None if want_best => Want::Best,
                 None => Want::Losses,
             };
-            scan_segment(x, block, w, segment, want)
+            scan_segment(head, block, segment, want)
         })
         .collect();
     let parts_of = |row: usize| {
@@ -298,32 +321,26 @@ pub(super) fn backward(
     scale: f32,
     mut dw: Option<(&mut [f32], usize)>,
 ) -> (f64, Tensor) {
-    check(x, w, targets);
     let d = x.cols();
     let mut dx = cpu.pool.take(x.rows(), d);
     let mut loss = 0.0;
-    for strip in strips(x.rows()) {
-        let rows = &mut dx.values_mut()[strip.start * d..strip.end * d];
-        let part = strip_loss(x, w, targets, strip.clone(), Want::Gradient((rows, scale, cpu)));
-        loss += part.loss();
-        if let Some((dw, offset)) = &mut dw {
-            let dw = &mut dw[*offset..*offset + w.len()];
-            weight_gradient(x, w, targets, strip, &part.rows, scale, dw);
+    Head::with(cpu, x, w, targets, |head| {
+        for strip in strips(x.rows()) {
+            let rows = &mut dx.values_mut()[strip.start * d..strip.end * d];
+            let part = strip_loss(head, strip.clone(), Want::Gradient((rows, scale, cpu)));
+            loss += part.loss();
+            if let Some((dw, offset)) = &mut dw {
+                let dw = &mut dw[*offset..*offset + w.len()];
+                weight_gradient(head, strip, &part.rows, scale, dw);
+            }
         }
-    }
+    });
     (loss, dx)
 }
 
 /// dw += scale · (p − one_hot(target))ᵀ · x over the rows in `strip`, one task per tile of the vocabulary.
-fn weight_gradient(
-    x: &Tensor,
-    w: &Weight,
-    targets: &[u32],
-    strip: Range<usize>,
-    rows_of_strip: &[StripRow],
-    scale: f32,
-    dw: &mut [f32],
-) {
+fn weight_gradient(head: &Head<'_>, strip: Range<usize>, rows_of_strip: &[StripRow], scale: f32, dw: &mut [f32]) {
+    let Head { x, w, targets, products } = *head;
     let (d, rows) = (x.cols(), strip.len());
     let step = tile_rows(d);
     let x = &x.values()[strip.start * d..strip.end * d];
@@ -332,7 +349,7 @@ fn weight_gradient(
         let (first, tile) = (i * step, dw.len() / d);
         let w = w.read(first..first + tile);
         let mut grad = Scratch::take(tile * rows);
-        logits(x, rows, &w, tile, d, &mut grad);
+        logits(products, x, rows, &w, &mut grad);
         simd!({
             for row in grad.chunks_exact_mut(rows) {
                 for (g, l) in row.iter_mut().zip(&log_sums) {
@@ -345,7 +362,8 @@ fn weight_gradient(
                 grad[t * rows + row] -= scale;
             }
         }
-        matmul(
+        product(
+            products,
             MatrixMut::new(dw, tile, d, d),
             Matrix::new(&grad, tile, rows, rows),
             Matrix::new(x, rows, d, d),

@@ -370,10 +370,10 @@ impl Backend for Cpu {
     // --- losses and statistics -----------------------------------------------------------------------------------
 
     fn linear_cross_entropy(&self, x: &Tensor, w: &Weight, targets: &Indices) -> f64 {
-        self.run(|| cross_entropy::forward(x, w, &targets.0))
+        self.run(|| cross_entropy::forward(self, x, w, &targets.0))
     }
     fn linear_cross_entropy_rows(&self, x: &Tensor, w: &Weight, targets: &Indices) -> Vec<RowLoss> {
-        self.run(|| cross_entropy::rows(x, w, &targets.0))
+        self.run(|| cross_entropy::rows(self, x, w, &targets.0))
     }
     fn linear_cross_entropy_backward(
         &self,

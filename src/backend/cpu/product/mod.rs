@@ -22,7 +22,7 @@ use std::ops::Range;
 
 pub use self::instructions::{Caches, Instructions, Processor};
 use self::kernel::{BLOCK, Shape};
-pub(super) use self::pack::{Part, Side};
+pub(super) use self::pack::{Part, Side, round};
 use super::parallel::Scratch;
 
 /// How products of bf16 values are computed.

@@ -322,6 +322,15 @@ pub(super) fn transpose(instructions: Instructions, rows: &[Row; BLOCK]) -> [Row
     }
 }
 
+/// Rounds values to bf16.
+pub(in crate::backend::cpu) fn round(values: &[f32], out: &mut [f32]) {
+    simd!({
+        for (out, &x) in out.iter_mut().zip(values) {
+            *out = f32::from_bits(rounded(x));
+        }
+    });
+}
+
 /// The bits of x rounded to bf16, to the nearest and of two equally near ones to the even one; the low half is zero. NaN
 /// stays NaN.
 #[inline(always)]
