@@ -103,7 +103,7 @@ pub enum Device {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
-    /// bf16 for 16-bit weights, f32 for 32-bit weights. On a CPU without bf16 instructions f32.
+    /// bf16 for 16-bit weights, f32 for 32-bit weights. On a CPU that does not gain from bf16, f32.
     #[default]
     Auto,
     /// f32, on GPUs never rounded to TF32.

@@ -184,7 +184,9 @@ fn products(
     match precision {
         Precision::F32 => return f32(""),
         Precision::Auto if stored == Dtype::F32 => return f32(", as the weights"),
-        Precision::Auto if !processor.has_bf16() => return f32(": this processor has no bf16 instructions"),
+        Precision::Auto if !processor.gains_from_bf16() => {
+            return f32(", which this processor multiplies faster than bf16");
+        }
         Precision::Auto | Precision::Bf16 => {}
     }
     let in_variable = |message| format!("{}: {message}", env::CPU_INSTRUCTIONS);
@@ -285,17 +287,19 @@ mod tests {
     #[test]
     fn products_on_the_cpu_are_chosen_by_precision_weights_and_processor() {
         let plain = Processor { amx: false, avx512_bf16: false, avx512: true, intel: true };
-        let bf16 = Processor { avx512_bf16: true, ..plain };
+        let intel = Processor { avx512_bf16: true, ..plain };
+        let amd = Processor { intel: false, ..intel };
         let choose = |precision, stored, processor: Processor, forced: Option<&str>| {
             products(precision, stored, &processor, forced.map(str::to_owned))
                 .map(|(products, _)| products.map(|p| p.instructions()))
         };
         use Dtype::{Bf16, F16, F32};
-        assert_eq!(choose(Precision::F32, Bf16, bf16, None), Ok(None));
-        assert_eq!(choose(Precision::Auto, F32, bf16, None), Ok(None));
+        assert_eq!(choose(Precision::F32, Bf16, amd, None), Ok(None));
+        assert_eq!(choose(Precision::Auto, F32, amd, None), Ok(None));
+        assert_eq!(choose(Precision::Auto, Bf16, intel, None), Ok(None));
         assert_eq!(choose(Precision::Auto, Bf16, plain, None), Ok(None));
-        assert_eq!(choose(Precision::Auto, F16, bf16, None), Ok(Some(Instructions::Avx512)));
-        assert_eq!(choose(Precision::Auto, Bf16, Processor { amx: true, ..bf16 }, None), Ok(Some(Instructions::Amx)));
+        assert_eq!(choose(Precision::Auto, F16, amd, None), Ok(Some(Instructions::Avx512Bf16)));
+        assert_eq!(choose(Precision::Auto, Bf16, Processor { amx: true, ..intel }, None), Ok(Some(Instructions::Amx)));
         assert_eq!(choose(Precision::Bf16, F32, plain, None), Ok(Some(Instructions::Avx512)));
         assert_eq!(choose(Precision::Bf16, F32, plain, Some("portable")), Ok(Some(Instructions::Portable)));
         let error = choose(Precision::Bf16, Bf16, plain, Some("amx")).unwrap_err();

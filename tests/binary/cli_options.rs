@@ -289,7 +289,7 @@ fn exit_codes_and_messages_of_the_process() {
         (format!("{run} --config /nowhere.yaml"), 66, "/nowhere.yaml"),
         (format!("{run} --batch-size 0"), 78, "--batch-size is 0"),
         ("identify --model-name m --dataset-path d --expert-lr 1e-3".into(), 78, "`identify` trains nothing"),
-        (format!("{run} --device cpu --precision bf16"), 78, "--precision would do nothing: only GPUs use it"),
+        (format!("{run} --device cpu --profile"), 78, "--profile would do nothing: only GPUs use it"),
         (format!("{run} --device cpu --transport host"), 78, "--transport would do nothing"),
         (format!("{run} --ranks 0"), 78, "--ranks is 0"),
     ];

@@ -13,6 +13,7 @@ mod router_target;
 mod tiny_model;
 
 mod adamw;
+mod bf16;
 mod data;
 mod decode;
 mod frozen;

@@ -55,7 +55,7 @@ impl FromStr for Instructions {
 /// What of this a processor has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Processor {
-    /// AMX tiles with bf16, and the operating system's permission to use them.
+    /// AMX tiles with bf16, the operating system's permission to use them, and a trial that gave the right result.
     pub amx: bool,
     /// AVX-512 BF16.
     pub avx512_bf16: bool,
@@ -72,9 +72,9 @@ impl Processor {
         detected()
     }
 
-    /// Whether it has bf16 products in hardware.
-    pub fn has_bf16(&self) -> bool {
-        self.amx || self.avx512_bf16
+    /// Whether products of bf16 values take less time than those of f32.
+    pub fn gains_from_bf16(&self) -> bool {
+        matches!(self.fastest(), Instructions::Amx | Instructions::Avx512Bf16)
     }
 
     /// Whether it can run these instructions.
@@ -120,7 +120,7 @@ fn detected() -> Processor {
     // Leaf 7: bit 22 of EDX is AMX-BF16, bit 24 AMX-TILE.
     let tiles = id.eax >= 7 && __cpuid_count(7, 0).edx >> 22 & 0b101 == 0b101;
     Processor {
-        amx: tiles && may_use_tiles(),
+        amx: tiles && may_use_tiles() && super::kernel::amx_agrees_with_emulation(),
         avx512_bf16: is_x86_feature_detected!("avx512bf16"),
         avx512: is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -201,7 +201,7 @@ mod tests {
         assert_eq!(choose(Processor { intel: false, ..intel }), Instructions::Avx512Bf16);
         assert_eq!(choose(Processor { amx: true, ..intel }), Instructions::Amx);
         assert_eq!(choose(Processor { amx: true, avx512: false, ..intel }), Instructions::Portable);
-        assert!(intel.has_bf16() && !avx512.has_bf16());
+        assert!(!intel.gains_from_bf16() && Processor { amx: true, ..intel }.gains_from_bf16());
     }
 
     #[test]

@@ -1,0 +1,162 @@
+//! Products of bf16 values on the CPU, by every kind of instructions that this processor has: each operation against the
+//! same operation in f32, and the golden cases against the reference.
+
+use crate::case::{self, Case, numbers};
+use crate::values::{Rng, assert_close, wide};
+use moewarden::backend::cpu::{Buffer, Caches, Cpu, Instructions, Processor, Products, Tensor, Weight};
+use moewarden::backend::{Backend, Dtype, ExpertGrad, GradReduction, Heads, HostTensor, Packing, Rope};
+use std::sync::Arc;
+
+/// The backends to test. Says which instructions this processor lacks.
+fn backends(threads: usize) -> Vec<(Instructions, Cpu)> {
+    let processor = Processor::detect();
+    let (here, missing): (Vec<_>, Vec<_>) = Instructions::ALL.into_iter().partition(|&i| processor.has(i));
+    println!("bf16 products by {here:?}; skipped, because this processor lacks them: {missing:?}");
+    here.into_iter().map(|i| (i, Cpu::new(threads).with_bf16(Products::new(i, Caches::detect())))).collect()
+}
+
+/// Values that bf16 represents exactly.
+fn values(rng: &mut Rng, n: usize) -> Vec<f32> {
+    rng.values(n, 1.0).iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect()
+}
+
+fn weight(cpu: &Cpu, rng: &mut Rng, rows: usize, cols: usize) -> Weight {
+    cpu.weight(HostTensor::encode(Dtype::Bf16, vec![rows, cols], &values(rng, rows * cols)))
+}
+
+/// The results of all operations with products, by name.
+fn results(cpu: &Cpu) -> Vec<(&'static str, Vec<f32>)> {
+    let mut rng = Rng::new(7);
+    let mut out = Vec::new();
+    let read = |b: &Buffer, len| cpu.buffer_read(b, 0..len);
+    let tensor = |rng: &mut Rng, rows: usize, cols: usize| cpu.upload(rows, cols, &values(rng, rows * cols));
+
+    let (t, d, f, e, k, v) = (75, 40, 24, 5, 2, 333);
+    let (x, dy): (Tensor, Tensor) = (tensor(&mut rng, t, d), tensor(&mut rng, t, f));
+    let w = weight(cpu, &mut rng, f, d);
+    let bias = cpu.weight(HostTensor::encode(Dtype::Bf16, vec![f], &values(&mut rng, f)));
+    out.push(("linear", cpu.download(&cpu.linear(&x, &w, Some(&bias)))));
+    out.push(("router_logits", cpu.download(&cpu.router_logits(&x, &w))));
+    out.push(("linear_backward_input", cpu.download(&cpu.linear_backward_input(&dy, &w))));
+    let mut dw = cpu.buffer(7 + f * d);
+    cpu.linear_backward_weight(&dy, &x, &mut dw, 7);
+    cpu.linear_backward_weight(&dy, &x, &mut dw, 7);
+    out.push(("linear_backward_weight", read(&dw, 7 + f * d)));
+
+    let routing = cpu.route(&tensor(&mut rng, t, e), k, false);
+    let dispatch = cpu.dispatch(&routing, e);
+    let rows = cpu.dispatch_rows(&x, &dispatch);
+    let experts: Vec<[Weight; 2]> = (0..e).map(|_| [(); 2].map(|()| weight(cpu, &mut rng, f, d))).collect();
+    let stacks: Vec<Vec<&Weight>> = experts.iter().map(|pair| pair.iter().collect()).collect();
+    let dy = tensor(&mut rng, t * k, 2 * f);
+    out.push(("grouped_linear", cpu.download(&cpu.grouped_linear(&rows, &stacks, &dispatch))));
+    out.push((
+        "grouped_linear_backward_input",
+        cpu.download(&cpu.grouped_linear_backward_input(&dy, &stacks, &dispatch)),
+    ));
+    let reductions = [GradReduction::Abs, GradReduction::Square, GradReduction::AbsTimesWeight];
+    let mut plan: Vec<_> = reductions.iter().enumerate().map(|(i, r)| ExpertGrad::Score(*r, i)).collect();
+    plan.extend([ExpertGrad::Skip, ExpertGrad::Accumulate(vec![3, 3 + f * d])]);
+    let (mut dw, mut scores) = (cpu.buffer(3 + 2 * f * d), cpu.scores(3));
+    cpu.grouped_linear_backward_weight(&dy, &rows, &stacks, &dispatch, &plan, &mut dw, &mut scores);
+    out.push(("grouped_linear_backward_weight", read(&dw, 3 + 2 * f * d)));
+    out.push(("scores", cpu.scores_take(&mut scores).iter().map(|s| *s as f32).collect()));
+
+    for (dim, window) in [(64, None), (128, Some(9))] {
+        let heads = Heads { queries: 4, keys: 2, dim, window };
+        let rope = Rope { inv_freq: vec![1.0; dim / 2], scale: 1.0 };
+        let seqs = cpu.sequences(&Packing::of_lengths([70, 1, t - 71]), &rope);
+        let [q, dy] = [(); 2].map(|()| tensor(&mut rng, t, 4 * dim));
+        let [key, val] = [(); 2].map(|()| tensor(&mut rng, t, 2 * dim));
+        let y = cpu.attention(&q, &key, &val, &seqs, &heads);
+        out.push(("attention", cpu.download(&y)));
+        let (dq, dk, dv) = cpu.attention_backward(&dy, &q, &key, &val, &y, &seqs, &heads);
+        out.extend(
+            [("attention dq", dq), ("attention dk", dk), ("attention dv", dv)].map(|(n, x)| (n, cpu.download(&x))),
+        );
+    }
+
+    let (head, base) = (weight(cpu, &mut rng, v, d), weight(cpu, &mut rng, v, d));
+    let targets = cpu.indices(&(0..t).map(|_| rng.below(v) as u32).collect::<Vec<_>>());
+    let mut dw = cpu.buffer(v * d);
+    let (loss, dx) = cpu.linear_cross_entropy_backward(&x, &head, &targets, 0.25, Some((&mut dw, 0)));
+    let rows = cpu.linear_cross_entropy_rows(&x, &head, &targets);
+    assert!((rows.iter().map(|row| row.loss).sum::<f64>() - loss).abs() < 1e-6 * loss);
+    assert!((cpu.linear_cross_entropy(&x, &head, &targets) - loss).abs() < 1e-6 * loss);
+    out.extend([
+        ("loss", vec![loss as f32]),
+        ("cross-entropy dx", cpu.download(&dx)),
+        ("cross-entropy dw", read(&dw, v * d)),
+    ]);
+    let (kl, dx) = cpu.linear_kl_backward(&x, &head, &x, &base, 0.25, None);
+    assert!((cpu.linear_kl(&x, &head, &x, &base).0 - kl).abs() < 1e-6 * kl);
+    out.extend([("KL", vec![kl as f32]), ("KL dx", cpu.download(&dx))]);
+    out
+}
+
+#[test]
+fn every_operation_agrees_with_f32() {
+    let exact = results(&Cpu::new(2));
+    for (instructions, cpu) in backends(2) {
+        for ((name, got), (_, want)) in results(&cpu).iter().zip(&exact) {
+            let largest = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+            // Operands are exact in bf16, so results differ by the order of sums, except where an operand is a result
+            // itself: probabilities and their gradients, with a relative error of 2^-9 each.
+            let intermediate = ["attention", "cross-entropy", "KL dx"].iter().any(|op| name.starts_with(op));
+            let tolerance = if intermediate { 1e-2 } else { 1e-5 };
+            let why = format!("{name} by {instructions}");
+            assert_close(got, &wide(want), tolerance * f64::from(largest), 0.0, &why);
+            assert!(name != &"router_logits" || got == want, "router logits are products of f32");
+        }
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    for ((instructions, one), (_, three)) in backends(1).iter().zip(&backends(3)) {
+        let bits = |cpu: &Cpu| -> Vec<Vec<u32>> {
+            results(cpu).iter().map(|(_, values)| values.iter().map(|x| x.to_bits()).collect()).collect()
+        };
+        assert_eq!(bits(one), bits(three), "{instructions}");
+    }
+}
+
+/// Relative differences of scores, sorted; of those above a thousandth of the largest score.
+fn differences(got: &[f64], want: &[f64]) -> Vec<f64> {
+    let largest = want.iter().fold(0.0f64, |m, x| m.max(*x));
+    let mut off: Vec<f64> =
+        got.iter().zip(want).filter(|(_, w)| **w > 1e-3 * largest).map(|(g, w)| (g - w).abs() / w).collect();
+    off.sort_by(f64::total_cmp);
+    off
+}
+
+#[test]
+fn scores_and_losses_of_the_golden_cases() {
+    let (mut all, mut losses_off) = (Vec::new(), 0.0f64);
+    for entry in std::fs::read_dir(case::golden_dir()).unwrap() {
+        let path = entry.unwrap().path();
+        if !path.join("expect.json").exists() {
+            continue;
+        }
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        let case = Case::open(&name);
+        let want = numbers(&case.expect["losses"]);
+        let exact = case.run(&case.config, 2).identify();
+        for (instructions, cpu) in backends(2) {
+            let found = case.run_on(&case.config, Arc::new(cpu)).identify();
+            for (got, want) in found.losses.iter().zip(&want) {
+                let off = (got - want).abs() / want;
+                assert!(off < 1e-3, "{name} by {instructions}: loss {got} instead of {want}");
+                losses_off = losses_off.max(off);
+            }
+            let off = differences(&found.scores.values, &exact.scores.values);
+            let (median, most) = (off[off.len() / 2], off[off.len() - 1]);
+            println!("{name} by {instructions}: scores differ by {median:.1e} in the median, {most:.1e} at most");
+            assert!(median < 1e-2, "{name} by {instructions}: median {median}");
+            all.extend(off);
+        }
+    }
+    all.sort_by(f64::total_cmp);
+    let at = |q: f64| all[(q * (all.len() - 1) as f64) as usize];
+    println!("all: median {:.1e}, 95 % {:.1e}, most {:.1e}; losses {losses_off:.1e}", at(0.5), at(0.95), at(1.0));
+}
