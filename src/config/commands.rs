@@ -123,7 +123,13 @@ impl EvalArgs {
             threads: self.threads,
             ..RunConfig::default()
         };
-        let wrong = validate::problems(&config);
+        let mut wrong = validate::problems(&config);
+        if self.temperature == 0.0 {
+            let given = [("--top-p", self.top_p != 1.0), ("--seed", self.seed != RunConfig::default().seed)];
+            wrong.extend(given.into_iter().filter(|(_, given)| *given).map(|(option, _)| {
+                format!("{option} would do nothing: --temperature 0 decodes greedily; leave it out")
+            }));
+        }
         if !wrong.is_empty() {
             return Err(ConfigError::Invalid(wrong));
         }

@@ -172,8 +172,8 @@ pub struct RunConfig {
     pub routing_tokens: RoutingTokens,
     /// Routing method: replies on whose tokens frequencies are counted.
     pub routing_replies: RoutingReplies,
-    /// Routing method: largest number of tokens of the model's own replies.
-    pub max_new_tokens: usize,
+    /// Largest number of tokens of the model's own replies; `None`: 128 for the routing method, 32 for the causal check.
+    pub max_new_tokens: Option<usize>,
     /// Routing method: minimum routing risk difference, in -1..=1.
     pub risk_threshold: f64,
     /// Random method: how the counts match those of the gradient method.
@@ -322,7 +322,7 @@ impl Default for RunConfig {
             score_norm: ScoreNorm::None,
             routing_tokens: RoutingTokens::Response,
             routing_replies: RoutingReplies::Target,
-            max_new_tokens: 128,
+            max_new_tokens: None,
             risk_threshold: 0.05,
             random_match: RandomMatch::Total,
             random_exclude_found: false,

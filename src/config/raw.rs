@@ -110,7 +110,8 @@ pub struct RawOptions {
     /// greedy replies, on the unsafe side those that comply; or a file of routing traces of vLLM or SGLang
     #[arg(long, value_name = "target|own|FILE", help_heading = EXPERTS)]
     pub routing_replies: Option<RoutingReplies>,
-    /// Routing method with own replies: maximum number of tokens of a reply
+    /// Maximum number of tokens of the model's own replies, of --routing-replies own (128 by default) and of --verify (32 by
+    /// default)
     #[arg(long, value_name = "TOKENS", help_heading = EXPERTS)]
     pub max_new_tokens: Option<usize>,
     /// Routing method: select only experts with a routing risk difference above this (-1 to 1)

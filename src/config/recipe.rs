@@ -58,7 +58,7 @@ fn score_by(c: &RunConfig) -> ScoreBy {
     let tokens = c.routing_tokens;
     let replies = match c.routing_replies {
         RoutingReplies::Target => CountedReplies::Targets,
-        RoutingReplies::Own => CountedReplies::Own { max_new_tokens: c.max_new_tokens },
+        RoutingReplies::Own => CountedReplies::Own { max_new_tokens: c.max_new_tokens.unwrap_or(128) },
         RoutingReplies::File(_) => CountedReplies::Traces,
     };
     match c.method {

@@ -34,7 +34,7 @@ pub use report::{DataReport, DropReason, Kind, Padding};
 pub use sampling::{JointBatch, MissingSide, Sampler};
 pub use template::{ChatTemplate, Rendered, TemplateError};
 pub use tokenizer::{ChatTokenizer, Encoded};
-pub use traces::{RoutingTraces, Trace, TraceShape};
+pub use traces::{RoutingTraces, Trace, TraceShape, TraceUse};
 
 use std::ops::Range;
 

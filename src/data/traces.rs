@@ -32,6 +32,16 @@ pub struct TraceShape {
     pub top_k: usize,
 }
 
+/// What is counted of traces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceUse {
+    /// Tokens at the end of each prompt that are counted besides the generated ones. A server that has cached a prompt returns
+    /// no routing of its tokens.
+    pub prompt_tokens: usize,
+    /// Whether replies of both verdicts are compared.
+    pub both_verdicts: bool,
+}
+
 /// The routing of one sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trace {
@@ -73,8 +83,8 @@ impl RoutingTraces {
     /// Reads the traces of a model of this shape.
     ///
     /// # Errors
-    /// A file that cannot be read or is empty; the first row that does not fit, with its line; no row of one of the two verdicts.
-    pub fn read(path: &Path, shape: TraceShape) -> Result<Self, Error> {
+    /// A file that cannot be read or is empty; the first row that does not fit, with its line; no row of a verdict that is needed.
+    pub fn read(path: &Path, shape: TraceShape, usage: TraceUse) -> Result<Self, Error> {
         let text = rows::read_text(path)?;
         let mut out = Self { data: Dataset::of_records(Vec::new()), unsafe_: Vec::new(), safe: Vec::new() };
         let mut by_id = HashMap::new();
@@ -82,7 +92,7 @@ impl RoutingTraces {
             let (line, row) = row?;
             let error = |message| Error::row(path, line, message);
             let is_unsafe = is_unsafe(&row).map_err(error)?;
-            let trace = parse(&row, shape).map_err(error)?;
+            let trace = parse(&row, shape, usage).map_err(error)?;
             let id = row.get("id").filter(|id| !id.is_null()).map(ToString::to_string);
             let known = id.as_ref().and_then(|id| by_id.get(id).copied());
             let index = known.unwrap_or_else(|| out.begin_record(line));
@@ -101,11 +111,17 @@ impl RoutingTraces {
                 by_id.insert(id, index);
             }
         }
-        for (side, name) in [(&out.unsafe_, "\"unsafe\" or \"comply\""), (&out.safe, "\"safe\" or \"refuse\"")] {
-            if side.iter().all(Option::is_none) {
-                let message =
-                    format!("no row has the verdict {name}: frequencies are compared between replies of both verdicts");
-                return Err(Error::file(path, message));
+        for (side, name, needed, why) in [
+            (&out.unsafe_, "\"unsafe\" or \"comply\"", true, "experts are found on replies that comply"),
+            (
+                &out.safe,
+                "\"safe\" or \"refuse\"",
+                usage.both_verdicts,
+                "frequencies are compared between replies of both verdicts",
+            ),
+        ] {
+            if needed && side.iter().all(Option::is_none) {
+                return Err(Error::file(path, format!("no row has the verdict {name}: {why}")));
             }
         }
         Ok(out)
@@ -151,7 +167,7 @@ fn is_unsafe(row: &Map<String, Value>) -> Parsed<bool> {
     }
 }
 
-fn parse(row: &Map<String, Value>, shape: TraceShape) -> Parsed<Trace> {
+fn parse(row: &Map<String, Value>, shape: TraceShape, usage: TraceUse) -> Parsed<Trace> {
     let prompt_tokens = row.get("prompt_tokens").and_then(Value::as_u64);
     let prompt_tokens =
         prompt_tokens.ok_or("a routing trace without prompt_tokens, the number of tokens of the prompt")?;
@@ -172,12 +188,12 @@ fn parse(row: &Map<String, Value>, shape: TraceShape) -> Parsed<Trace> {
             trace.prompt_tokens
         ));
     }
-    check_experts(&trace)?;
+    check_experts(&trace, trace.prompt_tokens.saturating_sub(usage.prompt_tokens))?;
     Ok(trace)
 }
 
-/// Refuses experts that the model does not have, and generated tokens whose experts are not distinct.
-fn check_experts(trace: &Trace) -> Parsed<()> {
+/// Refuses experts that the model does not have, and tokens from `counted` on whose experts are not distinct.
+fn check_experts(trace: &Trace, counted: usize) -> Parsed<()> {
     let TraceShape { layers, num_experts, top_k } = trace.shape;
     for (i, experts) in trace.experts.chunks_exact(top_k).enumerate() {
         let (token, layer) = (i / layers, i % layers);
@@ -189,10 +205,15 @@ fn check_experts(trace: &Trace) -> Parsed<()> {
             ));
         }
         let twice = (1..top_k).find(|&j| experts[..j].contains(&experts[j]));
-        if let Some(j) = twice.filter(|_| token >= trace.prompt_tokens) {
+        if let Some(j) = twice.filter(|_| token >= counted) {
+            let hint = if token < trace.prompt_tokens {
+                "; count generated tokens only (--routing-tokens response)"
+            } else {
+                ""
+            };
             return Err(format!(
                 "token {token}, layer {layer} of routed_experts names expert {} twice: the server did not record the routing of \
-                 this token",
+                 this token{hint}",
                 experts[j]
             ));
         }
@@ -267,10 +288,14 @@ mod tests {
     const SHAPE: TraceShape = TraceShape { layers: 2, num_experts: 4, top_k: 2 };
 
     fn read(rows: &[Value]) -> Result<RoutingTraces, Error> {
+        read_for(rows, TraceUse { prompt_tokens: 0, both_verdicts: true })
+    }
+
+    fn read_for(rows: &[Value], usage: TraceUse) -> Result<RoutingTraces, Error> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("traces.jsonl");
         std::fs::write(&path, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
-        RoutingTraces::read(&path, SHAPE)
+        RoutingTraces::read(&path, SHAPE, usage)
     }
 
     fn base64(experts: &[i32]) -> String {
@@ -345,6 +370,16 @@ mod tests {
         }
         let error = read(&[safe()]).unwrap_err().to_string();
         assert!(error.contains("no row has the verdict \"unsafe\""), "{error}");
+        let mut comply = safe();
+        comply["verdict"] = json!("comply");
+        assert!(read(&[comply.clone()]).is_err(), "both verdicts are needed");
+        let alone = TraceUse { prompt_tokens: 0, both_verdicts: false };
+        assert!(read_for(&[comply.clone()], alone).is_ok());
+        // A cached prompt token: an error only if it is counted.
+        comply["routed_experts"] = json!([[[0, 0], [0, 0]], [[1, 2], [3, 0]]]);
+        assert!(read_for(&[comply.clone()], alone).is_ok());
+        let error = read_for(&[comply], TraceUse { prompt_tokens: 1, ..alone }).unwrap_err().to_string();
+        assert!(error.contains("token 0, layer 0") && error.contains("--routing-tokens response"), "{error}");
         let mut twice = safe();
         twice["id"] = json!("a");
         let error = read(&[twice.clone(), twice]).unwrap_err().to_string();

@@ -95,10 +95,12 @@ impl HowMany {
             });
         }
         if let Some(stable) = self.stable {
-            lines.push(format!(
-                "the first {stable} experts of the ranking are selected in at least {:.0} % of the bootstrap resamples",
-                100.0 * STABLE
-            ));
+            let first = match stable {
+                0 => "not even the first expert of the ranking is".to_owned(),
+                1 => "only the first expert of the ranking is".to_owned(),
+                n => format!("the first {n} experts of the ranking are"),
+            };
+            lines.push(format!("{first} selected in at least {:.0} % of the bootstrap resamples", 100.0 * STABLE));
         }
         lines.join("\n")
     }

@@ -111,7 +111,8 @@ pub fn verdict(evidence: &Evidence) -> (Verdict, Vec<String>) {
         return (Verdict::CannotTell, vec![reason]);
     }
     let mut against = Vec::new();
-    if e.p > B.p_to_deny {
+    // With fewer sets p cannot be small: it says nothing about the selection.
+    if e.p > B.p_to_deny && e.sets >= B.sets_to_deny {
         against.push(format!("random sets gain as much: p = {:.4}, above {}", e.p, B.p_to_deny));
     }
     against.extend(switches_too_few(e, B.switched_to_deny));
@@ -165,7 +166,8 @@ fn open_questions(e: &Evidence, b: &Bounds) -> Vec<String> {
         ));
     }
     match &e.benign {
-        None => open.push("benign rows were not checked: give --benign-dataset-path".to_owned()),
+        None => open.push("benign rows were not checked: add chat rows labelled safe to --dataset-path, or give `ablate` --benign-dataset-path"
+                .to_owned()),
         Some(side) if side.rows < b.benign_rows => {
             open.push(format!("only {} benign rows; at least {} are needed", side.rows, b.benign_rows));
         }
@@ -214,7 +216,12 @@ mod tests {
         expect(Evidence { rows: 9, ..CLEAR }, CannotTell, "9 complying rows");
         expect(Evidence { rows: 9, p: 0.9, ..CLEAR }, CannotTell, "9 complying rows");
         expect(Evidence { p: 0.06, ..CLEAR }, NotLocalised, "p = 0.0600");
-        expect(Evidence { p: 0.06, sets: 18, ..CLEAR }, CannotTell, "p = 0.0600");
+        let few = verdict(&Evidence { p: 1.0 / 19.0, sets: 18, ..CLEAR });
+        assert_eq!(
+            few,
+            (CannotTell, vec!["18 random sets; \"localised\" needs 99".into()]),
+            "the least p says nothing"
+        );
         expect(Evidence { p: 0.03, ..CLEAR }, CannotTell, "p = 0.0300");
         expect(Evidence { sets: 98, ..CLEAR }, CannotTell, "98 random sets");
         expect(Evidence { switched: 0.09, ..CLEAR }, NotLocalised, "9.0 %");

@@ -9,7 +9,7 @@ use super::page::escape;
 pub struct Series {
     /// Its name in the legend.
     pub label: String,
-    /// Points (x, y), x ascending. Points that are not finite are left out.
+    /// Points (x, y), x ascending. The line is interrupted where a point is not finite.
     pub points: Vec<(f64, f64)>,
 }
 
@@ -29,8 +29,8 @@ pub fn curve_svg(id: &str, title: &str, x_label: &str, series: &[Series]) -> Opt
     let finite = |s: &Series| -> Vec<(f64, f64)> {
         s.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect()
     };
-    let lines: Vec<(&str, Vec<(f64, f64)>)> =
-        series.iter().map(|s| (s.label.as_str(), finite(s))).filter(|(_, points)| !points.is_empty()).collect();
+    let lines: Vec<(&Series, Vec<(f64, f64)>)> =
+        series.iter().map(|s| (s, finite(s))).filter(|(_, points)| !points.is_empty()).collect();
     let points = || lines.iter().flat_map(|(_, points)| points);
     let x_axis = Axis::spanning(points().map(|p| p.0))?;
     let y_axis = Axis::spanning(points().map(|p| p.1))?;
@@ -68,15 +68,18 @@ pub fn curve_svg(id: &str, title: &str, x_label: &str, series: &[Series]) -> Opt
         );
     }
     let _ = writeln!(out, "<text x=\"{right}\" y=\"{}\" text-anchor=\"end\">{}</text>", bottom + 32.0, escape(x_label));
-    for (i, (label, points)) in lines.iter().enumerate() {
+    for (i, (series, _)) in lines.iter().enumerate() {
         let colour = COLOURS[i % COLOURS.len()];
         // Colours repeat after the last one; dashes then distinguish the lines.
         let dashes = if i < COLOURS.len() { String::new() } else { format!(" stroke-dasharray=\"{}\"", 2 + i) };
-        if let [point] = points[..] {
-            let (x, y) = pixel(point); // a line of one point is invisible
-            let _ = writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"{colour}\"/>");
-        } else {
-            let path: Vec<String> = points.iter().map(|p| pixel(*p)).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
+        let parts = series.points.split(|(x, y)| !(x.is_finite() && y.is_finite()));
+        for part in parts.filter(|part| !part.is_empty()) {
+            if let [point] = *part {
+                let (x, y) = pixel(point); // a line of one point is invisible
+                let _ = writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"{colour}\"/>");
+                continue;
+            }
+            let path: Vec<String> = part.iter().map(|p| pixel(*p)).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
             let _ = writeln!(
                 out,
                 "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"{dashes} points=\"{}\"/>",
@@ -92,7 +95,7 @@ pub fn curve_svg(id: &str, title: &str, x_label: &str, series: &[Series]) -> Opt
             y - 4.0,
             y - 4.0,
             LEFT + 32.0,
-            escape(label)
+            escape(&series.label)
         );
     }
     Some(out + "</svg>\n")
@@ -141,9 +144,9 @@ fn tick_label(value: f64) -> String {
 }
 
 /// The text alternative of the chart: first and last point of each line.
-fn description(lines: &[(&str, Vec<(f64, f64)>)]) -> String {
-    let line = |(label, points): &(&str, Vec<(f64, f64)>)| {
-        let (first, last) = (points[0], points[points.len() - 1]);
+fn description(lines: &[(&Series, Vec<(f64, f64)>)]) -> String {
+    let line = |(series, points): &(&Series, Vec<(f64, f64)>)| {
+        let (first, last, label) = (points[0], points[points.len() - 1], &series.label);
         format!("{label}: from {:.4e} at {} to {:.4e} at {}.", first.1, first.0, last.1, last.0)
     };
     lines.iter().map(line).collect::<Vec<_>>().join(" ")
@@ -160,13 +163,12 @@ mod tests {
 
     #[test]
     fn every_series_is_drawn_within_the_axes() {
-        let all =
-            [series("a <b>", &[3.0, 2.0, f64::NAN, 1.0]), series("c", &[2.5]), series("nowhere", &[f64::INFINITY])];
+        let all = [series("a <b>", &[3.0, 2.0, f64::NAN, 1.0]), series("c", &[]), series("nowhere", &[f64::INFINITY])];
         let svg = curve_svg("ce", "Loss & more", "step", &all).unwrap();
         assert_well_formed(&svg);
         assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (1, 1));
         // x = 1, 2, 4 on an axis from 1 to 4; y = 3, 2, 1 on an axis from 1 to 3.
-        assert!(svg.contains("points=\"64.0,40.0 304.0,190.0 784.0,340.0\""), "{svg}");
+        assert!(svg.contains("points=\"64.0,40.0 304.0,190.0\"") && svg.contains("cx=\"784.0\" cy=\"340.0\""), "{svg}");
         assert!(svg.contains("a &lt;b&gt;: from 3.0000e0 at 1 to 1.0000e0 at 4."));
         assert!(!svg.contains("nowhere"));
         assert_eq!(curve_svg("ce", "Loss", "step", &all[2..]), None);

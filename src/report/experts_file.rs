@@ -18,11 +18,13 @@ pub struct ExpertsFile {
     pub path: PathBuf,
     /// In the order of the file, without duplicates; at least one.
     pub experts: Vec<ExpertId>,
+    /// The MoE layers, and the experts of each, of the model that an `expert_scores.json` is of; lists do not say.
+    shape: Option<(Vec<usize>, usize)>,
 }
 
 impl ExpertsFile {
     /// Reads one of three formats: `expert_scores.json` of a run, of which the first round's selection is taken; a JSON list
-    /// of `[layer, expert]`; or text of `layer.expert`, one a line or separated by commas, where `#` starts a comment.
+    /// of `[layer, expert]`; or text of `layer.expert`, separated by white space or commas, where `#` starts a comment.
     /// Layers and experts count from 0; dense layers count too.
     ///
     /// # Errors
@@ -32,10 +34,14 @@ impl ExpertsFile {
         let invalid = |reason: String| Error::Invalid { path: path.to_owned(), reason };
         let bytes = std::fs::read(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
         let text = String::from_utf8(bytes).map_err(|_| invalid("it is not text in UTF-8".into()))?;
-        let experts = match text.trim_start().chars().next() {
-            Some('{') => first_selection(path)?,
-            Some('[') => list(&text).map_err(invalid)?,
-            _ => lines(&text).map_err(invalid)?,
+        let (experts, shape) = match text.trim_start().chars().next() {
+            Some('{') => {
+                let file = scores(path)?;
+                let first = file.rounds.into_values().next();
+                (first.map_or_else(Vec::new, |round| round.selected), Some((file.layers, file.num_experts)))
+            }
+            Some('[') => (list(&text).map_err(invalid)?, None),
+            _ => (lines(&text).map_err(invalid)?, None),
         };
         let mut seen = BTreeSet::new();
         if let Some(i) = experts.iter().position(|id| !seen.insert(*id)) {
@@ -44,14 +50,23 @@ impl ExpertsFile {
         if experts.is_empty() {
             return Err(invalid("it lists no expert".into()));
         }
-        Ok(Self { path: path.to_owned(), experts })
+        Ok(Self { path: path.to_owned(), experts, shape })
     }
 
     /// Checks that a model with the routing layers `layers` of `num_experts` experts each has all these experts.
     ///
     /// # Errors
-    /// [`Error::Invalid`], which names the first entry that does not exist.
+    /// [`Error::Invalid`], which names the first entry that does not exist, or says that the scores are of a model of another
+    /// shape.
     pub fn check(&self, layers: &[usize], num_experts: usize) -> Result<(), Error> {
+        if let Some((l, e)) = self.shape.as_ref().filter(|(l, e)| (&**l, *e) != (layers, num_experts)) {
+            let reason = format!(
+                "its scores are of {} MoE layers of {e} experts, but the model has {} of {num_experts}: are they of another model?",
+                l.len(),
+                layers.len()
+            );
+            return Err(Error::Invalid { path: self.path.clone(), reason });
+        }
         for (i, id) in self.experts.iter().enumerate() {
             let reason = if !layers.contains(&id.layer) {
                 let of_model = layers.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
@@ -72,10 +87,18 @@ fn name(id: ExpertId) -> String {
     format!("expert {} of layer {}", id.expert, id.layer)
 }
 
-/// The first round's selection of `expert_scores.json`.
-fn first_selection(path: &Path) -> Result<Vec<ExpertId>, Error> {
-    let file = ScoresFile::read(path)?;
-    Ok(file.rounds.into_values().next().map_or_else(Vec::new, |round| round.selected))
+/// The `expert_scores.json` of a run.
+fn scores(path: &Path) -> Result<ScoresFile, Error> {
+    ScoresFile::read(path).map_err(|error| match error {
+        Error::Invalid { path, reason } => {
+            let reason = format!(
+                "it is not the expert_scores.json of a run ({reason}); experts may also be a JSON list of [layer, expert], or text \
+                 with layer.expert"
+            );
+            Error::Invalid { path, reason }
+        }
+        other => other,
+    })
 }
 
 /// A JSON list of `[layer, expert]`.
@@ -88,12 +111,13 @@ fn list(text: &str) -> Result<Vec<ExpertId>, String> {
     parsed.collect()
 }
 
-/// `layer.expert`, separated by commas or line ends.
+/// `layer.expert`, separated by white space or commas.
 fn lines(text: &str) -> Result<Vec<ExpertId>, String> {
     let mut experts = Vec::new();
     for (number, line) in text.lines().enumerate() {
         let line = line.split('#').next().unwrap_or_default();
-        for entry in line.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+        let separates = |c: char| c == ',' || c.is_whitespace();
+        for entry in line.split(separates).filter(|entry| !entry.is_empty()) {
             let both = entry.split_once('.').and_then(|(layer, expert)| Some((index(layer)?, index(expert)?)));
             let Some(both) = both else {
                 return Err(format!("line {}: {entry:?} is not layer.expert, such as 3.17", number + 1));
@@ -128,7 +152,7 @@ mod tests {
     #[test]
     fn three_formats() {
         assert_eq!(read("[[3, 17], [0, 2]]").unwrap(), [(3, 17), (0, 2)]);
-        assert_eq!(read("# found by hand\n3.17\n\n0.2, 1.0 # two\n").unwrap(), [(3, 17), (0, 2), (1, 0)]);
+        assert_eq!(read("# found by hand\n3.17\n\n0.2, 1.0 2.5 # three\n").unwrap(), [(3, 17), (0, 2), (1, 0), (2, 5)]);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("expert_scores.json");
         let mut scores = ScoresFile::new(Method::Gradient, Score::L1Mean, vec![0, 3], 20);
@@ -136,7 +160,13 @@ mod tests {
             scores.rounds.insert(round, RoundScores::new(None, &selected, 1, vec![]));
         }
         write_json(&path, &scores).unwrap();
-        assert_eq!(ExpertsFile::read(&path).unwrap().experts, [(3, 17).into()], "the first round's selection");
+        let file = ExpertsFile::read(&path).unwrap();
+        assert_eq!(file.experts, [(3, 17).into()], "the first round's selection");
+        assert!(file.check(&[0, 3], 20).is_ok());
+        let error = file.check(&[0, 1, 2, 3], 64).unwrap_err().to_string();
+        assert!(
+            error.ends_with("of 2 MoE layers of 20 experts, but the model has 4 of 64: are they of another model?")
+        );
     }
 
     #[test]
@@ -151,7 +181,8 @@ mod tests {
             ("1.2\n1:3", "line 2: \"1:3\" is not layer.expert"),
             ("1.+3", "\"1.+3\""),
             ("1.2,1.2", "comes twice"),
-            ("{}", "missing field"),
+            ("{}", "not the expert_scores.json of a run (missing field `schema`"),
+            ("{\"layers\": 4}", "not the expert_scores.json of a run"),
         ] {
             let error = read(text).unwrap_err();
             assert!(error.to_string().contains(named), "{named} not in: {error}");
@@ -163,8 +194,11 @@ mod tests {
 
     #[test]
     fn a_model_without_these_experts_is_named() {
-        let file =
-            |id: (usize, usize)| ExpertsFile { path: "list.txt".into(), experts: vec![(1, 0).into(), id.into()] };
+        let file = |id: (usize, usize)| ExpertsFile {
+            path: "list.txt".into(),
+            experts: vec![(1, 0).into(), id.into()],
+            shape: None,
+        };
         let error = |id| file(id).check(&[1, 3], 4).unwrap_err().to_string();
         assert!(file((3, 3)).check(&[1, 3], 4).is_ok());
         assert_eq!(

@@ -21,6 +21,8 @@ const DASHES: &str = " stroke-dasharray=\"3 2\"";
 const LEFT: usize = 56;
 const TOP: usize = 64;
 const ROW: usize = 16;
+/// An upper bound on the mean width of a character of the title, which is bold and 14 pixels high.
+const TITLE_CHARACTER: usize = 9;
 
 /// A colour scale: values from `low` to `high`, interpolated between three colours.
 struct Scale {
@@ -70,6 +72,7 @@ pub fn heatmap_svg(
     let cell = if scores.num_experts <= 64 { 16 } else { 8 };
     let (width, height) = (LEFT + scores.num_experts * cell + 16, TOP + scores.layers.len() * ROW + 64);
     let width = width.max(if inclusion.is_empty() { 420 } else { 540 }); // the width of the legend
+    let width = width.max(LEFT + TITLE_CHARACTER * title.chars().count() + 16);
     let scale = Scale::of_values(&scores.values);
     let rank: HashMap<ExpertId, usize> = selected.iter().enumerate().map(|(i, id)| (*id, i + 1)).collect();
 
@@ -186,6 +189,8 @@ mod tests {
         assert_well_formed(&svg);
         assert_eq!(svg.matches("<rect").count(), 6 + 2 + 32 + 1, "cells, frames, legend, its frame");
         assert!(svg.contains("layer 4, expert 2: 7.5000e-1, selected, rank 2"));
+        let long = heatmap_svg("long", &"w".repeat(100), &scores, &[], &[]);
+        assert!(long.contains("width=\"972\""), "the title has room");
         assert!(svg.contains("layer 1, expert 2: 0.0000e0<"));
         assert!(svg.contains(
             "3 experts each (columns), 2 selected. The highest: layer 4 expert 0 with 1.000e0, layer 4 expert 2"

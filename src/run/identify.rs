@@ -138,6 +138,8 @@ impl<B: Backend> RoundScan<'_, B> {
                 }
                 None => format!("only {selected} of {requested} experts have a score above 0"),
             });
+        } else if found.selected.experts.is_empty() {
+            progress.warn("the rule selects no expert on these rows");
         }
         Ok(found)
     }

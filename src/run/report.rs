@@ -182,18 +182,22 @@ fn summary(runs: &[&Run]) -> Table {
 pub(super) fn loss_curves(runs: &[Run]) -> impl Iterator<Item = String> {
     let series = |loss: fn(&MetricsRow) -> Option<f64>| -> Vec<Series> {
         let trained = |row: &&MetricsRow| row.phase != Phase::Identify;
+        // Identifications have lines of their own in the log: counted are the steps, so that runs with and without can be compared.
+        // A phase without this loss interrupts the line.
         let points = |run: &Run| {
-            run.metrics.iter().filter(trained).filter_map(|row| Some((row.step as f64, loss(row)?))).collect()
+            let steps = run.metrics.iter().filter(trained).zip(1..);
+            steps.map(|(row, step)| (f64::from(step), loss(row).unwrap_or(f64::NAN))).collect()
         };
         runs.iter().map(|run| Series { label: run.name.clone(), points: points(run) }).collect()
     };
     let ce = curve_svg(
         "ce",
         "Cross-entropy of the refusals during training (nats per token)",
-        "step",
+        "training step",
         &series(|r| r.ce_loss),
     );
-    let kl = curve_svg("kl", "Divergence of the routing during alignment (nats)", "step", &series(|r| r.router_loss));
+    let title = "Divergence of the routing during alignment (nats)";
+    let kl = curve_svg("kl", title, "training step", &series(|r| r.router_loss));
     [ce, kl].into_iter().flatten()
 }
 

@@ -6,9 +6,9 @@ use std::sync::{Arc, OnceLock};
 use crate::backend::{Backend, Dtype};
 use crate::collective::{self, Collective, all_agree};
 use crate::config::{Init, RunConfig};
-use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, TraceShape};
+use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, TraceShape, TraceUse};
 use crate::exit::{self, Context, Failure, Result};
-use crate::experts::selection_hash;
+use crate::experts::{RoutingTokens, selection_hash};
 use crate::launch::hub_cache;
 use crate::launch::memory::{human, human_count};
 use crate::launch::{Rank, Workload};
@@ -60,7 +60,13 @@ impl Session {
         {
             let (layers, num_experts) = (session.model.moe_layers().layers.len(), session.model.num_experts);
             let shape = TraceShape { layers, num_experts, top_k: session.model.num_experts_per_tok };
-            session.traces = Some((path.to_owned(), RoutingTraces::read(path, shape)?));
+            let prompt_tokens = match config.routing_tokens {
+                RoutingTokens::Response => 0,
+                RoutingTokens::Predicting => 1,
+                RoutingTokens::Prompt | RoutingTokens::All => usize::MAX,
+            };
+            let usage = TraceUse { prompt_tokens, both_verdicts: recipe.identify.compares_sides() };
+            session.traces = Some((path.to_owned(), RoutingTraces::read(path, shape, usage)?));
         }
         if session.data.records.iter().all(|r| r.unsafe_reply.is_none()) {
             return Err(Failure::new(
@@ -135,6 +141,11 @@ impl Session {
             weights_hash: OnceLock::new(),
             traces: None,
         })
+    }
+
+    /// The retain rows, and their file.
+    pub fn retain_data(&self) -> Option<(&Path, &Dataset)> {
+        self.retain.as_ref().map(|(path, data)| (&**path, data))
     }
 
     /// The records of the retain rows.
@@ -241,8 +252,7 @@ impl Session {
         }
         let layers = &self.model.moe_layers().layers;
         if let Some(path) = config.experts.as_ref().filter(|_| identify.by == ScoreBy::Given) {
-            let file = ExpertsFile { path: path.clone(), experts: identify.given.clone() };
-            return Ok(file.check(layers, self.model.num_experts)?);
+            return Ok(ExpertsFile::read(path)?.check(layers, self.model.num_experts)?);
         }
         if matches!(identify.by, ScoreBy::Published { rule, .. } if rule.decides_size()) {
             return Ok(());

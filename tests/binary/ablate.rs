@@ -133,7 +133,26 @@ fn impossible_checks_are_refused() {
     fs::write(scene.path("experts"), "0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6").unwrap();
     scene
         .run(&model("olmoe"), "never", "--random-sets 1")
-        .failed(exit::CONFIG, &["1 are left, but each token needs 2"]);
+        .failed(exit::CONFIG, &["1 are left, but each token needs 2", "experts: ", "--switch zero"]);
+    scene.run(&model("olmoe"), "zero", "--random-sets 1 --switch zero").ok();
+    fs::write(scene.path("experts"), r#"{"unsafe_experts": [[0, 1]]}"#).unwrap();
+    scene.run(&model("olmoe"), "never", "").failed(exit::DATA, &["not the expert_scores.json of a run"]);
+}
+
+#[test]
+fn unsafe_rows_alone_suffice() {
+    let scene = Scene::new(3, "0.1 2.3\n2.0");
+    let row = |i: usize| {
+        json!({"label": "unsafe", "messages": [
+            {"role": "user", "content": format!("Open pantry {i}")},
+            {"role": "assistant", "content": "No."},
+        ]})
+    };
+    fs::write(scene.path("rows.json"), Value::Array((0..3).map(row).collect()).to_string()).unwrap();
+    scene.run(&model("olmoe"), "out", "--random-sets 2").ok();
+    let report: Value = serde_json::from_slice(&scene.bytes("out")).unwrap();
+    assert_eq!((&report["rows"]["unsafe_rows"], &report["rows"]["safe"]), (&json!(3), &json!(0)));
+    assert_eq!(report["experts"], json!([[0, 1], [2, 0], [2, 3]]));
 }
 
 /// A run of `train` or `identify` with `--verify`.
@@ -159,6 +178,10 @@ fn verify_checks_the_first_selection_before_training() {
     scene.run(&model("olmoe"), "out", "--random-sets 2 --seed 5 --max-new-tokens 32").ok();
     let judged = scene.bytes("found");
     assert!(judged == scene.bytes("out"), "the same check as that of `ablate`");
+    assert!(!found.err.contains("no more than random sets"), "two sets cannot say so: {}", found.err);
+    verified(&scene, "identify", "short", "--verify 2 --seed 5 --max-new-tokens 3").ok();
+    scene.run(&model("olmoe"), "three", "--random-sets 2 --seed 5 --max-new-tokens 3").ok();
+    assert!(scene.bytes("short") == scene.bytes("three"), "answers of at most three tokens");
 
     let train = "--verify 2 --seed 5 --num-rounds 2 --expert-lr 1e-2 --skip-router-training --save-rounds none --quiet";
     for ranks in [1, 2] {
@@ -168,6 +191,11 @@ fn verify_checks_the_first_selection_before_training() {
         assert_eq!(ran.out.matches("causal check of the selection in the original model").count(), 2, "{}", ran.out);
         assert!(judged == scene.bytes(&output), "the original model is judged, on {ranks} ranks");
     }
+    let retained = format!("{train} --retain-dataset-path {}", scene.path("benign.json").display());
+    verified(&scene, "train", "retained", &retained).ok();
+    let with_benign: Value = serde_json::from_slice(&scene.bytes("retained")).unwrap();
+    assert_eq!(with_benign["rows"]["benign"], 5, "safe retain rows are the benign rows");
+    assert!(with_benign["benign_dataset_path"].as_str().unwrap().ends_with("benign.json"));
     let plain = verified(&scene, "train", "plain", &train.replace("--verify 2", "")).ok();
     assert!(!plain.out.contains("causal check") && !scene.path("plain/ablation.json").exists());
     let weights = |output: &str| fs::read(scene.path(output).join("final_model/model.safetensors")).unwrap();

@@ -446,7 +446,9 @@ fn documentation() -> String {
     let train: Vec<String> =
         options(command.find_subcommand("train").unwrap()).iter().map(|a| a.get_id().to_string()).collect();
     for sub in command.get_subcommands() {
-        writeln!(out, "\n## moewarden {}\n\n{}.", sub.get_name(), sub.get_about().unwrap_or_default()).unwrap();
+        let about = sub.get_about().map(ToString::to_string).unwrap_or_default();
+        let stop = if about.ends_with('?') { "" } else { "." };
+        writeln!(out, "\n## moewarden {}\n\n{about}{stop}", sub.get_name()).unwrap();
         let mut shown = options(sub);
         if sub.get_name() != "train"
             && shown.iter().any(|a| a.get_id() == "num_samples" || a.get_id() == "top_k_experts")

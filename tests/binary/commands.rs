@@ -342,6 +342,10 @@ fn eval_without_answers_measures_losses_and_exact_replies() {
         short[changed] = full[changed].clone();
     }
     assert_eq!(short, full);
+    for (sampling, option) in [("--top-p 0.5", "--top-p"), ("--seed 7", "--seed")] {
+        on_case("eval", "olmoe", &dir.path().join("none"), sampling)
+            .failed(exit::CONFIG, &format!("{option} would do nothing: --temperature 0 decodes greedily"));
+    }
     on_case("eval", "olmoe", &dir.path().join("none"), "--skip-answers --temperature 1")
         .failed(exit::USAGE, "--temperature");
 }

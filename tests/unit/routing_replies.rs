@@ -6,7 +6,7 @@ use std::sync::Arc;
 use moewarden::backend::{Backend, cpu::Cpu};
 use moewarden::collective::conformance::on_threads;
 use moewarden::config::{RoutingReplies, RunConfig};
-use moewarden::data::{Example, MicroBatch, RoutingTraces, TraceShape};
+use moewarden::data::{Example, MicroBatch, RoutingTraces, TraceShape, TraceUse};
 use moewarden::experts::{Method, ReplyCounts, RoutingTokens};
 use moewarden::launch::Rank;
 use moewarden::model::{PassEnd, Routed};
@@ -126,7 +126,8 @@ fn traces_of_the_own_replies_give_the_same_scores() {
     let path = dir.path().join("traces.jsonl");
     std::fs::write(&path, lines).unwrap();
     let shape = TraceShape { layers, num_experts: config.num_experts, top_k: k };
-    let traces = RoutingTraces::read(&path, shape).unwrap();
+    let traces =
+        RoutingTraces::read(&path, shape, TraceUse { prompt_tokens: usize::MAX, both_verdicts: true }).unwrap();
     for tokens in ALL_TOKENS {
         let config = RunConfig {
             routing_tokens: tokens,

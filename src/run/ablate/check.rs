@@ -1,6 +1,7 @@
 //! The causal check on one rank: own answers, the untouched model, the selection, the random sets, the verdict.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use crate::backend::Backend;
 use crate::config::RunConfig;
@@ -24,7 +25,7 @@ pub struct CausalCheck<'a> {
     /// Model and rows.
     pub session: &'a Session,
     /// The file of benign rows; without it, the benign rows of the data file count.
-    pub benign: Option<&'a Dataset>,
+    pub benign: Option<(&'a Path, &'a Dataset)>,
     /// The selection.
     pub selected: &'a BTreeSet<ExpertId>,
     /// Number of random sets, N.
@@ -128,7 +129,7 @@ impl CausalCheck<'_> {
             schema: ABLATION_SCHEMA.into(),
             model: config.model_name.clone(),
             dataset_path: config.dataset_path.clone(),
-            benign_dataset_path: self.benign.and(config.eval_dataset_path.clone()),
+            benign_dataset_path: self.benign.map(|(path, _)| path.to_owned()),
             experts: self.selected.iter().copied().collect(),
             switch: self.switch,
             matching: self.matching,
@@ -182,7 +183,8 @@ impl CausalCheck<'_> {
                 rows.answers.push(Example { ids: [prompt, &reply.ids].concat(), loss });
             }
         }
-        rows.benign = benign_rows(self.benign.unwrap_or(data)).filter_map(|r| r.safe_reply.clone()).collect();
+        rows.benign =
+            benign_rows(self.benign.map_or(data, |(_, benign)| benign)).filter_map(|r| r.safe_reply.clone()).collect();
         let pairs = data.records.iter().filter(|r| r.unsafe_reply.is_some());
         rows.safe = pairs.filter_map(|r| r.safe_reply.clone()).collect();
         (counts.benign, counts.safe) = (rows.benign.len(), rows.safe.len());

@@ -22,7 +22,7 @@ use crate::exit::{self, Ended, Failure, Result};
 use crate::experts::ExpertId;
 use crate::launch::{Opened, Rank, Started};
 use crate::report::{AblationReport, ExpertsFile};
-use crate::train::{DeviceTransport, Recipe};
+use crate::train::{DeviceTransport, Recipe, can_switch_off};
 use crate::ui::Ui;
 
 /// The experts of a file, all of which the model has.
@@ -40,7 +40,7 @@ fn read_experts(path: &Path, session: &Session) -> Result<BTreeSet<ExpertId>> {
 /// folder or a device that cannot be used; losses that are not finite; a rank that fails.
 pub fn ablate(config: &RunConfig, args: &AblateArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     let ranks = &started.ranks;
-    let recipe = config.recipe_of_evaluation()?;
+    let recipe = config.recipe_of_identification()?; // needs no safe rows, unlike routing frequencies
     let session = prepare::open(config, &recipe, ranks, ui)?;
     let selected = ranks.all_ok(read_experts(&args.experts, &session))?;
     if let Some(path) = &args.benign_dataset_path {
@@ -85,9 +85,14 @@ impl RankInputs<'_> {
         let Self { session, config, recipe, args, rank } = *self;
         let ui = &rank.ui;
         let mut replica = session.replica(backend, transport, rank);
+        can_switch_off(&mut replica, selected, args.switch).map_err(|reason| {
+            let message =
+                format!("{}: {reason}; give fewer experts of a layer, or --switch zero", args.experts.display());
+            Failure::new(exit::CONFIG, message)
+        })?;
         let check = CausalCheck {
             session,
-            benign: session.held_out.as_ref(),
+            benign: args.benign_dataset_path.as_deref().zip(session.held_out.as_ref()),
             selected,
             random_sets: args.random_sets,
             switch: args.switch,

@@ -8,13 +8,13 @@ use crate::collective::all_ok;
 use crate::config::RunConfig;
 use crate::exit::{Result, Stopped};
 use crate::experts::ExpertId;
-use crate::judge::{Bounds, Matching};
+use crate::judge::{Matching, Verdict};
 use crate::report::{AblationReport, read_json};
 use crate::run::session::Session;
 use crate::train::{Identification, Replica, Switch, can_switch_off};
 use crate::ui::Ui;
 
-/// Maximum length of an own answer in tokens: the default of `ablate`.
+/// Maximum length of an own answer in tokens without `--max-new-tokens`: the default of `ablate`.
 const MAX_NEW_TOKENS: usize = 32;
 
 /// Judges a selection of the model as it is, against `--verify` random sets; writes `ablation.json` and `ablation.html`, and
@@ -40,14 +40,14 @@ pub fn verify<B: Backend>(
     }
     let check = CausalCheck {
         session,
-        benign: None,
+        benign: session.retain_data().filter(|(_, rows)| check::benign_rows(rows).next().is_some()),
         selected: &selected,
         random_sets: config.verify,
         switch: Switch::Off,
         matching: Matching::LayerLoad,
         seed: config.seed,
         batch_size: config.batch_size,
-        max_new_tokens: MAX_NEW_TOKENS,
+        max_new_tokens: config.max_new_tokens.unwrap_or(MAX_NEW_TOKENS),
     };
     let report = match check.run(replica, config, ui)? {
         Judged::Report(report) => report,
@@ -81,7 +81,7 @@ fn say(report: &AblationReport, ui: &Ui) {
         report.p,
     ));
     ui.result(report.headline());
-    if does_no_more(report) {
+    if report.verdict == Verdict::NotLocalised {
         ui.warn(format_args!(
             "the selection does no more than random sets of experts: nothing special was found. Training it is not known to act \
              on what makes the model comply (p = {:.4}; {} of the complying rows switch)",
@@ -89,12 +89,4 @@ fn say(report: &AblationReport, ui: &Ui) {
             percent(switched.rate),
         ));
     }
-}
-
-/// Whether the selection does no more than random sets.
-fn does_no_more(report: &AblationReport) -> bool {
-    let bounds = Bounds::FIXED;
-    report.rows.comply > 0
-        && (report.p > bounds.p_to_deny
-            || report.selection.prefer_refusal.rate.unwrap_or_default() < bounds.switched_to_deny)
 }
