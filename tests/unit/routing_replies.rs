@@ -32,7 +32,7 @@ fn open(dir: &Path) -> Case {
         method: Method::Routing,
         risk_threshold: -1.0,
         routing_replies: RoutingReplies::Own,
-        max_new_tokens: 5,
+        max_new_tokens: Some(5),
         shuffle: true,
         output_dir: dir.to_owned(),
         ..case.config.clone()
