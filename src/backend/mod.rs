@@ -192,6 +192,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Running f64 sums, one per index.
     type Scores: Send + Sync;
 
+    /// Runs `work`, which calls operations of this backend one after another. A backend whose operations run on threads of its own
+    /// runs all of `work` there, so that the caller does not wait for a thread to wake up at every operation.
+    fn together<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        work()
+    }
+
     // --- memory --------------------------------------------------------------------------------------------------
 
     /// Bytes of one element of a [`Self::Tensor`].

@@ -96,10 +96,10 @@ pub struct Routed<'a, B: Backend> {
 }
 
 /// Called at every MoE layer that a forward pass reaches.
-pub type Observer<'a, B> = &'a mut dyn FnMut(Routed<'_, B>);
+pub type Observer<'a, B> = &'a mut (dyn FnMut(Routed<'_, B>) + Send);
 
 /// Called with the number of each decoder layer whose gradients are complete, and the gradient buffer.
-pub type OnLayer<'a, B> = &'a mut dyn FnMut(usize, &<B as Backend>::Buffer);
+pub type OnLayer<'a, B> = &'a mut (dyn FnMut(usize, &<B as Backend>::Buffer) + Send);
 
 /// Where a backward pass accumulates gradients and scores.
 pub struct Sinks<'a, B: Backend> {

@@ -225,6 +225,15 @@ impl<B: Backend> Model<B> {
         &self,
         inputs: &Inputs<B>,
         options: ForwardOptions,
+        observer: Option<Observer<'_, B>>,
+    ) -> Forward<B> {
+        self.backend.together(|| self.forward_layers(inputs, options, observer))
+    }
+
+    fn forward_layers(
+        &self,
+        inputs: &Inputs<B>,
+        options: ForwardOptions,
         mut observer: Option<Observer<'_, B>>,
     ) -> Forward<B> {
         let b = &*self.backend;
@@ -294,8 +303,11 @@ impl<B: Backend> Model<B> {
         sinks: &mut Sinks<'_, B>,
     ) -> Option<f64> {
         let LossGrads { ce_scale, routers } = grads;
-        self.backward_from(inputs, forward, routers, sinks, |normed_ND, head, dw| {
-            self.backend.linear_cross_entropy_backward(normed_ND, head, &inputs.targets, ce_scale, dw)
+        let b = &*self.backend;
+        b.together(|| {
+            self.backward_from(inputs, forward, routers, sinks, |normed_ND, head, dw| {
+                b.linear_cross_entropy_backward(normed_ND, head, &inputs.targets, ce_scale, dw)
+            })
         })
     }
 
@@ -309,8 +321,11 @@ impl<B: Backend> Model<B> {
         routers: &[Option<RouterGrad>],
         sinks: &mut Sinks<'_, B>,
     ) -> f64 {
-        let sum = self.backward_from(inputs, forward, routers, sinks, |normed_ND, head, dw| {
-            self.backend.linear_kl_backward(normed_ND, head, base.normed, base.head.unwrap_or(head), scale, dw)
+        let b = &*self.backend;
+        let sum = b.together(|| {
+            self.backward_from(inputs, forward, routers, sinks, |normed_ND, head, dw| {
+                b.linear_kl_backward(normed_ND, head, base.normed, base.head.unwrap_or(head), scale, dw)
+            })
         });
         sum.expect("a pass that ended at the loss")
     }

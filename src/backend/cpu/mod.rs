@@ -119,6 +119,10 @@ impl Backend for Cpu {
     type Dispatch = Dispatch;
     type Scores = Scores;
 
+    fn together<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.run(work)
+    }
+
     // --- memory --------------------------------------------------------------------------------------------------
 
     fn activation_size(&self) -> usize {
