@@ -890,3 +890,15 @@ fn results_do_not_depend_on_the_number_of_threads() {
         assert_eq!(first, None, "first different number with {threads} threads");
     }
 }
+
+#[test]
+fn operations_together_run_on_the_threads_of_the_pool() {
+    let cpu = Cpu::new(1);
+    let names = || std::thread::current().name().map(str::to_owned);
+    let (name, sum) = cpu.together(|| {
+        let x = cpu.upload(1, 3, &[1.0, 2.0, 4.0]);
+        (names(), cpu.download(&x).iter().sum::<f32>())
+    });
+    assert_eq!((name.as_deref(), sum), (Some("cpu-0"), 7.0));
+    assert_ne!(names().as_deref(), Some("cpu-0"), "outside, the caller's thread");
+}
