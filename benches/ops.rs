@@ -1,5 +1,6 @@
-//! Median time, median rate and best rate of each CPU operation at the sizes of an identification pass:
-//! `cargo bench --bench ops`. On a machine shared with other work the best rate is the more reliable one.
+//! Median time, median rate and best rate of each CPU operation at the sizes of an identification pass, and the best rate
+//! for each core that worked on it: `cargo bench --bench ops`. The last counts CPU time, so on a machine shared with other
+//! work it is the most reliable one.
 //!
 //! Options: `-- NAME` runs the operations whose name contains NAME; the environment variable `THREADS` sets the number
 //! of threads (0 or unset: one per core). PRECISION=bf16 computes products of bf16 values, by the fastest instructions of the
@@ -45,11 +46,12 @@ impl Bench {
             return;
         }
         drop(f());
-        let (start, mut times) = (Instant::now(), Vec::new());
+        let (start, mut times, mut least_cpu) = (Instant::now(), Vec::new(), f64::INFINITY);
         while times.len() < 3 || (start.elapsed().as_secs_f64() < 1.0 && times.len() < 200) {
-            let one = Instant::now();
+            let (one, cpu) = (Instant::now(), cpu_seconds());
             let result = f();
             times.push(one.elapsed().as_secs_f64());
+            least_cpu = least_cpu.min(cpu_seconds() - cpu);
             drop(result);
         }
         times.sort_by(f64::total_cmp);
@@ -61,8 +63,21 @@ impl Bench {
         let rate = |t: f64| amount / t / 1e9;
         let share =
             if unit == "GFLOP/s" { format!(", {:.0} %", 1e11 * rate(best) / self.bound) } else { String::new() };
-        println!("{name:32} {:9.3} ms {:7.1} {unit:7} (best {:7.1}{share})", median * 1e3, rate(median), rate(best));
+        let (per_core, best) = (rate(least_cpu), rate(best));
+        println!(
+            "{name:32} {:9.3} ms {:7.1} {unit:7} (best {best:7.1}{share}, per core {per_core:7.1})",
+            median * 1e3,
+            rate(median)
+        );
     }
+}
+
+/// CPU time of this process so far, all threads together.
+fn cpu_seconds() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes the plain struct that it is given.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
 /// Deterministic pseudorandom values in [-scale, scale).

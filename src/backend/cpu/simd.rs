@@ -39,10 +39,9 @@ pub(super) fn exp(x: f32) -> f32 {
     const LN2_LO: f32 = -2.121_944_4e-4;
     const LOWEST: f32 = -87.336_54;
     const HIGHEST: f32 = 88.722_83;
-    let clamped = x.clamp(LOWEST, HIGHEST);
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
-    let r = (clamped - n * LN2_HI) - n * LN2_LO;
+    let r = (x - n * LN2_HI) - n * LN2_LO;
     let mut p = 1.987_569_1e-4;
     p = p * r + 1.398_199_9e-3;
     p = p * r + 8.333_452e-3;
@@ -50,15 +49,13 @@ pub(super) fn exp(x: f32) -> f32 {
     p = p * r + 1.666_666_5e-1;
     p = p * r + 0.5;
     let e = (p * (r * r) + r) + 1.0;
-    // 2^n as two factors, because n reaches 128 and 2^128 is not an f32. n is in the low bits of `shifted`; a
-    // conversion with `as` would saturate, which does not vectorise. For NaN, n is arbitrary, and the result is NaN
-    // because e is.
-    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-    let half = n >> 1;
-    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
-    let y = e * power(half) * power(n.wrapping_sub(half));
+    // Multiplies by 2^n: adds n, the low bits of `shifted`, to the exponent of e. The exponent of the result is that of a
+    // normal number from LOWEST (n = -126, e ≥ 1) to HIGHEST (n = 128, e < 1). Outside, and for NaN, this bit pattern is
+    // arbitrary, and replaced. ROUND has no bit that the shift keeps.
+    let y = f32::from_bits(e.to_bits().wrapping_add(shifted.to_bits() << 23));
     let y = if x < LOWEST { 0.0 } else { y };
-    if x > HIGHEST { f32::INFINITY } else { y }
+    // ∞ + ∞, or NaN + ∞
+    if x <= HIGHEST { y } else { x + f32::INFINITY }
 }
 
 /// 1 / (1 + e^-x).
@@ -128,11 +125,16 @@ pub(super) fn max(x: &[f32]) -> f32 {
             *lane = if x > *lane { x } else { *lane };
         }
     }
-    let mut highest = f32::NEG_INFINITY;
-    for lane in lanes {
-        highest = if lane > highest { lane } else { highest };
+    // In halves: one comparison after the other would wait 128 times for the previous one.
+    let mut half = LANES / 2;
+    while half > 0 {
+        let (low, high) = lanes.split_at_mut(half);
+        for (a, &b) in low.iter_mut().zip(&high[..half]) {
+            *a = if b > *a { b } else { *a };
+        }
+        half /= 2;
     }
-    highest
+    lanes[0]
 }
 
 /// Writes softmax(`logits`) into `out`. Returns the log-sum-exp.
