@@ -3,6 +3,7 @@
 
 /// Element `index` of the SplitMix64 sequence of `seed` (Steele et al., "Fast splittable pseudorandom number
 /// generators", 2014).
+#[inline(always)]
 pub fn random_bits(seed: u64, index: u64) -> u64 {
     let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -17,6 +18,7 @@ pub(super) fn uniform_step(std: f32) -> f32 {
 
 /// One of these values, for [`uniform_step`]'s `step`. A 24-bit integer is exact in f32, so only the product is
 /// rounded.
+#[inline(always)]
 pub(super) fn uniform(seed: u64, index: u64, step: f32) -> f32 {
     ((random_bits(seed, index) >> 40) as i32 - (1 << 23)) as f32 * step
 }

@@ -4,12 +4,13 @@
 use std::fmt::Write;
 use std::thread::available_parallelism;
 
-use super::forecast::{Forecast, MemoryForecast, measure_rate, probe_name};
+use super::forecast::{Forecast, MemoryForecast, Rates, Sizes, Tokens, duration};
 use super::session::Session;
 use crate::backend::cpu::Cpu;
-use crate::config::{CheckArgs, RunConfig};
+use crate::config::{CheckArgs, Init, RunConfig};
 use crate::data::{Sample, loss_mask_samples};
 use crate::exit::Result;
+use crate::launch::memory::human;
 use crate::launch::{Device, Opened, Rank, catch_panic, check_output_dir, memory};
 use crate::train::Recipe;
 use crate::train::memory::MemoryBudget;
@@ -28,58 +29,83 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     for sample in loss_mask_samples(&session.data, &session.tokenizer, args.show) {
         ui.result(format_sample(&sample, ui.colors_results()));
     }
-    let trained = recipe.trained_elements(&session.table, &session.model).at_once;
+    let trained = recipe.trained_elements(&session.table, &session.model);
     let total = session.table.total().elements;
-    let share = 100.0 * trained as f64 / total as f64;
-    ui.result(format_args!("training at most {trained} of {total} parameters at once ({share:.2} %)"));
+    let share = 100.0 * trained.at_once as f64 / total as f64;
+    ui.result(format_args!("training at most {} of {total} parameters at once ({share:.2} %)", trained.at_once));
     let device = Device::find(config, ui)?;
     let ranks = config.ranks.unwrap_or_else(|| device.ranks());
     let rank = Rank { local_world_size: ranks, ..Rank::single(ui.clone()) };
     device.check(config, ranks)?;
-    let budget = match catch_panic(|| device.open(config, session.workload(config.batch_size), &rank))? {
-        Opened::Cpu(cpu) => memory::budget(&*cpu, ranks, session.model.vocab_size),
+    let opened = catch_panic(|| device.open(config, session.workload(config.batch_size), &rank))?;
+    let budget = match &opened {
+        Opened::Cpu(cpu) => memory::budget(&**cpu, ranks, session.model.vocab_size),
         Opened::Cuda(cuda, _) => {
-            let budget = memory::budget(&*cuda, ranks, session.model.vocab_size);
+            let budget = memory::budget(&**cuda, ranks, session.model.vocab_size);
             MemoryBudget { free: budget.free / device.sharing(ranks) as u64, ..budget }
         }
     };
-    let forecast = MemoryForecast::new(&session, &recipe, trained, ranks, budget);
+    let forecast = MemoryForecast::new(&session, &recipe, trained.at_once, ranks, budget);
     ui.result(forecast.describe(&session, ranks, budget));
     let layers = session.model.layers.len();
     let recomputed = (layers - forecast.kept_layers) as f64 / layers as f64;
-    forecast_time(&session, config, &recipe, recomputed, ranks, budget.device, ui);
+    let time = forecast_time(&session, config, &recipe, recomputed);
+    // What the program takes without weights and activations: itself, tokenizer and data. A device does not hold them.
+    let process = if budget.device { 0 } else { memory::peak_resident() };
+    // Ranks share the cores of one machine, so more ranks do not add compute.
+    let cores = available_parallelism().map_or(1, usize::from);
+    let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(ranks).min(cores) };
+    let cpu = match opened {
+        Opened::Cpu(cpu) => cpu.products().copied().into_iter().fold(Cpu::new(threads), Cpu::with_bf16),
+        Opened::Cuda(..) => Cpu::new(threads),
+    };
+    let rates = Rates::measure(&cpu, &session.model, sizes(&session, &recipe));
+    ui.result(format_args!("time a rank: {}", time.at(&rates)));
+    ui.result(format_args!(
+        "  at rates just measured with the operations of a layer on {} CPU threads, {:.0} GFLOP/s on average{}",
+        cpu.threads(),
+        rates.average(&time.total()) / 1e9,
+        if budget.device { "; a GPU runs much faster" } else { "" },
+    ));
+    let identification = MemoryForecast::new(&session, &recipe, 0, ranks, budget);
+    for (command, memory, time) in
+        [("identify", identification, time.of_identification(&recipe)), ("train", forecast, time)]
+    {
+        let (memory, seconds) = (human(memory.total() + process), duration(time.seconds(&rates)));
+        ui.result(format_args!("`{command}`: {memory} a rank, {seconds}"));
+    }
     ui.result(format_args!("ready: `moewarden train` can run with these options"));
     Ok(())
 }
 
-/// Predicts the time of the run on the CPU of this machine. `recomputed`: the share of the layers that recompute their forward.
-fn forecast_time(
-    session: &Session,
-    config: &RunConfig,
-    recipe: &Recipe,
-    recomputed: f64,
-    ranks: usize,
-    on_device: bool,
-    ui: &Ui,
-) {
-    let records = &session.data.records;
-    let mut forecast = Forecast::new(recipe, &session.model, records, recomputed);
+/// Predicts the work of the run. `recomputed`: the share of the layers that recompute their forward.
+fn forecast_time(session: &Session, config: &RunConfig, recipe: &Recipe, recomputed: f64) -> Forecast {
+    let (model, records) = (&session.model, &session.data.records);
+    let trained = recipe.trained_elements(&session.table, model);
+    let mut forecast = Forecast::new(recipe, model, records, recomputed, &trained);
     if let Some(rows) = session.retain_records() {
-        forecast = forecast.with_retain_rows(recipe, &session.model, records, rows);
+        forecast = forecast.with_retain_rows(recipe, model, records, rows);
     }
-    // Ranks share the cores of one machine, so more ranks do not add compute.
-    let cores = available_parallelism().map_or(1, usize::from);
-    let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(ranks).min(cores) };
-    let dtype = session.table.params[0].dtype();
-    let rate = measure_rate(&Cpu::new(threads), dtype);
-    ui.result(forecast.at(rate));
-    ui.result(format_args!(
-        "  assumes that everything runs at the {:.0} GFLOP/s of a dense matrix product, {} over {dtype:?} weights, just \
-         measured on {threads} CPU threads; small batches and small experts run slower{}",
-        rate / 1e9,
-        probe_name(),
-        if on_device { ", a GPU runs much faster" } else { "" },
-    ));
+    if let Some(held_out) = &session.held_out {
+        forecast = forecast.with_held_out(model, &held_out.records);
+    }
+    match config.init {
+        Init::Random => forecast.with_random_weights(session.table.total().elements),
+        Init::Checkpoint => forecast,
+    }
+}
+
+/// The sizes of a micro-batch of unsafe replies.
+fn sizes(session: &Session, recipe: &Recipe) -> Sizes {
+    let replies = || session.data.records.iter().filter_map(|r| r.unsafe_reply.as_ref());
+    let t = Tokens::of(replies().map(|e| (e.ids.len(), e.loss.iter().filter(|l| **l).count())));
+    let batches = (t.sequences / recipe.batch_size as f64).ceil().max(1.0);
+    Sizes {
+        rows: (t.all / batches) as usize,
+        length: t.mean_length() as usize,
+        loss_rows: (t.loss / batches) as usize,
+        dtype: session.workload(recipe.batch_size).stored,
+    }
 }
 
 /// A conversation with its loss tokens in green, or without colours between ⟦ and ⟧. Control characters are escaped.

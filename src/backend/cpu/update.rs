@@ -68,11 +68,14 @@ pub(super) fn random_weight(dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32
     let mut w = Weight::new(HostTensor::absent(dtype, shape));
     let step = uniform_step(std);
     w.bytes_mut().par_chunks_mut(CHUNK * dtype.size()).enumerate().for_each(|(i, bytes)| {
-        let mut values = Scratch::take(bytes.len() / dtype.size());
-        for (index, x) in (i * CHUNK..).zip(&mut *values) {
-            *x = uniform(seed, index as u64, step);
-        }
-        encode_into(dtype, &values, bytes);
+        let mut scratch = Scratch::take(bytes.len() / dtype.size());
+        let values = &mut *scratch;
+        simd!({
+            for (index, x) in values.iter_mut().enumerate() {
+                *x = uniform(seed, (i * CHUNK + index) as u64, step);
+            }
+        });
+        encode_into(dtype, values, bytes);
     });
     w
 }

@@ -86,20 +86,21 @@ fn head_size(session: &Session) -> usize {
     head.map_or(4, |id| table.params[id].dtype().size())
 }
 
-/// The memory that is left once weights and trained state are loaded, which a device must hold. (On the host weights are
-/// memory-mapped.)
+/// The memory that is left once weights and trained state are loaded. On the host the weights of a checkpoint stay
+/// memory-mapped, and their pages count as free.
 fn loaded(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> MemoryBudget {
-    if !budget.device {
-        return budget;
-    }
     let state = trained_state(session, trained, world_size, budget);
-    let resident = session.table.total().bytes as u64 + state.whole + state.sharded;
-    MemoryBudget { free: budget.free.saturating_sub(resident), ..budget }
+    let resident = match budget.device || session.checkpoint.is_none() {
+        true => session.table.total().bytes as u64,
+        false => 0,
+    };
+    MemoryBudget { free: budget.free.saturating_sub(resident + state.whole + state.sharded), ..budget }
 }
 
 fn trained_state(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> TrainedState {
     let total = session.table.total();
-    // On a device an update overwrites the weights; on the host it replaces memory-mapped ones.
-    let new = if budget.device { 0 } else { (total.bytes / total.elements.max(1)) as u64 };
+    // On a device, and where the weights are random, an update overwrites the weights; else it replaces memory-mapped ones.
+    let new =
+        if budget.device || session.checkpoint.is_none() { 0 } else { (total.bytes / total.elements.max(1)) as u64 };
     TrainedState::predict(trained as u64, new, world_size)
 }

@@ -1,7 +1,11 @@
-//! What a run will take: time from counted operations, memory from shapes.
+//! What a run will take: memory from shapes, time from counted operations and measured rates.
 
 mod memory;
+mod rates;
 mod time;
+mod work;
 
 pub use memory::MemoryForecast;
-pub use time::{Forecast, TokenWork, Tokens, duration, measure_rate, probe_name};
+pub use rates::{Rates, Sizes};
+pub use time::{Forecast, duration};
+pub use work::{TokenWork, Tokens, Work};
