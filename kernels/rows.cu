@@ -1,9 +1,7 @@
-// Gathers rows by index, adds rows back, and the gradient of an embedding. Memory-bound: every row is moved once.
+// Gathers and writes rows by index, adds rows back, and the gradient of an embedding. Memory-bound: every row is moved once.
 
-// y[i] = x[index[i] / divide] for rows of `bytes` bytes, an even number. Grid: one block of up to 256 threads per i.
-KERNEL(256, gather_rows, (const unsigned char* x, const u32* index, u32 divide, unsigned char* y, u64 bytes)) {
-    x += (u64)(index[blockIdx.x] / divide) * bytes;
-    y += blockIdx.x * bytes;
+// Copies a row of `bytes` bytes, an even number, by the threads of a block.
+DEVICE void copy_row(unsigned char* y, const unsigned char* x, u64 bytes) {
     if (bytes % 16 == 0) {
         const Quad* from = (const Quad*)x;
         Quad* to = (Quad*)y;
@@ -13,6 +11,16 @@ KERNEL(256, gather_rows, (const unsigned char* x, const u32* index, u32 divide, 
         u16* to = (u16*)y;
         for (u64 i = threadIdx.x; i < bytes / 2; i += blockDim.x) to[i] = from[i];
     }
+}
+
+// y[i] = x[index[i] / divide] for rows of `bytes` bytes. Grid: one block of up to 256 threads per i.
+KERNEL(256, gather_rows, (const unsigned char* x, const u32* index, u32 divide, unsigned char* y, u64 bytes)) {
+    copy_row(y + blockIdx.x * bytes, x + (u64)(index[blockIdx.x] / divide) * bytes, bytes);
+}
+
+// x[index[i]] = y[i] for distinct rows of `bytes` bytes. Grid: one block of up to 256 threads per i.
+KERNEL(256, write_rows, (unsigned char* x, const u32* index, const unsigned char* y, u64 bytes)) {
+    copy_row(x + (u64)index[blockIdx.x] * bytes, y + blockIdx.x * bytes, bytes);
 }
 
 // x[index[i]] += y[i] for distinct rows. Grid: one block of up to 256 threads per i.

@@ -34,7 +34,8 @@ use std::ops::Range;
 ///
 /// Sequence `s` has query rows `queries[s]..queries[s + 1]` and key rows `keys[s]..keys[s + 1]`. Its queries are the
 /// last positions among its keys, so it never has more queries than keys. In training both lists are equal; when
-/// decoding with a key/value cache there are more keys than queries.
+/// decoding with a key/value cache there are more keys than queries. A sequence without queries stands for key rows that
+/// nothing attends to, such as the room for later tokens in a cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packing {
     /// Row offsets of the queries, `[sequences + 1]`, starting at 0.
@@ -259,8 +260,8 @@ pub trait Backend: Send + Sync + 'static {
     fn gather_rows(&self, x: &Self::Tensor, rows: &Self::Indices) -> Self::Tensor;
     /// The backward operation of [`Self::gather_rows`] for distinct indices: `dx[rows[i]] += dy[i]`.
     fn gather_rows_backward(&self, dy: &Self::Tensor, rows: &Self::Indices, dx: &mut Self::Tensor);
-    /// Appends the rows of y to x (a growing key/value cache).
-    fn append_rows(&self, x: &mut Self::Tensor, y: &Self::Tensor);
+    /// `x[rows[i]] = y[i]` for distinct indices (new keys and values in a key/value cache).
+    fn write_rows(&self, x: &mut Self::Tensor, rows: &Self::Indices, y: &Self::Tensor);
     /// Clamps x to [-limit, limit], in place.
     fn clamp(&self, x: &mut Self::Tensor, limit: f32);
     /// Sets dy to 0 where the clamped output `y` is not strictly inside (-limit, limit), in place.

@@ -46,11 +46,14 @@ pub struct EvalArgs {
     pub batch_size: usize,
 
     /// Generate no responses: only losses, exact replies and routing
-    #[arg(long, help_heading = GENERATION, conflicts_with_all = ["max_new_tokens", "temperature", "top_p", "seed"])]
+    #[arg(long, help_heading = GENERATION, conflicts_with_all = ["max_new_tokens", "generation_batch_size", "temperature", "top_p", "seed"])]
     pub skip_answers: bool,
     /// Maximum length of a generated response in tokens
     #[arg(long, value_name = "TOKENS", help_heading = GENERATION, default_value_t = 128, value_parser = at_least_one)]
     pub max_new_tokens: usize,
+    /// Responses that are generated together, with one pass over the weights a token
+    #[arg(long, value_name = "RESPONSES", help_heading = GENERATION, default_value_t = 16, value_parser = at_least_one)]
+    pub generation_batch_size: usize,
     /// Sampling temperature; 0: greedy decoding
     #[arg(long, value_name = "T", help_heading = GENERATION, default_value_t = 0.0, value_parser = temperature)]
     pub temperature: f64,
@@ -174,6 +177,9 @@ pub struct AblateArgs {
     /// Maximum length of the model's own answers in tokens
     #[arg(long, value_name = "TOKENS", help_heading = INPUT, default_value_t = 32, value_parser = at_least_one)]
     pub max_new_tokens: usize,
+    /// Answers of the model that are generated together on each rank, with one pass over the weights a token
+    #[arg(long, value_name = "ANSWERS", help_heading = INPUT, default_value_t = 16, value_parser = at_least_one)]
+    pub generation_batch_size: usize,
 
     /// The selection to judge: an expert_scores.json (its first round), JSON `[[layer, expert], ..]`, or `layer.expert` separated
     /// by white space or commas
@@ -240,6 +246,7 @@ impl AblateArgs {
             seed: self.seed,
             top_k_experts: 1, // the selection is given
             batch_size: self.batch_size,
+            generation_batch_size: self.generation_batch_size,
             output_dir: self.output_dir.clone(),
             overwrite: self.overwrite,
             device: self.device,

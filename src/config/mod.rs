@@ -174,6 +174,8 @@ pub struct RunConfig {
     pub routing_replies: RoutingReplies,
     /// Largest number of tokens of the model's own replies; `None`: 128 for the routing method, 32 for the causal check.
     pub max_new_tokens: Option<usize>,
+    /// Own replies, of the routing method and of the causal check, that are generated together on each rank.
+    pub generation_batch_size: usize,
     /// Routing method: minimum routing risk difference, in -1..=1.
     pub risk_threshold: f64,
     /// Random method: how the counts match those of the gradient method.
@@ -323,6 +325,7 @@ impl Default for RunConfig {
             routing_tokens: RoutingTokens::Response,
             routing_replies: RoutingReplies::Target,
             max_new_tokens: None,
+            generation_batch_size: 16,
             risk_threshold: 0.05,
             random_match: RandomMatch::Total,
             random_exclude_found: false,

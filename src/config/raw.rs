@@ -114,6 +114,10 @@ pub struct RawOptions {
     /// default)
     #[arg(long, value_name = "TOKENS", help_heading = EXPERTS)]
     pub max_new_tokens: Option<usize>,
+    /// The model's own replies that are generated together on each rank (--routing-replies own, --verify), with one pass over the
+    /// weights a token
+    #[arg(long, value_name = "REPLIES", help_heading = EXPERTS)]
+    pub generation_batch_size: Option<usize>,
     /// Routing method: select only experts with a routing risk difference above this (-1 to 1)
     #[arg(long, value_name = "DIFFERENCE", help_heading = EXPERTS)]
     pub risk_threshold: Option<f64>,
@@ -352,7 +356,8 @@ macro_rules! for_each_option {
 for_each_option! {
     resolved: {
         model_name init dataset_path eval_dataset_path retain_dataset_path chat_template max_samples max_length long_rows loss_on
-        keep_failed safe_response shuffle seed batch_size method score score_per score_norm routing_tokens routing_replies max_new_tokens risk_threshold
+        keep_failed safe_response shuffle seed batch_size method score score_per score_norm routing_tokens routing_replies max_new_tokens
+        generation_batch_size risk_threshold
         random_match random_exclude_found experts top_k_experts experts_per_layer layers select bootstrap selection identify identify_until verify mode schedule num_rounds
         expert_epochs_per_round router_epochs_per_round grad_accum finetune_unsafe_experts skip_router_training
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic

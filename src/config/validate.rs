@@ -39,6 +39,7 @@ fn counts(c: &RunConfig, wrong: &mut Vec<String>) {
         ),
         ("router-epochs-per-round", c.router_epochs_per_round, 1, "to train no router, use --skip-router-training"),
         ("max-new-tokens", c.max_new_tokens.unwrap_or(1), 1, "a reply has at least one token"),
+        ("generation-batch-size", c.generation_batch_size, 1, "use 1 to generate one reply at a time"),
         ("logging-steps", c.logging_steps, 1, "use a large number for few log lines"),
         ("keep-checkpoints", c.keep_checkpoints, 1, "--resume needs one"),
         ("ranks", c.ranks.unwrap_or(1), 1, "use 1 to turn data parallelism off"),
@@ -149,6 +150,7 @@ pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)
     let gradient_scores = recipe::computes_gradient_scores(c);
     let random_weights = c.init == Init::Random;
     let no_model = "a run with --init random saves no model and no checkpoint";
+    let own_replies = recipe::counts_routing(c) && c.routing_replies == RoutingReplies::Own;
     let mut rules: Vec<(bool, &str, &[&str])> = vec![
         (!gradient_scores, "only --method gradient uses it", &["score", "score-per", "score-norm"]),
         (c.method != Method::Routing, "only --method routing uses it", &["risk-threshold"]),
@@ -164,9 +166,9 @@ pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)
         ),
         (c.method == Method::Steermoe, "--method steermoe selects from the top", &["select"]),
         (
-            c.verify == 0 && (!recipe::counts_routing(c) || c.routing_replies != RoutingReplies::Own),
+            !own_replies && c.verify == 0,
             "only --routing-replies own and --verify use it",
-            &["max-new-tokens"],
+            &["max-new-tokens", "generation-batch-size"],
         ),
         (!random, "only --method random uses it", &["random-match", "random-exclude-found"]),
         (random && !gradient_scores, "--method random does not rank experts", &["select"]),

@@ -51,13 +51,19 @@ impl AttentionParams {
     }
 }
 
-/// h = x + attention(norm(x)), `[N, D]`. With a cache (`[S, C]` keys and values), appends this pass's keys and values to it
-/// and attends to all of them.
+/// The keys and values of one layer in a key/value cache, `[S, C]` each, and the rows of this pass's tokens in it, `[T]`.
+pub(super) struct CachedKeys<'a, B: Backend> {
+    pub(super) keys: &'a mut B::Tensor,
+    pub(super) values: &'a mut B::Tensor,
+    pub(super) rows: &'a B::Indices,
+}
+
+/// h = x + attention(norm(x)), `[N, D]`. With a cache, writes this pass's keys and values to it and attends to its rows.
 pub(super) fn forward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     p: &AttentionParams,
     x_TD: &B::Tensor,
-    cache: Option<&mut (B::Tensor, B::Tensor)>,
+    cache: Option<CachedKeys<'_, B>>,
 ) -> (B::Tensor, AttentionSaved<B>) {
     let b = ctx.b;
     let normed_TD = ctx.rms_norm(x_TD, p.norm);
@@ -75,10 +81,10 @@ pub(super) fn forward<B: Backend>(
     b.rope(&mut q_TQ, p.heads.dim, ctx.seqs);
     b.rope(&mut k_TC, p.heads.dim, ctx.seqs);
     let o_TQ = match cache {
-        Some((k_SC, v_SC)) => {
-            b.append_rows(k_SC, &k_TC);
-            b.append_rows(v_SC, &v_TC);
-            b.attention(&q_TQ, k_SC, v_SC, ctx.seqs, &p.heads)
+        Some(CachedKeys { keys, values, rows }) => {
+            b.write_rows(keys, rows, &k_TC);
+            b.write_rows(values, rows, &v_TC);
+            b.attention(&q_TQ, keys, values, ctx.seqs, &p.heads)
         }
         None => b.attention(&q_TQ, &k_TC, &v_TC, ctx.seqs, &p.heads),
     };

@@ -34,7 +34,7 @@ mod weights;
 
 pub use claim::Error as ClaimError;
 pub use config::{Error as ConfigError, FAMILIES, Family, LayerKind, ModelConfig, MoeLayers, QkNorm};
-pub use decode::KvCache;
+pub use decode::{KvCache, kv_cache_bytes};
 pub use finite::{NotFinite, find_non_finite};
 pub use guide::{RoutingMismatch, check_same_routing};
 pub use hub::{Error as HubError, HubCache};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, OtherRouting, Table, read_json};
+use super::{Error, GenerationSpeed, OtherRouting, Table, read_json};
 use crate::data::Message;
 use crate::experts::ExpertId;
 use crate::judge::Rate;
@@ -26,6 +26,13 @@ pub struct Sampling {
     pub max_new_tokens: usize,
     /// Seed of the random number generator.
     pub seed: u64,
+}
+
+impl Sampling {
+    /// Greedy decoding: the most probable token each time.
+    pub fn greedy(max_new_tokens: usize) -> Self {
+        Self { temperature: 0.0, top_p: 1.0, max_new_tokens, seed: 0 }
+    }
 }
 
 /// The evaluated model.
@@ -168,6 +175,9 @@ pub struct EvalReport {
     pub routing: RoutingDifference,
     /// Wall-clock time of generating all answers, in seconds.
     pub seconds: f64,
+    /// Tokens a second; absent with `--skip-answers`, and in files of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<GenerationSpeed>,
 }
 
 impl EvalReport {

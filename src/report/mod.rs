@@ -21,6 +21,7 @@ mod rates;
 mod replies;
 mod rerouting;
 mod scores_json;
+mod speed;
 
 pub use ablation::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, RandomSet};
 pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
@@ -43,6 +44,7 @@ pub use rates::{RateRow, rates_svg};
 pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
 pub use rerouting::rerouting_table;
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
+pub use speed::{GenerationSpeed, TokenSpeed};
 
 use std::io;
 use std::path::{Path, PathBuf};

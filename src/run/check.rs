@@ -45,7 +45,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
             MemoryBudget { free: budget.free / device.sharing(ranks) as u64, ..budget }
         }
     };
-    let forecast = MemoryForecast::new(&session, &recipe, trained.at_once, ranks, budget);
+    let forecast = MemoryForecast::new(&session, config, &recipe, trained.at_once, ranks, budget);
     ui.result(forecast.describe(&session, ranks, budget));
     let layers = session.model.layers.len();
     let recomputed = (layers - forecast.kept_layers) as f64 / layers as f64;

@@ -37,7 +37,14 @@ impl CountedRows {
         };
         let cache = config.output_dir.join(OWN_REPLIES);
         let (data, sides) = (&session.data, &[PromptSide::Unsafe, PromptSide::Safe]);
-        let ask = AskOptions { data, sides, max_new_tokens, intervention: None, cache: Some(&cache) };
+        let ask = AskOptions {
+            data,
+            sides,
+            max_new_tokens,
+            batch_size: config.generation_batch_size,
+            intervention: None,
+            cache: Some(&cache),
+        };
         let Some(replies) = own_replies(session, replica, ask, ui)? else { return Ok(None) };
         let (rows, counts) = rows_of_replies(data, &replies);
         ui.line(format_args!("own replies: {counts}"));

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
 
-use super::generate::answer;
+use super::generate::{Answer, Prompt, answers, batches, check_cache};
 use super::other_routing::{use_other_routing, weights_sha};
 use super::progress::Progress;
 use super::refusals::LISTS;
@@ -19,8 +19,8 @@ use crate::judge::{Rate, wilson};
 use crate::launch::{Device, Existing, Opened, Rank, catch_panic, prepare_dir_keeping};
 use crate::model::Model;
 use crate::report::{
-    EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, GENERATION_SCHEMA, GenerationRow, MeanLoss, PromptSide,
-    RefusalRate, RoutingDifference, Sampling, eval_tables, write_json,
+    EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, GENERATION_SCHEMA, GenerationRow, GenerationSpeed, MeanLoss,
+    PromptSide, RefusalRate, RoutingDifference, Sampling, eval_tables, write_json,
 };
 use crate::train::{Recipe, Replica, Scan, alignment_by_layer, example_losses, mean_of};
 use crate::ui::Ui;
@@ -81,7 +81,14 @@ impl Evaluation<'_> {
         let (ce_safe, exact_safe) = self.losses(replica, PromptSide::Safe, |r| r.safe_reply.as_ref())?;
         let routing = self.routing_difference(replica)?;
         let clock = Instant::now();
-        let refusals = if args.skip_answers { Vec::new() } else { self.answer_all(replica.model(), model, &sampling)? };
+        let (refusals, generation) = match args.skip_answers {
+            true => (Vec::new(), None),
+            false => {
+                let (refusals, speed) = self.answer_all(replica.model(), model, &sampling)?;
+                ui.line(format_args!("answers: {speed}"));
+                (refusals, Some(speed))
+            }
+        };
         let report = EvalReport {
             schema: EVAL_SCHEMA.into(),
             model: model.clone(),
@@ -94,6 +101,7 @@ impl Evaluation<'_> {
             refusals,
             routing,
             seconds: clock.elapsed().as_secs_f64(),
+            generation,
         };
         write_json(output_dir.join("eval.json"), &report)?;
         show_routing(&report.routing, ui);
@@ -165,17 +173,16 @@ impl Evaluation<'_> {
         model: &Model<B>,
         evaluated: &EvaluatedModel,
         sampling: &Sampling,
-    ) -> Result<Vec<RefusalRate>> {
-        let Self { output_dir, session, ui, .. } = *self;
-        let prompts: Vec<_> = session.data.records.iter().flat_map(prompts_of).collect();
-        let progress = Progress::new(ui, prompts.len(), "answers");
+    ) -> Result<(Vec<RefusalRate>, GenerationSpeed)> {
+        let Self { output_dir, session, .. } = *self;
+        let asked: Vec<_> = session.data.records.iter().flat_map(prompts_of).collect();
+        let (said, speed) = self.generate(model, &asked, sampling)?;
         let template_sha = blake3_name(session.tokenizer.template().digest());
         let path = output_dir.join("generations.jsonl");
         let mut file = AtomicFile::create(&path)?;
         // (answers, refusals by list) of each side
         let mut counts: BTreeMap<PromptSide, (usize, Vec<usize>)> = BTreeMap::new();
-        for (index, prompt) in prompts.iter().enumerate() {
-            let said = answer(model, prompt.ids, session.tokenizer.eos_ids(), sampling, index as u64)?;
+        for (prompt, said) in asked.iter().zip(said) {
             let response = session.tokenizer.decode(&said.ids);
             let verdicts: Vec<bool> = LISTS.iter().map(|list| list.is_refusal(&response)).collect();
             let (answers, refused) = counts.entry(prompt.side).or_insert_with(|| (0, vec![0; LISTS.len()]));
@@ -200,7 +207,6 @@ impl Evaluation<'_> {
             let mut line = serde_json::to_vec(&row).expect("a row has string keys");
             line.push(b'\n');
             file.write_all(&line).map_err(|source| crate::files::Error::Write { path: path.clone(), source })?;
-            progress.step(prompt.ids.len() + said.ids.len(), "");
         }
         file.commit()?;
         let rates = counts.into_iter().flat_map(|(side, (answers, refused))| {
@@ -213,27 +219,50 @@ impl Evaluation<'_> {
                 interval: wilson(refused, answers),
             })
         });
-        Ok(rates.collect())
+        Ok((rates.collect(), speed))
+    }
+
+    /// The answers to the prompts, in their order.
+    fn generate<B: Backend>(
+        &self,
+        model: &Model<B>,
+        asked: &[Asked<'_>],
+        sampling: &Sampling,
+    ) -> Result<(Vec<Answer>, GenerationSpeed)> {
+        let Self { args, session, ui, .. } = *self;
+        let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.ids.len()).collect();
+        let batches = batches(&lengths, args.generation_batch_size);
+        ui.line(format_args!("answers: {}", check_cache(model, &lengths, &batches, sampling.max_new_tokens)?));
+        let progress = Progress::new(ui, asked.len(), "answers");
+        let mut speed = GenerationSpeed { batch_size: args.generation_batch_size, ..GenerationSpeed::default() };
+        let mut said = vec![None; asked.len()];
+        for batch in &batches {
+            let prompts: Vec<_> = batch.iter().map(|&i| Prompt { ids: asked[i].ids, index: i as u64 }).collect();
+            let done = |i: usize, ids: &[u32]| progress.step(prompts[i].ids.len() + ids.len(), "");
+            let found = answers(model, &prompts, session.tokenizer.eos_ids(), sampling, &mut speed, done)?;
+            batch.iter().zip(found).for_each(|(&i, answer)| said[i] = Some(answer));
+        }
+        Ok((said.into_iter().map(|answer| answer.expect("each prompt is in a batch")).collect(), speed))
     }
 }
 
 /// One prompt to answer.
-struct Prompt<'a> {
+struct Asked<'a> {
     line: usize,
     side: PromptSide,
     ids: &'a [u32],
     messages: &'a [Message],
 }
 
-impl<'a> Prompt<'a> {
+impl<'a> Asked<'a> {
     fn new(line: usize, side: PromptSide, ids: Option<&'a Vec<u32>>, messages: &'a [Message]) -> Option<Self> {
         Some(Self { line, side, ids: ids?, messages })
     }
 }
 
-fn prompts_of(r: &Record) -> impl Iterator<Item = Prompt<'_>> {
-    let unsafe_ = Prompt::new(r.line, PromptSide::Unsafe, r.unsafe_prompt.as_ref(), &r.unsafe_messages);
-    let safe = Prompt::new(r.line, PromptSide::Safe, r.safe_prompt.as_ref(), &r.safe_messages);
+fn prompts_of(r: &Record) -> impl Iterator<Item = Asked<'_>> {
+    let unsafe_ = Asked::new(r.line, PromptSide::Unsafe, r.unsafe_prompt.as_ref(), &r.unsafe_messages);
+    let safe = Asked::new(r.line, PromptSide::Safe, r.safe_prompt.as_ref(), &r.safe_messages);
     unsafe_.into_iter().chain(safe)
 }
 

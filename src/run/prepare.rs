@@ -98,6 +98,7 @@ pub(super) fn describe_trained(session: &Session, recipe: &Recipe, ui: &Ui) {
 /// Prints the predicted memory of a rank that trains at most `trained` elements at once, and returns it in bytes.
 pub(super) fn predict_memory<B: Backend>(
     session: &Session,
+    config: &RunConfig,
     recipe: &Recipe,
     rank: &Rank,
     trained: usize,
@@ -105,7 +106,7 @@ pub(super) fn predict_memory<B: Backend>(
 ) -> u64 {
     let budget = memory::budget(backend, rank.local_world_size, session.model.vocab_size);
     let world_size = rank.world.world_size();
-    let forecast = MemoryForecast::new(session, recipe, trained, world_size, budget);
+    let forecast = MemoryForecast::new(session, config, recipe, trained, world_size, budget);
     rank.ui.line(forecast.describe(session, world_size, budget));
     forecast.total()
 }

@@ -1,7 +1,8 @@
 //! The model's own replies to the prompts of a data set, by greedy decoding: spread over the ranks, and cached in the output folder.
 //!
-//! A reply depends on the model, its prompt and the largest number of tokens only: not on the other prompts, and not on the number
-//! of ranks. Where several tokens have the highest logit, the one with the lowest id is taken.
+//! A reply depends on the model, its prompt and the largest number of tokens: not on the number of ranks, and not on the other
+//! prompts, except where two tokens have the highest logit to within rounding: sums of one row may be rounded in another order than
+//! those of several. Where logits are equal, the token with the lowest id is taken.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::generate::{Answer, greedy};
+use super::generate::{Answer, Generation, Prompt, batches, check_cache};
 use super::progress::Progress;
 use super::refusals::LISTS;
 use super::session::Session;
@@ -20,12 +21,15 @@ use crate::data::{Dataset, Example, Record};
 use crate::exit::{self, Failure, Result};
 use crate::files::{self, AtomicFile};
 use crate::model::Intervention;
-use crate::report::{FinishReason, OwnReply, PromptSide, REPLY_SCHEMA};
+use crate::report::{FinishReason, GenerationSpeed, OwnReply, PromptSide, REPLY_SCHEMA, Sampling};
 use crate::train::Replica;
 use crate::ui::Ui;
 
 /// The cache is written at most this often before the end.
 const BETWEEN_WRITES: Duration = Duration::from_secs(60);
+
+/// Forward passes between two moments at which the ranks agree whether to stop: no rank waits for the others for long.
+const PASSES: usize = 32;
 
 /// Which prompts the model answers, and how.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +40,8 @@ pub struct AskOptions<'a> {
     pub sides: &'a [PromptSide],
     /// Largest number of tokens of a reply.
     pub max_new_tokens: usize,
+    /// Replies that are generated together on each rank.
+    pub batch_size: usize,
     /// The intervention that the replica's model has.
     pub intervention: Option<&'a Intervention>,
     /// The file that keeps the replies; `None`: they are not kept.
@@ -84,30 +90,79 @@ pub fn own_replies<B: Backend>(
         ui.line(format_args!("own replies: {known} of {} are in the cache", questions.len()));
     }
     let (rank, size) = (world.rank(), world.world_size());
-    let progress = Progress::new(ui, open.len().div_ceil(size), "own replies");
-    let intervals = open.chunks(size);
+    let lengths: Vec<usize> = open.iter().map(|q| q.prompt.len()).collect();
+    let batches = batches(&lengths, ask.batch_size);
+    let plan = all_ok(world, check_cache(replica.model(), &lengths, &batches, ask.max_new_tokens))?;
+    if !open.is_empty() {
+        ui.line(format_args!("own replies: {plan}"));
+    }
+    let mut asking = Asking {
+        replica,
+        eos: session.tokenizer.eos_ids(),
+        sampling: Sampling::greedy(ask.max_new_tokens),
+        progress: Progress::new(ui, open.len().div_ceil(size), "own replies"),
+        speed: GenerationSpeed { batch_size: ask.batch_size, ..GenerationSpeed::default() },
+    };
+    // Each rank takes a batch of an interval. The batches are the same at any number of ranks.
+    let intervals = batches.chunks(size);
     let last = intervals.len().saturating_sub(1);
-    for (i, asked) in intervals.enumerate() {
-        let answered = asked.get(rank).map(|question| -> Result<Kept> {
-            let said = greedy(replica.model(), question.prompt, session.tokenizer.eos_ids(), ask.max_new_tokens)?;
-            progress.step(question.prompt.len() + said.ids.len(), "");
-            let Answer { ids, finish: finish_reason } = said;
-            Ok(Kept { key: question.key.clone(), ids, finish_reason })
-        });
-        let own = all_ok(world, answered.transpose())?;
-        let own = serde_json::to_vec(&own).expect("a reply is data");
+    for (i, interval) in intervals.enumerate() {
+        let asked: Vec<_> = interval.get(rank).into_iter().flatten().map(|&question| open[question]).collect();
+        let (own, stop) = asking.ask(&asked)?;
+        let own = serde_json::to_vec(&own).expect("replies are data");
         for other in world.all_gather(&own)? {
-            let reply: Option<Kept> = serde_json::from_slice(&other).expect("a reply of another rank");
-            cache.replies.extend(reply.map(|reply| (reply.key.clone(), reply)));
+            let replies: Vec<Kept> = serde_json::from_slice(&other).expect("the replies of another rank");
+            cache.replies.extend(replies.into_iter().map(|reply| (reply.key.clone(), reply)));
         }
-        let [stop] = replica.any([replica.stop.is_set()])?;
         all_ok(world, cache.write(session, &ask, &questions, stop || i == last))?;
-        if stop && i < last {
+        if stop && questions.iter().any(|q| !cache.replies.contains_key(&q.key)) {
             return Ok(None);
         }
     }
+    if !open.is_empty() {
+        ui.line(format_args!("own replies of rank {rank}: {}", asking.speed));
+    }
     let replies = questions.iter().map(|q| q.reply(session, ask.data, &cache.replies[&q.key]));
     Ok(Some(replies.collect()))
+}
+
+/// What a rank needs to ask its model.
+struct Asking<'a, B: Backend> {
+    replica: &'a Replica<B>,
+    eos: &'a [u32],
+    sampling: Sampling,
+    progress: Progress<'a>,
+    speed: GenerationSpeed,
+}
+
+impl<B: Backend> Asking<'_, B> {
+    /// The replies to a batch of this rank, which may be empty, while other ranks reply to theirs; and whether some rank was asked
+    /// to stop. Then replies that are not complete are left out.
+    fn ask(&mut self, asked: &[&Question<'_>]) -> Result<(Vec<Kept>, bool)> {
+        let Self { replica, eos, sampling, progress, speed } = self;
+        let prompts: Vec<_> = asked.iter().map(|question| Prompt { ids: question.prompt, index: 0 }).collect();
+        let mut generation = Generation::new(replica.model(), &prompts, eos, sampling);
+        let stop = loop {
+            let mut running = Ok(true);
+            for _ in 0..PASSES {
+                let done = |i: usize, ids: &[u32]| progress.step(prompts[i].ids.len() + ids.len(), "");
+                running = generation.advance(speed, done);
+                if !matches!(running, Ok(true)) {
+                    break;
+                }
+            }
+            let running = all_ok(&*replica.world, running)?;
+            let [running, stop] = replica.any([running, replica.stop.is_set()])?;
+            if stop || !running {
+                break stop;
+            }
+        };
+        let replies = asked.iter().zip(generation.into_answers()).filter_map(|(question, said)| {
+            let Answer { ids, finish: finish_reason } = said?;
+            Some(Kept { key: question.key.clone(), ids, finish_reason })
+        });
+        Ok((replies.collect(), stop))
+    }
 }
 
 /// The prompts of these sides, with their keys.

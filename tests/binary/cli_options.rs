@@ -203,6 +203,8 @@ fn contradictions_and_invalid_values_are_configuration_errors() {
         ("--method routing --max-new-tokens 7", "--routing-replies own"),
         ("--method routing --routing-replies traces.jsonl --max-new-tokens 7", "--routing-replies own"),
         ("--method routing --routing-replies own --max-new-tokens 0", "at least 1"),
+        ("--method routing --generation-batch-size 7", "--routing-replies own and --verify"),
+        ("--verify 3 --generation-batch-size 0", "at least 1"),
         ("--method routing --routing-replies own --selection per-batch", "--selection global"),
         ("--method routing --score l2", "--method gradient"),
         ("--method random --score-per token", "--method gradient"),

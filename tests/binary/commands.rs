@@ -272,6 +272,12 @@ fn generations_are_complete_and_reproducible() {
         generations(&output)
     };
     let greedy = run("greedy", "");
+    let speed = read_json(dir.path().join("greedy/eval.json"))["generation"].clone();
+    let generated: u64 = greedy.iter().map(|row| row["n_tokens"].as_u64().unwrap()).sum();
+    assert_eq!((&speed["batch_size"], speed["decoding"]["tokens"].as_u64() >= Some(generated - 4)), (&json!(16), true));
+    assert!(speed["prompts"]["tokens_per_second"].as_f64() > Some(0.0), "{speed}");
+    let in_batches = |size: usize| run(&format!("batches-{size}"), &format!("--generation-batch-size {size}"));
+    assert!(in_batches(1) == greedy && in_batches(3) == greedy, "answers depend on the batch size");
     assert_eq!(greedy.len(), 4);
     for row in &greedy {
         assert_eq!(row["schema"], "moewarden.generation/1");
@@ -338,7 +344,7 @@ fn eval_without_answers_measures_losses_and_exact_replies() {
     let [full, mut short] = [full, short].map(|dir| read_json(dir.join("eval.json")));
     assert_eq!(short["refusals"], json!([]));
     assert_eq!(short["exact"].as_array().unwrap().len(), 2, "both sides");
-    for changed in ["refusals", "seconds", "sampling"] {
+    for changed in ["refusals", "seconds", "sampling", "generation"] {
         short[changed] = full[changed].clone();
     }
     assert_eq!(short, full);

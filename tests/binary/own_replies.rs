@@ -49,7 +49,13 @@ fn own_replies_are_kept_and_counted() {
     assert_eq!(one["rounds"]["1"]["own_replies"]["unsafe_complied"], 5);
     let file = |folder: &str| fs::read_to_string(dir.join(folder).join("own_replies.jsonl")).unwrap();
     assert_eq!(file("one").lines().count(), 9);
+    let memory = ran.out.lines().find(|line| line.contains("memory a rank")).expect("a forecast");
+    assert!(memory.contains("for own replies, of which"), "{memory}");
+    assert!(ran.out.contains("own replies: 1 batch of up to 9, key/value cache"), "{}", ran.out);
+    assert!(ran.out.contains("own replies of rank 0: prompts ") && ran.out.contains("tokens/s"), "{}", ran.out);
 
+    run("identify", dir, "small", &format!("{OWN} --generation-batch-size 2")).ok();
+    assert_eq!(file("small"), file("one"));
     run("identify", dir, "three", &format!("{OWN} --ranks 3")).ok();
     assert_eq!(file("three"), file("one"));
     assert_eq!(scores(dir, "three")["rounds"]["1"]["selected"], one["rounds"]["1"]["selected"]);

@@ -249,13 +249,22 @@ fn two_runs_have_the_same_bits() {
 }
 
 #[test]
-fn decoding_with_a_growing_cache() {
+fn decoding_of_several_sequences_with_a_cache() {
     let case = Case::open("qwen3_moe");
     let (gpu, cpu) = (case.run_on(&case.config, cuda(Dtype::F32)), case.run(&case.config, 1));
-    let (mut ours, mut theirs) = (gpu.model().kv_cache(), cpu.model().kv_cache());
-    for ids in [&[3u32, 9, 4][..], &[7], &[2], &[11, 5], &[1]] {
+    let room = [8, 3, 5];
+    let (mut ours, mut theirs) = (gpu.model().kv_cache(&room), cpu.model().kv_cache(&room));
+    let passes: [&[(usize, &[u32])]; 5] = [
+        &[(0, &[3, 9, 4]), (2, &[8])],
+        &[(1, &[6, 2])],
+        &[(0, &[7]), (1, &[2]), (2, &[5])],
+        &[(2, &[11, 5])],
+        &[(0, &[1])],
+    ];
+    for new in passes {
         let wide = |x: Vec<f32>| x.into_iter().map(f64::from).collect::<Vec<_>>();
-        let (a, b) = (gpu.model().decode(ids, &mut ours), cpu.model().decode(ids, &mut theirs));
+        let (a, b) = (gpu.model().decode(new, &mut ours), cpu.model().decode(new, &mut theirs));
+        assert_eq!(a.len(), new.len() * gpu.model().config.vocab_size);
         assert_near("logits", &wide(a), &wide(b), f32_tolerance());
     }
     let b = &*gpu.model().backend;

@@ -90,9 +90,12 @@ impl<B: Backend> Probe<'_, B> {
         b.fill_columns(&mut filled, &b.indices(&[0, cols as u32 - 1, cols as u32 / 2]), 0.75);
         b.fill_columns(&mut filled, &b.indices(&[]), 1.0);
         self.note_tensor((at, "filled columns"), &filled);
-        b.append_rows(&mut x, &y);
-        b.append_rows(&mut x, &dy);
-        self.note_tensor((at, "append"), &x);
+        let mut x = b.zeros(3 * n, cols);
+        // Every third row, in descending order.
+        b.write_rows(&mut x, &b.indices(&(0..n as u32).rev().map(|i| 3 * i + 2).collect::<Vec<_>>()), &y);
+        b.write_rows(&mut x, &b.indices(&(0..n as u32).map(|i| 3 * i).collect::<Vec<_>>()), &dy);
+        b.write_rows(&mut x, &b.indices(&[]), &b.zeros(0, cols));
+        self.note_tensor((at, "written rows"), &x);
         // Distinct rows, not sorted.
         let rows = b.indices(&(0..3 * n as u32).rev().step_by(2).collect::<Vec<_>>());
         let picked = b.gather_rows(&x, &rows);

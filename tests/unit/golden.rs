@@ -181,8 +181,8 @@ fn forward(name: &str) {
 }
 
 fn decode_all(model: &Model<Cpu>, ids: &[u32]) -> Vec<Vec<f32>> {
-    let mut cache = model.kv_cache();
-    ids.iter().map(|&id| model.decode(&[id], &mut cache)).collect()
+    let mut cache = model.kv_cache(&[ids.len()]);
+    ids.iter().map(|&id| model.decode(&[(0, &[id])], &mut cache)).collect()
 }
 
 fn top_k(run: &CaseRun<'_, Cpu>) -> usize {

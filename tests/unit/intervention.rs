@@ -44,9 +44,9 @@ fn without(full: &Tiny, spec: &TinySpec, experts: &BTreeSet<(usize, usize)>) -> 
 }
 
 fn last_logits(model: &Tiny) -> Vec<f32> {
-    let mut cache = model.model.kv_cache();
-    model.model.decode(&model.ids[..7], &mut cache);
-    model.model.decode(&model.ids[7..9], &mut cache)
+    let mut cache = model.model.kv_cache(&[9]);
+    model.model.decode(&[(0, &model.ids[..7])], &mut cache);
+    model.model.decode(&[(0, &model.ids[7..9])], &mut cache)
 }
 
 fn assert_same(a: (f64, Vec<f32>), b: (f64, Vec<f32>), what: &str) {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use moewarden::backend::cpu::Cpu;
 use moewarden::data::Example;
 use moewarden::launch::Rank;
-use moewarden::report::Sampling;
-use moewarden::run::generate::answer;
+use moewarden::report::{GenerationSpeed, Sampling};
+use moewarden::run::generate::{Prompt, answers};
 use moewarden::train::{example_losses, mean_of};
 use moewarden::ui::Ui;
 
@@ -17,12 +17,15 @@ use crate::case::Case;
 fn examples_of_greedy_answers_are_exact_and_others_are_not() {
     let case = Case::open("olmoe");
     let replica = case.session.replica(Arc::new(Cpu::new(2)), None, &Rank::single(Ui::silent()));
-    let sampling = Sampling { temperature: 0.0, top_p: 1.0, max_new_tokens: 6, seed: 0 };
+    let sampling = Sampling::greedy(6);
     let mut examples = Vec::new();
     for record in &case.session.data.records {
         let Some(prompt) = &record.unsafe_prompt else { continue };
-        let said = answer(replica.model(), prompt, &[], &sampling, 0).unwrap().ids;
-        let ids = [&prompt[..], &said].concat();
+        let asked = [Prompt { ids: prompt, index: 0 }];
+        let said =
+            answers(replica.model(), &asked, &[], &sampling, &mut GenerationSpeed::default(), |_, _| {}).unwrap();
+        let said = &said[0].ids;
+        let ids = [&prompt[..], said].concat();
         let loss = (0..ids.len()).map(|t| t >= prompt.len()).collect();
         examples.push(Example { ids, loss });
         examples.extend(record.unsafe_reply.clone());

@@ -143,10 +143,14 @@ fn embedding_and_gathered_rows() {
 }
 
 #[test]
-fn rows_append_clamp_and_add() {
+fn rows_are_written_clamped_and_added() {
     let cpu = poisoned(2);
-    let mut x = cpu.upload(1, 3, &[1.0, -5.0, 2.0]);
-    cpu.append_rows(&mut x, &cpu.upload(2, 3, &[3.0, 4.0, -2.0, 0.0, -0.5, 9.0]));
+    let mut x = cpu.upload(3, 3, &[7.0, 7.0, 7.0, 1.0, -5.0, 2.0, 7.0, 7.0, 7.0]);
+    let written = cpu.upload(2, 3, &[0.0, -0.5, 9.0, 3.0, 4.0, -2.0]);
+    cpu.write_rows(&mut x, &cpu.indices(&[2, 0]), &written);
+    assert_eq!(cpu.download(&x), [3.0, 4.0, -2.0, 1.0, -5.0, 2.0, 0.0, -0.5, 9.0]);
+    cpu.write_rows(&mut x, &cpu.indices(&[]), &cpu.zeros(0, 3));
+    let mut x = cpu.gather_rows(&x, &cpu.indices(&[1, 0, 2]));
     let y = cpu.upload(3, 3, &[1.0; 9]);
     cpu.add_assign(&mut x, &y);
     assert_eq!(cpu.download(&x), [2.0, -4.0, 3.0, 4.0, 5.0, -1.0, 1.0, 0.5, 10.0]);
@@ -216,6 +220,8 @@ fn attention_and_its_backward() {
         (Packing::continuing(1, 9), 2, 1, 4, None),
         (Packing::continuing(3, 8), 2, 1, 4, Some(4)),
         (Packing::of_lengths([0, 3, 0]), 2, 2, 2, None),
+        // A cache of three sequences: room for later tokens behind each, and one that takes no part.
+        (Packing { queries: vec![0, 0, 2, 2, 3, 3], keys: vec![0, 2, 7, 9, 12, 14] }, 2, 1, 4, None),
     ];
     for (packing, heads, key_heads, dim, window) in cases {
         check_attention(&cpu, &mut rng, &packing, Heads { queries: heads, keys: key_heads, dim, window }, true);

@@ -9,8 +9,8 @@ use moewarden::collective::conformance::on_threads;
 use moewarden::data::Dataset;
 use moewarden::exit::{self, Result};
 use moewarden::launch::Rank;
-use moewarden::report::{FinishReason, OWN_REPLIES, OwnReply, PromptSide};
-use moewarden::run::generate::greedy;
+use moewarden::report::{FinishReason, GenerationSpeed, OWN_REPLIES, OwnReply, PromptSide, Sampling};
+use moewarden::run::generate::{Prompt, answers};
 use moewarden::run::replies::{AskOptions, own_replies};
 use moewarden::train::StopFlag;
 use moewarden::ui::Ui;
@@ -26,8 +26,18 @@ fn ask(
     max_new_tokens: usize,
     cache: Option<&Path>,
 ) -> Result<Option<Vec<OwnReply>>> {
+    ask_in_batches(case, data, rank, (max_new_tokens, 3), cache)
+}
+
+fn ask_in_batches(
+    case: &Case,
+    data: &Dataset,
+    rank: &Rank,
+    (max_new_tokens, batch_size): (usize, usize),
+    cache: Option<&Path>,
+) -> Result<Option<Vec<OwnReply>>> {
     let replica = case.run_as(&case.config, Arc::new(Cpu::new(1)), rank).replica;
-    let options = AskOptions { data, sides: &SIDES, max_new_tokens, intervention: None, cache };
+    let options = AskOptions { data, sides: &SIDES, max_new_tokens, batch_size, intervention: None, cache };
     own_replies(&case.session, &replica, options, &Ui::silent())
 }
 
@@ -45,9 +55,11 @@ fn replies_are_greedy_and_the_same_at_any_number_of_ranks() {
     for reply in &one {
         let record = &case.session.data.records[reply.record];
         let prompt = if reply.side == PromptSide::Unsafe { &record.unsafe_prompt } else { &record.safe_prompt };
-        let alone = greedy(&model, prompt.as_ref().unwrap(), eos, 5).unwrap();
+        let prompt = [Prompt { ids: prompt.as_ref().unwrap(), index: 0 }];
+        let alone = answers(&model, &prompt, eos, &Sampling::greedy(5), &mut GenerationSpeed::default(), |_, _| {});
+        let alone = alone.unwrap().remove(0);
         assert_eq!((&reply.ids, reply.finish_reason), (&alone.ids, alone.finish), "line {}", reply.line);
-        assert_eq!((reply.line, reply.prompt_tokens), (record.line, prompt.as_ref().unwrap().len()));
+        assert_eq!((reply.line, reply.prompt_tokens), (record.line, prompt[0].ids.len()));
         assert_eq!(reply.response, case.session.tokenizer.decode(&reply.ids));
     }
     for ranks in 2..=3 {
@@ -61,6 +73,17 @@ fn replies_are_greedy_and_the_same_at_any_number_of_ranks() {
         });
         assert!(several.iter().all(|replies| *replies == one), "{ranks} ranks");
         assert_eq!(fs::read_to_string(file).unwrap().lines().count(), one.len());
+    }
+}
+
+#[test]
+fn replies_do_not_depend_on_the_batch_size() {
+    let case = Case::open_as_read("olmoe");
+    let rank = Rank::single(Ui::silent());
+    let one = ask_in_batches(&case, &case.session.data, &rank, (6, 1), None).unwrap();
+    assert!(one.as_ref().is_some_and(|replies| replies.len() > 3));
+    for size in [2, 100] {
+        assert_eq!(ask_in_batches(&case, &case.session.data, &rank, (6, size), None).unwrap(), one, "{size}");
     }
 }
 
@@ -123,6 +146,12 @@ fn a_stop_keeps_the_replies_so_far() {
     let rank = Rank { stop: StopFlag::default(), ..Rank::single(Ui::silent()) };
     rank.stop.set();
     assert_eq!(ask(&case, &case.session.data, &rank, 3, Some(&file)).unwrap(), None);
-    assert_eq!(fs::read_to_string(&file).unwrap().lines().count(), 1, "one interval of one rank");
+    assert_eq!(fs::read_to_string(&file).unwrap().lines().count(), 3, "one batch of one rank");
     assert_eq!(ask_alone(&case, 3, Some(&file)), ask_alone(&case, 3, None));
+    // Within a batch, it keeps the replies that are complete.
+    assert_eq!(ask(&case, &case.session.data, &rank, 40, Some(&file)).unwrap(), None);
+    let text = fs::read_to_string(&file).unwrap();
+    let rows: Vec<OwnReply> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(rows.iter().all(|row| row.ids.len() <= 3 || row.finish_reason == FinishReason::Stop), "{text}");
+    assert_eq!(ask_alone(&case, 40, Some(&file)), ask_alone(&case, 40, None));
 }

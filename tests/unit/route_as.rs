@@ -12,8 +12,8 @@ fn results(tiny: &Tiny) -> (f64, f64, Vec<u32>, [Vec<f32>; 2]) {
     let forward = tiny.model.forward(&inputs, nothing_kept(PassEnd::Loss { all_rows: false }), None);
     let pruned = tiny.model.loss(&inputs, &forward);
     let (whole, chosen) = tiny.loss();
-    let mut cache = tiny.model.kv_cache();
-    let logits = [&tiny.ids[..7], &tiny.ids[7..9]].map(|ids| tiny.model.decode(ids, &mut cache));
+    let mut cache = tiny.model.kv_cache(&[9]);
+    let logits = [&tiny.ids[..7], &tiny.ids[7..9]].map(|ids| tiny.model.decode(&[(0, ids)], &mut cache));
     (pruned, whole, chosen, logits)
 }
 

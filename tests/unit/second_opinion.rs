@@ -25,7 +25,7 @@ fn weights(tiny: &Tiny) -> VarBuilder<'static> {
 fn compare(tiny: &Tiny, mut theirs: impl FnMut(&Tensor) -> candle_core::Result<Tensor>) {
     for upto in [1, 2, 7, 19] {
         let row = &tiny.ids[..upto];
-        let ours = tiny.model.decode(row, &mut tiny.model.kv_cache());
+        let ours = tiny.model.decode(&[(0, row)], &mut tiny.model.kv_cache(&[row.len()]));
         let ids = Tensor::new(row, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
         let theirs = theirs(&ids).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let largest = theirs.iter().fold(0.0f32, |a, x| a.max(x.abs()));

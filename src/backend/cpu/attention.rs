@@ -150,7 +150,9 @@ pub(super) fn attention(cpu: &Cpu, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Se
     let width = q.cols();
     let mut y = cpu.pool.take(q.rows(), width);
     let out = SharedSlice::new(y.values_mut());
-    Task::all(seqs, heads).into_par_iter().with_max_len(1).for_each(|task| {
+    let mut tasks = Task::all(seqs, heads);
+    tasks.retain(|task| !task.queries.is_empty()); // keys that nothing attends to
+    tasks.into_par_iter().with_max_len(1).for_each(|task| {
         let k = copy_head(k, task.keys.clone(), task.key_head, dim);
         let v = copy_head(v, task.keys.clone(), task.key_head, dim);
         let mut scores = Scratch::take(0);

@@ -1,4 +1,4 @@
-//! Embedding lookup, and gathering rows of activations by index.
+//! Embedding lookup, and gathering and writing rows of activations by index.
 
 use rayon::prelude::*;
 
@@ -38,6 +38,15 @@ pub(super) fn gather_rows(cpu: &Cpu, x: &Tensor, rows: &[u32]) -> Tensor {
 pub(super) fn gather_rows_backward(dy: &Tensor, rows: &[u32], dx: &mut Tensor) {
     dy.expect_shape("dy of gathered rows", rows.len(), dx.cols());
     scatter_add(dy, rows, dx.values_mut());
+}
+
+/// `x[rows[i]] = y[i]`, for distinct rows.
+pub(super) fn write_rows(x: &mut Tensor, rows: &[u32], y: &Tensor) {
+    let d = x.cols();
+    y.expect_shape("y of written rows", rows.len(), d);
+    for (i, &row) in rows.iter().enumerate() {
+        x.values_mut()[row as usize * d..][..d].copy_from_slice(y.row(i));
+    }
 }
 
 /// `into[rows[i]] += dy[i]`. A stable sort makes each target row one task, which adds in ascending order of i.

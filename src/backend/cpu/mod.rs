@@ -211,8 +211,8 @@ impl Backend for Cpu {
     fn gather_rows_backward(&self, dy: &Tensor, rows: &Indices, dx: &mut Tensor) {
         self.run(|| embedding::gather_rows_backward(dy, &rows.0, dx));
     }
-    fn append_rows(&self, x: &mut Tensor, y: &Tensor) {
-        x.append(y);
+    fn write_rows(&self, x: &mut Tensor, rows: &Indices, y: &Tensor) {
+        embedding::write_rows(x, &rows.0, y);
     }
     fn clamp(&self, x: &mut Tensor, limit: f32) {
         self.run(|| {

@@ -144,20 +144,6 @@ impl Tensor {
             self.cols
         );
     }
-
-    /// Appends the rows of `other`. Storage that is too small at least doubles, so appending to a key/value cache takes
-    /// amortised constant time per row.
-    pub(super) fn append(&mut self, other: &Tensor) {
-        assert!(self.cols == other.cols, "appending rows of {} columns to rows of {}", other.cols, self.cols);
-        let (old, new) = (self.rows * self.cols, (self.rows + other.rows) * self.cols);
-        if new > self.storage.len() {
-            let mut grown = self.pool.storage(new.max(2 * old));
-            grown[..old].copy_from_slice(self.values());
-            self.pool.recycle(std::mem::replace(&mut self.storage, grown));
-        }
-        self.storage[old..new].copy_from_slice(other.values());
-        self.rows += other.rows;
-    }
 }
 
 impl Drop for Tensor {
@@ -202,18 +188,5 @@ mod tests {
             let class = size_class(len);
             assert!(class >= len && class <= len + len / 8 + 64, "{len} -> {class}");
         }
-    }
-
-    #[test]
-    fn appending_keeps_all_rows() {
-        let pool = Arc::new(TensorPool::default());
-        let mut all = pool.take(0, 3);
-        for i in 0..500 {
-            let mut one = pool.take(1, 3);
-            one.values_mut().fill(i as f32);
-            all.append(&one);
-        }
-        assert_eq!(all.rows(), 500);
-        assert!((0..500).all(|i| all.row(i) == [i as f32; 3]));
     }
 }

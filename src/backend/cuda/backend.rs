@@ -102,8 +102,8 @@ impl Backend for Cuda {
     fn gather_rows_backward(&self, dy: &Tensor, rows: &Indices, dx: &mut Tensor) {
         rows::gather_rows_backward(self, dy, rows, dx);
     }
-    fn append_rows(&self, x: &mut Tensor, y: &Tensor) {
-        rows::append_rows(self, x, y);
+    fn write_rows(&self, x: &mut Tensor, rows: &Indices, y: &Tensor) {
+        rows::write_rows(self, x, rows, y);
     }
     fn clamp(&self, x: &mut Tensor, limit: f32) {
         elements::clamp(self, x, limit);

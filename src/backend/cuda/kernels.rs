@@ -107,6 +107,7 @@ kernels! {
 
     // rows.cu
     fn gather_rows(x: In<u8>, index: In<u32>, divide: u32, y: Out<u8>, bytes: usize),
+    fn write_rows(x: InOut<u8>, index: In<u32>, y: In<u8>, bytes: usize),
     fn add_rows<T>(x: InOut<T>, index: In<u32>, y: In<T>, cols: usize),
     fn embedding_backward<T>(dy: In<T>, ids: In<u32>, order: In<u32>, starts: In<u32>, dw: InOut<f32>, cols: usize),
     fn fill_columns<T>(x: InOut<T>, columns: In<u32>, count: usize, cols: usize, value: f32)

@@ -163,6 +163,7 @@ impl CausalCheck<'_> {
             data,
             sides: &[PromptSide::Unsafe],
             max_new_tokens: self.max_new_tokens,
+            batch_size: config.generation_batch_size,
             intervention: None,
             cache: Some(&config.output_dir.join(OWN_REPLIES)),
         };

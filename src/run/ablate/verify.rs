@@ -10,12 +10,10 @@ use crate::exit::{Result, Stopped};
 use crate::experts::ExpertId;
 use crate::judge::{Matching, Verdict};
 use crate::report::{AblationReport, read_json};
+use crate::run::generate::VERIFY_NEW_TOKENS;
 use crate::run::session::Session;
 use crate::train::{Identification, Replica, Switch, can_switch_off};
 use crate::ui::Ui;
-
-/// Maximum length of an own answer in tokens without `--max-new-tokens`: the default of `ablate`.
-const MAX_NEW_TOKENS: usize = 32;
 
 /// Judges a selection of the model as it is, against `--verify` random sets; writes `ablation.json` and `ablation.html`, and
 /// prints the result. `Some`: a signal stopped it.
@@ -47,7 +45,7 @@ pub fn verify<B: Backend>(
         matching: Matching::LayerLoad,
         seed: config.seed,
         batch_size: config.batch_size,
-        max_new_tokens: config.max_new_tokens.unwrap_or(MAX_NEW_TOKENS),
+        max_new_tokens: config.max_new_tokens.unwrap_or(VERIFY_NEW_TOKENS),
     };
     let report = match check.run(replica, config, ui)? {
         Judged::Report(report) => report,

@@ -1,5 +1,7 @@
 //! The memory of a run, predicted from shapes.
 
+use super::generation::GenerationMemory;
+use crate::config::RunConfig;
 use crate::launch::memory::human;
 use crate::model::ParamKind;
 use crate::run::session::Session;
@@ -15,6 +17,8 @@ pub struct MemoryForecast {
     pub activations: u64,
     /// Gradients, optimizer state and new weights.
     pub state: TrainedState,
+    /// The model's own replies, which are not generated while activations wait for a backward.
+    pub generation: GenerationMemory,
     /// Tokens of the largest micro-batch.
     pub rows: usize,
     /// Micro-batches whose activations exist at the same time.
@@ -25,7 +29,14 @@ pub struct MemoryForecast {
 
 impl MemoryForecast {
     /// Of a run that trains at most `trained` elements at once, on `world_size` ranks.
-    pub fn new(session: &Session, recipe: &Recipe, trained: usize, world_size: usize, budget: MemoryBudget) -> Self {
+    pub fn new(
+        session: &Session,
+        config: &RunConfig,
+        recipe: &Recipe,
+        trained: usize,
+        world_size: usize,
+        budget: MemoryBudget,
+    ) -> Self {
         let rows = session.longest_batch(recipe.batch_size);
         let activations = Activations::predict(&session.model, rows, &budget);
         let layers = session.model.layers.len();
@@ -42,6 +53,7 @@ impl MemoryForecast {
             weights: (session.table.total().bytes + base_head) as u64,
             activations: waiting.saturating_mul(forwards as u64).saturating_add(activations.working),
             state: trained_state(session, trained, world_size, budget),
+            generation: GenerationMemory::new(session, config, recipe, &budget),
             rows,
             forwards,
             kept_layers: layers - keep_from,
@@ -50,12 +62,19 @@ impl MemoryForecast {
 
     /// The predicted peak of a rank.
     pub fn total(&self) -> u64 {
-        self.activations.saturating_add(self.weights + self.state.whole + self.state.sharded)
+        let passes = self.activations.max(self.generation.total());
+        passes.saturating_add(self.weights + self.state.whole + self.state.sharded)
     }
 
     /// The forecast in text.
     pub fn describe(&self, session: &Session, world_size: usize, budget: MemoryBudget) -> String {
-        let Self { state, forwards, rows, kept_layers, .. } = *self;
+        let Self { state, forwards, rows, kept_layers, generation, .. } = *self;
+        let replies = match generation.cache {
+            0 => String::new(),
+            cache => {
+                format!(", or {} for own replies, of which {} keys and values", human(generation.total()), human(cache))
+            }
+        };
         let of = if forwards == 1 { "a micro-batch".into() } else { format!("{forwards} micro-batches") };
         let mapped = match session.checkpoint {
             _ if budget.device => "",
@@ -64,7 +83,7 @@ impl MemoryForecast {
         };
         format!(
             "memory a rank: weights {}{mapped}, activations {} for {of} of up to {rows} tokens ({kept_layers} of {} layers \
-             kept, the others recomputed), trained state {} ({} {}, 1/{world_size} of masters and moments {}): {} in total; {} \
+             kept, the others recomputed){replies}, trained state {} ({} {}, 1/{world_size} of masters and moments {}): {} in total; {} \
              free",
             human(self.weights),
             human(self.activations),

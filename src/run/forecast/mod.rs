@@ -1,5 +1,6 @@
 //! What a run will take: memory from shapes, time from counted operations and measured rates.
 
+mod generation;
 mod memory;
 mod rates;
 mod time;

@@ -1,4 +1,4 @@
-//! Embedding lookup, gathered rows and appended rows.
+//! Embedding lookup, gathered rows and written rows.
 
 use super::row_grid;
 use crate::backend::Dtype;
@@ -61,20 +61,13 @@ pub fn gather_rows_backward(cuda: &Cuda, dy: &Tensor, rows: &Indices, dx: &mut T
     kernels::add_rows(cuda, grid, dx.inout(), rows.input(), dy.input(), cols);
 }
 
-/// Appends the rows of y to x. Memory at least doubles when it is too small, so that a growing key/value cache costs
-/// amortised O(1) per row.
-pub fn append_rows(cuda: &Cuda, x: &mut Tensor, y: &Tensor) {
-    assert!(x.cols() == y.cols(), "appending rows of {} columns to rows of {}", y.cols(), x.cols());
-    assert!(x.dtype() == y.dtype(), "appending {:?} to {:?}", y.dtype(), x.dtype());
-    let row = x.cols() * x.dtype().size();
-    let (old, new) = (x.rows() * row, (x.rows() + y.rows()) * row);
-    if new > x.memory.bytes() {
-        let grown = cuda.scratch(new.max(2 * old));
-        cuda.copy(x.address(), grown.address(), old);
-        x.memory = grown;
-    }
-    cuda.copy(y.address(), x.address().offset(old), new - old);
-    x.rows += y.rows();
+/// `x[rows[i]] = y[i]` for distinct rows.
+pub fn write_rows(cuda: &Cuda, x: &mut Tensor, rows: &Indices, y: &Tensor) {
+    y.expect_shape("y of written rows", rows.len(), x.cols());
+    check_range(rows, x.rows(), "row");
+    assert!(x.dtype() == y.dtype(), "writing {:?} into {:?}", y.dtype(), x.dtype());
+    let (grid, bytes) = (row_grid(rows.len(), x.cols(), x.dtype()), x.cols() * x.dtype().size());
+    kernels::write_rows(cuda, grid, x.inout().bytes(), rows.input(), y.input().bytes(), bytes);
 }
 
 /// See [`crate::backend::Backend::fill_columns`].

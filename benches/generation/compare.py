@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Generation in batches: moewarden, an earlier moewarden, and transformers' `generate`, in turns; prints the table of
+docs/benchmarks.md.
+
+    python compare.py --planted MODEL --binary NEW [--earlier OLD] [--peer] --out FOLDER
+
+MODEL is a model of tests/planted. The second model is random, in the shape of benches/peer/make_model.py, with the tokenizer of the
+first. Every answer of the random model has --max-new-tokens tokens. `--peer` needs torch and transformers in this Python.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+
+
+def make_random(planted, out, dtype):
+    """A random model, and 32 prompts of 20 to 200 words."""
+    model = out / f"random-{dtype}"
+    if not (model / "config.json").exists():
+        subprocess.run([sys.executable, HERE.parent / "peer/make_model.py", model, "--dtype", dtype], check=True)
+        for name in TOKENIZER:
+            shutil.copy(planted / name, model / name)
+    rows = out / "rows.jsonl"
+    chats = [json.loads(line)["messages"][0]["content"] for line in open(planted / "benign.jsonl")]
+    words, rng = " ".join(chats).split(), random.Random(0)
+    with open(rows, "w") as file:
+        for i in range(32):
+            text = " ".join(rng.choice(words) for _ in range(20 + 180 * i // 31))
+            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "I cannot help with that"}]
+            file.write(json.dumps({"label": "unsafe", "messages": messages}) + "\n")
+    return model, rows
+
+
+def ours(a, binary, model, rows, folder, tokens, size):
+    """(seconds of all answers, tokens, tokens/s of prompts and of decoding); `size` None: an earlier version."""
+    shutil.rmtree(folder, ignore_errors=True)
+    batch = [] if size is None else ["--generation-batch-size", str(size)]
+    line = [binary, "eval", "--model-name", model, "--dataset-path", rows, "--output-dir", folder, "--max-new-tokens", tokens,
+            "--device", "cpu", "--threads", a.threads, "--quiet", *batch]
+    subprocess.run([str(word) for word in line], check=True, stdout=subprocess.DEVNULL)
+    report = json.loads((folder / "eval.json").read_text())
+    said = [json.loads(line) for line in open(folder / "generations.jsonl")]
+    speed = report.get("generation")
+    rates = [speed[part]["tokens_per_second"] for part in ("prompts", "decoding")] if speed else None
+    return report["seconds"], [row["n_tokens"] for row in said], rates, [row["response"] for row in said]
+
+
+def peer(a, model, folder, tokens, size, dtype):
+    line = [sys.executable, HERE / "peer.py", "--model", model, "--answers", folder / "generations.jsonl", "--batch-size", size,
+            "--max-new-tokens", tokens, "--dtype", dtype, "--threads", a.threads]
+    done = subprocess.run([str(word) for word in line], check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result["seconds"], result["tokens"], None, f"{result['same']} of {result['of']} answers as ours"
+
+
+def measure(a, name, model, rows, tokens, dtype):
+    """Rounds of all programs in turns; prints a row for each."""
+    sizes = [int(size) for size in a.sizes.split(",")]
+    folder = a.out / "answers"
+    programs = {}
+    if a.earlier:
+        programs["earlier, one by one"] = lambda: ours(a, a.earlier, model, rows, a.out / "earlier", tokens, None)
+    for size in sizes:
+        programs[f"moewarden, {size}"] = lambda size=size: ours(a, a.binary, model, rows, folder, tokens, size)
+    for size in sizes if a.peer else []:
+        programs[f"transformers, {size}"] = lambda size=size: peer(a, model, folder, tokens, size, dtype)
+    runs = {program: [] for program in programs}
+    for i in range(a.rounds):
+        for program, run in programs.items():
+            runs[program].append(run())
+            print(f"{name}, round {i + 1}, {program}: {runs[program][-1][0]:.2f} s", file=sys.stderr, flush=True)
+    first = next(iter(runs.values()))
+    for program, results in runs.items():
+        rate = statistics.median(sum(tokens) / seconds for seconds, tokens, *_ in results)
+        ratio = statistics.median(f[0] / r[0] for f, r in zip(first, results))
+        rates = results[0][2] and [statistics.median(r[2][part] for r in results) for part in (0, 1)]
+        parts = f"{rates[0]:.0f} | {rates[1]:.0f}" if rates else "- | -"
+        same = results[0][3]
+        if not isinstance(same, str):
+            same = f"{sum(x == y for x, y in zip(same, first[0][3]))} of {len(same)} as the first"
+        print(f"| {name} | {program} | {rate:.1f} | {ratio:.2f} | {parts} | {same} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--planted", type=Path, required=True)
+    parser.add_argument("--binary", required=True)
+    parser.add_argument("--earlier")
+    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sizes", default="1,8,32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--models", default="planted,float32,bfloat16")
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    print("| model | program, batch | tokens/s | faster than the first | prompts, tokens/s | decoding, tokens/s | answers |")
+    print("|---|---|---|---|---|---|---|")
+    for kind in a.models.split(","):
+        if kind == "planted":
+            measure(a, "planted, f32", a.planted, a.planted / "unsafe_new.jsonl", a.max_new_tokens, "float32")
+        else:
+            measure(a, f"random, {kind}", *make_random(a.planted, a.out, kind), a.max_new_tokens, kind)
+
+
+if __name__ == "__main__":
+    main()
