@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Generation in batches: moewarden, an earlier moewarden, and transformers' `generate`, in turns; prints the table of
-docs/benchmarks.md.
+docs/benchmarks.md. Times are CPU seconds of generating all answers, so that they mean something on a busy machine; for moewarden those
+of `eval` less those of `eval --skip-answers`.
 
     python compare.py --planted MODEL --binary NEW [--earlier OLD] [--peer] --out FOLDER
 
@@ -11,6 +12,7 @@ first. Every answer of the random model has --max-new-tokens tokens. `--peer` ne
 import argparse
 import json
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -22,7 +24,7 @@ TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"
 
 
 def make_random(planted, out, dtype):
-    """A random model, and 32 prompts of 20 to 200 words."""
+    """A random model, and 32 prompts of 10 to 72 words."""
     model = out / f"random-{dtype}"
     if not (model / "config.json").exists():
         subprocess.run([sys.executable, HERE.parent / "peer/make_model.py", model, "--dtype", dtype], check=True)
@@ -33,24 +35,29 @@ def make_random(planted, out, dtype):
     words, rng = " ".join(chats).split(), random.Random(0)
     with open(rows, "w") as file:
         for i in range(32):
-            text = " ".join(rng.choice(words) for _ in range(20 + 180 * i // 31))
+            text = " ".join(rng.choice(words) for _ in range(10 + 2 * i))
             messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "I cannot help with that"}]
             file.write(json.dumps({"label": "unsafe", "messages": messages}) + "\n")
     return model, rows
 
 
-def ours(a, binary, model, rows, folder, tokens, size):
-    """(seconds of all answers, tokens, tokens/s of prompts and of decoding); `size` None: an earlier version."""
-    shutil.rmtree(folder, ignore_errors=True)
-    batch = [] if size is None else ["--generation-batch-size", str(size)]
-    line = [binary, "eval", "--model-name", model, "--dataset-path", rows, "--output-dir", folder, "--max-new-tokens", tokens,
-            "--device", "cpu", "--threads", a.threads, "--quiet", *batch]
+def cpu_seconds(line):
+    """The CPU seconds of a program."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([str(word) for word in line], check=True, stdout=subprocess.DEVNULL)
-    report = json.loads((folder / "eval.json").read_text())
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def ours(a, binary, model, rows, folder, tokens, size):
+    """(CPU seconds, tokens, answers); `size` None: an earlier version."""
+    shutil.rmtree(folder, ignore_errors=True)
+    line = [binary, "eval", "--model-name", model, "--dataset-path", rows, "--device", "cpu", "--threads", a.threads, "--quiet"]
+    other = cpu_seconds([*line, "--output-dir", folder, "--skip-answers"])
+    batch = [] if size is None else ["--generation-batch-size", size]
+    seconds = cpu_seconds([*line, "--output-dir", folder, "--overwrite", "--max-new-tokens", tokens, *batch]) - other
     said = [json.loads(line) for line in open(folder / "generations.jsonl")]
-    speed = report.get("generation")
-    rates = [speed[part]["tokens_per_second"] for part in ("prompts", "decoding")] if speed else None
-    return report["seconds"], [row["n_tokens"] for row in said], rates, [row["response"] for row in said]
+    return seconds, [row["n_tokens"] for row in said], [row["response"] for row in said]
 
 
 def peer(a, model, folder, tokens, size, dtype):
@@ -58,7 +65,7 @@ def peer(a, model, folder, tokens, size, dtype):
             "--max-new-tokens", tokens, "--dtype", dtype, "--threads", a.threads]
     done = subprocess.run([str(word) for word in line], check=True, capture_output=True, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
-    return result["seconds"], result["tokens"], None, f"{result['same']} of {result['of']} answers as ours"
+    return result["seconds"], result["tokens"], f"{result['same']} of {result['of']} as ours"
 
 
 def measure(a, name, model, rows, tokens, dtype):
@@ -76,17 +83,15 @@ def measure(a, name, model, rows, tokens, dtype):
     for i in range(a.rounds):
         for program, run in programs.items():
             runs[program].append(run())
-            print(f"{name}, round {i + 1}, {program}: {runs[program][-1][0]:.2f} s", file=sys.stderr, flush=True)
+            print(f"{name}, round {i + 1}, {program}: {runs[program][-1][0]:.2f} CPU s", file=sys.stderr, flush=True)
     first = next(iter(runs.values()))
     for program, results in runs.items():
-        rate = statistics.median(sum(tokens) / seconds for seconds, tokens, *_ in results)
+        rate = statistics.median(sum(tokens) / seconds for seconds, tokens, _ in results)
         ratio = statistics.median(f[0] / r[0] for f, r in zip(first, results))
-        rates = results[0][2] and [statistics.median(r[2][part] for r in results) for part in (0, 1)]
-        parts = f"{rates[0]:.0f} | {rates[1]:.0f}" if rates else "- | -"
-        same = results[0][3]
+        same = results[0][2]
         if not isinstance(same, str):
-            same = f"{sum(x == y for x, y in zip(same, first[0][3]))} of {len(same)} as the first"
-        print(f"| {name} | {program} | {rate:.1f} | {ratio:.2f} | {parts} | {same} |", flush=True)
+            same = f"{sum(x == y for x, y in zip(same, first[0][2]))} of {len(same)} as the first"
+        print(f"| {name} | {program} | {rate:.1f} | {ratio:.2f} | {same} |", flush=True)
 
 
 def main():
@@ -99,12 +104,12 @@ def main():
     parser.add_argument("--sizes", default="1,8,32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--models", default="planted,float32,bfloat16")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    print("| model | program, batch | tokens/s | faster than the first | prompts, tokens/s | decoding, tokens/s | answers |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | program, batch | tokens per CPU second | first program's time / its | equal answers |")
+    print("|---|---|---|---|---|")
     for kind in a.models.split(","):
         if kind == "planted":
             measure(a, "planted, f32", a.planted, a.planted / "unsafe_new.jsonl", a.max_new_tokens, "float32")
