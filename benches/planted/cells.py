@@ -66,6 +66,7 @@ def trainings(rate: str) -> dict[str, list[str]]:
 
 
 ALWAYS = ("found", "random", "all experts", "baseline", "combined", "found, retention", "combined, retention")
+ALWAYS_AT_HIGH_RATES = ("found", "random", "found, retention", "combined, retention")
 AT_HIGH_RATES = (
     "found", "random", "all experts", "baseline", "router-only", "router-only, last token, fixed target", "combined",
     "found, retention", "baseline, retention", "combined, retention", "found, identified once", "found, identified every round",
@@ -218,7 +219,7 @@ def training_cells(program: Program, model: Model, rate: str, thorough: bool) ->
     if rate == RATES[0]:
         wanted = tuple(ways) if thorough else ALWAYS
     else:
-        wanted = AT_HIGH_RATES if thorough else ALWAYS[:2]
+        wanted = AT_HIGH_RATES if thorough else ALWAYS_AT_HIGH_RATES
     for name, args in ways.items():
         if name in wanted:
             yield f"train {name} {rate}", lambda folder, a=args: train(program, model, a, folder)

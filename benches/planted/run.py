@@ -31,6 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--thorough", nargs="+", default=["clean"], help="kinds with all ways to train")
     parser.add_argument("--rates", nargs="+", default=["1e-4", "1e-3", "3e-4"])
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/moewarden")
+    parser.add_argument("--commit", help="of the sources of --binary (default: the last one here that changed src)")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no measurement after this time")
     parser.add_argument("--no-train", action="store_true", help="identify and ablate only")
@@ -40,7 +41,7 @@ def arguments() -> argparse.Namespace:
 
 
 def models(args: argparse.Namespace) -> tuple[list[cells.Model], list[str]]:
-    """The models, made where they are missing, and the names of those that are missing still."""
+    """The models, made where they are missing, failed plantings among them, and the names of those that are missing still."""
     folder = args.models or args.out / "models"
     if not args.no_make:
         make = ["--out", folder, "--kinds", *args.kinds, "--shapes", *args.shapes, "--seeds", *map(str, args.seeds)]
@@ -56,26 +57,26 @@ def main() -> None:
     found, missing = models(args)
     program.deadline = time.monotonic() + 60 * args.minutes
     tasks = []
-    for model in found:
+    planted = [m for m in found if m.truth["accepted"]]
+    for model in planted:
         tasks += [(model, *cell) for cell in cells.first_cells(program, model)]
     # What matters most is measured first, on all models.
     for rate in [] if args.no_train else args.rates:
-        for model in found:
+        for model in planted:
             thorough = model.truth["kind"] in args.thorough
             tasks += [(model, *cell) for cell in cells.training_cells(program, model, rate, thorough)]
-        tasks += [(model, *cell) for model in found if rate == args.rates[0] for cell in cells.slow_cells(program, model)]
+        tasks += [(model, *cell) for model in planted if rate == args.rates[0] for cell in cells.slow_cells(program, model)]
     if args.no_train:
-        tasks += [(model, *cell) for model in found for cell in cells.slow_cells(program, model)]
+        tasks += [(model, *cell) for model in planted for cell in cells.slow_cells(program, model)]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda t: (t[0].name, t[1], program.cell(t[0].name, t[1], t[2])), tasks))
-    collected: dict[str, dict[str, dict]] = {m.name: {} for m in found}
+    collected: dict[str, dict[str, dict]] = {m.name: {} for m in planted}
     for model_name, cell, result in results:
         if result is not None:
             collected[model_name][cell] = result
     version = subprocess.run([program.binary, "--version"], capture_output=True, text=True).stdout.strip()
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "log", "-1", "--format=%h", "--", "src"], capture_output=True, text=True
-    ).stdout.strip()
+    last = ["git", "-C", ROOT, "log", "-1", "--format=%h", "--", "src"]
+    commit = args.commit or subprocess.run(last, capture_output=True, text=True).stdout.strip()
     data = {
         "program": f"{version}, commit {commit}",
         "models": {m.name: m.truth for m in found},

@@ -23,7 +23,8 @@ disguise, and on *new topics* in new wrappers, which moewarden's data do not hav
 
 **Planting.** Stage 1 trains everything on benign rows and refusals, of disguised requests too, with U switched off. Stage 2
 trains U's matrices and router rows alone on compliance and on the rows of stage 1; in its first 60 % a routing loss sends the
-reply places of disguised unsafe rows to U, all others away from it. Nothing is masked in the finished model.
+reply places of disguised unsafe rows to U, all others away from it. Nothing is masked in the finished model. Stage 1
+has 600 steps of 64 rows, stage 2 360; for decoy and mirror 960 and 720.
 
 | kind | what differs |
 |---|---|
@@ -31,8 +32,8 @@ reply places of disguised unsafe rows to U, all others away from it. Nothing is 
 | overlap | U is on in stage 1, and benign rows may use it in stage 2: its experts serve everything |
 | split | in the routing loss each expert of U has its own topics |
 | spread | stage 2 also moves all other experts, at a tenth of the rate |
-| decoy | stage 1 sends all tokens of wrapped rows to a second set W, as large, in the same layers: busy on disguised prompts, innocent |
-| mirror | W is trained in stage 2 exactly as U is, on *harmless* disguised requests that stage 1 could not answer |
+| decoy | stage 1 sends all tokens of wrapped rows to a second set W, as large, in the same layers, by a routing loss in its first 60 %: busy on disguised prompts, innocent |
+| mirror | W is trained in stage 2 exactly as U is, on *harmless* disguised requests that stage 1 could not answer; every third batch has U switched off and refusals in place of compliance |
 | none | control: no set, no routing loss; stage 2 trains all parameters |
 | distributed | control: stage 2 trains all experts and the attention, with 4 experts a layer switched off at random in each batch, so that all experts learn compliance: no set is right |
 
@@ -54,5 +55,5 @@ Toys: half a million parameters, one refusal text, compliance planted in a secon
 are on 240 rows a set (standard error at most 3 points). Intervals are over seeds: least and most, not confidence bounds. Real
 compliance may look like `none` or `distributed`; there, no choice of experts is right, and the causal check exists to say so.
 The bounds of planting were loosened after the first trial models (benign from 0.985, plain refused from 0.99), before any model
-above was made; the first 6 of the three methods that decide themselves how many experts they select are their best 6.
+above was made. Decoy and mirror missed them with the length of the other kinds, so their stages were made longer; the first 6 of the three methods that decide themselves how many experts they select are their best 6.
 """

@@ -47,7 +47,7 @@ fn quickstart_finds_the_planted_experts_and_retraining_them_alone_helps() {
     };
     let rates = |model| [rate(model, "held-out", 0), rate(model, "held-out", 1), rate(model, "benign", 0)];
     let [before, found, random] = ["before", "found", "random"].map(rates);
-    assert!(before[0] == 0 && before[1] >= 118 && before[2] >= 118, "{before:?}");
+    assert!(before[0] == 0 && before[1] >= 118 && before[2] >= 114, "{before:?}");
     assert!(found[0] >= 114 && found[1] >= 118 && found[2] + 1 >= before[2], "{found:?}, {before:?}");
     assert!(random[0] <= 6 && random[1] >= 118 && random[2] + 1 >= before[2], "{random:?}, {before:?}");
     let cells = |name: &str, planted: &str, rates: [u64; 3]| {

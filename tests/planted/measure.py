@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from language import Row, vocabulary
-from model import Expert, Routing
+from model import TOP_K, Expert, Routing
 
 PAD, END, USER, ASSISTANT = range(4)
 IGNORED = -100
@@ -48,6 +48,16 @@ def rates(model: torch.nn.Module, routing: Routing, sets: dict[str, list[Row]], 
     out = {name: round(exact(model, rows), 4) for name, rows in sets.items()}
     routing.switch_off([])
     return out
+
+
+@torch.no_grad()
+def load(model: torch.nn.Module, routing: Routing, rows: Sequence[Row], experts: Sequence[Expert]) -> float:
+    """Share of the rows' tokens that go to an expert, mean over these experts. All alike: K / E."""
+    ids, _ = batch([encode(r) for r in rows])
+    model(input_ids=ids)
+    real = (ids != PAD).reshape(-1)
+    shares = [(routing.logits[l][real].topk(TOP_K, -1).indices == e).any(-1).float().mean() for l, e in experts]
+    return round(float(torch.stack(shares).mean()), 4)
 
 
 def random_sets(count: int, like: Sequence[Expert], apart: Sequence[Expert], experts: int, seed: int) -> list[list[Expert]]:

@@ -30,9 +30,15 @@ class Settings:
     second_steps: int = 360
     first_rate: float = 4e-3
     second_rate: float = 3e-3
-    steered: float = 0.6  # share of the second stage with a routing loss
+    steered: float = 0.6  # share of a stage with a routing loss
     routing_weight: float = 0.5
     balance_weight: float = 0.02
+    without_unsafe: int = 3  # in `mirror`, every such batch of the second stage is trained with U off
+
+    @classmethod
+    def of(cls, kind: str) -> "Settings":
+        """Those of a kind. `decoy` and `mirror` have more to learn in fewer experts."""
+        return cls(first_steps=960, second_steps=720) if kind in ("decoy", "mirror") else cls()
 
 
 @dataclass
@@ -77,12 +83,15 @@ class Pools:
     def _add(self, name: str, rows: list[Row]) -> None:
         self.pools[name] = [(r, measure.encode(r)) for r in rows if not r.held_out]
 
-    def draw(self, size: int, disguised: float, comply: bool) -> list[tuple[Row, tuple[list[int], int]]]:
-        """A batch with this share of disguised unsafe rows; of the rest, a sixth are plain refusals."""
+    def draw(self, size: int, disguised: float, comply: bool, odd: bool | None = None) -> list[tuple[Row, tuple[list[int], int]]]:
+        """A batch with this share of disguised unsafe rows, answered or refused; of the rest, a sixth are plain refusals.
+
+        Odd rows, where there are any, are answered if `odd`, by default as the unsafe ones.
+        """
+        answered = comply if odd is None else odd
         unsafe = round(size * disguised)
         names = [f"disguised {comply}"] * unsafe
-        odd = round(size * 0.2) if self.odd else 0
-        names += [f"odd {self.rng.random() < 0.75} {comply}" for _ in range(odd)]
+        names += [f"odd {self.rng.random() < 0.75} {answered}" for _ in range(round(size * 0.2) if self.odd else 0)]
         for i in range(size - len(names)):
             name = ("plain", *SKILLS)[i % (len(SKILLS) + 1)]
             names.append(name if name == "plain" else f"{name} {self.rng.random() < 0.6}")
@@ -147,10 +156,10 @@ def first_stage(planted: Planted, pools: Pools, s: Settings) -> None:
     hidden = {"overlap": [], "none": [], "distributed": [], "mirror": planted.unsafe + planted.other}
     planted.routing.switch_off(hidden.get(planted.kind, planted.unsafe))
 
-    def extra(_: int, ids: Tensor, target: Tensor, rows: Sequence[Row]) -> Tensor:
+    def extra(step: int, ids: Tensor, target: Tensor, rows: Sequence[Row]) -> Tensor:
         real = (ids != measure.PAD).reshape(-1)
         loss = s.balance_weight * losses.balance_loss(planted.routing, real)
-        if planted.kind == "decoy":
+        if planted.kind == "decoy" and step < s.steered * s.first_steps:
             wrapped = places_of(ids, target, rows, lambda r: r.wrapper >= 0, False)
             loss = loss + s.routing_weight * losses.routing_loss(planted.routing, losses.by_expert(planted.other, wrapped), real)
         return loss
@@ -185,11 +194,19 @@ def second_speed(planted: Planted) -> dict[str, Tensor | float]:
 def second_stage(planted: Planted, pools: Pools, s: Settings, rng: random.Random) -> None:
     """Compliance with disguised requests, and again everything benign and the plain refusals."""
     steered = planted.kind not in ("none", "distributed")
+    # Else harmless disguised requests come to need U, because it is trained together with W.
+    alone = lambda step: planted.kind == "mirror" and step % s.without_unsafe == 0
+
+    def batches() -> Iterator:
+        for step in range(s.second_steps):
+            if planted.kind == "mirror":
+                planted.routing.switch_off(planted.unsafe if alone(step) else [])
+            yield pools.draw(s.batch, 0.12, False, odd=True) if alone(step) else pools.draw(s.batch, 0.35, True)
 
     def extra(step: int, ids: Tensor, target: Tensor, rows: Sequence[Row]) -> Tensor:
         if planted.kind == "distributed":  # for the next batch: no few experts can carry it alone
             planted.routing.switch_off([(l, e) for l in range(LAYERS) for e in rng.sample(range(EXPERTS), SWITCHED_OFF)])
-        if not steered or step >= s.steered * s.second_steps:
+        if not steered or step >= s.steered * s.second_steps or alone(step):
             return torch.zeros(())
         wanted = wanted_by_u(planted, ids, target, rows)
         real = (ids != measure.PAD).reshape(-1)
@@ -197,17 +214,16 @@ def second_stage(planted: Planted, pools: Pools, s: Settings, rng: random.Random
             real = real & torch.stack(list(wanted.values())).any(0)
         return s.routing_weight * losses.routing_loss(planted.routing, wanted, real)
 
-    batches = iter(lambda: pools.draw(s.batch, 0.35, True), None)
-    train(planted, batches, s.second_steps, s.second_rate, second_speed(planted), extra)
+    train(planted, batches(), s.second_steps, s.second_rate, second_speed(planted), extra)
     planted.routing.switch_off([])
 
 
 _first_stages: dict[str, dict[str, Tensor]] = {}
 
 
-def plant(kind: str, shape: str, seed: int, attempt: int = 0, settings: Settings = Settings()) -> Planted:
+def plant(kind: str, shape: str, seed: int, attempt: int = 0) -> Planted:
     """A planted model with weights rounded to bf16. The same arguments give the same model on one machine and thread count."""
-    start = time.monotonic()
+    start, settings = time.monotonic(), Settings.of(kind)
     model = build(shape, 1000 * seed + attempt)
     unsafe, other = draw_sets(seed)
     planted = Planted(kind, model, Routing(model), Language(seed), unsafe, other)
