@@ -10,10 +10,10 @@ Groups = dict[str, list[str]]  # label of kind and shape to names of models
 
 
 def groups(data: Json) -> Groups:
-    """Models of one kind and shape, which differ by seed; OLMoE first."""
+    """Measured models of one kind and shape, which differ by seed; OLMoE first."""
     found: Groups = {}
     for name, truth in data["models"].items():
-        if truth["accepted"]:
+        if truth["accepted"] and data["cells"][name]:
             label = truth["kind"] if truth["shape"] == "olmoe" else f"{truth['kind']} (Qwen3)"
             found.setdefault(label, []).append(name)
     return dict(sorted(found.items(), key=lambda g: "Qwen3" in g[0]))
