@@ -67,7 +67,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
         rates.average(&time.total()) / 1e9,
         if budget.device { "; a GPU runs much faster" } else { "" },
     ));
-    let identification = MemoryForecast::new(&session, &recipe, 0, ranks, budget);
+    let identification = MemoryForecast::new(&session, config, &recipe, 0, ranks, budget);
     for (command, memory, time) in
         [("identify", identification, time.of_identification(&recipe)), ("train", forecast, time)]
     {

@@ -365,6 +365,7 @@ fn compare(got: &Results, want: &Results, abs: f64, rel: f64, why: &str) {
 #[test]
 fn f32_agrees_with_the_cpu() {
     let gpu = cuda(device::gpu(), Dtype::F32, Reuse::Never);
+    assert_eq!(gpu.precision(), Dtype::F32);
     // Parameters stored in 16 bits are used at their exact values.
     // On a GPU expf and divisions have errors of up to 2 more units, and there are fused multiply-adds.
     let abs = if device::is_real() { 4e-6 } else { 2e-6 };
@@ -377,6 +378,7 @@ fn f32_agrees_with_the_cpu() {
 #[test]
 fn bf16_agrees_with_the_cpu_on_rounded_inputs() {
     let gpu = cuda(device::gpu(), Dtype::Bf16, Reuse::Never);
+    assert_eq!(gpu.precision(), Dtype::Bf16);
     let (got, want) = (everything(&gpu, Dtype::Bf16, Dtype::Bf16), everything(&Cpu::new(1), Dtype::Bf16, Dtype::Bf16));
     // The last bit of bf16 is 2^-8. Results are rounded once; if a gradient of logits or an intermediate row was
     // rounded, too, each of its terms has an error of half a unit.

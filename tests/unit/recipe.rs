@@ -110,8 +110,9 @@ fn answers(config: &RunConfig, session: &Session, replica: &Replica<Cpu>) -> Str
     let many = RunConfig { top_k_experts: 10_000, ..config.clone() }.recipe().unwrap();
     let layers = &session.model.moe_layers().layers;
     write!(out, " | {}", many.identify.limits_for(layers, session.model.num_experts).top_k).unwrap();
-    let f = Forecast::new(&recipe, &session.model, &session.data.records, 0.5);
-    write!(out, " | {:.6e} {:.6e} {:.6e} {:.6e}", f.identify, f.experts, f.routers, f.measure).unwrap();
+    let f = Forecast::new(&recipe, &session.model, &session.data.records, 0.5, &n);
+    let [identify, experts, routers, measure] = [f.identify, f.experts, f.routers, f.measure].map(|work| work.flops());
+    write!(out, " | {identify:.6e} {experts:.6e} {routers:.6e} {measure:.6e}").unwrap();
     out
 }
 

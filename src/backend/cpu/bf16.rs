@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::grouped::{RowGroup, Sink, WeightGrad};
+use super::groups::{RowGroup, Sink, WeightGrad};
 use super::parallel::SharedSlice;
 use super::product::{Part, Products, Side, Tile};
 use super::simd::{simd, sum, sum2};

@@ -7,18 +7,13 @@ use rayon::prelude::*;
 
 use super::bf16;
 use super::gemm::{Matrix, MatrixMut, TileSize, matmul, matmul_nt};
+use super::groups::{RowGroup, Sink, WeightGrad};
 use super::parallel::{Scratch, SharedSlice};
 use super::product::Products;
 use super::simd::{simd, sum, sum2};
 use super::tensor::Tensor;
 use super::weight::Weight;
-use crate::backend::{ExpertGrad, GradReduction};
-
-/// Consecutive rows that are multiplied by the same stacked weights.
-pub(super) struct RowGroup<'a> {
-    pub(super) rows: Range<usize>,
-    pub(super) stack: &'a [&'a Weight],
-}
+use crate::backend::GradReduction;
 
 /// Elements of a tile in scratch memory, converted weights or a gradient to be scored: 1 MiB, so that it stays in the
 /// L2 cache together with its operands.
@@ -111,22 +106,6 @@ pub(super) fn backward_input(products: Option<&Products>, dy: &Tensor, groups: &
     });
 }
 
-/// The destination of one stacked matrix's gradient.
-pub(super) enum Sink<'a> {
-    /// Accumulated in the gradient buffer at this element offset.
-    Add(usize),
-    /// Reduced to one number, which is added to the score at this index. [`GradReduction::AbsTimesWeight`] needs the weight
-    /// itself.
-    Score(GradReduction, usize, &'a Weight),
-}
-
-/// A weight gradient to compute, dyᵀ · x: from rows `rows` of dy and x, and columns `out` of dy.
-pub(super) struct WeightGrad<'a> {
-    pub(super) rows: Range<usize>,
-    pub(super) out: Range<usize>,
-    pub(super) sink: Sink<'a>,
-}
-
 /// Computes each job's gradient into its sink. [`Sink::Add`] ranges must not overlap.
 ///
 /// A scored gradient is computed tile by tile in scratch memory that fits the L2 cache, and reduced there. A tile has
@@ -202,31 +181,4 @@ pub(super) fn backward_weight(
             scores[index] += sum;
         }
     }
-}
-
-/// The weight gradients of all experts, as `plan` says.
-pub(super) fn weight_grad_jobs<'a>(
-    offsets: &[usize],
-    stacks: &'a [Vec<&'a Weight>],
-    plan: &[ExpertGrad],
-) -> Vec<WeightGrad<'a>> {
-    assert!(plan.len() == stacks.len(), "a plan for {} experts, weights of {}", plan.len(), stacks.len());
-    let mut jobs = Vec::new();
-    for (expert, (stack, grad)) in stacks.iter().zip(plan).enumerate() {
-        let mut first = 0;
-        for (i, weight) in stack.iter().enumerate() {
-            let sink = match grad {
-                ExpertGrad::Skip => None,
-                ExpertGrad::Score(reduction, index) => Some(Sink::Score(*reduction, *index, weight)),
-                ExpertGrad::Accumulate(at) => {
-                    assert!(at.len() == stack.len(), "{} offsets for {} stacked matrices", at.len(), stack.len());
-                    Some(Sink::Add(at[i]))
-                }
-            };
-            let out = first..first + weight.rows();
-            first = out.end;
-            jobs.extend(sink.map(|sink| WeightGrad { rows: offsets[expert]..offsets[expert + 1], out, sink }));
-        }
-    }
-    jobs
 }

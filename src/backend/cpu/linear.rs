@@ -3,7 +3,8 @@
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::grouped::{self, RowGroup, Sink, WeightGrad};
+use super::grouped;
+use super::groups::{RowGroup, Sink, WeightGrad};
 use super::parallel::chunk_rows;
 use super::product::Products;
 use super::simd::{axpy, simd};

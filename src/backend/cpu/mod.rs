@@ -12,6 +12,7 @@ mod dispatch;
 mod embedding;
 mod gemm;
 mod grouped;
+mod groups;
 mod kl;
 mod linear;
 mod norm;
@@ -32,7 +33,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 pub use self::dispatch::Dispatch;
-use self::grouped::RowGroup;
+use self::groups::RowGroup;
 pub use self::product::{Caches, Instructions, Processor, Products};
 pub use self::rope::Sequences;
 pub use self::route::Routing;
@@ -355,7 +356,7 @@ impl Backend for Cpu {
         dw: &mut Buffer,
         scores: &mut Scores,
     ) {
-        let jobs = grouped::weight_grad_jobs(&dispatch.offsets, w, plan);
+        let jobs = groups::weight_grad_jobs(&dispatch.offsets, w, plan);
         self.run(|| grouped::backward_weight(self.products(), dy, x, &jobs, &mut dw.0, &mut scores.0));
     }
     fn weight_rows(&self, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {

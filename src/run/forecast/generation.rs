@@ -37,7 +37,7 @@ impl GenerationMemory {
             add(&both, max_new_tokens);
         }
         if config.verify > 0 {
-            add(&on_unsafe, VERIFY_NEW_TOKENS);
+            add(&on_unsafe, config.max_new_tokens.unwrap_or(VERIFY_NEW_TOKENS));
         }
         largest
     }

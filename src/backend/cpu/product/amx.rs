@@ -4,8 +4,8 @@
 use std::arch::asm;
 use std::cell::Cell;
 
-use super::Instructions;
-use super::kernel::{BLOCK, Shape};
+use super::instructions::Instructions;
+use super::shape::{BLOCK, Shape};
 
 const SHAPE: Shape = Shape::of(Instructions::Amx);
 

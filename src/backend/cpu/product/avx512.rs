@@ -6,8 +6,8 @@ use std::arch::x86_64::{
     _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
-use super::Instructions;
-use super::kernel::{BLOCK, Shape};
+use super::instructions::Instructions;
+use super::shape::{BLOCK, Shape};
 
 const LANES: usize = 16;
 const A: usize = Shape::of(Instructions::Avx512).a;

@@ -1,7 +1,7 @@
 //! The tiles of AMX in ordinary instructions: the same panels, loads and sums as `amx.rs`, for tests on other processors.
 
-use super::Instructions;
-use super::kernel::{BLOCK, Shape};
+use super::instructions::Instructions;
+use super::shape::{BLOCK, Shape};
 
 const SHAPE: Shape = Shape::of(Instructions::AmxEmulated);
 /// Rows of a tile, and f32 or pairs of bf16 in one of its rows.

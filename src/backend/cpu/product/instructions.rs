@@ -55,7 +55,7 @@ impl FromStr for Instructions {
 /// What of this a processor has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Processor {
-    /// AMX tiles with bf16, the operating system's permission to use them, and a trial that gave the right result.
+    /// AMX tiles with bf16, and the operating system's permission to use them.
     pub amx: bool,
     /// AVX-512 BF16.
     pub avx512_bf16: bool,
@@ -67,8 +67,8 @@ pub struct Processor {
 }
 
 impl Processor {
-    /// The processor this program runs on. Asks Linux for permission to use AMX, once for the whole process.
-    pub fn detect() -> Self {
+    /// The processor this program runs on. Asks Linux for permission to use AMX, for the whole process.
+    pub(super) fn of_this_machine() -> Self {
         detected()
     }
 
@@ -120,7 +120,7 @@ fn detected() -> Processor {
     // Leaf 7: bit 22 of EDX is AMX-BF16, bit 24 AMX-TILE.
     let tiles = id.eax >= 7 && __cpuid_count(7, 0).edx >> 22 & 0b101 == 0b101;
     Processor {
-        amx: tiles && may_use_tiles() && super::kernel::amx_agrees_with_emulation(),
+        amx: tiles && may_use_tiles(),
         avx512_bf16: is_x86_feature_detected!("avx512bf16"),
         avx512: is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")

@@ -17,12 +17,13 @@ mod instructions;
 mod kernel;
 mod pack;
 mod portable;
+mod shape;
 
 use std::ops::Range;
 
 pub use self::instructions::{Caches, Instructions, Processor};
-use self::kernel::{BLOCK, Shape};
 pub(super) use self::pack::{Part, Side, round};
+use self::shape::{BLOCK, Shape};
 use super::parallel::Scratch;
 
 /// How products of bf16 values are computed.
@@ -68,6 +69,17 @@ impl Tile<'_> {
 const REPEATS: usize = 100;
 /// Panels that are packed at a time, so that neighbouring columns are read together.
 const STREAMED: usize = 8;
+
+impl Processor {
+    /// The processor this program runs on. AMX counts only if Linux permits it and a trial gives the right result.
+    pub fn detect() -> Self {
+        static FOUND: std::sync::OnceLock<Processor> = std::sync::OnceLock::new();
+        *FOUND.get_or_init(|| {
+            let found = Self::of_this_machine();
+            Self { amx: found.amx && kernel::amx_agrees_with_emulation(), ..found }
+        })
+    }
+}
 
 impl Products {
     /// Products by these instructions, which the processor must have ([`Processor::choose`]).

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::Instructions;
-use super::kernel::{BLOCK, Shape};
+use super::instructions::Instructions;
+use super::shape::{BLOCK, Shape};
 use crate::backend::Dtype;
 use crate::backend::cpu::simd::simd;
 use crate::backend::cpu::weight::f16_bits_to_f32;

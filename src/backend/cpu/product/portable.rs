@@ -1,7 +1,7 @@
 //! The kernel for any processor: f32 units, plain loops.
 
-use super::Instructions;
-use super::kernel::{BLOCK, Shape};
+use super::instructions::Instructions;
+use super::shape::{BLOCK, Shape};
 use crate::backend::cpu::simd::simd;
 
 const SHAPE: Shape = Shape::of(Instructions::Portable);
