@@ -100,7 +100,14 @@ fn models(folder: &Path) -> Vec<(PathBuf, PathBuf)> {
 /// The expected values for check_export.py: the loss of each row alone, and the trained tensors.
 fn expectation(folder: &Path, model: &Path, data: &Path) -> Value {
     let export = folder.join("out/final_model");
-    moewarden(folder, "identify", "each", &export, data, "--batch-size 1 --no-shuffle --top-k-experts 1");
+    moewarden(
+        folder,
+        "identify",
+        "each",
+        &export,
+        data,
+        "--batch-size 1 --no-shuffle --top-k-experts 1 --precision f32",
+    );
     let read = |path: &str| -> Value { serde_json::from_slice(&fs::read(folder.join(path)).unwrap()).unwrap() };
     let losses = read("each/expert_scores.json")["rounds"]["1"]["losses"].clone();
 

@@ -99,7 +99,15 @@ impl Reference {
         let mut program = Command::new(env!("CARGO_BIN_EXE_moewarden"));
         program.arg(if command == Run::Identify { "identify" } else { "train" });
         program.arg("--model-name").arg(model).arg("--dataset-path").arg(self.dir.join("data.json"));
-        program.arg("--output-dir").arg(&output).args(["--no-shuffle", "--threads", "2", "--max-samples", "100000"]);
+        program.arg("--output-dir").arg(&output).args([
+            "--no-shuffle",
+            "--threads",
+            "2",
+            "--max-samples",
+            "100000",
+            "--precision",
+            "f32",
+        ]);
         match command {
             Run::Identify => {}
             Run::Experts => _ = program.args(["--num-rounds", "1", "--save-rounds", "none", "--skip-router-training"]),

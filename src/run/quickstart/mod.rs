@@ -11,7 +11,7 @@ use planted::Planted;
 
 use super::report::{Run, loss_curves};
 use super::train::{TrainSummary, train};
-use crate::config::{Device, QuickstartArgs, RunConfig, SaveRounds};
+use crate::config::{Device, Precision, QuickstartArgs, RunConfig, SaveRounds};
 use crate::exit::{self, Context, Ended, Failure, Result, Stopped};
 use crate::experts::{ExpertId, Method};
 use crate::files;
@@ -71,6 +71,8 @@ impl Trained {
             overwrite,
             save_rounds: SaveRounds::Delta,
             device: Device::Cpu,
+            // The same numbers on every processor, those of the README.
+            precision: Precision::F32,
             method,
             top_k_experts: planted.experts.len(),
             num_rounds: 1,
