@@ -157,11 +157,13 @@ fn scores_and_losses_of_the_golden_cases() {
             let off = differences(&found.scores.values, &exact.scores.values);
             let (median, most) = (off[off.len() / 2], off[off.len() - 1]);
             println!("{name} by {instructions}: scores differ by {median:.1e} in the median, {most:.1e} at most");
-            assert!(median < 1e-2, "{name} by {instructions}: median {median}");
+            // With widths of 16 to 48 a changed logit sends a token of some 60 to another expert, which moves two scores.
+            assert!(median < 3e-2, "{name} by {instructions}: median {median}");
             all.extend(off);
         }
     }
     all.sort_by(f64::total_cmp);
     let at = |q: f64| all[(q * (all.len() - 1) as f64) as usize];
+    assert!(at(0.5) < 5e-3, "median of all cases: {}", at(0.5));
     println!("all: median {:.1e}, 95 % {:.1e}, most {:.1e}; losses {losses_off:.1e}", at(0.5), at(0.95), at(1.0));
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::planted::Planted;
-use crate::config::EvalArgs;
+use crate::config::{EvalArgs, Precision};
 use crate::exit::Result;
 use crate::experts::ExpertId;
 use crate::judge::Rate;
@@ -42,6 +42,7 @@ impl Outcome {
         let measure = |rows: &Path, part: &str| -> Result<EvalReport> {
             let args = EvalArgs {
                 skip_answers: true,
+                precision: Precision::F32,
                 overwrite,
                 output_dir: dir.join(part),
                 ..EvalArgs::of(model.display().to_string(), rows)
