@@ -64,7 +64,7 @@ fn main() {
             let forced = option("--instructions").map(|name| name.parse().expect("--instructions"));
             let instructions = Processor::detect().choose(forced).expect("--instructions");
             println!("products in bf16 by {instructions}");
-            cpu.with_bf16(Products::new(instructions, Caches::detect()))
+            cpu.with_products(Products::new(instructions, Caches::detect()))
         }
         Some(other) => panic!("--precision {other}"),
     };

@@ -110,7 +110,7 @@ fn main() {
         let all: Vec<_> = (0..cpu.threads()).map(|_| scope.spawn(|| products.kernel_rate())).collect();
         all.into_iter().map(|one| one.join().expect("no panic")).sum::<f64>()
     });
-    let cpu = if bf16 { cpu.with_bf16(products) } else { cpu };
+    let cpu = if bf16 { cpu.with_products(products) } else { cpu };
     println!(
         "{} threads, {:?}, bound {:.0} GFLOP/s by {}",
         cpu.threads(),

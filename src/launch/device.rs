@@ -160,26 +160,23 @@ fn open_cpu(config: &RunConfig, stored: Dtype, rank: &Rank) -> Result<Arc<Cpu>> 
     let cpu = Cpu::new(if config.threads == 0 { (cores / rank.local_world_size).max(1) } else { config.threads });
     let processor = Processor::detect();
     let chosen = products(config.precision, stored, &processor, env::cpu_instructions());
-    let (products, what) = all_ok(&*rank.world, chosen.map_err(|message| Failure::new(exit::USAGE, message)))?;
+    let (instructions, what) = all_ok(&*rank.world, chosen.map_err(|message| Failure::new(exit::USAGE, message)))?;
     all_agree(&*rank.world, "the number format of products on the CPU", what.as_bytes())?;
     rank.ui.line(format_args!(
         "device: cpu, {} threads{}; {what}",
         cpu.threads(),
         if rank.local_world_size > 1 { " a rank" } else { "" }
     ));
-    Ok(Arc::new(match products {
-        Some(products) => cpu.with_bf16(products),
-        None => cpu,
-    }))
+    Ok(Arc::new(cpu.with_products(instructions.map(|i| Products::new(i, Caches::detect())))))
 }
 
-/// How the CPU computes products: with which instructions in bf16, or in f32. And the same in words.
+/// The instructions of bf16 products on the CPU, or `None` for products in f32. And the same in words.
 fn products(
     precision: Precision,
     stored: Dtype,
     processor: &Processor,
     forced: Option<String>,
-) -> std::result::Result<(Option<Products>, String), String> {
+) -> std::result::Result<(Option<Instructions>, String), String> {
     let f32 = |why: &str| Ok((None, format!("products in f32{why}")));
     match precision {
         Precision::F32 => return f32(""),
@@ -193,7 +190,7 @@ fn products(
     let forced = forced.map(|name| name.parse::<Instructions>()).transpose().map_err(in_variable)?;
     let instructions = processor.choose(forced).map_err(in_variable)?;
     let what = format!("products in bf16 with sums in f32, by {instructions} instructions");
-    Ok((Some(Products::new(instructions, Caches::detect())), what))
+    Ok((Some(instructions), what))
 }
 
 impl Gpus {
@@ -290,8 +287,7 @@ mod tests {
         let intel = Processor { avx512_bf16: true, ..plain };
         let amd = Processor { intel: false, ..intel };
         let choose = |precision, stored, processor: Processor, forced: Option<&str>| {
-            products(precision, stored, &processor, forced.map(str::to_owned))
-                .map(|(products, _)| products.map(|p| p.instructions()))
+            products(precision, stored, &processor, forced.map(str::to_owned)).map(|(instructions, _)| instructions)
         };
         use Dtype::{Bf16, F16, F32};
         assert_eq!(choose(Precision::F32, Bf16, amd, None), Ok(None));

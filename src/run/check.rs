@@ -12,8 +12,8 @@ use crate::data::{Sample, loss_mask_samples};
 use crate::exit::Result;
 use crate::launch::memory::human;
 use crate::launch::{Device, Opened, Rank, catch_panic, check_output_dir, memory};
-use crate::train::Recipe;
 use crate::train::memory::MemoryBudget;
+use crate::train::{Recipe, TrainedElements};
 use crate::ui::Ui;
 
 /// Opens model, tokenizer and data, prints a summary and samples of the loss mask, and predicts memory and time.
@@ -49,14 +49,14 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     ui.result(forecast.describe(&session, ranks, budget));
     let layers = session.model.layers.len();
     let recomputed = (layers - forecast.kept_layers) as f64 / layers as f64;
-    let time = forecast_time(&session, config, &recipe, recomputed);
+    let time = forecast_time(&session, config, &recipe, recomputed, &trained);
     // What the program takes without weights and activations: itself, tokenizer and data. A device does not hold them.
     let process = if budget.device { 0 } else { memory::peak_resident() };
     // Ranks share the cores of one machine, so more ranks do not add compute.
     let cores = available_parallelism().map_or(1, usize::from);
     let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(ranks).min(cores) };
     let cpu = match opened {
-        Opened::Cpu(cpu) => cpu.products().copied().into_iter().fold(Cpu::new(threads), Cpu::with_bf16),
+        Opened::Cpu(cpu) => Cpu::new(threads).with_products(cpu.products().copied()),
         Opened::Cuda(..) => Cpu::new(threads),
     };
     let rates = Rates::measure(&cpu, &session.model, sizes(&session, &recipe));
@@ -79,10 +79,15 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
 }
 
 /// Predicts the work of the run. `recomputed`: the share of the layers that recompute their forward.
-fn forecast_time(session: &Session, config: &RunConfig, recipe: &Recipe, recomputed: f64) -> Forecast {
+fn forecast_time(
+    session: &Session,
+    config: &RunConfig,
+    recipe: &Recipe,
+    recomputed: f64,
+    trained: &TrainedElements,
+) -> Forecast {
     let (model, records) = (&session.model, &session.data.records);
-    let trained = recipe.trained_elements(&session.table, model);
-    let mut forecast = Forecast::new(recipe, model, records, recomputed, &trained);
+    let mut forecast = Forecast::new(recipe, model, records, recomputed, trained);
     if let Some(rows) = session.retain_records() {
         forecast = forecast.with_retain_rows(recipe, model, records, rows);
     }

@@ -12,6 +12,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::generation::LogitsProcessor;
 
 use crate::backend::Backend;
+use crate::config::RunConfig;
 use crate::exit::{self, Failure, Result};
 use crate::launch::memory::{free_memory, human};
 use crate::model::{KvCache, Model};
@@ -20,8 +21,10 @@ use crate::report::{FinishReason, GenerationSpeed, Sampling};
 /// Tokens of prompts in one forward pass, unless a single prompt is longer.
 pub(super) const PROMPT_TOKENS: usize = 1024;
 
-/// Maximum length of an own answer in `--verify`: the default of `ablate`.
-pub(super) const VERIFY_NEW_TOKENS: usize = 32;
+/// Maximum length of an own answer in `--verify`: `--max-new-tokens`, or the default of `ablate`.
+pub(super) fn verify_new_tokens(config: &RunConfig) -> usize {
+    config.max_new_tokens.unwrap_or(32)
+}
 
 /// A generated answer.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -12,7 +12,7 @@ fn backends(threads: usize) -> Vec<(Instructions, Cpu)> {
     let processor = Processor::detect();
     let (here, missing): (Vec<_>, Vec<_>) = Instructions::ALL.into_iter().partition(|&i| processor.has(i));
     println!("bf16 products by {here:?}; skipped, because this processor lacks them: {missing:?}");
-    here.into_iter().map(|i| (i, Cpu::new(threads).with_bf16(Products::new(i, Caches::detect())))).collect()
+    here.into_iter().map(|i| (i, Cpu::new(threads).with_products(Products::new(i, Caches::detect())))).collect()
 }
 
 /// Values that bf16 represents exactly.

@@ -20,11 +20,30 @@ const TASKS: usize = 32;
 /// Columns of a product that are split among tasks come in multiples of this.
 const COLUMNS: usize = 64;
 
-/// Splits `0..n` so that `tasks` times the number of parts reaches [`TASKS`].
-fn split(n: usize, tasks: usize) -> Vec<Range<usize>> {
-    let parts = TASKS.div_ceil(tasks.max(1));
+/// In how many parts each of so many tasks is split, to reach [`TASKS`].
+fn parts(tasks: usize) -> usize {
+    TASKS.div_ceil(tasks.max(1))
+}
+
+/// Part `i` of `parts` of `0..n`; the last ones may be empty.
+fn part_of(n: usize, i: usize, parts: usize) -> Range<usize> {
     let step = n.div_ceil(parts).next_multiple_of(COLUMNS);
-    (0..n).step_by(step).map(|at| at..n.min(at + step)).collect()
+    let at = |i: usize| (i * step).min(n);
+    at(i)..at(i + 1)
+}
+
+/// A group, and the rows and columns of the product that a task computes.
+type Task<'g, 'w> = (&'g RowGroup<'w>, Range<usize>, Range<usize>);
+
+/// The tasks of a product with these groups of rows, for blocks of this depth and a result of `width` columns.
+fn tasks<'g, 'w>(products: &Products, groups: &'g [RowGroup<'w>], depth: usize, width: usize) -> Vec<Task<'g, 'w>> {
+    let blocks: Vec<_> = groups
+        .iter()
+        .flat_map(|g| products.blocks(Side::A, depth, g.rows.clone()).map(move |rows| (g, rows)))
+        .collect();
+    let parts = parts(blocks.len());
+    let columns = || (0..parts).map(|i| part_of(width, i, parts)).filter(|columns| !columns.is_empty());
+    blocks.into_iter().flat_map(|(g, rows)| columns().map(move |columns| (g, rows.clone(), columns))).collect()
 }
 
 /// The part of `columns` that lies in `of`, counted from its start.
@@ -52,17 +71,14 @@ unsafe fn store(tile: &Tile<'_>, to: &SharedSlice<'_, f32>, at: usize, width: us
 /// y = x · wᵀ for each group. The outputs of stacked weights are concatenated.
 pub(super) fn forward(products: &Products, x: &Tensor, groups: &[RowGroup<'_>], y: &mut Tensor) {
     let (k, width) = (x.cols(), y.cols());
-    let blocks: Vec<(&RowGroup<'_>, Range<usize>)> =
-        groups.iter().flat_map(|g| products.blocks(Side::A, k, g.rows.clone()).map(move |rows| (g, rows))).collect();
-    let columns = split(width, blocks.len());
-    let tasks: Vec<_> = blocks.iter().flat_map(|block| columns.iter().map(move |c| (block, c))).collect();
+    let tasks = tasks(products, groups, k, width);
     let out = SharedSlice::new(y.values_mut());
-    tasks.into_par_iter().with_max_len(1).for_each(|((group, rows), columns)| {
+    tasks.into_par_iter().with_max_len(1).for_each(|(group, rows, columns)| {
         let block = products.block(Side::A, &[Part::activations(x.values(), k).by_rows(k)], rows.clone());
         let mut first = 0;
         for weight in group.stack {
             assert!(weight.cols() == k, "x has {k} columns, its weight [{}, {}]", weight.rows(), weight.cols());
-            let lines = intersect(columns, first..first + weight.rows());
+            let lines = intersect(&columns, first..first + weight.rows());
             let at = rows.start * width + first + lines.start;
             products.stream(&block, &[part(weight).by_rows(k)], lines, |tile| {
                 // SAFETY: tasks have different rows or columns.
@@ -77,12 +93,9 @@ pub(super) fn forward(products: &Products, x: &Tensor, groups: &[RowGroup<'_>], 
 /// dx = dy · w for each group, summed over its stacked weights.
 pub(super) fn backward_input(products: &Products, dy: &Tensor, groups: &[RowGroup<'_>], dx: &mut Tensor) {
     let (n, k) = (dy.cols(), dx.cols());
-    let blocks: Vec<(&RowGroup<'_>, Range<usize>)> =
-        groups.iter().flat_map(|g| products.blocks(Side::A, n, g.rows.clone()).map(move |rows| (g, rows))).collect();
-    let columns = split(k, blocks.len());
-    let tasks: Vec<_> = blocks.iter().flat_map(|block| columns.iter().map(move |c| (block, c))).collect();
+    let tasks = tasks(products, groups, n, k);
     let out = SharedSlice::new(dx.values_mut());
-    tasks.into_par_iter().with_max_len(1).for_each(|((group, rows), columns)| {
+    tasks.into_par_iter().with_max_len(1).for_each(|(group, rows, columns)| {
         let (mut dy_parts, mut w_parts, mut first) = (Vec::new(), Vec::new(), 0);
         for weight in group.stack {
             dy_parts.push(Part::activations(&dy.values()[first..], n).by_rows(weight.rows()));
@@ -109,9 +122,7 @@ struct GradTask<'a> {
 impl GradTask<'_> {
     /// This task's outputs of a job, counted from the job's first one.
     fn outputs(&self, job: &WeightGrad<'_>) -> Range<usize> {
-        let step = job.out.len().div_ceil(self.part.1).next_multiple_of(COLUMNS);
-        let start = (self.part.0 * step).min(job.out.len());
-        start..(start + step).min(job.out.len())
+        part_of(job.out.len(), self.part.0, self.part.1)
     }
 }
 
@@ -131,7 +142,7 @@ pub(super) fn backward_weight(
         let blocks = products.blocks(Side::B, jobs[0].rows.len(), 0..k);
         tasks.extend(blocks.map(|columns| GradTask { jobs, columns, part: (0, 1) }));
     }
-    let parts = TASKS.div_ceil(tasks.len().max(1));
+    let parts = parts(tasks.len());
     let tasks: Vec<GradTask<'_>> = tasks
         .iter()
         .flat_map(|t| (0..parts).map(|i| GradTask { columns: t.columns.clone(), part: (i, parts), ..*t }))

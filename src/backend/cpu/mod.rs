@@ -64,9 +64,9 @@ impl Cpu {
         Self { threads, pool: Arc::new(TensorPool::default()), products: None }
     }
 
-    /// The same backend with products of bf16 values. Router logits stay products of f32.
-    pub fn with_bf16(self, products: Products) -> Self {
-        Self { products: Some(products), ..self }
+    /// The same backend with products of bf16 values, or, with `None`, of f32. Router logits are always products of f32.
+    pub fn with_products(self, products: impl Into<Option<Products>>) -> Self {
+        Self { products: products.into(), ..self }
     }
 
     /// How products of bf16 values are computed; `None` if they are products of f32.

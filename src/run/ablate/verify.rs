@@ -10,7 +10,7 @@ use crate::exit::{Result, Stopped};
 use crate::experts::ExpertId;
 use crate::judge::{Matching, Verdict};
 use crate::report::{AblationReport, read_json};
-use crate::run::generate::VERIFY_NEW_TOKENS;
+use crate::run::generate::verify_new_tokens;
 use crate::run::session::Session;
 use crate::train::{Identification, Replica, Switch, can_switch_off};
 use crate::ui::Ui;
@@ -45,7 +45,7 @@ pub fn verify<B: Backend>(
         matching: Matching::LayerLoad,
         seed: config.seed,
         batch_size: config.batch_size,
-        max_new_tokens: config.max_new_tokens.unwrap_or(VERIFY_NEW_TOKENS),
+        max_new_tokens: verify_new_tokens(config),
     };
     let report = match check.run(replica, config, ui)? {
         Judged::Report(report) => report,

@@ -3,7 +3,7 @@
 use crate::config::RunConfig;
 use crate::data::Record;
 use crate::model::kv_cache_bytes;
-use crate::run::generate::{PROMPT_TOKENS, VERIFY_NEW_TOKENS, batches, cache_tokens};
+use crate::run::generate::{PROMPT_TOKENS, batches, cache_tokens, verify_new_tokens};
 use crate::run::session::Session;
 use crate::train::memory::{Activations, MemoryBudget};
 use crate::train::{CountedReplies, Recipe};
@@ -37,7 +37,7 @@ impl GenerationMemory {
             add(&both, max_new_tokens);
         }
         if config.verify > 0 {
-            add(&on_unsafe, config.max_new_tokens.unwrap_or(VERIFY_NEW_TOKENS));
+            add(&on_unsafe, verify_new_tokens(config));
         }
         largest
     }

@@ -35,7 +35,7 @@ thread_local! {
 
 pub(super) fn multiply(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bool) {
     if !CONFIGURED.get() {
-        // SAFETY: `Processor::choose` gives these instructions only where they exist and Linux permits them. The
+        // SAFETY: `Products::new`, and the trial before it, use these instructions only where they exist and Linux permits them. The
         // configuration is part of the thread's state; nothing else in this process uses tiles.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly, preserves_flags)) };
         CONFIGURED.set(true);

@@ -62,19 +62,19 @@ fn pairs(units: __m512) -> __m512bh {
 
 /// Units of one f32.
 pub(super) fn multiply(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bool) {
-    // SAFETY: `Processor::choose` gives these instructions only where they exist.
+    // SAFETY: `Products::new` refuses these instructions where they do not exist.
     unsafe { fma(a, b, c, accumulate) }
 }
 
 /// Units of two bf16.
 pub(super) fn multiply_pairs(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bool) {
-    // SAFETY: `Processor::choose` gives these instructions only where they exist.
+    // SAFETY: `Products::new` refuses these instructions where they do not exist.
     unsafe { dot_pairs(a, b, c, accumulate) }
 }
 
 /// The transpose of 16 by 16 units.
 pub(super) fn transpose(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
-    // SAFETY: `Processor::choose` gives instructions that need it only where AVX-512 exists.
+    // SAFETY: `Products::new` refuses all instructions that come with it where AVX-512 does not exist.
     unsafe { transposed(block) }
 }
 

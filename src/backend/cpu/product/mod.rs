@@ -82,8 +82,12 @@ impl Processor {
 }
 
 impl Products {
-    /// Products by these instructions, which the processor must have ([`Processor::choose`]).
+    /// Products by these instructions.
+    ///
+    /// # Panics
+    /// The processor lacks them: the kernels rely on this check. [`Processor::choose`] reports it as an error.
     pub fn new(instructions: Instructions, caches: Caches) -> Self {
+        assert!(Processor::detect().has(instructions), "this processor has no {instructions} instructions");
         Self { instructions, caches }
     }
 
@@ -102,7 +106,7 @@ impl Products {
         a.fill(1.0);
         b.fill(1.0);
         let (a, b) = (bytemuck::cast_slice(&a), bytemuck::cast_slice(&b));
-        let depth = if self.pairs() { 2 * units } else { units };
+        let depth = if shape.pairs { 2 * units } else { units };
         let flops = (REPEATS * 2 * shape.block() * depth) as f64;
         let rate = |_| {
             let clock = std::time::Instant::now();
@@ -113,10 +117,6 @@ impl Products {
             flops / clock.elapsed().as_secs_f64()
         };
         (0..8).map(rate).fold(0.0, f64::max)
-    }
-
-    fn pairs(&self) -> bool {
-        Shape::of(self.instructions).pairs
     }
 
     /// Splits lines into blocks of nearly equal size for this depth. A block takes at most half of the L2 cache, and is a
