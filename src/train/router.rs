@@ -12,7 +12,7 @@ use crate::data::{MicroBatch, MissingSide, Sampler, micro_batches};
 use crate::exit::Result;
 use crate::model::{LossGrads, ParamId, ParamTable, PassEnd};
 use crate::optim::LearningRates;
-use crate::routers::RouterTarget;
+use crate::routers::{self, RouterTarget};
 
 /// Trains routers by the divergence between the routing of safe and of unsafe prompts.
 pub struct RouterAlignment<'a> {
@@ -108,7 +108,9 @@ impl<B: Backend> Objective<B> for RouterAlignment<'_> {
         let (safe, unsafe_) = self.sampler.pack_prompts(&self.partners, &records);
         assert!(self.phase.target == RouterTarget::Current || self.target.is_some(), "prepared before the first step");
         let (totals, safe) = match &self.target {
-            None => (replica.sum_step_totals([&safe, &unsafe_])?, observe(replica, divergence, &safe)),
+            None => {
+                (replica.sum_step_totals([&safe, &unsafe_])?, observe(replica, divergence, &safe).into_iter().collect())
+            }
             Some(target) => {
                 let partners: Vec<usize> = records.iter().map(|&i| self.partners[i]).collect();
                 let side = target.side(divergence, layers.layers.len(), experts, &partners);
@@ -141,8 +143,8 @@ impl<B: Backend> Objective<B> for RouterAlignment<'_> {
     }
 }
 
-/// The alignment loss of each MoE layer over the whole data in file order, without gradient: the mean over the global batches
-/// of `step_world_size` micro-batches, all weighted the same, the last one too.
+/// The alignment loss of each MoE layer over the whole data in file order, without gradient: the mean over the micro-batches,
+/// all weighted the same, the last one too. The same bits on all ranks and for any world size.
 ///
 /// # Errors
 /// Rows without a safe prompt; those of the collective.
@@ -151,25 +153,21 @@ pub fn alignment_by_layer<B: Backend>(
     sampler: Sampler<'_>,
     divergence: Divergence,
 ) -> Result<Vec<f64>> {
-    let layers = replica.moe_layers();
-    let experts = replica.model().config.num_experts;
+    let layers = replica.moe_layers().layers.len();
     let partners = sampler.prompt_partners()?;
-    let mut sums = vec![0.0; layers.layers.len()];
-    let mut steps = 0.0;
     let micro_batches = micro_batches(&sampler.unsafe_prompts(), sampler.batch_size);
-    for step in micro_batches.chunks(replica.step_world_size) {
-        let own: Vec<usize> = share(step, &*replica.world).flat_map(|(_, records)| records.iter().copied()).collect();
-        let (safe, unsafe_) = sampler.pack_prompts(&partners, &own);
-        let (safe, unsafe_) = (observe(replica, divergence, &safe), observe(replica, divergence, &unsafe_));
-        if let Some(a) =
-            align(&*replica.world, divergence.kl, &refs(&safe), &refs(&unsafe_), &layers.indices(), experts)?
-        {
-            sums.iter_mut().zip(a.by_layer()).for_each(|(sum, kl)| *sum += kl);
-            steps += 1.0;
-        }
+    let mut own = Vec::new();
+    for (i, records) in share(&micro_batches, &*replica.world) {
+        let (safe, unsafe_) = sampler.pack_prompts(&partners, records);
+        let safe = observe(replica, divergence, &safe).expect("a safe prompt of each record");
+        let unsafe_ = observe(replica, divergence, &unsafe_).expect("an unsafe prompt of each record");
+        let alignment = routers::alignment(divergence.kl, &safe.into_statistics(), &unsafe_.into_statistics());
+        let by_layer = alignment.map_or_else(|| vec![0.0; layers], |alignment| alignment.per_layer);
+        own.extend(by_layer.into_iter().enumerate().map(|(layer, kl)| (i * layers + layer, kl)));
     }
-    sums.iter_mut().for_each(|sum| *sum /= f64::max(steps, 1.0));
-    Ok(sums)
+    let all = replica.gather_by_index(micro_batches.len() * layers, &own)?;
+    let mean = |layer| all.iter().skip(layer).step_by(layers).sum::<f64>() / micro_batches.len().max(1) as f64;
+    Ok((0..layers).map(mean).collect())
 }
 
 /// An empty statistic over all sequences of a packed batch.
@@ -179,12 +177,12 @@ fn empty_side<B: Backend>(replica: &Replica<B>, divergence: Divergence, batch: &
     RoutingSide::new(statistic, last_tokens, layers, experts, &batch.packing, 0..batch.packing.len())
 }
 
-/// The statistic of a packed batch by a forward pass that keeps nothing; none for an empty batch.
-fn observe<B: Backend>(replica: &Replica<B>, divergence: Divergence, batch: &MicroBatch) -> Vec<RoutingSide> {
+/// The statistic of a packed batch by a forward pass that keeps nothing; `None` for an empty batch.
+fn observe<B: Backend>(replica: &Replica<B>, divergence: Divergence, batch: &MicroBatch) -> Option<RoutingSide> {
     if batch.ids.is_empty() {
-        return Vec::new();
+        return None;
     }
     let mut side = empty_side(replica, divergence, batch);
     replica.forward(&replica.inputs(batch), None, PassEnd::Routers, Some(&mut watch(replica, vec![&mut side])));
-    vec![side]
+    Some(side)
 }

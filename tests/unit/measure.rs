@@ -4,11 +4,12 @@
 use std::sync::Arc;
 
 use moewarden::backend::cpu::Cpu;
+use moewarden::collective::conformance::on_threads;
 use moewarden::data::Example;
 use moewarden::launch::Rank;
 use moewarden::report::{GenerationSpeed, Sampling};
 use moewarden::run::generate::{Prompt, answers};
-use moewarden::train::{example_losses, mean_of};
+use moewarden::train::{Measured, example_losses, mean_of};
 use moewarden::ui::Ui;
 
 use crate::case::Case;
@@ -50,4 +51,32 @@ fn examples_of_greedy_answers_are_exact_and_others_are_not() {
     let empty = Example { ids: vec![1, 2], loss: vec![false, false] };
     let none = example_losses(&replica, &[&empty], 1, |_| {}).unwrap()[0];
     assert_eq!((none.sum, none.tokens, none.exact, none.mean()), (0.0, 0, false, 0.0));
+}
+
+/// What is measured on the whole data must not depend on how many ranks measure it: the divergence of the routers is a mean over
+/// micro-batches, not over the global batches of the steps.
+#[test]
+fn the_measured_losses_do_not_depend_on_the_world_size() {
+    let measured = |rank: &Rank| {
+        let case = Case::open("olmoe");
+        let run = case.run_as(&case.config, Arc::new(Cpu::new(1)), rank);
+        Measured::of(&run.replica, run.sampler(), Some(&case.session.data), run.recipe.divergence).unwrap()
+    };
+    let one = measured(&Rank::single(Ui::silent()));
+    assert!(one.router_loss.is_some_and(|loss| loss > 0.0), "{one:?}");
+    for ranks in 2..=3 {
+        for found in on_threads(ranks, move |world| measured(&Rank::new(Arc::new(world), Ui::silent()))) {
+            assert_eq!(found.router_loss, one.router_loss, "{ranks} ranks");
+            // The order of a few f64 additions differs.
+            let pairs = [
+                (found.ce_loss, one.ce_loss),
+                (found.safe_loss, one.safe_loss),
+                (found.held_out_loss, one.held_out_loss),
+            ];
+            for (found, one) in pairs {
+                assert_eq!(found.is_some(), one.is_some());
+                assert!((found.unwrap_or(0.0) - one.unwrap_or(0.0)).abs() < 1e-14, "{ranks} ranks: {found:?} {one:?}");
+            }
+        }
+    }
 }
