@@ -64,6 +64,9 @@ pub struct AblationReport {
     pub random_sets: usize,
     /// How many of them differ.
     pub distinct_sets: usize,
+    /// Share of the selected experts that is in a random set, in the mean over the sets.
+    #[serde(default)]
+    pub overlap: f64,
     /// The rows.
     pub rows: CausalRowCounts,
     /// The verdict.
@@ -111,6 +114,18 @@ impl AblationReport {
         format!("verdict: {} ({})", self.verdict, self.reasons.join("; "))
     }
 
+    /// Why the random sets are hardly another choice of experts, where they share more than a tenth of the selection: it fills
+    /// more than half of a layer.
+    pub fn warning(&self) -> Option<String> {
+        (self.overlap > 0.1).then(|| {
+            format!(
+                "the random sets hold {:.0} % of the selected experts in the mean, because the selection fills more than half \
+                 of a layer: they share its effect, and the check hardly tells them apart; select fewer experts",
+                100.0 * self.overlap
+            )
+        })
+    }
+
     /// Outcomes of the untouched model, the selection, and the random sets.
     pub fn table(&self) -> Table {
         let mut table = Table::new(
@@ -147,6 +162,9 @@ impl AblationReport {
         page.text(&format!("Verdict: {}.", self.verdict));
         for reason in &self.reasons {
             page.text(&format!("Reason: {reason}."));
+        }
+        if let Some(warning) = self.warning() {
+            page.text(&format!("Warning: {warning}."));
         }
         page.text(&format!("Model {}, rows {}.", self.model, self.dataset_path.display()));
         page.table(&self.table());

@@ -8,7 +8,7 @@ use crate::collective::{self, Collective, all_agree};
 use crate::config::{Init, RunConfig};
 use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, TraceShape, TraceUse};
 use crate::exit::{self, Context, Failure, Result};
-use crate::experts::{RoutingTokens, selection_hash};
+use crate::experts::{self, RoutingTokens, SelectionLimits, selection_hash};
 use crate::launch::hub_cache;
 use crate::launch::memory::{human, human_count};
 use crate::launch::{Rank, Workload};
@@ -265,7 +265,14 @@ impl Session {
                 identify.limits.top_k, limits.top_k
             ));
         }
-        Ok(limits.check(layers, self.model.num_experts)?)
+        limits.check(layers, self.model.num_experts)?;
+        // The control takes as many experts as the selection that it excludes: both must fit, whatever the scores are.
+        let available = SelectionLimits { per_layer: None, ..limits.clone() }.available(layers, self.model.num_experts);
+        if matches!(identify.by, ScoreBy::Random { exclude_found: true, .. }) && available < 2 * limits.top_k {
+            let available = available - limits.top_k;
+            return Err(experts::Error::TooFewLeft { requested: limits.top_k, available, layer: None }.into());
+        }
+        Ok(())
     }
 
     /// The number format of the weights: F32 only if none is narrower.

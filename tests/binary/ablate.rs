@@ -134,7 +134,11 @@ fn impossible_checks_are_refused() {
     scene
         .run(&model("olmoe"), "never", "--random-sets 1")
         .failed(exit::CONFIG, &["1 are left, but each token needs 2", "experts: ", "--switch zero"]);
-    scene.run(&model("olmoe"), "zero", "--random-sets 1 --switch zero").ok();
+    let ran = scene.run(&model("olmoe"), "zero", "--random-sets 1 --switch zero").ok();
+    // The layer has one expert outside the selection of 7.
+    let warning = "the random sets hold 86 % of the selected experts in the mean";
+    assert!(ran.err.contains(warning), "{}", ran.err);
+    assert!(fs::read_to_string(scene.path("zero/ablation.html")).unwrap().contains(warning));
     fs::write(scene.path("experts"), r#"{"unsafe_experts": [[0, 1]]}"#).unwrap();
     scene.run(&model("olmoe"), "never", "").failed(exit::DATA, &["not the expert_scores.json of a run"]);
 }

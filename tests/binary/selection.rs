@@ -109,8 +109,11 @@ fn random_experts_are_drawn_once_a_run() {
             assert!(drawn.iter().all(|id| !found.as_array().unwrap().contains(id)), "{drawn:?}, without {found}");
         }
     }
-    run("identify", dir, "refused", "--method random --random-exclude-found --top-k-experts 13")
-        .failed(exit::CONFIG, &["--random-exclude-found leaves only 11 experts"]);
+    // Refused before anything is computed, and by `check` too.
+    for command in ["identify", "check"] {
+        run(command, dir, "refused", "--method random --random-exclude-found --top-k-experts 13")
+            .failed(exit::CONFIG, &["--random-exclude-found leaves only 11 experts"]);
+    }
 }
 
 #[test]

@@ -113,6 +113,7 @@ impl CausalCheck<'_> {
         let gains: Vec<f64> = random.iter().map(|set| set.outcome.gain).collect();
         let switched: Vec<f64> = random.iter().filter_map(|set| set.outcome.prefer_refusal.rate).collect();
         let p = permutation_p(selection.gain, &gains);
+        let shared = random.iter().flat_map(|set| &set.experts).filter(|id| self.selected.contains(id)).count();
         let random_prefer_refusal = Spread::of(&switched);
         let evidence = Evidence {
             rows: rows.comply,
@@ -136,6 +137,7 @@ impl CausalCheck<'_> {
             seed: self.seed,
             random_sets: random.len(),
             distinct_sets: random.iter().map(|set| &set.experts).collect::<BTreeSet<_>>().len(),
+            overlap: shared as f64 / (random.len() * self.selected.len()).max(1) as f64,
             rows,
             verdict,
             reasons,

@@ -118,4 +118,7 @@ impl RankInputs<'_> {
 fn show(report: &AblationReport, ui: &Ui) {
     ui.result(report.table().to_text().trim_end());
     ui.result(report.headline());
+    if let Some(warning) = report.warning() {
+        ui.warn(warning);
+    }
 }

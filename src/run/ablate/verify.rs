@@ -79,7 +79,9 @@ fn say(report: &AblationReport, ui: &Ui) {
         report.p,
     ));
     ui.result(report.headline());
-    if report.verdict == Verdict::NotLocalised {
+    if let Some(warning) = report.warning() {
+        ui.warn(warning);
+    } else if report.verdict == Verdict::NotLocalised {
         ui.warn(format_args!(
             "the selection does no more than random sets of experts: nothing special was found. Training it is not known to act \
              on what makes the model comply (p = {:.4}; {} of the complying rows switch)",
