@@ -59,7 +59,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
         Opened::Cpu(cpu) => Cpu::new(threads).with_products(cpu.products().copied()),
         Opened::Cuda(..) => Cpu::new(threads),
     };
-    let rates = Rates::measure(&cpu, &session.model, sizes(&session, &recipe));
+    let rates = Rates::measure(&cpu, &session.model, sizes(&session, config, &recipe));
     ui.result(format_args!("time a rank: {}", time.at(&rates)));
     ui.result(format_args!(
         "  at rates just measured with the operations of a layer on {} CPU threads, {:.0} GFLOP/s on average{}",
@@ -94,6 +94,7 @@ fn forecast_time(
     if let Some(held_out) = &session.held_out {
         forecast = forecast.with_held_out(model, &held_out.records);
     }
+    forecast = forecast.with_own_replies(session, config, recipe);
     match config.init {
         Init::Random => forecast.with_random_weights(session.table.total().elements),
         Init::Checkpoint => forecast,
@@ -101,7 +102,7 @@ fn forecast_time(
 }
 
 /// The sizes of a micro-batch of unsafe replies.
-fn sizes(session: &Session, recipe: &Recipe) -> Sizes {
+fn sizes(session: &Session, config: &RunConfig, recipe: &Recipe) -> Sizes {
     let replies = || session.data.records.iter().filter_map(|r| r.unsafe_reply.as_ref());
     let t = Tokens::of(replies().map(|e| (e.ids.len(), e.loss.iter().filter(|l| **l).count())));
     let batches = (t.sequences / recipe.batch_size as f64).ceil().max(1.0);
@@ -109,6 +110,7 @@ fn sizes(session: &Session, recipe: &Recipe) -> Sizes {
         rows: (t.all / batches) as usize,
         length: t.mean_length() as usize,
         loss_rows: (t.loss / batches) as usize,
+        generated: config.generation_batch_size.min(session.data.records.len()),
         dtype: session.workload(recipe.batch_size).stored,
     }
 }

@@ -81,6 +81,19 @@ fn check_shows_everything_and_writes_nothing() {
 }
 
 #[test]
+fn check_forecasts_own_replies_and_the_causal_check() {
+    let dir = tempfile::tempdir().unwrap();
+    let time = |more: &str| {
+        let ran = on_case("check", "olmoe", &dir.path().join("out"), &format!("{SHORT} {more}")).ok();
+        ran.out.lines().find(|line| line.starts_with("time a rank")).expect("a forecast of time").to_owned()
+    };
+    let plain = time("");
+    assert!(!plain.contains("own replies") && !plain.contains("causal check"), "{plain}");
+    let both = time("--method routing --routing-replies own --max-new-tokens 9 --verify 20");
+    assert!(both.contains(", own replies at most ") && both.contains(", causal check at most "), "{both}");
+}
+
+#[test]
 fn check_accepts_any_number_of_micro_batches_per_step() {
     let dir = tempfile::tempdir().unwrap();
     let huge = format!("{SHORT} --schedule joint --use-router-consistency-loss --grad-accum {}", usize::MAX);

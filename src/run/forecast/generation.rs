@@ -1,5 +1,7 @@
-//! The memory of the model's own replies, predicted from shapes.
+//! The memory and the time of the model's own replies and of the causal check on them, predicted from shapes.
 
+use super::time::{Forecast, of_replies};
+use super::work::{TokenWork, Tokens, Work, generation_step};
 use crate::config::RunConfig;
 use crate::data::Record;
 use crate::model::kv_cache_bytes;
@@ -46,4 +48,43 @@ impl GenerationMemory {
     pub fn total(&self) -> u64 {
         self.cache + self.working
     }
+}
+
+impl Forecast {
+    /// With the model's own replies on which routing is counted, and with the causal check of `--verify`: as if every reply had
+    /// `--max-new-tokens` tokens, and every unsafe row complied.
+    #[must_use]
+    pub fn with_own_replies(self, session: &Session, config: &RunConfig, recipe: &Recipe) -> Self {
+        let (model, records) = (&session.model, &session.data.records);
+        let prompts = |of: fn(&Record) -> Option<&Vec<u32>>| records.iter().filter_map(of).map(Vec::len);
+        let on_unsafe: Vec<usize> = prompts(|r| r.unsafe_prompt.as_ref()).collect();
+        let mut forecast = self;
+        if let CountedReplies::Own { max_new_tokens } = recipe.identify.counted_replies() {
+            let both: Vec<usize> = on_unsafe.iter().copied().chain(prompts(|r| r.safe_prompt.as_ref())).collect();
+            forecast.replies = generation(session, &both, config.generation_batch_size, max_new_tokens);
+        }
+        if config.verify > 0 {
+            let max_new_tokens = verify_new_tokens(config);
+            let answers = Tokens::of(on_unsafe.iter().map(|prompt| (prompt + max_new_tokens, max_new_tokens)));
+            let refusals = of_replies(records.iter().filter_map(|r| r.unsafe_reply.as_ref()));
+            let safe = session.retain_records().unwrap_or_default().iter().chain(records);
+            let safe = of_replies(safe.filter_map(|r| r.safe_reply.as_ref()));
+            let a_set = [answers, refusals, safe]
+                .iter()
+                .map(|t| TokenWork::new(model, t.mean_length()).forward(t))
+                .fold(Work::default(), |sum, work| sum + work);
+            forecast.verify = generation(session, &on_unsafe, config.generation_batch_size, max_new_tokens)
+                + a_set * (config.verify + 2) as f64;
+        }
+        forecast
+    }
+}
+
+/// The work of greedy answers of `max_new_tokens` tokens to prompts of these lengths.
+fn generation(session: &Session, prompts: &[usize], batch_size: usize, max_new_tokens: usize) -> Work {
+    let tokens = Tokens::of(prompts.iter().map(|&length| (length, 1)));
+    let first = TokenWork::new(&session.model, tokens.mean_length()).forward(&tokens);
+    batches(prompts, batch_size).iter().fold(first, |sum, batch| {
+        sum + generation_step(&session.model, batch.len()) * max_new_tokens.saturating_sub(1) as f64
+    })
 }

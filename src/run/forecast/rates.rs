@@ -19,6 +19,8 @@ pub struct Sizes {
     pub length: usize,
     /// Tokens with loss of a micro-batch.
     pub loss_rows: usize,
+    /// Sequences of a batch of generation.
+    pub generated: usize,
     /// The number format of the weights.
     pub dtype: Dtype,
 }
@@ -51,6 +53,7 @@ impl Rates {
         probe.attention(&mut rates);
         probe.experts(&mut rates);
         probe.head(&mut rates);
+        probe.few_rows(&mut rates);
         probe.update(&mut rates);
         Self(rates)
     }
@@ -232,6 +235,16 @@ impl<B: Backend> Probe<'_, B> {
             2.0 * work / fastest(|| self.finish(&b.linear_cross_entropy_backward(&x, &head, &targets, 1.0, None).1));
     }
 
+    /// A product with as many rows as a batch of generation has sequences. Its weights are those of a layer, if these are not many:
+    /// whether they stay in a cache decides the rate.
+    fn few_rows(&self, rates: &mut Work) {
+        let (b, d) = (self.backend, self.model.hidden_size);
+        let active = 4 * d + 3 * self.model.expert_width * self.model.num_experts_per_tok;
+        let outputs = active.min((FLOPS / (2 * d * self.sizes.generated.max(1))).max(d));
+        let (x, weight) = (self.tensor(self.sizes.generated.clamp(1, ROWS), d), self.weight(outputs, d));
+        rates[Kind::FewRows] = (outputs * d) as f64 / fastest(|| self.finish(&b.linear(&x, &weight, None)));
+    }
+
     /// The norm of a gradient, AdamW, and the new weights.
     fn update(&self, rates: &mut Work) {
         let (b, n, dtype) = (self.backend, ELEMENTS, self.sizes.dtype);
@@ -266,7 +279,7 @@ mod tests {
         model.heads.fill(heads);
         for (num_experts, num_experts_per_tok, rows, loss_rows) in [(1, 1, 0, 0), (3, 2, 5, 1), (64, 8, 700, 600)] {
             model = ModelConfig { num_experts, num_experts_per_tok, ..model };
-            let sizes = Sizes { rows, length: rows, loss_rows, dtype: Dtype::Bf16 };
+            let sizes = Sizes { rows, length: rows, loss_rows, generated: rows, dtype: Dtype::Bf16 };
             let rates = Rates::measure(&Cpu::new(1), &model, sizes);
             for kind in Kind::ALL {
                 let seconds = rates.seconds(&Work::of(kind, 1e6));

@@ -21,11 +21,15 @@ pub struct Forecast {
     pub measure: Work,
     /// The passes of the retain rows, those that measure included.
     pub retain: Work,
+    /// The model's own replies on which routing is counted.
+    pub replies: Work,
+    /// The causal check of `--verify`.
+    pub verify: Work,
     /// Making random weights.
     pub start: Work,
 }
 
-fn of_replies<'a>(replies: impl Iterator<Item = &'a Example> + 'a) -> Tokens {
+pub(super) fn of_replies<'a>(replies: impl Iterator<Item = &'a Example> + 'a) -> Tokens {
     Tokens::of(replies.map(|e| (e.ids.len(), e.loss.iter().filter(|l| **l).count())))
 }
 
@@ -139,7 +143,8 @@ impl Forecast {
     /// Of `identify` with the same options: one scoring pass.
     #[must_use]
     pub fn of_identification(self, recipe: &Recipe) -> Self {
-        Self { identify: self.identify * (1.0 / scans(recipe)), start: self.start, ..Self::default() }
+        let Self { replies, verify, start, .. } = self;
+        Self { identify: self.identify * (1.0 / scans(recipe)), replies, verify, start, ..Self::default() }
     }
 
     /// With held-out rows, which are measured before and after.
@@ -184,7 +189,8 @@ impl Forecast {
 
     /// The work of all phases.
     pub fn total(&self) -> Work {
-        self.start + self.identify + self.experts + self.routers + self.measure + self.retain
+        let Self { identify, experts, routers, measure, retain, replies, verify, start } = *self;
+        start + replies + identify + verify + experts + routers + measure + retain
     }
 
     /// The seconds of the whole run.
@@ -194,19 +200,21 @@ impl Forecast {
 
     /// The durations of its parts in text. `rates`: of all ranks together.
     pub fn at(&self, rates: &Rates) -> impl fmt::Display {
-        let Self { identify, experts, routers, measure, retain, start } = self;
+        let Self { identify, experts, routers, measure, retain, replies, verify, start } = self;
         let seconds = |work: &Work| duration(rates.seconds(work));
         let if_any = |what: &str, work: &Work| match *work == Work::default() {
             true => String::new(),
             false => format!(", {what} {}", seconds(work)),
         };
         format!(
-            "identification {}, experts {}, routers {}, measuring {}{}{} ({:.2} TFLOP)",
+            "identification {}, experts {}, routers {}, measuring {}{}{}{}{} ({:.2} TFLOP)",
             seconds(identify),
             seconds(experts),
             seconds(routers),
             seconds(measure),
             if_any("retain rows", retain),
+            if_any("own replies at most", replies),
+            if_any("causal check at most", verify),
             if_any("random weights", start),
             self.total().flops() / 1e12,
         )

@@ -27,6 +27,8 @@ pub enum Kind {
     Head,
     /// Its backward to the inputs, which computes the logits as well.
     HeadBackward,
+    /// Elements of the weights that the products of few rows read, not floating-point operations.
+    FewRows,
     /// Updated elements, not floating-point operations.
     Update,
     /// Elements of random weights, not floating-point operations.
@@ -48,13 +50,14 @@ impl Kind {
         Self::Gradients,
         Self::Head,
         Self::HeadBackward,
+        Self::FewRows,
         Self::Update,
         Self::Random,
     ];
 
     /// Whether it is counted in floating-point operations.
     fn is_arithmetic(self) -> bool {
-        !matches!(self, Self::Update | Self::Random)
+        !matches!(self, Self::FewRows | Self::Update | Self::Random)
     }
 }
 
@@ -139,6 +142,27 @@ impl Tokens {
     pub fn mean_length(&self) -> f64 {
         self.squares / self.all.max(1.0)
     }
+}
+
+/// The work of a step of generation that adds a token to each of `sequences` sequences: the elements of all weights that it
+/// reads. Of E experts with K a token, E (1 - (1 - K/E)^sequences) of a layer are read, if tokens choose them evenly.
+pub fn generation_step(config: &ModelConfig, sequences: usize) -> Work {
+    let (d, experts) = (config.hidden_size as f64, config.num_experts.max(1) as f64);
+    let unread = (1.0 - config.num_experts_per_tok as f64 / experts).powi(i32::try_from(sequences).unwrap_or(i32::MAX));
+    let mut elements = d * config.vocab_size as f64;
+    for (kind, heads) in config.layers.iter().zip(&config.heads) {
+        elements += d * ((2 * heads.queries + 2 * heads.keys) * heads.dim) as f64;
+        elements += 3.0
+            * d
+            * match kind {
+                LayerKind::Dense(width) => *width as f64,
+                LayerKind::Moe => {
+                    let shared = config.shared_expert_width.unwrap_or(0) as f64;
+                    shared + experts * (1.0 - unread) * config.expert_width as f64
+                }
+            };
+    }
+    Work::of(Kind::FewRows, elements)
 }
 
 /// Floating-point operations of one token, forward.
@@ -319,6 +343,18 @@ pub(super) mod tests {
         // Of the three products of the lowest layer's experts, only the gradient of the down projection's input.
         let share = to_experts[Kind::ExpertsInput] / a_layer;
         assert!((share - (15.0 + 1.0 / 3.0)).abs() < 1e-9, "{share}");
+    }
+
+    #[test]
+    fn a_step_of_generation_reads_the_weights_of_its_experts() {
+        // OLMoE-1B-7B: 1.28e9 active weights, of them 1.03e8 of the embedding, which is no product; all 6.92e9 but those
+        // and the norms, for so many sequences that every expert is chosen.
+        let elements = |sequences| generation_step(&olmoe(), sequences)[Kind::FewRows];
+        for (sequences, wanted) in [(1, 1.18e9), (1000, 6.82e9)] {
+            let found = elements(sequences);
+            assert!((found / wanted - 1.0).abs() < 0.01, "{found} is not {wanted}");
+        }
+        assert!(elements(1) < elements(8) && elements(8) < elements(32));
     }
 
     #[test]
