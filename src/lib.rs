@@ -41,6 +41,8 @@ pub mod optim;
 #[doc(hidden)]
 pub mod panics;
 #[doc(hidden)]
+pub mod quote;
+#[doc(hidden)]
 pub mod report;
 pub mod routers;
 #[doc(hidden)]

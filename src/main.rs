@@ -5,7 +5,7 @@ use std::{env, io, panic};
 use moewarden::backend::DeviceFault;
 use moewarden::collective::Leave;
 use moewarden::exit::{Ended, Stopped};
-use moewarden::{cli, collective, exit, panics};
+use moewarden::{cli, collective, exit, panics, quote};
 
 fn main() {
     panic::set_hook(Box::new(|fault| {
@@ -50,6 +50,8 @@ fn run() -> u8 {
         }
         Err(failure) => {
             for (i, cause) in failure.chain().enumerate() {
+                // Causes quote paths and files.
+                let cause = quote::message(&cause);
                 say(&format!("{} {cause}", if i == 0 { "error:" } else { "caused by:" }));
             }
             failure.code()

@@ -9,6 +9,8 @@ use std::sync::Mutex;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::quote::message;
+
 /// The terminal output of a process. Clones share the bars. Ranks other than 0 use [`Ui::silent`].
 #[derive(Clone)]
 pub struct Ui {
@@ -65,7 +67,7 @@ impl Ui {
     pub fn warn(&self, text: impl Display) {
         if self.level != Level::Silent {
             let word = if self.color { "\x1b[33mwarning:\x1b[0m" } else { "warning:" };
-            self.write(&mut io::stderr(), &format_args!("{word} {text}"));
+            self.write(&mut io::stderr(), &format_args!("{word} {}", message(&text.to_string())));
         }
     }
 

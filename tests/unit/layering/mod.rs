@@ -10,7 +10,7 @@ use source::{Crate, File};
 
 /// Each line may import from the lines before it, and no module from another of its own line.
 const LEVELS: [&[&str]; 12] = [
-    &["exit"],
+    &["exit", "quote"],
     &["files", "panics", "ui"],
     &["collective", "backend"],
     &["data", "model"],
