@@ -34,6 +34,8 @@ pub mod experts;
 #[doc(hidden)]
 pub mod files;
 #[doc(hidden)]
+pub mod input;
+#[doc(hidden)]
 pub mod judge;
 pub mod launch;
 pub mod model;

@@ -5,7 +5,7 @@
 //! | `rows` | splits a JSON array or JSONL file into rows with line numbers |
 //! | `kinds` | attack, chat and pair rows → prompts and replies; `python_literal` parses lists stored as strings |
 //! | `template`, `jinja` | messages → text, by the model's chat template, as Hugging Face transformers renders it |
-//! | `tokenizer` | text → token ids; special tokens, end-of-sequence tokens |
+//! | `tokenizer`, `declared_tokens` | text → token ids; special tokens, end-of-sequence tokens; tokens declared beside tokenizer.json |
 //! | `mask` | loss mask: the bytes of the text, and from them the tokens, that carry loss |
 //! | `dataset`, `report` | runs all steps on a file; counts of kept and dropped rows with reasons |
 //! | `batches` | shuffled order of an epoch and its micro-batches |
@@ -14,6 +14,7 @@
 
 mod batches;
 mod dataset;
+mod declared_tokens;
 mod error;
 mod jinja;
 mod kinds;

@@ -1,15 +1,18 @@
 //! A model's tokenizer: `tokenizer.json`, the special tokens of its configuration, and its chat template.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
+use super::declared_tokens::{DeclaredTokens, TokenFiles};
 use super::template::{ChatTemplate, Rendered, TemplateError};
 use super::{Error, Message};
+use crate::input;
+use crate::panics::catch_expected;
+use crate::quote::{cut, quote};
 
 /// A tokenizer with its special tokens and chat template.
 pub struct ChatTokenizer {
@@ -44,21 +47,31 @@ impl ChatTokenizer {
     /// memory.
     pub fn open(model_dir: &Path, chat_template: Option<&Path>) -> Result<Self, Error> {
         let path = model_dir.join("tokenizer.json");
-        let bytes = fs::read(&path).map_err(|source| Error::Read {
+        let bytes = input::read(&path).map_err(|source| Error::Read {
             path: path.clone(),
             source,
             hint: "convert another tokenizer format with AutoTokenizer.from_pretrained(..).save_pretrained(..)",
         })?;
-        let mut tokenizer =
-            Tokenizer::from_bytes(&bytes).map_err(|e| Error::file(&path, format!("not a valid tokenizer: {e}")))?;
-        // The file may hold truncation and padding settings of an earlier use. transformers resets them on each call,
-        // too.
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|e| Error::file(&path, e))?;
-
-        let config = read_object(&model_dir.join("tokenizer_config.json"))?.unwrap_or_default();
-        let special_tokens_map = read_object(&model_dir.join("special_tokens_map.json"))?.unwrap_or_default();
-        let named = named_tokens(&config, &special_tokens_map);
+        let mut tokenizer = load(&path, &bytes)?;
+        let file = |name: &str| model_dir.join(name);
+        let [config_file, special_tokens_map, added_tokens] =
+            ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"].map(file);
+        let files = TokenFiles {
+            config: (&config_file, read_object(&config_file)?.unwrap_or_default()),
+            special_tokens_map: (&special_tokens_map, read_object(&special_tokens_map)?.unwrap_or_default()),
+            added_tokens: (&added_tokens, read_object(&added_tokens)?.unwrap_or_default()),
+        };
+        let DeclaredTokens { named, missing } = DeclaredTokens::read(&files, &tokenizer)?;
+        let config = files.config.1;
+        guarded(&path, || {
+            // The file may hold truncation and padding settings of an earlier use. transformers resets them on each call,
+            // too.
+            tokenizer.with_padding(None);
+            tokenizer.with_truncation(None)?;
+            tokenizer
+                .set_encode_special_tokens(config.get("split_special_tokens").and_then(Value::as_bool) == Some(true));
+            tokenizer.add_tokens(missing)
+        })?;
         let (source, origin) = template_source(model_dir, &config, chat_template)?;
         let template_error = |e: TemplateError| Error::file(&origin, e);
         let tokens = named.iter().map(|(name, v)| (name.clone(), template_value(v)));
@@ -68,9 +81,7 @@ impl ChatTokenizer {
         let vocabulary = tokenizer.get_vocab(true);
         let mut eos = BTreeSet::new();
         eos.extend(named.get("eos_token").and_then(Value::as_str).and_then(|t| tokenizer.token_to_id(t)));
-        if let Some(generation) = read_object(&model_dir.join("generation_config.json"))? {
-            eos.extend(ids(generation.get("eos_token_id")));
-        }
+        eos.extend(generation_eos(model_dir)?);
         let added = tokenizer.get_added_tokens_decoder();
         let mut special: Vec<_> = added.into_values().filter(|t| t.special).map(|t| t.content).collect();
         special.sort_by_key(|t| std::cmp::Reverse(t.len()));
@@ -90,7 +101,7 @@ impl ChatTokenizer {
     /// # Errors
     /// Those of the tokenizer.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        self.tokenizer.encode_fast(text, false).map(|e| e.get_ids().to_vec()).map_err(|e| Error::file(&self.path, e))
+        guarded(&self.path, || Ok(self.tokenizer.encode_fast(text, false)?.get_ids().to_vec()))
     }
 
     /// Token ids of a text and their byte ranges in it. Like [`Self::encode`], without added special tokens.
@@ -98,21 +109,21 @@ impl ChatTokenizer {
     /// # Errors
     /// Those of the tokenizer.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Encoded, Error> {
-        let encoding = self.tokenizer.encode(text, false).map_err(|e| Error::file(&self.path, e))?;
+        let encoding = guarded(&self.path, || self.tokenizer.encode(text, false))?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
     }
 
     /// The text of token ids, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> String {
-        // The tokenizer skips ids beyond the vocabulary, and decoding ids it knows cannot fail.
-        self.tokenizer.decode(ids, true).unwrap_or_default()
+        // The tokenizer skips ids beyond the vocabulary. A decoder that fails on ids it knows has no text for them.
+        guarded(&self.path, || self.tokenizer.decode(ids, true)).unwrap_or_default()
     }
 
     /// The text of each token id, special tokens included. If a character takes several tokens, the last of them has
     /// the text and the others are empty.
     pub fn token_texts(&self, ids: &[u32]) -> Vec<String> {
         let mut stream = self.tokenizer.decode_stream(false);
-        ids.iter().map(|id| stream.step(*id).ok().flatten().unwrap_or_default()).collect()
+        ids.iter().map(|id| guarded(&self.path, || stream.step(*id)).ok().flatten().unwrap_or_default()).collect()
     }
 
     /// Renders a conversation: see [`ChatTemplate::render`].
@@ -155,43 +166,66 @@ impl ChatTokenizer {
             return Ok(());
         }
         let max_id = self.max_id;
+        let token = self.tokenizer.id_to_token(max_id).unwrap_or_default();
         let message = format!(
-            "the tokenizer has ids up to {max_id}, but the model's vocabulary has {vocab_size}; it belongs to another \
-             model, or the model's embeddings were not resized after tokens were added"
+            "the tokenizer has ids up to {max_id} ({}), but the model's vocabulary has {vocab_size}; it belongs to another \
+             model, or the model's embeddings were not resized after tokens were added (to this file, or beside it in \
+             tokenizer_config.json, special_tokens_map.json or added_tokens.json)",
+            quote(&token)
         );
         Err(Error::file(&self.path, message))
     }
 }
 
+/// Reads a `tokenizer.json`.
+fn load(path: &Path, bytes: &[u8]) -> Result<Tokenizer, Error> {
+    let bytes = input::without_mark(bytes);
+    guarded(path, || Tokenizer::from_bytes(bytes)).map_err(|error| {
+        // Of a file that is no JSON the library's own error says less, or it panics.
+        match serde_json::from_slice::<serde::de::IgnoredAny>(bytes) {
+            Err(syntax) => Error::file(path, input::not_json(bytes, &syntax)),
+            Ok(_) => error,
+        }
+    })
+}
+
+/// Runs `f`, which calls the tokenizers library. It panics on some files that are no valid tokenizer; that is the file's fault.
+fn guarded<T>(path: &Path, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, Error> {
+    let again =
+        "if it is damaged, fetch it again, or write it anew with AutoTokenizer.from_pretrained(..).save_pretrained(..)";
+    let problem = match catch_expected(f) {
+        Some(Ok(value)) => return Ok(value),
+        Some(Err(error)) => format!("not a valid tokenizer: {}", cut(&error.to_string(), 300)),
+        None => {
+            "not a valid tokenizer: its parts contradict each other, so that the tokenizers library fails on it".into()
+        }
+    };
+    Err(Error::file(path, format!("{problem}; {again}")))
+}
+
+/// Ids that end a generation, as transformers reads them: `eos_token_id` of `generation_config.json`, or only where there is
+/// no such file, of `config.json`, or else the default of the model's family.
+fn generation_eos(dir: &Path) -> Result<Vec<u32>, Error> {
+    /// Families whose configuration in transformers 5.17 has a default.
+    const DEFAULTS: [(&str, u32); 2] = [("mixtral", 2), ("olmoe", 50279)];
+    if let Some(generation) = read_object(&dir.join("generation_config.json"))? {
+        return Ok(ids(generation.get("eos_token_id")));
+    }
+    let config = read_object(&dir.join("config.json"))?.unwrap_or_default();
+    let family = config.get("model_type").and_then(Value::as_str);
+    let default = || DEFAULTS.iter().filter(|(name, _)| Some(*name) == family).map(|(_, id)| *id).collect();
+    Ok(if config.contains_key("eos_token_id") { ids(config.get("eos_token_id")) } else { default() })
+}
+
 /// Reads a JSON object; `None` if the file does not exist.
 fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, Error> {
-    let text = match fs::read(path) {
-        Ok(text) => text,
+    let bytes = match input::read(path) {
+        Ok(bytes) => bytes,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(Error::read(path, e)),
     };
-    serde_json::from_slice(&text).map(Some).map_err(|e| Error::file(path, format!("not a JSON object: {e}")))
-}
-
-/// The special tokens that a template can refer to by name: `bos_token`, `eos_token` and so on (a string, or an object
-/// with
-/// `content`), and the list `additional_special_tokens`. `tokenizer_config.json` overrides `special_tokens_map.json`.
-fn named_tokens(config: &Map<String, Value>, special_tokens_map: &Map<String, Value>) -> Map<String, Value> {
-    let text = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(Value::from);
-    let mut out = Map::new();
-    for (name, value) in special_tokens_map.iter().chain(config) {
-        if value.is_null() {
-            // null: the model has no such token, even if special_tokens_map.json has one.
-            out.shift_remove(name);
-        } else if let (true, Some(token)) = (name.ends_with("_token"), text(value)) {
-            out.insert(name.clone(), token);
-        } else if let ("additional_special_tokens", Some(list)) = (name.as_str(), value.as_array()) {
-            out.insert(name.clone(), list.iter().filter_map(text).collect());
-        } else if let ("extra_special_tokens", Some(more)) = (name.as_str(), value.as_object()) {
-            out.extend(more.iter().filter_map(|(name, v)| Some((name.clone(), text(v)?))));
-        }
-    }
-    out
+    let text = input::without_mark(&bytes);
+    serde_json::from_slice(text).map(Some).map_err(|e| Error::file(path, input::not_json(text, &e)))
 }
 
 fn template_value(token: &Value) -> minijinja::Value {
@@ -218,7 +252,7 @@ fn template_source(
     config: &Map<String, Value>,
     override_file: Option<&Path>,
 ) -> Result<(String, PathBuf), Error> {
-    let read = |path: &Path| fs::read_to_string(path).map_err(|e| Error::read(path, e));
+    let read = |path: &Path| input::read_text(path).map_err(|e| Error::read(path, e));
     if let Some(path) = override_file {
         return Ok((read(path)?, path.to_owned()));
     }

@@ -457,14 +457,14 @@ fn precedence_of_chat_templates_and_special_tokens() {
     fs::write(folder.path().join("chat_template.jinja"), "J").unwrap();
     assert_eq!(render(None).unwrap(), "J");
     let own = folder.path().join("own");
-    // special_tokens_map.json supplies tokens that tokenizer_config.json does not mention.
+    // special_tokens_map.json takes precedence, as in transformers: tokenizer_config.json says null for bos_token.
     fs::write(
         folder.path().join("special_tokens_map.json"),
         r#"{"bos_token": "<s>", "unk_token": {"content": "<u>"}}"#,
     )
     .unwrap();
     fs::write(&own, "M{{ bos_token }}{{ unk_token }}{{ eos_token }}").unwrap();
-    assert_eq!(render(Some(&own)).unwrap(), "M<u><|im_end|>");
+    assert_eq!(render(Some(&own)).unwrap(), "M<s><u><|im_end|>");
     assert_eq!(render(Some(Path::new("nowhere"))).unwrap_err().exit_code(), exit::NO_INPUT);
 }
 

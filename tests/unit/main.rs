@@ -15,6 +15,7 @@ mod tiny_model;
 mod adamw;
 mod bf16;
 mod data;
+mod declared_tokens;
 mod decode;
 mod frozen;
 mod golden;

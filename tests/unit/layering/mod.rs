@@ -11,7 +11,7 @@ use source::{Crate, File};
 /// Each line may import from the lines before it, and no module from another of its own line.
 const LEVELS: [&[&str]; 12] = [
     &["exit", "quote"],
-    &["files", "panics", "ui"],
+    &["files", "input", "panics", "ui"],
     &["collective", "backend"],
     &["data", "model"],
     &["experts", "routers", "optim"],

@@ -1,0 +1,258 @@
+//! The tokens that a model folder declares beside `tokenizer.json`, as transformers 5.17 loads them.
+//!
+//! `tokenizer_config.json` names tokens under `added_tokens_decoder`, `extra_special_tokens` (before version 5:
+//! `additional_special_tokens`) and keys such as `eos_token`. Only where it has no `added_tokens_decoder`, the older files
+//! `special_tokens_map.json` and `added_tokens.json` count too, and the former takes precedence. What `tokenizer.json` does not
+//! declare itself is added to it: otherwise the text of such a token would be split into pieces.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use serde_json::{Map, Value};
+use tokenizers::{AddedToken, Tokenizer};
+
+use super::Error;
+use crate::quote::quote;
+
+/// The named special tokens of every model, in the order in which they are added.
+const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+/// Older name of the key `extra_special_tokens`.
+const OLD_EXTRA: &str = "additional_special_tokens";
+const EXTRA: &str = "extra_special_tokens";
+
+/// The files of a model folder that declare tokens: each with its path, for messages. An absent file is empty.
+pub(super) struct TokenFiles<'a> {
+    pub config: (&'a Path, Map<String, Value>),
+    pub special_tokens_map: (&'a Path, Map<String, Value>),
+    pub added_tokens: (&'a Path, Map<String, Value>),
+}
+
+/// The declared tokens.
+pub(super) struct DeclaredTokens {
+    /// Texts of the special tokens that a chat template can name, such as `eos_token`.
+    pub named: Map<String, Value>,
+    /// Tokens to add to the tokenizer, in this order.
+    pub missing: Vec<AddedToken>,
+}
+
+/// A token as declared.
+#[derive(Clone)]
+struct Declared {
+    content: String,
+    special: bool,
+    single_word: bool,
+    lstrip: bool,
+    rstrip: bool,
+    /// By default, tokens that are not special are normalised.
+    normalized: Option<bool>,
+}
+
+impl Declared {
+    fn new(content: &str, special: bool) -> Self {
+        let content = content.to_owned();
+        Self { content, special, single_word: false, lstrip: false, rstrip: false, normalized: None }
+    }
+
+    /// A string, which is a special token, or an object with `content` and flags, which is one where it or `special` says so.
+    /// `None`: neither.
+    fn read(value: &Value, special: bool) -> Option<Self> {
+        let Value::Object(fields) = value else { return Some(Self::new(value.as_str()?, true)) };
+        let flag = |name: &str| fields.get(name).and_then(Value::as_bool);
+        // save_pretrained marks objects that state all flags.
+        let special = special && !fields.contains_key("__type");
+        let special = special || flag("special").unwrap_or(false);
+        Some(Self {
+            single_word: flag("single_word").unwrap_or(false),
+            lstrip: flag("lstrip").unwrap_or(false),
+            rstrip: flag("rstrip").unwrap_or(false),
+            normalized: flag("normalized"),
+            ..Self::new(fields.get("content")?.as_str()?, special)
+        })
+    }
+
+    fn added(&self) -> AddedToken {
+        AddedToken::from(&*self.content, self.special)
+            .single_word(self.single_word)
+            .lstrip(self.lstrip)
+            .rstrip(self.rstrip)
+            .normalized(self.normalized.unwrap_or(!self.special))
+    }
+}
+
+impl From<&AddedToken> for Declared {
+    fn from(token: &AddedToken) -> Self {
+        Self {
+            content: token.content.clone(),
+            special: token.special,
+            single_word: token.single_word,
+            lstrip: token.lstrip,
+            rstrip: token.rstrip,
+            normalized: Some(token.normalized),
+        }
+    }
+}
+
+/// Tokens under names and without: the special tokens of a file.
+#[derive(Default)]
+struct Special {
+    named: Vec<(String, Option<Declared>)>,
+    /// `None`: the file has no such key.
+    extra: Option<Vec<Declared>>,
+}
+
+impl Special {
+    fn read(path: &Path, object: &Map<String, Value>) -> Result<Self, Error> {
+        let wrong = |key: &str, value: &Value| {
+            let message = format!(
+                "{key} holds {}, which is no token: a token is a string, or an object with the string `content`",
+                quote(&value.to_string())
+            );
+            Error::file(path, message)
+        };
+        let one = |key: &str, value: &Value| Declared::read(value, true).ok_or_else(|| wrong(key, value));
+        let mut special = Self::default();
+        for (key, value) in object {
+            match (&**key, value) {
+                // Flags such as `add_bos_token`.
+                (name, Value::Bool(_)) if name.ends_with("_token") => {}
+                (name, Value::Null) if name.ends_with("_token") => special.named.push((key.clone(), None)),
+                (name, value) if name.ends_with("_token") => {
+                    special.named.push((key.clone(), Some(one(name, value)?)));
+                }
+                (EXTRA | OLD_EXTRA, Value::Object(more)) => {
+                    for (name, value) in more {
+                        special.named.push((name.clone(), Some(one(key, value)?)));
+                    }
+                }
+                (EXTRA | OLD_EXTRA, Value::Array(list)) => {
+                    // The new key counts where a file has both.
+                    if key == EXTRA || !object.contains_key(EXTRA) {
+                        special.extra = Some(list.iter().map(|value| one(key, value)).collect::<Result<_, _>>()?);
+                    }
+                }
+                (EXTRA | OLD_EXTRA, value) if !value.is_null() => return Err(wrong(key, value)),
+                _ => {}
+            }
+        }
+        Ok(special)
+    }
+
+    fn name(&mut self, name: String, token: Option<Declared>) {
+        match self.named.iter_mut().find(|(other, _)| *other == name) {
+            Some((_, there)) => *there = token,
+            None => self.named.push((name, token)),
+        }
+    }
+}
+
+impl DeclaredTokens {
+    /// What the files declare beyond `tokenizer`.
+    ///
+    /// # Errors
+    /// An entry that is no token.
+    pub(super) fn read(files: &TokenFiles<'_>, tokenizer: &Tokenizer) -> Result<Self, Error> {
+        let (config_path, config) = &files.config;
+        let mut special = Special::read(config_path, config)?;
+        if let Some(padding) = tokenizer.get_padding().filter(|_| !config.contains_key("pad_token")) {
+            special.name("pad_token".into(), Some(Declared::new(&padding.pad_token, true)));
+        }
+        let own = tokenizer.get_added_tokens_decoder();
+        let mut entries = Vec::new();
+        match config.get("added_tokens_decoder") {
+            Some(decoder) => entries.extend(read_decoder(config_path, decoder)?),
+            None => {
+                let (path, object) = &files.special_tokens_map;
+                let older = Special::read(path, object)?;
+                older.named.into_iter().for_each(|(name, token)| special.name(name, token));
+                special.extra = match (special.extra, older.extra) {
+                    (Some(ours), Some(theirs)) if object.contains_key(EXTRA) => {
+                        let new = |t: &Declared| ours.iter().all(|o| o.content != t.content);
+                        let theirs: Vec<_> = theirs.into_iter().filter(new).collect();
+                        Some(ours.into_iter().chain(theirs).collect())
+                    }
+                    (ours, _) if config.contains_key(EXTRA) || config.contains_key(OLD_EXTRA) => ours,
+                    (_, theirs) => theirs,
+                };
+                let older = read_added_tokens(&files.added_tokens, &special)?;
+                entries.extend(older.into_iter().filter(|(_, token)| own.values().all(|t| t.content != token.content)));
+                entries.extend(own.iter().map(|(id, token)| (u64::from(*id), Declared::from(token))));
+            }
+        }
+        Ok(Self::merge(special, entries, &own.into_values().collect::<Vec<_>>()))
+    }
+
+    /// `entries`: tokens with ids; of two with the same id or text the later counts.
+    fn merge(mut special: Special, entries: Vec<(u64, Declared)>, own: &[AddedToken]) -> Self {
+        let by_text: HashMap<String, Declared> =
+            entries.iter().map(|(_, token)| (token.content.clone(), token.clone())).collect();
+        let by_id: BTreeMap<u64, Declared> = entries.into_iter().collect();
+        // The flags of a named token are those of its entry.
+        for (name, token) in &mut special.named {
+            if let Some(token) = token.as_mut().filter(|_| NAMES.contains(&&**name))
+                && let Some(entry) = by_text.get(&token.content)
+            {
+                *token = entry.clone();
+            }
+        }
+        let order = |name: &str| NAMES.iter().position(|known| *known == name).unwrap_or(NAMES.len());
+        special.named.sort_by_key(|(name, _)| order(name));
+        let named: Vec<(String, Declared)> =
+            special.named.into_iter().filter_map(|(name, token)| Some((name, token?))).collect();
+
+        let mut add: Vec<Declared> = by_id.into_values().filter(|token| !own.contains(&token.added())).collect();
+        for token in named.iter().map(|(_, token)| token).chain(special.extra.iter().flatten()) {
+            let known =
+                own.iter().map(|t| &t.content).chain(add.iter().map(|t| &t.content)).any(|t| *t == token.content);
+            if !known {
+                add.push(token.clone());
+            }
+        }
+        for token in &mut add {
+            token.special |= named.iter().any(|(_, other)| other.content == token.content);
+        }
+        let missing = add.iter().map(Declared::added).collect();
+        let mut texts: Map<String, Value> =
+            named.into_iter().map(|(name, token)| (name, token.content.into())).collect();
+        if let Some(extra) = special.extra {
+            texts.insert(OLD_EXTRA.into(), extra.into_iter().map(|token| Value::from(token.content)).collect());
+        }
+        Self { named: texts, missing }
+    }
+}
+
+/// `added_tokens_decoder`: id → token.
+fn read_decoder(path: &Path, decoder: &Value) -> Result<Vec<(u64, Declared)>, Error> {
+    let wrong = |what: &str| {
+        let message = format!(
+            "added_tokens_decoder: {} is no entry: an entry is an id with an object that has the string `content`",
+            quote(what)
+        );
+        Error::file(path, message)
+    };
+    let entries = decoder.as_object().ok_or_else(|| wrong(&decoder.to_string()))?;
+    let read = |(id, value): (&String, &Value)| {
+        let token = Declared::read(value, false).filter(|_| value.is_object());
+        let id = id.trim().parse().ok();
+        id.zip(token)
+            .ok_or_else(|| wrong(&format!("{}: {value}", id.map_or_else(|| "?".into(), |id: u64| id.to_string()))))
+    };
+    entries.iter().map(read).collect()
+}
+
+/// `added_tokens.json`: text → id.
+fn read_added_tokens(
+    (path, texts): &(&Path, Map<String, Value>),
+    special: &Special,
+) -> Result<Vec<(u64, Declared)>, Error> {
+    let named = special.named.iter().filter(|(name, _)| NAMES.contains(&&**name)).filter_map(|(_, t)| t.as_ref());
+    let special: Vec<&str> = named.chain(special.extra.iter().flatten()).map(|token| &*token.content).collect();
+    let read = |(text, id): (&String, &Value)| {
+        let token = Declared::new(text, special.contains(&&**text));
+        let id = id.as_u64().ok_or_else(|| {
+            Error::file(path, format!("the id of {} is {}, not a number", quote(text), quote(&id.to_string())))
+        })?;
+        Ok((id, token))
+    };
+    texts.iter().map(read).collect()
+}

@@ -1,0 +1,154 @@
+//! Input files: opened only where they are files, without a byte order mark, and named by what they are where they are not
+//! what they should be.
+
+mod formats;
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+pub use formats::{Format, recognise};
+
+/// How to get a damaged file again.
+const FETCH_AGAIN: &str =
+    "if the file is damaged, fetch it again (from the hub: `hf download ID FILE --force-download`)";
+
+/// Opens a file for reading. A folder, a pipe (FIFO), a socket or a device in its place is an error: opening a pipe would wait
+/// for a writer, perhaps without end.
+///
+/// # Errors
+/// The operating system's; [`io::ErrorKind::IsADirectory`] and [`io::ErrorKind::InvalidInput`] with what it is.
+pub fn open(path: &Path) -> io::Result<File> {
+    let kind = fs::metadata(path)?.file_type();
+    if kind.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a folder, not a file"));
+    }
+    if !kind.is_file() {
+        let message = format!("it is {}, not a file: write its content into a file first", special(kind));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    File::open(path)
+}
+
+#[cfg(unix)]
+fn special(kind: fs::FileType) -> &'static str {
+    use std::os::unix::fs::FileTypeExt;
+    match kind {
+        kind if kind.is_fifo() => "a pipe (FIFO)",
+        kind if kind.is_socket() => "a socket",
+        _ => "a device",
+    }
+}
+
+#[cfg(not(unix))]
+fn special(_: fs::FileType) -> &'static str {
+    "a special file"
+}
+
+/// Reads a file as it is.
+///
+/// # Errors
+/// Those of [`open`] and of reading.
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open(path)?.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Reads a UTF-8 text, without its byte order mark.
+///
+/// # Errors
+/// Those of [`read`]; [`io::ErrorKind::InvalidData`] for another encoding.
+pub fn read_text(path: &Path) -> io::Result<String> {
+    let text = String::from_utf8(read(path)?).map_err(|e| {
+        let what = what_it_is(e.as_bytes()).unwrap_or_else(|| "it is not UTF-8".into());
+        io::Error::new(io::ErrorKind::InvalidData, what)
+    })?;
+    Ok(match text.strip_prefix('\u{feff}') {
+        Some(rest) => rest.to_owned(),
+        None => text,
+    })
+}
+
+/// A UTF-8 text without its byte order mark.
+pub fn without_mark(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
+}
+
+/// Why a file of a model or a run is not the JSON that it should be, with the way out.
+pub fn not_json(bytes: &[u8], error: &serde_json::Error) -> String {
+    if let Some(what) = what_it_is(bytes) {
+        return what;
+    }
+    let problem = crate::quote::cut(&error.to_string(), 300);
+    match error.classify() {
+        serde_json::error::Category::Data => format!("not what this file should hold: {problem}"),
+        serde_json::error::Category::Eof => {
+            format!(
+                "it ends in the middle of its JSON ({problem}), as after a download that was cut off; {FETCH_AGAIN}"
+            )
+        }
+        _ => format!("not JSON: {problem}; {FETCH_AGAIN}"),
+    }
+}
+
+/// What a file is, with the way out, where its first bytes say that it is no text.
+pub fn what_it_is(bytes: &[u8]) -> Option<String> {
+    if bytes.is_empty() {
+        return Some(format!("the file is empty; {FETCH_AGAIN}"));
+    }
+    if bytes.iter().all(|b| *b == 0) {
+        return Some(format!("the file holds only zero bytes, as after a crash or a full disk; {FETCH_AGAIN}"));
+    }
+    let (name, way) = recognise(bytes)?.describe();
+    Some(format!("the file is {name}; {way}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn json_error(text: &[u8]) -> String {
+        let error = serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(text).unwrap_err();
+        not_json(text, &error)
+    }
+
+    #[test]
+    fn a_damaged_file_says_what_it_is_and_how_to_get_it_again() {
+        for (text, says) in [
+            (b"{\"a\": 1, \"b\"".as_slice(), "cut off"),
+            (b"{\"a\": }", "not JSON: expected value at line 1 column 7; if the file is damaged, fetch it again"),
+            (b"", "the file is empty"),
+            (b"\0\0\0\0", "zero bytes"),
+            (b"[1]", "not what this file should hold: invalid type: sequence, expected a map"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+            (b"<!DOCTYPE html><html>", "a web page"),
+            (b"\xff\xfe{\0}\0", "UTF-16"),
+        ] {
+            let message = json_error(text);
+            assert!(message.contains(says), "{message}");
+        }
+    }
+
+    #[test]
+    fn text_is_read_without_its_mark() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        fs::write(&path, "\u{feff}text").unwrap();
+        assert_eq!(read_text(&path).unwrap(), "text");
+        assert_eq!(without_mark(&read(&path).unwrap()), b"text");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn only_files_are_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(read(dir.path()).unwrap_err().to_string(), "it is a folder, not a file");
+        assert!(read(Path::new("/dev/zero")).unwrap_err().to_string().contains("a device"));
+        let pipe = dir.path().join("pipe");
+        let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
+        // SAFETY: the name is a valid C string.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        assert!(read(&pipe).unwrap_err().to_string().contains("a pipe (FIFO)"));
+    }
+}

@@ -1,0 +1,120 @@
+//! Tokens that a model folder declares beside tokenizer.json, against transformers: `tests/golden/declared_tokens.json`.
+
+use std::fs;
+use std::path::Path;
+
+use moewarden::data::{ChatTokenizer, Message};
+use moewarden::exit::{self, Coded};
+use serde_json::{Value, json};
+
+const NAMES: [&str; 9] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+    "image_token",
+    "x_token",
+];
+
+/// A model folder of these files; its tokenizer.json is the golden one with other fields.
+fn folder(base: &str, fields: &Value, files: &Value) -> tempfile::TempDir {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/tokenizers/{base}.json"));
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(golden).unwrap()).unwrap();
+    tokenizer.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    for (name, content) in files.as_object().unwrap() {
+        fs::write(dir.path().join(name), content.to_string()).unwrap();
+    }
+    dir
+}
+
+#[test]
+fn declared_tokens_are_those_of_transformers() {
+    let golden: Value = serde_json::from_str(include_str!("../golden/declared_tokens.json")).unwrap();
+    let base = golden["base"].as_str().unwrap();
+    let cases = golden["cases"].as_object().unwrap();
+    assert!(cases.len() > 25);
+    for (name, case) in cases {
+        let dir = folder(base, &case["tokenizer"], &case["files"]);
+        let template = dir.path().join("names.jinja");
+        fs::write(&template, NAMES.map(|name| format!("{{{{ {name} }}}}")).join("|")).unwrap();
+        let tokenizer = ChatTokenizer::open(dir.path(), Some(&template)).unwrap();
+        let texts = golden["texts"].as_array().unwrap();
+        for (text, ids) in texts.iter().zip(case["ids"].as_array().unwrap()) {
+            let text = text.as_str().unwrap();
+            assert_eq!(json!(tokenizer.encode(text).unwrap()), *ids, "{name}: {text:?}");
+            assert_eq!(json!(tokenizer.encode_with_offsets(text).unwrap().ids), *ids, "{name}: {text:?}");
+        }
+        let named = NAMES.map(|name| case["named"][name].as_str().unwrap_or_default()).join("|");
+        assert_eq!(tokenizer.render(&[Message::new("user", "q")], false).unwrap(), named, "{name}");
+    }
+}
+
+#[test]
+fn an_entry_that_is_no_token_is_named() {
+    let entry = |key: &str, value: Value| json!({"chat_template": "-", key: value});
+    for (file, content, says) in [
+        (
+            "tokenizer_config.json",
+            entry("added_tokens_decoder", json!({"5": "<x>"})),
+            "added_tokens_decoder: `5: \"<x>\"`",
+        ),
+        ("tokenizer_config.json", entry("added_tokens_decoder", json!({"x": {"content": "<x>"}})), "`?: {"),
+        ("tokenizer_config.json", entry("added_tokens_decoder", json!([1])), "added_tokens_decoder: `[1]`"),
+        ("tokenizer_config.json", entry("eos_token", json!(7)), "eos_token holds `7`"),
+        (
+            "tokenizer_config.json",
+            entry("extra_special_tokens", json!([["<x>"]])),
+            "extra_special_tokens holds `[\"<x>\"]`",
+        ),
+        ("special_tokens_map.json", json!({"additional_special_tokens": "<x>"}), "additional_special_tokens holds"),
+        ("special_tokens_map.json", json!({"eos_token": {"text": "\u{1b}[2J"}}), "which is no token"),
+        ("added_tokens.json", json!({"<x>": "5"}), "the id of `<x>` is `\"5\"`"),
+    ] {
+        let mut files = json!({"tokenizer_config.json": {"chat_template": "-"}});
+        files[file] = content;
+        let dir = folder("marks-304", &json!({}), &files);
+        let error = ChatTokenizer::open(dir.path(), None).err().unwrap();
+        let message = error.to_string();
+        assert_eq!(error.exit_code(), exit::DATA, "{message}");
+        assert!(message.contains(file) && message.contains(says), "{message}");
+        assert!(!message.contains('\u{1b}'), "{message:?}");
+    }
+}
+
+#[test]
+fn tokens_that_end_a_generation_are_those_of_transformers() {
+    // generation_config.json decides alone where it exists; else config.json, or the default of its family.
+    for (files, ids) in [
+        (json!({"config.json": {"eos_token_id": [2, 209]}}), vec![2, 209]),
+        (json!({"config.json": {"eos_token_id": 7}}), vec![7]),
+        (json!({"config.json": {"eos_token_id": 7}, "generation_config.json": {}}), vec![]),
+        (json!({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": [8]}}), vec![8]),
+        (json!({"config.json": {"model_type": "mixtral"}}), vec![2]),
+        (json!({"config.json": {"model_type": "olmoe"}}), vec![50279]),
+        (json!({"config.json": {"model_type": "mixtral", "eos_token_id": null}}), vec![]),
+        (json!({"config.json": {"model_type": "qwen3_moe"}}), vec![]),
+        (json!({}), vec![]),
+    ] {
+        let mut all = json!({"tokenizer_config.json": {"chat_template": "-"}});
+        all.as_object_mut().unwrap().extend(files.as_object().unwrap().clone());
+        let dir = folder("marks-304", &json!({}), &all);
+        assert_eq!(ChatTokenizer::open(dir.path(), None).unwrap().eos_ids(), ids, "{files}");
+    }
+}
+
+#[test]
+fn a_byte_order_mark_before_the_json_of_a_tokenizer_is_skipped() {
+    let dir =
+        folder("marks-304", &json!({}), &json!({"tokenizer_config.json": {"chat_template": "-", "eos_token": "<x>"}}));
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        let path = dir.path().join(name);
+        fs::write(&path, [b"\xef\xbb\xbf".as_slice(), &fs::read(&path).unwrap()].concat()).unwrap();
+    }
+    let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
+    assert_eq!(tokenizer.encode("<x>").unwrap(), tokenizer.eos_ids());
+}
