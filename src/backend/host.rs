@@ -4,6 +4,7 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use half::{bf16, f16};
+use memmap2::Mmap;
 
 /// The element types of the checkpoints that moewarden reads and writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,8 +30,23 @@ impl Dtype {
 /// A reference-counted range of bytes: part of a memory-mapped file, or of an owned vector.
 #[derive(Clone)]
 pub struct SharedBytes {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Owner,
     range: Range<usize>,
+}
+
+#[derive(Clone)]
+enum Owner {
+    Mapped(Arc<Mmap>),
+    Other(Arc<dyn AsRef<[u8]> + Send + Sync>),
+}
+
+impl Owner {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Other(owner) => (**owner).as_ref(),
+        }
+    }
 }
 
 impl SharedBytes {
@@ -39,11 +55,38 @@ impl SharedBytes {
     /// # Panics
     /// If the range exceeds the owner.
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Self {
-        assert!(
-            range.start <= range.end && range.end <= (*owner).as_ref().len(),
-            "byte range {range:?} outside its owner"
-        );
-        Self { owner, range }
+        Self { range: 0..(*owner).as_ref().len(), owner: Owner::Other(owner) }.slice(range)
+    }
+
+    /// All bytes of a memory-mapped file.
+    pub fn mapped(map: Mmap) -> Self {
+        Self { range: 0..map.len(), owner: Owner::Mapped(Arc::new(map)) }
+    }
+
+    /// These and the bytes that follow in the same memory-mapped file, if `next` is just these.
+    #[must_use]
+    pub(super) fn joined(&self, next: &Self) -> Option<Self> {
+        match (&self.owner, &next.owner) {
+            (Owner::Mapped(a), Owner::Mapped(b)) if Arc::ptr_eq(a, b) && self.range.end == next.range.start => {
+                Some(Self { owner: self.owner.clone(), range: self.range.start..next.range.end })
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether they are part of a memory-mapped file.
+    pub(super) fn is_mapped(&self) -> bool {
+        matches!(self.owner, Owner::Mapped(_))
+    }
+
+    /// Reads those of a memory-mapped file into memory, if they are not there, and returns once that is done. It is a hint: other
+    /// bytes, other systems than Linux, and kernels before 5.14 do nothing.
+    pub(super) fn populate(&self) {
+        #[cfg(target_os = "linux")]
+        if let Owner::Mapped(map) = &self.owner {
+            // A read that fails now fails again, with a message, where the bytes are used.
+            let _ = map.advise_range(memmap2::Advice::PopulateRead, self.range.start, self.range.len());
+        }
     }
 
     /// Number of bytes. Does not access them.
@@ -61,7 +104,8 @@ impl SharedBytes {
     /// # Panics
     /// If the range exceeds these bytes.
     pub fn slice(&self, range: Range<usize>) -> Self {
-        assert!(range.end <= self.range.len(), "byte range {range:?} outside {} bytes", self.range.len());
+        let fits = range.start <= range.end && range.end <= self.range.len();
+        assert!(fits, "byte range {range:?} outside {} bytes", self.range.len());
         let start = self.range.start + range.start;
         Self { owner: self.owner.clone(), range: start..start + range.len() }
     }
@@ -69,15 +113,14 @@ impl SharedBytes {
 
 impl From<Vec<u8>> for SharedBytes {
     fn from(bytes: Vec<u8>) -> Self {
-        let range = 0..bytes.len();
-        Self { owner: Arc::new(bytes), range }
+        Self { range: 0..bytes.len(), owner: Owner::Other(Arc::new(bytes)) }
     }
 }
 
 impl Deref for SharedBytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &(*self.owner).as_ref()[self.range.clone()]
+        &self.owner.bytes()[self.range.clone()]
     }
 }
 
@@ -118,7 +161,7 @@ impl HostTensor {
     /// A tensor with dtype and shape but without values on the host. Accessing its bytes panics.
     pub fn absent(dtype: Dtype, shape: Vec<usize>) -> Self {
         let range = 0..shape.iter().product::<usize>() * dtype.size();
-        Self::new(dtype, shape, SharedBytes { owner: Arc::new(Absent), range })
+        Self::new(dtype, shape, SharedBytes { owner: Owner::Other(Arc::new(Absent)), range })
     }
 
     /// An f32 tensor that owns a copy of `values`.

@@ -234,6 +234,12 @@ pub trait Backend: Send + Sync + 'static {
     fn sequences(&self, packing: &Packing, rope: &Rope) -> Self::Sequences;
     /// A parameter with the values of `host`. The CPU backend uses the (memory-mapped) bytes in place, without a copy.
     fn weight(&self, host: HostTensor) -> Self::Weight;
+    /// Announces the parameters that are read next. The CPU backend reads the memory-mapped ones from the disk meanwhile.
+    fn prefetch<'w>(&self, _weights: impl Iterator<Item = &'w Self::Weight>)
+    where
+        Self: 'w,
+    {
+    }
     /// A parameter of independent uniform random values with mean 0 and standard deviation `std`, rounded to `dtype`
     /// and generated on the device. The same seed gives the same bits on every backend.
     fn random_weight(&self, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Self::Weight;

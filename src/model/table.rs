@@ -69,6 +69,11 @@ impl ParamTable {
         self.id(kind).expect("the table was checked against the family")
     }
 
+    /// The id of the first parameter of a layer; for the number of layers, that of the final norm.
+    pub(super) fn start_of(&self, layer: usize) -> ParamId {
+        self.params.partition_point(|spec| spec.kind.sort_key() < (1, layer, 0, 0, 0))
+    }
+
     /// All parameters with their ids, in order.
     pub fn iter(&self) -> impl Iterator<Item = (ParamId, &ParamSpec)> {
         self.params.iter().enumerate()
@@ -133,6 +138,8 @@ mod tests {
         for (id, kind) in kinds.iter().enumerate() {
             assert_eq!(table.id(*kind), Some(id), "{kind:?}");
         }
+        let starts = [ParamKind::InputNorm(0), ParamKind::InputNorm(1), ParamKind::FinalNorm];
+        assert_eq!([0, 1, 2].map(|layer| Some(table.start_of(layer))), starts.map(|kind| table.id(kind)));
         assert_eq!(table.id(ParamKind::Router(0)), None);
         assert_eq!(table.id(ParamKind::Expert(1, 3, Proj::Gate)), None);
         assert_eq!(table.by_group().values().map(|count| count.params).sum::<usize>(), table.total().params);

@@ -243,6 +243,9 @@ impl<B: Backend> Model<B> {
             self.guide.as_deref().map(|guide| (guide, b.embedding(&inputs.ids, guide.weight(guide.embedding))));
         let top = self.top_layer(options.end);
         for (l, layer) in self.layers.iter().enumerate().take(top + 1) {
+            if l < top || options.end != PassEnd::Routers {
+                self.prefetch(l + 1);
+            }
             let mut ctx = self.layer_ctx(l, inputs, options.end);
             if let Some((guide, guide_x_TD)) = &mut guide {
                 let ctx_of_guide = guide.layer_ctx(l, inputs, options.end);
@@ -359,6 +362,9 @@ impl<B: Backend> Model<B> {
         }
         let Some(lowest) = sinks.plan.lowest_layer() else { return loss };
         for l in (lowest..=top).rev() {
+            if l > lowest {
+                self.prefetch(l - 1);
+            }
             let saved = forward.layers[l].take().expect("layers from the lowest up are saved");
             let grads = LayerGrads { dy: dx, router: routers.get(l).and_then(Option::as_ref) };
             dx = layer_backward(&self.layer_ctx(l, inputs, end), &self.layers[l], grads, saved, sinks);
@@ -385,6 +391,12 @@ impl<B: Backend> Model<B> {
         let normed_ND = b.rms_norm(last_ND, norm, eps);
         let (sum, d_normed_ND) = of_head(&normed_ND, self.weight(self.head), sinks.slot(self.head));
         (sum, b.rms_norm_backward(&d_normed_ND, last_ND, norm, eps, sinks.slot(self.final_norm)))
+    }
+
+    /// Announces the parameters of a layer, or, for the number of layers, those behind the last one.
+    fn prefetch(&self, layer: usize) {
+        let end = if layer < self.layers.len() { self.table.start_of(layer + 1) } else { self.weights.len() };
+        self.backend.prefetch(self.weights[self.table.start_of(layer)..end].iter());
     }
 
     fn layer_ctx<'a>(&'a self, layer: usize, inputs: &'a Inputs<B>, end: PassEnd) -> LayerCtx<'a, B> {

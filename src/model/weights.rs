@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use memmap2::Mmap;
 use serde::Deserialize;
@@ -96,8 +95,7 @@ impl Shard {
         let map = unsafe { Mmap::map(&file) }.map_err(read)?;
         let header = Header::parse(&map).map_err(|reason| Error::Header { path: path.into(), reason })?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let len = map.len();
-        Ok(Self { file: name, header, bytes: SharedBytes::new(Arc::new(map), 0..len) })
+        Ok(Self { file: name, header, bytes: SharedBytes::mapped(map) })
     }
 
     /// The whole file.

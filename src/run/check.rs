@@ -71,7 +71,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     for (command, memory, time) in
         [("identify", identification, time.of_identification(&recipe)), ("train", forecast, time)]
     {
-        let (memory, seconds) = (human(memory.total().saturating_add(process)), duration(time.seconds(&rates)));
+        let (memory, seconds) = (human(memory.peak().saturating_add(process)), duration(time.seconds(&rates)));
         ui.result(format_args!("`{command}`: {memory} a rank, {seconds}"));
     }
     ui.result(format_args!("ready: `moewarden train` can run with these options"));

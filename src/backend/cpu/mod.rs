@@ -17,6 +17,7 @@ mod kl;
 mod linear;
 mod norm;
 mod parallel;
+mod prefetch;
 mod product;
 mod rope;
 mod route;
@@ -34,6 +35,7 @@ use rayon::prelude::*;
 
 pub use self::dispatch::Dispatch;
 use self::groups::RowGroup;
+use self::prefetch::Prefetch;
 pub use self::product::{Caches, Instructions, Processor, Products};
 pub use self::rope::Sequences;
 pub use self::route::Routing;
@@ -48,6 +50,7 @@ pub struct Cpu {
     threads: rayon::ThreadPool,
     pool: Arc<TensorPool>,
     products: Option<Products>,
+    prefetch: Prefetch,
 }
 
 impl Cpu {
@@ -61,7 +64,7 @@ impl Cpu {
             .thread_name(|i| format!("cpu-{i}"))
             .build()
             .unwrap_or_else(|e| panic!("cannot start {threads} threads: {e}"));
-        Self { threads, pool: Arc::new(TensorPool::default()), products: None }
+        Self { threads, pool: Arc::new(TensorPool::default()), products: None, prefetch: Prefetch::default() }
     }
 
     /// The same backend with products of bf16 values, or, with `None`, of f32. Router logits are always products of f32.
@@ -173,6 +176,9 @@ impl Backend for Cpu {
     }
     fn weight(&self, host: HostTensor) -> Weight {
         Weight::new(host)
+    }
+    fn prefetch<'w>(&self, weights: impl Iterator<Item = &'w Weight>) {
+        self.prefetch.request(weights.filter_map(Weight::loaded));
     }
     fn random_weight(&self, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Weight {
         self.run(|| update::random_weight(dtype, shape, seed, std))

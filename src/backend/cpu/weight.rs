@@ -67,6 +67,14 @@ impl Weight {
         HostTensor::new(self.dtype, self.shape.clone(), bytes)
     }
 
+    /// The bytes of the checkpoint, unless an update has replaced them.
+    pub(super) fn loaded(&self) -> Option<&SharedBytes> {
+        match &self.bytes {
+            Bytes::Loaded(bytes) => Some(bytes),
+            Bytes::Written(_) => None,
+        }
+    }
+
     /// Output width; 1 for a vector.
     pub fn rows(&self) -> usize {
         if self.shape.len() == 2 { self.shape[0] } else { 1 }

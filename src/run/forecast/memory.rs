@@ -11,8 +11,12 @@ use crate::train::{Recipe, Trained};
 /// The predicted peak memory of one rank, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryForecast {
-    /// All weights; on the host they are memory-mapped.
+    /// All weights.
     pub weights: u64,
+    /// Whether they are memory-mapped, so that the kernel may drop them and read them again.
+    pub mapped: bool,
+    /// Free memory, that of the mapped weights included.
+    pub free: u64,
     /// Activations of the largest micro-batches.
     pub activations: u64,
     /// Gradients, optimizer state and new weights.
@@ -51,6 +55,8 @@ impl MemoryForecast {
         let waiting = activations.peak(layers, 0, keep_from) - activations.working;
         Self {
             weights: (session.table.total().bytes + base_head) as u64,
+            mapped: !budget.device && session.checkpoint.is_some(),
+            free: budget.free,
             activations: waiting.saturating_mul(forwards as u64).saturating_add(activations.working),
             state: trained_state(session, trained, world_size, budget),
             generation: GenerationMemory::new(session, config, recipe, &budget),
@@ -60,10 +66,39 @@ impl MemoryForecast {
         }
     }
 
-    /// The predicted peak of a rank.
+    /// What a rank uses if there is enough memory.
     pub fn total(&self) -> u64 {
+        self.needed().saturating_add(if self.mapped { self.weights } else { 0 })
+    }
+
+    /// What a rank cannot do without. Of memory-mapped weights, the kernel keeps as many as fit into the rest.
+    pub fn needed(&self) -> u64 {
         let passes = self.activations.max(self.generation.total());
-        passes.saturating_add(self.weights + self.state.whole + self.state.sharded)
+        let weights = if self.mapped { 0 } else { self.weights };
+        passes.saturating_add(weights + self.state.whole + self.state.sharded)
+    }
+
+    /// The predicted peak of a rank in the memory that is free.
+    pub fn peak(&self) -> u64 {
+        self.total().min(self.free.max(self.needed()))
+    }
+
+    /// Where the memory does not suffice: what happens, and what helps.
+    fn shortage(&self) -> String {
+        if self.total() <= self.free {
+            String::new()
+        } else if self.mapped && self.needed() <= self.free {
+            format!(
+                ". {} of the weights do not fit into the memory that is left for them, and are read from the disk again in each pass",
+                human(self.total() - self.free)
+            )
+        } else {
+            format!(
+                ". {} are missing: --recompute always, a smaller --batch-size, --max-length or --top-k-experts, or ranks on more machines need \
+                 less",
+                human(self.needed() - self.free)
+            )
+        }
     }
 
     /// The forecast in text.
@@ -84,7 +119,7 @@ impl MemoryForecast {
         format!(
             "memory a rank: weights {}{mapped}, activations {} for {of} of up to {rows} tokens ({kept_layers} of {} layers \
              kept, the others recomputed){replies}, trained state {} ({} {}, 1/{world_size} of masters and moments {}): {} in total; {} \
-             free",
+             free{}",
             human(self.weights),
             human(self.activations),
             session.model.layers.len(),
@@ -94,6 +129,7 @@ impl MemoryForecast {
             human(state.sharded),
             human(self.total()),
             human(budget.free),
+            self.shortage(),
         )
     }
 }
@@ -122,4 +158,38 @@ fn trained_state(session: &Session, trained: usize, world_size: usize, budget: M
     let new =
         if budget.device || session.checkpoint.is_none() { 0 } else { (total.bytes / total.elements.max(1)) as u64 };
     TrainedState::predict(trained as u64, new, world_size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mapped_weights_take_what_is_left_of_the_memory() {
+        let state = TrainedState { whole: 20, sharded: 30 };
+        let generation = GenerationMemory::default();
+        let of = |mapped, free| MemoryForecast {
+            weights: 100,
+            mapped,
+            free,
+            activations: 7,
+            state,
+            generation,
+            rows: 1,
+            forwards: 1,
+            kept_layers: 1,
+        };
+        for (mapped, free, needed, peak, said) in [
+            (true, 200, 57, 157, ""),
+            (true, 90, 57, 90, "67 B of the weights"),
+            (true, 50, 57, 57, "7 B are missing"),
+            (false, 150, 157, 157, "7 B are missing"),
+            (false, 157, 157, 157, ""),
+        ] {
+            let forecast = of(mapped, free);
+            assert_eq!((forecast.total(), forecast.needed(), forecast.peak()), (157, needed, peak), "{mapped} {free}");
+            assert_eq!(forecast.shortage().is_empty(), said.is_empty());
+            assert!(forecast.shortage().contains(said), "{}", forecast.shortage());
+        }
+    }
 }
