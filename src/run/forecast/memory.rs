@@ -94,8 +94,8 @@ impl MemoryForecast {
             )
         } else {
             format!(
-                ". {} are missing: --recompute always, a smaller --batch-size, --max-length or --top-k-experts, or ranks on more machines need \
-                 less",
+                ". {} are missing: --recompute always, a smaller --batch-size, --max-length or --top-k-experts, or ranks on more \
+                 machines need less",
                 human(self.needed() - self.free)
             )
         }
