@@ -10,7 +10,7 @@ pub fn budget(backend: &impl Backend, local_world_size: usize, vocab_size: usize
     MemoryBudget::new(backend, vocab_size, || free_memory() / local_world_size as u64)
 }
 
-/// Free memory in bytes: `MemAvailable` of the kernel, bounded by the limits of this process's control group (cgroup v2).
+/// Free memory in bytes: `MemAvailable` of the kernel, bounded by the limits of this process's control groups.
 pub fn free_memory() -> u64 {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let available = read("/proc/meminfo")
@@ -20,33 +20,70 @@ pub fn free_memory() -> u64 {
         })
         .unwrap_or(u64::MAX / 2);
     let own = read("/proc/self/cgroup").unwrap_or_default();
-    // The limit of every ancestor holds too.
-    let groups = Path::new(group_of(&own)).ancestors().map(|group| {
-        let file = |name: &str| std::fs::read_to_string(Path::new(GROUPS).join(group).join(name)).ok();
-        free_in_group(&file("memory.max")?, &file("memory.current")?, &file("memory.stat").unwrap_or_default())
+    let limits = HIERARCHIES.iter().flat_map(|hierarchy| {
+        // The limit of every ancestor holds too.
+        Path::new(hierarchy.group_of(&own)).ancestors().filter_map(|group| hierarchy.free(group))
     });
-    groups.flatten().fold(available, u64::min)
+    limits.fold(available, u64::min)
 }
 
-/// The mount point of cgroup v2: <https://docs.kernel.org/admin-guide/cgroup-v2.html>.
-const GROUPS: &str = "/sys/fs/cgroup";
-
-/// The cgroup of a process, relative to [`GROUPS`], from the line `0::/path` of `/proc/PID/cgroup`; the root cgroup where
-/// there is no such line, or where the path leaves this process's cgroup namespace.
-fn group_of(cgroup: &str) -> &str {
-    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or("");
-    if path.split('/').any(|part| part == "..") { "" } else { path }
+/// Where a version of Linux' control groups keeps the memory of a group:
+/// <https://docs.kernel.org/admin-guide/cgroup-v2.html>, <https://docs.kernel.org/admin-guide/cgroup-v1/memory.html>.
+struct Hierarchy {
+    mount: &'static str,
+    /// The controller in the lines `ID:CONTROLLERS:/PATH` of `/proc/PID/cgroup`; empty for version 2.
+    controller: &'static str,
+    limit: &'static str,
+    used: &'static str,
+    /// The page cache of a group and those below it, in `memory.stat`.
+    cache: [&'static str; 2],
 }
 
-/// Free bytes of a cgroup, from its `memory.max`, `memory.current` and `memory.stat`; `None` without a limit. Page cache
-/// (memory-mapped weights, say) counts as free: the kernel reclaims it.
-fn free_in_group(max: &str, current: &str, stat: &str) -> Option<u64> {
-    let (max, current): (u64, u64) = (max.trim().parse().ok()?, current.trim().parse().ok()?);
-    let cached = stat.lines().filter_map(|line| {
-        let (name, bytes) = line.split_once(' ')?;
-        if matches!(name, "inactive_file" | "active_file") { bytes.trim().parse::<u64>().ok() } else { None }
-    });
-    Some(max.saturating_sub(current.saturating_sub(cached.sum())))
+const HIERARCHIES: [Hierarchy; 2] = [
+    Hierarchy {
+        mount: "/sys/fs/cgroup",
+        controller: "",
+        limit: "memory.max",
+        used: "memory.current",
+        cache: ["inactive_file", "active_file"],
+    },
+    Hierarchy {
+        mount: "/sys/fs/cgroup/memory",
+        controller: "memory",
+        limit: "memory.limit_in_bytes",
+        used: "memory.usage_in_bytes",
+        cache: ["total_inactive_file", "total_active_file"],
+    },
+];
+
+impl Hierarchy {
+    /// The group of a process, relative to the mount point, from `/proc/PID/cgroup`; the root group where there is no such line,
+    /// or where the path leaves this process's cgroup namespace.
+    fn group_of<'t>(&self, cgroup: &'t str) -> &'t str {
+        let path_of = |line: &'t str| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(":/")?;
+            controllers.split(',').any(|name| name == self.controller).then_some(path)
+        };
+        let path = cgroup.lines().find_map(path_of).unwrap_or("");
+        if path.split('/').any(|part| part == "..") { "" } else { path }
+    }
+
+    /// Free bytes of a group; `None` without a limit.
+    fn free(&self, group: &Path) -> Option<u64> {
+        let file = |name: &str| std::fs::read_to_string(Path::new(self.mount).join(group).join(name)).ok();
+        self.free_of(&file(self.limit)?, &file(self.used)?, &file("memory.stat").unwrap_or_default())
+    }
+
+    /// Free bytes of a group, from its limit, its use and its `memory.stat`. Page cache (memory-mapped weights, say) counts as
+    /// free: the kernel reclaims it. Version 1 has a huge number for "no limit", which bounds nothing.
+    fn free_of(&self, limit: &str, used: &str, stat: &str) -> Option<u64> {
+        let (limit, used): (u64, u64) = (limit.trim().parse().ok()?, used.trim().parse().ok()?);
+        let cached = stat.lines().filter_map(|line| {
+            let (name, bytes) = line.split_once(' ')?;
+            if self.cache.contains(&name) { bytes.trim().parse::<u64>().ok() } else { None }
+        });
+        Some(limit.saturating_sub(used.saturating_sub(cached.sum())))
+    }
 }
 
 /// Peak resident set size of this process, in bytes.
@@ -88,19 +125,27 @@ mod tests {
 
     #[test]
     fn cached_files_are_free_memory_of_a_group() {
+        let [v2, v1] = &HIERARCHIES;
         let stat = "anon 500\nfile 320\ninactive_anon 7\ninactive_file 200\nactive_file 100\nslab 9\n";
-        assert_eq!(free_in_group("1000\n", "900\n", stat), Some(400));
-        assert_eq!(free_in_group("1000\n", "900\n", ""), Some(100));
-        assert_eq!(free_in_group("1000", "1200", "inactive_file 100"), Some(0));
-        assert_eq!(free_in_group("max\n", "900\n", stat), None);
+        assert_eq!(v2.free_of("1000\n", "900\n", stat), Some(400));
+        assert_eq!(v2.free_of("1000\n", "900\n", ""), Some(100));
+        assert_eq!(v2.free_of("1000", "1200", "inactive_file 100"), Some(0));
+        assert_eq!(v2.free_of("max\n", "900\n", stat), None);
+        let stat = "cache 1\ninactive_file 2\nactive_file 3\ntotal_inactive_file 200\ntotal_active_file 100\n";
+        assert_eq!(v1.free_of("1000\n", "900\n", stat), Some(400));
+        assert!(v1.free_of("9223372036854771712\n", "900\n", stat).is_some_and(|free| free > 1 << 62), "no limit");
     }
 
     #[test]
     fn the_group_is_that_of_this_process() {
-        assert_eq!(group_of("0::/slurm/job_7/step_0\n"), "slurm/job_7/step_0");
-        assert_eq!(group_of("12:memory:/old\n0::/\n"), "");
-        assert_eq!(group_of("12:memory:/old\n"), "");
-        assert_eq!(group_of("0::/../other\n"), "");
+        let [v2, v1] = &HIERARCHIES;
+        assert_eq!(v2.group_of("0::/slurm/job_7/step_0\n"), "slurm/job_7/step_0");
+        assert_eq!(v2.group_of("12:memory:/old\n0::/\n"), "");
+        assert_eq!(v2.group_of("12:memory:/old\n"), "");
+        assert_eq!(v2.group_of("0::/../other\n"), "");
+        let both = "11:cpu,cpuacct:/a\n4:memory,hugetlb:/slurm/uid_5/job_7\n1:name=systemd:/b\n0::/c\n";
+        assert_eq!((v1.group_of(both), v2.group_of(both)), ("slurm/uid_5/job_7", "c"));
+        assert_eq!(v1.group_of("0::/c\n"), "");
     }
 
     #[test]
