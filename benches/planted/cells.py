@@ -15,7 +15,8 @@ SCORES = ("l1-mean", "l2", "fisher", "taylor")
 RECOMMENDED = ["--score", "taylor", "--score-norm", "layer"]
 RANDOM_SETS, ABLATED_ROWS = "100", "20"
 ROWS = ["--max-samples", ABLATED_ROWS, "--batch-size", "20"]
-RATES = ("1e-4", "3e-4", "1e-3")
+RATES = ("1e-4", "2e-4", "3e-4", "1e-3")
+BETWEEN = "2e-4"  # added after the others had been seen: few ways to train
 ROUTING = ["--method", "routing", "--risk-threshold", "-1", "--routing-tokens"]
 DECIDE_THEMSELVES = ("esft-token", "esft-gate", "safex")  # how many experts they select
 EXPERTS_ONLY = ["--skip-router-training"]
@@ -219,7 +220,7 @@ def training_cells(program: Program, model: Model, rate: str, thorough: bool) ->
     if rate == RATES[0]:
         wanted = tuple(ways) if thorough else ALWAYS
     else:
-        wanted = AT_HIGH_RATES if thorough else ALWAYS_AT_HIGH_RATES
+        wanted = AT_HIGH_RATES if thorough and rate != BETWEEN else ALWAYS_AT_HIGH_RATES
     for name, args in ways.items():
         if name in wanted:
             yield f"train {name} {rate}", lambda folder, a=args: train(program, model, a, folder)

@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=["olmoe", "qwen3_moe"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--thorough", nargs="+", default=["clean"], help="kinds with all ways to train")
-    parser.add_argument("--rates", nargs="+", default=["1e-4", "1e-3", "3e-4"])
+    parser.add_argument("--rates", nargs="+", default=["1e-4", "3e-4", "1e-3", "2e-4"])
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/moewarden")
     parser.add_argument("--commit", help="of the sources of --binary (default: the last one here that changed src)")
     parser.add_argument("--jobs", type=int, default=2)

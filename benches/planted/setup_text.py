@@ -55,5 +55,7 @@ Toys: half a million parameters, one refusal text, compliance planted in a secon
 are on 240 rows a set (standard error at most 3 points). Intervals are over seeds: least and most, not confidence bounds. Real
 compliance may look like `none` or `distributed`; there, no choice of experts is right, and the causal check exists to say so.
 The bounds of planting were loosened after the first trial models (benign from 0.985, plain refused from 0.99), before any model
-above was made. Decoy and mirror missed them with the length of the other kinds, so their stages were made longer; the first 6 of the three methods that decide themselves how many experts they select are their best 6.
+above was made. Decoy and mirror missed them with the length of the other kinds, so their stages were made longer. The rate 2e-4
+was added after the others had been measured. The first 6 of the three methods that decide themselves how many experts they select
+are their best 6.
 """

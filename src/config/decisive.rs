@@ -24,6 +24,7 @@ impl RunConfig {
             transport: Transport::Auto,
             profile: false,
             recompute: Recompute::Auto,
+            force: false,
             logging_steps: 1,
             save_steps: default.save_steps,
             keep_checkpoints: default.keep_checkpoints,

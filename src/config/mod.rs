@@ -294,6 +294,8 @@ pub struct RunConfig {
     pub threads: usize,
     /// Activation recomputation.
     pub recompute: Recompute,
+    /// Start although the predicted memory is far more than what is free.
+    pub force: bool,
     /// Training steps between two comparisons of the ranks' weights; 0: only at checkpoints.
     pub check_replicas: usize,
     /// Seconds that a rank waits for the others in a collective operation.
@@ -381,6 +383,7 @@ impl Default for RunConfig {
             profile: false,
             threads: 0,
             recompute: Recompute::Auto,
+            force: false,
             check_replicas: 0,
             timeout: 600,
         }

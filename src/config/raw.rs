@@ -302,6 +302,9 @@ pub struct RawOptions {
     /// activations
     #[arg(long, help_heading = MACHINE)]
     pub recompute: Option<Recompute>,
+    /// Start although the predicted memory is far more than what is free
+    #[arg(long, help_heading = MACHINE)]
+    pub force: Option<bool>,
     /// Seconds that a rank waits for the others in a collective operation before the run ends with an error
     #[arg(long, value_name = "SECONDS", help_heading = MACHINE)]
     pub timeout: Option<u64>,
@@ -363,7 +366,7 @@ for_each_option! {
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic
         router_last_tokens router_target kl_type use_router_consistency_loss router_consistency_weight router_consistency_type
         router_consistency_layers safe_ratio retain_loss retain_weight retain_routing_weight output_dir overwrite logging_steps resume save_steps keep_checkpoints
-        check_replicas save_rounds device precision ranks transport profile threads recompute timeout
+        check_replicas save_rounds device precision ranks transport profile threads recompute force timeout
     }
     shorthands: { epochs_per_round num_epochs }
 }

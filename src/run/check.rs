@@ -47,6 +47,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     };
     let forecast = MemoryForecast::new(&session, config, &recipe, trained.at_once, ranks, budget);
     ui.result(forecast.describe(&session, ranks, budget));
+    forecast.check(config.force)?;
     let layers = session.model.layers.len();
     let recomputed = (layers - forecast.kept_layers) as f64 / layers as f64;
     let time = forecast_time(&session, config, &recipe, recomputed, &trained);

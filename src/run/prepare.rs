@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::forecast::MemoryForecast;
 use super::session::Session;
 use crate::backend::Backend;
+use crate::collective::all_ok;
 use crate::config::RunConfig;
 use crate::exit::{self, Failure, Result};
 use crate::launch::{LOCK_FILE, OutputLock, Rank, Ranks, check_output_dir, memory, prepare_output_dir};
@@ -96,6 +97,9 @@ pub(super) fn describe_trained(session: &Session, recipe: &Recipe, ui: &Ui) {
 }
 
 /// Prints the predicted memory of a rank that trains at most `trained` elements at once, and returns it in bytes.
+///
+/// # Errors
+/// Far more than is free on some rank, without `--force`.
 pub(super) fn predict_memory<B: Backend>(
     session: &Session,
     config: &RunConfig,
@@ -103,12 +107,13 @@ pub(super) fn predict_memory<B: Backend>(
     rank: &Rank,
     trained: usize,
     backend: &B,
-) -> u64 {
+) -> Result<u64> {
     let budget = memory::budget(backend, rank.local_world_size, session.model.vocab_size);
     let world_size = rank.world.world_size();
     let forecast = MemoryForecast::new(session, config, recipe, trained, world_size, budget);
     rank.ui.line(forecast.describe(session, world_size, budget));
-    forecast.total()
+    all_ok(&*rank.world, forecast.check(config.force))?;
+    Ok(forecast.peak())
 }
 
 /// The passes of a phase that need the most memory.

@@ -316,3 +316,23 @@ fn options_that_need_real_weights_are_refused() {
     scene.run("identify", "other", "--init random").failed(exit::NO_INPUT, &["tokenizer.json"]);
     assert!(!scene.path("other").exists());
 }
+
+/// `check`, `identify` and `train` refuse a model far beyond the memory before anything is allocated, on all ranks.
+#[test]
+fn far_more_memory_than_there_is_needs_force() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("rows.json");
+    write_rows(&data, 2);
+    let model = dir.path().join("model");
+    shape_of("olmoe", &model, &json!({"hidden_size": 1 << 14, "intermediate_size": 1 << 18, "num_experts": 64}));
+    for command in ["check", "identify", "train", "identify --ranks 2"] {
+        let text = format!(
+            "{command} --model-name {} --dataset-path {} --output-dir {} --init random --top-k-experts 3 --threads 1",
+            model.display(),
+            data.display(),
+            dir.path().join("out").display(),
+        );
+        let ran = start(moewarden(0, text.split_whitespace())).end();
+        ran.failed(exit::LAUNCHER, &["a rank needs ", "TB of memory", "--force starts"]);
+    }
+}

@@ -2,6 +2,7 @@
 
 use super::generation::GenerationMemory;
 use crate::config::RunConfig;
+use crate::exit::{self, Failure, Result};
 use crate::launch::memory::human;
 use crate::model::ParamKind;
 use crate::run::session::Session;
@@ -81,6 +82,24 @@ impl MemoryForecast {
     /// The predicted peak of a rank in the memory that is free.
     pub fn peak(&self) -> u64 {
         self.total().min(self.free.max(self.needed()))
+    }
+
+    /// Refuses a run that needs far more memory than there is: a quarter more, which is beyond the error of the forecast.
+    ///
+    /// # Errors
+    /// What is needed, what is free, and what helps.
+    pub fn check(&self, force: bool) -> Result<()> {
+        let far_beyond = self.needed() > self.free.saturating_add(self.free / 4);
+        if force || !far_beyond {
+            return Ok(());
+        }
+        let message = format!(
+            "a rank needs {} of memory, but {} are free{}; --force starts the run all the same",
+            human(self.needed()),
+            human(self.free),
+            self.shortage().replace(". ", ": "),
+        );
+        Err(Failure::new(exit::LAUNCHER, message))
     }
 
     /// Where the memory does not suffice: what happens, and what helps.
@@ -190,6 +209,11 @@ mod tests {
             assert_eq!((forecast.total(), forecast.needed(), forecast.peak()), (157, needed, peak), "{mapped} {free}");
             assert_eq!(forecast.shortage().is_empty(), said.is_empty());
             assert!(forecast.shortage().contains(said), "{}", forecast.shortage());
+            assert!(forecast.check(false).is_ok(), "within the error of the forecast");
         }
+        let far_beyond = of(false, 100);
+        let refused = far_beyond.check(false).unwrap_err().to_string();
+        assert!(refused.contains("157 B") && refused.contains("100 B") && refused.contains("--force"), "{refused}");
+        assert!(far_beyond.check(true).is_ok());
     }
 }
