@@ -27,7 +27,7 @@ use super::{
     AtomicDir, Manifest, ManifestEntry, load_delta, partial_path, read_optimizer, remove, remove_temporaries,
     save_delta, write_optimizer,
 };
-use crate::backend::Backend;
+use crate::backend::{Backend, Dtype};
 use crate::collective::{Collective, all_ok, with_heartbeat};
 use crate::exit::{self, Failure, Result};
 use crate::files;
@@ -88,8 +88,12 @@ pub struct State<O> {
     inputs: String,
     /// World size of the run that wrote it.
     world_size: usize,
-    /// The number format of products.
+    /// The number format of products; empty in checkpoints of earlier versions, which have [`Self::activation_size`] instead.
+    #[serde(default)]
     precision: String,
+    /// Bytes of an activation, from which the number format of earlier versions follows.
+    #[serde(default, skip_serializing)]
+    activation_size: usize,
     /// World size that the run was started with.
     #[serde(rename = "step_ranks")]
     step_world_size: usize,
@@ -135,6 +139,8 @@ pub struct TrainingSnapshot {
 pub struct Identity<'a> {
     /// The options that decide results, as YAML.
     pub options: String,
+    /// Rewrites the options of a checkpoint, which another version may have written, for a comparison with [`Self::options`].
+    pub comparable: fn(&str) -> String,
     /// blake3 of the other inputs that decide results. Computed on first use: it reads the whole model.
     pub inputs: Box<dyn Fn() -> Result<blake3::Hash> + Send + Sync + 'a>,
     /// The model's folder, which errors name.
@@ -207,6 +213,7 @@ impl SnapshotStore<'_> {
                 inputs: (self.identity.inputs)()?.to_string(),
                 world_size: world.world_size(),
                 precision: precision(replica),
+                activation_size: 0,
                 step_world_size: replica.step_world_size,
                 position,
                 progress: match phase {
@@ -340,17 +347,22 @@ impl SnapshotStore<'_> {
     fn read<O: DeserializeOwned>(&self, folder: &Path) -> Result<Snapshot<O>> {
         let path = folder.join(STATE);
         let text = fs::read(&path).map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: {e}", path.display())))?;
-        let state: State<O> = serde_json::from_slice(&text)
+        let mut state: State<O> = serde_json::from_slice(&text)
             .map_err(|e| Failure::new(exit::DATA, format!("{} is damaged: {e}", path.display())))?;
         if state.schema != SCHEMA {
             return Err(Failure::new(exit::DATA, format!("its schema is {:?}, not {SCHEMA:?}", state.schema)));
+        }
+        if state.precision.is_empty() {
+            let earlier = if state.activation_size == 2 { Dtype::Bf16 } else { Dtype::F32 };
+            state.precision = format!("{earlier:?}");
         }
         Ok(Snapshot { state, folder: folder.into() })
     }
 
     fn check_identity<O>(&self, state: &State<O>) -> Result<()> {
-        if state.config != self.identity.options {
-            let mut differ = state.config.lines().zip(self.identity.options.lines()).filter(|(a, b)| a != b);
+        let config = (self.identity.comparable)(&state.config);
+        if config != self.identity.options {
+            let mut differ = config.lines().zip(self.identity.options.lines()).filter(|(a, b)| a != b);
             let (theirs, ours) = differ.next().unwrap_or(("other options", "these"));
             return Err(Failure::new(
                 exit::CONFIG,

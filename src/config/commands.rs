@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::raw::heading::{INPUT, MACHINE, OUTPUT};
-use super::{ConfigError, Device, Precision, RunConfig, validate};
+use super::{ConfigError, Device, Precision, RunConfig, TemplateKwargs, validate};
 use crate::data::LongRows;
 use crate::experts::RoutingTokens;
 use crate::judge::Matching;
@@ -29,6 +29,10 @@ pub struct EvalArgs {
     /// Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub chat_template: Option<PathBuf>,
+    /// Variables of the chat template for all rows, as a JSON object such as {"enable_thinking": false}; a row's own
+    /// chat_template_kwargs take precedence
+    #[arg(long, value_name = "JSON", help_heading = INPUT)]
+    pub chat_template_kwargs: Option<TemplateKwargs>,
     /// Maximum number of rows
     #[arg(long, value_name = "ROWS", help_heading = INPUT, default_value_t = 128, value_parser = at_least_one)]
     pub max_samples: usize,
@@ -110,6 +114,7 @@ impl EvalArgs {
             model_name: self.model_name.clone(),
             dataset_path: self.dataset_path.clone(),
             chat_template: self.chat_template.clone(),
+            chat_template_kwargs: self.chat_template_kwargs.clone().unwrap_or_default(),
             max_samples: self.max_samples,
             max_length: self.max_length,
             long_rows: self.long_rows,
@@ -156,6 +161,10 @@ pub struct AblateArgs {
     /// Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub chat_template: Option<PathBuf>,
+    /// Variables of the chat template for all rows, as a JSON object such as {"enable_thinking": false}; a row's own
+    /// chat_template_kwargs take precedence
+    #[arg(long, value_name = "JSON", help_heading = INPUT)]
+    pub chat_template_kwargs: Option<TemplateKwargs>,
     /// Maximum number of rows of each file
     #[arg(long, value_name = "ROWS", help_heading = INPUT, default_value_t = 128, value_parser = at_least_one)]
     pub max_samples: usize,
@@ -237,6 +246,7 @@ impl AblateArgs {
             dataset_path: self.dataset_path.clone(),
             eval_dataset_path: self.benign_dataset_path.clone(),
             chat_template: self.chat_template.clone(),
+            chat_template_kwargs: self.chat_template_kwargs.clone().unwrap_or_default(),
             max_samples: self.max_samples,
             max_length: self.max_length,
             long_rows: self.long_rows,

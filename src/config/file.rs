@@ -22,7 +22,7 @@ pub(super) fn read(path: &Path) -> Result<RawOptions, ConfigError> {
 }
 
 /// [`read`] on the text; errors are (line, message).
-fn parse(text: &str) -> Result<RawOptions, (u64, String)> {
+pub(super) fn parse(text: &str) -> Result<RawOptions, (u64, String)> {
     let command = RawOptions::augment_args(Command::new("options"));
     let Entries(entries) = serde_saphyr::from_str::<Option<Entries>>(text)
         .map_err(|e| (e.location().map_or(0, |l| l.line()), e.without_snippet().to_string()))?

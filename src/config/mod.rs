@@ -13,6 +13,7 @@ mod recipe;
 mod replies;
 mod resolve;
 mod spelling;
+mod template_kwargs;
 mod validate;
 
 use std::ops::RangeInclusive;
@@ -36,6 +37,7 @@ pub use raw::{RawOptions, heading};
 pub use replies::RoutingReplies;
 pub use resolve::{Resolved, resolve, resolve_matrix};
 pub use spelling::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
+pub use template_kwargs::TemplateKwargs;
 pub use validate::options_without_effect;
 
 /// Initial weights.
@@ -142,6 +144,8 @@ pub struct RunConfig {
     pub retain_dataset_path: Option<PathBuf>,
     /// Jinja file that replaces the model's chat template.
     pub chat_template: Option<PathBuf>,
+    /// Variables of the chat template, for all rows.
+    pub chat_template_kwargs: TemplateKwargs,
     /// Maximum number of rows, counted after failed attacks are dropped.
     pub max_samples: usize,
     /// Maximum length of an example in tokens.
@@ -312,6 +316,7 @@ impl Default for RunConfig {
             eval_dataset_path: None,
             retain_dataset_path: None,
             chat_template: None,
+            chat_template_kwargs: TemplateKwargs::default(),
             max_samples: 128,
             max_length: 512,
             long_rows: LongRows::Drop,

@@ -7,7 +7,8 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Device, Init, Layers, Mode, Precision, Recompute, RoutingReplies, RunConfig, SaveRounds, Schedule, Transport,
+    Device, Init, Layers, Mode, Precision, Recompute, RoutingReplies, RunConfig, SaveRounds, Schedule, TemplateKwargs,
+    Transport,
 };
 use crate::data::{LongRows, LossOn};
 use crate::experts::{IdentifyIn, Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
@@ -62,6 +63,10 @@ pub struct RawOptions {
     /// Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub chat_template: Option<PathBuf>,
+    /// Variables of the chat template for all rows, as a JSON object such as {"enable_thinking": false}; a row's own
+    /// chat_template_kwargs take precedence
+    #[arg(long, value_name = "JSON", help_heading = INPUT)]
+    pub chat_template_kwargs: Option<TemplateKwargs>,
     /// Maximum number of rows, counted after failed attacks are dropped
     #[arg(long, value_name = "ROWS", help_heading = INPUT)]
     pub max_samples: Option<usize>,
@@ -358,7 +363,7 @@ macro_rules! for_each_option {
 
 for_each_option! {
     resolved: {
-        model_name init dataset_path eval_dataset_path retain_dataset_path chat_template max_samples max_length long_rows loss_on
+        model_name init dataset_path eval_dataset_path retain_dataset_path chat_template chat_template_kwargs max_samples max_length long_rows loss_on
         keep_failed safe_response shuffle seed batch_size method score score_per score_norm routing_tokens routing_replies max_new_tokens
         generation_batch_size risk_threshold
         random_match random_exclude_found experts top_k_experts experts_per_layer layers select bootstrap selection identify identify_until verify mode schedule num_rounds

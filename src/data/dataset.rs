@@ -1,36 +1,19 @@
 //! Reads a data file into tokenised records.
 
-use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeSet, HashSet};
+use std::path::Path;
 
 use rayon::prelude::*;
 
-use super::kinds::{self, Parsed, Row, Side};
-use super::mask;
-use super::report::{DataReport, DropReason};
-use super::rows::{self, Rows};
+use super::deep;
+use super::head;
+use super::kinds::{Row, Side};
+use super::mask::{self, MaskError};
+use super::message::Message;
+use super::report::{DataReport, DropReason, Kind};
+use super::template::Reads;
 use super::tokenizer::Encoded;
-use super::{ChatTokenizer, Error, Example, LongRows, LossOn, Record};
-
-/// Options for reading a data file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DataOptions {
-    /// Maximum number of records, taken in file order from the rows that pass their verdict; 0: all.
-    pub max_samples: usize,
-    /// Maximum number of tokens of a prompt and of a conversation.
-    pub max_length: usize,
-    /// What happens to longer rows.
-    pub long_rows: LongRows,
-    /// Which tokens carry loss.
-    pub loss_on: LossOn,
-    /// Whether attacks with a failed or null verdict are kept.
-    pub keep_failed: bool,
-    /// Target reply of rows without `refusal_response`.
-    pub safe_response: String,
-    /// File of a chat template that replaces the model's. Not used here: the caller passes it to
-    /// [`ChatTokenizer::open`].
-    pub chat_template: Option<PathBuf>,
-}
+use super::{ChatTokenizer, DataOptions, Error, Example, LongRows, LossOn, Record, fields, values};
 
 /// The records of a file, in file order.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,7 +26,7 @@ pub struct Dataset {
 
 /// The result of tokenising one row.
 enum RowOutcome {
-    Kept { record: Box<Record>, truncated: bool },
+    Kept { record: Box<Record>, truncated: bool, unread: Vec<String> },
     Dropped(DropReason),
 }
 
@@ -76,30 +59,27 @@ impl Dataset {
     /// renders as an empty prompt; with [`LongRows::Error`], a row that is too long; no row or no loss token left to
     /// train on.
     pub fn read(path: &Path, tokenizer: &ChatTokenizer, options: &DataOptions) -> Result<Self, Error> {
-        let text = rows::read_text(path)?;
+        let template = tokenizer.template();
+        if let Some(name) = options.chat_template_kwargs.keys().find(|name| !template.reads_variable(name)) {
+            return Err(Error::Kwargs { name: values::name_of(name) });
+        }
         let mut report = DataReport { path: path.to_owned(), ..DataReport::default() };
-        let mut parsed = Vec::new();
-        for row in Rows::new(path, &text) {
-            if options.max_samples > 0 && parsed.len() == options.max_samples {
-                report.stopped_early = true;
-                break;
-            }
-            let (line, row) = row?;
-            report.rows_read += 1;
-            match kinds::parse(line, &row, &options.safe_response, options.keep_failed) {
-                Ok(Parsed::Row(row)) => parsed.push(row),
-                Ok(Parsed::Dropped(reason)) => *report.dropped.entry(reason).or_default() += 1,
-                Err(message) => return Err(Error::row(path, line, message)),
+        let mut parsed = head::read(path, options, &mut report)?;
+        for row in &mut parsed {
+            for (name, value) in &options.chat_template_kwargs {
+                row.variables.entry(name).or_insert_with(|| value.clone());
             }
         }
         let builder = RecordBuilder { path, tokenizer, options };
-        let outcomes: Vec<_> = parsed.par_iter().map(|row| builder.record(row)).collect();
+        let pool = deep::pool().map_err(|e| Error::file(path, e))?;
+        let outcomes: Vec<_> = pool.install(|| parsed.par_iter().map(|row| builder.record(row)).collect());
         let mut records = Vec::new();
         // In file order: the error returned is that of the first bad row, whichever thread finished first.
         for (row, outcome) in parsed.iter().zip(outcomes) {
             match outcome? {
-                RowOutcome::Kept { record, truncated } => {
+                RowOutcome::Kept { record, truncated, unread } => {
                     report.count(row, &record, truncated);
+                    report.note_unread(row.line, unread);
                     report.note_special_tokens(row, tokenizer);
                     records.push(*record);
                 }
@@ -130,6 +110,7 @@ impl DataReport {
         *self.by_kind.entry(row.kind).or_default() += 1;
         self.truncated += usize::from(truncated);
         self.without_verdict += usize::from(row.without_verdict);
+        self.completed += usize::from(row.completed);
         let replies = || record.unsafe_reply.iter().chain(&record.safe_reply);
         self.without_reply += usize::from(replies().next().is_none());
         self.tokens += replies().map(|e| e.ids.len()).sum::<usize>();
@@ -147,6 +128,7 @@ impl DataReport {
 }
 
 /// Renders and tokenises rows.
+#[derive(Clone, Copy)]
 struct RecordBuilder<'a> {
     path: &'a Path,
     tokenizer: &'a ChatTokenizer,
@@ -188,35 +170,69 @@ impl RecordBuilder<'_> {
                 }
             };
         }
+        let own = fields::check_row(&row.variables, &row.unused, self.tokenizer.template())
+            .map_err(|e| self.row_error(row.line, e))?;
+        let mut unread: BTreeSet<String> = own.into_iter().collect();
         if let Some(side) = &row.unsafe_side {
-            record.unsafe_prompt = fitting!(self.prompt(row.line, side)?);
+            record.unsafe_prompt = fitting!(self.prompt(row, side, &mut unread)?);
             if side.has_reply() {
-                record.unsafe_reply = fitting!(self.reply(row.line, side)?);
+                record.unsafe_reply = fitting!(self.reply(row, side, &mut unread)?);
             }
         }
         if let Some(side) = &row.safe_side {
-            record.safe_prompt = fitting!(self.prompt(row.line, side)?);
+            record.safe_prompt = fitting!(self.prompt(row, side, &mut unread)?);
             if side.has_reply() {
-                record.safe_reply = fitting!(self.reply(row.line, side)?);
+                record.safe_reply = fitting!(self.reply(row, side, &mut unread)?);
             }
         }
-        Ok(RowOutcome::Kept { record: Box::new(record), truncated })
+        Ok(RowOutcome::Kept { record: Box::new(record), truncated, unread: unread.into_iter().collect() })
     }
 
     fn row_error(&self, line: usize, message: impl ToString) -> Error {
         Error::row(self.path, line, message)
     }
 
+    /// The error of the chat template on these turns, with the turns.
+    fn template_error(&self, row: &Row, turns: &[Message], error: &impl ToString) -> Error {
+        let named: Vec<_> =
+            turns.iter().enumerate().map(|(i, turn)| format!("{} {}", i + 1, describe_turn(turn))).collect();
+        let named = if named.len() > 6 {
+            format!("{}, …, {}", named[..3].join(", "), named[named.len() - 2..].join(", "))
+        } else {
+            named.join(", ")
+        };
+        let hint = match turns.first() {
+            Some(first) if first.role == "system" && first.origin.is_some() && row.kind == Kind::Attack => {
+                ". Does it take no system turn? Give another template with --chat-template, or name the request prompt instead of \
+                 goal: then no system turn is added"
+            }
+            _ => ". --chat-template gives another template",
+        };
+        self.row_error(row.line, format!("{}; it was given the turns {named}{hint}", error.to_string()))
+    }
+
+    /// Checks the fields of turns against what a rendering read of them, and collects those that nothing read.
+    fn check_turns(&self, row: &Row, side: &Side, reads: &[Reads], unread: &mut BTreeSet<String>) -> Result<(), Error> {
+        let names = fields::check_turns(&side.messages, reads, self.tokenizer.template());
+        unread.extend(names.map_err(|e| self.row_error(row.line, e))?);
+        Ok(())
+    }
+
     /// Token ids of the turns before the reply, ending with the generation prompt.
-    fn prompt(&self, line: usize, side: &Side) -> Result<Fit<Vec<u32>>, Error> {
+    fn prompt(&self, row: &Row, side: &Side, unread: &mut BTreeSet<String>) -> Result<Fit<Vec<u32>>, Error> {
+        let line = row.line;
         let messages = &side.messages[..side.prompt];
         // Do not render a line of a gigabyte: treat it as too long, even where prompts are truncated.
-        let bytes = messages.iter().map(|m| m.content.len()).sum();
+        let bytes = messages.iter().map(Message::bytes).sum();
         if self.tokenizer.exceeds_by_far(bytes, self.options.max_length) {
             return self.too_long(line, format_args!("a prompt of {bytes} bytes"));
         }
-        let text = self.tokenizer.render(messages, true).map_err(|e| self.row_error(line, e))?;
-        let mut ids = self.tokenizer.encode(&text)?;
+        let rendered = self.tokenizer.template().render_with(messages, &row.variables, true);
+        let rendered = rendered.map_err(|e| self.template_error(row, messages, &e))?;
+        if !side.has_reply() {
+            self.check_turns(row, side, &rendered.reads, unread)?;
+        }
+        let mut ids = self.tokenizer.encode(&rendered.text)?;
         if ids.is_empty() {
             return Err(self.row_error(
                 line,
@@ -237,13 +253,18 @@ impl RecordBuilder<'_> {
     }
 
     /// Token ids and loss mask of the conversation, reply included.
-    fn reply(&self, line: usize, side: &Side) -> Result<Fit<Example>, Error> {
-        let bytes = side.messages.iter().map(|m| m.content.len()).sum();
+    fn reply(&self, row: &Row, side: &Side, unread: &mut BTreeSet<String>) -> Result<Fit<Example>, Error> {
+        let line = row.line;
+        let bytes = side.messages.iter().map(Message::bytes).sum();
         if self.tokenizer.exceeds_by_far(bytes, self.options.max_length) {
             return self.too_long(line, format_args!("a conversation of {bytes} bytes"));
         }
-        let masked =
-            mask::render_with_mask(self.tokenizer.template(), &side.messages).map_err(|e| self.row_error(line, e))?;
+        let masked = mask::render_with_mask(self.tokenizer.template(), &side.messages, &row.variables);
+        let masked = masked.map_err(|e| match &e {
+            MaskError::Template(_) | MaskError::Turn { .. } => self.template_error(row, &side.messages, &e),
+            _ => self.row_error(line, e),
+        })?;
+        self.check_turns(row, side, &masked.reads, unread)?;
         let Encoded { mut ids, offsets } = self.tokenizer.encode_with_offsets(&masked.text)?;
         let mut loss = mask::token_mask(&offsets, &masked.spans);
         let Some(first) = loss.iter().position(|l| *l) else { return Ok(Fit::NoLossToken) };
@@ -274,6 +295,14 @@ impl RecordBuilder<'_> {
             line,
             format!("{what} does not fit into --max-length {max}; raise it, or choose another --long-rows"),
         ))
+    }
+}
+
+/// A turn for a message: its role, the beginning of its text, and where it comes from.
+fn describe_turn(turn: &Message) -> String {
+    match turn.origin {
+        Some(origin) => format!("{} ({origin})", turn.role),
+        None => format!("{} {}", turn.role, values::quoted(&turn.content)),
     }
 }
 

@@ -38,6 +38,15 @@ pub enum Error {
         /// Cause and way out.
         message: String,
     },
+    /// An option gives a variable that the chat template does not read.
+    #[error(
+        "--chat-template-kwargs gives {name}, which the chat template does not read: leave it out, or give a template that reads it \
+         with --chat-template"
+    )]
+    Kwargs {
+        /// The variable.
+        name: String,
+    },
     /// The model folder has no chat template, or several without a default.
     #[error("{}: {message}; name a template with --chat-template FILE", folder.display())]
     NoTemplate {
@@ -68,7 +77,7 @@ impl Coded for Error {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
             Self::Read { .. } => exit::IO,
             Self::File { .. } | Self::Row { .. } => exit::DATA,
-            Self::NoTemplate { .. } => exit::CONFIG,
+            Self::NoTemplate { .. } | Self::Kwargs { .. } => exit::CONFIG,
         }
     }
 }

@@ -14,8 +14,12 @@ use minijinja_contrib::pycompat;
 /// Marks before and after the output of a `{% generation %}` block: Unicode noncharacters, which ordinary text does not
 /// hold.
 pub(super) const GENERATION: [char; 2] = ['\u{10fffe}', '\u{10ffff}'];
-/// Maximum number of instructions of one rendering; real templates take some hundreds per turn.
-const FUEL: u64 = 5_000_000;
+/// Maximum number of instructions of one rendering; real templates take some hundreds per turn. It also bounds how deep
+/// values can be nested: a level takes some eight instructions.
+const FUEL: u64 = 2_000_000;
+/// Maximum number of tokens of a tag, and of `elif`s of a template: they bound how deep the compiler recurses.
+const MAX_TOKENS: usize = 3000;
+const MAX_ELIFS: usize = 1000;
 /// Maximum length in bytes of the result of one filter or method.
 const MAX_TEXT: usize = 8 << 20;
 /// Maximum width of a field in a format string, and of an indent.
@@ -29,6 +33,7 @@ pub(super) fn environment() -> Environment<'static> {
     env.set_syntax(syntax.expect("the delimiters are the usual ones"));
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_fuel(Some(FUEL));
+    env.set_debug(false); // or errors hold all values of the template
     env.set_unknown_method_callback(python_method);
     env.add_filter("tojson", tojson);
     env.add_filter("replace", with_check(check_replace, Value::from_function(filters::replace)));
@@ -354,6 +359,52 @@ fn civil_date(mut day: u64) -> (u64, usize, u64) {
     (year, month + 1, day + 1)
 }
 
+/// Refuses a template whose compilation could recurse without a bound: minijinja bounds brackets and blocks itself, but not
+/// chains of operators, attributes, calls and filters, nor those of `elif`.
+pub(super) fn check_depth(source: &str) -> Result<(), String> {
+    let (mut rest, mut elifs) = (source, 0);
+    while let Some(start) = rest.find('{') {
+        let tag = &rest[start..];
+        let end = match tag.as_bytes().get(1) {
+            Some(b'#') => tag.find("#}").map_or(tag.len(), |i| i + 2),
+            Some(b'{') => tag_length(tag, "}}"),
+            Some(b'%') => tag_length(tag, "%}"),
+            _ => 1,
+        };
+        let line = || 1 + source[..source.len() - rest.len() + start].matches('\n').count();
+        let tag = &tag[..end];
+        if !tag.starts_with("{#") {
+            let tokens = tokens(tag);
+            if tokens > MAX_TOKENS {
+                return Err(format!(
+                    "a tag has {tokens} tokens, more than {MAX_TOKENS} (line {} of the template)",
+                    line()
+                ));
+            }
+            elifs += usize::from(tag.trim_start_matches(['{', '%', '-', '+', ' ', '\n', '\t']).starts_with("elif"));
+            if elifs > MAX_ELIFS {
+                return Err(format!("it has more than {MAX_ELIFS} elif (line {} of the template)", line()));
+            }
+        }
+        rest = &rest[start + end..];
+    }
+    Ok(())
+}
+
+/// Words and signs of a tag outside of strings.
+fn tokens(tag: &str) -> usize {
+    let (mut tokens, mut end_of_word) = (0, 0);
+    for (i, c) in unquoted(tag) {
+        let word = c.is_alphanumeric() || c == '_';
+        // A word goes on where the last one ended.
+        tokens += usize::from(if word { i != end_of_word || i == 0 } else { !c.is_whitespace() });
+        if word {
+            end_of_word = i + c.len_utf8();
+        }
+    }
+    tokens
+}
+
 /// Rewrites a template for minijinja, outside of comments, strings and raw blocks: `{% generation %}` becomes a filter
 /// block and `[::-1]` the filter `reverse`. Line endings become `\n`, as in Jinja2. Also returns whether there is a
 /// generation block.
@@ -456,6 +507,23 @@ mod tests {
         ] {
             assert_eq!(to_minijinja(other), (other.to_owned(), false));
         }
+    }
+
+    #[test]
+    fn long_chains_are_refused_before_they_are_compiled() {
+        assert_eq!(tokens("{{ a + bc.d['x + y'] -1 }}"), 13);
+        let texts = "text { without tags \" ' ".repeat(5000);
+        for fine in [texts.as_str(), "{# a + b + #}", "{% if a %}{% elif b %}{% endif %}", &"{{ a }}".repeat(5000)] {
+            assert_eq!(check_depth(fine), Ok(()));
+        }
+        for sign in ["-", "not ", "a+", "a and ", "1**", "a~"] {
+            let error = check_depth(&format!("\n{{{{ {}a }}}}", sign.repeat(4000))).unwrap_err();
+            assert!(error.contains("line 2"), "{error}");
+        }
+        for tail in [".b", "|upper", "[0]", "()", "(1)"] {
+            assert!(check_depth(&format!("{{% set x = a{} %}}", tail.repeat(4000))).is_err(), "{tail}");
+        }
+        assert!(check_depth(&format!("{{% if a %}}{}{{% endif %}}", "{%- elif a %}".repeat(1001))).is_err());
     }
 
     #[test]

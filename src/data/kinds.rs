@@ -3,60 +3,42 @@
 //! | kind | recognised by a field | unsafe side | safe side | reply |
 //! |---|---|---|---|---|
 //! | attack | `all_prompt`, `attack_prompt`, `inception_attack`, `goal` or a verdict | the attack | the request alone | the target |
-//! | chat | `messages`, `conversations`, or `completion` | by `label` | by `label` | the last assistant turn |
+//! | chat | `messages`, `conversations`, or `completion` | by `label` | by `label` | the last turn, if it is the assistant's |
 //! | pair | `safe_messages`, `unsafe_messages` | `unsafe_messages` | `safe_messages` | `response`, else the target |
 //!
 //! The target is the row's `refusal_response` if present, else the option `--safe-response`. In attack and pair rows
-//! only the reply carries loss: an assistant turn inside an attack may be harmful, and the model must not learn it.
+//! only the reply carries loss: an assistant turn inside an attack may be harmful, and the model must not learn it. The
+//! same holds for a chat row that ends without a reply and is completed with the target.
+//!
+//! A blank text (missing, null, or only white space) counts as missing, in all kinds of rows.
 
-use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::fields;
+use super::message::Message;
 use super::python_literal;
 use super::report::{DropReason, Kind};
 use super::rows::kind_of;
-
-/// One turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Message {
-    /// `system`, `developer`, `user`, `assistant` or `tool`.
-    pub role: String,
-    /// Text of the turn.
-    pub content: String,
-    /// `Some(false)` excludes an assistant turn from the loss. Not passed to chat templates.
-    #[serde(skip)]
-    pub loss: Option<bool>,
-}
-
-impl Message {
-    /// A turn with the default loss of its role: an assistant turn carries loss, any other does not.
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), loss: None }
-    }
-
-    /// Whether the role is `assistant`.
-    pub fn is_assistant(&self) -> bool {
-        self.role == "assistant"
-    }
-}
+use super::turns::{messages, text_or_messages};
+use super::values::{Result, name_of, present, quoted, string, text};
 
 /// One side of a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Side {
     /// All turns, the reply included.
     pub messages: Vec<Message>,
-    /// Number of turns before the reply, which is the last assistant turn. Without a reply: the number of all turns.
+    /// Number of turns before the reply, which is the last turn. Without a reply: the number of all turns.
     pub prompt: usize,
 }
 
 impl Side {
     /// A prompt, excluded from the loss, and its reply.
-    fn with_reply(mut messages: Vec<Message>, reply: &str) -> Self {
+    fn with_reply(mut messages: Vec<Message>, reply: Message) -> Self {
         for message in &mut messages {
             message.loss = Some(false);
         }
         let prompt = messages.len();
-        messages.push(Message::new("assistant", reply));
+        messages.push(reply);
         Self { messages, prompt }
     }
 
@@ -82,6 +64,12 @@ pub(super) struct Row {
     pub safe_side: Option<Side>,
     /// Whether it is an attack row without any verdict.
     pub without_verdict: bool,
+    /// Whether a conversation that went on after an assistant turn was completed with the target.
+    pub completed: bool,
+    /// Variables of the chat template that the row gives.
+    pub variables: Map<String, Value>,
+    /// Names of the row's fields that its kind does not use.
+    pub unused: Vec<String>,
 }
 
 impl Row {
@@ -103,8 +91,28 @@ const SAFE_SYSTEM: &str = "You are a helpful assistant.";
 const ATTACK_TEXTS: [&str; 2] = ["attack_prompt", "inception_attack"];
 /// Fields in which a judge recorded whether the attack succeeded.
 const VERDICTS: [&str; 3] = ["judge_success_gpt4", "inception_attack_score", "judge_result"];
+/// Where turns come from that moewarden adds, for messages.
+const SYSTEM_OF_GOAL: &str = "added by moewarden: the request in goal gets it";
+const OPTION: &str = "added by moewarden: --safe-response";
+const TARGET: &str = "the row's refusal_response";
 
-type Result<T, E = String> = std::result::Result<T, E>;
+/// The target reply of a row.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    /// `refusal_response`.
+    own: Option<&'a str>,
+    /// `--safe-response`.
+    default: &'a str,
+}
+
+impl Target<'_> {
+    fn reply(self) -> Message {
+        match self.own {
+            Some(text) => Message::added("assistant", text, TARGET),
+            None => Message::added("assistant", self.default, OPTION),
+        }
+    }
+}
 
 /// Recognises the kind of a row and parses it.
 ///
@@ -112,19 +120,22 @@ type Result<T, E = String> = std::result::Result<T, E>;
 /// A message with the cause and the way out; the caller adds file and line.
 pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, keep_failed: bool) -> Result<Parsed> {
     let has = |names: &[&str]| names.iter().any(|n| present(row, n).is_some());
+    const TURNS: [&str; 3] = ["messages", "conversations", "completion"];
     let is_pair = has(&["safe_messages", "unsafe_messages"]);
-    let is_chat = has(&["messages", "conversations", "completion"]);
-    let is_attack = has(&["all_prompt", "goal"]) || has(&ATTACK_TEXTS) || VERDICTS.iter().any(|v| row.contains_key(*v));
-    let target = match present(row, "refusal_response") {
-        Some(text) => Some(string(text, "refusal_response")?.to_owned()).filter(|t| !t.trim().is_empty()),
-        None => None,
-    };
-    let parsed = match (is_attack, is_chat, is_pair) {
-        (true, false, false) => return attack(line, row, target.as_deref().unwrap_or(safe_response), keep_failed),
-        (false, true, false) => chat(line, row, target.as_deref(), safe_response)?,
-        (false, false, true) => pair(line, row, target.as_deref().unwrap_or(safe_response))?,
+    let (mut is_attack, mut is_chat) =
+        (has(&["all_prompt", "goal"]) || has(&ATTACK_TEXTS) || has(&VERDICTS), has(&TURNS));
+    if !is_attack && !is_chat && !is_pair {
+        // Empty fields decide only here: a table with one schema for all rows has them in rows of other kinds, too.
+        is_attack = VERDICTS.iter().any(|name| row.contains_key(*name));
+        is_chat = !is_attack && TURNS.iter().any(|name| row.contains_key(*name));
+    }
+    let target = Target { own: text(row, "refusal_response")?, default: safe_response };
+    let (parsed, used) = match (is_attack, is_chat, is_pair) {
+        (true, false, false) => (attack(line, row, target, keep_failed)?, ATTACK_FIELDS),
+        (false, true, false) => (Parsed::Row(chat(line, row, target)?), CHAT_FIELDS),
+        (false, false, true) => (Parsed::Row(pair(line, row, target)?), PAIR_FIELDS),
         (false, false, false) => {
-            let names = row.keys().take(12).map(String::as_str).collect::<Vec<_>>().join(", ");
+            let names = row.keys().take(12).map(|name| name_of(name)).collect::<Vec<_>>().join(", ");
             return Err(format!(
                 "unknown kind of row (its fields: {names}); an attack row has all_prompt and goal or prompt, a chat row \
                  messages and label, a pair row safe_messages, unsafe_messages and response"
@@ -132,19 +143,44 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
         }
         _ => return Err("fields of more than one kind of row (attack, chat, pair); keep those of one kind".into()),
     };
-    Ok(Parsed::Row(parsed))
+    Ok(match parsed {
+        Parsed::Row(mut parsed) => {
+            fields::refuse_unsupported(row)?;
+            parsed.variables = fields::variables(row)?;
+            parsed.unused.extend(fields::unused(row, used));
+            Parsed::Row(parsed)
+        }
+        dropped => dropped,
+    })
 }
 
-/// The value of a field; `None` if it is missing or null.
-fn present<'a>(row: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
-    row.get(name).filter(|v| !v.is_null())
-}
+/// The fields that each kind of row uses.
+const ATTACK_FIELDS: &[&str] = &[
+    "all_prompt",
+    "goal",
+    "prompt",
+    "attack_prompt",
+    "inception_attack",
+    "judge_success_gpt4",
+    "inception_attack_score",
+    "judge_result",
+    "refusal_response",
+];
+const CHAT_FIELDS: &[&str] = &[
+    "label",
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "refusal_response",
+    "system",
+    "system_prompt",
+    "system_message",
+];
+const PAIR_FIELDS: &[&str] =
+    &["safe_messages", "unsafe_messages", "response", "refusal_response", "system", "system_prompt", "system_message"];
 
-fn string<'a>(value: &'a Value, name: &str) -> Result<&'a str> {
-    value.as_str().ok_or_else(|| format!("{name} should be a string, not {}", kind_of(value)))
-}
-
-fn attack(line: usize, row: &Map<String, Value>, target: &str, keep_failed: bool) -> Result<Parsed> {
+fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed: bool) -> Result<Parsed> {
     let mut without_verdict = true;
     for verdict in VERDICTS {
         let Some(value) = row.get(verdict) else { continue };
@@ -156,33 +192,38 @@ fn attack(line: usize, row: &Map<String, Value>, target: &str, keep_failed: bool
             None => return Ok(Parsed::Dropped(DropReason::NullVerdict)),
         }
     }
-    let goal = present(row, "goal");
-    let request = match (goal, present(row, "prompt")) {
-        (Some(goal), _) => string(goal, "goal")?,
-        (None, Some(prompt)) => string(prompt, "prompt")?,
-        (None, None) => return Err("an attack row without its request; add goal or prompt".into()),
-    };
+    if let Some((name, _)) = fields::system(row)? {
+        return Err(format!("an attack row with the field {name}: write it as the first turn of all_prompt"));
+    }
+    let goal = text(row, "goal")?;
+    let request = goal.or(text(row, "prompt")?).ok_or("an attack row without its request; add goal or prompt")?;
     let mut unsafe_prompt = match present(row, "all_prompt") {
         Some(list) => messages(list, "all_prompt")?,
         None => vec![],
     };
     if unsafe_prompt.is_empty() {
-        let text = ATTACK_TEXTS.iter().find_map(|n| present(row, n).map(|v| string(v, n)));
-        let text = text.ok_or("an attack row without all_prompt, attack_prompt or inception_attack")??;
-        unsafe_prompt.push(Message::new("user", text));
+        let mut attack = None;
+        for name in ATTACK_TEXTS {
+            attack = attack.or(text(row, name)?);
+        }
+        let attack = attack.ok_or("an attack row without all_prompt, attack_prompt or inception_attack")?;
+        unsafe_prompt.push(Message::new("user", attack));
     }
     check_awaits_reply(&unsafe_prompt, "all_prompt")?;
     let mut safe_prompt = vec![Message::new("user", request)];
     if goal.is_some() {
-        safe_prompt.insert(0, Message::new("system", SAFE_SYSTEM));
+        safe_prompt.insert(0, Message::added("system", SAFE_SYSTEM, SYSTEM_OF_GOAL));
     }
     Ok(Parsed::Row(Row {
         line,
         kind: Kind::Attack,
         request: request.to_owned(),
-        unsafe_side: Some(Side::with_reply(unsafe_prompt, target)),
-        safe_side: Some(Side::with_reply(safe_prompt, target)),
+        unsafe_side: Some(Side::with_reply(unsafe_prompt, target.reply())),
+        safe_side: Some(Side::with_reply(safe_prompt, target.reply())),
         without_verdict,
+        completed: false,
+        variables: Map::new(),
+        unused: Vec::new(),
     }))
 }
 
@@ -226,59 +267,103 @@ fn score(name: &str, value: &Value) -> Result<Option<f64>> {
         .ok_or_else(|| format!("{name} should be a number, not {}", kind_of(value)))
 }
 
-fn chat(line: usize, row: &Map<String, Value>, target: Option<&str>, safe_response: &str) -> Result<Row> {
+fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {
     let label = match present(row, "label").map(|v| string(v, "label")).transpose()? {
         Some("safe") => Kind::ChatSafe,
         Some("unsafe") => Kind::ChatUnsafe,
-        Some(other) => return Err(format!("label {other:?}; it should be \"safe\" or \"unsafe\"")),
+        Some(other) => return Err(format!("label {}; it should be \"safe\" or \"unsafe\"", quoted(other))),
         None => return Err("a chat row without a label; add \"label\": \"safe\" or \"label\": \"unsafe\"".into()),
     };
-    let mut turns = match (present(row, "messages"), present(row, "conversations"), present(row, "completion")) {
+    let mut unused = Vec::new();
+    let turns = match (present(row, "messages"), present(row, "conversations"), present(row, "completion")) {
         (Some(list), None, None) => messages(list, "messages")?,
         (None, Some(list), None) => messages(list, "conversations")?,
-        (None, None, Some(completion)) => {
+        (None, None, completion) if row.contains_key("completion") => {
             let prompt = present(row, "prompt").ok_or("a completion without its prompt")?;
             let mut turns = text_or_messages(prompt, "prompt", "user")?;
+            if turns.is_empty() {
+                return Err("a completion without its prompt".into());
+            }
             // Assistant turns of the prompt carry no loss, only the completion does.
             turns.iter_mut().for_each(|m| m.loss = Some(false));
-            turns.extend(text_or_messages(completion, "completion", "assistant")?);
+            turns.extend(completion.map_or(Ok(vec![]), |c| text_or_messages(c, "completion", "assistant"))?);
             turns
         }
+        (None, None, _) => vec![],
         _ => return Err("more than one of messages, conversations and completion; keep one".into()),
     };
+    if ["messages", "conversations"].iter().any(|name| present(row, name).is_some()) && present(row, "prompt").is_some()
+    {
+        unused.push("prompt".to_owned());
+    }
     if turns.is_empty() {
         return Err("a conversation without messages".into());
     }
-    if !turns.iter().any(Message::is_assistant) {
-        // Without an assistant turn, the reply to an unsafe prompt is the target. A safe prompt stays without a reply:
-        // it must not be refused.
-        let reply = target.or((label == Kind::ChatUnsafe).then_some(safe_response));
-        turns.extend(reply.map(|text| Message::new("assistant", text)));
+    let mut turns = fields::with_system(row, turns)?;
+    let mut completed = false;
+    if !turns.last().is_some_and(Message::is_assistant) {
+        if text(row, "response")?.is_some() {
+            return Err(
+                "a chat row that ends without a reply, with the field response: write it as the last turn".into()
+            );
+        }
+        let went_on = turns.iter().any(Message::is_assistant);
+        // Without a reply, that to an unsafe prompt is the target. A safe prompt stays without a reply: it must not be
+        // refused.
+        if target.own.is_some() || label == Kind::ChatUnsafe {
+            // What the assistant said before is no reply to this prompt, and may be harmful.
+            turns.iter_mut().filter(|m| m.loss.is_none()).for_each(|m| m.loss = Some(false));
+            turns.push(target.reply());
+            completed = went_on;
+        } else if went_on {
+            let role = turns.last().map_or("", |last| &last.role);
+            return Err(format!(
+                "the conversation goes on after the last assistant turn and ends with a {role} turn: the reply of a row is its last turn. \
+                 Add the assistant's reply, or remove the turns after the last one"
+            ));
+        }
+    } else if target.own.is_some() {
+        unused.push("refusal_response".to_owned());
     }
-    let prompt = turns.iter().rposition(Message::is_assistant).unwrap_or(turns.len());
+    let prompt = turns.len() - usize::from(turns.last().is_some_and(Message::is_assistant));
+    check_request(&turns[..prompt], "the conversation")?;
     let request = last_user_message(&turns);
     let side = Some(Side { messages: turns, prompt });
     let (unsafe_side, safe_side) = if label == Kind::ChatUnsafe { (side, None) } else { (None, side) };
-    Ok(Row { line, kind: label, request, unsafe_side, safe_side, without_verdict: false })
+    Ok(Row {
+        line,
+        kind: label,
+        request,
+        unsafe_side,
+        safe_side,
+        without_verdict: false,
+        completed,
+        variables: Map::new(),
+        unused,
+    })
 }
 
-fn pair(line: usize, row: &Map<String, Value>, target: &str) -> Result<Row> {
+fn pair(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {
     let side = |name| {
-        let list = present(row, name).ok_or_else(|| format!("a pair row without {name}"))?;
-        let list = messages(list, name)?;
+        let list = row.get(name).filter(|list| !list.is_null()).ok_or_else(|| format!("a pair row without {name}"))?;
+        let list = fields::with_system(row, messages(list, name)?)?;
         check_awaits_reply(&list, name)?;
         Ok::<_, String>(list)
     };
     let (safe, unsafe_) = (side("safe_messages")?, side("unsafe_messages")?);
-    let response = present(row, "response").map(|v| string(v, "response")).transpose()?;
-    let response = response.filter(|r| !r.trim().is_empty()).unwrap_or(target);
+    let response = text(row, "response")?;
+    let reply = || response.map_or_else(|| target.reply(), |text| Message::new("assistant", text));
+    let unused = if response.is_some() && target.own.is_some() { vec!["refusal_response".to_owned()] } else { vec![] };
     Ok(Row {
         line,
         kind: Kind::Pair,
         request: last_user_message(&safe),
-        unsafe_side: Some(Side::with_reply(unsafe_, response)),
-        safe_side: Some(Side::with_reply(safe, response)),
+        unsafe_side: Some(Side::with_reply(unsafe_, reply())),
+        safe_side: Some(Side::with_reply(safe, reply())),
         without_verdict: false,
+        completed: false,
+        variables: Map::new(),
+        unused,
     })
 }
 
@@ -286,67 +371,26 @@ fn last_user_message(messages: &[Message]) -> String {
     messages.iter().rfind(|m| m.role == "user").map(|m| m.content.clone()).unwrap_or_default()
 }
 
-/// Checks that a prompt has turns and that the last one is not an assistant turn.
+/// Checks that a prompt has turns, that the last one is not an assistant turn, and that it asks something.
 fn check_awaits_reply(messages: &[Message], name: &str) -> Result<()> {
     match messages.last() {
         None => Err(format!("{name} has no messages")),
         Some(last) if last.is_assistant() => {
             Err(format!("{name} ends with an assistant turn; it should end with the user's"))
         }
-        Some(_) => Ok(()),
+        Some(_) => check_request(messages, name),
     }
 }
 
-/// One turn of `role` from a string, or a list of turns.
-fn text_or_messages(value: &Value, name: &str, role: &str) -> Result<Vec<Message>> {
-    match value {
-        Value::String(text) => Ok(vec![Message::new(role, text)]),
-        list => messages(list, name),
-    }
-}
-
-/// Parses turns, given as a list or as a string that holds a list in JSON or Python notation.
-fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
-    let parsed;
-    let list = match value {
-        Value::String(text) if text.trim().is_empty() => return Ok(vec![]),
-        Value::String(text) => {
-            parsed = python_literal::parse(text)
-                .map_err(|e| format!("{name} is a string that is not a list in JSON or Python notation: {e}"))?;
-            &parsed
+/// Checks that a prompt that ends with a user turn asks something.
+fn check_request(messages: &[Message], name: &str) -> Result<()> {
+    match messages.last() {
+        Some(last) if last.role == "user" && last.is_blank() => {
+            let n = messages.len();
+            Err(format!("message {n} of {name} is blank: the request is missing; add it, or remove the row"))
         }
-        value => value,
-    };
-    let Value::Array(list) = list else {
-        return Err(format!("{name} should be a list of messages, not {}", kind_of(list)));
-    };
-    list.iter().enumerate().map(|(i, m)| message(m).map_err(|e| format!("{name}, message {}: {e}", i + 1))).collect()
-}
-
-/// Parses one turn: `role` and `content`, or `from` and `value`.
-fn message(value: &Value) -> Result<Message> {
-    let Value::Object(map) = value else {
-        return Err(format!("should be an object with role and content, not {}", kind_of(value)));
-    };
-    let field = |names: [&'static str; 2]| {
-        let found = names.into_iter().find_map(|n| present(map, n).map(|v| string(v, n)));
-        found.unwrap_or_else(|| Err(format!("has no {}", names[0])))
-    };
-    if let Some(calls) = ["tool_calls", "function_call"].into_iter().find(|n| present(map, n).is_some()) {
-        return Err(format!("{calls} is not supported; write the turn's text as content"));
+        _ => Ok(()),
     }
-    let role = match field(["role", "from"])? {
-        role @ ("system" | "developer" | "user" | "assistant" | "tool") => role,
-        "human" => "user",
-        "gpt" | "bot" | "model" => "assistant",
-        other => return Err(format!("role {other:?}; it should be system, developer, user, assistant or tool")),
-    };
-    let loss = match present(map, "loss") {
-        None => None,
-        Some(Value::Bool(loss)) => Some(*loss),
-        Some(other) => return Err(format!("loss should be true or false, not {}", kind_of(other))),
-    };
-    Ok(Message { role: role.to_owned(), content: field(["content", "value"])?.to_owned(), loss })
 }
 
 #[cfg(test)]
@@ -480,6 +524,8 @@ mod tests {
             (json!({"text": "x"}), "unknown kind of row (its fields: text)"),
             (json!({}), "unknown kind"),
             (json!({"messages": user, "all_prompt": user}), "more than one kind"),
+            (json!({"messages": user, "judge_success_gpt4": 1}), "more than one kind"),
+            (json!({"messages": user, "judge_success_gpt4": null, "goal": "", "all_prompt": []}), "without a label"),
             (json!({"messages": user, "conversations": user, "label": "safe"}), "keep one"),
             (json!({"messages": user}), "add \"label\": \"safe\" or"),
             (json!({"messages": user, "label": "ok"}), "label \"ok\""),
@@ -495,7 +541,7 @@ mod tests {
             ),
             (json!({"goal": "g", "all_prompt": [{"role": "user"}]}), "message 1: has no content"),
             (json!({"goal": "g", "all_prompt": [{"role": "usr", "content": "x"}]}), "role \"usr\""),
-            (json!({"goal": "g", "all_prompt": [{"role": "user", "content": "x", "tool_calls": [1]}]}), "tool_calls"),
+            (json!({"goal": "g", "all_prompt": [{"role": "user", "content": "x", "tool_calls": 1}]}), "tool_calls"),
             (json!({"goal": "g", "all_prompt": [{"role": "user", "content": "x", "loss": 1}]}), "true or false"),
             (json!({"goal": "g", "all_prompt": ["x"]}), "not a string"),
             (json!({"safe_messages": user}), "without unsafe_messages"),

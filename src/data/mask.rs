@@ -15,8 +15,10 @@
 
 use std::ops::Range;
 
+use serde_json::{Map, Value};
+
 use super::Message;
-use super::template::{ChatTemplate, TemplateError};
+use super::template::{ChatTemplate, Reads, TemplateError};
 
 /// Why the loss mask of a conversation cannot be determined.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -40,11 +42,17 @@ pub(super) enum MaskError {
 pub(super) struct MaskedText {
     pub text: String,
     pub spans: Vec<Range<usize>>,
+    /// What the template read of each message.
+    pub reads: Vec<Reads>,
 }
 
-/// Renders a conversation and finds the spans of its assistant turns, except those with `loss: false`.
-pub(super) fn render_with_mask(template: &ChatTemplate, messages: &[Message]) -> Result<MaskedText, MaskError> {
-    let whole = template.render(messages, false)?;
+/// Renders a conversation with these variables, and finds the spans of its assistant turns, except those with `loss: false`.
+pub(super) fn render_with_mask(
+    template: &ChatTemplate,
+    messages: &[Message],
+    variables: &Map<String, Value>,
+) -> Result<MaskedText, MaskError> {
+    let whole = template.render_with(messages, variables, false)?;
     let assistant = || messages.iter().enumerate().filter(|(_, m)| m.is_assistant());
     let carries_loss = |m: &Message| m.loss != Some(false);
     if template.marks_generation() {
@@ -60,15 +68,15 @@ pub(super) fn render_with_mask(template: &ChatTemplate, messages: &[Message]) ->
             let spans = whole.generated.into_iter().zip(assistant());
             spans.filter(|(_, (_, m))| carries_loss(m)).map(|(span, _)| span).collect()
         };
-        return Ok(MaskedText { text: whole.text, spans });
+        return Ok(MaskedText { text: whole.text, spans, reads: whole.reads });
     }
-    let text = whole.text;
+    let (text, reads) = (whole.text, whole.reads);
     let mut spans = Vec::new();
     for (i, _) in assistant().filter(|(_, m)| carries_loss(m)) {
         let turn = i + 1;
         let render = |turns: usize, add_generation_prompt: bool| {
             template
-                .render(&messages[..turns], add_generation_prompt)
+                .render_with(&messages[..turns], variables, add_generation_prompt)
                 .map(|r| r.text)
                 .map_err(|source| MaskError::Turn { turn, source })
         };
@@ -82,7 +90,7 @@ pub(super) fn render_with_mask(template: &ChatTemplate, messages: &[Message]) ->
         }
         spans.push(before.len()..after.len());
     }
-    Ok(MaskedText { text, spans })
+    Ok(MaskedText { text, spans, reads })
 }
 
 /// The loss mask of tokens with byte ranges `offsets`, for `spans` of bytes that carry loss; both ascending.
@@ -114,7 +122,7 @@ mod tests {
     fn mask(source: &str, turns: &[(&str, &str, Option<bool>)]) -> Result<Vec<String>, MaskError> {
         let messages: Vec<_> =
             turns.iter().map(|(r, c, loss)| Message { loss: *loss, ..Message::new(*r, *c) }).collect();
-        let masked = render_with_mask(&ChatTemplate::new(source, []).unwrap(), &messages)?;
+        let masked = render_with_mask(&ChatTemplate::new(source, []).unwrap(), &messages, &Map::new())?;
         Ok(masked.spans.into_iter().map(|s| masked.text[s].to_owned()).collect())
     }
 

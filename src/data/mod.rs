@@ -2,12 +2,15 @@
 //!
 //! | module | step |
 //! |---|---|
+//! | `head` | which rows are read: the first ones up to a limit, of both sides |
 //! | `rows` | splits a JSON array or JSONL file into rows with line numbers |
 //! | `kinds` | attack, chat and pair rows → prompts and replies; `python_literal` parses lists stored as strings |
-//! | `template`, `jinja` | messages → text, by the model's chat template, as Hugging Face transformers renders it |
+//! | `message`, `turns` | one turn of a conversation, and how rows spell it |
+//! | `fields`, `values` | fields of rows and turns beyond those: given to the chat template, refused, or counted |
+//! | `template`, `turn_object`, `jinja`, `deep` | messages → text, by the model's chat template, as Hugging Face transformers renders it |
 //! | `tokenizer`, `declared_tokens` | text → token ids; special tokens, end-of-sequence tokens; tokens declared beside tokenizer.json |
 //! | `mask` | loss mask: the bytes of the text, and from them the tokens, that carry loss |
-//! | `dataset`, `report` | runs all steps on a file; counts of kept and dropped rows with reasons |
+//! | `options`, `dataset`, `report` | runs all steps on a file; counts of kept and dropped rows with reasons |
 //! | `batches` | shuffled order of an epoch and its micro-batches |
 //! | `traces` | routing traces of an inference server, in place of rows |
 //! | `sampling` | which records a micro-batch of each phase holds, and how they are packed |
@@ -15,10 +18,15 @@
 mod batches;
 mod dataset;
 mod declared_tokens;
+mod deep;
 mod error;
+mod fields;
+mod head;
 mod jinja;
 mod kinds;
 mod mask;
+mod message;
+mod options;
 mod python_literal;
 mod report;
 mod rows;
@@ -26,11 +34,15 @@ mod sampling;
 mod template;
 mod tokenizer;
 mod traces;
+mod turn_object;
+mod turns;
+mod values;
 
 pub use batches::{micro_batches, order};
-pub use dataset::{DataOptions, Dataset, Sample, loss_mask_samples};
+pub use dataset::{Dataset, Sample, loss_mask_samples};
 pub use error::Error;
-pub use kinds::Message;
+pub use message::Message;
+pub use options::{DataOptions, Sides};
 pub use report::{DataReport, DropReason, Kind, Padding};
 pub use sampling::{JointBatch, MissingSide, Sampler};
 pub use template::{ChatTemplate, Rendered, TemplateError};

@@ -71,6 +71,12 @@ pub struct DataReport {
     pub dropped: BTreeMap<DropReason, usize>,
     /// Whether reading stopped at `--max-samples`.
     pub stopped_early: bool,
+    /// Set if the first rows lack a side that the caller needs, and rows further on have it.
+    pub both_sides: Option<BothSides>,
+    /// Conversations that went on after an assistant turn, completed with the safe response.
+    pub completed: usize,
+    /// Fields that neither moewarden nor the chat template reads: records that have them, and the line of the first.
+    pub unread: BTreeMap<String, (usize, usize)>,
     /// Records with a prompt truncated from the front.
     pub truncated: usize,
     /// Attack rows without a verdict (kept).
@@ -88,6 +94,17 @@ pub struct DataReport {
     /// Tokens of each record's conversation with a reply (of the unsafe side if it has one), in file order.
     #[serde(skip)]
     pub lengths: Vec<usize>,
+}
+
+/// Rows that are read of a file whose first rows lack a side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct BothSides {
+    /// The side that the first rows lack.
+    pub missing: &'static str,
+    /// Rows taken from the start of the file.
+    pub head: usize,
+    /// Rows with the missing side, taken from further on.
+    pub found: usize,
 }
 
 /// Token counts of padded batches.
@@ -108,6 +125,13 @@ impl Padding {
 }
 
 impl DataReport {
+    /// Counts the fields of a record that nothing reads.
+    pub(super) fn note_unread(&mut self, line: usize, names: Vec<String>) {
+        for name in names {
+            self.unread.entry(name).or_insert((0, line)).0 += 1;
+        }
+    }
+
     /// Token counts of batches of `batch_size` records in file order, each padded to its longest sequence.
     ///
     /// # Panics
@@ -126,13 +150,40 @@ fn list_counts<K: fmt::Display>(counts: &BTreeMap<K, usize>) -> String {
 
 impl fmt::Display for DataReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let stopped = if self.stopped_early { " (stopped at --max-samples)" } else { "" };
+        let stopped = if self.stopped_early { " (only the first ones: --max-samples)" } else { "" };
         write!(f, "{}: {} rows read{stopped}, {} kept", self.path.display(), self.rows_read, self.kept)?;
         if !self.by_kind.is_empty() {
             write!(f, ": {}", list_counts(&self.by_kind))?;
         }
         if !self.dropped.is_empty() {
             write!(f, "\n  dropped: {}", list_counts(&self.dropped))?;
+        }
+        if let Some(BothSides { missing, head, found }) = self.both_sides {
+            write!(
+                f,
+                "\n  warning: the first rows, up to --max-samples, lack the {missing} side: {head} of them are taken, and the first \
+                 {found} further on that have it"
+            )?;
+        }
+        if self.completed > 0 {
+            write!(
+                f,
+                "\n  conversations that went on after an assistant turn, completed with the safe response: {}",
+                self.completed
+            )?;
+        }
+        if !self.unread.is_empty() {
+            const SHOWN: usize = 12;
+            let named =
+                |(name, (rows, line)): (&String, &(usize, usize))| format!("{name} ({rows} rows, first line {line})");
+            let names: Vec<_> = self.unread.iter().take(SHOWN).map(named).collect();
+            let more = self.unread.len().saturating_sub(SHOWN);
+            let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+            write!(
+                f,
+                "\n  note: fields that neither moewarden nor the chat template reads: {}{more}",
+                names.join(", ")
+            )?;
         }
         if self.truncated > 0 {
             write!(f, "\n  prompts truncated from the front: {}", self.truncated)?;

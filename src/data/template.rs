@@ -1,15 +1,21 @@
 //! A model's chat template: renders messages as text, like `apply_chat_template` of Hugging Face transformers.
 
+use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use minijinja::{Environment, ErrorKind, Value};
+use serde_json::{Map, Value as Json};
 
 use super::Message;
+use super::deep;
 use super::jinja::{self, GENERATION};
+use super::message::{Form, map_bytes};
+pub(super) use super::turn_object::Reads;
+use super::turn_object::{Turn, template_value};
 use crate::panics;
 
 /// Maximum size of a template's source in bytes; the longest published templates have about 20 KiB.
@@ -42,6 +48,8 @@ pub struct Rendered {
     pub text: String,
     /// Byte ranges of `text` that the template marks with `{% generation %}`, ascending.
     pub generated: Vec<Range<usize>>,
+    /// What the template read of each message.
+    pub(super) reads: Vec<Reads>,
 }
 
 /// A compiled chat template and the special tokens it can refer to.
@@ -51,9 +59,15 @@ pub struct ChatTemplate {
     marks_generation: bool,
     /// Special tokens by variable name: `bos_token`, `eos_token`, ...
     tokens: Vec<(String, Value)>,
+    /// Names of the variables that the template reads.
+    variables: HashSet<String>,
+    source: String,
+    /// See [`ChatTemplate::takes_parts`].
+    takes_parts: OnceLock<bool>,
 }
 
 const NAME: &str = "chat_template";
+const CRASHED: &str = "it crashed the template engine";
 
 impl ChatTemplate {
     /// Compiles a template. `tokens`: its variables for special tokens, by name.
@@ -65,10 +79,43 @@ impl ChatTemplate {
             return Err(TemplateError::Source(format!("it has {} bytes, more than {MAX_SOURCE}", source.len())));
         }
         let digest = blake3::hash(source.as_bytes());
+        let own = source.to_owned();
         let (source, marks_generation) = jinja::to_minijinja(source);
-        let mut env = jinja::environment();
-        env.add_template_owned(NAME, source).map_err(|e| TemplateError::Source(error_text(&e)))?;
-        Ok(Self { env, digest, marks_generation, tokens: tokens.into_iter().collect() })
+        jinja::check_depth(&source).map_err(TemplateError::Source)?;
+        let compile = || {
+            let mut env = jinja::environment();
+            let compiled = env.add_template_owned(NAME, source);
+            compiled.map_err(|e| TemplateError::Source(error_text(&e)))?;
+            let variables = env.get_template(NAME).expect("added above").undeclared_variables(false);
+            Ok((env, variables))
+        };
+        let compiled = deep::run(|| panics::catch_expected(compile)).map_err(TemplateError::Source)?;
+        let (env, variables) = compiled.ok_or_else(|| TemplateError::Source(CRASHED.into()))??;
+        let tokens = tokens.into_iter().collect();
+        Ok(Self { env, digest, marks_generation, tokens, variables, source: own, takes_parts: OnceLock::new() })
+    }
+
+    /// Whether the template reads this variable.
+    pub fn reads_variable(&self, name: &str) -> bool {
+        self.variables.contains(name)
+    }
+
+    /// Whether the source contains this word, so that the template itself decides where it writes the field of this name.
+    pub(super) fn mentions(&self, word: &str) -> bool {
+        let part_of_word = |c: char| c.is_alphanumeric() || c == '_';
+        self.source.match_indices(word).any(|(i, _)| {
+            !self.source[..i].ends_with(part_of_word) && !self.source[i + word.len()..].starts_with(part_of_word)
+        })
+    }
+
+    /// Whether the template writes the texts of a content that is a list of parts.
+    fn takes_parts(&self) -> bool {
+        *self.takes_parts.get_or_init(|| {
+            const TEXT: &str = "seven";
+            let parts = Message { form: Form::Parts(vec![TEXT.into()]), ..Message::new("user", TEXT) };
+            self.render_turns(&[Turn::new(&parts, true)], &Map::new(), false, TEXT.len())
+                .is_ok_and(|(text, _)| text.contains(TEXT) && !text.contains("type"))
+        })
     }
 
     /// The blake3 hash of the source.
@@ -86,42 +133,85 @@ impl ChatTemplate {
     /// # Errors
     /// The exception that the template raised, or the limit that it exceeded.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered, TemplateError> {
-        if self.marks_generation && messages.iter().any(|m| m.content.contains(GENERATION)) {
+        self.render_with(messages, &Map::new(), add_generation_prompt)
+    }
+
+    /// [`Self::render`] with further variables, such as `tools`.
+    ///
+    /// # Errors
+    /// As [`Self::render`]; a content of several parts, for a template that takes only text.
+    pub fn render_with(
+        &self,
+        messages: &[Message],
+        variables: &Map<String, Json>,
+        add_generation_prompt: bool,
+    ) -> Result<Rendered, TemplateError> {
+        let noncharacter = |m: &Message| {
+            m.content.contains(GENERATION)
+                || (!m.fields.is_empty() && m.fields.values().any(|v| v.to_string().contains(GENERATION)))
+        };
+        let in_variables = || variables.values().any(|v| v.to_string().contains(GENERATION));
+        if self.marks_generation && (messages.iter().any(noncharacter) || in_variables()) {
             return Err(TemplateError::Render(
                 "a message holds the noncharacter U+10FFFE or U+10FFFF; remove it".into(),
             ));
         }
-        let variables = [
-            (
-                "messages",
-                messages.iter().map(|m| Value::from_pairs([("role", &m.role), ("content", &m.content)])).collect(),
-            ),
-            ("add_generation_prompt", Value::from(add_generation_prompt)),
-            ("tools", Value::from(())),
-            ("documents", Value::from(())),
-        ];
-        let variables = variables.into_iter().map(|(name, value)| (name.to_owned(), value));
-        let context = Value::from_pairs(self.tokens.iter().cloned().chain(variables));
-        let bytes: usize = messages.iter().map(|m| m.content.len() + m.role.len()).sum();
+        let turns: Vec<_> = messages
+            .iter()
+            .enumerate()
+            .map(|(i, m)| match &m.form {
+                Form::Parts(parts) if parts.len() > 1 && !self.takes_parts() => Err(TemplateError::Render(format!(
+                    "the content of message {} has {} parts, and the template takes only text: join them into one string",
+                    i + 1,
+                    parts.len()
+                ))),
+                Form::Parts(_) => Ok(Turn::new(m, self.takes_parts())),
+                _ => Ok(Turn::new(m, false)),
+            })
+            .collect::<Result<_, _>>()?;
+        let bytes = messages.iter().map(Message::bytes).sum::<usize>() + map_bytes(variables);
+        let (text, reads) = self.render_turns(&turns, variables, add_generation_prompt, bytes)?;
+        let rendered = if self.marks_generation {
+            strip_generation_marks(&text)
+        } else {
+            Rendered { text, generated: vec![], reads: vec![] }
+        };
+        Ok(Rendered { reads, ..rendered })
+    }
+
+    /// The text with the marks of generation blocks, and what was read of the turns. `bytes`: those of all inputs.
+    fn render_turns(
+        &self,
+        turns: &[Arc<Turn>],
+        variables: &Map<String, Json>,
+        add_generation_prompt: bool,
+        bytes: usize,
+    ) -> Result<(String, Vec<Reads>), TemplateError> {
         let limit = bytes.saturating_mul(MAX_GROWTH).saturating_add(BASE_OUTPUT);
         let mut output = LimitedOutput { bytes: Vec::new(), limit, exceeded: false };
-        // minijinja panics on some templates (seen in 3.0.5: `[::-1]` of an empty list).
-        let result = panics::catch_expected(|| {
-            let template = self.env.get_template(NAME)?;
-            template.render_captured_to(context, &mut output).map(drop)
-        });
-        let Some(result) = result else { return Err(TemplateError::Render("it crashed the template engine".into())) };
+        // Values may be deep, and are dropped and printed recursively. minijinja panics on some templates (seen in 3.0.5:
+        // `[::-1]` of an empty list).
+        let render = || {
+            let messages: Value = turns.iter().map(|turn| Value::from_dyn_object(turn.clone())).collect();
+            let own = [("tools", Value::from(())), ("documents", Value::from(()))].map(|(k, v)| (k.to_owned(), v));
+            let given = variables.iter().map(|(name, value)| (name.clone(), template_value(value)));
+            let last = [("messages", messages), ("add_generation_prompt", Value::from(add_generation_prompt))];
+            let last = last.map(|(k, v)| (k.to_owned(), v));
+            let context = Value::from_pairs(self.tokens.iter().cloned().chain(own).chain(given).chain(last));
+            let template = self.env.get_template(NAME).map_err(|e| render_error(&e))?;
+            // The error is dropped here, too: it may hold the values of the template.
+            template.render_captured_to(context, &mut output).map(drop).map_err(|e| render_error(&e))
+        };
+        let result = deep::run(|| panics::catch_expected(render)).map_err(TemplateError::Bounds)?;
+        let Some(result) = result else { return Err(TemplateError::Render(CRASHED.into())) };
         if output.exceeded {
             return Err(TemplateError::Bounds(format!(
                 "it wrote more than {limit} bytes for {bytes} bytes of messages"
             )));
         }
-        result.map_err(|e| match e.kind() {
-            ErrorKind::OutOfFuel => TemplateError::Bounds("it took too many steps; does it loop without end?".into()),
-            _ => TemplateError::Render(error_text(&e)),
-        })?;
+        result?;
         let text = String::from_utf8(output.bytes).map_err(|e| TemplateError::Render(e.to_string()))?;
-        Ok(if self.marks_generation { strip_generation_marks(&text) } else { Rendered { text, generated: vec![] } })
+        Ok((text, turns.iter().map(|turn| turn.reads()).collect()))
     }
 
     /// Renders short conversations of common shapes on a thread of their own, to find a template that takes unbounded
@@ -183,9 +273,17 @@ fn error_text(error: &minijinja::Error) -> String {
     error.line().map_or(message.clone(), |line| format!("{message} (line {line} of the template)"))
 }
 
+/// The error of a rendering.
+fn render_error(error: &minijinja::Error) -> TemplateError {
+    match error.kind() {
+        ErrorKind::OutOfFuel => TemplateError::Bounds("it took too many steps; does it loop without end?".into()),
+        _ => TemplateError::Render(error_text(error)),
+    }
+}
+
 /// Removes the marks of `{% generation %}` blocks from a rendering and records the byte ranges of the outermost blocks.
 fn strip_generation_marks(marked: &str) -> Rendered {
-    let mut out = Rendered { text: String::with_capacity(marked.len()), generated: vec![] };
+    let mut out = Rendered { text: String::with_capacity(marked.len()), generated: vec![], reads: vec![] };
     let (mut depth, mut start) = (0_usize, 0);
     for piece in marked.split_inclusive(GENERATION) {
         let mark = piece.chars().next_back().filter(|c| GENERATION.contains(c));
@@ -297,6 +395,44 @@ mod tests {
     }
 
     #[test]
+    fn deep_templates_and_deep_values_do_not_exhaust_a_stack() {
+        // Refused by the limits on tags.
+        for source in [format!("{{{{ {}1 }}}}", "-".repeat(20_000)), format!("{{{{ a{} }}}}", ".b".repeat(20_000))] {
+            let error = ChatTemplate::new(&source, []).err().unwrap();
+            assert!(error.to_string().contains("tokens"), "{error}");
+        }
+        // As deep as the limits allow.
+        for (open, unit, close, n) in [
+            ("{{ ", "-", "1 }}", 2900),
+            ("{{ ", "not ", "1 }}", 2900),
+            ("{{ a", " + a", " }}", 1400),
+            ("{{ a", ".b", " }}", 1400),
+            ("{{ a", "|upper", " }}", 1400),
+            ("{{ a", "()", " }}", 1400),
+            ("{{ 1", "**1", " }}", 900),
+            ("{% if a %}", "{% elif a %}", "{% endif %}", 1000),
+            ("{{ ", "(", "1", 2900),
+            ("", "{% if a %}", "", 3000),
+        ] {
+            drop(ChatTemplate::new(&format!("{open}{}{close}", unit.repeat(n)), []));
+        }
+        // Values as deep as the steps of a rendering allow, dropped, printed and compared.
+        for (grow, end) in [
+            ("[ns.x]", ""),
+            ("{'a': ns.x}", "{{ ns.x }}"),
+            ("[ns.x]", "{{ ns.x == ns.x }}{{ ns.x | string | length }}"),
+            ("(ns.x,)", "{{ ns.x | tojson }}"),
+        ] {
+            for rounds in [99_999, 20_000] {
+                drop(render(&format!(
+                    "{{% set ns = namespace(x=[1]) %}}{{% for i in range({rounds}) %}}{{% for j in range(9) %}}{{% set ns.x = {grow} %}}\
+                     {{% endfor %}}{{% endfor %}}{end}"
+                )));
+            }
+        }
+    }
+
+    #[test]
     fn the_trial_rendering_finds_a_string_that_doubles() {
         let doubling = "{% set ns = namespace(x='a') %}{% for i in range(30) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x[:1] }}";
         assert!(matches!(template(doubling).check_limits(), Err(TemplateError::Bounds(_))));
@@ -310,7 +446,7 @@ mod tests {
             template("{% for m in messages %}é{% generation %}{{ m.content }}.{% endgeneration %}{% endfor %}");
         let rendered =
             template.render(&[Message::new("assistant", "ü"), Message::new("assistant", "b")], false).unwrap();
-        assert_eq!(rendered, Rendered { text: "éü.éb.".into(), generated: vec![2..5, 7..9] });
+        assert_eq!((rendered.text.as_str(), rendered.generated), ("éü.éb.", vec![2..5, 7..9]));
         let bad = template.render(&[Message::new("assistant", "\u{10ffff}")], false).unwrap_err();
         assert!(bad.to_string().contains("U+10FFFF"));
     }

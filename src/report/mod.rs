@@ -72,7 +72,7 @@ pub enum Error {
     },
     /// The metrics log is shorter than it was when the checkpoint was saved.
     #[error(
-        "{path}: it has {found} bytes, but had {expected} when the checkpoint was saved: it belongs to another run, or was truncated"
+        "{path}: it has {found} bytes, but had {expected} when the checkpoint was saved: it belongs to another run, or was truncated. Put the log back, or start again with --overwrite"
     )]
     LogTruncated {
         /// The log.

@@ -12,7 +12,7 @@ use super::refusals::LISTS;
 use super::session::Session;
 use crate::backend::Backend;
 use crate::config::EvalArgs;
-use crate::data::{Example, Message, Record};
+use crate::data::{Example, Message, Record, Sides};
 use crate::exit::{self, Failure, Result};
 use crate::files::AtomicFile;
 use crate::judge::{Rate, wilson};
@@ -35,7 +35,7 @@ const TOP_EXPERTS: usize = 10;
 pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     let config = args.run_config()?;
     let recipe = config.recipe_of_evaluation()?;
-    let mut session = Session::open_any(&config, ui)?;
+    let mut session = Session::open_any(&config, Sides::default(), ui)?;
     let generated = if args.skip_answers { 0 } else { args.max_new_tokens };
     session.model.check_length(args.max_length + generated)?;
     let mut model = evaluated(&session);

@@ -141,6 +141,30 @@ impl<B: Backend> RoundScan<'_, B> {
         } else if found.selected.experts.is_empty() {
             progress.warn("the rule selects no expert on these rows");
         }
+        if let Some(doubt) = scores_say_nothing(&found) {
+            progress.warn(doubt);
+        }
         Ok(found)
     }
+}
+
+/// Why the scores say nothing about the experts, if all of them are equal.
+fn scores_say_nothing(found: &Identification) -> Option<String> {
+    if found.micro_batches == 0 {
+        return None; // random, given, or kept
+    }
+    let scores: Vec<f64> = found.scores.iter().map(|(_, score)| score).collect();
+    let first = *scores.first()?;
+    if scores.len() < 2 || scores.iter().any(|score| *score != first) {
+        return None;
+    }
+    let selected = match found.selected.experts.len() {
+        0 => "no expert is selected".to_owned(),
+        n => format!("the selection of {n} experts is arbitrary (the first by layer and number)"),
+    };
+    Some(format!(
+        "all {} scores are {first}: these rows and this model tell no expert from another, and {selected}. Are the weights zero, or do \
+         all tokens of the rows get the same routing and no gradient? Do not train these experts",
+        scores.len()
+    ))
 }

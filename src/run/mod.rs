@@ -18,6 +18,7 @@ pub mod refusals;
 pub mod replies;
 mod report;
 pub mod retention;
+mod rounds;
 pub mod session;
 mod summary;
 mod train;

@@ -101,7 +101,11 @@ impl<'a> Outputs<'a> {
         let metrics = all_ok(world, open())?;
         let metadata = TrainingMetadata::new(config, recipe.strategy(), replica.step_world_size);
         let metadata = TrainingMetadata { training_logs, retention, ..metadata };
-        Ok(Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, matched, metadata })
+        let outputs = Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, matched, metadata };
+        // What was lost or damaged since then is written again.
+        let again = || if outputs.scores.rounds.is_empty() { Ok(()) } else { outputs.write_scores() };
+        all_ok(world, again())?;
+        Ok(outputs)
     }
 
     /// Whether this rank writes.
@@ -213,6 +217,11 @@ impl<'a> Outputs<'a> {
         if let Some(experts) = &found.gradient_selection {
             self.matched.insert(round, RoundScores::new(Some(&found.scores), experts, 0, Vec::new()));
         }
+        self.write_scores()
+    }
+
+    /// Writes the scores, rankings and selections of all rounds so far.
+    fn write_scores(&self) -> Result<()> {
         if !self.writes() {
             return Ok(());
         }

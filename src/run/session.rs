@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use crate::backend::{Backend, Dtype};
 use crate::collective::{self, Collective, all_agree};
 use crate::config::{Init, RunConfig};
-use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, TraceShape, TraceUse};
+use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, Sides, TraceShape, TraceUse};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::{self, RoutingTokens, SelectionLimits, selection_hash};
 use crate::launch::hub_cache;
@@ -53,7 +53,9 @@ impl Session {
     /// # Errors
     /// Those of [`Self::open_any`]; data without an unsafe row; a selection that the model does not allow.
     pub fn open(config: &RunConfig, recipe: &Recipe, ui: &Ui) -> Result<Self> {
-        let mut session = Self::open_any(config, ui)?;
+        let needed = recipe.needed_sides();
+        let safe = needed.safe_prompts || needed.safe_examples || needed.safe_replies || needed.answered_prompts;
+        let mut session = Self::open_any(config, Sides { unsafe_: true, safe }, ui)?;
         session.check_selection(config, recipe, ui)?;
         session.given = (recipe.identify.by == ScoreBy::Given).then(|| selection_hash(&recipe.identify.given));
         if let (CountedReplies::Traces, Some(path)) = (recipe.identify.counted_replies(), config.routing_replies.path())
@@ -69,22 +71,24 @@ impl Session {
             session.traces = Some((path.to_owned(), RoutingTraces::read(path, shape, usage)?));
         }
         if session.data.records.iter().all(|r| r.unsafe_reply.is_none()) {
+            let (path, report) = (config.dataset_path.display(), &session.data.report);
+            let kept = if report.dropped.is_empty() { "" } else { " among those that are kept" };
             return Err(Failure::new(
                 exit::DATA,
                 format!(
-                    "{} holds no unsafe row: experts are found on unsafe prompts; label some rows unsafe",
-                    config.dataset_path.display()
+                    "{path} holds no unsafe row{kept}: experts are found on unsafe prompts; label some rows unsafe\n{report}"
                 ),
             ));
         }
         Ok(session)
     }
 
-    /// Opens the inputs of any command; the data may hold safe rows only.
+    /// Opens the inputs of any command; the data may hold safe rows only. `needs`: the sides of which rows are looked for
+    /// beyond `--max-samples`.
     ///
     /// # Errors
     /// Those of the model's files, of the tokenizer and of the data; options that contradict the model.
-    pub fn open_any(config: &RunConfig, ui: &Ui) -> Result<Self> {
+    pub fn open_any(config: &RunConfig, needs: Sides, ui: &Ui) -> Result<Self> {
         let dir = hub_cache().resolve(&config.model_name)?;
         let model = ModelConfig::from_dir(&dir)?;
         model.check_length(config.max_length)?;
@@ -99,7 +103,7 @@ impl Session {
         let tokenizer = ChatTokenizer::open(&dir, config.chat_template.as_deref())?;
         tokenizer.check_vocab(model.vocab_size)?;
         let options = data_options(config);
-        let data = Dataset::read(&config.dataset_path, &tokenizer, &options)?;
+        let data = Dataset::read(&config.dataset_path, &tokenizer, &DataOptions { needs, ..options.clone() })?;
         ui.line(&data.report);
         let padding = data.report.padding(config.batch_size);
         ui.line(format_args!("  padding avoided: {} tokens ({:.0} %)", padding.avoided, 100.0 * padding.share()));
@@ -330,7 +334,14 @@ impl Session {
 
     fn fingerprint_of_files(&self, config: &RunConfig) -> Result<blake3::Hash> {
         let mut hasher = blake3::Hasher::new();
-        let names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+        let names = [
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        ];
         let model = names.iter().map(|name| self.dir.join(name)).filter(|path| path.is_file());
         for path in model.chain(data_files(config)) {
             hasher.update(hash_file(&path)?.as_bytes());
@@ -418,7 +429,8 @@ fn read_retain_rows(
     held_out: Option<&Dataset>,
     ui: &Ui,
 ) -> Result<Dataset> {
-    let data = Dataset::read(path, tokenizer, options).context("reading the retain rows")?;
+    let options = DataOptions { needs: Sides { unsafe_: false, safe: true }, ..options.clone() };
+    let data = Dataset::read(path, tokenizer, &options).context("reading the retain rows")?;
     let usable = data.records.iter().filter(|r| r.safe_reply.is_some()).count();
     if usable == 0 {
         let message = format!(
@@ -456,11 +468,13 @@ fn hash_file(path: &Path) -> Result<blake3::Hash> {
 pub fn data_options(config: &RunConfig) -> DataOptions {
     DataOptions {
         max_samples: config.max_samples,
+        needs: Sides::default(),
         max_length: config.max_length,
         long_rows: config.long_rows,
         loss_on: config.loss_on,
         keep_failed: config.keep_failed,
         safe_response: config.safe_response.clone(),
         chat_template: config.chat_template.clone(),
+        chat_template_kwargs: config.chat_template_kwargs.0.clone(),
     }
 }

@@ -12,7 +12,7 @@ use super::prepare::LargestPass;
 use super::progress::Progress;
 use super::session::Session;
 use super::verify::verify_frozen;
-use super::{prepare, retention, summary};
+use super::{prepare, retention, rounds, summary};
 use crate::backend::Backend;
 use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, export_replacing, save_delta};
 use crate::collective::{all_ok, with_heartbeat};
@@ -100,6 +100,9 @@ impl<'a> RankInputs<'a> {
         let clock = Instant::now();
 
         let (mut run, snapshot) = self.begin(session.replica(backend, transport, rank))?;
+        if let Some(snapshot) = &snapshot {
+            run.write_rounds_again(snapshot.state.position)?;
+        }
         rank.ui.line(summary::losses("before", &run.before));
         let start = snapshot.as_ref().map_or(Position::start(0, Phase::Identify), |s| s.state.position);
         for round in start.round..recipe.rounds {
@@ -148,6 +151,7 @@ impl<'a> RankInputs<'a> {
             keep: config.keep_checkpoints,
             identity: Identity {
                 options: config.result_options_yaml()?,
+                comparable: RunConfig::comparable_options,
                 inputs: Box::new(move || session.fingerprint(config)),
                 model: &session.dir,
             },
@@ -445,6 +449,24 @@ impl<B: Backend> RankRun<'_, B> {
         let world = &*replica.world;
         world.set_activity(&format!("saving the model of round {}", round + 1));
         all_ok(world, with_heartbeat(world, write)?)
+    }
+
+    /// Writes the model of the last round again, if a run that resumes at its end lacks it; warns of earlier ones, which are in
+    /// no checkpoint.
+    fn write_rounds_again(&self, position: Position) -> Result<()> {
+        for round in 0..position.round {
+            let dir = self.outputs.path(format!("round_{}", round + 1));
+            let lacking = self.replica.world.rank() == 0 && rounds::lacks(self.session, self.config, &dir);
+            if position == Position::start(round + 1, Phase::Identify) {
+                let [again] = self.replica.any([lacking])?;
+                if again {
+                    self.save_round(round)?;
+                }
+            } else if lacking {
+                rounds::warn_of_lost(&dir, self.ui);
+            }
+        }
+        Ok(())
     }
 
     /// Writes the final model, and verifies that all frozen parameters are bit-identical to their source.

@@ -21,6 +21,7 @@ mod python;
 mod quickstart;
 mod random_init;
 mod resume;
+mod resume_inputs;
 mod retention;
 mod selection;
 #[cfg(feature = "mpi")]

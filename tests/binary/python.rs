@@ -119,7 +119,7 @@ fn expectation(folder: &Path, model: &Path, data: &Path) -> Value {
         loss_on: run.loss_on,
         keep_failed: run.keep_failed,
         safe_response: run.safe_response,
-        chat_template: None,
+        ..DataOptions::default()
     };
     let tokenizer = ChatTokenizer::open(model, None).unwrap();
     let records = Dataset::read(data, &tokenizer, &options).unwrap().records;

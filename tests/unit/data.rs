@@ -19,15 +19,7 @@ const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' +
                       {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
 fn options() -> DataOptions {
-    DataOptions {
-        max_samples: 0,
-        max_length: 256,
-        long_rows: LongRows::Drop,
-        loss_on: LossOn::Response,
-        keep_failed: false,
-        safe_response: REFUSAL.into(),
-        chat_template: None,
-    }
+    DataOptions { max_length: 256, safe_response: REFUSAL.into(), ..DataOptions::default() }
 }
 
 /// The shared folder of goldens and attack rows, if it exists.
@@ -227,9 +219,9 @@ fn a_record_has_both_sides_and_their_loss_masks() {
 fn a_token_that_straddles_the_start_of_the_reply_carries_loss() {
     // The generation prompt ends with a line feed and the reply begins with one; one token covers both.
     let tokenizer = tokenizer();
-    let dataset = read(&json!([chat("unsafe", &["q", "\n"])]), &options()).unwrap();
+    let dataset = read(&json!([chat("unsafe", &["q", "\n", "r", "a"])]), &options()).unwrap();
     let reply = dataset.records[0].unsafe_reply.as_ref().unwrap();
-    assert_eq!(loss_text(&tokenizer, &reply.ids, &reply.loss), "\n\n<|im_end|>\n");
+    assert_eq!(loss_text(&tokenizer, &reply.ids, &reply.loss), "\n\n<|im_end|>\na<|im_end|>\n");
     assert!(reply.ids.contains(&256));
 }
 
@@ -348,8 +340,9 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn exactly_the_replies_of_a_chat_carry_loss(texts in prop::collection::vec("[^\n<].{0,20}", 2..7)) {
-        let texts: Vec<_> = texts.iter().map(String::as_str).collect();
+    fn exactly_the_replies_of_a_chat_carry_loss(texts in prop::collection::vec("[^\\s<].{0,20}", 2..7)) {
+        let mut texts: Vec<_> = texts.iter().map(String::as_str).collect();
+        texts.truncate(texts.len() / 2 * 2);
         let tokenizer = tokenizer();
         let dataset = read(&json!([chat("unsafe", &texts)]), &DataOptions { max_length: 4096, ..options() }).unwrap();
         let record = &dataset.records[0];
@@ -424,7 +417,7 @@ fn unusual_but_valid_rows_are_read() {
     let mut row = attack("g", "a\u{0}b");
     row["extra"] = json!({"deep": [[[[1]]]]});
     let bytes =
-        [b"\xef\xbb\xbf".as_slice(), row.to_string().as_bytes(), b"\r\n\r\n", attack("", "").to_string().as_bytes()]
+        [b"\xef\xbb\xbf".as_slice(), row.to_string().as_bytes(), b"\r\n\r\n", attack("?", "?").to_string().as_bytes()]
             .concat();
     let dataset = read_bytes(&bytes, &options()).unwrap();
     assert_eq!(dataset.records.iter().map(|r| r.line).collect::<Vec<_>>(), [1, 3]);

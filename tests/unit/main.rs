@@ -34,6 +34,7 @@ mod replies;
 mod retention;
 mod route_as;
 mod routing_replies;
+mod rows;
 mod second_opinion;
 mod sharding;
 mod shared_goldens;

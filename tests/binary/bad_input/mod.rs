@@ -1,6 +1,8 @@
 //! Bad input to the real binary: the exit code, a message with the cause and the remedy, and no partial files.
 
 mod data;
+mod fields;
+mod hollow;
 mod model;
 mod options;
 mod output;

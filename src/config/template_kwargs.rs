@@ -1,0 +1,64 @@
+//! The option `chat-template-kwargs`: variables of the chat template, as a JSON object.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde_json::{Map, Value};
+
+/// Variables of the chat template, by name.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TemplateKwargs(pub Map<String, Value>);
+
+impl FromStr for TemplateKwargs {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let example = r#"expected a JSON object such as {"enable_thinking": false}"#;
+        match serde_json::from_str(text) {
+            Ok(Value::Object(map)) => {
+                match ["messages", "add_generation_prompt"].iter().find(|n| map.contains_key(**n)) {
+                    Some(own) => Err(format!("the rows decide {own}")),
+                    None => Ok(Self(map)),
+                }
+            }
+            Ok(_) => Err(example.into()),
+            Err(e) => Err(format!("{example}: {e}")),
+        }
+    }
+}
+
+impl fmt::Display for TemplateKwargs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&serde_json::to_string(&self.0).map_err(|_| fmt::Error)?)
+    }
+}
+
+impl Serialize for TemplateKwargs {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for TemplateKwargs {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        String::deserialize(from)?.parse().map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_json_object_and_nothing_else() {
+        let text = r#"{"enable_thinking":false,"reasoning_effort":"low"}"#;
+        let kwargs: TemplateKwargs = text.parse().unwrap();
+        assert_eq!(kwargs.to_string(), text);
+        let json = serde_json::to_value(&kwargs).unwrap();
+        assert_eq!(serde_json::from_value::<TemplateKwargs>(json).unwrap(), kwargs);
+        for wrong in ["", "enable_thinking", "[]", "{", r#"{"messages": []}"#, r#"{"add_generation_prompt": true}"#] {
+            assert!(wrong.parse::<TemplateKwargs>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! One turn of a conversation.
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Message {
+    /// `system`, `developer`, `user`, `assistant` or `tool`.
+    pub role: String,
+    /// Text of the turn; of a list of parts, their texts one after another.
+    pub content: String,
+    /// Further fields that a chat template may read, such as `reasoning_content` and `tool_calls`. None is empty.
+    #[serde(flatten)]
+    pub fields: Map<String, Value>,
+    /// `Some(false)` excludes an assistant turn from the loss. Not passed to chat templates.
+    #[serde(skip)]
+    pub loss: Option<bool>,
+    /// How the row gives the content.
+    #[serde(skip)]
+    pub(super) form: Form,
+    /// Names of fields that moewarden does not know. Not passed to chat templates.
+    #[serde(skip)]
+    pub(super) unknown: Vec<String>,
+    /// Where the turn comes from, if it is not one of the row's own; for messages.
+    #[serde(skip)]
+    pub(super) origin: Option<&'static str>,
+}
+
+/// How a row gives the content of a turn. A chat template can tell these apart.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) enum Form {
+    /// A string.
+    #[default]
+    Text,
+    /// `null`, beside other fields.
+    Null,
+    /// No content, but other fields.
+    Missing,
+    /// A list of `{"type": "text", "text": ...}`: the texts.
+    Parts(Vec<String>),
+}
+
+impl Message {
+    /// A turn with the default loss of its role: an assistant turn carries loss, any other does not.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self {
+            role: role.into(),
+            content: content.into(),
+            fields: Map::new(),
+            loss: None,
+            form: Form::Text,
+            unknown: Vec::new(),
+            origin: None,
+        }
+    }
+
+    /// A turn that the row does not hold as one of its turns.
+    pub(super) fn added(role: &str, content: impl Into<String>, origin: &'static str) -> Self {
+        Self { origin: Some(origin), ..Self::new(role, content) }
+    }
+
+    /// Whether the role is `assistant`.
+    pub fn is_assistant(&self) -> bool {
+        self.role == "assistant"
+    }
+
+    /// Whether the turn says nothing: only white space, and no further fields.
+    pub(super) fn is_blank(&self) -> bool {
+        self.content.trim().is_empty() && self.fields.is_empty()
+    }
+
+    /// Bytes of role, content and further fields.
+    pub(super) fn bytes(&self) -> usize {
+        self.role.len() + self.content.len() + map_bytes(&self.fields)
+    }
+}
+
+/// Bytes of the texts in a value, with some for the structure around them.
+pub(super) fn value_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len() + 2,
+        Value::Array(items) => items.iter().map(|item| value_bytes(item) + 2).sum(),
+        Value::Object(map) => map_bytes(map),
+        _ => 8,
+    }
+}
+
+/// [`value_bytes`] of all fields of an object.
+pub(super) fn map_bytes(map: &Map<String, Value>) -> usize {
+    map.iter().map(|(name, value)| name.len() + value_bytes(value) + 4).sum()
+}

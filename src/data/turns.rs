@@ -1,0 +1,182 @@
+//! Parses the turns of a row.
+
+use serde_json::{Map, Value};
+
+use super::message::{Form, Message};
+use super::python_literal;
+use super::rows::kind_of;
+use super::values::{Result, name_of, present, quoted, string};
+
+/// Fields of a turn that chat templates may write, so that the model sees them. A field that the template never reads is
+/// an error: it would be dropped.
+pub(super) const WRITTEN: [&str; 5] = ["reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"];
+/// Fields of a turn that name something; the model sees them only through templates that ask for them.
+const NAMES: [&str; 2] = ["name", "tool_call_id"];
+/// Fields of a turn that decide whether it carries loss: true or false.
+const LOSS: [&str; 3] = ["loss", "train", "training"];
+/// Fields of a turn that hold what no text model can be given, or text in a place where no template looks for it.
+const REFUSED: [(&str, &str); 7] = [
+    ("images", "only text is supported"),
+    ("image", "only text is supported"),
+    ("audios", "only text is supported"),
+    ("audio", "only text is supported"),
+    ("videos", "only text is supported"),
+    ("video", "only text is supported"),
+    ("refusal", "write the refusal as the turn's content"),
+];
+
+/// One turn of `role` from a string, or a list of turns.
+pub(super) fn text_or_messages(value: &Value, name: &str, role: &str) -> Result<Vec<Message>> {
+    match value {
+        Value::String(text) if text.trim().is_empty() => Ok(vec![]),
+        Value::String(text) => Ok(vec![Message::new(role, text)]),
+        list => messages(list, name),
+    }
+}
+
+/// Parses turns, given as a list or as a string that holds a list in JSON or Python notation. A blank assistant turn at the
+/// end is left out: a blank text counts as missing.
+pub(super) fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
+    let parsed;
+    let list = match value {
+        Value::String(text) if text.trim().is_empty() => return Ok(vec![]),
+        Value::String(text) => {
+            parsed = python_literal::parse(text)
+                .map_err(|e| format!("{name} is a string that is not a list in JSON or Python notation: {e}"))?;
+            &parsed
+        }
+        value => value,
+    };
+    let Value::Array(list) = list else {
+        return Err(format!("{name} should be a list of messages, not {}", kind_of(list)));
+    };
+    let mut turns = Vec::with_capacity(list.len());
+    for (i, value) in list.iter().enumerate() {
+        let last = i + 1 == list.len();
+        turns.push(message(value, last).map_err(|e| format!("{name}, message {}: {e}", i + 1))?);
+    }
+    if turns.last().is_some_and(|last| last.is_assistant() && last.is_blank()) {
+        turns.pop();
+    }
+    Ok(turns)
+}
+
+/// Parses one turn: `role` and `content`, or `from` and `value`. Only a `last` assistant turn may have neither content nor
+/// other fields.
+fn message(value: &Value, last: bool) -> Result<Message> {
+    let Value::Object(map) = value else {
+        return Err(format!("should be an object with role and content, not {}", kind_of(value)));
+    };
+    if let Some((name, why)) = REFUSED.iter().find(|(name, _)| present(map, name).is_some()) {
+        return Err(format!("{name} is not supported: {why}"));
+    }
+    let role = match string(one_of(map, ["role", "from"])?.ok_or("has no role")?, "role")? {
+        role @ ("system" | "developer" | "user" | "assistant" | "tool") => role,
+        "human" => "user",
+        "gpt" | "bot" | "model" => "assistant",
+        other => {
+            let other = quoted(other);
+            return Err(format!("role {other}; it should be system, developer, user, assistant or tool"));
+        }
+    };
+    let mut turn = Message { loss: loss(map, role)?, ..Message::new(role, "") };
+    for name in WRITTEN.iter().chain(&NAMES) {
+        if let Some(value) = present(map, name) {
+            turn.fields.insert((*name).to_owned(), written(name, value)?);
+        }
+    }
+    // In the order of the row, which a template that writes the whole turn keeps.
+    turn.fields = map.keys().filter_map(|name| Some((name.clone(), turn.fields.get(name)?.clone()))).collect();
+    match one_of(map, ["content", "value"])? {
+        Some(Value::Array(parts)) => {
+            let texts =
+                parts.iter().enumerate().map(|(i, p)| part(p).map_err(|e| format!("content, part {}: {e}", i + 1)));
+            let texts = texts.collect::<Result<Vec<_>>>()?;
+            turn.content = texts.concat();
+            turn.form = Form::Parts(texts);
+        }
+        Some(text) => string(text, "content")?.clone_into(&mut turn.content),
+        None if ["content", "value"].iter().any(|name| map.get(*name).is_some_and(Value::is_string)) => {}
+        None if turn.fields.is_empty() && !(last && turn.is_assistant()) => return Err("has no content".into()),
+        None if map.contains_key("content") => turn.form = Form::Null,
+        None => turn.form = Form::Missing,
+    }
+    let known = |name: &str| {
+        let own = ["role", "from", "content", "value", "weight"];
+        own.contains(&name) || LOSS.contains(&name) || turn.fields.contains_key(name)
+    };
+    turn.unknown = map.keys().filter(|name| present(map, name).is_some() && !known(name)).cloned().collect();
+    Ok(turn)
+}
+
+/// The value of a field that has two names; an error if both are given and differ.
+fn one_of<'a>(map: &'a Map<String, Value>, names: [&str; 2]) -> Result<Option<&'a Value>> {
+    match names.map(|name| present(map, name)) {
+        [Some(a), Some(b)] if a != b => Err(format!("{} and {} differ; keep one", names[0], names[1])),
+        [a, b] => Ok(a.or(b)),
+    }
+}
+
+/// The value of a field that is passed to templates.
+fn written(name: &str, value: &Value) -> Result<Value> {
+    match (name, value) {
+        // Tables with one schema for all rows store structures as text.
+        ("tool_calls" | "function_call", Value::String(text)) => {
+            let parsed = python_literal::parse(text)
+                .map_err(|e| format!("{name} is a string that is not JSON or Python notation: {e}"))?;
+            written(name, &parsed)
+        }
+        ("tool_calls", Value::Array(_)) | ("function_call", Value::Object(_)) => Ok(value.clone()),
+        ("tool_calls", other) => Err(format!("tool_calls should be a list, not {}", kind_of(other))),
+        ("function_call", other) => Err(format!("function_call should be an object, not {}", kind_of(other))),
+        (name, value) => string(value, name).map(Value::from),
+    }
+}
+
+/// The text of one part of a content.
+fn part(value: &Value) -> Result<String> {
+    let map = match value {
+        Value::String(text) => return Ok(text.clone()),
+        Value::Object(map) => map,
+        other => return Err(format!("should be an object with type and text, not {}", kind_of(other))),
+    };
+    match map.get("type").and_then(Value::as_str) {
+        Some("text" | "input_text" | "output_text") | None => {
+            string(map.get("text").ok_or("has no text")?, "text").map(str::to_owned)
+        }
+        Some(other) => Err(format!("the type {} is not supported: only parts with text are", quoted(other))),
+    }
+}
+
+/// Whether a turn carries loss, where the row says so. `weight` 1 is the default of fine-tuning services: it leaves the
+/// decision to the rules for the row.
+fn loss(map: &Map<String, Value>, role: &str) -> Result<Option<bool>> {
+    let mut given: Vec<(&str, bool)> = Vec::new();
+    for name in LOSS {
+        match present(map, name) {
+            None => {}
+            Some(Value::Bool(value)) => given.push((name, *value)),
+            Some(other) => return Err(format!("{name} should be true or false, not {}", kind_of(other))),
+        }
+    }
+    if let Some(weight) = present(map, "weight") {
+        match weight.as_f64().or_else(|| weight.as_bool().map(f64::from)) {
+            Some(0.0) => given.push(("weight", false)),
+            Some(1.0) if given.is_empty() => {}
+            Some(1.0) => given.push(("weight", true)),
+            _ => {
+                let weight = name_of(&weight.to_string());
+                return Err(format!("weight {weight}; the weight of a turn should be 0 (no loss) or 1"));
+            }
+        }
+    }
+    if let Some(pair) = given.windows(2).find(|pair| pair[0].1 != pair[1].1) {
+        return Err(format!("{} and {} contradict each other; keep one", pair[0].0, pair[1].0));
+    }
+    match given.first() {
+        Some((name, true)) if role != "assistant" => {
+            Err(format!("{name} is true, but only assistant turns can carry loss (or all tokens: --loss-on all)"))
+        }
+        given => Ok(given.map(|(_, value)| *value)),
+    }
+}

@@ -1,0 +1,42 @@
+//! Values of fields, and how messages show them.
+
+use serde_json::{Map, Value};
+
+use super::rows::kind_of;
+use crate::quote;
+
+pub(super) type Result<T, E = String> = std::result::Result<T, E>;
+
+/// The value of a field; `None` if it is missing or empty: null, `""`, `[]` or `{}`.
+pub(super) fn present<'a>(row: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    row.get(name).filter(|value| match value {
+        Value::Null => false,
+        Value::String(text) => !text.is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+        Value::Bool(_) | Value::Number(_) => true,
+    })
+}
+
+/// The text of a field; `None` if it is missing or blank.
+pub(super) fn text<'a>(row: &'a Map<String, Value>, name: &str) -> Result<Option<&'a str>> {
+    let text = present(row, name).map(|value| string(value, name)).transpose()?;
+    Ok(text.filter(|text| !text.trim().is_empty()))
+}
+
+pub(super) fn string<'a>(value: &'a Value, name: &str) -> Result<&'a str> {
+    value.as_str().ok_or_else(|| format!("{name} should be a string, not {}", kind_of(value)))
+}
+
+/// Characters of a value that a message shows.
+const SHOWN: usize = 60;
+
+/// Text of a file for a message, in quotation marks.
+pub(super) fn quoted(text: &str) -> String {
+    format!("\"{}\"", quote::cut(text, SHOWN))
+}
+
+/// The name of a field for a message.
+pub(super) fn name_of(text: &str) -> String {
+    quote::cut(text, SHOWN)
+}

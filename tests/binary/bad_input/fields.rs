@@ -1,0 +1,89 @@
+//! Fields of rows and turns, through the program: what the model sees, and what is refused.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use super::{Outcome, Scene};
+
+/// What `tests/golden/rows.py` computed.
+fn golden() -> Value {
+    serde_json::from_str(include_str!("../../golden/rows.json")).unwrap()
+}
+
+/// `check` on these rows with a template of `tests/golden/rows.py`.
+fn check(rows: &[Value], template: &str, more: &[&str]) -> Outcome {
+    let scene = Scene::new();
+    scene.write_rows(rows);
+    fs::write(scene.path("rows.jinja"), golden()["templates"][template].as_str().unwrap()).unwrap();
+    let options = ["--chat-template", "rows.jinja", "--skip-router-training", "--show", "99", "--max-length", "512"];
+    Outcome::of(scene.run("check", &[&options, more].concat()))
+}
+
+#[test]
+fn the_program_counts_the_tokens_of_transformers() {
+    let golden = golden();
+    let all = golden["cases"].as_array().unwrap();
+    for template in golden["templates"].as_object().unwrap().keys() {
+        let cases: Vec<_> = all.iter().filter(|case| case["template"] == **template).collect();
+        let rows: Vec<_> = cases.iter().map(|case| case["row"].clone()).collect();
+        let checked = check(&rows, template, &[]);
+        checked.is(0, &[]);
+        for (i, case) in cases.iter().enumerate() {
+            let loss = case["loss"].as_array().unwrap().iter().filter(|loss| **loss == 1).count();
+            let tokens = case["ids"].as_array().unwrap().len();
+            let counts = format!("line {}, unsafe side, {loss} of {tokens} tokens with loss", i + 1);
+            assert!(checked.stdout.contains(&counts), "{}: {counts} not in {}", case["name"], checked.stdout);
+        }
+    }
+}
+
+#[test]
+fn what_would_be_dropped_is_refused_and_what_nothing_reads_is_noted() {
+    let row = |field: &str, value: Value| {
+        let mut reply = json!({"role": "assistant", "content": "I will not."});
+        reply[field] = value;
+        json!({"label": "unsafe", "messages": [{"role": "user", "content": "hide a cake"}, reply]})
+    };
+    check(&[row("reasoning_content", json!("Hm"))], "plain", &[]).is(65, &["rows.jsonl:1: ", "reasoning_content"]);
+    check(&[row("tool_calls", json!([{"function": {}}]))], "plain", &[]).is(65, &["rows.jsonl:1: ", "tool_calls"]);
+    check(&[row("weight", json!(0.3))], "plain", &[]).is(65, &["rows.jsonl:1: ", "weight 0.3"]);
+    let noted = check(&[row("mood", json!("sad"))], "plain", &[]);
+    noted.is(0, &[]);
+    assert!(noted.stdout.contains("reads: mood of a turn (1 rows, first line 1)"), "{}", noted.stdout);
+}
+
+#[test]
+fn variables_of_the_template_by_option() {
+    let row = json!({"label": "unsafe", "prompt": "hide a cake", "completion": "I will not."});
+    let counts = |kwargs: &[&str]| {
+        let checked = check(std::slice::from_ref(&row), "thinking", kwargs);
+        checked.is(0, &[]);
+        checked.stdout.lines().find(|line| line.contains(" of them with loss")).unwrap().to_owned()
+    };
+    let plain = counts(&[]);
+    assert_ne!(counts(&["--chat-template-kwargs", r#"{"preamble": "Hm"}"#]), plain);
+    assert_ne!(counts(&["--chat-template-kwargs", r#"{"enable_thinking": false}"#]), plain);
+    let refused = |kwargs: &str, code, says: &[&str]| {
+        check(std::slice::from_ref(&row), "thinking", &["--chat-template-kwargs", kwargs]).is(code, says)
+    };
+    refused(r#"{"thoughts": 1}"#, 78, &["--chat-template-kwargs gives thoughts", "does not read"]);
+    refused("{thoughts", 2, &["--chat-template-kwargs", "JSON object"]);
+    refused(r#"{"messages": []}"#, 2, &["the rows decide messages"]);
+}
+
+#[test]
+fn a_file_sorted_by_label_and_longer_than_max_samples() {
+    let chat =
+        |label: &str, i: usize| json!({"label": label, "prompt": format!("bake bread {i}"), "completion": "Mix."});
+    let scene = Scene::new();
+    let sorted: Vec<_> = (0..20).map(|i| chat(if i < 12 { "safe" } else { "unsafe" }, i)).collect();
+    scene.write_rows(&sorted);
+    let found = Outcome::of(scene.run("identify", &["--max-samples", "8"]));
+    found.is(0, &[]);
+    let warning = "lack the unsafe side: 4 of them are taken, and the first 4 further on that have it";
+    assert!(found.stdout.contains(warning) && found.stdout.contains("--max-samples"), "{}", found.stdout);
+    let scene = Scene::new();
+    scene.write_rows(&sorted[..12]);
+    scene.refuses(&["--max-samples", "8"], 65, &["rows.jsonl holds no unsafe row", "--max-samples"]);
+}

@@ -1,0 +1,34 @@
+//! Inputs that are well formed and of no use: templates that are too deep, and models that say nothing.
+
+use std::fs;
+
+use super::{Outcome, Scene};
+
+#[test]
+fn a_chat_template_that_is_too_deep_is_refused() {
+    for deep in [
+        format!("{{{{ {}1 }}}}", "-".repeat(20_000)),
+        format!("{{% if a %}}{}{{% endif %}}", "{%elif a%}".repeat(6000)),
+    ] {
+        let scene = Scene::new();
+        fs::write(scene.model().join("chat_template.jinja"), deep).unwrap();
+        scene.refuses(&[], 65, &["chat_template.jinja: the chat template does not compile: ", "more than"]);
+    }
+    let scene = Scene::new();
+    let nested = "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% for j in range(9) %}{% set ns.x = [ns.x] %}{% endfor %}\
+                  {% endfor %}{{ ns.x }}";
+    fs::write(scene.model().join("chat_template.jinja"), nested).unwrap();
+    scene.refuses(&[], 65, &["chat_template.jinja: the chat template was stopped: "]);
+}
+
+#[test]
+fn scores_that_are_all_equal_are_said_loudly() {
+    let scene = Scene::new();
+    let path = scene.model().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[header..].fill(0);
+    fs::write(path, bytes).unwrap();
+    let found = Outcome::of(scene.run("identify", &["-q"]));
+    found.is(0, &["warning: all ", "scores are 0", "the selection of 2 experts is arbitrary"]);
+}

@@ -1,0 +1,97 @@
+//! Resuming after inputs were moved, and after outputs were lost: contents count, not paths.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::program::{Outputs, Ran, model, moewarden, start, write_rows};
+use moewarden::exit;
+
+/// A folder with the copy `old` of a model and the rows `old.json`.
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let old = folder.path().join("old");
+    fs::create_dir(&old).unwrap();
+    for entry in fs::read_dir(model("olmoe")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, old.join(path.file_name().unwrap())).unwrap();
+    }
+    write_rows(&folder.path().join("old.json"), 6);
+    folder
+}
+
+/// Two short rounds on the model `name` with the rows `name.json`.
+fn train(folder: &Path, name: &str, more: &str) -> Ran {
+    let text = format!(
+        "train --model-name {name} --dataset-path {name}.json --retain-dataset-path {name}.json --output-dir run --num-rounds 2 \
+         --batch-size 2 --top-k-experts 4 --threads 1 --save-rounds delta {more}"
+    );
+    let mut command = moewarden(0, text.split_whitespace());
+    command.current_dir(folder);
+    start(command).end()
+}
+
+#[test]
+fn a_run_resumes_where_its_inputs_lie_now() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name);
+    train(folder.path(), "old", "").ok();
+    let whole = Outputs::read(&path("run"));
+    fs::rename(path("old"), path("new")).unwrap();
+    fs::rename(path("old.json"), path("new.json")).unwrap();
+    let ran = train(folder.path(), "new", "--resume").ok();
+    assert!(ran.out.contains("resuming from"), "{}", ran.out);
+    let mut resumed = Outputs::read(&path("run"));
+    // The metadata quote the paths.
+    let metadata = String::from_utf8(resumed.files["training_metadata.json"].clone()).unwrap();
+    let metadata = metadata.replace("\"new", "\"old");
+    resumed.files.insert("training_metadata.json", metadata.into_bytes());
+    resumed.assert_same(&whole, "resumed at another place");
+    let resolved = fs::read_to_string(path("run/config.resolved.yaml")).unwrap();
+    assert!(resolved.contains("model-name: new"), "{resolved}");
+
+    // Another content at the same place is another run, and so is a file more or less.
+    write_rows(&path("new.json"), 7);
+    train(folder.path(), "new", "--resume").failed(exit::CONFIG, &["data have changed"]);
+    write_rows(&path("new.json"), 6);
+    train(folder.path(), "new", "--resume --eval-dataset-path new.json").failed(exit::CONFIG, &["eval-dataset-path"]);
+    let config = fs::read_to_string(path("new/config.json")).unwrap();
+    fs::write(path("new/config.json"), config + "\n").unwrap();
+    train(folder.path(), "new", "--resume").failed(exit::CONFIG, &["the model new or the data have changed"]);
+}
+
+#[test]
+fn resuming_writes_again_what_is_missing_or_torn() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join("run").join(name);
+    train(folder.path(), "old", "").ok();
+    let names = [
+        "expert_scores.json",
+        "rankings.json",
+        "expert_gradients.pkl",
+        "training_metadata.json",
+        "config.resolved.yaml",
+        "round_2/delta.safetensors",
+        "final_model/model.safetensors",
+        "final_model/config.json",
+    ];
+    let read = |name: &str| fs::read(path(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let whole: Vec<_> = names.map(|name| read(name)).into();
+    let check = |damage: &dyn Fn(&PathBuf)| {
+        names.iter().for_each(|name| damage(&path(name)));
+        let ran = train(folder.path(), "old", "--resume").ok();
+        for (name, bytes) in names.iter().zip(&whole) {
+            // The options that were given last.
+            let resumed = String::from_utf8_lossy(&read(name)).replace("resume: true", "resume: false");
+            let same = read(name) == *bytes || resumed.as_bytes() == bytes;
+            assert!(same, "{name} is not what it was\n{}", ran.err);
+        }
+        ran
+    };
+    check(&|path| fs::remove_file(path).unwrap());
+    let ran = check(&|path| fs::write(path, &fs::read(path).unwrap()[..9]).unwrap());
+    assert!(!ran.err.contains("round_1"), "{}", ran.err);
+    // The first round is in no checkpoint: that is said.
+    fs::remove_dir_all(path("round_1")).unwrap();
+    let ran = train(folder.path(), "old", "--resume").ok();
+    assert!(ran.err.contains("round_1 is missing or damaged"), "{}", ran.err);
+}

@@ -1,0 +1,200 @@
+//! Rows in the spellings that people use: token ids and loss masks against transformers, and what is refused.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use moewarden::data::{ChatTokenizer, DataOptions, Dataset};
+use serde_json::{Map, Value, json};
+
+const REFUSAL: &str = "I cannot assist with that request as it may be harmful or unsafe.";
+
+/// What `tests/golden/rows.py` computed.
+fn golden() -> Value {
+    serde_json::from_str(include_str!("../golden/rows.json")).unwrap()
+}
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/olmoe/model")
+}
+
+fn read_with(row: &Value, template: &str, kwargs: Map<String, Value>) -> Result<Dataset, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let [rows, jinja] = ["rows.jsonl", "template.jinja"].map(|name| folder.path().join(name));
+    fs::write(&rows, format!("{row}\n")).unwrap();
+    fs::write(&jinja, template).unwrap();
+    let tokenizer = ChatTokenizer::open(&model(), Some(&jinja)).unwrap();
+    let safe_response = REFUSAL.into();
+    let options =
+        DataOptions { max_length: 512, safe_response, chat_template_kwargs: kwargs, ..DataOptions::default() };
+    Dataset::read(&rows, &tokenizer, &options).map_err(|e| e.to_string())
+}
+
+fn read(row: &Value, template: &str) -> Result<Dataset, String> {
+    read_with(row, template, Map::new())
+}
+
+fn ids_and_loss(dataset: &Dataset) -> (Value, Value) {
+    let reply = dataset.records[0].unsafe_reply.as_ref().unwrap();
+    (json!(reply.ids), reply.loss.iter().map(|loss| u8::from(*loss)).collect())
+}
+
+#[test]
+fn every_spelling_gives_the_tokens_of_transformers() {
+    let golden = golden();
+    let cases = golden["cases"].as_array().unwrap();
+    for case in cases {
+        let template = golden["templates"][case["template"].as_str().unwrap()].as_str().unwrap();
+        let dataset = read(&case["row"], template).unwrap_or_else(|e| panic!("{}: {e}", case["name"]));
+        let (ids, loss) = ids_and_loss(&dataset);
+        assert_eq!(ids, case["ids"], "{}", case["name"]);
+        assert_eq!(loss, case["loss"], "{}", case["name"]);
+        let unread = &dataset.report.unread;
+        assert!(unread.is_empty() || case["name"] == "tool calls", "{}: {unread:?}", case["name"]);
+    }
+    assert!(cases.len() >= 28);
+}
+
+#[test]
+fn the_option_gives_variables_to_all_rows_and_a_row_takes_precedence() {
+    let golden = golden();
+    let template = golden["templates"]["thinking"].as_str().unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    let named = |name: &str| cases.iter().find(|case| case["name"] == name).unwrap();
+    let kwargs = |value: Value| value.as_object().unwrap().clone();
+    let plain = json!({"label": "unsafe", "messages": named("a chat")["row"]["messages"]});
+    let by_option = read_with(&plain, template, kwargs(json!({"preamble": "Hm"}))).unwrap();
+    assert_eq!(ids_and_loss(&by_option).0, named("variables as text")["ids"]);
+    let by_row = read_with(&named("variables as text")["row"], template, kwargs(json!({"preamble": "Oh"}))).unwrap();
+    assert_eq!(by_row.records, by_option.records);
+    let error = read_with(&plain, template, kwargs(json!({"enable_thoughts": true}))).unwrap_err();
+    assert!(error.contains("--chat-template-kwargs gives enable_thoughts"), "{error}");
+}
+
+#[test]
+fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
+    let golden = golden();
+    let template = |name: &str| golden["templates"][name].as_str().unwrap().to_owned();
+    let turns = |more: Value| {
+        let mut reply = json!({"role": "assistant", "content": "I will not."});
+        reply.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({"label": "unsafe", "messages": [{"role": "user", "content": "hide a cake"}, reply]})
+    };
+    let row = |more: Value| {
+        let mut row = turns(json!({}));
+        row.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        row
+    };
+    let image = json!([{"type": "image_url", "image_url": {"url": "x"}}]);
+    let two = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+    let safe = |messages: Value| json!({"label": "safe", "messages": messages});
+    let obliging = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]);
+    let reads_mood = template("plain") + "{% for m in messages %}{{ m.mood }}{% endfor %}";
+    let reads_date = template("plain") + "{{ date_string }}";
+    for (row, template, says) in [
+        (turns(json!({"reasoning_content": "Hm"})), template("plain"), "does not write reasoning_content"),
+        (turns(json!({"thinking": "Hm"})), template("plain"), "does not write thinking"),
+        (turns(json!({"reasoning": "Hm"})), template("thinking"), "does not write reasoning,"),
+        (turns(json!({"tool_calls": [{"function": {"name": "f"}}]})), template("plain"), "does not write tool_calls"),
+        (turns(json!({"function_call": {"name": "f"}})), template("tools"), "does not write function_call"),
+        (turns(json!({"reasoning_content": 3})), template("thinking"), "reasoning_content should be a string"),
+        (turns(json!({"tool_calls": "no"})), template("tools"), "tool_calls is a string that is not"),
+        (turns(json!({"tool_calls": {"name": "f"}})), template("tools"), "tool_calls should be a list"),
+        (turns(json!({"images": ["x"]})), template("plain"), "images is not supported"),
+        (turns(json!({"refusal": "No."})), template("plain"), "refusal is not supported: write"),
+        (turns(json!({"mood": "sad"})), reads_mood, "reads the field mood of a turn"),
+        (turns(json!({"weight": 0.5})), template("plain"), "weight 0.5"),
+        (turns(json!({"weight": "1"})), template("plain"), "weight"),
+        (turns(json!({"loss": true, "weight": 0})), template("plain"), "loss and weight contradict"),
+        (turns(json!({"loss": true, "train": false})), template("plain"), "loss and train contradict"),
+        (turns(json!({"value": "other"})), template("plain"), "content and value differ"),
+        (turns(json!({"content": image})), template("parts"), "the type \"image_url\" is not supported"),
+        (turns(json!({"content": two})), template("plain"), "has 2 parts, and the template takes only text"),
+        (
+            row(json!({"tools": [{"name": "f"}]})),
+            template("plain"),
+            "gives tools for the chat template, which does not read",
+        ),
+        (row(json!({"tools": {"name": "f"}})), template("tools"), "tools should be a list"),
+        (row(json!({"documents": [{"text": "f"}]})), template("plain"), "documents"),
+        (row(json!({"chat_template_kwargs": {"enable_thinking": false}})), template("plain"), "enable_thinking"),
+        (row(json!({"chat_template_kwargs": [1]})), template("plain"), "should be an object"),
+        (row(json!({"chat_template_kwargs": {"messages": []}})), template("plain"), "which the row itself decides"),
+        (row(json!({"date_string": "today"})), reads_date, "write it as chat_template_kwargs"),
+        (row(json!({"images": ["x.png"]})), template("plain"), "the field images of a row"),
+        (row(json!({"functions": [{"name": "f"}]})), template("plain"), "functions of a row"),
+        (row(json!({"weight": 2})), template("plain"), "weight of a row"),
+        (row(json!({"system": "a", "system_prompt": "b"})), template("plain"), "system and system_prompt differ"),
+        (row(json!({"system": 3})), template("plain"), "system should be a string"),
+        (
+            json!({"label": "unsafe", "system": "a", "messages": [{"role": "system", "content": "b"}, {"role": "user", "content": "q"}]}),
+            template("plain"),
+            "they differ",
+        ),
+        (
+            json!({"goal": "g", "system": "s", "all_prompt": [{"role": "user", "content": "q"}]}),
+            template("plain"),
+            "the first turn of all_prompt",
+        ),
+        (
+            json!({"label": "unsafe", "messages": [{"role": "user", "content": "q", "loss": true}, {"role": "assistant", "content": "a"}]}),
+            template("plain"),
+            "only assistant turns can carry loss",
+        ),
+        (safe(obliging.clone()), template("plain"), "goes on after the last assistant turn and ends with a user turn"),
+        (
+            json!({"label": "unsafe", "messages": [{"role": "user", "content": "q"}], "response": "R"}),
+            template("plain"),
+            "with the field response",
+        ),
+        (safe(json!([{"role": "user", "content": " "}])), template("plain"), "is blank"),
+        (json!({"label": "unsafe", "prompt": " ", "completion": "a"}), template("plain"), "without"),
+        (
+            json!({"goal": "", "prompt": null, "all_prompt": [{"role": "user", "content": "q"}]}),
+            template("plain"),
+            "without its request",
+        ),
+        (json!({"goal": "g", "all_prompt": [{"role": "user", "content": ""}]}), template("plain"), "is blank"),
+        (json!({"goal": "g", "attack_prompt": "\n"}), template("plain"), "without all_prompt"),
+    ] {
+        let error = read(&row, &template).expect_err(&row.to_string());
+        assert!(error.contains("rows.jsonl:1: ") && error.contains(says), "{row}\ngave {error}\nwanted {says}");
+    }
+}
+
+#[test]
+fn a_field_that_nothing_reads_is_counted_once() {
+    let golden = golden();
+    let row = json!({"label": "unsafe", "id": 7, "source": "", "tags": [], "messages": [
+        {"role": "user", "content": "q", "mood": "sad", "name": "Ann"}, {"role": "assistant", "content": "a", "extra": null}]});
+    let dataset = read(&row, golden["templates"]["plain"].as_str().unwrap()).unwrap();
+    let unread: Vec<_> = dataset.report.unread.keys().map(String::as_str).collect();
+    assert_eq!(unread, ["id", "mood of a turn", "name of a turn"]);
+    let shown = dataset.report.to_string();
+    assert!(
+        shown.contains("note: fields that neither moewarden nor the chat template reads: id (1 rows, first line 1)"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn a_template_that_fails_is_shown_with_the_turns_it_was_given() {
+    let no_system = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}";
+    let attack = json!({"goal": "hide a cake", "all_prompt": [{"role": "user", "content": "In a play, hide a cake"}]});
+    let error = read(&attack, no_system).unwrap_err();
+    for part in [
+        "rows.jsonl:1: the chat template failed: no system",
+        "1 system (added by moewarden",
+        "2 user \"hide a cake\"",
+        "--chat-template",
+        "prompt instead of goal",
+    ] {
+        assert!(error.contains(part), "{part} is not in {error}");
+    }
+    let mut by_prompt = attack;
+    let goal = by_prompt.as_object_mut().unwrap().remove("goal").unwrap();
+    by_prompt["prompt"] = goal;
+    read(&by_prompt, no_system).unwrap();
+    let column = json!({"label": "unsafe", "system": "s", "prompt": "q\u{1b}[2J", "completion": "a"});
+    let error = read(&column, no_system).unwrap_err();
+    assert!(error.contains("1 system (from the row's system field)") && !error.contains('\u{1b}'), "{error}");
+}
