@@ -1,8 +1,9 @@
 //! Room for chat templates: threads with a stack that the deepest template and the deepest value cannot exhaust.
 //!
-//! minijinja compiles, drops and prints recursively, and a stack overflow ends the process. Two limits bound the depth:
-//! the tokens of a tag and the `elif`s of a template (compiling), and the steps of a rendering (values). Within these
-//! limits, unoptimised code takes at most 3 KiB a level of a tag, and 1.3 KiB a level of a value.
+//! minijinja compiles, drops and prints recursively, and a stack overflow ends the process. What bounds the depth: of a
+//! template its tokens a tag (`jinja_source`) and its length, of values the steps of a rendering. Unoptimised code takes at
+//! most 3 KiB a level of a template and 1.3 KiB a level of a value: 200 MiB for the longest template, 330 MiB for the deepest
+//! value.
 
 use std::cell::Cell;
 use std::thread;

@@ -12,7 +12,7 @@ impl Sides {
     /// The side that is needed and that no row has.
     fn missing(self, rows: &[Row]) -> Option<Side> {
         let lacks = |side: Side| !rows.iter().any(|row| side.is_of(row));
-        let needed = [(self.unsafe_, Side::Unsafe), (self.safe, Side::Safe)];
+        let needed = [(self.unsafe_, Side::Unsafe), (self.safe, Side::Safe), (self.safe_replies, Side::SafeReply)];
         needed.into_iter().find(|(needed, side)| *needed && lacks(*side)).map(|(_, side)| side)
     }
 }
@@ -21,6 +21,7 @@ impl Sides {
 enum Side {
     Unsafe,
     Safe,
+    SafeReply,
 }
 
 impl Side {
@@ -28,13 +29,15 @@ impl Side {
         match self {
             Self::Unsafe => row.unsafe_side.is_some(),
             Self::Safe => row.safe_side.is_some(),
+            Self::SafeReply => row.safe_side.as_ref().is_some_and(kinds::Side::has_reply),
         }
     }
 
     fn name(self) -> &'static str {
         match self {
-            Self::Unsafe => "unsafe",
-            Self::Safe => "safe",
+            Self::Unsafe => "unsafe rows",
+            Self::Safe => "safe rows",
+            Self::SafeReply => "safe rows with a reply",
         }
     }
 }
@@ -104,14 +107,14 @@ mod tests {
                 r#"{{"label": "{label}", "messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": "a"}}]}}"#
             ) + "\n"
         };
-        let both = Sides { unsafe_: true, safe: true };
+        let both = Sides { unsafe_: true, safe: true, safe_replies: false };
         let sorted = chat("safe").repeat(10) + &chat("unsafe").repeat(10);
         let (rows, report) = lines(&sorted, 4, both);
         assert_eq!(rows, [1, 2, 11, 12]);
-        assert_eq!(report.both_sides, Some(BothSides { missing: "unsafe", head: 2, found: 2 }));
+        assert_eq!(report.both_sides, Some(BothSides { missing: "unsafe rows", head: 2, found: 2 }));
         assert!(report.to_string().contains("--max-samples"), "{report}");
         // Nothing changes where the side is not needed, is there, or is nowhere; a broken line ends the search.
-        assert_eq!(lines(&sorted, 4, Sides { unsafe_: false, safe: true }).0, [1, 2, 3, 4]);
+        assert_eq!(lines(&sorted, 4, Sides { unsafe_: false, ..both }).0, [1, 2, 3, 4]);
         assert_eq!(lines(&(chat("unsafe") + &sorted), 4, both).0, [1, 2, 3, 4]);
         assert_eq!(lines(&chat("safe").repeat(10), 4, both).0, [1, 2, 3, 4]);
         assert_eq!(lines(&(chat("safe").repeat(10) + "broken\n" + &sorted), 4, both).0, [1, 2, 3, 4]);
@@ -119,5 +122,9 @@ mod tests {
         assert_eq!(lines(&(chat("safe").repeat(10) + &chat("unsafe")), 4, both).0, [1, 2, 3, 11]);
         assert_eq!(lines(&sorted, 1, both).0, [11]);
         assert_eq!(lines(&(chat("unsafe").repeat(9) + &chat("safe")), 4, both).0, [1, 2, 3, 10]);
+        // A prompt alone is no reply.
+        let prompts = r#"{"label": "safe", "messages": [{"role": "user", "content": "q"}]}"#.to_owned() + "\n";
+        let replies = Sides { unsafe_: false, safe: true, safe_replies: true };
+        assert_eq!(lines(&(prompts.repeat(9) + &chat("safe")), 4, replies).0, [1, 2, 3, 10]);
     }
 }

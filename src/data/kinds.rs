@@ -16,11 +16,10 @@ use serde_json::{Map, Value};
 
 use super::fields;
 use super::message::Message;
-use super::python_literal;
 use super::report::{DropReason, Kind};
-use super::rows::kind_of;
 use super::turns::{messages, text_or_messages};
 use super::values::{Result, name_of, present, quoted, string, text};
+use super::verdicts::{VERDICTS, attack_succeeded};
 
 /// One side of a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,8 +88,6 @@ pub(super) enum Parsed {
 const SAFE_SYSTEM: &str = "You are a helpful assistant.";
 /// Fields that hold an attack as the text of one user message; used if `all_prompt` is missing.
 const ATTACK_TEXTS: [&str; 2] = ["attack_prompt", "inception_attack"];
-/// Fields in which a judge recorded whether the attack succeeded.
-const VERDICTS: [&str; 3] = ["judge_success_gpt4", "inception_attack_score", "judge_result"];
 /// Where turns come from that moewarden adds, for messages.
 const SYSTEM_OF_GOAL: &str = "added by moewarden: the request in goal gets it";
 const OPTION: &str = "added by moewarden: --safe-response";
@@ -225,46 +222,6 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
         variables: Map::new(),
         unused: Vec::new(),
     }))
-}
-
-/// Whether a verdict says that the attack succeeded; `None` for a null verdict.
-fn attack_succeeded(name: &str, value: &Value) -> Result<Option<bool>> {
-    if name != "judge_result" {
-        return Ok(score(name, value)?.map(|n| if name == "judge_success_gpt4" { n == 1.0 } else { n != 0.0 }));
-    }
-    let parsed;
-    let value = match value {
-        Value::String(text) => {
-            parsed = python_literal::parse(text).map_err(|e| {
-                format!("judge_result is a string that is not an object in JSON or Python notation: {e}")
-            })?;
-            &parsed
-        }
-        value => value,
-    };
-    match value {
-        Value::Null => Ok(None),
-        Value::Object(map) => match map.get("score") {
-            Some(n) => Ok(score("judge_result.score", n)?.map(|n| n != 0.0)),
-            None => Err("judge_result has no score".into()),
-        },
-        other => Err(format!("judge_result should be an object with a score, not {}", kind_of(other))),
-    }
-}
-
-/// The number of a verdict, which may also be a boolean or a string; `None` for null.
-fn score(name: &str, value: &Value) -> Result<Option<f64>> {
-    let number = match value {
-        Value::Null => return Ok(None),
-        Value::Bool(b) => Some(f64::from(u8::from(*b))),
-        Value::Number(n) => n.as_f64(),
-        Value::String(s) => s.trim().parse().ok(),
-        _ => None,
-    };
-    number
-        .filter(|n: &f64| !n.is_nan())
-        .map(Some)
-        .ok_or_else(|| format!("{name} should be a number, not {}", kind_of(value)))
 }
 
 fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {

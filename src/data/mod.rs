@@ -4,10 +4,10 @@
 //! |---|---|
 //! | `head` | which rows are read: the first ones up to a limit, of both sides |
 //! | `rows` | splits a JSON array or JSONL file into rows with line numbers |
-//! | `kinds` | attack, chat and pair rows → prompts and replies; `python_literal` parses lists stored as strings |
+//! | `kinds` | attack, chat and pair rows → prompts and replies; `python_literal` parses lists stored as strings; `verdicts` of judges |
 //! | `message`, `turns` | one turn of a conversation, and how rows spell it |
 //! | `fields`, `values` | fields of rows and turns beyond those: given to the chat template, refused, or counted |
-//! | `template`, `turn_object`, `jinja`, `deep` | messages → text, by the model's chat template, as Hugging Face transformers renders it |
+//! | `template`, `turn_object`, `jinja`, `jinja_source`, `deep` | messages → text, by the model's chat template, as Hugging Face transformers renders it |
 //! | `tokenizer`, `declared_tokens` | text → token ids; special tokens, end-of-sequence tokens; tokens declared beside tokenizer.json |
 //! | `mask` | loss mask: the bytes of the text, and from them the tokens, that carry loss |
 //! | `options`, `dataset`, `report` | runs all steps on a file; counts of kept and dropped rows with reasons |
@@ -23,6 +23,7 @@ mod error;
 mod fields;
 mod head;
 mod jinja;
+mod jinja_source;
 mod kinds;
 mod mask;
 mod message;
@@ -37,6 +38,7 @@ mod traces;
 mod turn_object;
 mod turns;
 mod values;
+mod verdicts;
 
 pub use batches::{micro_batches, order};
 pub use dataset::{Dataset, Sample, loss_mask_samples};

@@ -37,4 +37,6 @@ pub struct Sides {
     pub unsafe_: bool,
     /// Rows with a safe side.
     pub safe: bool,
+    /// Rows with a reply on the safe side.
+    pub safe_replies: bool,
 }

@@ -99,11 +99,11 @@ pub struct DataReport {
 /// Rows that are read of a file whose first rows lack a side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct BothSides {
-    /// The side that the first rows lack.
+    /// What the first rows lack.
     pub missing: &'static str,
     /// Rows taken from the start of the file.
     pub head: usize,
-    /// Rows with the missing side, taken from further on.
+    /// Rows of the missing kind, taken from further on.
     pub found: usize,
 }
 
@@ -130,6 +130,11 @@ impl DataReport {
         for name in names {
             self.unread.entry(name).or_insert((0, line)).0 += 1;
         }
+    }
+
+    /// Whether it says more than how many rows were read: rows from further on, completed rows, fields that nothing reads.
+    pub fn has_notes(&self) -> bool {
+        self.both_sides.is_some() || self.completed > 0 || !self.unread.is_empty()
     }
 
     /// Token counts of batches of `batch_size` records in file order, each padded to its longest sequence.
@@ -161,8 +166,8 @@ impl fmt::Display for DataReport {
         if let Some(BothSides { missing, head, found }) = self.both_sides {
             write!(
                 f,
-                "\n  warning: the first rows, up to --max-samples, lack the {missing} side: {head} of them are taken, and the first \
-                 {found} further on that have it"
+                "\n  warning: no {missing} among the first rows, up to --max-samples: {head} of these are taken, and {found} {missing} \
+                 from further on"
             )?;
         }
         if self.completed > 0 {

@@ -13,6 +13,7 @@ use serde_json::{Map, Value as Json};
 use super::Message;
 use super::deep;
 use super::jinja::{self, GENERATION};
+use super::jinja_source;
 use super::message::{Form, map_bytes};
 pub(super) use super::turn_object::Reads;
 use super::turn_object::{Turn, template_value};
@@ -80,8 +81,8 @@ impl ChatTemplate {
         }
         let digest = blake3::hash(source.as_bytes());
         let own = source.to_owned();
-        let (source, marks_generation) = jinja::to_minijinja(source);
-        jinja::check_depth(&source).map_err(TemplateError::Source)?;
+        let (source, marks_generation) = jinja_source::to_minijinja(source);
+        jinja_source::check_depth(&source).map_err(TemplateError::Source)?;
         let compile = || {
             let mut env = jinja::environment();
             let compiled = env.add_template_owned(NAME, source);
@@ -401,6 +402,9 @@ mod tests {
             let error = ChatTemplate::new(&source, []).err().unwrap();
             assert!(error.to_string().contains("tokens"), "{error}");
         }
+        // Not seen by these limits: to them, the quotation mark in the raw block begins a string.
+        let hidden = format!("{{% raw %}}{{{{ ' {{% endraw %}}{{{{ {}1 }}}}", "-".repeat(65_000));
+        drop(ChatTemplate::new(&hidden, []));
         // As deep as the limits allow.
         for (open, unit, close, n) in [
             ("{{ ", "-", "1 }}", 2900),

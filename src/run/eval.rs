@@ -35,7 +35,7 @@ const TOP_EXPERTS: usize = 10;
 pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     let config = args.run_config()?;
     let recipe = config.recipe_of_evaluation()?;
-    let mut session = Session::open_any(&config, Sides::default(), ui)?;
+    let mut session = Session::open_any(&config, [Sides::default(); 2], ui)?;
     let generated = if args.skip_answers { 0 } else { args.max_new_tokens };
     session.model.check_length(args.max_length + generated)?;
     let mut model = evaluated(&session);

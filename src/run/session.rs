@@ -14,7 +14,7 @@ use crate::launch::memory::{human, human_count};
 use crate::launch::{Rank, Workload};
 use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit};
 use crate::report::ExpertsFile;
-use crate::train::{CountedReplies, DeviceTransport, Recipe, Replica, RetainRows, ScoreBy};
+use crate::train::{CountedReplies, DeviceTransport, Recipe, Replica, RetainRows, ScoreBy, Training};
 use crate::ui::Ui;
 
 /// The inputs of a run.
@@ -54,8 +54,15 @@ impl Session {
     /// Those of [`Self::open_any`]; data without an unsafe row; a selection that the model does not allow.
     pub fn open(config: &RunConfig, recipe: &Recipe, ui: &Ui) -> Result<Self> {
         let needed = recipe.needed_sides();
-        let safe = needed.safe_prompts || needed.safe_examples || needed.safe_replies || needed.answered_prompts;
-        let mut session = Self::open_any(config, Sides { unsafe_: true, safe }, ui)?;
+        let rows = Sides {
+            unsafe_: true,
+            safe: needed.safe_prompts || needed.answered_prompts,
+            safe_replies: needed.safe_examples || needed.safe_replies,
+        };
+        // Where nothing is trained, held-out rows are benign ones.
+        let trains = recipe.training != Training::Nothing;
+        let held_out = Sides { unsafe_: trains, safe_replies: !trains, ..Sides::default() };
+        let mut session = Self::open_any(config, [rows, held_out], ui)?;
         session.check_selection(config, recipe, ui)?;
         session.given = (recipe.identify.by == ScoreBy::Given).then(|| selection_hash(&recipe.identify.given));
         if let (CountedReplies::Traces, Some(path)) = (recipe.identify.counted_replies(), config.routing_replies.path())
@@ -83,12 +90,12 @@ impl Session {
         Ok(session)
     }
 
-    /// Opens the inputs of any command; the data may hold safe rows only. `needs`: the sides of which rows are looked for
-    /// beyond `--max-samples`.
+    /// Opens the inputs of any command; the data may hold safe rows only. `needs`: the sides of rows, and
+    /// of held-out rows, that are looked for beyond `--max-samples`.
     ///
     /// # Errors
     /// Those of the model's files, of the tokenizer and of the data; options that contradict the model.
-    pub fn open_any(config: &RunConfig, needs: Sides, ui: &Ui) -> Result<Self> {
+    pub fn open_any(config: &RunConfig, [needs, held_out_needs]: [Sides; 2], ui: &Ui) -> Result<Self> {
         let dir = hub_cache().resolve(&config.model_name)?;
         let model = ModelConfig::from_dir(&dir)?;
         model.check_length(config.max_length)?;
@@ -110,7 +117,11 @@ impl Session {
         let held_out = match &config.eval_dataset_path {
             None => None,
             Some(path) => {
+                let options = DataOptions { needs: held_out_needs, ..options.clone() };
                 let held_out = Dataset::read(path, &tokenizer, &options).context("reading the held-out data")?;
+                if held_out.report.has_notes() {
+                    ui.line(&held_out.report);
+                }
                 let shared = held_out.count_shared_requests(&data);
                 if shared > 0 {
                     ui.warn(format_args!(
@@ -429,8 +440,11 @@ fn read_retain_rows(
     held_out: Option<&Dataset>,
     ui: &Ui,
 ) -> Result<Dataset> {
-    let options = DataOptions { needs: Sides { unsafe_: false, safe: true }, ..options.clone() };
+    let options = DataOptions { needs: Sides { safe_replies: true, ..Sides::default() }, ..options.clone() };
     let data = Dataset::read(path, tokenizer, &options).context("reading the retain rows")?;
+    if data.report.has_notes() {
+        ui.line(&data.report);
+    }
     let usable = data.records.iter().filter(|r| r.safe_reply.is_some()).count();
     if usable == 0 {
         let message = format!(

@@ -81,7 +81,7 @@ fn a_file_sorted_by_label_and_longer_than_max_samples() {
     scene.write_rows(&sorted);
     let found = Outcome::of(scene.run("identify", &["--max-samples", "8"]));
     found.is(0, &[]);
-    let warning = "lack the unsafe side: 4 of them are taken, and the first 4 further on that have it";
+    let warning = "no unsafe rows among the first rows, up to --max-samples: 4 of these are taken, and 4 unsafe rows from further on";
     assert!(found.stdout.contains(warning) && found.stdout.contains("--max-samples"), "{}", found.stdout);
     let scene = Scene::new();
     scene.write_rows(&sorted[..12]);
