@@ -20,7 +20,7 @@ use super::error::Error;
 use super::export::{export, export_replacing};
 use crate::backend::HostTensor;
 use crate::files;
-use crate::model::{Checkpoint, ModelConfig, ParamId, ParamTable, Shard, write_header};
+use crate::model::{Checkpoint, ModelConfig, NotFinite, ParamId, ParamTable, Shard, find_non_finite, write_header};
 
 /// Value of the metadata key `schema`.
 pub const DELTA_SCHEMA: &str = "moewarden.delta/1";
@@ -96,7 +96,7 @@ pub fn load_delta(
 /// Writes the model of `base_dir` with the delta applied to it to the new folder `out_dir`.
 ///
 /// # Errors
-/// Those of opening the base, of [`load_delta`] and of [`export`].
+/// Those of opening the base, of [`load_delta`] and of [`export`]; a weight that is not finite.
 pub fn apply_delta(base_dir: &Path, delta_file: &Path, out_dir: &Path) -> Result<(), Error> {
     apply_delta_by(base_dir, delta_file, out_dir, export)
 }
@@ -116,6 +116,13 @@ fn apply_delta_by(base_dir: &Path, delta_file: &Path, out_dir: &Path, export: Ex
     let checkpoint = Checkpoint::open(base_dir)?;
     let table = ParamTable::build(&config, &checkpoint)?;
     let changed = load_delta(&checkpoint, &table, delta_file)?;
+    table.check_finite().map_err(|source| Error::NotFinite { file: base_dir.into(), source })?;
+    for (&id, value) in &changed {
+        if let Some(index) = find_non_finite(value) {
+            let source = NotFinite { tensor: table.params[id].name(), index };
+            return Err(Error::NotFinite { file: delta_file.into(), source });
+        }
+    }
     export(base_dir, &checkpoint, &table, &changed, out_dir)
 }
 

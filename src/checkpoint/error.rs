@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::exit::{self, Coded};
 use crate::files;
-use crate::model::{ClaimError, ConfigError, WeightsError};
+use crate::model::{ClaimError, ConfigError, NotFinite, WeightsError};
 
 /// Why a model, a delta or the optimizer state could not be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +29,8 @@ pub enum Error {
     Damaged { file: PathBuf, message: String },
     #[error("{file} was made from another base model than {base}: {message}")]
     OtherBase { file: PathBuf, base: PathBuf, message: &'static str },
+    #[error("{file} holds a weight that no model can compute with: nothing was exported")]
+    NotFinite { file: PathBuf, source: NotFinite },
     #[error(transparent)]
     File(#[from] files::Error),
     #[error(transparent)]
@@ -61,6 +63,7 @@ impl Coded for Error {
             Error::Create { .. } => exit::CANNOT_CREATE,
             Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
             Error::Write { .. } | Error::Read { .. } => exit::IO,
+            Error::NotFinite { source, .. } => source.exit_code(),
             Error::File(e) => e.exit_code(),
             Error::Damaged { .. } | Error::NotADelta { .. } | Error::DeltaTensor { .. } | Error::OtherBase { .. } => {
                 exit::DATA

@@ -31,8 +31,10 @@ use crate::backend::{Backend, Dtype};
 use crate::collective::{Collective, all_ok, with_heartbeat};
 use crate::exit::{self, Failure, Result};
 use crate::files;
+use crate::input;
 use crate::model::{Checkpoint, ParamTable};
 use crate::optim::{AdamW, ParamState};
+use crate::quote::{cut, quote};
 use crate::train::fault::Point;
 use crate::train::{Measured, Phase, PhaseProgress, Replica, Scan, check_replicas};
 
@@ -296,11 +298,16 @@ impl SnapshotStore<'_> {
         found
     }
 
-    /// The newest undamaged checkpoint; `None` if there is none at all. `skipped` is told of each damaged one.
+    /// The newest undamaged checkpoint; `None` if there is none at all. `fits` says whether a state belongs to the model and the
+    /// recipe, and `skipped` is told of each checkpoint that is damaged or does not fit.
     ///
     /// # Errors
     /// Checkpoints that are all damaged; one of other options or other inputs.
-    pub fn newest<O: DeserializeOwned>(&self, mut skipped: impl FnMut(&Path, Failure)) -> Result<Option<Snapshot<O>>> {
+    pub fn newest<O: DeserializeOwned>(
+        &self,
+        fits: impl Fn(&State<O>) -> Result<(), String>,
+        mut skipped: impl FnMut(&Path, Failure),
+    ) -> Result<Option<Snapshot<O>>> {
         let found = self.list();
         let any = !found.is_empty();
         for (_, folder) in found.into_iter().rev() {
@@ -308,7 +315,14 @@ impl SnapshotStore<'_> {
             match verified {
                 Ok(snapshot) => {
                     self.check_identity(&snapshot.state)?;
-                    return Ok(Some(snapshot));
+                    // Of the same options and inputs, so what does not fit was changed afterwards, hash included.
+                    match snapshot.check_form().and_then(|()| fits(&snapshot.state)) {
+                        Ok(()) => return Ok(Some(snapshot)),
+                        Err(message) => {
+                            let message = format!("{}: {message}", folder.join(STATE).display());
+                            skipped(&folder, Failure::new(exit::DATA, message));
+                        }
+                    }
                 }
                 Err(failure) => skipped(&folder, failure),
             }
@@ -328,10 +342,11 @@ impl SnapshotStore<'_> {
     pub fn agree_on_newest<O: DeserializeOwned + Send>(
         &self,
         world: &dyn Collective,
+        fits: impl Fn(&State<O>) -> Result<(), String> + Send,
         skipped: impl FnMut(&Path, Failure) + Send,
     ) -> Result<Option<Snapshot<O>>> {
         world.set_activity("the choice of a checkpoint");
-        let newest = || if world.rank() == 0 { self.newest(skipped) } else { Ok(None) };
+        let newest = || if world.rank() == 0 { self.newest(fits, skipped) } else { Ok(None) };
         let found = all_ok(world, with_heartbeat(world, newest)?)?;
         let name = found.as_ref().and_then(|found| found.folder.file_name()?.to_str()).unwrap_or_default();
         let chosen = world.all_gather(name.as_bytes())?.swap_remove(0);
@@ -346,11 +361,12 @@ impl SnapshotStore<'_> {
 
     fn read<O: DeserializeOwned>(&self, folder: &Path) -> Result<Snapshot<O>> {
         let path = folder.join(STATE);
-        let text = fs::read(&path).map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: {e}", path.display())))?;
-        let mut state: State<O> = serde_json::from_slice(&text)
-            .map_err(|e| Failure::new(exit::DATA, format!("{} is damaged: {e}", path.display())))?;
+        let text = input::read(&path).map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: {e}", path.display())))?;
+        let mut state: State<O> = serde_json::from_slice(&text).map_err(|e| {
+            Failure::new(exit::DATA, format!("{} is damaged: {}", path.display(), cut(&e.to_string(), 300)))
+        })?;
         if state.schema != SCHEMA {
-            return Err(Failure::new(exit::DATA, format!("its schema is {:?}, not {SCHEMA:?}", state.schema)));
+            return Err(Failure::new(exit::DATA, format!("its schema is {}, not {SCHEMA:?}", quote(&state.schema))));
         }
         if state.precision.is_empty() {
             let earlier = if state.activation_size == 2 { Dtype::Bf16 } else { Dtype::F32 };
@@ -366,7 +382,11 @@ impl SnapshotStore<'_> {
             let (theirs, ours) = differ.next().unwrap_or(("other options", "these"));
             return Err(Failure::new(
                 exit::CONFIG,
-                format!("the checkpoint was made with `{theirs}`, not `{ours}`: resume with its config.resolved.yaml"),
+                format!(
+                    "the checkpoint was made with {}, not {}: resume with its config.resolved.yaml",
+                    quote(theirs),
+                    quote(ours)
+                ),
             ));
         }
         if state.inputs != (self.identity.inputs)()?.to_string() {
@@ -387,6 +407,35 @@ impl<O> Snapshot<O> {
     /// The checkpoint's folder.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Whether the state agrees with itself and with the files beside it: sizes are held against the files before anything is
+    /// allocated by them.
+    fn check_form(&self) -> Result<(), String> {
+        let State { world_size, step_world_size, position, progress, .. } = &self.state;
+        if self.folder.file_name().and_then(|name| name.to_str()) != Some(&position.folder()) {
+            return Err(format!("its position is {}", position.folder()));
+        }
+        // More ranks than in any run that can write a checkpoint.
+        if *world_size == 0 || *step_world_size == 0 || *step_world_size > 1 << 20 {
+            return Err(format!("it is of {world_size} ranks, in steps of {step_world_size}"));
+        }
+        let identifies = position.phase == Phase::Identify;
+        if let Some(progress) = progress.as_ref().filter(|progress| identifies || progress.steps != position.step) {
+            return Err(format!("{} steps of a training phase are done at {}", progress.steps, position.folder()));
+        }
+        let kind = match progress {
+            Some(_) => "optimizer-",
+            None if identifies && position.step > 0 => "identify-",
+            None if position.step > 0 => return Err("the progress of its phase is missing".into()),
+            None => return Ok(()),
+        };
+        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let written = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(kind)).count();
+        match written == *world_size {
+            true => Ok(()),
+            false => Err(format!("it is of {world_size} ranks, but {written} of them have a file {kind}*")),
+        }
     }
 
     /// Restores the weights.

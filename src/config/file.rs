@@ -10,14 +10,15 @@ use serde_json::{Map, Value};
 use serde_saphyr::Spanned;
 
 use super::{ConfigError, Meaning, RawOptions, nearest, spelled};
+use crate::input;
+use crate::quote::{cut, quote};
 
 /// Reads the options that a YAML file gives.
 ///
 /// # Errors
 /// [`ConfigError::NotRead`], or [`ConfigError::File`] for the first wrong line.
 pub(super) fn read(path: &Path) -> Result<RawOptions, ConfigError> {
-    let text =
-        std::fs::read_to_string(path).map_err(|source| ConfigError::NotRead { path: path.to_owned(), source })?;
+    let text = input::read_text(path).map_err(|source| ConfigError::NotRead { path: path.to_owned(), source })?;
     parse(&text).map_err(|(line, message)| ConfigError::File { path: path.to_owned(), line, message })
 }
 
@@ -25,7 +26,7 @@ pub(super) fn read(path: &Path) -> Result<RawOptions, ConfigError> {
 pub(super) fn parse(text: &str) -> Result<RawOptions, (u64, String)> {
     let command = RawOptions::augment_args(Command::new("options"));
     let Entries(entries) = serde_saphyr::from_str::<Option<Entries>>(text)
-        .map_err(|e| (e.location().map_or(0, |l| l.line()), e.without_snippet().to_string()))?
+        .map_err(|e| (e.location().map_or(0, |l| l.line()), plain_yaml(&e.without_snippet().to_string())))?
         .unwrap_or_default();
 
     let mut options = RawOptions::default();
@@ -68,6 +69,20 @@ struct Entry {
     /// The name as the file spells it.
     key: String,
     line: u64,
+}
+
+/// An error of the YAML library in the user's words: without the library's own options, and without the line, which the caller
+/// names.
+fn plain_yaml(message: &str) -> String {
+    let message = message.split(" at line ").next().unwrap_or_default();
+    let message = message.split(", set ").next().unwrap_or_default();
+    match message.strip_prefix("duplicate mapping key") {
+        Some(key) => {
+            let key = key.trim_start_matches(": ");
+            format!("{} is there twice: leave one out", if key.is_empty() { "a key".into() } else { quote(key) })
+        }
+        None => cut(message, 300),
+    }
 }
 
 /// A type error without Rust's type names.

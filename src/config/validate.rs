@@ -6,6 +6,9 @@ use crate::experts::Method;
 /// The most resamples of a bootstrap.
 const MAX_RESAMPLES: usize = 100_000;
 
+/// The most of what is repeated: far more than can be run, and few enough to count.
+const MOST: usize = 10_000_000;
+
 /// All values out of range and all contradictions, each with a remedy.
 pub(super) fn problems(c: &RunConfig) -> Vec<String> {
     let mut wrong = Vec::new();
@@ -45,6 +48,18 @@ fn counts(c: &RunConfig, wrong: &mut Vec<String>) {
         ("ranks", c.ranks.unwrap_or(1), 1, "use 1 to turn data parallelism off"),
         ("timeout", c.timeout as usize, 1, "0 s would time out at the first collective"),
     ];
+    let repeated = [
+        ("num-rounds", c.num_rounds),
+        ("expert-epochs-per-round", c.expert_epochs_per_round),
+        ("router-epochs-per-round", c.router_epochs_per_round),
+        ("grad-accum", c.grad_accum),
+        ("verify", c.verify),
+        ("max-new-tokens", c.max_new_tokens.unwrap_or(1)),
+        ("generation-batch-size", c.generation_batch_size),
+    ];
+    for (option, value) in repeated.into_iter().filter(|(_, value)| *value > MOST) {
+        wrong.push(format!("--{option} is {value}, but must be at most {MOST}"));
+    }
     for (option, value, least, hint) in at_least {
         if value < least {
             wrong.push(format!("--{option} is {value}, but must be at least {least}: {hint}"));

@@ -1,11 +1,11 @@
 //! Splits a data file, a JSON array or JSONL, into rows with their line numbers, in one pass.
 
-use std::fs;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::Error;
+use crate::input;
 
 /// The 1-based line of a row's first character, and the row; or the error in it.
 type RawRow = Result<(usize, Map<String, Value>), Error>;
@@ -15,7 +15,7 @@ type RawRow = Result<(usize, Map<String, Value>), Error>;
 /// # Errors
 /// A file that is missing, empty or not UTF-8; the message names the line of the first invalid byte.
 pub(super) fn read_text(path: &Path) -> Result<String, Error> {
-    let bytes = fs::read(path).map_err(|e| Error::read(path, e))?;
+    let bytes = input::read(path).map_err(|e| Error::read(path, e))?;
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return Err(Error::row(path, 1, "the file is UTF-16; save it as UTF-8"));
     }

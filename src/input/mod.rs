@@ -21,7 +21,7 @@ const FETCH_AGAIN: &str =
 pub fn open(path: &Path) -> io::Result<File> {
     let kind = fs::metadata(path)?.file_type();
     if kind.is_dir() {
-        return Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a folder, not a file"));
+        return Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a folder (a directory), not a file"));
     }
     if !kind.is_file() {
         let message = format!("it is {}, not a file: write its content into a file first", special(kind));
@@ -80,6 +80,9 @@ pub fn not_json(bytes: &[u8], error: &serde_json::Error) -> String {
     if let Some(what) = what_it_is(bytes) {
         return what;
     }
+    // An error of the content may hide one of the syntax: of a file that ends too early, say.
+    let syntax = serde_json::from_slice::<serde::de::IgnoredAny>(bytes).err();
+    let error = syntax.as_ref().unwrap_or(error);
     let problem = crate::quote::cut(&error.to_string(), 300);
     match error.classify() {
         serde_json::error::Category::Data => format!("not what this file should hold: {problem}"),
@@ -143,7 +146,7 @@ mod tests {
     #[test]
     fn only_files_are_opened() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(read(dir.path()).unwrap_err().to_string(), "it is a folder, not a file");
+        assert_eq!(read(dir.path()).unwrap_err().to_string(), "it is a folder (a directory), not a file");
         assert!(read(Path::new("/dev/zero")).unwrap_err().to_string().contains("a device"));
         let pipe = dir.path().join("pipe");
         let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();

@@ -65,12 +65,32 @@ pub struct Workload {
     pub stored: Dtype,
 }
 
+/// Ranks and threads a core that are still started, where there are few cores.
+const LEAST_LIMIT: usize = 64;
+const PER_CORE: usize = 16;
+
+/// Holds `--ranks` and `--threads` against the cores, before anything is allocated by them.
+fn check_counts(config: &RunConfig) -> Result<()> {
+    let cores = available_parallelism().map_or(1, usize::from);
+    let most = LEAST_LIMIT.max(PER_CORE.saturating_mul(cores));
+    for (option, count) in [("--ranks", config.ranks.unwrap_or(1)), ("--threads", config.threads)] {
+        if count > most {
+            let message = format!(
+                "{option} {count} is too many: this machine has {cores} cores, and at most {most} are started on it"
+            );
+            return Err(Failure::new(exit::CONFIG, message));
+        }
+    }
+    Ok(())
+}
+
 impl Device {
     /// The device that the options ask for.
     ///
     /// # Errors
-    /// `--device cuda` without a GPU or a driver for it.
+    /// `--device cuda` without a GPU or a driver for it; far more ranks or threads than the machine has cores.
     pub fn find(config: &RunConfig, ui: &Ui) -> Result<Self> {
+        check_counts(config)?;
         if config.device == config::Device::Cpu {
             return Ok(Device::Cpu(None));
         }

@@ -6,9 +6,11 @@ use std::ops::Range;
 
 use super::config::{Family, LayerKind, ModelConfig};
 use super::ids::{ParamKind, ParamSpec, Proj};
+use super::origin;
 use super::weights::{self, Checkpoint};
 use crate::backend::HostTensor;
 use crate::exit::{self, Coded};
+use crate::quote::quote;
 
 /// The output head's tensor.
 const LM_HEAD: &str = "lm_head.weight";
@@ -17,10 +19,14 @@ const LM_HEAD: &str = "lm_head.weight";
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages are the documentation
 pub enum Error {
-    #[error("{dir}: tensor `{tensor}` is missing{}, but config.json requires it", and_more(.more))]
-    Missing { dir: String, tensor: String, more: usize },
-    #[error("{file}: tensor `{tensor}`{} does not belong to the {model_type} model that config.json describes", and_more(.more))]
+    #[error("{dir}: tensor `{tensor}` is missing{}, but config.json requires it{}", and_more(.more), by_index(.listed))]
+    Missing { dir: String, tensor: String, more: usize, listed: Option<String> },
+    #[error(
+        "{file}: tensor {}{} does not belong to the {model_type} model that config.json describes", quote(.tensor), and_more(.more)
+    )]
     Unclaimed { file: String, tensor: String, model_type: String, more: usize },
+    #[error("{file}: tensor {}: {message}", quote(.tensor))]
+    NotPlain { file: String, tensor: String, message: String },
     #[error("{file}: tensor `{tensor}` has shape {found:?}, but config.json requires {expected:?}")]
     Shape { file: String, tensor: String, found: Vec<usize>, expected: Vec<usize> },
     #[error(
@@ -43,6 +49,12 @@ impl Coded for Error {
 
 fn and_more(more: &usize) -> String {
     if *more == 0 { String::new() } else { format!(" (and {more} more)") }
+}
+
+fn by_index(file: &Option<String>) -> String {
+    file.as_ref().map_or_else(String::new, |file| {
+        format!("; the index lists it in {}, which does not hold it: fetch that file again", quote(file))
+    })
 }
 
 /// Names of the tensors of a layer's MoE block.
@@ -116,6 +128,23 @@ pub(crate) fn tensor_shape(kind: ParamKind, config: &ModelConfig, fused: bool) -
 
 /// All parameters in order, each with its tensor in the checkpoint.
 pub(super) fn claim(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec<ParamSpec>, Error> {
+    claim_all(config, checkpoint).map_err(|error| not_plain(checkpoint, &error).unwrap_or(error))
+}
+
+/// The reason behind `error` where the names or number formats of the tensors show how the checkpoint was made.
+fn not_plain(checkpoint: &Checkpoint, error: &Error) -> Option<Error> {
+    let missing = match error {
+        Error::Missing { tensor, .. } => Some(tensor.as_str()),
+        Error::TiedHead { .. } => return None,
+        _ => None,
+    };
+    checkpoint.tensors().find_map(|(shard, tensor)| {
+        let message = origin::of(&tensor.name, tensor.dtype, missing)?;
+        Some(Error::NotPlain { file: shard.file.clone(), tensor: tensor.name.clone(), message })
+    })
+}
+
+fn claim_all(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec<ParamSpec>, Error> {
     let family = config.family();
     let none = BlockNames { name: family.blocks[0], fused: false };
     let blocks: Vec<BlockNames> = (0..config.layers.len())
@@ -125,6 +154,7 @@ pub(super) fn claim(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec
         })
         .collect();
 
+    check_counts(config, checkpoint, &blocks)?;
     let mut params = Vec::new();
     let mut claimed = HashSet::new();
     let mut missing = Vec::new();
@@ -151,7 +181,8 @@ pub(super) fn claim(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec
     }
     if let Some(tensor) = missing.first() {
         let dir = checkpoint.dir().display().to_string();
-        return Err(Error::Missing { dir, tensor: tensor.clone(), more: missing.len() - 1 });
+        let listed = checkpoint.absent(tensor).map(str::to_owned);
+        return Err(Error::Missing { dir, tensor: tensor.clone(), more: missing.len() - 1, listed });
     }
 
     let unclaimed = || checkpoint.tensors().filter(|(_, t)| !claimed.contains(&t.name) && !is_extra(&t.name, config));
@@ -165,6 +196,34 @@ pub(super) fn claim(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec
     }
     check_tied_head(checkpoint, &params)?;
     Ok(params)
+}
+
+/// Holds the numbers of layers and experts against the tensors, before lists of that length are made: only for numbers that are
+/// far too large, since the other errors say more.
+fn check_counts(config: &ModelConfig, checkpoint: &Checkpoint, blocks: &[BlockNames]) -> Result<(), Error> {
+    const MANY_EXPERTS: usize = 1 << 14;
+    let family = config.family();
+    let tensors = checkpoint.tensors().count();
+    let routers = (0..config.layers.len()).filter(|&l| config.layers[l] == LayerKind::Moe).map(ParamKind::Router);
+    let wanted = if config.layers.len() > tensors {
+        (0..config.layers.len()).map(ParamKind::InputNorm).collect()
+    } else if config.num_experts * config.layers.len() > MANY_EXPERTS {
+        routers.collect()
+    } else {
+        Vec::new()
+    };
+    for kind in wanted {
+        let tensor = tensor_name(kind, family, blocks[kind.layer().expect("a layer's tensor")]);
+        let Some((shard, info)) = checkpoint.get(&tensor) else {
+            let listed = checkpoint.absent(&tensor).map(str::to_owned);
+            return Err(Error::Missing { dir: checkpoint.dir().display().to_string(), tensor, more: 0, listed });
+        };
+        let (expected, _) = tensor_shape(kind, config, false);
+        if info.shape != expected {
+            return Err(Error::Shape { file: shard.file.clone(), tensor, found: info.shape.clone(), expected });
+        }
+    }
+    Ok(())
 }
 
 /// Tensors that some checkpoints hold but the model does not read: exported unchanged, otherwise ignored.

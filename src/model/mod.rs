@@ -1,6 +1,6 @@
 //! Models: configurations and families, checkpoints, parameters, and the hand-written forward and backward.
 //!
-//! Each file imports only from files to its left: `json`, `config`, `safetensors`, `hub`, `weights`, `ids`, `claim`,
+//! Each file imports only from files to its left: `json`, `folder`, `config`, `safetensors`, `hub`, `weights`, `ids`, `origin`, `claim`,
 //! `random`, `finite`, `table`, `plan`, `guide`, `intervention`, `layer`, `attention`, `swiglu`, `moe`, `feed_forward`, `transformer`, `decode`.
 
 #[allow(non_snake_case)] // shape suffixes: see layer.rs
@@ -12,6 +12,7 @@ mod decode;
 #[allow(non_snake_case)] // shape suffixes: see layer.rs
 mod feed_forward;
 mod finite;
+mod folder;
 mod guide;
 mod hub;
 mod ids;
@@ -20,6 +21,7 @@ mod json;
 mod layer;
 #[allow(non_snake_case)] // shape suffixes: see layer.rs
 mod moe;
+mod origin;
 mod plan;
 mod random;
 mod safetensors;
@@ -36,6 +38,7 @@ pub use claim::Error as ClaimError;
 pub use config::{Error as ConfigError, FAMILIES, Family, LayerKind, ModelConfig, MoeLayers, QkNorm};
 pub use decode::{KvCache, kv_cache_bytes};
 pub use finite::{NotFinite, find_non_finite};
+pub use folder::left_over_quantization;
 pub use guide::{RoutingMismatch, check_same_routing};
 pub use hub::{Error as HubError, HubCache};
 pub use ids::{Group, ParamId, ParamKind, ParamSpec, Proj};

@@ -1,20 +1,26 @@
 //! A checkpoint's weights: memory-mapped safetensors files whose headers are validated before a tensor is read.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 use serde::Deserialize;
 
+use super::folder;
 use super::json::Members;
 use super::safetensors::{Header, HeaderError, StoredDtype, TensorInfo};
 use crate::backend::{HostTensor, SharedBytes};
 use crate::exit::{self, Coded};
+use crate::input;
+use crate::quote::quote;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+
+/// Bytes at the start of a file by which its format is recognised.
+const HEAD: usize = 4096;
 
 /// Why a checkpoint's weights cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -22,11 +28,10 @@ const INDEX: &str = "model.safetensors.index.json";
 pub enum Error {
     #[error("{0} is not a folder")]
     NoFolder(PathBuf),
-    #[error(
-        "{0} holds neither {SINGLE} nor {INDEX}; to measure memory and speed without weights, run `train` or `identify` \
-         with --init random"
-    )]
-    NoWeights(PathBuf),
+    #[error("{dir} holds neither {SINGLE} nor {INDEX}; {instead}")]
+    NoWeights { dir: PathBuf, instead: String },
+    #[error("{dir}: {message}")]
+    Adapter { dir: PathBuf, message: String },
     #[error(
         "{0} is a pickle file, which can run code when it is loaded, so moewarden does not load it. Convert it with: \
          python -c \"from transformers import AutoModelForCausalLM as M; \
@@ -39,25 +44,23 @@ pub enum Error {
     #[error("{path}: {reason}")]
     Header { path: PathBuf, reason: HeaderError },
     #[error("{path}: {message}")]
+    NotSafetensors { path: PathBuf, message: String },
+    #[error("{path}: {message}")]
     Index { path: PathBuf, message: String },
     #[error(
-        "{index}: the file of tensor `{tensor}` is {file:?}, which is not a plain file name ending in .safetensors"
+        "{index}: the file of tensor {} is {}, which is not a plain file name ending in .safetensors", quote(.tensor), quote(.file)
     )]
     NotAFileName { index: PathBuf, tensor: String, file: String },
     #[error("{index}: the shard {file} does not exist; is the download complete?")]
     MissingShard { index: PathBuf, file: String },
-    #[error("{shard}: tensor `{tensor}` is missing, but {INDEX} lists it in this file")]
-    NotInShard { shard: PathBuf, tensor: String },
-    #[error("{shard}: {INDEX} does not name the tensor `{tensor}`")]
-    NotInIndex { shard: PathBuf, tensor: String },
-    #[error("tensor `{tensor}` is in both {first} and {second}")]
+    #[error("tensor {} is in both {first} and {second}", quote(.tensor))]
     InTwoShards { tensor: String, first: String, second: String },
     #[error(
         "{path} is a symbolic link to {target}, outside the checkpoint and its cache; replace the link by the file"
     )]
     LinkOutside { path: PathBuf, target: PathBuf },
     #[error(
-        "{path}: tensor `{tensor}` is stored as {dtype}; moewarden reads F32, F16 and BF16 (is the model quantised?)"
+        "{path}: tensor {} is stored as {dtype}; moewarden reads F32, F16 and BF16", quote(.tensor)
     )]
     NotFloat { path: PathBuf, tensor: String, dtype: StoredDtype },
 }
@@ -65,7 +68,7 @@ pub enum Error {
 impl Coded for Error {
     fn exit_code(&self) -> u8 {
         match self {
-            Error::NoFolder(_) | Error::NoWeights(_) => exit::NO_INPUT,
+            Error::NoFolder(_) | Error::NoWeights { .. } => exit::NO_INPUT,
             Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
             Error::Read { .. } => exit::IO,
             _ => exit::DATA,
@@ -89,11 +92,17 @@ impl Shard {
     /// A file that cannot be read, or an invalid header.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let read = |source| Error::Read { path: path.into(), source };
-        let file = File::open(path).map_err(read)?;
+        let file = input::open(path).map_err(read)?;
         // SAFETY: the bytes must not change while they are mapped. A program cannot enforce that on other processes, but
         // moewarden and the hub's tools write to a temporary file and rename it, so a visible file does not change.
         let map = unsafe { Mmap::map(&file) }.map_err(read)?;
-        let header = Header::parse(&map).map_err(|reason| Error::Header { path: path.into(), reason })?;
+        let header = Header::parse(&map).map_err(|reason| match input::what_it_is(&map[..map.len().min(HEAD)]) {
+            // A pointer or a web page in the file's place says more than its first bytes as a length.
+            Some(message) if map.first().is_some_and(u8::is_ascii_graphic) => {
+                Error::NotSafetensors { path: path.into(), message }
+            }
+            _ => Error::Header { path: path.into(), reason },
+        })?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Self { file: name, header, bytes: SharedBytes::mapped(map) })
     }
@@ -124,6 +133,8 @@ pub struct Checkpoint {
     shards: Vec<Shard>,
     /// Tensor name → (shard, index in its header).
     index: HashMap<String, (usize, usize)>,
+    /// Tensors that the index file lists and no shard holds, with the file it names.
+    absent: HashMap<String, String>,
 }
 
 impl Checkpoint {
@@ -131,11 +142,14 @@ impl Checkpoint {
     /// `model.safetensors.index.json` names.
     ///
     /// # Errors
-    /// Weights that are missing or pickled, files that violate the format or contradict the index or each other, symbolic
-    /// links out of the checkpoint. Each error names the file and the tensor.
+    /// Weights that are missing or pickled, an adapter beside them, files that violate the format or contradict each other,
+    /// symbolic links out of the checkpoint. Each error names the file and the tensor.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         if !dir.is_dir() {
             return Err(Error::NoFolder(dir.into()));
+        }
+        if let Some(message) = folder::adapter_beside_model(dir).filter(|_| has_weights(dir)) {
+            return Err(Error::Adapter { dir: dir.into(), message });
         }
         let index = dir.join(INDEX);
         let sharded = !dir.join(SINGLE).exists();
@@ -148,7 +162,8 @@ impl Checkpoint {
             true => return Err(no_weights(dir)),
         };
 
-        let mut checkpoint = Self { dir: dir.into(), sharded, shards: Vec::new(), index: HashMap::new() };
+        let (shards, index_map, absent) = (Vec::new(), HashMap::new(), HashMap::new());
+        let mut checkpoint = Self { dir: dir.into(), sharded, shards, index: index_map, absent };
         for file in files {
             if fs::symlink_metadata(dir.join(&file)).is_err() {
                 return Err(Error::MissingShard { index, file });
@@ -157,9 +172,9 @@ impl Checkpoint {
             shard.file = file; // the name of a symbolic link, not of its target
             checkpoint.add(shard)?;
         }
-        if let Some(weight_map) = weight_map {
-            checkpoint.check_index(&weight_map)?;
-        }
+        // As for transformers, the index says which files are shards, and their headers say what they hold.
+        let listed = weight_map.into_iter().flatten();
+        checkpoint.absent = listed.filter(|(tensor, _)| !checkpoint.index.contains_key(tensor)).collect();
         Ok(checkpoint)
     }
 
@@ -190,6 +205,16 @@ impl Checkpoint {
         Some((shard, &shard.header.tensors[tensor]))
     }
 
+    /// The file that the index names for a tensor that no shard holds.
+    pub(super) fn absent(&self, name: &str) -> Option<&str> {
+        self.absent.get(name).map(String::as_str)
+    }
+
+    /// Files with weights in the folder that are not part of this model: neither read nor exported.
+    pub fn unread_files(&self) -> Vec<String> {
+        folder::unread_weights(&self.dir, |name| self.shards.iter().any(|shard| shard.file == name))
+    }
+
     /// Index in [`Self::shards`] of the file that holds the tensor with this name.
     pub fn shard_of(&self, name: &str) -> Option<usize> {
         self.index.get(name).map(|&(shard, _)| shard)
@@ -215,22 +240,6 @@ impl Checkpoint {
         self.shards.push(shard);
         Ok(())
     }
-
-    /// Checks that the index and the shards list the same tensors in the same files.
-    fn check_index(&self, weight_map: &[(String, String)]) -> Result<(), Error> {
-        for (tensor, file) in weight_map {
-            if self.get(tensor).is_none_or(|(shard, _)| shard.file != *file) {
-                return Err(Error::NotInShard { shard: self.dir.join(file), tensor: tensor.clone() });
-            }
-        }
-        if weight_map.len() < self.index.len() {
-            let named: std::collections::HashSet<_> = weight_map.iter().map(|(tensor, _)| tensor.as_str()).collect();
-            let extra = self.tensors().find(|(_, tensor)| !named.contains(tensor.name.as_str()));
-            let (shard, tensor) = extra.expect("more tensors than names");
-            return Err(Error::NotInIndex { shard: self.dir.join(&shard.file), tensor: tensor.name.clone() });
-        }
-        Ok(())
-    }
 }
 
 /// `weight_map` of the index file: tensor → file.
@@ -239,9 +248,12 @@ fn read_index(path: &Path) -> Result<Vec<(String, String)>, Error> {
     struct Index {
         weight_map: Members<String>,
     }
-    let text = fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
-    let index: Index = serde_json::from_slice(&text)
-        .map_err(|e| Error::Index { path: path.into(), message: format!("is not an index of shards: {e}") })?;
+    let bytes = input::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
+    let text = input::without_mark(&bytes);
+    let index: Index = serde_json::from_slice(text).map_err(|e| {
+        let message = format!("it is not an index of shards: {}", input::not_json(text, &e));
+        Error::Index { path: path.into(), message }
+    })?;
     if index.weight_map.0.is_empty() {
         return Err(Error::Index { path: path.into(), message: "its weight_map is empty".into() });
     }
@@ -286,12 +298,24 @@ pub fn safe_file(dir: &Path, file: impl AsRef<Path>) -> Result<PathBuf, Error> {
     }
 }
 
-/// The error for a folder without safetensors: it names a pickle file, if there is one.
+/// Whether the folder holds weights that would be read.
+fn has_weights(dir: &Path) -> bool {
+    [SINGLE, INDEX].iter().any(|name| dir.join(name).exists())
+}
+
+/// The error for a folder without safetensors: it names what there is instead.
 fn no_weights(dir: &Path) -> Error {
-    let names = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    let mut pickles: Vec<_> = names
-        .filter(|path| path.extension().is_some_and(|e| ["bin", "pt", "pth", "ckpt"].iter().any(|pickle| e == *pickle)))
-        .collect();
-    pickles.sort();
-    pickles.into_iter().next().map_or_else(|| Error::NoWeights(dir.into()), Error::Pickle)
+    let pickle = |name: &String| {
+        let state =
+            ["training_args", "optimizer", "scheduler", "rng_state"].iter().any(|state| name.starts_with(state));
+        !state && [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending))
+    };
+    if let Some(instead) = folder::not_a_model(dir) {
+        return Error::NoWeights { dir: dir.into(), instead };
+    }
+    if let Some(pickle) = folder::unread_weights(dir, |_| false).into_iter().find(pickle) {
+        return Error::Pickle(dir.join(pickle));
+    }
+    let instead = "to measure memory and speed without weights, run `train` or `identify` with --init random".into();
+    Error::NoWeights { dir: dir.into(), instead }
 }

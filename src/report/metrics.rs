@@ -127,7 +127,7 @@ impl MetricsLog {
     /// # Errors
     /// [`Error::Missing`]; [`Error::Invalid`] with the number of the line.
     pub fn read(path: &Path) -> Result<Vec<MetricsRow>, Error> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
+        let text = crate::input::read_text(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
         let row = |(i, line): (usize, &str)| {
             let invalid = |e| Error::Invalid { path: path.to_owned(), reason: format!("line {}: {e}", i + 1) };
             serde_json::from_str(line).map_err(invalid)

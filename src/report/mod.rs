@@ -126,6 +126,6 @@ pub fn write_json(path: impl Into<PathBuf>, value: &impl Serialize) -> Result<()
 /// # Errors
 /// [`Error::Missing`], or [`Error::Invalid`] with line and column.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Error> {
-    let bytes = std::fs::read(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
+    let bytes = crate::input::read(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
     serde_json::from_slice(&bytes).map_err(|e| Error::Invalid { path: path.to_owned(), reason: e.to_string() })
 }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::session::Session;
 use crate::backend::Backend;
+use crate::checkpoint::Position;
 use crate::collective::all_ok;
 use crate::config::RunConfig;
 use crate::exit::Result;
@@ -47,6 +48,47 @@ pub struct Outputs<'a> {
     /// The gradient method's selection and scores in the rounds (from 1) whose random selection matches or excludes it.
     matched: BTreeMap<usize, RoundScores>,
     metadata: TrainingMetadata,
+}
+
+impl OutputState {
+    /// Whether these are outputs of a run of this model and recipe that has come to `position`. The error says what does not fit.
+    pub fn fits(&self, session: &Session, recipe: &Recipe, position: Position) -> Result<(), String> {
+        let (layers, experts) = (&session.model.moe_layers().layers, session.model.num_experts);
+        if self.scores.layers != *layers || self.scores.num_experts != experts {
+            return Err("its scores are of other layers or experts than the model has".into());
+        }
+        if position.round > recipe.rounds {
+            return Err(format!("it is of round {}, but the run has {}", position.round + 1, recipe.rounds));
+        }
+        for (round, found) in self.scores.rounds.iter().chain(&self.matched) {
+            if *round == 0 || *round > recipe.rounds {
+                return Err(format!("it has scores of round {round}, but the run has {}", recipe.rounds));
+            }
+            for (what, values) in [("scores", &found.scores), ("inclusion", &found.inclusion)] {
+                let whole = values.len() == layers.len() && values.iter().all(|row| row.len() == experts);
+                if !values.is_empty() && !whole {
+                    return Err(format!(
+                        "{what} of round {round} are not those of {} layers with {experts} experts",
+                        layers.len()
+                    ));
+                }
+            }
+            if let Some(id) = found.selected.iter().find(|id| !layers.contains(&id.layer) || id.expert >= experts) {
+                return Err(format!(
+                    "round {round} selects expert {} of layer {}, which the model lacks",
+                    id.expert, id.layer
+                ));
+            }
+            if let Some(from) = found.kept_from.filter(|from| !self.scores.rounds.contains_key(from)) {
+                return Err(format!("round {round} keeps the selection of round {from}, which is missing"));
+            }
+        }
+        let needed = if position.phase == Phase::Identify { position.round } else { position.round + 1 };
+        match (1..=needed).find(|round| !self.scores.rounds.contains_key(round)) {
+            Some(round) if !recipe.selects_each_step() => Err(format!("the scores of round {round} are missing")),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl<'a> Outputs<'a> {

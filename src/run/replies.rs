@@ -315,7 +315,7 @@ impl Cache {
 fn read(path: Option<&Path>) -> Result<Rows> {
     let Some(path) = path.filter(|path| path.exists()) else { return Ok(Rows::new()) };
     let failed = |what: String| Failure::new(exit::DATA, format!("{}{what}: delete the file", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|e| failed(format!(": cannot be read ({e})")))?;
+    let text = crate::input::read_text(path).map_err(|e| failed(format!(": cannot be read ({e})")))?;
     let mut rows = Rows::new();
     for (i, line) in text.lines().enumerate() {
         let row: OwnReply = serde_json::from_str(line)

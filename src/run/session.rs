@@ -9,10 +9,12 @@ use crate::config::{Init, RunConfig};
 use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, Sides, TraceShape, TraceUse};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::{self, RoutingTokens, SelectionLimits, selection_hash};
+use crate::input;
 use crate::launch::hub_cache;
 use crate::launch::memory::{human, human_count};
 use crate::launch::{Rank, Workload};
-use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit};
+use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit, left_over_quantization};
+use crate::quote::quote;
 use crate::report::ExpertsFile;
 use crate::train::{CountedReplies, DeviceTransport, Recipe, Replica, RetainRows, ScoreBy, Training};
 use crate::ui::Ui;
@@ -103,6 +105,7 @@ impl Session {
             Init::Checkpoint => {
                 let checkpoint = Checkpoint::open(&dir)?;
                 let table = ParamTable::build(&model, &checkpoint)?;
+                warn_of_leftovers(&dir, &checkpoint, ui);
                 (Some(checkpoint), table)
             }
             Init::Random => (None, ParamTable::random(&model, RandomInit::from_dir(&dir, config.seed)?)),
@@ -472,8 +475,8 @@ fn read_retain_rows(
 
 fn hash_file(path: &Path) -> Result<blake3::Hash> {
     let mut hasher = blake3::Hasher::new();
-    hasher
-        .update_mmap_rayon(path)
+    input::open(path)
+        .and_then(|_| hasher.update_mmap_rayon(path))
         .map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display())))?;
     Ok(hasher.finalize())
 }
@@ -490,5 +493,20 @@ pub fn data_options(config: &RunConfig) -> DataOptions {
         safe_response: config.safe_response.clone(),
         chat_template: config.chat_template.clone(),
         chat_template_kwargs: config.chat_template_kwargs.0.clone(),
+    }
+}
+
+/// Says what lies in the model's folder besides the model.
+fn warn_of_leftovers(dir: &Path, checkpoint: &Checkpoint, ui: &Ui) {
+    if let Some(message) = left_over_quantization(dir) {
+        ui.warn(message);
+    }
+    let unread = checkpoint.unread_files();
+    if let Some(first) = unread.first() {
+        let more = if unread.len() > 1 { format!(" and {} more", unread.len() - 1) } else { String::new() };
+        ui.line(format_args!(
+            "{}{more}: in the model's folder, but not part of the model; neither read nor exported",
+            quote(first)
+        ));
     }
 }

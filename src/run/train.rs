@@ -14,7 +14,9 @@ use super::session::Session;
 use super::verify::verify_frozen;
 use super::{prepare, retention, rounds, summary};
 use crate::backend::Backend;
-use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, export_replacing, save_delta};
+use crate::checkpoint::{
+    Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State, export_replacing, save_delta,
+};
 use crate::collective::{all_ok, with_heartbeat};
 use crate::config::{Init, RunConfig, SaveRounds};
 use crate::exit::{Ended, Result, Stopped};
@@ -159,9 +161,11 @@ impl<'a> RankInputs<'a> {
             table: &session.table,
         };
         let snapshot: Option<Snapshot<OutputState>> = match config.resume {
-            true => store.agree_on_newest(world, |folder, failure| {
-                ui.warn(format_args!("checkpoint {} is skipped: {failure}", folder.display()));
-            })?,
+            true => store.agree_on_newest(
+                world,
+                |state: &State<OutputState>| state.outputs.fits(session, recipe, state.position),
+                |folder, failure| ui.warn(format_args!("checkpoint {} is skipped: {failure}", folder.display())),
+            )?,
             false => None,
         };
         // With the base model's weights, before those of a checkpoint replace them.

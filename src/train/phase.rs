@@ -126,6 +126,11 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
         optimizer: impl IntoIterator<Item = ParamState>,
         prepared: Option<&[u8]>,
     ) -> Result<()> {
+        if progress.steps > self.total_steps() {
+            let (done, total) = (progress.steps, self.total_steps());
+            let message = format!("the checkpoint has {done} steps of this phase done, but it has {total}");
+            return Err(Failure::new(exit::DATA, message));
+        }
         self.progress = progress;
         self.objective.restore_prepared(replica, prepared)?;
         for state in optimizer {

@@ -12,6 +12,7 @@ use crate::program::{self, Outputs, Ran, Running, moewarden, start, write_rows};
 use moewarden::exit;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
 
 /// A run, without its output folder.
 #[derive(Clone, Copy)]
@@ -271,6 +272,65 @@ fn the_newest_valid_checkpoint_of_the_same_run_is_used() {
         fs::remove_file(run.join("checkpoints").join(checkpoint).join("manifest.json")).unwrap();
     }
     resume("--batch-size 1").failed(exit::DATA, &["is skipped", "manifest.json", "are damaged", "--overwrite"]);
+}
+
+/// Changes a JSON file of a checkpoint, and its entry in the manifest.
+fn change(checkpoint: &Path, file: &str, change: &dyn Fn(&mut Value)) {
+    let [path, manifest] = [file, "manifest.json"].map(|name| checkpoint.join(name));
+    let read = |path: &Path| serde_json::from_slice::<Value>(&fs::read(path).unwrap()).unwrap();
+    let mut content = read(&path);
+    change(&mut content);
+    let bytes = content.to_string().into_bytes();
+    let mut entries = read(&manifest);
+    entries["files"][file] = json!({"bytes": bytes.len(), "blake3": blake3::hash(&bytes).to_string()});
+    fs::write(&path, bytes).unwrap();
+    fs::write(manifest, serde_json::to_vec_pretty(&entries).unwrap()).unwrap();
+}
+
+#[test]
+fn a_checkpoint_whose_hash_fits_is_held_against_the_model_and_the_recipe() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let job = Job { rows: 3, options: "--num-rounds 1 --safe-response No.", ..ALTERNATE };
+    job.run_saving(&run, Threads(1), "--batch-size 2");
+    let copy = dir.path().join("copy");
+    let mut refuses = |checkpoint: &str, file: &str, says: &str, changed: &dyn Fn(&mut Value)| {
+        cut_at(&run, checkpoint, &copy);
+        change(&copy.join("checkpoints").join(checkpoint), file, changed);
+        job.run(&copy, Threads(1), "--batch-size 2 --resume").failed(exit::DATA, &[says]);
+        fs::remove_dir_all(&copy).unwrap();
+    };
+    let set = |pointer: &'static str, value: Value| {
+        move |state: &mut Value| *state.pointer_mut(pointer).unwrap() = value.clone()
+    };
+    let step = "round_1-router-step_1";
+    let cases = [
+        ("it is of 0 ranks", set("/world_size", json!(0))),
+        ("but 1 of them have a file optimizer-*", set("/world_size", json!(2))),
+        ("but 1 of them have a file optimizer-*", set("/world_size", json!(1u64 << 60))),
+        ("in steps of 0", set("/step_ranks", json!(0))),
+        ("in steps of", set("/step_ranks", json!(1u64 << 60))),
+        ("its position is round_1-router-step_2", set("/position/step", json!(2))),
+        ("its position is round_3-router-step_1", set("/position/round", json!(2))),
+        ("steps of a training phase are done", set("/so_far/steps", json!(7))),
+        ("the progress of its phase is missing", set("/so_far", Value::Null)),
+        ("other layers or experts", set("/outputs/scores/num_experts", json!(7))),
+        ("other layers or experts", set("/outputs/scores/layers", json!([0]))),
+        ("selects expert 8 of layer 0", set("/outputs/scores/rounds/1/selected", json!([[0, 8]]))),
+        ("selects expert 0 of layer 99", set("/outputs/scores/rounds/1/selected", json!([[99, 0]]))),
+        ("scores of round 1 are not those of", set("/outputs/scores/rounds/1/scores/0", json!([1.0]))),
+        ("scores of round 1 are not those of", set("/outputs/scores/rounds/1/scores", json!([[]]))),
+        ("the scores of round 1 are missing", set("/outputs/scores/rounds", json!({}))),
+        ("missing field", set("/outputs/scores/rounds/1", json!({}))),
+    ];
+    for (says, changed) in cases {
+        refuses(step, "state.json", says, &changed);
+    }
+    let scan = "round_1-identify-step_1";
+    if checkpoints(&run).iter().any(|name| name == scan) {
+        let sums = |sums: &mut Value| drop(sums["sums"]["sums"].as_array_mut().unwrap().pop());
+        refuses(scan, "identify-0-of-1.json", "not of this model's layers and experts", &sums);
+    }
 }
 
 #[test]

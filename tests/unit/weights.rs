@@ -312,6 +312,27 @@ fn a_delta_gives_the_same_folder_as_an_export() {
 }
 
 #[test]
+fn a_delta_of_weights_that_are_not_finite_is_not_applied() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = make(&temp.path().join("base"), &TinySpec::new("olmoe"));
+    let delta = temp.path().join("delta.safetensors");
+    let mut changes = some_changes(&model.table);
+    for bad in [f32::NAN, f32::INFINITY] {
+        let (&id, value) = changes.iter_mut().next().unwrap();
+        let mut values = value.to_f32();
+        values[5] = bad;
+        *value = HostTensor::encode(value.dtype, value.shape.clone(), &values);
+        save_delta(&model.checkpoint, &model.table, &changes, &delta).unwrap();
+        let error = apply_delta(&model.dir, &delta, &out(&temp)).unwrap_err();
+        assert_eq!(error.exit_code(), exit::NOT_FINITE, "{error}");
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(error.to_string().contains("delta.safetensors"), "{error}");
+        assert!(cause.contains(&model.table.params[id].name()) && cause.contains("element 5"), "{cause}");
+        assert!(!out(&temp).exists());
+    }
+}
+
+#[test]
 fn all_families_are_covered_here() {
     let here: Vec<_> = families().into_iter().map(|spec| spec.model_type).collect();
     assert_eq!(here, FAMILIES.map(|family| family.model_type));

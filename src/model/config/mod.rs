@@ -99,6 +99,12 @@ impl ModelConfig {
     }
 }
 
+/// Most experts of all layers together.
+const MAX_EXPERTS: usize = 1 << 20;
+
+/// Widest head of attention.
+const MAX_HEAD: usize = 1 << 16;
+
 fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
     let defaults = &family.defaults;
     refuse_unsupported(raw, family)?;
@@ -144,6 +150,17 @@ fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
         }
     }
 
+    // Far above any real model; a false number must not decide how much is allocated before the weights are looked at.
+    if num_experts * num_layers > MAX_EXPERTS {
+        let message = format!(
+            "{num_experts} experts in {num_layers} layers are more than the supported {MAX_EXPERTS} in the whole model"
+        );
+        return Err(raw.invalid(experts_key, message));
+    }
+    if heads.dim > MAX_HEAD {
+        return Err(raw.invalid("head_dim", format!("{} is more than the supported {MAX_HEAD}", heads.dim)));
+    }
+
     let positions = size("max_position_embeddings", defaults.positions)?;
     let (rope, rope_limit) = rope::read(raw, defaults.theta, heads.dim, positions)?;
     Ok(ModelConfig {
@@ -173,9 +190,6 @@ fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
 fn refuse_unsupported(raw: &RawConfig, family: &Family) -> Result<(), Error> {
     if let Some(act) = raw.string("hidden_act")?.filter(|act| !matches!(*act, "silu" | "swish")) {
         return Err(raw.unsupported("hidden_act", format!("`{act}` is not supported; these families use `silu`")));
-    }
-    if raw.get("quantization_config").is_some() {
-        return Err(raw.unsupported("quantization_config", "quantised weights cannot be trained; use the bf16 model"));
     }
     if family.window == WindowRule::Never && raw.get("sliding_window").is_some() {
         return Err(raw.unsupported(
@@ -384,7 +398,6 @@ mod tests {
             ("olmoe", "rms_norm_eps", json!({"rms_norm_eps": -1e-5}), exit::DATA),
             ("olmoe", "hidden_act", json!({"hidden_act": "gelu"}), exit::CONFIG),
             ("olmoe", "sliding_window", json!({"sliding_window": 9}), exit::CONFIG),
-            ("olmoe", "quantization_config", json!({"quantization_config": {}}), exit::CONFIG),
             ("mixtral", "sliding_window", json!({"sliding_window": 0}), exit::DATA),
             ("qwen3_moe", "mlp_only_layers", json!({"mlp_only_layers": [24]}), exit::DATA),
             ("qwen3_moe", "mlp_only_layers", json!({"num_hidden_layers": 1, "mlp_only_layers": [0]}), exit::DATA),

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::error::Error;
+use crate::input;
 use crate::model::json::Members;
+use crate::quote::cut;
 
 /// The object of a config.json, or an object nested in it.
 pub(crate) struct RawConfig {
@@ -20,9 +22,10 @@ const MAX_SIZE: u64 = 1 << 28;
 
 impl RawConfig {
     pub(crate) fn read(path: &Path) -> Result<Self, Error> {
-        let text = std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
-        let members: Members<Value> =
-            serde_json::from_slice(&text).map_err(|e| Error::NotJson { path: path.into(), message: e.to_string() })?;
+        let bytes = input::read(path).map_err(|source| Error::read(path, source))?;
+        let text = input::without_mark(&bytes);
+        let members: Members<Value> = serde_json::from_slice(text)
+            .map_err(|e| Error::NotJson { path: path.into(), message: input::not_json(text, &e) })?;
         Ok(Self { path: path.into(), prefix: String::new(), members: members.0.into_iter().collect() })
     }
 
@@ -102,6 +105,6 @@ impl RawConfig {
         read: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<T>, Error> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        read(value).map(Some).ok_or_else(|| self.invalid(key, format!("{value} is not {kind}")))
+        read(value).map(Some).ok_or_else(|| self.invalid(key, format!("{} is not {kind}", cut(&value.to_string(), 80))))
     }
 }

@@ -26,7 +26,7 @@ use super::replica::Replica;
 use super::usage::UsageCounter;
 use crate::backend::Backend;
 use crate::data::{RoutingTraces, Sampler};
-use crate::exit::Result;
+use crate::exit::{self, Failure, Result};
 use crate::experts::{Bootstrap, FrequencyAccumulator, Rule, ScoreAccumulator, UsageAccumulator};
 use crate::train::fault::Point;
 
@@ -109,6 +109,12 @@ impl<'d, B: Backend> Scan<'d, B> {
     /// # Errors
     /// A state that cannot be read.
     pub fn restore(&mut self, next: usize, sums: &[Vec<u8>]) -> Result<()> {
+        let len = self.micro_batches.len();
+        if next > len {
+            let message =
+                format!("the checkpoint has {next} micro-batches of the identification done, but it has {len}");
+            return Err(Failure::new(exit::DATA, message));
+        }
         self.next = next;
         match &mut self.scorer {
             Scorer::Gradient(scorer) => scorer.sums.restore(sums, ScoreAccumulator::absorb),

@@ -2,6 +2,7 @@
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::backend::Backend;
 use crate::exit::{self, Coded, Failure, Result};
@@ -116,6 +117,11 @@ impl<A: Serialize + DeserializeOwned> PartialSums<A> {
                 let message = "the scores so far in the checkpoint are of a version without --bootstrap: resume with that version";
                 return Err(Failure::new(exit::DATA, message));
             }
+            if !fits(&self.accumulator, &other.accumulator) || !fits(&self.bootstrap, &other.bootstrap) {
+                let message = "the scores so far in the checkpoint are not of this model's layers and experts: the checkpoint is \
+                               damaged; start again with --overwrite";
+                return Err(Failure::new(exit::DATA, message));
+            }
             if i == 0 {
                 *self = other; // not added to zeros: -0.0 must stay -0.0
                 continue;
@@ -128,5 +134,44 @@ impl<A: Serialize + DeserializeOwned> PartialSums<A> {
             self.tokens.extend(other.tokens);
         }
         Ok(())
+    }
+}
+
+/// Whether sums from a file have the layers, experts and lengths of `own`, which is new.
+fn fits<A: Serialize>(own: &A, read: &A) -> bool {
+    let value = |sums: &A| serde_json::to_value(sums).expect("sums are numbers");
+    same_form(&value(own), &value(read), "")
+}
+
+fn same_form(own: &Value, read: &Value, key: &str) -> bool {
+    match (own, read) {
+        (Value::Object(own), Value::Object(read)) => {
+            own.len() == read.len()
+                && own.iter().all(|(key, value)| read.get(key).is_some_and(|read| same_form(value, read, key)))
+        }
+        (Value::Array(own), Value::Array(read)) => {
+            own.len() == read.len() && own.iter().zip(read).all(|(own, read)| same_form(own, read, key))
+        }
+        // These say what the sums are of; all other numbers are sums and counts.
+        (own, read) if ["layers", "num_experts", "params_per_expert", "score", "per"].contains(&key) => own == read,
+        (own, read) => own.is_number() == read.is_number(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::experts::{Score, ScoreAccumulator, ScorePer};
+
+    #[test]
+    fn sums_of_another_shape_do_not_fit() {
+        let sums = |layers: &[usize], experts| {
+            ScoreAccumulator::new(Score::default(), ScorePer::default(), layers.to_vec(), experts, 6)
+        };
+        let own = sums(&[0, 2], 3);
+        assert!(fits(&own, &own));
+        for other in [sums(&[0, 2], 4), sums(&[0, 1], 3), sums(&[0], 6), sums(&[0, 1, 2], 2)] {
+            assert!(!fits(&own, &other));
+        }
     }
 }

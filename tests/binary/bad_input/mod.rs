@@ -2,6 +2,8 @@
 
 mod data;
 mod fields;
+mod files;
+mod folder;
 mod hollow;
 mod model;
 mod options;

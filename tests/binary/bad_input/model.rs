@@ -36,7 +36,13 @@ fn an_impossible_configuration() {
         (json!({"model_type": "llama"}), 78, "olmoe, mixtral, qwen3_moe, qwen2_moe"),
         (json!({"vocab_size": 100}), 65, "model.embed_tokens.weight"),
         (json!({"num_experts": 9}), 65, "model.layers.0.mlp.gate.weight"),
-        (json!({"quantization_config": {"bits": 4}}), 78, "bf16"),
+        (
+            json!({"num_experts": 1 << 20}),
+            65,
+            "num_experts: 1048576 experts in 3 layers are more than the supported 1048576",
+        ),
+        (json!({"num_hidden_layers": 99_999}), 65, "tensor `model.layers.3."),
+        (json!({"model_type": "x\u{1b}[2J"}), 78, "the model_type `x\\u{1b}[2J`"),
     ];
     for (change, code, says) in cases {
         let scene = Scene::new();
@@ -50,26 +56,26 @@ fn an_impossible_configuration() {
 }
 
 /// Header and data of a safetensors file.
-struct Weights {
-    header: String,
-    data: Vec<u8>,
+pub struct Weights {
+    pub header: String,
+    pub data: Vec<u8>,
 }
 
 impl Weights {
-    fn read(scene: &Scene) -> Self {
+    pub fn read(scene: &Scene) -> Self {
         let bytes = fs::read(scene.model().join("model.safetensors")).unwrap();
         let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         let header = String::from_utf8(bytes[8..8 + len].to_vec()).unwrap();
         Self { header, data: bytes[8 + len..].to_vec() }
     }
 
-    fn write(&self, scene: &Scene, header: &str) {
+    pub fn write(&self, scene: &Scene, header: &str) {
         let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &self.data].concat();
         fs::write(scene.model().join("model.safetensors"), bytes).unwrap();
     }
 
     /// The header with one tensor's entry changed.
-    fn with(&self, tensor: &str, change: impl FnOnce(&mut Value)) -> String {
+    pub fn with(&self, tensor: &str, change: impl FnOnce(&mut Value)) -> String {
         let mut header: Value = serde_json::from_str(&self.header).unwrap();
         change(&mut header[tensor]);
         header.to_string()

@@ -17,6 +17,29 @@ fn a_misspelled_option() {
 }
 
 #[test]
+fn a_key_that_a_file_gives_twice() {
+    let scene = Scene::new();
+    fs::write(scene.path("run.yaml"), "batch-size: 2\nseed: 1\nbatch-size: 3\n").unwrap();
+    let refused = scene.train(&["--config", "run.yaml"]);
+    refused.is(78, &["run.yaml:3: `batch-size` is there twice"]);
+    assert!(!refused.stderr.contains("Policy"), "{}", refused.stderr);
+}
+
+#[test]
+fn numbers_beyond_the_machine() {
+    for (option, count) in
+        [("--ranks", "18446744073709551615"), ("--ranks", "5000000"), ("--threads", "18446744073709551615")]
+    {
+        let scene = Scene::new();
+        for command in ["check", "train", "identify"] {
+            let ended = super::Outcome::of(scene.run(command, &[option, count]));
+            ended.is(78, &[&format!("{option} {count} is too many")]);
+        }
+        assert!(!scene.out().exists());
+    }
+}
+
+#[test]
 fn a_bomb_of_yaml_aliases() {
     let scene = Scene::new();
     let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x]\n");
@@ -32,6 +55,9 @@ fn a_bomb_of_yaml_aliases() {
 fn invalid_values() {
     let scene = Scene::new();
     scene.refuses(&["--batch-size", "0"], 78, &["--batch-size"]);
+    for option in ["--expert-epochs-per-round", "--num-rounds", "--verify", "--max-new-tokens", "--grad-accum"] {
+        scene.refuses(&[option, "18446744073709551615"], 78, &[option, "at most"]);
+    }
     scene.refuses(&["--expert-lr", "nan"], 78, &["finite"]);
     scene.refuses(&["--batch-size", "many"], 2, &["--batch-size", "many"]);
     scene.refuses(&["--layers", "2-7"], 78, &["--layers 2-7", "layers 0-2"]);

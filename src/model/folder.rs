@@ -1,0 +1,117 @@
+//! What a folder is that is given as a model, where it is not one, or not only one.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::input;
+use crate::quote::quote;
+
+const ADAPTER: &str = "adapter_config.json";
+
+const COPY_TOKENIZER: &str = "then copy the tokenizer files into NEW_FOLDER";
+
+/// File extensions of weights in formats that are not read, for messages.
+const OTHER_WEIGHTS: [(&str, &str); 6] =
+    [("gguf", "GGUF"), ("ggml", "GGML"), ("h5", "TensorFlow"), ("msgpack", "Flax"), ("npz", "MLX"), ("onnx", "ONNX")];
+
+/// The names in a folder, sorted.
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// A JSON object of the folder; empty where it cannot be read.
+fn object(dir: &Path, name: &str) -> Map<String, Value> {
+    let bytes = input::read(&dir.join(name)).unwrap_or_default();
+    serde_json::from_slice(input::without_mark(&bytes)).unwrap_or_default()
+}
+
+/// Why the adapter (PEFT) beside a model keeps it from being used: transformers would load both, and a copy of the folder
+/// without the adapter's weights could not be loaded at all.
+pub(super) fn adapter_beside_model(dir: &Path) -> Option<String> {
+    dir.join(ADAPTER).exists().then(|| {
+        format!(
+            "{ADAPTER}: an adapter (PEFT) lies beside the model, and transformers would load both. To train the model \
+             without it, move {ADAPTER} and adapter_model.* out of the folder. To train both, move them to a folder ADAPTER and \
+             merge them: python -c \"from peft import PeftModel as P; from transformers import AutoModelForCausalLM as M; \
+             P.from_pretrained(M.from_pretrained('{}', dtype='auto'), 'ADAPTER').merge_and_unload().save_pretrained('NEW_FOLDER')\", \
+             {COPY_TOKENIZER}",
+            dir.display()
+        )
+    })
+}
+
+/// What a folder is that lacks config.json or weights, with the way out. `None`: nothing is known.
+pub(super) fn not_a_model(dir: &Path) -> Option<String> {
+    let names = names(dir);
+    let ends = |ending: &str| names.iter().find(|name| name.ends_with(ending));
+    if names.iter().any(|name| name == ADAPTER || name.starts_with("adapter_model.")) {
+        let config = object(dir, ADAPTER);
+        let base = config.get("base_model_name_or_path").and_then(Value::as_str);
+        let base = base.map_or_else(String::new, |base| format!(" of {}", quote(base)));
+        return Some(format!(
+            "this is an adapter (PEFT){base}, not a model: merge it into its base model with: python -c \"from peft import \
+             AutoPeftModelForCausalLM as M; M.from_pretrained('{}', dtype='auto').merge_and_unload().save_pretrained('NEW_FOLDER')\", \
+             {COPY_TOKENIZER}",
+            dir.display()
+        ));
+    }
+    if let Some(file) = ends(".distcp").or_else(|| names.iter().find(|name| name.starts_with("pytorch_model_fsdp"))) {
+        return Some(format!(
+            "{} is a shard of a training checkpoint (FSDP): merge the shards with `accelerate merge-weights FOLDER NEW_FOLDER`, then \
+             copy config.json and the tokenizer files into NEW_FOLDER",
+            quote(file)
+        ));
+    }
+    if names.iter().any(|name| name == "zero_to_fp32.py" || name.starts_with("global_step")) {
+        return Some(
+            "this is a training checkpoint of DeepSpeed: merge it with `python zero_to_fp32.py FOLDER NEW_FOLDER \
+             --safe_serialization`, then copy config.json and the tokenizer files into NEW_FOLDER"
+                .into(),
+        );
+    }
+    let safetensors: Vec<&String> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
+    if dir.join("config.json").exists()
+        && let Some(first) = safetensors.first()
+    {
+        return Some(match first.contains("-of-") {
+            true => format!("{} is a shard, but model.safetensors.index.json is missing: fetch it, too", quote(first)),
+            false => format!(
+                "it holds {}: if that is the whole model in the names of transformers, rename it to model.safetensors",
+                quote(first)
+            ),
+        });
+    }
+    if let Some((_, format)) = OTHER_WEIGHTS.iter().find(|(extension, _)| ends(&format!(".{extension}")).is_some()) {
+        return Some(format!("it holds weights of {format}: give the original model in safetensors"));
+    }
+    let models = names.iter().filter(|name| dir.join(name).join("config.json").is_file());
+    models.last().map(|name| format!("the folder {} in it holds a config.json: give that one", quote(name)))
+}
+
+/// Files with weights in the model's folder that are neither read nor exported, where `read` names those that are.
+pub(super) fn unread_weights(dir: &Path, read: impl Fn(&str) -> bool) -> Vec<String> {
+    let weights = |name: &String| {
+        let extension = Path::new(name).extension().and_then(|e| e.to_str()).unwrap_or_default();
+        let pickle = ["bin", "pt", "pth", "ckpt", "safetensors"].contains(&extension);
+        !name.starts_with('.') && (pickle || OTHER_WEIGHTS.iter().any(|(other, _)| *other == extension))
+    };
+    names(dir).into_iter().filter(|name| weights(name) && !read(name)).collect()
+}
+
+/// A warning about a `quantization_config` in config.json: read only where the weights are not quantised, so that it is left
+/// over.
+pub fn left_over_quantization(dir: &Path) -> Option<String> {
+    let config = object(dir, "config.json");
+    let quantization = config.get("quantization_config").filter(|value| !value.is_null())?;
+    let method = quantization.get("quant_method").and_then(Value::as_str);
+    let method = method.map_or_else(String::new, |method| format!(" ({})", quote(method)));
+    Some(format!(
+        "config.json has a quantization_config{method}, but no tensor is quantised: it is taken for left over. transformers obeys \
+         it when it loads this model or a model trained from it: remove the key from config.json"
+    ))
+}

@@ -1,0 +1,109 @@
+//! How a checkpoint was made, by the names and number formats of its tensors, where it is not a plain model.
+
+use super::safetensors::StoredDtype;
+use crate::quote::quote;
+
+/// Components of names that a wrapper around the model adds, and the wrapper.
+const WRAPPERS: [(&str, &str); 8] = [
+    ("module", "DistributedDataParallel or DeepSpeed"),
+    ("_orig_mod", "torch.compile"),
+    ("_fsdp_wrapped_module", "FSDP"),
+    ("_checkpoint_wrapped_module", "activation checkpointing"),
+    ("_forward_module", "Lightning"),
+    ("base_model", "PEFT"),
+    ("base_layer", "PEFT"),
+    ("modules_to_save", "PEFT"),
+];
+
+/// Last components of names that hold the parts of a quantised weight.
+const QUANTISED: [&str; 19] = [
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "weight_packed",
+    "weight_shape",
+    "weight_zero_point",
+    "input_scale",
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "SCB",
+    "weight_format",
+    "gate_up_proj_blocks",
+    "down_proj_blocks",
+    "weight_g_idx",
+];
+
+/// Number formats of integers and of floats below 16 bits.
+const SMALL: [&str; 13] = [
+    "I8",
+    "U8",
+    "I16",
+    "U16",
+    "I32",
+    "U32",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+    "F6_E2M3",
+    "F4",
+];
+
+/// Why a tensor is none of a plain model, with the way out. `missing`: a tensor that the model needs and the checkpoint lacks.
+pub(super) fn of(tensor: &str, dtype: StoredDtype, missing: Option<&str>) -> Option<String> {
+    let parts: Vec<&str> = tensor.split('.').collect();
+    let last = parts.last().copied().unwrap_or_default();
+    if QUANTISED.contains(&last) || parts.contains(&"quant_state") || SMALL.contains(&&*dtype.to_string()) {
+        return Some(format!(
+            "the model is quantised (stored as {dtype}), and quantised weights cannot be trained: give the original model in bf16, \
+             or make one with: python -c \"from transformers import AutoModelForCausalLM as M; \
+             M.from_pretrained('FOLDER').dequantize().save_pretrained('NEW_FOLDER')\", then copy the tokenizer files into \
+             NEW_FOLDER"
+        ));
+    }
+    if parts.iter().any(|part| part.starts_with("lora_")) {
+        return Some(
+            "the weights of an adapter (LoRA) are beside those of the model: merge them with merge_and_unload() of PEFT, and \
+             save the result with save_pretrained"
+                .into(),
+        );
+    }
+    if last.contains("flat_param") {
+        return Some(
+            "these are flat parameters of FSDP: gather them with `accelerate merge-weights FOLDER NEW_FOLDER`, or save with \
+             state_dict_type FULL_STATE_DICT"
+                .into(),
+        );
+    }
+    let wrapped = parts.iter().find_map(|part| WRAPPERS.iter().find(|(name, _)| name == part));
+    if let Some((name, wrapper)) = wrapped {
+        let prefix = if *name == "base_model" { "base_model.model." } else { &format!("{name}.") };
+        return Some(format!("its name has the part {} of {wrapper}: {}", quote(prefix), rename(prefix)));
+    }
+    let missing = missing?;
+    if let Some(prefix) = tensor.strip_suffix(missing).filter(|prefix| prefix.ends_with('.')) {
+        return Some(format!("its name begins with {}, which the model's does not: {}", quote(prefix), rename(prefix)));
+    }
+    (missing.strip_prefix("model.") == Some(tensor)).then(|| {
+        "its name lacks the beginning `model.`: the model was saved without its output head (AutoModel). Save it with \
+         AutoModelForCausalLM"
+            .into()
+    })
+}
+
+fn rename(prefix: &str) -> String {
+    // Names come from the file, and this is to be pasted into a shell.
+    let plain = prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"._".contains(&b)) && prefix.len() <= 80;
+    let prefix = if plain { prefix } else { "PREFIX" };
+    format!(
+        "save the model that is wrapped, not the wrapper (accelerator.unwrap_model(model).save_pretrained(..)), or rename the \
+         tensors of each file: python -c \"import safetensors.torch as s; t = s.load_file('FILE'); \
+         s.save_file({{k.replace('{prefix}', ''): v for k, v in t.items()}}, 'NEW_FILE', {{'format': 'pt'}})\""
+    )
+}

@@ -1,0 +1,127 @@
+//! What lies in the place of a file, and files that are damaged.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::Scene;
+
+/// Every JSON file of a model that is read.
+const JSON: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+];
+
+fn pipe(path: &Path) {
+    let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    // SAFETY: the name is a valid C string.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+}
+
+#[test]
+fn a_folder_or_a_pipe_in_the_place_of_a_file_is_named() {
+    let more = ["model.safetensors", "chat_template.jinja"];
+    for name in JSON.into_iter().chain(more) {
+        let scene = Scene::new();
+        let path = scene.model().join(name);
+        let _ = fs::remove_file(&path);
+        fs::create_dir(&path).unwrap();
+        scene.refuses(&[], 74, &[name, "it is a folder (a directory), not a file"]);
+        fs::remove_dir(&path).unwrap();
+        pipe(&path);
+        scene.refuses(&[], 74, &[name, "it is a pipe (FIFO), not a file"]);
+    }
+    let scene = Scene::new();
+    pipe(&scene.path("pipe"));
+    for option in ["--dataset-path", "--eval-dataset-path", "--retain-dataset-path", "--chat-template", "--config"] {
+        scene.refuses(&[option, "pipe"], 74, &["pipe (FIFO)"]);
+        scene.refuses(&[option, "model"], 74, &["it is a folder"]);
+    }
+}
+
+#[test]
+fn a_byte_order_mark_before_json_is_skipped() {
+    let plain = Scene::new();
+    let marked = Scene::new();
+    for name in ["generation_config.json", "special_tokens_map.json", "added_tokens.json"] {
+        fs::write(marked.model().join(name), "{}").unwrap();
+        fs::write(plain.model().join(name), "{}").unwrap();
+    }
+    for name in JSON {
+        let path = marked.model().join(name);
+        fs::write(&path, [b"\xef\xbb\xbf".as_slice(), &fs::read(&path).unwrap()].concat()).unwrap();
+    }
+    let scores = |scene: &Scene| {
+        super::Outcome::of(scene.run("identify", &[])).is(0, &[]);
+        let scores: Value = serde_json::from_slice(&fs::read(scene.out().join("expert_scores.json")).unwrap()).unwrap();
+        scores
+    };
+    assert_eq!(scores(&marked), scores(&plain));
+}
+
+#[test]
+fn a_damaged_json_file_says_how_to_get_it_again() {
+    for name in JSON {
+        for (text, says) in [
+            ("{\"a\": [1, 2", "cut off"),
+            ("{\"a\": }", "fetch it again"),
+            ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+            ("<!doctype html><html></html>", "a web page"),
+            ("\0\0\0\0\0\0\0\0", "zero bytes"),
+            ("", "empty"),
+        ] {
+            let scene = Scene::new();
+            fs::write(scene.model().join(name), text).unwrap();
+            scene.refuses(&[], 65, &[name, says]);
+        }
+    }
+    let scene = Scene::new();
+    fs::write(scene.model().join("model.safetensors"), "version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        .unwrap();
+    scene.refuses(&[], 65, &["model.safetensors", "a pointer of Git LFS"]);
+}
+
+#[test]
+fn a_tokenizer_that_the_library_panics_on_is_at_fault() {
+    let scene = Scene::new();
+    let path = scene.model().join("tokenizer.json");
+    let good: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let refuses = |change: &dyn Fn(&mut Value)| {
+        let mut bad = good.clone();
+        change(&mut bad);
+        fs::write(&path, bad.to_string()).unwrap();
+        let refused = scene.train(&[]);
+        refused.is(65, &["tokenizer.json: not a valid tokenizer"]);
+        refused
+    };
+    // A merge whose parts are longer than the prefix that is cut off: a slice out of range.
+    let merges = |bad: &mut Value| {
+        bad["model"]["continuing_subword_prefix"] = "a long prefix".into();
+    };
+    assert!(!refuses(&merges).stderr.contains("report"));
+    // A decoder that is none.
+    assert!(
+        !refuses(&|bad: &mut Value| bad["decoder"] = serde_json::json!({"type": "ByteLeve"})).stderr.contains("report")
+    );
+    // Cut off anywhere.
+    let text = good.to_string();
+    for part in 1..8 {
+        fs::write(&path, &text[..text.len() * part / 8]).unwrap();
+        scene.train(&[]).is(65, &["tokenizer.json", "cut off"]);
+    }
+    // Text that the tokenizer fails on only when it encodes.
+    let encoding = |bad: &mut Value| {
+        bad["pre_tokenizer"] = serde_json::json!({"type": "Split", "pattern": {"Regex": "(a*)*$\\1(x+x+)+y"}, "behavior": "Isolated", "invert": false});
+    };
+    let mut bad = good.clone();
+    encoding(&mut bad);
+    fs::write(&path, bad.to_string()).unwrap();
+    scene.write_rows(&[super::row(&"x".repeat(3000))]);
+    let ended = scene.train(&["--long-rows", "drop"]);
+    assert!(!ended.stderr.contains("report"), "{}", ended.stderr);
+}
