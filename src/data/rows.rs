@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::Error;
-use crate::input;
+use crate::input::{self, RowsError};
 
 /// The 1-based line of a row's first character, and the row; or the error in it.
 type RawRow = Result<(usize, Map<String, Value>), Error>;
@@ -15,7 +15,10 @@ type RawRow = Result<(usize, Map<String, Value>), Error>;
 /// # Errors
 /// A file that is missing, empty or not UTF-8; the message names the line of the first invalid byte.
 pub(super) fn read_text(path: &Path) -> Result<String, Error> {
-    let bytes = input::read(path).map_err(|e| Error::read(path, e))?;
+    let bytes = input::read_rows(path).map_err(|e| match e {
+        RowsError::Io(e) => Error::read(path, e),
+        RowsError::Format(message) => Error::file(path, message),
+    })?;
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return Err(Error::row(path, 1, "the file is UTF-16; save it as UTF-8"));
     }

@@ -2,12 +2,14 @@
 //! what they should be.
 
 mod formats;
+mod rows;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
 pub use formats::{Format, recognise};
+pub use rows::{RowsError, read_rows};
 
 /// How to get a damaged file again.
 const FETCH_AGAIN: &str =

@@ -1,0 +1,160 @@
+//! Files of rows as text: JSON or JSONL as it is, unpacked from gzip or zstd, or from a Parquet table.
+
+use std::io::{self, Read};
+use std::path::Path;
+
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field, Row};
+use serde_json::{Map, Value};
+
+use super::formats::{Format, recognise};
+use crate::panics::catch_expected;
+use crate::quote::{cut, quote};
+
+/// Most bytes of an unpacked text, so that a small file cannot fill the memory.
+const MOST: u64 = 4 << 30;
+
+/// Layers of packing that are opened: a `.json.gz` in a `.zst`, say.
+const MOST_LAYERS: usize = 3;
+
+/// Why rows cannot be read.
+#[derive(Debug)]
+pub enum RowsError {
+    /// The file cannot be read.
+    Io(io::Error),
+    /// It is in another format, or damaged: what it is, with the way out.
+    Format(String),
+}
+
+/// Reads a file of rows as JSON or JSONL, by its first bytes. A Parquet table gives one row a line.
+///
+/// # Errors
+/// A file that cannot be read, that is damaged, or of another format.
+pub fn read_rows(path: &Path) -> Result<Vec<u8>, RowsError> {
+    let mut bytes = super::read(path).map_err(RowsError::Io)?;
+    for layer in 0..=MOST_LAYERS {
+        let unpacked = match recognise(&bytes) {
+            Some(Format::Gzip) if layer < MOST_LAYERS => unpack(flate2::read::MultiGzDecoder::new(&*bytes)),
+            Some(Format::Zstd) if layer < MOST_LAYERS => zstd(&bytes),
+            Some(Format::Parquet) if layer == 0 => {
+                drop(bytes);
+                return table(path);
+            }
+            // The caller names the encoding with the line.
+            Some(Format::Other("text in UTF-16", _)) => return Ok(bytes),
+            Some(other) => {
+                let (name, way) = other.describe();
+                let inside = if layer > 0 { "what is packed in the file is" } else { "the file is" };
+                return Err(RowsError::Format(format!("{inside} {name}, not rows of JSON; {way}")));
+            }
+            None => return separated(&bytes, path).map_or(Ok(bytes), |message| Err(RowsError::Format(message))),
+        };
+        bytes = unpacked.map_err(RowsError::Format)?;
+    }
+    Err(RowsError::Format("it is packed too many times; unpack it".into()))
+}
+
+fn zstd(bytes: &[u8]) -> Result<Vec<u8>, String> {
+    let damaged = |e: io::Error| format!("it is compressed by zstd, and damaged ({e})");
+    let mut decoder = ::zstd::Decoder::with_buffer(bytes).map_err(damaged)?;
+    // `zstd --long`
+    decoder.window_log_max(31).map_err(damaged)?;
+    unpack(decoder)
+}
+
+fn unpack(packed: impl Read) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    packed.take(MOST + 1).read_to_end(&mut bytes).map_err(|e| {
+        format!("the packed data are damaged or cut off ({}): fetch the file again", cut(&e.to_string(), 100))
+    })?;
+    match bytes.len() as u64 > MOST {
+        true => Err(format!("unpacked it has more than {} GiB: unpack it, and give a part of it", MOST >> 30)),
+        false => Ok(bytes),
+    }
+}
+
+/// The rows of a Parquet table, one a line.
+fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
+    let file = super::open(path).map_err(RowsError::Io)?;
+    let damaged = |what: &str| {
+        format!(
+            "the file is a Parquet table that cannot be read ({}): fetch it again, or convert it: \
+             pandas.read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True)",
+            cut(what, 200)
+        )
+    };
+    let read = || -> Result<Vec<u8>, String> {
+        let reader = SerializedFileReader::new(file).map_err(|e| damaged(&e.to_string()))?;
+        let mut text = Vec::new();
+        for (number, row) in reader.get_row_iter(None).map_err(|e| damaged(&e.to_string()))?.enumerate() {
+            let row =
+                object(&row.map_err(|e| damaged(&e.to_string()))?).map_err(|e| format!("row {}: {e}", number + 1))?;
+            serde_json::to_writer(&mut text, &row).expect("values have string keys");
+            text.push(b'\n');
+            if text.len() as u64 > MOST {
+                return Err(format!("as JSON it has more than {} GiB: give a part of it", MOST >> 30));
+            }
+        }
+        Ok(text)
+    };
+    // The library panics on some damaged files.
+    let read = catch_expected(read).unwrap_or_else(|| Err(damaged("its parts contradict each other")));
+    read.map_err(RowsError::Format)
+}
+
+fn object(row: &Row) -> Result<Value, String> {
+    let columns = row.get_column_iter().map(|(name, field)| Ok((name.clone(), value(name, field)?)));
+    Ok(Value::Object(columns.collect::<Result<Map<_, _>, String>>()?))
+}
+
+fn value(name: &str, field: &Field) -> Result<Value, String> {
+    match field {
+        Field::Group(row) => object(row),
+        Field::ListInternal(list) => list.elements().iter().map(|item| value(name, item)).collect(),
+        Field::MapInternal(map) => {
+            let entry = |(key, item): &(Field, Field)| {
+                let key = match value(name, key)? {
+                    Value::String(key) => key,
+                    other => other.to_string(),
+                };
+                Ok((key, value(name, item)?))
+            };
+            Ok(Value::Object(map.entries().iter().map(entry).collect::<Result<_, String>>()?))
+        }
+        // Text that its writer has not marked as text.
+        Field::Bytes(bytes) => String::from_utf8(bytes.data().to_vec())
+            .map(Value::String)
+            .map_err(|_| format!("the column {} holds bytes that are no text in UTF-8: leave it out", quote(name))),
+        other => Ok(other.to_json_value()),
+    }
+}
+
+/// The error for a table of separated values: a first line of names that are no JSON.
+fn separated(bytes: &[u8], path: &Path) -> Option<String> {
+    let text = super::without_mark(bytes).trim_ascii_start();
+    let mut lines = text[..text.len().min(1 << 16)].split(|b| *b == b'\n').map(String::from_utf8_lossy);
+    let first = lines.next()?;
+    if first.is_empty() || first.starts_with(['{', '[', '"']) && first.contains(['{', '[']) {
+        return None;
+    }
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let separator = ['\t', ',', ';', '|'].into_iter().find(|separator| {
+        let names: Vec<&str> = first.trim_end().split(*separator).collect();
+        let plain = |name: &&str| !name.trim().is_empty() && name.split_whitespace().count() <= 3 && name.len() <= 60;
+        names.len() > 1 && names.iter().all(plain)
+    });
+    let second = lines.next().is_some_and(|line| separator.is_some_and(|separator| line.contains(separator)));
+    let (kind, given) = match (separator, &*extension) {
+        (Some('\t'), _) | (None, "tsv" | "tab") => ("TSV", ", sep='\\t'"),
+        (Some(';'), _) => ("CSV", ", sep=';'"),
+        (Some('|'), _) => ("CSV", ", sep='|'"),
+        (Some(_), _) | (None, "csv") => ("CSV", ""),
+        (None, _) => return None,
+    };
+    (second || ["csv", "tsv", "tab"].contains(&&*extension)).then(|| {
+        format!(
+            "the file is a table of separated values ({kind}), not rows of JSON; convert it: python -c \"import pandas; \
+             pandas.read_csv('FILE'{given}).to_json('rows.jsonl', orient='records', lines=True)\""
+        )
+    })
+}
