@@ -13,7 +13,7 @@ use super::message::Message;
 use super::report::{DataReport, DropReason, Kind};
 use super::template::Reads;
 use super::tokenizer::Encoded;
-use super::{ChatTokenizer, DataOptions, Error, Example, LongRows, LossOn, Record, fields, values};
+use super::{ChatTokenizer, DataOptions, Error, Example, LongRows, LossOn, Record, TemplateError, fields, values};
 
 /// The records of a file, in file order.
 #[derive(Debug, Clone, PartialEq)]
@@ -193,7 +193,19 @@ impl RecordBuilder<'_> {
     }
 
     /// The error of the chat template on these turns, with the turns.
-    fn template_error(&self, row: &Row, turns: &[Message], error: &impl ToString) -> Error {
+    fn template_error(&self, row: &Row, turns: &[Message], error: MaskError) -> Error {
+        let file = self.tokenizer.template().file();
+        if let MaskError::Template(TemplateError::Crashed) | MaskError::Turn { source: TemplateError::Crashed, .. } =
+            error
+        {
+            let message = format!(
+                "the chat template failed on the turns of {}:{}: it crashed the template engine; give another template with \
+                 --chat-template",
+                self.path.display(),
+                row.line
+            );
+            return Error::file(file, message);
+        }
         let named: Vec<_> =
             turns.iter().enumerate().map(|(i, turn)| format!("{} {}", i + 1, describe_turn(turn))).collect();
         let named = if named.len() > 6 {
@@ -208,7 +220,10 @@ impl RecordBuilder<'_> {
             }
             _ => ". --chat-template gives another template",
         };
-        self.row_error(row.line, format!("{}; it was given the turns {named}{hint}", error.to_string()))
+        self.row_error(
+            row.line,
+            format!("{error}; the template, of {}, was given the turns {named}{hint}", file.display()),
+        )
     }
 
     /// Checks the fields of turns against what a rendering read of them, and collects those that nothing read.
@@ -228,7 +243,7 @@ impl RecordBuilder<'_> {
             return self.too_long(line, format_args!("a prompt of {bytes} bytes"));
         }
         let rendered = self.tokenizer.template().render_with(messages, &row.variables, true);
-        let rendered = rendered.map_err(|e| self.template_error(row, messages, &e))?;
+        let rendered = rendered.map_err(|e| self.template_error(row, messages, e.into()))?;
         if !side.has_reply() {
             self.check_turns(row, side, &rendered.reads, unread)?;
         }
@@ -260,8 +275,8 @@ impl RecordBuilder<'_> {
             return self.too_long(line, format_args!("a conversation of {bytes} bytes"));
         }
         let masked = mask::render_with_mask(self.tokenizer.template(), &side.messages, &row.variables);
-        let masked = masked.map_err(|e| match &e {
-            MaskError::Template(_) | MaskError::Turn { .. } => self.template_error(row, &side.messages, &e),
+        let masked = masked.map_err(|e| match e {
+            MaskError::Template(_) | MaskError::Turn { .. } => self.template_error(row, &side.messages, e),
             _ => self.row_error(line, e),
         })?;
         self.check_turns(row, side, &masked.reads, unread)?;

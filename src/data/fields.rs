@@ -8,7 +8,7 @@ use super::python_literal;
 use super::rows::kind_of;
 use super::template::{ChatTemplate, Reads};
 use super::turns::WRITTEN;
-use super::values::{Result, name_of, present, text};
+use super::values::{Result, is_empty, name_of, present, text};
 
 /// Fields of a row that hold a system turn for its turns.
 pub(super) const SYSTEM: [&str; 3] = ["system", "system_prompt", "system_message"];
@@ -73,14 +73,13 @@ pub(super) fn with_system(row: &Map<String, Value>, mut turns: Vec<Message>) -> 
 pub(super) fn variables(row: &Map<String, Value>) -> Result<Map<String, Value>> {
     let mut variables = Map::new();
     for name in VARIABLES {
-        match present(row, name).map(|value| structure(value, name)).transpose()? {
+        match structure(row, name)? {
             None => {}
-            Some(Value::Array(list)) if list.is_empty() => {}
             Some(list @ Value::Array(_)) => _ = variables.insert(name.to_owned(), list),
             Some(other) => return Err(format!("{name} should be a list, not {}", kind_of(&other))),
         }
     }
-    match present(row, KWARGS).map(|value| structure(value, KWARGS)).transpose()? {
+    match structure(row, KWARGS)? {
         None => {}
         Some(Value::Object(given)) => {
             for (name, value) in given {
@@ -99,13 +98,15 @@ pub(super) fn variables(row: &Map<String, Value>) -> Result<Map<String, Value>> 
     Ok(variables)
 }
 
-/// A value, or the structure that a string holds in JSON or Python notation.
-fn structure(value: &Value, name: &str) -> Result<Value> {
-    match value {
-        Value::String(text) => python_literal::parse(text)
-            .map_err(|e| format!("{name} is a string that is not JSON or Python notation: {e}")),
-        value => Ok(value.clone()),
-    }
+/// The value of a field, or the structure that its text holds in JSON or Python notation; `None` if it is empty.
+fn structure(row: &Map<String, Value>, name: &str) -> Result<Option<Value>> {
+    let value = match text(row, name) {
+        Ok(Some(text)) => python_literal::parse(text)
+            .map_err(|e| format!("{name} is a string that is not JSON or Python notation: {e}"))?,
+        Ok(None) => return Ok(None),
+        Err(_) => row[name].clone(), // no text
+    };
+    Ok(Some(value).filter(|value| !is_empty(value)))
 }
 
 /// Names of a row's fields that hold something and are not `used` by its kind.
@@ -121,7 +122,7 @@ pub(super) fn check_row(
     unused: &[String],
     template: &ChatTemplate,
 ) -> Result<Vec<String>> {
-    for name in variables.keys().filter(|name| !template.reads_variable(name)) {
+    if let Some(name) = variables.keys().find(|name| !template.reads_variable(name)) {
         return Err(format!(
             "the row gives {} for the chat template, which does not read it, so that it would be dropped: remove it, or give a \
              template that reads it with --chat-template",

@@ -147,7 +147,7 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
             parsed.unused.extend(fields::unused(row, used));
             Parsed::Row(parsed)
         }
-        dropped => dropped,
+        dropped @ Parsed::Dropped(_) => dropped,
     })
 }
 

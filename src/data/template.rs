@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,6 +38,9 @@ pub enum TemplateError {
     /// The template raised an exception, or failed on these messages.
     #[error("the chat template failed: {0}")]
     Render(String),
+    /// The template engine panicked.
+    #[error("the chat template failed: it crashed the template engine")]
+    Crashed,
     /// The template exceeded a limit on steps, output, time or memory.
     #[error("the chat template was stopped: {0}")]
     Bounds(String),
@@ -63,12 +67,13 @@ pub struct ChatTemplate {
     /// Names of the variables that the template reads.
     variables: HashSet<String>,
     source: String,
+    /// The file that holds it.
+    file: PathBuf,
     /// See [`ChatTemplate::takes_parts`].
     takes_parts: OnceLock<bool>,
 }
 
 const NAME: &str = "chat_template";
-const CRASHED: &str = "it crashed the template engine";
 
 impl ChatTemplate {
     /// Compiles a template. `tokens`: its variables for special tokens, by name.
@@ -91,9 +96,29 @@ impl ChatTemplate {
             Ok((env, variables))
         };
         let compiled = deep::run(|| panics::catch_expected(compile)).map_err(TemplateError::Source)?;
-        let (env, variables) = compiled.ok_or_else(|| TemplateError::Source(CRASHED.into()))??;
+        let (env, variables) = compiled.ok_or(TemplateError::Crashed)??;
         let tokens = tokens.into_iter().collect();
-        Ok(Self { env, digest, marks_generation, tokens, variables, source: own, takes_parts: OnceLock::new() })
+        Ok(Self {
+            env,
+            digest,
+            marks_generation,
+            tokens,
+            variables,
+            source: own,
+            file: PathBuf::new(),
+            takes_parts: OnceLock::new(),
+        })
+    }
+
+    /// The template with the name of its file, for messages.
+    #[must_use]
+    pub fn of_file(self, file: &Path) -> Self {
+        Self { file: file.into(), ..self }
+    }
+
+    /// The file that holds it.
+    pub(super) fn file(&self) -> &Path {
+        &self.file
     }
 
     /// Whether the template reads this variable.
@@ -204,7 +229,7 @@ impl ChatTemplate {
             template.render_captured_to(context, &mut output).map(drop).map_err(|e| render_error(&e))
         };
         let result = deep::run(|| panics::catch_expected(render)).map_err(TemplateError::Bounds)?;
-        let Some(result) = result else { return Err(TemplateError::Render(CRASHED.into())) };
+        let Some(result) = result else { return Err(TemplateError::Crashed) };
         if output.exceeded {
             return Err(TemplateError::Bounds(format!(
                 "it wrote more than {limit} bytes for {bytes} bytes of messages"
@@ -363,8 +388,7 @@ mod tests {
     #[test]
     fn a_panic_of_the_engine_is_an_error() {
         // A backward slice of an empty list, whose result is indexed: see `push_with_reverse` in jinja.rs.
-        let crashed = TemplateError::Render("it crashed the template engine".into());
-        assert_eq!(render("{{ messages[9:][::-1][0] }}"), Err(crashed));
+        assert_eq!(render("{{ messages[9:][::-1][0] }}"), Err(TemplateError::Crashed));
     }
 
     #[test]

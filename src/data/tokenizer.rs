@@ -75,7 +75,8 @@ impl ChatTokenizer {
         let (source, origin) = template_source(model_dir, &config, chat_template)?;
         let template_error = |e: TemplateError| Error::file(&origin, e);
         let tokens = named.iter().map(|(name, v)| (name.clone(), template_value(v)));
-        let template = Arc::new(ChatTemplate::new(&source, tokens).map_err(template_error)?);
+        let template = ChatTemplate::new(&source, tokens).map_err(template_error)?;
+        let template = Arc::new(template.of_file(&origin));
         template.check_limits().map_err(template_error)?;
 
         let vocabulary = tokenizer.get_vocab(true);

@@ -7,15 +7,20 @@ use crate::quote;
 
 pub(super) type Result<T, E = String> = std::result::Result<T, E>;
 
-/// The value of a field; `None` if it is missing or empty: null, `""`, `[]` or `{}`.
+/// The value of a field; `None` if it is missing or empty.
 pub(super) fn present<'a>(row: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
-    row.get(name).filter(|value| match value {
-        Value::Null => false,
-        Value::String(text) => !text.is_empty(),
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(map) => !map.is_empty(),
-        Value::Bool(_) | Value::Number(_) => true,
-    })
+    row.get(name).filter(|value| !is_empty(value))
+}
+
+/// Whether a value is null, `""`, `[]` or `{}`.
+pub(super) fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        Value::Bool(_) | Value::Number(_) => false,
+    }
 }
 
 /// The text of a field; `None` if it is missing or blank.

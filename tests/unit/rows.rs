@@ -115,6 +115,7 @@ fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
             "gives tools for the chat template, which does not read",
         ),
         (row(json!({"tools": {"name": "f"}})), template("tools"), "tools should be a list"),
+        (row(json!({"tools": "{}{"})), template("tools"), "tools is a string that is not JSON"),
         (row(json!({"documents": [{"text": "f"}]})), template("plain"), "documents"),
         (row(json!({"chat_template_kwargs": {"enable_thinking": false}})), template("plain"), "enable_thinking"),
         (row(json!({"chat_template_kwargs": [1]})), template("plain"), "should be an object"),

@@ -201,7 +201,10 @@ fn a_template_that_panics_the_engine() {
     let scene = Scene::new();
     fs::write(scene.model().join("chat_template.jinja"), "{{ messages[9:][::-1][0] }}").unwrap();
     let outcome = scene.train(&[]);
-    outcome.is(65, &["rows.jsonl:1: ", "the chat template failed", "crashed the template engine"]);
+    outcome.is(
+        65,
+        &["chat_template.jinja: the chat template failed on the turns of rows.jsonl:1: it crashed the template engine"],
+    );
     for word in ["at fault", "panicked"] {
         assert!(!outcome.stderr.contains(word), "{}", outcome.stderr);
     }
