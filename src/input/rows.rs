@@ -77,11 +77,16 @@ fn unpack(packed: impl Read) -> Result<Vec<u8>, String> {
 fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
     let file = super::open(path).map_err(RowsError::Io)?;
     let damaged = |what: &str| {
-        format!(
-            "the file is a Parquet table that cannot be read ({}): fetch it again, or convert it: \
-             pandas.read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True)",
-            cut(what, 200)
-        )
+        let convert = "convert it: pandas.read_parquet(FILE).to_json('rows.jsonl', orient='records', lines=True)";
+        match what.split_once("Disabled feature at compile time: ") {
+            Some((_, codec)) => {
+                format!("the file is a Parquet table compressed by {}, which is not read; {convert}", cut(codec, 40))
+            }
+            None => format!(
+                "the file is a Parquet table that cannot be read ({}): fetch it again, or {convert}",
+                cut(what, 200)
+            ),
+        }
     };
     let read = || -> Result<Vec<u8>, String> {
         let reader = SerializedFileReader::new(file).map_err(|e| damaged(&e.to_string()))?;

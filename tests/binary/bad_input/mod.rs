@@ -4,6 +4,7 @@ mod data;
 mod fields;
 mod files;
 mod folder;
+mod formats;
 mod hollow;
 mod model;
 mod options;
