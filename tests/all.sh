@@ -28,14 +28,20 @@ fi
 
 if (($# == 0)); then
     python=${MOEWARDEN_PYTHON:-python3}
-    part=export_onto_a_disk_that_fills_up # ignored because another test runs it in a process of its own
-    if ! "$python" --version >/dev/null 2>&1; then
-        echo "skipped: tests/binary/python.rs: there is no $python"
-    elif ! "$python" -c 'import torch, transformers, safetensors' >/dev/null 2>&1; then
-        echo "skipped: transformers_loads_what_was_exported: $python does not have torch, transformers and safetensors"
-        set -- -- --include-ignored --skip "$part" --skip transformers_loads_what_was_exported
+    skips=(--skip export_onto_a_disk_that_fills_up) # ignored because another test runs it in a process of its own
+    # skip_without TEST MODULES: unless Python has these modules
+    skip_without() {
+        if ! "$python" -c "import $2" >/dev/null 2>&1; then
+            echo "skipped: $1: $python does not have $2"
+            skips+=(--skip "$1")
+        fi
+    }
+    if "$python" --version >/dev/null 2>&1; then
+        skip_without transformers_loads_what_was_exported "torch, transformers, safetensors"
+        skip_without the_snippets_of_the_documentation_run "torch, transformers, safetensors, pandas, peft"
+        set -- -- --include-ignored "${skips[@]}"
     else
-        set -- -- --include-ignored --skip "$part"
+        echo "skipped: tests/binary/python.rs: there is no $python"
     fi
 fi
 

@@ -168,3 +168,25 @@ fn transformers_loads_what_was_exported() {
         }
     }
 }
+
+/// The code of docs/python.md, as one script, on a run and an evaluation as the page has them.
+#[test]
+#[ignore = "skipped: needs python3 with pandas, peft, torch, transformers and safetensors"]
+fn the_snippets_of_the_documentation_run() {
+    let page = include_str!("../../docs/python.md");
+    let snippets: Vec<&str> = page.split("```python\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert!(snippets.len() >= 7, "{} snippets", snippets.len());
+    let temp = tempfile::tempdir().unwrap();
+    let (model, data) = (golden("olmoe").join("model"), golden("olmoe").join("data.json"));
+    let options = "--num-rounds 2 --top-k-experts 4 --save-rounds delta";
+    moewarden(temp.path(), "train", "runs/olmoe", &model, &data, options);
+    moewarden(temp.path(), "eval", "runs/base-eval", &model, &data, "--max-new-tokens 4");
+    let script = temp.path().join("snippets.py");
+    fs::write(&script, format!("import os\nos.chdir(os.path.dirname(__file__))\n{}", snippets.join("\n"))).unwrap();
+    let ran = python([&script]);
+    passes(&ran);
+    let out = String::from_utf8_lossy(&ran.stdout);
+    for part in ["model.layers.", "trainable params", "unsafe"] {
+        assert!(out.contains(part), "{part:?} is not in {out}");
+    }
+}

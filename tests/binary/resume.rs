@@ -294,7 +294,7 @@ fn a_checkpoint_whose_hash_fits_is_held_against_the_model_and_the_recipe() {
     let job = Job { rows: 3, options: "--num-rounds 1 --safe-response No.", ..ALTERNATE };
     job.run_saving(&run, Threads(1), "--batch-size 2");
     let copy = dir.path().join("copy");
-    let mut refuses = |checkpoint: &str, file: &str, says: &str, changed: &dyn Fn(&mut Value)| {
+    let refuses = |checkpoint: &str, file: &str, says: &str, changed: &dyn Fn(&mut Value)| {
         cut_at(&run, checkpoint, &copy);
         change(&copy.join("checkpoints").join(checkpoint), file, changed);
         job.run(&copy, Threads(1), "--batch-size 2 --resume").failed(exit::DATA, &[says]);

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# wheel.sh MATURIN...: builds the Python wheel with this command (such as `python3 -m maturin`), installs it into a fresh virtual environment
+# without network, and runs the quickstart from there. MOEWARDEN_WHEEL_PROFILE: the cargo profile (default: dev, which shares the
+# artifacts of the tests).
+set -euo pipefail
+maturin=("$@")
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"${maturin[@]}" build --quiet --profile "${MOEWARDEN_WHEEL_PROFILE:-dev}" --out "$work/wheels"
+wheels=("$work"/wheels/moewarden-*.whl)
+((${#wheels[@]} == 1)) || { echo "wheel.sh: not one wheel, but ${wheels[*]}" >&2; exit 1; }
+python3 -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet --no-index --disable-pip-version-check "${wheels[0]}"
+
+# Neither the source folder nor cargo's binary may be what runs.
+cd "$work"
+export PATH="$work/venv/bin:$PATH"
+[[ $(command -v moewarden) == "$work/venv/bin/moewarden" ]]
+moewarden --version
+moewarden quickstart --threads 2 --quiet | tee quickstart.txt
+grep -q "6 of 6" quickstart.txt
+test -s moewarden-quickstart/quickstart.html
+"$work/venv/bin/python" -m pip uninstall --quiet --yes moewarden
+if command -v moewarden | grep -q "$work"; then
+    echo "wheel.sh: pip left the binary behind" >&2
+    exit 1
+fi
+echo "wheel.sh: ${wheels[0]##*/} installs, runs the quickstart, and uninstalls"
