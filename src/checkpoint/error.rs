@@ -21,6 +21,8 @@ pub enum Error {
     Write { path: PathBuf, source: io::Error },
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
+    #[error("{path} is a broken symbolic link: remove it, or fetch the file that it stands for")]
+    BrokenLink { path: PathBuf, source: io::Error },
     #[error("{file}: not a moewarden delta: {message}")]
     NotADelta { file: PathBuf, message: String },
     #[error("{file}: tensor `{tensor}`: {message}")]
@@ -62,6 +64,7 @@ impl Coded for Error {
             Error::Create { source, .. } if files::is_disk_full(source) => exit::IO,
             Error::Create { .. } => exit::CANNOT_CREATE,
             Error::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
+            Error::BrokenLink { .. } => exit::NO_INPUT,
             Error::Write { .. } | Error::Read { .. } => exit::IO,
             Error::NotFinite { source, .. } => source.exit_code(),
             Error::File(e) => e.exit_code(),

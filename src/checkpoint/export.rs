@@ -93,6 +93,17 @@ fn write_model(
     Ok(aside)
 }
 
+/// Checks that an export can copy the files beside the weights, before anything is computed.
+///
+/// # Errors
+/// A symbolic link that is broken or leads out of the folder; a folder that cannot be read.
+pub fn check_copied(source_dir: &Path, checkpoint: &Checkpoint) -> Result<(), Error> {
+    for file in files_without_weights(source_dir, checkpoint.index_file())? {
+        safe_file(source_dir, &file)?;
+    }
+    Ok(())
+}
+
 /// Whether an export can write a file of this name: a shard, the index, or a file without weights.
 pub fn is_model_file(name: &str) -> bool {
     let shard = Path::new(name).extension().is_some_and(|extension| extension == "safetensors");
@@ -158,7 +169,11 @@ fn files_without_weights(dir: &Path, index: Option<&str>) -> Result<Vec<PathBuf>
                 continue;
             }
             let path = folder.join(entry.file_name());
-            let kind = fs::metadata(entry.path()).map_err(Error::read(&entry.path()))?.file_type();
+            let kind = fs::metadata(entry.path()).map_err(|source| match entry.path().is_symlink() {
+                true => Error::BrokenLink { path: entry.path(), source },
+                false => Error::Read { path: entry.path(), source },
+            })?;
+            let kind = kind.file_type();
             if kind.is_file() {
                 files.push(path);
             } else if kind.is_dir() && folder.as_os_str().is_empty() && COPIED_FOLDERS.contains(&&*name) {

@@ -53,7 +53,7 @@ pub struct EvalArgs {
     #[arg(long, help_heading = GENERATION, conflicts_with_all = ["max_new_tokens", "generation_batch_size", "temperature", "top_p", "seed"])]
     pub skip_answers: bool,
     /// Maximum length of a generated response in tokens
-    #[arg(long, value_name = "TOKENS", help_heading = GENERATION, default_value_t = 128, value_parser = at_least_one)]
+    #[arg(long, value_name = "TOKENS", help_heading = GENERATION, default_value_t = 128, value_parser = at_most_many)]
     pub max_new_tokens: usize,
     /// Responses that are generated together, with one pass over the weights a token
     #[arg(long, value_name = "RESPONSES", help_heading = GENERATION, default_value_t = 16, value_parser = at_least_one)]
@@ -184,7 +184,7 @@ pub struct AblateArgs {
     #[arg(long, value_name = "EXAMPLES", help_heading = INPUT, default_value_t = 8, value_parser = at_least_one)]
     pub batch_size: usize,
     /// Maximum length of the model's own answers in tokens
-    #[arg(long, value_name = "TOKENS", help_heading = INPUT, default_value_t = 32, value_parser = at_least_one)]
+    #[arg(long, value_name = "TOKENS", help_heading = INPUT, default_value_t = 32, value_parser = at_most_many)]
     pub max_new_tokens: usize,
     /// Answers of the model that are generated together on each rank, with one pass over the weights a token
     #[arg(long, value_name = "ANSWERS", help_heading = INPUT, default_value_t = 16, value_parser = at_least_one)]
@@ -195,7 +195,7 @@ pub struct AblateArgs {
     #[arg(long, value_name = "FILE", help_heading = CHECK)]
     pub experts: PathBuf,
     /// Number of random sets of the same size to compare with; a verdict of "localised" needs 99
-    #[arg(long, value_name = "SETS", help_heading = CHECK, default_value_t = 100, value_parser = at_least_one)]
+    #[arg(long, value_name = "SETS", help_heading = CHECK, default_value_t = 100, value_parser = at_most_many)]
     pub random_sets: usize,
     /// What random sets have in common with the selection besides their size
     #[arg(long = "match", id = "match", help_heading = CHECK, value_enum, default_value_t)]
@@ -329,6 +329,14 @@ fn at_least_one(text: &str) -> Result<usize, String> {
         Ok(0) => Err("must be at least 1".into()),
         Ok(n) => Ok(n),
         Err(e) => Err(format!("{e}")),
+    }
+}
+
+/// From 1 to [`validate::MOST`].
+fn at_most_many(text: &str) -> Result<usize, String> {
+    match at_least_one(text)? {
+        n if n > validate::MOST => Err(format!("must be at most {}", validate::MOST)),
+        n => Ok(n),
     }
 }
 

@@ -7,7 +7,7 @@ use crate::experts::Method;
 const MAX_RESAMPLES: usize = 100_000;
 
 /// The most of what is repeated: far more than can be run, and few enough to count.
-const MOST: usize = 10_000_000;
+pub(super) const MOST: usize = 10_000_000;
 
 /// All values out of range and all contradictions, each with a remedy.
 pub(super) fn problems(c: &RunConfig) -> Vec<String> {
@@ -55,7 +55,6 @@ fn counts(c: &RunConfig, wrong: &mut Vec<String>) {
         ("grad-accum", c.grad_accum),
         ("verify", c.verify),
         ("max-new-tokens", c.max_new_tokens.unwrap_or(1)),
-        ("generation-batch-size", c.generation_batch_size),
     ];
     for (option, value) in repeated.into_iter().filter(|(_, value)| *value > MOST) {
         wrong.push(format!("--{option} is {value}, but must be at most {MOST}"));

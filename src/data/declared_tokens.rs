@@ -125,11 +125,10 @@ impl Special {
                         special.named.push((name.clone(), Some(one(key, value)?)));
                     }
                 }
+                // The new key counts where a file has both.
+                (OLD_EXTRA, Value::Array(_)) if object.contains_key(EXTRA) => {}
                 (EXTRA | OLD_EXTRA, Value::Array(list)) => {
-                    // The new key counts where a file has both.
-                    if key == EXTRA || !object.contains_key(EXTRA) {
-                        special.extra = Some(list.iter().map(|value| one(key, value)).collect::<Result<_, _>>()?);
-                    }
+                    special.extra = Some(list.iter().map(|value| one(key, value)).collect::<Result<_, _>>()?);
                 }
                 (EXTRA | OLD_EXTRA, value) if !value.is_null() => return Err(wrong(key, value)),
                 _ => {}

@@ -89,8 +89,8 @@ pub(super) fn not_a_model(dir: &Path) -> Option<String> {
     if let Some((_, format)) = OTHER_WEIGHTS.iter().find(|(extension, _)| ends(&format!(".{extension}")).is_some()) {
         return Some(format!("it holds weights of {format}: give the original model in safetensors"));
     }
-    let models = names.iter().filter(|name| dir.join(name).join("config.json").is_file());
-    models.last().map(|name| format!("the folder {} in it holds a config.json: give that one", quote(name)))
+    let model = names.iter().rfind(|name| dir.join(name).join("config.json").is_file());
+    model.map(|name| format!("the folder {} in it holds a config.json: give that one", quote(name)))
 }
 
 /// Files with weights in the model's folder that are neither read nor exported, where `read` names those that are.

@@ -14,6 +14,7 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 
 use super::json::{Members, each_member};
 use crate::backend::Dtype;
+use crate::quote::{cut, quote};
 
 /// The format's limit on the JSON header, in bytes; a false length field cannot cause a larger allocation.
 const MAX_HEADER: u64 = 100_000_000;
@@ -122,21 +123,21 @@ pub enum HeaderError {
     BeyondFile { claimed: u64, available: usize },
     #[error("the length field claims a header of {0} bytes, more than the limit of {MAX_HEADER}")]
     TooLong(u64),
-    #[error("the header is not JSON in the safetensors schema: {0}")]
+    #[error("the header is not JSON in the safetensors schema: {}", cut(.0, 300))]
     NotJson(String),
-    #[error("tensor `{tensor}`: the number format `{dtype}` is unknown")]
+    #[error("tensor {}: the number format {} is unknown", quote(.tensor), quote(.dtype))]
     UnknownDtype { tensor: String, dtype: String },
-    #[error("tensor `{tensor}`: shape {shape:?} is too large for this machine")]
+    #[error("tensor {}: shape {shape:?} is too large for this machine", quote(.tensor))]
     TooLarge { tensor: String, shape: Vec<usize> },
-    #[error("tensor `{tensor}`: shape {shape:?} of {dtype} does not fill whole bytes")]
+    #[error("tensor {}: shape {shape:?} of {dtype} does not fill whole bytes", quote(.tensor))]
     BrokenBytes { tensor: String, shape: Vec<usize>, dtype: StoredDtype },
-    #[error("tensor `{tensor}`: data_offsets {begin}..{end} run backwards")]
+    #[error("tensor {}: data_offsets {begin}..{end} run backwards", quote(.tensor))]
     Backwards { tensor: String, begin: usize, end: usize },
-    #[error("tensor `{tensor}`: data_offsets span {found} bytes, but shape {shape:?} of {dtype} needs {needed}")]
+    #[error("tensor {}: data_offsets span {found} bytes, but shape {shape:?} of {dtype} needs {needed}", quote(.tensor))]
     WrongSize { tensor: String, shape: Vec<usize>, dtype: StoredDtype, found: usize, needed: usize },
-    #[error("tensor `{tensor}` ends at byte {end} of the data, which has {available} bytes; is the download complete?")]
+    #[error("tensor {} ends at byte {end} of the data, which has {available} bytes; is the download complete?", quote(.tensor))]
     Truncated { tensor: String, end: usize, available: usize },
-    #[error("tensors `{first}` and `{second}` overlap")]
+    #[error("tensors {} and {} overlap", quote(.first), quote(.second))]
     Overlap { first: String, second: String },
     #[error("bytes {from}..{to} of the data belong to no tensor")]
     Hole { from: usize, to: usize },

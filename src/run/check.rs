@@ -24,6 +24,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     let recipe = config.recipe()?;
     let session = Session::open(config, &recipe, ui)?;
     session.check_sides(&recipe)?;
+    session.check_copied()?;
     check_output_dir(config)?;
     ui.result(session.describe());
     for sample in loss_mask_samples(&session.data, &session.tokenizer, args.show) {

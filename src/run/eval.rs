@@ -37,7 +37,7 @@ pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     let recipe = config.recipe_of_evaluation()?;
     let mut session = Session::open_any(&config, [Sides::default(); 2], ui)?;
     let generated = if args.skip_answers { 0 } else { args.max_new_tokens };
-    session.model.check_length(args.max_length + generated)?;
+    session.model.check_length(args.max_length.saturating_add(generated))?;
     let mut model = evaluated(&session);
     model.other_routing = use_other_routing(&mut session, args)?;
     let mut inputs = config.inputs();

@@ -79,7 +79,7 @@ pub fn own_replies<B: Backend>(
     world.set_activity("the model's own replies");
     let questions = questions(session, replica, &ask)?;
     let longest = questions.iter().map(|q| q.prompt.len()).max().unwrap_or(0);
-    session.model.check_length(longest + ask.max_new_tokens)?;
+    session.model.check_length(longest.saturating_add(ask.max_new_tokens))?;
 
     let mut cache = Cache::open(replica, ask.cache)?;
     let mut seen = BTreeSet::new();

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use crate::backend::{Backend, Dtype};
+use crate::checkpoint::check_copied;
 use crate::collective::{self, Collective, all_agree};
 use crate::config::{Init, RunConfig};
 use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, Sides, TraceShape, TraceUse};
@@ -306,6 +307,14 @@ impl Session {
     pub fn check_weights(&self) -> Result<()> {
         let damaged = format!("the checkpoint {} is damaged: fetch it again", self.dir.display());
         self.table.check_finite().context(damaged)
+    }
+
+    /// Refuses a model folder from which no complete model could be written at the end.
+    ///
+    /// # Errors
+    /// A file beside the weights that cannot be copied.
+    pub fn check_copied(&self) -> Result<()> {
+        Ok(self.checkpoint.as_ref().map_or(Ok(()), |checkpoint| check_copied(&self.dir, checkpoint))?)
     }
 
     /// blake3 over the base model's parameters, its configuration and tokenizer, and the files of rows and template.

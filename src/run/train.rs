@@ -54,6 +54,7 @@ pub fn train(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<Tra
     let ranks = &started.ranks;
     let recipe = config.recipe()?;
     let session = prepare::open(config, &recipe, ranks, ui)?;
+    ranks.all_ok(session.check_copied())?;
     let _lock = prepare::take_output_dir(config, ranks)?;
     prepare::describe(&session, config, ranks, ui)?;
     prepare::describe_trained(&session, &recipe, ui);

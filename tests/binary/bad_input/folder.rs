@@ -156,6 +156,19 @@ fn stray_weights_are_named_and_not_exported() {
 }
 
 #[test]
+fn a_link_that_an_export_could_not_copy_is_refused_before_the_run() {
+    for (target, code, says) in
+        [("/nowhere/x", 66, "a broken symbolic link"), ("/etc/hostname", 65, "outside the checkpoint")]
+    {
+        let scene = Scene::new();
+        std::os::unix::fs::symlink(target, scene.model().join("README.md")).unwrap();
+        scene.refuses(&[], code, &["README.md", says]);
+        super::Outcome::of(scene.run("check", &[])).is(code, &["README.md", says]);
+        super::Outcome::of(scene.run("identify", &[])).is(0, &[]);
+    }
+}
+
+#[test]
 fn a_folder_without_weights_says_what_it_holds() {
     for (found, code, says) in [
         ("__0_0.distcp", 66, "accelerate merge-weights"),

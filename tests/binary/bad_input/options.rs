@@ -40,6 +40,38 @@ fn numbers_beyond_the_machine() {
 }
 
 #[test]
+fn numbers_that_cannot_be_counted_in_eval_and_ablate() {
+    let scene = Scene::new();
+    for (command, option) in [("eval", "--max-new-tokens"), ("ablate", "--max-new-tokens"), ("ablate", "--random-sets")]
+    {
+        let mut run = assert_cmd::Command::new(env!("CARGO_BIN_EXE_moewarden"));
+        run.arg(command).args([
+            "--model-name",
+            "model",
+            "--dataset-path",
+            "rows.jsonl",
+            option,
+            "18446744073709551615",
+        ]);
+        if command == "ablate" {
+            run.args(["--experts", "rows.jsonl"]);
+        }
+        super::Outcome::of(run).is(2, &[option, "at most"]);
+    }
+    let mut run = assert_cmd::Command::new(env!("CARGO_BIN_EXE_moewarden"));
+    run.current_dir(scene.temp.path()).args([
+        "eval",
+        "--model-name",
+        "model",
+        "--dataset-path",
+        "rows.jsonl",
+        "--skip-answers",
+    ]);
+    run.args(["--output-dir", "out", "--max-length", "18446744073709551615", "--threads", "1"]);
+    super::Outcome::of(run).is(0, &[]);
+}
+
+#[test]
 fn a_bomb_of_yaml_aliases() {
     let scene = Scene::new();
     let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x]\n");
