@@ -27,7 +27,8 @@ const MAX_GROWTH: usize = 16;
 const BASE_OUTPUT: usize = 1 << 20;
 /// Limits of the trial renderings; no usable template comes near them.
 const TRIAL_TIME: Duration = Duration::from_secs(10);
-const TRIAL_MEMORY: u64 = 512 << 20;
+/// Half the stack of the thread (`deep`), so that endless recursion is stopped before it exhausts that.
+const TRIAL_MEMORY: u64 = 256 << 20;
 
 /// Why a template cannot be compiled, or cannot render some messages.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -277,7 +278,7 @@ impl ChatTemplate {
             }
             // Checked only after the first timeout: most templates have finished by then.
             if anonymous_bytes() > before + TRIAL_MEMORY {
-                return Err(TemplateError::Bounds("a short conversation took more than 512 MiB of memory".into()));
+                return Err(TemplateError::Bounds("a short conversation took more than 256 MiB of memory".into()));
             }
         }
     }

@@ -14,11 +14,14 @@ fn a_chat_template_that_is_too_deep_is_refused() {
         fs::write(scene.model().join("chat_template.jinja"), deep).unwrap();
         scene.refuses(&[], 65, &["chat_template.jinja: the chat template does not compile: ", "more than"]);
     }
-    let scene = Scene::new();
     let nested = "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% for j in range(9) %}{% set ns.x = [ns.x] %}{% endfor %}\
                   {% endfor %}{{ ns.x }}";
-    fs::write(scene.model().join("chat_template.jinja"), nested).unwrap();
-    scene.refuses(&[], 65, &["chat_template.jinja: the chat template was stopped: "]);
+    let cyclic = "{% set ns = namespace(x=1) %}{% set ns.x = [ns] %}{{ ns.x == ns.x }}";
+    for source in [nested, cyclic] {
+        let scene = Scene::new();
+        fs::write(scene.model().join("chat_template.jinja"), source).unwrap();
+        scene.refuses(&[], 65, &["chat_template.jinja: the chat template was stopped: "]);
+    }
 }
 
 #[test]
