@@ -10,8 +10,8 @@ use source::{Crate, File};
 
 /// Each line may import from the lines before it, and no module from another of its own line.
 const LEVELS: [&[&str]; 12] = [
-    &["exit", "quote"],
-    &["files", "input", "panics", "ui"],
+    &["exit", "panics", "quote"],
+    &["files", "input", "ui"],
     &["collective", "backend"],
     &["data", "model"],
     &["experts", "routers", "optim"],
