@@ -35,6 +35,7 @@ impl RunConfig {
             recompute: Recompute::Auto,
             force: false,
             logging_steps: 1,
+            log: None,
             save_steps: default.save_steps,
             keep_checkpoints: default.keep_checkpoints,
             check_replicas: default.check_replicas,

@@ -75,6 +75,14 @@ pub enum Schedule {
     Joint,
 }
 
+/// A format in which steps are logged beside metrics.jsonl.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// Event files of TensorBoard.
+    Tensorboard,
+}
+
 /// What is saved of the model after each round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -278,6 +286,8 @@ pub struct RunConfig {
     pub save_rounds: SaveRounds,
     /// Steps between two log lines on the terminal.
     pub logging_steps: usize,
+    /// Another format in which steps are logged.
+    pub log: Option<LogFormat>,
     /// Steps between two checkpoints within a phase; 0: only at the ends of phases and on signals.
     pub save_steps: usize,
     /// Number of newest checkpoints to keep.
@@ -379,6 +389,7 @@ impl Default for RunConfig {
             resume: false,
             save_rounds: SaveRounds::Full,
             logging_steps: 100,
+            log: None,
             save_steps: 500,
             keep_checkpoints: 2,
             device: Device::Auto,

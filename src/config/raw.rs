@@ -7,8 +7,8 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Device, Init, Layers, Mode, Precision, Recompute, RoutingReplies, RunConfig, SaveRounds, Schedule, TemplateKwargs,
-    Transport,
+    Device, Init, Layers, LogFormat, Mode, Precision, Recompute, RoutingReplies, RunConfig, SaveRounds, Schedule,
+    TemplateKwargs, Transport,
 };
 use crate::data::{LongRows, LossOn};
 use crate::experts::{IdentifyIn, Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
@@ -268,6 +268,9 @@ pub struct RawOptions {
     /// Steps between two log lines on the terminal; metrics.jsonl has every step
     #[arg(long, value_name = "STEPS", help_heading = OUTPUT)]
     pub logging_steps: Option<usize>,
+    /// Log of the steps in another format, beside metrics.jsonl: event files in the folder tensorboard of the output folder
+    #[arg(long, help_heading = OUTPUT)]
+    pub log: Option<LogFormat>,
 
     /// Resume from the newest complete checkpoint in the output folder; without a checkpoint, start from the beginning
     #[arg(long, help_heading = CHECKPOINTS)]
@@ -370,7 +373,7 @@ for_each_option! {
         expert_epochs_per_round router_epochs_per_round grad_accum finetune_unsafe_experts skip_router_training
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic
         router_last_tokens router_target kl_type use_router_consistency_loss router_consistency_weight router_consistency_type
-        router_consistency_layers safe_ratio retain_loss retain_weight retain_routing_weight output_dir overwrite logging_steps resume save_steps keep_checkpoints
+        router_consistency_layers safe_ratio retain_loss retain_weight retain_routing_weight output_dir overwrite logging_steps log resume save_steps keep_checkpoints
         check_replicas save_rounds device precision ranks transport profile threads recompute force timeout
     }
     shorthands: { epochs_per_round num_epochs }

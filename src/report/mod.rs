@@ -22,6 +22,7 @@ mod replies;
 mod rerouting;
 mod scores_json;
 mod speed;
+mod tensorboard;
 
 pub use ablation::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, RandomSet};
 pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
@@ -45,6 +46,7 @@ pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
 pub use rerouting::rerouting_table;
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
 pub use speed::{GenerationSpeed, TokenSpeed};
+pub use tensorboard::EventLog;
 
 use std::io;
 use std::path::{Path, PathBuf};

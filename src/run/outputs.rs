@@ -10,13 +10,13 @@ use super::session::Session;
 use crate::backend::Backend;
 use crate::checkpoint::Position;
 use crate::collective::all_ok;
-use crate::config::RunConfig;
+use crate::config::{LogFormat, RunConfig};
 use crate::exit::Result;
 use crate::experts::{ExpertId, ExpertScores, Method};
 use crate::files;
 use crate::report::{
-    IdentifiedExperts, MetricsLog, MetricsRow, RankingsFile, RetentionLog, RoundGradients, RoundScores, ScoresFile,
-    TrainingLog, TrainingMetadata, gradients_pickle, log_line, write_json,
+    EventLog, IdentifiedExperts, MetricsLog, MetricsRow, RankingsFile, RetentionLog, RoundGradients, RoundScores,
+    ScoresFile, TrainingLog, TrainingMetadata, gradients_pickle, log_line, write_json,
 };
 use crate::train::{Drift, Identification, Measured, Phase, Recipe, Replica, RetainRows, StepResult};
 use crate::ui::Ui;
@@ -42,6 +42,8 @@ pub struct Outputs<'a> {
     dir: PathBuf,
     /// The open log, on the rank that writes.
     metrics: Option<MetricsLog>,
+    /// The event file of `--log tensorboard`, on the rank that writes.
+    events: Option<EventLog>,
     step: u64,
     last: Instant,
     scores: ScoresFile,
@@ -141,9 +143,13 @@ impl<'a> Outputs<'a> {
             Ok(Some(MetricsLog::resume(dir.join("metrics.jsonl"), metrics_length)?))
         };
         let metrics = all_ok(world, open())?;
+        let log_events = config.log == Some(LogFormat::Tensorboard) && metrics.is_some();
+        let events = log_events.then(|| EventLog::create(&dir.join("tensorboard"), steps)).transpose();
+        let events = all_ok(world, events.map_err(Into::into))?;
         let metadata = TrainingMetadata::new(config, recipe.strategy(), replica.step_world_size);
         let metadata = TrainingMetadata { training_logs, retention, ..metadata };
-        let outputs = Self { config, ui, metrics, dir, step: steps, last: Instant::now(), scores, matched, metadata };
+        let outputs =
+            Self { config, ui, metrics, events, dir, step: steps, last: Instant::now(), scores, matched, metadata };
         // What was lost or damaged since then is written again.
         let again = || if outputs.scores.rounds.is_empty() { Ok(()) } else { outputs.write_scores() };
         all_ok(world, again())?;
@@ -363,6 +369,9 @@ impl<'a> Outputs<'a> {
         row.step = self.step;
         if let Some(metrics) = &mut self.metrics {
             metrics.write(&row)?;
+        }
+        if let Some(events) = &mut self.events {
+            events.write(&row)?;
         }
         if self.step.is_multiple_of(self.config.logging_steps as u64) {
             self.ui.line(log_line(&row));

@@ -1,0 +1,158 @@
+//! TensorBoard event files (`--log tensorboard`): the numbers of `metrics.jsonl` as scalars.
+//!
+//! An event file is a sequence of records: the length (u64), its checksum, the bytes, their checksum (both masked CRC-32C), in
+//! little-endian order. The bytes are the protocol buffer `Event` of tensorflow/core/util/event.proto; only the fields that are
+//! written here have names below.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use super::Error;
+use super::metrics::MetricsRow;
+
+/// The event file of a process, below the folder `tensorboard`. A run that is resumed begins another one.
+pub struct EventLog {
+    path: PathBuf,
+    file: File,
+}
+
+/// Fields of `Event`, of `Summary`, of `Summary.Value` and of `SessionLog`.
+mod field {
+    pub const WALL_TIME: u32 = 1;
+    pub const STEP: u32 = 2;
+    pub const FILE_VERSION: u32 = 3;
+    pub const SUMMARY: u32 = 5;
+    pub const SESSION_LOG: u32 = 7;
+    pub const VALUE: u32 = 1;
+    pub const TAG: u32 = 1;
+    pub const SIMPLE_VALUE: u32 = 2;
+    pub const STATUS: u32 = 1;
+}
+
+/// `SessionLog.SessionStatus.START`: TensorBoard drops events of this step and later ones from earlier files.
+const START: u64 = 1;
+
+impl EventLog {
+    /// A new event file in `folder`, which is created, for the steps after the first `done` ones.
+    ///
+    /// # Errors
+    /// [`Error::Log`].
+    pub fn create(folder: &Path, done: u64) -> Result<Self, Error> {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        // TensorBoard reads the files in the order of their names.
+        let path = folder.join(format!("events.out.tfevents.{}.{:09}.moewarden", now.as_secs(), now.subsec_nanos()));
+        let open = || {
+            fs::create_dir_all(folder)?;
+            OpenOptions::new().append(true).create_new(true).open(&path)
+        };
+        let file = open().map_err(|source| Error::Log { path: path.clone(), action: "opening", source })?;
+        let mut log = Self { path, file };
+        log.append(0, bytes(field::FILE_VERSION, b"brain.Event:2"))?;
+        if done > 0 {
+            log.append(done + 1, bytes(field::SESSION_LOG, &varint(field::STATUS, START)))?;
+        }
+        Ok(log)
+    }
+
+    /// Appends the numbers of a row, by phase.
+    ///
+    /// # Errors
+    /// [`Error::Log`].
+    pub fn write(&mut self, row: &MetricsRow) -> Result<(), Error> {
+        let speed = (row.seconds > 0.0).then(|| row.tokens as f64 / row.seconds);
+        // As in metrics.jsonl.
+        let phase = serde_json::to_value(row.phase).expect("a phase is a string");
+        let phase = phase.as_str().unwrap_or_default();
+        let mut summary = Vec::new();
+        for (name, number) in [
+            ("ce_loss", row.ce_loss),
+            ("router_loss", row.router_loss),
+            ("retain_loss", row.retain_loss),
+            ("retain_routing_loss", row.retain_routing_loss),
+            ("total_loss", row.total_loss),
+            ("lr", row.lr),
+            ("grad_norm", row.grad_norm),
+            ("tokens_per_second", speed),
+            ("round", Some(row.round as f64)),
+        ] {
+            let Some(number) = number else { continue };
+            let tag = format!("{phase}/{name}");
+            let value = [bytes(field::TAG, tag.as_bytes()), float(field::SIMPLE_VALUE, number as f32)].concat();
+            summary.extend(bytes(field::VALUE, &value));
+        }
+        self.append(row.step, bytes(field::SUMMARY, &summary))
+    }
+
+    fn append(&mut self, step: u64, what: Vec<u8>) -> Result<(), Error> {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let event = [double(field::WALL_TIME, now.as_secs_f64()), varint(field::STEP, step), what].concat();
+        let written = self.file.write_all(&record(&event));
+        written.map_err(|source| Error::Log { path: self.path.clone(), action: "appending", source })
+    }
+}
+
+fn record(event: &[u8]) -> Vec<u8> {
+    let length = (event.len() as u64).to_le_bytes();
+    [&length[..], &checksum(&length), event, &checksum(event)].concat()
+}
+
+/// The masked CRC-32C of the record format.
+fn checksum(bytes: &[u8]) -> [u8; 4] {
+    crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
+}
+
+// --- the wire format of protocol buffers ---------------------------------------------------------------------------
+
+fn key(field: u32, wire_type: u32) -> Vec<u8> {
+    number(u64::from(field << 3 | wire_type))
+}
+
+fn number(mut value: u64) -> Vec<u8> {
+    let mut out = Vec::new();
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+    out
+}
+
+fn varint(field: u32, value: u64) -> Vec<u8> {
+    [key(field, 0), number(value)].concat()
+}
+
+fn double(field: u32, value: f64) -> Vec<u8> {
+    [&key(field, 1)[..], &value.to_le_bytes()].concat()
+}
+
+fn bytes(field: u32, value: &[u8]) -> Vec<u8> {
+    [&key(field, 2)[..], &number(value.len() as u64), value].concat()
+}
+
+fn float(field: u32, value: f32) -> Vec<u8> {
+    [&key(field, 5)[..], &value.to_le_bytes()].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_have_masked_checksums() {
+        // RFC 3720, B.4: the CRC-32C of 32 zero bytes is 0x8a9136aa.
+        assert_eq!(crc32c::crc32c(&[0; 32]), 0x8a91_36aa);
+        let masked = (0x8a91_36aa_u32 >> 15 | 0x8a91_36aa << 17).wrapping_add(0xa282_ead8);
+        let record = record(&[0; 32]);
+        assert_eq!((record.len(), &record[44..]), (8 + 4 + 32 + 4, &masked.to_le_bytes()[..]));
+        assert_eq!(record[..8], 32u64.to_le_bytes());
+    }
+
+    #[test]
+    fn numbers_have_seven_bits_a_byte() {
+        assert_eq!(varint(field::STEP, 300), [0x10, 0xac, 0x02]);
+        assert_eq!(bytes(field::TAG, b"ab"), [0x0a, 2, b'a', b'b']);
+        assert_eq!(float(field::SIMPLE_VALUE, 1.0), [0x15, 0, 0, 0x80, 0x3f]);
+    }
+}
