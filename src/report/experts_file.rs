@@ -33,7 +33,8 @@ impl ExpertsFile {
     pub fn read(path: &Path) -> Result<Self, Error> {
         let invalid = |reason: String| Error::Invalid { path: path.to_owned(), reason };
         let bytes = crate::input::read(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
-        let text = String::from_utf8(bytes).map_err(|_| invalid("it is not text in UTF-8".into()))?;
+        let text = String::from_utf8(crate::input::without_mark(&bytes).to_vec())
+            .map_err(|_| invalid("it is not text in UTF-8".into()))?;
         let (experts, shape) = match text.trim_start().chars().next() {
             Some('{') => {
                 let file = scores(path)?;

@@ -129,5 +129,6 @@ pub fn write_json(path: impl Into<PathBuf>, value: &impl Serialize) -> Result<()
 /// [`Error::Missing`], or [`Error::Invalid`] with line and column.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Error> {
     let bytes = crate::input::read(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::Invalid { path: path.to_owned(), reason: e.to_string() })
+    serde_json::from_slice(crate::input::without_mark(&bytes))
+        .map_err(|e| Error::Invalid { path: path.to_owned(), reason: e.to_string() })
 }

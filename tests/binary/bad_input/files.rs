@@ -61,7 +61,19 @@ fn a_byte_order_mark_before_json_is_skipped() {
         let scores: Value = serde_json::from_slice(&fs::read(scene.out().join("expert_scores.json")).unwrap()).unwrap();
         scores
     };
-    assert_eq!(scores(&marked), scores(&plain));
+    let expected = scores(&plain);
+    assert_eq!(scores(&marked), expected);
+    // Files of a run, as an editor may have saved them: a list of experts, and the scores of another run.
+    let experts = expected["rounds"]["1"]["selected"].to_string();
+    for text in [experts, expected.to_string()] {
+        fs::write(plain.path("experts.json"), format!("\u{feff}{text}")).unwrap();
+        fs::remove_dir_all(plain.out()).unwrap();
+        let mut given = assert_cmd::Command::new(env!("CARGO_BIN_EXE_moewarden"));
+        given.current_dir(plain.temp.path()).args(["train", "--model-name", "model", "--dataset-path", "rows.jsonl"]);
+        given.args(["--output-dir", "out", "--threads", "1", "--num-rounds", "1", "--method", "given"]);
+        given.args(["--experts", "experts.json"]);
+        super::Outcome::of(given).is(0, &[]);
+    }
 }
 
 #[test]
