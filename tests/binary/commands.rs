@@ -96,7 +96,7 @@ fn check_forecasts_own_replies_and_the_causal_check() {
 #[test]
 fn check_accepts_any_number_of_micro_batches_per_step() {
     let dir = tempfile::tempdir().unwrap();
-    let huge = format!("{SHORT} --schedule joint --use-router-consistency-loss --grad-accum {}", 10_000_000);
+    let huge = format!("{SHORT} --schedule joint --use-router-consistency-loss --grad-accum 10000000");
     on_case("check", "olmoe", &dir.path().join("out"), &huge).ok();
 }
 
