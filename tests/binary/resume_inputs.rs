@@ -75,7 +75,7 @@ fn resuming_writes_again_what_is_missing_or_torn() {
         "final_model/config.json",
     ];
     let read = |name: &str| fs::read(path(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
-    let whole: Vec<_> = names.map(|name| read(name)).into();
+    let whole: Vec<_> = names.map(&read).into();
     let check = |damage: &dyn Fn(&PathBuf)| {
         names.iter().for_each(|name| damage(&path(name)));
         let ran = train(folder.path(), "old", "--resume").ok();
