@@ -90,8 +90,8 @@ pub(super) fn describe_trained(session: &Session, recipe: &Recipe, ui: &Ui) {
     if recipe.router_phase().is_some() {
         ui.warn(
             "the router phase is part of the published recipe, but on models with planted unsafe experts (docs/truth.md) it alone \
-             raised refusals by less than 0.01 at --router-lr 1e-4, and at 1e-3 by 0.21, with 6.3 points fewer benign answers right: \
-             compare with --skip-router-training, or with --router-last-tokens 1 --router-target round-start (0.54 and 2.1)",
+             raised refusals by less than 0.01 at --router-lr 1e-4, and at 1e-3 by 0.20, with 7.0 points fewer benign answers right: \
+             compare with --skip-router-training, or with --router-last-tokens 1 --router-target round-start (0.52 and 2.2)",
         );
     }
 }

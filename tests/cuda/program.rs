@@ -218,9 +218,12 @@ fn bf16_is_near_and_eval_answers() {
 fn what_is_missing_or_full_is_said() {
     let machine = Machine::new();
     let full = ["the GPU's memory is full", "GiB", "--batch-size", "--recompute always"];
-    // Less than the cuBLAS workspace and the weights.
-    machine.failed(exit::LAUNCHER, FEW, &[("STAND_IN_MEMORY", "33600000")], &full);
-    machine.failed(exit::LAUNCHER, &format!("{FEW} --ranks 2"), &[("STAND_IN_MEMORY", "67160000")], &full);
+    // Less than the cuBLAS workspace and the weights: far beyond the memory, or found out while it is allocated.
+    let predicted = ["a rank needs", "--force"];
+    machine.failed(exit::LAUNCHER, FEW, &[("STAND_IN_MEMORY", "33600000")], &predicted);
+    machine.failed(exit::LAUNCHER, &format!("{FEW} --force"), &[("STAND_IN_MEMORY", "33600000")], &full);
+    let both = [("STAND_IN_MEMORY", "67160000")];
+    machine.failed(exit::LAUNCHER, &format!("{FEW} --ranks 2 --force"), &both, &full);
     // Less than the cuBLAS workspace.
     machine.failed(exit::LAUNCHER, FEW, &[("STAND_IN_MEMORY", "1000000")], &["cuMemAlloc", "nvidia-smi"]);
     let shared = ["ranks 0 and 1 use the same GPU"];

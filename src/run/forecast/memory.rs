@@ -45,7 +45,8 @@ impl MemoryForecast {
         let rows = session.longest_batch(recipe.batch_size);
         let activations = Activations::predict(&session.model, rows, &budget);
         let layers = session.model.layers.len();
-        let forwards = recipe.forwards_at_once();
+        let unsafe_examples = session.data.records.iter().filter(|r| r.unsafe_reply.is_some()).count();
+        let forwards = recipe.forwards_at_once(unsafe_examples);
         let loaded = loaded(session, trained, world_size, budget);
         let kept = activations.kept_layers(recipe.recompute, layers, 0, &loaded, forwards);
         let keep_from = kept.keep_from(layers, 0);

@@ -173,10 +173,13 @@ impl Recipe {
     }
 
     /// Forward passes that wait for their backward at the same time: the consistency loss of a joint step is that of all its
-    /// micro-batches.
-    pub fn forwards_at_once(&self) -> usize {
+    /// micro-batches, of which data with this many unsafe examples have no more than an epoch has.
+    pub fn forwards_at_once(&self, unsafe_examples: usize) -> usize {
         match &self.training {
-            Training::Joint(phase) => phase.grad_accum,
+            Training::Joint(phase) => {
+                let examples = unsafe_examples as f64 / (1.0 - phase.safe_ratio);
+                phase.grad_accum.min((examples / self.batch_size as f64).ceil().max(1.0) as usize)
+            }
             _ => 1,
         }
     }
