@@ -106,7 +106,7 @@ fn answers(config: &RunConfig, session: &Session, replica: &Replica<Cpu>) -> Str
     let sides = [("prompts", needed.safe_prompts), ("replies", needed.safe_examples || needed.safe_replies)];
     write!(out, " | {}", list(sides.iter().filter(|(_, needed)| *needed).map(|(side, _)| (*side).into()).collect()))
         .unwrap();
-    write!(out, " | {}", recipe.forwards_at_once()).unwrap();
+    write!(out, " | {}", recipe.forwards_at_once(usize::MAX)).unwrap();
     let many = RunConfig { top_k_experts: 10_000, ..config.clone() }.recipe().unwrap();
     let layers = &session.model.moe_layers().layers;
     write!(out, " | {}", many.identify.limits_for(layers, session.model.num_experts).top_k).unwrap();
