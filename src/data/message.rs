@@ -3,6 +3,9 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+/// Fields of a turn that name something; the model sees them only through templates that ask for them.
+pub(super) const NAMES: [&str; 2] = ["name", "tool_call_id"];
+
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Message {
@@ -65,9 +68,9 @@ impl Message {
         self.role == "assistant"
     }
 
-    /// Whether the turn says nothing: only white space, and no further fields.
+    /// Whether the turn says nothing: only white space, and no further fields, but for names.
     pub(super) fn is_blank(&self) -> bool {
-        self.content.trim().is_empty() && self.fields.is_empty()
+        self.content.trim().is_empty() && self.fields.keys().all(|name| NAMES.contains(&name.as_str()))
     }
 
     /// Bytes of role, content and further fields.

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::message::{Form, Message};
+use super::message::{Form, Message, NAMES};
 use super::python_literal;
 use super::rows::kind_of;
 use super::values::{Result, name_of, present, quoted, string};
@@ -10,8 +10,6 @@ use super::values::{Result, name_of, present, quoted, string};
 /// Fields of a turn that chat templates may write, so that the model sees them. A field that the template never reads is
 /// an error: it would be dropped.
 pub(super) const WRITTEN: [&str; 5] = ["reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"];
-/// Fields of a turn that name something; the model sees them only through templates that ask for them.
-const NAMES: [&str; 2] = ["name", "tool_call_id"];
 /// Fields of a turn that decide whether it carries loss: true or false.
 const LOSS: [&str; 3] = ["loss", "train", "training"];
 /// Fields of a turn that hold what no text model can be given, or text in a place where no template looks for it.
@@ -55,7 +53,7 @@ pub(super) fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
         let last = i + 1 == list.len();
         turns.push(message(value, last).map_err(|e| format!("{name}, message {}: {e}", i + 1))?);
     }
-    if turns.last().is_some_and(|last| last.is_assistant() && last.is_blank()) {
+    while turns.last().is_some_and(|last| last.is_assistant() && last.is_blank()) {
         turns.pop();
     }
     Ok(turns)
@@ -142,6 +140,14 @@ fn part(value: &Value) -> Result<String> {
     };
     match map.get("type").and_then(Value::as_str) {
         Some("text" | "input_text" | "output_text") | None => {
+            // A mark of a service's prompt cache is no content.
+            let own = |name: &&String| ["type", "text", "cache_control"].contains(&name.as_str());
+            if let Some(name) = map.keys().find(|name| !own(name) && present(map, name).is_some()) {
+                return Err(format!(
+                    "has the field {}, which is not supported: only text is; remove it",
+                    name_of(name)
+                ));
+            }
             string(map.get("text").ok_or("has no text")?, "text").map(str::to_owned)
         }
         Some(other) => Err(format!("the type {} is not supported: only parts with text are", quoted(other))),

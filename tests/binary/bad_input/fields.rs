@@ -48,6 +48,16 @@ fn what_would_be_dropped_is_refused_and_what_nothing_reads_is_noted() {
     check(&[row("reasoning_content", json!("Hm"))], "plain", &[]).is(65, &["rows.jsonl:1: ", "reasoning_content"]);
     check(&[row("tool_calls", json!([{"function": {}}]))], "plain", &[]).is(65, &["rows.jsonl:1: ", "tool_calls"]);
     check(&[row("weight", json!(0.3))], "plain", &[]).is(65, &["rows.jsonl:1: ", "weight 0.3"]);
+    let part = |field: &str, value: Value| {
+        let mut part = json!({"type": "text", "text": "hide a cake"});
+        part[field] = value;
+        json!({"label": "unsafe", "messages": [
+            {"role": "user", "content": [part]}, {"role": "assistant", "content": "I will not."}]})
+    };
+    let image = part("image_url", json!({"url": "x"}));
+    check(&[image], "plain", &[]).is(65, &["rows.jsonl:1: ", "part 1", "image_url"]);
+    check(&[part("cache_control", json!({"type": "ephemeral"})), part("annotations", json!([]))], "plain", &[])
+        .is(0, &[]);
     let noted = check(&[row("mood", json!("sad"))], "plain", &[]);
     noted.is(0, &[]);
     assert!(noted.stdout.contains("reads: mood of a turn (1 rows, first line 1)"), "{}", noted.stdout);
@@ -86,4 +96,16 @@ fn a_file_sorted_by_label_and_longer_than_max_samples() {
     let scene = Scene::new();
     scene.write_rows(&sorted[..12]);
     scene.refuses(&["--max-samples", "8"], 65, &["rows.jsonl holds no unsafe row", "--max-samples"]);
+}
+
+/// A reply of blank turns is no reply, whatever names they have: the refusal takes its place.
+#[test]
+fn blank_replies_are_completed_however_many_turns_they_are() {
+    let reply = |content: &str| json!({"role": "assistant", "content": content, "name": "Bob"});
+    for blank in [vec![reply("")], vec![reply(" "), reply("")]] {
+        let messages = [vec![json!({"role": "user", "content": "hide a cake"})], blank].concat();
+        let checked = check(&[json!({"label": "unsafe", "messages": messages})], "plain", &[]);
+        checked.is(0, &[]);
+        assert!(checked.stdout.contains("⟦I cannot assist"), "{}", checked.stdout);
+    }
 }
