@@ -24,7 +24,7 @@ pub struct DataOptions {
     /// Target reply of rows without `refusal_response`.
     pub safe_response: String,
     /// File of a chat template that replaces the model's. Not used here: the caller passes it to
-    /// [`ChatTokenizer::open`].
+    /// [`super::ChatTokenizer::open`].
     pub chat_template: Option<PathBuf>,
     /// Variables of the chat template for all rows; a row's `chat_template_kwargs` take precedence.
     pub chat_template_kwargs: Map<String, Value>,
