@@ -18,7 +18,7 @@ const KWARGS: &str = "chat_template_kwargs";
 /// Variables that moewarden itself gives to chat templates.
 const OWN_VARIABLES: [&str; 2] = ["messages", "add_generation_prompt"];
 /// Fields of a row that change what the model sees or learns, and that no kind of row can use.
-const REFUSED: [(&str, &str); 10] = [
+const REFUSED: [(&str, &str); 12] = [
     ("images", "only text is supported; remove the row"),
     ("image", "only text is supported; remove the row"),
     ("audios", "only text is supported; remove the row"),
@@ -28,6 +28,8 @@ const REFUSED: [(&str, &str); 10] = [
     ("functions", "write them as tools: [{\"type\": \"function\", \"function\": ...}]"),
     ("function_call", "write it as tool_calls of a turn"),
     ("history", "write its turns as the first ones of the conversation"),
+    ("train_on_turn", "write loss: true or false in its turns"),
+    ("system_instruction", "write it as system"),
     ("weight", "all rows have the same weight; remove the field, or repeat the row"),
 ];
 

@@ -12,8 +12,9 @@ use super::values::{Result, name_of, present, quoted, string};
 pub(super) const WRITTEN: [&str; 5] = ["reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"];
 /// Fields of a turn that decide whether it carries loss: true or false.
 const LOSS: [&str; 3] = ["loss", "train", "training"];
-/// Fields of a turn that hold what no text model can be given, or text in a place where no template looks for it.
-const REFUSED: [(&str, &str); 7] = [
+/// Fields of a turn that hold what no text model can be given, text in a place where no template looks for it, or other
+/// spellings of what decides the loss.
+const REFUSED: [(&str, &str); 11] = [
     ("images", "only text is supported"),
     ("image", "only text is supported"),
     ("audios", "only text is supported"),
@@ -21,6 +22,10 @@ const REFUSED: [(&str, &str); 7] = [
     ("videos", "only text is supported"),
     ("video", "only text is supported"),
     ("refusal", "write the refusal as the turn's content"),
+    ("loss_weight", "write weight: 0 or 1, or loss: true or false"),
+    ("loss_mask", "write loss: true or false"),
+    ("trainable", "write loss: true or false"),
+    ("train_on", "write loss: true or false"),
 ];
 
 /// One turn of `role` from a string, or a list of turns.

@@ -47,6 +47,7 @@ fn what_would_be_dropped_is_refused_and_what_nothing_reads_is_noted() {
     };
     check(&[row("reasoning_content", json!("Hm"))], "plain", &[]).is(65, &["rows.jsonl:1: ", "reasoning_content"]);
     check(&[row("tool_calls", json!([{"function": {}}]))], "plain", &[]).is(65, &["rows.jsonl:1: ", "tool_calls"]);
+    check(&[row("trainable", json!(false))], "plain", &[]).is(65, &["rows.jsonl:1: ", "trainable", "loss: true"]);
     check(&[row("weight", json!(0.3))], "plain", &[]).is(65, &["rows.jsonl:1: ", "weight 0.3"]);
     let part = |field: &str, value: Value| {
         let mut part = json!({"type": "text", "text": "hide a cake"});
