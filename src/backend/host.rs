@@ -63,15 +63,16 @@ impl SharedBytes {
         Self { range: 0..map.len(), owner: Owner::Mapped(Arc::new(map)) }
     }
 
-    /// These and the bytes that follow in the same memory-mapped file, if `next` is just these.
-    #[must_use]
-    pub(super) fn joined(&self, next: &Self) -> Option<Self> {
-        match (&self.owner, &next.owner) {
-            (Owner::Mapped(a), Owner::Mapped(b)) if Arc::ptr_eq(a, b) && self.range.end == next.range.start => {
-                Some(Self { owner: self.owner.clone(), range: self.range.start..next.range.end })
-            }
-            _ => None,
+    /// Adds the bytes that follow in the same memory-mapped file, if `next` is just these. Returns whether it is.
+    pub(super) fn extend(&mut self, next: &Self) -> bool {
+        let follows = match (&self.owner, &next.owner) {
+            (Owner::Mapped(a), Owner::Mapped(b)) => Arc::ptr_eq(a, b) && self.range.end == next.range.start,
+            _ => false,
+        };
+        if follows {
+            self.range.end = next.range.end;
         }
+        follows
     }
 
     /// Whether they are part of a memory-mapped file.

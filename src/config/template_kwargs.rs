@@ -6,6 +6,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
 
+use crate::data::OWN_VARIABLES;
+
 /// Variables of the chat template, by name.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TemplateKwargs(pub Map<String, Value>);
@@ -16,12 +18,10 @@ impl FromStr for TemplateKwargs {
     fn from_str(text: &str) -> Result<Self, String> {
         let example = r#"expected a JSON object such as {"enable_thinking": false}"#;
         match serde_json::from_str(text) {
-            Ok(Value::Object(map)) => {
-                match ["messages", "add_generation_prompt"].iter().find(|n| map.contains_key(**n)) {
-                    Some(own) => Err(format!("the rows decide {own}")),
-                    None => Ok(Self(map)),
-                }
-            }
+            Ok(Value::Object(map)) => match OWN_VARIABLES.iter().find(|n| map.contains_key(**n)) {
+                Some(own) => Err(format!("the rows decide {own}")),
+                None => Ok(Self(map)),
+            },
             Ok(_) => Err(example.into()),
             Err(e) => Err(format!("{example}: {e}")),
         }

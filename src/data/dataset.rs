@@ -128,7 +128,6 @@ impl DataReport {
 }
 
 /// Renders and tokenises rows.
-#[derive(Clone, Copy)]
 struct RecordBuilder<'a> {
     path: &'a Path,
     tokenizer: &'a ChatTokenizer,

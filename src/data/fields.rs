@@ -11,12 +11,12 @@ use super::turns::WRITTEN;
 use super::values::{Result, is_empty, name_of, present, text};
 
 /// Fields of a row that hold a system turn for its turns.
-pub(super) const SYSTEM: [&str; 3] = ["system", "system_prompt", "system_message"];
+const SYSTEM: [&str; 3] = ["system", "system_prompt", "system_message"];
 /// Fields of a row that chat templates read as variables of the same name.
 const VARIABLES: [&str; 2] = ["tools", "documents"];
 const KWARGS: &str = "chat_template_kwargs";
 /// Variables that moewarden itself gives to chat templates.
-const OWN_VARIABLES: [&str; 2] = ["messages", "add_generation_prompt"];
+pub const OWN_VARIABLES: [&str; 2] = ["messages", "add_generation_prompt"];
 /// Fields of a row that change what the model sees or learns, and that no kind of row can use.
 const REFUSED: [(&str, &str); 12] = [
     ("images", "only text is supported; remove the row"),
@@ -32,6 +32,32 @@ const REFUSED: [(&str, &str); 12] = [
     ("system_instruction", "write it as system"),
     ("weight", "all rows have the same weight; remove the field, or repeat the row"),
 ];
+
+/// The fields that each kind of row uses.
+pub(super) const ATTACK_FIELDS: &[&str] = &[
+    "all_prompt",
+    "goal",
+    "prompt",
+    "attack_prompt",
+    "inception_attack",
+    "judge_success_gpt4",
+    "inception_attack_score",
+    "judge_result",
+    "refusal_response",
+];
+pub(super) const CHAT_FIELDS: &[&str] = &[
+    "label",
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "refusal_response",
+    "system",
+    "system_prompt",
+    "system_message",
+];
+pub(super) const PAIR_FIELDS: &[&str] =
+    &["safe_messages", "unsafe_messages", "response", "refusal_response", "system", "system_prompt", "system_message"];
 
 /// Refuses fields that would change what the model sees or learns.
 pub(super) fn refuse_unsupported(row: &Map<String, Value>) -> Result<()> {

@@ -10,12 +10,7 @@ pub(super) fn check_depth(source: &str) -> Result<(), String> {
     let (mut rest, mut elifs) = (source, 0);
     while let Some(start) = rest.find('{') {
         let tag = &rest[start..];
-        let end = match tag.as_bytes().get(1) {
-            Some(b'#') => tag.find("#}").map_or(tag.len(), |i| i + 2),
-            Some(b'{') => tag_length(tag, "}}"),
-            Some(b'%') => tag_length(tag, "%}"),
-            _ => 1,
-        };
+        let end = end_of_tag(tag, false);
         let line = || 1 + source[..source.len() - rest.len() + start].matches('\n').count();
         let tag = &tag[..end];
         if !tag.starts_with("{#") {
@@ -60,12 +55,7 @@ pub(super) fn to_minijinja(source: &str) -> (String, bool) {
     while let Some(start) = rest.find('{') {
         let (before, tag) = rest.split_at(start);
         out.push_str(before);
-        let end = match tag.as_bytes().get(1) {
-            Some(b'#') if !raw => tag.find("#}").map_or(tag.len(), |i| i + 2),
-            Some(b'{') if !raw => tag_length(tag, "}}"),
-            Some(b'%') => tag_length(tag, "%}"),
-            _ => 1,
-        };
+        let end = end_of_tag(tag, raw);
         let tag = &tag[..end];
         rest = &rest[start + end..];
         let inner = tag.strip_prefix("{%").and_then(|t| t.strip_suffix("%}")).unwrap_or_default();
@@ -101,6 +91,17 @@ fn push_with_reverse(tag: &str, out: &mut String) {
         }
     }
     out.push_str(&tag[done..]);
+}
+
+/// Length in bytes of the comment or tag at the start of `text`, in a `raw` block only of a `{% %}`; 1 for a brace that begins
+/// neither.
+fn end_of_tag(text: &str, raw: bool) -> usize {
+    match text.as_bytes().get(1) {
+        Some(b'#') if !raw => text.find("#}").map_or(text.len(), |i| i + 2),
+        Some(b'{') if !raw => tag_length(text, "}}"),
+        Some(b'%') => tag_length(text, "%}"),
+        _ => 1,
+    }
 }
 
 /// Length in bytes of the tag at the start of `text`, up to and including the first `close` outside of strings.

@@ -72,6 +72,21 @@ pub(super) struct Row {
 }
 
 impl Row {
+    /// A row without sides, of which nothing else is to be said.
+    fn new(line: usize, kind: Kind, request: &str) -> Self {
+        Self {
+            line,
+            kind,
+            request: request.to_owned(),
+            unsafe_side: None,
+            safe_side: None,
+            without_verdict: false,
+            completed: false,
+            variables: Map::new(),
+            unused: Vec::new(),
+        }
+    }
+
     /// The unsafe and the safe side, those of them that the row has.
     pub fn sides(&self) -> impl Iterator<Item = &Side> {
         self.unsafe_side.iter().chain(&self.safe_side)
@@ -128,9 +143,9 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
     }
     let target = Target { own: text(row, "refusal_response")?, default: safe_response };
     let (parsed, used) = match (is_attack, is_chat, is_pair) {
-        (true, false, false) => (attack(line, row, target, keep_failed)?, ATTACK_FIELDS),
-        (false, true, false) => (Parsed::Row(chat(line, row, target)?), CHAT_FIELDS),
-        (false, false, true) => (Parsed::Row(pair(line, row, target)?), PAIR_FIELDS),
+        (true, false, false) => (attack(line, row, target, keep_failed)?, fields::ATTACK_FIELDS),
+        (false, true, false) => (Parsed::Row(chat(line, row, target)?), fields::CHAT_FIELDS),
+        (false, false, true) => (Parsed::Row(pair(line, row, target)?), fields::PAIR_FIELDS),
         (false, false, false) => {
             let names = row.keys().take(12).map(|name| name_of(name)).collect::<Vec<_>>().join(", ");
             return Err(format!(
@@ -150,32 +165,6 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
         dropped @ Parsed::Dropped(_) => dropped,
     })
 }
-
-/// The fields that each kind of row uses.
-const ATTACK_FIELDS: &[&str] = &[
-    "all_prompt",
-    "goal",
-    "prompt",
-    "attack_prompt",
-    "inception_attack",
-    "judge_success_gpt4",
-    "inception_attack_score",
-    "judge_result",
-    "refusal_response",
-];
-const CHAT_FIELDS: &[&str] = &[
-    "label",
-    "messages",
-    "conversations",
-    "prompt",
-    "completion",
-    "refusal_response",
-    "system",
-    "system_prompt",
-    "system_message",
-];
-const PAIR_FIELDS: &[&str] =
-    &["safe_messages", "unsafe_messages", "response", "refusal_response", "system", "system_prompt", "system_message"];
 
 fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed: bool) -> Result<Parsed> {
     let mut without_verdict = true;
@@ -212,15 +201,10 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
         safe_prompt.insert(0, Message::added("system", SAFE_SYSTEM, SYSTEM_OF_GOAL));
     }
     Ok(Parsed::Row(Row {
-        line,
-        kind: Kind::Attack,
-        request: request.to_owned(),
         unsafe_side: Some(Side::with_reply(unsafe_prompt, target.reply())),
         safe_side: Some(Side::with_reply(safe_prompt, target.reply())),
         without_verdict,
-        completed: false,
-        variables: Map::new(),
-        unused: Vec::new(),
+        ..Row::new(line, Kind::Attack, request)
     }))
 }
 
@@ -284,20 +268,10 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
     }
     let prompt = turns.len() - usize::from(turns.last().is_some_and(Message::is_assistant));
     check_request(&turns[..prompt], "the conversation")?;
-    let request = last_user_message(&turns);
+    let row = Row::new(line, label, last_user_message(&turns));
     let side = Some(Side { messages: turns, prompt });
     let (unsafe_side, safe_side) = if label == Kind::ChatUnsafe { (side, None) } else { (None, side) };
-    Ok(Row {
-        line,
-        kind: label,
-        request,
-        unsafe_side,
-        safe_side,
-        without_verdict: false,
-        completed,
-        variables: Map::new(),
-        unused,
-    })
+    Ok(Row { unsafe_side, safe_side, completed, unused, ..row })
 }
 
 fn pair(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {
@@ -311,21 +285,13 @@ fn pair(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
     let response = text(row, "response")?;
     let reply = || response.map_or_else(|| target.reply(), |text| Message::new("assistant", text));
     let unused = if response.is_some() && target.own.is_some() { vec!["refusal_response".to_owned()] } else { vec![] };
-    Ok(Row {
-        line,
-        kind: Kind::Pair,
-        request: last_user_message(&safe),
-        unsafe_side: Some(Side::with_reply(unsafe_, reply())),
-        safe_side: Some(Side::with_reply(safe, reply())),
-        without_verdict: false,
-        completed: false,
-        variables: Map::new(),
-        unused,
-    })
+    let row = Row::new(line, Kind::Pair, last_user_message(&safe));
+    let [unsafe_side, safe_side] = [unsafe_, safe].map(|prompt| Some(Side::with_reply(prompt, reply())));
+    Ok(Row { unsafe_side, safe_side, unused, ..row })
 }
 
-fn last_user_message(messages: &[Message]) -> String {
-    messages.iter().rfind(|m| m.role == "user").map(|m| m.content.clone()).unwrap_or_default()
+fn last_user_message(messages: &[Message]) -> &str {
+    messages.iter().rfind(|m| m.role == "user").map_or("", |m| &m.content)
 }
 
 /// Checks that a prompt has turns, that the last one is not an assistant turn, and that it asks something.

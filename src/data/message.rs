@@ -80,7 +80,7 @@ impl Message {
 }
 
 /// Bytes of the texts in a value, with some for the structure around them.
-pub(super) fn value_bytes(value: &Value) -> usize {
+fn value_bytes(value: &Value) -> usize {
     match value {
         Value::String(text) => text.len() + 2,
         Value::Array(items) => items.iter().map(|item| value_bytes(item) + 2).sum(),

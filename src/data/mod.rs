@@ -43,6 +43,7 @@ mod verdicts;
 pub use batches::{micro_batches, order};
 pub use dataset::{Dataset, Sample, loss_mask_samples};
 pub use error::Error;
+pub use fields::OWN_VARIABLES;
 pub use message::Message;
 pub use options::{DataOptions, Sides};
 pub use report::{DataReport, DropReason, Kind, Padding};

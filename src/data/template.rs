@@ -388,7 +388,7 @@ mod tests {
 
     #[test]
     fn a_panic_of_the_engine_is_an_error() {
-        // A backward slice of an empty list, whose result is indexed: see `push_with_reverse` in jinja.rs.
+        // A backward slice of an empty list, whose result is indexed: see `push_with_reverse` in jinja_source.rs.
         assert_eq!(render("{{ messages[9:][::-1][0] }}"), Err(TemplateError::Crashed));
     }
 

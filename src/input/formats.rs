@@ -28,7 +28,8 @@ impl Format {
 const UNPACK: &str = "unpack it, and give the file in it";
 
 /// First bytes, name, way out.
-const OTHERS: [(&[u8], &str, &str); 18] = [
+const OTHERS: [(&[u8], &str, &str); 19] = [
+    (b"PARE", "an encrypted Parquet table", "decrypt it"),
     (b"PK\x03\x04", "a zip archive (or a workbook, which is one)", UNPACK),
     (b"PK\x05\x06", "an empty zip archive", UNPACK),
     (b"\xfd7zXZ\0", "compressed by xz", "unpack it with `xz -d`"),
@@ -77,9 +78,6 @@ pub fn recognise(bytes: &[u8]) -> Option<Format> {
     }
     if bytes.starts_with(b"PAR1") {
         return Some(Format::Parquet);
-    }
-    if bytes.starts_with(b"PARE") {
-        return Some(Format::Other("an encrypted Parquet table", "decrypt it"));
     }
     if bytes.first() == Some(&0x80) && bytes.get(1).is_some_and(|protocol| (2..=5).contains(protocol)) {
         return Some(Format::Other(

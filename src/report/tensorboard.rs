@@ -7,7 +7,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, UNIX_EPOCH};
 
 use super::Error;
 use super::metrics::MetricsRow;
@@ -40,7 +40,7 @@ impl EventLog {
     /// # Errors
     /// [`Error::Log`].
     pub fn create(folder: &Path, done: u64) -> Result<Self, Error> {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let now = since_epoch();
         // TensorBoard reads the files in the order of their names.
         let path = folder.join(format!("events.out.tfevents.{}.{:09}.moewarden", now.as_secs(), now.subsec_nanos()));
         let open = || {
@@ -86,11 +86,14 @@ impl EventLog {
     }
 
     fn append(&mut self, step: u64, what: Vec<u8>) -> Result<(), Error> {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let event = [double(field::WALL_TIME, now.as_secs_f64()), varint(field::STEP, step), what].concat();
+        let event = [double(field::WALL_TIME, since_epoch().as_secs_f64()), varint(field::STEP, step), what].concat();
         let written = self.file.write_all(&record(&event));
         written.map_err(|source| Error::Log { path: self.path.clone(), action: "appending", source })
     }
+}
+
+fn since_epoch() -> Duration {
+    UNIX_EPOCH.elapsed().unwrap_or_default()
 }
 
 fn record(event: &[u8]) -> Vec<u8> {

@@ -136,11 +136,6 @@ impl GlobalAlignment {
         self.loss.loss
     }
 
-    /// The divergence of each layer in the loss.
-    pub fn by_layer(&self) -> &[f64] {
-        &self.loss.per_layer
-    }
-
     /// The gradient of `factor` times the loss through the unsafe side, one entry a decoder layer.
     pub fn through_unsafe(&self, side: &RoutingSide, layers: &MoeLayers, factor: f64) -> Vec<Option<RouterGrad>> {
         self.spread(layers, |i, index| side.gradient(index, &self.loss.d_unsafe[i], factor))

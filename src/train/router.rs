@@ -161,9 +161,9 @@ pub fn alignment_by_layer<B: Backend>(
         let (safe, unsafe_) = sampler.pack_prompts(&partners, records);
         let safe = observe(replica, divergence, &safe).expect("a safe prompt of each record");
         let unsafe_ = observe(replica, divergence, &unsafe_).expect("an unsafe prompt of each record");
-        let alignment = routers::alignment(divergence.kl, &safe.into_statistics(), &unsafe_.into_statistics());
-        let by_layer = alignment.map_or_else(|| vec![0.0; layers], |alignment| alignment.per_layer);
-        own.extend(by_layer.into_iter().enumerate().map(|(layer, kl)| (i * layers + layer, kl)));
+        let alignment = routers::alignment(divergence.kl, &safe.into_statistics(), &unsafe_.into_statistics())
+            .expect("both sides have tokens");
+        own.extend(alignment.per_layer.into_iter().enumerate().map(|(layer, kl)| (i * layers + layer, kl)));
     }
     let all = replica.gather_by_index(micro_batches.len() * layers, &own)?;
     let mean = |layer| all.iter().skip(layer).step_by(layers).sum::<f64>() / micro_batches.len().max(1) as f64;

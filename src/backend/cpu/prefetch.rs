@@ -21,28 +21,26 @@ pub(super) struct Prefetch(OnceLock<Sender<Vec<SharedBytes>>>);
 impl Prefetch {
     /// Reads these in their order, in place of what is left of the request before. Returns at once.
     pub(super) fn request<'b>(&self, wanted: impl Iterator<Item = &'b SharedBytes>) {
-        let ranges = join(wanted.filter(|bytes| bytes.is_mapped()));
-        if ranges.iter().map(SharedBytes::len).sum::<usize>() >= LEAST {
+        let wanted: Vec<_> = wanted.filter(|bytes| bytes.is_mapped()).collect();
+        if wanted.iter().map(|bytes| bytes.len()).sum::<usize>() >= LEAST {
             let worker = self.0.get_or_init(|| {
                 let (sender, requests) = channel();
                 // Without the thread, pages are read where they are used.
                 let _ = thread::Builder::new().name("prefetch".into()).spawn(move || work(&requests));
                 sender
             });
-            let _ = worker.send(ranges);
+            let _ = worker.send(join(wanted));
         }
     }
 }
 
 /// The same bytes in the order of their files, and in as few ranges as possible.
-fn join<'b>(wanted: impl Iterator<Item = &'b SharedBytes>) -> Vec<SharedBytes> {
-    let mut wanted: Vec<_> = wanted.collect();
+fn join(mut wanted: Vec<&SharedBytes>) -> Vec<SharedBytes> {
     wanted.sort_by_key(|bytes| bytes.as_ptr());
     let mut ranges: Vec<SharedBytes> = Vec::new();
     for bytes in wanted {
-        match ranges.last().and_then(|last| last.joined(bytes)) {
-            Some(both) => *ranges.last_mut().expect("there is a last one") = both,
-            None => ranges.push(bytes.clone()),
+        if !ranges.last_mut().is_some_and(|last| last.extend(bytes)) {
+            ranges.push(bytes.clone());
         }
     }
     ranges
@@ -90,7 +88,7 @@ mod tests {
         let (file, other) = (mapped(100), mapped(100));
         let wanted =
             [file.slice(20..50), file.slice(10..20), other.slice(50..60), file.slice(60..70), file.slice(71..72)];
-        let mut lengths: Vec<usize> = join(wanted.iter()).iter().map(SharedBytes::len).collect();
+        let mut lengths: Vec<usize> = join(wanted.iter().collect()).iter().map(SharedBytes::len).collect();
         lengths.sort_unstable(); // either file may be mapped before the other
         assert_eq!(lengths, [1, 10, 10, 40]);
         let parts: Vec<usize> = parts(&mapped(PART + 5)).map(|part| part.len()).collect();

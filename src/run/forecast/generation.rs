@@ -19,27 +19,42 @@ pub struct GenerationMemory {
     pub working: u64,
 }
 
+/// The prompts that a run asks the model: their lengths, and the maximum length of a reply.
+struct Asked {
+    /// For the replies on which routing is counted.
+    counted: Option<(Vec<usize>, usize)>,
+    /// For the causal check.
+    verified: Option<(Vec<usize>, usize)>,
+}
+
+impl Asked {
+    fn of(session: &Session, config: &RunConfig, recipe: &Recipe) -> Self {
+        let prompts = |of: fn(&Record) -> Option<&Vec<u32>>| session.data.records.iter().filter_map(of).map(Vec::len);
+        let on_unsafe: Vec<usize> = prompts(|r| r.unsafe_prompt.as_ref()).collect();
+        let counted = match recipe.identify.counted_replies() {
+            CountedReplies::Own { max_new_tokens } => {
+                let on_safe = prompts(|r| r.safe_prompt.as_ref());
+                Some((on_unsafe.iter().copied().chain(on_safe).collect(), max_new_tokens))
+            }
+            _ => None,
+        };
+        Self { counted, verified: (config.verify > 0).then(|| (on_unsafe, verify_new_tokens(config))) }
+    }
+}
+
 impl GenerationMemory {
     /// Of the replies on which routing is counted, or of the causal check.
     pub fn new(session: &Session, config: &RunConfig, recipe: &Recipe, budget: &MemoryBudget) -> Self {
-        let prompts = |of: fn(&Record) -> Option<&Vec<u32>>| session.data.records.iter().filter_map(of).map(Vec::len);
-        let on_unsafe: Vec<usize> = prompts(|r| r.unsafe_prompt.as_ref()).collect();
         let mut largest = Self::default();
-        let mut add = |lengths: &[usize], max_new_tokens: usize| {
-            let Some(batch) = batches(lengths, config.generation_batch_size).into_iter().next() else { return };
+        let Asked { counted, verified } = Asked::of(session, config, recipe);
+        for (lengths, max_new_tokens) in counted.iter().chain(&verified) {
+            let Some(batch) = batches(lengths, config.generation_batch_size).into_iter().next() else { continue };
             let lengths: Vec<usize> = batch.into_iter().map(|i| lengths[i]).collect();
             let rows = lengths[0].max(PROMPT_TOKENS.min(lengths.iter().sum()));
-            let tokens = cache_tokens(lengths, max_new_tokens);
+            let tokens = cache_tokens(lengths, *max_new_tokens);
             let cache = kv_cache_bytes(&session.model, tokens, budget.activation_size);
             let working = Activations::predict(&session.model, rows, budget).working;
             largest = Self { cache: largest.cache.max(cache), working: largest.working.max(working) };
-        };
-        if let CountedReplies::Own { max_new_tokens } = recipe.identify.counted_replies() {
-            let both: Vec<usize> = on_unsafe.iter().copied().chain(prompts(|r| r.safe_prompt.as_ref())).collect();
-            add(&both, max_new_tokens);
-        }
-        if config.verify > 0 {
-            add(&on_unsafe, verify_new_tokens(config));
         }
         largest
     }
@@ -56,15 +71,12 @@ impl Forecast {
     #[must_use]
     pub fn with_own_replies(self, session: &Session, config: &RunConfig, recipe: &Recipe) -> Self {
         let (model, records) = (&session.model, &session.data.records);
-        let prompts = |of: fn(&Record) -> Option<&Vec<u32>>| records.iter().filter_map(of).map(Vec::len);
-        let on_unsafe: Vec<usize> = prompts(|r| r.unsafe_prompt.as_ref()).collect();
+        let Asked { counted, verified } = Asked::of(session, config, recipe);
         let mut forecast = self;
-        if let CountedReplies::Own { max_new_tokens } = recipe.identify.counted_replies() {
-            let both: Vec<usize> = on_unsafe.iter().copied().chain(prompts(|r| r.safe_prompt.as_ref())).collect();
+        if let Some((both, max_new_tokens)) = counted {
             forecast.replies = generation(session, &both, config.generation_batch_size, max_new_tokens);
         }
-        if config.verify > 0 {
-            let max_new_tokens = verify_new_tokens(config);
+        if let Some((on_unsafe, max_new_tokens)) = verified {
             let answers = Tokens::of(on_unsafe.iter().map(|prompt| (prompt + max_new_tokens, max_new_tokens)));
             let refusals = of_replies(records.iter().filter_map(|r| r.unsafe_reply.as_ref()));
             let safe = session.retain_records().unwrap_or_default().iter().chain(records);

@@ -57,7 +57,7 @@ impl MemoryForecast {
         let waiting = activations.peak(layers, 0, keep_from) - activations.working;
         Self {
             weights: (session.table.total().bytes + base_head) as u64,
-            mapped: !budget.device && session.checkpoint.is_some(),
+            mapped: is_mapped(session, budget),
             free: budget.free,
             activations: waiting.saturating_mul(forwards as u64).saturating_add(activations.working),
             state: trained_state(session, trained, world_size, budget),
@@ -98,26 +98,26 @@ impl MemoryForecast {
             "a rank needs {} of memory, but {} are free{}; --force starts the run all the same",
             human(self.needed()),
             human(self.free),
-            self.shortage().replace(". ", ": "),
+            self.shortage().map_or_else(String::new, |shortage| format!(": {shortage}")),
         );
         Err(Failure::new(exit::LAUNCHER, message))
     }
 
     /// Where the memory does not suffice: what happens, and what helps.
-    fn shortage(&self) -> String {
+    fn shortage(&self) -> Option<String> {
         if self.total() <= self.free {
-            String::new()
+            None
         } else if self.mapped && self.needed() <= self.free {
-            format!(
-                ". {} of the weights do not fit into the memory that is left for them, and are read from the disk again in each pass",
+            Some(format!(
+                "{} of the weights do not fit into the memory that is left for them, and are read from the disk again in each pass",
                 human(self.total() - self.free)
-            )
+            ))
         } else {
-            format!(
-                ". {} are missing: --recompute always, a smaller --batch-size, --max-length or --top-k-experts, or ranks on more \
+            Some(format!(
+                "{} are missing: --recompute always, a smaller --batch-size, --max-length or --top-k-experts, or ranks on more \
                  machines need less",
                 human(self.needed() - self.free)
-            )
+            ))
         }
     }
 
@@ -148,8 +148,8 @@ impl MemoryForecast {
             human(state.whole),
             human(state.sharded),
             human(self.total()),
-            human(budget.free),
-            self.shortage(),
+            human(self.free),
+            self.shortage().map_or_else(String::new, |shortage| format!(". {shortage}")),
         )
     }
 }
@@ -161,22 +161,23 @@ fn head_size(session: &Session) -> usize {
     head.map_or(4, |id| table.params[id].dtype().size())
 }
 
+/// Whether the weights are memory-mapped: those of a checkpoint, on the host.
+fn is_mapped(session: &Session, budget: MemoryBudget) -> bool {
+    !budget.device && session.checkpoint.is_some()
+}
+
 /// The memory that is left once weights and trained state are loaded. On the host the weights of a checkpoint stay
 /// memory-mapped, and their pages count as free.
 fn loaded(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> MemoryBudget {
     let state = trained_state(session, trained, world_size, budget);
-    let resident = match budget.device || session.checkpoint.is_none() {
-        true => session.table.total().bytes as u64,
-        false => 0,
-    };
+    let resident = if is_mapped(session, budget) { 0 } else { session.table.total().bytes as u64 };
     MemoryBudget { free: budget.free.saturating_sub(resident + state.whole + state.sharded), ..budget }
 }
 
 fn trained_state(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> TrainedState {
     let total = session.table.total();
     // On a device, and where the weights are random, an update overwrites the weights; else it replaces memory-mapped ones.
-    let new =
-        if budget.device || session.checkpoint.is_none() { 0 } else { (total.bytes / total.elements.max(1)) as u64 };
+    let new = if is_mapped(session, budget) { (total.bytes / total.elements.max(1)) as u64 } else { 0 };
     TrainedState::predict(trained as u64, new, world_size)
 }
 
@@ -208,8 +209,9 @@ mod tests {
         ] {
             let forecast = of(mapped, free);
             assert_eq!((forecast.total(), forecast.needed(), forecast.peak()), (157, needed, peak), "{mapped} {free}");
-            assert_eq!(forecast.shortage().is_empty(), said.is_empty());
-            assert!(forecast.shortage().contains(said), "{}", forecast.shortage());
+            let shortage = forecast.shortage().unwrap_or_default();
+            assert_eq!(shortage.is_empty(), said.is_empty());
+            assert!(shortage.contains(said), "{shortage}");
             assert!(forecast.check(false).is_ok(), "within the error of the forecast");
         }
         let far_beyond = of(false, 100);

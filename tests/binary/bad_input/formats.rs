@@ -89,8 +89,7 @@ fn other_formats_are_named_with_the_way_to_convert() {
     ];
     for (name, bytes, says) in cases {
         fs::write(scene.path(name), bytes).unwrap();
-        scene.refuses(&["--dataset-path", name], 65, &[name]);
-        scene.refuses(&["--dataset-path", name], 65, says);
+        scene.refuses(&["--dataset-path", name], 65, &[&[name], says].concat());
     }
     for (name, says) in
         [("brotli.parquet", "compressed by brotli"), ("bytes.parquet", "row 1: the column `image` holds bytes")]

@@ -1,0 +1,107 @@
+//! What makes two sets of inputs the same: hashes of weights and files, for checkpoints and between ranks.
+
+use std::path::{Path, PathBuf};
+
+use super::Session;
+use crate::collective::{self, Collective, all_agree};
+use crate::config::RunConfig;
+use crate::exit::{self, Failure, Result};
+use crate::input;
+
+impl Session {
+    /// blake3 over the base model's parameters, its configuration and tokenizer, and the files of rows and template.
+    ///
+    /// # Errors
+    /// A failed read.
+    pub fn fingerprint(&self, config: &RunConfig) -> Result<blake3::Hash> {
+        if let Some(hash) = self.fingerprint.get() {
+            return Ok(*hash);
+        }
+        let mut hasher = blake3::Hasher::new();
+        self.hash_parameters(&mut hasher);
+        hasher.update(self.fingerprint_of_files(config)?.as_bytes());
+        Ok(*self.fingerprint.get_or_init(|| hasher.finalize()))
+    }
+
+    /// blake3 over the base model's parameters and its configuration.
+    ///
+    /// # Errors
+    /// A failed read.
+    pub fn weights_hash(&self) -> Result<blake3::Hash> {
+        if let Some(hash) = self.weights_hash.get() {
+            return Ok(*hash);
+        }
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(hash_file(&self.dir.join("config.json"))?.as_bytes());
+        self.hash_parameters(&mut hasher);
+        Ok(*self.weights_hash.get_or_init(|| hasher.finalize()))
+    }
+
+    fn hash_parameters(&self, hasher: &mut blake3::Hasher) {
+        if let Some(init) = &self.table.random {
+            hasher.update(&init.seed.to_le_bytes()); // with config.json it decides all values
+        } else {
+            for spec in &self.table.params {
+                hasher.update_rayon(&spec.base.bytes);
+            }
+        }
+    }
+
+    fn fingerprint_of_files(&self, config: &RunConfig) -> Result<blake3::Hash> {
+        let mut hasher = blake3::Hasher::new();
+        let names = [
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        ];
+        let model = names.iter().map(|name| self.dir.join(name)).filter(|path| path.is_file());
+        for path in model.chain(data_files(config)) {
+            hasher.update(hash_file(&path)?.as_bytes());
+        }
+        if let Some(experts) = &self.given {
+            hasher.update(experts);
+        }
+        Ok(hasher.finalize())
+    }
+
+    /// Verifies that all processes run the same program with the same options, rows and model.
+    ///
+    /// # Errors
+    /// What differs, and on which rank.
+    pub fn agree(&self, config: &RunConfig, world: &dyn Collective) -> Result<()> {
+        world.set_activity("the check that all ranks have the same inputs");
+        all_agree(world, "version of moewarden", env!("CARGO_PKG_VERSION").as_bytes())?;
+        agree_on_options(world, &config.result_options_yaml()?)?;
+        let files = self.fingerprint_of_files(config)?;
+        all_agree(world, "file of rows, chat template, tokenizer or config.json", files.as_bytes())?;
+        Ok(all_agree(world, "set of model weights", self.fingerprint(config)?.as_bytes())?)
+    }
+}
+
+/// Verifies that all ranks have the same options, one a line; the error names the first line that differs.
+fn agree_on_options(world: &dyn Collective, options: &str) -> Result<()> {
+    let all = world.all_gather(options.as_bytes())?;
+    let Some(rank) = all.iter().position(|other| *other != all[0]) else { return Ok(()) };
+    let [ours, theirs] = [0, rank].map(|rank| String::from_utf8_lossy(&all[rank]));
+    let mut lines = ours.lines().zip(theirs.lines()).filter(|(ours, theirs)| ours != theirs);
+    let (ours, theirs) = lines.next().unwrap_or(("fewer of them", "more"));
+    Err(collective::Error::Disagreement { what: format!("set of options (`{theirs}`, not `{ours}`)"), rank }.into())
+}
+
+/// The data files and the chat template of a run.
+fn data_files(config: &RunConfig) -> impl Iterator<Item = PathBuf> + '_ {
+    let optional = [&config.eval_dataset_path, &config.retain_dataset_path, &config.chat_template];
+    let files = std::iter::once(Some(&config.dataset_path)).chain(optional.map(Option::as_ref));
+    files.flatten().cloned().chain(config.routing_replies.path().map(Path::to_owned))
+}
+
+fn hash_file(path: &Path) -> Result<blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
+    input::open(path)
+        .and_then(|_| hasher.update_mmap_rayon(path))
+        .map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display())))?;
+    Ok(hasher.finalize())
+}
