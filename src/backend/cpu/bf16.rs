@@ -17,8 +17,8 @@ use crate::backend::GradReduction;
 
 /// Enough tasks to keep some tens of cores busy.
 const TASKS: usize = 32;
-/// Columns of a product that are split among tasks come in multiples of this.
-const COLUMNS: usize = 64;
+/// Rows and columns of a product that are split among tasks come in multiples of this.
+const STEP: usize = 64;
 
 /// In how many parts each of so many tasks is split, to reach [`TASKS`].
 fn parts(tasks: usize) -> usize {
@@ -27,29 +27,55 @@ fn parts(tasks: usize) -> usize {
 
 /// Part `i` of `parts` of `0..n`; the last ones may be empty.
 fn part_of(n: usize, i: usize, parts: usize) -> Range<usize> {
-    let step = n.div_ceil(parts).next_multiple_of(COLUMNS);
+    let step = n.div_ceil(parts).next_multiple_of(STEP);
     let at = |i: usize| (i * step).min(n);
     at(i)..at(i + 1)
 }
 
-/// A group, and the rows and columns of the product that a task computes.
-type Task<'g, 'w> = (&'g RowGroup<'w>, Range<usize>, Range<usize>);
-
-/// The tasks of a product with these groups of rows, for blocks of this depth and a result of `width` columns.
-fn tasks<'g, 'w>(products: &Products, groups: &'g [RowGroup<'w>], depth: usize, width: usize) -> Vec<Task<'g, 'w>> {
-    let blocks: Vec<_> = groups
-        .iter()
-        .flat_map(|g| products.blocks(Side::A, depth, g.rows.clone()).map(move |rows| (g, rows)))
-        .collect();
-    let parts = parts(blocks.len());
-    let columns = || (0..parts).map(|i| part_of(width, i, parts)).filter(|columns| !columns.is_empty());
-    blocks.into_iter().flat_map(|(g, rows)| columns().map(move |columns| (g, rows.clone(), columns))).collect()
+/// A part of a group's product.
+struct Task<'g, 'w> {
+    group: &'g RowGroup<'w>,
+    rows: Range<usize>,
+    /// Which of the pieces that the columns consist of, and its first column.
+    piece: (usize, usize),
+    /// Columns, counted from the piece's first one.
+    columns: Range<usize>,
 }
 
-/// The part of `columns` that lies in `of`, counted from its start.
-fn intersect(columns: &Range<usize>, of: Range<usize>) -> Range<usize> {
-    let (start, end) = (columns.start.max(of.start), columns.end.min(of.end));
-    start.saturating_sub(of.start)..end.max(start).saturating_sub(of.start)
+/// The tasks of a product of this depth, whose columns consist of pieces of these widths. They are split into blocks of weights
+/// that fit into the L2 cache. What is too little for all cores is split further: tall groups between their rows, so that
+/// weights are packed once more; flat ones between their columns.
+fn tasks<'g, 'w>(
+    products: &Products,
+    groups: &'g [RowGroup<'w>],
+    depth: usize,
+    widths: impl Fn(&RowGroup<'w>) -> Vec<usize>,
+) -> Vec<Task<'g, 'w>> {
+    /// Rows that are worth packing the weights once more.
+    const TALL: usize = 4 * STEP;
+    let mut tasks = Vec::new();
+    for group in groups.iter().filter(|group| !group.rows.is_empty()) {
+        let mut first = 0;
+        for (i, width) in widths(group).into_iter().enumerate() {
+            let blocks = products.blocks(Side::B, depth, 0..width);
+            tasks.extend(blocks.map(|columns| Task { group, rows: group.rows.clone(), piece: (i, first), columns }));
+            first += width;
+        }
+    }
+    let parts = parts(tasks.len());
+    let split = |Task { group, rows, piece, columns }: Task<'g, 'w>| {
+        let by_rows = parts.min(rows.len().div_ceil(TALL));
+        let by_columns = parts.div_ceil(by_rows);
+        let within = |range: &Range<usize>, i, parts| {
+            let part = part_of(range.len(), i, parts);
+            range.start + part.start..range.start + part.end
+        };
+        (0..by_columns).flat_map(move |c| {
+            let (rows, columns) = (rows.clone(), within(&columns, c, by_columns));
+            (0..by_rows).map(move |r| Task { group, rows: within(&rows, r, by_rows), piece, columns: columns.clone() })
+        })
+    };
+    tasks.into_iter().flat_map(split).filter(|task| !task.rows.is_empty() && !task.columns.is_empty()).collect()
 }
 
 fn part(w: &Weight) -> Part<'_> {
@@ -62,40 +88,40 @@ fn part(w: &Weight) -> Part<'_> {
 /// # Safety
 /// Nothing else accesses these elements.
 unsafe fn store(tile: &Tile<'_>, to: &SharedSlice<'_, f32>, at: usize, width: usize) {
-    for (i, row) in tile.a.clone().enumerate() {
-        // SAFETY: by the caller's guarantee.
-        unsafe { to.slice(at + row * width + tile.b.start, tile.b.len()) }.copy_from_slice(tile.row(i));
-    }
+    simd!({
+        for (i, row) in tile.a.clone().enumerate() {
+            // SAFETY: by the caller's guarantee.
+            tile.copy_row(i, unsafe { to.slice(at + row * width + tile.b.start, tile.b.len()) });
+        }
+    });
 }
 
 /// y = x · wᵀ for each group. The outputs of stacked weights are concatenated.
 pub(super) fn forward(products: &Products, x: &Tensor, groups: &[RowGroup<'_>], y: &mut Tensor) {
     let (k, width) = (x.cols(), y.cols());
-    let tasks = tasks(products, groups, k, width);
+    for group in groups {
+        let rows: usize = group.stack.iter().map(|weight| weight.rows()).sum();
+        assert!(rows == width, "stacked weights have {rows} rows, y {width} columns");
+    }
+    let tasks = tasks(products, groups, k, |group| group.stack.iter().map(|weight| weight.rows()).collect());
     let out = SharedSlice::new(y.values_mut());
-    tasks.into_par_iter().with_max_len(1).for_each(|(group, rows, columns)| {
-        let block = products.block(Side::A, &[Part::activations(x.values(), k).by_rows(k)], rows.clone());
-        let mut first = 0;
-        for weight in group.stack {
-            assert!(weight.cols() == k, "x has {k} columns, its weight [{}, {}]", weight.rows(), weight.cols());
-            let lines = intersect(&columns, first..first + weight.rows());
-            let at = rows.start * width + first + lines.start;
-            products.stream(&block, &[part(weight).by_rows(k)], lines, |tile| {
-                // SAFETY: tasks have different rows or columns.
-                unsafe { store(tile, &out, at, width) };
-            });
-            first += weight.rows();
-        }
-        assert!(first == width, "stacked weights have {first} rows, y {width} columns");
+    tasks.into_par_iter().with_max_len(1).for_each(|Task { group, rows, piece: (i, first), columns }| {
+        let weight = group.stack[i];
+        assert!(weight.cols() == k, "x has {k} columns, its weight [{}, {}]", weight.rows(), weight.cols());
+        let block = products.block(Side::B, &[part(weight).by_rows(k)], columns.clone());
+        products.stream(&block, &[Part::activations(x.values(), k).by_rows(k)], rows.clone(), |tile| {
+            // SAFETY: tasks have different rows or columns.
+            unsafe { store(tile, &out, rows.start * width + first + columns.start, width) };
+        });
     });
 }
 
 /// dx = dy · w for each group, summed over its stacked weights.
 pub(super) fn backward_input(products: &Products, dy: &Tensor, groups: &[RowGroup<'_>], dx: &mut Tensor) {
     let (n, k) = (dy.cols(), dx.cols());
-    let tasks = tasks(products, groups, n, k);
+    let tasks = tasks(products, groups, n, |_| vec![k]);
     let out = SharedSlice::new(dx.values_mut());
-    tasks.into_par_iter().with_max_len(1).for_each(|(group, rows, columns)| {
+    tasks.into_par_iter().with_max_len(1).for_each(|Task { group, rows, columns, .. }| {
         let (mut dy_parts, mut w_parts, mut first) = (Vec::new(), Vec::new(), 0);
         for weight in group.stack {
             dy_parts.push(Part::activations(&dy.values()[first..], n).by_rows(weight.rows()));
@@ -103,8 +129,8 @@ pub(super) fn backward_input(products: &Products, dy: &Tensor, groups: &[RowGrou
             first += weight.rows();
         }
         assert!(first == n, "dy has {n} columns, its stacked weights {first} rows");
-        let block = products.block(Side::A, &dy_parts, rows.clone());
-        products.stream(&block, &w_parts, columns.clone(), |tile| {
+        let block = products.block(Side::B, &w_parts, columns.clone());
+        products.stream(&block, &dy_parts, rows.clone(), |tile| {
             // SAFETY: tasks have different rows or columns.
             unsafe { store(tile, &out, rows.start * k + columns.start, k) };
         });

@@ -12,12 +12,12 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::gemm::{Matrix, MatrixMut, product};
+use super::gemm::{Matrix, MatrixMut, matmul, product};
 use super::parallel::{Scratch, SharedSlice};
-use super::product::{Products, round};
+use super::product::{self, Part, Products, Side, round};
 use super::simd::{axpy, dot, exp, simd};
 use super::tensor::Tensor;
-use super::weight::Weight;
+use super::weight::{self, Weight};
 use crate::backend::RowLoss;
 
 /// Rows per block: the SIMD lanes of its running sums.
@@ -91,11 +91,76 @@ fn tile_rows(d: usize) -> usize {
     (TILE / d.max(1)).clamp(16, 256)
 }
 
-/// Computes the logits of `rows` rows of x against a tile of the head, transposed: `[tile, rows]`.
-fn logits(products: Option<&Products>, x: &[f32], rows: usize, w: &[f32], out: &mut [f32]) {
-    let (tile, d) = (out.len() / rows, x.len() / rows);
-    let (x, w) = (Matrix::new(x, rows, d, d), Matrix::new(w, tile, d, d));
-    product(products, MatrixMut::new(out, tile, rows, rows).t(), x, w.t(), 1.0, false);
+/// Rows of x, ready for products with tiles of the head.
+struct Block<'a> {
+    head: &'a Head<'a>,
+    /// `[rows, D]`
+    x: &'a [f32],
+    rows: usize,
+    /// x as an operand of bf16 products.
+    packed: Option<(&'a Products, product::Block)>,
+}
+
+/// A tile of the head: some of its rows.
+struct HeadTile<'a> {
+    rows: Range<usize>,
+    /// Their values for f32 products. Those of bf16 values take the rows as they are stored.
+    values: Option<weight::Rows<'a>>,
+}
+
+impl<'a> Block<'a> {
+    fn new(head: &'a Head<'a>, rows: Range<usize>) -> Self {
+        let d = head.x.cols();
+        let x = &head.x.values()[rows.start * d..rows.end * d];
+        let part = Part::activations(x, d).by_rows(d);
+        let packed = head.products.map(|products| (products, products.block(Side::B, &[part], 0..rows.len())));
+        Self { head, x, rows: rows.len(), packed }
+    }
+
+    fn tile(&self, rows: Range<usize>) -> HeadTile<'a> {
+        let values = self.packed.is_none().then(|| self.head.w.read(rows.clone()));
+        HeadTile { rows, values }
+    }
+
+    /// Computes the logits of the rows against a tile of the head, transposed: `[tile, rows]`.
+    fn logits(&self, w: &HeadTile<'_>, out: &mut [f32]) {
+        let (n, rows, d) = (w.rows.len(), self.rows, self.head.x.cols());
+        if let Some((products, x)) = &self.packed {
+            products.stream(x, &[self.head.stored(0).by_rows(d)], w.rows.clone(), |tile| {
+                simd!({
+                    for (i, row) in tile.a.clone().enumerate() {
+                        tile.copy_row(i, &mut out[row * rows + tile.b.start..][..tile.b.len()]);
+                    }
+                });
+            });
+        } else if let Some(w) = &w.values {
+            let (x, w) = (Matrix::new(self.x, rows, d, d), Matrix::new(w, n, d, d));
+            matmul(MatrixMut::new(out, n, rows, rows).t(), x, w.t(), 1.0, false);
+        }
+    }
+
+    /// to = pᵀ · w, or to += pᵀ · w, for p `[tile, rows]` and a tile w of the head: `[rows, D]`.
+    fn weighted_sum(&self, p: &[f32], w: &HeadTile<'_>, to: &mut [f32], accumulate: bool) {
+        let (n, rows, d) = (w.rows.len(), self.rows, self.head.x.cols());
+        if let Some((products, _)) = &self.packed {
+            let p = products.block(Side::A, &[Part::activations(p, rows).by_columns(n)], 0..rows);
+            products.stream(&p, &[self.head.stored(w.rows.start).by_columns(n)], 0..d, |tile| {
+                simd!({
+                    for (i, row) in tile.a.clone().enumerate() {
+                        let to = &mut to[row * d + tile.b.start..][..tile.b.len()];
+                        if accumulate {
+                            axpy(to, 1.0, tile.row(i));
+                        } else {
+                            tile.copy_row(i, to);
+                        }
+                    }
+                });
+            });
+        } else if let Some(w) = &w.values {
+            let (p, w) = (Matrix::new(p, n, rows, rows), Matrix::new(w, n, d, d));
+            matmul(MatrixMut::new(to, rows, d, d), p.t(), w, 1.0, accumulate);
+        }
+    }
 }
 
 /// What a pass over the vocabulary computes besides the losses.
@@ -116,17 +181,16 @@ fn scan_segment(head: &Head<'_>, block: Range<usize>, segment: Range<usize>, wan
         Want::Best => (true, None),
         Want::Gradient(sum) => (false, Some(sum)),
     };
-    let Head { x, w, products, .. } = *head;
-    let (d, rows) = (x.cols(), block.len());
-    let x = &x.values()[block.start * d..block.end * d];
+    let (d, rows) = (head.x.cols(), block.len());
+    let block = Block::new(head, block);
     let step = tile_rows(d);
     let mut softmax = OnlineSoftmax::new();
     let mut scores = Scratch::take(step * rows);
     for start in segment.clone().step_by(step) {
         let tile = step.min(segment.end - start);
-        let w = w.read(start..start + tile);
+        let w = block.tile(start..start + tile);
         let scores = &mut scores[..tile * rows];
-        logits(products, x, rows, &w, scores);
+        block.logits(&w, scores);
         if best {
             softmax.update_best(scores, rows, start);
         }
@@ -142,15 +206,7 @@ fn scan_segment(head: &Head<'_>, block: Range<usize>, segment: Range<usize>, wan
                     }
                 });
             }
-            let p = Matrix::new(scores, tile, rows, rows);
-            product(
-                products,
-                MatrixMut::new(weighted_sum, rows, d, d),
-                p.t(),
-                Matrix::new(&w, tile, d, d),
-                1.0,
-                !first,
-            );
+            block.weighted_sum(scores, &w, weighted_sum, !first);
         }
     }
     softmax
@@ -192,6 +248,12 @@ struct Head<'a> {
 }
 
 impl Head<'_> {
+    /// The rows of w from `first` on, as they are stored.
+    fn stored(&self, first: usize) -> Part<'_> {
+        let row = self.w.cols() * self.w.dtype().size();
+        Part::weight(self.w.dtype(), &self.w.bytes()[first * row..], self.w.cols())
+    }
+
     /// Calls `f` with the head. In bf16 x is rounded first, because the target's logit is computed apart from the others.
     fn with<R>(cpu: &Cpu, x: &Tensor, w: &Weight, targets: &[u32], f: impl FnOnce(&Head<'_>) -> R) -> R {
         assert!(x.cols() == w.cols(), "x [{}, {}], head [{}, {}]", x.rows(), x.cols(), w.rows(), w.cols());
@@ -340,16 +402,16 @@ pub(super) fn backward(
 
 /// dw += scale · (p − one_hot(target))ᵀ · x over the rows in `strip`, one task per tile of the vocabulary.
 fn weight_gradient(head: &Head<'_>, strip: Range<usize>, rows_of_strip: &[StripRow], scale: f32, dw: &mut [f32]) {
-    let Head { x, w, targets, products } = *head;
+    let Head { x, targets, products, .. } = *head;
     let (d, rows) = (x.cols(), strip.len());
     let step = tile_rows(d);
+    let block = Block::new(head, strip.clone());
     let x = &x.values()[strip.start * d..strip.end * d];
     let log_sums: Vec<f32> = rows_of_strip.iter().map(|row| row.log_sum as f32).collect();
     dw.par_chunks_mut(step * d).enumerate().with_max_len(1).for_each(|(i, dw)| {
         let (first, tile) = (i * step, dw.len() / d);
-        let w = w.read(first..first + tile);
         let mut grad = Scratch::take(tile * rows);
-        logits(products, x, rows, &w, &mut grad);
+        block.logits(&block.tile(first..first + tile), &mut grad);
         simd!({
             for row in grad.chunks_exact_mut(rows) {
                 for (g, l) in row.iter_mut().zip(&log_sums) {

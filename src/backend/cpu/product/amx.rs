@@ -33,6 +33,22 @@ thread_local! {
     static CONFIGURED: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Prefetches 1 KiB from `$at` bytes behind the pointer on: half of what the block after next reads there. Panels come
+/// from the L2 cache, and the hardware's own prefetching leaves a quarter of the rate unused.
+macro_rules! prefetch {
+    ($pointer:literal, $at:literal) => {
+        concat!(
+            ".irp line, 0, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960\n",
+            "prefetcht0 [{",
+            $pointer,
+            "} + ",
+            $at,
+            " + \\line]\n",
+            ".endr"
+        )
+    };
+}
+
 pub(super) fn multiply(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bool) {
     if !CONFIGURED.get() {
         // SAFETY: `Products::new`, and the trial before it, use these instructions only where they exist and Linux permits them. The
@@ -68,10 +84,14 @@ pub(super) fn multiply(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bool) {
             "tileloadd tmm6, [{b} + {wide}*1]",
             "tileloadd tmm7, [{b} + {wide}*1 + 64]",
             "tdpbf16ps tmm0, tmm4, tmm6",
+            prefetch!("a", 4096),
             "tileloadd tmm5, [{a} + {narrow}*1 + 1024]",
             "tdpbf16ps tmm1, tmm4, tmm7",
+            prefetch!("b", 4096),
             "tdpbf16ps tmm2, tmm5, tmm6",
+            prefetch!("a", 5120),
             "tdpbf16ps tmm3, tmm5, tmm7",
+            prefetch!("b", 5120),
             "add {a}, 2048",
             "add {b}, 2048",
             "dec {blocks}",

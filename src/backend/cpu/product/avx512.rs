@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_shuffle_i32x4, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_unpackhi_epi32,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_ps, _mm512_unpackhi_epi32,
     _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
@@ -74,15 +74,19 @@ pub(super) fn multiply_pairs(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bo
 
 /// The transpose of 16 by 16 units.
 pub(super) fn transpose(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
-    // SAFETY: `Products::new` refuses all instructions that come with it where AVX-512 does not exist.
-    unsafe { transposed(block) }
+    // SAFETY: `Products::new` refuses all instructions that come with it where AVX-512 does not exist. Both types are 16 vectors
+    // of 64 bytes, and all bit patterns are valid.
+    unsafe {
+        let rows = block.each_ref().map(|row| _mm512_loadu_si512(row.as_ptr().cast()));
+        std::mem::transmute::<[__m512i; 16], [[u32; 16]; 16]>(transposed(&rows))
+    }
 }
 
-/// Pairs, then quadruples of rows are interleaved within 128-bit lanes; then the lanes are transposed.
+/// The transpose of 16 by 16 units. Pairs, then quadruples of rows are interleaved within 128-bit lanes; then the lanes are
+/// transposed.
+#[inline]
 #[target_feature(enable = "avx512f")]
-fn transposed(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
-    // SAFETY: each row has 16 elements.
-    let rows: [__m512i; 16] = std::array::from_fn(|i| unsafe { _mm512_loadu_si512(block[i].as_ptr().cast()) });
+pub(super) fn transposed(rows: &[__m512i; 16]) -> [__m512i; 16] {
     // quads[g][j]: lane L has rows 4g to 4g + 3 of column 4L + j.
     let quads: [[__m512i; 4]; 4] = std::array::from_fn(|g| {
         let (a, b) =
@@ -98,21 +102,15 @@ fn transposed(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
             _mm512_unpackhi_epi64(b, d),
         ]
     });
-    let mut columns = [[0; 16]; 16];
+    let mut columns = [_mm512_setzero_si512(); 16];
     for j in 0..4 {
         let [a, b, c, d] = quads.map(|quad| quad[j]);
         let even = [_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d)];
         let odd = [_mm512_shuffle_i32x4::<0xdd>(a, b), _mm512_shuffle_i32x4::<0xdd>(c, d)];
-        let lanes = [
-            _mm512_shuffle_i32x4::<0x88>(even[0], even[1]),
-            _mm512_shuffle_i32x4::<0x88>(odd[0], odd[1]),
-            _mm512_shuffle_i32x4::<0xdd>(even[0], even[1]),
-            _mm512_shuffle_i32x4::<0xdd>(odd[0], odd[1]),
-        ];
-        for (l, lane) in lanes.into_iter().enumerate() {
-            // SAFETY: each column has 16 elements.
-            unsafe { _mm512_storeu_si512(columns[4 * l + j].as_mut_ptr().cast(), lane) };
-        }
+        columns[j] = _mm512_shuffle_i32x4::<0x88>(even[0], even[1]);
+        columns[4 + j] = _mm512_shuffle_i32x4::<0x88>(odd[0], odd[1]);
+        columns[8 + j] = _mm512_shuffle_i32x4::<0xdd>(even[0], even[1]);
+        columns[12 + j] = _mm512_shuffle_i32x4::<0xdd>(odd[0], odd[1]);
     }
     columns
 }

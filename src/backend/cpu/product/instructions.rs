@@ -80,7 +80,8 @@ impl Processor {
     /// Whether it can run these instructions.
     pub fn has(&self, instructions: Instructions) -> bool {
         match instructions {
-            Instructions::Amx => self.avx512 && self.amx,
+            // Its panels are packed by AVX-512 BF16.
+            Instructions::Amx => self.avx512 && self.avx512_bf16 && self.amx,
             Instructions::Avx512Bf16 => self.avx512 && self.avx512_bf16,
             Instructions::Avx512 => self.avx512,
             Instructions::Portable | Instructions::AmxEmulated => true,
@@ -100,9 +101,9 @@ impl Processor {
     }
 
     fn fastest(&self) -> Instructions {
-        if self.amx && self.avx512 {
+        if self.has(Instructions::Amx) {
             Instructions::Amx
-        } else if self.avx512_bf16 && self.avx512 && !self.intel {
+        } else if self.has(Instructions::Avx512Bf16) && !self.intel {
             Instructions::Avx512Bf16
         } else if self.avx512 {
             Instructions::Avx512

@@ -16,6 +16,8 @@ mod emulated;
 mod instructions;
 mod kernel;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+mod pack_amx;
 mod portable;
 mod shape;
 
@@ -58,6 +60,17 @@ impl Tile<'_> {
         &self.values[i * self.stride..][..self.b.len()]
     }
 
+    /// Copies line `i` of the tile.
+    #[inline(always)]
+    pub(super) fn copy_row(&self, i: usize, to: &mut [f32]) {
+        // Of a length that the compiler knows where the tile is whole: a call of memcpy takes longer than the copy.
+        if let ([whole], []) = to.as_chunks_mut::<WHOLE>() {
+            *whole = self.values[i * self.stride..][..WHOLE].try_into().expect("as long");
+        } else {
+            to.copy_from_slice(self.row(i));
+        }
+    }
+
     /// All sums of the tile, line by line. Lines that are missing at the edges are zeros.
     #[inline(always)]
     pub(super) fn padded(&self) -> &[f32] {
@@ -65,6 +78,8 @@ impl Tile<'_> {
     }
 }
 
+/// Lines of B in a whole tile, but for the portable instructions.
+const WHOLE: usize = 32;
 /// Calls of the kernel in a measurement of its rate.
 const REPEATS: usize = 100;
 /// Panels that are packed at a time, so that neighbouring columns are read together.
@@ -158,10 +173,10 @@ impl Products {
         let side = block.side.other();
         assert!(pack::units(shape, parts) == block.units, "operands of different depth");
         let (units, p, q) = (block.units, side.lines(shape), block.side.lines(shape));
-        // A piece of a streamed panel stays in the L1 cache while the block passes by.
-        let piece = (self.caches.l1 * 2 / 3 / (4 * p) / BLOCK * BLOCK).max(BLOCK);
+        // A piece of a streamed panel stays in the L2 cache while the block passes by.
+        let piece = (self.caches.l2 / 8 / (4 * p) / BLOCK * BLOCK).max(BLOCK);
         let chunk = (self.caches.l2 / 4 / (4 * p * units.max(1))).clamp(1, STREAMED);
-        let fixed: &[u32] = bytemuck::cast_slice(&block.panels);
+        let fixed_panels: &[u32] = bytemuck::cast_slice(&block.panels);
         let mut panels = Scratch::take(0);
         let mut c = Scratch::take(block.lines.div_ceil(q) * shape.block());
         for start in (0..lines.len()).step_by(chunk * p) {
@@ -172,23 +187,21 @@ impl Products {
             pack::pack(self.instructions, side, parts, from..from + now, streamed);
             for first in (0..now).step_by(p) {
                 let panel = &streamed[first * units..(first + p) * units];
-                if units == 0 {
-                    c.fill(0.0);
-                }
-                for unit in (0..units).step_by(piece) {
-                    let to = units.min(unit + piece);
-                    let streamed = &panel[unit * p..to * p];
-                    for (i, c) in c.chunks_exact_mut(shape.block()).enumerate() {
-                        let fixed = &fixed[i * q * units..][unit * q..to * q];
-                        let (a, b) = if side == Side::A { (streamed, fixed) } else { (fixed, streamed) };
-                        kernel::multiply(self.instructions, a, b, c, unit > 0);
-                    }
-                }
                 let streamed = start + first..start + now.min(first + p);
-                for (i, c) in c.chunks_exact(shape.block()).enumerate() {
-                    let fixed = i * q..block.lines.min((i + 1) * q);
-                    let (a, b) = if side == Side::A { (streamed.clone(), fixed) } else { (fixed, streamed.clone()) };
-                    take(&Tile { a, b, values: c, stride: shape.b });
+                for unit in (0..units.max(1)).step_by(piece) {
+                    let to = units.min(unit + piece);
+                    let part = &panel[unit * p..to * p];
+                    for (i, c) in c.chunks_exact_mut(shape.block()).enumerate() {
+                        let fixed = &fixed_panels[i * q * units..][unit * q..to * q];
+                        let (a, b) = if side == Side::A { (part, fixed) } else { (fixed, part) };
+                        kernel::multiply(self.instructions, a, b, c, unit > 0);
+                        if to == units {
+                            let fixed = i * q..block.lines.min((i + 1) * q);
+                            let lines = streamed.clone();
+                            let (a, b) = if side == Side::A { (lines, fixed) } else { (fixed, lines) };
+                            take(&Tile { a, b, values: c, stride: shape.b });
+                        }
+                    }
                 }
             }
         }

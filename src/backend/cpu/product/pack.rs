@@ -3,6 +3,8 @@
 use std::ops::Range;
 
 use super::instructions::Instructions;
+#[cfg(target_arch = "x86_64")]
+use super::pack_amx;
 use super::shape::{BLOCK, Shape};
 use crate::backend::Dtype;
 use crate::backend::cpu::simd::simd;
@@ -39,10 +41,10 @@ enum Values<'a> {
 pub(in crate::backend::cpu) struct Part<'a> {
     values: Values<'a>,
     /// Elements from one row to the next.
-    stride: usize,
+    pub(super) stride: usize,
     /// Whether the rows are the lines of the operand; otherwise the columns are.
-    rows_are_lines: bool,
-    depth: usize,
+    pub(super) rows_are_lines: bool,
+    pub(super) depth: usize,
 }
 
 impl<'a> Part<'a> {
@@ -81,6 +83,19 @@ pub(super) fn pack(instructions: Instructions, side: Side, parts: &[Part<'_>], l
     let mut first = 0;
     for part in parts {
         let packer = Packer { side, p, panel, first, lines: lines.clone(), part, instructions };
+        #[cfg(target_arch = "x86_64")]
+        if instructions == Instructions::Amx {
+            match part.values {
+                Values::F32(values) => pack_amx::pack::<pack_amx::F32>(&packer, bytemuck::cast_slice(values), out),
+                Values::Stored(Dtype::F32, bytes) => pack_amx::pack::<pack_amx::F32>(&packer, bytes.as_chunks().0, out),
+                Values::Stored(Dtype::F16, bytes) => pack_amx::pack::<pack_amx::F16>(&packer, bytes.as_chunks().0, out),
+                Values::Stored(Dtype::Bf16, bytes) => {
+                    pack_amx::pack::<pack_amx::Bf16>(&packer, bytes.as_chunks().0, out);
+                }
+            }
+            first += shape.units(part.depth);
+            continue;
+        }
         match part.values {
             Values::F32(values) => packer.pack::<F32>(shape.pairs, values, out),
             Values::Stored(Dtype::F32, bytes) => packer.pack::<StoredF32>(shape.pairs, bytes.as_chunks().0, out),
@@ -148,16 +163,16 @@ impl Stored for Bf16 {
 pub(super) type Row = [u32; BLOCK];
 
 /// Packs one part of an operand.
-struct Packer<'a> {
-    side: Side,
+pub(super) struct Packer<'a> {
+    pub(super) side: Side,
     /// Lines of a panel.
-    p: usize,
+    pub(super) p: usize,
     /// Units of a panel.
-    panel: usize,
+    pub(super) panel: usize,
     /// First unit of the part in its panel.
-    first: usize,
-    lines: Range<usize>,
-    part: &'a Part<'a>,
+    pub(super) first: usize,
+    pub(super) lines: Range<usize>,
+    pub(super) part: &'a Part<'a>,
     instructions: Instructions,
 }
 
