@@ -1,11 +1,12 @@
-//! Benchmark of a whole identification pass, for comparison with `benches/peer/identify.py` on the same checkpoint and
-//! rows.
+//! Benchmark of a whole identification pass, or of training steps, for comparison with `benches/peer/identify.py` and
+//! `benches/peer/train.py` on the same checkpoint and rows.
 //!
 //!     cargo bench --bench identify -- MODEL ROWS [--micro-batch 8] [--threads 2] [--repeat 3] [--recompute auto] [--scores FILE]
-//!         [--precision f32|bf16]
+//!         [--precision f32|bf16] [--train N]
 //!
 //! ROWS is the output file of `benches/peer/make_rows.py`. Prints the seconds of each pass over all rows (without
-//! loading, as the peer does), tokens/s without padding, and the peak resident memory of the process.
+//! loading, as the peer does), tokens/s without padding, and the peak resident memory of the process. With `--train N` a pass
+//! is a step of AdamW on every Nth expert of each layer, by the gradient of all rows.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,10 +16,11 @@ use moewarden::backend::cpu::{Caches, Cpu, Processor, Products};
 use moewarden::collective::threads;
 use moewarden::config::RunConfig;
 use moewarden::data::{Dataset, Example, Record, Sampler};
+use moewarden::experts::ExpertId;
 use moewarden::launch::memory;
 use moewarden::model::{Checkpoint, Model, ModelConfig, ParamTable};
 use moewarden::train::memory::Activations;
-use moewarden::train::{Recompute, Replica, find};
+use moewarden::train::{ExpertCrossEntropy, PhasePlan, Recompute, Replica, TrainingPhase, find};
 
 #[derive(serde::Deserialize)]
 struct Row {
@@ -85,21 +87,57 @@ fn main() {
     let layers = replica.model().config.layers.len();
     replica.kept =
         Activations::predict(&replica.model().config, longest, &budget).kept_layers(recompute, layers, 0, &budget, 1);
-    for pass in 1..=number("--repeat", 3) {
-        let clock = Instant::now();
-        let found = find(&replica, &recipe.identify, sampler, micro_batches.clone()).expect("a finite loss");
+    let report = |pass: usize, clock: Instant, loss: f64| {
         let seconds = clock.elapsed().as_secs_f64();
         println!(
-            "pass {pass}: {seconds:.3} s, {:.0} tokens/s, peak RSS {:.2} GiB, loss of the first micro-batch {:.6}",
+            "pass {pass}: {seconds:.3} s, {:.0} tokens/s, peak RSS {:.2} GiB, loss of the first micro-batch {loss:.6}",
             tokens as f64 / seconds,
             memory::peak_resident() as f64 / (1u64 << 30) as f64,
-            found.losses[0]
         );
+    };
+    let repeat = number("--repeat", 3);
+    if let Some(every) = option("--train") {
+        let every: usize = every.parse().expect("--train");
+        let steps = RunConfig { grad_accum: micro_batches.len(), expert_epochs_per_round: repeat, ..config };
+        return train(&mut replica, &steps, sampler, every, report);
+    }
+    for pass in 1..=repeat {
+        let clock = Instant::now();
+        let found = find(&replica, &recipe.identify, sampler, micro_batches.clone()).expect("a finite loss");
+        report(pass, clock, found.losses[0]);
         if let Some(path) = option("--scores") {
             let rows: Vec<&[f64]> = found.scores.rows().collect();
             let scores = serde_json::json!({"layers": found.scores.layers, "losses": found.losses, "scores": rows});
             std::fs::write(path, scores.to_string()).expect("scores");
         }
+    }
+}
+
+/// Steps of the expert phase on every `every`th expert of each layer.
+fn train(
+    replica: &mut Replica<Cpu>,
+    config: &RunConfig,
+    sampler: Sampler<'_>,
+    every: usize,
+    report: impl Fn(usize, Instant, f64),
+) {
+    let recipe = config.recipe().expect("options without contradictions");
+    let (layers, experts) = (replica.model().config.layers.len(), replica.model().config.num_experts);
+    let selected: Vec<ExpertId> = (0..layers)
+        .flat_map(|layer| (0..experts).step_by(every).map(move |expert| ExpertId { layer, expert }))
+        .collect();
+    println!("{} of {} experts are trained", selected.len(), layers * experts);
+    let phases = recipe.phases();
+    let Some(&PhasePlan::Expert(phase)) = phases.first() else { panic!("a recipe that trains experts") };
+    let objective = ExpertCrossEntropy { phase, identify: &recipe.identify, sampler, selected };
+    let mut phase = TrainingPhase::new(objective, &recipe.updates, 0, replica);
+    phase.prepare(replica).expect("a phase");
+    let mut pass = 0;
+    while !phase.is_done() {
+        pass += 1;
+        let clock = Instant::now();
+        let step = phase.step(replica).expect("a step");
+        report(pass, clock, step.total_loss);
     }
 }
 

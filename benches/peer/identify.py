@@ -22,8 +22,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(doc):
+    """The options of all peers on these rows."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
     parser.add_argument("--rows", required=True, help="a file of make_rows.py")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows in one forward and backward")
@@ -35,8 +36,17 @@ def parse():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=1, help="passes; the fastest counts, the first is the warm-up")
+    return parser
+
+
+def parse():
+    parser = parser_of(__doc__)
     parser.add_argument("--scores", help="write losses and scores to this JSON file")
     return parser.parse_args()
+
+
+def versions():
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
 
 
 def batch_of(rows, layout, device):
@@ -140,7 +150,7 @@ def main():
         "parameters": sum(p.numel() for p in model.parameters()),
         "losses": losses,
         "settings": {k: v for k, v in vars(a).items() if k not in ("model", "rows", "scores")},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
     if a.device != "cpu":
         result["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)

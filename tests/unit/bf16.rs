@@ -62,17 +62,20 @@ fn results(cpu: &Cpu) -> Vec<(&'static str, Vec<f32>)> {
     out.push(("grouped_linear_backward_weight", read(&dw, 3 + 2 * f * d)));
     out.push(("scores", cpu.scores_take(&mut scores).iter().map(|s| *s as f32).collect()));
 
-    for (dim, window) in [(64, None), (128, Some(9))] {
+    let lengths = [170, 1, 29];
+    let n = lengths.iter().sum();
+    for (dim, window) in [(64, None), (128, Some(9)), (16, Some(70))] {
         let heads = Heads { queries: 4, keys: 2, dim, window };
         let rope = Rope { inv_freq: vec![1.0; dim / 2], scale: 1.0 };
-        let seqs = cpu.sequences(&Packing::of_lengths([70, 1, t - 71]), &rope);
-        let [q, dy] = [(); 2].map(|()| tensor(&mut rng, t, 4 * dim));
-        let [key, val] = [(); 2].map(|()| tensor(&mut rng, t, 2 * dim));
+        let seqs = cpu.sequences(&Packing::of_lengths(lengths), &rope);
+        let [q, dy] = [(); 2].map(|()| tensor(&mut rng, n, 4 * dim));
+        let [key, val] = [(); 2].map(|()| tensor(&mut rng, n, 2 * dim));
         let y = cpu.attention(&q, &key, &val, &seqs, &heads);
         out.push(("attention", cpu.download(&y)));
         let (dq, dk, dv) = cpu.attention_backward(&dy, &q, &key, &val, &y, &seqs, &heads);
         out.extend(
-            [("attention dq", dq), ("attention dk", dk), ("attention dv", dv)].map(|(n, x)| (n, cpu.download(&x))),
+            [("attention dq", dq), ("attention dk", dk), ("attention dv", dv)]
+                .map(|(name, x)| (name, cpu.download(&x))),
         );
     }
 

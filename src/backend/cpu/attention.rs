@@ -2,17 +2,19 @@
 //!
 //! A task computes one (sequence, key head) with all query heads that share the key head, so sums over these query
 //! heads need no atomics and have a fixed order. It processes queries in blocks of [`BLOCK`] rows, each against only
-//! the keys that some row of the block attends to. The scores of a block are stored transposed, `[keys, rows]`: the
-//! softmax then runs over all rows of the block at once, with one SIMD lane per row.
+//! the keys that some row of the block attends to.
+//!
+//! Here are the products in f32; `attention_bf16.rs` has those of bf16 values. The scores of a block are stored transposed,
+//! `[keys, rows]`: the softmax then runs over all rows of the block at once, with one SIMD lane per row.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::gemm::{Matrix, MatrixMut, product};
+use super::attention_bf16;
+use super::gemm::{Matrix, MatrixMut, matmul};
 use super::parallel::{Scratch, SharedSlice};
-use super::product::Products;
 use super::rope::Sequences;
 use super::simd::{dot, exp, simd};
 use super::tensor::Tensor;
@@ -22,29 +24,29 @@ use crate::backend::Heads;
 const BLOCK: usize = 64;
 
 /// One (sequence, key head).
-struct Task {
+pub(super) struct Task {
     /// The sequence's query rows.
-    queries: Range<usize>,
+    pub(super) queries: Range<usize>,
     /// The sequence's key rows.
-    keys: Range<usize>,
-    key_head: usize,
+    pub(super) keys: Range<usize>,
+    pub(super) key_head: usize,
 }
 
 /// A block of queries of one sequence.
-struct Block {
+pub(super) struct Block {
     /// Query rows, relative to the sequence's first query.
-    rows: Range<usize>,
+    pub(super) rows: Range<usize>,
     /// Keys that some row attends to, relative to the sequence's first key.
-    keys: Range<usize>,
+    pub(super) keys: Range<usize>,
     /// Position of the block's first row in the sequence.
-    position: usize,
+    pub(super) position: usize,
     /// Size of the sliding window; `usize::MAX` without one.
-    window: usize,
+    pub(super) window: usize,
 }
 
 impl Task {
     /// All tasks, the most expensive first, so that no long one starts last.
-    fn all(seqs: &Sequences, heads: &Heads) -> Vec<Task> {
+    pub(super) fn all(seqs: &Sequences, heads: &Heads) -> Vec<Task> {
         let p = &seqs.packing;
         let mut tasks: Vec<Task> = (0..p.len())
             .flat_map(|s| {
@@ -63,7 +65,7 @@ impl Task {
         tasks
     }
 
-    fn blocks(&self, heads: &Heads) -> impl Iterator<Item = Block> {
+    pub(super) fn blocks(&self, heads: &Heads) -> impl Iterator<Item = Block> {
         let (n, first_position) = (self.queries.len(), self.keys.len() - self.queries.len());
         let window = heads.window.unwrap_or(usize::MAX);
         assert!(window > 0, "a sliding window of 0 positions");
@@ -137,10 +139,10 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) {
 }
 
 /// Computes the probabilities of a block, `[keys, rows]`, into `scores`.
-fn probabilities(products: Option<&Products>, q: Matrix<'_>, k: &[f32], block: &Block, dim: usize, scores: &mut [f32]) {
+fn probabilities(q: Matrix<'_>, k: &[f32], block: &Block, dim: usize, scores: &mut [f32]) {
     let (n, m) = (block.rows.len(), block.keys.len());
     let k = Matrix::new(&k[block.keys.start * dim..], m, dim, dim);
-    product(products, MatrixMut::new(scores, m, n, n).t(), q, k.t(), 1.0 / (dim as f32).sqrt(), false);
+    matmul(MatrixMut::new(scores, m, n, n).t(), q, k.t(), 1.0 / (dim as f32).sqrt(), false);
     simd!(block.softmax(scores));
 }
 
@@ -149,6 +151,10 @@ pub(super) fn attention(cpu: &Cpu, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Se
     let (dim, group) = (heads.dim, heads.queries / heads.keys);
     let width = q.cols();
     let mut y = cpu.pool.take(q.rows(), width);
+    if let Some(products) = cpu.products() {
+        attention_bf16::forward(products, [q, k, v], &mut y, seqs, heads);
+        return y;
+    }
     let out = SharedSlice::new(y.values_mut());
     let mut tasks = Task::all(seqs, heads);
     tasks.retain(|task| !task.queries.is_empty()); // keys that nothing attends to
@@ -161,11 +167,11 @@ pub(super) fn attention(cpu: &Cpu, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Se
                 let (n, m) = (block.rows.len(), block.keys.len());
                 let rows = task.queries.start + block.rows.start..task.queries.start + block.rows.end;
                 scores.resize(m * n);
-                probabilities(cpu.products(), head_view(q, rows.clone(), h, dim), &k, &block, dim, &mut scores);
+                probabilities(head_view(q, rows.clone(), h, dim), &k, &block, dim, &mut scores);
                 // SAFETY: no other task writes this query head's columns of this sequence's rows.
                 let y = unsafe { MatrixMut::shared(&out, rows.start * width + h * dim, n, dim, width) };
                 let v = Matrix::new(&v[block.keys.start * dim..], m, dim, dim);
-                product(cpu.products(), y, Matrix::new(&scores, m, n, n).t(), v, 1.0, false);
+                matmul(y, Matrix::new(&scores, m, n, n).t(), v, 1.0, false);
             }
         }
     });
@@ -188,12 +194,15 @@ pub(super) fn backward(
     check(q, k, v, seqs, heads);
     dy.expect_shape("dy of attention", q.rows(), q.cols());
     y.expect_shape("y of attention", q.rows(), q.cols());
-    let products = cpu.products();
     let (dim, group) = (heads.dim, heads.queries / heads.keys);
     let (width, key_width) = (q.cols(), k.cols());
     let mut dq = cpu.pool.take(q.rows(), width);
     let mut dk = cpu.pool.take(k.rows(), key_width);
     let mut dv = cpu.pool.take(k.rows(), key_width);
+    if let Some(products) = cpu.products() {
+        attention_bf16::backward(products, [dy, q, k, v, y], [&mut dq, &mut dk, &mut dv], seqs, heads);
+        return (dq, dk, dv);
+    }
     let (out_q, out_k, out_v) =
         (SharedSlice::new(dq.values_mut()), SharedSlice::new(dk.values_mut()), SharedSlice::new(dv.values_mut()));
     Task::all(seqs, heads).into_par_iter().with_max_len(1).for_each(|task| {
@@ -211,19 +220,12 @@ pub(super) fn backward(
                 let (q, dy_block) = (head_view(q, rows.clone(), h, dim), head_view(dy, rows.clone(), h, dim));
                 p.resize(m * n);
                 ds.resize(m * n);
-                probabilities(products, q, &k, &block, dim, &mut p);
+                probabilities(q, &k, &block, dim, &mut p);
                 let probabilities = Matrix::new(&p, m, n, n);
-                product(
-                    products,
-                    MatrixMut::new(&mut dv[keys.clone()], m, dim, dim),
-                    probabilities,
-                    dy_block,
-                    1.0,
-                    true,
-                );
+                matmul(MatrixMut::new(&mut dv[keys.clone()], m, dim, dim), probabilities, dy_block, 1.0, true);
 
                 let values = Matrix::new(&v[keys.clone()], m, dim, dim);
-                product(products, MatrixMut::new(&mut ds, m, n, n).t(), dy_block, values.t(), 1.0, false);
+                matmul(MatrixMut::new(&mut ds, m, n, n).t(), dy_block, values.t(), 1.0, false);
                 let mut delta = [0f32; BLOCK];
                 simd!({
                     for (delta, row) in delta.iter_mut().zip(rows.clone()) {
@@ -238,10 +240,10 @@ pub(super) fn backward(
                     }
                 });
                 let ds = Matrix::new(&ds, m, n, n);
-                product(products, MatrixMut::new(&mut dk[keys.clone()], m, dim, dim), ds, q, 1.0, true);
+                matmul(MatrixMut::new(&mut dk[keys.clone()], m, dim, dim), ds, q, 1.0, true);
                 // SAFETY: no other task writes this query head's columns of this sequence's rows.
                 let dq = unsafe { MatrixMut::shared(&out_q, rows.start * width + h * dim, n, dim, width) };
-                product(products, dq, ds.t(), Matrix::new(&k[keys], m, dim, dim), 1.0, false);
+                matmul(dq, ds.t(), Matrix::new(&k[keys], m, dim, dim), 1.0, false);
             }
         }
         for (i, row) in task.keys.clone().enumerate() {

@@ -6,6 +6,7 @@
 //! that number.
 
 mod attention;
+mod attention_bf16;
 mod bf16;
 mod cross_entropy;
 mod dispatch;

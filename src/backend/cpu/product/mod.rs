@@ -37,10 +37,35 @@ pub struct Products {
 
 /// An operand that is packed as a whole.
 pub(super) struct Block {
+    shape: Shape,
     side: Side,
     panels: Scratch,
     lines: usize,
     units: usize,
+}
+
+/// A part of a block.
+pub(super) struct Window {
+    lines: Range<usize>,
+    units: Range<usize>,
+}
+
+impl Block {
+    fn whole(&self) -> Window {
+        Window { lines: 0..self.lines, units: 0..self.units }
+    }
+
+    /// Some of the lines, from the start of a panel on.
+    pub(super) fn lines(&self, lines: Range<usize>) -> Window {
+        Window { lines, ..self.whole() }
+    }
+
+    /// A part of the depth, whose start is a multiple of two [`BLOCK`]s.
+    pub(super) fn depth(&self, depth: Range<usize>) -> Window {
+        let per_unit = if self.shape.pairs { 2 } else { 1 };
+        let units = depth.start / per_unit..depth.start / per_unit + self.shape.units(depth.len());
+        Window { units, ..self.whole() }
+    }
 }
 
 /// A tile of C. The lines count from the start of the ranges that the operands were packed from.
@@ -157,28 +182,40 @@ impl Products {
         let mut panels = Scratch::take(lines.len().div_ceil(p) * p * units);
         let n = lines.len();
         pack::pack(self.instructions, side, parts, lines, bytemuck::cast_slice_mut(&mut panels));
-        Block { side, panels, lines: n, units }
+        Block { shape, side, panels, lines: n, units }
     }
 
     /// Multiplies `lines` of the other operand with a block, and gives each tile to `take`: for each panel of lines in
     /// order, the block's panels in order.
-    pub(super) fn stream(
+    pub(super) fn stream(&self, block: &Block, parts: &[Part<'_>], lines: Range<usize>, take: impl FnMut(&Tile<'_>)) {
+        self.stream_window(block, block.whole(), parts, lines, take);
+    }
+
+    /// As [`Self::stream`], with a part of the block. Its lines are counted from the first one in the window.
+    pub(super) fn stream_window(
         &self,
         block: &Block,
+        window: Window,
         parts: &[Part<'_>],
         lines: Range<usize>,
         mut take: impl FnMut(&Tile<'_>),
     ) {
-        let shape = Shape::of(self.instructions);
+        let shape = block.shape;
         let side = block.side.other();
-        assert!(pack::units(shape, parts) == block.units, "operands of different depth");
-        let (units, p, q) = (block.units, side.lines(shape), block.side.lines(shape));
+        let (units, p, q) = (window.units.len(), side.lines(shape), block.side.lines(shape));
+        assert!(pack::units(shape, parts) == units, "operands of different depth");
+        assert!(window.lines.start.is_multiple_of(q) && window.lines.end <= block.lines, "{:?}", window.lines);
+        assert!(window.units.start.is_multiple_of(BLOCK) && window.units.end <= block.units, "{:?}", window.units);
         // A piece of a streamed panel stays in the L2 cache while the block passes by.
         let piece = (self.caches.l2 / 8 / (4 * p) / BLOCK * BLOCK).max(BLOCK);
         let chunk = (self.caches.l2 / 4 / (4 * p * units.max(1))).clamp(1, STREAMED);
-        let fixed_panels: &[u32] = bytemuck::cast_slice(&block.panels);
+        let panels: &[u32] = bytemuck::cast_slice(&block.panels);
+        // Panel i of the window.
+        let fixed =
+            |i: usize| &panels[(window.lines.start + i * q) * block.units..][window.units.start * q..][..units * q];
+        let width = window.lines.len();
         let mut panels = Scratch::take(0);
-        let mut c = Scratch::take(block.lines.div_ceil(q) * shape.block());
+        let mut c = Scratch::take(width.div_ceil(q) * shape.block());
         for start in (0..lines.len()).step_by(chunk * p) {
             let now = (chunk * p).min(lines.len() - start);
             panels.resize(now.div_ceil(p) * p * units);
@@ -192,11 +229,11 @@ impl Products {
                     let to = units.min(unit + piece);
                     let part = &panel[unit * p..to * p];
                     for (i, c) in c.chunks_exact_mut(shape.block()).enumerate() {
-                        let fixed = &fixed_panels[i * q * units..][unit * q..to * q];
+                        let fixed = &fixed(i)[unit * q..to * q];
                         let (a, b) = if side == Side::A { (part, fixed) } else { (fixed, part) };
                         kernel::multiply(self.instructions, a, b, c, unit > 0);
                         if to == units {
-                            let fixed = i * q..block.lines.min((i + 1) * q);
+                            let fixed = i * q..width.min((i + 1) * q);
                             let lines = streamed.clone();
                             let (a, b) = if side == Side::A { (lines, fixed) } else { (fixed, lines) };
                             take(&Tile { a, b, values: c, stride: shape.b });

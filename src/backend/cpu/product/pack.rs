@@ -58,6 +58,15 @@ impl<'a> Part<'a> {
         Self { values: Values::Stored(dtype, bytes), stride, rows_are_lines: true, depth: 0 }
     }
 
+    /// Without the first rows.
+    pub(in crate::backend::cpu) fn from_row(self, first: usize) -> Self {
+        let values = match self.values {
+            Values::F32(values) => Values::F32(&values[first * self.stride..]),
+            Values::Stored(dtype, bytes) => Values::Stored(dtype, &bytes[first * self.stride * dtype.size()..]),
+        };
+        Self { values, ..self }
+    }
+
     /// With the rows as lines, and their first `depth` elements as depth.
     pub(in crate::backend::cpu) fn by_rows(self, depth: usize) -> Self {
         Self { rows_are_lines: true, depth, ..self }
