@@ -1,7 +1,8 @@
 //! Grouped products of bf16 values, by `product/`: the counterparts of the f32 ones in `grouped.rs`.
 //!
 //! Activations are rounded to bf16 as they are packed; 16-bit weights are packed as they are stored. Sums are in f32. One
-//! list of tasks covers all experts; it depends on shapes and on the sizes of the caches, not on the number of threads.
+//! list of tasks covers all experts. Where sums are spread over tasks, those of a score, the list depends on shapes and on the
+//! sizes of the caches, not on the number of threads.
 
 use std::ops::Range;
 
@@ -32,50 +33,34 @@ fn part_of(n: usize, i: usize, parts: usize) -> Range<usize> {
     at(i)..at(i + 1)
 }
 
-/// A part of a group's product.
+/// A part of a group's product: some of its rows and columns.
 struct Task<'g, 'w> {
     group: &'g RowGroup<'w>,
     rows: Range<usize>,
-    /// Which of the pieces that the columns consist of, and its first column.
-    piece: (usize, usize),
-    /// Columns, counted from the piece's first one.
     columns: Range<usize>,
 }
 
-/// The tasks of a product of this depth, whose columns consist of pieces of these widths. They are split into blocks of weights
-/// that fit into the L2 cache. What is too little for all cores is split further: tall groups between their rows, so that
-/// weights are packed once more; flat ones between their columns.
-fn tasks<'g, 'w>(
-    products: &Products,
-    groups: &'g [RowGroup<'w>],
-    depth: usize,
-    widths: impl Fn(&RowGroup<'w>) -> Vec<usize>,
-) -> Vec<Task<'g, 'w>> {
+/// The tasks of a product of `width` columns. Each packs its rows of activations once, and the weights of its columns. What is too
+/// little for all threads is split: tall groups between their rows, flat ones between their columns. An element's sum does
+/// not depend on the task that computes it.
+fn tasks<'g, 'w>(groups: &'g [RowGroup<'w>], width: usize) -> Vec<Task<'g, 'w>> {
     /// Rows that are worth packing the weights once more.
     const TALL: usize = 4 * STEP;
-    let mut tasks = Vec::new();
-    for group in groups.iter().filter(|group| !group.rows.is_empty()) {
-        let mut first = 0;
-        for (i, width) in widths(group).into_iter().enumerate() {
-            let blocks = products.blocks(Side::B, depth, 0..width);
-            tasks.extend(blocks.map(|columns| Task { group, rows: group.rows.clone(), piece: (i, first), columns }));
-            first += width;
-        }
-    }
-    let parts = parts(tasks.len());
-    let split = |Task { group, rows, piece, columns }: Task<'g, 'w>| {
-        let by_rows = parts.min(rows.len().div_ceil(TALL));
+    /// Rows whose packed values a thread keeps.
+    const MOST: usize = 16 * STEP;
+    let groups: Vec<_> = groups.iter().filter(|group| !group.rows.is_empty()).collect();
+    let parts = (4 * rayon::current_num_threads()).div_ceil(groups.len().max(1));
+    let split = |group: &'g RowGroup<'w>| {
+        let rows = group.rows.len();
+        let by_rows = parts.min(rows.div_ceil(TALL)).max(rows.div_ceil(MOST));
         let by_columns = parts.div_ceil(by_rows);
-        let within = |range: &Range<usize>, i, parts| {
-            let part = part_of(range.len(), i, parts);
-            range.start + part.start..range.start + part.end
-        };
-        (0..by_columns).flat_map(move |c| {
-            let (rows, columns) = (rows.clone(), within(&columns, c, by_columns));
-            (0..by_rows).map(move |r| Task { group, rows: within(&rows, r, by_rows), piece, columns: columns.clone() })
+        (0..by_rows).flat_map(move |r| {
+            let part = part_of(rows, r, by_rows);
+            let rows = group.rows.start + part.start..group.rows.start + part.end;
+            (0..by_columns).map(move |c| Task { group, rows: rows.clone(), columns: part_of(width, c, by_columns) })
         })
     };
-    tasks.into_iter().flat_map(split).filter(|task| !task.rows.is_empty() && !task.columns.is_empty()).collect()
+    groups.into_iter().flat_map(split).filter(|task| !task.rows.is_empty() && !task.columns.is_empty()).collect()
 }
 
 fn part(w: &Weight) -> Part<'_> {
@@ -96,32 +81,39 @@ unsafe fn store(tile: &Tile<'_>, to: &SharedSlice<'_, f32>, at: usize, width: us
     });
 }
 
+/// The part of `columns` that lies in `of`, counted from its start.
+fn intersect(columns: &Range<usize>, of: Range<usize>) -> Range<usize> {
+    let (start, end) = (columns.start.max(of.start), columns.end.min(of.end));
+    start.saturating_sub(of.start)..end.max(start).saturating_sub(of.start)
+}
+
 /// y = x · wᵀ for each group. The outputs of stacked weights are concatenated.
 pub(super) fn forward(products: &Products, x: &Tensor, groups: &[RowGroup<'_>], y: &mut Tensor) {
     let (k, width) = (x.cols(), y.cols());
-    for group in groups {
-        let rows: usize = group.stack.iter().map(|weight| weight.rows()).sum();
-        assert!(rows == width, "stacked weights have {rows} rows, y {width} columns");
-    }
-    let tasks = tasks(products, groups, k, |group| group.stack.iter().map(|weight| weight.rows()).collect());
     let out = SharedSlice::new(y.values_mut());
-    tasks.into_par_iter().with_max_len(1).for_each(|Task { group, rows, piece: (i, first), columns }| {
-        let weight = group.stack[i];
-        assert!(weight.cols() == k, "x has {k} columns, its weight [{}, {}]", weight.rows(), weight.cols());
-        let block = products.block(Side::B, &[part(weight).by_rows(k)], columns.clone());
-        products.stream(&block, &[Part::activations(x.values(), k).by_rows(k)], rows.clone(), |tile| {
-            // SAFETY: tasks have different rows or columns.
-            unsafe { store(tile, &out, rows.start * width + first + columns.start, width) };
-        });
+    tasks(groups, width).into_par_iter().with_max_len(1).for_each(|Task { group, rows, columns }| {
+        let x = products.block(Side::A, &[Part::activations(x.values(), k).by_rows(k)], rows.clone());
+        let mut first = 0;
+        for weight in group.stack {
+            assert!(weight.cols() == k, "x has {k} columns, its weight [{}, {}]", weight.rows(), weight.cols());
+            for outputs in products.blocks(Side::B, k, intersect(&columns, first..first + weight.rows())) {
+                let block = products.block(Side::B, &[part(weight).by_rows(k)], outputs.clone());
+                products.multiply(&x, &block, |tile| {
+                    // SAFETY: tasks have different rows or columns.
+                    unsafe { store(tile, &out, rows.start * width + first + outputs.start, width) };
+                });
+            }
+            first += weight.rows();
+        }
+        assert!(first == width, "stacked weights have {first} rows, y {width} columns");
     });
 }
 
 /// dx = dy · w for each group, summed over its stacked weights.
 pub(super) fn backward_input(products: &Products, dy: &Tensor, groups: &[RowGroup<'_>], dx: &mut Tensor) {
     let (n, k) = (dy.cols(), dx.cols());
-    let tasks = tasks(products, groups, n, |_| vec![k]);
     let out = SharedSlice::new(dx.values_mut());
-    tasks.into_par_iter().with_max_len(1).for_each(|Task { group, rows, columns, .. }| {
+    tasks(groups, k).into_par_iter().with_max_len(1).for_each(|Task { group, rows, columns }| {
         let (mut dy_parts, mut w_parts, mut first) = (Vec::new(), Vec::new(), 0);
         for weight in group.stack {
             dy_parts.push(Part::activations(&dy.values()[first..], n).by_rows(weight.rows()));
@@ -129,11 +121,14 @@ pub(super) fn backward_input(products: &Products, dy: &Tensor, groups: &[RowGrou
             first += weight.rows();
         }
         assert!(first == n, "dy has {n} columns, its stacked weights {first} rows");
-        let block = products.block(Side::B, &w_parts, columns.clone());
-        products.stream(&block, &dy_parts, rows.clone(), |tile| {
-            // SAFETY: tasks have different rows or columns.
-            unsafe { store(tile, &out, rows.start * k + columns.start, k) };
-        });
+        let dy = products.block(Side::A, &dy_parts, rows.clone());
+        for columns in products.blocks(Side::B, n, columns) {
+            let block = products.block(Side::B, &w_parts, columns.clone());
+            products.multiply(&dy, &block, |tile| {
+                // SAFETY: tasks have different rows or columns.
+                unsafe { store(tile, &out, rows.start * k + columns.start, k) };
+            });
+        }
     });
 }
 

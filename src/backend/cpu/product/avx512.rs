@@ -88,23 +88,20 @@ pub(super) fn transpose(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
 #[target_feature(enable = "avx512f")]
 pub(super) fn transposed(rows: &[__m512i; 16]) -> [__m512i; 16] {
     // quads[g][j]: lane L has rows 4g to 4g + 3 of column 4L + j.
-    let quads: [[__m512i; 4]; 4] = std::array::from_fn(|g| {
-        let (a, b) =
-            (_mm512_unpacklo_epi32(rows[4 * g], rows[4 * g + 1]), _mm512_unpackhi_epi32(rows[4 * g], rows[4 * g + 1]));
-        let (c, d) = (
-            _mm512_unpacklo_epi32(rows[4 * g + 2], rows[4 * g + 3]),
-            _mm512_unpackhi_epi32(rows[4 * g + 2], rows[4 * g + 3]),
-        );
-        [
+    let mut quads = [[_mm512_setzero_si512(); 4]; 4];
+    for (quad, rows) in quads.iter_mut().zip(rows.as_chunks::<4>().0) {
+        let (a, b) = (_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[0], rows[1]));
+        let (c, d) = (_mm512_unpacklo_epi32(rows[2], rows[3]), _mm512_unpackhi_epi32(rows[2], rows[3]));
+        *quad = [
             _mm512_unpacklo_epi64(a, c),
             _mm512_unpackhi_epi64(a, c),
             _mm512_unpacklo_epi64(b, d),
             _mm512_unpackhi_epi64(b, d),
-        ]
-    });
+        ];
+    }
     let mut columns = [_mm512_setzero_si512(); 16];
     for j in 0..4 {
-        let [a, b, c, d] = quads.map(|quad| quad[j]);
+        let (a, b, c, d) = (quads[0][j], quads[1][j], quads[2][j], quads[3][j]);
         let even = [_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d)];
         let odd = [_mm512_shuffle_i32x4::<0xdd>(a, b), _mm512_shuffle_i32x4::<0xdd>(c, d)];
         columns[j] = _mm512_shuffle_i32x4::<0x88>(even[0], even[1]);

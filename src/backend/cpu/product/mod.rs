@@ -200,44 +200,59 @@ impl Products {
         lines: Range<usize>,
         mut take: impl FnMut(&Tile<'_>),
     ) {
-        let shape = block.shape;
-        let side = block.side.other();
-        let (units, p, q) = (window.units.len(), side.lines(shape), block.side.lines(shape));
-        assert!(pack::units(shape, parts) == units, "operands of different depth");
+        let (side, p) = (block.side.other(), block.side.other().lines(block.shape));
+        let units = window.units.len();
+        assert!(pack::units(block.shape, parts) == units, "operands of different depth");
+        let chunk = (self.caches.l2 / 4 / (4 * p * units.max(1))).clamp(1, STREAMED);
+        let mut panels = Scratch::take(0);
+        for start in (0..lines.len()).step_by(chunk * p) {
+            let now = start..lines.len().min(start + chunk * p);
+            panels.resize(now.len().div_ceil(p) * p * units);
+            let streamed: &mut [u32] = bytemuck::cast_slice_mut(&mut panels);
+            pack::pack(self.instructions, side, parts, lines.start + now.start..lines.start + now.end, streamed);
+            self.pass(streamed, now, block, &window, &mut take);
+        }
+    }
+
+    /// Multiplies two blocks: as [`Self::stream`], with the lines of the first one.
+    pub(super) fn multiply(&self, streamed: &Block, block: &Block, mut take: impl FnMut(&Tile<'_>)) {
+        assert!(streamed.side == block.side.other() && streamed.units == block.units, "operands that do not match");
+        let panels = bytemuck::cast_slice(&streamed.panels);
+        self.pass(panels, 0..streamed.lines, block, &block.whole(), &mut take);
+    }
+
+    /// Multiplies panels, which hold these lines, with a part of a block.
+    fn pass(
+        &self,
+        streamed: &[u32],
+        lines: Range<usize>,
+        block: &Block,
+        window: &Window,
+        take: &mut impl FnMut(&Tile<'_>),
+    ) {
+        let (shape, side) = (block.shape, block.side.other());
+        let (p, q, units) = (side.lines(shape), block.side.lines(shape), window.units.len());
         assert!(window.lines.start.is_multiple_of(q) && window.lines.end <= block.lines, "{:?}", window.lines);
         assert!(window.units.start.is_multiple_of(BLOCK) && window.units.end <= block.units, "{:?}", window.units);
+        let panels: &[u32] = bytemuck::cast_slice(&block.panels);
+        let width = window.lines.len();
         // A piece of a streamed panel stays in the L2 cache while the block passes by.
         let piece = (self.caches.l2 / 8 / (4 * p) / BLOCK * BLOCK).max(BLOCK);
-        let chunk = (self.caches.l2 / 4 / (4 * p * units.max(1))).clamp(1, STREAMED);
-        let panels: &[u32] = bytemuck::cast_slice(&block.panels);
-        // Panel i of the window.
-        let fixed =
-            |i: usize| &panels[(window.lines.start + i * q) * block.units..][window.units.start * q..][..units * q];
-        let width = window.lines.len();
-        let mut panels = Scratch::take(0);
         let mut c = Scratch::take(width.div_ceil(q) * shape.block());
-        for start in (0..lines.len()).step_by(chunk * p) {
-            let now = (chunk * p).min(lines.len() - start);
-            panels.resize(now.div_ceil(p) * p * units);
-            let streamed: &mut [u32] = bytemuck::cast_slice_mut(&mut panels);
-            let from = lines.start + start;
-            pack::pack(self.instructions, side, parts, from..from + now, streamed);
-            for first in (0..now).step_by(p) {
-                let panel = &streamed[first * units..(first + p) * units];
-                let streamed = start + first..start + now.min(first + p);
-                for unit in (0..units.max(1)).step_by(piece) {
-                    let to = units.min(unit + piece);
-                    let part = &panel[unit * p..to * p];
-                    for (i, c) in c.chunks_exact_mut(shape.block()).enumerate() {
-                        let fixed = &fixed(i)[unit * q..to * q];
-                        let (a, b) = if side == Side::A { (part, fixed) } else { (fixed, part) };
-                        kernel::multiply(self.instructions, a, b, c, unit > 0);
-                        if to == units {
-                            let fixed = i * q..width.min((i + 1) * q);
-                            let lines = streamed.clone();
-                            let (a, b) = if side == Side::A { (lines, fixed) } else { (fixed, lines) };
-                            take(&Tile { a, b, values: c, stride: shape.b });
-                        }
+        for (i, start) in lines.clone().step_by(p).enumerate() {
+            let panel = &streamed[i * p * units..][..p * units];
+            for unit in (0..units.max(1)).step_by(piece) {
+                let to = units.min(unit + piece);
+                let part = &panel[unit * p..to * p];
+                for (j, c) in c.chunks_exact_mut(shape.block()).enumerate() {
+                    let fixed = &panels[(window.lines.start + j * q) * block.units + window.units.start * q..];
+                    let fixed = &fixed[unit * q..to * q];
+                    let (a, b) = if side == Side::A { (part, fixed) } else { (fixed, part) };
+                    kernel::multiply(self.instructions, a, b, c, unit > 0);
+                    if to == units {
+                        let (lines, fixed) = (start..lines.end.min(start + p), j * q..width.min((j + 1) * q));
+                        let (a, b) = if side == Side::A { (lines, fixed) } else { (fixed, lines) };
+                        take(&Tile { a, b, values: c, stride: shape.b });
                     }
                 }
             }

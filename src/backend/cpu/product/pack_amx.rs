@@ -100,12 +100,12 @@ unsafe fn lines<S: Stored>(packer: &Packer<'_>, values: &[S::Raw], out: &mut [u3
         for (depth, block) in (0..part.depth).step_by(P).zip(panel.chunks_exact_mut(BLOCK * P)) {
             let mask = lowest(part.depth - depth);
             for half in [0, BLOCK] {
-                let units: [__m512i; BLOCK] = std::array::from_fn(|i| {
-                    let line = first + half + i;
+                let mut units = [_mm512_setzero_si512(); BLOCK];
+                for (line, units) in (first + half..).zip(&mut units) {
                     let at = values.as_ptr().wrapping_add(line * part.stride + depth);
                     // SAFETY: inside the part, which is inside the slice, or masked.
-                    unsafe { S::load(at, if line < packer.lines.end { mask } else { 0 }) }
-                });
+                    *units = unsafe { S::load(at, if line < packer.lines.end { mask } else { 0 }) };
+                }
                 match packer.side {
                     Side::A => store(&units, &mut block[half * BLOCK..], BLOCK),
                     Side::B => store(&transposed(&units), &mut block[half..], P),
@@ -127,12 +127,13 @@ unsafe fn depths<S: Stored>(packer: &Packer<'_>, values: &[S::Raw], out: &mut [u
             let mask = lowest(packer.lines.end - first);
             let mut halves = [[_mm512_setzero_si512(); BLOCK]; 2];
             for unit in 0..BLOCK {
-                let [even, odd] = [0, 1].map(|i| {
-                    let row = depth + 2 * unit + i;
-                    let at = values.as_ptr().wrapping_add(row * part.stride + first);
-                    // SAFETY: inside the part, which is inside the slice, or masked.
-                    unsafe { S::load(at, if row < part.depth { mask } else { 0 }) }
-                });
+                let row = depth + 2 * unit;
+                let at = values.as_ptr().wrapping_add(row * part.stride + first);
+                // SAFETY: inside the part, which is inside the slice, or masked.
+                let even = unsafe { S::load(at, if row < part.depth { mask } else { 0 }) };
+                let at = at.wrapping_add(part.stride);
+                // SAFETY: as above.
+                let odd = unsafe { S::load(at, if row + 1 < part.depth { mask } else { 0 }) };
                 // Quarters of a row are ordered so that interleaving within 128 bits gives lines 0 to 15, and 16 to 31.
                 let order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
                 let (even, odd) = (_mm512_permutexvar_epi64(order, even), _mm512_permutexvar_epi64(order, odd));
