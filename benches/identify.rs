@@ -128,7 +128,8 @@ fn train(
         .collect();
     println!("{} of {} experts are trained", selected.len(), layers * experts);
     let phases = recipe.phases();
-    let Some(&PhasePlan::Expert(phase)) = phases.first() else { panic!("a recipe that trains experts") };
+    let expert = phases.iter().find_map(|phase| if let PhasePlan::Expert(phase) = phase { Some(phase) } else { None });
+    let phase = expert.expect("a recipe with an expert phase");
     let objective = ExpertCrossEntropy { phase, identify: &recipe.identify, sampler, selected };
     let mut phase = TrainingPhase::new(objective, &recipe.updates, 0, replica);
     phase.prepare(replica).expect("a phase");

@@ -83,7 +83,7 @@ pub(super) fn backward<B: Backend>(
     p: &FeedForwardParams,
     grads: LayerGrads<'_, B::Tensor>,
     h_ND: &B::Tensor,
-    saved: &FeedForwardSaved<B>,
+    saved: FeedForwardSaved<B>,
     sinks: &mut Sinks<'_, B>,
 ) -> Option<B::Tensor> {
     if grads.is_zero() {
@@ -94,7 +94,7 @@ pub(super) fn backward<B: Backend>(
     let x_ND = ctx.rms_norm(h_ND, p.norm);
     let dx_ND = match (&p.block, saved) {
         (Block::Dense(dense), FeedForwardSaved::Dense(gate_up_N2F)) => {
-            swiglu::backward(ctx, dense, grads.dy.as_ref()?, &x_ND, gate_up_N2F, want_dx, sinks)
+            swiglu::backward(ctx, dense, grads.dy.as_ref()?, &x_ND, &gate_up_N2F, want_dx, sinks)
         }
         (Block::Moe(moe), FeedForwardSaved::Moe(saved)) => {
             moe::backward(ctx, moe, grads.borrowed(), &x_ND, saved, want_dx, sinks)

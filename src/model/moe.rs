@@ -124,17 +124,18 @@ pub(super) fn backward<B: Backend>(
     p: &MoeParams,
     grads: LayerGrads<'_, &B::Tensor>,
     x_TD: &B::Tensor,
-    saved: &MoeSaved<B>,
+    saved: MoeSaved<B>,
     want_dx: bool,
     sinks: &mut Sinks<'_, B>,
 ) -> Option<B::Tensor> {
     let b = ctx.b;
     let mut dx_TD = None;
     let mut dlogits_TE = None;
-    if let Some((dy_TD, experts)) = grads.dy.zip(saved.experts.as_ref()) {
+    if let Some((dy_TD, mut experts)) = grads.dy.zip(saved.experts) {
+        let shared = experts.shared.take();
         (dx_TD, dlogits_TE) = experts_backward(ctx, p, dy_TD, x_TD, experts, want_dx, sinks);
-        if let Some((shared, saved)) = p.shared.zip(experts.shared.as_ref()) {
-            let d = shared_backward(ctx, shared, dy_TD, x_TD, saved, want_dx, sinks);
+        if let Some((shared, saved)) = p.shared.zip(shared) {
+            let d = shared_backward(ctx, shared, dy_TD, x_TD, &saved, want_dx, sinks);
             add_some(b, &mut dx_TD, d);
         }
     }
@@ -158,7 +159,7 @@ fn experts_backward<B: Backend>(
     p: &MoeParams,
     dy_TD: &B::Tensor,
     x_TD: &B::Tensor,
-    saved: &ExpertsSaved<B>,
+    saved: ExpertsSaved<B>,
     want_dx: bool,
     sinks: &mut Sinks<'_, B>,
 ) -> (Option<B::Tensor>, Option<B::Tensor>) {
@@ -171,48 +172,48 @@ fn experts_backward<B: Backend>(
     let ExpertsSaved { routing, dispatch, gate_up_R2F, .. } = saved;
     let (gate_up_stacks, down_stacks) = (p.gate_up_stacks(ctx), p.down_stacks(ctx));
 
-    let hidden_RF = b.swiglu(gate_up_R2F);
-    let dy_RD = b.dispatch_rows(dy_TD, dispatch);
+    let hidden_RF = b.swiglu(&gate_up_R2F);
+    let dy_RD = b.dispatch_rows(dy_TD, &dispatch);
     if want_dw {
         let plan: Vec<_> =
             p.experts.iter().enumerate().map(|(e, s)| sinks.plan.expert(ctx.layer, e, &[s.down])).collect();
-        let weighted_RF = b.weight_rows(&hidden_RF, routing, dispatch);
+        let weighted_RF = b.weight_rows(&hidden_RF, &routing, &dispatch);
         b.grouped_linear_backward_weight(
             &dy_RD,
             &weighted_RF,
             &down_stacks,
-            dispatch,
+            &dispatch,
             &plan,
             sinks.grads,
             sinks.scores,
         );
     }
-    let d_weighted_RF = b.grouped_linear_backward_input(&dy_RD, &down_stacks, dispatch);
+    let d_weighted_RF = b.grouped_linear_backward_input(&dy_RD, &down_stacks, &dispatch);
     drop(dy_RD);
-    let (d_hidden_RF, d_weights_TK) = b.weight_rows_backward(&d_weighted_RF, &hidden_RF, routing, dispatch);
+    let (d_hidden_RF, d_weights_TK) = b.weight_rows_backward(&d_weighted_RF, &hidden_RF, &routing, &dispatch);
     drop((d_weighted_RF, hidden_RF));
-    let dlogits_TE = want_router.then(|| b.route_backward(&d_weights_TK, routing));
+    let dlogits_TE = want_router.then(|| b.route_backward(&d_weights_TK, &routing));
     if !want_dw && !want_dx {
         return (None, dlogits_TE);
     }
-    let d_gate_up_R2F = b.swiglu_backward(&d_hidden_RF, gate_up_R2F);
-    drop(d_hidden_RF);
+    let d_gate_up_R2F = b.swiglu_backward(&d_hidden_RF, &gate_up_R2F);
+    drop((d_hidden_RF, gate_up_R2F));
     if want_dw {
         let plan: Vec<_> =
             p.experts.iter().enumerate().map(|(e, s)| sinks.plan.expert(ctx.layer, e, &[s.gate, s.up])).collect();
         b.grouped_linear_backward_weight(
             &d_gate_up_R2F,
-            &b.dispatch_rows(x_TD, dispatch),
+            &b.dispatch_rows(x_TD, &dispatch),
             &gate_up_stacks,
-            dispatch,
+            &dispatch,
             &plan,
             sinks.grads,
             sinks.scores,
         );
     }
     let dx_TD = want_dx.then(|| {
-        let dx_RD = b.grouped_linear_backward_input(&d_gate_up_R2F, &gate_up_stacks, dispatch);
-        b.combine_rows(&dx_RD, dispatch)
+        let dx_RD = b.grouped_linear_backward_input(&d_gate_up_R2F, &gate_up_stacks, &dispatch);
+        b.combine_rows(&dx_RD, &dispatch)
     });
     (dx_TD, dlogits_TE)
 }

@@ -455,7 +455,7 @@ fn layer_backward<B: Backend>(
         let extent = if grads.dy.is_none() { Extent::Router } else { Extent::Recompute };
         layer_forward(ctx, layer, &x_TD, extent, None).1
     });
-    let dh_ND = feed_forward::backward(ctx, &layer.feed_forward, grads, &h_ND, &feed_forward, sinks)?;
-    drop((h_ND, feed_forward));
+    let dh_ND = feed_forward::backward(ctx, &layer.feed_forward, grads, &h_ND, feed_forward, sinks)?;
+    drop(h_ND);
     attention::backward(ctx, &layer.attention, dh_ND, &x_TD, &attention, sinks)
 }
