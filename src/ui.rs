@@ -6,8 +6,9 @@
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{BinaryBytes, HumanDuration, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::quote::message;
 
@@ -73,18 +74,22 @@ impl Ui {
 
     /// Starts a progress bar for `len` units of work.
     pub fn bar(&self, len: u64, label: impl Into<String>) -> Bar<'_> {
-        let label = label.into();
+        self.start(len, label.into(), Unit::Items)
+    }
+
+    /// Starts a progress bar for `len` bytes that are read, written or fetched. Without a terminal it prints nothing in its
+    /// first seconds: most files are done sooner.
+    pub fn bytes(&self, len: u64, label: impl Into<String>) -> Bar<'_> {
+        self.start(len, label.into(), Unit::Bytes)
+    }
+
+    fn start(&self, len: u64, label: String, unit: Unit) -> Bar<'_> {
         let shown = match &self.bars {
             Some(bars) => {
-                let style = "{prefix} {wide_bar} {pos}/{len} {msg} [{elapsed}, {eta} left]";
-                let bar = bars.add(
-                    ProgressBar::new(len)
-                        .with_prefix(label)
-                        .with_style(ProgressStyle::with_template(style).expect("the template is constant and valid")),
-                );
-                Shown::Drawn(bar)
+                let style = ProgressStyle::with_template(unit.template()).expect("the template is constant and valid");
+                Shown::Drawn(bars.add(ProgressBar::new(len).with_prefix(label).with_style(style)))
             }
-            None => Shown::Lines { label, state: Mutex::new(Lines { done: 0, len, message: String::new() }) },
+            None => Shown::Lines { label, state: Mutex::new(Lines::new(len, unit)) },
         };
         Bar { ui: self, shown }
     }
@@ -115,20 +120,75 @@ enum Shown {
     Lines { label: String, state: Mutex<Lines> },
 }
 
+/// What a bar counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unit {
+    Items,
+    Bytes,
+}
+
+impl Unit {
+    fn template(self) -> &'static str {
+        match self {
+            Unit::Items => "{prefix} {wide_bar} {pos}/{len} {msg} [{elapsed}, {eta} left]",
+            Unit::Bytes => "{prefix} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {msg} [{elapsed}, {eta} left]",
+        }
+    }
+}
+
+/// Seconds between two lines about bytes, and before the first.
+const BETWEEN_LINES: f64 = 5.0;
+
+/// Seconds after which lines forecast the time left.
+const FORECAST_AFTER: f64 = 1.0;
+
 /// Progress that is printed as lines instead of drawn.
 struct Lines {
     done: u64,
     len: u64,
     message: String,
+    unit: Unit,
+    started: Instant,
+    /// Seconds from the start to the last line.
+    last: f64,
 }
 
 impl Lines {
-    /// Counts `n` more units. Returns whether that reached another tenth of `len`.
-    fn advance(&mut self, n: u64) -> bool {
+    fn new(len: u64, unit: Unit) -> Self {
+        Self { done: 0, len, message: String::new(), unit, started: Instant::now(), last: 0.0 }
+    }
+
+    /// Sets the number of units that are done, `seconds` after the start. Returns whether a line is due: that reached another
+    /// tenth of `len`, and for bytes the last line is some seconds old.
+    fn reach(&mut self, done: u64, seconds: f64) -> bool {
         let tenth = |done: u64| u128::from(done) * 10 / u128::from(self.len.max(1));
-        let (before, after) = (tenth(self.done), tenth(self.done + n));
-        self.done += n;
-        after > before
+        let (before, after) = (tenth(self.done), tenth(done));
+        let due = match self.unit {
+            Unit::Items => after > before,
+            Unit::Bytes => seconds - self.last >= BETWEEN_LINES,
+        };
+        self.done = done;
+        self.last = if due { seconds } else { self.last };
+        due
+    }
+
+    /// The line, `seconds` after the start.
+    fn text(&self, label: &str, seconds: f64) -> String {
+        let Self { done, len, message, .. } = self;
+        let mut parts = vec![match self.unit {
+            Unit::Items => format!("{label} {done}/{len}"),
+            Unit::Bytes => format!("{label} {}/{}", BinaryBytes(*done), BinaryBytes(*len)),
+        }];
+        match self.unit {
+            Unit::Items if message.is_empty() => {}
+            Unit::Items => parts[0] += &format!(" {message}"),
+            Unit::Bytes => parts.push(format!("{}/s", BinaryBytes((*done as f64 / seconds.max(1e-9)) as u64))),
+        }
+        if seconds >= FORECAST_AFTER && *done > 0 && done < len {
+            let left = seconds / *done as f64 * (len - done) as f64;
+            parts.push(format!("{} left", HumanDuration(Duration::from_secs_f64(left.min(1e9)))));
+        }
+        parts.join(", ")
     }
 }
 
@@ -147,12 +207,24 @@ impl Bar<'_> {
             Shown::Drawn(bar) => bar.inc(n),
             Shown::Lines { label, state } => {
                 let mut state = lock(state);
-                if state.advance(n) {
-                    let Lines { done, len, message } = &*state;
-                    let space = if message.is_empty() { "" } else { " " };
-                    self.ui.line(format_args!("{label} {done}/{len}{space}{message}"));
-                }
+                let done = state.done + n;
+                self.reach(&mut state, label, done);
             }
+        }
+    }
+
+    /// Sets the number of units that are done.
+    pub fn set(&self, done: u64) {
+        match &self.shown {
+            Shown::Drawn(bar) => bar.set_position(done),
+            Shown::Lines { label, state } => self.reach(&mut lock(state), label, done),
+        }
+    }
+
+    fn reach(&self, state: &mut Lines, label: &str, done: u64) {
+        let seconds = state.started.elapsed().as_secs_f64();
+        if state.reach(done, seconds) {
+            self.ui.line(state.text(label, seconds));
         }
     }
 
@@ -180,14 +252,38 @@ mod tests {
     #[test]
     fn prints_one_line_per_tenth() {
         for (len, step) in [(10, 1), (1000, 1), (1000, 7), (3, 1), (1, 1)] {
-            let mut lines = Lines { done: 0, len, message: String::new() };
-            let shown = (0..len.div_ceil(step)).filter(|_| lines.advance(step)).count() as u64;
+            let mut lines = Lines::new(len, Unit::Items);
+            let mut done = 0;
+            let mut next = || {
+                done += step;
+                done
+            };
+            let shown = (0..len.div_ceil(step)).filter(|_| lines.reach(next(), 0.0)).count() as u64;
             assert_eq!(shown, len.min(10), "{len} by {step}");
         }
     }
 
     #[test]
+    fn lines_about_bytes_are_seconds_apart() {
+        let mut lines = Lines::new(1 << 30, Unit::Bytes);
+        let due: Vec<u64> = (1..=16).filter(|second| lines.reach(second << 26, *second as f64)).collect();
+        assert_eq!(due, [5, 10, 15]);
+        lines.reach(1 << 28, 16.0);
+        assert_eq!(lines.text("hashing", 16.0), "hashing 256.00 MiB/1.00 GiB, 16.00 MiB/s, 48 seconds left");
+    }
+
+    #[test]
+    fn a_line_forecasts_the_time_left_after_a_second() {
+        let mut lines = Lines::new(10, Unit::Items);
+        lines.message = "loss 1.0".into();
+        lines.reach(5, 0.0);
+        assert_eq!(lines.text("step", 0.5), "step 5/10 loss 1.0");
+        assert_eq!(lines.text("step", 60.0), "step 5/10 loss 1.0, 60 seconds left");
+    }
+
+    #[test]
     fn an_empty_bar_does_not_divide_by_zero() {
         Ui::silent().bar(0, "nothing").inc(0);
+        assert_eq!(Lines::new(0, Unit::Bytes).text("nothing", 0.0), "nothing 0 B/0 B, 0 B/s");
     }
 }

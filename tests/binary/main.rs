@@ -13,6 +13,7 @@ mod ablate;
 mod bad_input;
 mod cli_options;
 mod commands;
+mod download;
 mod faults;
 mod lockstep;
 mod other_routing;
