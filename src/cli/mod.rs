@@ -115,6 +115,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
 pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
     let launch = Launch::from_env()?;
     let ui = &if launch.rank == 0 { Ui::new(cli.quiet) } else { Ui::silent() };
+    ui.show_meters();
     let start = |config: &RunConfig| {
         let fault = Fault::from_variable(launch::fault().as_deref())?;
         Started::new(config, &launch, stop_on_signals()?, fault, ui)

@@ -18,6 +18,7 @@ mod faults;
 mod lockstep;
 mod other_routing;
 mod own_replies;
+mod progress;
 mod python;
 mod quickstart;
 mod random_init;

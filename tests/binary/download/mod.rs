@@ -55,7 +55,8 @@ impl Scene {
         command
     }
 
-    fn check(&self, more: &[&str]) -> Command {
+    /// `check` of the model.
+    pub fn check(&self, more: &[&str]) -> Command {
         let rows = golden_copy("olmoe").join("data.json");
         let rows = rows.to_str().unwrap();
         self.command(&[&["check", "--model-name", ID, "--dataset-path", rows, "--top-k-experts", "2"], more].concat())
