@@ -110,12 +110,12 @@ mod tests {
         let (seen, ended) = (ours("test: inner").unwrap(), Arc::new(AtomicU64::new(0)));
         assert_eq!((seen.done(), ours("test: outer").unwrap().done()), (4, 3));
         let times = Arc::clone(&ended);
-        seen.on_end(move || drop(times.fetch_add(1, Ordering::Relaxed)));
+        seen.on_end(move || _ = times.fetch_add(1, Ordering::Relaxed));
         assert_eq!(ended.load(Ordering::Relaxed), 0);
         drop(inner);
         assert!(ours("test: inner").is_none() && ended.load(Ordering::Relaxed) == 1);
         let times = Arc::clone(&ended);
-        seen.on_end(move || drop(times.fetch_add(1, Ordering::Relaxed)));
+        seen.on_end(move || _ = times.fetch_add(1, Ordering::Relaxed));
         assert_eq!(ended.load(Ordering::Relaxed), 2, "after the end, at once");
     }
 }
