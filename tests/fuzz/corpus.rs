@@ -76,7 +76,7 @@ impl Corpus {
         let trace = |i: usize| {
             let token = |t: usize| (0..layers).map(|l| (0..k).map(|e| (i + t + l + e) % 4).collect()).collect();
             let experts: Vec<Vec<Vec<usize>>> = (0..6).map(token).collect();
-            let verdict = if i % 2 == 0 { "unsafe" } else { "refuse" };
+            let verdict = if i.is_multiple_of(2) { "unsafe" } else { "refuse" };
             json!({"verdict": verdict, "prompt_tokens": 2, "routed_experts": experts, "id": i / 2})
         };
         (0..6).map(|i| format!("{}\n", trace(i))).collect()

@@ -104,7 +104,12 @@ pub const FAMILIES: &[Family] = &[
         mutation: mutate::json,
         commands: OF_SHARDED,
     },
-    Family { name: "weights", files: &["model/model.safetensors"], mutation: mutate::weights, commands: OF_MODEL },
+    Family {
+        name: "weights",
+        files: &["model/model.safetensors"],
+        mutation: |dice, bytes| mutate::weights(dice, bytes),
+        commands: OF_MODEL,
+    },
     Family {
         name: "checkpoint",
         files: &[],
@@ -203,9 +208,10 @@ fn add_options(dice: &mut Dice, words: &mut Vec<String>) {
         let possible: Vec<String> =
             option.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect();
         let value = match dice.below(3) {
-            0 if !possible.is_empty() => dice.pick(&possible).clone(),
+            0 | 1 if !possible.is_empty() => dice.pick(&possible).clone(),
             1 if words[0] == "check" => (*dice.pick(&ANY_VALUES)).to_owned(),
-            _ => (*dice.pick(&SHORT_VALUES)).to_owned(),
+            2 => (*dice.pick(&SHORT_VALUES)).to_owned(),
+            _ => (*dice.pick(&SHORT_VALUES[..3])).to_owned(),
         };
         let given = format!("--{name}");
         if let Some(at) = words.iter().position(|word| *word == given) {

@@ -313,7 +313,7 @@ pub fn json_lines(dice: &mut Dice, input: &mut Vec<u8>) {
 }
 
 /// Values of tensors: flipped bits, and numbers that are not finite or huge.
-pub fn weights(dice: &mut Dice, input: &mut Vec<u8>) {
+pub fn weights(dice: &mut Dice, input: &mut [u8]) {
     let header = input.first_chunk::<8>().map_or(0, |bytes| 8 + u64::from_le_bytes(*bytes) as usize);
     for _ in 0..=dice.below(8) {
         let at = header + 4 * dice.below((input.len() - header) / 4);

@@ -5,15 +5,18 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use moewarden::exit;
 
 /// Seconds of processor time of one run; the tiny model needs less than one, in a build without optimisation.
 const PROCESSOR_SECONDS: libc::rlim_t = 60;
 
-/// A run that waits forever uses no processor time. The machine may be busy with other programs.
+/// A run that waits forever uses no processor time. Counted in looks, since both may be stopped for a while.
 const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Time between two looks at a run.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// Virtual memory: far more than a run needs, far less than a number from a file can ask for.
 const MEMORY: libc::rlim_t = 24 << 30;
@@ -50,16 +53,19 @@ pub fn run(folder: &Path, words: &[String]) -> Ended {
     // SAFETY: setrlimit may be called between fork and exec.
     unsafe { command.pre_exec(limit) };
     let mut child = command.spawn().unwrap();
-    let start = Instant::now();
+    let mut waited = Duration::ZERO;
     let status = loop {
         match child.try_wait().unwrap() {
             Some(status) => break Some(status),
-            None if start.elapsed() > PATIENCE => {
+            None if waited > PATIENCE => {
                 child.kill().unwrap();
                 child.wait().unwrap();
                 break None;
             }
-            None => sleep(Duration::from_millis(2)),
+            None => {
+                sleep(LOOK);
+                waited += LOOK;
+            }
         }
     };
     let said = [out, err].map(|path| String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned()).concat();
