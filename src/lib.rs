@@ -38,6 +38,8 @@ pub mod input;
 #[doc(hidden)]
 pub mod judge;
 pub mod launch;
+#[doc(hidden)]
+pub mod meter;
 pub mod model;
 pub mod optim;
 #[doc(hidden)]

@@ -39,6 +39,7 @@ if (($# == 0)); then
     if "$python" --version >/dev/null 2>&1; then
         skip_without transformers_loads_what_was_exported "torch, transformers, safetensors"
         skip_without the_snippets_of_the_documentation_run "torch, transformers, safetensors, pandas, peft"
+        skip_without huggingface_hub_reads_the_cache huggingface_hub
         skip_without tensorboard_reads_the_steps tensorboard
         set -- -- --include-ignored "${skips[@]}"
     else

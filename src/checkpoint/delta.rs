@@ -20,6 +20,7 @@ use super::error::Error;
 use super::export::{export, export_replacing};
 use crate::backend::HostTensor;
 use crate::files;
+use crate::meter::{Meter, Unit};
 use crate::model::{Checkpoint, ModelConfig, NotFinite, ParamId, ParamTable, Shard, find_non_finite, write_header};
 
 /// Value of the metadata key `schema`.
@@ -44,9 +45,14 @@ pub fn save_delta(
     let tensors: Vec<_> =
         changed.iter().map(|(&id, value)| (table.params[id].name(), value.dtype, value.shape.clone())).collect();
     fs::create_dir_all(files::folder_of(path)).map_err(Error::create(path))?;
+    let bytes = changed.values().map(|value| value.bytes.len() as u64).sum();
+    let meter = Meter::start(format!("writing {}", path.display()), Unit::Bytes, bytes);
     Ok(files::write_with(path, |out| {
         write_header(out, &metadata, &tensors)?;
-        changed.values().try_for_each(|value| out.write_all(&value.bytes))
+        changed.values().try_for_each(|value| {
+            meter.add(value.bytes.len());
+            out.write_all(&value.bytes)
+        })
     })?)
 }
 
@@ -127,10 +133,14 @@ fn apply_delta_by(base_dir: &Path, delta_file: &Path, out_dir: &Path, export: Ex
 }
 
 /// blake3 over the base model's values of these parameters.
-fn base_values<'a>(table: &ParamTable, ids: impl IntoIterator<Item = &'a ParamId>) -> String {
+fn base_values<'a>(table: &ParamTable, ids: impl IntoIterator<Item = &'a ParamId> + Clone) -> String {
     let mut hasher = blake3::Hasher::new();
-    for &id in ids {
-        hasher.update(&table.params[id].base.bytes);
+    let size = |&id: &ParamId| table.params[id].base.bytes.len();
+    let bytes = ids.clone().into_iter().map(|id| size(id) as u64).sum();
+    let meter = Meter::start("hashing the base model's values", Unit::Bytes, bytes);
+    for id in ids {
+        hasher.update(&table.params[*id].base.bytes);
+        meter.add(size(id));
     }
     hasher.finalize().to_string()
 }

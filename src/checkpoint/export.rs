@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::atomic_dir::AtomicDir;
 use super::error::Error;
 use crate::backend::{HostTensor, SharedBytes};
+use crate::meter::{Meter, Unit};
 use crate::model::{Checkpoint, ParamId, ParamKind, ParamTable, safe_file};
 
 /// Subfolders of a model folder that are copied: <https://huggingface.co/docs/transformers/chat_templating>.
@@ -26,6 +27,9 @@ const WEIGHT_EXTENSIONS: [&str; 12] =
 
 /// Ending of index files of weights. Only the index of the safetensors shards is copied.
 const INDEX_ENDING: &str = ".index.json";
+
+/// Bytes that are written at a time.
+const CHUNK: usize = 8 << 20;
 
 /// The index of the safetensors shards.
 const SHARD_INDEX: &str = "model.safetensors.index.json";
@@ -81,9 +85,11 @@ fn write_model(
 ) -> Result<AtomicDir, Error> {
     let aside = AtomicDir::create(out_dir)?;
     let patches = patches(checkpoint, table, changed);
+    let bytes = checkpoint.shards().iter().map(|shard| shard.bytes().len() as u64).sum();
+    let meter = Meter::start(format!("writing {}", out_dir.display()), Unit::Bytes, bytes);
     // Write shards in parallel: cluster file systems are slow for one stream and fast for many.
     checkpoint.shards().par_iter().zip(&patches).try_for_each(|(shard, patches)| {
-        aside.write(Path::new(&shard.file), |out| write_patched(out, shard.bytes(), patches))
+        aside.write(Path::new(&shard.file), |out| write_patched(out, shard.bytes(), patches, &meter))
     })?;
     for file in files_without_weights(source_dir, checkpoint.index_file())? {
         let from = safe_file(source_dir, &file)?;
@@ -146,14 +152,26 @@ fn patches(
 }
 
 /// Writes `source` with the patched ranges replaced. `source` is a memory-mapped file: no shard is held in memory.
-fn write_patched(out: &mut dyn Write, source: &[u8], patches: &[(Range<usize>, SharedBytes)]) -> io::Result<()> {
+fn write_patched(
+    out: &mut dyn Write,
+    source: &[u8],
+    patches: &[(Range<usize>, SharedBytes)],
+    meter: &Meter,
+) -> io::Result<()> {
+    let mut write = |bytes: &[u8]| {
+        bytes.chunks(CHUNK).try_for_each(|chunk| {
+            out.write_all(chunk)?;
+            meter.add(chunk.len());
+            Ok::<_, io::Error>(())
+        })
+    };
     let mut done = 0;
     for (range, bytes) in patches {
-        out.write_all(&source[done..range.start])?;
-        out.write_all(bytes)?;
+        write(&source[done..range.start])?;
+        write(bytes)?;
         done = range.end;
     }
-    out.write_all(&source[done..])
+    write(&source[done..])
 }
 
 /// The files to copy, which hold no weights: paths relative to the model folder, sorted. Hidden files are left out.

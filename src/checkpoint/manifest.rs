@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::Error;
 use crate::files;
+use crate::input;
 
 /// Value of the key `schema`.
 const SCHEMA: &str = "moewarden.manifest/1";
@@ -38,9 +39,8 @@ impl ManifestEntry {
     /// A file that cannot be read.
     pub fn of(path: &Path) -> Result<Self, Error> {
         let bytes = fs::metadata(path).map_err(Error::read(path))?.len();
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_mmap_rayon(path).map_err(Error::read(path))?;
-        Ok(Self { bytes, blake3: hasher.finalize().to_string() })
+        let hash = input::hash(path).map_err(Error::read(path))?;
+        Ok(Self { bytes, blake3: hash.to_string() })
     }
 }
 

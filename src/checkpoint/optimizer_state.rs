@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use super::error::Error;
 use crate::backend::Dtype;
 use crate::files;
+use crate::meter::{Meter, Unit};
 use crate::model::{ParamTable, Shard, write_header};
 use crate::optim::{ParamState, piece};
 
@@ -33,10 +34,13 @@ pub fn write_optimizer(
         .iter()
         .flat_map(|(id, _, len)| PARTS.map(|part| (format!("{}.{part}", name(*id)), Dtype::F32, vec![*len])))
         .collect();
+    let elements: usize = layout.iter().map(|(.., len)| PARTS.len() * len).sum();
+    let meter = Meter::start(format!("writing {}", path.display()), Unit::Bytes, 4 * elements as u64);
     Ok(files::write_with(path, |out| {
         write_header(out, &metadata, &tensors)?;
         for state in states {
             for values in [&state.master, &state.m, &state.v] {
+                meter.add(4 * values.len());
                 out.write_all(bytemuck::cast_slice(values))?;
             }
         }

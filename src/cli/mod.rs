@@ -9,10 +9,11 @@ use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
 use crate::config::{
-    AblateArgs, CheckArgs, CompareArgs, EvalArgs, ExportArgs, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions,
+    AblateArgs, CheckArgs, CompareArgs, EvalArgs, ExportArgs, Init, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions,
     ReportArgs, RunConfig, heading, is_bool, resolve_matrix,
 };
 use crate::exit::{self, Ended, Failure};
+use crate::launch::download::Wanted;
 use crate::launch::{self, Launch, Started, stop_on_signals};
 use crate::run;
 use crate::train::fault::Fault;
@@ -75,6 +76,9 @@ pub struct RunArgs {
     /// YAML file of these options; flags win over the file. Paths in the file are relative to the current folder
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// Download the model if it is a hub id that is not in the local hub cache
+    #[arg(long, help_heading = heading::INPUT)]
+    pub download: bool,
     /// The flags.
     #[command(flatten)]
     pub options: RawOptions,
@@ -85,10 +89,15 @@ impl RunArgs {
         self.resolve_matrix(ui, |config| vec![config.clone()])
     }
 
+    /// Also downloads the model, if asked to.
     fn resolve_matrix(&self, ui: &Ui, runs: impl FnOnce(&RunConfig) -> Vec<RunConfig>) -> exit::Result<RunConfig> {
         let resolved = resolve_matrix(self.config.as_deref(), &self.options, runs)?;
         for warning in &resolved.warnings {
             ui.warn(warning);
+        }
+        if self.download {
+            let wanted = if resolved.config.init == Init::Random { Wanted::NoWeights } else { Wanted::Model };
+            download(&resolved.config.model_name, wanted, ui)?;
         }
         Ok(resolved.config)
     }
@@ -106,6 +115,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
 pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
     let launch = Launch::from_env()?;
     let ui = &if launch.rank == 0 { Ui::new(cli.quiet) } else { Ui::silent() };
+    ui.show_meters();
     let start = |config: &RunConfig| {
         let fault = Fault::from_variable(launch::fault().as_deref())?;
         Started::new(config, &launch, stop_on_signals()?, fault, ui)
@@ -127,9 +137,14 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
             let config = run.resolve(ui)?;
             run::identify(&config, &start(&config)?, ui)
         }
-        Command::Eval(args) => run::eval(args, ui).map(done),
+        Command::Eval(args) => {
+            let models = [Some(&args.model_name), args.routers.as_ref(), args.route_as.as_ref()];
+            download_all(args.download, models.into_iter().flatten(), ui)?;
+            run::eval(args, ui).map(done)
+        }
         Command::Ablate(args) => {
             let config = args.run_config()?;
+            download_all(args.download, [&args.model_name], ui)?;
             run::ablate(&config, args, &start(&config)?, ui)
         }
         Command::Report(args) => run::report(args, ui).map(done),
@@ -138,10 +153,24 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
             let config = run.resolve_matrix(ui, variants)?;
             run::compare(&config, args, &start(&config)?, ui)
         }
-        Command::Export(args) => run::export(args, ui).map(done),
+        Command::Export(args) => {
+            download_all(args.download, [&args.base], ui)?;
+            run::export(args, ui).map(done)
+        }
         Command::Check { args, run } => run::check(&run.resolve(ui)?, args, ui).map(done),
         Command::Quickstart(args) => run::quickstart(args, ui).map(done),
     }
+}
+
+/// Downloads a model unless it is a folder or in the cache. Each process does so before it joins the others: one fetches it,
+/// the others wait.
+fn download(name: &str, wanted: Wanted, ui: &Ui) -> exit::Result<()> {
+    Ok(launch::download::download(name, wanted, &launch::hub_cache(), launch::hub_access(), ui)?)
+}
+
+/// Downloads all these models with their weights, if asked to.
+fn download_all<'a>(asked: bool, names: impl IntoIterator<Item = &'a String>, ui: &Ui) -> exit::Result<()> {
+    names.into_iter().filter(|_| asked).try_for_each(|name| download(name, Wanted::Model, ui))
 }
 
 /// The grammar: clap's derived one, plus the defaults of [`RunConfig::default`] in the help, and boolean options that

@@ -14,9 +14,12 @@ use crate::train::Switch;
 /// Generates responses to the unsafe and the safe prompts of a data set, and measures refusals, loss and routing.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct EvalArgs {
-    /// Model folder in Hugging Face format, or a hub id that is in the local hub cache
+    /// Model folder in Hugging Face format, or a hub id: ORG/NAME or ORG/NAME@REVISION
     #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, visible_alias = "model")]
     pub model_name: String,
+    /// Download models given as hub ids that are not in the local hub cache
+    #[arg(long, help_heading = INPUT)]
+    pub download: bool,
     /// Data to evaluate on: a JSON array or JSONL
     #[arg(long, value_name = "FILE", help_heading = INPUT, visible_alias = "dataset")]
     pub dataset_path: PathBuf,
@@ -149,9 +152,12 @@ impl EvalArgs {
 /// unsafe prompts.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct AblateArgs {
-    /// Model folder in Hugging Face format, or a hub id that is in the local hub cache
+    /// Model folder in Hugging Face format, or a hub id: ORG/NAME or ORG/NAME@REVISION
     #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, visible_alias = "model")]
     pub model_name: String,
+    /// Download models given as hub ids that are not in the local hub cache
+    #[arg(long, help_heading = INPUT)]
+    pub download: bool,
     /// Rows with unsafe prompts and refusals: a JSON array or JSONL
     #[arg(long, value_name = "FILE", help_heading = INPUT, visible_alias = "dataset")]
     pub dataset_path: PathBuf,
@@ -291,9 +297,12 @@ pub struct ReportArgs {
 /// Merges a base model and a delta into a complete model folder in Hugging Face format.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct ExportArgs {
-    /// Model that the delta was trained from: a folder, or a hub id that is in the local hub cache
+    /// Model that the delta was trained from: a folder, or a hub id: ORG/NAME or ORG/NAME@REVISION
     #[arg(long, value_name = "FOLDER|ID")]
     pub base: String,
+    /// Download models given as hub ids that are not in the local hub cache
+    #[arg(long)]
+    pub download: bool,
     /// Folder or safetensors file of a round, saved with --save-rounds delta
     #[arg(long, value_name = "PATH")]
     pub delta: PathBuf,

@@ -464,6 +464,8 @@ impl Coded for ConfigError {
     fn exit_code(&self) -> u8 {
         match self {
             ConfigError::NotRead { source, .. } if source.kind() == std::io::ErrorKind::NotFound => exit::NO_INPUT,
+            // Text in another encoding.
+            ConfigError::NotRead { source, .. } if source.kind() == std::io::ErrorKind::InvalidData => exit::CONFIG,
             ConfigError::NotRead { .. } => exit::IO,
             ConfigError::Experts(e) => e.exit_code(),
             ConfigError::Missing(_) => exit::USAGE,

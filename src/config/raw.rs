@@ -45,7 +45,7 @@ use heading::*;
 #[derive(Debug, Clone, PartialEq, Default, Args, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct RawOptions {
-    /// Model folder in Hugging Face format, or a hub id that is in the local hub cache (required)
+    /// Model folder in Hugging Face format, or a hub id: ORG/NAME or ORG/NAME@REVISION (required)
     #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, visible_alias = "model")]
     pub model_name: Option<String>,
     /// Initial weights; random weights need no safetensors files and serve to measure a model's memory and speed

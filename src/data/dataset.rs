@@ -14,6 +14,7 @@ use super::report::{DataReport, DropReason, Kind};
 use super::template::Reads;
 use super::tokenizer::Encoded;
 use super::{ChatTokenizer, DataOptions, Error, Example, LongRows, LossOn, Record, TemplateError, fields, values};
+use crate::meter::{Meter, Unit};
 
 /// The records of a file, in file order.
 #[derive(Debug, Clone, PartialEq)]
@@ -72,7 +73,13 @@ impl Dataset {
         }
         let builder = RecordBuilder { path, tokenizer, options };
         let pool = deep::pool().map_err(|e| Error::file(path, e))?;
-        let outcomes: Vec<_> = pool.install(|| parsed.par_iter().map(|row| builder.record(row)).collect());
+        let meter = Meter::start(format!("rendering the rows of {}", path.display()), Unit::Rows, parsed.len() as u64);
+        let record = |row: &Row| {
+            meter.add(1);
+            builder.record(row)
+        };
+        let outcomes: Vec<_> = pool.install(|| parsed.par_iter().map(record).collect());
+        drop(meter);
         let mut records = Vec::new();
         // In file order: the error returned is that of the first bad row, whichever thread finished first.
         for (row, outcome) in parsed.iter().zip(outcomes) {

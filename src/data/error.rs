@@ -59,7 +59,11 @@ pub enum Error {
 
 impl Error {
     pub(super) fn read(path: &Path, source: io::Error) -> Self {
-        Self::Read { path: path.to_owned(), source, hint: "is the path right, and is it a file that you may read?" }
+        let hint = match source.kind() {
+            io::ErrorKind::InvalidData => "is the file damaged?",
+            _ => "is the path right, and is it a file that you may read?",
+        };
+        Self::Read { path: path.to_owned(), source, hint }
     }
 
     pub(super) fn file(path: &Path, message: impl ToString) -> Self {
@@ -75,6 +79,8 @@ impl Coded for Error {
     fn exit_code(&self) -> u8 {
         match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => exit::NO_INPUT,
+            // Text in another encoding.
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::InvalidData => exit::DATA,
             Self::Read { .. } => exit::IO,
             Self::File { .. } | Self::Row { .. } => exit::DATA,
             Self::NoTemplate { .. } | Self::Kwargs { .. } => exit::CONFIG,

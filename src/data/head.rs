@@ -7,6 +7,7 @@ use super::kinds::{self, Parsed, Row};
 use super::options::{DataOptions, Sides};
 use super::report::{BothSides, DataReport};
 use super::rows::{self, Rows};
+use crate::meter::{Meter, Unit};
 
 impl Sides {
     /// The side that is needed and that no row has.
@@ -51,6 +52,9 @@ pub(super) fn read(path: &Path, options: &DataOptions, report: &mut DataReport) 
     let text = rows::read_text(path)?;
     let mut rows = Rows::new(path, &text);
     let max = options.max_samples;
+    let lines = text.bytes().filter(|byte| *byte == b'\n').count();
+    let expected = if max > 0 { lines.min(max) } else { lines };
+    let meter = Meter::start(format!("reading the rows of {}", path.display()), Unit::Rows, expected as u64);
     let mut parsed = Vec::new();
     let parse = |line, row: &_| {
         kinds::parse(line, row, &options.safe_response, options.keep_failed).map_err(|e| Error::row(path, line, e))
@@ -64,6 +68,7 @@ pub(super) fn read(path: &Path, options: &DataOptions, report: &mut DataReport) 
         }
         let (line, row) = row?;
         report.rows_read += 1;
+        meter.add(1);
         match parse(line, &row)? {
             Parsed::Row(row) => parsed.push(row),
             Parsed::Dropped(reason) => *report.dropped.entry(reason).or_default() += 1,

@@ -8,12 +8,17 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
+use crate::meter::{Meter, Unit};
+
 pub use formats::{Format, recognise};
 pub use rows::{RowsError, read_rows};
 
 /// How to get a damaged file again.
 const FETCH_AGAIN: &str =
     "if the file is damaged, fetch it again (from the hub: `hf download ID FILE --force-download`)";
+
+/// Bytes that are hashed at a time: enough for all cores.
+const CHUNK: u64 = 16 << 20;
 
 /// Opens a file for reading. A folder, a pipe (FIFO), a socket or a device in its place is an error: opening a pipe would wait
 /// for a writer, perhaps without end.
@@ -55,6 +60,27 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open(path)?.read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+/// The blake3 hash of a file's content.
+///
+/// # Errors
+/// Those of [`open`] and of reading.
+pub fn hash(path: &Path) -> io::Result<blake3::Hash> {
+    let mut file = open(path)?;
+    let size = file.metadata()?.len();
+    let meter = Meter::start(format!("hashing {}", path.display()), Unit::Bytes, size);
+    let mut hasher = blake3::Hasher::new();
+    let mut chunk = vec![0; size.clamp(1, CHUNK) as usize];
+    loop {
+        match file.read(&mut chunk)? {
+            0 => return Ok(hasher.finalize()),
+            n => {
+                hasher.update_rayon(&chunk[..n]);
+                meter.add(n);
+            }
+        }
+    }
 }
 
 /// Reads a UTF-8 text, without its byte order mark.

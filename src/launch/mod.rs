@@ -1,9 +1,10 @@
 //! What this process is, and where it may write: its launcher, ranks and devices, its environment, its output folder.
 //!
-//! Only this module and `ui` read environment variables. A run writes to its output folder and, for compiled kernels, to the
-//! kernel cache.
+//! Only this module and `ui` read environment variables. A run writes to its output folder, for compiled kernels to the
+//! kernel cache and, with `--download`, to the hub cache.
 
 mod device;
+pub mod download;
 mod env;
 mod launcher;
 mod lock;
@@ -18,7 +19,7 @@ use std::path::PathBuf;
 use crate::exit::{self, Coded};
 
 pub use device::{Device, Opened, Workload};
-pub use env::{cuda_search_paths, fault, hub_cache, kernel_cache};
+pub use env::{HubAccess, cuda_search_paths, fault, hub_access, hub_cache, kernel_cache};
 pub use launcher::{Launch, Launcher};
 pub use lock::{LOCK_FILE, OutputLock};
 pub use output_dir::{

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::ids::{ParamId, ParamSpec};
 use crate::backend::{Dtype, HostTensor};
 use crate::exit::{self, Coded};
+use crate::meter::{Meter, Unit};
 
 /// A weight is NaN or infinite.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -32,7 +33,9 @@ pub(super) fn first(params: &[ParamSpec]) -> Option<(ParamId, usize)> {
         .enumerate()
         .flat_map(|(id, spec)| (0..spec.base.bytes.len()).step_by(CHUNK).map(move |at| (id, at)))
         .collect();
+    let meter = Meter::start("checking the weights", Unit::Bytes, chunks.len() as u64 * CHUNK as u64);
     chunks.par_iter().find_map_first(|&(id, at)| {
+        meter.add(CHUNK);
         let value = &params[id].base;
         let end = value.bytes.len().min(at + CHUNK);
         let found = in_bytes(value.dtype, &value.bytes[at..end])?;

@@ -1,6 +1,7 @@
-//! Resolves a model name: a folder, or a hub id in the local Hugging Face cache. Nothing is downloaded.
+//! Resolves a model name: a folder, or a hub id in the local Hugging Face cache. Nothing is downloaded here.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::exit::{self, Coded};
@@ -18,15 +19,62 @@ pub struct HubCache {
 pub enum Error {
     #[error("the model `{0}` is a file; give the folder that holds config.json and the weights")]
     IsFile(String),
-    #[error("`{0}` is neither a folder nor a hub id such as `allenai/OLMoE-1B-7B-0125-Instruct`")]
+    #[error(
+        "`{0}` is neither a folder nor a hub id such as `allenai/OLMoE-1B-7B-0125-Instruct` (with a revision: `ORG/NAME@REVISION`)"
+    )]
     NotAName(String),
     #[error(
-        "the model `{name}` is neither a folder here nor in the Hugging Face cache (looked in {looked}); \
-         moewarden never downloads: fetch it with `hf download {name}`, or set HF_HUB_CACHE or HF_HOME to the right cache"
+        "the model `{id}` is neither a folder here nor in the Hugging Face cache (looked in {looked}). To download it, repeat the \
+         command with --download, or run `{}`; or set HF_HUB_CACHE or HF_HOME to the cache that has it", .id.command()
     )]
-    Missing { name: String, looked: PathBuf },
-    #[error("the cached model `{name}` is incomplete: {file} {problem}; fetch it again with `hf download {name}`")]
-    Incomplete { name: String, file: PathBuf, problem: &'static str },
+    Missing { id: HubId, looked: PathBuf },
+    #[error(
+        "the cached model `{id}` is incomplete: {file} {problem}; repeat the command with --download, or run `{}`", .id.command()
+    )]
+    Incomplete { id: HubId, file: PathBuf, problem: &'static str },
+}
+
+/// A model on the hub: `NAME` or `ORG/NAME`, with `@REVISION` for another revision than `main`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HubId {
+    /// `ORG/NAME`, or `NAME` alone.
+    pub id: String,
+    /// A branch, a tag or a commit.
+    pub revision: String,
+}
+
+impl HubId {
+    /// The hub id that a model's name spells; `None` where it spells none.
+    pub fn parse(name: &str) -> Option<Self> {
+        let (id, revision) = name.split_once('@').unwrap_or((name, "main"));
+        // Both become parts of paths.
+        let good = |part: &str| is_plain(part) && !part.contains("--");
+        let is_id = id.split('/').count() <= 2 && id.split('/').all(good);
+        let is_revision = revision.split('/').all(is_plain);
+        (is_id && is_revision).then(|| Self { id: id.into(), revision: revision.into() })
+    }
+
+    /// The folder of the model in the cache.
+    pub fn folder(&self) -> String {
+        format!("models--{}", self.id.replace('/', "--"))
+    }
+
+    /// The command of `huggingface_hub` that downloads it.
+    fn command(&self) -> String {
+        match &*self.revision {
+            "main" => format!("hf download {}", self.id),
+            revision => format!("hf download {} --revision {revision}", self.id),
+        }
+    }
+}
+
+impl fmt::Display for HubId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.revision {
+            "main" => write!(f, "{}", self.id),
+            revision => write!(f, "{}@{revision}", self.id),
+        }
+    }
 }
 
 impl Coded for Error {
@@ -42,20 +90,19 @@ impl HubCache {
     /// The cache folder by the environment variables and precedence of `huggingface_hub`: `HF_HUB_CACHE`, the older
     /// `HUGGINGFACE_HUB_CACHE`, `HF_HOME`/hub, `XDG_CACHE_HOME`/huggingface/hub, `HOME`/.cache/huggingface/hub.
     pub fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Self {
-        let home = var("HOME").map(PathBuf::from).unwrap_or_default();
-        let path = |name: &str| {
-            let path = PathBuf::from(var(name).filter(|value| !value.is_empty())?);
-            Some(path.strip_prefix("~").map(|rest| home.join(rest)).unwrap_or(path))
-        };
-        let root = path("HF_HUB_CACHE")
-            .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
-            .or_else(|| Some(path("HF_HOME")?.join("hub")))
-            .or_else(|| Some(path("XDG_CACHE_HOME")?.join("huggingface/hub")))
-            .unwrap_or_else(|| home.join(".cache/huggingface/hub"));
-        Self { root }
+        let folder = |name| folder(&var, name);
+        let root = folder("HF_HUB_CACHE").or_else(|| folder("HUGGINGFACE_HUB_CACHE"));
+        Self { root: root.unwrap_or_else(|| Self::home(&var).join("hub")) }
     }
 
-    /// The folder of the model `name`: a path to a folder unchanged, or the snapshot that `refs/main` of a hub id names.
+    /// The folder of all that Hugging Face's libraries keep, such as the token: `HF_HOME` and its defaults.
+    pub fn home(var: impl Fn(&str) -> Option<OsString>) -> PathBuf {
+        folder(&var, "HF_HOME")
+            .or_else(|| Some(folder(&var, "XDG_CACHE_HOME")?.join("huggingface")))
+            .unwrap_or_else(|| var("HOME").map(PathBuf::from).unwrap_or_default().join(".cache/huggingface"))
+    }
+
+    /// The folder of the model `name`: a path to a folder unchanged, or the snapshot of a hub id.
     ///
     /// # Errors
     /// A name that is neither a folder nor a hub id, a model that is not in the cache, an incomplete download.
@@ -67,22 +114,31 @@ impl HubCache {
         if folder.is_file() {
             return Err(Error::IsFile(name.into()));
         }
-        if !is_hub_id(name) {
-            return Err(Error::NotAName(name.into()));
-        }
-        let model = self.root.join(format!("models--{}", name.replace('/', "--")));
+        self.snapshot(&HubId::parse(name).ok_or_else(|| Error::NotAName(name.into()))?)
+    }
+
+    /// The snapshot of a hub id: of the commit that `refs/REVISION` names, or of the commit that is the revision.
+    ///
+    /// # Errors
+    /// A model that is not in the cache, an incomplete download.
+    pub fn snapshot(&self, id: &HubId) -> Result<PathBuf, Error> {
+        let model = self.root.join(id.folder());
         if !model.is_dir() {
-            return Err(Error::Missing { name: name.into(), looked: model });
+            return Err(Error::Missing { id: id.clone(), looked: model });
         }
-        let incomplete = |file: PathBuf, problem| Error::Incomplete { name: name.into(), file, problem };
-        let main = model.join("refs/main");
-        let Ok(commit) = std::fs::read_to_string(&main) else {
-            return Err(incomplete(main, "cannot be read"));
+        let incomplete = |file: PathBuf, problem| Error::Incomplete { id: id.clone(), file, problem };
+        let named = model.join("snapshots").join(&id.revision);
+        if is_commit(&id.revision) && named.is_dir() {
+            return Ok(named);
+        }
+        let reference = model.join("refs").join(&id.revision);
+        let Ok(commit) = std::fs::read_to_string(&reference) else {
+            return Err(incomplete(reference, "cannot be read"));
         };
         let commit = commit.trim();
         // The content becomes part of a path.
-        if commit.is_empty() || !commit.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return Err(incomplete(main, "does not hold a commit"));
+        if !is_commit(commit) {
+            return Err(incomplete(reference, "does not hold a commit"));
         }
         let snapshot = model.join("snapshots").join(commit);
         if !snapshot.is_dir() {
@@ -92,17 +148,25 @@ impl HubCache {
     }
 }
 
-/// Whether it is `NAME` or `ORG/NAME` in the characters that the hub allows.
-fn is_hub_id(name: &str) -> bool {
-    let plain = |part: &str| {
-        !part.is_empty()
-            && part.len() <= 96
-            && !part.starts_with(['.', '-'])
-            && !part.contains("..")
-            && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-    };
-    let mut parts = name.split('/');
-    parts.by_ref().take(2).all(plain) && parts.next().is_none() && !name.contains("--")
+/// The folder that a variable names; `~` is the home folder.
+fn folder(var: impl Fn(&str) -> Option<OsString>, name: &str) -> Option<PathBuf> {
+    let path = PathBuf::from(var(name).filter(|value| !value.is_empty())?);
+    let home = || var("HOME").map(PathBuf::from).unwrap_or_default();
+    Some(path.strip_prefix("~").map(|rest| home().join(rest)).unwrap_or(path))
+}
+
+/// Whether it can be the hash of a commit.
+fn is_commit(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Whether it is one path component, in the characters that the hub allows in names.
+fn is_plain(part: &str) -> bool {
+    !part.is_empty()
+        && part.len() <= 96
+        && !part.starts_with(['.', '-'])
+        && !part.contains("..")
+        && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
 #[cfg(test)]
@@ -152,6 +216,24 @@ mod tests {
     }
 
     #[test]
+    fn a_revision_is_a_branch_a_tag_or_a_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let hub = HubCache { root: dir.path().into() };
+        let model = dir.path().join("models--org--name");
+        for commit in ["aaa1", "bbb2", "ccc3"] {
+            fs::create_dir_all(model.join("snapshots").join(commit)).unwrap();
+        }
+        fs::create_dir_all(model.join("refs/refs/pr")).unwrap();
+        fs::write(model.join("refs/main"), "aaa1").unwrap();
+        fs::write(model.join("refs/refs/pr/1"), "bbb2").unwrap();
+        for (name, commit) in [("org/name", "aaa1"), ("org/name@refs/pr/1", "bbb2"), ("org/name@ccc3", "ccc3")] {
+            assert_eq!(hub.resolve(name).unwrap(), model.join("snapshots").join(commit));
+        }
+        let error = hub.resolve("org/name@v2").unwrap_err().to_string();
+        assert!(error.contains("hf download org/name --revision v2"), "{error}");
+    }
+
+    #[test]
     fn a_missing_model_names_the_cache_and_the_download_command() {
         let dir = tempfile::tempdir().unwrap();
         let error = HubCache { root: dir.path().into() }.resolve("org/name").unwrap_err();
@@ -163,7 +245,20 @@ mod tests {
 
     #[test]
     fn a_name_cannot_leave_the_cache() {
-        for name in ["../x", "a/../b", "a/b/c", "/no/such/folder", "a--b/c", "", "a b", "org/.."] {
+        for name in [
+            "../x",
+            "a/../b",
+            "a/b/c",
+            "/no/such/folder",
+            "a--b/c",
+            "",
+            "a b",
+            "org/..",
+            "a/b@",
+            "a@../b",
+            "a@/b",
+            "@x",
+        ] {
             let error = HubCache { root: "/nowhere".into() }.resolve(name).unwrap_err();
             assert!(matches!(error, Error::NotAName(_)), "{name:?}: {error}");
         }

@@ -9,6 +9,7 @@ use super::ids::{Group, ParamId, ParamKind, ParamSpec};
 use super::random::RandomInit;
 use super::weights::Checkpoint;
 use crate::backend::Backend;
+use crate::meter::{Meter, Unit};
 
 /// All parameters, in the order of [`ParamKind`] by layer: embedding, each layer from the first, final norm, head.
 #[derive(Clone)]
@@ -47,7 +48,27 @@ impl ParamTable {
 
     /// All parameters on a backend: from the checkpoint, or random.
     pub(super) fn weights<B: Backend>(&self, backend: &B) -> Vec<B::Weight> {
-        (0..self.params.len()).map(|id| self.weight(backend, id)).collect()
+        let meter = Meter::start("loading the weights", Unit::Bytes, self.bytes());
+        let weight = |id: ParamId| {
+            let weight = self.weight(backend, id);
+            meter.add(self.params[id].base.bytes.len());
+            weight
+        };
+        (0..self.params.len()).map(weight).collect()
+    }
+
+    /// The hash of all parameters in their stored formats, in this table's order.
+    pub fn hash_into(&self, hasher: &mut blake3::Hasher) {
+        let meter = Meter::start("hashing the weights", Unit::Bytes, self.bytes());
+        for spec in &self.params {
+            hasher.update_rayon(&spec.base.bytes);
+            meter.add(spec.base.bytes.len());
+        }
+    }
+
+    /// Bytes of all parameters.
+    fn bytes(&self) -> u64 {
+        self.params.iter().map(|spec| spec.base.bytes.len() as u64).sum()
     }
 
     /// One parameter with its base value on a backend: from the checkpoint, or random.

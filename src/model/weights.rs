@@ -16,8 +16,10 @@ use crate::exit::{self, Coded};
 use crate::input;
 use crate::quote::quote;
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// The weights of a model in one file.
+pub const SINGLE: &str = "model.safetensors";
+/// The file that names the shards of a model.
+pub const INDEX: &str = "model.safetensors.index.json";
 
 /// Bytes at the start of a file by which its format is recognised.
 const HEAD: usize = 4096;
@@ -258,6 +260,14 @@ fn read_index(path: &Path) -> Result<Vec<(String, String)>, Error> {
         return Err(Error::Index { path: path.into(), message: "its weight_map is empty".into() });
     }
     Ok(index.weight_map.0)
+}
+
+/// The files that the index file at `path` names, sorted.
+///
+/// # Errors
+/// A file that cannot be read or is no index, and a name that is not one of a file beside it.
+pub fn files_of_index(path: &Path) -> Result<Vec<String>, Error> {
+    files_of(path, &read_index(path)?)
 }
 
 /// The distinct file names of an index, sorted.

@@ -1,6 +1,7 @@
 //! `eval`: answers of a model to unsafe and safe prompts, refusal rates, losses, and routing.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
@@ -11,7 +12,7 @@ use super::progress::Progress;
 use super::refusals::LISTS;
 use super::session::Session;
 use crate::backend::Backend;
-use crate::config::EvalArgs;
+use crate::config::{EvalArgs, RunConfig};
 use crate::data::{Example, Message, Record, Sides};
 use crate::exit::{self, Failure, Result};
 use crate::files::AtomicFile;
@@ -42,16 +43,32 @@ pub fn eval(args: &EvalArgs, ui: &Ui) -> Result<()> {
     model.other_routing = use_other_routing(&mut session, args)?;
     let mut inputs = config.inputs();
     inputs.extend(model.other_routing.iter().map(|other| &*other.path));
+    let existed = config.output_dir.is_dir();
     prepare_dir_keeping(&config.output_dir, Existing::of(args.overwrite, false), &inputs)?;
+    let done = evaluate(args, &config, &recipe, &session, &model, ui);
+    if done.is_err() && !existed {
+        _ = fs::remove_dir(&config.output_dir); // fails unless it is empty
+    }
+    done
+}
+
+/// Evaluates into the prepared output folder.
+fn evaluate(
+    args: &EvalArgs,
+    config: &RunConfig,
+    recipe: &Recipe,
+    session: &Session,
+    model: &EvaluatedModel,
+    ui: &Ui,
+) -> Result<()> {
     session.check_weights()?;
     ui.line(session.describe());
     if let Some(other) = &model.other_routing {
         ui.line(format_args!("  {other}"));
     }
-    let (device, rank) = (Device::find(&config, ui)?, Rank::single(ui.clone()));
-    let evaluation =
-        Evaluation { args, output_dir: &config.output_dir, recipe: &recipe, session: &session, model: &model, ui };
-    catch_panic(|| match device.open(&config, session.workload(config.batch_size), &rank)? {
+    let (device, rank) = (Device::find(config, ui)?, Rank::single(ui.clone()));
+    let evaluation = Evaluation { args, output_dir: &config.output_dir, recipe, session, model, ui };
+    catch_panic(|| match device.open(config, session.workload(config.batch_size), &rank)? {
         Opened::Cpu(cpu) => evaluation.run(&session.replica(cpu, None, &rank)),
         Opened::Cuda(cuda, transport) => evaluation.run(&session.replica(cuda, transport, &rank)),
     })

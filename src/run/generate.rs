@@ -15,6 +15,7 @@ use crate::backend::Backend;
 use crate::config::RunConfig;
 use crate::exit::{self, Failure, Result};
 use crate::launch::memory::{free_memory, human};
+use crate::meter::{Meter, Unit};
 use crate::model::{KvCache, Model};
 use crate::report::{FinishReason, GenerationSpeed, Sampling};
 
@@ -108,6 +109,8 @@ pub(super) struct Generation<'a, B: Backend> {
     eos: &'a [u32],
     max_new_tokens: usize,
     cache: KvCache<B>,
+    /// Tokens of prompts and answers; the answers may end earlier.
+    meter: Meter,
     /// The passes over prompts that are still to come.
     prompts: VecDeque<Vec<(usize, &'a [u32])>>,
     growing: Vec<Growing>,
@@ -121,6 +124,7 @@ impl<'a, B: Backend> Generation<'a, B> {
             model,
             eos,
             max_new_tokens,
+            meter: Meter::start(format!("{} answers", prompts.len()), Unit::Tokens, room.iter().sum::<usize>() as u64),
             cache: model.kv_cache(&room),
             prompts: prompt_passes(prompts),
             growing: prompts.iter().map(|prompt| Growing::new(sampling, prompt.index)).collect(),
@@ -145,8 +149,10 @@ impl<'a, B: Backend> Generation<'a, B> {
                 done(*i, &answer.ids);
             }
         }
+        let tokens = new.iter().map(|(_, ids)| ids.len()).sum();
+        self.meter.add(tokens);
         let passes = if prompts.is_some() { &mut speed.prompts } else { &mut speed.decoding };
-        passes.add(new.iter().map(|(_, ids)| ids.len()).sum(), clock.elapsed().as_secs_f64());
+        passes.add(tokens, clock.elapsed().as_secs_f64());
         Ok(!self.prompts.is_empty() || self.growing.iter().any(|answer| answer.finish.is_none()))
     }
 

@@ -43,8 +43,6 @@ pub(super) fn use_other_routing(session: &mut Session, args: &EvalArgs) -> Resul
 /// The hash over a model's parameters that eval.json names.
 pub(super) fn weights_sha(table: &ParamTable) -> String {
     let mut hasher = blake3::Hasher::new();
-    for spec in &table.params {
-        hasher.update_rayon(&spec.base.bytes);
-    }
+    table.hash_into(&mut hasher);
     format!("blake3:{}", hasher.finalize())
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::session::Session;
 use crate::exit::{self, Failure, Result};
+use crate::meter::{Meter, Unit};
 use crate::model::{Checkpoint, ParamId, ParamTable};
 
 /// The result of comparing an exported model with its source.
@@ -31,7 +32,10 @@ pub fn verify_frozen(session: &Session, exported: &Path, written: &BTreeSet<Para
     let table = ParamTable::build(&session.model, &checkpoint)?;
     let (mut source, mut copy) = (blake3::Hasher::new(), blake3::Hasher::new());
     let (mut frozen, mut frozen_elements, mut changed) = (0, 0, 0);
+    let bytes = table.params.iter().map(|spec| spec.base.bytes.len() as u64).sum();
+    let meter = Meter::start(format!("comparing {} with its source", exported.display()), Unit::Bytes, bytes);
     for (id, (ours, theirs)) in session.table.params.iter().zip(&table.params).enumerate() {
+        meter.add(theirs.base.bytes.len());
         if written.contains(&id) {
             changed += usize::from(ours.base.bytes[..] != theirs.base.bytes[..]);
             continue;

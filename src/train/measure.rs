@@ -8,6 +8,7 @@ use super::router::alignment_by_layer;
 use crate::backend::Backend;
 use crate::data::{Dataset, Example, MicroBatch, Sampler};
 use crate::exit::{self, Failure, Result};
+use crate::meter::{Meter, Unit};
 use crate::model::PassEnd;
 use crate::optim::LossMeter;
 
@@ -87,10 +88,11 @@ impl Measured {
 /// Those of the collective.
 pub fn mean_loss<B: Backend>(replica: &Replica<B>, batches: &[MicroBatch]) -> Result<Option<f64>> {
     let mut losses = LossMeter::default();
-    for (_, batch) in share(batches, &*replica.world) {
-        if batch.targets.is_empty() {
-            continue;
-        }
+    let own = || share(batches, &*replica.world).map(|(_, batch)| batch).filter(|batch| !batch.targets.is_empty());
+    let tokens = own().map(|batch| batch.ids.len() as u64).sum();
+    let meter = Meter::start("measuring losses", Unit::Tokens, tokens);
+    for batch in own() {
+        meter.add(batch.ids.len());
         let inputs = replica.inputs(batch);
         let forward = replica.forward(&inputs, None, PassEnd::Loss { all_rows: false }, None);
         losses.add(replica.model().loss(&inputs, &forward), batch.targets.len());

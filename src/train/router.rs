@@ -10,6 +10,7 @@ use super::trainer::Trainer;
 use crate::backend::Backend;
 use crate::data::{MicroBatch, MissingSide, Sampler, micro_batches};
 use crate::exit::Result;
+use crate::meter::{Meter, Unit};
 use crate::model::{LossGrads, ParamId, ParamTable, PassEnd};
 use crate::optim::LearningRates;
 use crate::routers::{self, RouterTarget};
@@ -157,7 +158,10 @@ pub fn alignment_by_layer<B: Backend>(
     let partners = sampler.prompt_partners()?;
     let micro_batches = micro_batches(&sampler.unsafe_prompts(), sampler.batch_size);
     let mut own = Vec::new();
+    let rows = share(&micro_batches, &*replica.world).map(|(_, records)| records.len() as u64).sum();
+    let meter = Meter::start("measuring the routers", Unit::Rows, rows);
     for (i, records) in share(&micro_batches, &*replica.world) {
+        meter.add(records.len());
         let (safe, unsafe_) = sampler.pack_prompts(&partners, records);
         let safe = observe(replica, divergence, &safe).expect("a safe prompt of each record");
         let unsafe_ = observe(replica, divergence, &unsafe_).expect("an unsafe prompt of each record");

@@ -212,3 +212,24 @@ fn tensorboard_reads_the_steps() {
     assert_eq!(fs::read_dir(out.join("tensorboard")).unwrap().count(), 2);
     passes(&python([script("check_events.py"), out.join("tensorboard"), out.join("metrics.jsonl")]));
 }
+
+/// What `--download` leaves is what `huggingface_hub` would have left.
+#[test]
+#[ignore = "skipped: needs python3 with huggingface_hub"]
+fn huggingface_hub_reads_the_cache() {
+    let scene = crate::download::Scene::new();
+    scene.download();
+    let cache = scene.cache();
+    let read = format!(
+        "from huggingface_hub import scan_cache_dir, snapshot_download\n\
+         import sys\n\
+         folder = snapshot_download({:?}, cache_dir=sys.argv[1], local_files_only=True)\n\
+         assert open(folder + '/config.json').read()\n\
+         (repo,) = scan_cache_dir(sys.argv[1]).repos\n\
+         (revision,) = repo.revisions\n\
+         assert revision.refs == {{'main'}} and len(revision.files) == 6, revision\n\
+         assert not scan_cache_dir(sys.argv[1]).warnings\n",
+        crate::download::hub::ID
+    );
+    passes(&python([OsStr::new("-c"), read.as_ref(), cache.as_os_str()]));
+}

@@ -189,8 +189,7 @@ Do these experts cause the compliance? Switch them off in the model before train
     --experts {dir}/found/expert_scores.json --output-dir {dir}/ablation
 
 Next, on a real model (rows.jsonl holds your attack rows, see README.md; `cargo install --path .` installs moewarden)
-  hf download {real}
-  moewarden check --model-name {real} --dataset-path rows.jsonl
+  moewarden check --model-name {real} --dataset-path rows.jsonl --download
   moewarden train --model-name {real} --dataset-path rows.jsonl --output-dir olmoe-run",
         right = planted.found(&found.summary.selected),
         of = planted.experts.len(),

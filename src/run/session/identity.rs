@@ -41,9 +41,7 @@ impl Session {
         if let Some(init) = &self.table.random {
             hasher.update(&init.seed.to_le_bytes()); // with config.json it decides all values
         } else {
-            for spec in &self.table.params {
-                hasher.update_rayon(&spec.base.bytes);
-            }
+            self.table.hash_into(hasher);
         }
     }
 
@@ -99,9 +97,5 @@ fn data_files(config: &RunConfig) -> impl Iterator<Item = PathBuf> + '_ {
 }
 
 fn hash_file(path: &Path) -> Result<blake3::Hash> {
-    let mut hasher = blake3::Hasher::new();
-    input::open(path)
-        .and_then(|_| hasher.update_mmap_rayon(path))
-        .map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display())))?;
-    Ok(hasher.finalize())
+    input::hash(path).map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display())))
 }

@@ -9,6 +9,7 @@ use super::RetainRows;
 use crate::backend::{Backend, HostTensor, decode_into};
 use crate::data::MicroBatch;
 use crate::exit::Result;
+use crate::meter::{Meter, Unit};
 use crate::model::{ModelConfig, PassEnd, Routed};
 use crate::train::replica::Replica;
 
@@ -69,7 +70,9 @@ pub fn compute_base<B: Backend>(
     let (rank, world_size) = (replica.world.rank(), replica.world.world_size());
     let shapes = BaseOutputs::shapes(rows, &replica.model().config);
     let sizes = |row: usize| shapes[row].each_ref().map(|shape| shape.iter().product::<usize>());
+    let meter = Meter::start("computing the original model's outputs for retain rows", Unit::Rows, rows.len() as u64);
     for group in rows.in_order().chunks(world_size) {
+        meter.add(group.iter().map(Vec::len).sum());
         let own = group.get(rank).map(|rows_of_batch| outputs(replica, rows, rows_of_batch)).unwrap_or_default();
         let all = replica.world.all_gather(bytemuck::cast_slice(&own))?;
         for (rows_of_batch, bytes) in group.iter().zip(&all) {

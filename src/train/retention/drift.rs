@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Retention;
 use crate::backend::Backend;
 use crate::exit::Result;
+use crate::meter::{Meter, Unit};
 use crate::model::{BaseHead, PassEnd, Routed};
 use crate::train::replica::{Replica, share};
 
@@ -57,7 +58,10 @@ impl<B: Backend> Retention<'_, B> {
         let width = 3 + 2 * num_layers;
         let batches = self.rows.in_order();
         let mut own = Vec::new();
+        let rows = share(&batches, &*replica.world).map(|(_, rows)| rows.len() as u64).sum();
+        let meter = Meter::start("measuring the drift on retain rows", Unit::Rows, rows);
         for (i, rows) in share(&batches, &*replica.world) {
+            meter.add(rows.len());
             own.extend(self.sums(replica, rows).into_iter().enumerate().map(|(j, sum)| (i * width + j, sum)));
         }
         // One sum after another in the order of the micro-batches: the same bits on any number of ranks.

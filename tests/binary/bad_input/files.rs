@@ -137,3 +137,12 @@ fn a_tokenizer_that_the_library_panics_on_is_at_fault() {
     let ended = scene.train(&["--long-rows", "drop"]);
     assert!(!ended.stderr.contains("report"), "{}", ended.stderr);
 }
+
+#[test]
+fn a_text_in_another_encoding_is_the_files_fault() {
+    let scene = Scene::new();
+    fs::write(scene.model().join("chat_template.jinja"), b"{{ messages }}\xff").unwrap();
+    scene.refuses(&[], 65, &["chat_template.jinja", "UTF-8", "is the file damaged?"]);
+    fs::write(scene.path("options.yaml"), b"model-name: \xff\n").unwrap();
+    scene.refuses(&["--config", "options.yaml"], 78, &["options.yaml", "UTF-8"]);
+}

@@ -35,3 +35,24 @@ fn scores_that_are_all_equal_are_said_loudly() {
     let found = Outcome::of(scene.run("identify", &["-q"]));
     found.is(0, &["warning: all ", "scores are 0", "the selection of 2 experts is arbitrary"]);
 }
+
+#[test]
+fn an_evaluation_that_fails_leaves_no_empty_folder() {
+    let scene = Scene::new();
+    let path = scene.model().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let last = bytes.len() - 4;
+    bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(path, bytes).unwrap();
+    let eval = || {
+        let mut run = assert_cmd::Command::new(env!("CARGO_BIN_EXE_moewarden"));
+        run.args(["eval", "--model-name", "model", "--dataset-path", "rows.jsonl", "--output-dir", "out"]);
+        run.current_dir(scene.path("."));
+        Outcome::of(run)
+    };
+    eval().is(80, &["the checkpoint model is damaged", "NaN"]);
+    assert!(!scene.out().exists());
+    fs::create_dir(scene.out()).unwrap();
+    eval().is(80, &["NaN"]);
+    assert!(scene.out().is_dir(), "a folder that was there stays");
+}

@@ -10,7 +10,7 @@ use source::{Crate, File};
 
 /// Each line may import from the lines before it, and no module from another of its own line.
 const LEVELS: [&[&str]; 12] = [
-    &["exit", "panics", "quote"],
+    &["exit", "meter", "panics", "quote"],
     &["files", "input", "ui"],
     &["collective", "backend"],
     &["data", "model"],
