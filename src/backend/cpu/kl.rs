@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::Cpu;
 use super::linear;
+use super::simd::{exp_f64, max, simd, sum2_f64};
 use super::tensor::Tensor;
 use super::weight::Weight;
 
@@ -22,8 +23,17 @@ fn chunk_rows(v: usize) -> usize {
 
 /// ln Σ e^logit.
 fn log_sum(row: &[f32]) -> f64 {
-    let highest = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    highest + row.iter().map(|&l| (f64::from(l) - highest).exp()).sum::<f64>().ln()
+    simd!({
+        let highest = f64::from(max(row));
+        highest
+            + sum2_f64(
+                row,
+                row,
+                #[inline(always)]
+                |l, _| exp_f64(l - highest),
+            )
+            .ln()
+    })
 }
 
 /// ln Σ e^logit of a row, and of the base's row.
@@ -40,20 +50,24 @@ impl LogSums {
 
     /// KL(softmax(base) ‖ softmax(logits)).
     fn divergence(self, logits: &[f32], base: &[f32]) -> f64 {
-        let mut kl = 0.0;
-        for (&l, &b) in logits.iter().zip(base) {
-            let (log_p, log_base) = (f64::from(l) - self.own, f64::from(b) - self.base);
-            let p = log_base.exp();
-            if p != 0.0 {
-                kl += p * (log_base - log_p);
-            }
-        }
+        let kl = simd!(sum2_f64(
+            logits,
+            base,
+            #[inline(always)]
+            |l, b| {
+                let (log_p, log_base) = (l - self.own, b - self.base);
+                let p = exp_f64(log_base);
+                // An impossible class may have an infinite difference.
+                if p == 0.0 { 0.0 } else { p * (log_base - log_p) }
+            },
+        ));
         if kl < 0.0 { 0.0 } else { kl } // rounding may make a divergence of 0 negative; NaN stays NaN
     }
 
     /// The gradient of `scale` times the divergence by one logit: scale · (p − p₀).
+    #[inline(always)]
     fn gradient(self, logit: f32, base: f32, scale: f32) -> f32 {
-        let (p, p_base) = ((f64::from(logit) - self.own).exp(), (f64::from(base) - self.base).exp());
+        let (p, p_base) = (exp_f64(f64::from(logit) - self.own), exp_f64(f64::from(base) - self.base));
         (f64::from(scale) * (p - p_base)) as f32
     }
 }
@@ -132,7 +146,11 @@ pub(super) fn backward(
                 let base = base.row(row);
                 let sums = LogSums::of(logits, base);
                 let kl = sums.divergence(logits, base);
-                logits.iter_mut().zip(base).for_each(|(l, &b)| *l = sums.gradient(*l, b, scale));
+                simd!({
+                    for (l, &b) in logits.iter_mut().zip(base) {
+                        *l = sums.gradient(*l, b, scale);
+                    }
+                });
                 kl
             })
             .collect();
@@ -169,8 +187,10 @@ pub(super) fn softmax_backward(base: &[f32], logits: &Tensor, scale: f32, dlogit
     dlogits.values_mut().par_chunks_mut(e).enumerate().with_min_len(16).for_each(|(row, dlogits)| {
         let (logits, base) = (logits.row(row), &base[row * e..][..e]);
         let sums = LogSums::of(logits, base);
-        for ((d, &l), &b) in dlogits.iter_mut().zip(logits).zip(base) {
-            *d += sums.gradient(l, b, scale);
-        }
+        simd!({
+            for ((d, &l), &b) in dlogits.iter_mut().zip(logits).zip(base) {
+                *d += sums.gradient(l, b, scale);
+            }
+        });
     });
 }
