@@ -71,7 +71,12 @@ pub const FAMILIES: &[Family] = &[
         name: "options file",
         files: &["config.yaml"],
         mutation: |dice, text| mutate::text(dice, text, mutate::YAML),
-        commands: &["check --config FILE", "train --config FILE", "identify --config FILE", "compare --config FILE"],
+        commands: &[
+            "check --config FILE",
+            "train --config FILE --output-dir out",
+            "identify --config FILE --output-dir out",
+            "compare --config FILE --output-dir out",
+        ],
     },
     Family {
         name: "chat template",
