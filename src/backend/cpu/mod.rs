@@ -2,8 +2,7 @@
 //!
 //! Each file has one family of operations, with each backward pass beside its forward pass. `tensor` explains why the
 //! backend has its own tensor type, `gemm` how matrix products are tiled for several threads, `simd` how plain loops
-//! are vectorised. Work and sums are always split by shape, never by the number of threads, so results do not depend on
-//! that number.
+//! are vectorised. Sums are always split by shape, never by the number of threads, so results do not depend on that number.
 
 mod attention;
 mod attention_bf16;
