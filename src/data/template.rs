@@ -310,7 +310,10 @@ fn error_text(error: &minijinja::Error) -> String {
 /// The error of a rendering.
 fn render_error(error: &minijinja::Error) -> TemplateError {
     match error.kind() {
-        ErrorKind::OutOfFuel => TemplateError::Bounds("it took too many steps; does it loop without end?".into()),
+        ErrorKind::OutOfFuel => {
+            let steps = "it took too many steps; does it loop without end?";
+            TemplateError::Bounds(error.detail().unwrap_or(steps).to_owned())
+        }
         _ => TemplateError::Render(error_text(error)),
     }
 }
@@ -395,7 +398,7 @@ mod tests {
 
     #[test]
     fn a_panic_of_the_engine_is_an_error() {
-        assert_eq!(render("{{ messages[9:][::-1][0] }}"), Err(TemplateError::Crashed));
+        assert_eq!(render("{{ '%(é)s' | format(1) }}"), Err(TemplateError::Crashed));
     }
 
     #[test]

@@ -14,6 +14,11 @@ pub(super) fn refuse<T>(message: impl Into<Cow<'static, str>>) -> Result<T, Erro
     Err(Error::new(ErrorKind::InvalidOperation, message))
 }
 
+/// Stops a template that no usable one resembles, as one that takes too many steps.
+pub(super) fn stop<T>(message: &'static str) -> Result<T, Error> {
+    Err(Error::new(ErrorKind::OutOfFuel, message))
+}
+
 pub(super) fn check_size(bytes: usize) -> Result<(), Error> {
     if bytes > MAX_TEXT {
         refuse(format!("the template builds a string of more than {MAX_TEXT} bytes"))

@@ -73,6 +73,7 @@ fn field<'a>(tag: &[Token<'a>], i: usize, namespaces: &HashSet<&str>) -> Option<
                 Some(Sign('(')) => {
                     let listed = matches!(tag.get(i + 1), Some(Sign(',')));
                     match before(2) {
+                        Some(Name("in" | "if" | "else" | "and" | "or" | "not")) => listed,
                         Some(Name(function)) => BY_NAME.contains(&function),
                         _ => listed,
                     }

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use minijinja::value::{Tuple, ValueKind};
 use minijinja::{Error, Value};
 
-use super::limits::{check_size, refuse};
+use super::limits::{check_size, stop};
 
 /// Maximum depth of a value that is printed.
 const MAX_DEPTH: usize = 1000;
@@ -48,7 +48,7 @@ pub(in crate::data) fn python_float(float: f64) -> String {
 fn repr(value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
     check_size(out.len())?;
     if depth > MAX_DEPTH {
-        return refuse("a value is nested too deep to be printed");
+        return stop("it prints a value that is nested too deep");
     }
     match value.kind() {
         ValueKind::Undefined => out.push_str("Undefined"),
