@@ -47,7 +47,7 @@ impl Dataset {
     ///
     /// # Errors
     /// A file that cannot be read or is empty; the first row that is invalid, or that the template cannot render or
-    /// renders as an empty prompt; with [`LongRows::Error`], a row that is too long; no row or no loss token left to
+    /// renders as an empty prompt; with [`super::LongRows::Error`], a row that is too long; no row or no loss token left to
     /// train on.
     pub fn read(path: &Path, tokenizer: &ChatTokenizer, options: &DataOptions) -> Result<Self, Error> {
         let read = |name: &str| tokenizer.templates().any_reads_variable(name);

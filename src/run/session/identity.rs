@@ -116,8 +116,8 @@ fn hash_data(path: &Path) -> Result<blake3::Hash> {
     }
     match input::read_rows(path) {
         Ok(content) => Ok(blake3::hash(&content)),
-        Err(RowsError::Io(e)) => Err(failed(e.to_string()).into()),
-        Err(RowsError::Format(e)) => Err(failed(e).into()),
+        Err(RowsError::Io(e)) => Err(failed(e.to_string())),
+        Err(RowsError::Format(e)) => Err(failed(e)),
     }
 }
 
