@@ -8,20 +8,28 @@
 //! | `schema` | `moewarden.delta/1` |
 //! | `base_layout` | blake3 of the file names and safetensors headers of the base model |
 //! | `base_values` | blake3 of the base model's values of these parameters, in the order of the delta file |
+//! | `base_weights` | blake3 of all values of the base model, in the order of its parameters |
+//! | `base_config` | config.json of the base model |
+//! | `values` | blake3 of the tensors of the delta file |
 //!
-//! Applying a delta checks both hashes, so it cannot be applied to another model.
+//! Applying a delta checks all of them, so it cannot be applied to another model, nor with a part of it lost. Deltas of older
+//! versions lack the last three.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
 
+use serde_json::{Map, Value};
+
 use super::error::Error;
 use super::export::{export, export_replacing};
 use crate::backend::HostTensor;
 use crate::files;
+use crate::input;
 use crate::meter::{Meter, Unit};
 use crate::model::{Checkpoint, ModelConfig, NotFinite, ParamId, ParamTable, Shard, find_non_finite, write_header};
+use crate::quote::cut;
 
 /// Value of the metadata key `schema`.
 pub const DELTA_SCHEMA: &str = "moewarden.delta/1";
@@ -36,11 +44,15 @@ pub fn save_delta(
     changed: &BTreeMap<ParamId, HostTensor>,
     path: &Path,
 ) -> Result<(), Error> {
+    let all: Vec<ParamId> = table.iter().map(|(id, _)| id).collect();
     let metadata = [
         ("format".into(), "pt".into()),
         ("schema".into(), DELTA_SCHEMA.into()),
         ("base_layout".into(), checkpoint.layout_hash().to_string()),
-        ("base_values".into(), base_values(table, changed.keys())),
+        ("base_values".into(), values_hash(table, changed.keys())),
+        ("base_weights".into(), values_hash(table, &all)),
+        ("base_config".into(), read_config(checkpoint.dir())?),
+        ("values".into(), hash(changed.values())),
     ];
     let tensors: Vec<_> =
         changed.iter().map(|(&id, value)| (table.params[id].name(), value.dtype, value.shape.clone())).collect();
@@ -74,7 +86,7 @@ pub fn load_delta(
         Some(other) => return Err(Error::NotADelta { file: file(), message: format!("its schema is `{other}`") }),
         None => return Err(Error::NotADelta { file: file(), message: "its metadata has no schema".into() }),
     }
-    let other_base = |message| Error::OtherBase { file: file(), base: checkpoint.dir().into(), message };
+    let other_base = |message: &str| other_base(delta_file, checkpoint.dir(), message);
     if metadata.get("base_layout") != Some(&&*checkpoint.layout_hash().to_string()) {
         return Err(other_base("their files, tensor names or shapes differ"));
     }
@@ -93,10 +105,18 @@ pub fn load_delta(
         changed.insert(id, value);
         order.push(id);
     }
-    if metadata.get("base_values") != Some(&&*base_values(table, &order)) {
+    if metadata.get("base_values") != Some(&&*values_hash(table, &order)) {
         return Err(other_base("the weights it replaces differ"));
     }
-    Ok(changed)
+    match metadata.get("values") {
+        Some(stated) if **stated != *hash(order.iter().map(|id| &changed[id])) => {
+            let message =
+                "its values are not those that were written: the file is damaged; resume the run to write it again"
+                    .into();
+            Err(Error::Damaged { file: file(), message })
+        }
+        _ => Ok(changed),
+    }
 }
 
 /// Writes the model of `base_dir` with the delta applied to it to the new folder `out_dir`.
@@ -122,6 +142,7 @@ fn apply_delta_by(base_dir: &Path, delta_file: &Path, out_dir: &Path, export: Ex
     let checkpoint = Checkpoint::open(base_dir)?;
     let table = ParamTable::build(&config, &checkpoint)?;
     let changed = load_delta(&checkpoint, &table, delta_file)?;
+    check_base(base_dir, &config, &table, delta_file)?;
     table.check_finite().map_err(|source| Error::NotFinite { file: base_dir.into(), source })?;
     for (&id, value) in &changed {
         if let Some(index) = find_non_finite(value) {
@@ -132,15 +153,72 @@ fn apply_delta_by(base_dir: &Path, delta_file: &Path, out_dir: &Path, export: Ex
     export(base_dir, &checkpoint, &table, &changed, out_dir)
 }
 
+/// Checks that the base has the configuration and all the weights that the delta was made from, as far as the delta says.
+fn check_base(base_dir: &Path, config: &ModelConfig, table: &ParamTable, delta_file: &Path) -> Result<(), Error> {
+    let delta = Shard::open(delta_file)?;
+    let stated = |key: &str| delta.header.metadata.iter().find(|(name, _)| name == key).map(|(_, value)| &**value);
+    if let Some(text) = stated("base_config")
+        && ModelConfig::from_text(delta_file, text)? != *config
+    {
+        let keys = differing_keys(text, &read_config(base_dir)?, delta_file, config);
+        return Err(other_base(delta_file, base_dir, &format!("config.json differs in {keys}")));
+    }
+    let all: Vec<ParamId> = table.iter().map(|(id, _)| id).collect();
+    match stated("base_weights") {
+        Some(hash) if *hash != *values_hash(table, &all) => {
+            Err(other_base(delta_file, base_dir, "weights that the delta does not replace differ"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The keys of two configurations that make the difference, with both values: `ours` is that of the base.
+fn differing_keys(theirs: &str, ours: &str, path: &Path, config: &ModelConfig) -> String {
+    let object = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap_or_default();
+    let (theirs, ours) = (object(theirs), object(ours));
+    let mut named = Vec::new();
+    for key in ours.keys().chain(theirs.keys().filter(|key| !ours.contains_key(*key))) {
+        let mut changed = ours.clone();
+        match theirs.get(key) {
+            Some(value) => changed.insert(key.clone(), value.clone()),
+            None => changed.shift_remove(key),
+        };
+        let matters = ModelConfig::from_text(path, &Value::Object(changed).to_string()).map_or(true, |c| c != *config);
+        if ours.get(key) != theirs.get(key) && matters {
+            let shown = |value: Option<&Value>| value.map_or_else(|| "missing".into(), |v| cut(&v.to_string(), 60));
+            named.push(format!("{} ({}, not {})", cut(key, 60), shown(ours.get(key)), shown(theirs.get(key))));
+        }
+    }
+    named.join(", ")
+}
+
+/// config.json without white space between its values.
+fn read_config(dir: &Path) -> Result<String, Error> {
+    let path = dir.join("config.json");
+    let bytes = input::read(&path).map_err(Error::read(&path))?;
+    let text = input::without_mark(&bytes);
+    let value: Value = serde_json::from_slice(text)
+        .map_err(|e| Error::Damaged { file: path.clone(), message: input::not_json(text, &e) })?;
+    Ok(value.to_string())
+}
+
+fn other_base(file: &Path, base: &Path, message: &str) -> Error {
+    Error::OtherBase { file: file.into(), base: base.into(), message: message.into() }
+}
+
 /// blake3 over the base model's values of these parameters.
-fn base_values<'a>(table: &ParamTable, ids: impl IntoIterator<Item = &'a ParamId> + Clone) -> String {
+fn values_hash<'a>(table: &ParamTable, ids: impl IntoIterator<Item = &'a ParamId>) -> String {
+    hash(ids.into_iter().map(|&id| &table.params[id].base))
+}
+
+/// blake3 over these values.
+fn hash<'a>(values: impl IntoIterator<Item = &'a HostTensor>) -> String {
+    let values: Vec<&HostTensor> = values.into_iter().collect();
+    let meter = Meter::start("hashing weights", Unit::Bytes, values.iter().map(|v| v.bytes.len() as u64).sum());
     let mut hasher = blake3::Hasher::new();
-    let size = |&id: &ParamId| table.params[id].base.bytes.len();
-    let bytes = ids.clone().into_iter().map(|id| size(id) as u64).sum();
-    let meter = Meter::start("hashing the base model's values", Unit::Bytes, bytes);
-    for id in ids {
-        hasher.update(&table.params[*id].base.bytes);
-        meter.add(size(id));
+    for value in values {
+        hasher.update_rayon(&value.bytes);
+        meter.add(value.bytes.len());
     }
     hasher.finalize().to_string()
 }

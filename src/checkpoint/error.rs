@@ -30,7 +30,7 @@ pub enum Error {
     #[error("{file}: {message}")]
     Damaged { file: PathBuf, message: String },
     #[error("{file} was made from another base model than {base}: {message}")]
-    OtherBase { file: PathBuf, base: PathBuf, message: &'static str },
+    OtherBase { file: PathBuf, base: PathBuf, message: String },
     #[error("{file} holds a weight that no model can compute with: nothing was exported")]
     NotFinite { file: PathBuf, source: NotFinite },
     #[error(transparent)]

@@ -99,6 +99,18 @@ fn write_model(
     Ok(aside)
 }
 
+/// Whether `dir` holds an export of this model: its shards with the headers of the source, and the files beside them as they are
+/// there.
+pub fn is_export(source_dir: &Path, checkpoint: &Checkpoint, dir: &Path) -> bool {
+    let same = |file: &PathBuf| {
+        let [ours, theirs] = [source_dir, dir].map(|folder| fs::read(folder.join(file)));
+        ours.is_ok_and(|ours| theirs.is_ok_and(|theirs| ours == theirs))
+    };
+    let layout = Checkpoint::open(dir).map(|written| written.layout_hash());
+    layout.is_ok_and(|layout| layout == checkpoint.layout_hash())
+        && files_without_weights(source_dir, checkpoint.index_file()).is_ok_and(|files| files.iter().all(same))
+}
+
 /// Checks that an export can copy the files beside the weights, before anything is computed.
 ///
 /// # Errors

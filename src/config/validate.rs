@@ -1,6 +1,7 @@
 //! Validation of resolved options: ranges, contradictions, options without effect.
 
 use super::{Device, Init, RoutingReplies, RunConfig, SaveRounds, recipe};
+use crate::data::is_blank;
 use crate::experts::Method;
 
 /// The most resamples of a bootstrap.
@@ -132,7 +133,7 @@ fn contradictions(c: &RunConfig, wrong: &mut Vec<String>) {
 }
 
 fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
-    if c.safe_response.trim().is_empty() {
+    if is_blank(&c.safe_response) {
         wrong.push("--safe-response is empty: give the response that the model is to learn for unsafe prompts".into());
     }
     if c.output_dir.as_os_str().is_empty() {

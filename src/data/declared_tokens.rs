@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::Error;
+use super::tokenizer_class::TokenizerClass;
 use crate::quote::quote;
 
 /// The named special tokens of every model, in the order in which they are added.
@@ -20,12 +21,17 @@ const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "p
 /// Older name of the key `extra_special_tokens`.
 const OLD_EXTRA: &str = "additional_special_tokens";
 const EXTRA: &str = "extra_special_tokens";
+/// Tokens by other names, where no key of its own and no object of extra tokens names one.
+const MODEL_SPECIFIC: &str = "model_specific_special_tokens";
 
 /// The files of a model folder that declare tokens: each with its path, for messages. An absent file is empty.
 pub(super) struct TokenFiles<'a> {
+    pub class: TokenizerClass,
     pub config: (&'a Path, Map<String, Value>),
     pub special_tokens_map: (&'a Path, Map<String, Value>),
     pub added_tokens: (&'a Path, Map<String, Value>),
+    /// The added tokens of `tokenizer.json`.
+    pub added: BTreeMap<u32, AddedToken>,
 }
 
 /// The declared tokens.
@@ -134,7 +140,25 @@ impl Special {
                 _ => {}
             }
         }
+        let named_otherwise = |(key, value): (&String, &Value)| match value {
+            Value::String(_) => key.ends_with("_token") && !NAMES.contains(&&**key),
+            Value::Object(more) => [EXTRA, OLD_EXTRA].contains(&&**key) && !more.is_empty(),
+            _ => false,
+        };
+        match object.get(MODEL_SPECIFIC) {
+            Some(Value::Object(more)) if !object.iter().any(named_otherwise) => {
+                for (name, value) in more {
+                    special.name(name.clone(), Some(one(MODEL_SPECIFIC, value)?));
+                }
+            }
+            Some(value) if !value.is_null() && !value.is_object() => return Err(wrong(MODEL_SPECIFIC, value)),
+            _ => {}
+        }
         Ok(special)
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.named.iter().any(|(other, _)| other == name)
     }
 
     fn name(&mut self, name: String, token: Option<Declared>) {
@@ -153,10 +177,13 @@ impl DeclaredTokens {
     pub(super) fn read(files: &TokenFiles<'_>, tokenizer: &Tokenizer) -> Result<Self, Error> {
         let (config_path, config) = &files.config;
         let mut special = Special::read(config_path, config)?;
-        if let Some(padding) = tokenizer.get_padding().filter(|_| !config.contains_key("pad_token")) {
+        for (name, text) in files.class.defaults().iter().filter(|(name, _)| !config.contains_key(*name)) {
+            special.name((*name).into(), Some(Declared::new(text, true)));
+        }
+        if let Some(padding) = tokenizer.get_padding().filter(|_| !special.has("pad_token")) {
             special.name("pad_token".into(), Some(Declared::new(&padding.pad_token, true)));
         }
-        let own = tokenizer.get_added_tokens_decoder();
+        let own: Vec<_> = tokenizer.get_added_tokens_decoder().into_values().collect();
         let mut entries = Vec::new();
         match config.get("added_tokens_decoder") {
             Some(decoder) => entries.extend(read_decoder(config_path, decoder)?),
@@ -174,11 +201,26 @@ impl DeclaredTokens {
                     (_, theirs) => theirs,
                 };
                 let older = read_added_tokens(&files.added_tokens, &special)?;
-                entries.extend(older.into_iter().filter(|(_, token)| own.values().all(|t| t.content != token.content)));
-                entries.extend(own.iter().map(|(id, token)| (u64::from(*id), Declared::from(token))));
+                let in_file = |token: &Declared| files.added.values().any(|t| t.content == token.content);
+                entries.extend(older.into_iter().filter(|(_, token)| !in_file(token)));
+                entries.extend(files.added.iter().map(|(id, token)| (u64::from(*id), Declared::from(token))));
             }
         }
-        Ok(Self::merge(special, entries, &own.into_values().collect::<Vec<_>>()))
+        let mut declared = Self::merge(special, entries, &own);
+        if files.class == TokenizerClass::Qwen2 {
+            declared.make_special();
+        }
+        Ok(declared)
+    }
+
+    /// Adds the named and extra tokens again, without flags: so does the class Qwen2Tokenizer.
+    fn make_special(&mut self) {
+        let texts = self.named.values().flat_map(|value| match value {
+            Value::Array(list) => list.iter().collect(),
+            one => vec![one],
+        });
+        let again: Vec<_> = texts.filter_map(|text| Some(AddedToken::from(text.as_str()?, true))).collect();
+        self.missing.extend(again);
     }
 
     /// `entries`: tokens with ids; of two with the same id or text the later counts.

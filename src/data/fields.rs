@@ -1,14 +1,16 @@
 //! The fields of rows and turns: which ones moewarden knows, which ones it gives to the chat template, and what becomes of
 //! the others. A field that changes what the model sees or learns is used or refused; one that nothing reads is counted.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value};
 
 use super::message::Message;
 use super::python_literal;
 use super::rows::kind_of;
-use super::template::{ChatTemplate, Reads};
+use super::template::{ChatTemplate, Reads, TemplateError};
 use super::turns::WRITTEN;
-use super::values::{Result, is_empty, name_of, present, text};
+use super::values::{Result, is_blank, is_empty, name_of, present, text};
 
 /// Fields of a row that hold a system turn for its turns.
 const SYSTEM: [&str; 3] = ["system", "system_prompt", "system_message"];
@@ -17,21 +19,51 @@ const VARIABLES: [&str; 2] = ["tools", "documents"];
 const KWARGS: &str = "chat_template_kwargs";
 /// Variables that moewarden itself gives to chat templates.
 pub const OWN_VARIABLES: [&str; 2] = ["messages", "add_generation_prompt"];
+const ONLY_TEXT: &str = "only text is supported; remove the row";
+const IN_ITS_TURN: &str = "write it as a field of the turn that it belongs to";
+const MARK_TURNS: &str = "write loss: true or false in its turns";
+const ONE_REPLY: &str = "a row has one reply: write that as its last turn";
+const AS_SYSTEM: &str = "write it as system";
 /// Fields of a row that change what the model sees or learns, and that no kind of row can use.
-const REFUSED: [(&str, &str); 12] = [
-    ("images", "only text is supported; remove the row"),
-    ("image", "only text is supported; remove the row"),
-    ("audios", "only text is supported; remove the row"),
-    ("audio", "only text is supported; remove the row"),
-    ("videos", "only text is supported; remove the row"),
-    ("video", "only text is supported; remove the row"),
+const REFUSED: [(&str, &str); 34] = [
+    ("images", ONLY_TEXT),
+    ("image", ONLY_TEXT),
+    ("audios", ONLY_TEXT),
+    ("audio", ONLY_TEXT),
+    ("videos", ONLY_TEXT),
+    ("video", ONLY_TEXT),
     ("functions", "write them as tools: [{\"type\": \"function\", \"function\": ...}]"),
     ("function_call", "write it as tool_calls of a turn"),
+    ("tool_calls", IN_ITS_TURN),
+    ("reasoning_content", IN_ITS_TURN),
+    ("reasoning", IN_ITS_TURN),
+    ("thinking", IN_ITS_TURN),
     ("history", "write its turns as the first ones of the conversation"),
-    ("train_on_turn", "write loss: true or false in its turns"),
-    ("system_instruction", "write it as system"),
+    ("context", "write it into the turn that it belongs to"),
+    ("developer", "write it as a turn with the role developer"),
+    ("instructions", AS_SYSTEM),
+    ("system_instruction", AS_SYSTEM),
+    ("system_instructions", AS_SYSTEM),
+    ("chat_template", "all rows have one template: give it with --chat-template"),
+    ("continue_final_message", "a reply is learnt whole, with what ends it; remove the field"),
+    ("add_generation_prompt", "moewarden renders a row with and without it; remove the field"),
+    ("prefix", "write it as the beginning of the turn that it belongs to"),
+    ("prefill", "write it as the beginning of the turn that it belongs to"),
+    ("chosen", ONE_REPLY),
+    ("rejected", ONE_REPLY),
+    ("train_on_turn", MARK_TURNS),
+    ("train_on_inputs", "give --loss-on all, or mark turns with loss: true or false"),
+    ("loss", MARK_TURNS),
+    ("train", MARK_TURNS),
+    ("training", MARK_TURNS),
+    ("loss_mask", MARK_TURNS),
+    ("loss_weight", "all rows have the same weight; remove the field, or repeat the row"),
+    ("sample_weight", "all rows have the same weight; remove the field, or repeat the row"),
     ("weight", "all rows have the same weight; remove the field, or repeat the row"),
 ];
+/// Of these, the ones that say nothing with the value 1 or true, or with false.
+const SAY_NOTHING_WITH_ONE: [&str; 6] = ["weight", "sample_weight", "loss_weight", "loss", "train", "training"];
+const SAY_NOTHING_WITH_FALSE: [&str; 3] = ["continue_final_message", "add_generation_prompt", "train_on_inputs"];
 
 /// The fields that each kind of row uses.
 pub(super) const ATTACK_FIELDS: &[&str] = &[
@@ -47,6 +79,7 @@ pub(super) const ATTACK_FIELDS: &[&str] = &[
 ];
 pub(super) const CHAT_FIELDS: &[&str] = &[
     "label",
+    "response",
     "messages",
     "conversations",
     "prompt",
@@ -61,14 +94,16 @@ pub(super) const PAIR_FIELDS: &[&str] =
 
 /// Refuses fields that would change what the model sees or learns.
 pub(super) fn refuse_unsupported(row: &Map<String, Value>) -> Result<()> {
-    for (name, why) in REFUSED {
-        match present(row, name) {
-            None => {}
-            Some(weight) if name == "weight" && (weight.as_f64() == Some(1.0) || weight.as_bool() == Some(true)) => {}
-            Some(_) => return Err(format!("the field {name} of a row is not supported: {why}")),
-        }
+    let says_nothing = |name: &str, value: &Value| {
+        let blank = value.as_str().is_some_and(is_blank);
+        let one = value.as_f64() == Some(1.0) || value.as_bool() == Some(true);
+        let is_false = value.as_bool() == Some(false);
+        blank || one && SAY_NOTHING_WITH_ONE.contains(&name) || is_false && SAY_NOTHING_WITH_FALSE.contains(&name)
+    };
+    match REFUSED.iter().find(|(name, _)| present(row, name).is_some_and(|value| !says_nothing(name, value))) {
+        Some((name, why)) => Err(format!("the field {name} of a row is not supported: {why}")),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// The system text of a row, and its field.
@@ -139,25 +174,29 @@ fn structure(row: &Map<String, Value>, name: &str) -> Result<Option<Value>> {
 
 /// Names of a row's fields that hold something and are not `used` by its kind.
 pub(super) fn unused(row: &Map<String, Value>, used: &[&str]) -> Vec<String> {
-    let common = |name: &str| VARIABLES.contains(&name) || name == KWARGS || name == "weight";
+    let refused = |name: &str| REFUSED.iter().any(|(other, _)| *other == name);
+    let common = |name: &str| VARIABLES.contains(&name) || name == KWARGS || refused(name);
     let unused = row.keys().filter(|name| !used.contains(&name.as_str()) && !common(name));
     unused.filter(|name| present(row, name).is_some()).cloned().collect()
 }
 
-/// Checks the fields of a row against the variables of the template. Returns the names of those that nothing reads.
-pub(super) fn check_row(
-    variables: &Map<String, Value>,
+/// Checks a row's fields against the variables that its renderings read: `own` are those of the row, `unused` fields that
+/// moewarden does not use. Returns the names of those that nothing reads.
+pub(super) fn check_row<'a>(
+    mut own: impl Iterator<Item = &'a str>,
     unused: &[String],
+    read: &BTreeSet<String>,
     template: &ChatTemplate,
 ) -> Result<Vec<String>> {
-    if let Some(name) = variables.keys().find(|name| !template.reads_variable(name)) {
+    // A template that names the variable decides itself in which conversations it reads it.
+    if let Some(name) = own.find(|name| !read.contains(*name) && !template.reads_variable(name)) {
         return Err(format!(
             "the row gives {} for the chat template, which does not read it, so that it would be dropped: remove it, or give a \
              template that reads it with --chat-template",
             name_of(name)
         ));
     }
-    if let Some(name) = unused.iter().find(|name| template.reads_variable(name)) {
+    if let Some(name) = unused.iter().find(|name| read.contains(*name) && !template.is_function(name)) {
         let name = name_of(name);
         return Err(format!(
             "the chat template reads the variable {name}, and the row has a field of that name: write it as {KWARGS}: {{\"{name}\": \
@@ -167,18 +206,21 @@ pub(super) fn check_row(
     Ok(unused.iter().map(|name| name_of(name)).collect())
 }
 
+fn not_written(turn: usize, name: &str) -> String {
+    format!(
+        "message {turn}: the chat template does not write {name}, so that it would be dropped: remove it, or give a template that \
+         writes it with --chat-template"
+    )
+}
+
 /// Checks the fields of turns against what a rendering read of them. Returns the names of those that nothing read.
 pub(super) fn check_turns(turns: &[Message], reads: &[Reads], template: &ChatTemplate) -> Result<Vec<String>> {
     let mut unread = Vec::new();
     for (i, (turn, reads)) in turns.iter().zip(reads).enumerate() {
         for name in turn.fields.keys().filter(|name| !reads.has(name)) {
-            // A template that mentions the field decides itself in which turns it writes it.
-            if WRITTEN.contains(&name.as_str()) && !template.mentions(name) {
-                return Err(format!(
-                    "message {}: the chat template does not write {name}, so that it would be dropped: remove it, or give a template \
-                     that writes it with --chat-template",
-                    i + 1
-                ));
+            // A template that names the field decides itself in which turns it writes it.
+            if WRITTEN.contains(&name.as_str()) && !template.names_field(name) {
+                return Err(not_written(i + 1, name));
             }
             unread.push(format!("{name} of a turn"));
         }
@@ -195,4 +237,38 @@ pub(super) fn check_turns(turns: &[Message], reads: &[Reads], template: &ChatTem
         }
     }
     Ok(unread)
+}
+
+/// Checks that the text of a conversation would be another one without the row's tools and documents and, with `reply`, without
+/// the fields of the last turn: a template may read a field and not write it.
+pub(super) fn check_written(
+    turns: &[Message],
+    reply: bool,
+    variables: &Map<String, Value>,
+    text: &str,
+    template: &ChatTemplate,
+    render: impl Fn(&[Message], &Map<String, Value>) -> std::result::Result<String, TemplateError>,
+) -> Result<()> {
+    // Those that the template nowhere reads are the row's error.
+    let read = |name: &&str| variables.contains_key(*name) && template.reads_variable(name);
+    for name in VARIABLES.into_iter().filter(read) {
+        let mut others = variables.clone();
+        others.shift_remove(name);
+        if render(turns, &others).is_ok_and(|other| other == text) {
+            return Err(format!(
+                "the chat template writes nothing of {name} in this conversation, so that they would be dropped: remove them, or give \
+                 a template that writes them with --chat-template"
+            ));
+        }
+    }
+    let Some(last) = turns.last().filter(|_| reply) else { return Ok(()) };
+    for (name, value) in last.fields.iter().filter(|(name, _)| WRITTEN.contains(&name.as_str())) {
+        let mut without = turns.to_vec();
+        // Under each of its names: the template writes one of them.
+        without[turns.len() - 1].fields.retain(|_, other| *other != *value);
+        if render(&without, variables).is_ok_and(|other| other == text) {
+            return Err(not_written(turns.len(), name));
+        }
+    }
+    Ok(())
 }

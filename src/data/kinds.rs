@@ -17,40 +17,11 @@ use serde_json::{Map, Value};
 use super::fields;
 use super::message::Message;
 use super::report::{DropReason, Kind};
+use super::rows::{key_of_rows, one_level_down};
+pub(super) use super::side::Side;
 use super::turns::{messages, text_or_messages};
 use super::values::{Result, name_of, present, quoted, string, text};
 use super::verdicts::{VERDICTS, attack_succeeded};
-
-/// One side of a row.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Side {
-    /// All turns, the reply included.
-    pub messages: Vec<Message>,
-    /// Number of turns before the reply, which is the last turn. Without a reply: the number of all turns.
-    pub prompt: usize,
-}
-
-impl Side {
-    /// A prompt, excluded from the loss, and its reply.
-    fn with_reply(mut messages: Vec<Message>, reply: Message) -> Self {
-        for message in &mut messages {
-            message.loss = Some(false);
-        }
-        let prompt = messages.len();
-        messages.push(reply);
-        Self { messages, prompt }
-    }
-
-    /// The turns before the reply.
-    pub fn prompt_messages(&self) -> Vec<Message> {
-        self.messages[..self.prompt].to_vec()
-    }
-
-    /// Whether there is a reply.
-    pub fn has_reply(&self) -> bool {
-        self.prompt < self.messages.len()
-    }
-}
 
 /// A parsed row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,6 +118,9 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
         (false, true, false) => (Parsed::Row(chat(line, row, target)?), fields::CHAT_FIELDS),
         (false, false, true) => (Parsed::Row(pair(line, row, target)?), fields::PAIR_FIELDS),
         (false, false, false) => {
+            if let Some(key) = key_of_rows(row) {
+                return Err(one_level_down(key));
+            }
             let names = row.keys().take(12).map(|name| name_of(name)).collect::<Vec<_>>().join(", ");
             return Err(format!(
                 "unknown kind of row (its fields: {names}); an attack row has all_prompt and goal or prompt, a chat row \
@@ -201,8 +175,8 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
         safe_prompt.insert(0, Message::added("system", SAFE_SYSTEM, SYSTEM_OF_GOAL));
     }
     Ok(Parsed::Row(Row {
-        unsafe_side: Some(Side::with_reply(unsafe_prompt, target.reply())),
-        safe_side: Some(Side::with_reply(safe_prompt, target.reply())),
+        unsafe_side: Some(Side::with_reply(unsafe_prompt, target.reply(), "all_prompt")?),
+        safe_side: Some(Side::with_reply(safe_prompt, target.reply(), "goal")?),
         without_verdict,
         ..Row::new(line, Kind::Attack, request)
     }))
@@ -225,8 +199,8 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
             if turns.is_empty() {
                 return Err("a completion without its prompt".into());
             }
-            // Assistant turns of the prompt carry no loss, only the completion does.
-            turns.iter_mut().for_each(|m| m.loss = Some(false));
+            // Assistant turns of the prompt carry no loss unless they say so, only the completion does.
+            turns.iter_mut().filter(|m| m.loss.is_none()).for_each(|m| m.loss = Some(false));
             turns.extend(completion.map_or(Ok(vec![]), |c| text_or_messages(c, "completion", "assistant"))?);
             turns
         }
@@ -263,6 +237,10 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
                  Add the assistant's reply, or remove the turns after the last one"
             ));
         }
+    } else if let Some(response) = text(row, "response")?
+        && turns.last().is_some_and(|last| last.content.trim() != response.trim())
+    {
+        return Err("a last assistant turn beside the field response, and they differ; keep one of them".into());
     } else if target.own.is_some() {
         unused.push("refusal_response".to_owned());
     }
@@ -286,7 +264,8 @@ fn pair(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
     let reply = || response.map_or_else(|| target.reply(), |text| Message::new("assistant", text));
     let unused = if response.is_some() && target.own.is_some() { vec!["refusal_response".to_owned()] } else { vec![] };
     let row = Row::new(line, Kind::Pair, last_user_message(&safe));
-    let [unsafe_side, safe_side] = [unsafe_, safe].map(|prompt| Some(Side::with_reply(prompt, reply())));
+    let unsafe_side = Some(Side::with_reply(unsafe_, reply(), "unsafe_messages")?);
+    let safe_side = Some(Side::with_reply(safe, reply(), "safe_messages")?);
     Ok(Row { unsafe_side, safe_side, unused, ..row })
 }
 
@@ -389,11 +368,25 @@ mod tests {
 
     #[test]
     fn an_assistant_turn_inside_an_attack_carries_no_loss() {
-        let attack = json!([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", "loss": true}, {"role": "user", "content": "3"}]);
-        for row in [
-            json!({"goal": "g", "all_prompt": attack}),
-            json!({"safe_messages": [{"role": "user", "content": "s"}], "unsafe_messages": attack, "response": "R"}),
-        ] {
+        let turns = |more: Value| {
+            let mut reply = json!({"role": "assistant", "content": "2"});
+            reply.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            json!([{"role": "user", "content": "1"}, reply, {"role": "user", "content": "3"}])
+        };
+        let rows = |attack: Value| {
+            [
+                json!({"goal": "g", "all_prompt": attack}),
+                json!({"safe_messages": [{"role": "user", "content": "s"}], "unsafe_messages": attack, "response": "R"}),
+            ]
+        };
+        for mark in [json!({"loss": true}), json!({"train": true}), json!({"loss": true, "weight": 1})] {
+            for row in rows(turns(mark)) {
+                let error = read(row, false).unwrap_err();
+                assert!(error.contains("message 2 of ") && error.contains("only the reply does"), "{error}");
+            }
+        }
+        let unmarked = [json!({}), json!({"loss": false}), json!({"weight": 1})];
+        for row in unmarked.into_iter().flat_map(|mark| rows(turns(mark))) {
             let side = kept(row).unsafe_side.unwrap();
             assert_eq!(
                 side.messages.iter().map(|m| m.loss).collect::<Vec<_>>(),
@@ -428,6 +421,17 @@ mod tests {
         let mut own = row("safe");
         own["refusal_response"] = json!("Own.");
         assert_eq!(turns(&kept(own).safe_side), texts([("user", "q"), ("assistant", "Own.")]));
+    }
+
+    #[test]
+    fn an_assistant_turn_before_a_completion_carries_loss_where_it_says_so() {
+        let prompt = json!([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", "loss": true},
+            {"role": "user", "content": "3"}]);
+        let side = kept(json!({"label": "safe", "prompt": prompt, "completion": "4"})).safe_side.unwrap();
+        assert_eq!(
+            side.messages.iter().map(|m| m.loss).collect::<Vec<_>>(),
+            [Some(false), Some(true), Some(false), None]
+        );
     }
 
     #[test]

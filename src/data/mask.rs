@@ -18,7 +18,7 @@ use std::ops::Range;
 use serde_json::{Map, Value};
 
 use super::Message;
-use super::template::{ChatTemplate, Reads, TemplateError};
+use super::template::{Access, ChatTemplate, TemplateError};
 
 /// Why the loss mask of a conversation cannot be determined.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,8 +42,8 @@ pub(super) enum MaskError {
 pub(super) struct MaskedText {
     pub text: String,
     pub spans: Vec<Range<usize>>,
-    /// What the template read of each message.
-    pub reads: Vec<Reads>,
+    /// What the template read.
+    pub access: Access,
 }
 
 /// Renders a conversation with these variables, and finds the spans of its assistant turns, except those with `loss: false`.
@@ -68,9 +68,9 @@ pub(super) fn render_with_mask(
             let spans = whole.generated.into_iter().zip(assistant());
             spans.filter(|(_, (_, m))| carries_loss(m)).map(|(span, _)| span).collect()
         };
-        return Ok(MaskedText { text: whole.text, spans, reads: whole.reads });
+        return Ok(MaskedText { text: whole.text, spans, access: whole.access });
     }
-    let (text, reads) = (whole.text, whole.reads);
+    let (text, access) = (whole.text, whole.access);
     let mut spans = Vec::new();
     for (i, _) in assistant().filter(|(_, m)| carries_loss(m)) {
         let turn = i + 1;
@@ -90,7 +90,7 @@ pub(super) fn render_with_mask(
         }
         spans.push(before.len()..after.len());
     }
-    Ok(MaskedText { text, spans, reads })
+    Ok(MaskedText { text, spans, access })
 }
 
 /// The loss mask of tokens with byte ranges `offsets`, for `spans` of bytes that carry loss; both ascending.

@@ -3,6 +3,8 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::values::is_blank;
+
 /// Fields of a turn that name something; the model sees them only through templates that ask for them.
 pub(super) const NAMES: [&str; 2] = ["name", "tool_call_id"];
 
@@ -68,9 +70,9 @@ impl Message {
         self.role == "assistant"
     }
 
-    /// Whether the turn says nothing: only white space, and no further fields, but for names.
+    /// Whether the turn says nothing: a blank text, and no further fields, but for names.
     pub(super) fn is_blank(&self) -> bool {
-        self.content.trim().is_empty() && self.fields.keys().all(|name| NAMES.contains(&name.as_str()))
+        is_blank(&self.content) && self.fields.keys().all(|name| NAMES.contains(&name.as_str()))
     }
 
     /// Bytes of role, content and further fields.

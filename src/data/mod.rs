@@ -3,19 +3,22 @@
 //! | module | step |
 //! |---|---|
 //! | `head` | which rows are read: the first ones up to a limit, of both sides |
-//! | `rows` | splits a JSON array or JSONL file into rows with line numbers |
-//! | `kinds` | attack, chat and pair rows → prompts and replies; `python_literal` parses lists stored as strings; `verdicts` of judges |
+//! | `rows`, `big_integers` | splits a JSON array or JSONL file into rows with line numbers |
+//! | `kinds`, `side` | attack, chat and pair rows → prompts and replies; `python_literal` parses lists stored as strings; `verdicts` of judges |
 //! | `message`, `turns` | one turn of a conversation, and how rows spell it |
 //! | `fields`, `values` | fields of rows and turns beyond those: given to the chat template, refused, or counted |
-//! | `template`, `turn_object`, `jinja`, `jinja_source`, `deep` | messages → text, by the model's chat template, as Hugging Face transformers renders it |
-//! | `tokenizer`, `declared_tokens` | text → token ids; special tokens, end-of-sequence tokens; tokens declared beside tokenizer.json |
+//! | `templates` | the model's chat templates, and which of them renders a row |
+//! | `template`, `turn_object`, `jinja`, `printed_numbers`, `deep` | messages → text, by the model's chat template, as Hugging Face transformers renders it |
+//! | `tokenizer`, `tokenizer_class`, `declared_tokens` | text → token ids; special tokens, end-of-sequence tokens; tokens declared beside tokenizer.json |
 //! | `mask` | loss mask: the bytes of the text, and from them the tokens, that carry loss |
-//! | `options`, `dataset`, `report` | runs all steps on a file; counts of kept and dropped rows with reasons |
+//! | `record` | all of these steps on one row, and the check that they drop nothing of it |
+//! | `options`, `dataset`, `report` | all rows of a file; counts of kept and dropped rows with reasons |
 //! | `batches` | shuffled order of an epoch and its micro-batches |
 //! | `traces` | routing traces of an inference server, in place of rows |
 //! | `sampling` | which records a micro-batch of each phase holds, and how they are packed |
 
 mod batches;
+mod big_integers;
 mod dataset;
 mod declared_tokens;
 mod deep;
@@ -23,17 +26,21 @@ mod error;
 mod fields;
 mod head;
 mod jinja;
-mod jinja_source;
 mod kinds;
 mod mask;
 mod message;
 mod options;
+mod printed_numbers;
 mod python_literal;
+mod record;
 mod report;
 mod rows;
 mod sampling;
+mod side;
 mod template;
+mod templates;
 mod tokenizer;
+mod tokenizer_class;
 mod traces;
 mod turn_object;
 mod turns;
@@ -49,8 +56,10 @@ pub use options::{DataOptions, Sides};
 pub use report::{DataReport, DropReason, Kind, Padding};
 pub use sampling::{JointBatch, MissingSide, Sampler};
 pub use template::{ChatTemplate, Rendered, TemplateError};
+pub use templates::additional_templates;
 pub use tokenizer::{ChatTokenizer, Encoded};
 pub use traces::{RoutingTraces, Trace, TraceShape, TraceUse};
+pub use values::is_blank;
 
 use std::ops::Range;
 

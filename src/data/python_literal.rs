@@ -5,6 +5,8 @@ use std::str::CharIndices;
 
 use serde_json::{Map, Number, Value};
 
+use super::big_integers;
+
 /// Maximum nesting of brackets; the same as serde_json's.
 const MAX_DEPTH: usize = 128;
 
@@ -24,7 +26,11 @@ pub struct LiteralError {
 /// # Errors
 /// That of [`parse_python`], if the text is in neither notation.
 pub fn parse(text: &str) -> Result<Value, LiteralError> {
-    serde_json::from_str(text).or_else(|_| parse_python(text))
+    let json = match big_integers::mark(text) {
+        Ok(marked) => serde_json::from_str(marked.as_deref().unwrap_or(text)).ok(),
+        Err(_) => None,
+    };
+    json.map_or_else(|| parse_python(text), Ok)
 }
 
 /// Parses a value in Python notation.
@@ -132,8 +138,12 @@ impl Parser<'_> {
         while self.chars.next_if(|(_, c)| c.is_ascii_alphanumeric() || "+-._".contains(*c)).is_some() {}
         let end = self.at();
         let digits = self.text[start..end].replace('_', "");
-        let integer = digits.parse::<i64>().ok().map(Number::from);
+        if let Some(big) = big_integers::value(&digits).map_err(|message| LiteralError { at: start, message })? {
+            return Ok(big);
+        }
+        let integer = digits.parse::<i64>().map(Number::from).or_else(|_| digits.parse::<u64>().map(Number::from));
         integer
+            .ok()
             .or_else(|| digits.parse::<f64>().ok().and_then(Number::from_f64))
             .map(Value::Number)
             .ok_or_else(|| LiteralError { at: start, message: format!("{digits:?} is not a number") })

@@ -4,13 +4,19 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::Error;
+use super::{Error, big_integers};
 use crate::input::{self, RowsError};
+use crate::quote;
 
 /// The 1-based line of a row's first character, and the row; or the error in it.
 type RawRow = Result<(usize, Map<String, Value>), Error>;
 
-/// Reads a data file as UTF-8 and removes a byte order mark.
+/// A byte order mark: at the start of a file, and where files were joined.
+const MARK: char = '\u{feff}';
+/// What begins each text of a JSON text sequence (RFC 7464).
+const RECORD_SEPARATOR: char = '\x1e';
+
+/// Reads a data file as UTF-8, and removes a byte order mark.
 ///
 /// # Errors
 /// A file that is missing, empty or not UTF-8; the message names the line of the first invalid byte.
@@ -27,8 +33,12 @@ pub(super) fn read_text(path: &Path) -> Result<String, Error> {
         let line = 1 + newlines(&e.as_bytes()[..valid]);
         Error::row(path, line, format!("byte {:#04x} is not UTF-8; save the file as UTF-8", e.as_bytes()[valid]))
     })?;
-    if text.starts_with('\u{feff}') {
-        text.drain(..'\u{feff}'.len_utf8());
+    if text.starts_with(MARK) {
+        text.drain(..MARK.len_utf8());
+    }
+    // Lines that end as on old Macs: in JSON, a carriage return is only white space.
+    if text.contains('\r') && !text.contains('\n') {
+        text = text.replace('\r', "\n");
     }
     if text.trim().is_empty() {
         return Err(Error::file(path, "the file is empty; it should hold a JSON array of rows, or one row a line"));
@@ -55,6 +65,8 @@ pub(super) struct Rows<'a> {
 enum Format {
     /// JSONL: one row a line.
     Lines,
+    /// A JSON text sequence: each row begins with a record separator.
+    Sequence,
     /// Inside a JSON array; `first`: no row has been read yet.
     Array { first: bool },
     /// The file has ended, or had an error.
@@ -69,6 +81,8 @@ impl<'a> Rows<'a> {
         if rows.byte() == Some(b'[') {
             rows.offset += 1;
             rows.format = Format::Array { first: true };
+        } else if text[..rows.offset].contains(RECORD_SEPARATOR) {
+            rows.format = Format::Sequence;
         }
         rows
     }
@@ -83,10 +97,11 @@ impl<'a> Rows<'a> {
         self.offset = end;
     }
 
+    /// Skips what may stand between rows.
     fn skip_space(&mut self) {
-        let rest = &self.text.as_bytes()[self.offset..];
-        let space = rest.iter().take_while(|b| b.is_ascii_whitespace()).count();
-        self.advance(self.offset + space);
+        let rest = &self.text[self.offset..];
+        let space = |c: char| c.is_ascii_whitespace() || c == MARK || c == RECORD_SEPARATOR;
+        self.advance(self.offset + rest.len() - rest.trim_start_matches(space).len());
     }
 
     /// The error for `line`; ends the iteration.
@@ -99,35 +114,54 @@ impl<'a> Rows<'a> {
     fn row(&mut self, end: usize) -> RawRow {
         let (line, text) = (self.line, &self.text[self.offset..end]);
         self.advance(end);
-        match serde_json::from_str(text) {
+        let marked = match big_integers::mark(text) {
+            Ok(marked) => marked,
+            Err(message) => return Err(self.fail(line, message)),
+        };
+        match serde_json::from_str(marked.as_deref().unwrap_or(text)) {
             Ok(Value::Object(row)) => Ok((line, row)),
             Ok(other) => Err(self.fail(line, format!("a row should be an object, not {}", kind_of(&other)))),
             Err(e) => {
                 let message = e.to_string();
                 let message = message.split(" at line ").next().unwrap_or_default();
-                let hint = if self.format != Format::Lines && message.contains("trailing characters") {
-                    "; is a comma missing between rows?"
-                } else if self.format == Format::Lines && e.is_eof() {
-                    "; a file is a JSON array of rows, or JSONL with each row on one line"
-                } else if text.contains("NaN") || text.contains("Infinity") {
-                    "; NaN and Infinity are not JSON: write null"
-                } else if message.contains("hex escape") {
-                    "; half of a surrogate pair is not a character: write the character itself, or remove it"
-                } else {
-                    ""
-                };
+                let hint = self.hint(text, message, &e);
                 Err(self.fail(line + e.line() - 1, format!("not JSON: {message} (column {}){hint}", e.column())))
             }
         }
     }
 
-    fn next_line(&mut self) -> Option<RawRow> {
+    /// What may be wrong with the text of a row.
+    fn hint(&self, text: &str, message: &str, error: &serde_json::Error) -> String {
+        let lines = self.format == Format::Lines;
+        if lines && let Some(key) = rows_below(self.text) {
+            return format!("; {}", one_level_down(&key));
+        }
+        let hint = if !lines && message.contains("trailing characters") {
+            "; is a comma missing between rows?"
+        } else if lines && message.contains("trailing characters") {
+            "; is a line end missing between rows?"
+        } else if lines && error.is_eof() {
+            "; a file is a JSON array of rows, or JSONL with each row on one line"
+        } else if text.contains("NaN") || text.contains("Infinity") {
+            "; NaN and Infinity are not JSON: write null"
+        } else if message.contains("hex escape") {
+            "; half of a surrogate pair is not a character: write the character itself, or remove it"
+        } else if message.contains("trailing comma") {
+            "; remove the comma before the bracket"
+        } else {
+            ""
+        };
+        hint.to_owned()
+    }
+
+    /// The row that ends before `end`.
+    fn next_until(&mut self, end: char) -> Option<RawRow> {
         self.skip_space();
         let rest = &self.text[self.offset..];
         if rest.is_empty() {
             return None;
         }
-        let end = self.offset + rest.find('\n').unwrap_or(rest.len());
+        let end = self.offset + rest.find(end).unwrap_or(rest.len());
         Some(self.row(end))
     }
 
@@ -142,8 +176,12 @@ impl<'a> Rows<'a> {
                 return self.byte().map(|_| Err(self.fail(line, "something follows the array's closing bracket")));
             }
             Some(b',') if !first => {
+                let line = self.line;
                 self.offset += 1;
                 self.skip_space();
+                if self.byte() == Some(b']') {
+                    return Some(Err(self.fail(line, "a comma follows the last row of the array: remove it")));
+                }
             }
             Some(_) => {}
             None => {
@@ -161,11 +199,39 @@ impl Iterator for Rows<'_> {
 
     fn next(&mut self) -> Option<Self::Item> {
         match self.format {
-            Format::Lines => self.next_line(),
+            Format::Lines => self.next_until('\n'),
+            Format::Sequence => self.next_until(RECORD_SEPARATOR),
             Format::Array { first } => self.next_element(first),
             Format::Done => None,
         }
     }
+}
+
+/// The key under which a file that is one object holds rows: `{"data": [{...}, ...]}`.
+fn rows_below(text: &str) -> Option<String> {
+    let file: Map<String, Value> = serde_json::from_str(text.trim_start_matches(MARK)).ok()?;
+    key_of_rows(&file).map(str::to_owned)
+}
+
+/// Fields by which a list of rows is told from a list of turns.
+const OF_ROWS: [&str; 8] =
+    ["messages", "conversations", "prompt", "goal", "all_prompt", "attack_prompt", "safe_messages", "unsafe_messages"];
+
+/// The first key that holds rows in a list.
+pub(super) fn key_of_rows(row: &Map<String, Value>) -> Option<&str> {
+    let is_row =
+        |value: &Value| value.as_object().is_some_and(|row| OF_ROWS.iter().any(|name| row.contains_key(*name)));
+    let holds_rows = |value: &Value| value.as_array().is_some_and(|list| list.first().is_some_and(is_row));
+    row.iter().find(|(_, value)| holds_rows(value)).map(|(key, _)| key.as_str())
+}
+
+/// Says that the rows are below a key, and how to get them.
+pub(super) fn one_level_down(key: &str) -> String {
+    let key = quote::cut(key, 60);
+    format!(
+        "the file is one object with rows in the list {key}: give the list itself (`jq '.[\"{key}\"]' FILE > rows.json`, or \
+         `json.dump(json.load(open(FILE))[\"{key}\"], open(\"rows.json\", \"w\"))`)"
+    )
 }
 
 /// Length in bytes of the array element at the start of `text`: up to the comma or bracket that ends it. Only brackets
@@ -216,6 +282,9 @@ mod tests {
         assert_eq!(read("{\"a\":1}\r\n\n  {\"b\":\"]},[\"}"), rows([1, 3]));
         assert_eq!(read("\n[\n{\"a\":\n1}\n,\n {\"b\":\"]},[\"}\n]\n"), rows([3, 6]));
         assert_eq!(read("[]"), Ok(vec![]));
+        // A JSON text sequence, and files that were joined with their byte order marks.
+        assert_eq!(read("\x1e{\"a\":\n1}\n\x1e{\"b\":\"]},[\"}\n"), rows([1, 3]));
+        assert_eq!(read("{\"a\":1}\n\u{feff}{\"b\":\"]},[\"}"), rows([1, 2]));
         assert_eq!(read(r#"[{"a":"\\\""}]"#).unwrap()[0].1, r#"{"a":"\\\""}"#);
     }
 
@@ -226,7 +295,10 @@ mod tests {
             ("{\"a\":1}\n{\"a\":", "f:2: not JSON: EOF while parsing a value"),
             ("{\n\"a\":1}", "each row on one line"),
             ("[{\"a\":1}\n{\"a\":2}]", "f:2: not JSON: trailing characters (column 1); is a comma missing"),
-            ("[{\"a\":1},\n\n]", "f:3: not JSON: EOF"),
+            ("[{\"a\":1},\n\n]", "f:1: a comma follows the last row of the array: remove it"),
+            ("{\"a\":[1,]}", "remove the comma before the bracket"),
+            ("{\"a\":1}{\"a\":2}", "is a line end missing between rows?"),
+            ("{\n\"data\": [\n{\"goal\": 1}]}", "rows in the list data: give the list itself (`jq '.[\"data\"]'"),
             ("[{\"a\":1},\n{\"a\":\n\n oops}]", "f:4: not JSON: expected value"),
             ("[{\"a\":1}", "f:1: the array has no closing bracket"),
             ("[{\"a\":1}]\n{}", "f:2: something follows"),

@@ -13,11 +13,11 @@ use serde_json::{Map, Value as Json};
 
 use super::Message;
 use super::deep;
-use super::jinja::{self, GENERATION};
-use super::jinja_source;
+use super::jinja::{self, GENERATION, Names};
 use super::message::{Form, map_bytes};
-pub(super) use super::turn_object::Reads;
-use super::turn_object::{Turn, template_value};
+use super::printed_numbers::printed_otherwise;
+pub(super) use super::turn_object::{Access, Reads};
+use super::turn_object::{Turn, Variables, template_value};
 use crate::panics;
 
 /// Maximum size of a template's source in bytes; the longest published templates have about 20 KiB.
@@ -54,8 +54,8 @@ pub struct Rendered {
     pub text: String,
     /// Byte ranges of `text` that the template marks with `{% generation %}`, ascending.
     pub generated: Vec<Range<usize>>,
-    /// What the template read of each message.
-    pub(super) reads: Vec<Reads>,
+    /// What the template read.
+    pub(super) access: Access,
 }
 
 /// A compiled chat template and the special tokens it can refer to.
@@ -67,7 +67,7 @@ pub struct ChatTemplate {
     tokens: Vec<(String, Value)>,
     /// Names of the variables that the template reads.
     variables: HashSet<String>,
-    source: String,
+    names: Names,
     /// The file that holds it.
     file: PathBuf,
     /// See [`ChatTemplate::takes_parts`].
@@ -86,14 +86,16 @@ impl ChatTemplate {
             return Err(TemplateError::Source(format!("it has {} bytes, more than {MAX_SOURCE}", source.len())));
         }
         let digest = blake3::hash(source.as_bytes());
-        let own = source.to_owned();
-        let (source, marks_generation) = jinja_source::to_minijinja(source);
-        jinja_source::check_depth(&source).map_err(TemplateError::Source)?;
+        let names = Names::of(source);
+        let (source, marks_generation) = jinja::to_minijinja(source);
+        jinja::check(&source).map_err(TemplateError::Source)?;
         let compile = || {
             let mut env = jinja::environment();
             let compiled = env.add_template_owned(NAME, source);
             compiled.map_err(|e| TemplateError::Source(error_text(&e)))?;
-            let variables = env.get_template(NAME).expect("added above").undeclared_variables(false);
+            let mut variables = env.get_template(NAME).expect("added above").undeclared_variables(false);
+            // minijinja takes the variable as set before it is read.
+            variables.extend(names.read_and_set().map(str::to_owned));
             Ok((env, variables))
         };
         let compiled = deep::run(|| panics::catch_expected(compile)).map_err(TemplateError::Source)?;
@@ -105,7 +107,7 @@ impl ChatTemplate {
             marks_generation,
             tokens,
             variables,
-            source: own,
+            names,
             file: PathBuf::new(),
             takes_parts: OnceLock::new(),
         })
@@ -122,17 +124,19 @@ impl ChatTemplate {
         &self.file
     }
 
-    /// Whether the template reads this variable.
+    /// Whether the template reads this variable somewhere.
     pub fn reads_variable(&self, name: &str) -> bool {
         self.variables.contains(name)
     }
 
-    /// Whether the source contains this word, so that the template itself decides where it writes the field of this name.
-    pub(super) fn mentions(&self, word: &str) -> bool {
-        let part_of_word = |c: char| c.is_alphanumeric() || c == '_';
-        self.source.match_indices(word).any(|(i, _)| {
-            !self.source[..i].ends_with(part_of_word) && !self.source[i + word.len()..].starts_with(part_of_word)
-        })
+    /// Whether this name is a function of the template engine.
+    pub(super) fn is_function(&self, name: &str) -> bool {
+        self.env.globals().any(|(global, _)| global == name)
+    }
+
+    /// Whether the template uses a field of this name, so that it decides itself in which turns it writes it.
+    pub(super) fn names_field(&self, name: &str) -> bool {
+        self.names.has_field(name)
     }
 
     /// Whether the template writes the texts of a content that is a list of parts.
@@ -197,23 +201,25 @@ impl ChatTemplate {
             })
             .collect::<Result<_, _>>()?;
         let bytes = messages.iter().map(Message::bytes).sum::<usize>() + map_bytes(variables);
-        let (text, reads) = self.render_turns(&turns, variables, add_generation_prompt, bytes)?;
-        let rendered = if self.marks_generation {
-            strip_generation_marks(&text)
-        } else {
-            Rendered { text, generated: vec![], reads: vec![] }
-        };
-        Ok(Rendered { reads, ..rendered })
+        let (text, access) = self.render_turns(&turns, variables, add_generation_prompt, bytes)?;
+        if let Some((rust, python)) = printed_otherwise(&text, messages, variables) {
+            return Err(TemplateError::Render(format!(
+                "it writes the number {python} as {rust}, by `~` or a format string, unlike Python: write the number as a string, or \
+                 give a template that prints it by {{{{ }}}} or tojson"
+            )));
+        }
+        let (text, generated) = if self.marks_generation { strip_generation_marks(&text) } else { (text, Vec::new()) };
+        Ok(Rendered { text, generated, access })
     }
 
-    /// The text with the marks of generation blocks, and what was read of the turns. `bytes`: those of all inputs.
+    /// The text with the marks of generation blocks, and what was read. `bytes`: those of all inputs.
     fn render_turns(
         &self,
         turns: &[Arc<Turn>],
         variables: &Map<String, Json>,
         add_generation_prompt: bool,
         bytes: usize,
-    ) -> Result<(String, Vec<Reads>), TemplateError> {
+    ) -> Result<(String, Access), TemplateError> {
         let limit = bytes.saturating_mul(MAX_GROWTH).saturating_add(BASE_OUTPUT);
         let mut output = LimitedOutput { bytes: Vec::new(), limit, exceeded: false };
         // Values may be deep, and are dropped and printed recursively. minijinja panics on some templates (seen in 3.0.5:
@@ -224,10 +230,11 @@ impl ChatTemplate {
             let given = variables.iter().map(|(name, value)| (name.clone(), template_value(value)));
             let last = [("messages", messages), ("add_generation_prompt", Value::from(add_generation_prompt))];
             let last = last.map(|(k, v)| (k.to_owned(), v));
-            let context = Value::from_pairs(self.tokens.iter().cloned().chain(own).chain(given).chain(last));
+            let context = Variables::new(self.tokens.iter().cloned().chain(own).chain(given).chain(last));
             let template = self.env.get_template(NAME).map_err(|e| render_error(&e))?;
             // The error is dropped here, too: it may hold the values of the template.
-            template.render_captured_to(context, &mut output).map(drop).map_err(|e| render_error(&e))
+            let rendered = template.render_captured_to(Value::from_dyn_object(context.clone()), &mut output).map(drop);
+            rendered.map(|()| context.read()).map_err(|e| render_error(&e))
         };
         let result = deep::run(|| panics::catch_expected(render)).map_err(TemplateError::Bounds)?;
         let Some(result) = result else { return Err(TemplateError::Crashed) };
@@ -236,9 +243,9 @@ impl ChatTemplate {
                 "it wrote more than {limit} bytes for {bytes} bytes of messages"
             )));
         }
-        result?;
+        let variables = result?;
         let text = String::from_utf8(output.bytes).map_err(|e| TemplateError::Render(e.to_string()))?;
-        Ok((text, turns.iter().map(|turn| turn.reads()).collect()))
+        Ok((text, Access { turns: turns.iter().map(|turn| turn.reads()).collect(), variables }))
     }
 
     /// Renders short conversations of common shapes on a thread of their own, to find a template that takes unbounded
@@ -303,35 +310,38 @@ fn error_text(error: &minijinja::Error) -> String {
 /// The error of a rendering.
 fn render_error(error: &minijinja::Error) -> TemplateError {
     match error.kind() {
-        ErrorKind::OutOfFuel => TemplateError::Bounds("it took too many steps; does it loop without end?".into()),
+        ErrorKind::OutOfFuel => {
+            let steps = "it took too many steps; does it loop without end?";
+            TemplateError::Bounds(error.detail().unwrap_or(steps).to_owned())
+        }
         _ => TemplateError::Render(error_text(error)),
     }
 }
 
 /// Removes the marks of `{% generation %}` blocks from a rendering and records the byte ranges of the outermost blocks.
-fn strip_generation_marks(marked: &str) -> Rendered {
-    let mut out = Rendered { text: String::with_capacity(marked.len()), generated: vec![], reads: vec![] };
+fn strip_generation_marks(marked: &str) -> (String, Vec<Range<usize>>) {
+    let (mut text, mut generated) = (String::with_capacity(marked.len()), Vec::new());
     let (mut depth, mut start) = (0_usize, 0);
     for piece in marked.split_inclusive(GENERATION) {
         let mark = piece.chars().next_back().filter(|c| GENERATION.contains(c));
-        out.text.push_str(&piece[..piece.len() - mark.map_or(0, char::len_utf8)]);
+        text.push_str(&piece[..piece.len() - mark.map_or(0, char::len_utf8)]);
         match mark {
             Some(c) if c == GENERATION[0] => {
                 if depth == 0 {
-                    start = out.text.len();
+                    start = text.len();
                 }
                 depth += 1;
             }
             Some(_) => {
                 depth = depth.saturating_sub(1);
                 if depth == 0 {
-                    out.generated.push(start..out.text.len());
+                    generated.push(start..text.len());
                 }
             }
             None => {}
         }
     }
-    out
+    (text, generated)
 }
 
 /// A writer into memory that fails beyond `limit` bytes.
@@ -388,8 +398,7 @@ mod tests {
 
     #[test]
     fn a_panic_of_the_engine_is_an_error() {
-        // A backward slice of an empty list, whose result is indexed: see `push_with_reverse` in jinja_source.rs.
-        assert_eq!(render("{{ messages[9:][::-1][0] }}"), Err(TemplateError::Crashed));
+        assert_eq!(render("{{ '%(é)s' | format(1) }}"), Err(TemplateError::Crashed));
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! A model's tokenizer: `tokenizer.json`, the special tokens of its configuration, and its chat template.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
+use serde::Deserialize;
 use serde_json::{Map, Value};
-use tokenizers::Tokenizer;
+use tokenizers::{AddedToken, Tokenizer};
 
 use super::declared_tokens::{DeclaredTokens, TokenFiles};
-use super::template::{ChatTemplate, Rendered, TemplateError};
+use super::template::{Rendered, TemplateError};
+use super::templates::Templates;
+use super::tokenizer_class::TokenizerClass;
 use super::{Error, Message};
 use crate::input;
 use crate::panics::catch_expected;
@@ -18,7 +20,7 @@ use crate::quote::{cut, quote};
 pub struct ChatTokenizer {
     path: PathBuf,
     tokenizer: Tokenizer,
-    template: Arc<ChatTemplate>,
+    templates: Templates,
     /// Texts of the special tokens, longest first. The tokenizer recognises them anywhere in a text.
     special: Vec<String>,
     eos: Vec<u32>,
@@ -37,10 +39,8 @@ pub struct Encoded {
 }
 
 impl ChatTokenizer {
-    /// Opens the tokenizer of a model folder. The file `chat_template`, if given, replaces the model's template.
-    ///
-    /// The model's template is `chat_template.jinja`, or else the key `chat_template` of `tokenizer_config.json`; in a
-    /// list of named templates, the one named "default".
+    /// Opens the tokenizer of a model folder. The file `chat_template`, if given, replaces the model's templates (see
+    /// `templates`).
     ///
     /// # Errors
     /// A file that is missing or invalid; no template; a template that does not compile or that takes unbounded time or
@@ -52,14 +52,19 @@ impl ChatTokenizer {
             source,
             hint: "convert another tokenizer format with AutoTokenizer.from_pretrained(..).save_pretrained(..)",
         })?;
-        let mut tokenizer = load(&path, &bytes)?;
         let file = |name: &str| model_dir.join(name);
-        let [config_file, special_tokens_map, added_tokens] =
-            ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"].map(file);
+        let [config_file, special_tokens_map, added_tokens, model_config] =
+            ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"].map(file);
+        let object = |path: &Path| Ok::<_, Error>(read_object(path)?.unwrap_or_default());
+        let config = object(&config_file)?;
+        let class = TokenizerClass::of(&config, &object(&model_config)?).map_err(|e| Error::file(&config_file, e))?;
+        let Loaded { mut tokenizer, added } = load(&path, &bytes, class, &config)?;
         let files = TokenFiles {
-            config: (&config_file, read_object(&config_file)?.unwrap_or_default()),
-            special_tokens_map: (&special_tokens_map, read_object(&special_tokens_map)?.unwrap_or_default()),
-            added_tokens: (&added_tokens, read_object(&added_tokens)?.unwrap_or_default()),
+            class,
+            config: (&config_file, config),
+            special_tokens_map: (&special_tokens_map, object(&special_tokens_map)?),
+            added_tokens: (&added_tokens, object(&added_tokens)?),
+            added,
         };
         let DeclaredTokens { named, missing } = DeclaredTokens::read(&files, &tokenizer)?;
         let config = files.config.1;
@@ -72,12 +77,8 @@ impl ChatTokenizer {
                 .set_encode_special_tokens(config.get("split_special_tokens").and_then(Value::as_bool) == Some(true));
             tokenizer.add_tokens(missing)
         })?;
-        let (source, origin) = template_source(model_dir, &config, chat_template)?;
-        let template_error = |e: TemplateError| Error::file(&origin, e);
-        let tokens = named.iter().map(|(name, v)| (name.clone(), template_value(v)));
-        let template = ChatTemplate::new(&source, tokens).map_err(template_error)?;
-        let template = Arc::new(template.of_file(&origin));
-        template.check_limits().map_err(template_error)?;
+        let tokens: Vec<_> = named.iter().map(|(name, v)| (name.clone(), template_value(v))).collect();
+        let templates = Templates::open(model_dir, &config, chat_template, &tokens)?;
 
         let vocabulary = tokenizer.get_vocab(true);
         let mut eos = BTreeSet::new();
@@ -87,7 +88,7 @@ impl ChatTokenizer {
         let mut special: Vec<_> = added.into_values().filter(|t| t.special).map(|t| t.content).collect();
         special.sort_by_key(|t| std::cmp::Reverse(t.len()));
         Ok(Self {
-            template,
+            templates,
             special,
             eos: eos.into_iter().collect(),
             max_id: vocabulary.values().copied().max().unwrap_or(0),
@@ -127,17 +128,22 @@ impl ChatTokenizer {
         ids.iter().map(|id| guarded(&self.path, || stream.step(*id)).ok().flatten().unwrap_or_default()).collect()
     }
 
-    /// Renders a conversation: see [`ChatTemplate::render`].
+    /// Renders a conversation by the template of rows without tools: see [`super::ChatTemplate::render`].
     ///
     /// # Errors
     /// Those of the chat template.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
-        self.template.render(messages, add_generation_prompt).map(|Rendered { text, .. }| text)
+        self.templates.default().render(messages, add_generation_prompt).map(|Rendered { text, .. }| text)
     }
 
-    /// The chat template.
-    pub fn template(&self) -> &ChatTemplate {
-        &self.template
+    /// The chat templates.
+    pub(super) fn templates(&self) -> &Templates {
+        &self.templates
+    }
+
+    /// A hash of the chat templates.
+    pub fn template_digest(&self) -> blake3::Hash {
+        self.templates.digest()
     }
 
     /// Ids of the end-of-sequence tokens, ascending: the tokenizer's `eos_token` and `eos_token_id` of
@@ -178,16 +184,43 @@ impl ChatTokenizer {
     }
 }
 
+/// A tokenizer as its class makes it, and the added tokens of its file.
+struct Loaded {
+    tokenizer: Tokenizer,
+    added: BTreeMap<u32, AddedToken>,
+}
+
 /// Reads a `tokenizer.json`.
-fn load(path: &Path, bytes: &[u8]) -> Result<Tokenizer, Error> {
+fn load(path: &Path, bytes: &[u8], class: TokenizerClass, config: &Map<String, Value>) -> Result<Loaded, Error> {
     let bytes = input::without_mark(bytes);
-    guarded(path, || Tokenizer::from_bytes(bytes)).map_err(|error| {
-        // Of a file that is no JSON the library's own error says less, or it panics.
-        match serde_json::from_slice::<serde::de::IgnoredAny>(bytes) {
-            Err(syntax) => Error::file(path, input::not_json(bytes, &syntax)),
-            Ok(_) => error,
-        }
-    })
+    let as_in_file = || {
+        guarded(path, || Tokenizer::from_bytes(bytes)).map_err(|error| {
+            // Of a file that is no JSON the library's own error says less, or it panics.
+            match serde_json::from_slice::<serde::de::IgnoredAny>(bytes) {
+                Err(syntax) => Error::file(path, input::not_json(bytes, &syntax)),
+                Ok(_) => error,
+            }
+        })
+    };
+    if class == TokenizerClass::AsInFile {
+        let tokenizer = as_in_file()?;
+        let added = tokenizer.get_added_tokens_decoder().into_iter().collect();
+        return Ok(Loaded { tokenizer, added });
+    }
+    let content: Map<String, Value> =
+        serde_json::from_slice(bytes).map_err(|e| Error::file(path, input::not_json(bytes, &e)))?;
+    let added = added_tokens(&content).ok_or_else(|| Error::file(path, "added_tokens holds what is no token"))?;
+    let content = class.made_anew(content, config).map_err(|e| Error::file(path, e))?;
+    let tokenizer = guarded(path, || Tokenizer::from_bytes(serde_json::to_vec(&content)?))?;
+    Ok(Loaded { tokenizer, added })
+}
+
+/// The added tokens of a `tokenizer.json` by id; `None`: there is something else among them.
+fn added_tokens(tokenizer: &Map<String, Value>) -> Option<BTreeMap<u32, AddedToken>> {
+    let Some(list) = tokenizer.get("added_tokens").filter(|list| !list.is_null()) else { return Some(BTreeMap::new()) };
+    let token =
+        |entry: &Value| Some((u32::try_from(entry.get("id")?.as_u64()?).ok()?, AddedToken::deserialize(entry).ok()?));
+    list.as_array()?.iter().map(token).collect()
 }
 
 /// Runs `f`, which calls the tokenizers library. It panics on some files that are no valid tokenizer; that is the file's fault.
@@ -244,35 +277,4 @@ fn ids(value: Option<&Value>) -> Vec<u32> {
         Some(value) => one(value).into_iter().collect(),
         None => vec![],
     }
-}
-
-/// The source of the chat template, and the file that holds it. See [`ChatTokenizer::open`] for the order of
-/// preference.
-fn template_source(
-    dir: &Path,
-    config: &Map<String, Value>,
-    override_file: Option<&Path>,
-) -> Result<(String, PathBuf), Error> {
-    let read = |path: &Path| input::read_text(path).map_err(|e| Error::read(path, e));
-    if let Some(path) = override_file {
-        return Ok((read(path)?, path.to_owned()));
-    }
-    let file = dir.join("chat_template.jinja");
-    if file.exists() {
-        return Ok((read(&file)?, file));
-    }
-    let missing = |message: String| Error::NoTemplate { folder: dir.to_owned(), message };
-    let source = match config.get("chat_template") {
-        Some(Value::String(source)) => source.clone(),
-        Some(Value::Array(named)) => {
-            let name = |t: &Value| t.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
-            let default = named.iter().find(|t| name(t) == "default").and_then(|t| t.get("template")?.as_str());
-            let names = || named.iter().map(name).collect::<Vec<_>>().join(", ");
-            default
-                .ok_or_else(|| missing(format!("none of its chat templates ({}) is named default", names())))?
-                .to_owned()
-        }
-        _ => return Err(missing("it has no chat template".into())),
-    };
-    Ok((source, dir.join("tokenizer_config.json")))
 }

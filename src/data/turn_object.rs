@@ -1,12 +1,13 @@
-//! A turn as a chat template sees it: an object that records which of its fields the template reads.
+//! Turns and variables as a chat template sees them: objects that record what the template reads.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use minijinja::Value;
 use minijinja::value::{Enumerator, Object};
 use serde_json::Value as Json;
 
+use super::big_integers;
 use super::message::{Form, Message};
 
 /// A JSON value for a template, with the keys of objects in their order.
@@ -21,7 +22,10 @@ pub(super) fn template_value(value: &Json) -> Value {
         },
         Json::String(text) => Value::from(text),
         Json::Array(items) => items.iter().map(template_value).collect(),
-        Json::Object(map) => Value::from_pairs(map.iter().map(|(name, value)| (name, template_value(value)))),
+        Json::Object(map) => big_integers::read(map).map_or_else(
+            || Value::from_pairs(map.iter().map(|(name, value)| (name, template_value(value)))),
+            Value::from,
+        ),
     }
 }
 
@@ -37,6 +41,45 @@ impl Reads {
     /// Whether the field of this name was read, or asked for in vain.
     pub fn has(&self, name: &str) -> bool {
         self.all || self.names.contains(name)
+    }
+}
+
+/// What a rendering read.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Access {
+    /// Of each turn.
+    pub turns: Vec<Reads>,
+    /// Variables, those without a value included.
+    pub variables: BTreeSet<String>,
+}
+
+/// The variables of one rendering.
+#[derive(Debug)]
+pub(super) struct Variables {
+    values: HashMap<String, Value>,
+    read: Mutex<BTreeSet<String>>,
+}
+
+impl Variables {
+    /// Of two values with one name the later counts.
+    pub fn new(values: impl IntoIterator<Item = (String, Value)>) -> Arc<Self> {
+        Arc::new(Self { values: values.into_iter().collect(), read: Mutex::default() })
+    }
+
+    /// What was read so far.
+    pub fn read(&self) -> BTreeSet<String> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Object for Variables {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        let key = key.as_str()?;
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        if !read.contains(key) {
+            read.insert(key.to_owned());
+        }
+        self.values.get(key).cloned()
     }
 }
 

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use super::message::{Form, Message, NAMES};
 use super::python_literal;
 use super::rows::kind_of;
-use super::values::{Result, name_of, present, quoted, string};
+use super::values::{Result, is_blank, name_of, present, quoted, string};
 
 /// Fields of a turn that chat templates may write, so that the model sees them. A field that the template never reads is
 /// an error: it would be dropped.
@@ -31,7 +31,7 @@ const REFUSED: [(&str, &str); 11] = [
 /// One turn of `role` from a string, or a list of turns.
 pub(super) fn text_or_messages(value: &Value, name: &str, role: &str) -> Result<Vec<Message>> {
     match value {
-        Value::String(text) if text.trim().is_empty() => Ok(vec![]),
+        Value::String(text) if is_blank(text) => Ok(vec![]),
         Value::String(text) => Ok(vec![Message::new(role, text)]),
         list => messages(list, name),
     }
@@ -42,7 +42,7 @@ pub(super) fn text_or_messages(value: &Value, name: &str, role: &str) -> Result<
 pub(super) fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
     let parsed;
     let list = match value {
-        Value::String(text) if text.trim().is_empty() => return Ok(vec![]),
+        Value::String(text) if is_blank(text) => return Ok(vec![]),
         Value::String(text) => {
             parsed = python_literal::parse(text)
                 .map_err(|e| format!("{name} is a string that is not a list in JSON or Python notation: {e}"))?;

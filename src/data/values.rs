@@ -23,10 +23,22 @@ pub(super) fn is_empty(value: &Value) -> bool {
     }
 }
 
+/// Whether a text shows nothing: white space, control characters, and characters without a width, such as U+200B, that Unicode
+/// lists as `Default_Ignorable_Code_Point`.
+pub fn is_blank(text: &str) -> bool {
+    let ignorable = |c: char| {
+        matches!(c, '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}'..='\u{1160}' | '\u{17b4}'..='\u{17b5}' | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}'
+            | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fff8}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}')
+    };
+    text.chars().all(|c| c.is_whitespace() || c.is_control() || ignorable(c))
+}
+
 /// The text of a field; `None` if it is missing or blank.
 pub(super) fn text<'a>(row: &'a Map<String, Value>, name: &str) -> Result<Option<&'a str>> {
     let text = present(row, name).map(|value| string(value, name)).transpose()?;
-    Ok(text.filter(|text| !text.trim().is_empty()))
+    Ok(text.filter(|text| !is_blank(text)))
 }
 
 pub(super) fn string<'a>(value: &'a Value, name: &str) -> Result<&'a str> {

@@ -34,7 +34,7 @@ pub fn read_rows(path: &Path) -> Result<Vec<u8>, RowsError> {
     let mut bytes = super::read(path).map_err(RowsError::Io)?;
     for layer in 0..=MOST_LAYERS {
         let unpacked = match recognise(&bytes) {
-            Some(Format::Gzip) if layer < MOST_LAYERS => unpack(flate2::read::MultiGzDecoder::new(&*bytes)),
+            Some(Format::Gzip) if layer < MOST_LAYERS => gzip(&bytes),
             Some(Format::Zstd) if layer < MOST_LAYERS => zstd(&bytes),
             Some(Format::Parquet) if layer == 0 => {
                 drop(bytes);
@@ -54,20 +54,32 @@ pub fn read_rows(path: &Path) -> Result<Vec<u8>, RowsError> {
     Err(RowsError::Format("it is packed too many times; unpack it".into()))
 }
 
+/// One or more members. Zero bytes after them fill a block of a tape or a device, and are no data.
+fn gzip(bytes: &[u8]) -> Result<Vec<u8>, String> {
+    let (mut unpacked, mut rest) = (Vec::new(), bytes);
+    while rest.iter().any(|b| *b != 0) {
+        let mut member = flate2::bufread::GzDecoder::new(rest);
+        unpacked.extend(unpack(&mut member, MOST - unpacked.len() as u64)?);
+        rest = member.into_inner();
+    }
+    Ok(unpacked)
+}
+
 fn zstd(bytes: &[u8]) -> Result<Vec<u8>, String> {
     let damaged = |e: io::Error| format!("it is compressed by zstd, and damaged ({e})");
     let mut decoder = ::zstd::Decoder::with_buffer(bytes).map_err(damaged)?;
     // `zstd --long`
     decoder.window_log_max(31).map_err(damaged)?;
-    unpack(decoder)
+    unpack(decoder, MOST)
 }
 
-fn unpack(packed: impl Read) -> Result<Vec<u8>, String> {
+/// At most `most` bytes.
+fn unpack(packed: impl Read, most: u64) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
-    packed.take(MOST + 1).read_to_end(&mut bytes).map_err(|e| {
+    packed.take(most + 1).read_to_end(&mut bytes).map_err(|e| {
         format!("the packed data are damaged or cut off ({}): fetch the file again", cut(&e.to_string(), 100))
     })?;
-    match bytes.len() as u64 > MOST {
+    match bytes.len() as u64 > most {
         true => Err(format!("unpacked it has more than {} GiB: unpack it, and give a part of it", MOST >> 30)),
         false => Ok(bytes),
     }
@@ -162,4 +174,24 @@ fn separated(bytes: &[u8], path: &Path) -> Option<String> {
              pandas.read_csv('FILE'{given}).to_json('rows.jsonl', orient='records', lines=True)\""
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn zero_bytes_after_the_members_of_a_gzip_file_are_no_data() {
+        let member = |text: &[u8]| {
+            let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            packed.write_all(text).unwrap();
+            packed.finish().unwrap()
+        };
+        let two = [member(b"{}\n"), member(b"[]")].concat();
+        assert_eq!(gzip(&two).unwrap(), b"{}\n[]");
+        assert_eq!(gzip(&[two.as_slice(), &[0; 700]].concat()).unwrap(), b"{}\n[]");
+        assert!(gzip(&[two.as_slice(), b"rest"].concat()).is_err());
+        assert!(gzip(&two[..two.len() - 3]).unwrap_err().contains("cut off"));
+    }
 }

@@ -50,7 +50,7 @@ pub enum Error {
     #[error("{path}: {message}")]
     Index { path: PathBuf, message: String },
     #[error(
-        "{index}: the file of tensor {} is {}, which is not a plain file name ending in .safetensors", quote(.tensor), quote(.file)
+        "{index}: the file of tensor {} is {}, which is not a plain file name, or a path below the folder, ending in .safetensors", quote(.tensor), quote(.file)
     )]
     NotAFileName { index: PathBuf, tensor: String, file: String },
     #[error("{index}: the shard {file} does not exist; is the download complete?")]
@@ -80,7 +80,7 @@ impl Coded for Error {
 
 /// One memory-mapped safetensors file.
 pub struct Shard {
-    /// File name in the checkpoint's folder.
+    /// File name in the checkpoint's folder, or its path below it with `/`.
     pub file: String,
     /// Its validated header.
     pub header: Header,
@@ -159,7 +159,7 @@ impl Checkpoint {
             false => (vec![SINGLE.to_string()], None),
             true if index.exists() => {
                 let weight_map = read_index(&safe_file(dir, INDEX)?)?;
-                (files_of(&index, &weight_map)?, Some(weight_map))
+                (files_of(&weight_map), Some(weight_map))
             }
             true => return Err(no_weights(dir)),
         };
@@ -259,7 +259,11 @@ fn read_index(path: &Path) -> Result<Vec<(String, String)>, Error> {
     if index.weight_map.0.is_empty() {
         return Err(Error::Index { path: path.into(), message: "its weight_map is empty".into() });
     }
-    Ok(index.weight_map.0)
+    let file = |(tensor, file): (String, String)| match relative(&file).filter(|file| file.ends_with(".safetensors")) {
+        Some(file) => Ok((tensor, file)),
+        None => Err(Error::NotAFileName { index: path.into(), tensor, file }),
+    };
+    index.weight_map.0.into_iter().map(file).collect()
 }
 
 /// The files that the index file at `path` names, sorted.
@@ -271,23 +275,17 @@ pub fn files_of_index(path: &Path) -> Result<Vec<String>, Error> {
 }
 
 /// The distinct file names of an index, sorted.
-fn files_of(index: &Path, weight_map: &[(String, String)]) -> Result<Vec<String>, Error> {
-    let mut files = std::collections::BTreeSet::new();
-    for (tensor, file) in weight_map {
-        if !files.contains(file) {
-            // The name becomes part of a path, for reading and for export.
-            if !is_plain_name(file) || !file.ends_with(".safetensors") {
-                return Err(Error::NotAFileName { index: index.into(), tensor: tensor.clone(), file: file.clone() });
-            }
-            files.insert(file.clone());
-        }
-    }
-    Ok(files.into_iter().collect())
+fn files_of(weight_map: &[(String, String)]) -> Vec<String> {
+    let files: std::collections::BTreeSet<_> = weight_map.iter().map(|(_, file)| file.clone()).collect();
+    files.into_iter().collect()
 }
 
-/// Whether it is a single path component on any system, and not hidden.
-fn is_plain_name(file: &str) -> bool {
-    !file.starts_with('.') && !file.is_empty() && !file.contains(['/', '\\', ':', '\0'])
+/// A file name of the index, which becomes part of a path, for reading and for export: without `./`; `None` if it leads out of the
+/// folder, is hidden, or is no path on any system.
+fn relative(file: &str) -> Option<String> {
+    let parts: Vec<&str> = file.split('/').filter(|part| *part != ".").collect();
+    let plain = |part: &&str| !part.is_empty() && !part.starts_with('.') && !part.contains(['\\', ':', '\0']);
+    (!parts.is_empty() && parts.iter().all(plain)).then(|| parts.join("/"))
 }
 
 /// The path of a file of the model in `dir`, with symbolic links resolved. A link may point into the folder itself or, as in

@@ -194,7 +194,7 @@ impl Evaluation<'_> {
         let Self { output_dir, session, .. } = *self;
         let asked: Vec<_> = session.data.records.iter().flat_map(prompts_of).collect();
         let (said, speed) = self.generate(model, &asked, sampling)?;
-        let template_sha = blake3_name(session.tokenizer.template().digest());
+        let template_sha = blake3_name(session.tokenizer.template_digest());
         let path = output_dir.join("generations.jsonl");
         let mut file = AtomicFile::create(&path)?;
         // (answers, refusals by list) of each side

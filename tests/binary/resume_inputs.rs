@@ -1,6 +1,7 @@
 //! Resuming after inputs were moved, and after outputs were lost: contents count, not paths.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::program::{Outputs, Ran, model, moewarden, start, write_rows};
@@ -49,6 +50,13 @@ fn a_run_resumes_where_its_inputs_lie_now() {
     let resolved = fs::read_to_string(path("run/config.resolved.yaml")).unwrap();
     assert!(resolved.contains("model-name: new"), "{resolved}");
 
+    // Packed, the rows are the same.
+    let rows = fs::read(path("new.json")).unwrap();
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packed.write_all(&rows).unwrap();
+    fs::write(path("new.json"), packed.finish().unwrap()).unwrap();
+    train(folder.path(), "new", "--resume").ok();
+
     // Another content at the same place is another run, and so is a file more or less.
     write_rows(&path("new.json"), 7);
     train(folder.path(), "new", "--resume").failed(exit::CONFIG, &["data have changed"]);
@@ -90,6 +98,15 @@ fn resuming_writes_again_what_is_missing_or_torn() {
     check(&|path| fs::remove_file(path).unwrap());
     let ran = check(&|path| fs::write(path, &fs::read(path).unwrap()[..9]).unwrap());
     assert!(!ran.err.contains("round_1"), "{}", ran.err);
+    // Damage that leaves the header and the length.
+    for round in ["round_1/delta.safetensors", "round_2/delta.safetensors"] {
+        let mut bytes = read(round);
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(path(round), bytes).unwrap();
+    }
+    let ran = train(folder.path(), "old", "--resume").ok();
+    assert!(read("round_2/delta.safetensors") == whole[5]);
+    assert!(ran.err.contains("round_1 is missing or damaged"), "{}", ran.err);
     // The first round is in no checkpoint: that is said.
     fs::remove_dir_all(path("round_1")).unwrap();
     let ran = train(folder.path(), "old", "--resume").ok();

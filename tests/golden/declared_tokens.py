@@ -100,6 +100,27 @@ CASES = {
         END,
     ),
     "added_tokens_and_own": ({ADDED: {"<x>": 301}}, own((0, "<|endoftext|>", {}), (301, "<x>", {"lstrip": True}))),
+    "model_specific": ({CONFIG: {"model_specific_special_tokens": {"image_token": "<img>", "x_token": typed("<x>", lstrip=True)}}}, END),
+    "model_specific_and_own_names": (
+        {CONFIG: {"model_specific_special_tokens": {"image_token": "<img>"}, "x_token": "<x>"}},
+        END,
+    ),
+    "model_specific_and_extra_named": (
+        {CONFIG: {"model_specific_special_tokens": {"image_token": "<img>"}, "extra_special_tokens": {"x_token": "<x>"}}},
+        END,
+    ),
+    "model_specific_and_extra_list": (
+        {CONFIG: {"model_specific_special_tokens": {"image_token": "<img>"}, "extra_special_tokens": ["<y>"], "eos_token": "<x>"}},
+        END,
+    ),
+    "model_specific_and_typed_name": (
+        {CONFIG: {"model_specific_special_tokens": {"image_token": "<img>"}, "x_token": typed("<x>")}},
+        END,
+    ),
+    "model_specific_and_map": (
+        {CONFIG: {"model_specific_special_tokens": {"image_token": "<img>"}}, MAP: {"extra_special_tokens": ["<y>"], "eos_token": "<x>"}},
+        END,
+    ),
     "split_special_tokens": ({CONFIG: {"split_special_tokens": True, "eos_token": MARKS[1]}}, END),
     "padding": ({CONFIG: {}}, END, {"padding": PADDING}),
     "padding_and_null": ({CONFIG: {"pad_token": None}}, END, {"padding": PADDING}),

@@ -100,7 +100,7 @@ fn tokens_that_end_a_generation_are_those_of_transformers() {
         (json!({"config.json": {"model_type": "qwen3_moe"}}), vec![]),
         (json!({}), vec![]),
     ] {
-        let mut all = json!({"tokenizer_config.json": {"chat_template": "-"}});
+        let mut all = json!({"tokenizer_config.json": {"chat_template": "-", "tokenizer_class": "TokenizersBackend"}});
         all.as_object_mut().unwrap().extend(files.as_object().unwrap().clone());
         let dir = folder("marks-304", &json!({}), &all);
         assert_eq!(ChatTokenizer::open(dir.path(), None).unwrap().eos_ids(), ids, "{files}");
@@ -117,4 +117,54 @@ fn a_byte_order_mark_before_the_json_of_a_tokenizer_is_skipped() {
     }
     let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
     assert_eq!(tokenizer.encode("<x>").unwrap(), tokenizer.eos_ids());
+}
+
+#[test]
+fn a_tokenizer_is_of_the_class_that_transformers_makes() {
+    let golden: Value = serde_json::from_str(include_str!("../golden/tokenizer_classes.json")).unwrap();
+    let cases = golden["cases"].as_object().unwrap();
+    assert!(cases.len() > 100);
+    for (name, case) in cases {
+        let mut tokenizer = golden["bases"][case["base"].as_str().unwrap()].clone();
+        for (field, value) in case["fields"].as_object().unwrap() {
+            match tokenizer[field].as_object_mut().filter(|_| field == "model") {
+                Some(model) => model.extend(value.as_object().unwrap().clone()),
+                None => tokenizer[field] = value.clone(),
+            }
+        }
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        for (file, content) in case["files"].as_object().unwrap() {
+            fs::write(dir.path().join(file), content.to_string()).unwrap();
+        }
+        let template = dir.path().join("names.jinja");
+        fs::write(&template, NAMES.map(|name| format!("{{{{ {name} }}}}")).join("|")).unwrap();
+        let opened = ChatTokenizer::open(dir.path(), Some(&template));
+        let Some(ids) = case["ids"].as_array() else {
+            assert!(opened.is_err(), "{name}: transformers cannot load it");
+            continue;
+        };
+        let tokenizer = opened.unwrap_or_else(|e| panic!("{name}: {e}"));
+        for (text, ids) in golden["texts"].as_array().unwrap().iter().zip(ids) {
+            assert_eq!(json!(tokenizer.encode(text.as_str().unwrap()).unwrap()), *ids, "{name}: {text}");
+        }
+        let named = NAMES.map(|name| case["named"][name].as_str().unwrap_or_default()).join("|");
+        assert_eq!(tokenizer.render(&[Message::new("user", "q")], false).unwrap(), named, "{name}");
+    }
+}
+
+#[test]
+fn a_class_that_is_not_known_is_named_with_the_way_out() {
+    let config = json!({"tokenizer_config.json": {"chat_template": "-", "tokenizer_class": "GPT2TokenizerFast"}});
+    let error = ChatTokenizer::open(folder("marks-304", &json!({}), &config).path(), None).err().unwrap();
+    let message = error.to_string();
+    assert!(
+        message.contains("tokenizer_class is GPT2TokenizerFast") && message.contains("PreTrainedTokenizerFast"),
+        "{message}"
+    );
+    assert_eq!(error.exit_code(), exit::DATA);
+    let words = json!({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}});
+    let config = json!({"tokenizer_config.json": {"chat_template": "-", "tokenizer_class": "LlamaTokenizer"}});
+    let error = ChatTokenizer::open(folder("marks-304", &words, &config).path(), None).err().unwrap();
+    assert!(error.to_string().contains("needs a model of type BPE"), "{error}");
 }

@@ -119,7 +119,10 @@ fn every_defect_of_an_index_is_named() {
     let cases = [
         ("plain file name", with(EMBEDDING, json!("../model.safetensors"))),
         ("plain file name", with(EMBEDDING, json!("/etc/passwd.safetensors"))),
-        ("plain file name", with(EMBEDDING, json!("a/b.safetensors"))),
+        ("a/b.safetensors does not exist", with(EMBEDDING, json!("./a/./b.safetensors"))),
+        ("plain file name", with(EMBEDDING, json!("a/../b.safetensors"))),
+        ("plain file name", with(EMBEDDING, json!("a//b.safetensors"))),
+        ("plain file name", with(EMBEDDING, json!("a/.b/c.safetensors"))),
         ("plain file name", with(EMBEDDING, json!("a\\b.safetensors"))),
         ("plain file name", with(EMBEDDING, json!("a\u{0}.safetensors"))),
         ("plain file name", with(EMBEDDING, json!(".hidden.safetensors"))),

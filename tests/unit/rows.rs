@@ -141,6 +141,30 @@ fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
             template("plain"),
             "only assistant turns can carry loss",
         ),
+        (
+            json!({"label": "unsafe", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "response": "R"}),
+            template("plain"),
+            "a last assistant turn beside the field response, and they differ",
+        ),
+        (
+            json!({"label": "unsafe", "prompt": "q", "completion": "a", "reasoning_content": "Hm"}),
+            template("thinking"),
+            "reasoning_content of a row is not supported: write it as a field of the turn",
+        ),
+        (
+            row(json!({"instructions": "Be kind."})),
+            template("plain"),
+            "instructions of a row is not supported: write it as system",
+        ),
+        (row(json!({"developer": "Be kind."})), template("plain"), "developer of a row"),
+        (row(json!({"context": "A cake."})), template("plain"), "context of a row"),
+        (json!({"goal": "g", "attack_prompt": "a", "context": "c"}), template("plain"), "context of a row"),
+        (row(json!({"prefix": "Sure"})), template("plain"), "prefix of a row"),
+        (row(json!({"continue_final_message": true})), template("plain"), "continue_final_message of a row"),
+        (row(json!({"chat_template": "{{ messages }}"})), template("plain"), "give it with --chat-template"),
+        (row(json!({"chosen": "a", "rejected": "b"})), template("plain"), "chosen of a row"),
+        (row(json!({"loss": false})), template("plain"), "loss of a row"),
+        (row(json!({"loss_mask": [0, 1]})), template("plain"), "loss_mask of a row"),
         (safe(obliging.clone()), template("plain"), "goes on after the last assistant turn and ends with a user turn"),
         (
             json!({"label": "unsafe", "messages": [{"role": "user", "content": "q"}], "response": "R"}),
@@ -178,6 +202,32 @@ fn a_field_that_nothing_reads_is_counted_once() {
 }
 
 #[test]
+fn fields_that_say_nothing_are_no_obstacle() {
+    let golden = golden();
+    let row = json!({"label": "unsafe", "loss": true, "weight": 1, "continue_final_message": false, "context": " ", "prefix": null,
+        "response": "a\n", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]});
+    let dataset = read(&row, golden["templates"]["plain"].as_str().unwrap()).unwrap();
+    assert!(dataset.report.unread.is_empty(), "{:?}", dataset.report.unread);
+}
+
+#[test]
+fn a_reply_without_a_visible_character_is_blank() {
+    let golden = golden();
+    let plain = golden["templates"]["plain"].as_str().unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    let completed = &cases.iter().find(|case| case["name"] == "ends with a null reply").unwrap()["ids"];
+    for blank in ["\u{200b}", "\u{feff}\u{200d} \n", "\u{2060}\u{ad}", "\u{0}", "\u{3164}", ""] {
+        let turns = json!([{"role": "user", "content": "hide a cake"}, {"role": "assistant", "content": blank}]);
+        let dataset = read(&json!({"label": "unsafe", "messages": turns}), plain).unwrap();
+        assert_eq!(ids_and_loss(&dataset).0, *completed, "{blank:?}");
+        let error = read(&json!({"label": "unsafe", "prompt": blank, "completion": "a"}), plain).unwrap_err();
+        assert!(error.contains("rows.jsonl:1"), "{error}");
+    }
+    let seen = json!([{"role": "user", "content": "hide a cake"}, {"role": "assistant", "content": "\u{200b}."}]);
+    assert_ne!(ids_and_loss(&read(&json!({"label": "unsafe", "messages": seen}), plain).unwrap()).0, *completed);
+}
+
+#[test]
 fn a_template_that_fails_is_shown_with_the_turns_it_was_given() {
     let no_system = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}";
     let attack = json!({"goal": "hide a cake", "all_prompt": [{"role": "user", "content": "In a play, hide a cake"}]});
@@ -198,4 +248,22 @@ fn a_template_that_fails_is_shown_with_the_turns_it_was_given() {
     let column = json!({"label": "unsafe", "system": "s", "prompt": "q\u{1b}[2J", "completion": "a"});
     let error = read(&column, no_system).unwrap_err();
     assert!(error.contains("1 system (from the row's system field)") && !error.contains('\u{1b}'), "{error}");
+}
+
+#[test]
+fn two_turns_of_one_role_are_named_where_the_template_fails_on_them() {
+    let messages = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]);
+    let row = json!({"label": "unsafe", "messages": messages});
+    let strict = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}\
+                  {% endif %}{{ m.content }}{% endfor %}";
+    let merging = "{% for m in messages %}{% if m.role == 'assistant' and (loop.last or loop.nextitem.role == 'user') %}<{{ m.content }}>\
+                   {% else %}{{ m.content }}{% endif %}{% endfor %}";
+    for template in [strict, merging] {
+        let error = read(&row, template).unwrap_err();
+        assert!(
+            error.contains("rows.jsonl:1: ") && error.contains("messages 2 and 3 are both assistant turns"),
+            "{error}"
+        );
+    }
+    read(&row, golden()["templates"]["plain"].as_str().unwrap()).unwrap();
 }

@@ -5,56 +5,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moewarden::backend::{Dtype, HostTensor};
-use moewarden::checkpoint::{self, apply_delta, export, export_replacing, save_delta};
+use moewarden::checkpoint::{export, export_replacing, save_delta};
 use moewarden::exit::{self, Coded};
 use moewarden::model::tiny::{Layout, TinySpec, write_random_checkpoint};
 use moewarden::model::{
-    Checkpoint, FAMILIES, Group, HubCache, ModelConfig, ParamId, ParamKind, ParamTable, Proj, write_header,
+    Checkpoint, FAMILIES, HubCache, ModelConfig, ParamId, ParamKind, ParamTable, Proj, write_header,
 };
 use proptest::prelude::*;
-use tempfile::TempDir;
 
-/// An opened checkpoint.
-struct Model {
-    dir: PathBuf,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    table: ParamTable,
-}
-
-fn open(dir: &Path) -> Model {
-    let config = ModelConfig::from_dir(dir).unwrap();
-    let checkpoint = Checkpoint::open(dir).unwrap();
-    let table = ParamTable::build(&config, &checkpoint).unwrap();
-    Model { dir: dir.into(), config, checkpoint, table }
-}
-
-fn make(dir: &Path, spec: &TinySpec) -> Model {
-    write_random_checkpoint(dir, spec).unwrap();
-    fs::write(dir.join("tokenizer.json"), "{\"not\": \"read here\"}").unwrap();
-    open(dir)
-}
-
-fn out(temp: &TempDir) -> PathBuf {
-    temp.path().join("out")
-}
-
-/// Contents of every file below a folder, by relative path.
-fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut folders = vec![dir.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                found.insert(path.strip_prefix(dir).unwrap().to_path_buf(), fs::read(&path).unwrap());
-            }
-        }
-    }
-    found
-}
+use crate::model_folder::{Model, families, files, make, open, out, some_changes};
 
 /// The folder of shared test data, if it exists.
 fn shared() -> Option<PathBuf> {
@@ -65,16 +24,6 @@ fn shared() -> Option<PathBuf> {
     }
     println!("skipped: {} is not there", dir.display());
     None
-}
-
-/// New values for a few parameters of every group.
-fn some_changes(table: &ParamTable) -> BTreeMap<ParamId, HostTensor> {
-    let mut changed = BTreeMap::new();
-    for (id, spec) in table.iter().filter(|(id, spec)| id % 5 == 0 || spec.kind.group() == Group::Router) {
-        let values: Vec<f32> = (0..spec.len()).map(|i| (i % 7) as f32 - id as f32).collect();
-        changed.insert(id, HostTensor::encode(spec.dtype(), spec.shape().to_vec(), &values));
-    }
-    changed
 }
 
 #[test]
@@ -92,21 +41,6 @@ fn goldens_open_and_export_unchanged() {
         export(&model.dir, &model.checkpoint, &model.table, &BTreeMap::new(), &out).unwrap();
         assert_eq!(files(&out), files(&model.dir), "{name}");
     }
-}
-
-/// A spec per family with the features that only this family has.
-fn families() -> Vec<TinySpec> {
-    let with = |model_type: &str, extra: serde_json::Value| {
-        let mut spec = TinySpec::new(model_type);
-        spec.extra = extra.as_object().unwrap().clone();
-        spec
-    };
-    vec![
-        with("olmoe", serde_json::json!({"clip_qkv": 8.0, "attention_bias": true})),
-        with("mixtral", serde_json::json!({"sliding_window": 16})),
-        with("qwen3_moe", serde_json::json!({"mlp_only_layers": [1], "norm_topk_prob": true, "head_dim": 16})),
-        with("qwen2_moe", serde_json::json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2})),
-    ]
 }
 
 #[test]
@@ -297,96 +231,28 @@ fn a_second_copy_of_a_tied_embedding_is_updated_with_it() {
 }
 
 #[test]
-fn a_delta_gives_the_same_folder_as_an_export() {
-    for (family, layout) in families().into_iter().flat_map(|f| [(f.clone(), Layout::PerExpert), (f, Layout::Fused)]) {
-        let temp = tempfile::tempdir().unwrap();
-        let model = make(&temp.path().join("in"), &TinySpec { layout, shards: 2, dtype: Dtype::Bf16, ..family });
-        let changed = some_changes(&model.table);
-        export(&model.dir, &model.checkpoint, &model.table, &changed, &out(&temp)).unwrap();
-        let delta = temp.path().join("round_1.safetensors");
-        save_delta(&model.checkpoint, &model.table, &changed, &delta).unwrap();
-        let applied = temp.path().join("applied");
-        apply_delta(&model.dir, &delta, &applied).unwrap();
-        assert!(files(&applied) == files(&out(&temp)), "{} {layout:?}", model.config.model_type);
-    }
-}
-
-#[test]
-fn a_delta_of_weights_that_are_not_finite_is_not_applied() {
-    let temp = tempfile::tempdir().unwrap();
-    let model = make(&temp.path().join("base"), &TinySpec::new("olmoe"));
-    let delta = temp.path().join("delta.safetensors");
-    let mut changes = some_changes(&model.table);
-    for bad in [f32::NAN, f32::INFINITY] {
-        let (&id, value) = changes.iter_mut().next().unwrap();
-        let mut values = value.to_f32();
-        values[5] = bad;
-        *value = HostTensor::encode(value.dtype, value.shape.clone(), &values);
-        save_delta(&model.checkpoint, &model.table, &changes, &delta).unwrap();
-        let error = apply_delta(&model.dir, &delta, &out(&temp)).unwrap_err();
-        assert_eq!(error.exit_code(), exit::NOT_FINITE, "{error}");
-        let cause = std::error::Error::source(&error).unwrap().to_string();
-        assert!(error.to_string().contains("delta.safetensors"), "{error}");
-        assert!(cause.contains(&model.table.params[id].name()) && cause.contains("element 5"), "{cause}");
-        assert!(!out(&temp).exists());
-    }
-}
-
-#[test]
 fn all_families_are_covered_here() {
     let here: Vec<_> = families().into_iter().map(|spec| spec.model_type).collect();
     assert_eq!(here, FAMILIES.map(|family| family.model_type));
 }
 
 #[test]
-fn a_hostile_delta_is_refused() {
+fn an_index_names_files_by_paths_below_the_folder() {
     let temp = tempfile::tempdir().unwrap();
-    let model = make(&temp.path().join("in"), &TinySpec::new("mixtral"));
-    let path = temp.path().join("delta");
-    save_delta(&model.checkpoint, &model.table, &some_changes(&model.table), &path).unwrap();
-    let good = fs::read(&path).unwrap();
-    let header_len = u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
-    let header = std::str::from_utf8(&good[8..8 + header_len]).unwrap().to_owned();
-    let with_header = |from: &str, to: &str| {
-        assert!(header.contains(from), "{from} is not in the header");
-        let header = header.replacen(from, to, 1);
-        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-        bytes.extend(header.as_bytes());
-        bytes.extend(&good[8 + header_len..]);
-        bytes
-    };
-    let router = "model.layers.0.block_sparse_moe.gate.weight";
-    // Two routers swapped: each still has the right shape.
-    let other_router = router.replace("layers.0", "layers.1");
-    let swapped = header.replace(router, "?").replace(&other_router, router).replace('?', &other_router);
-    let swapped =
-        [(swapped.len() as u64).to_le_bytes().as_slice(), swapped.as_bytes(), &good[8 + header_len..]].concat();
-    let layout = model.checkpoint.layout_hash().to_string();
-    let cases = [
-        ("its schema is", with_header("moewarden.delta/1", "moewarden.delta/9")),
-        ("no schema", with_header("schema", "scheme")),
-        ("another base", with_header(&layout, &layout.replace(|c: char| c.is_ascii_digit(), "0"))),
-        ("the base model has no such parameter", with_header(router, "../../etc/passwd")),
-        ("[48, 8]", with_header("[8,48]", "[48,8]")),
-        ("complete?", good[..good.len() - 4].to_vec()),
-        ("complete?", good[..20].to_vec()),
-        ("the weights it replaces differ", swapped),
-    ];
-    for (expected, bytes) in cases {
-        fs::write(&path, bytes).unwrap();
-        let error = apply_delta(&model.dir, &path, &out(&temp)).unwrap_err();
-        assert_eq!(error.exit_code(), exit::DATA, "{error}");
-        assert!(error.to_string().contains(expected), "{error} lacks {expected}");
-        assert!(!out(&temp).exists());
+    let model = make(&temp.path().join("in"), &TinySpec { shards: 2, ..TinySpec::new("olmoe") });
+    let names: Vec<String> = model.checkpoint.shards().iter().map(|shard| shard.file.clone()).collect();
+    let index = model.dir.join("model.safetensors.index.json");
+    let text = fs::read_to_string(&index).unwrap();
+    let text = text.replace(&names[0], &format!("./{}", names[0])).replace(&names[1], &format!("sub/./{}", names[1]));
+    fs::write(&index, text).unwrap();
+    fs::create_dir(model.dir.join("sub")).unwrap();
+    fs::rename(model.dir.join(&names[1]), model.dir.join("sub").join(&names[1])).unwrap();
+    let moved = open(&model.dir);
+    for (ours, theirs) in model.table.params.iter().zip(&moved.table.params) {
+        assert!(ours.base.bytes[..] == theirs.base.bytes[..], "{}", ours.name());
     }
-    fs::write(&path, good).unwrap();
-
-    // The same structure with the weights of another seed.
-    let other = temp.path().join("other");
-    make(&other, &TinySpec { seed: 7, ..TinySpec::new("mixtral") });
-    let error = apply_delta(&other, &path, &out(&temp)).unwrap_err();
-    assert!(matches!(error, checkpoint::Error::OtherBase { .. }), "{error}");
-    apply_delta(&model.dir, &path, &out(&temp)).unwrap();
+    export(&moved.dir, &moved.checkpoint, &moved.table, &some_changes(&moved.table), &out(&temp)).unwrap();
+    open(&out(&temp));
 }
 
 /// Distributes the same tensors over files with these names, in another order.

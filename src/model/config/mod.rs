@@ -69,12 +69,23 @@ impl ModelConfig {
     /// contradict each other. Each error names the file and the key.
     pub fn from_dir(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("config.json");
-        let raw = RawConfig::read(&path)?;
+        Self::of_raw(&RawConfig::read(&path)?, &path)
+    }
+
+    /// [`Self::from_dir`] of the text of a config.json, which the file `path` holds.
+    ///
+    /// # Errors
+    /// As [`Self::from_dir`].
+    pub fn from_text(path: &Path, text: &str) -> Result<Self, Error> {
+        Self::of_raw(&RawConfig::of_text(path, text.as_bytes())?, path)
+    }
+
+    fn of_raw(raw: &RawConfig, path: &Path) -> Result<Self, Error> {
         let model_type = raw.string("model_type")?.unwrap_or("(none)");
         let Some(family) = Family::find(model_type) else {
-            return Err(Error::ModelType { path, found: model_type.into() });
+            return Err(Error::ModelType { path: path.into(), found: model_type.into() });
         };
-        read(&raw, family)
+        read(raw, family)
     }
 
     /// The family's row in [`FAMILIES`].

@@ -22,8 +22,12 @@ const MAX_SIZE: u64 = 1 << 28;
 
 impl RawConfig {
     pub(crate) fn read(path: &Path) -> Result<Self, Error> {
-        let bytes = input::read(path).map_err(|source| Error::read(path, source))?;
-        let text = input::without_mark(&bytes);
+        Self::of_text(path, &input::read(path).map_err(|source| Error::read(path, source))?)
+    }
+
+    /// The object in `bytes`, which come from the file `path`.
+    pub(crate) fn of_text(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
+        let text = input::without_mark(bytes);
         let members: Members<Value> = serde_json::from_slice(text)
             .map_err(|e| Error::NotJson { path: path.into(), message: input::not_json(text, &e) })?;
         Ok(Self { path: path.into(), prefix: String::new(), members: members.0.into_iter().collect() })

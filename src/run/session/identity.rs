@@ -1,12 +1,14 @@
 //! What makes two sets of inputs the same: hashes of weights and files, for checkpoints and between ranks.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::Session;
 use crate::collective::{self, Collective, all_agree};
 use crate::config::RunConfig;
+use crate::data::additional_templates;
 use crate::exit::{self, Failure, Result};
-use crate::input;
+use crate::input::{self, Format, RowsError};
 
 impl Session {
     /// blake3 over the base model's parameters, its configuration and tokenizer, and the files of rows and template.
@@ -56,8 +58,13 @@ impl Session {
             "added_tokens.json",
         ];
         let model = names.iter().map(|name| self.dir.join(name)).filter(|path| path.is_file());
-        for path in model.chain(data_files(config)) {
+        let named = additional_templates(&self.dir)
+            .map_err(|e| Failure::new(exit::IO, format!("{}: cannot be read: {e}", self.dir.display())))?;
+        for path in model.chain(named) {
             hasher.update(hash_file(&path)?.as_bytes());
+        }
+        for path in data_files(config) {
+            hasher.update(hash_data(&path)?.as_bytes());
         }
         if let Some(experts) = &self.given {
             hasher.update(experts);
@@ -94,6 +101,22 @@ fn data_files(config: &RunConfig) -> impl Iterator<Item = PathBuf> + '_ {
     let optional = [&config.eval_dataset_path, &config.retain_dataset_path, &config.chat_template];
     let files = std::iter::once(Some(&config.dataset_path)).chain(optional.map(Option::as_ref));
     files.flatten().cloned().chain(config.routing_replies.path().map(Path::to_owned))
+}
+
+/// The hash of what a data file holds: packed by gzip or zstd, it is the same data.
+fn hash_data(path: &Path) -> Result<blake3::Hash> {
+    let failed = |e: String| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display()));
+    let mut head = Vec::new();
+    let mut file = input::open(path).map_err(|e| failed(e.to_string()))?;
+    file.by_ref().take(16).read_to_end(&mut head).map_err(|e| failed(e.to_string()))?;
+    if !matches!(input::recognise(&head), Some(Format::Gzip | Format::Zstd)) {
+        return hash_file(path);
+    }
+    match input::read_rows(path) {
+        Ok(content) => Ok(blake3::hash(&content)),
+        Err(RowsError::Io(e)) => Err(failed(e.to_string())),
+        Err(RowsError::Format(e)) => Err(failed(e)),
+    }
 }
 
 fn hash_file(path: &Path) -> Result<blake3::Hash> {
