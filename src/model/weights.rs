@@ -271,7 +271,7 @@ fn read_index(path: &Path) -> Result<Vec<(String, String)>, Error> {
 /// # Errors
 /// A file that cannot be read or is no index, and a name that is not one of a file beside it.
 pub fn files_of_index(path: &Path) -> Result<Vec<String>, Error> {
-    files_of(path, &read_index(path)?)
+    Ok(files_of(&read_index(path)?))
 }
 
 /// The distinct file names of an index, sorted.
