@@ -38,8 +38,7 @@ impl Scores {
     /// The keys that row `i` attends to, counted from the first one.
     fn of_row(&self, i: usize) -> Range<usize> {
         let position = self.block.position + i;
-        (position + 1).saturating_sub(self.block.window).max(self.keys.start) - self.keys.start
-            ..position + 1 - self.keys.start
+        (position + 1).saturating_sub(self.block.window) - self.keys.start..position + 1 - self.keys.start
     }
 
     /// The products of rows `a` with the keys as lines of `b`: `[rows, stride]`.
@@ -100,7 +99,7 @@ fn fold(mut values: [f32; STEP], combine: impl Fn(f32, f32) -> f32) -> f32 {
 
 /// One head of `rows`, as an operand's part without orientation.
 fn head<'x>(x: &'x Tensor, rows: &Range<usize>, head: usize, dim: usize) -> Part<'x> {
-    // Nothing, where there are no rows behind the last one.
+    // Empty if no row follows.
     let values = x.values().get(rows.start * x.cols() + head * dim..).unwrap_or_default();
     Part::activations(values, x.cols())
 }

@@ -173,10 +173,11 @@ pub(super) fn matmul(dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f3
 /// The `gemm` kernel computes a column-major result and needs one operand contiguous along its rows; otherwise it packs
 /// (transposes) that operand. Computed directly into y, the operand to pack is w, which costs as much as multiplying
 /// about 100 rows. So unless x is much taller than w, compute yᵀ from xᵀ, both in scratch memory: [`transpose`] is
-/// several times as fast as the kernel's packing.
+/// several times as fast as the kernel's packing. A single row takes the same way: otherwise its sums would have another order, and
+/// generated tokens depend on the number of answers in a batch.
 pub(super) fn matmul_nt(y: MatrixMut<'_>, x: Matrix<'_>, w: Matrix<'_>) {
     let (m, n, k) = (x.rows, w.rows, x.cols);
-    if m == 1 || m > 4 * n {
+    if m > 4 * n {
         return matmul(y, x, w.t(), 1.0, false);
     }
     // Padded to whole SIMD vectors; rows beyond m are zero.

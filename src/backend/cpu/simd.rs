@@ -139,6 +139,7 @@ pub(super) fn sum2(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f64 
 #[inline(always)]
 pub(super) fn sum2_f64(a: &[f32], b: &[f32], term: impl Fn(f64, f64) -> f64) -> f64 {
     const LANES: usize = 32;
+    let b = &b[..a.len()];
     let mut lanes = [0.0; LANES];
     for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
         for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {

@@ -33,7 +33,7 @@ thread_local! {
     static CONFIGURED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Prefetches 1 KiB from `$at` bytes behind the pointer on: half of what the block after next reads there. Panels come
+/// Prefetches 1 KiB from `$at` bytes after the pointer on: half of what the block after next reads there. Panels come
 /// from the L2 cache, and the hardware's own prefetching leaves a quarter of the rate unused.
 macro_rules! prefetch {
     ($pointer:literal, $at:literal) => {

@@ -74,12 +74,18 @@ pub(super) fn multiply_pairs(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bo
 
 /// The transpose of 16 by 16 units.
 pub(super) fn transpose(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
-    // SAFETY: `Products::new` refuses all instructions that come with it where AVX-512 does not exist. Both types are 16 vectors
-    // of 64 bytes, and all bit patterns are valid.
-    unsafe {
-        let rows = block.each_ref().map(|row| _mm512_loadu_si512(row.as_ptr().cast()));
-        std::mem::transmute::<[__m512i; 16], [[u32; 16]; 16]>(transposed(&rows))
+    #[target_feature(enable = "avx512f")]
+    fn of_memory(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
+        let mut rows = [_mm512_setzero_si512(); 16];
+        for (row, block) in rows.iter_mut().zip(block) {
+            // SAFETY: 16 units.
+            *row = unsafe { _mm512_loadu_si512(block.as_ptr().cast()) };
+        }
+        // SAFETY: both types are 16 vectors of 64 bytes, and all bit patterns are valid.
+        unsafe { std::mem::transmute::<[__m512i; 16], [[u32; 16]; 16]>(transposed(&rows)) }
     }
+    // SAFETY: `Products::new` refuses all instructions that come with it where AVX-512 does not exist.
+    unsafe { of_memory(block) }
 }
 
 /// The transpose of 16 by 16 units. Pairs, then quadruples of rows are interleaved within 128-bit lanes; then the lanes are

@@ -154,34 +154,21 @@ fn may_use_tiles() -> bool {
 /// Sizes of the caches of one core, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caches {
-    /// Level 1, data.
-    pub l1: usize,
     /// Level 2.
     pub l2: usize,
 }
 
 impl Caches {
-    /// The caches of the first core, as Linux reports them; where it does not, 32 KiB and 1 MiB.
+    /// The caches of the first core, as Linux reports them; where it does not, 1 MiB.
     pub fn detect() -> Self {
         let read = |index: u32, name: &str| {
             let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/{name}");
             std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
         };
-        let mut found = Self { l1: 32 << 10, l2: 1 << 20 };
-        for index in 0..4 {
-            let (Some(level), Some(kind), Some(size)) =
-                (read(index, "level"), read(index, "type"), read(index, "size"))
-            else {
-                continue;
-            };
-            let Some(size) = size.strip_suffix('K').and_then(|kib| kib.parse::<usize>().ok()) else { continue };
-            match (level.as_str(), kind.as_str()) {
-                ("1", "Data") => found.l1 = size << 10,
-                ("2", "Unified") => found.l2 = size << 10,
-                _ => {}
-            }
-        }
-        found
+        let level_2 = (0..4).find(|&index| read(index, "level").as_deref() == Some("2"));
+        let size = level_2.and_then(|index| read(index, "size"));
+        let kib = size.and_then(|size| size.strip_suffix('K')?.parse::<usize>().ok());
+        Self { l2: kib.map_or(1 << 20, |kib| kib << 10) }
     }
 }
 

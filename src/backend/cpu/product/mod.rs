@@ -1,9 +1,9 @@
 //! Products of bf16 values with sums in f32, by the widest instructions of the processor.
 //!
 //! A product is A·Bᵀ: element (i, j) is the sum over the depth of line i of A times line j of B. One operand is packed as a
-//! whole ([`Products::block`]); it is the smaller one and stays in the L2 cache. The other is packed a few panels at a time
-//! and multiplied with the whole block ([`Products::stream`]), so each value is packed once. The caller gets C tile by tile
-//! from the L1 cache, and stores, transposes, adds or reduces it: no tile reaches main memory for its own sake.
+//! whole ([`Products::block`]), in parts that stay in the L2 cache. The other is packed a few panels at a time
+//! ([`Products::stream`]), or as a whole, too, where several blocks follow ([`Products::multiply`]); its panels pass by the whole
+//! block. The caller gets C tile by tile from the L1 cache, and stores, transposes, adds or reduces it: no tile reaches main memory for its own sake.
 //!
 //! Everything here runs on the calling thread. A sum's order depends on the depth alone, not on the block sizes, because
 //! sums that are interrupted continue from their value.
@@ -60,7 +60,7 @@ impl Block {
         Window { lines, ..self.whole() }
     }
 
-    /// A part of the depth, whose start is a multiple of two [`BLOCK`]s.
+    /// A part of the depth of a block that was packed from one part. Its start is a multiple of two [`BLOCK`]s.
     pub(super) fn depth(&self, depth: Range<usize>) -> Window {
         let per_unit = if self.shape.pairs { 2 } else { 1 };
         let units = depth.start / per_unit..depth.start / per_unit + self.shape.units(depth.len());
@@ -89,14 +89,16 @@ impl Tile<'_> {
     #[inline(always)]
     pub(super) fn copy_row(&self, i: usize, to: &mut [f32]) {
         // Of a length that the compiler knows where the tile is whole: a call of memcpy takes longer than the copy.
-        if let ([whole], []) = to.as_chunks_mut::<WHOLE>() {
+        if self.b.len() == WHOLE
+            && let ([whole], []) = to.as_chunks_mut::<WHOLE>()
+        {
             *whole = self.values[i * self.stride..][..WHOLE].try_into().expect("as long");
         } else {
             to.copy_from_slice(self.row(i));
         }
     }
 
-    /// All sums of the tile, line by line. Lines that are missing at the edges are zeros.
+    /// All sums of a tile of a whole block, line by line. Lines that are missing at the edges are zeros.
     #[inline(always)]
     pub(super) fn padded(&self) -> &[f32] {
         self.values

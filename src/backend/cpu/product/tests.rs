@@ -37,7 +37,7 @@ fn product(products: &Products, block_side: Side, a: (&[Part<'_>], usize), b: (&
 #[test]
 fn products_of_small_numbers_are_exact_in_every_orientation() {
     // Small caches, so that depth and lines are split.
-    let caches = [Caches { l1: 2 << 10, l2: 8 << 10 }, Caches { l1: 32 << 10, l2: 1 << 20 }];
+    let caches = [Caches { l2: 8 << 10 }, Caches { l2: 1 << 20 }];
     for instructions in available() {
         for (m, n, k) in [(1, 1, 1), (5, 3, 7), (64, 9, 33), (130, 17, 40), (3, 100, 301), (37, 70, 128), (7, 7, 0)] {
             let (a, b) = (values(m * k, 1), values(n * k, 2));
@@ -93,7 +93,7 @@ fn operands_are_rounded_to_bf16_and_sums_are_not() {
     // 1 + 2^-8 rounds to 1, 1 + 3·2^-8 to 1 + 2^-6.
     let (a, b) = ([1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0], [1.0, 1.0 / 4096.0]);
     for instructions in available() {
-        let products = Products::new(instructions, Caches { l1: 32 << 10, l2: 1 << 20 });
+        let products = Products::new(instructions, Caches { l2: 1 << 20 });
         let part = |x| Part::activations(x, 2).by_rows(2);
         let got = product(&products, Side::A, (&[part(&a)], 1), (&[part(&b)], 1));
         assert_eq!(got, [1.0 + (1.0 + 1.0 / 64.0) / 4096.0], "{instructions}");
@@ -110,7 +110,7 @@ fn sums_do_not_depend_on_the_sizes_of_the_caches() {
     let (m, n, k) = (40, 50, 700);
     let (a, b) = (noise(m * k, 1), noise(n * k, 99));
     for instructions in available() {
-        let [small, large] = [Caches { l1: 2 << 10, l2: 8 << 10 }, Caches { l1: 1 << 20, l2: 8 << 20 }].map(|caches| {
+        let [small, large] = [Caches { l2: 8 << 10 }, Caches { l2: 8 << 20 }].map(|caches| {
             let products = Products::new(instructions, caches);
             let part = |x| Part::activations(x, k).by_rows(k);
             product(&products, Side::B, (&[part(&a)], m), (&[part(&b)], n))
