@@ -1,11 +1,11 @@
-//! Causal attention with products of bf16 values. The tasks and blocks are those of `attention.rs`; keys and values are packed
+//! Causal attention with products of bf16 values. The tasks and blocks are those of the products in f32; keys and values are packed
 //! once for all blocks of a task, and the scores of a block are `[rows, keys]`, so that they are packed as they are stored.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::attention::{Block, Task};
+use super::attention_blocks::{Block, Task};
 use super::parallel::{Scratch, SharedSlice};
 use super::product::{self, Part, Products, Side, Tile};
 use super::rope::Sequences;
@@ -197,8 +197,8 @@ pub(super) fn backward(
                 });
                 let rows = scores.block.rows.clone();
                 let (p, ds) = (Part::activations(&p, stride), Part::activations(&ds, stride));
-                let dy_depth = products.block(Side::B, &[dy_part.from_row(first).by_columns(n)], 0..dim);
-                let q_depth = products.block(Side::B, &[q.from_row(first).by_columns(n)], 0..dim);
+                let dy_depth = products.block(Side::B, &[dy_part.skip_rows(first).by_columns(n)], 0..dim);
+                let q_depth = products.block(Side::B, &[q.skip_rows(first).by_columns(n)], 0..dim);
                 let at = keys.start * dim;
                 products.stream(&dy_depth, &[p.by_columns(n)], 0..keys.len(), |tile| add(tile, &mut dv[at..], dim));
                 products.stream(&q_depth, &[ds.by_columns(n)], 0..keys.len(), |tile| add(tile, &mut dk[at..], dim));

@@ -6,6 +6,7 @@
 
 mod attention;
 mod attention_bf16;
+mod attention_blocks;
 mod bf16;
 mod cross_entropy;
 mod dispatch;

@@ -15,6 +15,7 @@ mod avx512;
 mod emulated;
 mod instructions;
 mod kernel;
+mod operand;
 mod pack;
 #[cfg(target_arch = "x86_64")]
 mod pack_amx;
@@ -24,7 +25,8 @@ mod shape;
 use std::ops::Range;
 
 pub use self::instructions::{Caches, Instructions, Processor};
-pub(super) use self::pack::{Part, Side, round};
+pub(super) use self::operand::{Part, Side};
+pub(super) use self::pack::round;
 use self::shape::{BLOCK, Shape};
 use super::parallel::Scratch;
 
@@ -179,7 +181,7 @@ impl Products {
     /// Packs `lines` of an operand.
     pub(super) fn block(&self, side: Side, parts: &[Part<'_>], lines: Range<usize>) -> Block {
         let shape = Shape::of(self.instructions);
-        let units = pack::units(shape, parts);
+        let units = operand::units(shape, parts);
         let p = side.lines(shape);
         let mut panels = Scratch::take(lines.len().div_ceil(p) * p * units);
         let n = lines.len();
@@ -204,7 +206,7 @@ impl Products {
     ) {
         let (side, p) = (block.side.other(), block.side.other().lines(block.shape));
         let units = window.units.len();
-        assert!(pack::units(block.shape, parts) == units, "operands of different depth");
+        assert!(operand::units(block.shape, parts) == units, "operands of different depth");
         let chunk = (self.caches.l2 / 4 / (4 * p * units.max(1))).clamp(1, STREAMED);
         let mut panels = Scratch::take(0);
         for start in (0..lines.len()).step_by(chunk * p) {

@@ -3,85 +3,13 @@
 use std::ops::Range;
 
 use super::instructions::Instructions;
+use super::operand::{Packer, Part, Side, Values, units};
 #[cfg(target_arch = "x86_64")]
 use super::pack_amx;
 use super::shape::{BLOCK, Shape};
 use crate::backend::Dtype;
 use crate::backend::cpu::simd::simd;
 use crate::backend::cpu::weight::f16_bits_to_f32;
-
-/// A side of a product A·Bᵀ.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::backend::cpu) enum Side {
-    A,
-    B,
-}
-
-impl Side {
-    pub(super) fn other(self) -> Self {
-        if self == Self::A { Self::B } else { Self::A }
-    }
-
-    /// Lines of a panel.
-    pub(super) fn lines(self, shape: Shape) -> usize {
-        if self == Self::A { shape.a } else { shape.b }
-    }
-}
-
-/// The elements of a matrix, row by row.
-#[derive(Clone, Copy)]
-enum Values<'a> {
-    F32(&'a [f32]),
-    /// Little-endian bytes of a weight.
-    Stored(Dtype, &'a [u8]),
-}
-
-/// A part of an operand's depth. The parts of an operand have the same lines, side by side in depth.
-#[derive(Clone, Copy)]
-pub(in crate::backend::cpu) struct Part<'a> {
-    values: Values<'a>,
-    /// Elements from one row to the next.
-    pub(super) stride: usize,
-    /// Whether the rows are the lines of the operand; otherwise the columns are.
-    pub(super) rows_are_lines: bool,
-    pub(super) depth: usize,
-}
-
-impl<'a> Part<'a> {
-    /// Activations; consecutive rows are `stride` elements apart.
-    pub(in crate::backend::cpu) fn activations(values: &'a [f32], stride: usize) -> Self {
-        Self { values: Values::F32(values), stride, rows_are_lines: true, depth: 0 }
-    }
-
-    /// A weight's bytes; consecutive rows are `stride` elements apart.
-    pub(in crate::backend::cpu) fn weight(dtype: Dtype, bytes: &'a [u8], stride: usize) -> Self {
-        Self { values: Values::Stored(dtype, bytes), stride, rows_are_lines: true, depth: 0 }
-    }
-
-    /// Without the first rows.
-    pub(in crate::backend::cpu) fn from_row(self, first: usize) -> Self {
-        let values = match self.values {
-            Values::F32(values) => Values::F32(&values[first * self.stride..]),
-            Values::Stored(dtype, bytes) => Values::Stored(dtype, &bytes[first * self.stride * dtype.size()..]),
-        };
-        Self { values, ..self }
-    }
-
-    /// With the rows as lines, and their first `depth` elements as depth.
-    pub(in crate::backend::cpu) fn by_rows(self, depth: usize) -> Self {
-        Self { rows_are_lines: true, depth, ..self }
-    }
-
-    /// With the columns as lines, and the first `depth` rows as depth.
-    pub(in crate::backend::cpu) fn by_columns(self, depth: usize) -> Self {
-        Self { rows_are_lines: false, depth, ..self }
-    }
-}
-
-/// Units of a whole operand: each part is padded by itself.
-pub(super) fn units(shape: Shape, parts: &[Part<'_>]) -> usize {
-    parts.iter().map(|part| shape.units(part.depth)).sum()
-}
 
 /// Packs `lines` of an operand into panels, one after another in `out`. Missing lines and depth become zeros.
 pub(super) fn pack(instructions: Instructions, side: Side, parts: &[Part<'_>], lines: Range<usize>, out: &mut [u32]) {
@@ -170,20 +98,6 @@ impl Stored for Bf16 {
 
 /// 16 units side by side in a panel.
 pub(super) type Row = [u32; BLOCK];
-
-/// Packs one part of an operand.
-pub(super) struct Packer<'a> {
-    pub(super) side: Side,
-    /// Lines of a panel.
-    pub(super) p: usize,
-    /// Units of a panel.
-    pub(super) panel: usize,
-    /// First unit of the part in its panel.
-    pub(super) first: usize,
-    pub(super) lines: Range<usize>,
-    pub(super) part: &'a Part<'a>,
-    instructions: Instructions,
-}
 
 impl Packer<'_> {
     fn pack<S: Stored>(&self, pairs: bool, values: &[S::Raw], out: &mut [u32]) {

@@ -9,7 +9,7 @@ use std::arch::x86_64::{
 
 use super::avx512::transposed;
 use super::instructions::Instructions;
-use super::pack::{Packer, Side};
+use super::operand::{Packer, Side};
 use super::shape::{BLOCK, Shape};
 
 /// Lines of a panel, on either side.
@@ -125,8 +125,8 @@ unsafe fn depths<S: Stored>(packer: &Packer<'_>, values: &[S::Raw], out: &mut [u
         for (panel, first) in out.chunks_exact_mut(packer.panel).zip(packer.lines.clone().step_by(P)) {
             let block = &mut panel[start..start + BLOCK * P];
             let mask = lowest(packer.lines.end - first);
-            let mut halves = [[_mm512_setzero_si512(); BLOCK]; 2];
-            for unit in 0..BLOCK {
+            let [mut low, mut high] = [[_mm512_setzero_si512(); BLOCK]; 2];
+            for (unit, (low, high)) in low.iter_mut().zip(&mut high).enumerate() {
                 let row = depth + 2 * unit;
                 let at = values.as_ptr().wrapping_add(row * part.stride + first);
                 // SAFETY: inside the part, which is inside the slice, or masked.
@@ -137,10 +137,10 @@ unsafe fn depths<S: Stored>(packer: &Packer<'_>, values: &[S::Raw], out: &mut [u
                 // Quarters of a row are ordered so that interleaving within 128 bits gives lines 0 to 15, and 16 to 31.
                 let order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
                 let (even, odd) = (_mm512_permutexvar_epi64(order, even), _mm512_permutexvar_epi64(order, odd));
-                halves[0][unit] = _mm512_unpacklo_epi16(even, odd);
-                halves[1][unit] = _mm512_unpackhi_epi16(even, odd);
+                *low = _mm512_unpacklo_epi16(even, odd);
+                *high = _mm512_unpackhi_epi16(even, odd);
             }
-            for (half, units) in halves.iter().enumerate() {
+            for (half, units) in [low, high].iter().enumerate() {
                 match packer.side {
                     Side::A => store(&transposed(units), &mut block[half * BLOCK * BLOCK..], BLOCK),
                     Side::B => store(units, &mut block[half * BLOCK..], P),
