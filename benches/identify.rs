@@ -87,10 +87,10 @@ fn main() {
     let layers = replica.model().config.layers.len();
     replica.kept =
         Activations::predict(&replica.model().config, longest, &budget).kept_layers(recompute, layers, 0, &budget, 1);
-    let report = |pass: usize, clock: Instant, loss: f64| {
+    let report = |pass: usize, clock: Instant, loss: f64, of: &str| {
         let seconds = clock.elapsed().as_secs_f64();
         println!(
-            "pass {pass}: {seconds:.3} s, {:.0} tokens/s, peak RSS {:.2} GiB, loss of the first micro-batch {loss:.6}",
+            "pass {pass}: {seconds:.3} s, {:.0} tokens/s, peak RSS {:.2} GiB, loss of the {of} {loss:.6}",
             tokens as f64 / seconds,
             memory::peak_resident() as f64 / (1u64 << 30) as f64,
         );
@@ -104,7 +104,7 @@ fn main() {
     for pass in 1..=repeat {
         let clock = Instant::now();
         let found = find(&replica, &recipe.identify, sampler, micro_batches.clone()).expect("a finite loss");
-        report(pass, clock, found.losses[0]);
+        report(pass, clock, found.losses[0], "first micro-batch");
         if let Some(path) = option("--scores") {
             let rows: Vec<&[f64]> = found.scores.rows().collect();
             let scores = serde_json::json!({"layers": found.scores.layers, "losses": found.losses, "scores": rows});
@@ -119,7 +119,7 @@ fn train(
     config: &RunConfig,
     sampler: Sampler<'_>,
     every: usize,
-    report: impl Fn(usize, Instant, f64),
+    report: impl Fn(usize, Instant, f64, &str),
 ) {
     let recipe = config.recipe().expect("options without contradictions");
     let (layers, experts) = (replica.model().config.layers.len(), replica.model().config.num_experts);
@@ -138,7 +138,7 @@ fn train(
         pass += 1;
         let clock = Instant::now();
         let step = phase.step(replica).expect("a step");
-        report(pass, clock, step.total_loss);
+        report(pass, clock, step.total_loss, "step");
     }
 }
 

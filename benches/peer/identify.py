@@ -45,10 +45,6 @@ def parse():
     return parser.parse_args()
 
 
-def versions():
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
-
-
 def batch_of(rows, layout, device):
     """Model inputs, the flat positions that predict a target, and the targets."""
     longest = max(len(r["ids"]) for r in rows)
@@ -95,27 +91,8 @@ class Scores:
         return reduce
 
 
-def one_pass(model, batches, scores, a):
-    losses = []
-    for inputs, where, targets in batches:
-        if a.logits == "targets":
-            hidden = model.model(**inputs, use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden.view(-1, hidden.shape[-1])[where])
-        else:
-            logits = model(**inputs, use_cache=False).logits
-            logits = logits.view(-1, logits.shape[-1])[where]
-        loss = F.cross_entropy(logits.float(), targets)
-        loss.backward()
-        losses.append(loss.item())
-    return losses
-
-
-def peak_rss():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def main():
-    a = parse()
+def open_inputs(a):
+    """Rows, model, micro-batches."""
     torch.set_num_threads(a.threads)
     transformers.utils.logging.disable_progress_bar()
     with open(a.rows) as f:
@@ -124,33 +101,69 @@ def main():
         a.model, dtype=getattr(torch, a.dtype), attn_implementation=a.attention, experts_implementation=a.experts
     )
     model.to(a.device).eval()  # these families have no dropout
-    scores = Scores(model)
     batches = [batch_of(rows[i : i + a.micro_batch], a.layout, a.device) for i in range(0, len(rows), a.micro_batch)]
-    loaded = peak_rss()
+    return rows, model, batches
+
+
+def loss_of(model, batch, a, reduction="mean"):
+    inputs, where, targets = batch
+    if a.logits == "targets":
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden.view(-1, hidden.shape[-1])[where])
+    else:
+        logits = model(**inputs, use_cache=False).logits
+        logits = logits.view(-1, logits.shape[-1])[where]
+    return F.cross_entropy(logits.float(), targets, reduction=reduction)
+
+
+def one_pass(model, batches, a):
+    losses = []
+    for batch in batches:
+        loss = loss_of(model, batch, a)
+        loss.backward()
+        losses.append(loss.item())
+    return losses
+
+
+def measured(a, rows, batches, times):
+    """What every peer prints of its passes."""
     tokens = sum(len(r["ids"]) for r in rows)
-    times, cpu = [], []
-    for _ in range(a.repeat):
-        scores.sums.zero_()
-        begin, begin_cpu = time.perf_counter(), time.process_time()
-        losses = one_pass(model, batches, scores, a)
-        if a.device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-        cpu.append(time.process_time() - begin_cpu)
-    result = {
+    return {
         "seconds": round(min(times), 3),
         "tokens_per_second": round(tokens / min(times), 1),
         "all_seconds": [round(t, 3) for t in times],
-        "cpu_seconds": round(min(cpu), 3),  # of all threads: distinguishes a busy machine from a slow program
         "tokens": tokens,
         "computed_tokens": sum(inputs["input_ids"].numel() for inputs, _, _ in batches),
         "micro_batches": len(batches),
         "peak_rss_gib": round(peak_rss() / 2**30, 3),
+        "settings": {k: v for k, v in vars(a).items() if k not in ("model", "rows", "scores")},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+    }
+
+
+def peak_rss():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main():
+    a = parse()
+    rows, model, batches = open_inputs(a)
+    scores = Scores(model)
+    loaded = peak_rss()
+    times, cpu = [], []
+    for _ in range(a.repeat):
+        scores.sums.zero_()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        losses = one_pass(model, batches, a)
+        if a.device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+        cpu.append(time.process_time() - begin_cpu)
+    result = measured(a, rows, batches, times) | {
+        "cpu_seconds": round(min(cpu), 3),  # of all threads: distinguishes a busy machine from a slow program
         "peak_rss_loaded_gib": round(loaded / 2**30, 3),
         "parameters": sum(p.numel() for p in model.parameters()),
         "losses": losses,
-        "settings": {k: v for k, v in vars(a).items() if k not in ("model", "rows", "scores")},
-        "versions": versions(),
     }
     if a.device != "cpu":
         result["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)

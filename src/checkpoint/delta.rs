@@ -28,7 +28,9 @@ use crate::backend::HostTensor;
 use crate::files;
 use crate::input;
 use crate::meter::{Meter, Unit};
-use crate::model::{Checkpoint, ModelConfig, NotFinite, ParamId, ParamTable, Shard, find_non_finite, write_header};
+use crate::model::{
+    Checkpoint, ModelConfig, NotFinite, ParamId, ParamTable, Shard, find_non_finite, hash_values, write_header,
+};
 use crate::quote::cut;
 
 /// Value of the metadata key `schema`.
@@ -44,13 +46,12 @@ pub fn save_delta(
     changed: &BTreeMap<ParamId, HostTensor>,
     path: &Path,
 ) -> Result<(), Error> {
-    let all: Vec<ParamId> = table.iter().map(|(id, _)| id).collect();
     let metadata = [
         ("format".into(), "pt".into()),
         ("schema".into(), DELTA_SCHEMA.into()),
         ("base_layout".into(), checkpoint.layout_hash().to_string()),
         ("base_values".into(), values_hash(table, changed.keys())),
-        ("base_weights".into(), values_hash(table, &all)),
+        ("base_weights".into(), table.hashed().finalize().to_string()),
         ("base_config".into(), read_config(checkpoint.dir())?),
         ("values".into(), hash(changed.values())),
     ];
@@ -105,7 +106,7 @@ pub fn load_delta(
         changed.insert(id, value);
         order.push(id);
     }
-    if metadata.get("base_values") != Some(&&*values_hash(table, &order)) {
+    if metadata.get("base_values") != Some(&&*values_hash(table, order.iter())) {
         return Err(other_base("the weights it replaces differ"));
     }
     match metadata.get("values") {
@@ -163,9 +164,8 @@ fn check_base(base_dir: &Path, config: &ModelConfig, table: &ParamTable, delta_f
         let keys = differing_keys(text, &read_config(base_dir)?, delta_file, config);
         return Err(other_base(delta_file, base_dir, &format!("config.json differs in {keys}")));
     }
-    let all: Vec<ParamId> = table.iter().map(|(id, _)| id).collect();
     match stated("base_weights") {
-        Some(hash) if *hash != *values_hash(table, &all) => {
+        Some(hash) if *hash != *table.hashed().finalize().to_string() => {
             Err(other_base(delta_file, base_dir, "weights that the delta does not replace differ"))
         }
         _ => Ok(()),
@@ -207,18 +207,13 @@ fn other_base(file: &Path, base: &Path, message: &str) -> Error {
 }
 
 /// blake3 over the base model's values of these parameters.
-fn values_hash<'a>(table: &ParamTable, ids: impl IntoIterator<Item = &'a ParamId>) -> String {
-    hash(ids.into_iter().map(|&id| &table.params[id].base))
+fn values_hash<'a>(table: &ParamTable, ids: impl Iterator<Item = &'a ParamId> + Clone) -> String {
+    hash(ids.map(|&id| &table.params[id].base))
 }
 
 /// blake3 over these values.
-fn hash<'a>(values: impl IntoIterator<Item = &'a HostTensor>) -> String {
-    let values: Vec<&HostTensor> = values.into_iter().collect();
-    let meter = Meter::start("hashing weights", Unit::Bytes, values.iter().map(|v| v.bytes.len() as u64).sum());
+fn hash<'a>(values: impl Iterator<Item = &'a HostTensor> + Clone) -> String {
     let mut hasher = blake3::Hasher::new();
-    for value in values {
-        hasher.update_rayon(&value.bytes);
-        meter.add(value.bytes.len());
-    }
+    hash_values(values, &mut hasher);
     hasher.finalize().to_string()
 }

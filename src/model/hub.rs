@@ -128,7 +128,7 @@ impl HubCache {
         }
         let incomplete = |file: PathBuf, problem| Error::Incomplete { id: id.clone(), file, problem };
         let named = model.join("snapshots").join(&id.revision);
-        if is_commit(&id.revision) && named.is_dir() {
+        if is_hash(&id.revision) && named.is_dir() {
             return Ok(named);
         }
         let reference = model.join("refs").join(&id.revision);
@@ -137,7 +137,7 @@ impl HubCache {
         };
         let commit = commit.trim();
         // The content becomes part of a path.
-        if !is_commit(commit) {
+        if !is_hash(commit) {
             return Err(incomplete(reference, "does not hold a commit"));
         }
         let snapshot = model.join("snapshots").join(commit);
@@ -155,8 +155,8 @@ fn folder(var: impl Fn(&str) -> Option<OsString>, name: &str) -> Option<PathBuf>
     Some(path.strip_prefix("~").map(|rest| home().join(rest)).unwrap_or(path))
 }
 
-/// Whether it can be the hash of a commit.
-fn is_commit(text: &str) -> bool {
+/// Whether it can be the hash of a commit or of a file's content.
+pub fn is_hash(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 

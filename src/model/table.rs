@@ -1,6 +1,7 @@
 //! Every parameter of a model, in one stable order.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::OnceLock;
 
 use super::claim::{self, Error as ClaimError};
 use super::config::ModelConfig;
@@ -8,7 +9,7 @@ use super::finite::{self, NotFinite};
 use super::ids::{Group, ParamId, ParamKind, ParamSpec};
 use super::random::RandomInit;
 use super::weights::Checkpoint;
-use crate::backend::Backend;
+use crate::backend::{Backend, HostTensor};
 use crate::meter::{Meter, Unit};
 
 /// All parameters, in the order of [`ParamKind`] by layer: embedding, each layer from the first, final norm, head.
@@ -18,6 +19,17 @@ pub struct ParamTable {
     pub params: Vec<ParamSpec>,
     /// How the values are generated, if there is no checkpoint.
     pub random: Option<RandomInit>,
+    hashed: OnceLock<blake3::Hasher>,
+}
+
+/// Gives the bytes of values to a hasher.
+pub fn hash_values<'a>(values: impl Iterator<Item = &'a HostTensor> + Clone, hasher: &mut blake3::Hasher) {
+    let bytes = values.clone().map(|value| value.bytes.len() as u64).sum();
+    let meter = Meter::start("hashing weights", Unit::Bytes, bytes);
+    for value in values {
+        hasher.update_rayon(&value.bytes);
+        meter.add(value.bytes.len());
+    }
 }
 
 /// Number and size of a set of parameters.
@@ -38,12 +50,12 @@ impl ParamTable {
     /// A tensor that is missing or does not belong to the model, or that has another shape than config.json requires or an
     /// unsupported number format; a tied output head that differs from the embedding. Each error names the tensor.
     pub fn build(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Self, ClaimError> {
-        claim::claim(config, checkpoint).map(|params| Self { params, random: None })
+        claim::claim(config, checkpoint).map(|params| Self { params, random: None, hashed: OnceLock::new() })
     }
 
     /// The parameters of a model without a checkpoint.
     pub fn random(config: &ModelConfig, init: RandomInit) -> Self {
-        Self { params: init.params(config), random: Some(init) }
+        Self { params: init.params(config), random: Some(init), hashed: OnceLock::new() }
     }
 
     /// All parameters on a backend: from the checkpoint, or random.
@@ -57,12 +69,31 @@ impl ParamTable {
         (0..self.params.len()).map(weight).collect()
     }
 
-    /// The hash of all parameters in their stored formats, in this table's order.
+    /// Takes the routers of another table of the same parameters.
+    pub fn take_routers(&mut self, other: Self) {
+        for (ours, theirs) in self.params.iter_mut().zip(other.params) {
+            if matches!(ours.kind, ParamKind::Router(_)) {
+                *ours = theirs;
+            }
+        }
+        self.hashed = OnceLock::new();
+    }
+
+    /// A blake3 hasher that has been given all parameters and nothing else: see [`Self::hash_into`]. They are read once.
+    pub fn hashed(&self) -> &blake3::Hasher {
+        self.hashed.get_or_init(|| {
+            let mut hasher = blake3::Hasher::new();
+            self.hash_into(&mut hasher);
+            hasher
+        })
+    }
+
+    /// Gives all parameters in their stored formats to a hasher, in this table's order; of random ones the seed, which decides them
+    /// together with config.json.
     pub fn hash_into(&self, hasher: &mut blake3::Hasher) {
-        let meter = Meter::start("hashing the weights", Unit::Bytes, self.bytes());
-        for spec in &self.params {
-            hasher.update_rayon(&spec.base.bytes);
-            meter.add(spec.base.bytes.len());
+        match &self.random {
+            Some(init) => _ = hasher.update(&init.seed.to_le_bytes()),
+            None => hash_values(self.params.iter().map(|spec| &spec.base), hasher),
         }
     }
 
@@ -155,7 +186,8 @@ mod tests {
         assert_eq!(kinds.len(), 1 + (12 + 3) + (12 + 1 + 9 + 4) + 2);
         let value = HostTensor::from_f32(vec![1], &[0.0]);
         let spec = |kind| ParamSpec::new(kind, String::new(), 0..4, value.clone());
-        let table = ParamTable { params: kinds.iter().copied().map(spec).collect(), random: None };
+        let table =
+            ParamTable { params: kinds.iter().copied().map(spec).collect(), random: None, hashed: OnceLock::new() };
         for (id, kind) in kinds.iter().enumerate() {
             assert_eq!(table.id(*kind), Some(id), "{kind:?}");
         }

@@ -4,7 +4,7 @@ use super::session::Session;
 use crate::config::EvalArgs;
 use crate::exit::{self, Context, Failure, Result};
 use crate::launch::hub_cache;
-use crate::model::{Checkpoint, ModelConfig, ParamKind, ParamTable, check_same_routing};
+use crate::model::{Checkpoint, ModelConfig, ParamTable, check_same_routing};
 use crate::report::{OtherRouting, RoutingFrom};
 
 /// Applies `--routers` or `--route-as` to the session, and says which routing is used; `None`: the model's own.
@@ -29,20 +29,12 @@ pub(super) fn use_other_routing(session: &mut Session, args: &EvalArgs) -> Resul
     let other = OtherRouting { from, path: dir, sha: weights_sha(&table) };
     match from {
         RoutingFrom::LockedRouting => session.route_as = Some(table),
-        RoutingFrom::Routers => {
-            for (ours, theirs) in session.table.params.iter_mut().zip(table.params) {
-                if matches!(ours.kind, ParamKind::Router(_)) {
-                    *ours = theirs;
-                }
-            }
-        }
+        RoutingFrom::Routers => session.table.take_routers(table),
     }
     Ok(Some(other))
 }
 
 /// The hash over a model's parameters that eval.json names.
 pub(super) fn weights_sha(table: &ParamTable) -> String {
-    let mut hasher = blake3::Hasher::new();
-    table.hash_into(&mut hasher);
-    format!("blake3:{}", hasher.finalize())
+    format!("blake3:{}", table.hashed().finalize())
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::golden_copy::golden_copy as case;
+use crate::program::files_of;
 use assert_cmd::Command;
 use moewarden::exit;
 use serde_json::{Value, json};
@@ -55,12 +56,6 @@ fn on_case(command: &str, name: &str, output: &Path, more: &str) -> Ran {
 }
 
 const SHORT: &str = "--no-shuffle --top-k-experts 4 --num-rounds 1";
-
-fn files_of(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
 
 // --- check -------------------------------------------------------------------------------------------------------
 

@@ -178,6 +178,13 @@ impl Outputs {
     }
 }
 
+/// The names in a folder, sorted.
+pub fn files_of(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
 /// All tensors of a model that is stored in one file.
 pub fn read_weights(model: &Path) -> BTreeMap<String, HostTensor> {
     let bytes = fs::read(model.join("model.safetensors")).unwrap();

@@ -7,9 +7,9 @@ use rayon::prelude::*;
 
 use super::attention_blocks::{Block, Task};
 use super::parallel::{Scratch, SharedSlice};
-use super::product::{self, Part, Products, Side, Tile};
+use super::product::{self, Part, Products, Side};
 use super::rope::Sequences;
-use super::simd::{axpy, dot, exp, simd};
+use super::simd::{dot, exp, fold, simd};
 use super::tensor::Tensor;
 use crate::backend::Heads;
 
@@ -43,14 +43,8 @@ impl Scores {
 
     /// The products of rows `a` with the keys as lines of `b`: `[rows, stride]`.
     fn products(&self, products: &Products, a: Part<'_>, first: usize, b: &product::Block, out: &mut [f32]) {
-        let window = b.lines(self.keys.clone());
-        products.stream_window(b, window, &[a], first..first + self.rows(), |tile| {
-            simd!({
-                for (i, row) in tile.a.clone().enumerate() {
-                    tile.copy_row(i, &mut out[row * self.stride + tile.b.start..][..tile.b.len()]);
-                }
-            });
-        });
+        let rows = first..first + self.rows();
+        products.stream_portion(b, b.lines(self.keys.clone()), &[a], rows, |tile| tile.copy_to(out, self.stride));
     }
 
     /// Turns scores into e^(scale · (score − the row's highest)), and writes the inverse of each row's sum to `inverse`.
@@ -84,33 +78,11 @@ impl Scores {
     }
 }
 
-/// Combines all values, in halves.
-#[inline(always)]
-fn fold(mut values: [f32; STEP], combine: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut half = STEP / 2;
-    while half > 0 {
-        for i in 0..half {
-            values[i] = combine(values[i], values[half + i]);
-        }
-        half /= 2;
-    }
-    values[0]
-}
-
 /// One head of `rows`, as an operand's part without orientation.
 fn head<'x>(x: &'x Tensor, rows: &Range<usize>, head: usize, dim: usize) -> Part<'x> {
     // Empty if no row follows.
     let values = x.values().get(rows.start * x.cols() + head * dim..).unwrap_or_default();
     Part::activations(values, x.cols())
-}
-
-/// to += tile, in a row-major matrix of `width` columns.
-fn add(tile: &Tile<'_>, to: &mut [f32], width: usize) {
-    simd!({
-        for (i, row) in tile.a.clone().enumerate() {
-            axpy(&mut to[row * width + tile.b.start..][..tile.b.len()], 1.0, tile.row(i));
-        }
-    });
 }
 
 pub(super) fn forward(products: &Products, [q, k, v]: [&Tensor; 3], y: &mut Tensor, seqs: &Sequences, heads: &Heads) {
@@ -134,7 +106,7 @@ pub(super) fn forward(products: &Products, [q, k, v]: [&Tensor; 3], y: &mut Tens
                 scores.softmax(scale, &mut p, &mut inverse);
                 let first = (task.queries.start + scores.block.rows.start) * width + h * dim;
                 let p = Part::activations(&p, stride).by_rows(scores.keys.len());
-                products.stream_window(&v, v.depth(scores.keys.clone()), &[p], 0..n, |tile| {
+                products.stream_portion(&v, v.depth(scores.keys.clone()), &[p], 0..n, |tile| {
                     simd!({
                         for (i, row) in tile.a.clone().enumerate() {
                             // SAFETY: no other task writes this query head's columns of this sequence's rows.
@@ -200,19 +172,19 @@ pub(super) fn backward(
                 let dy_depth = products.block(Side::B, &[dy_part.skip_rows(first).by_columns(n)], 0..dim);
                 let q_depth = products.block(Side::B, &[q.skip_rows(first).by_columns(n)], 0..dim);
                 let at = keys.start * dim;
-                products.stream(&dy_depth, &[p.by_columns(n)], 0..keys.len(), |tile| add(tile, &mut dv[at..], dim));
-                products.stream(&q_depth, &[ds.by_columns(n)], 0..keys.len(), |tile| add(tile, &mut dk[at..], dim));
+                products.stream(&dy_depth, &[p.by_columns(n)], 0..keys.len(), |tile| tile.add_to(&mut dv[at..], dim));
+                products.stream(&q_depth, &[ds.by_columns(n)], 0..keys.len(), |tile| tile.add_to(&mut dk[at..], dim));
                 let at = (task.queries.start + rows.start) * width + h * dim;
-                let window = k_depth.depth(keys.clone());
-                products.stream_window(&k_depth, window, &[ds.by_rows(keys.len())], 0..n, |tile| {
-                    simd!({
-                        for (i, row) in tile.a.clone().enumerate() {
-                            // SAFETY: no other task writes this query head's columns of this sequence's rows.
-                            let to = unsafe { out_q.slice(at + row * width + tile.b.start, tile.b.len()) };
-                            tile.copy_row(i, to);
-                        }
-                    });
-                });
+                products.stream_portion(
+                    &k_depth,
+                    k_depth.depth(keys.clone()),
+                    &[ds.by_rows(keys.len())],
+                    0..n,
+                    |tile| {
+                        // SAFETY: no other task writes this query head's columns of this sequence's rows.
+                        unsafe { tile.copy_to_shared(&out_q, at, width) };
+                    },
+                );
             }
         }
         for (i, row) in task.keys.clone().enumerate() {

@@ -67,20 +67,6 @@ fn part(w: &Weight) -> Part<'_> {
     Part::weight(w.dtype(), w.bytes(), w.cols())
 }
 
-/// Copies a tile to the rows and columns of a row-major matrix of `width` columns, whose element of the tile's first lines is
-/// at `at`.
-///
-/// # Safety
-/// Nothing else accesses these elements.
-unsafe fn store(tile: &Tile<'_>, to: &SharedSlice<'_, f32>, at: usize, width: usize) {
-    simd!({
-        for (i, row) in tile.a.clone().enumerate() {
-            // SAFETY: by the caller's guarantee.
-            tile.copy_row(i, unsafe { to.slice(at + row * width + tile.b.start, tile.b.len()) });
-        }
-    });
-}
-
 /// The part of `columns` that lies in `of`, counted from its start.
 fn intersect(columns: &Range<usize>, of: Range<usize>) -> Range<usize> {
     let (start, end) = (columns.start.max(of.start), columns.end.min(of.end));
@@ -100,7 +86,7 @@ pub(super) fn forward(products: &Products, x: &Tensor, groups: &[RowGroup<'_>], 
                 let block = products.block(Side::B, &[part(weight).by_rows(k)], outputs.clone());
                 products.multiply(&x, &block, |tile| {
                     // SAFETY: tasks have different rows or columns.
-                    unsafe { store(tile, &out, rows.start * width + first + outputs.start, width) };
+                    unsafe { tile.copy_to_shared(&out, rows.start * width + first + outputs.start, width) };
                 });
             }
             first += weight.rows();
@@ -126,7 +112,7 @@ pub(super) fn backward_input(products: &Products, dy: &Tensor, groups: &[RowGrou
             let block = products.block(Side::B, &w_parts, columns.clone());
             products.multiply(&dy, &block, |tile| {
                 // SAFETY: tasks have different rows or columns.
-                unsafe { store(tile, &out, rows.start * k + columns.start, k) };
+                unsafe { tile.copy_to_shared(&out, rows.start * k + columns.start, k) };
             });
         }
     });
@@ -184,16 +170,9 @@ pub(super) fn backward_weight(
                 let mut total = 0.0;
                 products.stream(&block, &[dy], lines, |tile| match job.sink {
                     Sink::Add(at) => {
-                        for (i, row) in tile.a.clone().enumerate() {
-                            let at = at + (outputs.start + row) * k + task.columns.start + tile.b.start;
-                            // SAFETY: tasks have different outputs or columns, and jobs do not overlap.
-                            let to = unsafe { dw.slice(at, tile.b.len()) };
-                            simd!({
-                                for (to, x) in to.iter_mut().zip(tile.row(i)) {
-                                    *to += x;
-                                }
-                            });
-                        }
+                        let at = at + outputs.start * k + task.columns.start;
+                        // SAFETY: tasks have different outputs or columns, and jobs do not overlap.
+                        unsafe { tile.add_to_shared(&dw, at, k) };
                     }
                     Sink::Score(reduction, _, weight) => {
                         total += reduce(tile, reduction, weight, outputs.start * k + task.columns.start);

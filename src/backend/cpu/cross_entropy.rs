@@ -3,8 +3,7 @@
 //! It has the form of attention with the head's rows as both keys and values, and is computed like FlashAttention (Dao
 //! et al., arXiv 2205.14135): a block of rows iterates over tiles of the vocabulary with a running maximum and sum
 //! (online softmax). The gradient needs Σ_v p_v·w_v, which is accumulated in the same pass and rescaled when the
-//! maximum grows. So each tile of the head is read (and converted to f32) once and stays in the L2 cache for both of
-//! its products; only the logits of one block against one tile are stored. The gradient of the head itself needs the
+//! maximum grows. So each tile of the head stays in the L2 cache for both of its products (in f32, converted once); only the logits of one block against one tile are stored. The gradient of the head itself needs the
 //! logits again, in a second pass.
 
 use std::ops::Range;
@@ -12,7 +11,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::gemm::{Matrix, MatrixMut, matmul, product};
+use super::gemm::{Matrix, MatrixMut, matmul};
 use super::parallel::{Scratch, SharedSlice};
 use super::product::{self, Part, Products, Side, round};
 use super::simd::{axpy, dot, exp, simd};
@@ -94,71 +93,82 @@ fn tile_rows(d: usize) -> usize {
 /// Rows of x, ready for products with tiles of the head.
 struct Block<'a> {
     head: &'a Head<'a>,
-    /// `[rows, D]`
-    x: &'a [f32],
     rows: usize,
-    /// x as an operand of bf16 products.
-    packed: Option<(&'a Products, product::Block)>,
+    x: Operand<'a>,
 }
 
-/// A tile of the head: some of its rows.
-struct HeadTile<'a> {
-    rows: Range<usize>,
-    /// Their values for f32 products. Those of bf16 values take the rows as they are stored.
-    values: Option<weight::Rows<'a>>,
+/// `[rows, D]`
+enum Operand<'a> {
+    F32(&'a [f32]),
+    /// Packed once for all tiles.
+    Bf16(&'a Products, product::Block),
+}
+
+/// A tile of the head, and the block it is multiplied with.
+enum HeadTile<'b> {
+    F32 {
+        x: Matrix<'b>,
+        w: weight::Rows<'b>,
+    },
+    /// The rows of the head from the tile's first one on, as they are stored.
+    Bf16 {
+        products: &'b Products,
+        x: &'b product::Block,
+        w: Part<'b>,
+    },
 }
 
 impl<'a> Block<'a> {
     fn new(head: &'a Head<'a>, rows: Range<usize>) -> Self {
-        let d = head.x.cols();
-        let x = &head.x.values()[rows.start * d..rows.end * d];
-        let part = Part::activations(x, d).by_rows(d);
-        let packed = head.products.map(|products| (products, products.block(Side::B, &[part], 0..rows.len())));
-        Self { head, x, rows: rows.len(), packed }
+        let x = match head.products {
+            None => Operand::F32(head.rows(&rows)),
+            Some(products) => {
+                let x = Part::activations(head.rows(&rows), head.x.cols()).by_rows(head.x.cols());
+                Operand::Bf16(products, products.block(Side::B, &[x], 0..rows.len()))
+            }
+        };
+        Self { head, rows: rows.len(), x }
     }
 
-    fn tile(&self, rows: Range<usize>) -> HeadTile<'a> {
-        let values = self.packed.is_none().then(|| self.head.w.read(rows.clone()));
-        HeadTile { rows, values }
+    /// The tile of these rows of the head.
+    fn tile(&self, rows: Range<usize>) -> HeadTile<'_> {
+        let (w, d) = (self.head.w, self.head.w.cols());
+        match &self.x {
+            Operand::F32(x) => HeadTile::F32 { x: Matrix::new(x, self.rows, d, d), w: w.read(rows) },
+            Operand::Bf16(products, x) => {
+                let w = Part::weight(w.dtype(), w.bytes(), d).skip_rows(rows.start);
+                HeadTile::Bf16 { products, x, w }
+            }
+        }
     }
 
     /// Computes the logits of the rows against a tile of the head, transposed: `[tile, rows]`.
-    fn logits(&self, w: &HeadTile<'_>, out: &mut [f32]) {
-        let (n, rows, d) = (w.rows.len(), self.rows, self.head.x.cols());
-        if let Some((products, x)) = &self.packed {
-            products.stream(x, &[self.head.stored(0).by_rows(d)], w.rows.clone(), |tile| {
-                simd!({
-                    for (i, row) in tile.a.clone().enumerate() {
-                        tile.copy_row(i, &mut out[row * rows + tile.b.start..][..tile.b.len()]);
-                    }
-                });
-            });
-        } else if let Some(w) = &w.values {
-            let (x, w) = (Matrix::new(self.x, rows, d, d), Matrix::new(w, n, d, d));
-            matmul(MatrixMut::new(out, n, rows, rows).t(), x, w.t(), 1.0, false);
+    fn logits(&self, tile: &HeadTile<'_>, out: &mut [f32]) {
+        let (n, rows, d) = (out.len() / self.rows, self.rows, self.head.x.cols());
+        match tile {
+            HeadTile::F32 { x, w } => {
+                matmul(MatrixMut::new(out, n, rows, rows).t(), *x, Matrix::new(w, n, d, d).t(), 1.0, false);
+            }
+            HeadTile::Bf16 { products, x, w } => {
+                products.stream(x, &[w.by_rows(d)], 0..n, |tile| tile.copy_to(out, rows));
+            }
         }
     }
 
     /// to = pᵀ · w, or to += pᵀ · w, for p `[tile, rows]` and a tile w of the head: `[rows, D]`.
-    fn weighted_sum(&self, p: &[f32], w: &HeadTile<'_>, to: &mut [f32], accumulate: bool) {
-        let (n, rows, d) = (w.rows.len(), self.rows, self.head.x.cols());
-        if let Some((products, _)) = &self.packed {
-            let p = products.block(Side::A, &[Part::activations(p, rows).by_columns(n)], 0..rows);
-            products.stream(&p, &[self.head.stored(w.rows.start).by_columns(n)], 0..d, |tile| {
-                simd!({
-                    for (i, row) in tile.a.clone().enumerate() {
-                        let to = &mut to[row * d + tile.b.start..][..tile.b.len()];
-                        if accumulate {
-                            axpy(to, 1.0, tile.row(i));
-                        } else {
-                            tile.copy_row(i, to);
-                        }
-                    }
+    fn weighted_sum(&self, p: &[f32], tile: &HeadTile<'_>, to: &mut [f32], accumulate: bool) {
+        let (n, rows, d) = (p.len() / self.rows, self.rows, self.head.x.cols());
+        match tile {
+            HeadTile::F32 { w, .. } => {
+                let (p, w) = (Matrix::new(p, n, rows, rows), Matrix::new(w, n, d, d));
+                matmul(MatrixMut::new(to, rows, d, d), p.t(), w, 1.0, accumulate);
+            }
+            HeadTile::Bf16 { products, w, .. } => {
+                let p = products.block(Side::A, &[Part::activations(p, rows).by_columns(n)], 0..rows);
+                products.stream(&p, &[w.by_columns(n)], 0..d, |tile| {
+                    if accumulate { tile.add_to(to, d) } else { tile.copy_to(to, d) }
                 });
-            });
-        } else if let Some(w) = &w.values {
-            let (p, w) = (Matrix::new(p, n, rows, rows), Matrix::new(w, n, d, d));
-            matmul(MatrixMut::new(to, rows, d, d), p.t(), w, 1.0, accumulate);
+            }
         }
     }
 }
@@ -248,10 +258,9 @@ struct Head<'a> {
 }
 
 impl Head<'_> {
-    /// The rows of w from `first` on, as they are stored.
-    fn stored(&self, first: usize) -> Part<'_> {
-        let row = self.w.cols() * self.w.dtype().size();
-        Part::weight(self.w.dtype(), &self.w.bytes()[first * row..], self.w.cols())
+    /// Rows of x.
+    fn rows(&self, rows: &Range<usize>) -> &[f32] {
+        &self.x.values()[rows.start * self.x.cols()..rows.end * self.x.cols()]
     }
 
     /// Calls `f` with the head. In bf16 x is rounded first, because the target's logit is computed apart from the others.
@@ -402,11 +411,13 @@ pub(super) fn backward(
 
 /// dw += scale · (p − one_hot(target))ᵀ · x over the rows in `strip`, one task per tile of the vocabulary.
 fn weight_gradient(head: &Head<'_>, strip: Range<usize>, rows_of_strip: &[StripRow], scale: f32, dw: &mut [f32]) {
-    let Head { x, targets, products, .. } = *head;
-    let (d, rows) = (x.cols(), strip.len());
+    let Head { targets, products, .. } = *head;
+    let (d, rows) = (head.x.cols(), strip.len());
     let step = tile_rows(d);
     let block = Block::new(head, strip.clone());
-    let x = &x.values()[strip.start * d..strip.end * d];
+    let x = head.rows(&strip);
+    // x as the other operand of dw, packed once for all tiles.
+    let by_columns = products.map(|p| (p, p.block(Side::B, &[Part::activations(x, d).by_columns(rows)], 0..d)));
     let log_sums: Vec<f32> = rows_of_strip.iter().map(|row| row.log_sum as f32).collect();
     dw.par_chunks_mut(step * d).enumerate().with_max_len(1).for_each(|(i, dw)| {
         let (first, tile) = (i * step, dw.len() / d);
@@ -424,13 +435,15 @@ fn weight_gradient(head: &Head<'_>, strip: Range<usize>, rows_of_strip: &[StripR
                 grad[t * rows + row] -= scale;
             }
         }
-        product(
-            products,
-            MatrixMut::new(dw, tile, d, d),
-            Matrix::new(&grad, tile, rows, rows),
-            Matrix::new(x, rows, d, d),
-            1.0,
-            true,
-        );
+        match &by_columns {
+            None => {
+                let (grad, x) = (Matrix::new(&grad, tile, rows, rows), Matrix::new(x, rows, d, d));
+                matmul(MatrixMut::new(dw, tile, d, d), grad, x, 1.0, true);
+            }
+            Some((products, x)) => {
+                let grad = products.block(Side::A, &[Part::activations(&grad, rows).by_rows(rows)], 0..tile);
+                products.multiply(x, &grad, |tile| tile.add_to(dw, d));
+            }
+        }
     });
 }

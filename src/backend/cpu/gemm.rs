@@ -1,5 +1,5 @@
-//! Dense matrix products on one thread, in f32 (the only place that calls the `gemm` crate) or in bf16 (`product/`), and
-//! the tiling of the former for several threads.
+//! Dense matrix products in f32 on one thread (the only place that calls the `gemm` crate), and their tiling for several
+//! threads. `product/` has those of bf16 values.
 //!
 //! A product is tiled by its shape alone ([`TileSize::choose`]); each tile is one task and one `gemm` call on one
 //! thread. The tiles of all experts form one list of tasks, which balances uneven experts as well as a single large
@@ -10,8 +10,6 @@ use std::marker::PhantomData;
 use ::gemm::Parallelism;
 
 use super::parallel::{Scratch, SharedSlice};
-use super::product::{Part, Products, Side};
-use super::simd::simd;
 
 /// A view of a matrix in a slice, with strides.
 #[derive(Clone, Copy)]
@@ -28,15 +26,6 @@ impl<'a> Matrix<'a> {
     pub(super) fn new(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
         check(values.len(), rows, cols, stride, 1);
         Self { values, rows, cols, row_stride: stride, col_stride: 1 }
-    }
-
-    /// The rows as lines of an operand, the columns as its depth.
-    fn lines(self) -> Part<'a> {
-        match (self.row_stride, self.col_stride) {
-            (stride, 1) => Part::activations(self.values, stride).by_rows(self.cols),
-            (1, stride) => Part::activations(self.values, stride).by_columns(self.cols),
-            strides => unreachable!("a matrix with strides {strides:?}: row-major or its transpose by construction"),
-        }
     }
 
     /// The transpose.
@@ -91,54 +80,12 @@ fn check(len: usize, rows: usize, cols: usize, row_stride: usize, col_stride: us
     assert!(inside, "a [{rows}, {cols}] matrix with strides ({row_stride}, {col_stride}) exceeds {len} elements");
 }
 
-/// dst = scale · a · b, or, if `accumulate`, dst += scale · a · b, on this thread: in f32, or, given [`Products`], in bf16.
-pub(super) fn product(
-    products: Option<&Products>,
-    dst: MatrixMut<'_>,
-    a: Matrix<'_>,
-    b: Matrix<'_>,
-    scale: f32,
-    accumulate: bool,
-) {
-    match products {
-        None => matmul(dst, a, b, scale, accumulate),
-        Some(products) => matmul_bf16(products, dst, a, b, scale, accumulate),
-    }
-}
-
-/// As [`product`], in bf16.
-fn matmul_bf16(products: &Products, dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f32, accumulate: bool) {
-    if dst.col_stride != 1 {
-        return matmul_bf16(products, dst.t(), b.t(), a.t(), scale, accumulate);
-    }
-    check_shapes(&dst, &a, &b);
-    let (a_part, b_part) = (a.lines(), b.t().lines());
-    // The side with fewer lines becomes the block.
-    let side = if a.rows <= b.cols { Side::A } else { Side::B };
-    let (fixed, streamed) = if side == Side::A { (a_part, b_part) } else { (b_part, a_part) };
-    let (fixed_lines, streamed_lines) = if side == Side::A { (a.rows, b.cols) } else { (b.cols, a.rows) };
-    let block = products.block(side, &[fixed], 0..fixed_lines);
-    products.stream(&block, &[streamed], 0..streamed_lines, |tile| {
-        for (i, row) in tile.a.clone().enumerate() {
-            // SAFETY: the tile is inside dst, which is inside its slice and has exclusive access.
-            let to = unsafe {
-                std::slice::from_raw_parts_mut(dst.start.add(row * dst.row_stride + tile.b.start), tile.b.len())
-            };
-            simd!({
-                for (to, x) in to.iter_mut().zip(tile.row(i)) {
-                    *to = if accumulate { *to + scale * x } else { scale * x };
-                }
-            });
-        }
-    });
-}
-
 fn check_shapes(dst: &MatrixMut<'_>, a: &Matrix<'_>, b: &Matrix<'_>) {
     let fits = a.cols == b.rows && dst.rows == a.rows && dst.cols == b.cols;
     assert!(fits, "[{}, {}] = [{}, {}] · [{}, {}]", dst.rows, dst.cols, a.rows, a.cols, b.rows, b.cols);
 }
 
-/// As [`product`], in f32.
+/// dst = scale · a · b, or, if `accumulate`, dst += scale · a · b, on this thread.
 pub(super) fn matmul(dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f32, accumulate: bool) {
     check_shapes(&dst, &a, &b);
     // SAFETY: all three matrices are inside their slices (by `check`; transposing keeps the set of elements), and dst

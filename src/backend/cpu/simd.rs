@@ -178,16 +178,21 @@ pub(super) fn max(x: &[f32]) -> f32 {
             *lane = if x > *lane { x } else { *lane };
         }
     }
-    // In halves: one comparison after the other would wait 128 times for the previous one.
-    let mut half = LANES / 2;
+    fold(lanes, |a, b| if b > a { b } else { a })
+}
+
+/// Combines all values, whose number is a power of two, in halves: one after the other, each would wait for the previous one.
+#[inline(always)]
+pub(super) fn fold<const N: usize>(mut values: [f32; N], combine: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = N / 2;
     while half > 0 {
-        let (low, high) = lanes.split_at_mut(half);
+        let (low, high) = values.split_at_mut(half);
         for (a, &b) in low.iter_mut().zip(&high[..half]) {
-            *a = if b > *a { b } else { *a };
+            *a = combine(*a, b);
         }
         half /= 2;
     }
-    lanes[0]
+    values[0]
 }
 
 /// Writes softmax(`logits`) into `out`. Returns the log-sum-exp.

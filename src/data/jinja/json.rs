@@ -5,7 +5,7 @@ use minijinja::{Error, Value};
 
 use super::arguments::{all, arguments, text};
 use super::limits::{check_size, check_width, refuse};
-use super::printing::{number, python_float};
+use super::printing::number;
 
 const MAX_DEPTH: usize = 64;
 
@@ -136,7 +136,6 @@ fn word(value: &Value) -> String {
         _ => match f64::try_from(value.clone()) {
             Ok(float) if float.is_nan() => "NaN".into(),
             Ok(float) if float.is_infinite() => if float > 0.0 { "Infinity" } else { "-Infinity" }.into(),
-            Ok(float) if !value.is_integer() => python_float(float),
             _ => number(value),
         },
     }

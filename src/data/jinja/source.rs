@@ -90,47 +90,51 @@ fn count_tokens(tag: &str) -> usize {
 /// there is a generation block.
 pub(in crate::data) fn to_minijinja(source: &str) -> (String, bool) {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
-    let (mut out, mut rest) = (String::with_capacity(source.len()), source.as_str());
-    let (mut marks, mut raw) = (false, false);
-    while let Some(start) = rest.find('{') {
-        let (before, tag) = rest.split_at(start);
+    let (mut out, mut marks) = (String::with_capacity(source.len()), false);
+    for Piece { before, tag, raw } in pieces(&source) {
         out.push_str(before);
-        let end = end_of_tag(tag, raw);
-        let tag = &tag[..end];
-        rest = &rest[start + end..];
-        let word = word_of(tag);
-        match word {
-            "raw" => raw = true,
-            "endraw" => raw = false,
-            "generation" if !raw => marks = true,
-            _ => {}
-        }
-        match word {
-            "generation" if !raw => out.push_str(&tag.replace("generation", "filter __generation")),
+        match word_of(tag) {
+            "generation" if !raw => {
+                marks = true;
+                out.push_str(&tag.replace("generation", "filter __generation"));
+            }
             "endgeneration" if !raw => out.push_str(&tag.replace("endgeneration", "endfilter")),
             _ if raw || tag.starts_with("{#") => out.push_str(tag),
             _ => push_rewritten(tag, &mut out),
         }
     }
-    out.push_str(rest);
     (out, marks)
 }
 
 /// The tags `{{ }}` and `{% %}` of a template: without comments and what raw blocks hold.
 pub(super) fn tags(source: &str) -> impl Iterator<Item = &str> {
-    let (mut rest, mut raw) = (source, false);
+    let is_tag = |tag: &str| tag.len() > 1 && !tag.starts_with("{#") && !["raw", "endraw"].contains(&word_of(tag));
+    pieces(source).filter(move |piece| !piece.raw && is_tag(piece.tag)).map(|piece| piece.tag)
+}
+
+/// A part of a template: text, and the tag, comment or single brace that follows it (nothing at the end).
+struct Piece<'a> {
+    before: &'a str,
+    tag: &'a str,
+    /// Whether the tag is in a raw block, where it is text.
+    raw: bool,
+}
+
+/// The whole template, in pieces.
+fn pieces(source: &str) -> impl Iterator<Item = Piece<'_>> {
+    let (mut rest, mut in_raw) = (source, false);
     std::iter::from_fn(move || {
-        loop {
-            let start = rest.find('{')?;
-            let (tag, after) = rest[start..].split_at(end_of_tag(&rest[start..], raw));
-            rest = after;
-            match word_of(tag) {
-                "raw" => raw = true,
-                "endraw" => raw = false,
-                _ if raw || tag.len() == 1 || tag.starts_with("{#") => {}
-                _ => return Some(tag),
-            }
+        let (before, tag) = rest.split_at(rest.find('{').unwrap_or(rest.len()));
+        let length = if tag.is_empty() { 0 } else { end_of_tag(tag, in_raw) };
+        let (tag, after) = tag.split_at(length);
+        let done = rest.is_empty();
+        rest = after;
+        match word_of(tag) {
+            "raw" => in_raw = true,
+            "endraw" => in_raw = false,
+            _ => {}
         }
+        (!done).then_some(Piece { before, tag, raw: in_raw })
     })
 }
 

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use super::disk::{content_hash, free_space};
 use super::error::{Error, Request};
 use crate::launch::env::HubAccess;
-use crate::model::{HubCache, HubId};
+use crate::model::{HubCache, HubId, is_hash};
 
 /// Attempts to continue a file whose connection broke, before the command ends.
 const RETRIES: usize = 4;
@@ -112,9 +112,8 @@ impl Remote {
         let listing: Listing = answer
             .and_then(|mut answer| answer.body_mut().read_json())
             .map_err(|error| self.request(what.clone()).refused(error))?;
-        let hex = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit());
         // Both become parts of paths.
-        if !hex(&listing.commit) || listing.files.iter().any(|file| !hex(file.hash().0)) {
+        if !is_hash(&listing.commit) || listing.files.iter().any(|file| !is_hash(file.hash().0)) {
             let cause = "a commit or a hash in it is not hexadecimal".into();
             return Err(Error::NotAHub { what, endpoint: self.access.endpoint.clone(), cause });
         }

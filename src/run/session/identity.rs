@@ -19,8 +19,7 @@ impl Session {
         if let Some(hash) = self.fingerprint.get() {
             return Ok(*hash);
         }
-        let mut hasher = blake3::Hasher::new();
-        self.hash_parameters(&mut hasher);
+        let mut hasher = self.table.hashed().clone();
         hasher.update(self.fingerprint_of_files(config)?.as_bytes());
         Ok(*self.fingerprint.get_or_init(|| hasher.finalize()))
     }
@@ -35,16 +34,8 @@ impl Session {
         }
         let mut hasher = blake3::Hasher::new();
         hasher.update(hash_file(&self.dir.join("config.json"))?.as_bytes());
-        self.hash_parameters(&mut hasher);
+        self.table.hash_into(&mut hasher);
         Ok(*self.weights_hash.get_or_init(|| hasher.finalize()))
-    }
-
-    fn hash_parameters(&self, hasher: &mut blake3::Hasher) {
-        if let Some(init) = &self.table.random {
-            hasher.update(&init.seed.to_le_bytes()); // with config.json it decides all values
-        } else {
-            self.table.hash_into(hasher);
-        }
     }
 
     fn fingerprint_of_files(&self, config: &RunConfig) -> Result<blake3::Hash> {

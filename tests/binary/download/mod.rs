@@ -4,14 +4,14 @@ pub mod hub;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use moewarden::model::tiny::{TinySpec, write_random_checkpoint};
 use tempfile::TempDir;
 
 use crate::golden_copy::golden_copy;
-use crate::program::{Ran, moewarden, start};
+use crate::program::{Ran, files_of, moewarden, start};
 use hub::{Hub, ID};
 
 /// The files of a golden model, beside others that a repository has.
@@ -84,12 +84,6 @@ fn run(command: Command) -> Ran {
     start(command).end()
 }
 
-fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
 #[test]
 fn a_missing_model_is_downloaded_once_and_used() {
     let scene = Scene::new();
@@ -104,7 +98,7 @@ fn a_missing_model_is_downloaded_once_and_used() {
     let commit = scene.hub.state().commit.clone();
     let snapshot = scene.model().join("snapshots").join(&commit);
     assert_eq!(
-        names(&snapshot),
+        files_of(&snapshot),
         [
             "chat_template.jinja",
             "config.json",
@@ -115,13 +109,13 @@ fn a_missing_model_is_downloaded_once_and_used() {
         ],
         "what moewarden reads, and nothing else"
     );
-    for name in names(&snapshot) {
+    for name in files_of(&snapshot) {
         assert_eq!(fs::read(snapshot.join(&name)).unwrap(), scene.hub.state().files[&name]);
         let target = fs::read_link(snapshot.join(&name)).unwrap();
         assert!(target.starts_with("../../blobs"), "{}", target.display());
     }
     assert_eq!(fs::read_to_string(scene.model().join("refs/main")).unwrap(), commit);
-    assert_eq!(names(&scene.model().join("refs")), ["main"]);
+    assert_eq!(files_of(&scene.model().join("refs")), ["main"]);
 
     scene.hub.requests();
     scene.download();
@@ -234,11 +228,11 @@ fn a_revision_and_the_shards_of_an_index_are_fetched() {
     let scene = Scene::new();
     let folder = scene.temp.path().join("model");
     write_random_checkpoint(&folder, &TinySpec { vocab_size: 320, shards: 3, ..TinySpec::new("olmoe") }).unwrap();
-    let mut shards: Vec<String> = names(&folder).into_iter().filter(|name| name.contains("-of-")).collect();
+    let mut shards: Vec<String> = files_of(&folder).into_iter().filter(|name| name.contains("-of-")).collect();
     {
         let mut state = scene.hub.state();
         state.files.remove("model.safetensors");
-        for name in names(&folder) {
+        for name in files_of(&folder) {
             state.files.insert(name.clone(), fs::read(folder.join(name)).unwrap());
         }
         state.revision = "v2".into();
@@ -255,7 +249,7 @@ fn a_revision_and_the_shards_of_an_index_are_fetched() {
     shards.push("model.safetensors.index.json".into());
     assert!(shards.len() > 2 && shards.iter().all(|shard| snapshot.join(shard).is_file()), "{shards:?}");
     assert!(!snapshot.join("consolidated.safetensors").exists());
-    assert_eq!(names(&scene.model().join("refs")), ["v2"]);
+    assert_eq!(files_of(&scene.model().join("refs")), ["v2"]);
     check(&[]).ok();
 
     // A missing shard is fetched, and the others are not fetched again.

@@ -28,7 +28,8 @@ pub use self::instructions::{Caches, Instructions, Processor};
 pub(super) use self::operand::{Part, Side};
 pub(super) use self::pack::round;
 use self::shape::{BLOCK, Shape};
-use super::parallel::Scratch;
+use super::parallel::{Scratch, SharedSlice};
+use super::simd::{axpy, simd};
 
 /// How products of bf16 values are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,26 +48,26 @@ pub(super) struct Block {
 }
 
 /// A part of a block.
-pub(super) struct Window {
+pub(super) struct Portion {
     lines: Range<usize>,
     units: Range<usize>,
 }
 
 impl Block {
-    fn whole(&self) -> Window {
-        Window { lines: 0..self.lines, units: 0..self.units }
+    fn whole(&self) -> Portion {
+        Portion { lines: 0..self.lines, units: 0..self.units }
     }
 
     /// Some of the lines, from the start of a panel on.
-    pub(super) fn lines(&self, lines: Range<usize>) -> Window {
-        Window { lines, ..self.whole() }
+    pub(super) fn lines(&self, lines: Range<usize>) -> Portion {
+        Portion { lines, ..self.whole() }
     }
 
     /// A part of the depth of a block that was packed from one part. Its start is a multiple of two [`BLOCK`]s.
-    pub(super) fn depth(&self, depth: Range<usize>) -> Window {
+    pub(super) fn depth(&self, depth: Range<usize>) -> Portion {
         let per_unit = if self.shape.pairs { 2 } else { 1 };
         let units = depth.start / per_unit..depth.start / per_unit + self.shape.units(depth.len());
-        Window { units, ..self.whole() }
+        Portion { units, ..self.whole() }
     }
 }
 
@@ -87,9 +88,53 @@ impl Tile<'_> {
         &self.values[i * self.stride..][..self.b.len()]
     }
 
+    /// Copies the tile into a row-major matrix of `width` columns, whose first element is that of the first lines.
+    pub(super) fn copy_to(&self, to: &mut [f32], width: usize) {
+        simd!({
+            for (i, row) in self.a.clone().enumerate() {
+                self.copy_row(i, &mut to[row * width + self.b.start..][..self.b.len()]);
+            }
+        });
+    }
+
+    /// As [`Self::copy_to`], into a matrix that other tasks write too, whose first element is at `at`.
+    ///
+    /// # Safety
+    /// Nothing else accesses the elements of the tile.
+    pub(super) unsafe fn copy_to_shared(&self, to: &SharedSlice<'_, f32>, at: usize, width: usize) {
+        simd!({
+            for (i, row) in self.a.clone().enumerate() {
+                // SAFETY: by the caller's guarantee.
+                self.copy_row(i, unsafe { to.slice(at + row * width + self.b.start, self.b.len()) });
+            }
+        });
+    }
+
+    /// Adds the tile to a matrix: see [`Self::copy_to`].
+    pub(super) fn add_to(&self, to: &mut [f32], width: usize) {
+        simd!({
+            for (i, row) in self.a.clone().enumerate() {
+                axpy(&mut to[row * width + self.b.start..][..self.b.len()], 1.0, self.row(i));
+            }
+        });
+    }
+
+    /// As [`Self::add_to`], to a matrix that other tasks write too, whose first element is at `at`.
+    ///
+    /// # Safety
+    /// Nothing else accesses the elements of the tile.
+    pub(super) unsafe fn add_to_shared(&self, to: &SharedSlice<'_, f32>, at: usize, width: usize) {
+        simd!({
+            for (i, row) in self.a.clone().enumerate() {
+                // SAFETY: by the caller's guarantee.
+                axpy(unsafe { to.slice(at + row * width + self.b.start, self.b.len()) }, 1.0, self.row(i));
+            }
+        });
+    }
+
     /// Copies line `i` of the tile.
     #[inline(always)]
-    pub(super) fn copy_row(&self, i: usize, to: &mut [f32]) {
+    fn copy_row(&self, i: usize, to: &mut [f32]) {
         // Of a length that the compiler knows where the tile is whole: a call of memcpy takes longer than the copy.
         if self.b.len() == WHOLE
             && let ([whole], []) = to.as_chunks_mut::<WHOLE>()
@@ -192,20 +237,20 @@ impl Products {
     /// Multiplies `lines` of the other operand with a block, and gives each tile to `take`: for each panel of lines in
     /// order, the block's panels in order.
     pub(super) fn stream(&self, block: &Block, parts: &[Part<'_>], lines: Range<usize>, take: impl FnMut(&Tile<'_>)) {
-        self.stream_window(block, block.whole(), parts, lines, take);
+        self.stream_portion(block, block.whole(), parts, lines, take);
     }
 
-    /// As [`Self::stream`], with a part of the block. Its lines are counted from the first one in the window.
-    pub(super) fn stream_window(
+    /// As [`Self::stream`], with a part of the block. Its lines are counted from the first one in the portion.
+    pub(super) fn stream_portion(
         &self,
         block: &Block,
-        window: Window,
+        portion: Portion,
         parts: &[Part<'_>],
         lines: Range<usize>,
         mut take: impl FnMut(&Tile<'_>),
     ) {
         let (side, p) = (block.side.other(), block.side.other().lines(block.shape));
-        let units = window.units.len();
+        let units = portion.units.len();
         assert!(operand::units(block.shape, parts) == units, "operands of different depth");
         let chunk = (self.caches.l2 / 4 / (4 * p * units.max(1))).clamp(1, STREAMED);
         let mut panels = Scratch::take(0);
@@ -214,7 +259,7 @@ impl Products {
             panels.resize(now.len().div_ceil(p) * p * units);
             let streamed: &mut [u32] = bytemuck::cast_slice_mut(&mut panels);
             pack::pack(self.instructions, side, parts, lines.start + now.start..lines.start + now.end, streamed);
-            self.pass(streamed, now, block, &window, &mut take);
+            self.pass(streamed, now, block, &portion, &mut take);
         }
     }
 
@@ -231,15 +276,15 @@ impl Products {
         streamed: &[u32],
         lines: Range<usize>,
         block: &Block,
-        window: &Window,
+        portion: &Portion,
         take: &mut impl FnMut(&Tile<'_>),
     ) {
         let (shape, side) = (block.shape, block.side.other());
-        let (p, q, units) = (side.lines(shape), block.side.lines(shape), window.units.len());
-        assert!(window.lines.start.is_multiple_of(q) && window.lines.end <= block.lines, "{:?}", window.lines);
-        assert!(window.units.start.is_multiple_of(BLOCK) && window.units.end <= block.units, "{:?}", window.units);
+        let (p, q, units) = (side.lines(shape), block.side.lines(shape), portion.units.len());
+        assert!(portion.lines.start.is_multiple_of(q) && portion.lines.end <= block.lines, "{:?}", portion.lines);
+        assert!(portion.units.start.is_multiple_of(BLOCK) && portion.units.end <= block.units, "{:?}", portion.units);
         let panels: &[u32] = bytemuck::cast_slice(&block.panels);
-        let width = window.lines.len();
+        let width = portion.lines.len();
         // A piece of a streamed panel stays in the L2 cache while the block passes by.
         let piece = (self.caches.l2 / 8 / (4 * p) / BLOCK * BLOCK).max(BLOCK);
         let mut c = Scratch::take(width.div_ceil(q) * shape.block());
@@ -249,7 +294,7 @@ impl Products {
                 let to = units.min(unit + piece);
                 let part = &panel[unit * p..to * p];
                 for (j, c) in c.chunks_exact_mut(shape.block()).enumerate() {
-                    let fixed = &panels[(window.lines.start + j * q) * block.units + window.units.start * q..];
+                    let fixed = &panels[(portion.lines.start + j * q) * block.units + portion.units.start * q..];
                     let fixed = &fixed[unit * q..to * q];
                     let (a, b) = if side == Side::A { (part, fixed) } else { (fixed, part) };
                     kernel::multiply(self.instructions, a, b, c, unit > 0);

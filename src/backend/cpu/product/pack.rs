@@ -20,24 +20,10 @@ pub(super) fn pack(instructions: Instructions, side: Side, parts: &[Part<'_>], l
     let mut first = 0;
     for part in parts {
         let packer = Packer { side, p, panel, first, lines: lines.clone(), part, instructions };
-        #[cfg(target_arch = "x86_64")]
-        if instructions == Instructions::Amx {
-            match part.values {
-                Values::F32(values) => pack_amx::pack::<pack_amx::F32>(&packer, bytemuck::cast_slice(values), out),
-                Values::Stored(Dtype::F32, bytes) => pack_amx::pack::<pack_amx::F32>(&packer, bytes.as_chunks().0, out),
-                Values::Stored(Dtype::F16, bytes) => pack_amx::pack::<pack_amx::F16>(&packer, bytes.as_chunks().0, out),
-                Values::Stored(Dtype::Bf16, bytes) => {
-                    pack_amx::pack::<pack_amx::Bf16>(&packer, bytes.as_chunks().0, out);
-                }
-            }
-            first += shape.units(part.depth);
-            continue;
-        }
-        match part.values {
-            Values::F32(values) => packer.pack::<F32>(shape.pairs, values, out),
-            Values::Stored(Dtype::F32, bytes) => packer.pack::<StoredF32>(shape.pairs, bytes.as_chunks().0, out),
-            Values::Stored(Dtype::F16, bytes) => packer.pack::<F16>(shape.pairs, bytes.as_chunks().0, out),
-            Values::Stored(Dtype::Bf16, bytes) => packer.pack::<Bf16>(shape.pairs, bytes.as_chunks().0, out),
+        match instructions {
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Amx => pack_amx::pack(&packer, out),
+            _ => packer.pack(shape.pairs, out),
         }
         first += shape.units(part.depth);
     }
@@ -100,7 +86,16 @@ impl Stored for Bf16 {
 pub(super) type Row = [u32; BLOCK];
 
 impl Packer<'_> {
-    fn pack<S: Stored>(&self, pairs: bool, values: &[S::Raw], out: &mut [u32]) {
+    fn pack(&self, pairs: bool, out: &mut [u32]) {
+        match self.part.values {
+            Values::F32(values) => self.pack_values::<F32>(pairs, values, out),
+            Values::Stored(Dtype::F32, bytes) => self.pack_values::<StoredF32>(pairs, bytes.as_chunks().0, out),
+            Values::Stored(Dtype::F16, bytes) => self.pack_values::<F16>(pairs, bytes.as_chunks().0, out),
+            Values::Stored(Dtype::Bf16, bytes) => self.pack_values::<Bf16>(pairs, bytes.as_chunks().0, out),
+        }
+    }
+
+    fn pack_values<S: Stored>(&self, pairs: bool, values: &[S::Raw], out: &mut [u32]) {
         match (pairs, self.part.rows_are_lines) {
             (true, true) => simd!(self.rows::<S, true, true>(values, out)),
             (true, false) => simd!(self.rows::<S, true, false>(values, out)),

@@ -2,22 +2,23 @@
 //! processor with AMX has. Subnormal values become zero, as AMX itself takes them.
 
 use std::arch::x86_64::{
-    __m512bh, __m512i, _mm512_castsi512_si256, _mm512_cvtne2ps_pbh, _mm512_cvtph_ps, _mm512_extracti64x4_epi64,
+    __m512, __m512bh, __m512i, _mm512_castsi512_si256, _mm512_cvtne2ps_pbh, _mm512_cvtph_ps, _mm512_extracti64x4_epi64,
     _mm512_maskz_loadu_epi16, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi64, _mm512_set_epi64, _mm512_setzero_si512,
     _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpacklo_epi16,
 };
 
 use super::avx512::transposed;
 use super::instructions::Instructions;
-use super::operand::{Packer, Side};
+use super::operand::{Packer, Side, Values};
 use super::shape::{BLOCK, Shape};
+use crate::backend::Dtype;
 
 /// Lines of a panel, on either side.
 const P: usize = Shape::of(Instructions::Amx).a;
 const _: () = assert!(P == 2 * BLOCK && Shape::of(Instructions::Amx).b == P && Shape::of(Instructions::Amx).pairs);
 
 /// How consecutive stored values become bf16.
-pub(super) trait Stored {
+trait Stored {
     type Raw: Copy;
     /// 32 values from `at` on. Those whose bit in `mask` is clear are zero, and are not read.
     ///
@@ -26,9 +27,17 @@ pub(super) trait Stored {
     unsafe fn load(at: *const Self::Raw, mask: u32) -> __m512i;
 }
 
-pub(super) struct F32;
-pub(super) struct F16;
-pub(super) struct Bf16;
+struct F32;
+struct F16;
+struct Bf16;
+
+/// Two vectors of f32, rounded, as one of bf16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn rounded(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: both types are 64 bytes, and all bit patterns are valid.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+}
 
 impl Stored for F32 {
     /// Its bytes, which may be unaligned.
@@ -36,11 +45,11 @@ impl Stored for F32 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn load(at: *const [u8; 4], mask: u32) -> __m512i {
-        // SAFETY: by the caller's guarantee; masked elements are not accessed. All bit patterns are valid.
+        // SAFETY: by the caller's guarantee; masked elements are not accessed.
         unsafe {
             let low = _mm512_maskz_loadu_ps(mask as u16, at.cast());
             let high = _mm512_maskz_loadu_ps((mask >> 16) as u16, at.wrapping_add(BLOCK).cast());
-            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+            rounded(low, high)
         }
     }
 }
@@ -55,7 +64,7 @@ impl Stored for F16 {
             let halves = _mm512_maskz_loadu_epi16(mask, at.cast());
             let low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
             let high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(halves));
-            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+            rounded(low, high)
         }
     }
 }
@@ -75,8 +84,17 @@ fn lowest(n: usize) -> u32 {
     if n >= 32 { u32::MAX } else { (1 << n) - 1 }
 }
 
-/// Packs one part of an operand. `stride` counts from one stored row to the next.
-pub(super) fn pack<S: Stored>(packer: &Packer<'_>, values: &[S::Raw], out: &mut [u32]) {
+/// Packs one part of an operand.
+pub(super) fn pack(packer: &Packer<'_>, out: &mut [u32]) {
+    match packer.part.values {
+        Values::F32(values) => pack_values::<F32>(packer, bytemuck::cast_slice(values), out),
+        Values::Stored(Dtype::F32, bytes) => pack_values::<F32>(packer, bytes.as_chunks().0, out),
+        Values::Stored(Dtype::F16, bytes) => pack_values::<F16>(packer, bytes.as_chunks().0, out),
+        Values::Stored(Dtype::Bf16, bytes) => pack_values::<Bf16>(packer, bytes.as_chunks().0, out),
+    }
+}
+
+fn pack_values<S: Stored>(packer: &Packer<'_>, values: &[S::Raw], out: &mut [u32]) {
     let part = packer.part;
     let (rows, columns) =
         if part.rows_are_lines { (packer.lines.clone(), 0..part.depth) } else { (0..part.depth, packer.lines.clone()) };
