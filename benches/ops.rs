@@ -173,11 +173,6 @@ fn main() {
     bench.time("dispatch_rows", Work::Values(2 * t * K * D), || cpu.dispatch_rows(&x, &dispatch));
     let rows = cpu.dispatch_rows(&x, &dispatch);
     bench.time("combine_rows", Work::Values(t * (K + 1) * D), || cpu.combine_rows(&rows, &dispatch));
-    let hidden = tensor(t * K, F);
-    bench.time("weight_rows", Work::Values(2 * t * K * F), || cpu.weight_rows(&hidden, &routing, &dispatch));
-    bench.time("weight_rows backward", Work::Values(4 * t * K * F), || {
-        cpu.weight_rows_backward(&hidden, &hidden, &routing, &dispatch)
-    });
 
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let make = |n: usize, k: usize| -> Vec<Weight> { (0..E).map(|_| weight(&cpu, dtype, n, k)).collect() };
@@ -188,9 +183,11 @@ fn main() {
         let name = |what: &str| format!("experts {what} {dtype:?}");
         bench.time(&name("gate+up"), Work::Flops(big), || cpu.grouped_linear(&rows, &gate_up, &dispatch));
         let h = cpu.grouped_linear(&rows, &gate_up, &dispatch);
-        bench.time("swiglu", Work::Values(t * K * 3 * F), || cpu.swiglu(&h));
+        bench.time("swiglu", Work::Values(t * K * 3 * F), || cpu.weighted_swiglu(&h, &routing, &dispatch));
         let a = cpu.swiglu(&h);
-        bench.time("swiglu backward", Work::Values(t * K * 5 * F), || cpu.swiglu_backward(&a, &h));
+        bench.time("swiglu backward", Work::Values(t * K * 5 * F), || {
+            cpu.weighted_swiglu_backward(cpu.swiglu(&h), &h, &routing, &dispatch)
+        });
         bench.time(&name("down"), Work::Flops(small), || cpu.grouped_linear(&a, &down, &dispatch));
         bench.time(&name("down dx"), Work::Flops(small), || cpu.grouped_linear_backward_input(&rows, &down, &dispatch));
         bench

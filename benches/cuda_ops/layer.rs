@@ -192,11 +192,12 @@ fn experts(report: &mut Report, gpu: &Arc<dyn Gpu>, b: &Cuda, shape: &Shape, x: 
     report.time("swiglu", bytes(3 * rows * f * A), || b.swiglu(&both));
     let a = b.swiglu(&both);
     report.time("swiglu_backward", bytes(5 * rows * f * A), || b.swiglu_backward(&a, &both));
+    report.time("weighted_swiglu", bytes(5 * rows * f * A), || b.weighted_swiglu(&both, &routing, &dispatch));
+    report.time("weighted_swiglu_backward", bytes(14 * rows * f * A), || {
+        b.weighted_swiglu_backward(b.swiglu(&both), &both, &routing, &dispatch)
+    });
+    let (_, dweights) = b.weighted_swiglu_backward(b.swiglu(&both), &both, &routing, &dispatch);
     drop(both);
-    report.time("weight_rows", bytes(2 * rows * f * A), || b.weight_rows(&a, &routing, &dispatch));
-    report
-        .time("weight_rows_backward", bytes(3 * rows * f * A), || b.weight_rows_backward(&a, &a, &routing, &dispatch));
-    let (_, dweights) = b.weight_rows_backward(&a, &a, &routing, &dispatch);
     report.time("route_backward", bytes(8 * t * experts), || b.route_backward(&dweights, &routing));
     down.run(report, &forms, &dispatch, &a, &sorted);
 }

@@ -35,8 +35,10 @@ def write_model(folder, name, tiny):
         "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
         "model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(words)}, "unk_token": "<|pad|>"},
     }
-    ends = {"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
-    files = {"config.json": shape, "tokenizer.json": tokenizer, "tokenizer_config.json": ends | {"chat_template": TEMPLATE}}
+    # The class says that tokenizer.json is to be taken as it is, whatever the family's own class would make of it.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, "bos_token": "<|end|>",
+              "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    files = {"config.json": shape, "tokenizer.json": tokenizer, "tokenizer_config.json": config}
     for file, content in files.items():
         with open(f"{folder}/{file}", "w") as f:
             json.dump(content, f)

@@ -203,6 +203,10 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Bytes of one element of a [`Self::Tensor`].
     fn activation_size(&self) -> usize;
+    /// Bytes of one element of the activations of experts' rows, of SwiGLU's input among them.
+    fn routed_size(&self) -> usize {
+        self.activation_size()
+    }
     /// The number format of the operands of matrix products, F32 or BF16; sums are f32. [`Self::router_logits`] is an
     /// exception.
     fn precision(&self) -> Dtype;
@@ -398,14 +402,20 @@ pub trait Backend: Send + Sync + 'static {
         dw: &mut Self::Buffer,
         scores: &mut Self::Scores,
     );
-    /// Multiplies every routed row by its routing weight: `[R, F]` → `[R, F]`. This is done before the down projection,
-    /// which is linear, so that the projection's output need not be saved for the gradient of the routing weights.
-    fn weight_rows(&self, x: &Self::Tensor, routing: &Self::Routing, dispatch: &Self::Dispatch) -> Self::Tensor;
-    /// Returns dx `[R, F]` and the gradient of the routing weights `[T, K]`.
-    fn weight_rows_backward(
+    /// [`Self::swiglu`] with every routed row multiplied by its routing weight: `[R, 2F]` → `[R, F]`. The weight is applied before
+    /// the down projection, which is linear, so that the projection's output need not be saved for the gradient of the routing
+    /// weights.
+    fn weighted_swiglu(
         &self,
-        dy: &Self::Tensor,
-        x: &Self::Tensor,
+        gate_up: &Self::Tensor,
+        routing: &Self::Routing,
+        dispatch: &Self::Dispatch,
+    ) -> Self::Tensor;
+    /// Returns the gradients of `gate_up` `[R, 2F]` and of the routing weights `[T, K]`.
+    fn weighted_swiglu_backward(
+        &self,
+        dy: Self::Tensor,
+        gate_up: &Self::Tensor,
         routing: &Self::Routing,
         dispatch: &Self::Dispatch,
     ) -> (Self::Tensor, Self::Tensor);

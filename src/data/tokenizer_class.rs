@@ -136,7 +136,9 @@ impl TokenizerClass {
         let model = tokenizer.get_mut("model").and_then(Value::as_object_mut).filter(|model| is_bpe(model));
         let Some(model) = model else {
             return Err(format!(
-                "the tokenizer class {self:?} of tokenizer_config.json needs a model of type BPE, and this is none"
+                "its model is not of type BPE, as the tokenizer class {self:?} needs, which tokenizer_config.json or the model's \
+                 family asks for. Where tokenizer.json alone is right, set tokenizer_class of tokenizer_config.json to \
+                 PreTrainedTokenizerFast"
             ));
         };
         let (vocab, merges) = (model["vocab"].take(), model["merges"].take());

@@ -108,7 +108,7 @@ pub(super) fn forward<B: Backend>(
         SharedSaved { gate_up_T2F, gate_T1: b.linear(x_TD, ctx.weight(shared.gate), None), out_TD }
     });
     let y_TD = (extent == Extent::Whole).then(|| {
-        let hidden_RF = b.weight_rows(&b.swiglu(&gate_up_R2F), &routing, &dispatch);
+        let hidden_RF = b.weighted_swiglu(&gate_up_R2F, &routing, &dispatch);
         let mut y_TD = b.combine_rows(&b.grouped_linear(&hidden_RF, &p.down_stacks(ctx), &dispatch), &dispatch);
         if let Some(s) = &shared {
             b.add_assign(&mut y_TD, &b.sigmoid_gate(&s.out_TD, &s.gate_T1));
@@ -172,32 +172,21 @@ fn experts_backward<B: Backend>(
     let ExpertsSaved { routing, dispatch, gate_up_R2F, .. } = saved;
     let (gate_up_stacks, down_stacks) = (p.gate_up_stacks(ctx), p.down_stacks(ctx));
 
-    let hidden_RF = b.swiglu(&gate_up_R2F);
     let dy_RD = b.dispatch_rows(dy_TD, &dispatch);
     if want_dw {
         let plan: Vec<_> =
             p.experts.iter().enumerate().map(|(e, s)| sinks.plan.expert(ctx.layer, e, &[s.down])).collect();
-        let weighted_RF = b.weight_rows(&hidden_RF, &routing, &dispatch);
-        b.grouped_linear_backward_weight(
-            &dy_RD,
-            &weighted_RF,
-            &down_stacks,
-            &dispatch,
-            &plan,
-            sinks.grads,
-            sinks.scores,
-        );
+        let hidden_RF = b.weighted_swiglu(&gate_up_R2F, &routing, &dispatch);
+        b.grouped_linear_backward_weight(&dy_RD, &hidden_RF, &down_stacks, &dispatch, &plan, sinks.grads, sinks.scores);
     }
-    let d_weighted_RF = b.grouped_linear_backward_input(&dy_RD, &down_stacks, &dispatch);
+    let d_hidden_RF = b.grouped_linear_backward_input(&dy_RD, &down_stacks, &dispatch);
     drop(dy_RD);
-    let (d_hidden_RF, d_weights_TK) = b.weight_rows_backward(&d_weighted_RF, &hidden_RF, &routing, &dispatch);
-    drop((d_weighted_RF, hidden_RF));
+    let (d_gate_up_R2F, d_weights_TK) = b.weighted_swiglu_backward(d_hidden_RF, &gate_up_R2F, &routing, &dispatch);
+    drop(gate_up_R2F);
     let dlogits_TE = want_router.then(|| b.route_backward(&d_weights_TK, &routing));
     if !want_dw && !want_dx {
         return (None, dlogits_TE);
     }
-    let d_gate_up_R2F = b.swiglu_backward(&d_hidden_RF, &gate_up_R2F);
-    drop((d_hidden_RF, gate_up_R2F));
     if want_dw {
         let plan: Vec<_> =
             p.experts.iter().enumerate().map(|(e, s)| sinks.plan.expert(ctx.layer, e, &[s.gate, s.up])).collect();

@@ -25,6 +25,8 @@ pub enum Recompute {
 pub struct MemoryBudget {
     /// Bytes of one element of an activation.
     pub activation_size: usize,
+    /// Bytes of one element of the activations of experts' rows, of SwiGLU's input among them.
+    pub routed_size: usize,
     /// Maximum number of rows whose logits are in memory at the same time.
     pub logit_rows: usize,
     /// Logits of a row.
@@ -42,6 +44,7 @@ impl MemoryBudget {
         let own = backend.free_memory();
         Self {
             activation_size: backend.activation_size(),
+            routed_size: backend.routed_size(),
             logit_rows: backend.logit_chunk_rows(vocab_size),
             vocab_size,
             free: own.unwrap_or_else(free_host),
@@ -92,7 +95,7 @@ pub struct Activations {
 impl Activations {
     /// The figures of the largest layer.
     pub fn predict(config: &ModelConfig, rows: usize, budget: &MemoryBudget) -> Self {
-        let (t, size) = (rows as u64, budget.activation_size as u64);
+        let (t, size, routed_size) = (rows as u64, budget.activation_size as u64, budget.routed_size as u64);
         let d = config.hidden_size as u64;
         let heads = config.heads.first().expect("a model has layers");
         let (q, kv) = ((heads.queries * heads.dim) as u64, (heads.keys * heads.dim) as u64);
@@ -102,12 +105,12 @@ impl Activations {
         let f = config.expert_width as u64;
         let shared = config.shared_expert_width.unwrap_or(0) as u64;
         let dense = config.layers.iter().map(|k| if let LayerKind::Dense(w) = k { *w as u64 } else { 0 }).max();
-        let moe = routed * 2 * f + config.num_experts as u64 + 2 * shared + if shared > 0 { d } else { 0 };
-        let kept = attention + d + moe.max(2 * dense.unwrap_or(0));
+        let gate_up = (routed * 2 * f + 2 * shared).max(2 * dense.unwrap_or(0));
+        let other = config.num_experts as u64 + if shared > 0 { d } else { 0 };
+        let kept = gate_up * routed_size + (attention + d + other) * size;
         // Gathered rows and their gradients [R, D], SwiGLU's output, its gradient and that of its input [R, 4F], and a few [T, D].
-        let working = routed * (2 * d + 4 * f) + 4 * d + 3 * (q + 2 * kv);
-        let working = (t * working * size).max(budget.logits(rows));
-        Self { input: t * d * size, kept: t * kept * size, working }
+        let working = routed * (2 * d + 4 * f) * routed_size + (4 * d + 3 * (q + 2 * kv)) * size;
+        Self { input: t * d * size, kept: t * kept, working: (t * working).max(budget.logits(rows)) }
     }
 
     /// How many layers keep their activations, in a model of `layers` layers of which the backward visits those from `lowest`
@@ -172,7 +175,14 @@ mod tests {
     #[test]
     fn activations_are_kept_from_the_top_as_memory_allows() {
         let a = Activations { input: 10, kept: 100, working: 50 };
-        let host = |free| MemoryBudget { activation_size: 4, logit_rows: 0, vocab_size: 8, free, device: false };
+        let host = |free| MemoryBudget {
+            activation_size: 4,
+            routed_size: 4,
+            logit_rows: 0,
+            vocab_size: 8,
+            free,
+            device: false,
+        };
         let from = |recompute, lowest, budget: &MemoryBudget, forwards| {
             a.kept_layers(recompute, 16, lowest, budget, forwards).keep_from(16, lowest)
         };

@@ -183,9 +183,10 @@ impl<B: Backend> Probe<'_, B> {
         let rows = b.dispatch_rows(&x, &dispatch);
         self.note_tensor((at, "dispatched"), &rows);
         self.note_tensor((at, "combined"), &b.combine_rows(&rows, &dispatch));
-        self.note_tensor((at, "weighted"), &b.weight_rows(&rows, &routing, &dispatch));
+        let gate_up = self.tensor(tokens * top_k, 2 * d, 3.0);
+        self.note_tensor((at, "weighted"), &b.weighted_swiglu(&gate_up, &routing, &dispatch));
         let dy = self.tensor(tokens * top_k, d, 1.0);
-        let (dx, dweights) = b.weight_rows_backward(&dy, &rows, &routing, &dispatch);
+        let (dx, dweights) = b.weighted_swiglu_backward(dy, &gate_up, &routing, &dispatch);
         self.note_tensor((at, "weighted dx"), &dx);
         self.note_tensor((at, "dweights"), &dweights);
         let dlogits = b.route_backward(&dweights, &routing);
@@ -203,7 +204,7 @@ impl<B: Backend> Probe<'_, B> {
         }
         let mut silenced = b.route(&logits, top_k, renormalize);
         b.zero_routing_weights(&mut silenced, &b.indices(&[experts as u32 / 2, 0]));
-        self.note_tensor((at, "silenced"), &b.weight_rows(&rows, &silenced, &dispatch));
+        self.note_tensor((at, "silenced"), &b.weighted_swiglu(&gate_up, &silenced, &dispatch));
 
         // The statistics of the router's logits.
         let mut dlogits = b.zeros_like(&logits);

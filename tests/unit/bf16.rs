@@ -109,7 +109,15 @@ fn every_operation_agrees_with_f32() {
             // Operands are exact in bf16, so results differ by the order of sums, except where an operand is a result
             // itself: probabilities and their gradients, with a relative error of 2^-9 each.
             let intermediate = ["attention", "cross-entropy", "KL dx"].iter().any(|op| name.starts_with(op));
-            let tolerance = if intermediate { 1e-2 } else { 1e-5 };
+            // Rows of experts are rounded to bf16.
+            let rounded = ["grouped_linear", "grouped_linear_backward_input"].contains(name);
+            let tolerance = if intermediate {
+                1e-2
+            } else if rounded {
+                4e-3
+            } else {
+                1e-5
+            };
             let why = format!("{name} by {instructions}");
             assert_close(got, &wide(want), tolerance * f64::from(largest), 0.0, &why);
             assert!(name != &"router_logits" || got == want, "router logits are products of f32");

@@ -166,5 +166,5 @@ fn a_class_that_is_not_known_is_named_with_the_way_out() {
     let words = json!({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}});
     let config = json!({"tokenizer_config.json": {"chat_template": "-", "tokenizer_class": "LlamaTokenizer"}});
     let error = ChatTokenizer::open(folder("marks-304", &words, &config).path(), None).err().unwrap();
-    assert!(error.to_string().contains("needs a model of type BPE"), "{error}");
+    assert!(error.to_string().contains("not of type BPE, as the tokenizer class Llama needs"), "{error}");
 }

@@ -4,8 +4,17 @@ use std::fs;
 use std::path::Path;
 
 /// Methods of `trait Backend` that only describe the device, call operations, or give a hint.
-const QUERIES: [&str; 8] =
-    ["activation_size", "free_memory", "logit_chunk_rows", "peak_memory", "prefetch", "profile", "shape", "together"];
+const QUERIES: [&str; 9] = [
+    "activation_size",
+    "free_memory",
+    "logit_chunk_rows",
+    "peak_memory",
+    "prefetch",
+    "profile",
+    "routed_size",
+    "shape",
+    "together",
+];
 
 /// Operations that the tests of the CPU backend reach through whole models: goldens, gradients, and random weights.
 const THROUGH_MODELS: [&str; 3] = ["random_weight", "router_logits", "single_expert_dispatch"];

@@ -314,9 +314,9 @@ fn routing_and_its_backward() {
             // The routing weights are visible as the combination of weighted rows of ones.
             let dispatch = cpu.dispatch(&routing, e);
             let sums: Vec<f64> = forward(&wide(&logits)).chunks(k).map(|w| w.iter().sum()).collect();
-            let ones = cpu.upload(t * k, 1, &vec![1.0; t * k]);
+            let ones = cpu.upload(t * k, 2, &ONE.repeat(t * k));
             assert_close(
-                &cpu.download(&cpu.combine_rows(&cpu.weight_rows(&ones, &routing, &dispatch), &dispatch)),
+                &cpu.download(&cpu.combine_rows(&cpu.weighted_swiglu(&ones, &routing, &dispatch), &dispatch)),
                 &sums,
                 1e-6,
                 1e-6,
@@ -330,6 +330,9 @@ fn routing_and_its_backward() {
         }
     }
 }
+
+/// Gate and up whose SwiGLU is 1: 2 · σ(2) · 0.56766764.
+const ONE: [f32; 2] = [2.0, 0.567_667_64];
 
 #[test]
 fn filled_columns_and_zeroed_routing_weights() {
@@ -349,7 +352,7 @@ fn filled_columns_and_zeroed_routing_weights() {
     assert_eq!(cpu.expert_ids(&routing), [2, 1]);
     cpu.zero_routing_weights(&mut routing, &cpu.indices(&[3, 2]));
     let dispatch = cpu.dispatch(&routing, 4);
-    let weights = cpu.weight_rows(&cpu.upload(2, 1, &[1.0, 1.0]), &routing, &dispatch);
+    let weights = cpu.weighted_swiglu(&cpu.upload(2, 2, &ONE.repeat(2)), &routing, &dispatch);
     let kept = 1.0 / (1.0 + f64::exp(1.0));
     assert_close(&cpu.download(&weights), &[kept, 0.0], 1e-6, 1e-6, "exp"); // sorted by expert: 1, 2
 }
@@ -404,8 +407,7 @@ fn a_layer_of_experts_and_its_backward() {
         let dispatch = cpu.dispatch(&routing, e);
         let rows = cpu.dispatch_rows(&tx, &dispatch);
         let h = cpu.grouped_linear(&rows, &stacks, &dispatch);
-        let a = cpu.swiglu(&h);
-        let weighted = cpu.weight_rows(&a, &routing, &dispatch);
+        let weighted = cpu.weighted_swiglu(&h, &routing, &dispatch);
         let out = cpu.grouped_linear(&weighted, &downs, &dispatch);
         let y = cpu.combine_rows(&out, &dispatch);
         let ids = r::top_k(&wide(&logits), e, k);
@@ -447,8 +449,7 @@ fn a_layer_of_experts_and_its_backward() {
         );
         let score_out = cpu.scores_take(&mut scores);
         let d_weighted = cpu.grouped_linear_backward_input(&dout, &downs, &dispatch);
-        let (da, dweights) = cpu.weight_rows_backward(&d_weighted, &a, &routing, &dispatch);
-        let dh = cpu.swiglu_backward(&da, &h);
+        let (dh, dweights) = cpu.weighted_swiglu_backward(d_weighted, &h, &routing, &dispatch);
         cpu.grouped_linear_backward_weight(
             &dh,
             &rows,
@@ -850,20 +851,18 @@ fn everything(threads: usize) -> Vec<u64> {
     let (s1, s2): (Vec<Vec<&Weight>>, Vec<Vec<&Weight>>) =
         (w1.iter().map(|w| vec![w]).collect(), w2.iter().map(|w| vec![w]).collect());
     let h = cpu.grouped_linear(&rows, &s1, &dispatch);
-    let act = cpu.swiglu(&h);
-    let weighted = cpu.weight_rows(&act, &routing, &dispatch);
+    let weighted = cpu.weighted_swiglu(&h, &routing, &dispatch);
     let out = cpu.grouped_linear(&weighted, &s2, &dispatch);
     record(&cpu.download(&cpu.combine_rows(&out, &dispatch)));
     let dout = cpu.dispatch_rows(&dy, &dispatch);
     let d_weighted = cpu.grouped_linear_backward_input(&dout, &s2, &dispatch);
-    let (dact, dweights) = cpu.weight_rows_backward(&d_weighted, &act, &routing, &dispatch);
+    let (dh, dweights) = cpu.weighted_swiglu_backward(d_weighted, &h, &routing, &dispatch);
     record(&cpu.download(&cpu.route_backward(&dweights, &routing)));
-    record(&cpu.download(&dact));
+    record(&cpu.download(&dh));
     let plan: Vec<ExpertGrad> = (0..e)
         .map(|i| if i == 0 { ExpertGrad::Accumulate(vec![500]) } else { ExpertGrad::Score(GradReduction::Abs, i) })
         .collect();
     cpu.grouped_linear_backward_weight(&dout, &weighted, &s2, &dispatch, &plan, &mut dw, &mut scores);
-    let dh = cpu.swiglu_backward(&dact, &h);
     let drows = cpu.grouped_linear_backward_input(&dh, &s1, &dispatch);
     record(&cpu.download(&cpu.combine_rows(&drows, &dispatch)));
 

@@ -96,8 +96,7 @@ fn a_layer_agrees_with_autograd() -> Result<()> {
     let dispatch = cpu.dispatch(&routing, E);
     let rows = cpu.dispatch_rows(&h2, &dispatch);
     let gate_up = cpu.grouped_linear(&rows, &stacks, &dispatch);
-    let act = cpu.swiglu(&gate_up);
-    let weighted = cpu.weight_rows(&act, &routing, &dispatch);
+    let weighted = cpu.weighted_swiglu(&gate_up, &routing, &dispatch);
     let mut top = cpu.combine_rows(&cpu.grouped_linear(&weighted, &downs, &dispatch), &dispatch);
     cpu.add_assign(&mut top, &mid);
     let mut dhead = cpu.buffer(V * WIDTH);
@@ -110,8 +109,7 @@ fn a_layer_agrees_with_autograd() -> Result<()> {
     let plan: Vec<_> = (0..E).map(|e| ExpertGrad::Accumulate(vec![e * block + 2 * size])).collect();
     cpu.grouped_linear_backward_weight(&dout, &weighted, &downs, &dispatch, &plan, &mut dexperts, &mut scores);
     let dweighted = cpu.grouped_linear_backward_input(&dout, &downs, &dispatch);
-    let (dact, dweights) = cpu.weight_rows_backward(&dweighted, &act, &routing, &dispatch);
-    let dgate_up = cpu.swiglu_backward(&dact, &gate_up);
+    let (dgate_up, dweights) = cpu.weighted_swiglu_backward(dweighted, &gate_up, &routing, &dispatch);
     let plan: Vec<_> = (0..E).map(|e| ExpertGrad::Accumulate(vec![e * block, e * block + size])).collect();
     cpu.grouped_linear_backward_weight(&dgate_up, &rows, &stacks, &dispatch, &plan, &mut dexperts, &mut scores);
     let drows = cpu.grouped_linear_backward_input(&dgate_up, &stacks, &dispatch);

@@ -6,15 +6,17 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use rayon::prelude::*;
 
+use super::element::{Element, by_element};
 use super::groups::{RowGroup, Sink, WeightGrad};
 use super::parallel::SharedSlice;
 use super::product::{Part, Products, Side, Tile};
 use super::simd::{simd, sum, sum2};
 use super::tensor::Tensor;
 use super::weight::Weight;
-use crate::backend::GradReduction;
+use crate::backend::{Dtype, GradReduction};
 
 /// Enough tasks to keep some tens of cores busy.
 const TASKS: usize = 32;
@@ -63,8 +65,17 @@ fn tasks<'g, 'w>(groups: &'g [RowGroup<'w>], width: usize) -> Vec<Task<'g, 'w>> 
     groups.into_iter().flat_map(split).filter(|task| !task.rows.is_empty() && !task.columns.is_empty()).collect()
 }
 
+/// Rows of activations.
+fn activations(x: &Tensor) -> Part<'_> {
+    let stored = match x.dtype() {
+        Dtype::F32 => Part::activations(x.stored(), x.cols()),
+        dtype => Part::stored(dtype, bytemuck::cast_slice(x.stored::<bf16>()), x.cols()),
+    };
+    stored.indexed(x.index())
+}
+
 fn part(w: &Weight) -> Part<'_> {
-    Part::weight(w.dtype(), w.bytes(), w.cols())
+    Part::stored(w.dtype(), w.bytes(), w.cols())
 }
 
 /// The part of `columns` that lies in `of`, counted from its start.
@@ -73,12 +84,16 @@ fn intersect(columns: &Range<usize>, of: Range<usize>) -> Range<usize> {
     start.saturating_sub(of.start)..end.max(start).saturating_sub(of.start)
 }
 
-/// y = x · wᵀ for each group. The outputs of stacked weights are concatenated.
+/// y = x · wᵀ for each group, in the element type of y. The outputs of stacked weights are concatenated.
 pub(super) fn forward(products: &Products, x: &Tensor, groups: &[RowGroup<'_>], y: &mut Tensor) {
+    by_element!(y.dtype(), forward_as(products, x, groups, y));
+}
+
+fn forward_as<E: Element>(products: &Products, x: &Tensor, groups: &[RowGroup<'_>], y: &mut Tensor) {
     let (k, width) = (x.cols(), y.cols());
-    let out = SharedSlice::new(y.values_mut());
+    let out = SharedSlice::new(y.stored_mut::<E>());
     tasks(groups, width).into_par_iter().with_max_len(1).for_each(|Task { group, rows, columns }| {
-        let x = products.block(Side::A, &[Part::activations(x.values(), k).by_rows(k)], rows.clone());
+        let x = products.block(Side::A, &[activations(x).by_rows(k)], rows.clone());
         let mut first = 0;
         for weight in group.stack {
             assert!(weight.cols() == k, "x has {k} columns, its weight [{}, {}]", weight.rows(), weight.cols());
@@ -95,14 +110,18 @@ pub(super) fn forward(products: &Products, x: &Tensor, groups: &[RowGroup<'_>], 
     });
 }
 
-/// dx = dy · w for each group, summed over its stacked weights.
+/// dx = dy · w for each group, summed over its stacked weights, in the element type of dx.
 pub(super) fn backward_input(products: &Products, dy: &Tensor, groups: &[RowGroup<'_>], dx: &mut Tensor) {
+    by_element!(dx.dtype(), backward_input_as(products, dy, groups, dx));
+}
+
+fn backward_input_as<E: Element>(products: &Products, dy: &Tensor, groups: &[RowGroup<'_>], dx: &mut Tensor) {
     let (n, k) = (dy.cols(), dx.cols());
-    let out = SharedSlice::new(dx.values_mut());
+    let out = SharedSlice::new(dx.stored_mut::<E>());
     tasks(groups, k).into_par_iter().with_max_len(1).for_each(|Task { group, rows, columns }| {
         let (mut dy_parts, mut w_parts, mut first) = (Vec::new(), Vec::new(), 0);
         for weight in group.stack {
-            dy_parts.push(Part::activations(&dy.values()[first..], n).by_rows(weight.rows()));
+            dy_parts.push(activations(dy).skip_columns(first).by_rows(weight.rows()));
             w_parts.push(part(weight).by_columns(weight.rows()));
             first += weight.rows();
         }
@@ -143,7 +162,7 @@ pub(super) fn backward_weight(
     dw: &mut [f32],
     scores: &mut [f64],
 ) {
-    let (n, k) = (dy.cols(), x.cols());
+    let k = x.cols();
     let mut tasks: Vec<GradTask<'_>> = Vec::new();
     for jobs in jobs.chunk_by(|a, b| a.rows == b.rows).filter(|jobs| !jobs[0].rows.is_empty()) {
         let blocks = products.blocks(Side::B, jobs[0].rows.len(), 0..k);
@@ -161,8 +180,8 @@ pub(super) fn backward_weight(
         .with_max_len(1)
         .map(|task| {
             let rows = &task.jobs[0].rows;
-            let x = Part::activations(&x.values()[rows.start * k..], k).by_columns(rows.len());
-            let dy = Part::activations(&dy.values()[rows.start * n..], n).by_columns(rows.len());
+            let x = activations(x).skip_rows(rows.start).by_columns(rows.len());
+            let dy = activations(dy).skip_rows(rows.start).by_columns(rows.len());
             let block = products.block(Side::B, &[x], task.columns.clone());
             let one = |job: &WeightGrad<'_>| {
                 let outputs = task.outputs(job);

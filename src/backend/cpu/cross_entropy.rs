@@ -136,7 +136,7 @@ impl<'a> Block<'a> {
         match &self.x {
             Operand::F32(x) => HeadTile::F32 { x: Matrix::new(x, self.rows, d, d), w: w.read(rows) },
             Operand::Bf16(products, x) => {
-                let w = Part::weight(w.dtype(), w.bytes(), d).skip_rows(rows.start);
+                let w = Part::stored(w.dtype(), w.bytes(), d).skip_rows(rows.start);
                 HeadTile::Bf16 { products, x, w }
             }
         }

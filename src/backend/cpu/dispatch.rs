@@ -1,12 +1,16 @@
 //! Dispatch of tokens to their experts' rows, and the combination back to tokens.
 
+use std::sync::Arc;
+
+use half::bf16;
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::parallel::chunk_rows;
-use super::route::Routing;
-use super::simd::{axpy, dot, simd};
+use super::element::{Element, by_element};
+use super::parallel::{CHUNK, chunk_rows};
+use super::simd::simd;
 use super::tensor::Tensor;
+use crate::backend::Dtype;
 
 /// A stable counting sort of the routed rows (t, k) by expert. The slot of (t, k) is t·K + k.
 pub struct Dispatch {
@@ -15,8 +19,12 @@ pub struct Dispatch {
     /// Sorted row of each slot, `[T·K]`.
     row_of: Vec<u32>,
     /// Slot of each sorted row, `[R]`.
-    slot_of: Vec<u32>,
-    top_k: usize,
+    pub(super) slot_of: Vec<u32>,
+    /// Token of each sorted row, `[R]`.
+    token_of: Arc<[u32]>,
+    pub(super) top_k: usize,
+    /// Whether the rows are those of the tokens themselves.
+    pub(super) dense: bool,
 }
 
 impl Dispatch {
@@ -40,86 +48,71 @@ impl Dispatch {
                 row as u32
             })
             .collect();
-        Self { offsets, row_of, slot_of, top_k }
+        let token_of = slot_of.iter().map(|&slot| slot / top_k as u32).collect();
+        Self { offsets, row_of, slot_of, token_of, top_k, dense: false }
     }
 
     /// All rows in one group, in their order. For grouped products only: the rows belong to no tokens.
     pub(super) fn single_expert_dispatch(rows: usize) -> Self {
-        Self { offsets: vec![0, rows], row_of: Vec::new(), slot_of: Vec::new(), top_k: 1 }
+        Self {
+            offsets: vec![0, rows],
+            row_of: Vec::new(),
+            slot_of: Vec::new(),
+            token_of: [].into(),
+            top_k: 1,
+            dense: true,
+        }
     }
 
     pub(super) fn tokens_per_expert(&self) -> Vec<usize> {
         self.offsets.windows(2).map(|w| w[1] - w[0]).collect()
     }
 
-    fn tokens(&self) -> usize {
+    pub(super) fn tokens(&self) -> usize {
         self.row_of.len() / self.top_k
     }
 }
 
+/// Each token's row of x, once for each of its experts. In bf16 where products are of bf16 values, which then read the rows of
+/// the tokens themselves, so that nothing is copied but the rounded values.
 pub(super) fn dispatch_rows(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch) -> Tensor {
     let d = x.cols();
     x.expect_shape("x to be dispatched", dispatch.tokens(), d);
-    let mut y = cpu.pool.take(dispatch.slot_of.len(), d);
+    if cpu.products().is_some() {
+        let mut rounded = cpu.pool.take_as(Dtype::Bf16, x.rows(), d);
+        let parts = rounded.stored_mut::<bf16>().par_chunks_mut(CHUNK).zip(x.values().par_chunks(CHUNK));
+        parts.for_each(|(rounded, x)| simd!(Element::store(x, rounded)));
+        return rounded.with_index(dispatch.token_of.clone());
+    }
+    let mut y = cpu.pool.take(dispatch.token_of.len(), d);
     y.values_mut()
         .par_chunks_mut(d)
-        .zip(&dispatch.slot_of)
+        .zip(&*dispatch.token_of)
         .with_min_len(chunk_rows(d))
-        .for_each(|(row, &slot)| row.copy_from_slice(x.row(slot as usize / dispatch.top_k)));
+        .for_each(|(row, &token)| row.copy_from_slice(x.row(token as usize)));
     y
 }
 
-/// `y[t] = Σ_k x[row of (t, k)]`, k ascending.
+/// `y[t] = Σ_k x[row of (t, k)]`, k ascending, in f32.
 pub(super) fn combine_rows(cpu: &Cpu, x: &Tensor, dispatch: &Dispatch) -> Tensor {
-    let (d, k) = (x.cols(), dispatch.top_k);
-    x.expect_shape("x to be combined", dispatch.row_of.len(), d);
-    let mut y = cpu.pool.take(dispatch.tokens(), d);
-    y.values_mut().par_chunks_mut(d).enumerate().with_min_len(chunk_rows(d * k)).for_each(|(t, y)| {
-        simd!({
-            y.fill(0.0);
-            for &row in &dispatch.row_of[t * k..(t + 1) * k] {
-                axpy(y, 1.0, x.row(row as usize));
-            }
+    fn combine<E: Element>(x: &Tensor, dispatch: &Dispatch, y: &mut Tensor) {
+        let (d, k, index, x) = (x.cols(), dispatch.top_k, x.index(), x.stored::<E>());
+        y.values_mut().par_chunks_mut(d).enumerate().with_min_len(chunk_rows(d * k)).for_each(|(t, y)| {
+            simd!({
+                y.fill(0.0);
+                for &row in &dispatch.row_of[t * k..(t + 1) * k] {
+                    let row = index.map_or(row, |index| index[row as usize]);
+                    for (y, x) in y.iter_mut().zip(&x[row as usize * d..][..d]) {
+                        *y += x.get();
+                    }
+                }
+            });
         });
-    });
+    }
+    x.expect_shape("x to be combined", dispatch.row_of.len(), x.cols());
+    let mut y = cpu.pool.take(dispatch.tokens(), x.cols());
+    by_element!(x.dtype(), combine(x, dispatch, &mut y));
     y
-}
-
-/// `y[row of (t, k)] = weight(t, k) · x[row of (t, k)]`.
-pub(super) fn weight_rows(cpu: &Cpu, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
-    let f = x.cols();
-    routing.weights.expect_shape("routing weights", dispatch.tokens(), dispatch.top_k);
-    x.expect_shape("x to be weighted", dispatch.slot_of.len(), f);
-    let mut y = cpu.pool.take(x.rows(), f);
-    let rows = y.values_mut().par_chunks_mut(f).zip(x.values().par_chunks(f)).zip(&dispatch.slot_of);
-    rows.with_min_len(chunk_rows(f)).for_each(|((y, x), &slot)| {
-        let weight = routing.weights.values()[slot as usize];
-        simd!({
-            for (y, x) in y.iter_mut().zip(x) {
-                *y = weight * x;
-            }
-        });
-    });
-    y
-}
-
-/// With r = row of (t, k): `dx[r] = weight(t, k) · dy[r]`, `dweight(t, k) = ⟨dy[r], x[r]⟩`.
-pub(super) fn weight_rows_backward(
-    cpu: &Cpu,
-    dy: &Tensor,
-    x: &Tensor,
-    routing: &Routing,
-    dispatch: &Dispatch,
-) -> (Tensor, Tensor) {
-    let f = x.cols();
-    dy.expect_shape("dy of weighted rows", x.rows(), f);
-    let dx = weight_rows(cpu, dy, routing, dispatch);
-    let mut dweights = cpu.pool.take(dispatch.tokens(), dispatch.top_k);
-    let slots = dweights.values_mut().par_iter_mut().zip(&dispatch.row_of);
-    slots.with_min_len(chunk_rows(f)).for_each(|(dw, &row)| {
-        *dw = simd!(dot(dy.row(row as usize), x.row(row as usize))) as f32;
-    });
-    (dx, dweights)
 }
 
 #[cfg(test)]

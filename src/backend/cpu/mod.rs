@@ -10,6 +10,7 @@ mod attention_blocks;
 mod bf16;
 mod cross_entropy;
 mod dispatch;
+mod element;
 mod embedding;
 mod gemm;
 mod grouped;
@@ -133,6 +134,9 @@ impl Backend for Cpu {
     fn activation_size(&self) -> usize {
         size_of::<f32>()
     }
+    fn routed_size(&self) -> usize {
+        self.precision().size()
+    }
     fn precision(&self) -> Dtype {
         if self.products.is_some() { Dtype::Bf16 } else { Dtype::F32 }
     }
@@ -158,7 +162,7 @@ impl Backend for Cpu {
         x
     }
     fn download(&self, x: &Tensor) -> Vec<f32> {
-        x.values().to_vec()
+        x.to_f32()
     }
     fn zeros(&self, rows: usize, cols: usize) -> Tensor {
         self.pool.zeros(rows, cols)
@@ -343,13 +347,15 @@ impl Backend for Cpu {
     }
     fn grouped_linear(&self, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
         let outputs = w.first().map_or(0, |stack| stack.iter().map(|w| w.rows()).sum());
-        let mut y = self.pool.take(x.rows(), outputs);
+        let mut y = self.pool.take_as(self.precision(), x.rows(), outputs);
         self.run(|| grouped::forward(self.products(), x, &groups(w, dispatch), &mut y));
         y
     }
     fn grouped_linear_backward_input(&self, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
         let inputs = w.first().and_then(|stack| stack.first()).map_or(0, |w| w.cols());
-        let mut dx = self.pool.take(dy.rows(), inputs);
+        // Gradients of the tokens' own rows are summed in f32.
+        let dtype = if dispatch.dense { Dtype::F32 } else { self.precision() };
+        let mut dx = self.pool.take_as(dtype, dy.rows(), inputs);
         self.run(|| grouped::backward_input(self.products(), dy, &groups(w, dispatch), &mut dx));
         dx
     }
@@ -366,17 +372,17 @@ impl Backend for Cpu {
         let jobs = groups::weight_grad_jobs(&dispatch.offsets, w, plan);
         self.run(|| grouped::backward_weight(self.products(), dy, x, &jobs, &mut dw.0, &mut scores.0));
     }
-    fn weight_rows(&self, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
-        self.run(|| dispatch::weight_rows(self, x, routing, dispatch))
+    fn weighted_swiglu(&self, gate_up: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
+        self.run(|| swiglu::weighted(self, gate_up, routing, dispatch))
     }
-    fn weight_rows_backward(
+    fn weighted_swiglu_backward(
         &self,
-        dy: &Tensor,
-        x: &Tensor,
+        dy: Tensor,
+        gate_up: &Tensor,
         routing: &Routing,
         dispatch: &Dispatch,
     ) -> (Tensor, Tensor) {
-        self.run(|| dispatch::weight_rows_backward(self, dy, x, routing, dispatch))
+        self.run(|| swiglu::weighted_backward(self, &dy, gate_up, routing, dispatch))
     }
 
     // --- losses and statistics -----------------------------------------------------------------------------------

@@ -50,6 +50,21 @@ impl<'a, T> SharedSlice<'a, T> {
     }
 }
 
+/// Asks the kernel to back fresh memory with pages of 2 MiB, where it has any: fewer page faults at the first use, and fewer misses of
+/// the TLB afterwards. A hint.
+pub(super) fn huge_pages<T>(memory: &[T]) {
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 2 << 20;
+        let (start, end) = (memory.as_ptr() as usize, memory.as_ptr_range().end as usize);
+        let (start, end) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
+        if start < end {
+            // SAFETY: whole pages inside the slice; the advice changes no contents.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
+        }
+    }
+}
+
 /// A cache line, so that vectors in scratch memory do not cross one.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -86,6 +101,7 @@ impl Scratch {
         if self.storage.len() < lines {
             // A fresh allocation instead of a resize of the vector, which would copy the old values.
             self.storage = vec![bytemuck::Zeroable::zeroed(); lines.next_multiple_of(64)];
+            huge_pages(&self.storage);
         }
         self.len = len;
     }

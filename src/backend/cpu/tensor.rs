@@ -8,10 +8,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::element::{Element, by_element};
+use super::parallel::huge_pages;
+use crate::backend::Dtype;
+
 /// A memory pool for the storage of tensors.
 ///
-/// Its idle storage never exceeds the peak of storage in use. Beyond that, it frees the storage that has been idle
-/// longest.
+/// Its idle storage never exceeds the peak of storage in use by more than a quarter: sizes change in the course of a pass, and what
+/// is freed costs page faults again. Beyond that, it frees the storage that has been idle longest.
 #[derive(Default)]
 pub(super) struct TensorPool {
     state: Mutex<State>,
@@ -39,10 +43,15 @@ fn size_class(len: usize) -> usize {
 }
 
 impl TensorPool {
-    /// A tensor with **unspecified** values (initialised memory, with old values), which the caller must overwrite.
+    /// A tensor of f32 with **unspecified** values (initialised memory, with old values), which the caller must overwrite.
     pub(super) fn take(self: &Arc<Self>, rows: usize, cols: usize) -> Tensor {
-        let storage = self.storage(rows * cols);
-        Tensor { rows, cols, storage, pool: self.clone() }
+        self.take_as(Dtype::F32, rows, cols)
+    }
+
+    /// As [`Self::take`], of f32 or bf16.
+    pub(super) fn take_as(self: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize) -> Tensor {
+        let storage = self.storage((rows * cols * dtype.size()).div_ceil(size_of::<f32>()));
+        Tensor { rows, cols, dtype, stored: rows * cols, storage, index: None, pool: self.clone() }
     }
 
     /// A tensor of zeros.
@@ -73,7 +82,11 @@ impl TensorPool {
             storage
         };
         // Allocate outside the lock: this is the slow path.
-        recycled.unwrap_or_else(|| vec![0.0; class])
+        recycled.unwrap_or_else(|| {
+            let fresh = vec![0.0; class];
+            huge_pages(&fresh);
+            fresh
+        })
     }
 
     fn recycle(&self, storage: Vec<f32>) {
@@ -84,7 +97,7 @@ impl TensorPool {
         state.clock += 1;
         let now = state.clock;
         state.idle.entry(storage.len()).or_default().push((now, storage));
-        while state.idle_len > state.peak_len {
+        while state.idle_len > state.peak_len + state.peak_len / 4 {
             let oldest = state.idle.iter().min_by_key(|(_, list)| list[0].0).map(|(&len, _)| len);
             let Some(len) = oldest else { break };
             let list = state.idle.get_mut(&len).expect("the length was just found");
@@ -99,12 +112,20 @@ impl TensorPool {
     }
 }
 
-/// Activations: a dense row-major f32 matrix. Its storage returns to the pool when it is dropped.
+/// Activations: a row-major matrix. Its storage returns to the pool when it is dropped.
+///
+/// Elements are f32. Where products are of bf16 values, the rows of experts are bf16: they are only multiplied, summed in f32, and
+/// passed through SwiGLU.
 pub struct Tensor {
     rows: usize,
     cols: usize,
-    /// At least `rows · cols` elements.
+    dtype: Dtype,
+    /// Elements that are stored.
+    stored: usize,
+    /// At least as large as these elements.
     storage: Vec<f32>,
+    /// The stored row of each row; `None`: the same. Rows that are copies of others are not stored again.
+    index: Option<Arc<[u32]>>,
     pool: Arc<TensorPool>,
 }
 
@@ -119,19 +140,73 @@ impl Tensor {
         self.cols
     }
 
-    /// All values in row-major order, `rows · cols`.
+    /// All values of a tensor of f32 in row-major order, `rows · cols`.
     pub fn values(&self) -> &[f32] {
-        &self.storage[..self.rows * self.cols]
+        assert!(self.index.is_none(), "rows with an index");
+        self.stored()
     }
 
-    /// All values in row-major order, `rows · cols`.
+    /// All values of a tensor of f32 in row-major order, `rows · cols`.
     pub fn values_mut(&mut self) -> &mut [f32] {
-        &mut self.storage[..self.rows * self.cols]
+        self.stored_mut()
     }
 
-    /// The values of one row, `[cols]`.
+    /// The values of one row of a tensor of f32, `[cols]`.
     pub fn row(&self, row: usize) -> &[f32] {
-        &self.storage[row * self.cols..(row + 1) * self.cols]
+        &self.values()[row * self.cols..(row + 1) * self.cols]
+    }
+
+    /// Element type.
+    pub(super) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The stored row of each row; `None`: the same.
+    pub(super) fn index(&self) -> Option<&[u32]> {
+        self.index.as_deref()
+    }
+
+    /// These rows of this one.
+    pub(super) fn with_index(mut self, index: Arc<[u32]>) -> Self {
+        assert!(self.index.is_none() && index.iter().all(|&row| (row as usize) < self.rows), "{} rows", self.rows);
+        self.rows = index.len();
+        self.index = Some(index);
+        self
+    }
+
+    /// The elements of the stored rows.
+    pub(super) fn stored<E: Element>(&self) -> &[E] {
+        assert!(E::DTYPE == self.dtype, "a tensor of {:?}, not {:?}", self.dtype, E::DTYPE);
+        &bytemuck::cast_slice(&self.storage)[..self.stored]
+    }
+
+    /// The elements of the stored rows.
+    pub(super) fn stored_mut<E: Element>(&mut self) -> &mut [E] {
+        assert!(E::DTYPE == self.dtype, "a tensor of {:?}, not {:?}", self.dtype, E::DTYPE);
+        assert!(self.index.is_none(), "rows with an index");
+        &mut bytemuck::cast_slice_mut(&mut self.storage)[..self.stored]
+    }
+
+    /// Reads a row, `[cols]`.
+    #[inline(always)]
+    pub(super) fn read_row(&self, row: usize, into: &mut [f32]) {
+        #[inline(always)]
+        fn read<E: Element>(x: &Tensor, row: usize, into: &mut [f32]) {
+            let row = x.index.as_ref().map_or(row, |index| index[row] as usize);
+            for (into, e) in into.iter_mut().zip(&x.stored::<E>()[row * x.cols..][..x.cols]) {
+                *into = e.get();
+            }
+        }
+        by_element!(self.dtype, read(self, row, into));
+    }
+
+    /// All values in f32, in row-major order.
+    pub(super) fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows * self.cols];
+        for (row, into) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            self.read_row(row, into);
+        }
+        out
     }
 
     /// Panics with both shapes unless the shape is `[rows, cols]`; `what` names the tensor.
@@ -178,7 +253,7 @@ mod tests {
         }
         let state = pool.state.lock().unwrap();
         assert_eq!(state.live_len, 0);
-        assert!(state.idle_len <= state.peak_len, "{} idle, {} at peak", state.idle_len, state.peak_len);
+        assert!(state.idle_len <= state.peak_len / 4 * 5, "{} idle, {} at peak", state.idle_len, state.peak_len);
         assert_eq!(state.idle_len, state.idle.iter().map(|(len, list)| len * list.len()).sum::<usize>());
     }
 

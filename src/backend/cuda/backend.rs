@@ -233,17 +233,20 @@ impl Backend for Cuda {
     ) {
         grouped::backward_weight(self, dy, x, w, dispatch, plan, dw, scores);
     }
-    fn weight_rows(&self, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
-        dispatch::weight_rows(self, x, routing, dispatch)
+    fn weighted_swiglu(&self, gate_up: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
+        dispatch::weight_rows(self, &swiglu::swiglu(self, gate_up), routing, dispatch)
     }
-    fn weight_rows_backward(
+    fn weighted_swiglu_backward(
         &self,
-        dy: &Tensor,
-        x: &Tensor,
+        dy: Tensor,
+        gate_up: &Tensor,
         routing: &Routing,
         dispatch: &Dispatch,
     ) -> (Tensor, Tensor) {
-        dispatch::weight_rows_backward(self, dy, x, routing, dispatch)
+        let hidden = swiglu::swiglu(self, gate_up);
+        let (d_hidden, d_weights) = dispatch::weight_rows_backward(self, &dy, &hidden, routing, dispatch);
+        drop((dy, hidden));
+        (swiglu::backward(self, &d_hidden, gate_up), d_weights)
     }
 
     // --- losses and statistics -----------------------------------------------------------------------------------

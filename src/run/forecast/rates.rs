@@ -183,27 +183,25 @@ impl<B: Backend> Probe<'_, B> {
         rates[Kind::Experts] = work
             / fastest(|| {
                 let hidden = b.grouped_linear(&b.dispatch_rows(&x, &dispatch), gate_up, &dispatch);
-                let weighted = b.weight_rows(&b.swiglu(&hidden), &routing, &dispatch);
+                let weighted = b.weighted_swiglu(&hidden, &routing, &dispatch);
                 self.finish(&b.combine_rows(&b.grouped_linear(&weighted, down, &dispatch), &dispatch));
             });
         rates[Kind::ExpertsInput] = work
             / fastest(|| {
-                let activated = b.swiglu(&hidden);
                 let dy = b.dispatch_rows(&x, &dispatch);
                 let d_weighted = b.grouped_linear_backward_input(&dy, down, &dispatch);
-                let (d_activated, d_weights) = b.weight_rows_backward(&d_weighted, &activated, &routing, &dispatch);
+                let (d_hidden, d_weights) = b.weighted_swiglu_backward(d_weighted, &hidden, &routing, &dispatch);
                 drop(b.route_backward(&d_weights, &routing));
-                let d_hidden = b.swiglu_backward(&d_activated, &hidden);
                 let dx = b.grouped_linear_backward_input(&d_hidden, gate_up, &dispatch);
                 self.finish(&b.combine_rows(&dx, &dispatch));
             });
-        let (dy, activated) = (b.dispatch_rows(&x, &dispatch), b.swiglu(&hidden));
+        let dy = b.dispatch_rows(&x, &dispatch);
         let mut scores = b.scores(experts);
         let mut gradients = |plans: [Vec<ExpertGrad>; 2], len: usize| {
             let mut buffer = b.buffer(len);
             work / fastest(|| {
                 let x = b.dispatch_rows(&x, &dispatch);
-                let weighted = b.weight_rows(&activated, &routing, &dispatch);
+                let weighted = b.weighted_swiglu(&hidden, &routing, &dispatch);
                 let (sink, sums) = (&mut buffer, &mut scores);
                 b.grouped_linear_backward_weight(&dy, &weighted, down, &dispatch, &plans[0], sink, sums);
                 b.grouped_linear_backward_weight(&hidden, &x, gate_up, &dispatch, &plans[1], sink, sums);

@@ -28,6 +28,7 @@ pub use self::instructions::{Caches, Instructions, Processor};
 pub(super) use self::operand::{Part, Side};
 pub(super) use self::pack::round;
 use self::shape::{BLOCK, Shape};
+use super::element::Element;
 use super::parallel::{Scratch, SharedSlice};
 use super::simd::{axpy, simd};
 
@@ -101,7 +102,7 @@ impl Tile<'_> {
     ///
     /// # Safety
     /// Nothing else accesses the elements of the tile.
-    pub(super) unsafe fn copy_to_shared(&self, to: &SharedSlice<'_, f32>, at: usize, width: usize) {
+    pub(super) unsafe fn copy_to_shared<E: Element>(&self, to: &SharedSlice<'_, E>, at: usize, width: usize) {
         simd!({
             for (i, row) in self.a.clone().enumerate() {
                 // SAFETY: by the caller's guarantee.
@@ -134,14 +135,14 @@ impl Tile<'_> {
 
     /// Copies line `i` of the tile.
     #[inline(always)]
-    fn copy_row(&self, i: usize, to: &mut [f32]) {
+    fn copy_row<E: Element>(&self, i: usize, to: &mut [E]) {
         // Of a length that the compiler knows where the tile is whole: a call of memcpy takes longer than the copy.
         if self.b.len() == WHOLE
             && let ([whole], []) = to.as_chunks_mut::<WHOLE>()
         {
-            *whole = self.values[i * self.stride..][..WHOLE].try_into().expect("as long");
+            E::store(&self.values[i * self.stride..][..WHOLE], whole);
         } else {
-            to.copy_from_slice(self.row(i));
+            E::store(self.row(i), to);
         }
     }
 

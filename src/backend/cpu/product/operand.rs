@@ -28,7 +28,7 @@ impl Side {
 #[derive(Clone, Copy)]
 pub(super) enum Values<'a> {
     F32(&'a [f32]),
-    /// Little-endian bytes of a weight.
+    /// Little-endian bytes.
     Stored(Dtype, &'a [u8]),
 }
 
@@ -36,8 +36,10 @@ pub(super) enum Values<'a> {
 #[derive(Clone, Copy)]
 pub(in crate::backend::cpu) struct Part<'a> {
     pub(super) values: Values<'a>,
-    /// Elements from one row to the next.
+    /// Elements from one stored row to the next.
     pub(super) stride: usize,
+    /// The stored row of each row, if they are not the same.
+    pub(super) index: Option<&'a [u32]>,
     /// Whether the rows are the lines of the operand; otherwise the columns are.
     pub(super) rows_are_lines: bool,
     pub(super) depth: usize,
@@ -46,21 +48,44 @@ pub(in crate::backend::cpu) struct Part<'a> {
 impl<'a> Part<'a> {
     /// Activations; consecutive rows are `stride` elements apart.
     pub(in crate::backend::cpu) fn activations(values: &'a [f32], stride: usize) -> Self {
-        Self { values: Values::F32(values), stride, rows_are_lines: true, depth: 0 }
+        Self { values: Values::F32(values), stride, index: None, rows_are_lines: true, depth: 0 }
     }
 
-    /// A weight's bytes; consecutive rows are `stride` elements apart.
-    pub(in crate::backend::cpu) fn weight(dtype: Dtype, bytes: &'a [u8], stride: usize) -> Self {
-        Self { values: Values::Stored(dtype, bytes), stride, rows_are_lines: true, depth: 0 }
+    /// Little-endian bytes; consecutive rows are `stride` elements apart.
+    pub(in crate::backend::cpu) fn stored(dtype: Dtype, bytes: &'a [u8], stride: usize) -> Self {
+        Self { values: Values::Stored(dtype, bytes), stride, index: None, rows_are_lines: true, depth: 0 }
+    }
+
+    /// Row i is the stored row `index[i]`.
+    pub(in crate::backend::cpu) fn indexed(self, index: Option<&'a [u32]>) -> Self {
+        Self { index, ..self }
     }
 
     /// Without the first rows.
     pub(in crate::backend::cpu) fn skip_rows(self, first: usize) -> Self {
+        match self.index {
+            Some(index) => Self { index: Some(&index[first..]), ..self },
+            None => self.skip(first * self.stride),
+        }
+    }
+
+    /// Without the first columns.
+    pub(in crate::backend::cpu) fn skip_columns(self, first: usize) -> Self {
+        self.skip(first)
+    }
+
+    fn skip(self, elements: usize) -> Self {
         let values = match self.values {
-            Values::F32(values) => Values::F32(&values[first * self.stride..]),
-            Values::Stored(dtype, bytes) => Values::Stored(dtype, &bytes[first * self.stride * dtype.size()..]),
+            Values::F32(values) => Values::F32(&values[elements..]),
+            Values::Stored(dtype, bytes) => Values::Stored(dtype, &bytes[elements * dtype.size()..]),
         };
         Self { values, ..self }
+    }
+
+    /// The first element of a row.
+    #[inline(always)]
+    pub(super) fn at(&self, row: usize) -> usize {
+        self.index.map_or(row, |index| index[row] as usize) * self.stride
     }
 
     /// With the rows as lines, and their first `depth` elements as depth.

@@ -8,6 +8,7 @@ use super::operand::{Packer, Part, Side, Values, units};
 use super::pack_amx;
 use super::shape::{BLOCK, Shape};
 use crate::backend::Dtype;
+use crate::backend::cpu::element::rounded;
 use crate::backend::cpu::simd::simd;
 use crate::backend::cpu::weight::f16_bits_to_f32;
 
@@ -186,7 +187,7 @@ impl Packer<'_> {
     #[inline(always)]
     fn line<'v, S: Stored>(&self, values: &'v [S::Raw], line: usize) -> [&'v [S::Raw]; 2] {
         let line = self.lines.start + line;
-        let values = if line < self.lines.end { &values[line * self.part.stride..][..self.part.depth] } else { &[] };
+        let values = if line < self.lines.end { &values[self.part.at(line)..][..self.part.depth] } else { &[] };
         [values, &[]]
     }
 
@@ -198,7 +199,7 @@ impl Packer<'_> {
         for (i, row) in rows.iter_mut().enumerate().take(per_unit) {
             let depth = unit * per_unit + i;
             if depth < self.part.depth {
-                *row = &values[depth * self.part.stride + self.lines.start..][..self.lines.len()];
+                *row = &values[self.part.at(depth) + self.lines.start..][..self.lines.len()];
             }
         }
         rows
@@ -262,29 +263,4 @@ pub(in crate::backend::cpu) fn round(values: &[f32], out: &mut [f32]) {
             *out = f32::from_bits(rounded(x));
         }
     });
-}
-
-/// The bits of x rounded to bf16, to the nearest and of two equally near ones to the even one; the low half is zero. NaN
-/// stays NaN.
-#[inline(always)]
-fn rounded(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000;
-    let nan = bits & 0xffff_0000 | 0x0040_0000;
-    if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { nearest }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rounding_is_that_of_the_half_crate() {
-        let special = [0.0, -0.0, f32::NAN, f32::INFINITY, -f32::INFINITY, f32::MAX, 1e-40, 1.003_906_3, 1.011_718_8];
-        let many = (0..200_000u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761)));
-        for x in special.into_iter().chain(many) {
-            let (got, want) = (f32::from_bits(rounded(x)), half::bf16::from_f32(x).to_f32());
-            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{x}: {got} {want}");
-        }
-    }
 }

@@ -9,7 +9,7 @@ use std::arch::x86_64::{
 
 use super::avx512::transposed;
 use super::instructions::Instructions;
-use super::operand::{Packer, Side, Values};
+use super::operand::{Packer, Part, Side, Values};
 use super::shape::{BLOCK, Shape};
 use crate::backend::Dtype;
 
@@ -101,12 +101,18 @@ fn pack_values<S: Stored>(packer: &Packer<'_>, values: &[S::Raw], out: &mut [u32
     if rows.is_empty() || columns.is_empty() {
         return; // no panels, or none of their units
     }
-    let end = (rows.end - 1) * part.stride + columns.end;
+    let end = rows.clone().map(|row| part.at(row)).max().unwrap_or(0) + columns.end;
     assert!(end <= values.len(), "a part of {rows:?} by {columns:?} with stride {} in {}", part.stride, values.len());
     assert!(packer.p == P && packer.panel * packer.lines.len().div_ceil(P) == out.len());
     // SAFETY: `Products::new` refuses AMX where these instructions do not exist. Values outside the ranges, which are inside the
     // slice, are masked.
     unsafe { if part.rows_are_lines { lines::<S>(packer, values, out) } else { depths::<S>(packer, values, out) } }
+}
+
+/// The first elements of 32 rows from `first` on, of which those from `end` on are missing.
+#[inline]
+fn starts(part: &Part<'_>, first: usize, end: usize) -> [usize; P] {
+    std::array::from_fn(|i| if first + i < end { part.at(first + i) } else { 0 })
 }
 
 /// Stored rows are lines.
@@ -115,12 +121,13 @@ unsafe fn lines<S: Stored>(packer: &Packer<'_>, values: &[S::Raw], out: &mut [u3
     let part = packer.part;
     for (panel, first) in out.chunks_exact_mut(packer.panel).zip(packer.lines.clone().step_by(P)) {
         let panel = &mut panel[packer.first * P..];
+        let starts = starts(part, first, packer.lines.end);
         for (depth, block) in (0..part.depth).step_by(P).zip(panel.chunks_exact_mut(BLOCK * P)) {
             let mask = lowest(part.depth - depth);
             for half in [0, BLOCK] {
                 let mut units = [_mm512_setzero_si512(); BLOCK];
                 for (line, units) in (first + half..).zip(&mut units) {
-                    let at = values.as_ptr().wrapping_add(line * part.stride + depth);
+                    let at = values.as_ptr().wrapping_add(starts[line - first] + depth);
                     // SAFETY: inside the part, which is inside the slice, or masked.
                     *units = unsafe { S::load(at, if line < packer.lines.end { mask } else { 0 }) };
                 }
@@ -140,16 +147,17 @@ unsafe fn depths<S: Stored>(packer: &Packer<'_>, values: &[S::Raw], out: &mut [u
     // 32 rows are read side by side from their beginning to their end.
     for depth in (0..part.depth).step_by(P) {
         let start = packer.first * P + depth / P * BLOCK * P;
+        let starts = starts(part, depth, part.depth);
         for (panel, first) in out.chunks_exact_mut(packer.panel).zip(packer.lines.clone().step_by(P)) {
             let block = &mut panel[start..start + BLOCK * P];
             let mask = lowest(packer.lines.end - first);
             let [mut low, mut high] = [[_mm512_setzero_si512(); BLOCK]; 2];
             for (unit, (low, high)) in low.iter_mut().zip(&mut high).enumerate() {
                 let row = depth + 2 * unit;
-                let at = values.as_ptr().wrapping_add(row * part.stride + first);
+                let at = values.as_ptr().wrapping_add(starts[2 * unit] + first);
                 // SAFETY: inside the part, which is inside the slice, or masked.
                 let even = unsafe { S::load(at, if row < part.depth { mask } else { 0 }) };
-                let at = at.wrapping_add(part.stride);
+                let at = values.as_ptr().wrapping_add(starts[2 * unit + 1] + first);
                 // SAFETY: as above.
                 let odd = unsafe { S::load(at, if row + 1 < part.depth { mask } else { 0 }) };
                 // Quarters of a row are ordered so that interleaving within 128 bits gives lines 0 to 15, and 16 to 31.

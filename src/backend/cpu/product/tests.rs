@@ -51,14 +51,14 @@ fn products_of_small_numbers_are_exact_in_every_orientation() {
             let a_ways = [
                 Part::activations(&a, k).by_rows(k),
                 Part::activations(&a_t, m).by_columns(k),
-                Part::weight(Dtype::Bf16, &a_bytes, k).by_rows(k),
-                Part::weight(Dtype::Bf16, &a_t_bytes, m).by_columns(k),
+                Part::stored(Dtype::Bf16, &a_bytes, k).by_rows(k),
+                Part::stored(Dtype::Bf16, &a_t_bytes, m).by_columns(k),
             ];
             let b_ways = [
                 Part::activations(&b, k).by_rows(k),
                 Part::activations(&b_t, n).by_columns(k),
-                Part::weight(Dtype::Bf16, &b_bytes, k).by_rows(k),
-                Part::weight(Dtype::F16, &f16, n).by_columns(k),
+                Part::stored(Dtype::Bf16, &b_bytes, k).by_rows(k),
+                Part::stored(Dtype::F16, &f16, n).by_columns(k),
             ];
             for caches in caches {
                 let products = Products::new(instructions, caches);
