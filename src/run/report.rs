@@ -11,7 +11,7 @@ use crate::files;
 use crate::launch::{Existing, prepare_dir_keeping};
 use crate::report::{
     EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile, Series, Table,
-    curve_svg, drift_tables, eval_tables, heatmap_svg, overlap_tables, read_json, rerouting_table,
+    curve_svg, drift_tables, eval_tables, heatmap_svg, overlap_tables, read_json, rerouting_table, standalone,
 };
 use crate::train::Phase;
 use crate::ui::Ui;
@@ -215,7 +215,7 @@ fn heatmaps(page: &mut Page, index: usize, run: &Run, scores: &ScoresFile, dir: 
         let svg =
             heatmap_svg(&format!("run-{index}-round-{round}"), &title, &values, &found.selected, &found.inclusion);
         page.svg(&svg);
-        files::write(dir.join(format!("heatmap-{}-{file_name}-round-{round}.svg", index + 1)), svg)?;
+        files::write(dir.join(format!("heatmap-{}-{file_name}-round-{round}.svg", index + 1)), standalone(&svg))?;
     }
     Ok(())
 }
