@@ -65,7 +65,15 @@ fn check_shows_everything_and_writes_nothing() {
     let output = dir.path().join("out");
     let ran = on_case("check", "olmoe", &output, &format!("{SHORT} --show 1")).ok();
     assert!(ran.out.trim_end().lines().last().unwrap().starts_with("ready"), "{}", ran.out);
-    for part in ["olmoe (3 layers", "rows read", "memory a rank", "time a rank", "GFLOP/s", "training at most"] {
+    for part in [
+        "olmoe (3 layers",
+        "weights: all are finite (",
+        "rows read",
+        "memory a rank",
+        "time a rank",
+        "GFLOP/s",
+        "training at most",
+    ] {
         assert!(ran.out.contains(part), "{part:?} is not in {}", ran.out);
     }
     // Both sides of the first row, and the reply between markers: no colour, since stdout is not a terminal.
