@@ -19,8 +19,33 @@ const ROW: usize = 16;
 /// An upper bound on the mean width of a character of the title, which is bold and 14 pixels high.
 const TITLE_CHARACTER: usize = 9;
 
+/// What the cells of a heat map show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cells {
+    /// Scores.
+    Scores,
+    /// Numbers of tokens.
+    Tokens,
+}
+
+impl Cells {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Scores => "Scores",
+            Self::Tokens => "Tokens",
+        }
+    }
+
+    fn value(self, value: f64, digits: usize) -> String {
+        match self {
+            Self::Scores => format!("{value:.digits$e}"),
+            Self::Tokens => format!("{value}"),
+        }
+    }
+}
+
 /// Draws a heat map as an SVG element. `id` must be unique in the page; `selected` is best first. Each cell has a
-/// tooltip with its score, and the drawing has a text alternative. `inclusion`, the share of bootstrap resamples that select an
+/// tooltip with its value, and the drawing has a text alternative. `inclusion`, the share of bootstrap resamples that select an
 /// expert (`[L][E]`, empty without a bootstrap), is in the tooltips; the frames of experts below [`STABLE`] are dashed.
 ///
 /// # Panics
@@ -28,6 +53,7 @@ const TITLE_CHARACTER: usize = 9;
 pub fn heatmap_svg(
     id: &str,
     title: &str,
+    what: Cells,
     scores: &ExpertScores,
     selected: &[ExpertId],
     inclusion: &[Vec<f64>],
@@ -40,7 +66,7 @@ pub fn heatmap_svg(
     let rank: HashMap<ExpertId, usize> = selected.iter().enumerate().map(|(i, id)| (*id, i + 1)).collect();
 
     let size = [width as f64, height as f64];
-    let mut out = drawing::open(id, title, &description(scores, selected), size, LEFT as f64);
+    let mut out = drawing::open(id, title, &description(what, scores, selected), size, LEFT as f64);
     let _ = writeln!(out, "<text x=\"{LEFT}\" y=\"38\">expert</text>\n<text x=\"4\" y=\"{}\">layer</text>", TOP - 8,);
     for expert in (0..scores.num_experts).step_by(64 / cell) {
         let x = LEFT + expert * cell + cell / 2;
@@ -60,8 +86,9 @@ pub fn heatmap_svg(
             let _ = writeln!(
                 cells,
                 "<rect x=\"{x}\" y=\"{y}\" width=\"{cell}\" height=\"{ROW}\" {}><title>layer {layer}, expert \
-                 {expert}: {value:.4e}{selected}{included}</title></rect>",
-                scale.paint(*value)
+                 {expert}: {}{selected}{included}</title></rect>",
+                scale.paint(*value),
+                what.value(*value, 4),
             );
             if rank.is_some() {
                 let (x, y, w, h) = (x + 1, y + 1, cell - 2, ROW - 2);
@@ -76,25 +103,28 @@ pub fn heatmap_svg(
     let _ =
         writeln!(out, "<g fill=\"none\" stroke=\"{FRAME}\" stroke-width=\"2\" pointer-events=\"none\">\n{frames}</g>");
     let dashed = !inclusion.is_empty();
-    out += &legend(&scale, TOP + scores.layers.len() * ROW + 16, dashed);
+    out += &legend(what, &scale, TOP + scores.layers.len() * ROW + 16, dashed);
     out + "</svg>\n"
 }
 
 /// The text alternative of the heat map.
-fn description(scores: &ExpertScores, selected: &[ExpertId]) -> String {
+fn description(what: Cells, scores: &ExpertScores, selected: &[ExpertId]) -> String {
     let (layers, experts) = (scores.layers.len(), scores.num_experts);
-    let mut out =
-        format!("Scores of {layers} layers (rows) with {experts} experts each (columns), {} selected.", selected.len());
+    let mut out = format!(
+        "{} of {layers} layers (rows) with {experts} experts each (columns), {} selected.",
+        what.name(),
+        selected.len()
+    );
     // Without scores (random selection) all values are 0.
     for (i, (id, value)) in scores.ranked().iter().filter(|(_, value)| *value != 0.0).take(3).enumerate() {
         let head = if i == 0 { " The highest:" } else { "," };
-        let _ = write!(out, "{head} layer {} expert {} with {value:.3e}", id.layer, id.expert);
+        let _ = write!(out, "{head} layer {} expert {} with {}", id.layer, id.expert, what.value(*value, 3));
     }
     out
 }
 
 /// The legend: the colour scale, and the frames of selected experts.
-fn legend(scale: &Scale, y: usize, dashed: bool) -> String {
+fn legend(what: Cells, scale: &Scale, y: usize, dashed: bool) -> String {
     const STEPS: usize = 32;
     let mut out = String::new();
     for i in 0..STEPS {
@@ -105,13 +135,13 @@ fn legend(scale: &Scale, y: usize, dashed: bool) -> String {
     let end = LEFT + STEPS * 6;
     let _ = writeln!(
         out,
-        "<text x=\"{LEFT}\" y=\"{}\">{:.3e}</text>\n<text x=\"{end}\" y=\"{}\" text-anchor=\"end\">{:.3e}</text>\n\
+        "<text x=\"{LEFT}\" y=\"{}\">{}</text>\n<text x=\"{end}\" y=\"{}\" text-anchor=\"end\">{}</text>\n\
          <rect x=\"{}\" y=\"{y}\" width=\"12\" height=\"12\" fill=\"none\" stroke=\"{FRAME}\" stroke-width=\"2\"/>\n\
          <text x=\"{}\" y=\"{}\">selected</text>",
         y + 26,
-        scale.low,
+        what.value(scale.low, 3),
         y + 26,
-        scale.high,
+        what.value(scale.high, 3),
         end + 24,
         end + 42,
         y + 10,
@@ -142,11 +172,18 @@ mod tests {
     #[test]
     fn every_expert_is_drawn_and_selected_experts_are_framed() {
         let scores = scores(vec![0.1, 0.5, 0.0, 1.0, 0.25, 0.75]);
-        let svg = heatmap_svg("round-1", "Round 1 <of> 3 & more", &scores, &[(4, 0).into(), (4, 2).into()], &[]);
+        let svg = heatmap_svg(
+            "round-1",
+            "Round 1 <of> 3 & more",
+            Cells::Scores,
+            &scores,
+            &[(4, 0).into(), (4, 2).into()],
+            &[],
+        );
         assert_well_formed(&svg);
         assert_eq!(svg.matches("<rect").count(), 6 + 2 + 32 + 1, "cells, frames, legend, its frame");
         assert!(svg.contains("layer 4, expert 2: 7.5000e-1, selected, rank 2"));
-        let long = heatmap_svg("long", &"w".repeat(100), &scores, &[], &[]);
+        let long = heatmap_svg("long", &"w".repeat(100), Cells::Scores, &scores, &[], &[]);
         assert!(long.contains("width=\"972\""), "the title has room");
         assert!(svg.contains("layer 1, expert 2: 0.0000e0<"));
         assert!(svg.contains(
@@ -159,10 +196,21 @@ mod tests {
     fn unstable_selections_have_dashed_frames() {
         let scores = scores(vec![0.1, 0.5, 0.0, 1.0, 0.25, 0.75]);
         let inclusion = [vec![0.0, 0.1, 0.0], vec![1.0, 0.0, 0.895]];
-        let svg = heatmap_svg("round-1", "Round 1", &scores, &[(4, 0).into(), (4, 2).into()], &inclusion);
+        let svg =
+            heatmap_svg("round-1", "Round 1", Cells::Scores, &scores, &[(4, 0).into(), (4, 2).into()], &inclusion);
         assert_well_formed(&svg);
         assert!(svg.contains("layer 4, expert 2: 7.5000e-1, selected, rank 2, in 0.90 of resamples"), "{svg}");
         assert!(svg.contains("layer 1, expert 1: 5.0000e-1, in 0.10 of resamples"));
         assert_eq!(svg.matches("stroke-dasharray").count(), 1 + 1, "one expert, and the legend");
+    }
+
+    #[test]
+    fn tokens_are_whole_numbers() {
+        let tokens = scores(vec![12.0, 0.0, 3.0, 0.0, 123_456.0, 7.0]);
+        let svg = heatmap_svg("load", "Load", Cells::Tokens, &tokens, &[(4, 1).into()], &[]);
+        assert_well_formed(&svg);
+        assert!(svg.contains("<title>layer 4, expert 1: 123456, selected, rank 1</title>"), "{svg}");
+        assert!(svg.contains(">Tokens of 2 layers"), "{svg}");
+        assert!(svg.contains(">0</text>") && svg.contains(">123456</text>"), "the legend: {svg}");
     }
 }

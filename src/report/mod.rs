@@ -38,7 +38,7 @@ pub use eval::{
     PromptSide, RefusalRate, RoutingDifference, Sampling, eval_tables,
 };
 pub use experts_file::ExpertsFile;
-pub use heatmap::heatmap_svg;
+pub use heatmap::{Cells, heatmap_svg};
 pub use histogram::histogram_svg;
 pub use markup::escape;
 pub use metadata::{IdentifiedExperts, RetentionLog, TrainingLog, TrainingMetadata};
