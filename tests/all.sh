@@ -41,6 +41,12 @@ if (($# == 0)); then
         skip_without the_snippets_of_the_documentation_run "torch, transformers, safetensors, pandas, peft"
         skip_without huggingface_hub_reads_the_cache huggingface_hub
         skip_without tensorboard_reads_the_steps tensorboard
+        : "${MOEWARDEN_CHROMIUM:=$(type -P chromium chromium-browser google-chrome | head -1)}"
+        export MOEWARDEN_CHROMIUM
+        if ! "${MOEWARDEN_CHROMIUM:-false}" --version >/dev/null 2>&1; then
+            echo "skipped: pages_in_chromium: there is no chromium"
+            skips+=(--skip pages_in_chromium)
+        fi
         set -- -- --include-ignored "${skips[@]}"
     else
         echo "skipped: tests/binary/python.rs: there is no $python"

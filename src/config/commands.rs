@@ -320,6 +320,9 @@ pub struct CheckArgs {
     /// Number of rendered examples to show, with the loss mask marked
     #[arg(long, value_name = "EXAMPLES", default_value_t = 2)]
     pub show: usize,
+    /// Do not read the weights to find NaN and infinite ones, which takes as long as reading the files
+    #[arg(long)]
+    pub skip_weights: bool,
 }
 
 /// Generates a tiny model and data set, trains and reports: the whole pipeline in seconds.

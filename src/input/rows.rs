@@ -1,6 +1,6 @@
 //! Files of rows as text: JSON or JSONL as it is, unpacked from gzip or zstd, or from a Parquet table.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 use std::path::Path;
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -8,6 +8,7 @@ use parquet::record::{Field, Row};
 use serde_json::{Map, Value};
 
 use super::formats::{Format, recognise};
+use crate::meter::{Meter, Unit};
 use crate::panics::catch_expected;
 use crate::quote::{cut, quote};
 
@@ -34,8 +35,8 @@ pub fn read_rows(path: &Path) -> Result<Vec<u8>, RowsError> {
     let mut bytes = super::read(path).map_err(RowsError::Io)?;
     for layer in 0..=MOST_LAYERS {
         let unpacked = match recognise(&bytes) {
-            Some(Format::Gzip) if layer < MOST_LAYERS => gzip(&bytes),
-            Some(Format::Zstd) if layer < MOST_LAYERS => zstd(&bytes),
+            Some(Format::Gzip) if layer < MOST_LAYERS => gzip(Packed::new(path, &bytes)),
+            Some(Format::Zstd) if layer < MOST_LAYERS => zstd(Packed::new(path, &bytes)),
             Some(Format::Parquet) if layer == 0 => {
                 drop(bytes);
                 return table(path);
@@ -54,10 +55,43 @@ pub fn read_rows(path: &Path) -> Result<Vec<u8>, RowsError> {
     Err(RowsError::Format("it is packed too many times; unpack it".into()))
 }
 
+/// Packed bytes that are left, and how far their unpacking is.
+struct Packed<'a> {
+    bytes: &'a [u8],
+    meter: Meter,
+}
+
+impl<'a> Packed<'a> {
+    /// All bytes of a file.
+    fn new(path: &Path, bytes: &'a [u8]) -> Self {
+        Self { bytes, meter: Meter::start(format!("unpacking {}", path.display()), Unit::Bytes, bytes.len() as u64) }
+    }
+}
+
+impl Read for Packed<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.bytes.read(buffer)?;
+        self.meter.add(n);
+        Ok(n)
+    }
+}
+
+impl BufRead for Packed<'_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        // In pieces: what a reader is given at once counts as done at once.
+        Ok(&self.bytes[..self.bytes.len().min(1 << 16)])
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.bytes.consume(n);
+        self.meter.add(n);
+    }
+}
+
 /// One or more members. Zero bytes after them fill a block of a tape or a device, and are no data.
-fn gzip(bytes: &[u8]) -> Result<Vec<u8>, String> {
-    let (mut unpacked, mut rest) = (Vec::new(), bytes);
-    while rest.iter().any(|b| *b != 0) {
+fn gzip(packed: Packed<'_>) -> Result<Vec<u8>, String> {
+    let (mut unpacked, mut rest) = (Vec::new(), packed);
+    while rest.bytes.iter().any(|b| *b != 0) {
         let mut member = flate2::bufread::GzDecoder::new(rest);
         unpacked.extend(unpack(&mut member, MOST - unpacked.len() as u64)?);
         rest = member.into_inner();
@@ -65,9 +99,9 @@ fn gzip(bytes: &[u8]) -> Result<Vec<u8>, String> {
     Ok(unpacked)
 }
 
-fn zstd(bytes: &[u8]) -> Result<Vec<u8>, String> {
+fn zstd(packed: Packed<'_>) -> Result<Vec<u8>, String> {
     let damaged = |e: io::Error| format!("it is compressed by zstd, and damaged ({e})");
-    let mut decoder = ::zstd::Decoder::with_buffer(bytes).map_err(damaged)?;
+    let mut decoder = ::zstd::Decoder::with_buffer(packed).map_err(damaged)?;
     // `zstd --long`
     decoder.window_log_max(31).map_err(damaged)?;
     unpack(decoder, MOST)
@@ -102,12 +136,15 @@ fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
     };
     let read = || -> Result<Vec<u8>, String> {
         let reader = SerializedFileReader::new(file).map_err(|e| damaged(&e.to_string()))?;
+        let rows = u64::try_from(reader.metadata().file_metadata().num_rows()).unwrap_or_default();
+        let meter = Meter::start(format!("reading the table {}", path.display()), Unit::Rows, rows);
         let mut text = Vec::new();
         for (number, row) in reader.get_row_iter(None).map_err(|e| damaged(&e.to_string()))?.enumerate() {
             let row =
                 object(&row.map_err(|e| damaged(&e.to_string()))?).map_err(|e| format!("row {}: {e}", number + 1))?;
             serde_json::to_writer(&mut text, &row).expect("values have string keys");
             text.push(b'\n');
+            meter.add(1);
             if text.len() as u64 > MOST {
                 return Err(format!("as JSON it has more than {} GiB: give a part of it", MOST >> 30));
             }
@@ -188,6 +225,7 @@ mod tests {
             packed.write_all(text).unwrap();
             packed.finish().unwrap()
         };
+        let gzip = |bytes: &[u8]| super::gzip(Packed::new(Path::new("rows.gz"), bytes));
         let two = [member(b"{}\n"), member(b"[]")].concat();
         assert_eq!(gzip(&two).unwrap(), b"{}\n[]");
         assert_eq!(gzip(&[two.as_slice(), &[0; 700]].concat()).unwrap(), b"{}\n[]");

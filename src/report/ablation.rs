@@ -141,7 +141,7 @@ impl AblationReport {
                 self.random_sets,
                 self.p
             ),
-            ["", "untouched", "selection off", "random sets off, mean [least, most]"],
+            ["measure", "untouched", "selection off", "random sets off, mean [least, most]"],
         );
         for (name, is_rate, number) in NUMBERS {
             let show = |x: f64| if is_rate { format!("{:.1} %", 100.0 * x) } else { format!("{x:.4}") };

@@ -80,7 +80,7 @@ pub fn overlap_tables(runs: &[RunSelection]) -> Vec<Table> {
         ("Spearman rank correlation of the scores", |o| o.spearman),
     ];
     let table = |(caption, measure): (&str, Measure)| {
-        let header = ["".to_owned()].into_iter().chain(runs.iter().map(|r| r.name.clone()));
+        let header = ["selection".to_owned()].into_iter().chain(runs.iter().map(|r| r.name.clone()));
         let mut table = Table::new(caption, header);
         for a in runs {
             let cell = |b| measure(&overlap(a, b)).map_or_else(|| "-".to_owned(), |x| format!("{x:.3}"));

@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::page::escape;
+use super::drawing;
+use super::markup::escape;
 
 /// One line of a chart.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,14 +19,14 @@ const HEIGHT: f64 = 300.0;
 const LEFT: f64 = 64.0;
 const TOP: f64 = 40.0;
 /// Colours that colour-blind readers can tell apart on white (Okabe and Ito).
-const COLOURS: [&str; 7] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
+const COLOURS: [&str; 7] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", BLACK];
+const BLACK: &str = "#000000";
 
 /// Draws a line chart as an SVG element; `None` if no series has a finite point. `id` must be unique in the page.
 ///
 /// # Panics
 /// If `id` has other characters than ASCII letters, digits and hyphens.
 pub fn curve_svg(id: &str, title: &str, x_label: &str, series: &[Series]) -> Option<String> {
-    assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{id:?} is not a valid id");
     let finite = |s: &Series| -> Vec<(f64, f64)> {
         s.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect()
     };
@@ -38,20 +39,12 @@ pub fn curve_svg(id: &str, title: &str, x_label: &str, series: &[Series]) -> Opt
     let pixel = |(x, y): (f64, f64)| (LEFT + WIDTH * x_axis.fraction(x), bottom - HEIGHT * y_axis.fraction(y));
 
     let height = bottom + 48.0 + 18.0 * lines.len() as f64;
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" aria-labelledby=\"{id}-title {id}-desc\" width=\"{w}\" \
-         height=\"{height}\" viewBox=\"0 0 {w} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"11\">\n\
-         <title id=\"{id}-title\">{title}</title>\n<desc id=\"{id}-desc\">{}</desc>\n\
-         <text x=\"{LEFT}\" y=\"20\" font-size=\"14\" font-weight=\"bold\">{title}</text>\n",
-        escape(&description(&lines)),
-        w = right + 24.0,
-        title = escape(title),
-    );
+    let mut out = drawing::open(id, title, &description(&lines), [right + 24.0, height], LEFT);
     for tick in y_axis.ticks() {
         let (_, y) = pixel((x_axis.low, tick));
         let _ = writeln!(
             out,
-            "<line x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#dddddd\"/>\n\
+            "<line x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\" class=\"grid\" stroke=\"#dddddd\"/>\n\
              <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
             LEFT - 6.0,
             y + 4.0,
@@ -69,36 +62,86 @@ pub fn curve_svg(id: &str, title: &str, x_label: &str, series: &[Series]) -> Opt
     }
     let _ = writeln!(out, "<text x=\"{right}\" y=\"{}\" text-anchor=\"end\">{}</text>", bottom + 32.0, escape(x_label));
     for (i, (series, _)) in lines.iter().enumerate() {
+        let look = Look::of(i);
+        look.line(&mut out, series, pixel);
+        look.key(&mut out, &series.label, bottom + 48.0 + 18.0 * i as f64);
+    }
+    Some(out + "</svg>\n")
+}
+
+/// How a line looks.
+struct Look {
+    colour: &'static str,
+    /// The class of the colour that is not told apart from dark paper.
+    class: &'static str,
+    /// Colours repeat after the last one; dashes then distinguish the lines.
+    dashes: String,
+}
+
+impl Look {
+    /// That of the line `i`.
+    fn of(i: usize) -> Self {
         let colour = COLOURS[i % COLOURS.len()];
-        // Colours repeat after the last one; dashes then distinguish the lines.
         let dashes = if i < COLOURS.len() { String::new() } else { format!(" stroke-dasharray=\"{}\"", 2 + i) };
+        Self { colour, class: if colour == BLACK { "ink" } else { "" }, dashes }
+    }
+
+    /// Draws a line, with marks at its points that show where the pointer is, and are named by step and value.
+    fn line(&self, out: &mut String, series: &Series, pixel: impl Fn((f64, f64)) -> (f64, f64)) {
+        let Self { colour, class, dashes } = self;
         let parts = series.points.split(|(x, y)| !(x.is_finite() && y.is_finite()));
+        let mut marks = String::new();
+        let mut last = f64::NEG_INFINITY;
         for part in parts.filter(|part| !part.is_empty()) {
-            if let [point] = *part {
-                let (x, y) = pixel(point); // a line of one point is invisible
-                let _ = writeln!(out, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"{colour}\"/>");
-                continue;
-            }
             let path: Vec<String> = part.iter().map(|p| pixel(*p)).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
-            let _ = writeln!(
-                out,
-                "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"{dashes} points=\"{}\"/>",
-                path.join(" ")
-            );
+            if path.len() > 1 {
+                let _ = writeln!(
+                    out,
+                    "<polyline class=\"{class}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"{dashes} points=\"{}\"/>",
+                    path.join(" ")
+                );
+            }
+            for (i, point) in part.iter().enumerate() {
+                let (x, y) = pixel(*point);
+                // No pointer tells points of less than a pixel apart.
+                if x - last < 1.0 && i + 1 < part.len() {
+                    continue;
+                }
+                last = x;
+                // A line of one point is invisible.
+                let (radius, opacity) = if part.len() == 1 { (3, 1) } else { (4, 0) };
+                let _ = writeln!(
+                    marks,
+                    "<circle class=\"point {class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{radius}\" fill=\"{colour}\" \
+                     fill-opacity=\"{opacity}\"><title>{}: {} at step {}</title></circle>",
+                    escape(&series.label),
+                    value(point.1),
+                    point.0,
+                );
+            }
         }
-        let y = bottom + 48.0 + 18.0 * i as f64;
+        *out += &marks;
+    }
+
+    /// Draws the line's entry of the legend.
+    fn key(&self, out: &mut String, label: &str, y: f64) {
+        let Self { colour, class, dashes } = self;
         let _ = writeln!(
             out,
-            "<line x1=\"{LEFT}\" x2=\"{}\" y1=\"{}\" y2=\"{}\" stroke=\"{colour}\" stroke-width=\"3\"{dashes}/>\n\
+            "<line class=\"{class}\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{}\" y2=\"{}\" stroke=\"{colour}\" stroke-width=\"3\"{dashes}/>\n\
              <text x=\"{}\" y=\"{y}\">{}</text>",
             LEFT + 24.0,
             y - 4.0,
             y - 4.0,
             LEFT + 32.0,
-            escape(&series.label)
+            escape(label)
         );
     }
-    Some(out + "</svg>\n")
+}
+
+/// Five digits, without an exponent where the number is of everyday size.
+fn value(y: f64) -> String {
+    if y == 0.0 || (1e-3..1e5).contains(&y.abs()) { format!("{y:.5}") } else { format!("{y:.4e}") }
 }
 
 /// The range of an axis.
@@ -154,7 +197,7 @@ fn description(lines: &[(&Series, Vec<(f64, f64)>)]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::page::tests::assert_well_formed;
+    use super::super::markup::tests::assert_well_formed;
     use super::*;
 
     fn series(label: &str, ys: &[f64]) -> Series {
@@ -166,12 +209,25 @@ mod tests {
         let all = [series("a <b>", &[3.0, 2.0, f64::NAN, 1.0]), series("c", &[]), series("nowhere", &[f64::INFINITY])];
         let svg = curve_svg("ce", "Loss & more", "step", &all).unwrap();
         assert_well_formed(&svg);
-        assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (1, 1));
+        assert_eq!((svg.matches("<polyline").count(), svg.matches("fill-opacity=\"1\"").count()), (1, 1));
+        assert!(svg.contains("<title>a &lt;b&gt;: 2.00000 at step 2</title>"), "{svg}");
         // x = 1, 2, 4 on an axis from 1 to 4; y = 3, 2, 1 on an axis from 1 to 3.
         assert!(svg.contains("points=\"64.0,40.0 304.0,190.0\"") && svg.contains("cx=\"784.0\" cy=\"340.0\""), "{svg}");
         assert!(svg.contains("a &lt;b&gt;: from 3.0000e0 at 1 to 1.0000e0 at 4."));
         assert!(!svg.contains("nowhere"));
         assert_eq!(curve_svg("ce", "Loss", "step", &all[2..]), None);
+    }
+
+    #[test]
+    fn points_have_a_mark_each_if_a_pointer_can_tell_them_apart() {
+        let marks = |points: usize| {
+            let ys: Vec<f64> = (0..points).map(|i| (i as f64).sqrt()).collect();
+            let svg = curve_svg("ce", "Loss", "step", &[series("a", &ys)]).unwrap();
+            assert!(svg.contains(&format!("at step {points}</title>")), "the last one");
+            svg.matches("<circle").count()
+        };
+        assert_eq!(marks(400), 400);
+        assert!((600..=722).contains(&marks(100_000)), "{}", marks(100_000));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Tables of how far trained models have moved from the original one on the retain rows.
 
 use super::metadata::RetentionLog;
-use super::page::Table;
+use super::table::Table;
 
 /// By run and round, and by layer after the last round. `runs`: the names of runs with retain rows.
 pub fn drift_tables(runs: &[(String, RetentionLog)]) -> Vec<Table> {

@@ -3,15 +3,10 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use super::page::escape;
+use super::drawing;
+use super::scale::Scale;
 use crate::experts::{ExpertId, ExpertScores, STABLE};
 
-type Rgb = [f64; 3];
-
-/// Colours from 0 to the largest score.
-const SEQUENTIAL: [Rgb; 3] = [[247.0, 250.0, 255.0], [96.0, 160.0, 210.0], [8.0, 45.0, 105.0]];
-/// Colours from the most negative score over 0 to the most positive one.
-const DIVERGING: [Rgb; 3] = [[10.0, 60.0, 130.0], [250.0, 250.0, 250.0], [150.0, 20.0, 30.0]];
 /// Colour of the frames of selected experts; contrasts with all colours above.
 const FRAME: &str = "#f08c00";
 
@@ -24,39 +19,33 @@ const ROW: usize = 16;
 /// An upper bound on the mean width of a character of the title, which is bold and 14 pixels high.
 const TITLE_CHARACTER: usize = 9;
 
-/// A colour scale: values from `low` to `high`, interpolated between three colours.
-struct Scale {
-    stops: [Rgb; 3],
-    low: f64,
-    high: f64,
+/// What the cells of a heat map show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cells {
+    /// Scores.
+    Scores,
+    /// Numbers of tokens.
+    Tokens,
 }
 
-impl Scale {
-    /// From 0 to the largest value; symmetric about 0 if a value is negative (risk differences).
-    fn of_values(values: &[f64]) -> Self {
-        let finite = || values.iter().copied().filter(|v| v.is_finite());
-        let largest = finite().fold(0.0, |m: f64, v| m.max(v.abs()));
-        let high = if largest > 0.0 { largest } else { 1.0 };
-        match finite().any(|v| v < 0.0) {
-            true => Self { stops: DIVERGING, low: -high, high },
-            false => Self { stops: SEQUENTIAL, low: 0.0, high },
+impl Cells {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Scores => "Scores",
+            Self::Tokens => "Tokens",
         }
     }
 
-    fn colour(&self, value: f64) -> String {
-        if !value.is_finite() {
-            return "#888888".to_owned();
+    fn value(self, value: f64, digits: usize) -> String {
+        match self {
+            Self::Scores => format!("{value:.digits$e}"),
+            Self::Tokens => format!("{value}"),
         }
-        let position = 2.0 * ((value - self.low) / (self.high - self.low)).clamp(0.0, 1.0);
-        let (from, to) = if position < 1.0 { (self.stops[0], self.stops[1]) } else { (self.stops[1], self.stops[2]) };
-        let channel =
-            |i: usize| (from[i] + (to[i] - from[i]) * (position - f64::from(u8::from(position >= 1.0)))).round() as u8;
-        format!("#{:02x}{:02x}{:02x}", channel(0), channel(1), channel(2))
     }
 }
 
 /// Draws a heat map as an SVG element. `id` must be unique in the page; `selected` is best first. Each cell has a
-/// tooltip with its score, and the drawing has a text alternative. `inclusion`, the share of bootstrap resamples that select an
+/// tooltip with its value, and the drawing has a text alternative. `inclusion`, the share of bootstrap resamples that select an
 /// expert (`[L][E]`, empty without a bootstrap), is in the tooltips; the frames of experts below [`STABLE`] are dashed.
 ///
 /// # Panics
@@ -64,11 +53,11 @@ impl Scale {
 pub fn heatmap_svg(
     id: &str,
     title: &str,
+    what: Cells,
     scores: &ExpertScores,
     selected: &[ExpertId],
     inclusion: &[Vec<f64>],
 ) -> String {
-    assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{id:?} is not a valid id");
     let cell = if scores.num_experts <= 64 { 16 } else { 8 };
     let (width, height) = (LEFT + scores.num_experts * cell + 16, TOP + scores.layers.len() * ROW + 64);
     let width = width.max(if inclusion.is_empty() { 420 } else { 540 }); // the width of the legend
@@ -76,22 +65,15 @@ pub fn heatmap_svg(
     let scale = Scale::of_values(&scores.values);
     let rank: HashMap<ExpertId, usize> = selected.iter().enumerate().map(|(i, id)| (*id, i + 1)).collect();
 
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" aria-labelledby=\"{id}-title {id}-desc\" width=\"{width}\" \
-         height=\"{height}\" viewBox=\"0 0 {width} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"11\">\n\
-         <title id=\"{id}-title\">{}</title>\n<desc id=\"{id}-desc\">{}</desc>\n\
-         <text x=\"{LEFT}\" y=\"20\" font-size=\"14\" font-weight=\"bold\">{}</text>\n\
-         <text x=\"{LEFT}\" y=\"38\">expert</text>\n<text x=\"4\" y=\"{}\">layer</text>\n",
-        escape(title),
-        escape(&description(scores, selected)),
-        escape(title),
-        TOP - 8,
-    );
+    let size = [width as f64, height as f64];
+    let mut out = drawing::open(id, title, &description(what, scores, selected), size, LEFT as f64);
+    let _ = writeln!(out, "<text x=\"{LEFT}\" y=\"38\">expert</text>\n<text x=\"4\" y=\"{}\">layer</text>", TOP - 8,);
     for expert in (0..scores.num_experts).step_by(64 / cell) {
         let x = LEFT + expert * cell + cell / 2;
         let _ = writeln!(out, "<text x=\"{x}\" y=\"{}\" text-anchor=\"middle\">{expert}</text>", TOP - 8);
     }
     let mut frames = String::new();
+    let mut cells = String::new();
     for (i, (layer, row)) in scores.layers.iter().zip(scores.rows()).enumerate() {
         let y = TOP + i * ROW;
         let _ = writeln!(out, "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{layer}</text>", LEFT - 6, y + 12);
@@ -102,10 +84,11 @@ pub fn heatmap_svg(
             let share = inclusion.get(i).and_then(|row| row.get(expert));
             let included = share.map_or_else(String::new, |p| format!(", in {p:.2} of resamples"));
             let _ = writeln!(
-                out,
-                "<rect x=\"{x}\" y=\"{y}\" width=\"{cell}\" height=\"{ROW}\" fill=\"{}\"><title>layer {layer}, expert \
-                 {expert}: {value:.4e}{selected}{included}</title></rect>",
-                scale.colour(*value)
+                cells,
+                "<rect x=\"{x}\" y=\"{y}\" width=\"{cell}\" height=\"{ROW}\" {}><title>layer {layer}, expert \
+                 {expert}: {}{selected}{included}</title></rect>",
+                scale.paint(*value),
+                what.value(*value, 4),
             );
             if rank.is_some() {
                 let (x, y, w, h) = (x + 1, y + 1, cell - 2, ROW - 2);
@@ -116,45 +99,49 @@ pub fn heatmap_svg(
     }
     // Frames are drawn last, so that neighbouring cells do not cover them, and ignore the pointer, so that cells keep
     // their tooltips.
+    let _ = writeln!(out, "<g class=\"cells\">\n{cells}</g>");
     let _ =
         writeln!(out, "<g fill=\"none\" stroke=\"{FRAME}\" stroke-width=\"2\" pointer-events=\"none\">\n{frames}</g>");
     let dashed = !inclusion.is_empty();
-    out += &legend(&scale, TOP + scores.layers.len() * ROW + 16, dashed);
+    out += &legend(what, &scale, TOP + scores.layers.len() * ROW + 16, dashed);
     out + "</svg>\n"
 }
 
 /// The text alternative of the heat map.
-fn description(scores: &ExpertScores, selected: &[ExpertId]) -> String {
+fn description(what: Cells, scores: &ExpertScores, selected: &[ExpertId]) -> String {
     let (layers, experts) = (scores.layers.len(), scores.num_experts);
-    let mut out =
-        format!("Scores of {layers} layers (rows) with {experts} experts each (columns), {} selected.", selected.len());
+    let mut out = format!(
+        "{} of {layers} layers (rows) with {experts} experts each (columns), {} selected.",
+        what.name(),
+        selected.len()
+    );
     // Without scores (random selection) all values are 0.
     for (i, (id, value)) in scores.ranked().iter().filter(|(_, value)| *value != 0.0).take(3).enumerate() {
         let head = if i == 0 { " The highest:" } else { "," };
-        let _ = write!(out, "{head} layer {} expert {} with {value:.3e}", id.layer, id.expert);
+        let _ = write!(out, "{head} layer {} expert {} with {}", id.layer, id.expert, what.value(*value, 3));
     }
     out
 }
 
 /// The legend: the colour scale, and the frames of selected experts.
-fn legend(scale: &Scale, y: usize, dashed: bool) -> String {
+fn legend(what: Cells, scale: &Scale, y: usize, dashed: bool) -> String {
     const STEPS: usize = 32;
     let mut out = String::new();
     for i in 0..STEPS {
         let value = scale.low + (scale.high - scale.low) * i as f64 / (STEPS - 1) as f64;
-        let (x, colour) = (LEFT + i * 6, scale.colour(value));
-        let _ = writeln!(out, "<rect x=\"{x}\" y=\"{y}\" width=\"6\" height=\"12\" fill=\"{colour}\"/>");
+        let (x, paint) = (LEFT + i * 6, scale.paint(value));
+        let _ = writeln!(out, "<rect x=\"{x}\" y=\"{y}\" width=\"6\" height=\"12\" {paint}/>");
     }
     let end = LEFT + STEPS * 6;
     let _ = writeln!(
         out,
-        "<text x=\"{LEFT}\" y=\"{}\">{:.3e}</text>\n<text x=\"{end}\" y=\"{}\" text-anchor=\"end\">{:.3e}</text>\n\
+        "<text x=\"{LEFT}\" y=\"{}\">{}</text>\n<text x=\"{end}\" y=\"{}\" text-anchor=\"end\">{}</text>\n\
          <rect x=\"{}\" y=\"{y}\" width=\"12\" height=\"12\" fill=\"none\" stroke=\"{FRAME}\" stroke-width=\"2\"/>\n\
          <text x=\"{}\" y=\"{}\">selected</text>",
         y + 26,
-        scale.low,
+        what.value(scale.low, 3),
         y + 26,
-        scale.high,
+        what.value(scale.high, 3),
         end + 24,
         end + 42,
         y + 10,
@@ -175,7 +162,7 @@ fn legend(scale: &Scale, y: usize, dashed: bool) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::page::tests::assert_well_formed;
+    use super::super::markup::tests::assert_well_formed;
     use super::*;
 
     fn scores(values: Vec<f64>) -> ExpertScores {
@@ -185,11 +172,18 @@ mod tests {
     #[test]
     fn every_expert_is_drawn_and_selected_experts_are_framed() {
         let scores = scores(vec![0.1, 0.5, 0.0, 1.0, 0.25, 0.75]);
-        let svg = heatmap_svg("round-1", "Round 1 <of> 3 & more", &scores, &[(4, 0).into(), (4, 2).into()], &[]);
+        let svg = heatmap_svg(
+            "round-1",
+            "Round 1 <of> 3 & more",
+            Cells::Scores,
+            &scores,
+            &[(4, 0).into(), (4, 2).into()],
+            &[],
+        );
         assert_well_formed(&svg);
         assert_eq!(svg.matches("<rect").count(), 6 + 2 + 32 + 1, "cells, frames, legend, its frame");
         assert!(svg.contains("layer 4, expert 2: 7.5000e-1, selected, rank 2"));
-        let long = heatmap_svg("long", &"w".repeat(100), &scores, &[], &[]);
+        let long = heatmap_svg("long", &"w".repeat(100), Cells::Scores, &scores, &[], &[]);
         assert!(long.contains("width=\"972\""), "the title has room");
         assert!(svg.contains("layer 1, expert 2: 0.0000e0<"));
         assert!(svg.contains(
@@ -202,7 +196,8 @@ mod tests {
     fn unstable_selections_have_dashed_frames() {
         let scores = scores(vec![0.1, 0.5, 0.0, 1.0, 0.25, 0.75]);
         let inclusion = [vec![0.0, 0.1, 0.0], vec![1.0, 0.0, 0.895]];
-        let svg = heatmap_svg("round-1", "Round 1", &scores, &[(4, 0).into(), (4, 2).into()], &inclusion);
+        let svg =
+            heatmap_svg("round-1", "Round 1", Cells::Scores, &scores, &[(4, 0).into(), (4, 2).into()], &inclusion);
         assert_well_formed(&svg);
         assert!(svg.contains("layer 4, expert 2: 7.5000e-1, selected, rank 2, in 0.90 of resamples"), "{svg}");
         assert!(svg.contains("layer 1, expert 1: 5.0000e-1, in 0.10 of resamples"));
@@ -210,12 +205,12 @@ mod tests {
     }
 
     #[test]
-    fn colours_of_sequential_and_diverging_scales() {
-        let sequential = Scale::of_values(&[0.0, 2.0, 1.0]);
-        assert_eq!([0.0, 1.0, 2.0].map(|v| sequential.colour(v)), ["#f7faff", "#60a0d2", "#082d69"]);
-        let diverging = Scale::of_values(&[-1.0, 4.0]);
-        assert_eq!([-4.0, 0.0, 4.0].map(|v| diverging.colour(v)), ["#0a3c82", "#fafafa", "#96141e"]);
-        assert_eq!(Scale::of_values(&[0.0, 0.0]).colour(0.0), "#f7faff", "all scores zero: no division by zero");
-        assert_eq!(sequential.colour(f64::NAN), "#888888");
+    fn tokens_are_whole_numbers() {
+        let tokens = scores(vec![12.0, 0.0, 3.0, 0.0, 123_456.0, 7.0]);
+        let svg = heatmap_svg("load", "Load", Cells::Tokens, &tokens, &[(4, 1).into()], &[]);
+        assert_well_formed(&svg);
+        assert!(svg.contains("<title>layer 4, expert 1: 123456, selected, rank 1</title>"), "{svg}");
+        assert!(svg.contains(">Tokens of 2 layers"), "{svg}");
+        assert!(svg.contains(">0</text>") && svg.contains(">123456</text>"), "the legend: {svg}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::page::escape;
+use super::drawing;
 
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 200.0;
@@ -18,7 +18,6 @@ const MARK: &str = "#d55e00";
 /// # Panics
 /// If `id` has other characters than ASCII letters, digits and hyphens.
 pub fn histogram_svg(id: &str, title: &str, values: &[f64], marked: f64) -> Option<String> {
-    assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{id:?} is not a valid id");
     let finite: Vec<f64> = values.iter().copied().filter(|v| v.is_finite()).collect();
     if finite.is_empty() || !marked.is_finite() {
         return None;
@@ -41,16 +40,9 @@ pub fn histogram_svg(id: &str, title: &str, values: &[f64], marked: f64) -> Opti
         finite.iter().copied().fold(f64::INFINITY, f64::min),
         finite.iter().copied().fold(f64::NEG_INFINITY, f64::max),
     );
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" aria-labelledby=\"{id}-title {id}-desc\" width=\"{width}\" \
-         height=\"{height}\" viewBox=\"0 0 {width} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"11\">\n\
-         <title id=\"{id}-title\">{title}</title>\n<desc id=\"{id}-desc\">{}</desc>\n\
-         <text x=\"{LEFT}\" y=\"20\" font-size=\"14\" font-weight=\"bold\">{title}</text>\n",
-        escape(&description),
-        width = LEFT + WIDTH + 24.0,
-        height = bottom + 48.0,
-        title = escape(title),
-    );
+    let size = [LEFT + WIDTH + 24.0, bottom + 48.0];
+    let mut out = drawing::open(id, title, &description, size, LEFT);
+    out += "<g class=\"bars\">\n";
     for (i, count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
         let height = HEIGHT * *count as f64 / most as f64;
         let from = low + (high - low) * i as f64 / BINS as f64;
@@ -64,13 +56,14 @@ pub fn histogram_svg(id: &str, title: &str, values: &[f64], marked: f64) -> Opti
             w - 1.0,
         );
     }
+    out += "</g>\n";
     let x = LEFT + WIDTH * position(marked);
     let anchor = if position(marked) > 0.5 { "end" } else { "start" };
     let _ = writeln!(
         out,
         "<line x1=\"{LEFT}\" x2=\"{}\" y1=\"{bottom}\" y2=\"{bottom}\" stroke=\"#888888\"/>\n\
-         <line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{}\" y2=\"{bottom}\" stroke=\"{MARK}\" stroke-width=\"2\"/>\n\
-         <text x=\"{x:.1}\" y=\"{}\" text-anchor=\"{anchor}\" fill=\"{MARK}\">selection {marked:.4}</text>\n\
+         <line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{}\" y2=\"{bottom}\" stroke=\"{MARK}\" stroke-width=\"2\"><title>selection: {marked:.4}</title></line>\n\
+         <text x=\"{x:.1}\" y=\"{}\" text-anchor=\"{anchor}\" font-weight=\"bold\">selection {marked:.4}</text>\n\
          <text x=\"{}\" y=\"{}\" text-anchor=\"end\">{most}</text>",
         LEFT + WIDTH,
         TOP - 8.0,
@@ -87,7 +80,7 @@ pub fn histogram_svg(id: &str, title: &str, values: &[f64], marked: f64) -> Opti
 
 #[cfg(test)]
 mod tests {
-    use super::super::page::tests::assert_well_formed;
+    use super::super::markup::tests::assert_well_formed;
     use super::*;
 
     #[test]

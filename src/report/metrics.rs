@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-use crate::train::Phase;
+use crate::train::{ExpertLoads, LoadBalance, Phase};
 
 /// One line of `metrics.jsonl`: a training step, or a micro-batch of an identification. A loss that the phase does not
 /// compute is null, and so is a number that is not finite.
@@ -48,6 +48,12 @@ pub struct MetricsRow {
     /// scoring is part of the expert steps' `seconds`, and these lines have about 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timed_together: Option<usize>,
+    /// How evenly the tokens of the step are spread over the experts, by MoE layer; absent in an identification.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert_load: Option<LoadBalance>,
+    /// In the last line of a phase: the tokens of each expert in the whole phase.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase_load: Option<ExpertLoads>,
     /// True if a number was not finite, so the update was skipped.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub skipped: bool,
@@ -174,6 +180,8 @@ mod tests {
             tokens: 640,
             seconds: 0.25,
             timed_together: None,
+            expert_load: None,
+            phase_load: None,
             skipped: false,
         }
     }
@@ -204,6 +212,17 @@ mod tests {
         let row = MetricsRow { phase: Phase::Identify, timed_together: Some(12), ..row(1) };
         let line = serde_json::to_value(&row).unwrap();
         assert_eq!((&line["seconds"], &line["timed_together"]), (&0.25.into(), &12.into()));
+        assert_eq!(serde_json::from_value::<MetricsRow>(line).unwrap(), row);
+    }
+
+    #[test]
+    fn loads_of_a_step_and_of_a_phase() {
+        let loads = ExpertLoads { layers: vec![1, 3], counts: vec![vec![3, 1], vec![0, 4]] };
+        let row = MetricsRow { expert_load: Some(loads.balance()), phase_load: Some(loads), ..row(1) };
+        let line = serde_json::to_value(&row).unwrap();
+        let balance = serde_json::json!({"layers": [1, 3], "busiest": [0.75, 1.0], "idle": [0, 1], "cv": [0.5, 1.0]});
+        assert_eq!(line["expert_load"], balance);
+        assert_eq!(line["phase_load"], serde_json::json!({"layers": [1, 3], "counts": [[3, 1], [0, 4]]}));
         assert_eq!(serde_json::from_value::<MetricsRow>(line).unwrap(), row);
     }
 

@@ -6,11 +6,13 @@
 mod ablation;
 mod compare;
 mod curve;
+mod drawing;
 mod drift;
 mod eval;
 mod experts_file;
 mod heatmap;
 mod histogram;
+mod markup;
 mod metadata;
 mod metrics;
 mod other_routing;
@@ -20,25 +22,29 @@ mod rankings;
 mod rates;
 mod replies;
 mod rerouting;
+mod scale;
 mod scores_json;
 mod speed;
+mod table;
 mod tensorboard;
 
 pub use ablation::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, RandomSet};
 pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
 pub use curve::{Series, curve_svg};
+pub use drawing::standalone;
 pub use drift::drift_tables;
 pub use eval::{
     EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, FinishReason, GENERATION_SCHEMA, GenerationRow, MeanLoss,
     PromptSide, RefusalRate, RoutingDifference, Sampling, eval_tables,
 };
 pub use experts_file::ExpertsFile;
-pub use heatmap::heatmap_svg;
+pub use heatmap::{Cells, heatmap_svg};
 pub use histogram::histogram_svg;
+pub use markup::escape;
 pub use metadata::{IdentifiedExperts, RetentionLog, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use other_routing::{OtherRouting, RoutingFrom};
-pub use page::{Page, Table, escape};
+pub use page::Page;
 pub use pickle::{RoundGradients, gradients_pickle};
 pub use rankings::{NamedRanking, RANKINGS_SCHEMA, RankingsFile};
 pub use rates::{RateRow, rates_svg};
@@ -46,6 +52,7 @@ pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
 pub use rerouting::rerouting_table;
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
 pub use speed::{GenerationSpeed, TokenSpeed};
+pub use table::Table;
 pub use tensorboard::EventLog;
 
 use std::io;

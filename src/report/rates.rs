@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::page::escape;
+use super::drawing;
+use super::markup::escape;
 use crate::judge::Rate;
 
 /// The rates of one model.
@@ -25,17 +26,9 @@ const ROW: f64 = 26.0;
 /// # Panics
 /// If `id` has other characters than ASCII letters, digits and hyphens, or if a row has not one entry a measure.
 pub fn rates_svg(id: &str, title: &str, measures: &[&str], rows: &[RateRow]) -> String {
-    assert!(id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{id:?} is not a valid id");
     let (width, bottom) = (LABELS + (PANEL + GAP) * measures.len() as f64, TOP + ROW * rows.len() as f64);
     let height = bottom + 28.0;
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" aria-labelledby=\"{id}-title {id}-desc\" width=\"{width}\" \
-         height=\"{height}\" viewBox=\"0 0 {width} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"12\">\n\
-         <title id=\"{id}-title\">{title}</title>\n<desc id=\"{id}-desc\">{}</desc>\n\
-         <text x=\"8\" y=\"20\" font-size=\"14\" font-weight=\"bold\">{title}</text>\n",
-        escape(&description(measures, rows)),
-        title = escape(title),
-    );
+    let mut out = drawing::open(id, title, &description(measures, rows), [width, height], 8.0);
     for (i, row) in rows.iter().enumerate() {
         assert_eq!(row.rates.len(), measures.len(), "rates of {:?}", row.label);
         let y = TOP + ROW * (i as f64 + 0.5) + 4.0;
@@ -48,33 +41,38 @@ pub fn rates_svg(id: &str, title: &str, measures: &[&str], rows: &[RateRow]) -> 
             let x = left + PANEL * f64::from(percent) / 100.0;
             let _ = writeln!(
                 out,
-                "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{TOP}\" y2=\"{bottom}\" stroke=\"#dddddd\"/>\n\
+                "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{TOP}\" y2=\"{bottom}\" class=\"grid\" stroke=\"#dddddd\"/>\n\
                  <text x=\"{x:.1}\" y=\"{}\" text-anchor=\"middle\" font-size=\"11\">{percent} %</text>",
                 bottom + 16.0
             );
         }
         for (i, row) in rows.iter().enumerate() {
-            if let Some(value) = row.rates[j].rate {
-                bar(&mut out, left, TOP + ROW * i as f64, value, row.rates[j].interval);
+            if row.rates[j].rate.is_some() {
+                let what = escape(&format!("{}, {}", row.label, in_words(measure, &row.rates[j])));
+                bar(&mut out, left, TOP + ROW * i as f64, &what, &row.rates[j]);
             }
         }
     }
     out + "</svg>\n"
 }
 
-/// One bar with a whisker from end to end of the interval.
-fn bar(out: &mut String, left: f64, top: f64, value: f64, interval: [f64; 2]) {
+/// One bar with a whisker from end to end of the interval. `what` is escaped.
+fn bar(out: &mut String, left: f64, top: f64, what: &str, rate: &Rate) {
     let x = |share: f64| left + PANEL * share.clamp(0.0, 1.0);
-    let [low, high] = interval.map(x);
+    let [low, high] = rate.interval.map(x);
     let middle = top + ROW / 2.0;
     let _ = writeln!(
         out,
-        "<rect x=\"{left:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"14\" fill=\"#56b4e9\"/>\n\
-         <line x1=\"{low:.1}\" x2=\"{high:.1}\" y1=\"{middle:.1}\" y2=\"{middle:.1}\" stroke=\"#000000\"/>\n\
-         <line x1=\"{low:.1}\" x2=\"{low:.1}\" y1=\"{:.1}\" y2=\"{:.1}\" stroke=\"#000000\"/>\n\
-         <line x1=\"{high:.1}\" x2=\"{high:.1}\" y1=\"{:.1}\" y2=\"{:.1}\" stroke=\"#000000\"/>",
+        "<g class=\"bars\">\n\
+         <rect x=\"{left:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"14\" fill=\"#56b4e9\"/>\n\
+         <g stroke=\"#000000\">\n\
+         <line class=\"ink\" x1=\"{low:.1}\" x2=\"{high:.1}\" y1=\"{middle:.1}\" y2=\"{middle:.1}\"/>\n\
+         <line class=\"ink\" x1=\"{low:.1}\" x2=\"{low:.1}\" y1=\"{:.1}\" y2=\"{:.1}\"/>\n\
+         <line class=\"ink\" x1=\"{high:.1}\" x2=\"{high:.1}\" y1=\"{:.1}\" y2=\"{:.1}\"/>\n</g>\n\
+         <rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{PANEL:.1}\" height=\"{ROW:.1}\" fill-opacity=\"0\"><title>{what}</title></rect>\n\
+         </g>",
         middle - 7.0,
-        x(value) - left,
+        x(rate.rate.unwrap_or_default()) - left,
         middle - 4.0,
         middle + 4.0,
         middle - 4.0,
@@ -82,16 +80,19 @@ fn bar(out: &mut String, left: f64, top: f64, value: f64, interval: [f64; 2]) {
     );
 }
 
+/// `refused: 3 of 120 (0.9 to 7.1 %)`.
+fn in_words(measure: &str, rate: &Rate) -> String {
+    if rate.rate.is_none() {
+        return format!("{measure}: not measured");
+    }
+    let [low, high] = rate.interval.map(|x| 100.0 * x);
+    format!("{measure}: {} of {} ({low:.1} to {high:.1} %)", rate.hits, rate.of)
+}
+
 /// The text alternative: every rate with its interval.
 fn description(measures: &[&str], rows: &[RateRow]) -> String {
     let of_row = |row: &RateRow| {
-        let rates = measures.iter().zip(&row.rates).map(|(measure, rate)| match rate.rate {
-            Some(_) => {
-                let [low, high] = rate.interval.map(|x| 100.0 * x);
-                format!("{measure}: {} of {} ({low:.1} to {high:.1} %)", rate.hits, rate.of)
-            }
-            None => format!("{measure}: not measured"),
-        });
+        let rates = measures.iter().zip(&row.rates).map(|(measure, rate)| in_words(measure, rate));
         format!("{}: {}", row.label, rates.collect::<Vec<_>>().join(", "))
     };
     rows.iter().map(of_row).collect::<Vec<_>>().join("; ")
@@ -99,7 +100,7 @@ fn description(measures: &[&str], rows: &[RateRow]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::page::tests::assert_well_formed;
+    use super::super::markup::tests::assert_well_formed;
     use super::*;
 
     #[test]
@@ -111,7 +112,8 @@ mod tests {
         ];
         let svg = rates_svg("outcome", "Outcomes", &["refused", "correct"], &rows);
         assert_well_formed(&svg);
-        assert_eq!(svg.matches("<rect").count(), 3, "no bar where nothing was measured");
+        assert_eq!(svg.matches("height=\"14\"").count(), 3, "no bar where nothing was measured");
+        assert!(svg.contains("<title>after, refused: 60 of 120 (41.2 to 58.8 %)</title>"), "{svg}");
         assert!(svg.contains("width=\"110.0\" height=\"14\""), "half of the panel: {svg}");
         assert!(
             svg.contains("before &lt;&amp;&gt;: refused: 0 of 120 (0.0 to 3.1 %), correct: not measured; after"),

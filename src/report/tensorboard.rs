@@ -1,4 +1,5 @@
-//! TensorBoard event files (`--log tensorboard`): the numbers of `metrics.jsonl` as scalars.
+//! TensorBoard event files (`--log tensorboard`): the numbers of `metrics.jsonl` as scalars, and the loads of the experts as
+//! histograms.
 //!
 //! An event file is a sequence of records: the length (u64), its checksum, the bytes, their checksum (both masked CRC-32C), in
 //! little-endian order. The bytes are the protocol buffer `Event` of tensorflow/core/util/event.proto; only the fields that are
@@ -18,7 +19,7 @@ pub struct EventLog {
     file: File,
 }
 
-/// Fields of `Event`, of `Summary`, of `Summary.Value` and of `SessionLog`.
+/// Fields of `Event`, of `Summary`, of `Summary.Value`, of `HistogramProto` and of `SessionLog`.
 mod field {
     pub const WALL_TIME: u32 = 1;
     pub const STEP: u32 = 2;
@@ -28,11 +29,19 @@ mod field {
     pub const VALUE: u32 = 1;
     pub const TAG: u32 = 1;
     pub const SIMPLE_VALUE: u32 = 2;
+    pub const HISTOGRAM: u32 = 5;
+    /// `min`, `max`, `num`, `sum` and `sum_squares`.
+    pub const MOMENTS: [u32; 5] = [1, 2, 3, 4, 5];
+    pub const BUCKET_LIMIT: u32 = 6;
+    pub const BUCKET: u32 = 7;
     pub const STATUS: u32 = 1;
 }
 
 /// `SessionLog.SessionStatus.START`: TensorBoard drops events of this step and later ones from earlier files.
 const START: u64 = 1;
+
+/// Buckets of a histogram, but for one more at most.
+const BUCKETS: u64 = 30;
 
 impl EventLog {
     /// A new event file in `folder`, which is created, for the steps after the first `done` ones.
@@ -78,9 +87,20 @@ impl EventLog {
             ("round", Some(row.round as f64)),
         ] {
             let Some(number) = number else { continue };
-            let tag = format!("{phase}/{name}");
-            let value = [bytes(field::TAG, tag.as_bytes()), float(field::SIMPLE_VALUE, number as f32)].concat();
-            summary.extend(bytes(field::VALUE, &value));
+            summary.extend(scalar(&format!("{phase}/{name}"), number));
+        }
+        if let Some(load) = &row.expert_load {
+            for (i, layer) in load.layers.iter().enumerate() {
+                for (name, number) in [("busiest", load.busiest[i]), ("idle", load.idle[i] as f64), ("cv", load.cv[i])]
+                {
+                    summary.extend(scalar(&format!("{phase}_experts/layer_{layer:02}_{name}"), number));
+                }
+            }
+        }
+        if let Some(load) = &row.phase_load {
+            for (layer, counts) in load.layers.iter().zip(&load.counts) {
+                summary.extend(histogram(&format!("{phase}_experts/layer_{layer:02}_tokens"), counts));
+            }
         }
         self.append(row.step, bytes(field::SUMMARY, &summary))
     }
@@ -90,6 +110,31 @@ impl EventLog {
         let written = self.file.write_all(&record(&event));
         written.map_err(|source| Error::Log { path: self.path.clone(), action: "appending", source })
     }
+}
+
+/// A `Summary.Value` with a number.
+fn scalar(tag: &str, number: f64) -> Vec<u8> {
+    let value = [bytes(field::TAG, tag.as_bytes()), float(field::SIMPLE_VALUE, number as f32)].concat();
+    bytes(field::VALUE, &value)
+}
+
+/// A `Summary.Value` with the distribution of these numbers. A bucket reaches from the limit of the one before it to its own.
+fn histogram(tag: &str, counts: &[u64]) -> Vec<u8> {
+    let (least, most) = (counts.iter().copied().min().unwrap_or(0), counts.iter().copied().max().unwrap_or(0));
+    let width = (most - least).div_ceil(BUCKETS).max(1);
+    let mut buckets = vec![0.0; ((most - least) / width + 1) as usize];
+    counts.iter().for_each(|count| buckets[((count - least) / width) as usize] += 1.0);
+    let limits: Vec<f64> = (1..=buckets.len() as u64).map(|i| (least + i * width) as f64).collect();
+    let values = || counts.iter().map(|count| *count as f64);
+    let moments =
+        [least as f64, most as f64, counts.len() as f64, values().sum(), values().map(|count| count * count).sum()];
+    let mut histogram: Vec<u8> =
+        field::MOMENTS.iter().zip(moments).flat_map(|(field, moment)| double(*field, moment)).collect();
+    for (field, list) in [(field::BUCKET_LIMIT, limits), (field::BUCKET, buckets)] {
+        let packed: Vec<u8> = list.into_iter().flat_map(f64::to_le_bytes).collect();
+        histogram.extend(bytes(field, &packed));
+    }
+    bytes(field::VALUE, &[bytes(field::TAG, tag.as_bytes()), bytes(field::HISTOGRAM, &histogram)].concat())
 }
 
 fn since_epoch() -> Duration {

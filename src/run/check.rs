@@ -1,8 +1,9 @@
-//! `check`: finds the errors that a run would end with before its first step, and predicts its memory and time. Loads
-//! no weights and writes nothing.
+//! `check`: finds the errors that a run would end with before its first step, and predicts its memory and time. Writes
+//! nothing.
 
 use std::fmt::Write;
 use std::thread::available_parallelism;
+use std::time::Instant;
 
 use super::forecast::{Forecast, MemoryForecast, Rates, Sizes, Tokens, duration};
 use super::session::Session;
@@ -27,6 +28,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     session.check_copied()?;
     check_output_dir(config)?;
     ui.result(session.describe());
+    check_weights(&session, args, ui)?;
     for sample in loss_mask_samples(&session.data, &session.tokenizer, args.show) {
         ui.result(format_sample(&sample, ui.colors_results()));
     }
@@ -77,6 +79,23 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
         ui.result(format_args!("`{command}`: {memory} a rank, {seconds}"));
     }
     ui.result(format_args!("ready: `moewarden train` can run with these options"));
+    Ok(())
+}
+
+/// Reads all weights, as the run does before its first step: they must be finite.
+fn check_weights(session: &Session, args: &CheckArgs, ui: &Ui) -> Result<()> {
+    if session.checkpoint.is_none() {
+        return Ok(()); // random weights
+    }
+    let size = human(session.table.total().bytes as u64);
+    if args.skip_weights {
+        ui.result(format_args!("weights: not read (--skip-weights); a run refuses NaN and infinite ones"));
+        return Ok(());
+    }
+    let clock = Instant::now();
+    session.check_weights()?;
+    let seconds = duration(clock.elapsed().as_secs_f64());
+    ui.result(format_args!("weights: all are finite ({size}, read in {seconds}; --skip-weights leaves this out)"));
     Ok(())
 }
 

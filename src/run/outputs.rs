@@ -18,7 +18,7 @@ use crate::report::{
     EventLog, IdentifiedExperts, MetricsLog, MetricsRow, RankingsFile, RetentionLog, RoundGradients, RoundScores,
     ScoresFile, TrainingLog, TrainingMetadata, gradients_pickle, log_line, write_json,
 };
-use crate::train::{Drift, Identification, Measured, Phase, Recipe, Replica, RetainRows, StepResult};
+use crate::train::{Drift, ExpertLoads, Identification, Measured, Phase, Recipe, Replica, RetainRows, StepResult};
 use crate::ui::Ui;
 
 /// The outputs so far: what a checkpoint keeps of them, to continue them.
@@ -33,6 +33,9 @@ pub struct OutputState {
     training_logs: Vec<TrainingLog>,
     #[serde(default)]
     retention: Option<RetentionLog>,
+    /// See [`Outputs::round_weights`]; checkpoints of earlier versions have none.
+    #[serde(default)]
+    round_weights: BTreeMap<usize, String>,
 }
 
 /// The outputs of a run except its models. Every rank holds their state; rank 0 writes them.
@@ -50,6 +53,8 @@ pub struct Outputs<'a> {
     /// The gradient method's selection and scores in the rounds (from 1) whose random selection matches or excludes it.
     matched: BTreeMap<usize, RoundScores>,
     metadata: TrainingMetadata,
+    /// blake3 of the weights of each complete model that was written for a round (from 1), in the order of its parameters.
+    round_weights: BTreeMap<usize, String>,
 }
 
 impl OutputState {
@@ -117,6 +122,7 @@ impl<'a> Outputs<'a> {
             matched: BTreeMap::new(),
             training_logs: Vec::new(),
             retention: None,
+            round_weights: BTreeMap::new(),
         };
         Self::resume(config, recipe, replica, ui, state)
     }
@@ -134,7 +140,7 @@ impl<'a> Outputs<'a> {
     ) -> Result<Self> {
         let world = &*replica.world;
         let dir = config.output_dir.clone();
-        let OutputState { steps, metrics_length, scores, matched, training_logs, retention } = state;
+        let OutputState { steps, metrics_length, scores, matched, training_logs, retention, round_weights } = state;
         let open = || -> Result<Option<MetricsLog>> {
             if world.rank() != 0 {
                 return Ok(None);
@@ -148,8 +154,8 @@ impl<'a> Outputs<'a> {
         let events = all_ok(world, events.map_err(Into::into))?;
         let metadata = TrainingMetadata::new(config, recipe.strategy(), replica.step_world_size);
         let metadata = TrainingMetadata { training_logs, retention, ..metadata };
-        let outputs =
-            Self { config, ui, metrics, events, dir, step: steps, last: Instant::now(), scores, matched, metadata };
+        let (step, last) = (steps, Instant::now());
+        let outputs = Self { config, ui, metrics, events, dir, step, last, scores, matched, metadata, round_weights };
         // What was lost or damaged since then is written again.
         let again = || if outputs.scores.rounds.is_empty() { Ok(()) } else { outputs.write_scores() };
         all_ok(world, again())?;
@@ -195,6 +201,7 @@ impl<'a> Outputs<'a> {
             matched: self.matched.clone(),
             training_logs: self.metadata.training_logs.clone(),
             retention: self.metadata.retention.clone(),
+            round_weights: self.round_weights.clone(),
         })
     }
 
@@ -224,7 +231,8 @@ impl<'a> Outputs<'a> {
     pub fn identified(&mut self, round: usize, found: &Identification) -> Result<()> {
         let lines = found.losses.len();
         let seconds = self.lap() / lines.max(1) as f64;
-        for (loss, tokens) in found.losses.iter().zip(&found.tokens) {
+        for (i, (loss, tokens)) in found.losses.iter().zip(&found.tokens).enumerate() {
+            let counted = i + 1 == lines && !found.loads.is_empty();
             self.row(MetricsRow {
                 phase: Phase::Identify,
                 round,
@@ -239,6 +247,8 @@ impl<'a> Outputs<'a> {
                 tokens: *tokens as u64,
                 seconds,
                 timed_together: Some(lines),
+                expert_load: None,
+                phase_load: counted.then(|| found.loads.clone()),
                 skipped: false,
             })?;
         }
@@ -293,11 +303,17 @@ impl<'a> Outputs<'a> {
         self.scores.rounds.iter().map(|(round, r)| (*round, &r.selected[..], self.scores.scores(*round)))
     }
 
-    /// Records one optimizer step.
+    /// Records one optimizer step; after the last one of a phase also the loads of the phase.
     ///
     /// # Errors
     /// A failed write.
-    pub fn step(&mut self, phase: Phase, round: usize, result: &StepResult) -> Result<()> {
+    pub fn step(
+        &mut self,
+        phase: Phase,
+        round: usize,
+        result: &StepResult,
+        phase_load: Option<&ExpertLoads>,
+    ) -> Result<()> {
         let seconds = self.lap();
         self.row(MetricsRow {
             phase,
@@ -313,6 +329,8 @@ impl<'a> Outputs<'a> {
             tokens: result.tokens as u64,
             seconds,
             timed_together: None,
+            expert_load: (!result.loads.is_empty()).then(|| result.loads.balance()),
+            phase_load: phase_load.filter(|loads| !loads.is_empty()).cloned(),
             skipped: result.skipped.is_some(),
         })
     }
@@ -350,6 +368,16 @@ impl<'a> Outputs<'a> {
         });
         let metadata = TrainingMetadata { identified_experts_per_round: identified.collect(), ..self.metadata.clone() };
         Ok(write_json(self.path("training_metadata.json"), &metadata)?)
+    }
+
+    /// Records the hash of the weights that were written for a round (from 1).
+    pub fn round_written(&mut self, round: usize, weights: String) {
+        self.round_weights.insert(round, weights);
+    }
+
+    /// The hash of the weights that were written for a round (from 1), if it is known.
+    pub fn weights_of_round(&self, round: usize) -> Option<&str> {
+        self.round_weights.get(&round).map(String::as_str)
     }
 
     /// Records the losses before the first round and after the last one.

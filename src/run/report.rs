@@ -9,11 +9,13 @@ use crate::exit::{self, Failure, Result};
 use crate::experts::{ExpertScores, ScoreNorm};
 use crate::files;
 use crate::launch::{Existing, prepare_dir_keeping};
+use crate::meter::{Meter, Unit};
 use crate::report::{
-    EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile, Series, Table,
-    curve_svg, drift_tables, eval_tables, heatmap_svg, overlap_tables, read_json, rerouting_table,
+    self, Cells, EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile,
+    Series, Table, curve_svg, drift_tables, eval_tables, heatmap_svg, overlap_tables, read_json, rerouting_table,
+    standalone,
 };
-use crate::train::Phase;
+use crate::train::{ExpertLoads, Phase};
 use crate::ui::Ui;
 
 /// Maximum number of selected experts listed for a run.
@@ -72,6 +74,7 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
         let Some(scores) = &run.scores else { continue };
         page.section(&run.name);
         heatmaps(&mut page, i, run, scores, &args.output_dir)?;
+        load_maps(&mut page, i, run, scores);
         let rankings = run.rankings.as_ref().map_or_else(Vec::new, RankingsFile::selections);
         if rankings.len() > 1 {
             overlap_tables(&rankings).iter().for_each(|table| page.table(table));
@@ -93,12 +96,15 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
 impl Run {
     /// Reads the files that exist in the folder.
     pub fn read(dir: &Path, name: String) -> Result<Self> {
-        let existing = |file: &str| Some(dir.join(file)).filter(|path| path.exists());
-        let scores = existing("expert_scores.json").map(|path| ScoresFile::read(&path)).transpose()?;
-        let metrics = existing("metrics.jsonl").map(|path| MetricsLog::read(&path)).transpose()?.unwrap_or_default();
-        let metadata = existing("training_metadata.json").map(|path| read_json(&path)).transpose()?;
-        let rankings = existing("rankings.json").map(|path| RankingsFile::read(&path)).transpose()?;
-        let eval = existing("eval.json").map(|path| EvalReport::read(&path)).transpose()?;
+        let names = ["expert_scores.json", "metrics.jsonl", "training_metadata.json", "rankings.json", "eval.json"];
+        let bytes = names.iter().map(|name| size(&dir.join(name))).sum();
+        let meter = &Meter::start(format!("reading {}", dir.display()), Unit::Bytes, bytes);
+        let [scores, metrics, metadata, rankings, eval] = names.map(|name| dir.join(name));
+        let scores = existing(meter, &scores, ScoresFile::read)?;
+        let metrics = existing(meter, &metrics, MetricsLog::read)?.unwrap_or_default();
+        let metadata = existing(meter, &metadata, read_json)?;
+        let rankings = existing(meter, &rankings, RankingsFile::read)?;
+        let eval = existing(meter, &eval, EvalReport::read)?;
         if scores.is_none() && eval.is_none() {
             return Err(Failure::new(
                 exit::NO_INPUT,
@@ -136,6 +142,18 @@ impl Run {
             other => other.to_string(),
         }
     }
+}
+
+/// Reads a file if it exists.
+fn existing<T>(meter: &Meter, path: &Path, read: impl FnOnce(&Path) -> Result<T, report::Error>) -> Result<Option<T>> {
+    let found = path.exists().then(|| read(path)).transpose()?;
+    meter.add(size(path) as usize);
+    Ok(found)
+}
+
+/// The bytes of a file; 0 if it does not exist.
+fn size(path: &Path) -> u64 {
+    path.metadata().map_or(0, |file| file.len())
 }
 
 /// The names of the folders, or their full paths if the names are not unique.
@@ -178,7 +196,7 @@ fn summary(runs: &[&Run]) -> Table {
     table
 }
 
-/// Charts of the training losses over steps, one for each kind of loss that a run has, with one line for each run.
+/// Charts over the steps of training, one for each kind of loss that a run has and one for the load of the experts, with one line for each run.
 pub(super) fn loss_curves(runs: &[Run]) -> impl Iterator<Item = String> {
     let series = |loss: fn(&MetricsRow) -> Option<f64>| -> Vec<Series> {
         let trained = |row: &&MetricsRow| row.phase != Phase::Identify;
@@ -198,7 +216,14 @@ pub(super) fn loss_curves(runs: &[Run]) -> impl Iterator<Item = String> {
     );
     let title = "Divergence of the routing during alignment (nats)";
     let kl = curve_svg("kl", title, "training step", &series(|r| r.router_loss));
-    [ce, kl].into_iter().flatten()
+    // The mean over the layers.
+    let variation = |row: &MetricsRow| {
+        let cv = &row.expert_load.as_ref()?.cv;
+        (!cv.is_empty()).then(|| cv.iter().sum::<f64>() / cv.len() as f64)
+    };
+    let title = "Load of the experts during training: coefficient of variation, mean over the layers (0: all equal)";
+    let load = curve_svg("load", title, "training step", &series(variation));
+    [ce, kl, load].into_iter().flatten()
 }
 
 /// Adds a heat map of each round to the page, and writes it as a file.
@@ -212,12 +237,31 @@ fn heatmaps(page: &mut Page, index: usize, run: &Run, scores: &ScoresFile, dir: 
             .scores(*round)
             .or_else(|| scores.scores_of_selection(*round))
             .unwrap_or_else(|| ExpertScores::zeros(scores.layers.clone(), scores.num_experts));
-        let svg =
-            heatmap_svg(&format!("run-{index}-round-{round}"), &title, &values, &found.selected, &found.inclusion);
+        let id = format!("run-{index}-round-{round}");
+        let svg = heatmap_svg(&id, &title, Cells::Scores, &values, &found.selected, &found.inclusion);
         page.svg(&svg);
-        files::write(dir.join(format!("heatmap-{}-{file_name}-round-{round}.svg", index + 1)), svg)?;
+        files::write(dir.join(format!("heatmap-{}-{file_name}-round-{round}.svg", index + 1)), standalone(&svg))?;
     }
     Ok(())
+}
+
+/// Adds a heat map of the tokens of each expert for each kind of phase, of the last round that had it.
+fn load_maps(page: &mut Page, index: usize, run: &Run, scores: &ScoresFile) {
+    let mut last: Vec<(&MetricsRow, &ExpertLoads)> = Vec::new();
+    for row in &run.metrics {
+        let Some(loads) = &row.phase_load else { continue };
+        last.retain(|(earlier, _)| earlier.phase != row.phase);
+        last.push((row, loads));
+    }
+    for (row, loads) in last.into_iter().filter(|(_, loads)| loads.fits(&scores.layers, scores.num_experts)) {
+        let (round, phase) = (row.round, row.phase.name());
+        let values = loads.counts.iter().flatten().map(|tokens| *tokens as f64).collect();
+        let values = ExpertScores { layers: loads.layers.clone(), num_experts: scores.num_experts, values };
+        let selected = scores.rounds.get(&round).map_or(&[][..], |found| &found.selected);
+        let id = format!("run-{index}-load-{}", row.step);
+        let title = format!("{}, round {round}, {phase}: tokens of each expert", run.name);
+        page.svg(&heatmap_svg(&id, &title, Cells::Tokens, &values, selected, &[]));
+    }
 }
 
 /// The method, and its score if it has a choice of scores: `gradient (l1-mean)`.

@@ -1,19 +1,85 @@
-//! The models of rounds that a resumed run finds.
+//! The models of rounds: written, and found again by a resumed run.
 
 use std::path::Path;
 
 use super::session::Session;
-use crate::checkpoint::{is_export, load_delta};
+use crate::backend::Backend;
+use crate::checkpoint::{export_replacing, is_export, load_delta, save_delta};
 use crate::config::{RunConfig, SaveRounds};
+use crate::exit::Result;
+use crate::model::{Checkpoint, ParamTable, hash_values};
+use crate::train::Replica;
 use crate::ui::Ui;
 
-/// Whether the model of a finished round, which belongs into `dir`, is missing or damaged.
-pub(super) fn lacks(session: &Session, config: &RunConfig, dir: &Path) -> bool {
-    match (&session.checkpoint, config.save_rounds) {
-        (None, _) | (_, SaveRounds::None) => false,
-        (Some(base), SaveRounds::Full) => !is_export(&session.dir, base, dir),
-        (Some(base), SaveRounds::Delta) => load_delta(base, &session.table, &dir.join("delta.safetensors")).is_err(),
+/// Writes the model of a round to `dir`, as `--save-rounds` says. Returns the hash of the weights of a complete model; a delta holds
+/// its own.
+///
+/// # Errors
+/// A write that fails.
+pub(super) fn write<B: Backend>(
+    session: &Session,
+    config: &RunConfig,
+    replica: &Replica<B>,
+    dir: &Path,
+) -> Result<Option<String>> {
+    let Some(checkpoint) = &session.checkpoint else { return Ok(None) };
+    match config.save_rounds {
+        SaveRounds::None => Ok(None),
+        SaveRounds::Delta => {
+            save_delta(checkpoint, &session.table, &replica.changed(), &dir.join("delta.safetensors"))?;
+            Ok(None)
+        }
+        SaveRounds::Full => {
+            let changed = replica.changed();
+            export_replacing(&session.dir, checkpoint, &session.table, &changed, dir)?;
+            // Of what should be in the files, not of what is: the hash shows a write that went wrong, too.
+            let mut hasher = blake3::Hasher::new();
+            hash_values(
+                session.table.params.iter().enumerate().map(|(id, spec)| changed.get(&id).unwrap_or(&spec.base)),
+                &mut hasher,
+            );
+            Ok(Some(hasher.finalize().to_string()))
+        }
     }
+}
+
+/// What a resumed run finds in place of the model of a finished round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Found {
+    /// The model, or nothing was to be written.
+    Whole,
+    /// A complete model whose weights cannot be verified: the checkpoint is of a version that did not hash them.
+    Unverified,
+    /// Nothing, a part, or other weights.
+    Damaged,
+}
+
+/// Looks at the model of a finished round, which belongs into `dir`. `weights`: the hash of its weights, if it is known.
+pub(super) fn find(session: &Session, config: &RunConfig, dir: &Path, weights: Option<&str>) -> Found {
+    let whole = match (&session.checkpoint, config.save_rounds) {
+        (None, _) | (_, SaveRounds::None) => true,
+        (Some(base), SaveRounds::Delta) => load_delta(base, &session.table, &dir.join("delta.safetensors")).is_ok(),
+        (Some(base), SaveRounds::Full) if !is_export(&session.dir, base, dir) => false,
+        (Some(_), SaveRounds::Full) => match weights {
+            None => return Found::Unverified,
+            Some(weights) => hash_of(session, dir).is_some_and(|found| found == weights),
+        },
+    };
+    if whole { Found::Whole } else { Found::Damaged }
+}
+
+fn hash_of(session: &Session, dir: &Path) -> Option<String> {
+    let checkpoint = Checkpoint::open(dir).ok()?;
+    let table = ParamTable::build(&session.model, &checkpoint).ok()?;
+    Some(table.hashed().finalize().to_string())
+}
+
+/// Says that the weights of a round's model were not verified.
+pub(super) fn note_unverified(dir: &Path, ui: &Ui) {
+    ui.line(format_args!(
+        "{} is complete, but its weights are not verified: the run was begun by a version that did not hash them",
+        dir.display()
+    ));
 }
 
 /// Says that the model of a round is lost.

@@ -14,9 +14,7 @@ use super::session::Session;
 use super::verify::verify_frozen;
 use super::{prepare, retention, rounds, summary};
 use crate::backend::Backend;
-use crate::checkpoint::{
-    Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State, export_replacing, save_delta,
-};
+use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State, export_replacing};
 use crate::collective::{all_ok, with_heartbeat};
 use crate::config::{Init, RunConfig, SaveRounds};
 use crate::exit::{Ended, Result, Stopped};
@@ -347,7 +345,8 @@ impl<B: Backend> RankRun<'_, B> {
         while !phase.is_done() {
             let step = phase.step(&mut self.replica)?;
             progress.step(step.tokens, format!("loss {:.4}", step.total_loss));
-            self.outputs.step(phase.phase(), round + 1, &step)?;
+            let phase_load = phase.is_done().then_some(&phase.progress().loads);
+            self.outputs.step(phase.phase(), round + 1, &step, phase_load)?;
             if let Some(reason) = &step.skipped {
                 ui.warn(format_args!("step {} is skipped: {reason}", self.outputs.steps()));
             }
@@ -431,44 +430,51 @@ impl<B: Backend> RankRun<'_, B> {
     }
 
     /// Writes the model of a round, as `--save-rounds` says, and the metadata so far.
-    fn save_round(&self, round: usize) -> Result<()> {
-        let Self { session, outputs, replica, .. } = self;
+    fn save_round(&mut self, round: usize) -> Result<()> {
+        let Self { session, outputs, replica, config, ui, .. } = self;
         let dir = outputs.path(format!("round_{}", round + 1));
-        let write = || -> Result<()> {
+        let write = || -> Result<Option<String>> {
             if replica.world.rank() != 0 {
-                return Ok(());
+                return Ok(None);
             }
-            let Some(checkpoint) = &session.checkpoint else { return outputs.write_metadata() };
-            match self.config.save_rounds {
-                SaveRounds::None => return outputs.write_metadata(),
-                SaveRounds::Full => {
-                    export_replacing(&session.dir, checkpoint, &session.table, &replica.changed(), &dir)?;
-                }
-                SaveRounds::Delta => {
-                    save_delta(checkpoint, &session.table, &replica.changed(), &dir.join("delta.safetensors"))?;
-                }
+            let weights = rounds::write(session, config, replica, &dir)?;
+            if session.checkpoint.is_some() && config.save_rounds != SaveRounds::None {
+                ui.line(format_args!("round {} saved: {}", round + 1, dir.display()));
             }
-            self.ui.line(format_args!("round {} saved: {}", round + 1, dir.display()));
-            outputs.write_metadata()
+            outputs.write_metadata()?;
+            Ok(weights)
         };
         let world = &*replica.world;
         world.set_activity(&format!("saving the model of round {}", round + 1));
-        all_ok(world, with_heartbeat(world, write)?)
+        if let Some(weights) = all_ok(world, with_heartbeat(world, write)?)? {
+            outputs.round_written(round + 1, weights);
+        }
+        Ok(())
     }
 
     /// Writes the model of the last round again, if a run that resumes at its end lacks it; warns of earlier ones, which are in
     /// no checkpoint.
-    fn write_rounds_again(&self, position: Position) -> Result<()> {
+    fn write_rounds_again(&mut self, position: Position) -> Result<()> {
         for round in 0..position.round {
-            let dir = self.outputs.path(format!("round_{}", round + 1));
-            let lacking = self.replica.world.rank() == 0 && rounds::lacks(self.session, self.config, &dir);
+            let Self { session, outputs, replica, config, ui, .. } = &*self;
+            let (dir, world) = (outputs.path(format!("round_{}", round + 1)), &*replica.world);
+            let find = || match world.rank() {
+                0 => rounds::find(session, config, &dir, outputs.weights_of_round(round + 1)),
+                _ => rounds::Found::Whole,
+            };
+            world.set_activity(&format!("verifying the model of round {}", round + 1));
+            let found = with_heartbeat(world, find)?;
+            if found == rounds::Found::Unverified {
+                rounds::note_unverified(&dir, ui);
+            }
+            let lacking = found == rounds::Found::Damaged;
             if position == Position::start(round + 1, Phase::Identify) {
-                let [again] = self.replica.any([lacking])?;
+                let [again] = replica.any([lacking])?;
                 if again {
                     self.save_round(round)?;
                 }
             } else if lacking {
-                rounds::warn_of_lost(&dir, self.ui);
+                rounds::warn_of_lost(&dir, ui);
             }
         }
         Ok(())

@@ -15,6 +15,7 @@ use crate::data::{Example, MicroBatch};
 use crate::exit::{self, Failure, Result};
 use crate::experts::{ExpertId, ExpertScores};
 use crate::judge::Rate;
+use crate::meter::{Meter, Unit};
 use crate::model::{Intervention, InterventionError, PassEnd, Routed};
 
 /// How experts are switched off.
@@ -202,6 +203,9 @@ pub fn loads<B: Backend>(replica: &Replica<B>, rows: &CausalRows, batch_size: us
     let (layers, num_experts) = (replica.moe_layers(), replica.model().config.num_experts);
     let mut loads = ExpertScores::zeros(layers.layers.clone(), num_experts);
     let b = &*replica.model().backend;
+    let examples = || rows.refusals.iter().chain(&rows.answers);
+    let tokens = examples().map(|example| example.ids.len() as u64).sum::<u64>() / replica.world.world_size() as u64;
+    let meter = Meter::start("counting the tokens of each expert", Unit::Tokens, tokens);
     for examples in [&rows.refusals, &rows.answers] {
         let examples: Vec<&Example> = examples.iter().collect();
         for (_, batch) in share(&pack_in_order(&examples, batch_size), &*replica.world) {
@@ -213,6 +217,7 @@ pub fn loads<B: Backend>(replica: &Replica<B>, rows: &CausalRows, batch_size: us
             };
             let inputs = replica.inputs(batch);
             replica.forward(&inputs, None, PassEnd::Loss { all_rows: true }, Some(&mut count));
+            meter.add(batch.ids.len());
         }
     }
     replica.world.all_reduce_f64(&mut loads.values)?; // whole numbers: the sum is exact

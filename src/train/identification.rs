@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::expert_load::ExpertLoads;
 use super::recipe::{Identify, ScoreBy};
 use super::replica::Replica;
 use super::scan::{Scan, Scores};
@@ -46,6 +47,9 @@ pub struct Identification {
     /// Experts that a published rule names besides the selection.
     #[serde(default)]
     pub others: Option<OtherExperts>,
+    /// Tokens of each expert in the scoring passes, where the method computes losses.
+    #[serde(default)]
+    pub loads: ExpertLoads,
     /// A remark for the user.
     #[serde(skip)]
     pub warning: Option<String>,
@@ -80,6 +84,7 @@ impl Identification {
             how_many: None,
             replies: None,
             others: None,
+            loads: ExpertLoads::default(),
             warning: None,
         }
     }
@@ -113,7 +118,7 @@ pub fn select<B: Backend>(replica: &Replica<B>, identify: &Identify, scored: Sco
     let num_experts = replica.model().config.num_experts;
     let limits = identify.limits_for(layers, num_experts);
     let ranking = Ranking { select: identify.select, threshold: identify.threshold() };
-    let Scores { mut scores, mut micro_batches, mut losses, mut tokens, bootstrap, usage, warning } = scored;
+    let Scores { mut scores, mut micro_batches, mut losses, mut tokens, mut loads, bootstrap, usage, warning } = scored;
     let mut gradient_selection = None;
     let mut others = None;
     let selected = match identify.by {
@@ -121,7 +126,7 @@ pub fn select<B: Backend>(replica: &Replica<B>, identify: &Identify, scored: Sco
         ScoreBy::Random { gradient, matching, exclude_found } => {
             let found = gradient.map(|_| experts::select(&scores, &limits, &ranking)).transpose()?.map(|s| s.experts);
             // The scores served to match the layers or to exclude experts; they did not decide which ones are drawn.
-            (micro_batches, losses, tokens) = (0, Vec::new(), Vec::new());
+            (micro_batches, losses, tokens, loads) = (0, Vec::new(), Vec::new(), ExpertLoads::default());
             let draw = RandomDraw {
                 matched: found.as_deref().filter(|_| matching == RandomMatch::Layer),
                 excluded: found.as_deref().filter(|_| exclude_found).unwrap_or_default(),
@@ -161,6 +166,7 @@ pub fn select<B: Backend>(replica: &Replica<B>, identify: &Identify, scored: Sco
         how_many,
         replies: None,
         others,
+        loads,
         warning,
     })
 }
@@ -197,6 +203,7 @@ impl StepSelections {
                 sum.micro_batches += found.micro_batches;
                 sum.losses.extend(found.losses);
                 sum.tokens.extend(found.tokens);
+                sum.loads.add(&found.loads);
             }
         }
     }

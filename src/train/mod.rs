@@ -10,6 +10,7 @@
 //! | `objective` | what a phase minimises; `expert`, `router` and `joint` implement it |
 //! | `alignment` | routing statistics of a step's global batch, their divergence and its gradient |
 //! | `retention` | the loss that keeps the model near the base on retain rows; how far it has drifted |
+//! | `expert_load` | the tokens of each expert, and how even they are |
 //! | `trainer`, `step_backward`, `exchange`, `device_transport` | gradient buffers, the sharded optimizer, what ranks exchange |
 //! | `check_replicas` | the check that all ranks hold the same weights |
 //! | `measure` | losses over a whole data set, and of single examples |
@@ -23,6 +24,7 @@ mod check_replicas;
 mod device_transport;
 mod exchange;
 mod expert;
+mod expert_load;
 pub mod fault;
 mod identification;
 mod joint;
@@ -45,6 +47,7 @@ pub use ablation::{CausalRows, Outcome, RowLosses, Switch, can_switch_off, loads
 pub use check_replicas::check_replicas;
 pub use device_transport::{DeviceTransport, GpuTransport};
 pub use expert::ExpertCrossEntropy;
+pub use expert_load::{ExpertLoads, LoadBalance};
 pub use identification::{Identification, StepSelections, find, select};
 pub use joint::JointConsistency;
 pub use measure::{ExampleLoss, Measured, example_losses, mean_loss, mean_of, pack_in_order};

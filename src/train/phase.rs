@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::check_replicas::check_replicas;
+use super::expert_load::ExpertLoads;
 use super::fault::Point;
 use super::identification::StepSelections;
 use super::objective::{Losses, Objective};
@@ -44,6 +45,9 @@ pub struct PhaseProgress {
     pub losses: Vec<f64>,
     /// Steps that were skipped since the last update.
     pub skipped_in_a_row: usize,
+    /// Tokens of each expert in these steps. Checkpoints of earlier versions have none: those before a resume are then missing.
+    #[serde(default)]
+    pub loads: ExpertLoads,
     /// The selections, where each step makes one.
     #[serde(rename = "choices")]
     pub selections: StepSelections,
@@ -69,6 +73,8 @@ pub struct StepResult {
     pub grad_norm: f64,
     /// Tokens of the forward passes of all ranks.
     pub tokens: usize,
+    /// How these tokens were spread over the experts; empty if the selection of the step failed.
+    pub loads: ExpertLoads,
     /// Why nothing was updated: which number was not finite.
     pub skipped: Option<String>,
     /// Whether the stop flag of some rank was set.
@@ -131,6 +137,11 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
             let message = format!("the checkpoint has {done} steps of this phase done, but it has {total}");
             return Err(Failure::new(exit::DATA, message));
         }
+        if !progress.loads.fits(&replica.moe_layers().layers, replica.model().config.num_experts) {
+            let message = "the loads of the checkpoint are not those of this model's layers and experts: the checkpoint is damaged; \
+                           start again with --overwrite";
+            return Err(Failure::new(exit::DATA, message));
+        }
         self.progress = progress;
         self.objective.restore_prepared(replica, prepared)?;
         for state in optimizer {
@@ -184,9 +195,11 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
         replica.world.set_activity(&step_name);
         let own: Vec<&O::Batch> = share(&batches, &*replica.world).map(|(_, batch)| batch).collect();
         self.prepare_retain_rows(replica, batches.len())?;
+        replica.count_loads();
         let losses = self.objective.backward(replica, &own, &mut self.trainer)?;
         let retained = self.retained(replica)?;
         let losses = Losses { total: losses.total + retained.total, tokens: losses.tokens + retained.tokens, ..losses };
+        let loads = replica.take_loads()?;
         let norm = self.trainer.norm(replica)?;
 
         // All ranks hold the same losses and norm: they update or skip together.
@@ -220,6 +233,7 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
             lr,
             grad_norm: norm.value,
             tokens,
+            loads,
             skipped,
             stop,
         })
@@ -299,6 +313,7 @@ impl<'a, B: Backend, O: Objective<B>> TrainingPhase<'a, B, O> {
     fn count(&mut self, result: StepResult) -> Result<StepResult> {
         let progress = &mut self.progress;
         progress.steps += 1;
+        progress.loads.add(&result.loads);
         let Some(reason) = &result.skipped else {
             progress.losses.push(result.total_loss);
             progress.skipped_in_a_row = 0;

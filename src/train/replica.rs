@@ -1,9 +1,10 @@
 //! One rank's copy of the model, and the only ways to write its weights.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::device_transport::DeviceTransport;
+use super::expert_load::ExpertLoads;
 use super::fault::{Corruption, Fault, Point};
 use super::memory::KeptLayers;
 use super::stop::StopFlag;
@@ -13,7 +14,7 @@ use crate::data::MicroBatch;
 use crate::exit::{Context, Result};
 use crate::model::{
     Forward, ForwardOptions, GradPlan, Inputs, Intervention, InterventionError, Model, MoeLayers, NotFinite, Observer,
-    ParamId, PassEnd, find_non_finite,
+    ParamId, PassEnd, Routed, find_non_finite,
 };
 
 /// One rank's copy of the model, with its connection to the other ranks.
@@ -38,6 +39,8 @@ pub struct Replica<B: Backend> {
     pub fault: Option<Fault>,
     /// Whether the next gradient becomes NaN, in tests.
     pub(super) inject_nan: bool,
+    /// Counts the tokens of forward passes, between [`Self::count_loads`] and [`Self::take_loads`].
+    loads: Option<Mutex<ExpertLoads>>,
 }
 
 /// Sums over all ranks before a step's first backward pass.
@@ -79,6 +82,7 @@ impl<B: Backend> Replica<B> {
             stop: StopFlag::default(),
             fault: None,
             inject_nan: false,
+            loads: None,
         }
     }
 
@@ -163,18 +167,44 @@ impl<B: Backend> Replica<B> {
         Inputs::new(&self.model, &batch.ids, &batch.packing, &batch.loss_rows, &batch.targets)
     }
 
+    /// Counts the tokens that all forward passes from now on route to each expert.
+    pub(super) fn count_loads(&mut self) {
+        let loads = ExpertLoads::new(&self.moe_layers().layers, self.model.config.num_experts);
+        self.loads = Some(Mutex::new(loads));
+    }
+
+    /// The tokens since [`Self::count_loads`], of all ranks.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub(super) fn take_loads(&mut self) -> Result<ExpertLoads> {
+        let loads = self.loads.take().expect("loads are counted");
+        let mut loads = loads.into_inner().expect("no pass panicked");
+        loads.all_reduce(&*self.world)?;
+        Ok(loads)
+    }
+
     /// A forward pass. It keeps what a backward by `plan` reads; without a plan, nothing.
     pub fn forward(
         &self,
         inputs: &Inputs<B>,
         plan: Option<&GradPlan>,
         end: PassEnd,
-        observer: Option<Observer<'_, B>>,
+        mut observer: Option<Observer<'_, B>>,
     ) -> Forward<B> {
         let layers = self.model.config.layers.len();
         let lowest = plan.and_then(GradPlan::lowest_layer).unwrap_or(layers);
         let options = ForwardOptions { lowest, keep_from: self.kept.keep_from(layers, lowest), end };
-        self.model.forward(inputs, options, observer)
+        let Some(loads) = &self.loads else { return self.model.forward(inputs, options, observer) };
+        let (b, layers) = (&*self.model.backend, self.moe_layers());
+        let mut count = |routed: Routed<'_, B>| {
+            let tokens = b.tokens_per_expert(routed.dispatch);
+            loads.lock().expect("no pass panicked").add_layer(layers.index_of(routed.layer), &tokens);
+            if let Some(observe) = &mut observer {
+                observe(routed);
+            }
+        };
+        self.model.forward(inputs, options, Some(&mut count))
     }
 
     // --- agreement between ranks ---------------------------------------------------------------------------------

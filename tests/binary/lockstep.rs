@@ -80,11 +80,34 @@ impl Job {
             *steps.entry(row["phase"].as_str().unwrap()).or_default() += 1;
         }
         assert_eq!(steps, self.steps.iter().copied().collect(), "{}", self.options);
+        self.check_loads(&single);
         self.check_trained(&single);
         for ranks in 2..=4 {
             let what = format!("{ranks} ranks, {}", self.options);
             let several = self.run(dir.path(), ranks, false);
             check_close(&single, &several, self.scores, &what);
+        }
+    }
+
+    /// Asserts that each token of a phase is counted for K experts of the first layer, and that steps say how even that is.
+    fn check_loads(&self, run: &Outputs) {
+        let config = std::fs::read(program::model(self.model).join("config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        let top_k = config["num_experts_per_tok"].as_u64().unwrap();
+        for (phase, _) in self.steps {
+            let of_phase = || run.metrics.iter().filter(|row| row["phase"] == *phase);
+            let round = &of_phase().next_back().unwrap()["round"];
+            let rows: Vec<_> = of_phase().filter(|row| row["round"] == *round).collect();
+            let tokens: u64 = rows.iter().map(|row| row["tokens"].as_u64().unwrap()).sum();
+            let last = &rows.last().unwrap()["phase_load"];
+            let counted =
+                last["counts"][0].as_array().unwrap().iter().map(|count| count.as_u64().unwrap()).sum::<u64>();
+            assert_eq!(counted, top_k * tokens, "{phase}, {}", self.options);
+            let layers = last["layers"].as_array().unwrap().len();
+            for row in rows.iter().filter(|_| *phase != "identify") {
+                let of_layers = row["expert_load"]["busiest"].as_array().unwrap();
+                assert!(of_layers.len() == layers && of_layers.iter().all(|share| share.as_f64() > Some(0.0)), "{row}");
+            }
         }
     }
 

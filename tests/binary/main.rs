@@ -11,6 +11,7 @@ mod program;
 
 mod ablate;
 mod bad_input;
+mod browser;
 mod cli_options;
 mod commands;
 mod download;

@@ -65,7 +65,7 @@ fn quickstart_finds_the_planted_experts_and_retraining_them_alone_helps() {
     for part in ["<svg", "Planted experts", "random experts retrained", "95 % interval"] {
         assert!(page.contains(part), "{part}");
     }
-    assert!(!page.contains("<script") && !page.contains("src=\"http"), "self-contained");
+    assert!(page.matches("<script").count() == 1 && !page.contains("src=\"http"), "self-contained");
 
     // An existing folder is kept unless --overwrite is given.
     let model = || fs::read(dir.join("found/final_model/model.safetensors")).unwrap();

@@ -52,8 +52,9 @@ impl Job {
             Threads(n) => (0, format!("--ranks {n}")),
             Team::Processes(n) => (n, String::new()),
         };
+        let rounds = if more.contains("--save-rounds") { "" } else { "--save-rounds none" };
         let text = format!(
-            "train --model-name {} --dataset-path {} --output-dir {} {ranks} {} {more} --top-k-experts 4 --save-rounds none \
+            "train --model-name {} --dataset-path {} --output-dir {} {ranks} {} {more} --top-k-experts 4 {rounds} \
              --threads 1",
             program::model(self.model).display(),
             data.display(),
@@ -322,6 +323,7 @@ fn a_checkpoint_whose_hash_fits_is_held_against_the_model_and_the_recipe() {
         ("scores of round 1 are not those of", set("/outputs/scores/rounds/1/scores", json!([[]]))),
         ("the scores of round 1 are missing", set("/outputs/scores/rounds", json!({}))),
         ("missing field", set("/outputs/scores/rounds/1", json!({}))),
+        ("the loads of the checkpoint are not those", set("/so_far/loads/counts", json!([[1]]))),
     ];
     for (says, changed) in cases {
         refuses(step, "state.json", says, &changed);
@@ -331,6 +333,40 @@ fn a_checkpoint_whose_hash_fits_is_held_against_the_model_and_the_recipe() {
         let sums = |sums: &mut Value| drop(sums["sums"]["sums"].as_array_mut().unwrap().pop());
         refuses(scan, "identify-0-of-1.json", "not of this model's layers and experts", &sums);
     }
+}
+
+/// Flips one bit of the last weight in the model of a round.
+fn flip(run: &Path, round: &str) {
+    let path = run.join(round).join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn flipped_weights_of_a_finished_round_are_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let options = "--num-rounds 2 --skip-router-training --safe-response No.";
+    let job = Job { model: "olmoe_fused", rows: 3, options };
+    job.run(&run, Threads(1), "--save-rounds full").ok();
+    let resume = || job.run(&run, Threads(1), "--save-rounds full --resume").ok();
+    let ran = resume();
+    assert!(!ran.err.contains("damaged") && !ran.out.contains("not verified"), "{}{}", ran.out, ran.err);
+    let read = |round: &str| fs::read(run.join(round).join("model.safetensors")).unwrap();
+    let last = read("round_2");
+    ["round_1", "round_2"].iter().for_each(|round| flip(&run, round));
+    let ran = resume();
+    assert!(ran.err.contains("round_1 is missing or damaged") && !ran.err.contains("round_2"), "{}", ran.err);
+    assert!(read("round_2") == last, "the last round is written again");
+
+    // Checkpoints of earlier versions have no hashes.
+    let newest = checkpoints(&run).pop().unwrap();
+    let forget = |state: &mut Value| drop(state["outputs"].as_object_mut().unwrap().remove("round_weights").unwrap());
+    change(&run.join("checkpoints").join(newest), "state.json", &forget);
+    let ran = resume();
+    assert!(ran.out.contains("round_1 is complete, but its weights are not verified"), "{}", ran.out);
+    assert!(!ran.err.contains("damaged"), "{}", ran.err);
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::experts::{ExpertId, Method};
 use crate::files;
 use crate::launch::{Existing, Started, prepare_dir};
 use crate::model::{Checkpoint, WeightsError};
-use crate::report::{Page, Table, heatmap_svg};
+use crate::report::{Cells, Page, Table, heatmap_svg};
 use crate::ui::Ui;
 
 /// Writes the planted model and its rows to the output folder, trains the found experts and as many random ones, evaluates all
@@ -145,7 +145,7 @@ fn write_page(
         && let (Some(scores), Some(round)) = (file.scores(1), file.rounds.get(&1))
     {
         let title = "Mean absolute gradient of each expert, the selected ones framed";
-        page.svg(&heatmap_svg("scores", title, &scores, &round.selected, &round.inclusion));
+        page.svg(&heatmap_svg("scores", title, Cells::Scores, &scores, &round.selected, &round.inclusion));
     }
     page.section("Losses during training");
     loss_curves(&runs).for_each(|svg| page.svg(&svg));

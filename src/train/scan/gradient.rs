@@ -5,7 +5,8 @@ use crate::backend::Backend;
 use crate::data::{MicroBatch, Sampler};
 use crate::exit::Result;
 use crate::experts::{Bootstrap, ScoreAccumulator, ScoreNorm, ScorePer};
-use crate::model::{GradPlan, LossGrads, Observer, PassEnd, Routed, Sinks};
+use crate::model::{GradPlan, LossGrads, PassEnd, Routed, Sinks};
+use crate::train::expert_load::ExpertLoads;
 use crate::train::recipe::GradientScore;
 use crate::train::replica::Replica;
 
@@ -27,6 +28,7 @@ impl<B: Backend> GradientScorer<B> {
         let (depth, num_experts) = (model.config.layers.len(), model.config.num_experts);
         let params = 3 * model.config.hidden_size * model.config.expert_width;
         let layers = replica.moe_layers().layers.clone();
+        let loads = ExpertLoads::new(&layers, num_experts);
         let accumulator = ScoreAccumulator::new(score.score, score.per, layers, num_experts, params);
         Self {
             plan: GradPlan::score(&model.table, depth, num_experts, score.score.reduction()),
@@ -34,7 +36,7 @@ impl<B: Backend> GradientScorer<B> {
             reductions: b.scores(depth * num_experts),
             per_token: score.per == ScorePer::Token,
             norm: score.norm,
-            sums: PartialSums::new(accumulator, bootstrap),
+            sums: PartialSums { loads, ..PartialSums::new(accumulator, bootstrap) },
         }
     }
 
@@ -49,12 +51,13 @@ impl<B: Backend> GradientScorer<B> {
         let mut counts = vec![0; layers.layers.len() * num_experts];
         let mut observe = |routed: Routed<'_, B>| {
             let row = layers.index_of(routed.layer);
-            counts[row * num_experts..(row + 1) * num_experts].copy_from_slice(&b.tokens_per_expert(routed.dispatch));
+            let tokens = b.tokens_per_expert(routed.dispatch);
+            self.sums.loads.add_layer(row, &tokens);
+            counts[row * num_experts..(row + 1) * num_experts].copy_from_slice(&tokens);
         };
         // The last layer must see all rows where tokens are counted: otherwise it sees those with loss only.
         let end = PassEnd::Loss { all_rows: self.per_token };
-        let observer: Option<Observer<'_, B>> = if self.per_token { Some(&mut observe) } else { None };
-        let forward = replica.forward(&inputs, Some(&self.plan), end, observer);
+        let forward = replica.forward(&inputs, Some(&self.plan), end, Some(&mut observe));
         let mut sinks = Sinks { plan: &self.plan, grads: &mut self.no_grads, scores: &mut self.reductions, done: None };
         // The plan makes the backend reduce each expert's weight gradient to one number, tile by tile, in
         // `Backend::grouped_linear_backward_weight`.
@@ -78,8 +81,9 @@ impl<B: Backend> GradientScorer<B> {
         sampler: Sampler<'_>,
         micro_batches: &[Vec<usize>],
     ) -> Result<Scores> {
-        let PartialSums { accumulator: mut total, losses, tokens, mut bootstrap } = self.sums;
+        let PartialSums { accumulator: mut total, losses, tokens, mut loads, mut bootstrap } = self.sums;
         total.merge(&*replica.world)?;
+        loads.all_reduce(&*replica.world)?;
         bootstrap.as_mut().map_or(Ok(()), |bootstrap| bootstrap.merge(&*replica.world))?;
         let all_losses = replica.gather_by_index(micro_batches.len(), &losses)?;
         // Checked here and not where a loss is computed: all ranks see all losses, and end together.
@@ -94,6 +98,6 @@ impl<B: Backend> GradientScorer<B> {
         let (losses, tokens) = counted.map(|(loss, tokens)| (loss, tokens as usize)).unzip();
         let micro_batches = total.micro_batches();
         let scores = self.norm.apply(total.finish()?);
-        Ok(Scores { losses, tokens, bootstrap, ..Scores::of(scores, micro_batches) })
+        Ok(Scores { losses, tokens, loads, bootstrap, ..Scores::of(scores, micro_batches) })
     }
 }

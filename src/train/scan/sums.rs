@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::backend::Backend;
 use crate::exit::{self, Coded, Failure, Result};
 use crate::experts::{Bootstrap, ExpertScores, UsageAccumulator};
+use crate::train::expert_load::ExpertLoads;
 use crate::train::replica::Replica;
 
 /// A number of the computation that is not finite, the same on all ranks.
@@ -51,6 +52,8 @@ pub struct Scores {
     pub losses: Vec<f64>,
     /// Tokens of the same micro-batches.
     pub tokens: Vec<usize>,
+    /// Tokens of each expert in these micro-batches.
+    pub loads: ExpertLoads,
     /// Scores of resampled micro-batches.
     pub bootstrap: Option<Bootstrap>,
     /// What published rules select from.
@@ -66,6 +69,7 @@ impl Scores {
             micro_batches,
             losses: Vec::new(),
             tokens: Vec::new(),
+            loads: ExpertLoads::default(),
             bootstrap: None,
             usage: None,
             warning: None,
@@ -87,6 +91,9 @@ pub(super) struct PartialSums<A> {
     pub(super) losses: Vec<(usize, f64)>,
     /// (index in the global order, tokens)
     pub(super) tokens: Vec<(usize, f64)>,
+    /// Tokens of each expert; empty in checkpoints of earlier versions, and for methods without losses.
+    #[serde(default)]
+    pub(super) loads: ExpertLoads,
     /// The same sums of resampled micro-batches, if the run wants them.
     #[serde(default)]
     pub(super) bootstrap: Option<Bootstrap>,
@@ -94,7 +101,7 @@ pub(super) struct PartialSums<A> {
 
 impl<A: Serialize + DeserializeOwned> PartialSums<A> {
     pub(super) fn new(accumulator: A, bootstrap: Option<Bootstrap>) -> Self {
-        Self { accumulator, losses: Vec::new(), tokens: Vec::new(), bootstrap }
+        Self { accumulator, losses: Vec::new(), tokens: Vec::new(), loads: ExpertLoads::default(), bootstrap }
     }
 
     /// Adds the scores of a micro-batch to the resampled sums.
@@ -117,13 +124,18 @@ impl<A: Serialize + DeserializeOwned> PartialSums<A> {
                 let message = "the scores so far in the checkpoint are of a version without --bootstrap: resume with that version";
                 return Err(Failure::new(exit::DATA, message));
             }
-            if !fits(&self.accumulator, &other.accumulator) || !fits(&self.bootstrap, &other.bootstrap) {
+            let loads_fit = other.loads.is_empty() || fits(&self.loads, &other.loads);
+            if !fits(&self.accumulator, &other.accumulator) || !fits(&self.bootstrap, &other.bootstrap) || !loads_fit {
                 let message = "the scores so far in the checkpoint are not of this model's layers and experts: the checkpoint is \
                                damaged; start again with --overwrite";
                 return Err(Failure::new(exit::DATA, message));
             }
             if i == 0 {
+                let loads = std::mem::take(&mut self.loads);
                 *self = other; // not added to zeros: -0.0 must stay -0.0
+                if self.loads.is_empty() {
+                    self.loads = loads;
+                }
                 continue;
             }
             absorb(&mut self.accumulator, &other.accumulator);
@@ -132,6 +144,7 @@ impl<A: Serialize + DeserializeOwned> PartialSums<A> {
             }
             self.losses.extend(other.losses);
             self.tokens.extend(other.tokens);
+            self.loads.add(&other.loads);
         }
         Ok(())
     }

@@ -164,6 +164,9 @@ fn a_weight_that_is_not_a_number() {
         weights.data[start..start + 4].copy_from_slice(&value.to_le_bytes());
         weights.write(&scene, &weights.header);
         scene.train(&[]).is(80, &["element 5", "fetch it again"]);
+        let check = |more: &[&str]| super::Outcome::of(scene.run("check", more));
+        check(&[]).is(80, &[tensor, "element 5", "fetch it again"]);
+        check(&["--skip-weights"]).is(0, &[]);
         assert_eq!(super::files(&scene.out()), Vec::<String>::new());
     }
 }
