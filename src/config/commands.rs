@@ -58,7 +58,7 @@ pub struct EvalArgs {
     /// Maximum length of a generated response in tokens
     #[arg(long, value_name = "TOKENS", help_heading = GENERATION, default_value_t = 128, value_parser = at_most_many)]
     pub max_new_tokens: usize,
-    /// Responses that are generated together, with one pass over the weights a token
+    /// Responses that are generated together on each rank, with one pass over the weights a token
     #[arg(long, value_name = "RESPONSES", help_heading = GENERATION, default_value_t = 16, value_parser = at_least_one)]
     pub generation_batch_size: usize,
     /// Sampling temperature; 0: greedy decoding
@@ -77,6 +77,10 @@ pub struct EvalArgs {
     /// First delete an earlier run's outputs from the output folder; refused if the folder holds any other file
     #[arg(long, help_heading = OUTPUT)]
     pub overwrite: bool,
+    /// Continue an evaluation that was interrupted: answers in its generations.jsonl are not generated again. Without one in the
+    /// output folder, start
+    #[arg(long, help_heading = OUTPUT, conflicts_with = "overwrite")]
+    pub resume: bool,
 
     /// Device to compute on
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
@@ -84,9 +88,15 @@ pub struct EvalArgs {
     /// Number format of matrix products, with sums in f32, and of activations on a GPU
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub precision: Precision,
-    /// CPU threads; 0: one for each core
+    /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)
+    #[arg(long, value_name = "RANKS", help_heading = MACHINE)]
+    pub ranks: Option<usize>,
+    /// CPU threads of each rank; 0: the machine's cores divided by the ranks on the machine
     #[arg(long, value_name = "THREADS", help_heading = MACHINE, default_value_t = 0)]
     pub threads: usize,
+    /// Seconds that a rank waits for the others in a collective operation before the run ends with an error
+    #[arg(long, value_name = "SECONDS", help_heading = MACHINE, default_value_t = 600)]
+    pub timeout: u64,
 }
 
 const GENERATION: &str = "Generation";
@@ -129,9 +139,12 @@ impl EvalArgs {
             batch_size: self.batch_size,
             output_dir: self.output_dir.clone(),
             overwrite: self.overwrite,
+            resume: self.resume,
             device: self.device,
             precision: self.precision,
+            ranks: self.ranks,
             threads: self.threads,
+            timeout: self.timeout,
             ..RunConfig::default()
         };
         let mut wrong = validate::problems(&config);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, GenerationSpeed, OtherRouting, Table, read_json};
+use super::{Error, OtherRouting, Table, read_json};
 use crate::data::Message;
 use crate::experts::ExpertId;
 use crate::judge::Rate;
@@ -75,7 +75,8 @@ pub enum FinishReason {
 pub struct GenerationRow<'a> {
     /// [`GENERATION_SCHEMA`].
     pub schema: &'static str,
-    /// Line and side (`12-unsafe`): unique in the file, and the same in every evaluation of the same data file.
+    /// Line and side (`12-unsafe`; of the second row that begins in a line `12.2-unsafe`): unique in the file, and the same in every
+    /// evaluation of the same data file.
     pub id: String,
     /// Line of the row: the same for its unsafe and its safe prompt.
     pub behavior_id: String,
@@ -87,6 +88,8 @@ pub struct GenerationRow<'a> {
     pub prompt_text: String,
     /// The answer, without special tokens.
     pub response: String,
+    /// Its tokens, without the end-of-sequence token.
+    pub ids: &'a [u32],
     /// Why the answer ended.
     pub finish_reason: FinishReason,
     /// Number of tokens of the answer, without the end-of-sequence token.
@@ -96,7 +99,7 @@ pub struct GenerationRow<'a> {
     /// The evaluated model.
     pub model: &'a EvaluatedModel,
     /// blake3 hash of the chat template's source.
-    pub template_sha: &'a str,
+    pub template_sha: String,
     /// For each phrase list (`name/version`): whether it classifies the answer as a refusal. A proxy for human
     /// judgement.
     pub proxy: BTreeMap<String, bool>,
@@ -173,11 +176,6 @@ pub struct EvalReport {
     pub refusals: Vec<RefusalRate>,
     /// Difference of the routing of safe and unsafe prompts.
     pub routing: RoutingDifference,
-    /// Wall-clock time of generating all answers, in seconds.
-    pub seconds: f64,
-    /// Tokens a second; absent with `--skip-answers`, and in files of earlier versions.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub generation: Option<GenerationSpeed>,
 }
 
 impl EvalReport {

@@ -20,6 +20,7 @@ mod rankings;
 mod rates;
 mod replies;
 mod rerouting;
+mod row_log;
 mod scores_json;
 mod speed;
 mod tensorboard;
@@ -44,8 +45,9 @@ pub use rankings::{NamedRanking, RANKINGS_SCHEMA, RankingsFile};
 pub use rates::{RateRow, rates_svg};
 pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
 pub use rerouting::rerouting_table;
+pub use row_log::{RowLog, json_lines};
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
-pub use speed::{GenerationSpeed, TokenSpeed};
+pub use speed::{AnswerTimes, EvalTimes, GenerationSpeed, TIMES_SCHEMA, TokenSpeed};
 pub use tensorboard::EventLog;
 
 use std::io;

@@ -20,6 +20,7 @@ mod report;
 pub mod retention;
 mod rounds;
 pub mod session;
+mod spread;
 mod summary;
 mod train;
 mod verify;

@@ -14,6 +14,7 @@ mod bad_input;
 mod cli_options;
 mod commands;
 mod download;
+mod evaluation;
 mod faults;
 mod lockstep;
 mod other_routing;

@@ -22,7 +22,7 @@ fn eval(model: &Path, case_name: &str, output: &Path, more: &[&str]) -> (u8, Str
 /// What was measured, and the answers; without the model's identity and the time.
 fn measured(output: &Path) -> (Value, Vec<Value>) {
     let mut report: Value = serde_json::from_slice(&fs::read(output.join("eval.json")).unwrap()).unwrap();
-    for key in ["model", "seconds", "generation"] {
+    for key in ["model"] {
         report.as_object_mut().unwrap().remove(key);
     }
     let lines = fs::read_to_string(output.join("generations.jsonl")).unwrap();
