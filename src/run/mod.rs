@@ -4,6 +4,7 @@ mod ablate;
 mod check;
 mod compare;
 pub mod counted;
+mod dense;
 mod eval;
 mod export;
 pub mod forecast;

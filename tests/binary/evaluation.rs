@@ -1,4 +1,4 @@
-//! `eval` over ranks, continued after an interruption.
+//! `eval` over ranks, continued after an interruption, and on dense models.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -167,4 +167,53 @@ fn another_evaluation_is_not_continued() {
     fs::write(&log, text).unwrap();
     fs::remove_file(scene.path("out").join("eval_options.json")).unwrap();
     scene.run("olmoe", "out", &format!("{options} --resume")).failed(exit::CONFIG, &["eval_options.json: is missing"]);
+}
+
+#[test]
+fn a_dense_model_is_evaluated_and_trained_whole() {
+    let scene = Scene::new(3);
+    let run = |command: &str, output: &str, more: &str| {
+        let text = format!(
+            "{command} --model-name {} --dataset-path {} --output-dir {} --threads 1 {more}",
+            model("dense_qwen3").display(),
+            scene.path("rows.json").display(),
+            scene.path(output).display(),
+        );
+        start(moewarden(0, text.split_whitespace())).end()
+    };
+    for (command, more, said) in [
+        ("identify", "", "so there is nothing to identify"),
+        ("train", "", "nothing to identify or to train"),
+        ("train", "--mode experts", "nothing to identify or to train"),
+        ("train", "--mode baseline --schedule joint", "nothing to identify or to train"),
+        ("train", "--mode baseline --verify 20", "--verify has nothing to check"),
+        ("check", "", "nothing to identify or to train"),
+        ("ablate", "--experts rows.json", "so there is nothing to identify"),
+    ] {
+        let said = [said, "dense model (qwen3)", "train --mode baseline"];
+        run(command, "never", more).failed(exit::CONFIG, &said);
+        assert!(!scene.path("never").exists());
+    }
+    let ran = run("check", "never", "--mode baseline").ok();
+    assert!(ran.out.contains("all of them dense") && ran.out.contains("ready"), "{}", ran.out);
+
+    let ran = run("train", "run", "--mode baseline --num-rounds 2 --expert-lr 1e-3 --save-rounds none --ranks 2").ok();
+    assert!(ran.err.contains("there is no router phase"), "{}", ran.err);
+    let scores = read_json(&scene.path("run/expert_scores.json"));
+    assert_eq!((&scores["layers"], &scores["rounds"]["1"]["selected"]), (&json!([]), &json!([])));
+    let losses = read_json(&scene.path("run/training_metadata.json"))["ce_loss"].clone();
+    assert!(losses[1].as_f64() < losses[0].as_f64(), "{losses}");
+
+    for (ranks, name) in [(1, "one"), (3, "three")] {
+        let ran = scene.run("dense_qwen3", name, &format!("--max-new-tokens 3 --ranks {ranks}")).ok();
+        assert!(ran.out.contains("exact"), "{}", ran.out);
+    }
+    assert!(scene.bytes("one") == scene.bytes("three"));
+    let report = read_json(&scene.path("one/eval.json"));
+    assert_eq!(report["routing"], json!({"divergence_by_layer": [], "risk_difference_top": []}));
+    assert!(report["ce_unsafe"]["mean"].as_f64() > Some(0.0) && report["exact"][0]["of"] == 3, "{report}");
+    let runs = ["run", "one"].map(|name| scene.path(name).display().to_string());
+    let args = ["report".to_owned(), "--output-dir".into(), scene.path("report").display().to_string()];
+    start(moewarden(0, args.into_iter().chain(runs))).end().ok();
+    assert!(fs::read_to_string(scene.path("report/report.html")).unwrap().contains("Losses"));
 }

@@ -209,6 +209,9 @@ impl Evaluation<'_> {
         let (Inputs { recipe, session, .. }, ui) = (self.inputs, self.ui);
         let sampler = session.sampler(recipe);
         let mut out = RoutingDifference::default();
+        if session.model.is_dense() {
+            return Ok(out);
+        }
         if session.data.has_both_prompts() {
             let by_layer = alignment_by_layer(replica, sampler, recipe.divergence)?;
             out.divergence_by_layer = session.model.moe_layers().layers.iter().copied().zip(by_layer).collect();
