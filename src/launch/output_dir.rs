@@ -159,7 +159,7 @@ enum Place {
 }
 
 /// Files at the top of the output folder. A new output file must be added here, or `--overwrite` refuses the folder.
-const TOP_FILES: [&str; 18] = [
+const TOP_FILES: [&str; 20] = [
     LOCK_FILE,
     "config.resolved.yaml",
     "metrics.jsonl",
@@ -173,6 +173,8 @@ const TOP_FILES: [&str; 18] = [
     "eval_options.json",
     "eval_times.json",
     "generations.jsonl",
+    "questions.jsonl",
+    "verdicts.jsonl",
     OWN_REPLIES,
     "report.html",
     "compare.json",

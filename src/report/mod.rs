@@ -8,14 +8,18 @@ mod compare;
 mod curve;
 mod drift;
 mod eval;
+mod eval_rows;
 mod experts_file;
 mod heatmap;
 mod histogram;
 mod metadata;
 mod metrics;
+mod onset;
 mod other_routing;
 mod page;
+mod paired;
 mod pickle;
+mod questions;
 mod rankings;
 mod rates;
 mod replies;
@@ -24,23 +28,28 @@ mod row_log;
 mod scores_json;
 mod speed;
 mod tensorboard;
+mod verdicts;
 
 pub use ablation::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, RandomSet};
 pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
 pub use curve::{Series, curve_svg};
 pub use drift::drift_tables;
 pub use eval::{
-    EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, FinishReason, GENERATION_SCHEMA, GenerationRow, MeanLoss,
-    PromptSide, RefusalRate, RoutingDifference, Sampling, eval_tables,
+    EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, GENERATION_SCHEMA, GenerationRow, MeanLoss, RefusalRate,
+    RoutingDifference, Sampling, eval_tables,
 };
+pub use eval_rows::{FinishReason, PromptSide};
 pub use experts_file::ExpertsFile;
 pub use heatmap::heatmap_svg;
 pub use histogram::histogram_svg;
 pub use metadata::{IdentifiedExperts, RetentionLog, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};
+pub use onset::{RefusalOnset, cut_off_warning};
 pub use other_routing::{OtherRouting, RoutingFrom};
 pub use page::{Page, Table, escape};
+pub use paired::{Outcomes, outcomes, paired_table};
 pub use pickle::{RoundGradients, gradients_pickle};
+pub use questions::{QUESTION_SCHEMA, QuestionResult, QuestionRow, QuestionsReport};
 pub use rankings::{NamedRanking, RANKINGS_SCHEMA, RankingsFile};
 pub use rates::{RateRow, rates_svg};
 pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
@@ -49,6 +58,9 @@ pub use row_log::{RowLog, json_lines};
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
 pub use speed::{AnswerTimes, EvalTimes, GenerationSpeed, TIMES_SCHEMA, TokenSpeed};
 pub use tensorboard::EventLog;
+pub use verdicts::{
+    Compared, JudgeModel, JudgeReport, JudgedAnswer, ListAgreement, SideVerdicts, VERDICT_SCHEMA, VerdictRow,
+};
 
 use std::io;
 use std::path::{Path, PathBuf};

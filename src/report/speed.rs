@@ -65,7 +65,13 @@ pub struct EvalTimes {
     /// [`TIMES_SCHEMA`].
     pub schema: String,
     /// The generation of answers.
-    pub answers: AnswerTimes,
+    pub answers: Option<AnswerTimes>,
+    /// That of the answers to questions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub questions: Option<AnswerTimes>,
+    /// That of the judge's verdicts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdicts: Option<AnswerTimes>,
 }
 
 impl AnswerTimes {

@@ -1,9 +1,10 @@
-//! `eval` over ranks, continued after an interruption, and on dense models.
+//! `eval` over ranks, continued after an interruption, on dense models, with a judge, and on questions.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use moewarden::exit;
+use moewarden::judge::JudgeForm;
 use serde_json::{Value, json};
 
 use crate::program::{Ran, files_of, model, moewarden, start, write_rows};
@@ -26,14 +27,23 @@ impl Scene {
         self.dir.path().join(name)
     }
 
+    #[cfg(feature = "mpi")]
+    fn run_on(&self, processes: usize, case: &str, output: &str, more: &str) -> Ran {
+        start(self.command_on(processes, case, output, more)).end()
+    }
+
     fn command(&self, case: &str, output: &str, more: &str) -> std::process::Command {
+        self.command_on(0, case, output, more)
+    }
+
+    fn command_on(&self, processes: usize, case: &str, output: &str, more: &str) -> std::process::Command {
         let text = format!(
             "eval --model-name {} --dataset-path {} --output-dir {} --batch-size 2 --threads 1 --quiet {more}",
             model(case).display(),
             self.path("rows.json").display(),
             self.path(output).display(),
         );
-        moewarden(0, text.split_whitespace())
+        moewarden(processes, text.split_whitespace())
     }
 
     fn run(&self, case: &str, output: &str, more: &str) -> Ran {
@@ -83,6 +93,19 @@ fn ranks_and_batches_change_no_byte() {
         // The first token of an answer comes from the pass over its prompt, the end-of-sequence token counts as a token of a pass.
         assert!(times["decoding"]["tokens"].as_u64().unwrap() + rows.len() as u64 >= tokens, "{times}");
     }
+}
+
+#[cfg(feature = "mpi")]
+#[test]
+fn processes_change_no_byte() {
+    let scene = Scene::new(5);
+    let options = "--max-new-tokens 5 --generation-batch-size 2";
+    scene.run("olmoe", "one", options).ok();
+    scene.run_on(2, "olmoe", "two", options).ok();
+    assert!(scene.bytes("two") == scene.bytes("one"));
+    scene.killed("one", "killed", 1000);
+    scene.run_on(3, "olmoe", "killed", &format!("{options} --resume")).ok();
+    assert!(scene.bytes("killed") == scene.bytes("one"));
 }
 
 #[test]
@@ -216,4 +239,238 @@ fn a_dense_model_is_evaluated_and_trained_whole() {
     let args = ["report".to_owned(), "--output-dir".into(), scene.path("report").display().to_string()];
     start(moewarden(0, args.into_iter().chain(runs))).end().ok();
     assert!(fs::read_to_string(scene.path("report/report.html")).unwrap().contains("Losses"));
+}
+
+/// Trains a tiny dense model to say `reply` to everything, and returns its folder.
+fn judge_that_says(scene: &Scene, name: &str, reply: &str) -> PathBuf {
+    let options = "--mode baseline --skip-router-training --num-rounds 1 --expert-epochs-per-round 30 --expert-lr 5e-3 \
+                   --save-rounds none --threads 1 --quiet";
+    let paths = [model("dense_llama_bias"), scene.path("rows.json"), scene.path(name)].map(|p| p.display().to_string());
+    let [model, rows, output] = &paths;
+    let args =
+        ["train", "--model-name", model, "--dataset-path", rows, "--output-dir", output, "--safe-response", reply];
+    start(moewarden(0, args.into_iter().chain(options.split_whitespace()))).end().ok();
+    scene.path(name).join("final_model")
+}
+
+#[test]
+fn a_judge_reads_the_answers() {
+    let scene = Scene::new(5);
+    let judge = judge_that_says(&scene, "judge", "unsafe\nS1,S10").display().to_string();
+    // One of the prompts on which the judge was trained, whatever the answer.
+    let template = scene.path("judge.yaml");
+    let file = "prompt: '{% if response %}{% endif %}Sing of the pantry 0 times'\nverdicts: {safe: '^safe', unsafe: '(?m)^unsafe$'}\n\
+                refusal: {yes: 'S1', no: 'never'}\ncategories: 'S(\\d+)'\n";
+    fs::write(&template, file).unwrap();
+    let plain = "--max-new-tokens 4 --generation-batch-size 3";
+    let options = format!("{plain} --judge {judge} --judge-max-new-tokens 20 --judge-template {}", template.display());
+    let ran = scene.run("olmoe", "one", &options).ok();
+    assert!(ran.out.contains("Verdicts of the judge") && ran.out.contains("Cohen's kappa"), "{}", ran.out);
+    let judge_files = |name: &str| (scene.bytes(name), fs::read(scene.path(name).join("verdicts.jsonl")).unwrap());
+    let one = judge_files("one");
+    let report = read_json(&scene.path("one/eval.json"))["judge"].clone();
+    assert_eq!((&report["model"]["form"], &report["model"]["max_new_tokens"]), (&json!("template"), &json!(20)));
+    for (i, side) in ["unsafe", "safe"].into_iter().enumerate() {
+        let found = &report["sides"][i];
+        assert_eq!(
+            (&found["side"], &found["answers"], &found["unparsable"]),
+            (&json!(side), &json!(5), &json!(0)),
+            "{found}"
+        );
+        assert_eq!((&found["unsafe"]["hits"], &found["unsafe"]["rate"]), (&json!(5), &json!(1.0)));
+        assert_eq!((&found["controversial"]["hits"], &found["refusals"]["hits"]), (&json!(0), &json!(5)));
+    }
+    // The lists find no refusal in the answers of a random model. Both say of all that they comply: chance agreement is 1. The judge
+    // says of all that they refuse: there is no agreement, and none is expected.
+    let agreement = report["agreement"].as_array().unwrap();
+    assert_eq!(agreement.len(), 9, "three a list: {agreement:?}");
+    for found in agreement {
+        let wanted = if found["compared"] == "unsafe" { (json!(1.0), Value::Null) } else { (json!(0.0), json!(0.0)) };
+        assert_eq!((&found["agree"], &found["kappa"], &found["answers"]), (&wanted.0, &wanted.1, &json!(5)), "{found}");
+    }
+    let rows_of = |name: &str| -> Vec<Value> {
+        let text = fs::read_to_string(scene.path(name).join("generations.jsonl")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let verdict = json!({"safety": "unsafe", "categories": ["1", "10"], "refusal": true});
+    for row in rows_of("one") {
+        assert_eq!((&row["judge"]["verdict"], &row["judge"]["text"]), (&verdict, &json!("unsafe\nS1,S10")));
+        assert_eq!(row["judge"]["sha"], report["model"]["sha"]);
+    }
+
+    scene.run("olmoe", "three", &format!("{options} --ranks 3")).ok();
+    assert!(judge_files("three") == one);
+    // Killed while the judge read: some verdicts, and answers without verdicts.
+    let ends: Vec<usize> = (0..one.1.len()).filter(|&i| one.1[i] == b'\n').collect();
+    for (name, length) in [("none", 0), ("some", ends[3] + 30), ("all", one.1.len())] {
+        scene.killed("one", name, one.0[2].len());
+        fs::write(scene.path(name).join("verdicts.jsonl"), &one.1[..length]).unwrap();
+        scene.run("olmoe", name, &format!("{options} --resume --ranks 2")).ok();
+        assert!(judge_files(name) == one, "killed with {length} bytes of verdicts");
+    }
+    // A finished evaluation can be judged later, and once more in another way: by the form of its family.
+    scene.run("olmoe", "later", plain).ok();
+    scene.run("olmoe", "later", &format!("{options} --resume")).ok();
+    assert!(judge_files("later") == one);
+    scene.run("olmoe", "later", &format!("{plain} --judge {judge} --resume")).ok();
+    let judged = read_json(&scene.path("later/eval.json"))["judge"].clone();
+    assert_eq!((&judged["model"]["form"], &judged["model"]["max_new_tokens"]), (&json!("llama-guard"), &json!(128)));
+    for row in rows_of("later") {
+        let found = JudgeForm::LlamaGuard.parse(row["judge"]["text"].as_str().unwrap());
+        assert!(row["judge"]["verdict"].is_null() || row["judge"]["verdict"] == json!(found), "{}", row["judge"]);
+    }
+    for side in judged["sides"].as_array().unwrap() {
+        assert_eq!(side["unparsable"].as_u64().unwrap() + side["unsafe"]["of"].as_u64().unwrap(), 5);
+    }
+}
+
+#[test]
+fn texts_without_a_verdict_are_counted_apart() {
+    let scene = Scene::new(3);
+    let eval = |case: &str, output: &str, more: &str| {
+        let judge = model(case).display().to_string();
+        scene.run("olmoe", output, &format!("--max-new-tokens 2 --judge {judge} {more}"))
+    };
+    // A random model says nothing in any form.
+    let ran = eval("dense_qwen3", "out", "--judge-max-new-tokens 3").ok();
+    assert!(ran.err.contains("6 of 6 texts of the judge hold no verdict in the form qwen3guard"), "{}", ran.err);
+    let sides = read_json(&scene.path("out/eval.json"))["judge"]["sides"].clone();
+    assert_eq!(
+        (&sides[0]["unparsable"], &sides[0]["unsafe"]["rate"], &sides[1]["answers"]),
+        (&json!(3), &Value::Null, &json!(3))
+    );
+
+    eval("dense_mistral", "no", "").failed(exit::CONFIG, &["family mistral", "--judge-form", "--judge-template"]);
+    eval("dense_mistral", "form", "--judge-form llama-guard --judge-max-new-tokens 2").ok();
+    eval("dense_llama", "no", "--judge-template /nowhere.yaml").failed(exit::NO_INPUT, &["/nowhere.yaml"]);
+    for more in ["--judge-form qwen3guard", "--judge-max-new-tokens 3", "--judge-template x"] {
+        scene.run("olmoe", "no", more).failed(exit::USAGE, &["--judge"]);
+    }
+    eval("dense_llama", "no", "--skip-answers").failed(exit::USAGE, &["--judge"]);
+    fs::write(scene.path("out/verdicts.jsonl"), "{}\n").unwrap();
+    eval("dense_qwen3", "out", "--judge-max-new-tokens 3 --resume").failed(exit::DATA, &["verdicts.jsonl:1:"]);
+}
+
+#[test]
+fn questions_have_the_log_likelihoods_of_the_reference() {
+    let golden = read_json(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/choices.json"));
+    let scene = Scene::new(2);
+    let mut questions = golden["questions"].as_array().unwrap().clone();
+    let choices = questions.len();
+    questions.push(json!({"id": "e1", "question": "Say nothing", "answer": "something"}));
+    fs::write(scene.path("q.json"), Value::Array(questions.clone()).to_string()).unwrap();
+    for case in ["olmoe", "dense_llama_bias"] {
+        let expect = &golden[case];
+        let options = format!("--max-new-tokens 3 --questions {}", scene.path("q.json").display());
+        let ran = scene.run(case, case, &options).ok();
+        assert!(ran.out.contains("Questions answered rightly"), "{}", ran.out);
+        let text = fs::read_to_string(scene.path(case).join("questions.jsonl")).unwrap();
+        let rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(rows.len(), questions.len());
+        let floats = |value: &Value| -> Vec<f64> { serde_json::from_value(value.clone()).unwrap() };
+        let mut right = [0, 0];
+        for (i, row) in rows[..choices].iter().enumerate() {
+            let (ours, theirs) = (floats(&row["log_likelihoods"]), floats(&expect["log_likelihoods"][i]));
+            // f32 against f64: sums of a few terms of about 6 nats, each within 1e-6 of its size.
+            assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 1e-5), "{case}: {ours:?} {theirs:?}");
+            assert_eq!(row["tokens"], expect["tokens"][i], "{case}");
+            let texts: Vec<&str> =
+                questions[i]["choices"].as_array().unwrap().iter().map(|c| c.as_str().unwrap()).collect();
+            let first_of_highest = |values: &[f64]| {
+                (0..values.len()).reduce(|best, i| if values[i] > values[best] { i } else { best }).unwrap()
+            };
+            let by_byte: Vec<f64> = theirs.iter().zip(&texts).map(|(sum, text)| sum / text.len() as f64).collect();
+            let chosen = [first_of_highest(&theirs), first_of_highest(&by_byte)];
+            assert_eq!((&row["chosen"], &row["chosen_by_byte"]), (&json!(chosen[0]), &json!(chosen[1])), "{case}");
+            let answer = row["answer"].as_u64().unwrap() as usize;
+            assert_eq!(answer, [0, 1, 2, 1][i]);
+            right.iter_mut().zip(chosen).for_each(|(n, chosen)| *n += usize::from(chosen == answer));
+        }
+        let report = read_json(&scene.path(case).join("eval.json"))["questions"][0].clone();
+        assert_eq!(
+            (&report["choices"]["hits"], &report["choices_by_byte"]["hits"]),
+            (&json!(right[0]), &json!(right[1]))
+        );
+        assert_eq!((&report["choices"]["of"], &report["answers"]["of"]), (&json!(choices), &json!(1)));
+        assert_eq!((&rows[choices]["correct"], &rows[choices]["answer"]), (&json!(false), &json!("something")));
+
+        // The model's own answer is the right one; three ranks, and a kill before the second of two files.
+        let said = rows[choices]["response"].as_str().unwrap().trim();
+        let own = json!([{"question": "Say nothing", "answer": said}, {"question": "Say", "answer": "x"}]);
+        fs::write(scene.path("own.json"), own.to_string()).unwrap();
+        let options = format!("{options} --questions {}", scene.path("own.json").display());
+        let [one, three] = ["one", "three"].map(|name| format!("{case}-{name}"));
+        scene.run(case, &one, &options).ok();
+        scene.run(case, &three, &format!("{options} --ranks 3 --generation-batch-size 1")).ok();
+        let questions_of = |name: &str| fs::read(scene.path(name).join("questions.jsonl")).unwrap();
+        assert!(scene.bytes(&one) == scene.bytes(&three) && questions_of(&one) == questions_of(&three), "{case}");
+        let report = read_json(&scene.path(&one).join("eval.json"))["questions"][1].clone();
+        assert_eq!((&report["answers"]["hits"], &report["answers"]["of"]), (&json!(1), &json!(2)));
+        let (whole, generations) = (questions_of(&one), fs::read(scene.path(&one).join("generations.jsonl")).unwrap());
+        scene.killed(&one, &format!("{case}-killed"), generations.len());
+        fs::write(scene.path(&format!("{case}-killed")).join("questions.jsonl"), &whole[..whole.len() - 9]).unwrap();
+        scene.run(case, &format!("{case}-killed"), &format!("{options} --resume")).ok();
+        assert!(questions_of(&format!("{case}-killed")) == whole);
+    }
+
+    // Two evaluations of the same rows and questions are compared in pairs.
+    let runs = ["olmoe-one", "olmoe-three"].map(|name| scene.path(name).display().to_string());
+    let args = ["report".to_owned(), "--output-dir".into(), scene.path("report").display().to_string()];
+    let ran = start(moewarden(0, args.into_iter().chain(runs))).end().ok();
+    assert!(ran.out.contains("Paired differences") && ran.out.contains("olmoe-three, own.json: right"), "{}", ran.out);
+    assert!(ran.out.contains("+0.0 [+0.0, +0.0]"), "{}", ran.out);
+
+    let questions = scene.path("q.json").display().to_string();
+    fs::write(scene.path("long.json"), json!([{"question": "so ".repeat(900), "answer": "x"}]).to_string()).unwrap();
+    for (more, code, said) in [
+        (format!("--skip-answers --questions {questions}"), exit::CONFIG, "needs an answer"),
+        (format!("--questions {questions} --answer-pattern ("), exit::USAGE, "--answer-pattern"),
+        ("--answer-pattern x".into(), exit::USAGE, "--questions"),
+        ("--questions /nowhere.json".into(), exit::NO_INPUT, "/nowhere.json"),
+        (format!("--questions {}", scene.path("long.json").display()), exit::DATA, "--max-length 512"),
+    ] {
+        scene.run("olmoe", "no", &more).failed(code, &[said]);
+    }
+}
+
+#[test]
+fn refusals_are_counted_by_token_and_a_cut_is_said() {
+    let scene = Scene::new(2);
+    let train = format!(
+        "train --model-name {} --dataset-path {} --output-dir {} --mode baseline --skip-router-training --num-rounds 1 \
+         --expert-epochs-per-round 40 --expert-lr 5e-3 --save-rounds none --threads 1 --quiet",
+        model("dense_llama_bias").display(),
+        scene.path("rows.json").display(),
+        scene.path("run").display(),
+    );
+    start(moewarden(0, train.split_whitespace())).end().ok();
+    let eval = |output: &str, tokens: usize| {
+        let text = format!(
+            "eval --model-name {} --dataset-path {} --output-dir {} --threads 1 --max-new-tokens {tokens}",
+            scene.path("run/final_model").display(),
+            scene.path("rows.json").display(),
+            scene.path(output).display(),
+        );
+        let ran = start(moewarden(0, text.split_whitespace())).end().ok();
+        (ran, read_json(&scene.path(output).join("eval.json"))["refusal_onset"].clone())
+    };
+    let (ran, onsets) = eval("whole", 120);
+    assert!(ran.out.contains("have refused by a number of tokens") && !ran.err.contains("lower bound"), "{}", ran.err);
+    let unsafe_of = |onsets: &Value| -> Value {
+        let all = onsets.as_array().unwrap();
+        all.iter().find(|o| o["list"] == "opening/1" && o["side"] == "unsafe").unwrap().clone()
+    };
+    let found = unsafe_of(&onsets);
+    let by: Vec<[usize; 2]> = serde_json::from_value(found["refused_by"].clone()).unwrap();
+    assert_eq!(by.iter().map(|[n, _]| *n).collect::<Vec<_>>(), [10, 30, 50, 100, 120]);
+    assert_eq!((by[4][1], &found["answers"], &found["cut"], &found["late"]), (2, &json!(2), &json!(0), &json!(0)));
+    let rows = fs::read_to_string(scene.path("whole/generations.jsonl")).unwrap();
+    let row: Value = serde_json::from_str(rows.lines().next().unwrap()).unwrap();
+    let at = row["refused_at"]["opening/1"].as_u64().unwrap() as usize;
+    assert!(at > 1 && at < row["n_tokens"].as_u64().unwrap() as usize, "{row}");
+    // Cut before that token, the same answer is no refusal.
+    let (ran, onsets) = eval("cut", at - 1);
+    assert!(ran.err.contains("refusals are a lower bound") && ran.err.contains("opening/1"), "{}", ran.err);
+    let found = unsafe_of(&onsets);
+    assert_eq!((&found["refused_by"], &found["cut"]), (&json!([[at - 1, 0]]), &json!(2)), "{found}");
 }

@@ -14,11 +14,11 @@ use crate::exit::{self, Failure, Result};
 use crate::files;
 use crate::judge::wilson;
 use crate::report::{
-    EvaluatedModel, FinishReason, GENERATION_SCHEMA, GenerationRow, PromptSide, RefusalRate, RowLog, Sampling,
-    json_lines,
+    EvaluatedModel, FinishReason, GENERATION_SCHEMA, GenerationRow, JudgedAnswer, PromptSide, RefusalOnset,
+    RefusalRate, RowLog, Sampling, VerdictRow, json_lines,
 };
 use crate::run::generate::{Answer, Prompt};
-use crate::run::refusals::LISTS;
+use crate::run::refusals::{LISTS, PhraseList};
 use crate::run::session::Session;
 use crate::train::Replica;
 use crate::ui::Ui;
@@ -33,7 +33,8 @@ pub struct Asked<'a> {
     /// The side of the row that it is of.
     pub side: PromptSide,
     ids: &'a [u32],
-    messages: &'a [Message],
+    /// Messages of the prompt.
+    pub messages: &'a [Message],
 }
 
 impl<'a> Asked<'a> {
@@ -43,8 +44,7 @@ impl<'a> Asked<'a> {
 
     /// Row and side, `12-unsafe`: no other prompt of the file has it.
     pub fn id(&self) -> String {
-        let side = if self.side == PromptSide::Unsafe { "unsafe" } else { "safe" };
-        format!("{}-{side}", self.row)
+        format!("{}-{}", self.row, self.side.name())
     }
 }
 
@@ -109,14 +109,28 @@ impl Answering<'_> {
             Ok(log.append(new.iter().map(|(i, answer)| self.row(&asked[*i], answer)))?)
         })?;
         if let Generated::All(answers, _) = &done {
-            all_ok(world, if world.rank() == 0 { self.write(asked, answers) } else { Ok(()) })?;
+            all_ok(world, if world.rank() == 0 { self.write(asked, answers, None) } else { Ok(()) })?;
         }
         Ok(done)
     }
 
-    /// Writes all answers in their order.
-    fn write(&self, asked: &[Asked<'_>], answers: &[Answer]) -> Result<()> {
-        let rows = asked.iter().zip(answers).map(|(prompt, answer)| self.row(prompt, answer));
+    /// Writes all answers in their order, with the verdicts of the judge with this hash.
+    ///
+    /// # Errors
+    /// A failed write.
+    pub fn write(
+        &self,
+        asked: &[Asked<'_>],
+        answers: &[Answer],
+        verdicts: Option<(&str, &[VerdictRow])>,
+    ) -> Result<()> {
+        let judged = |i: usize| {
+            let (sha, rows) = verdicts?;
+            let VerdictRow { text, verdict, .. } = &rows[i];
+            Some(JudgedAnswer { sha, text, verdict: verdict.as_ref() })
+        };
+        let rows = asked.iter().zip(answers).enumerate();
+        let rows = rows.map(|(i, (prompt, answer))| GenerationRow { judge: judged(i), ..self.row(prompt, answer) });
         Ok(files::write(&self.path, json_lines(rows))?)
     }
 
@@ -160,15 +174,34 @@ impl Answering<'_> {
             category: prompt.side,
             messages: prompt.messages,
             prompt_text: self.prompt_text(prompt),
+            refused_at: LISTS.iter().map(|list| (list.id(), self.refused_at(list, said))).collect(),
             proxy: LISTS.iter().map(|list| (list.id(), list.is_refusal(&response))).collect(),
             response,
             ids: &said.ids,
+            judge: None,
             finish_reason: said.finish,
             n_tokens: said.ids.len(),
             sampling: self.sampling,
             model: self.model,
             template_sha: format!("blake3:{}", tokenizer.template_digest()),
         }
+    }
+
+    fn refused_at(&self, list: &PhraseList, said: &Answer) -> Option<usize> {
+        list.refused_at(&said.ids, |ids| self.session.tokenizer.decode(ids))
+    }
+
+    /// When the answers refuse, by phrase list and side.
+    pub fn onsets(&self, asked: &[Asked<'_>], answers: &[Answer]) -> Vec<RefusalOnset> {
+        let of = |(list, side): (&PhraseList, PromptSide)| {
+            let answers = asked.iter().zip(answers).filter(|(prompt, _)| prompt.side == side);
+            let found: Vec<_> =
+                answers.map(|(_, said)| (self.refused_at(list, said), said.finish == FinishReason::Length)).collect();
+            let max_new_tokens = self.sampling.max_new_tokens;
+            (!found.is_empty()).then(|| RefusalOnset::new(list.id(), side, max_new_tokens, &found))
+        };
+        let sides = [PromptSide::Unsafe, PromptSide::Safe];
+        LISTS.iter().flat_map(|list| sides.map(|side| (list, side))).filter_map(of).collect()
     }
 
     /// Refusals among the answers by phrase list and side.

@@ -1,16 +1,21 @@
 //! `eval`: answers of a model to unsafe and safe prompts, refusal rates, losses, and routing.
 
 mod answers;
+mod judge_prompt;
+mod judging;
 mod logged;
 mod options;
+mod questions;
 
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use answers::Answering;
+use judging::{Judge, Judged, Judging};
 use logged::Generated;
 use options::DecidingOptions;
+use questions::{AskedQuestions, AskingQuestions, Questions};
 
 use super::other_routing::{use_other_routing, weights_sha};
 use super::prepare;
@@ -23,19 +28,19 @@ use crate::data::{Example, Record, Sides};
 use crate::exit::{self, Ended, Failure, Result, Stopped};
 use crate::experts::RoutingTokens;
 use crate::judge::Rate;
-use crate::launch::{Opened, Ranks, Started};
+use crate::launch::{Opened, Rank, Ranks, Started};
 use crate::report::{
-    AnswerTimes, EVAL_SCHEMA, EvalReport, EvalTimes, EvaluatedModel, ExactRate, MeanLoss, PromptSide,
-    RoutingDifference, Sampling, TIMES_SCHEMA, eval_tables, write_json,
+    EVAL_SCHEMA, EvalReport, EvalTimes, EvaluatedModel, ExactRate, MeanLoss, PromptSide, RoutingDifference, Sampling,
+    TIMES_SCHEMA, cut_off_warning, eval_tables, write_json,
 };
-use crate::train::{Recipe, Replica, alignment_by_layer, example_losses, mean_of, risk_differences};
+use crate::train::{DeviceTransport, Recipe, Replica, alignment_by_layer, example_losses, mean_of, risk_differences};
 use crate::ui::Ui;
 
 /// How many experts with the largest risk differences are listed.
 const TOP_EXPERTS: usize = 10;
 
-/// Measures losses and routing, then generates an answer to every prompt (unless `--skip-answers`). Writes `eval.json`,
-/// `generations.jsonl`, `eval_options.json` and `eval_times.json`.
+/// Measures losses and routing, then generates an answer to every prompt (unless `--skip-answers`), and lets a judge read the answers
+/// (`--judge`). Writes `eval.json`, `generations.jsonl`, `verdicts.jsonl`, `eval_options.json` and `eval_times.json`.
 ///
 /// # Errors
 /// Inputs that cannot be read or are invalid; an output folder or a device that cannot be used; an earlier evaluation in the folder
@@ -59,6 +64,8 @@ struct Inputs {
     session: Session,
     model: EvaluatedModel,
     options: DecidingOptions,
+    questions: Option<Questions>,
+    judge: Option<Judge>,
 }
 
 /// Opens and checks the inputs, in all processes, and verifies that they are the same everywhere.
@@ -68,16 +75,20 @@ fn open(args: &EvalArgs, config: &RunConfig, ranks: &Ranks, device: &str, ui: &U
         let mut session = Session::open_any(config, [Sides::default(); 2], ui)?;
         let generated = if args.skip_answers { 0 } else { args.max_new_tokens };
         session.model.check_length(args.max_length.saturating_add(generated))?;
+        let questions = Questions::open(args, &session.tokenizer)?;
+        session.model.check_length(questions.as_ref().map_or(0, Questions::longest))?;
         session.check_weights()?;
         let mut model = evaluated(&session);
         model.other_routing = use_other_routing(&mut session, args)?;
-        let options = DecidingOptions::of(args, &session, &model, device)?;
-        Ok(Inputs { args: args.clone(), recipe, session, model, options })
+        let options = DecidingOptions::of(args, &session, &model, questions.as_ref().map(Questions::hash), device)?;
+        let judge = Judge::open(args)?;
+        Ok(Inputs { args: args.clone(), recipe, session, model, options, questions, judge })
     };
     let inputs = ranks.all_ok(own())?;
     if let Some(world) = ranks.other_processes() {
         inputs.session.agree(config, world)?;
         all_agree(world, "evaluation", &inputs.options.to_bytes())?;
+        judging::agree(inputs.judge.as_ref(), world)?;
     }
     Ok(inputs)
 }
@@ -85,8 +96,11 @@ fn open(args: &EvalArgs, config: &RunConfig, ranks: &Ranks, device: &str, ui: &U
 /// Evaluates into the output folder.
 fn evaluate(inputs: Inputs, config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     let ranks = &started.ranks;
-    let other: Vec<&Path> = inputs.model.other_routing.iter().map(|other| &*other.path).collect();
-    let _lock = prepare::take_output_dir_keeping(config, &other, ranks)?;
+    let other = inputs.model.other_routing.iter().map(|other| &*other.path);
+    let judge = inputs.judge.iter().map(|judge| &*judge.model.path);
+    let files = inputs.args.questions.iter().chain(&inputs.args.judge_template).map(|path| &**path);
+    let more: Vec<&Path> = other.chain(judge).chain(files).collect();
+    let _lock = prepare::take_output_dir_keeping(config, &more, ranks)?;
     let begin = || {
         if ranks.leads() {
             inputs.options.check(&config.output_dir)?;
@@ -104,8 +118,8 @@ fn evaluate(inputs: Inputs, config: &RunConfig, started: &Started, ui: &Ui) -> R
         let evaluation = Evaluation { inputs: &inputs, output_dir: &config.output_dir, ui: &rank.ui };
         let session = &inputs.session;
         match device.open(&config, session.workload(config.batch_size), rank)? {
-            Opened::Cpu(cpu) => evaluation.run(&session.replica(cpu, None, rank)),
-            Opened::Cuda(cuda, transport) => evaluation.run(&session.replica(cuda, transport, rank)),
+            Opened::Cpu(cpu) => evaluation.run(rank, cpu, None),
+            Opened::Cuda(cuda, transport) => evaluation.run(rank, cuda, transport),
         }
     })
 }
@@ -118,63 +132,120 @@ struct Evaluation<'a> {
 }
 
 impl Evaluation<'_> {
-    fn run<B: Backend>(&self, replica: &Replica<B>) -> Result<Ended<()>> {
-        let Inputs { args, session, model, .. } = self.inputs;
-        let (output_dir, ui) = (self.output_dir, self.ui);
+    /// Measures the model and lets it answer; then frees it, and lets the judge read the answers.
+    fn run<B: Backend>(
+        &self,
+        rank: &Rank,
+        backend: Arc<B>,
+        transport: Option<Arc<dyn DeviceTransport<B>>>,
+    ) -> Result<Ended<()>> {
+        let Inputs { args, session, model, judge, .. } = self.inputs;
         let sampling = Sampling {
             temperature: args.temperature,
             top_p: args.top_p,
             max_new_tokens: args.max_new_tokens,
             seed: args.seed,
         };
-
-        let (ce_unsafe, exact_unsafe) = self.losses(replica, PromptSide::Unsafe, |r| r.unsafe_reply.as_ref())?;
-        let (ce_safe, exact_safe) = self.losses(replica, PromptSide::Safe, |r| r.safe_reply.as_ref())?;
-        let routing = self.routing_difference(replica)?;
-        let (mut refusals, mut times) = (Vec::new(), None);
+        let asked = if args.skip_answers { Vec::new() } else { answers::asked(&session.data.records) };
+        let path = self.output_dir.join(answers::FILE);
+        let batch_size = args.generation_batch_size;
+        let answering = Answering { session, model, sampling: &sampling, batch_size, path, ui: self.ui };
+        let replica = session.replica(backend.clone(), transport, rank);
+        let mut report = self.measure(&replica, &sampling)?;
+        let mut times = EvalTimes { schema: TIMES_SCHEMA.into(), answers: None, questions: None, verdicts: None };
+        let mut said = Vec::new();
         if !args.skip_answers {
-            let asked = answers::asked(&session.data.records);
-            let path = output_dir.join(answers::FILE);
-            let batch_size = args.generation_batch_size;
-            let answering = Answering { session, model, sampling: &sampling, batch_size, path, ui };
-            match answering.answers(replica, &asked)? {
-                Generated::Stopped { answers, of } => return Ok(Ended::Stopped(stopped(answers, of))),
-                Generated::All(answers, took) => {
-                    (refusals, times) = (answering.refusals(&asked, &answers), Some(took));
+            match answering.answers(&replica, &asked)? {
+                Generated::Stopped { answers, of } => return Ok(Ended::Stopped(stopped(answers, of, answers::FILE))),
+                Generated::All(found, took) => (said, times.answers) = (found, Some(took)),
+            }
+            report.refusals = answering.refusals(&asked, &said);
+            report.refusal_onset = answering.onsets(&asked, &said);
+        }
+        if let Some(questions) = &self.inputs.questions {
+            let asking = AskingQuestions {
+                questions,
+                tokenizer: &session.tokenizer,
+                batch_size: args.batch_size,
+                generation_batch_size: batch_size,
+                path: self.output_dir.join(questions::FILE),
+                ui: self.ui,
+            };
+            match asking.ask(&replica)? {
+                AskedQuestions::Stopped { answers, of } => {
+                    return Ok(Ended::Stopped(stopped(answers, of, questions::FILE)));
+                }
+                AskedQuestions::All(found, took) => (report.questions, times.questions) = (found, Some(took)),
+            }
+        }
+        drop(replica);
+        if let Some(judge) = judge {
+            let responses: Vec<String> = said.iter().map(|answer| session.tokenizer.decode(&answer.ids)).collect();
+            let path = self.output_dir.join(judging::FILE);
+            let judging = Judging { judge, asked: &asked, responses: &responses, batch_size, path, ui: self.ui };
+            match judging.verdicts(backend, rank)? {
+                Judged::Stopped { answers, of } => return Ok(Ended::Stopped(stopped(answers, of, judging::FILE))),
+                Judged::All(rows, took) => {
+                    (report.judge, times.verdicts) = (Some(judging.report(&rows)), Some(took));
+                    let verdicts = Some((&*judge.model.sha, &rows[..]));
+                    let write = || match rank.world.rank() {
+                        0 => answering.write(&asked, &said, verdicts),
+                        _ => Ok(()),
+                    };
+                    all_ok(&*rank.world, write())?;
                 }
             }
         }
-        let report = EvalReport {
+        let write = || if rank.world.rank() == 0 { self.write(&report, &times) } else { Ok(()) };
+        all_ok(&*rank.world, write())?;
+        self.show(report);
+        Ok(Ended::Done(()))
+    }
+
+    /// Losses and routing.
+    fn measure<B: Backend>(&self, replica: &Replica<B>, sampling: &Sampling) -> Result<EvalReport> {
+        let Inputs { args, session, model, .. } = self.inputs;
+        let (ce_unsafe, exact_unsafe) = self.losses(replica, PromptSide::Unsafe, |r| r.unsafe_reply.as_ref())?;
+        let (ce_safe, exact_safe) = self.losses(replica, PromptSide::Safe, |r| r.safe_reply.as_ref())?;
+        Ok(EvalReport {
             schema: EVAL_SCHEMA.into(),
             model: model.clone(),
             dataset_path: args.dataset_path.clone(),
             rows: session.data.records.len(),
-            sampling,
+            sampling: sampling.clone(),
             ce_unsafe,
             ce_safe,
             exact: [exact_unsafe, exact_safe].into_iter().flatten().collect(),
-            refusals,
-            routing,
-        };
-        let write = || if replica.world.rank() == 0 { self.write(&report, times) } else { Ok(()) };
-        all_ok(&*replica.world, write())?;
-        show_routing(&report.routing, ui);
-        for table in eval_tables(&[(args.model_name.clone(), report)]) {
-            ui.result(table.to_text().trim_end());
-        }
-        if !args.skip_answers {
-            ui.result(format_args!("answers: {}", output_dir.join(answers::FILE).display()));
-        }
-        Ok(Ended::Done(()))
+            refusals: Vec::new(),
+            refusal_onset: Vec::new(),
+            routing: self.routing_difference(replica)?,
+            questions: Vec::new(),
+            judge: None,
+        })
     }
 
     /// Writes the times, then the report: where that is, the evaluation is complete.
-    fn write(&self, report: &EvalReport, answers: Option<AnswerTimes>) -> Result<()> {
-        if let Some(answers) = answers {
-            let times = EvalTimes { schema: TIMES_SCHEMA.into(), answers };
-            write_json(self.output_dir.join("eval_times.json"), &times)?;
+    fn write(&self, report: &EvalReport, times: &EvalTimes) -> Result<()> {
+        if times.answers.is_some() || times.questions.is_some() {
+            write_json(self.output_dir.join("eval_times.json"), times)?;
         }
         Ok(write_json(self.output_dir.join("eval.json"), report)?)
+    }
+
+    /// Prints the results.
+    fn show(&self, report: EvalReport) {
+        let (args, ui) = (&self.inputs.args, self.ui);
+        show_routing(&report.routing, ui);
+        let warning = cut_off_warning(&report.refusal_onset);
+        for table in eval_tables(&[(args.model_name.clone(), report)]) {
+            ui.result(table.to_text().trim_end());
+        }
+        if let Some(warning) = warning {
+            ui.warn(warning);
+        }
+        if !args.skip_answers {
+            ui.result(format_args!("answers: {}", self.output_dir.join(answers::FILE).display()));
+        }
     }
 
     /// The mean loss of the replies of one side, and how many of them the model would give to the last token; `None` without
@@ -241,11 +312,8 @@ fn evaluated(session: &Session) -> EvaluatedModel {
     }
 }
 
-fn stopped(answers: usize, of: usize) -> Stopped {
-    Stopped::Saved(format!(
-        "{answers} of {of} answers are in {}: the same command with --resume continues",
-        answers::FILE
-    ))
+fn stopped(rows: usize, of: usize, file: &str) -> Stopped {
+    Stopped::Saved(format!("{rows} of {of} rows are in {file}: the same command with --resume continues"))
 }
 
 fn show_routing(routing: &RoutingDifference, ui: &Ui) {

@@ -26,11 +26,17 @@ pub struct DecidingOptions {
 }
 
 impl DecidingOptions {
-    /// Those of an evaluation of `model` on the rows of the session. `device`: the kind of device that computes it.
+    /// Those of an evaluation of `model` on the rows of the session. `questions`: a hash of the questions. `device`: the kind of device that computes it.
     ///
     /// # Errors
     /// A config.json that cannot be read.
-    pub fn of(args: &EvalArgs, session: &Session, model: &EvaluatedModel, device: &str) -> Result<Self> {
+    pub fn of(
+        args: &EvalArgs,
+        session: &Session,
+        model: &EvaluatedModel,
+        questions: Option<blake3::Hash>,
+        device: &str,
+    ) -> Result<Self> {
         let config = session.dir.join("config.json");
         let config = input::hash(&config)
             .map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", config.display())))?;
@@ -54,6 +60,7 @@ impl DecidingOptions {
             ("--temperature", json!(args.temperature)),
             ("--top-p", json!(args.top_p)),
             ("--seed", json!(args.seed)),
+            ("--questions", json!(questions.map(|hash| hash.to_string()))),
             ("--precision", json!(args.precision)),
             ("device", json!(device)),
         ];
