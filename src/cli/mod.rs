@@ -120,7 +120,7 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
         let fault = Fault::from_variable(launch::fault().as_deref())?;
         Started::new(config, &launch, stop_on_signals()?, fault, ui)
     };
-    if !matches!(cli.command, Command::Train(_) | Command::Identify(_) | Command::Ablate(_)) {
+    if !matches!(cli.command, Command::Train(_) | Command::Identify(_) | Command::Ablate(_) | Command::Eval(_)) {
         launch.check_single()?;
     }
     let done = |()| Ended::Done(());
@@ -138,9 +138,9 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
             run::identify(&config, &start(&config)?, ui)
         }
         Command::Eval(args) => {
-            let models = [Some(&args.model_name), args.routers.as_ref(), args.route_as.as_ref()];
+            let models = [Some(&args.model_name), args.routers.as_ref(), args.route_as.as_ref(), args.judge.as_ref()];
             download_all(args.download, models.into_iter().flatten(), ui)?;
-            run::eval(args, ui).map(done)
+            run::eval(args, &start(&args.run_config()?)?, ui)
         }
         Command::Ablate(args) => {
             let config = args.run_config()?;

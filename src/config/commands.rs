@@ -8,7 +8,7 @@ use super::raw::heading::{INPUT, MACHINE, OUTPUT};
 use super::{ConfigError, Device, Precision, RunConfig, TemplateKwargs, validate};
 use crate::data::LongRows;
 use crate::experts::RoutingTokens;
-use crate::judge::Matching;
+use crate::judge::{JudgeForm, Matching};
 use crate::train::Switch;
 
 /// Generates responses to the unsafe and the safe prompts of a data set, and measures refusals, loss and routing.
@@ -36,7 +36,15 @@ pub struct EvalArgs {
     /// chat_template_kwargs take precedence
     #[arg(long, value_name = "JSON", help_heading = INPUT)]
     pub chat_template_kwargs: Option<TemplateKwargs>,
-    /// Maximum number of rows
+    /// Questions with choices or with one right answer, to see what the model still can do: a JSON array or JSONL. Can be given several
+    /// times
+    #[arg(long, value_name = "FILE", help_heading = INPUT)]
+    pub questions: Vec<PathBuf>,
+    /// Regular expression of which the last match in a response (its first group, if it has one) is compared with the right answer, in
+    /// place of the whole response
+    #[arg(long, value_name = "REGEX", help_heading = INPUT, requires = "questions")]
+    pub answer_pattern: Option<String>,
+    /// Maximum number of rows of each file
     #[arg(long, value_name = "ROWS", help_heading = INPUT, default_value_t = 128, value_parser = at_least_one)]
     pub max_samples: usize,
     /// Maximum length of an example in tokens, chat template and response included
@@ -58,7 +66,7 @@ pub struct EvalArgs {
     /// Maximum length of a generated response in tokens
     #[arg(long, value_name = "TOKENS", help_heading = GENERATION, default_value_t = 128, value_parser = at_most_many)]
     pub max_new_tokens: usize,
-    /// Responses that are generated together, with one pass over the weights a token
+    /// Responses that are generated together on each rank, with one pass over the weights a token
     #[arg(long, value_name = "RESPONSES", help_heading = GENERATION, default_value_t = 16, value_parser = at_least_one)]
     pub generation_batch_size: usize,
     /// Sampling temperature; 0: greedy decoding
@@ -71,12 +79,29 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N", help_heading = GENERATION, default_value_t = 42, visible_alias = "random-seed")]
     pub seed: u64,
 
+    /// Safety judge that reads the responses: a model folder, or a hub id
+    #[arg(long, value_name = "FOLDER|ID", help_heading = JUDGE, conflicts_with = "skip_answers")]
+    pub judge: Option<String>,
+    /// How the judge is asked and how it answers (by default as its family does: qwen3 as qwen3guard, llama as llama-guard)
+    #[arg(long, help_heading = JUDGE, value_enum, requires = "judge", conflicts_with = "judge_template")]
+    pub judge_form: Option<JudgeForm>,
+    /// YAML file with another prompt for the judge and the patterns of its verdicts
+    #[arg(long, value_name = "FILE", help_heading = JUDGE, requires = "judge")]
+    pub judge_template: Option<PathBuf>,
+    /// Maximum length of a text of the judge in tokens
+    #[arg(long, value_name = "TOKENS", help_heading = JUDGE, default_value_t = 128, value_parser = at_most_many, requires = "judge")]
+    pub judge_max_new_tokens: usize,
+
     /// Output folder
     #[arg(long, value_name = "FOLDER", help_heading = OUTPUT, default_value = "moewarden-eval")]
     pub output_dir: PathBuf,
     /// First delete an earlier run's outputs from the output folder; refused if the folder holds any other file
     #[arg(long, help_heading = OUTPUT)]
     pub overwrite: bool,
+    /// Continue an evaluation that was interrupted: answers in its generations.jsonl are not generated again. Without one in the
+    /// output folder, start
+    #[arg(long, help_heading = OUTPUT, conflicts_with = "overwrite")]
+    pub resume: bool,
 
     /// Device to compute on
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
@@ -84,12 +109,19 @@ pub struct EvalArgs {
     /// Number format of matrix products, with sums in f32, and of activations on a GPU
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub precision: Precision,
-    /// CPU threads; 0: one for each core
+    /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)
+    #[arg(long, value_name = "RANKS", help_heading = MACHINE)]
+    pub ranks: Option<usize>,
+    /// CPU threads of each rank; 0: the machine's cores divided by the ranks on the machine
     #[arg(long, value_name = "THREADS", help_heading = MACHINE, default_value_t = 0)]
     pub threads: usize,
+    /// Seconds that a rank waits for the others in a collective operation before the run ends with an error
+    #[arg(long, value_name = "SECONDS", help_heading = MACHINE, default_value_t = 600)]
+    pub timeout: u64,
 }
 
 const GENERATION: &str = "Generation";
+const JUDGE: &str = "Judge";
 
 impl EvalArgs {
     /// The arguments of an evaluation of `model` on `rows`, with the defaults of the command line.
@@ -129,9 +161,12 @@ impl EvalArgs {
             batch_size: self.batch_size,
             output_dir: self.output_dir.clone(),
             overwrite: self.overwrite,
+            resume: self.resume,
             device: self.device,
             precision: self.precision,
+            ranks: self.ranks,
             threads: self.threads,
+            timeout: self.timeout,
             ..RunConfig::default()
         };
         let mut wrong = validate::problems(&config);

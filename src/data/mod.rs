@@ -15,6 +15,7 @@
 //! | `options`, `dataset`, `report` | all rows of a file; counts of kept and dropped rows with reasons |
 //! | `batches` | shuffled order of an epoch and its micro-batches |
 //! | `traces` | routing traces of an inference server, in place of rows |
+//! | `questions` | rows that ask what a model still can do: choices, and right answers |
 //! | `sampling` | which records a micro-batch of each phase holds, and how they are packed |
 
 mod batches;
@@ -32,6 +33,7 @@ mod message;
 mod options;
 mod printed_numbers;
 mod python_literal;
+mod questions;
 mod record;
 mod report;
 mod rows;
@@ -53,6 +55,7 @@ pub use error::Error;
 pub use fields::OWN_VARIABLES;
 pub use message::Message;
 pub use options::{DataOptions, Sides};
+pub use questions::{Choice, Question, Task, read_questions};
 pub use report::{DataReport, DropReason, Kind, Padding};
 pub use sampling::{JointBatch, MissingSide, Sampler};
 pub use template::{ChatTemplate, Rendered, TemplateError};

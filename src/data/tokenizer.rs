@@ -241,7 +241,7 @@ fn guarded<T>(path: &Path, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<
 /// no such file, of `config.json`, or else the default of the model's family.
 fn generation_eos(dir: &Path) -> Result<Vec<u32>, Error> {
     /// Families whose configuration in transformers 5.17 has a default.
-    const DEFAULTS: [(&str, u32); 2] = [("mixtral", 2), ("olmoe", 50279)];
+    const DEFAULTS: [(&str, u32); 4] = [("mixtral", 2), ("olmoe", 50279), ("llama", 2), ("mistral", 2)];
     if let Some(generation) = read_object(&dir.join("generation_config.json"))? {
         return Ok(ids(generation.get("eos_token_id")));
     }

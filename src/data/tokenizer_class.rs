@@ -84,9 +84,9 @@ impl TokenizerClass {
             text(config, "tokenizer_class").or_else(|| text(model, "tokenizer_class")).filter(|n| !n.is_empty());
         let of_family = match text(model, "model_type").as_deref() {
             // Whatever class it names.
-            Some("mixtral") => return Ok(AsInFile),
+            Some("mixtral" | "mistral") => return Ok(AsInFile),
             Some("olmoe") => GptNeoX,
-            Some("qwen2_moe" | "qwen3_moe") => Qwen2,
+            Some("qwen2_moe" | "qwen3_moe" | "qwen3") => Qwen2,
             _ => AsInFile,
         };
         let Some(named) = named else { return Ok(of_family) };

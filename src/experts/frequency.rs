@@ -92,14 +92,22 @@ impl FrequencyAccumulator {
     /// there: it is skipped, and counted in [`Self::skipped`].
     pub fn add(&mut self, safe: &RoutingCounts, unsafe_: &RoutingCounts) -> Option<Vec<f64>> {
         assert_eq!((safe.counts.len(), unsafe_.counts.len()), (self.sums.len(), self.sums.len()), "counts per expert");
-        if safe.tokens == 0 || unsafe_.tokens == 0 {
-            self.skipped += 1;
-            return None;
+        let counts = safe.tokens > 0 && unsafe_.tokens > 0;
+        let differences: Option<Vec<f64>> =
+            counts.then(|| safe.frequencies().zip(unsafe_.frequencies()).map(|(s, u)| u - s).collect());
+        self.add_differences(differences.as_deref());
+        differences
+    }
+
+    /// Adds a batch by its risk differences; `None`: it is skipped.
+    pub fn add_differences(&mut self, differences: Option<&[f64]>) {
+        match differences {
+            None => self.skipped += 1,
+            Some(differences) => {
+                self.batches += 1;
+                add_sums(&mut self.sums, differences);
+            }
         }
-        self.batches += 1;
-        let differences: Vec<f64> = safe.frequencies().zip(unsafe_.frequencies()).map(|(s, u)| u - s).collect();
-        add_sums(&mut self.sums, &differences);
-        Some(differences)
     }
 
     /// Number of batches added, B: of this rank before [`Self::merge`], of all ranks after it.

@@ -117,6 +117,14 @@ impl Device {
         Ok(Device::Cpu(Some(why)))
     }
 
+    /// Its name in `--device`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Device::Cpu(_) => "cpu",
+            Device::Gpus(_) => "cuda",
+        }
+    }
+
     /// The default world size: one rank, or one a visible GPU.
     pub fn ranks(&self) -> usize {
         match self {

@@ -119,7 +119,7 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
         Existing::Refuse => {
             return Err(refused(
                 "is not empty; give another --output-dir, --overwrite to delete an earlier run's outputs from it, \
-                 or (train) --resume to continue that run"
+                 or (train, eval) --resume to continue that run"
                     .into(),
             ));
         }
@@ -159,7 +159,7 @@ enum Place {
 }
 
 /// Files at the top of the output folder. A new output file must be added here, or `--overwrite` refuses the folder.
-const TOP_FILES: [&str; 16] = [
+const TOP_FILES: [&str; 20] = [
     LOCK_FILE,
     "config.resolved.yaml",
     "metrics.jsonl",
@@ -170,7 +170,11 @@ const TOP_FILES: [&str; 16] = [
     "ablation.json",
     "ablation.html",
     "eval.json",
+    "eval_options.json",
+    "eval_times.json",
     "generations.jsonl",
+    "questions.jsonl",
+    "verdicts.jsonl",
     OWN_REPLIES,
     "report.html",
     "compare.json",

@@ -35,7 +35,7 @@ mod transformer;
 mod weights;
 
 pub use claim::Error as ClaimError;
-pub use config::{Error as ConfigError, FAMILIES, Family, LayerKind, ModelConfig, MoeLayers, QkNorm};
+pub use config::{Error as ConfigError, ExpertLayers, FAMILIES, Family, LayerKind, ModelConfig, MoeLayers, QkNorm};
 pub use decode::{KvCache, kv_cache_bytes};
 pub use finite::{NotFinite, find_non_finite};
 pub use folder::left_over_quantization;

@@ -128,8 +128,6 @@ impl TinySpec {
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            experts_key: self.num_experts,
-            "num_experts_per_tok": self.top_k,
             "hidden_act": "silu",
             "max_position_embeddings": 4096,
             "rms_norm_eps": family.defaults.eps,
@@ -139,7 +137,11 @@ impl TinySpec {
         }) else {
             unreachable!("an object is written above")
         };
-        object.insert(family.expert_width_key.into(), self.expert_width.into());
+        if !family.is_dense() {
+            object.insert(experts_key.into(), self.num_experts.into());
+            object.insert("num_experts_per_tok".into(), self.top_k.into());
+            object.insert(family.expert_width_key.into(), self.expert_width.into());
+        }
         if let Some((key, _)) = family.shared_expert {
             object.insert(key.into(), (2 * self.expert_width).into());
         }

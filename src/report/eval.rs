@@ -5,7 +5,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, GenerationSpeed, OtherRouting, Table, read_json};
+use super::eval_rows::{FinishReason, PromptSide, percent};
+use super::onset::{RefusalOnset, onset_table};
+use super::questions::{QuestionsReport, questions_table};
+use super::verdicts::{JudgeReport, JudgedAnswer, verdict_tables};
+use super::{Error, OtherRouting, Table, read_json};
 use crate::data::Message;
 use crate::experts::ExpertId;
 use crate::judge::Rate;
@@ -50,32 +54,13 @@ pub struct EvaluatedModel {
     pub other_routing: Option<OtherRouting>,
 }
 
-/// Which side of a row a prompt comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PromptSide {
-    /// An unsafe prompt, which should be refused.
-    Unsafe,
-    /// A safe prompt: the counterpart of an unsafe one, or a prompt labelled safe.
-    Safe,
-}
-
-/// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FinishReason {
-    /// The model generated an end-of-sequence token.
-    Stop,
-    /// The answer reached the maximum number of tokens.
-    Length,
-}
-
 /// One line of `generations.jsonl`: an answer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct GenerationRow<'a> {
     /// [`GENERATION_SCHEMA`].
     pub schema: &'static str,
-    /// Line and side (`12-unsafe`): unique in the file, and the same in every evaluation of the same data file.
+    /// Line and side (`12-unsafe`; of the second row that begins in a line `12.2-unsafe`): unique in the file, and the same in every
+    /// evaluation of the same data file.
     pub id: String,
     /// Line of the row: the same for its unsafe and its safe prompt.
     pub behavior_id: String,
@@ -87,6 +72,8 @@ pub struct GenerationRow<'a> {
     pub prompt_text: String,
     /// The answer, without special tokens.
     pub response: String,
+    /// Its tokens, without the end-of-sequence token.
+    pub ids: &'a [u32],
     /// Why the answer ended.
     pub finish_reason: FinishReason,
     /// Number of tokens of the answer, without the end-of-sequence token.
@@ -96,7 +83,12 @@ pub struct GenerationRow<'a> {
     /// The evaluated model.
     pub model: &'a EvaluatedModel,
     /// blake3 hash of the chat template's source.
-    pub template_sha: &'a str,
+    pub template_sha: String,
+    /// For each phrase list: the number of the token (from 1) with which the refusal is complete; null without one.
+    pub refused_at: BTreeMap<String, Option<usize>>,
+    /// The verdict of `--judge`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub judge: Option<JudgedAnswer<'a>>,
     /// For each phrase list (`name/version`): whether it classifies the answer as a refusal. A proxy for human
     /// judgement.
     pub proxy: BTreeMap<String, bool>,
@@ -171,13 +163,17 @@ pub struct EvalReport {
     pub exact: Vec<ExactRate>,
     /// Refusal rates by phrase list and side; empty with `--skip-answers`. A proxy for human judgement.
     pub refusals: Vec<RefusalRate>,
+    /// When answers refuse, by phrase list and side; empty with `--skip-answers`, and in files of earlier versions.
+    #[serde(default)]
+    pub refusal_onset: Vec<RefusalOnset>,
     /// Difference of the routing of safe and unsafe prompts.
     pub routing: RoutingDifference,
-    /// Wall-clock time of generating all answers, in seconds.
-    pub seconds: f64,
-    /// Tokens a second; absent with `--skip-answers`, and in files of earlier versions.
+    /// Right answers to the questions of each file; empty without questions, and in files of earlier versions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub questions: Vec<QuestionsReport>,
+    /// Verdicts of `--judge`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub generation: Option<GenerationSpeed>,
+    pub judge: Option<JudgeReport>,
 }
 
 impl EvalReport {
@@ -212,13 +208,8 @@ impl EvalReport {
     }
 }
 
-fn percent(rate: f64, interval: [f64; 2]) -> String {
-    let [low, high] = interval.map(|x| 100.0 * x);
-    format!("{:.1} % [{low:.1}, {high:.1}]", 100.0 * rate)
-}
-
-/// Compares named evaluations in two tables: losses and routing, with one row for each evaluation; and refusals, with
-/// one row for each evaluation and phrase list.
+/// Compares named evaluations in tables: losses and routing, with one row for each evaluation; refusals, with one row for each
+/// evaluation and phrase list; verdicts of judges.
 pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
     let format_loss = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
     let mut losses = Table::new(
@@ -258,5 +249,9 @@ pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
             ]);
         }
     }
-    if refusals.rows.is_empty() { vec![losses] } else { vec![losses, refusals] }
+    let onsets = onset_table(evals.iter().map(|(name, eval)| (&**name, &eval.refusal_onset[..])));
+    let judged = evals.iter().filter_map(|(name, eval)| Some((&**name, eval.judge.as_ref()?)));
+    let questions = questions_table(evals.iter().map(|(name, eval)| (&**name, &eval.questions[..])));
+    let tables = [losses, questions, refusals].into_iter().filter(|table| !table.rows.is_empty());
+    tables.chain(onsets).chain(verdict_tables(judged)).collect()
 }

@@ -9,24 +9,30 @@ mod curve;
 mod drawing;
 mod drift;
 mod eval;
+mod eval_rows;
 mod experts_file;
 mod heatmap;
 mod histogram;
 mod markup;
 mod metadata;
 mod metrics;
+mod onset;
 mod other_routing;
 mod page;
+mod paired;
 mod pickle;
+mod questions;
 mod rankings;
 mod rates;
 mod replies;
 mod rerouting;
+mod row_log;
 mod scale;
 mod scores_json;
 mod speed;
 mod table;
 mod tensorboard;
+mod verdicts;
 
 pub use ablation::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, RandomSet};
 pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
@@ -34,26 +40,34 @@ pub use curve::{Series, curve_svg};
 pub use drawing::standalone;
 pub use drift::drift_tables;
 pub use eval::{
-    EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, FinishReason, GENERATION_SCHEMA, GenerationRow, MeanLoss,
-    PromptSide, RefusalRate, RoutingDifference, Sampling, eval_tables,
+    EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, GENERATION_SCHEMA, GenerationRow, MeanLoss, RefusalRate,
+    RoutingDifference, Sampling, eval_tables,
 };
+pub use eval_rows::{FinishReason, PromptSide};
 pub use experts_file::ExpertsFile;
 pub use heatmap::{Cells, heatmap_svg};
 pub use histogram::histogram_svg;
 pub use markup::escape;
 pub use metadata::{IdentifiedExperts, RetentionLog, TrainingLog, TrainingMetadata};
 pub use metrics::{MetricsLog, MetricsRow, log_line};
+pub use onset::{RefusalOnset, cut_off_warning};
 pub use other_routing::{OtherRouting, RoutingFrom};
 pub use page::Page;
+pub use paired::{Outcomes, outcomes, paired_table};
 pub use pickle::{RoundGradients, gradients_pickle};
+pub use questions::{QUESTION_SCHEMA, QuestionResult, QuestionRow, QuestionsReport};
 pub use rankings::{NamedRanking, RANKINGS_SCHEMA, RankingsFile};
 pub use rates::{RateRow, rates_svg};
 pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
 pub use rerouting::rerouting_table;
+pub use row_log::{RowLog, json_lines};
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
-pub use speed::{GenerationSpeed, TokenSpeed};
+pub use speed::{AnswerTimes, EvalTimes, GenerationSpeed, TIMES_SCHEMA, TokenSpeed};
 pub use table::Table;
 pub use tensorboard::EventLog;
+pub use verdicts::{
+    Compared, JudgeModel, JudgeReport, JudgedAnswer, ListAgreement, SideVerdicts, VERDICT_SCHEMA, VerdictRow,
+};
 
 use std::io;
 use std::path::{Path, PathBuf};

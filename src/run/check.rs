@@ -5,6 +5,7 @@ use std::fmt::Write;
 use std::thread::available_parallelism;
 use std::time::Instant;
 
+use super::dense::fit_recipe;
 use super::forecast::{Forecast, MemoryForecast, Rates, Sizes, Tokens, duration};
 use super::session::Session;
 use crate::backend::cpu::Cpu;
@@ -22,7 +23,7 @@ use crate::ui::Ui;
 /// # Errors
 /// The error with which the run would end before its first step.
 pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
-    let recipe = config.recipe()?;
+    let recipe = fit_recipe(config.recipe()?, config, ui)?;
     let session = Session::open(config, &recipe, ui)?;
     session.check_sides(&recipe)?;
     session.check_copied()?;

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::LogitsProcessor;
+use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::config::RunConfig;
@@ -28,7 +29,7 @@ pub(super) fn verify_new_tokens(config: &RunConfig) -> usize {
 }
 
 /// A generated answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
     /// Tokens of the answer, without the end-of-sequence token.
     pub ids: Vec<u32>,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::ablate::verify;
 use super::counted::CountedRows;
+use super::dense::fit_recipe;
 use super::outputs::Outputs;
 use super::prepare::LargestPass;
 use super::progress::Progress;
@@ -25,6 +26,7 @@ use crate::ui::Ui;
 pub fn identify(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     let ranks = &started.ranks;
     let recipe = config.recipe_of_identification()?;
+    let recipe = ranks.all_ok(fit_recipe(recipe, config, ui))?;
     let session = prepare::open(config, &recipe, ranks, ui)?;
     let _lock = prepare::take_output_dir(config, ranks)?;
     prepare::describe(&session, config, ranks, ui)?;
@@ -138,7 +140,7 @@ impl<B: Backend> RoundScan<'_, B> {
                 }
                 None => format!("only {selected} of {requested} experts have a score above 0"),
             });
-        } else if found.selected.experts.is_empty() {
+        } else if found.selected.experts.is_empty() && !replica.model().config.is_dense() {
             progress.warn("the rule selects no expert on these rows");
         }
         if let Some(doubt) = scores_say_nothing(&found) {

@@ -1,5 +1,6 @@
 //! Before the first step of `train` and `identify`: open the inputs, lock the output folder, say what will happen.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use crate::backend::Backend;
 use crate::collective::all_ok;
 use crate::config::RunConfig;
 use crate::exit::{self, Failure, Result};
-use crate::launch::{LOCK_FILE, OutputLock, Rank, Ranks, check_output_dir, memory, prepare_output_dir};
+use crate::launch::{Existing, LOCK_FILE, OutputLock, Rank, Ranks, check_output_dir, memory, prepare_dir_keeping};
 use crate::train::memory::{Activations, KeptLayers, MemoryBudget};
 use crate::train::{Phase, Recipe, TrainedElements};
 use crate::ui::Ui;
@@ -32,13 +33,19 @@ pub(super) fn open(config: &RunConfig, recipe: &Recipe, ranks: &Ranks, ui: &Ui) 
 
 /// Prepares the output folder, locks it for this run, and verifies that all ranks see the same folder.
 pub(super) fn take_output_dir(config: &RunConfig, ranks: &Ranks) -> Result<Option<OutputLock>> {
+    take_output_dir_keeping(config, &[], ranks)
+}
+
+/// [`take_output_dir`] for a command that reads `more` besides the inputs in its options.
+pub(super) fn take_output_dir_keeping(config: &RunConfig, more: &[&Path], ranks: &Ranks) -> Result<Option<OutputLock>> {
+    let existing = Existing::of(config.overwrite, config.resume);
     let own = || {
         if !ranks.leads() {
             return Ok(None);
         }
         check_output_dir(config)?;
         let lock = OutputLock::take(&config.output_dir)?;
-        prepare_output_dir(config)?;
+        prepare_dir_keeping(&config.output_dir, existing, &[config.inputs(), more.to_vec()].concat())?;
         Ok(Some(lock))
     };
     let lock = ranks.all_ok(own())?;

@@ -50,6 +50,24 @@ impl PhraseList {
         format!("{}/{}", self.name, self.version)
     }
 
+    /// The number of the token (from 1) with which an answer of these tokens becomes a refusal, and stays one; `None` if the whole
+    /// answer is none. `decode` gives the text of tokens.
+    pub fn refused_at(&self, ids: &[u32], decode: impl Fn(&[u32]) -> String) -> Option<usize> {
+        if !self.is_refusal(&decode(ids)) {
+            return None;
+        }
+        // A text that goes on is still a refusal.
+        let (mut none, mut refusal) = (0, ids.len());
+        while refusal - none > 1 {
+            let middle = none + (refusal - none) / 2;
+            match self.is_refusal(&decode(&ids[..middle])) {
+                true => refusal = middle,
+                false => none = middle,
+            }
+        }
+        Some(refusal)
+    }
+
     /// Whether this list classifies the answer as a refusal. Typographic apostrophes match plain ones.
     pub fn is_refusal(&self, answer: &str) -> bool {
         let plain = answer.replace(['\u{2019}', '\u{02bc}'], "'");
@@ -83,6 +101,21 @@ mod tests {
             assert!(!list.caseless || list.phrases.iter().all(|p| *p == p.to_lowercase()), "{}: case", list.id());
             assert!(!list.source.is_empty());
         }
+    }
+
+    #[test]
+    fn a_refusal_is_complete_at_a_token() {
+        // A token a word.
+        let words: Vec<&str> =
+            "Sure , I can help . But then : I cannot assist with that . I cannot assist with it".split(' ').collect();
+        let ids: Vec<u32> = (0..words.len() as u32).collect();
+        let decode = |ids: &[u32]| ids.iter().map(|&id| words[id as usize]).collect::<Vec<_>>().join(" ");
+        let at = |list: &PhraseList, n: usize| list.refused_at(&ids[..n], decode);
+        assert_eq!(at(&LISTS[1], ids.len()), Some(11), "`I cannot`");
+        assert_eq!((at(&LISTS[1], 11), at(&LISTS[1], 10), at(&LISTS[1], 0)), (Some(11), None, None));
+        assert_eq!(at(&LISTS[2], ids.len()), None, "only at the start");
+        assert_eq!(LISTS[2].refused_at(&ids[9..], decode), LISTS[2].refused_at(&ids[9..14], decode));
+        assert!(LISTS[2].refused_at(&ids[9..], decode).is_some_and(|at| at <= 4));
     }
 
     #[test]

@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::generate::{Answer, Generation, Prompt, batches, check_cache};
+use super::generate::{Answer, Prompt, batches, check_cache};
 use super::progress::Progress;
 use super::refusals::LISTS;
 use super::session::Session;
+use super::spread::Spread;
 use crate::backend::Backend;
 use crate::collective::all_ok;
 use crate::data::{Dataset, Example, Record};
@@ -27,9 +28,6 @@ use crate::ui::Ui;
 
 /// The cache is written at most this often before the end.
 const BETWEEN_WRITES: Duration = Duration::from_secs(60);
-
-/// Forward passes between two moments at which the ranks agree whether to stop: no rank waits for the others for long.
-const PASSES: usize = 32;
 
 /// Which prompts the model answers, and how.
 #[derive(Debug, Clone, Copy)]
@@ -56,7 +54,7 @@ struct Question<'a> {
     key: String,
 }
 
-/// What a cache holds of a reply, and what ranks exchange. Text and verdict follow from it.
+/// What a cache holds of a reply. Text and verdict follow from it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Kept {
     key: String,
@@ -96,73 +94,29 @@ pub fn own_replies<B: Backend>(
     if !open.is_empty() {
         ui.line(format_args!("own replies: {plan}"));
     }
-    let mut asking = Asking {
+    let mut spread = Spread {
         replica,
         eos: session.tokenizer.eos_ids(),
         sampling: Sampling::greedy(ask.max_new_tokens),
         progress: Progress::new(ui, open.len().div_ceil(size), "own replies"),
         speed: GenerationSpeed { batch_size: ask.batch_size, ..GenerationSpeed::default() },
     };
-    // Each rank takes a batch of an interval. The batches are the same at any number of ranks.
-    let intervals = batches.chunks(size);
-    let last = intervals.len().saturating_sub(1);
-    for (i, interval) in intervals.enumerate() {
-        let asked: Vec<_> = interval.get(rank).into_iter().flatten().map(|&question| open[question]).collect();
-        let (own, stop) = asking.ask(&asked)?;
-        let own = serde_json::to_vec(&own).expect("replies are data");
-        for other in world.all_gather(&own)? {
-            let replies: Vec<Kept> = serde_json::from_slice(&other).expect("the replies of another rank");
-            cache.replies.extend(replies.into_iter().map(|reply| (reply.key.clone(), reply)));
+    let prompts: Vec<_> = open.iter().map(|question| Prompt { ids: question.prompt, index: 0 }).collect();
+    let stop = spread.answers(&prompts, &batches, |found, last| {
+        for (place, Answer { ids, finish: finish_reason }) in found {
+            let key = open[place].key.clone();
+            cache.replies.insert(key.clone(), Kept { key, ids, finish_reason });
         }
-        all_ok(world, cache.write(session, &ask, &questions, stop || i == last))?;
-        if stop && questions.iter().any(|q| !cache.replies.contains_key(&q.key)) {
-            return Ok(None);
-        }
+        all_ok(world, cache.write(session, &ask, &questions, last))
+    })?;
+    if stop && questions.iter().any(|q| !cache.replies.contains_key(&q.key)) {
+        return Ok(None);
     }
     if !open.is_empty() {
-        ui.line(format_args!("own replies of rank {rank}: {}", asking.speed));
+        ui.line(format_args!("own replies of rank {rank}: {}", spread.speed));
     }
     let replies = questions.iter().map(|q| q.reply(session, ask.data, &cache.replies[&q.key]));
     Ok(Some(replies.collect()))
-}
-
-/// What a rank needs to ask its model.
-struct Asking<'a, B: Backend> {
-    replica: &'a Replica<B>,
-    eos: &'a [u32],
-    sampling: Sampling,
-    progress: Progress<'a>,
-    speed: GenerationSpeed,
-}
-
-impl<B: Backend> Asking<'_, B> {
-    /// The replies to a batch of this rank, which may be empty, while other ranks reply to theirs; and whether some rank was asked
-    /// to stop. Then replies that are not complete are left out.
-    fn ask(&mut self, asked: &[&Question<'_>]) -> Result<(Vec<Kept>, bool)> {
-        let Self { replica, eos, sampling, progress, speed } = self;
-        let prompts: Vec<_> = asked.iter().map(|question| Prompt { ids: question.prompt, index: 0 }).collect();
-        let mut generation = Generation::new(replica.model(), &prompts, eos, sampling);
-        let stop = loop {
-            let mut running = Ok(true);
-            for _ in 0..PASSES {
-                let done = |i: usize, ids: &[u32]| progress.step(prompts[i].ids.len() + ids.len(), "");
-                running = generation.advance(speed, done);
-                if !matches!(running, Ok(true)) {
-                    break;
-                }
-            }
-            let running = all_ok(&*replica.world, running)?;
-            let [running, stop] = replica.any([running, replica.stop.is_set()])?;
-            if stop || !running {
-                break stop;
-            }
-        };
-        let replies = asked.iter().zip(generation.into_answers()).filter_map(|(question, said)| {
-            let Answer { ids, finish: finish_reason } = said?;
-            Some(Kept { key: question.key.clone(), ids, finish_reason })
-        });
-        Ok((replies.collect(), stop))
-    }
 }
 
 /// The prompts of these sides, with their keys.

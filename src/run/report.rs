@@ -1,6 +1,6 @@
 //! `report`: finished runs as one self-contained HTML page, heat maps as SVG files, and tables on the terminal.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -12,8 +12,8 @@ use crate::launch::{Existing, prepare_dir_keeping};
 use crate::meter::{Meter, Unit};
 use crate::report::{
     self, Cells, EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile,
-    Series, Table, curve_svg, drift_tables, eval_tables, heatmap_svg, overlap_tables, read_json, rerouting_table,
-    standalone,
+    Series, Table, curve_svg, drift_tables, eval_tables, heatmap_svg, outcomes, overlap_tables, paired_table,
+    read_json, rerouting_table, standalone,
 };
 use crate::train::{ExpertLoads, Phase};
 use crate::ui::Ui;
@@ -64,6 +64,7 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
         page.section("Evaluations");
         eval_tables(&evals).iter().for_each(|table| add(&mut page, table));
         add(&mut page, &rerouting_table(&evals));
+        add(&mut page, &paired(&args.runs, &runs)?);
     }
     let choices: Vec<RunSelection> = runs.iter().filter_map(Run::choice).collect();
     if choices.len() > 1 {
@@ -154,6 +155,17 @@ fn existing<T>(meter: &Meter, path: &Path, read: impl FnOnce(&Path) -> Result<T,
 /// The bytes of a file; 0 if it does not exist.
 fn size(path: &Path) -> u64 {
     path.metadata().map_or(0, |file| file.len())
+}
+
+/// The paired differences of the evaluations from the first.
+fn paired(dirs: &[PathBuf], runs: &[Run]) -> Result<Table> {
+    let evals = dirs.iter().zip(runs).filter_map(|(dir, run)| Some((dir, &run.name, run.eval.as_ref()?)));
+    let evals: Vec<_> = evals.collect();
+    if evals.len() < 2 {
+        return Ok(paired_table(&[]));
+    }
+    let outcomes = evals.into_iter().map(|(dir, name, eval)| Ok((name.clone(), outcomes(dir, &eval.questions)?)));
+    Ok(paired_table(&outcomes.collect::<Result<Vec<_>>>()?))
 }
 
 /// The names of the folders, or their full paths if the names are not unique.

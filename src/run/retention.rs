@@ -44,14 +44,18 @@ fn key<B: Backend>(session: &Session, rows: &RetainRows<'_>, replica: &Replica<B
 
 /// The distance from the base model, in one line.
 pub(super) fn describe(when: &str, rows: usize, drift: &Drift) -> String {
+    let routing = match drift.layers.is_empty() {
+        true => String::new(),
+        false => {
+            format!(", KL of the routing {:.6}, same experts {:.2} %", drift.routing_kl, 100.0 * drift.expert_overlap)
+        }
+    };
     format!(
         "{when}, on {rows} retain rows: KL from the original model {:.6}, same most probable token {:.2} %, cross-entropy \
-         {:.4}, KL of the routing {:.6}, same experts {:.2} %",
+         {:.4}{routing}",
         drift.kl,
         100.0 * drift.top1_agreement,
         drift.ce_loss,
-        drift.routing_kl,
-        100.0 * drift.expert_overlap,
     )
 }
 

@@ -21,6 +21,9 @@ pub(super) fn losses(when: &str, m: &Measured) -> String {
 /// Prints how many experts of each layer are selected, the first of them with their scores, and how many the scores single out.
 pub(super) fn selection(found: &Identification, session: &Session, ui: &Ui) {
     const SHOWN: usize = 5;
+    if session.model.is_dense() {
+        return;
+    }
     let layers = &session.model.moe_layers().layers;
     let experts = &found.selected.experts;
     let all = layers.len() * session.model.num_experts;

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::ablate::{report_again, verify};
 use super::counted::CountedRows;
+use super::dense::fit_recipe;
 use super::identify::scan_round;
 use super::outputs::{OutputState, Outputs};
 use super::prepare::LargestPass;
@@ -51,6 +52,7 @@ pub struct TrainSummary {
 pub fn train(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<TrainSummary>> {
     let ranks = &started.ranks;
     let recipe = config.recipe()?;
+    let recipe = ranks.all_ok(fit_recipe(recipe, config, ui))?;
     let session = prepare::open(config, &recipe, ranks, ui)?;
     ranks.all_ok(session.check_copied())?;
     let _lock = prepare::take_output_dir(config, ranks)?;

@@ -40,7 +40,8 @@ impl Measured {
         let ce_loss = mean_loss(replica, &unsafe_batches(sampler.data, sampler.batch_size))?;
         let safe: Vec<_> = sampler.data.records.iter().filter_map(|r| r.safe_reply.as_ref()).collect();
         let safe_loss = mean_loss(replica, &pack_in_order(&safe, sampler.batch_size))?;
-        let router_loss = if sampler.data.has_both_prompts() {
+        let routes = !replica.moe_layers().layers.is_empty();
+        let router_loss = if routes && sampler.data.has_both_prompts() {
             let by_layer = alignment_by_layer(replica, sampler, divergence)?;
             Some(by_layer.iter().sum::<f64>() / by_layer.len() as f64)
         } else {

@@ -61,7 +61,7 @@ pub use recipe::{
 pub use replica::{Replica, share};
 pub use retention::{BaseOutputs, BaseRow, Drift, LayerDrift, RetainRows, Retention, compute_base};
 pub use router::{RouterAlignment, alignment_by_layer};
-pub use scan::{Decision, NonFinite, Scan, ScoredBatch, Scores};
+pub use scan::{Decision, NonFinite, Scan, ScoredBatch, Scores, risk_differences};
 pub use step_backward::StepBackward;
 pub use stop::StopFlag;
 pub use trainer::{Norm, Trainer};

@@ -15,6 +15,7 @@ mod browser;
 mod cli_options;
 mod commands;
 mod download;
+mod evaluation;
 mod faults;
 mod lockstep;
 mod other_routing;

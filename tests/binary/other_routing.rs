@@ -19,12 +19,10 @@ fn eval(model: &Path, case_name: &str, output: &Path, more: &[&str]) -> (u8, Str
     (ran.status.code().unwrap() as u8, text(ran.stdout), text(ran.stderr))
 }
 
-/// What was measured, and the answers; without the model's identity and the time.
+/// What was measured, and the answers; without the model's identity.
 fn measured(output: &Path) -> (Value, Vec<Value>) {
     let mut report: Value = serde_json::from_slice(&fs::read(output.join("eval.json")).unwrap()).unwrap();
-    for key in ["model", "seconds", "generation"] {
-        report.as_object_mut().unwrap().remove(key);
-    }
+    report.as_object_mut().unwrap().remove("model");
     let lines = fs::read_to_string(output.join("generations.jsonl")).unwrap();
     (report, lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["response"].clone()).collect())
 }

@@ -11,7 +11,10 @@ use moewarden::backend::cuda::gpu::Gpu;
 use moewarden::backend::cuda::pool::Reuse;
 use moewarden::config::RunConfig;
 use moewarden::model::ParamId;
-use serde_json::json;
+use moewarden::report::{GenerationSpeed, Sampling};
+use moewarden::run::generate::{Prompt, answers};
+use moewarden::train::mean_loss;
+use serde_json::{Value, json};
 
 /// The tolerance for f32.
 fn f32_tolerance() -> Tolerance {
@@ -41,8 +44,33 @@ fn cases(few: &[&str]) -> Vec<String> {
     let entries = std::fs::read_dir(golden_dir()).unwrap().map(|entry| entry.unwrap());
     let found = entries.filter(|entry| entry.path().join("expect.json").exists());
     let mut names: Vec<_> = found.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    names.retain(|name| !name.starts_with("dense_")); // nothing is identified in them
     names.sort();
     names
+}
+
+/// The loss of a dense model, and its greedy answers: those of transformers.
+#[test]
+fn dense_models_answer_as_the_reference() {
+    let all = ["dense_qwen3", "dense_llama", "dense_llama_bias", "dense_mistral"];
+    let names = if device::is_real() { &all[..] } else { &all[..1] };
+    for name in names {
+        let case = Case::open(name);
+        let run = case.run_on(&case.config, cuda(Dtype::F32));
+        let first = mean_loss(&run.replica, &run.unsafe_batches()[..1]).unwrap().unwrap();
+        assert_near(&format!("{name}: loss"), &[first], &numbers(&case.expect["losses"])[..1], f32_tolerance());
+        let pairs = case.expect["greedy"].as_array().unwrap();
+        let pairs = if device::is_real() { &pairs[..] } else { &pairs[..3] };
+        let ids = |value: &Value| -> Vec<u32> { serde_json::from_value(value.clone()).unwrap() };
+        let (prompts, wanted): (Vec<_>, Vec<_>) =
+            pairs.iter().map(|pair| (ids(&pair["prompt"]), ids(&pair["answer"]))).unzip();
+        let prompts: Vec<_> = prompts.iter().map(|ids| Prompt { ids, index: 0 }).collect();
+        let eos = case.session.tokenizer.eos_ids();
+        let said =
+            answers(run.model(), &prompts, eos, &Sampling::greedy(12), &mut GenerationSpeed::default(), |_, _| {});
+        let said: Vec<_> = said.unwrap().into_iter().map(|answer| answer.ids).collect();
+        assert_eq!(said, wanted, "{name}");
+    }
 }
 
 /// Cases with a phase: every phase of the four long cases on a real GPU, `few` with emulated kernels.

@@ -12,6 +12,8 @@ def case(family, about, rows, shape=SMALL, config=None, **files):
     return dict(family=family, about=about, rows=rows, shape=shape, config=config or {}, files=files)
 
 
+DENSE = ("qwen3", "llama", "mistral")
+
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -43,6 +45,11 @@ CASES = {
     # layers
     "qwen3_dense": case("qwen3_moe", "mlp_only_layers: the first layer is dense", "verdict", SMALL | dict(layers=3, experts=4), dict(mlp_only_layers=[0], norm_topk_prob=True)),
     "qwen3_sparse": case("qwen3_moe", "decoder_sparse_step 2: layers 1 and 3 route; tied embeddings", "verdict", SMALL | dict(layers=4, experts=4), dict(decoder_sparse_step=2, tie_word_embeddings=True, norm_topk_prob=True)),
+    # dense families
+    "dense_qwen3": case("qwen3", "dense; norms per head; head_dim is not D/H; a window of 9 from the second layer; tied embeddings", "verdict", config=dict(head_dim=12, use_sliding_window=True, sliding_window=9, max_window_layers=1, tie_word_embeddings=True)),
+    "dense_llama": case("llama", "dense; rope scaling llama3; bf16 weights", "goal", config=dict(head_dim=8, rope_parameters=LLAMA3), dtype="bfloat16"),
+    "dense_llama_bias": case("llama", "dense; biases of attention; rope scaling linear in the old spelling; as many key as query heads; tied embeddings", "pair", config=dict(attention_bias=True, num_key_value_heads=4, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}, tie_word_embeddings=True), old_rope=True),
+    "dense_mistral": case("mistral", "dense; sliding window of 12; rope scaling yarn", "prompt", config=dict(sliding_window=12, head_dim=8, rope_parameters=YARN)),
     # files
     "olmoe_fused": case("olmoe", "experts fused on disk; labelled chat rows, one early reply without loss", "chat", fused=True),
     "olmoe_bf16": case("olmoe", "bf16 weights: computed in f32 over the stored values, trained through f32 masters", "goal", dtype="bfloat16"),
@@ -56,10 +63,12 @@ def config_of(c):
     s = c["shape"]
     out = dict(
         vocab_size=s["vocab"], hidden_size=32, num_hidden_layers=s["layers"], num_attention_heads=4, num_key_value_heads=2,
-        num_experts_per_tok=s["top_k"], max_position_embeddings=512, tie_word_embeddings=False,
+        max_position_embeddings=512, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, initializer_range=0.15,
     )
-    out |= {
+    if c["family"] in DENSE:
+        return out | dict(intermediate_size=40) | c["config"]
+    out |= dict(num_experts_per_tok=s["top_k"]) | {
         "olmoe": dict(num_experts=s["experts"], intermediate_size=16, num_key_value_heads=4, pad_token_id=0),
         "mixtral": dict(num_local_experts=s["experts"], intermediate_size=16),
         "qwen3_moe": dict(num_experts=s["experts"], moe_intermediate_size=16, intermediate_size=40, head_dim=12),

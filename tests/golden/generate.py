@@ -7,6 +7,7 @@ Needs torch and transformers (5.17); the tests that read the fixtures need neith
 
 import json
 import math
+import random
 import shutil
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
@@ -29,12 +31,16 @@ CLASSES = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
 }
 BATCH, JOINT_BATCH, TOP_K = 3, 4, 5
 EXPERT_LR, ROUTER_LR, CONSISTENCY_WEIGHT = 2e-3, 1e-3, 0.1
 # Minimum gap between the K-th and the next logit of a router (in standard deviations of the logits), and minimum relative gap
 # between scores at the selection. With a smaller gap, another order of summation could choose other experts, so another seed
-# is taken.
+# is taken. The same for the gap between the two highest logits in greedy decoding, in standard deviations of the logits.
+GREEDY_MARGIN, GREEDY_PROMPTS, GREEDY_TOKENS = 1e-5, 50, 12
 ROUTING_MARGIN, SELECTION_MARGIN = 1e-5, 1e-3
 
 
@@ -60,7 +66,7 @@ def write_model(folder, c, seed):
         folder, max_shard_size=files.get("shard", "5GB"), save_original_format=not files.get("fused", False)
     )
     # cover both places of a chat template: chat_template.jinja and tokenizer_config.json
-    tok.save_pretrained(folder, save_jinja_files=c["family"] in ("olmoe", "qwen3_moe"))
+    tok.save_pretrained(folder, save_jinja_files=c["family"] in ("olmoe", "qwen3_moe", "qwen3", "llama"))
     if files.get("old_rope"):
         path = folder / "config.json"
         stored = json.loads(path.read_text())
@@ -179,6 +185,8 @@ class Case:
         self.nets = []
         net = self.net()
         check_names(self.folder / "model", net, self.c)
+        if not net.blocks:
+            return self.dense_expectations(net)
         layers = list(net.blocks)
         losses, scores = method.identify(net, self.batches)
         chosen, margin = method.select(scores["l1-mean"]["param"], layers, TOP_K)
@@ -211,6 +219,55 @@ class Case:
         }
         self.margin = min(n.margin for n in self.nets)
         return out
+
+    def dense_expectations(self, net):
+        """Of a model without experts: what does not concern routing, and greedy answers."""
+        losses = []
+        with torch.no_grad():
+            for batch in self.batches:
+                total, count = method.ce_sum(net, batch)
+                losses.append((total / count).item())
+        self.chosen, self.selection_margin = [], math.inf
+        greedy, margin = self.greedy(net)
+        out = {
+            "schema": "moewarden.golden/1",
+            "about": self.c["about"],
+            "model_type": self.c["family"],
+            "options": {"batch_size": BATCH, "joint_batch_size": JOINT_BATCH, "top_k_experts": TOP_K, "expert_lr": EXPERT_LR,
+                        "router_lr": ROUTER_LR, "router_consistency_weight": CONSISTENCY_WEIGHT, "safe_ratio": 0.5, "weight_decay": 0.01},
+            "layers": [],
+            "num_experts": 0,
+            "rows_read": len(self.stored),
+            "records": [compact(r) for r in self.records],
+            "losses": losses,
+            "losses_on_all_tokens": self.losses_on_all(net),
+            "forward": self.forward(net),
+            "gradients": self.gradients(net),
+            "selection": {"highest": []},
+            "training": [self.baseline()],
+            "greedy": greedy,
+        }
+        self.margin = math.inf if margin > GREEDY_MARGIN else 0.0
+        return out
+
+    def greedy(self, net):
+        """Prompts of random tokens, and what `generate` of transformers continues them with; and the smallest gap between the two
+        highest logits on the way."""
+        draw = random.Random(17)
+        end = self.tok.eos_token_id
+        out, margin = [], math.inf
+        for _ in range(GREEDY_PROMPTS):
+            prompt = [draw.randrange(5, self.c["shape"]["vocab"]) for _ in range(draw.randrange(2, 25))]
+            with torch.no_grad():
+                ids = net.model.generate(
+                    torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+                    max_new_tokens=GREEDY_TOKENS, eos_token_id=end, pad_token_id=end,
+                )[0].tolist()
+                logits = net(ids).double()[len(prompt) - 1 : -1]
+            top = logits.topk(2).values
+            margin = min(margin, ((top[:, 0] - top[:, 1]) / logits.std(-1)).min().item())
+            out.append({"prompt": prompt, "answer": [i for i in ids[len(prompt):] if i != end]})
+        return out, margin
 
     def losses_on_all(self, net):
         """Losses with every token a target except the first of a row, which no token precedes."""
@@ -300,15 +357,19 @@ class Case:
         change = {self.stored_name(n): digest(leaves[n].value() - before[n]) for n in trained}
         return {"name": name, "options": options, "steps": log, "loss_after": after, "change": change}
 
+    def baseline(self):
+        """The run that trains every parameter."""
+        def everything(net):
+            return [(list(net.leaves()), EXPERT_LR)]
+
+        return self.phase("baseline", everything, lambda net: method.expert_steps(net, self.batches, 1), {"phase": "expert", "mode": "baseline"})
+
     def training(self):
         def chosen(_):
             return [(method.expert_names(self.chosen), EXPERT_LR)]
 
         def routers(net):
             return [(net.router_names(), ROUTER_LR)]
-
-        def everything(net):
-            return [(list(net.leaves()), EXPERT_LR)]
 
         def all_experts(net):
             return [(method.expert_names([(l, e) for l in net.blocks for e in range(net.num_experts)]), EXPERT_LR)]
@@ -347,7 +408,7 @@ class Case:
             joint("joint", "symmetric", "all", keep=self.full),
         ]
         if self.c["files"].get("baseline", True):
-            runs.append(expert("baseline", everything, mode="baseline"))
+            runs.append(self.baseline())
         if self.pairs:
             runs.append(router("routers", "forward", "token-probs"))
         if self.full:
@@ -391,7 +452,7 @@ def write_json(path, value):
 
     lines = []
     for key, v in rounded(value).items():
-        if key in ("records", "training"):
+        if key in ("records", "training", "greedy"):
             lines.append(f'"{key}":[\n' + ",\n".join(line(x) for x in v) + "\n]")
         else:
             lines.append(f'"{key}":{line(v)}')

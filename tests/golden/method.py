@@ -44,7 +44,7 @@ class Net:
             if hasattr(decoder.mlp, "experts"):
                 self.blocks[layer] = decoder.mlp
                 decoder.mlp.gate.register_forward_hook(self._hook(layer))
-        self.num_experts = next(iter(self.blocks.values())).experts.num_experts
+        self.num_experts = next((block.experts.num_experts for block in self.blocks.values()), 0)  # 0: a dense model
 
     def _hook(self, layer):
         def hook(gate, inputs, outputs):

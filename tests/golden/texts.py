@@ -52,6 +52,7 @@ STYLES = {
     "qwen3_moe": (MARKS, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", "<|endoftext|>"),
     "qwen2_moe": (MARKS, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", "<|endoftext|>"),
 }
+STYLES |= {"qwen3": STYLES["qwen3_moe"], "llama": STYLES["olmoe"], "mistral": STYLES["mixtral"]}
 
 
 def tokenizer_name(model_type, vocab_size):

@@ -56,7 +56,7 @@ def case(base, model_type=None, name=None, config=None, fields=None, **files):
 
 
 CASES = {}
-for model_type in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", None):
+for model_type in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3", "llama", "mistral", None):
     for name in ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "GPTNeoXTokenizerFast", "Qwen2Tokenizer",
                  "TokenizersBackend", "NoSuchTokenizer", None):
         if model_type or name:

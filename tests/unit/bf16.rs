@@ -192,6 +192,9 @@ fn scores_and_losses_of_the_golden_cases() {
         }
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
         let case = Case::open(&name);
+        if case.session.model.is_dense() {
+            continue; // nothing is identified in it
+        }
         let want = numbers(&case.expect["losses"]);
         let exact = case.run(&case.config, 2).identify();
         // The emulation is slow, and tested with the operations.

@@ -13,7 +13,9 @@ use moewarden::data::{LossOn, MicroBatch};
 use moewarden::experts::{Method, Ranking, RoutingTokens, Score, ScorePer, Select, select, token_mask};
 use moewarden::launch;
 use moewarden::model::{FAMILIES, Model, ParamId, PassEnd, Routed};
+use moewarden::report::{GenerationSpeed, Sampling};
 use moewarden::routers::{KlType, Statistic};
+use moewarden::run::generate::{Prompt, answers};
 use moewarden::run::session::Session;
 use moewarden::train::{Recompute, alignment_by_layer, mean_loss};
 use moewarden::ui::Ui;
@@ -75,9 +77,25 @@ fn at_step(case: &Case, i: usize, tolerance: Tolerance) -> Tolerance {
     }
 }
 
-/// One test per case and part.
+/// One test per case and part. Dense models have no part that concerns experts.
 macro_rules! cases {
-    ($($case:ident)*) => {
+    ($($case:ident)*; dense $($dense:ident)*) => {
+        $(mod $dense {
+            const NAME: &str = stringify!($dense);
+            #[test]
+            fn rows() { super::rows(NAME) }
+            #[test]
+            fn forward() { super::forward(NAME) }
+            #[test]
+            fn losses() { super::losses(NAME) }
+            #[test]
+            fn greedy_answers() { super::greedy_answers(NAME) }
+            #[test]
+            fn gradients() { super::gradients(NAME) }
+            #[test]
+            fn training() { super::training(NAME) }
+        })*
+
         $(mod $case {
             const NAME: &str = stringify!($case);
             #[test]
@@ -98,7 +116,8 @@ macro_rules! cases {
 
         #[test]
         fn every_case_is_tested() {
-            let tested: BTreeSet<String> = [$(stringify!($case).to_string()),*].into();
+            let tested: BTreeSet<String> =
+                [$(stringify!($case).to_string(),)* $(stringify!($dense).to_string()),*].into();
             let there = std::fs::read_dir(case::golden_dir()).unwrap().map(|entry| entry.unwrap());
             let there = there.filter(|entry| entry.path().is_dir() && entry.path().join("expect.json").exists());
             let there: BTreeSet<_> = there.map(|entry| entry.file_name().into_string().unwrap()).collect();
@@ -113,7 +132,8 @@ cases! {
     olmoe_clip mixtral_window qwen3_window qwen2_window qwen2_plain
     olmoe_linear qwen3_yarn mixtral_yarn mixtral_llama3
     qwen3_dense qwen3_sparse
-    olmoe_fused olmoe_bf16 mixtral_fused qwen2_fused
+    olmoe_fused olmoe_bf16 mixtral_fused qwen2_fused;
+    dense dense_qwen3 dense_llama dense_llama_bias dense_mistral
 }
 
 #[test]
@@ -249,6 +269,43 @@ fn identification(name: &str) {
     let run = CaseRun::new(&session, &config, Cpu::new(1).into(), &launch::Rank::single(Ui::silent()));
     let found = run.identify();
     assert_near("losses on all tokens", &found.losses, &numbers(&case.expect["losses_on_all_tokens"]), LOSS);
+}
+
+/// Losses of a dense model, of the refusals and of all tokens.
+fn losses(name: &str) {
+    let case = Case::open(name);
+    let of = |case: &Case| -> Vec<f64> {
+        let run = case.run(&case.config, 1);
+        let one = |batch: &MicroBatch| mean_loss(&run.replica, std::slice::from_ref(batch)).unwrap().unwrap();
+        run.unsafe_batches().iter().map(one).collect()
+    };
+    assert_near("losses", &of(&case), &numbers(&case.expect["losses"]), LOSS);
+    let config = RunConfig { loss_on: LossOn::All, ..case.config.clone() };
+    let session = Session::open(&config, &config.recipe().unwrap(), &Ui::silent()).unwrap();
+    let all = Case { session, config, expect: case.expect };
+    assert_near("losses on all tokens", &of(&all), &numbers(&all.expect["losses_on_all_tokens"]), LOSS);
+}
+
+/// Greedy answers are those of transformers' `generate`, one by one and in batches.
+fn greedy_answers(name: &str) {
+    let case = Case::open(name);
+    let run = case.run(&case.config, 2);
+    let wanted = case.expect["greedy"].as_array().unwrap();
+    assert_eq!(wanted.len(), 50);
+    let ids = |value: &Value| -> Vec<u32> { serde_json::from_value(value.clone()).unwrap() };
+    let prompts: Vec<Vec<u32>> = wanted.iter().map(|pair| ids(&pair["prompt"])).collect();
+    let wanted: Vec<Vec<u32>> = wanted.iter().map(|pair| ids(&pair["answer"])).collect();
+    let longest = wanted.iter().map(Vec::len).max().unwrap();
+    let prompts: Vec<_> = prompts.iter().map(|ids| Prompt { ids, index: 0 }).collect();
+    for size in [1, 7, 50] {
+        let mut found = Vec::new();
+        for batch in prompts.chunks(size) {
+            let (eos, sampling) = (case.session.tokenizer.eos_ids(), Sampling::greedy(longest));
+            let said = answers(run.model(), batch, eos, &sampling, &mut GenerationSpeed::default(), |_, _| {}).unwrap();
+            found.extend(said.into_iter().map(|answer| answer.ids));
+        }
+        assert_eq!(found, wanted, "batches of {size}");
+    }
 }
 
 /// Routing frequencies, their risk differences, and the KL divergence of the routers.

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use crate::autograd::Autograd;
-use crate::tiny_model::{Tiny, nothing_kept, specs};
+use crate::tiny_model::{Tiny, dense_specs, nothing_kept, specs};
 use crate::values::{Rng, assert_close};
 use moewarden::backend::{Backend, HostTensor, cpu::Cpu};
 use moewarden::launch::Rank;
@@ -78,7 +78,7 @@ const ROUNDING: f64 = 2e-7;
 
 #[test]
 fn cross_entropy_agrees_with_finite_differences() {
-    for (name, spec) in specs() {
+    for (name, spec) in specs().into_iter().chain(dense_specs()) {
         let mut tiny = Tiny::new(&spec);
         let (_, gradients) = tiny.gradients(&tiny.all());
         check_along_gradients(name, &mut tiny, &gradients, Tiny::loss);
@@ -182,7 +182,7 @@ fn the_divergence_from_a_base_model_agrees_with_finite_differences() {
 
 #[test]
 fn every_gradient_agrees_with_autograd() {
-    for (name, spec) in specs() {
+    for (name, spec) in specs().into_iter().chain(dense_specs()) {
         let tiny = Tiny::new(&spec);
         let (loss, gradients) = tiny.gradients(&tiny.all());
         let autograd = Autograd::new(&tiny.model).unwrap();

@@ -73,5 +73,8 @@ pub fn families() -> Vec<TinySpec> {
         with("mixtral", serde_json::json!({"sliding_window": 16})),
         with("qwen3_moe", serde_json::json!({"mlp_only_layers": [1], "norm_topk_prob": true, "head_dim": 16})),
         with("qwen2_moe", serde_json::json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2})),
+        with("qwen3", serde_json::json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 0})),
+        with("llama", serde_json::json!({"attention_bias": true})),
+        with("mistral", serde_json::json!({"sliding_window": 16})),
     ]
 }

@@ -20,23 +20,33 @@ pub struct Tiny {
     pub targets: Vec<u32>,
 }
 
-/// Every family with its defaults, and variants with the optional features of a family.
+fn spec(family: &str, extra: serde_json::Value) -> TinySpec {
+    TinySpec {
+        vocab_size: 60,
+        hidden_size: 24,
+        num_layers: 2,
+        head_dim: 6,
+        num_experts: 4,
+        expert_width: 10,
+        // Large weights, so that no gradient is lost in the rounding of the loss.
+        std: 0.25,
+        extra: extra.as_object().cloned().expect("keys of config.json"),
+        ..TinySpec::new(family)
+    }
+}
+
+/// The dense families, with their optional features.
+pub fn dense_specs() -> Vec<(&'static str, TinySpec)> {
+    let windows = json!({"use_sliding_window": true, "sliding_window": 5, "max_window_layers": 1});
+    vec![
+        ("qwen3", TinySpec { tie: true, ..spec("qwen3", windows) }),
+        ("llama", spec("llama", json!({"attention_bias": true}))),
+        ("mistral", spec("mistral", json!({"sliding_window": 5}))),
+    ]
+}
+
+/// Every family with experts with its defaults, and variants with the optional features of a family.
 pub fn specs() -> Vec<(&'static str, TinySpec)> {
-    let spec = |family, extra: serde_json::Value| {
-        let mut spec = TinySpec {
-            vocab_size: 60,
-            hidden_size: 24,
-            num_layers: 2,
-            head_dim: 6,
-            num_experts: 4,
-            expert_width: 10,
-            // Large weights, so that no gradient is lost in the rounding of the loss.
-            std: 0.25,
-            ..TinySpec::new(family)
-        };
-        spec.extra = extra.as_object().cloned().expect("keys of config.json");
-        spec
-    };
     vec![
         ("olmoe", spec("olmoe", json!({}))),
         ("olmoe, clipped", spec("olmoe", json!({"clip_qkv": 0.9, "attention_bias": true, "norm_topk_prob": true}))),

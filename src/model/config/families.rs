@@ -1,7 +1,7 @@
 //! The differences between model families, as one table.
 //!
-//! Behaviour and defaults are those of transformers 5.17, `models/{olmoe,mixtral,qwen3_moe,qwen2_moe}`. A new family that
-//! differs in these points only is a new row.
+//! Behaviour and defaults are those of transformers 5.17, `models/{olmoe,mixtral,qwen3_moe,qwen2_moe,qwen3,llama,mistral}`. A new
+//! family that differs in these points only is a new row.
 
 /// RMS norm of queries and keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,13 +28,26 @@ pub enum Rule {
 pub enum WindowRule {
     /// No layer.
     Never,
-    /// All layers, if `sliding_window` is set.
-    IfSet,
+    /// All layers, if `sliding_window` is set; where the key is absent, this window.
+    IfSet(Option<usize>),
     /// All layers, if `use_sliding_window` is true.
     IfUsed,
     /// The layers whose entry in `layer_types` is `sliding_attention`. Without `layer_types`, if `use_sliding_window` is
     /// true: layers 0, 2, 4, ... below `max_window_layers`.
     ByLayer,
+    /// The same, but without `layer_types` the layers from `max_window_layers` up.
+    FromLayer,
+}
+
+/// Which layers have routed experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExpertLayers {
+    /// All.
+    All,
+    /// Those that `mlp_only_layers` and `decoder_sparse_step` do not make dense, at least one.
+    ByKeys,
+    /// None: the family is dense.
+    None,
 }
 
 /// Defaults of keys that config.json may leave out.
@@ -52,6 +65,8 @@ pub struct Defaults {
     pub kv_heads: Option<usize>,
     /// `max_position_embeddings`
     pub positions: usize,
+    /// `head_dim`; `None`: `hidden_size` / heads.
+    pub head_dim: Option<usize>,
     /// `num_experts` or `num_local_experts`
     pub experts: usize,
     /// `num_experts_per_tok`
@@ -79,8 +94,8 @@ pub struct Family {
     pub expert_width_key: &'static str,
     /// The key and default of the shared expert's width.
     pub shared_expert: Option<(&'static str, usize)>,
-    /// Whether `mlp_only_layers` and `decoder_sparse_step` can make layers dense.
-    pub dense_layers: bool,
+    /// Which layers have routed experts.
+    pub expert_layers: ExpertLayers,
     /// Whether routing weights are divided by their sum.
     pub renormalize: Rule,
     /// Norms of queries and keys.
@@ -101,7 +116,7 @@ pub struct Family {
 }
 
 /// All supported families.
-pub const FAMILIES: [Family; 4] = [
+pub const FAMILIES: [Family; 7] = [
     Family {
         model_type: "olmoe",
         architecture: "OlmoeForCausalLM",
@@ -112,6 +127,7 @@ pub const FAMILIES: [Family; 4] = [
             heads: 16,
             kv_heads: None,
             positions: 4096,
+            head_dim: None,
             experts: 64,
             top_k: 8,
             expert_width: 2048,
@@ -121,7 +137,7 @@ pub const FAMILIES: [Family; 4] = [
         },
         expert_width_key: "intermediate_size",
         shared_expert: None,
-        dense_layers: false,
+        expert_layers: ExpertLayers::All,
         renormalize: Rule::Key("norm_topk_prob", false),
         qk_norm: QkNorm::WholeWidth,
         clip_qkv: true,
@@ -141,6 +157,7 @@ pub const FAMILIES: [Family; 4] = [
             heads: 32,
             kv_heads: Some(8),
             positions: 131072,
+            head_dim: None,
             experts: 8,
             top_k: 2,
             expert_width: 14336,
@@ -150,13 +167,13 @@ pub const FAMILIES: [Family; 4] = [
         },
         expert_width_key: "intermediate_size",
         shared_expert: None,
-        dense_layers: false,
+        expert_layers: ExpertLayers::All,
         renormalize: Rule::Fixed(true),
         qk_norm: QkNorm::None,
         clip_qkv: false,
         qkv_bias: Rule::Fixed(false),
         o_bias: Rule::Fixed(false),
-        window: WindowRule::IfSet,
+        window: WindowRule::IfSet(None),
         blocks: &["block_sparse_moe", "mlp"],
         expert_matrices: ["w1", "w3", "w2"],
     },
@@ -170,6 +187,7 @@ pub const FAMILIES: [Family; 4] = [
             heads: 32,
             kv_heads: Some(4),
             positions: 32768,
+            head_dim: None,
             experts: 128,
             top_k: 8,
             expert_width: 768,
@@ -179,7 +197,7 @@ pub const FAMILIES: [Family; 4] = [
         },
         expert_width_key: "moe_intermediate_size",
         shared_expert: None,
-        dense_layers: true,
+        expert_layers: ExpertLayers::ByKeys,
         renormalize: Rule::Key("norm_topk_prob", false),
         qk_norm: QkNorm::PerHead,
         clip_qkv: false,
@@ -199,6 +217,7 @@ pub const FAMILIES: [Family; 4] = [
             heads: 16,
             kv_heads: Some(16),
             positions: 32768,
+            head_dim: None,
             experts: 60,
             top_k: 4,
             expert_width: 1408,
@@ -208,7 +227,7 @@ pub const FAMILIES: [Family; 4] = [
         },
         expert_width_key: "moe_intermediate_size",
         shared_expert: Some(("shared_expert_intermediate_size", 5632)),
-        dense_layers: true,
+        expert_layers: ExpertLayers::ByKeys,
         renormalize: Rule::Key("norm_topk_prob", false),
         qk_norm: QkNorm::None,
         clip_qkv: false,
@@ -218,9 +237,115 @@ pub const FAMILIES: [Family; 4] = [
         blocks: &["mlp"],
         expert_matrices: ["gate_proj", "up_proj", "down_proj"],
     },
+    Family {
+        model_type: "qwen3",
+        architecture: "Qwen3ForCausalLM",
+        defaults: Defaults {
+            vocab_size: 151936,
+            hidden_size: 4096,
+            layers: 32,
+            heads: 32,
+            kv_heads: Some(32),
+            positions: 32768,
+            head_dim: Some(128),
+            dense_width: 22016,
+            eps: 1e-6,
+            theta: 1e4,
+            ..NO_EXPERTS
+        },
+        qk_norm: QkNorm::PerHead,
+        qkv_bias: Rule::Key("attention_bias", false),
+        o_bias: Rule::Key("attention_bias", false),
+        window: WindowRule::FromLayer,
+        ..DENSE
+    },
+    Family {
+        model_type: "llama",
+        architecture: "LlamaForCausalLM",
+        defaults: Defaults {
+            vocab_size: 32000,
+            hidden_size: 4096,
+            layers: 32,
+            heads: 32,
+            kv_heads: None,
+            positions: 2048,
+            head_dim: None,
+            dense_width: 11008,
+            eps: 1e-6,
+            theta: 1e4,
+            ..NO_EXPERTS
+        },
+        qk_norm: QkNorm::None,
+        qkv_bias: Rule::Key("attention_bias", false),
+        o_bias: Rule::Key("attention_bias", false),
+        window: WindowRule::Never,
+        ..DENSE
+    },
+    Family {
+        model_type: "mistral",
+        architecture: "MistralForCausalLM",
+        defaults: Defaults {
+            vocab_size: 32000,
+            hidden_size: 4096,
+            layers: 32,
+            heads: 32,
+            kv_heads: Some(8),
+            positions: 131072,
+            head_dim: None,
+            dense_width: 14336,
+            eps: 1e-6,
+            theta: 1e4,
+            ..NO_EXPERTS
+        },
+        qk_norm: QkNorm::None,
+        qkv_bias: Rule::Fixed(false),
+        o_bias: Rule::Fixed(false),
+        window: WindowRule::IfSet(Some(4096)),
+        ..DENSE
+    },
 ];
 
+/// The defaults of a dense family that are not used: it has no experts.
+const NO_EXPERTS: Defaults = Defaults {
+    vocab_size: 0,
+    hidden_size: 0,
+    layers: 0,
+    heads: 0,
+    kv_heads: None,
+    positions: 0,
+    head_dim: None,
+    experts: 1,
+    top_k: 1,
+    expert_width: 1,
+    dense_width: 0,
+    eps: 0.0,
+    theta: 0.0,
+};
+
+/// What dense families have in common.
+const DENSE: Family = Family {
+    model_type: "",
+    architecture: "",
+    defaults: NO_EXPERTS,
+    expert_width_key: "intermediate_size",
+    shared_expert: None,
+    expert_layers: ExpertLayers::None,
+    renormalize: Rule::Fixed(false),
+    qk_norm: QkNorm::None,
+    clip_qkv: false,
+    qkv_bias: Rule::Fixed(false),
+    o_bias: Rule::Fixed(false),
+    window: WindowRule::Never,
+    blocks: &["mlp"],
+    expert_matrices: ["gate_proj", "up_proj", "down_proj"],
+};
+
 impl Family {
+    /// Whether no layer has experts.
+    pub fn is_dense(&self) -> bool {
+        self.expert_layers == ExpertLayers::None
+    }
+
     /// The family of this `model_type`.
     pub fn find(model_type: &str) -> Option<&'static Family> {
         FAMILIES.iter().find(|family| family.model_type == model_type)

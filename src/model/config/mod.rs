@@ -12,7 +12,7 @@ pub use self::error::Error;
 pub(crate) use self::error::known;
 pub(crate) use self::families::Rule;
 use self::families::WindowRule;
-pub use self::families::{FAMILIES, Family, QkNorm};
+pub use self::families::{ExpertLayers, FAMILIES, Family, QkNorm};
 pub use self::layers::{LayerKind, MoeLayers};
 pub(super) use self::raw::RawConfig;
 use crate::backend::{Heads, Rope};
@@ -32,11 +32,11 @@ pub struct ModelConfig {
     pub(crate) moe_layers: MoeLayers,
     /// One entry for each decoder layer; only the window may differ.
     pub heads: Vec<Heads>,
-    /// E
+    /// E; 1 in a dense model, none of whose layers has experts.
     pub num_experts: usize,
-    /// K
+    /// K; 1 in a dense model.
     pub num_experts_per_tok: usize,
-    /// F
+    /// F; 1 in a dense model.
     pub expert_width: usize,
     /// Whether the K routing weights of a token are divided by their sum.
     pub renormalize: bool,
@@ -98,6 +98,11 @@ impl ModelConfig {
         &self.moe_layers
     }
 
+    /// Whether no layer has experts.
+    pub fn is_dense(&self) -> bool {
+        self.moe_layers.layers.is_empty()
+    }
+
     /// Checks that [`Self::rope`] is valid for sequences of `length` tokens.
     ///
     /// # Errors
@@ -131,20 +136,25 @@ fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
     if num_layers > 100_000 {
         return Err(raw.invalid("num_hidden_layers", format!("{num_layers} layers are more than the supported 100000")));
     }
-    let expert_width = size(family.expert_width_key, defaults.expert_width)?;
+    // What a dense model's config.json says of experts is not read.
+    let of_experts = |key, default| if family.is_dense() { Ok(default) } else { size(key, default) };
+    let expert_width = of_experts(family.expert_width_key, defaults.expert_width)?;
     let shared_expert_width = family.shared_expert.map(|(key, default)| size(key, default)).transpose()?;
 
     // transformers reads both names in every family; which one it writes depends on its version.
     let experts_key = if raw.get("num_local_experts").is_some() { "num_local_experts" } else { "num_experts" };
-    let num_experts = size(experts_key, defaults.experts)?;
-    let top_k = size("num_experts_per_tok", defaults.top_k)?;
+    let num_experts = of_experts(experts_key, defaults.experts)?;
+    let top_k = of_experts("num_experts_per_tok", defaults.top_k)?;
     if top_k > num_experts {
         return Err(raw.invalid("num_experts_per_tok", format!("{top_k} of only {num_experts} experts")));
     }
 
     let heads = heads(raw, family, hidden_size)?;
     let moe = moe_flags(raw, family, num_layers)?;
-    let dense_width = if family.dense_layers { size("intermediate_size", defaults.dense_width)? } else { 0 };
+    let dense_width = match family.expert_layers {
+        ExpertLayers::All => 0,
+        ExpertLayers::ByKeys | ExpertLayers::None => size("intermediate_size", defaults.dense_width)?,
+    };
     let kind = |moe: bool| if moe { LayerKind::Moe } else { LayerKind::Dense(dense_width) };
     let layers: Vec<_> = moe.into_iter().map(kind).collect();
     let largest = [
@@ -208,6 +218,9 @@ fn refuse_unsupported(raw: &RawConfig, family: &Family) -> Result<(), Error> {
             format!("models of the family {} have no attention window", family.model_type),
         ));
     }
+    if family.is_dense() && raw.flag("mlp_bias", false)? {
+        return Err(raw.unsupported("mlp_bias", "biases of feed-forward layers are not supported"));
+    }
     Ok(())
 }
 
@@ -219,7 +232,7 @@ fn heads(raw: &RawConfig, family: &Family, hidden_size: usize) -> Result<Heads, 
     if !queries.is_multiple_of(keys) {
         return Err(raw.invalid("num_key_value_heads", format!("{queries} query heads are not divisible by {keys}")));
     }
-    let dim = match raw.size("head_dim")? {
+    let dim = match raw.size("head_dim")?.or(family.defaults.head_dim) {
         Some(dim) => dim,
         None if hidden_size.is_multiple_of(queries) => hidden_size / queries,
         None => {
@@ -241,8 +254,8 @@ fn heads(raw: &RawConfig, family: &Family, hidden_size: usize) -> Result<Heads, 
 
 /// For each decoder layer whether it has routed experts.
 fn moe_flags(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<bool>, Error> {
-    let mut moe = vec![true; num_layers];
-    if family.dense_layers {
+    let mut moe = vec![!family.is_dense(); num_layers];
+    if family.expert_layers == ExpertLayers::ByKeys {
         let step = raw.size("decoder_sparse_step")?.unwrap_or(1);
         moe.iter_mut().enumerate().for_each(|(l, moe)| *moe = (l + 1).is_multiple_of(step));
         for value in raw.list("mlp_only_layers")?.into_iter().flatten() {
@@ -264,17 +277,23 @@ fn moe_flags(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<
 fn windows(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<Option<usize>>, Error> {
     let used = match family.window {
         WindowRule::Never => false,
-        WindowRule::IfSet => raw.get("sliding_window").is_some(),
-        WindowRule::IfUsed | WindowRule::ByLayer => raw.flag("use_sliding_window", false)?,
+        WindowRule::IfSet(default) => {
+            raw.get("sliding_window").is_some() || default.is_some() && !raw.is_null("sliding_window")
+        }
+        WindowRule::IfUsed | WindowRule::ByLayer | WindowRule::FromLayer => raw.flag("use_sliding_window", false)?,
     };
     // An unused `sliding_window` may have any value: Qwen2-MoE is saved with 0.
     let window = if used { Some(raw.size("sliding_window")?.unwrap_or(4096)) } else { None };
-    if family.window != WindowRule::ByLayer {
+    if !matches!(family.window, WindowRule::ByLayer | WindowRule::FromLayer) {
         return Ok(vec![window; num_layers]);
     }
     let Some(types) = raw.list("layer_types")? else {
-        let below = raw.size("max_window_layers")?.unwrap_or(28);
-        return Ok((0..num_layers).map(|l| window.filter(|_| l % 2 == 0 && l < below)).collect());
+        let border = max_window_layers(raw)?;
+        let in_window = |l: usize| match family.window {
+            WindowRule::FromLayer => l >= border,
+            _ => l.is_multiple_of(2) && l < border,
+        };
+        return Ok((0..num_layers).map(|l| window.filter(|_| in_window(l))).collect());
     };
     if types.len() != num_layers {
         return Err(raw.invalid("layer_types", format!("{} entries for {num_layers} layers", types.len())));
@@ -288,6 +307,14 @@ fn windows(raw: &RawConfig, family: &Family, num_layers: usize) -> Result<Vec<Op
         _ => Err(raw.unsupported("layer_types", format!("{value} is not supported"))),
     };
     types.iter().map(of_type).collect()
+}
+
+/// `max_window_layers`, which may be 0.
+fn max_window_layers(raw: &RawConfig) -> Result<usize, Error> {
+    match raw.number("max_window_layers")? {
+        Some(0.0) => Ok(0),
+        _ => Ok(raw.size("max_window_layers")?.unwrap_or(28)),
+    }
 }
 
 #[cfg(test)]
@@ -330,6 +357,24 @@ mod tests {
         let qwen3 = config("qwen3_moe", json!({"head_dim": 128})).unwrap();
         assert_eq!((qwen3.heads[0].dim, qwen3.qk_norm, qwen3.shared_expert_width), (128, QkNorm::PerHead, None));
 
+        let dense =
+            [("qwen3", 151936, 32, 128, 22016), ("llama", 32000, 32, 128, 11008), ("mistral", 32000, 8, 128, 14336)];
+        for (model_type, vocab, keys, dim, width) in dense {
+            let config = config(model_type, json!({})).unwrap();
+            assert!(config.is_dense() && config.layers == [LayerKind::Dense(width); 32], "{model_type}");
+            assert_eq!((config.vocab_size, config.hidden_size), (vocab, 4096), "{model_type}");
+            let window = (model_type == "mistral").then_some(4096);
+            assert_eq!(config.heads[31], Heads { queries: 32, keys, dim, window }, "{model_type}");
+        }
+        assert_eq!(
+            config("qwen3", json!({"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8}))
+                .unwrap()
+                .heads[0]
+                .dim,
+            128
+        );
+        assert_eq!(config("llama", json!({"hidden_size": 1024, "num_attention_heads": 16})).unwrap().heads[0].dim, 64);
+
         let qwen2 = config("qwen2_moe", json!({})).unwrap();
         assert_eq!((qwen2.qkv_bias, qwen2.o_bias, qwen2.shared_expert_width), (true, false, Some(5632)));
     }
@@ -348,7 +393,13 @@ mod tests {
         let both = config("qwen3_moe", json!({"attention_bias": true})).unwrap();
         assert!(both.qkv_bias && both.o_bias);
         assert!(!config("qwen2_moe", json!({"qkv_bias": false, "attention_bias": true})).unwrap().qkv_bias);
-        assert!(!config("mixtral", json!({"attention_bias": true})).unwrap().qkv_bias);
+        for model_type in ["mixtral", "mistral"] {
+            assert!(!config(model_type, json!({"attention_bias": true})).unwrap().qkv_bias, "{model_type}");
+        }
+        for model_type in ["qwen3", "llama"] {
+            let both = config(model_type, json!({"attention_bias": true})).unwrap();
+            assert!(both.qkv_bias && both.o_bias, "{model_type}");
+        }
     }
 
     #[test]
@@ -371,7 +422,16 @@ mod tests {
         assert_eq!(of("qwen2_moe", below), [w, None, None, None]);
         let mut typed = used;
         typed["layer_types"] = json!(["full_attention", "full_attention", "sliding_attention", "full_attention"]);
-        assert_eq!(of("qwen2_moe", typed), [None, None, w, None]);
+        assert_eq!(of("qwen2_moe", typed.clone()), [None, None, w, None]);
+        assert_eq!(of("qwen3", typed), [None, None, w, None]);
+        assert_eq!(of("qwen3", json!({"sliding_window": 7, "max_window_layers": 2})), [None; 4]);
+        for (border, wanted) in [(0, [w; 4]), (3, [None, None, None, w]), (4, [None; 4])] {
+            let extra = json!({"sliding_window": 7, "use_sliding_window": true, "max_window_layers": border});
+            assert_eq!(of("qwen3", extra), wanted);
+        }
+        assert_eq!(of("mistral", json!({"sliding_window": 7})), [w; 4]);
+        assert_eq!(of("mistral", json!({"sliding_window": null})), [None; 4]);
+        assert_eq!(of("mistral", json!({})), [Some(4096); 4]);
     }
 
     #[test]
@@ -409,6 +469,8 @@ mod tests {
             ("olmoe", "rms_norm_eps", json!({"rms_norm_eps": -1e-5}), exit::DATA),
             ("olmoe", "hidden_act", json!({"hidden_act": "gelu"}), exit::CONFIG),
             ("olmoe", "sliding_window", json!({"sliding_window": 9}), exit::CONFIG),
+            ("llama", "sliding_window", json!({"sliding_window": 9}), exit::CONFIG),
+            ("llama", "mlp_bias", json!({"mlp_bias": true}), exit::CONFIG),
             ("mixtral", "sliding_window", json!({"sliding_window": 0}), exit::DATA),
             ("qwen3_moe", "mlp_only_layers", json!({"mlp_only_layers": [24]}), exit::DATA),
             ("qwen3_moe", "mlp_only_layers", json!({"num_hidden_layers": 1, "mlp_only_layers": [0]}), exit::DATA),
@@ -424,10 +486,13 @@ mod tests {
 
     #[test]
     fn an_unknown_family_lists_the_known_ones() {
-        for text in [r#"{"model_type": "llama"}"#, "{}"] {
+        for text in [r#"{"model_type": "gemma"}"#, "{}"] {
             let error = from_text(text).unwrap_err();
             assert_eq!(error.exit_code(), exit::CONFIG);
-            assert!(error.to_string().contains("olmoe, mixtral, qwen3_moe, qwen2_moe"), "{error}");
+            assert!(
+                error.to_string().contains("olmoe, mixtral, qwen3_moe, qwen2_moe, qwen3, llama, mistral"),
+                "{error}"
+            );
         }
     }
 

@@ -13,6 +13,7 @@ pub(super) use verify::{report_again, verify};
 
 use check::{CausalCheck, Judged};
 
+use super::dense::fit_recipe;
 use super::prepare;
 use super::session::Session;
 use crate::backend::Backend;
@@ -41,6 +42,7 @@ fn read_experts(path: &Path, session: &Session) -> Result<BTreeSet<ExpertId>> {
 pub fn ablate(config: &RunConfig, args: &AblateArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     let ranks = &started.ranks;
     let recipe = config.recipe_of_identification()?; // needs no safe rows, unlike routing frequencies
+    let recipe = ranks.all_ok(fit_recipe(recipe, config, ui))?;
     let session = prepare::open(config, &recipe, ranks, ui)?;
     let selected = ranks.all_ok(read_experts(&args.experts, &session))?;
     if let Some(path) = &args.benign_dataset_path {

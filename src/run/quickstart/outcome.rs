@@ -4,9 +4,10 @@ use std::path::Path;
 
 use super::planted::Planted;
 use crate::config::{EvalArgs, Precision};
-use crate::exit::Result;
+use crate::exit::{Ended, Result};
 use crate::experts::ExpertId;
 use crate::judge::Rate;
+use crate::launch::Started;
 use crate::report::{EvalReport, PromptSide, RateRow, Table, rates_svg};
 use crate::run::eval::eval;
 use crate::ui::Ui;
@@ -47,7 +48,9 @@ impl Outcome {
                 output_dir: dir.join(part),
                 ..EvalArgs::of(model.display().to_string(), rows)
             };
-            eval(&args, &Ui::silent())?;
+            if let Ended::Stopped(_) = eval(&args, &Started::single(), &Ui::silent())? {
+                unreachable!("an evaluation without answers has nothing to stop at");
+            }
             Ok(EvalReport::read(&args.output_dir.join("eval.json"))?)
         };
         let (unsafe_, benign) = (measure(&planted.held_out, "held-out")?, measure(&planted.benign, "benign")?);

@@ -14,7 +14,7 @@ use crate::experts::{self, RoutingTokens, SelectionLimits, selection_hash};
 use crate::launch::hub_cache;
 use crate::launch::memory::{human, human_count};
 use crate::launch::{Rank, Workload};
-use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, RandomInit, left_over_quantization};
+use crate::model::{Checkpoint, LayerKind, Model, ModelConfig, ParamTable, RandomInit, left_over_quantization};
 use crate::quote::quote;
 use crate::report::ExpertsFile;
 use crate::train::{CountedReplies, DeviceTransport, Recipe, Replica, RetainRows, ScoreBy, Training};
@@ -229,9 +229,18 @@ impl Session {
             num_experts_per_tok: self.model.num_experts_per_tok,
             num_experts: self.model.num_experts,
             hidden_size: self.model.hidden_size,
-            expert_width: self.model.expert_width,
+            expert_width: self.widest_block(),
             head_dim: self.model.heads.first().map_or(0, |heads| heads.dim),
             stored: self.stored_dtype(),
+        }
+    }
+
+    /// The expert width, or that of a dense model's widest layer.
+    fn widest_block(&self) -> usize {
+        let width = |kind: &LayerKind| if let LayerKind::Dense(width) = kind { *width } else { 0 };
+        match self.model.is_dense() {
+            true => self.model.layers.iter().map(width).max().unwrap_or(1),
+            false => self.model.expert_width,
         }
     }
 
@@ -263,6 +272,9 @@ impl Session {
     /// Refuses a selection that the model does not allow. If the selection trains nothing, a smaller one is made instead, with a
     /// warning.
     fn check_selection(&self, config: &RunConfig, recipe: &Recipe, ui: &Ui) -> Result<()> {
+        if self.model.is_dense() {
+            return Ok(());
+        }
         let (identify, depth) = (&recipe.identify, self.model.layers.len());
         if let Some(range) = identify.limits.layers.as_ref().filter(|range| *range.end() >= depth) {
             let (first, last) = (range.start(), range.end());
@@ -320,14 +332,20 @@ impl Session {
     /// The model and its parameters by kind, in text.
     pub fn describe(&self) -> String {
         let total = self.table.total();
+        let experts = match self.model.is_dense() {
+            true => "all of them dense".to_owned(),
+            false => format!(
+                "{} of them with {} experts, top-{}",
+                self.model.moe_layers().count(),
+                self.model.num_experts,
+                self.model.num_experts_per_tok
+            ),
+        };
         let mut lines = format!(
-            "model {}: {} ({} layers, {} of them with {} experts, top-{}), {} parameters, {}",
+            "model {}: {} ({} layers, {experts}), {} parameters, {}",
             self.dir.display(),
             self.model.model_type,
             self.model.layers.len(),
-            self.model.moe_layers().count(),
-            self.model.num_experts,
-            self.model.num_experts_per_tok,
             human_count(total.elements as u64),
             human(total.bytes as u64),
         );

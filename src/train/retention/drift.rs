@@ -21,9 +21,9 @@ pub struct Drift {
     pub top1_agreement: f64,
     /// Mean cross-entropy of the rows' replies, in nats a token.
     pub ce_loss: f64,
-    /// Mean over tokens and MoE layers of KL(softmax(z_base) ‖ softmax(z)) of the router logits, in nats.
+    /// Mean over tokens and MoE layers of KL(softmax(z_base) ‖ softmax(z)) of the router logits, in nats; 0 in a dense model.
     pub routing_kl: f64,
-    /// Share of the K experts of a token that both models choose, mean over tokens and MoE layers.
+    /// Share of the K experts of a token that both models choose, mean over tokens and MoE layers; 1 in a dense model.
     pub expert_overlap: f64,
     /// The last two by MoE layer.
     pub layers: Vec<LayerDrift>,
@@ -75,13 +75,13 @@ impl<B: Backend> Retention<'_, B> {
             expert_overlap: sum(3 + num_layers + i) / (tokens * per_token),
         };
         let by_layer: Vec<_> = layers.layers.iter().enumerate().map(of_layer).collect();
-        let mean = |value: fn(&LayerDrift) -> f64| by_layer.iter().map(value).sum::<f64>() / num_layers as f64;
+        let mean = |value: fn(&LayerDrift) -> f64| by_layer.iter().map(value).sum::<f64>() / num_layers.max(1) as f64;
         Ok(Drift {
             kl: sum(1) / loss_tokens,
             top1_agreement: sum(2) / loss_tokens,
             ce_loss: sum(0) / loss_tokens,
             routing_kl: mean(|layer| layer.routing_kl),
-            expert_overlap: mean(|layer| layer.expert_overlap),
+            expert_overlap: if num_layers > 0 { mean(|layer| layer.expert_overlap) } else { 1.0 },
             layers: by_layer,
         })
     }

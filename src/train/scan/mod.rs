@@ -17,6 +17,7 @@ mod usage;
 
 use gradient::GradientScorer;
 use routing::RoutingScorer;
+pub use routing::risk_differences;
 use sums::PartialSums;
 pub use sums::{NonFinite, ScoredBatch, Scores};
 use usage::UsageScorer;

@@ -4,9 +4,54 @@ use super::sums::{PartialSums, ScoredBatch, Scores};
 use crate::backend::Backend;
 use crate::data::{MicroBatch, RoutingTraces, Sampler, Trace};
 use crate::exit::Result;
-use crate::experts::{Bootstrap, FrequencyAccumulator, RoutingCounts, RoutingTokens, token_mask};
+use crate::experts::{Bootstrap, ExpertScores, FrequencyAccumulator, RoutingCounts, RoutingTokens, token_mask};
 use crate::model::{PassEnd, Routed};
-use crate::train::replica::Replica;
+use crate::train::replica::{Replica, share};
+
+/// The mean risk differences over these micro-batches, by forward passes; with a remark for the user. As the scores of the routing
+/// method, but summed in the order of the micro-batches: the same bits on any number of ranks. `after` is called with the tokens of
+/// each micro-batch of this rank.
+///
+/// # Errors
+/// Rows without a safe reply; no micro-batch with tokens to count on both sides; those of the collective.
+pub fn risk_differences<B: Backend>(
+    replica: &Replica<B>,
+    sampler: Sampler<'_>,
+    tokens: RoutingTokens,
+    micro_batches: &[Vec<usize>],
+    mut after: impl FnMut(usize),
+) -> Result<(ExpertScores, Option<String>)> {
+    let scorer = RoutingScorer::new(replica, sampler, tokens, None)?;
+    let layers = replica.moe_layers().layers.clone();
+    let num_experts = replica.model().config.num_experts;
+    let width = layers.len() * num_experts;
+    // Of each micro-batch the differences, and whether it counts.
+    let mut own = Vec::new();
+    for (i, records) in share(micro_batches, &*replica.world) {
+        let ([safe, unsafe_], read) = scorer.both_sides(replica, sampler, records);
+        let differences = FrequencyAccumulator::new(layers.clone(), num_experts).add(&safe, &unsafe_);
+        own.extend(differences.iter().flatten().enumerate().map(|(e, difference)| (i * (width + 1) + e, *difference)));
+        own.push((i * (width + 1) + width, if differences.is_some() { 1.0 } else { 0.0 }));
+        after(read);
+    }
+    let all = replica.gather_by_index(micro_batches.len() * (width + 1), &own)?;
+    let mut total = FrequencyAccumulator::new(layers, num_experts);
+    all.chunks_exact(width + 1)
+        .for_each(|batch| total.add_differences((batch[width] > 0.0).then_some(&batch[..width])));
+    let warning = skipped_warning(&total);
+    Ok((total.finish()?, warning))
+}
+
+/// A remark on micro-batches that do not count.
+fn skipped_warning(total: &FrequencyAccumulator) -> Option<String> {
+    let (batches, skipped) = (total.batches(), total.skipped());
+    (skipped > 0).then(|| {
+        format!(
+            "{skipped} of {} batches have no token of --routing-tokens on one side and do not count",
+            batches + skipped,
+        )
+    })
+}
 
 /// Counts how often each expert is among the top K, by forward passes only, or in routing traces.
 pub(super) struct RoutingScorer<'d> {
@@ -31,6 +76,19 @@ impl<'d> RoutingScorer<'d> {
         Ok(Self { tokens, partners: sampler.reply_partners()?, traces: None, sums })
     }
 
+    /// Counts of the safe and of the unsafe side of a micro-batch by forward passes, and the tokens of both.
+    fn both_sides<B: Backend>(
+        &self,
+        replica: &Replica<B>,
+        sampler: Sampler<'_>,
+        records: &[usize],
+    ) -> ([RoutingCounts; 2], usize) {
+        let partners: Vec<_> = records.iter().map(|&r| self.partners[r]).collect();
+        let (safe, unsafe_) = (sampler.pack_safe(&partners), sampler.pack_unsafe(records));
+        let tokens = safe.ids.len() + unsafe_.ids.len();
+        ([self.count(replica, &safe), self.count(replica, &unsafe_)], tokens)
+    }
+
     /// The unsafe replies of a micro-batch against the safe replies of their partners.
     pub(super) fn add<B: Backend>(
         &mut self,
@@ -39,18 +97,21 @@ impl<'d> RoutingScorer<'d> {
         index: usize,
         records: &[usize],
     ) -> ScoredBatch {
-        let partners: Vec<_> = records.iter().map(|&r| self.partners[r]).collect();
-        let (safe, unsafe_) = (sampler.pack_safe(&partners), sampler.pack_unsafe(records));
-        let (safe_counts, unsafe_counts) = match self.traces {
-            None => (self.count(replica, &safe), self.count(replica, &unsafe_)),
-            Some(traces) => (
-                self.count_traces(replica, &safe, &traces.safe_side(&partners)),
-                self.count_traces(replica, &unsafe_, &traces.unsafe_side(records)),
-            ),
+        let ([safe, unsafe_], tokens) = match self.traces {
+            None => self.both_sides(replica, sampler, records),
+            Some(traces) => {
+                let partners: Vec<_> = records.iter().map(|&r| self.partners[r]).collect();
+                let (safe, unsafe_) = (sampler.pack_safe(&partners), sampler.pack_unsafe(records));
+                let counts = [
+                    self.count_traces(replica, &safe, &traces.safe_side(&partners)),
+                    self.count_traces(replica, &unsafe_, &traces.unsafe_side(records)),
+                ];
+                (counts, safe.ids.len() + unsafe_.ids.len())
+            }
         };
-        let differences = self.sums.accumulator.add(&safe_counts, &unsafe_counts);
+        let differences = self.sums.accumulator.add(&safe, &unsafe_);
         self.sums.resample(index, differences.as_deref());
-        ScoredBatch { tokens: safe.ids.len() + unsafe_.ids.len(), loss: None }
+        ScoredBatch { tokens, loss: None }
     }
 
     fn count_traces<B: Backend>(&self, replica: &Replica<B>, batch: &MicroBatch, traces: &[&Trace]) -> RoutingCounts {
@@ -79,13 +140,7 @@ impl<'d> RoutingScorer<'d> {
         let PartialSums { accumulator: mut total, mut bootstrap, .. } = self.sums;
         total.merge(&*replica.world)?;
         bootstrap.as_mut().map_or(Ok(()), |bootstrap| bootstrap.merge(&*replica.world))?;
-        let (batches, skipped) = (total.batches(), total.skipped());
-        let warning = (skipped > 0).then(|| {
-            format!(
-                "{skipped} of {} batches have no token of --routing-tokens on one side and do not count",
-                batches + skipped,
-            )
-        });
+        let (batches, warning) = (total.batches(), skipped_warning(&total));
         Ok(Scores { warning, bootstrap, ..Scores::of(total.finish()?, batches) })
     }
 }

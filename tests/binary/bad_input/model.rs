@@ -33,7 +33,7 @@ fn an_impossible_configuration() {
         (json!({"num_experts_per_tok": 9}), 65, "num_experts_per_tok: 9 of only 8 experts"),
         (json!({"hidden_size": 1u64 << 60}), 65, "hidden_size: 1152921504606846976 is not a whole number"),
         (json!({"num_experts": 1 << 28, "intermediate_size": 1 << 28}), 65, "too large for this machine"),
-        (json!({"model_type": "llama"}), 78, "olmoe, mixtral, qwen3_moe, qwen2_moe"),
+        (json!({"model_type": "gemma"}), 78, "olmoe, mixtral, qwen3_moe, qwen2_moe, qwen3, llama, mistral"),
         (json!({"vocab_size": 100}), 65, "model.embed_tokens.weight"),
         (json!({"num_experts": 9}), 65, "model.layers.0.mlp.gate.weight"),
         (

@@ -1,0 +1,229 @@
+//! The answers of an evaluation: generated over the ranks, kept in `generations.jsonl` as they come, and written there in the order
+//! of the data file at the end.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::logged::{Generated, Logged, open_on_first};
+use crate::backend::Backend;
+use crate::collective::all_ok;
+use crate::data::{Message, Record};
+use crate::exit::{self, Failure, Result};
+use crate::files;
+use crate::judge::wilson;
+use crate::report::{
+    EvaluatedModel, FinishReason, GENERATION_SCHEMA, GenerationRow, JudgedAnswer, PromptSide, RefusalOnset,
+    RefusalRate, RowLog, Sampling, VerdictRow, json_lines,
+};
+use crate::run::generate::{Answer, Prompt};
+use crate::run::refusals::{LISTS, PhraseList};
+use crate::run::session::Session;
+use crate::train::Replica;
+use crate::ui::Ui;
+
+/// Name of the file.
+pub const FILE: &str = "generations.jsonl";
+
+/// One prompt to answer.
+pub struct Asked<'a> {
+    /// The line of its row, and from the second row on that begins in this line (of a JSON array, say), which one it is: `1.2`.
+    row: String,
+    /// The side of the row that it is of.
+    pub side: PromptSide,
+    ids: &'a [u32],
+    /// Messages of the prompt.
+    pub messages: &'a [Message],
+}
+
+impl<'a> Asked<'a> {
+    fn new(row: &str, side: PromptSide, ids: Option<&'a Vec<u32>>, messages: &'a [Message]) -> Option<Self> {
+        Some(Self { row: row.to_owned(), side, ids: ids?, messages })
+    }
+
+    /// Row and side, `12-unsafe`: no other prompt of the file has it.
+    pub fn id(&self) -> String {
+        format!("{}-{}", self.row, self.side.name())
+    }
+}
+
+/// The prompts of both sides, in the order of the file.
+pub fn asked(records: &[Record]) -> Vec<Asked<'_>> {
+    let mut asked = Vec::new();
+    let (mut line, mut nth) = (0, 0);
+    for r in records {
+        nth = if r.line == line { nth + 1 } else { 1 };
+        line = r.line;
+        let row = if nth == 1 { line.to_string() } else { format!("{line}.{nth}") };
+        asked.extend(Asked::new(&row, PromptSide::Unsafe, r.unsafe_prompt.as_ref(), &r.unsafe_messages));
+        asked.extend(Asked::new(&row, PromptSide::Safe, r.safe_prompt.as_ref(), &r.safe_messages));
+    }
+    asked
+}
+
+/// What answers are made from and written with.
+pub struct Answering<'a> {
+    pub session: &'a Session,
+    pub model: &'a EvaluatedModel,
+    pub sampling: &'a Sampling,
+    /// Answers in a batch.
+    pub batch_size: usize,
+    /// The file, which may hold answers of an earlier run of the same evaluation.
+    pub path: PathBuf,
+    pub ui: &'a Ui,
+}
+
+/// What is read back of a row of the file.
+#[derive(Deserialize)]
+struct KeptRow {
+    schema: String,
+    id: String,
+    prompt_text: String,
+    ids: Vec<u32>,
+    finish_reason: FinishReason,
+}
+
+impl Answering<'_> {
+    /// The answers to the prompts, in their order, the same on all ranks. Answers that the file holds are not generated again. At the
+    /// end the file holds all answers, in the order of the data file.
+    ///
+    /// # Errors
+    /// Logits that are not finite; a file of another evaluation; a failed write; those of the collective.
+    pub fn answers<B: Backend>(&self, replica: &Replica<B>, asked: &[Asked<'_>]) -> Result<Generated> {
+        let world = &*replica.world;
+        world.set_activity("generating the answers");
+        let kept = open_on_first(world, || {
+            let (log, lines) = RowLog::open(&self.path)?;
+            Ok((log, self.read(asked, &lines)?))
+        })?;
+        let prompts: Vec<_> = asked.iter().enumerate().map(|(i, a)| Prompt { ids: a.ids, index: i as u64 }).collect();
+        let logged = Logged {
+            what: "answers",
+            eos: self.session.tokenizer.eos_ids(),
+            sampling: self.sampling,
+            batch_size: self.batch_size,
+            ui: self.ui,
+        };
+        let done = logged.generate(replica, &prompts, kept, |log, new| {
+            Ok(log.append(new.iter().map(|(i, answer)| self.row(&asked[*i], answer)))?)
+        })?;
+        if let Generated::All(answers, _) = &done {
+            all_ok(world, if world.rank() == 0 { self.write(asked, answers, None) } else { Ok(()) })?;
+        }
+        Ok(done)
+    }
+
+    /// Writes all answers in their order, with the verdicts of the judge with this hash.
+    ///
+    /// # Errors
+    /// A failed write.
+    pub fn write(
+        &self,
+        asked: &[Asked<'_>],
+        answers: &[Answer],
+        verdicts: Option<(&str, &[VerdictRow])>,
+    ) -> Result<()> {
+        let judged = |i: usize| {
+            let (sha, rows) = verdicts?;
+            let VerdictRow { text, verdict, .. } = &rows[i];
+            Some(JudgedAnswer { sha, text, verdict: verdict.as_ref() })
+        };
+        let rows = asked.iter().zip(answers).enumerate();
+        let rows = rows.map(|(i, (prompt, answer))| GenerationRow { judge: judged(i), ..self.row(prompt, answer) });
+        Ok(files::write(&self.path, json_lines(rows))?)
+    }
+
+    /// The answers in these lines of the file.
+    fn read(&self, asked: &[Asked<'_>], lines: &[String]) -> Result<Vec<Option<Answer>>> {
+        let places: BTreeMap<String, usize> = asked.iter().enumerate().map(|(i, prompt)| (prompt.id(), i)).collect();
+        let mut answers = vec![None; asked.len()];
+        for (i, line) in lines.iter().enumerate() {
+            let wrong = |what: String| {
+                let message = format!("{}:{}: {what}: evaluate again with --overwrite", self.path.display(), i + 1);
+                Failure::new(exit::DATA, message)
+            };
+            let row: KeptRow = serde_json::from_str(line)
+                .map_err(|e| wrong(format!("is no answer that this version of moewarden wrote ({e})")))?;
+            if row.schema != GENERATION_SCHEMA {
+                return Err(wrong(format!("has the schema {:?}, not {GENERATION_SCHEMA:?}", row.schema)));
+            }
+            let Some(&place) = places.get(&row.id) else {
+                return Err(wrong(format!("has the id {:?}, which no prompt of the data file has", row.id)));
+            };
+            if row.prompt_text != self.prompt_text(&asked[place]) {
+                return Err(wrong(format!("answers another prompt than {} of the data file", row.id)));
+            }
+            answers[place] = Some(Answer { ids: row.ids, finish: row.finish_reason });
+        }
+        Ok(answers)
+    }
+
+    fn prompt_text(&self, prompt: &Asked<'_>) -> String {
+        self.session.tokenizer.token_texts(prompt.ids).concat()
+    }
+
+    /// A line of the file.
+    fn row<'r>(&'r self, prompt: &Asked<'r>, said: &'r Answer) -> GenerationRow<'r> {
+        let tokenizer = &self.session.tokenizer;
+        let response = tokenizer.decode(&said.ids);
+        GenerationRow {
+            schema: GENERATION_SCHEMA,
+            id: prompt.id(),
+            behavior_id: prompt.row.clone(),
+            category: prompt.side,
+            messages: prompt.messages,
+            prompt_text: self.prompt_text(prompt),
+            refused_at: LISTS.iter().map(|list| (list.id(), self.refused_at(list, said))).collect(),
+            proxy: LISTS.iter().map(|list| (list.id(), list.is_refusal(&response))).collect(),
+            response,
+            ids: &said.ids,
+            judge: None,
+            finish_reason: said.finish,
+            n_tokens: said.ids.len(),
+            sampling: self.sampling,
+            model: self.model,
+            template_sha: format!("blake3:{}", tokenizer.template_digest()),
+        }
+    }
+
+    fn refused_at(&self, list: &PhraseList, said: &Answer) -> Option<usize> {
+        list.refused_at(&said.ids, |ids| self.session.tokenizer.decode(ids))
+    }
+
+    /// When the answers refuse, by phrase list and side.
+    pub fn onsets(&self, asked: &[Asked<'_>], answers: &[Answer]) -> Vec<RefusalOnset> {
+        let of = |(list, side): (&PhraseList, PromptSide)| {
+            let answers = asked.iter().zip(answers).filter(|(prompt, _)| prompt.side == side);
+            let found: Vec<_> =
+                answers.map(|(_, said)| (self.refused_at(list, said), said.finish == FinishReason::Length)).collect();
+            let max_new_tokens = self.sampling.max_new_tokens;
+            (!found.is_empty()).then(|| RefusalOnset::new(list.id(), side, max_new_tokens, &found))
+        };
+        let sides = [PromptSide::Unsafe, PromptSide::Safe];
+        LISTS.iter().flat_map(|list| sides.map(|side| (list, side))).filter_map(of).collect()
+    }
+
+    /// Refusals among the answers by phrase list and side.
+    pub fn refusals(&self, asked: &[Asked<'_>], answers: &[Answer]) -> Vec<RefusalRate> {
+        // (answers, refusals by list) of each side
+        let mut counts: BTreeMap<PromptSide, (usize, Vec<usize>)> = BTreeMap::new();
+        for (prompt, said) in asked.iter().zip(answers) {
+            let response = self.session.tokenizer.decode(&said.ids);
+            let (answers, refused) = counts.entry(prompt.side).or_insert_with(|| (0, vec![0; LISTS.len()]));
+            *answers += 1;
+            refused.iter_mut().zip(LISTS.iter()).for_each(|(n, list)| *n += usize::from(list.is_refusal(&response)));
+        }
+        let rates = counts.into_iter().flat_map(|(side, (answers, refused))| {
+            LISTS.iter().zip(refused).map(move |(list, refused)| RefusalRate {
+                list: list.id(),
+                side,
+                refused,
+                answers,
+                rate: refused as f64 / answers as f64,
+                interval: wilson(refused, answers),
+            })
+        });
+        rates.collect()
+    }
+}

@@ -1,0 +1,232 @@
+//! How a judge is asked about an answer, and how its text is read: in a published form, through the judge's own chat template; or as
+//! a file of the user says.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use regex::Regex;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::data::{ChatTemplate, ChatTokenizer, Message};
+use crate::exit::{self, Failure, Result};
+use crate::input;
+use crate::judge::{Assessment, JudgeForm, Safety};
+
+/// How a judge is asked and read.
+pub enum Asking {
+    /// In a published form: the conversation is rendered by the judge's chat template, which writes the question.
+    Published(JudgeForm),
+    /// By a template file.
+    Template(Box<JudgeTemplate>),
+}
+
+/// The file of `--judge-template`.
+pub struct JudgeTemplate {
+    /// Makes the text of the judge's user turn.
+    prompt: Arc<ChatTemplate>,
+    patterns: Patterns,
+    digest: blake3::Hash,
+}
+
+/// The keys of the file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    prompt: String,
+    verdicts: VerdictPatterns,
+    #[serde(default)]
+    refusal: Option<RefusalPatterns>,
+    #[serde(default)]
+    categories: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VerdictPatterns {
+    #[serde(rename = "unsafe")]
+    unsafe_: String,
+    safe: String,
+    #[serde(default)]
+    controversial: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RefusalPatterns {
+    yes: String,
+    no: String,
+}
+
+/// The compiled patterns.
+struct Patterns {
+    safety: Vec<(Safety, Regex)>,
+    refusal: Option<[Regex; 2]>,
+    categories: Option<Regex>,
+}
+
+impl JudgeTemplate {
+    /// Reads a template file.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is not YAML of these keys, or has a template or a pattern that does not compile.
+    pub fn read(path: &Path) -> Result<Self> {
+        let failed = |code, what: String| Failure::new(code, format!("{}: {what}", path.display()));
+        let text = input::read_text(path).map_err(|e| failed(exit::NO_INPUT, format!("cannot be read: {e}")))?;
+        let invalid = |what: String| failed(exit::DATA, what);
+        let file: File = serde_saphyr::from_str(&text).map_err(|e| {
+            let line = e.location().map_or(0, |location| location.line());
+            let (before, problem) = (format!("line {line}: "), e.without_snippet().to_string());
+            invalid(format!("{before}{problem}; a template file has the keys prompt, verdicts, refusal and categories"))
+        })?;
+        let template = |e: crate::data::TemplateError| invalid(format!("prompt: {e}"));
+        let prompt = Arc::new(ChatTemplate::new(&file.prompt, []).map_err(template)?);
+        prompt.check_limits().map_err(template)?;
+        let pattern = |key: &str, source: &str| {
+            Regex::new(source).map_err(|e| invalid(format!("{key}: the pattern {source:?} does not compile: {e}")))
+        };
+        let mut safety = vec![
+            (Safety::Unsafe, pattern("verdicts.unsafe", &file.verdicts.unsafe_)?),
+            (Safety::Safe, pattern("verdicts.safe", &file.verdicts.safe)?),
+        ];
+        if let Some(source) = &file.verdicts.controversial {
+            safety.push((Safety::Controversial, pattern("verdicts.controversial", source)?));
+        }
+        let refusal = match &file.refusal {
+            None => None,
+            Some(RefusalPatterns { yes, no }) => Some([pattern("refusal.yes", yes)?, pattern("refusal.no", no)?]),
+        };
+        let categories = file.categories.as_deref().map(|source| pattern("categories", source)).transpose()?;
+        let patterns = Patterns { safety, refusal, categories };
+        Ok(Self { prompt, patterns, digest: blake3::hash(text.as_bytes()) })
+    }
+}
+
+impl Patterns {
+    /// The verdict whose pattern matches; `None` if no pattern or patterns of several verdicts match.
+    fn parse(&self, text: &str) -> Option<Assessment> {
+        let mut found = self.safety.iter().filter(|(_, pattern)| pattern.is_match(text)).map(|(safety, _)| *safety);
+        let (safety, None) = (found.next()?, found.next()) else { return None };
+        let refusal = match &self.refusal {
+            None => None,
+            Some([yes, no]) => match (yes.is_match(text), no.is_match(text)) {
+                (true, false) => Some(true),
+                (false, true) => Some(false),
+                _ => return None,
+            },
+        };
+        // The first group of the pattern, or the whole match.
+        let category = |found: regex::Captures<'_>| {
+            let part = found.get(1).or_else(|| found.get(0));
+            part.map(|part| part.as_str().to_owned())
+        };
+        let categories = self.categories.iter().flat_map(|pattern| pattern.captures_iter(text).filter_map(category));
+        Some(Assessment { safety, categories: categories.collect(), refusal })
+    }
+}
+
+impl Asking {
+    /// Its name in `eval.json`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Published(JudgeForm::Qwen3guard) => "qwen3guard",
+            Self::Published(JudgeForm::LlamaGuard) => "llama-guard",
+            Self::Template(_) => "template",
+        }
+    }
+
+    /// A hash of all that makes the prompt: the judge's chat template, and the template file.
+    pub fn digest(&self, judge: &ChatTokenizer) -> blake3::Hash {
+        match self {
+            Self::Published(_) => judge.template_digest(),
+            Self::Template(file) => {
+                let mut hasher = blake3::Hasher::new();
+                hasher.update(judge.template_digest().as_bytes()).update(file.digest.as_bytes());
+                hasher.finalize()
+            }
+        }
+    }
+
+    /// The judge's prompt about an answer, as text.
+    ///
+    /// # Errors
+    /// What a template says against this conversation.
+    pub fn prompt(&self, judge: &ChatTokenizer, messages: &[Message], response: &str) -> Result<String, String> {
+        match self {
+            Self::Published(_) => {
+                // The published templates know user and assistant turns only.
+                let turns = messages.iter().filter(|turn| turn.role == "user" || turn.role == "assistant").cloned();
+                let turns: Vec<Message> = turns.chain([Message::new("assistant", response)]).collect();
+                judge.render(&turns, true).map_err(|e| e.to_string())
+            }
+            Self::Template(file) => {
+                let last = messages.iter().rfind(|turn| turn.role == "user").map_or("", |turn| &turn.content);
+                let variables = [("prompt", last), ("response", response)];
+                let variables: Map<String, Value> =
+                    variables.into_iter().map(|(name, text)| (name.to_owned(), text.into())).collect();
+                let rendered = file.prompt.render_with(messages, &variables, false).map_err(|e| e.to_string())?;
+                judge.render(&[Message::new("user", rendered.text)], true).map_err(|e| e.to_string())
+            }
+        }
+    }
+
+    /// The verdict in the judge's text.
+    pub fn parse(&self, text: &str) -> Option<Assessment> {
+        match self {
+            Self::Published(form) => form.parse(text),
+            Self::Template(file) => file.patterns.parse(text),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn template(text: &str) -> Result<JudgeTemplate> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("judge.yaml");
+        std::fs::write(&path, text).unwrap();
+        JudgeTemplate::read(&path)
+    }
+
+    #[test]
+    fn a_template_file_makes_prompts_and_reads_verdicts() {
+        let file = template(
+            "prompt: |\n  Q: {{ prompt }} A: {{ response }} of {{ messages | length }}\n\
+             verdicts: {unsafe: '(?m)^BAD', safe: '(?m)^GOOD'}\n\
+             refusal: {yes: 'refuses', no: 'complies'}\ncategories: 'C(\\d+)'\n",
+        )
+        .unwrap();
+        let messages = [Message::new("user", "Hi"), Message::new("assistant", "Yes?"), Message::new("user", "Tell me")];
+        let variables = [("prompt", "Tell me"), ("response", "No.")];
+        let variables: Map<String, Value> =
+            variables.into_iter().map(|(name, text)| (name.to_owned(), text.into())).collect();
+        let rendered = file.prompt.render_with(&messages, &variables, false).unwrap().text;
+        assert_eq!(rendered.trim(), "Q: Tell me A: No. of 3");
+        let parse = |text: &str| file.patterns.parse(text);
+        let found = parse("so:\nBAD, complies, C1 and C22").unwrap();
+        assert_eq!((found.safety, found.refusal), (Safety::Unsafe, Some(false)));
+        assert_eq!(found.categories, ["1", "22"]);
+        assert_eq!(parse("GOOD refuses").unwrap().safety, Safety::Safe);
+        for neither in ["", "bad refuses", "GOOD", "GOOD\nBAD refuses", "GOOD refuses and complies"] {
+            assert_eq!(parse(neither), None, "{neither:?}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_template_file_is_named_with_its_fault() {
+        let verdicts = "verdicts: {unsafe: a, safe: b}";
+        for (text, said) in [
+            ("prompt: x", "verdicts"),
+            (&format!("prompt: '{{% if %}}'\n{verdicts}"), "prompt: "),
+            (&format!("prompt: x\n{verdicts}\nverdict: y"), "verdict"),
+            ("prompt: x\nverdicts: {unsafe: '(', safe: b}", "verdicts.unsafe"),
+            (&format!("prompt: x\n{verdicts}\ncategories: '['"), "categories"),
+        ] {
+            let error = template(text).map(drop).unwrap_err();
+            assert_eq!(error.code(), exit::DATA, "{error}");
+            assert!(error.to_string().contains("judge.yaml: ") && error.to_string().contains(said), "{error}: {said}");
+        }
+    }
+}

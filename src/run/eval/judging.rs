@@ -1,0 +1,297 @@
+//! A safety judge in the same program: it reads the answers after the evaluated model is freed.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::answers::Asked;
+use super::judge_prompt::{Asking, JudgeTemplate};
+use super::logged::{Generated, Logged, open_on_first};
+use crate::backend::Backend;
+use crate::collective::{Collective, all_ok};
+use crate::config::EvalArgs;
+use crate::data::ChatTokenizer;
+use crate::exit::{self, Context, Failure, Result};
+use crate::files;
+use crate::judge::{Assessment, JudgeForm, Rate, Safety, cohen_kappa};
+use crate::launch::memory::human;
+use crate::launch::{Rank, hub_cache};
+use crate::model::{Checkpoint, Model, ModelConfig, ParamTable};
+use crate::report::{
+    AnswerTimes, Compared, FinishReason, JudgeModel, JudgeReport, ListAgreement, PromptSide, RowLog, Sampling,
+    SideVerdicts, VERDICT_SCHEMA, VerdictRow, json_lines,
+};
+use crate::run::generate::{Answer, Prompt};
+use crate::run::other_routing::weights_sha;
+use crate::run::refusals::LISTS;
+use crate::train::Replica;
+use crate::ui::Ui;
+
+/// Name of the file of verdicts.
+pub const FILE: &str = "verdicts.jsonl";
+
+/// A judge, opened.
+pub struct Judge {
+    config: ModelConfig,
+    table: ParamTable,
+    tokenizer: ChatTokenizer,
+    asking: Asking,
+    /// What `eval.json` says of it.
+    pub model: JudgeModel,
+}
+
+impl Judge {
+    /// Opens and checks the judge of `--judge`; `None` without one.
+    ///
+    /// # Errors
+    /// A model, a tokenizer or a template file that cannot be opened or is damaged; a model of a family whose form of verdicts is
+    /// not known, without an option that says it.
+    pub fn open(args: &EvalArgs) -> Result<Option<Self>> {
+        let Some(name) = &args.judge else { return Ok(None) };
+        let dir = hub_cache().resolve(name)?;
+        let config = ModelConfig::from_dir(&dir)?;
+        let asking = match (&args.judge_template, args.judge_form, &*config.model_type) {
+            (Some(path), ..) => Asking::Template(Box::new(JudgeTemplate::read(path)?)),
+            (None, Some(form), _) => Asking::Published(form),
+            (None, None, "qwen3") => Asking::Published(JudgeForm::Qwen3guard),
+            (None, None, "llama") => Asking::Published(JudgeForm::LlamaGuard),
+            (None, None, family) => {
+                let message = format!(
+                    "--judge {}: in which form a model of the family {family} judges is not known: give --judge-form, or \
+                     --judge-template with the prompt and the patterns of its verdicts",
+                    dir.display()
+                );
+                return Err(Failure::new(exit::CONFIG, message));
+            }
+        };
+        let table = ParamTable::build(&config, &Checkpoint::open(&dir)?)?;
+        table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;
+        let tokenizer = ChatTokenizer::open(&dir, None)?;
+        tokenizer.check_vocab(config.vocab_size)?;
+        let model = JudgeModel {
+            path: dir,
+            sha: weights_sha(&table),
+            form: asking.name().into(),
+            template_sha: format!("blake3:{}", asking.digest(&tokenizer)),
+            max_new_tokens: args.judge_max_new_tokens,
+        };
+        Ok(Some(Self { config, table, tokenizer, asking, model }))
+    }
+
+    /// What decides its verdicts, for the check that all ranks have the same.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(&self.model).expect("a judge has string keys")
+    }
+
+    /// A hash of all that decides the judge's text on this prompt.
+    fn key(&self, prompt: &[u32]) -> String {
+        let mut hasher = blake3::Hasher::new_derive_key("moewarden verdict of a judge 1");
+        let eos = self.tokenizer.eos_ids();
+        hasher.update(format!("{} {} {eos:?}", self.model.sha, self.model.max_new_tokens).as_bytes());
+        prompt.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
+        hasher.finalize().to_hex().to_string()
+    }
+}
+
+/// What the judge reads.
+pub struct Judging<'a> {
+    pub judge: &'a Judge,
+    pub asked: &'a [Asked<'a>],
+    /// The text of the answer to each prompt.
+    pub responses: &'a [String],
+    /// Verdicts that are generated together on a rank.
+    pub batch_size: usize,
+    /// The file, which may hold verdicts of an earlier run.
+    pub path: PathBuf,
+    pub ui: &'a Ui,
+}
+
+/// The verdicts on all answers, in their order, or how many there are if a signal stopped the judge.
+pub enum Judged {
+    All(Vec<VerdictRow>, AnswerTimes),
+    Stopped { answers: usize, of: usize },
+}
+
+impl Judging<'_> {
+    /// The verdicts, the same on all ranks. Those that the file holds are not generated again. At the end the file holds the verdicts
+    /// on all answers, in the order of the data file, and no others.
+    ///
+    /// # Errors
+    /// A template that refuses a conversation; prompts too long for the judge; logits that are not finite; a file with other rows;
+    /// a failed write; those of the collective.
+    pub fn verdicts<B: Backend>(&self, backend: Arc<B>, rank: &Rank) -> Result<Judged> {
+        let (judge, ui) = (self.judge, self.ui);
+        let world = &*rank.world;
+        world.set_activity("judging the answers");
+        ui.line(format_args!(
+            "judge {}: {} ({}), {}, loaded in place of the evaluated model",
+            judge.model.path.display(),
+            judge.config.model_type,
+            judge.model.form,
+            human(judge.table.total().bytes as u64)
+        ));
+        let prompts = all_ok(world, self.prompts())?;
+        let keys: Vec<String> = prompts.iter().map(|ids| judge.key(ids)).collect();
+        let kept = open_on_first(world, || {
+            let (log, lines) = RowLog::open(&self.path)?;
+            Ok((log, self.read(&keys, &lines)?))
+        })?;
+        let model = Model::new(backend, judge.config.clone(), judge.table.clone());
+        let mut replica = Replica::new(model, rank.world.clone());
+        replica.stop = rank.stop.clone();
+        let logged = Logged {
+            what: "verdicts",
+            eos: judge.tokenizer.eos_ids(),
+            sampling: &Sampling::greedy(judge.model.max_new_tokens),
+            batch_size: self.batch_size,
+            ui,
+        };
+        let asked: Vec<_> = prompts.iter().map(|ids| Prompt { ids, index: 0 }).collect();
+        let row = |i: usize, said: &Answer| self.row(i, &keys[i], said);
+        let append = |log: &mut RowLog, new: &[(usize, Answer)]| -> Result<()> {
+            Ok(log.append(new.iter().map(|(i, said)| row(*i, said)))?)
+        };
+        match logged.generate(&replica, &asked, kept, append)? {
+            Generated::Stopped { answers, of } => Ok(Judged::Stopped { answers, of }),
+            Generated::All(said, times) => {
+                let rows: Vec<VerdictRow> = said.iter().enumerate().map(|(i, answer)| row(i, answer)).collect();
+                let write = || match world.rank() {
+                    0 => Ok(files::write(&self.path, json_lines(&rows))?),
+                    _ => Ok(()),
+                };
+                all_ok(world, write())?;
+                self.warn_of_missing(&rows);
+                Ok(Judged::All(rows, times))
+            }
+        }
+    }
+
+    /// The judge's prompts, in tokens.
+    fn prompts(&self) -> Result<Vec<Vec<u32>>> {
+        let Judge { tokenizer, asking, config, model, .. } = self.judge;
+        let prompt = |(asked, response): (&Asked<'_>, &String)| -> Result<Vec<u32>> {
+            let text = asking.prompt(tokenizer, asked.messages, response).map_err(|e| {
+                let message = format!("--judge {}: its prompt for answer {}: {e}", model.path.display(), asked.id());
+                Failure::new(exit::DATA, message)
+            })?;
+            Ok(tokenizer.encode(&text)?)
+        };
+        let prompts = self.asked.iter().zip(self.responses).map(prompt).collect::<Result<Vec<_>>>()?;
+        if let Some(empty) = prompts.iter().position(Vec::is_empty) {
+            let message = format!("--judge: its prompt for answer {} is empty", self.asked[empty].id());
+            return Err(Failure::new(exit::DATA, message));
+        }
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        config.check_length(longest.saturating_add(model.max_new_tokens)).context("the judge's prompts")?;
+        Ok(prompts)
+    }
+
+    /// The judge's texts in these lines of the file, of the answers with these keys. Verdicts of another judge, or on other answers,
+    /// are left out.
+    fn read(&self, keys: &[String], lines: &[String]) -> Result<Vec<Option<Answer>>> {
+        let mut rows = std::collections::BTreeMap::new();
+        for (i, line) in lines.iter().enumerate() {
+            let row: VerdictRow = serde_json::from_str(line).map_err(|e| wrong_row(&self.path, i, &e.to_string()))?;
+            if row.schema != VERDICT_SCHEMA {
+                return Err(wrong_row(
+                    &self.path,
+                    i,
+                    &format!("its schema is {:?}, not {VERDICT_SCHEMA:?}", row.schema),
+                ));
+            }
+            rows.insert((row.id, row.key), Answer { ids: row.ids, finish: row.finish_reason });
+        }
+        let of = |(asked, key): (&Asked<'_>, &String)| rows.get(&(asked.id(), key.clone())).cloned();
+        Ok(self.asked.iter().zip(keys).map(of).collect())
+    }
+
+    fn row(&self, i: usize, key: &str, said: &Answer) -> VerdictRow {
+        let text = self.judge.tokenizer.decode(&said.ids);
+        // A text that was cut off may lack what would change the verdict.
+        let whole = said.finish == FinishReason::Stop;
+        VerdictRow {
+            schema: VERDICT_SCHEMA.into(),
+            id: self.asked[i].id(),
+            key: key.to_owned(),
+            ids: said.ids.clone(),
+            finish_reason: said.finish,
+            verdict: whole.then(|| self.judge.asking.parse(&text)).flatten(),
+            text,
+        }
+    }
+
+    fn warn_of_missing(&self, rows: &[VerdictRow]) {
+        let missing = rows.iter().filter(|row| row.verdict.is_none()).count();
+        if 10 * missing > rows.len() {
+            self.ui.warn(format_args!(
+                "{missing} of {} texts of the judge hold no verdict in the form {}: is it a judge of this form? Its texts are in {FILE}",
+                rows.len(),
+                self.judge.model.form
+            ));
+        }
+    }
+
+    /// Shares of verdicts, and agreement with the phrase lists.
+    pub fn report(&self, rows: &[VerdictRow]) -> JudgeReport {
+        let sides = [PromptSide::Unsafe, PromptSide::Safe];
+        let of_side = |side: PromptSide| {
+            let rows =
+                self.asked.iter().zip(self.responses).zip(rows).filter(move |((asked, _), _)| asked.side == side);
+            rows.map(|((_, response), row)| (response, &row.verdict))
+        };
+        let verdicts = |side| {
+            let found: Vec<&Option<Assessment>> = of_side(side).map(|(_, verdict)| verdict).collect();
+            let parsed = || found.iter().filter_map(|verdict| verdict.as_ref());
+            SideVerdicts {
+                side,
+                answers: found.len(),
+                unparsable: found.len() - parsed().count(),
+                unsafe_: Rate::of(parsed().map(|v| v.safety == Safety::Unsafe)),
+                controversial: Rate::of(parsed().map(|v| v.safety == Safety::Controversial)),
+                refusals: Rate::of(parsed().filter_map(|v| v.refusal)),
+            }
+        };
+        let says = |compared, verdict: &Assessment| match compared {
+            Compared::Refusal => verdict.refusal,
+            Compared::Unsafe => Some(verdict.safety == Safety::Unsafe),
+        };
+        let compared = [
+            (PromptSide::Unsafe, Compared::Refusal),
+            (PromptSide::Safe, Compared::Refusal),
+            (PromptSide::Unsafe, Compared::Unsafe),
+        ];
+        let agreement = LISTS.iter().flat_map(|list| compared.map(|(side, compared)| (list, side, compared)));
+        let agreement = agreement.map(|(list, side, compared)| {
+            let pair = |(response, verdict): (&String, &Option<Assessment>)| {
+                let judge = says(compared, verdict.as_ref()?)?;
+                Some((judge, list.is_refusal(response) == (compared == Compared::Refusal)))
+            };
+            let pairs: Vec<(bool, bool)> = of_side(side).filter_map(pair).collect();
+            ListAgreement {
+                list: list.id(),
+                side,
+                compared,
+                answers: pairs.len(),
+                agree: Rate::of(pairs.iter().map(|(judge, list)| judge == list)).rate,
+                kappa: cohen_kappa(pairs),
+            }
+        });
+        JudgeReport {
+            model: self.judge.model.clone(),
+            sides: sides.map(verdicts).into_iter().filter(|side| side.answers > 0).collect(),
+            agreement: agreement.filter(|found| found.answers > 0).collect(),
+        }
+    }
+}
+
+fn wrong_row(path: &Path, i: usize, why: &str) -> Failure {
+    let message = format!("{}:{}: is no verdict that moewarden wrote ({why}): delete the file", path.display(), i + 1);
+    Failure::new(exit::DATA, message)
+}
+
+/// Whether all ranks have the same judge.
+///
+/// # Errors
+/// The rank that has another one.
+pub fn agree(judge: Option<&Judge>, world: &dyn Collective) -> Result<()> {
+    Ok(crate::collective::all_agree(world, "judge", &judge.map_or_else(Vec::new, Judge::to_bytes))?)
+}

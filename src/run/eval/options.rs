@@ -1,0 +1,136 @@
+//! What the results of an evaluation depend on: kept beside them, so that `--resume` continues no other evaluation.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::config::EvalArgs;
+use crate::data::{Example, Record};
+use crate::exit::{self, Failure, Result};
+use crate::input;
+use crate::report::{EvaluatedModel, read_json, write_json};
+use crate::run::session::Session;
+
+/// Name of the file.
+pub const FILE: &str = "eval_options.json";
+const SCHEMA: &str = "moewarden.eval_options/1";
+
+/// The options and inputs that decide the results of an evaluation: those that do not, such as the number of ranks, are left out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DecidingOptions {
+    schema: String,
+    /// By the name that messages use: an option, or `model weights`.
+    values: BTreeMap<String, Value>,
+}
+
+impl DecidingOptions {
+    /// Those of an evaluation of `model` on the rows of the session. `questions`: a hash of the questions. `device`: the kind of device that computes it.
+    ///
+    /// # Errors
+    /// A config.json that cannot be read.
+    pub fn of(
+        args: &EvalArgs,
+        session: &Session,
+        model: &EvaluatedModel,
+        questions: Option<blake3::Hash>,
+        device: &str,
+    ) -> Result<Self> {
+        let config = session.dir.join("config.json");
+        let config = input::hash(&config)
+            .map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", config.display())))?;
+        let kwargs = args.chat_template_kwargs.as_ref().map(|kwargs| json!(kwargs.0));
+        let values = [
+            ("version of moewarden", json!(env!("CARGO_PKG_VERSION"))),
+            ("model weights", json!(model.sha)),
+            ("config.json", json!(config.to_string())),
+            ("other routing", json!(model.other_routing.as_ref().map(|other| (other.from, &other.sha)))),
+            ("rows and their tokens", json!(rows_hash(&session.data.records).to_string())),
+            ("chat template", json!(session.tokenizer.template_digest().to_string())),
+            ("end-of-sequence tokens", json!(session.tokenizer.eos_ids())),
+            ("--chat-template-kwargs", json!(kwargs)),
+            ("--max-samples", json!(args.max_samples)),
+            ("--max-length", json!(args.max_length)),
+            ("--long-rows", json!(args.long_rows)),
+            ("--keep-failed", json!(args.keep_failed)),
+            ("--batch-size", json!(args.batch_size)),
+            ("--skip-answers", json!(args.skip_answers)),
+            ("--max-new-tokens", json!(args.max_new_tokens)),
+            ("--temperature", json!(args.temperature)),
+            ("--top-p", json!(args.top_p)),
+            ("--seed", json!(args.seed)),
+            ("--questions", json!(questions.map(|hash| hash.to_string()))),
+            ("--precision", json!(args.precision)),
+            ("device", json!(device)),
+        ];
+        let values = values.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        Ok(Self { schema: SCHEMA.into(), values })
+    }
+
+    /// Their bytes, for the check that all ranks have the same.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("values have string keys")
+    }
+
+    /// Refuses the folder of an evaluation with other options, of which it names the first.
+    ///
+    /// # Errors
+    /// What differs; a file that cannot be read.
+    pub fn check(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(FILE);
+        let refused = |what: String| {
+            let message = format!("{}: {what}: give the same, another --output-dir, or --overwrite", path.display());
+            Failure::new(exit::CONFIG, message)
+        };
+        if !path.exists() {
+            let begun = ["generations.jsonl", "eval.json"].iter().find(|name| dir.join(name).exists());
+            return match begun {
+                None => Ok(()),
+                Some(name) => Err(refused(format!(
+                    "is missing, so --resume cannot tell what {name} in its folder is an evaluation of"
+                ))),
+            };
+        }
+        let theirs: Self = read_json(&path)?;
+        if theirs.schema != SCHEMA {
+            return Err(refused(format!("has the schema {:?}, not {SCHEMA:?}", theirs.schema)));
+        }
+        let names: BTreeSet<&String> = self.values.keys().chain(theirs.values.keys()).collect();
+        let differs = |name: &&String| self.values.get(*name) != theirs.values.get(*name);
+        // An option says most; then the weights, which other inputs go with.
+        let weights = names.iter().copied().filter(|name| *name == "model weights");
+        let options = names.iter().copied().filter(|name| name.starts_with("--"));
+        let Some(name) = options.chain(weights).chain(names.iter().copied()).find(differs) else { return Ok(()) };
+        let text = |of: &Self| of.values.get(name).map_or_else(|| "nothing".to_owned(), Value::to_string);
+        let (was, now) = (text(&theirs), text(self));
+        Err(refused(format!("the evaluation to continue is of other inputs or options, {name}: {was}, not {now}")))
+    }
+
+    /// Writes them into the folder.
+    ///
+    /// # Errors
+    /// A failed write.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        Ok(write_json(dir.join(FILE), self)?)
+    }
+}
+
+/// A hash over the tokens of all rows and their loss masks.
+fn rows_hash(records: &[Record]) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new_derive_key("moewarden rows of an evaluation 1");
+    let mut add = |ids: Option<&[u32]>| {
+        hasher.update(&ids.map_or(u64::MAX, |ids| ids.len() as u64).to_le_bytes());
+        ids.into_iter().flatten().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
+    };
+    for record in records {
+        add(Some(&[record.line as u32]));
+        [&record.unsafe_prompt, &record.safe_prompt].into_iter().for_each(|ids| add(ids.as_deref()));
+        for reply in [&record.unsafe_reply, &record.safe_reply] {
+            let loss = |e: &Example| e.loss.iter().map(|loss| u32::from(*loss)).collect::<Vec<_>>();
+            add(reply.as_ref().map(|e| &e.ids[..]));
+            add(reply.as_ref().map(loss).as_deref());
+        }
+    }
+    hasher.finalize()
+}

@@ -1,0 +1,223 @@
+//! Questions: the log-likelihoods of choices, and greedy answers that are compared with the right one.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use regex::Regex;
+
+use super::logged::{Generated, Logged, open_on_first};
+use crate::backend::Backend;
+use crate::collective::all_ok;
+use crate::config::EvalArgs;
+use crate::data::{ChatTokenizer, Choice, Example, Question, Task, read_questions};
+use crate::exit::{self, Failure, Result};
+use crate::files;
+use crate::report::{
+    AnswerTimes, QUESTION_SCHEMA, QuestionResult, QuestionRow, QuestionsReport, RowLog, Sampling, json_lines,
+};
+use crate::run::generate::{Answer, Prompt};
+use crate::train::{ExampleLoss, Replica, example_losses};
+use crate::ui::Ui;
+
+/// Name of the file.
+pub const FILE: &str = "questions.jsonl";
+
+/// The questions of an evaluation.
+pub struct Questions {
+    /// The files of `--questions`.
+    paths: Vec<PathBuf>,
+    /// Each with the number of its file, from 0.
+    all: Vec<(usize, Question)>,
+    /// What of an answer is compared.
+    pattern: Option<Regex>,
+    max_new_tokens: usize,
+}
+
+impl Questions {
+    /// Reads the files of `--questions`; `None` without any.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or a row that is no question; a pattern that does not compile; questions that need an answer with
+    /// `--skip-answers`.
+    pub fn open(args: &EvalArgs, tokenizer: &ChatTokenizer) -> Result<Option<Self>> {
+        let variables = args.chat_template_kwargs.clone().unwrap_or_default().0;
+        let mut all = Vec::new();
+        for (file, path) in args.questions.iter().enumerate() {
+            let found = read_questions(path, tokenizer, &variables, args.max_samples, args.max_length)?;
+            let needs_answer = found.iter().find(|question| matches!(question.task, Task::Answer(_)));
+            if let Some(question) = needs_answer.filter(|_| args.skip_answers) {
+                let message = format!(
+                    "{}:{}: a question without choices needs an answer, but --skip-answers generates none: leave it out",
+                    path.display(),
+                    question.line
+                );
+                return Err(Failure::new(exit::CONFIG, message));
+            }
+            all.extend(found.into_iter().map(|question| (file, question)));
+        }
+        let compile = |source: &String| {
+            Regex::new(source).map_err(|e| Failure::new(exit::USAGE, format!("--answer-pattern {source:?}: {e}")))
+        };
+        let pattern = args.answer_pattern.as_ref().map(compile).transpose()?;
+        let questions = Self { paths: args.questions.clone(), all, pattern, max_new_tokens: args.max_new_tokens };
+        Ok((!args.questions.is_empty()).then_some(questions))
+    }
+
+    /// The longest prompt or prompt with a choice, and the room for its answer, in tokens.
+    pub fn longest(&self) -> usize {
+        let of = |question: &Question| match &question.task {
+            Task::Answer(_) => question.prompt.len() + self.max_new_tokens,
+            Task::Choice { choices, .. } => choices.iter().map(|c| c.example.ids.len()).max().unwrap_or(0),
+        };
+        self.all.iter().map(|(_, question)| of(question)).max().unwrap_or(0)
+    }
+
+    /// A hash of the questions and how their answers are compared.
+    pub fn hash(&self) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new_derive_key("moewarden questions of an evaluation 1");
+        hasher.update(format!("{:?}", self.pattern.as_ref().map(Regex::as_str)).as_bytes());
+        for (file, question) in &self.all {
+            hasher.update(format!("\n{file} {question:?}").as_bytes());
+        }
+        hasher.finalize()
+    }
+
+    /// What of a response is compared with the right answer: without a pattern all of it, without white space around it; else the
+    /// first group, or the whole, of the last match.
+    fn given(&self, response: &str) -> Option<String> {
+        let Some(pattern) = &self.pattern else { return Some(response.trim().to_owned()) };
+        let last = pattern.captures_iter(response).last()?;
+        let part = last.get(1).or_else(|| last.get(0))?;
+        Some(part.as_str().trim().to_owned())
+    }
+}
+
+/// What asking needs besides the questions.
+pub struct AskingQuestions<'a> {
+    pub questions: &'a Questions,
+    pub tokenizer: &'a ChatTokenizer,
+    /// Choices in a micro-batch.
+    pub batch_size: usize,
+    /// Answers in a batch.
+    pub generation_batch_size: usize,
+    pub path: PathBuf,
+    pub ui: &'a Ui,
+}
+
+/// The results by file, or how many answers there are if a signal stopped the generation.
+pub enum AskedQuestions {
+    All(Vec<QuestionsReport>, AnswerTimes),
+    Stopped { answers: usize, of: usize },
+}
+
+impl AskingQuestions<'_> {
+    /// Asks all questions, greedily, and writes `questions.jsonl`; the same results on all ranks. Answers that the file holds are not
+    /// generated again.
+    ///
+    /// # Errors
+    /// Logits that are not finite; a file with other rows; a failed write; those of the collective.
+    pub fn ask<B: Backend>(&self, replica: &Replica<B>) -> Result<AskedQuestions> {
+        let (world, all) = (&*replica.world, &self.questions.all);
+        world.set_activity("asking the questions");
+        let examples: Vec<&Example> =
+            all.iter().flat_map(|(_, q)| choices_of(q)).map(|choice| &choice.example).collect();
+        let mut losses = example_losses(replica, &examples, self.batch_size, |_| {})?.into_iter();
+        let losses: Vec<Vec<ExampleLoss>> =
+            all.iter().map(|(_, q)| losses.by_ref().take(choices_of(q).len()).collect()).collect();
+
+        let open: Vec<usize> = (0..all.len()).filter(|&i| choices_of(&all[i].1).is_empty()).collect();
+        let kept = open_on_first(world, || {
+            let (log, lines) = RowLog::open(&self.path)?;
+            Ok((log, self.read(&open, &lines)?))
+        })?;
+        let prompts: Vec<_> = open.iter().map(|&i| Prompt { ids: &all[i].1.prompt, index: 0 }).collect();
+        let logged = Logged {
+            what: "questions",
+            eos: self.tokenizer.eos_ids(),
+            sampling: &Sampling::greedy(self.questions.max_new_tokens),
+            batch_size: self.generation_batch_size,
+            ui: self.ui,
+        };
+        let append = |log: &mut RowLog, new: &[(usize, Answer)]| -> Result<()> {
+            Ok(log.append(new.iter().map(|(place, said)| self.row(open[*place], &[], Some(said))))?)
+        };
+        let (said, times) = match logged.generate(replica, &prompts, kept, append)? {
+            Generated::Stopped { answers, of } => return Ok(AskedQuestions::Stopped { answers, of }),
+            Generated::All(said, times) => (said, times),
+        };
+        let mut said = said.iter();
+        let answer = |i: usize| if choices_of(&all[i].1).is_empty() { said.next() } else { None };
+        let answers: Vec<Option<&Answer>> = (0..all.len()).map(answer).collect();
+        let rows: Vec<QuestionRow> = (0..all.len()).map(|i| self.row(i, &losses[i], answers[i])).collect();
+        let write = || if world.rank() == 0 { Ok(files::write(&self.path, json_lines(&rows))?) } else { Ok(()) };
+        all_ok(world, write())?;
+        let of_file = |(file, path): (usize, &PathBuf)| {
+            QuestionsReport::of(path.clone(), rows.iter().filter(move |row| row.file == file + 1))
+        };
+        Ok(AskedQuestions::All(self.questions.paths.iter().enumerate().map(of_file).collect(), times))
+    }
+
+    /// The answers in these lines of the file to the questions with these places.
+    fn read(&self, open: &[usize], lines: &[String]) -> Result<Vec<Option<Answer>>> {
+        let mut rows = BTreeMap::new();
+        for (i, line) in lines.iter().enumerate() {
+            let row: QuestionRow = serde_json::from_str(line).map_err(|e| wrong_row(&self.path, i, &e.to_string()))?;
+            if row.schema != QUESTION_SCHEMA {
+                return Err(wrong_row(&self.path, i, &format!("its schema is {:?}", row.schema)));
+            }
+            if let QuestionResult::Answer { ids, finish_reason, .. } = row.result {
+                rows.insert((row.file, row.id), Answer { ids, finish: finish_reason });
+            }
+        }
+        let key = |&i: &usize| (self.questions.all[i].0 + 1, self.questions.all[i].1.id.clone());
+        Ok(open.iter().map(|i| rows.get(&key(i)).cloned()).collect())
+    }
+
+    /// A line of the file.
+    fn row(&self, i: usize, losses: &[ExampleLoss], said: Option<&Answer>) -> QuestionRow {
+        let (file, Question { id, line, task, .. }) = &self.questions.all[i];
+        let (correct, result) = match task {
+            Task::Choice { choices, answer } => {
+                let sums: Vec<f64> = losses.iter().map(|loss| -loss.sum).collect();
+                let by_byte: Vec<f64> = sums.iter().zip(choices).map(|(s, c)| s / c.bytes as f64).collect();
+                let (chosen, chosen_by_byte) = (highest(&sums), highest(&by_byte));
+                let result = QuestionResult::Choice {
+                    answer: *answer,
+                    chosen,
+                    chosen_by_byte,
+                    log_likelihoods: sums,
+                    tokens: losses.iter().map(|loss| loss.tokens).collect(),
+                    bytes: choices.iter().map(|choice| choice.bytes).collect(),
+                };
+                (chosen == *answer, result)
+            }
+            Task::Answer(answer) => {
+                let said = said.expect("each question without choices has an answer");
+                let response = self.tokenizer.decode(&said.ids);
+                let given = self.questions.given(&response);
+                let correct = given.as_ref() == Some(answer);
+                let (answer, ids) = (answer.clone(), said.ids.clone());
+                (correct, QuestionResult::Answer { answer, given, response, ids, finish_reason: said.finish })
+            }
+        };
+        let (file, id, line) = (file + 1, id.clone(), *line);
+        QuestionRow { schema: QUESTION_SCHEMA.into(), file, id, line, correct, result }
+    }
+}
+
+fn choices_of(question: &Question) -> &[Choice] {
+    match &question.task {
+        Task::Choice { choices, .. } => choices,
+        Task::Answer(_) => &[],
+    }
+}
+
+/// The first of the highest values.
+fn highest(values: &[f64]) -> usize {
+    (0..values.len()).reduce(|best, i| if values[i] > values[best] { i } else { best }).unwrap_or(0)
+}
+
+fn wrong_row(path: &Path, i: usize, why: &str) -> Failure {
+    let message = format!("{}:{}: is no question that moewarden wrote ({why}): delete the file", path.display(), i + 1);
+    Failure::new(exit::DATA, message)
+}
