@@ -29,7 +29,7 @@ const DIM: usize = 64;
 enum Work {
     /// Floating-point operations.
     Flops(usize),
-    /// f32 values read or written.
+    /// Values read or written, counted as f32 in GB/s, also where the rows of experts are bf16.
     Values(usize),
 }
 
@@ -185,7 +185,7 @@ fn main() {
         let h = cpu.grouped_linear(&rows, &gate_up, &dispatch);
         bench.time("swiglu", Work::Values(t * K * 3 * F), || cpu.weighted_swiglu(&h, &routing, &dispatch));
         let a = cpu.swiglu(&h);
-        bench.time("swiglu backward", Work::Values(t * K * 5 * F), || {
+        bench.time("swiglu and its backward", Work::Values(t * K * 8 * F), || {
             cpu.weighted_swiglu_backward(cpu.swiglu(&h), &h, &routing, &dispatch)
         });
         bench.time(&name("down"), Work::Flops(small), || cpu.grouped_linear(&a, &down, &dispatch));

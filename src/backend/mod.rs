@@ -201,9 +201,9 @@ pub trait Backend: Send + Sync + 'static {
 
     // --- memory --------------------------------------------------------------------------------------------------
 
-    /// Bytes of one element of a [`Self::Tensor`].
+    /// Bytes of one element of a [`Self::Tensor`], but for those of [`Self::routed_size`].
     fn activation_size(&self) -> usize;
-    /// Bytes of one element of the activations of experts' rows, of SwiGLU's input among them.
+    /// Bytes of one element of the results of grouped products and of SwiGLU.
     fn routed_size(&self) -> usize {
         self.activation_size()
     }
@@ -228,7 +228,7 @@ pub trait Backend: Send + Sync + 'static {
     fn download(&self, x: &Self::Tensor) -> Vec<f32>;
     /// A tensor `[rows, cols]` of zeros.
     fn zeros(&self, rows: usize, cols: usize) -> Self::Tensor;
-    /// Zeros with the shape and dtype of x.
+    /// Zeros with the shape of x, a tensor of tokens' rows, and its dtype.
     fn zeros_like(&self, x: &Self::Tensor) -> Self::Tensor;
     /// `(rows, cols)`.
     fn shape(&self, x: &Self::Tensor) -> (usize, usize);
@@ -373,7 +373,7 @@ pub trait Backend: Send + Sync + 'static {
     fn single_expert_dispatch(&self, rows: usize) -> Self::Dispatch;
     /// Number of routed rows of each expert, `[E]`.
     fn tokens_per_expert(&self, dispatch: &Self::Dispatch) -> Vec<usize>;
-    /// Copies each token's row of x `[T, D]` to its K sorted rows: `[R, D]`. The backward operation of
+    /// Each token's row of x `[T, D]` in its K sorted rows: `[R, D]`. The backward operation of
     /// [`Self::combine_rows`].
     fn dispatch_rows(&self, x: &Self::Tensor, dispatch: &Self::Dispatch) -> Self::Tensor;
     /// `y[t] = Σ_k x[row of (t, k)]`, k ascending: `[R, D]` → `[T, D]`. The backward operation of

@@ -106,7 +106,7 @@ pub struct EvalArgs {
     /// Device to compute on
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub device: Device,
-    /// Number format of matrix products, with sums in f32, and of activations on a GPU
+    /// Number format of matrix products, with sums in f32, and of activations: all on a GPU, the rows of experts on the CPU
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub precision: Precision,
     /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)
@@ -258,7 +258,7 @@ pub struct AblateArgs {
     /// Device to compute on
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub device: Device,
-    /// Number format of matrix products, with sums in f32, and of activations on a GPU
+    /// Number format of matrix products, with sums in f32, and of activations: all on a GPU, the rows of experts on the CPU
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub precision: Precision,
     /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)

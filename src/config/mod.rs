@@ -109,7 +109,7 @@ pub enum Device {
     Cuda,
 }
 
-/// Number format of matrix products, and of activations on a GPU. Sums are always f32.
+/// Number format of matrix products, and of activations: all of them on a GPU, the rows of experts on the CPU. Sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
@@ -296,7 +296,7 @@ pub struct RunConfig {
     // the machine
     /// Device to compute on.
     pub device: Device,
-    /// Number format of activations on a GPU.
+    /// Number format of matrix products.
     pub precision: Precision,
     /// Data-parallel ranks, as threads of this process; `None`: 1, or one for each visible GPU.
     pub ranks: Option<usize>,

@@ -291,7 +291,7 @@ pub struct RawOptions {
     /// Device to compute on
     #[arg(long, help_heading = MACHINE)]
     pub device: Option<Device>,
-    /// Number format of matrix products, with sums in f32, and of activations on a GPU
+    /// Number format of matrix products, with sums in f32, and of activations: all on a GPU, the rows of experts on the CPU
     #[arg(long, help_heading = MACHINE)]
     pub precision: Option<Precision>,
     /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)

@@ -160,6 +160,10 @@ fn question(row: &Map<String, Value>) -> Result<Parsed> {
     if choices.len() < 2 {
         return Err(format!("choices has {} entries; it needs two", choices.len()));
     }
+    let equal = (0..choices.len()).find_map(|i| Some((choices[..i].iter().position(|c| *c == choices[i])?, i)));
+    if let Some((first, second)) = equal {
+        return Err(format!("choices {} and {} are equal", first + 1, second + 1));
+    }
     let answer = right_choice(answer, &choices)?;
     Ok(Parsed { turns, asked: Asked::Choice(choices, answer) })
 }

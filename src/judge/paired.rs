@@ -18,8 +18,9 @@ pub struct PairedDifference {
     pub alone: [usize; 2],
     /// Share of yes in the second minus that in the first.
     pub difference: f64,
-    /// 95 % percentile interval of the difference over resamples of the items.
-    pub interval: [f64; 2],
+    /// 95 % percentile interval of the difference over resamples of the items; `None` where no item differs or all have the same
+    /// pair of outcomes, so that resampling changes nothing.
+    pub interval: Option<[f64; 2]>,
 }
 
 impl PairedDifference {
@@ -31,6 +32,10 @@ impl PairedDifference {
         }
         let count = |pair| pairs.iter().filter(|p| **p == pair).count();
         let alone = [count((true, false)), count((false, true))];
+        let difference = (alone[1] as f64 - alone[0] as f64) / n as f64;
+        if pairs.iter().all(|pair| *pair == pairs[0]) || alone == [0, 0] {
+            return Some(Self { of: n, alone, difference, interval: None });
+        }
         // A resample draws n items; only those count on which the outcomes differ.
         let mut rng = ChaCha8Rng::seed_from_u64(SEED);
         let mut draw = || {
@@ -44,8 +49,7 @@ impl PairedDifference {
         let mut sums: Vec<i64> = (0..RESAMPLES).map(|_| draw()).collect();
         sums.sort_unstable();
         let at = |q: f64| sums[(q * (RESAMPLES - 1) as f64).round() as usize] as f64 / n as f64;
-        let difference = (alone[1] as f64 - alone[0] as f64) / n as f64;
-        Some(Self { of: n, alone, difference, interval: [at(0.025), at(0.975)] })
+        Some(Self { of: n, alone, difference, interval: Some([at(0.025), at(0.975)]) })
     }
 }
 
@@ -68,16 +72,18 @@ mod tests {
         let wanted = [0.06 - half, 0.06 + half];
         // The interval moves in steps of 0.001, and 10000 resamples leave an error of its ends of about that.
         assert!(
-            found.interval.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 0.0021),
+            found.interval.unwrap().iter().zip(wanted).all(|(a, b)| (a - b).abs() < 0.0021),
             "{:?} {wanted:?}",
             found.interval
         );
     }
 
     #[test]
-    fn equal_outcomes_have_no_difference_and_order_does_not_matter() {
+    fn equal_outcomes_have_no_interval_and_order_does_not_matter() {
         let none = PairedDifference::of(&pairs([5, 0, 0, 7])).unwrap();
-        assert_eq!((none.difference, none.interval), (0.0, [0.0, 0.0]));
+        assert_eq!((none.difference, none.interval), (0.0, None));
+        let all = PairedDifference::of(&pairs([0, 3, 0, 0])).unwrap();
+        assert_eq!((all.difference, all.interval), (-1.0, None));
         let mut mixed = pairs([3, 4, 2, 5]);
         let found = PairedDifference::of(&mixed);
         mixed.reverse();

@@ -216,7 +216,9 @@ fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
         Place::Top if kind.is_dir() && model(checkpoint::target_of_temporary(name).unwrap_or(name)) => {
             Some(Place::Model)
         }
-        Place::Top if kind.is_dir() && ["checkpoints", "retain_cache"].contains(&name) => Some(Place::State),
+        Place::Top if kind.is_dir() && ["checkpoints", "retain_cache", "tensorboard"].contains(&name) => {
+            Some(Place::State)
+        }
         // A variant of `compare` has the layout of a run. (It holds no variants itself; allowing their names is
         // harmless.)
         Place::Top if kind.is_dir() && Variant::is_name(name) => Some(Place::Top),

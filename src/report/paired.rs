@@ -1,18 +1,27 @@
 //! Paired differences between evaluations of the same rows.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::eval_rows::PromptSide;
-use super::questions::{QuestionRow, QuestionsReport};
-use super::{Error, Table};
+use super::questions::{QuestionResult, QuestionRow, QuestionsReport};
+use super::verdicts::JudgeModel;
+use super::{Error, EvalReport, Table};
 use crate::judge::{Assessment, PairedDifference, Safety};
 
-/// Yes or no for each item, by what is asked of it.
-pub type Outcomes = BTreeMap<String, BTreeMap<String, bool>>;
+/// Measures by name.
+pub type Outcomes = BTreeMap<String, Measured>;
+
+/// Yes or no for each item.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Measured {
+    /// How it was measured. Two evaluations are compared only if this is equal.
+    basis: String,
+    items: BTreeMap<String, bool>,
+}
 
 /// What is read of a row of `generations.jsonl`.
 #[derive(Deserialize)]
@@ -31,31 +40,54 @@ struct Judged {
 }
 
 /// The outcomes of an evaluation, from the rows in its folder: refusals by phrase list, verdicts of the judge, and right answers to
-/// `questions`. Items of two evaluations are the same if they have the same id and messages.
+/// questions. Items of two evaluations are the same if they have the same id and messages, or the same id and question.
 ///
 /// # Errors
 /// [`Error::Missing`]; [`Error::Invalid`] with the number of the line.
-pub fn outcomes(dir: &Path, questions: &[QuestionsReport]) -> Result<Outcomes, Error> {
+pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
+    let sampling = format!("{:?}", eval.sampling);
+    let judge = eval.judge.as_ref().map(|judge| JudgeModel { path: PathBuf::new(), ..judge.model.clone() });
+    let judge = format!("{judge:?} {sampling}");
+    let names = file_names(&eval.questions);
     let mut out = Outcomes::new();
-    let mut add = |what: String, item: &str, yes: bool| _ = out.entry(what).or_default().insert(item.to_owned(), yes);
+    let mut add = |what: String, basis: &str, item: &str, yes: bool| {
+        let new = || Measured { basis: basis.to_owned(), items: BTreeMap::new() };
+        out.entry(what).or_insert_with(new).items.insert(item.to_owned(), yes);
+    };
     for row in rows::<Generated>(&dir.join("generations.jsonl"))? {
         let (item, side) = (format!("{} {}", row.id, row.messages), row.category.name());
         for (list, refuses) in row.proxy {
-            add(format!("{side} prompts: refused, {list}"), &item, refuses);
+            add(format!("{side} prompts: refused, {list}"), &sampling, &item, refuses);
         }
         if let Some(verdict) = row.judge.and_then(|judged| judged.verdict) {
-            add(format!("{side} prompts: judged unsafe"), &item, verdict.safety == Safety::Unsafe);
+            add(format!("{side} prompts: judged unsafe"), &judge, &item, verdict.safety == Safety::Unsafe);
             if let Some(refusal) = verdict.refusal {
-                add(format!("{side} prompts: judged a refusal"), &item, refusal);
+                add(format!("{side} prompts: judged a refusal"), &judge, &item, refusal);
             }
         }
     }
     for row in rows::<QuestionRow>(&dir.join("questions.jsonl"))? {
-        let name = questions.get(row.file.wrapping_sub(1)).and_then(|file| file.path.file_name());
-        let name = name.map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        add(format!("{name}: right"), &row.id, row.correct);
+        let name = names.get(row.file.wrapping_sub(1)).map_or("", String::as_str);
+        let (kind, basis) = match row.result {
+            QuestionResult::Choice { .. } => ("choices", String::new()),
+            QuestionResult::Answer { .. } => ("answers", format!("{} tokens", eval.sampling.max_new_tokens)),
+        };
+        add(format!("{name}: right, {kind}"), &basis, &format!("{} {}", row.id, row.digest), row.correct);
     }
     Ok(out)
+}
+
+/// The names of the files; those that repeat an earlier one with their number among these.
+fn file_names(files: &[QuestionsReport]) -> Vec<String> {
+    let name = |file: &QuestionsReport| {
+        file.path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+    };
+    let names: Vec<String> = files.iter().map(name).collect();
+    let numbered = |i: usize| match names[..i].iter().filter(|earlier| **earlier == names[i]).count() {
+        0 => names[i].clone(),
+        n => format!("{} ({})", names[i], n + 1),
+    };
+    (0..names.len()).map(numbered).collect()
 }
 
 /// The rows of a file of JSON lines; none if it does not exist.
@@ -81,18 +113,21 @@ pub fn paired_table(evals: &[(String, Outcomes)]) -> Table {
     for (name, outcomes) in others {
         for (what, ours) in outcomes {
             let Some(theirs) = first.get(what) else { continue };
+            let label = format!("{name}, {what}");
+            if ours.basis != theirs.basis {
+                table.row([&label, "-", "-", "-", "not compared: another judge, or other options of generation"]);
+                continue;
+            }
             let pairs: Vec<(bool, bool)> =
-                ours.iter().filter_map(|(item, yes)| Some((*theirs.get(item)?, *yes))).collect();
+                ours.items.iter().filter_map(|(item, yes)| Some((*theirs.items.get(item)?, *yes))).collect();
             let Some(found) = PairedDifference::of(&pairs) else { continue };
             let count = |yes: fn(&(bool, bool)) -> bool| pairs.iter().filter(|pair| yes(pair)).count().to_string();
-            let [low, high] = found.interval.map(|x| 100.0 * x);
-            table.row([
-                format!("{name}, {what}"),
-                found.of.to_string(),
-                count(|pair| pair.0),
-                count(|pair| pair.1),
-                format!("{:+.1} [{low:+.1}, {high:+.1}]", 100.0 * found.difference),
-            ]);
+            let interval = found.interval.map_or_else(
+                || "no interval".into(),
+                |ends| format!("[{:+.1}, {:+.1}]", 100.0 * ends[0], 100.0 * ends[1]),
+            );
+            let difference = format!("{:+.1} {interval}", 100.0 * found.difference);
+            table.row([label, found.of.to_string(), count(|pair| pair.0), count(|pair| pair.1), difference]);
         }
     }
     table

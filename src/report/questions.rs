@@ -22,6 +22,9 @@ pub struct QuestionRow {
     pub id: String,
     /// Line of the row.
     pub line: usize,
+    /// blake3 hash of the tokens of the question, its choices and the right answer.
+    #[serde(default)]
+    pub digest: String,
     /// Whether the model is right: by the sum of the log-likelihoods, or by its answer.
     pub correct: bool,
     /// A question with choices.

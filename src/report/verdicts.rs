@@ -37,6 +37,9 @@ pub struct JudgeModel {
     pub path: PathBuf,
     /// blake3 hash over its parameters, as for the evaluated model.
     pub sha: String,
+    /// blake3 hash of its `config.json`.
+    #[serde(default)]
+    pub config_sha: String,
     /// The form of its prompt and verdicts: `qwen3guard`, `llama-guard`, or `template`.
     pub form: String,
     /// blake3 hash of its chat template, and of the file of `--judge-template`.

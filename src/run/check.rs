@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 use std::thread::available_parallelism;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::dense::fit_recipe;
 use super::forecast::{Forecast, MemoryForecast, Rates, Sizes, Tokens, duration};
@@ -29,7 +29,9 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     session.check_copied()?;
     check_output_dir(config)?;
     ui.result(session.describe());
-    check_weights(&session, args, ui)?;
+    // What the program takes without weights and activations: itself, tokenizer and data. Mapped weights count once they are read.
+    let process = memory::peak_resident();
+    let loading = check_weights(&session, args, ui)?;
     for sample in loss_mask_samples(&session.data, &session.tokenizer, args.show) {
         ui.result(format_sample(&sample, ui.colors_results()));
     }
@@ -55,8 +57,8 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     let layers = session.model.layers.len();
     let recomputed = (layers - forecast.kept_layers) as f64 / layers as f64;
     let time = forecast_time(&session, config, &recipe, recomputed, &trained);
-    // What the program takes without weights and activations: itself, tokenizer and data. A device does not hold them.
-    let process = if budget.device { 0 } else { memory::peak_resident() };
+    // A device does not hold the program.
+    let process = if budget.device { 0 } else { process };
     // Ranks share the cores of one machine, so more ranks do not add compute.
     let cores = available_parallelism().map_or(1, usize::from);
     let threads = if config.threads == 0 { cores } else { config.threads.saturating_mul(ranks).min(cores) };
@@ -76,28 +78,30 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     for (command, memory, time) in
         [("identify", identification, time.of_identification(&recipe)), ("train", forecast, time)]
     {
-        let (memory, seconds) = (human(memory.peak().saturating_add(process)), duration(time.seconds(&rates)));
+        let memory = human(memory.peak().saturating_add(process));
+        let seconds = duration(loading.as_secs_f64() + time.seconds(&rates));
         ui.result(format_args!("`{command}`: {memory} a rank, {seconds}"));
     }
     ui.result(format_args!("ready: `moewarden train` can run with these options"));
     Ok(())
 }
 
-/// Reads all weights, as the run does before its first step: they must be finite.
-fn check_weights(session: &Session, args: &CheckArgs, ui: &Ui) -> Result<()> {
+/// Reads all weights, as the run does before its first step: they must be finite. Returns the time it took.
+fn check_weights(session: &Session, args: &CheckArgs, ui: &Ui) -> Result<Duration> {
     if session.checkpoint.is_none() {
-        return Ok(()); // random weights
+        return Ok(Duration::ZERO); // random weights
     }
     let size = human(session.table.total().bytes as u64);
     if args.skip_weights {
         ui.result(format_args!("weights: not read (--skip-weights); a run refuses NaN and infinite ones"));
-        return Ok(());
+        return Ok(Duration::ZERO);
     }
     let clock = Instant::now();
     session.check_weights()?;
-    let seconds = duration(clock.elapsed().as_secs_f64());
+    let elapsed = clock.elapsed();
+    let seconds = duration(elapsed.as_secs_f64());
     ui.result(format_args!("weights: all are finite ({size}, read in {seconds}; --skip-weights leaves this out)"));
-    Ok(())
+    Ok(elapsed)
 }
 
 /// Predicts the work of the run. `recomputed`: the share of the layers that recompute their forward.

@@ -68,13 +68,14 @@ pub fn check_cache<B: Backend>(
     lengths: &[usize],
     batches: &[Vec<usize>],
     max_new_tokens: usize,
+    limit: &str,
 ) -> Result<String> {
     let largest = batches.first().map_or(&[][..], Vec::as_slice);
     let needed = model.kv_cache_bytes(cache_tokens(largest.iter().map(|&i| lengths[i]), max_new_tokens));
     let free = model.backend.free_memory().unwrap_or_else(free_memory);
     if needed > free {
         let message = format!(
-            "the key/value cache of {} answers needs {}, but {} are free: lower --generation-batch-size or --max-new-tokens",
+            "the key/value cache of {} answers needs {}, but {} are free: lower --generation-batch-size or {limit}",
             largest.len(),
             human(needed),
             human(free)

@@ -90,7 +90,7 @@ pub fn own_replies<B: Backend>(
     let (rank, size) = (world.rank(), world.world_size());
     let lengths: Vec<usize> = open.iter().map(|q| q.prompt.len()).collect();
     let batches = batches(&lengths, ask.batch_size);
-    let plan = all_ok(world, check_cache(replica.model(), &lengths, &batches, ask.max_new_tokens))?;
+    let plan = all_ok(world, check_cache(replica.model(), &lengths, &batches, ask.max_new_tokens, "--max-new-tokens"))?;
     if !open.is_empty() {
         ui.line(format_args!("own replies: {plan}"));
     }

@@ -164,7 +164,7 @@ fn paired(dirs: &[PathBuf], runs: &[Run]) -> Result<Table> {
     if evals.len() < 2 {
         return Ok(paired_table(&[]));
     }
-    let outcomes = evals.into_iter().map(|(dir, name, eval)| Ok((name.clone(), outcomes(dir, &eval.questions)?)));
+    let outcomes = evals.into_iter().map(|(dir, name, eval)| Ok((name.clone(), outcomes(dir, eval)?)));
     Ok(paired_table(&outcomes.collect::<Result<Vec<_>>>()?))
 }
 

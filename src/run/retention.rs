@@ -35,7 +35,7 @@ pub(super) fn open<'a, B: Backend>(
 fn key<B: Backend>(session: &Session, rows: &RetainRows<'_>, replica: &Replica<B>) -> Result<blake3::Hash> {
     let b = &*replica.model().backend;
     let mut hasher = blake3::Hasher::new();
-    hasher.update(b"moewarden.base_outputs/1");
+    hasher.update(b"moewarden.base_outputs/2");
     hasher.update(session.weights_hash()?.as_bytes());
     hasher.update(rows.hash().as_bytes());
     hasher.update(&[b.precision() as u8, u8::from(b.free_memory().is_some())]);

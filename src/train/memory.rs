@@ -25,7 +25,7 @@ pub enum Recompute {
 pub struct MemoryBudget {
     /// Bytes of one element of an activation.
     pub activation_size: usize,
-    /// Bytes of one element of the activations of experts' rows, of SwiGLU's input among them.
+    /// Bytes of one element of the results of grouped products and of SwiGLU.
     pub routed_size: usize,
     /// Maximum number of rows whose logits are in memory at the same time.
     pub logit_rows: usize,
@@ -108,8 +108,10 @@ impl Activations {
         let gate_up = (routed * 2 * f + 2 * shared).max(2 * dense.unwrap_or(0));
         let other = config.num_experts as u64 + if shared > 0 { d } else { 0 };
         let kept = gate_up * routed_size + (attention + d + other) * size;
-        // Gathered rows and their gradients [R, D], SwiGLU's output, its gradient and that of its input [R, 4F], and a few [T, D].
-        let working = routed * (2 * d + 4 * f) * routed_size + (4 * d + 3 * (q + 2 * kv)) * size;
+        // Gathered rows or their gradients [R, D], SwiGLU's output, its gradient and that of its input [R, 4F]; in a dense layer or
+        // a shared expert the last two; and a few [T, D].
+        let dense = dense.unwrap_or(0).max(shared) * (size + 2 * routed_size);
+        let working = (routed * (d + 4 * f) * routed_size).max(dense) + (4 * d + 3 * (q + 2 * kv)) * size;
         Self { input: t * d * size, kept: t * kept, working: (t * working).max(budget.logits(rows)) }
     }
 

@@ -49,7 +49,27 @@ fn results(cpu: &Cpu) -> Vec<(&'static str, Vec<f32>)> {
     let experts: Vec<[Weight; 2]> = (0..e).map(|_| [(); 2].map(|()| weight(cpu, &mut rng, f, d))).collect();
     let stacks: Vec<Vec<&Weight>> = experts.iter().map(|pair| pair.iter().collect()).collect();
     let dy = tensor(&mut rng, t * k, 2 * f);
-    out.push(("grouped_linear", cpu.download(&cpu.grouped_linear(&rows, &stacks, &dispatch))));
+    let gate_up = cpu.grouped_linear(&rows, &stacks, &dispatch);
+    let single = cpu.single_expert_dispatch(t * k);
+    let weighted = cpu.weighted_swiglu(&gate_up, &routing, &dispatch);
+    let (d_gate_up, d_weights) =
+        cpu.weighted_swiglu_backward(tensor(&mut rng, t * k, f), &gate_up, &routing, &dispatch);
+    let d_dense = cpu.swiglu_backward(&tensor(&mut rng, t * k, f), &gate_up);
+    out.extend(
+        [
+            ("dispatched", &rows),
+            ("dispatched, combined", &cpu.combine_rows(&rows, &dispatch)),
+            ("experts, combined", &cpu.combine_rows(&gate_up, &dispatch)),
+            ("experts, swiglu", &cpu.swiglu(&gate_up)),
+            ("experts, swiglu backward", &d_dense),
+            ("experts, one group", &cpu.grouped_linear_backward_input(&d_dense, &stacks[..1], &single)),
+            ("experts, weighted", &weighted),
+            ("experts, weighted backward", &d_gate_up),
+            ("experts, dweights", &d_weights),
+        ]
+        .map(|(name, x)| (name, cpu.download(x))),
+    );
+    out.push(("grouped_linear", cpu.download(&gate_up)));
     out.push((
         "grouped_linear_backward_input",
         cpu.download(&cpu.grouped_linear_backward_input(&dy, &stacks, &dispatch)),
@@ -108,7 +128,7 @@ fn every_operation_agrees_with_f32() {
             let largest = want.iter().fold(0f32, |m, x| m.max(x.abs()));
             // Operands are exact in bf16, so results differ by the order of sums, except where an operand is a result
             // itself: probabilities and their gradients, with a relative error of 2^-9 each.
-            let intermediate = ["attention", "cross-entropy", "KL dx"].iter().any(|op| name.starts_with(op));
+            let intermediate = ["attention", "cross-entropy", "KL dx", "experts"].iter().any(|op| name.starts_with(op));
             // Rows of experts are rounded to bf16.
             let rounded = ["grouped_linear", "grouped_linear_backward_input"].contains(name);
             let tolerance = if intermediate {

@@ -23,8 +23,8 @@ pub struct Dispatch {
     /// Token of each sorted row, `[R]`.
     token_of: Arc<[u32]>,
     pub(super) top_k: usize,
-    /// Whether the rows are those of the tokens themselves.
-    pub(super) dense: bool,
+    /// Whether all rows are in one group, in their order.
+    pub(super) single: bool,
 }
 
 impl Dispatch {
@@ -49,7 +49,7 @@ impl Dispatch {
             })
             .collect();
         let token_of = slot_of.iter().map(|&slot| slot / top_k as u32).collect();
-        Self { offsets, row_of, slot_of, token_of, top_k, dense: false }
+        Self { offsets, row_of, slot_of, token_of, top_k, single: false }
     }
 
     /// All rows in one group, in their order. For grouped products only: the rows belong to no tokens.
@@ -60,7 +60,7 @@ impl Dispatch {
             slot_of: Vec::new(),
             token_of: [].into(),
             top_k: 1,
-            dense: true,
+            single: true,
         }
     }
 

@@ -48,7 +48,7 @@ impl Element for bf16 {
 }
 
 /// The bits of x rounded to bf16, to the nearest and of two equally near ones to the even one; the low half is zero. NaN
-/// stays NaN. Other than `half`'s, it vectorises.
+/// stays NaN. Unlike `half`'s, it vectorises.
 #[inline(always)]
 pub(super) fn rounded(x: f32) -> u32 {
     let bits = x.to_bits();

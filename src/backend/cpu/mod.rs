@@ -46,8 +46,9 @@ use self::tensor::TensorPool;
 pub use self::weight::Weight;
 use super::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, RowLoss, Stacks};
 
-/// The CPU backend: a thread pool, and a pool of recycled tensor storage. Activations are stored in f32. Products are
-/// computed in f32, or of values rounded to bf16 with sums in f32.
+/// The CPU backend: a thread pool, and a pool of recycled tensor storage. Products are computed in f32,
+/// or of values rounded to bf16 with sums in f32. Activations are stored in f32; with products of bf16 values, the rows of experts in
+/// bf16.
 pub struct Cpu {
     threads: rayon::ThreadPool,
     pool: Arc<TensorPool>,
@@ -354,7 +355,7 @@ impl Backend for Cpu {
     fn grouped_linear_backward_input(&self, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
         let inputs = w.first().and_then(|stack| stack.first()).map_or(0, |w| w.cols());
         // Gradients of the tokens' own rows are summed in f32.
-        let dtype = if dispatch.dense { Dtype::F32 } else { self.precision() };
+        let dtype = if dispatch.single { Dtype::F32 } else { self.precision() };
         let mut dx = self.pool.take_as(dtype, dy.rows(), inputs);
         self.run(|| grouped::backward_input(self.products(), dy, &groups(w, dispatch), &mut dx));
         dx

@@ -100,8 +100,10 @@ impl Scratch {
         let lines = len.div_ceil(16);
         if self.storage.len() < lines {
             // A fresh allocation instead of a resize of the vector, which would copy the old values.
-            self.storage = vec![bytemuck::Zeroable::zeroed(); lines.next_multiple_of(64)];
-            huge_pages(&self.storage);
+            let lines = lines.next_multiple_of(64);
+            self.storage = Vec::with_capacity(lines);
+            huge_pages(self.storage.spare_capacity_mut());
+            self.storage.resize(lines, bytemuck::Zeroable::zeroed());
         }
         self.len = len;
     }

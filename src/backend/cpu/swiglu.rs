@@ -144,6 +144,7 @@ fn backward_rows<E: Element>(
 }
 
 fn half(gate_up: &Tensor) -> usize {
+    assert!(gate_up.index().is_none(), "gate and up with an index");
     assert!(gate_up.cols().is_multiple_of(2), "gate and up need an even number of columns, not {}", gate_up.cols());
     gate_up.cols() / 2
 }

@@ -243,6 +243,7 @@ impl Backend for Cuda {
         routing: &Routing,
         dispatch: &Dispatch,
     ) -> (Tensor, Tensor) {
+        // The gradient of the down projection had it, too: computed again for the sake of memory.
         let hidden = swiglu::swiglu(self, gate_up);
         let (d_hidden, d_weights) = dispatch::weight_rows_backward(self, &dy, &hidden, routing, dispatch);
         drop((dy, hidden));

@@ -100,6 +100,7 @@ impl Answering<'_> {
         let prompts: Vec<_> = asked.iter().enumerate().map(|(i, a)| Prompt { ids: a.ids, index: i as u64 }).collect();
         let logged = Logged {
             what: "answers",
+            limit: "--max-new-tokens",
             eos: self.session.tokenizer.eos_ids(),
             sampling: self.sampling,
             batch_size: self.batch_size,

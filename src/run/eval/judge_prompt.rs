@@ -8,7 +8,7 @@ use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::data::{ChatTemplate, ChatTokenizer, Message};
+use crate::data::{ChatTemplate, ChatTokenizer, Message, TemplateError};
 use crate::exit::{self, Failure, Result};
 use crate::input;
 use crate::judge::{Assessment, JudgeForm, Safety};
@@ -79,9 +79,13 @@ impl JudgeTemplate {
             let (before, problem) = (format!("line {line}: "), e.without_snippet().to_string());
             invalid(format!("{before}{problem}; a template file has the keys prompt, verdicts, refusal and categories"))
         })?;
-        let template = |e: crate::data::TemplateError| invalid(format!("prompt: {e}"));
+        let template = |e: TemplateError| invalid(format!("prompt: {e}"));
         let prompt = Arc::new(ChatTemplate::new(&file.prompt, []).map_err(template)?);
         prompt.check_limits().map_err(template)?;
+        let asked = |response: &str| ask(&prompt, &[Message::new("user", "a question")], response);
+        if asked("an answer").map_err(template)? == asked("").map_err(template)? {
+            return Err(invalid("prompt: does not depend on the answer: it should contain {{ response }}".into()));
+        }
         let pattern = |key: &str, source: &str| {
             Regex::new(source).map_err(|e| invalid(format!("{key}: the pattern {source:?} does not compile: {e}")))
         };
@@ -125,6 +129,16 @@ impl Patterns {
     }
 }
 
+/// The text of the judge's user turn about an answer.
+fn ask(template: &ChatTemplate, messages: &[Message], response: &str) -> Result<String, TemplateError> {
+    let last = messages.iter().rfind(|turn| turn.role == "user").map_or("", |turn| &turn.content);
+    let variables: Map<String, Value> = [("prompt", last), ("response", response)]
+        .map(|(name, text)| (name.to_owned(), text.into()))
+        .into_iter()
+        .collect();
+    Ok(template.render_with(messages, &variables, false)?.text)
+}
+
 impl Asking {
     /// Its name in `eval.json`.
     pub fn name(&self) -> &'static str {
@@ -160,12 +174,8 @@ impl Asking {
                 judge.render(&turns, true).map_err(|e| e.to_string())
             }
             Self::Template(file) => {
-                let last = messages.iter().rfind(|turn| turn.role == "user").map_or("", |turn| &turn.content);
-                let variables = [("prompt", last), ("response", response)];
-                let variables: Map<String, Value> =
-                    variables.into_iter().map(|(name, text)| (name.to_owned(), text.into())).collect();
-                let rendered = file.prompt.render_with(messages, &variables, false).map_err(|e| e.to_string())?;
-                judge.render(&[Message::new("user", rendered.text)], true).map_err(|e| e.to_string())
+                let text = ask(&file.prompt, messages, response).map_err(|e| e.to_string())?;
+                judge.render(&[Message::new("user", text)], true).map_err(|e| e.to_string())
             }
         }
     }

@@ -63,6 +63,12 @@ impl Judge {
                 return Err(Failure::new(exit::CONFIG, message));
             }
         };
+        let config_file = dir.join("config.json");
+        let read = std::fs::read(&config_file);
+        let config_hash =
+            blake3::hash(&read.map_err(|e| {
+                Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", config_file.display()))
+            })?);
         let table = ParamTable::build(&config, &Checkpoint::open(&dir)?)?;
         table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;
         let tokenizer = ChatTokenizer::open(&dir, None)?;
@@ -70,6 +76,7 @@ impl Judge {
         let model = JudgeModel {
             path: dir,
             sha: weights_sha(&table),
+            config_sha: format!("blake3:{config_hash}"),
             form: asking.name().into(),
             template_sha: format!("blake3:{}", asking.digest(&tokenizer)),
             max_new_tokens: args.judge_max_new_tokens,
@@ -86,7 +93,8 @@ impl Judge {
     fn key(&self, prompt: &[u32]) -> String {
         let mut hasher = blake3::Hasher::new_derive_key("moewarden verdict of a judge 1");
         let eos = self.tokenizer.eos_ids();
-        hasher.update(format!("{} {} {eos:?}", self.model.sha, self.model.max_new_tokens).as_bytes());
+        let JudgeModel { sha, config_sha, max_new_tokens, .. } = &self.model;
+        hasher.update(format!("{sha} {config_sha} {max_new_tokens} {eos:?}").as_bytes());
         prompt.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
         hasher.finalize().to_hex().to_string()
     }
@@ -140,6 +148,7 @@ impl Judging<'_> {
         replica.stop = rank.stop.clone();
         let logged = Logged {
             what: "verdicts",
+            limit: "--judge-max-new-tokens",
             eos: judge.tokenizer.eos_ids(),
             sampling: &Sampling::greedy(judge.model.max_new_tokens),
             batch_size: self.batch_size,

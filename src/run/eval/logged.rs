@@ -16,6 +16,8 @@ use crate::ui::Ui;
 pub struct Logged<'a> {
     /// What they are, in messages.
     pub what: &'static str,
+    /// The option that limits their tokens.
+    pub limit: &'static str,
     /// Tokens that end an answer.
     pub eos: &'a [u32],
     pub sampling: &'a Sampling,
@@ -77,7 +79,7 @@ impl Logged<'_> {
         batches.retain(|batch| batch.iter().any(|&i| answers[i].is_none()));
         let open = batches.iter().map(Vec::len).sum::<usize>();
         if open > 0 {
-            let plan = check_cache(replica.model(), &lengths, &batches, self.sampling.max_new_tokens);
+            let plan = check_cache(replica.model(), &lengths, &batches, self.sampling.max_new_tokens, self.limit);
             ui.line(format_args!("{what}: {}", all_ok(world, plan)?));
         }
         let clock = Instant::now();

@@ -110,6 +110,9 @@ fn evaluate(inputs: Inputs, config: &RunConfig, started: &Started, ui: &Ui) -> R
     };
     ranks.all_ok(begin())?;
     ui.line(inputs.session.describe());
+    if inputs.judge.is_none() && config.output_dir.join(judging::FILE).exists() {
+        ui.warn(format_args!("{} holds verdicts of a judge, which are left out without --judge", judging::FILE));
+    }
     if let Some(other) = &inputs.model.other_routing {
         ui.line(format_args!("  {other}"));
     }

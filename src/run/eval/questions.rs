@@ -133,6 +133,7 @@ impl AskingQuestions<'_> {
         let prompts: Vec<_> = open.iter().map(|&i| Prompt { ids: &all[i].1.prompt, index: 0 }).collect();
         let logged = Logged {
             what: "questions",
+            limit: "--max-new-tokens",
             eos: self.tokenizer.eos_ids(),
             sampling: &Sampling::greedy(self.questions.max_new_tokens),
             batch_size: self.generation_batch_size,
@@ -175,7 +176,7 @@ impl AskingQuestions<'_> {
 
     /// A line of the file.
     fn row(&self, i: usize, losses: &[ExampleLoss], said: Option<&Answer>) -> QuestionRow {
-        let (file, Question { id, line, task, .. }) = &self.questions.all[i];
+        let (file, Question { id, line, prompt, task }) = &self.questions.all[i];
         let (correct, result) = match task {
             Task::Choice { choices, answer } => {
                 let sums: Vec<f64> = losses.iter().map(|loss| -loss.sum).collect();
@@ -200,8 +201,9 @@ impl AskingQuestions<'_> {
                 (correct, QuestionResult::Answer { answer, given, response, ids, finish_reason: said.finish })
             }
         };
-        let (file, id, line) = (file + 1, id.clone(), *line);
-        QuestionRow { schema: QUESTION_SCHEMA.into(), file, id, line, correct, result }
+        let digest = format!("blake3:{}", blake3::hash(format!("{prompt:?} {task:?}").as_bytes()));
+        let (schema, file, id) = (QUESTION_SCHEMA.into(), file + 1, id.clone());
+        QuestionRow { schema, file, id, line: *line, digest, correct, result }
     }
 }
 

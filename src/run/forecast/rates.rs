@@ -173,26 +173,26 @@ impl<B: Backend> Probe<'_, B> {
         let dispatch = b.dispatch(&routing, experts);
         let weights = |rows, cols| -> Vec<B::Weight> { (0..experts).map(|_| self.weight(rows, cols)).collect() };
         let (gate, up, down) = (weights(f, d), weights(f, d), weights(d, f));
-        let gate_up: Vec<Vec<&B::Weight>> = gate.iter().zip(&up).map(|(g, u)| vec![g, u]).collect();
+        let stacks: Vec<Vec<&B::Weight>> = gate.iter().zip(&up).map(|(g, u)| vec![g, u]).collect();
         let down: Vec<Vec<&B::Weight>> = down.iter().map(|w| vec![w]).collect();
-        let (gate_up, down): (&Stacks<'_, B::Weight>, &Stacks<'_, B::Weight>) = (&gate_up, &down);
+        let (stacks, down): (&Stacks<'_, B::Weight>, &Stacks<'_, B::Weight>) = (&stacks, &down);
         let x = self.tensor(tokens, d);
         let work = (tokens * top_k * per_row) as f64;
 
-        let hidden = b.grouped_linear(&b.dispatch_rows(&x, &dispatch), gate_up, &dispatch);
+        let gate_up = b.grouped_linear(&b.dispatch_rows(&x, &dispatch), stacks, &dispatch);
         rates[Kind::Experts] = work
             / fastest(|| {
-                let hidden = b.grouped_linear(&b.dispatch_rows(&x, &dispatch), gate_up, &dispatch);
-                let weighted = b.weighted_swiglu(&hidden, &routing, &dispatch);
+                let gate_up = b.grouped_linear(&b.dispatch_rows(&x, &dispatch), stacks, &dispatch);
+                let weighted = b.weighted_swiglu(&gate_up, &routing, &dispatch);
                 self.finish(&b.combine_rows(&b.grouped_linear(&weighted, down, &dispatch), &dispatch));
             });
         rates[Kind::ExpertsInput] = work
             / fastest(|| {
                 let dy = b.dispatch_rows(&x, &dispatch);
                 let d_weighted = b.grouped_linear_backward_input(&dy, down, &dispatch);
-                let (d_hidden, d_weights) = b.weighted_swiglu_backward(d_weighted, &hidden, &routing, &dispatch);
+                let (d_gate_up, d_weights) = b.weighted_swiglu_backward(d_weighted, &gate_up, &routing, &dispatch);
                 drop(b.route_backward(&d_weights, &routing));
-                let dx = b.grouped_linear_backward_input(&d_hidden, gate_up, &dispatch);
+                let dx = b.grouped_linear_backward_input(&d_gate_up, stacks, &dispatch);
                 self.finish(&b.combine_rows(&dx, &dispatch));
             });
         let dy = b.dispatch_rows(&x, &dispatch);
@@ -200,11 +200,11 @@ impl<B: Backend> Probe<'_, B> {
         let mut gradients = |plans: [Vec<ExpertGrad>; 2], len: usize| {
             let mut buffer = b.buffer(len);
             work / fastest(|| {
-                let x = b.dispatch_rows(&x, &dispatch);
-                let weighted = b.weighted_swiglu(&hidden, &routing, &dispatch);
+                let rows = b.dispatch_rows(&x, &dispatch);
+                let weighted = b.weighted_swiglu(&gate_up, &routing, &dispatch);
                 let (sink, sums) = (&mut buffer, &mut scores);
                 b.grouped_linear_backward_weight(&dy, &weighted, down, &dispatch, &plans[0], sink, sums);
-                b.grouped_linear_backward_weight(&hidden, &x, gate_up, &dispatch, &plans[1], sink, sums);
+                b.grouped_linear_backward_weight(&gate_up, &rows, stacks, &dispatch, &plans[1], sink, sums);
                 self.finish(&x);
             })
         };
@@ -265,7 +265,7 @@ impl<B: Backend> Probe<'_, B> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::Cpu;
+    use crate::backend::cpu::{Caches, Cpu, Instructions, Products};
     use crate::backend::{Heads, Rope};
     use crate::run::forecast::work::tests::olmoe;
 
@@ -278,10 +278,13 @@ mod tests {
         for (num_experts, num_experts_per_tok, rows, loss_rows) in [(1, 1, 0, 0), (3, 2, 5, 1), (64, 8, 700, 600)] {
             model = ModelConfig { num_experts, num_experts_per_tok, ..model };
             let sizes = Sizes { rows, length: rows, loss_rows, generated: rows, dtype: Dtype::Bf16 };
-            let rates = Rates::measure(&Cpu::new(1), &model, sizes);
-            for kind in Kind::ALL {
-                let seconds = rates.seconds(&Work::of(kind, 1e6));
-                assert!(seconds > 0.0 && seconds.is_finite(), "{kind:?}: {seconds}");
+            let bf16 = Products::new(Instructions::Portable, Caches::detect());
+            for products in [None, Some(bf16)] {
+                let rates = Rates::measure(&Cpu::new(1).with_products(products), &model, sizes);
+                for kind in Kind::ALL {
+                    let seconds = rates.seconds(&Work::of(kind, 1e6));
+                    assert!(seconds > 0.0 && seconds.is_finite(), "{kind:?}: {seconds}");
+                }
             }
         }
     }

@@ -34,6 +34,28 @@ fn product(products: &Products, block_side: Side, a: (&[Part<'_>], usize), b: (&
     c
 }
 
+/// A matrix in bf16 whose rows are stored in reverse order, behind three other columns and two other rows.
+struct Scattered {
+    bytes: Vec<u8>,
+    index: Vec<u32>,
+    stride: usize,
+}
+
+impl Scattered {
+    fn new(x: &[f32], columns: usize) -> Self {
+        let rows = x.len() / columns.max(1);
+        let row = |i: usize| [&[9.0; 3], &x[i * columns..][..columns]].concat();
+        let stored: Vec<f32> = [vec![9.0; columns + 3]].into_iter().chain((0..rows).rev().map(row)).flatten().collect();
+        let index = [0, 0].into_iter().chain((0..rows).map(|i| (rows - i) as u32)).collect();
+        Self { bytes: bf16_bytes(&stored), index, stride: columns + 3 }
+    }
+
+    fn part(&self) -> Part<'_> {
+        let whole = Part::stored(Dtype::Bf16, &self.bytes, self.stride).indexed(Some(&self.index));
+        whole.skip_rows(2).skip_columns(3)
+    }
+}
+
 #[test]
 fn products_of_small_numbers_are_exact_in_every_orientation() {
     // Small caches, so that depth and lines are split.
@@ -48,7 +70,9 @@ fn products_of_small_numbers_are_exact_in_every_orientation() {
             let (a_t, b_t) = (transposed(&a, m), transposed(&b, n));
             let (a_bytes, b_bytes, a_t_bytes) = (bf16_bytes(&a), bf16_bytes(&b), bf16_bytes(&a_t));
             let f16: Vec<u8> = b_t.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect();
+            let (a_rows, b_columns) = (Scattered::new(&a, k), Scattered::new(&b_t, n));
             let a_ways = [
+                a_rows.part().by_rows(k),
                 Part::activations(&a, k).by_rows(k),
                 Part::activations(&a_t, m).by_columns(k),
                 Part::stored(Dtype::Bf16, &a_bytes, k).by_rows(k),
@@ -59,6 +83,7 @@ fn products_of_small_numbers_are_exact_in_every_orientation() {
                 Part::activations(&b_t, n).by_columns(k),
                 Part::stored(Dtype::Bf16, &b_bytes, k).by_rows(k),
                 Part::stored(Dtype::F16, &f16, n).by_columns(k),
+                b_columns.part().by_columns(k),
             ];
             for caches in caches {
                 let products = Products::new(instructions, caches);
