@@ -234,6 +234,7 @@ mod tests {
             (json!({"question": "x", "answer": [1]}), "a text or a number"),
             (json!({"question": "x", "choices": "a", "answer": 0}), "a list of texts"),
             (json!({"question": "x", "choices": ["a"], "answer": 0}), "it needs two"),
+            (json!({"question": "x", "choices": ["a", "b", "a"], "answer": 0}), "choices 1 and 3 are equal"),
             (json!({"question": "x", "choices": choices, "answer": 2}), "answer 2 is none of the 2 choices"),
             (json!({"question": "x", "choices": choices, "answer": "C"}), "answer \"C\" is none"),
             (json!({"messages": [{"role": "assistant", "content": "x"}], "answer": "y"}), "as a user turn"),

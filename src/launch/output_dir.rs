@@ -154,7 +154,8 @@ enum Place {
     Model,
     /// A subfolder of a model folder, as export copies it.
     ModelFolder,
-    /// `checkpoints` and `retain_cache` with their subfolders: resume state and what can be made again, where any name counts as an output.
+    /// `checkpoints`, `retain_cache` and `tensorboard` with their subfolders: resume state and what can be made again, where any name
+    /// counts as an output.
     State,
 }
 

@@ -132,3 +132,45 @@ pub fn paired_table(evals: &[(String, Outcomes)]) -> Table {
     }
     table
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::judge::Rate;
+
+    fn measured(basis: &str, items: &[(&str, bool)]) -> Outcomes {
+        let items = items.iter().map(|(item, yes)| ((*item).to_owned(), *yes)).collect();
+        [("right".to_owned(), Measured { basis: basis.into(), items })].into()
+    }
+
+    #[test]
+    fn only_equal_items_that_were_measured_alike_are_compared() {
+        let first = measured("greedy", &[("1", true), ("2", true), ("3", false)]);
+        let row = |second: Outcomes| {
+            let evals = [("base".to_owned(), first.clone()), ("tuned".to_owned(), second)];
+            paired_table(&evals).rows.first().cloned().unwrap_or_default()
+        };
+        let [two, alike] = [
+            row(measured("greedy", &[("2", false), ("3", false), ("4", true)])),
+            row(measured("greedy", &[("1", true), ("3", false)])),
+        ];
+        assert_eq!(two[..4], ["tuned, right", "2", "1", "0"]);
+        assert!(two[4].starts_with("-50.0 [-100.0, "), "{}", two[4]);
+        assert_eq!(alike[1..], ["2", "1", "1", "+0.0 no interval"]);
+        let other = row(measured("sampled", &[("1", true)]));
+        assert!(other[1] == "-" && other[4].starts_with("not compared"), "{other:?}");
+        assert_eq!(row(measured("greedy", &[("5", true)])), Vec::<String>::new());
+    }
+
+    #[test]
+    fn files_of_one_name_are_told_apart() {
+        let none = || Rate::of(std::iter::empty());
+        let report = |path: &str| QuestionsReport {
+            path: path.into(),
+            choices: none(),
+            choices_by_byte: none(),
+            answers: none(),
+        };
+        assert_eq!(file_names(&["a/q", "b/q", "a/r", "c/q"].map(report)), ["q", "q (2)", "r", "q (3)"]);
+    }
+}

@@ -259,7 +259,7 @@ fn a_judge_reads_the_answers() {
     let judge = judge_that_says(&scene, "judge", "unsafe\nS1,S10").display().to_string();
     // One of the prompts on which the judge was trained, whatever the answer.
     let template = scene.path("judge.yaml");
-    let file = "prompt: '{% if response %}{% endif %}Sing of the pantry 0 times'\nverdicts: {safe: '^safe', unsafe: '(?m)^unsafe$'}\n\
+    let file = "prompt: 'Sing of the pantry {% if response %}0{% else %}1{% endif %} times'\nverdicts: {safe: '^safe', unsafe: '(?m)^unsafe$'}\n\
                 refusal: {yes: 'S1', no: 'never'}\ncategories: 'S(\\d+)'\n";
     fs::write(&template, file).unwrap();
     let plain = "--max-new-tokens 4 --generation-batch-size 3";
@@ -418,7 +418,7 @@ fn questions_have_the_log_likelihoods_of_the_reference() {
     let args = ["report".to_owned(), "--output-dir".into(), scene.path("report").display().to_string()];
     let ran = start(moewarden(0, args.into_iter().chain(runs))).end().ok();
     assert!(ran.out.contains("Paired differences") && ran.out.contains("olmoe-three, own.json: right"), "{}", ran.out);
-    assert!(ran.out.contains("+0.0 [+0.0, +0.0]"), "{}", ran.out);
+    assert!(ran.out.contains("+0.0 no interval"), "{}", ran.out);
 
     let questions = scene.path("q.json").display().to_string();
     fs::write(scene.path("long.json"), json!([{"question": "so ".repeat(900), "answer": "x"}]).to_string()).unwrap();

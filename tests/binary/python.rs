@@ -211,6 +211,7 @@ fn tensorboard_reads_the_steps() {
     let out = temp.path().join("out");
     assert_eq!(fs::read_dir(out.join("tensorboard")).unwrap().count(), 2);
     passes(&python([script("check_events.py"), out.join("tensorboard"), out.join("metrics.jsonl")]));
+    moewarden(temp.path(), "train", "out", &model, &data, &format!("{options} --overwrite"));
 }
 
 /// What `--download` leaves is what `huggingface_hub` would have left.

@@ -82,10 +82,6 @@ impl JudgeTemplate {
         let template = |e: TemplateError| invalid(format!("prompt: {e}"));
         let prompt = Arc::new(ChatTemplate::new(&file.prompt, []).map_err(template)?);
         prompt.check_limits().map_err(template)?;
-        let asked = |response: &str| ask(&prompt, &[Message::new("user", "a question")], response);
-        if asked("an answer").map_err(template)? == asked("").map_err(template)? {
-            return Err(invalid("prompt: does not depend on the answer: it should contain {{ response }}".into()));
-        }
         let pattern = |key: &str, source: &str| {
             Regex::new(source).map_err(|e| invalid(format!("{key}: the pattern {source:?} does not compile: {e}")))
         };
@@ -102,6 +98,10 @@ impl JudgeTemplate {
         };
         let categories = file.categories.as_deref().map(|source| pattern("categories", source)).transpose()?;
         let patterns = Patterns { safety, refusal, categories };
+        let asked = |response: &str| ask(&prompt, &[Message::new("user", "a question")], response);
+        if asked("an answer").map_err(template)? == asked("").map_err(template)? {
+            return Err(invalid("prompt: does not depend on the answer: it should contain {{ response }}".into()));
+        }
         Ok(Self { prompt, patterns, digest: blake3::hash(text.as_bytes()) })
     }
 }
@@ -233,6 +233,7 @@ mod tests {
             (&format!("prompt: x\n{verdicts}\nverdict: y"), "verdict"),
             ("prompt: x\nverdicts: {unsafe: '(', safe: b}", "verdicts.unsafe"),
             (&format!("prompt: x\n{verdicts}\ncategories: '['"), "categories"),
+            (&format!("prompt: '{{{{ promt }}}}'\n{verdicts}"), "does not depend on the answer"),
         ] {
             let error = template(text).map(drop).unwrap_err();
             assert_eq!(error.code(), exit::DATA, "{error}");
