@@ -57,7 +57,7 @@ pub enum Command {
     },
     /// Merge a base model and a delta into a complete model folder
     Export(ExportArgs),
-    /// Validate model, data and options, show the loss mask, predict memory and time; loads no weights
+    /// Validate model, data and options, show the loss mask, predict memory and time; trains nothing
     Check {
         /// Options of `check` itself.
         #[command(flatten)]
