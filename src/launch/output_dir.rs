@@ -154,9 +154,11 @@ enum Place {
     Model,
     /// A subfolder of a model folder, as export copies it.
     ModelFolder,
-    /// `checkpoints`, `retain_cache` and `tensorboard` with their subfolders: resume state and what can be made again, where any name
-    /// counts as an output.
+    /// `checkpoints` and `retain_cache` with their subfolders: resume state and what can be made again, where any name counts as an
+    /// output.
     State,
+    /// `tensorboard`: event files, among which may be those of other programs.
+    Events,
 }
 
 /// Files at the top of the output folder. A new output file must be added here, or `--overwrite` refuses the folder.
@@ -206,6 +208,7 @@ fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
             Place::Model => is_model_file(name) && is_of_a_model(name) && !TOP_FILES.contains(&name),
             Place::ModelFolder => is_model_file(name) && is_of_a_model(name),
             Place::State => true,
+            Place::Events => name.starts_with("events.out.tfevents.") && name.ends_with(".moewarden"),
         };
         return ours.then_some(place);
     }
@@ -217,9 +220,8 @@ fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
         Place::Top if kind.is_dir() && model(checkpoint::target_of_temporary(name).unwrap_or(name)) => {
             Some(Place::Model)
         }
-        Place::Top if kind.is_dir() && ["checkpoints", "retain_cache", "tensorboard"].contains(&name) => {
-            Some(Place::State)
-        }
+        Place::Top if kind.is_dir() && ["checkpoints", "retain_cache"].contains(&name) => Some(Place::State),
+        Place::Top if kind.is_dir() && name == "tensorboard" => Some(Place::Events),
         // A variant of `compare` has the layout of a run. (It holds no variants itself; allowing their names is
         // harmless.)
         Place::Top if kind.is_dir() && Variant::is_name(name) => Some(Place::Top),

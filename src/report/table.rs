@@ -3,6 +3,10 @@
 use std::fmt::Write;
 
 use super::markup::escape;
+use crate::quote::cut;
+
+/// Characters of a cell on the terminal.
+const CELL: usize = 100;
 
 /// A table of strings. The first column holds names, the others values.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -31,13 +35,15 @@ impl Table {
         self.rows.push(cells);
     }
 
-    /// The table as text: columns padded to their widest cell, the first left-aligned, the others right-aligned.
+    /// The table as text: columns padded to their widest cell, the first left-aligned, the others right-aligned. Cells are cut, and
+    /// without characters that a terminal obeys: names of folders and files are among them.
     pub fn to_text(&self) -> String {
-        let lines = || [&self.header].into_iter().chain(&self.rows);
-        let width = |column: usize| lines().map(|l| l[column].chars().count()).max().unwrap_or(0);
+        let shown = |line: &Vec<String>| -> Vec<String> { line.iter().map(|cell| cut(cell, CELL)).collect() };
+        let lines: Vec<Vec<String>> = [&self.header].into_iter().chain(&self.rows).map(shown).collect();
+        let width = |column: usize| lines.iter().map(|l| l[column].chars().count()).max().unwrap_or(0);
         let widths: Vec<usize> = (0..self.header.len()).map(width).collect();
         let mut out = format!("{}\n", self.caption);
-        for line in lines() {
+        for line in &lines {
             let mut text = String::new();
             for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
                 if column == 0 {
@@ -129,6 +135,16 @@ mod tests {
         table.row(["selective", "6.25", "10.5"]);
         let expected = "Losses\n  run        before  after\n  base         6.25   6.25\n  selective    6.25   10.5\n";
         assert_eq!(table.to_text(), expected);
+    }
+
+    #[test]
+    fn names_from_the_disk_are_only_shown() {
+        let mut table = Table::new("Runs", ["run", "steps"]);
+        table.row(["a\x1b[31m\nb", "1"]);
+        table.row(["long".repeat(100).as_str(), "2"]);
+        let text = table.to_text();
+        assert!(text.lines().count() == 4 && !text.contains('\x1b'), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() < 150), "{text}");
     }
 
     #[test]

@@ -50,6 +50,7 @@ impl EventLog {
     /// [`Error::Log`].
     pub fn create(folder: &Path, done: u64) -> Result<Self, Error> {
         let now = since_epoch();
+        let continues = done > 0 || fs::read_dir(folder).is_ok_and(|mut files| files.next().is_some());
         // TensorBoard reads the files in the order of their names.
         let path = folder.join(format!("events.out.tfevents.{}.{:09}.moewarden", now.as_secs(), now.subsec_nanos()));
         let open = || {
@@ -59,7 +60,7 @@ impl EventLog {
         let file = open().map_err(|source| Error::Log { path: path.clone(), action: "opening", source })?;
         let mut log = Self { path, file };
         log.append(0, bytes(field::FILE_VERSION, b"brain.Event:2"))?;
-        if done > 0 {
+        if continues {
             log.append(done + 1, bytes(field::SESSION_LOG, &varint(field::STATUS, START)))?;
         }
         Ok(log)
