@@ -242,6 +242,14 @@ pub fn all_ok<T>(collective: &dyn Collective, result: Result<T, Failure>) -> Res
     Ok(value)
 }
 
+/// Lets rank 0 do some work, such as writing a file; all ranks fail if it fails.
+///
+/// # Errors
+/// Those of the work and of [`all_ok`].
+pub fn on_first(collective: &dyn Collective, work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
+    all_ok(collective, if collective.rank() == 0 { work() } else { Ok(()) })
+}
+
 /// How a process leaves the other ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Leave {

@@ -209,7 +209,7 @@ impl Growing {
         check_finite(logits)?;
         let next = match &mut self.sampler {
             Some(sampler) => sample(sampler, logits)?,
-            None => highest(logits),
+            None => highest(logits) as u32,
         };
         if eos.contains(&next) {
             self.finish = Some(FinishReason::Stop);
@@ -224,9 +224,8 @@ impl Growing {
 }
 
 /// The lowest index of the highest value.
-fn highest(logits: &[f32]) -> u32 {
-    let better = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
-    (0..logits.len()).reduce(better).map_or(0, |best| best as u32)
+pub(super) fn highest<T: PartialOrd>(values: &[T]) -> usize {
+    (0..values.len()).reduce(|best, i| if values[i] > values[best] { i } else { best }).unwrap_or(0)
 }
 
 fn check_finite(logits: &[f32]) -> Result<()> {

@@ -1,8 +1,8 @@
 //! Grouped products of bf16 values, by `product/`: the counterparts of the f32 ones in `grouped.rs`.
 //!
-//! Activations in f32 are rounded to bf16 as they are packed; those in bf16, and 16-bit weights, are packed as they are stored. Sums are in f32. One
-//! list of tasks covers all experts. Where sums are spread over tasks, those of a score, the list depends on shapes and on the
-//! sizes of the caches, not on the number of threads.
+//! Activations in f32 are rounded to bf16 as they are packed; those in bf16, and 16-bit weights, are packed as they are stored. Sums
+//! are in f32. One list of tasks covers all experts. Where sums are spread over tasks, those of a score, the list depends on shapes and
+//! on the sizes of the caches, not on the number of threads.
 
 use std::ops::Range;
 

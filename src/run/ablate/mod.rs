@@ -17,7 +17,7 @@ use super::dense::fit_recipe;
 use super::prepare;
 use super::session::Session;
 use crate::backend::Backend;
-use crate::collective::all_ok;
+use crate::collective::on_first;
 use crate::config::{AblateArgs, RunConfig};
 use crate::exit::{self, Ended, Failure, Result};
 use crate::experts::ExpertId;
@@ -107,8 +107,7 @@ impl RankInputs<'_> {
             Judged::Report(report) => report,
             Judged::Stopped(stopped) => return Ok(Ended::Stopped(stopped)),
         };
-        let write = || if rank.world.rank() == 0 { check::write(&report, config) } else { Ok(()) };
-        all_ok(&*rank.world, write())?;
+        on_first(&*rank.world, || check::write(&report, config))?;
         show(&report, ui);
         ui.result(format_args!("outcomes of all sets: {}", config.output_dir.join("ablation.json").display()));
         ui.result(format_args!("page: {}", config.output_dir.join("ablation.html").display()));

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::check::{self, CausalCheck, Judged};
 use crate::backend::Backend;
-use crate::collective::all_ok;
+use crate::collective::on_first;
 use crate::config::RunConfig;
 use crate::exit::{Result, Stopped};
 use crate::experts::ExpertId;
@@ -51,8 +51,7 @@ pub fn verify<B: Backend>(
         Judged::Report(report) => report,
         Judged::Stopped(stopped) => return Ok(Some(stopped)),
     };
-    let write = || if replica.world.rank() == 0 { check::write(&report, config) } else { Ok(()) };
-    all_ok(&*replica.world, write())?;
+    on_first(&*replica.world, || check::write(&report, config))?;
     say(&report, ui);
     Ok(None)
 }

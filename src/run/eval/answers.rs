@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::logged::{Generated, Logged, open_on_first};
 use crate::backend::Backend;
-use crate::collective::all_ok;
+use crate::collective::on_first;
 use crate::data::{Message, Record};
 use crate::exit::{self, Failure, Result};
 use crate::files;
@@ -90,7 +90,7 @@ impl Answering<'_> {
     ///
     /// # Errors
     /// Logits that are not finite; a file of another evaluation; a failed write; those of the collective.
-    pub fn answers<B: Backend>(&self, replica: &Replica<B>, asked: &[Asked<'_>]) -> Result<Generated> {
+    pub fn answers<B: Backend>(&self, replica: &Replica<B>, asked: &[Asked<'_>]) -> Result<Generated<Vec<Answer>>> {
         let world = &*replica.world;
         world.set_activity("generating the answers");
         let kept = open_on_first(world, || {
@@ -109,10 +109,10 @@ impl Answering<'_> {
         let done = logged.generate(replica, &prompts, kept, |log, new| {
             Ok(log.append(new.iter().map(|(i, answer)| self.row(&asked[*i], answer)))?)
         })?;
-        if let Generated::All(answers, _) = &done {
-            all_ok(world, if world.rank() == 0 { self.write(asked, answers, None) } else { Ok(()) })?;
-        }
-        Ok(done)
+        done.try_map(|answers| {
+            on_first(world, || self.write(asked, &answers, None))?;
+            Ok(answers)
+        })
     }
 
     /// Writes all answers in their order, with the verdicts of the judge with this hash.

@@ -1,13 +1,14 @@
 //! A safety judge in the same program: it reads the answers after the evaluated model is freed.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::answers::Asked;
 use super::judge_prompt::{Asking, JudgeTemplate};
-use super::logged::{Generated, Logged, open_on_first};
+use super::logged::{Generated, Logged, open_on_first, wrong_row};
+use super::options::config_hash;
 use crate::backend::Backend;
-use crate::collective::{Collective, all_ok};
+use crate::collective::{Collective, all_agree, all_ok, on_first};
 use crate::config::EvalArgs;
 use crate::data::ChatTokenizer;
 use crate::exit::{self, Context, Failure, Result};
@@ -17,8 +18,8 @@ use crate::launch::memory::human;
 use crate::launch::{Rank, hub_cache};
 use crate::model::{Checkpoint, Model, ModelConfig, ParamTable};
 use crate::report::{
-    AnswerTimes, Compared, FinishReason, JudgeModel, JudgeReport, ListAgreement, PromptSide, RowLog, Sampling,
-    SideVerdicts, VERDICT_SCHEMA, VerdictRow, json_lines,
+    Compared, FinishReason, JudgeModel, JudgeReport, ListAgreement, PromptSide, RowLog, Sampling, SideVerdicts,
+    VERDICT_SCHEMA, VerdictRow, json_lines,
 };
 use crate::run::generate::{Answer, Prompt};
 use crate::run::other_routing::weights_sha;
@@ -63,20 +64,14 @@ impl Judge {
                 return Err(Failure::new(exit::CONFIG, message));
             }
         };
-        let config_file = dir.join("config.json");
-        let read = std::fs::read(&config_file);
-        let config_hash =
-            blake3::hash(&read.map_err(|e| {
-                Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", config_file.display()))
-            })?);
         let table = ParamTable::build(&config, &Checkpoint::open(&dir)?)?;
         table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;
         let tokenizer = ChatTokenizer::open(&dir, None)?;
         tokenizer.check_vocab(config.vocab_size)?;
         let model = JudgeModel {
+            config_sha: format!("blake3:{}", config_hash(&dir)?),
             path: dir,
             sha: weights_sha(&table),
-            config_sha: format!("blake3:{config_hash}"),
             form: asking.name().into(),
             template_sha: format!("blake3:{}", asking.digest(&tokenizer)),
             max_new_tokens: args.judge_max_new_tokens,
@@ -113,20 +108,14 @@ pub struct Judging<'a> {
     pub ui: &'a Ui,
 }
 
-/// The verdicts on all answers, in their order, or how many there are if a signal stopped the judge.
-pub enum Judged {
-    All(Vec<VerdictRow>, AnswerTimes),
-    Stopped { answers: usize, of: usize },
-}
-
 impl Judging<'_> {
-    /// The verdicts, the same on all ranks. Those that the file holds are not generated again. At the end the file holds the verdicts
+    /// The verdicts on all answers, in their order, the same on all ranks. Those that the file holds are not generated again. At the end the file holds the verdicts
     /// on all answers, in the order of the data file, and no others.
     ///
     /// # Errors
     /// A template that refuses a conversation; prompts too long for the judge; logits that are not finite; a file with other rows;
     /// a failed write; those of the collective.
-    pub fn verdicts<B: Backend>(&self, backend: Arc<B>, rank: &Rank) -> Result<Judged> {
+    pub fn verdicts<B: Backend>(&self, backend: Arc<B>, rank: &Rank) -> Result<Generated<Vec<VerdictRow>>> {
         let (judge, ui) = (self.judge, self.ui);
         let world = &*rank.world;
         world.set_activity("judging the answers");
@@ -159,19 +148,12 @@ impl Judging<'_> {
         let append = |log: &mut RowLog, new: &[(usize, Answer)]| -> Result<()> {
             Ok(log.append(new.iter().map(|(i, said)| row(*i, said)))?)
         };
-        match logged.generate(&replica, &asked, kept, append)? {
-            Generated::Stopped { answers, of } => Ok(Judged::Stopped { answers, of }),
-            Generated::All(said, times) => {
-                let rows: Vec<VerdictRow> = said.iter().enumerate().map(|(i, answer)| row(i, answer)).collect();
-                let write = || match world.rank() {
-                    0 => Ok(files::write(&self.path, json_lines(&rows))?),
-                    _ => Ok(()),
-                };
-                all_ok(world, write())?;
-                self.warn_of_missing(&rows);
-                Ok(Judged::All(rows, times))
-            }
-        }
+        logged.generate(&replica, &asked, kept, append)?.try_map(|said| {
+            let rows: Vec<VerdictRow> = said.iter().enumerate().map(|(i, answer)| row(i, answer)).collect();
+            on_first(world, || Ok(files::write(&self.path, json_lines(&rows))?))?;
+            self.warn_of_missing(&rows);
+            Ok(rows)
+        })
     }
 
     /// The judge's prompts, in tokens.
@@ -199,13 +181,10 @@ impl Judging<'_> {
     fn read(&self, keys: &[String], lines: &[String]) -> Result<Vec<Option<Answer>>> {
         let mut rows = std::collections::BTreeMap::new();
         for (i, line) in lines.iter().enumerate() {
-            let row: VerdictRow = serde_json::from_str(line).map_err(|e| wrong_row(&self.path, i, &e.to_string()))?;
+            let wrong = |why: &str| wrong_row(&self.path, i + 1, "verdict", why);
+            let row: VerdictRow = serde_json::from_str(line).map_err(|e| wrong(&e.to_string()))?;
             if row.schema != VERDICT_SCHEMA {
-                return Err(wrong_row(
-                    &self.path,
-                    i,
-                    &format!("its schema is {:?}, not {VERDICT_SCHEMA:?}", row.schema),
-                ));
+                return Err(wrong(&format!("its schema is {:?}, not {VERDICT_SCHEMA:?}", row.schema)));
             }
             rows.insert((row.id, row.key), Answer { ids: row.ids, finish: row.finish_reason });
         }
@@ -292,15 +271,10 @@ impl Judging<'_> {
     }
 }
 
-fn wrong_row(path: &Path, i: usize, why: &str) -> Failure {
-    let message = format!("{}:{}: is no verdict that moewarden wrote ({why}): delete the file", path.display(), i + 1);
-    Failure::new(exit::DATA, message)
-}
-
 /// Whether all ranks have the same judge.
 ///
 /// # Errors
 /// The rank that has another one.
 pub fn agree(judge: Option<&Judge>, world: &dyn Collective) -> Result<()> {
-    Ok(crate::collective::all_agree(world, "judge", &judge.map_or_else(Vec::new, Judge::to_bytes))?)
+    Ok(all_agree(world, "judge", &judge.map_or_else(Vec::new, Judge::to_bytes))?)
 }

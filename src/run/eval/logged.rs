@@ -1,10 +1,11 @@
 //! Answers that are kept in a file as they come, so that an interrupted command goes on from there.
 
+use std::path::Path;
 use std::time::Instant;
 
 use crate::backend::Backend;
 use crate::collective::{Collective, all_ok};
-use crate::exit::Result;
+use crate::exit::{self, Failure, Result};
 use crate::report::{AnswerTimes, GenerationSpeed, RowLog, Sampling};
 use crate::run::generate::{Answer, Prompt, batches, check_cache};
 use crate::run::progress::Progress;
@@ -26,10 +27,29 @@ pub struct Logged<'a> {
     pub ui: &'a Ui,
 }
 
-/// All answers, or how many there are if a signal stopped the generation.
-pub enum Generated {
-    All(Vec<Answer>, AnswerTimes),
+/// What was made of all answers, or how many there are if a signal stopped the generation.
+pub enum Generated<T> {
+    All(T, AnswerTimes),
     Stopped { answers: usize, of: usize },
+}
+
+impl<T> Generated<T> {
+    /// Makes something else of all answers.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn try_map<U>(self, make: impl FnOnce(T) -> Result<U>) -> Result<Generated<U>> {
+        Ok(match self {
+            Self::All(all, times) => Generated::All(make(all)?, times),
+            Self::Stopped { answers, of } => Generated::Stopped { answers, of },
+        })
+    }
+}
+
+/// A line of a file that is none of these rows.
+pub fn wrong_row(path: &Path, line: usize, what: &str, why: &str) -> Failure {
+    let message = format!("{}:{line}: is no {what} that moewarden wrote ({why}): delete the file", path.display());
+    Failure::new(exit::DATA, message)
 }
 
 /// The file on rank 0 and the answers that it holds by prompt (`None`: not there).
@@ -67,7 +87,7 @@ impl Logged<'_> {
         prompts: &[Prompt<'_>],
         (mut log, mut answers): Kept,
         append: impl Fn(&mut RowLog, &[(usize, Answer)]) -> Result<()>,
-    ) -> Result<Generated> {
+    ) -> Result<Generated<Vec<Answer>>> {
         let (world, ui, what) = (&*replica.world, self.ui, self.what);
         let kept = answers.iter().flatten().count();
         if kept > 0 {

@@ -12,17 +12,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use answers::Answering;
-use judging::{Judge, Judged, Judging};
+use judging::{Judge, Judging};
 use logged::Generated;
 use options::DecidingOptions;
-use questions::{AskedQuestions, AskingQuestions, Questions};
+use questions::{AskingQuestions, Questions};
 
 use super::other_routing::{use_other_routing, weights_sha};
 use super::prepare;
 use super::progress::Progress;
 use super::session::Session;
 use crate::backend::Backend;
-use crate::collective::{all_agree, all_ok};
+use crate::collective::{all_agree, on_first};
 use crate::config::{EvalArgs, RunConfig};
 use crate::data::{Example, Record, Sides};
 use crate::exit::{self, Ended, Failure, Result, Stopped};
@@ -175,10 +175,10 @@ impl Evaluation<'_> {
                 ui: self.ui,
             };
             match asking.ask(&replica)? {
-                AskedQuestions::Stopped { answers, of } => {
+                Generated::Stopped { answers, of } => {
                     return Ok(Ended::Stopped(stopped(answers, of, questions::FILE)));
                 }
-                AskedQuestions::All(found, took) => (report.questions, times.questions) = (found, Some(took)),
+                Generated::All(found, took) => (report.questions, times.questions) = (found, Some(took)),
             }
         }
         drop(replica);
@@ -187,20 +187,15 @@ impl Evaluation<'_> {
             let path = self.output_dir.join(judging::FILE);
             let judging = Judging { judge, asked: &asked, responses: &responses, batch_size, path, ui: self.ui };
             match judging.verdicts(backend, rank)? {
-                Judged::Stopped { answers, of } => return Ok(Ended::Stopped(stopped(answers, of, judging::FILE))),
-                Judged::All(rows, took) => {
+                Generated::Stopped { answers, of } => return Ok(Ended::Stopped(stopped(answers, of, judging::FILE))),
+                Generated::All(rows, took) => {
                     (report.judge, times.verdicts) = (Some(judging.report(&rows)), Some(took));
                     let verdicts = Some((&*judge.model.sha, &rows[..]));
-                    let write = || match rank.world.rank() {
-                        0 => answering.write(&asked, &said, verdicts),
-                        _ => Ok(()),
-                    };
-                    all_ok(&*rank.world, write())?;
+                    on_first(&*rank.world, || answering.write(&asked, &said, verdicts))?;
                 }
             }
         }
-        let write = || if rank.world.rank() == 0 { self.write(&report, &times) } else { Ok(()) };
-        all_ok(&*rank.world, write())?;
+        on_first(&*rank.world, || self.write(&report, &times))?;
         self.show(report);
         Ok(Ended::Done(()))
     }

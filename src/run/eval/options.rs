@@ -26,7 +26,8 @@ pub struct DecidingOptions {
 }
 
 impl DecidingOptions {
-    /// Those of an evaluation of `model` on the rows of the session. `questions`: a hash of the questions. `device`: the kind of device that computes it.
+    /// Those of an evaluation of `model` on the rows of the session. `questions`: a hash of the questions. `device`: the kind of
+    /// device that computes it.
     ///
     /// # Errors
     /// A config.json that cannot be read.
@@ -37,14 +38,11 @@ impl DecidingOptions {
         questions: Option<blake3::Hash>,
         device: &str,
     ) -> Result<Self> {
-        let config = session.dir.join("config.json");
-        let config = input::hash(&config)
-            .map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", config.display())))?;
         let kwargs = args.chat_template_kwargs.as_ref().map(|kwargs| json!(kwargs.0));
         let values = [
             ("version of moewarden", json!(env!("CARGO_PKG_VERSION"))),
             ("model weights", json!(model.sha)),
-            ("config.json", json!(config.to_string())),
+            ("config.json", json!(config_hash(&session.dir)?.to_string())),
             ("other routing", json!(model.other_routing.as_ref().map(|other| (other.from, &other.sha)))),
             ("rows and their tokens", json!(rows_hash(&session.data.records).to_string())),
             ("chat template", json!(session.tokenizer.template_digest().to_string())),
@@ -114,6 +112,12 @@ impl DecidingOptions {
     pub fn write(&self, dir: &Path) -> Result<()> {
         Ok(write_json(dir.join(FILE), self)?)
     }
+}
+
+/// The hash of the config.json of a model folder.
+pub fn config_hash(dir: &Path) -> Result<blake3::Hash> {
+    let path = dir.join("config.json");
+    input::hash(&path).map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display())))
 }
 
 /// A hash over the tokens of all rows and their loss masks.

@@ -1,21 +1,19 @@
 //! Questions: the log-likelihoods of choices, and greedy answers that are compared with the right one.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use regex::Regex;
 
-use super::logged::{Generated, Logged, open_on_first};
+use super::logged::{Generated, Logged, open_on_first, wrong_row};
 use crate::backend::Backend;
-use crate::collective::all_ok;
+use crate::collective::on_first;
 use crate::config::EvalArgs;
 use crate::data::{ChatTokenizer, Choice, Example, Question, Task, read_questions};
 use crate::exit::{self, Failure, Result};
 use crate::files;
-use crate::report::{
-    AnswerTimes, QUESTION_SCHEMA, QuestionResult, QuestionRow, QuestionsReport, RowLog, Sampling, json_lines,
-};
-use crate::run::generate::{Answer, Prompt};
+use crate::report::{QUESTION_SCHEMA, QuestionResult, QuestionRow, QuestionsReport, RowLog, Sampling, json_lines};
+use crate::run::generate::{Answer, Prompt, highest};
 use crate::train::{ExampleLoss, Replica, example_losses};
 use crate::ui::Ui;
 
@@ -104,19 +102,13 @@ pub struct AskingQuestions<'a> {
     pub ui: &'a Ui,
 }
 
-/// The results by file, or how many answers there are if a signal stopped the generation.
-pub enum AskedQuestions {
-    All(Vec<QuestionsReport>, AnswerTimes),
-    Stopped { answers: usize, of: usize },
-}
-
 impl AskingQuestions<'_> {
-    /// Asks all questions, greedily, and writes `questions.jsonl`; the same results on all ranks. Answers that the file holds are not
+    /// Asks all questions, greedily, and writes `questions.jsonl`; the results by file, the same on all ranks. Answers that the file holds are not
     /// generated again.
     ///
     /// # Errors
     /// Logits that are not finite; a file with other rows; a failed write; those of the collective.
-    pub fn ask<B: Backend>(&self, replica: &Replica<B>) -> Result<AskedQuestions> {
+    pub fn ask<B: Backend>(&self, replica: &Replica<B>) -> Result<Generated<Vec<QuestionsReport>>> {
         let (world, all) = (&*replica.world, &self.questions.all);
         world.set_activity("asking the questions");
         let examples: Vec<&Example> =
@@ -142,29 +134,27 @@ impl AskingQuestions<'_> {
         let append = |log: &mut RowLog, new: &[(usize, Answer)]| -> Result<()> {
             Ok(log.append(new.iter().map(|(place, said)| self.row(open[*place], &[], Some(said))))?)
         };
-        let (said, times) = match logged.generate(replica, &prompts, kept, append)? {
-            Generated::Stopped { answers, of } => return Ok(AskedQuestions::Stopped { answers, of }),
-            Generated::All(said, times) => (said, times),
-        };
-        let mut said = said.iter();
-        let answer = |i: usize| if choices_of(&all[i].1).is_empty() { said.next() } else { None };
-        let answers: Vec<Option<&Answer>> = (0..all.len()).map(answer).collect();
-        let rows: Vec<QuestionRow> = (0..all.len()).map(|i| self.row(i, &losses[i], answers[i])).collect();
-        let write = || if world.rank() == 0 { Ok(files::write(&self.path, json_lines(&rows))?) } else { Ok(()) };
-        all_ok(world, write())?;
-        let of_file = |(file, path): (usize, &PathBuf)| {
-            QuestionsReport::of(path.clone(), rows.iter().filter(move |row| row.file == file + 1))
-        };
-        Ok(AskedQuestions::All(self.questions.paths.iter().enumerate().map(of_file).collect(), times))
+        logged.generate(replica, &prompts, kept, append)?.try_map(|said| {
+            let mut said = said.iter();
+            let answer = |i: usize| if choices_of(&all[i].1).is_empty() { said.next() } else { None };
+            let answers: Vec<Option<&Answer>> = (0..all.len()).map(answer).collect();
+            let rows: Vec<QuestionRow> = (0..all.len()).map(|i| self.row(i, &losses[i], answers[i])).collect();
+            on_first(world, || Ok(files::write(&self.path, json_lines(&rows))?))?;
+            let of_file = |(file, path): (usize, &PathBuf)| {
+                QuestionsReport::of(path.clone(), rows.iter().filter(move |row| row.file == file + 1))
+            };
+            Ok(self.questions.paths.iter().enumerate().map(of_file).collect())
+        })
     }
 
     /// The answers in these lines of the file to the questions with these places.
     fn read(&self, open: &[usize], lines: &[String]) -> Result<Vec<Option<Answer>>> {
         let mut rows = BTreeMap::new();
         for (i, line) in lines.iter().enumerate() {
-            let row: QuestionRow = serde_json::from_str(line).map_err(|e| wrong_row(&self.path, i, &e.to_string()))?;
+            let wrong = |why: &str| wrong_row(&self.path, i + 1, "question", why);
+            let row: QuestionRow = serde_json::from_str(line).map_err(|e| wrong(&e.to_string()))?;
             if row.schema != QUESTION_SCHEMA {
-                return Err(wrong_row(&self.path, i, &format!("its schema is {:?}", row.schema)));
+                return Err(wrong(&format!("its schema is {:?}, not {QUESTION_SCHEMA:?}", row.schema)));
             }
             if let QuestionResult::Answer { ids, finish_reason, .. } = row.result {
                 rows.insert((row.file, row.id), Answer { ids, finish: finish_reason });
@@ -212,14 +202,4 @@ fn choices_of(question: &Question) -> &[Choice] {
         Task::Choice { choices, .. } => choices,
         Task::Answer(_) => &[],
     }
-}
-
-/// The first of the highest values.
-fn highest(values: &[f64]) -> usize {
-    (0..values.len()).reduce(|best, i| if values[i] > values[best] { i } else { best }).unwrap_or(0)
-}
-
-fn wrong_row(path: &Path, i: usize, why: &str) -> Failure {
-    let message = format!("{}:{}: is no question that moewarden wrote ({why}): delete the file", path.display(), i + 1);
-    Failure::new(exit::DATA, message)
 }

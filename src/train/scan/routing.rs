@@ -28,7 +28,9 @@ pub fn risk_differences<B: Backend>(
     // Of each micro-batch the differences, and whether it counts.
     let mut own = Vec::new();
     for (i, records) in share(micro_batches, &*replica.world) {
-        let ([safe, unsafe_], read) = scorer.both_sides(replica, sampler, records);
+        let ([safe, unsafe_], _) = scorer.sides(sampler, records);
+        let read = safe.ids.len() + unsafe_.ids.len();
+        let [safe, unsafe_] = [scorer.count(replica, &safe), scorer.count(replica, &unsafe_)];
         let differences = FrequencyAccumulator::new(layers.clone(), num_experts).add(&safe, &unsafe_);
         own.extend(differences.iter().flatten().enumerate().map(|(e, difference)| (i * (width + 1) + e, *difference)));
         own.push((i * (width + 1) + width, if differences.is_some() { 1.0 } else { 0.0 }));
@@ -76,17 +78,10 @@ impl<'d> RoutingScorer<'d> {
         Ok(Self { tokens, partners: sampler.reply_partners()?, traces: None, sums })
     }
 
-    /// Counts of the safe and of the unsafe side of a micro-batch by forward passes, and the tokens of both.
-    fn both_sides<B: Backend>(
-        &self,
-        replica: &Replica<B>,
-        sampler: Sampler<'_>,
-        records: &[usize],
-    ) -> ([RoutingCounts; 2], usize) {
+    /// The safe and the unsafe side of a micro-batch, and the records of the safe side.
+    fn sides(&self, sampler: Sampler<'_>, records: &[usize]) -> ([MicroBatch; 2], Vec<usize>) {
         let partners: Vec<_> = records.iter().map(|&r| self.partners[r]).collect();
-        let (safe, unsafe_) = (sampler.pack_safe(&partners), sampler.pack_unsafe(records));
-        let tokens = safe.ids.len() + unsafe_.ids.len();
-        ([self.count(replica, &safe), self.count(replica, &unsafe_)], tokens)
+        ([sampler.pack_safe(&partners), sampler.pack_unsafe(records)], partners)
     }
 
     /// The unsafe replies of a micro-batch against the safe replies of their partners.
@@ -97,21 +92,17 @@ impl<'d> RoutingScorer<'d> {
         index: usize,
         records: &[usize],
     ) -> ScoredBatch {
-        let ([safe, unsafe_], tokens) = match self.traces {
-            None => self.both_sides(replica, sampler, records),
-            Some(traces) => {
-                let partners: Vec<_> = records.iter().map(|&r| self.partners[r]).collect();
-                let (safe, unsafe_) = (sampler.pack_safe(&partners), sampler.pack_unsafe(records));
-                let counts = [
-                    self.count_traces(replica, &safe, &traces.safe_side(&partners)),
-                    self.count_traces(replica, &unsafe_, &traces.unsafe_side(records)),
-                ];
-                (counts, safe.ids.len() + unsafe_.ids.len())
-            }
+        let ([safe, unsafe_], partners) = self.sides(sampler, records);
+        let [safe_counts, unsafe_counts] = match self.traces {
+            None => [self.count(replica, &safe), self.count(replica, &unsafe_)],
+            Some(traces) => [
+                self.count_traces(replica, &safe, &traces.safe_side(&partners)),
+                self.count_traces(replica, &unsafe_, &traces.unsafe_side(records)),
+            ],
         };
-        let differences = self.sums.accumulator.add(&safe, &unsafe_);
+        let differences = self.sums.accumulator.add(&safe_counts, &unsafe_counts);
         self.sums.resample(index, differences.as_deref());
-        ScoredBatch { tokens, loss: None }
+        ScoredBatch { tokens: safe.ids.len() + unsafe_.ids.len(), loss: None }
     }
 
     fn count_traces<B: Backend>(&self, replica: &Replica<B>, batch: &MicroBatch, traces: &[&Trace]) -> RoutingCounts {
