@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::config::{
     AblateArgs, CheckArgs, CompareArgs, EvalArgs, ExportArgs, Init, ORIGINAL_SPELLINGS, QuickstartArgs, RawOptions,
-    ReportArgs, RunConfig, heading, is_bool, resolve_matrix,
+    ReportArgs, Resolved, RunConfig, heading, is_bool, resolve, resolve_compare,
 };
 use crate::exit::{self, Ended, Failure};
 use crate::launch::download::Wanted;
@@ -85,13 +85,20 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
+    /// The options of a run. Also downloads the model, if asked to.
     fn resolve(&self, ui: &Ui) -> exit::Result<RunConfig> {
-        self.resolve_matrix(ui, |config| vec![config.clone()])
+        self.accept(resolve(self.config.as_deref(), &self.options)?, ui)
     }
 
-    /// Also downloads the model, if asked to.
-    fn resolve_matrix(&self, ui: &Ui, runs: impl FnOnce(&RunConfig) -> Vec<RunConfig>) -> exit::Result<RunConfig> {
-        let resolved = resolve_matrix(self.config.as_deref(), &self.options, runs)?;
+    /// [`Self::resolve`] for `compare`, and its own options.
+    fn resolve_compare(&self, own: &CompareArgs, ui: &Ui) -> exit::Result<(RunConfig, CompareArgs)> {
+        let (resolved, args) = resolve_compare(self.config.as_deref(), &self.options, own)?;
+        let config = self.accept(resolved, ui)?;
+        download_all(self.download, &args.judge, ui)?;
+        Ok((config, args))
+    }
+
+    fn accept(&self, resolved: Resolved, ui: &Ui) -> exit::Result<RunConfig> {
         for warning in &resolved.warnings {
             ui.warn(warning);
         }
@@ -149,9 +156,8 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
         }
         Command::Report(args) => run::report(args, ui).map(done),
         Command::Compare { args, run } => {
-            let variants = |base: &RunConfig| args.variants(base).into_iter().map(|v| v.config).collect();
-            let config = run.resolve_matrix(ui, variants)?;
-            run::compare(&config, args, &start(&config)?, ui)
+            let (config, args) = run.resolve_compare(args, ui)?;
+            run::compare(&config, &args, &start(&config)?, ui)
         }
         Command::Export(args) => {
             download_all(args.download, [&args.base], ui)?;

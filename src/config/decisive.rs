@@ -48,7 +48,7 @@ impl RunConfig {
     /// [`Self::result_options_yaml`] of options that another version may have written: what it did not know has its default.
     /// Text that this version does not understand is returned as it is.
     pub fn comparable_options(yaml: &str) -> String {
-        let options: Option<RawOptions> = file::parse(yaml).ok();
+        let options: Option<RawOptions> = file::parse(yaml).ok().map(|options| options.run);
         let config = options.map(|given| given.fill(RunConfig::default()));
         config.and_then(|config| config.result_options_yaml().ok()).unwrap_or_else(|| yaml.to_owned())
     }

@@ -3,35 +3,70 @@
 use std::fmt;
 use std::path::Path;
 
-use clap::{Args, Command};
-use serde::de::{self, MapAccess, Visitor};
+use clap::{Arg, ArgAction, Args, Command};
+use serde::de::{self, DeserializeOwned, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 use serde_saphyr::Spanned;
 
-use super::{ConfigError, Meaning, RawOptions, nearest, spelled};
+use super::{CompareArgs, ConfigError, Meaning, RawOptions, nearest, spelled};
 use crate::input;
 use crate::quote::{cut, quote};
+
+/// The options that a YAML file gives: those of runs, and those of `compare`.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct FileOptions {
+    pub run: RawOptions,
+    pub compare: CompareArgs,
+    /// Names of the options of `compare` that are given.
+    pub of_compare: Vec<String>,
+}
 
 /// Reads the options that a YAML file gives.
 ///
 /// # Errors
 /// [`ConfigError::NotRead`], or [`ConfigError::File`] for the first wrong line.
-pub(super) fn read(path: &Path) -> Result<RawOptions, ConfigError> {
+pub(super) fn read(path: &Path) -> Result<FileOptions, ConfigError> {
     let text = input::read_text(path).map_err(|source| ConfigError::NotRead { path: path.to_owned(), source })?;
     parse(&text).map_err(|(line, message)| ConfigError::File { path: path.to_owned(), line, message })
 }
 
+/// The option of this name with the value that this text means in the file.
+///
+/// # Errors
+/// What is wrong with the value.
+pub(super) fn option(name: &str, text: &str) -> Result<RawOptions, String> {
+    let number = || text.parse::<f64>().ok().filter(|x| x.is_finite());
+    let value = match text {
+        "" => return Err("the value is empty".into()),
+        "true" => true.into(),
+        "false" => false.into(),
+        _ => text
+            .parse::<u64>()
+            .map(Value::from)
+            .ok()
+            .or_else(|| number().map(Value::from))
+            .unwrap_or_else(|| text.into()),
+    };
+    one(name, value)
+}
+
+/// An option with a value.
+fn one<T: DeserializeOwned>(name: &str, value: Value) -> Result<T, String> {
+    T::deserialize(Value::Object(Map::from_iter([(name.to_owned(), value)]))).map_err(|e| plain(&e))
+}
+
 /// [`read`] on the text; errors are (line, message).
-pub(super) fn parse(text: &str) -> Result<RawOptions, (u64, String)> {
-    let command = RawOptions::augment_args(Command::new("options"));
+pub(super) fn parse(text: &str) -> Result<FileOptions, (u64, String)> {
+    let of_compare = CompareArgs::augment_args(Command::new("options"));
+    let command = RawOptions::augment_args(of_compare.clone());
     let Entries(entries) = serde_saphyr::from_str::<Option<Entries>>(text)
         .map_err(|e| (e.location().map_or(0, |l| l.line()), plain_yaml(&e.without_snippet().to_string())))?
         .unwrap_or_default();
 
-    let mut options = RawOptions::default();
+    let mut options = FileOptions::default();
     let mut seen: Vec<Entry> = Vec::new();
-    for (key, Spanned { value: Scalar(value), .. }) in entries {
+    for (key, Spanned { value: Given(value), .. }) in entries {
         let (line, key) = (key.referenced.line(), key.value);
         let Some(option) = spelled(&command, &key) else {
             let hint = nearest(&command, &key).map_or_else(String::new, |known| format!("; did you mean `{known}`?"));
@@ -48,17 +83,34 @@ pub(super) fn parse(text: &str) -> Result<RawOptions, (u64, String)> {
             (_, value) => return Err((line, format!("`{key}` is {value}, expected true or false"))),
         };
         // One option at a time, so that the error belongs to this line.
-        let given = RawOptions::deserialize(Value::Object(Map::from_iter([(name.clone(), value.clone())])))
-            .map_err(|e| (line, format!("`{key}`: {}", plain(&e))))?;
+        let wrong = |e| (line, format!("`{key}`: {e}"));
+        match spelled(&of_compare, &name) {
+            Some(option) => {
+                let given: CompareArgs = one(&name, listed(option.arg, value.clone())).map_err(wrong)?;
+                options.compare = given.or(options.compare);
+                options.of_compare.push(name.clone());
+            }
+            None if value.is_array() => return Err(wrong("expected one value, not a list".into())),
+            None => options.run = one::<RawOptions>(&name, value.clone()).map_err(wrong)?.or(options.run),
+        }
         if let Some(earlier) = seen.iter().find(|earlier| earlier.name == name && earlier.value != value) {
             let message =
                 format!("`{key}` and `{}` (line {}) give the same option two values", earlier.key, earlier.line);
             return Err((line, message));
         }
-        options = given.or(options);
         seen.push(Entry { name, value, key, line });
     }
     Ok(options)
+}
+
+/// The value of an option that can be given several times as a list: one value is a list of one, or, where the flag takes
+/// comma-separated values, of these.
+fn listed(option: &Arg, value: Value) -> Value {
+    match value {
+        Value::String(text) if option.get_value_delimiter() == Some(',') => text.split(',').map(str::trim).collect(),
+        value if value.is_array() || !matches!(option.get_action(), ArgAction::Append) => value,
+        value => Value::Array(vec![value]),
+    }
 }
 
 /// An option of the file, kept to compare it with another spelling of the same option.
@@ -97,7 +149,7 @@ fn plain(error: &serde_json::Error) -> String {
 
 /// Keys and values in the order of the file. (A map type would merge repeated keys before they can be compared.)
 #[derive(Default)]
-struct Entries(Vec<(Spanned<String>, Spanned<Scalar>)>);
+struct Entries(Vec<(Spanned<String>, Spanned<Given>)>);
 
 impl<'de> Deserialize<'de> for Entries {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
@@ -119,41 +171,66 @@ impl<'de> Deserialize<'de> for Entries {
     }
 }
 
-/// One value: a boolean, a finite number, a string or null.
+/// One value (a boolean, a finite number, a string or null), or a list of values.
+struct Given(Value);
+
+impl<'de> Deserialize<'de> for Given {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(One { list: true }).map(Self)
+    }
+}
+
+/// One value, in a list.
 struct Scalar(Value);
 
 impl<'de> Deserialize<'de> for Scalar {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        struct One;
-        impl Visitor<'_> for One {
-            type Value = Scalar;
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("one value: true or false, a number or text")
-            }
-            fn visit_bool<E>(self, value: bool) -> Result<Scalar, E> {
-                Ok(Scalar(value.into()))
-            }
-            fn visit_i64<E>(self, value: i64) -> Result<Scalar, E> {
-                Ok(Scalar(value.into()))
-            }
-            fn visit_u64<E>(self, value: u64) -> Result<Scalar, E> {
-                Ok(Scalar(value.into()))
-            }
-            fn visit_f64<E: de::Error>(self, value: f64) -> Result<Scalar, E> {
-                // `serde_json::Value` has no infinity, and no option accepts it.
-                if value.is_finite() { Ok(Scalar(value.into())) } else { Err(E::custom("the number must be finite")) }
-            }
-            fn visit_str<E>(self, value: &str) -> Result<Scalar, E> {
-                Ok(Scalar(value.into()))
-            }
-            fn visit_unit<E>(self) -> Result<Scalar, E> {
-                Ok(Scalar(Value::Null))
-            }
-            fn visit_none<E>(self) -> Result<Scalar, E> {
-                Ok(Scalar(Value::Null))
-            }
+        from.deserialize_any(One { list: false }).map(Self)
+    }
+}
+
+/// Reads a value.
+struct One {
+    /// Whether it may be a list of values.
+    list: bool,
+}
+
+impl<'de> Visitor<'de> for One {
+    type Value = Value;
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("one value: true or false, a number or text")
+    }
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_f64<E: de::Error>(self, value: f64) -> Result<Value, E> {
+        // `serde_json::Value` has no infinity, and no option accepts it.
+        if value.is_finite() { Ok(value.into()) } else { Err(E::custom("the number must be finite")) }
+    }
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+    fn visit_none<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+        if !self.list {
+            return Err(de::Error::invalid_type(de::Unexpected::Seq, &self));
         }
-        from.deserialize_any(One)
+        let mut values = Vec::new();
+        while let Some(Scalar(value)) = list.next_element()? {
+            values.push(value);
+        }
+        Ok(Value::Array(values))
     }
 }
 
@@ -162,10 +239,11 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::experts::Method;
 
     /// The options that are given, as JSON.
     fn ok(text: &str) -> Value {
-        let options = serde_json::to_value(parse(text).unwrap()).unwrap();
+        let options = serde_json::to_value(parse(text).unwrap().run).unwrap();
         let Value::Object(options) = options else { panic!("{options}") };
         Value::Object(options.into_iter().filter(|(_, value)| !value.is_null()).collect())
     }
@@ -202,6 +280,11 @@ mod tests {
             ("random_seed: 1\nseed: 2\n", 2, "(line 1) give the same option two values"),
             ("expert-lr: .inf\n", 1, "finite"),
             ("layers: [1, 2]\n", 1, "one value"),
+            ("layers: {a: 2}\n", 1, "one value"),
+            ("seed: 1\nsweep: [[seed=1]]\n", 2, "one value"),
+            ("sweep: [seed=1, sead=2]\n", 1, "did you mean `seed`"),
+            ("methods: gradient,nothing\n", 1, "nothing"),
+            ("methods: random\nmethods_: random\n", 2, "unknown option"),
             ("- seed\n", 1, "expected mapping"),
             ("seed: 1\nlayers: 8: 9\n", 2, ""),
         ];
@@ -210,5 +293,19 @@ mod tests {
             assert!(why.contains(message), "{text:?}: {why}");
             assert_eq!(at, line, "{text:?}: {why}");
         }
+    }
+
+    #[test]
+    fn options_of_compare_are_lists() {
+        let text = "seed: 3\nmethods: gradient, random\nablations: [frozen]\nsweep:\n  - expert-lr=1e-5,1e-4\n  - seed=1,2\nquestions: a,b.jsonl\nskip-answers: true\n";
+        let found = parse(text).unwrap();
+        assert_eq!(found.run.seed, Some(3));
+        assert_eq!(found.compare.methods, [Method::Gradient, Method::Random]);
+        let sweeps: Vec<_> = found.compare.sweep.iter().map(ToString::to_string).collect();
+        assert_eq!(sweeps, ["expert-lr=1e-5,1e-4", "seed=1,2"]);
+        assert_eq!(found.compare.questions, [Path::new("a,b.jsonl")]);
+        assert_eq!(found.compare.skip_answers, Some(true));
+        assert_eq!(found.of_compare, ["methods", "ablations", "sweep", "questions", "skip-answers"]);
+        assert_eq!(parse("sweep: seed=1,2").unwrap().compare.sweep.len(), 1);
     }
 }

@@ -31,11 +31,11 @@ use crate::train::Recompute;
 use crate::train::RetainLoss;
 
 pub use commands::{AblateArgs, CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
-pub use compare::{Ablation, CompareArgs, Variant};
+pub use compare::{Ablation, CompareArgs, Sweep, SweepMode, Variant};
 pub use layers::Layers;
 pub use raw::{RawOptions, heading};
 pub use replies::RoutingReplies;
-pub use resolve::{Resolved, resolve, resolve_matrix};
+pub use resolve::{Resolved, resolve, resolve_compare};
 pub use spelling::{Meaning, ORIGINAL_SPELLINGS, Spelled, is_bool, nearest, spelled};
 pub use template_kwargs::TemplateKwargs;
 pub use validate::options_without_effect;

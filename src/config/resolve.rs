@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::{ConfigError, RawOptions, RunConfig, file, recipe, validate};
-use crate::experts::{ExpertId, Method};
+use super::{CompareArgs, ConfigError, RawOptions, RunConfig, file, recipe, validate};
+use crate::experts::{ExpertId, IdentifyIn, Method};
 use crate::report::ExpertsFile;
 use crate::train::{CountedReplies, Identify, Recipe, ScoreBy, Training};
 
@@ -22,32 +22,77 @@ pub struct Resolved {
 /// # Errors
 /// Every variant of [`ConfigError`].
 pub fn resolve(file: Option<&Path>, flags: &RawOptions) -> Result<Resolved, ConfigError> {
-    resolve_matrix(file, flags, |config| vec![config.clone()])
+    let file = file.map(file::read).transpose()?.unwrap_or_default();
+    let (config, _) = merge(&file.run, flags)?;
+    let mut resolved = check(config.clone(), flags, &file.run, &[config])?;
+    let only = |option| format!("`{option}` of the options file does nothing in this run: only `compare` uses it");
+    resolved.warnings.extend(file.of_compare.iter().map(only));
+    Ok(resolved)
 }
 
-/// [`resolve()`] for the base configuration of several runs: a flag is refused for having no effect only if it has none
-/// in any of the runs.
+/// [`resolve()`] for `compare`: the base configuration of its runs, and its own options. A flag is refused for having no effect
+/// only if it has none in any of the runs.
 ///
 /// # Errors
 /// As [`resolve()`].
-pub fn resolve_matrix(
+pub fn resolve_compare(
     file: Option<&Path>,
     flags: &RawOptions,
-    runs: impl FnOnce(&RunConfig) -> Vec<RunConfig>,
-) -> Result<Resolved, ConfigError> {
+    own_flags: &CompareArgs,
+) -> Result<(Resolved, CompareArgs), ConfigError> {
     let file = file.map(file::read).transpose()?.unwrap_or_default();
-    let mut given = flags.clone().or(implied(flags)?).or(file.clone()).or(implied(&file)?);
+    let args = own_flags.clone().or(file.compare.clone()).with_defaults();
+    let (mut config, given) = merge(&file.run, flags)?;
+    if given.identify.is_none() && args.why_unequal(&config).is_some() {
+        config.identify = IdentifyIn::Once; // so that every method trains equally many parameters
+    }
+    let variants = args.variants(&config);
+    let runs: Vec<RunConfig> = variants.iter().map(|variant| variant.config.clone()).collect();
+    let resolved = check(config, flags, &file.run, &runs)?;
+    let mut wrong = args.problems(&resolved.config);
+    wrong.extend(args.why_unequal(&resolved.config).map(str::to_owned));
+    wrong.extend(args.inert_sweeps(&variants));
+    for variant in &variants {
+        if variant.has_long_name() {
+            wrong.push(format!(
+                "{}: this name of a variant is too long for a folder: sweep fewer options at once",
+                variant.name
+            ));
+        }
+        // What is wrong in the base configuration has been said.
+        wrong.extend(
+            validate::problems(&variant.config).into_iter().map(|problem| format!("{}: {problem}", variant.name)),
+        );
+    }
+    if !wrong.is_empty() {
+        return Err(ConfigError::Invalid(wrong));
+    }
+    Ok((resolved, args))
+}
+
+/// The configuration of these options over the defaults, and the options that are given or implied.
+fn merge(file: &RawOptions, flags: &RawOptions) -> Result<(RunConfig, RawOptions), ConfigError> {
+    let mut given = flags.clone().or(implied(flags)?).or(file.clone()).or(implied(file)?);
     if given.num_epochs.is_some() {
         given.num_rounds.get_or_insert(1);
     }
-    let mut config = given.fill(RunConfig::default());
+    let mut config = given.clone().fill(RunConfig::default());
     if !recipe::asks_for_router_phase(&config)
         && flags.router_epochs_per_round.or(file.router_epochs_per_round).is_none()
     {
         // `--num-epochs` sets the epochs of the router phase only in a run that has one
         config.router_epochs_per_round = RunConfig::default().router_epochs_per_round;
     }
+    Ok((config, given))
+}
 
+/// Validates a configuration, which is the base of these runs.
+fn check(
+    config: RunConfig,
+    flags: &RawOptions,
+    file: &RawOptions,
+    runs: &[RunConfig],
+) -> Result<Resolved, ConfigError> {
     for (option, empty) in
         [("--model-name", config.model_name.is_empty()), ("--dataset-path", config.dataset_path.as_os_str().is_empty())]
     {
@@ -59,8 +104,8 @@ pub fn resolve_matrix(
     let mut wrong = validate::problems(&config);
     let mut warnings = Vec::new();
     let mut inert = validate::options_without_effect(&config);
-    for run in runs(&config) {
-        let in_run = validate::options_without_effect(&run);
+    for run in runs {
+        let in_run = validate::options_without_effect(run);
         inert.retain(|(option, _)| in_run.iter().any(|(other, _)| other == option));
     }
     for (option, why) in inert {

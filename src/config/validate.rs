@@ -160,6 +160,12 @@ fn texts(c: &RunConfig, wrong: &mut Vec<String>) {
 
 /// Options with a value other than the default that have no effect in this run: (name, reason).
 pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
+    let default = RunConfig::default();
+    inert_options(c).into_iter().filter(|(option, _)| !c.same(&default, option)).collect()
+}
+
+/// Options that have no effect in this run, whatever their value: (name, reason).
+pub(super) fn inert_options(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
     let random = c.method == Method::Random;
     let given = c.method == Method::Given;
     let gradient_scores = recipe::computes_gradient_scores(c);
@@ -201,10 +207,9 @@ pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)
         (random_weights && c.save_steps > 0, no_model, &["save-steps"]),
         (random_weights, no_model, &["keep-checkpoints"]),
     ]);
-    let default = RunConfig::default();
     let mut found: Vec<(&str, &str)> = Vec::new();
     for (_, why, options) in rules.into_iter().filter(|(applies, ..)| *applies) {
-        for option in options.iter().filter(|o| !c.same(&default, o)) {
+        for option in options {
             if found.iter().all(|(earlier, _)| earlier != option) {
                 found.push((option, why));
             }

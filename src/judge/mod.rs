@@ -14,6 +14,6 @@ mod verdict;
 pub use agreement::cohen_kappa;
 pub use guards::{Assessment, JudgeForm, Safety};
 pub use matched::{Matching, NoRandomSet, RandomSets};
-pub use paired::PairedDifference;
+pub use paired::{PairedDifference, holm, mcnemar_p, mean_difference, sign_flip_p};
 pub use statistics::{Rate, Spread, permutation_p, wilson};
 pub use verdict::{Bounds, Evidence, SideEffect, Verdict, verdict};

@@ -1,4 +1,4 @@
-//! The difference between two evaluations on the same items, by paired bootstrap.
+//! The difference between two evaluations on the same items: paired bootstrap, exact tests, and Holm's correction.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -53,8 +53,70 @@ impl PairedDifference {
     }
 }
 
+/// Two-sided p of McNemar's exact test: of the items on which two evaluations differ, `alone[0]` are yes of the first alone and
+/// `alone[1]` of the second alone; if neither says yes more often, the former is Binomial(n, 1/2). (Q. McNemar, 1947, in its
+/// conditional exact form.) 1 if no item differs.
+pub fn mcnemar_p(alone: [usize; 2]) -> f64 {
+    let (n, least) = (alone[0] + alone[1], alone[0].min(alone[1]));
+    // ln C(n, k) - n ln 2, from one k to the next: C(n, k + 1) = C(n, k) (n - k) / (k + 1).
+    let mut log = -(n as f64) * std::f64::consts::LN_2;
+    let mut tail = 0.0;
+    for k in 0..=least {
+        tail += log.exp();
+        log += ((n - k) as f64 / (k + 1) as f64).ln();
+    }
+    (2.0 * tail).min(1.0)
+}
+
+/// Two-sided p of a paired permutation test of the mean: the sign of each difference is drawn anew, 9999 times, and p is
+/// (1 + #{|sum| of the draw ≥ |sum|}) / 10000. 1 if all differences are 0 or one is not finite.
+pub fn sign_flip_p(differences: &[f64]) -> f64 {
+    const DRAWS: usize = 9_999;
+    let observed = differences.iter().sum::<f64>().abs();
+    if !observed.is_finite() || differences.iter().all(|d| *d == 0.0) {
+        return 1.0;
+    }
+    // Sums of the same differences in another order must count as equal.
+    let slack = 1e-12 * differences.iter().map(|d| d.abs()).sum::<f64>();
+    let mut rng = ChaCha8Rng::seed_from_u64(SEED);
+    let mut draw = || differences.iter().map(|d| if rng.random::<bool>() { *d } else { -d }).sum::<f64>().abs();
+    let as_large = (0..DRAWS).filter(|_| draw() >= observed - slack).count();
+    (1 + as_large) as f64 / (1 + DRAWS) as f64
+}
+
+/// Adjusted p of a family of tests (S. Holm, 1979): where those of at most α are called significant, the probability that a true null
+/// hypothesis is among them is at most α.
+pub fn holm(p: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..p.len()).collect();
+    order.sort_by(|a, b| p[*a].total_cmp(&p[*b]));
+    let mut adjusted = vec![1.0; p.len()];
+    let mut largest = 0.0f64;
+    for (rank, &i) in order.iter().enumerate() {
+        largest = largest.max((p[i] * (p.len() - rank) as f64).min(1.0));
+        adjusted[i] = largest;
+    }
+    adjusted
+}
+
+/// Mean of paired differences with a 95 % percentile interval over resamples of the items; the interval is `None` where resampling
+/// changes nothing.
+pub fn mean_difference(differences: &[f64]) -> Option<(f64, Option<[f64; 2]>)> {
+    let n = differences.len();
+    let mean = (n > 0).then(|| differences.iter().sum::<f64>() / n as f64)?;
+    if differences.iter().all(|d| *d == differences[0]) {
+        return Some((mean, None));
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(SEED);
+    let mut draw = || (0..n).map(|_| differences[rng.random_range(0..n)]).sum::<f64>() / n as f64;
+    let mut means: Vec<f64> = (0..RESAMPLES).map(|_| draw()).collect();
+    means.sort_unstable_by(f64::total_cmp);
+    let at = |q: f64| means[(q * (RESAMPLES - 1) as f64).round() as usize];
+    Some((mean, Some([at(0.025), at(0.975)])))
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::statistics::tests::ks_p;
     use super::*;
 
     fn pairs(counts: [usize; 4]) -> Vec<(bool, bool)> {
@@ -89,5 +151,60 @@ mod tests {
         mixed.reverse();
         assert_eq!(PairedDifference::of(&mixed), found);
         assert_eq!(PairedDifference::of(&[]), None);
+    }
+
+    #[test]
+    fn mcnemar_is_the_binomial_test_of_a_half() {
+        // 2 Σ C(n, i) / 2^n in exact integers.
+        let cases = [([0, 5], 0.0625), ([1, 9], 0.021484375), ([3, 7], 0.34375), ([40, 60], 0.05688793), ([5, 5], 1.0)];
+        for (alone, wanted) in cases {
+            let found = mcnemar_p(alone);
+            assert!((found - wanted).abs() < 1e-7 && found == mcnemar_p([alone[1], alone[0]]), "{alone:?}: {found}");
+        }
+        assert_eq!(mcnemar_p([0, 0]), 1.0);
+        let tiny = mcnemar_p([0, 900]);
+        assert!(tiny > 0.0 && tiny < 1e-200, "2^-899, no underflow: {tiny:e}");
+        assert!((mcnemar_p([5000, 5000]) - 1.0).abs() < 1e-12);
+        assert!((mcnemar_p([225, 275]) - 0.028326160766).abs() < 1e-9, "{}", mcnemar_p([225, 275]));
+    }
+
+    #[test]
+    fn holm_steps_down() {
+        let close = |a: &[f64], b: &[f64]| assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12), "{a:?} {b:?}");
+        // R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")
+        close(&holm(&[0.01, 0.04, 0.03, 0.005]), &[0.03, 0.06, 0.06, 0.02]);
+        close(&holm(&[0.5, 0.9]), &[1.0, 1.0]);
+        assert_eq!(holm(&[]), Vec::<f64>::new());
+    }
+
+    #[test]
+    fn sign_flips_are_uniform_under_the_null_and_see_a_shift() {
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        let mut p_of = |shift: f64| {
+            // Skewed sizes with random signs: symmetric about the shift.
+            let mut one = || {
+                let size = -rng.random::<f64>().max(1e-12).ln();
+                shift + if rng.random::<bool>() { size } else { -size }
+            };
+            let differences: Vec<f64> = (0..30).map(|_| one()).collect();
+            sign_flip_p(&differences)
+        };
+        let p: Vec<f64> = (0..60).map(|_| p_of(0.0)).collect();
+        assert!(ks_p(p.clone()) > 0.05, "{}", ks_p(p));
+        assert!((0..20).filter(|_| p_of(1.5) < 0.05).count() >= 18);
+        assert_eq!((sign_flip_p(&[0.0; 9]), sign_flip_p(&[]), sign_flip_p(&[f64::NAN, 1.0])), (1.0, 1.0, 1.0));
+        // All eight have one sign: 2 of 256 sign patterns reach the sum.
+        assert!((sign_flip_p(&[1.0; 8]) - 2.0 / 256.0).abs() < 0.003);
+    }
+
+    #[test]
+    fn the_interval_of_a_mean_difference_is_that_of_a_normal() {
+        let differences: Vec<f64> = (0..400).map(|i| f64::from(i % 20) / 19.0).collect();
+        let (mean, interval) = mean_difference(&differences).unwrap();
+        let variance = differences.iter().map(|d| (d - mean).powi(2)).sum::<f64>() / 400.0;
+        let half = 1.96 * (variance / 400.0).sqrt();
+        let [low, high] = interval.unwrap();
+        assert!((mean - 0.5).abs() < 1e-12 && (low - 0.5 + half).abs() < 0.003 && (high - 0.5 - half).abs() < 0.003);
+        assert_eq!((mean_difference(&[2.0, 2.0]), mean_difference(&[])), (Some((2.0, None)), None));
     }
 }
