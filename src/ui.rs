@@ -21,6 +21,8 @@ use crate::quote::message;
 #[derive(Clone)]
 pub struct Ui {
     level: Level,
+    /// Whether results are printed at this level.
+    results: bool,
     bars: Option<MultiProgress>,
     color: bool,
 }
@@ -42,12 +44,17 @@ impl Ui {
         let terminal = io::stderr().is_terminal();
         let color = terminal && color_wanted();
         let bars = (terminal && !quiet).then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
-        Self { level: if quiet { Level::Quiet } else { Level::Full }, bars, color }
+        Self { level: if quiet { Level::Quiet } else { Level::Full }, results: true, bars, color }
     }
 
     /// No output: for ranks other than 0, and for tests.
     pub fn silent() -> Self {
-        Self { level: Level::Silent, bars: None, color: false }
+        Self { level: Level::Silent, results: true, bars: None, color: false }
+    }
+
+    /// The same output without results: for a part of a command whose results come in the command's own.
+    pub fn without_results(&self) -> Self {
+        Self { results: false, ..self.clone() }
     }
 
     /// Whether results may be coloured: stdout is a terminal and `NO_COLOR` is not set.
@@ -64,7 +71,7 @@ impl Ui {
 
     /// Prints a line of the command's result on stdout, also with `--quiet`.
     pub fn result(&self, text: impl Display) {
-        if self.level != Level::Silent {
+        if self.level != Level::Silent && self.results {
             self.write(&mut io::stdout(), &text);
         }
     }

@@ -134,6 +134,13 @@ pub enum Method {
     Safex,
 }
 
+impl Method {
+    /// The value of `--method`.
+    pub fn name(self) -> String {
+        self.to_possible_value().expect("no method is hidden").get_name().to_owned()
+    }
+}
+
 /// The gradient method's score of an expert with P = 3·D·F parameters w and gradients g (`--score`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]

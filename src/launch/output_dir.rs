@@ -162,7 +162,7 @@ enum Place {
 }
 
 /// Files at the top of the output folder. A new output file must be added here, or `--overwrite` refuses the folder.
-const TOP_FILES: [&str; 20] = [
+const TOP_FILES: [&str; 21] = [
     LOCK_FILE,
     "config.resolved.yaml",
     "metrics.jsonl",
@@ -183,7 +183,11 @@ const TOP_FILES: [&str; 20] = [
     "compare.json",
     "compare.html",
     "compare.md",
+    "compare_plan.json",
 ];
+
+/// Folders of the evaluations of `compare`: `evaluations/VARIANT/held-out`, `evaluations/original/benign`.
+const EVALUATIONS: [&str; 4] = ["evaluations", "original", "held-out", "benign"];
 
 /// Documents in model folders; export copies them with all other small files.
 const DOCUMENTS: [&str; 6] = ["README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md"];
@@ -224,7 +228,7 @@ fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
         Place::Top if kind.is_dir() && name == "tensorboard" => Some(Place::Events),
         // A variant of `compare` has the layout of a run. (It holds no variants itself; allowing their names is
         // harmless.)
-        Place::Top if kind.is_dir() && Variant::is_name(name) => Some(Place::Top),
+        Place::Top if kind.is_dir() && (Variant::is_name(name) || EVALUATIONS.contains(&name)) => Some(Place::Top),
         _ => None,
     }
 }

@@ -70,17 +70,17 @@ pub fn curve_svg(id: &str, title: &str, x_label: &str, series: &[Series]) -> Opt
 }
 
 /// How a line looks.
-struct Look {
-    colour: &'static str,
+pub(super) struct Look {
+    pub colour: &'static str,
     /// The class of the colour that is not told apart from dark paper.
-    class: &'static str,
+    pub class: &'static str,
     /// Colours repeat after the last one; dashes then distinguish the lines.
-    dashes: String,
+    pub dashes: String,
 }
 
 impl Look {
     /// That of the line `i`.
-    fn of(i: usize) -> Self {
+    pub fn of(i: usize) -> Self {
         let colour = COLOURS[i % COLOURS.len()];
         let dashes = if i < COLOURS.len() { String::new() } else { format!(" stroke-dasharray=\"{}\"", 2 + i) };
         Self { colour, class: if colour == BLACK { "ink" } else { "" }, dashes }
@@ -124,7 +124,7 @@ impl Look {
     }
 
     /// Draws the line's entry of the legend.
-    fn key(&self, out: &mut String, label: &str, y: f64) {
+    pub fn key(&self, out: &mut String, label: &str, y: f64) {
         let Self { colour, class, dashes } = self;
         let _ = writeln!(
             out,
@@ -145,14 +145,14 @@ fn value(y: f64) -> String {
 }
 
 /// The range of an axis.
-struct Axis {
-    low: f64,
-    high: f64,
+pub(super) struct Axis {
+    pub low: f64,
+    pub high: f64,
 }
 
 impl Axis {
     /// From the smallest to the largest value; a single value gets a margin on both sides. `None` without values.
-    fn spanning(values: impl Iterator<Item = f64>) -> Option<Self> {
+    pub fn spanning(values: impl Iterator<Item = f64>) -> Option<Self> {
         let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
         (low <= high).then(|| {
             let margin = if high > low { 0.0 } else { f64::max(low.abs() * 0.1, 1e-6) };
@@ -161,12 +161,12 @@ impl Axis {
     }
 
     /// The position of a value on the axis: 0 at the low end, 1 at the high end.
-    fn fraction(&self, value: f64) -> f64 {
+    pub fn fraction(&self, value: f64) -> f64 {
         (value - self.low) / (self.high - self.low)
     }
 
     /// Four to nine values within the range, multiples of 1, 2 or 5 times a power of ten.
-    fn ticks(&self) -> Vec<f64> {
+    pub fn ticks(&self) -> Vec<f64> {
         let rough = (self.high - self.low) / 8.0;
         let power = 10f64.powf(rough.log10().floor());
         let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= rough).unwrap_or(10.0 * power);
@@ -177,7 +177,7 @@ impl Axis {
 }
 
 /// A tick label: at most six decimals, without trailing zeros, so that rounding errors do not show.
-fn tick_label(value: f64) -> String {
+pub(super) fn tick_label(value: f64) -> String {
     let text = format!("{value:.6}");
     let short = text.trim_end_matches('0').trim_end_matches('.');
     if short == "0" || short == "-0" {

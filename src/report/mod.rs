@@ -4,10 +4,11 @@
 //! to.
 
 mod ablation;
-mod compare;
+mod comparison;
 mod curve;
 mod drawing;
 mod drift;
+mod estimates;
 mod eval;
 mod eval_rows;
 mod experts_file;
@@ -29,16 +30,21 @@ mod rerouting;
 mod row_log;
 mod scale;
 mod scores_json;
+mod selections;
 mod speed;
 mod table;
 mod tensorboard;
 mod verdicts;
 
 pub use ablation::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, RandomSet};
-pub use compare::{Overlap, RunSelection, overlap, overlap_tables, spearman};
+pub use comparison::{
+    COMPARE_SCHEMA, CompareReport, Contrast, Estimate, Evaluated, Measure, MeasureUnit, ORIGINAL, OverlapReport,
+    PairedTest, SelectionReport, TrainingResult, VariantError, VariantReport, paired_tests,
+};
 pub use curve::{Series, curve_svg};
 pub use drawing::standalone;
 pub use drift::drift_tables;
+pub use estimates::{Group, Named, Positions, dots_svg, points_svg};
 pub use eval::{
     EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, GENERATION_SCHEMA, GenerationRow, MeanLoss, RefusalRate,
     RoutingDifference, Sampling, eval_tables,
@@ -53,7 +59,7 @@ pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use onset::{RefusalOnset, cut_off_warning};
 pub use other_routing::{OtherRouting, RoutingFrom};
 pub use page::Page;
-pub use paired::{Outcomes, outcomes, paired_table};
+pub use paired::{Measured, Outcomes, outcomes, paired_table};
 pub use pickle::{RoundGradients, gradients_pickle};
 pub use questions::{QUESTION_SCHEMA, QuestionResult, QuestionRow, QuestionsReport};
 pub use rankings::{NamedRanking, RANKINGS_SCHEMA, RankingsFile};
@@ -62,6 +68,7 @@ pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
 pub use rerouting::rerouting_table;
 pub use row_log::{RowLog, json_lines};
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
+pub use selections::{DistinctSelection, Overlap, RunSelection, distinct_selections, overlap, overlap_table, spearman};
 pub use speed::{AnswerTimes, EvalTimes, GenerationSpeed, TIMES_SCHEMA, TokenSpeed};
 pub use table::Table;
 pub use tensorboard::EventLog;

@@ -53,6 +53,13 @@ impl Page {
         let _ = writeln!(self.body, "<figure>{figcaption}\n<div class=\"wide\">{table}</div></figure>");
     }
 
+    /// Appends drawings side by side, as many as the window is wide for.
+    pub fn grid(&mut self, drawings: &[String]) {
+        self.body += "<div class=\"side-by-side\">\n";
+        drawings.iter().for_each(|svg| self.svg(svg));
+        self.body += "</div>\n";
+    }
+
     /// Appends a drawing of [`super::heatmap_svg`] or [`super::curve_svg`]. The markup is not escaped.
     pub fn svg(&mut self, svg: &str) {
         // As text of the page, because a narrow window shows only a part of the drawing.

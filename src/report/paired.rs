@@ -23,6 +23,24 @@ pub struct Measured {
     items: BTreeMap<String, bool>,
 }
 
+impl Measured {
+    /// Yes or no by item.
+    pub fn new(basis: String, items: BTreeMap<String, bool>) -> Self {
+        Self { basis, items }
+    }
+
+    /// Yes or no of each item.
+    pub fn answers(&self) -> impl Iterator<Item = bool> {
+        self.items.values().copied()
+    }
+
+    /// Both answers to each item that both have; `None` if they were measured in different ways.
+    pub fn pairs(&self, other: &Self) -> Option<Vec<(bool, bool)>> {
+        let pair = |(item, yes): (&String, &bool)| Some((*self.items.get(item)?, *yes));
+        (self.basis == other.basis).then(|| other.items.iter().filter_map(pair).collect())
+    }
+}
+
 /// What is read of a row of `generations.jsonl`.
 #[derive(Deserialize)]
 struct Generated {
@@ -114,12 +132,10 @@ pub fn paired_table(evals: &[(String, Outcomes)]) -> Table {
         for (what, ours) in outcomes {
             let Some(theirs) = first.get(what) else { continue };
             let label = format!("{name}, {what}");
-            if ours.basis != theirs.basis {
+            let Some(pairs) = theirs.pairs(ours) else {
                 table.row([&label, "-", "-", "-", "not compared: another judge, or other options of generation"]);
                 continue;
-            }
-            let pairs: Vec<(bool, bool)> =
-                ours.items.iter().filter_map(|(item, yes)| Some((*theirs.items.get(item)?, *yes))).collect();
+            };
             let Some(found) = PairedDifference::of(&pairs) else { continue };
             let count = |yes: fn(&(bool, bool)) -> bool| pairs.iter().filter(|pair| yes(pair)).count().to_string();
             let interval = found.interval.map_or_else(

@@ -12,8 +12,8 @@ use crate::launch::{Existing, prepare_dir_keeping};
 use crate::meter::{Meter, Unit};
 use crate::report::{
     self, Cells, EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile,
-    Series, Table, curve_svg, drift_tables, eval_tables, heatmap_svg, outcomes, overlap_tables, paired_table,
-    read_json, rerouting_table, standalone,
+    Series, Table, curve_svg, distinct_selections, drift_tables, eval_tables, heatmap_svg, outcomes, overlap_table,
+    paired_table, read_json, rerouting_table, standalone,
 };
 use crate::train::{ExpertLoads, Phase};
 use crate::ui::Ui;
@@ -67,9 +67,9 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
         add(&mut page, &paired(&args.runs, &runs)?);
     }
     let choices: Vec<RunSelection> = runs.iter().filter_map(Run::choice).collect();
-    if choices.len() > 1 {
+    if let Some(table) = overlap_table(&distinct_selections(&choices)) {
         page.section("Comparison of the last selections");
-        overlap_tables(&choices).iter().for_each(|table| add(&mut page, table));
+        add(&mut page, &table);
     }
     for (i, run) in runs.iter().enumerate() {
         let Some(scores) = &run.scores else { continue };
@@ -77,9 +77,7 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
         heatmaps(&mut page, i, run, scores, &args.output_dir)?;
         load_maps(&mut page, i, run, scores);
         let rankings = run.rankings.as_ref().map_or_else(Vec::new, RankingsFile::selections);
-        if rankings.len() > 1 {
-            overlap_tables(&rankings).iter().for_each(|table| page.table(table));
-        }
+        overlap_table(&distinct_selections(&rankings)).iter().for_each(|table| page.table(table));
         top_experts(scores).iter().for_each(|table| page.table(table));
         for (round, found) in &scores.rounds {
             let how_many = found.how_many.as_ref().filter(|_| found.kept_from.is_none());

@@ -18,7 +18,7 @@ use crate::backend::Backend;
 use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State, export_replacing};
 use crate::collective::{all_ok, with_heartbeat};
 use crate::config::{Init, RunConfig, SaveRounds};
-use crate::exit::{Ended, Result, Stopped};
+use crate::exit::{self, Ended, Failure, Result, Stopped};
 use crate::experts::{ExpertId, Selected};
 use crate::launch::{Opened, Rank, Started, memory};
 use crate::model::ParamKind;
@@ -50,6 +50,19 @@ pub struct TrainSummary {
 /// Inputs that cannot be read or are invalid; an output folder or a device that cannot be used; too many steps with numbers that are
 /// not finite; weights that diverged; a rank that fails.
 pub fn train(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<TrainSummary>> {
+    train_exactly(config, None, started, ui)
+}
+
+/// [`train`], which fails after the identification of a round that selects another number of experts than `exactly`.
+///
+/// # Errors
+/// Those of [`train`].
+pub(super) fn train_exactly(
+    config: &RunConfig,
+    exactly: Option<usize>,
+    started: &Started,
+    ui: &Ui,
+) -> Result<Ended<TrainSummary>> {
     let ranks = &started.ranks;
     let recipe = config.recipe()?;
     let recipe = ranks.all_ok(fit_recipe(recipe, config, ui))?;
@@ -60,7 +73,7 @@ pub fn train(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<Tra
     prepare::describe_trained(&session, &recipe, ui);
     let (config, device) = (config.clone(), started.device.clone());
     ranks.run(ui, move |rank| {
-        let run = RankInputs { session: &session, config: &config, recipe: &recipe, rank };
+        let run = RankInputs { session: &session, config: &config, recipe: &recipe, exactly, rank };
         match device.open(&config, session.workload(config.batch_size), rank)? {
             Opened::Cpu(cpu) => run.all_rounds(cpu, None),
             Opened::Cuda(cuda, transport) => run.all_rounds(cuda, transport),
@@ -73,6 +86,8 @@ struct RankInputs<'a> {
     session: &'a Session,
     config: &'a RunConfig,
     recipe: &'a Recipe,
+    /// How many experts an identification has to select.
+    exactly: Option<usize>,
     rank: &'a Rank,
 }
 
@@ -81,6 +96,7 @@ struct RankRun<'a, B: Backend> {
     session: &'a Session,
     config: &'a RunConfig,
     recipe: &'a Recipe,
+    exactly: Option<usize>,
     ui: &'a Ui,
     local_world_size: usize,
     replica: Replica<B>,
@@ -97,7 +113,7 @@ impl<'a> RankInputs<'a> {
         backend: Arc<B>,
         transport: Option<Arc<dyn DeviceTransport<B>>>,
     ) -> Result<Ended<TrainSummary>> {
-        let Self { session, config, recipe, rank } = self;
+        let Self { session, config, recipe, rank, .. } = self;
         let trained = recipe.trained_elements(&session.table, &session.model).at_once;
         let predicted_memory = prepare::predict_memory(session, config, recipe, rank, trained, &*backend)?;
         let clock = Instant::now();
@@ -147,7 +163,7 @@ impl<'a> RankInputs<'a> {
 
     /// Restores the newest checkpoint if the run resumes one; otherwise measures the untrained model.
     fn begin<B: Backend>(self, mut replica: Replica<B>) -> Result<(RankRun<'a, B>, Option<Snapshot<OutputState>>)> {
-        let Self { session, config, recipe, rank } = self;
+        let Self { session, config, recipe, exactly, rank } = self;
         let (ui, world) = (&rank.ui, &*rank.world);
         let store = SnapshotStore {
             folder: config.output_dir.join("checkpoints"),
@@ -192,7 +208,19 @@ impl<'a> RankInputs<'a> {
             outputs.drifted(drift);
         }
         let local_world_size = rank.local_world_size;
-        let run = RankRun { session, config, recipe, ui, local_world_size, replica, retention, store, outputs, before };
+        let run = RankRun {
+            session,
+            config,
+            recipe,
+            exactly,
+            ui,
+            local_world_size,
+            replica,
+            retention,
+            store,
+            outputs,
+            before,
+        };
         Ok((run, snapshot))
     }
 }
@@ -301,6 +329,7 @@ impl<B: Backend> RankRun<'_, B> {
             found.selected = Selected { requested: experts.len(), experts };
             found.kept_from = Some(from);
         }
+        self.check_size(&found.selected.experts)?;
         summary::selection(&found, session, ui);
         let clock = Instant::now();
         if round == 0
@@ -315,6 +344,21 @@ impl<B: Backend> RankRun<'_, B> {
         self.outputs.skip_time(clock.elapsed());
         self.outputs.identified(round + 1, &found)?;
         Ok(ControlFlow::Continue(()))
+    }
+
+    /// Refuses a selection of another size than the run needs.
+    fn check_size(&self, selected: &[ExpertId]) -> Result<()> {
+        let (found, method) = (selected.len(), self.config.method.name());
+        match self.exactly.filter(|wanted| *wanted != found) {
+            None => Ok(()),
+            Some(wanted) => Err(Failure::new(
+                exit::CONFIG,
+                format!(
+                    "--method {method} selects {found} experts, not {wanted} as the others do: methods that train different numbers of \
+                     parameters are not compared; give --top-k-experts {found}, or --unequal-parameters"
+                ),
+            )),
+        }
     }
 
     /// Takes the steps of a phase.

@@ -59,6 +59,9 @@ pub struct CompareArgs {
     /// Questions with choices or with one right answer, for each variant: a JSON array or JSONL. Can be given several times
     #[arg(long, value_name = "FILE", help_heading = EVALUATION)]
     pub questions: Vec<PathBuf>,
+    /// Regular expression of which the last match in a response (its first group, if it has one) is compared with the right answer
+    #[arg(long, value_name = "REGEX", help_heading = EVALUATION)]
+    pub answer_pattern: Option<String>,
     /// Generate no responses: only losses, exact replies and questions with choices
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = EVALUATION)]
     pub skip_answers: Option<bool>,
@@ -133,6 +136,7 @@ impl CompareArgs {
             unequal_parameters: self.unequal_parameters.or(fallback.unequal_parameters),
             benign_dataset_path: self.benign_dataset_path.or(fallback.benign_dataset_path),
             questions: list(self.questions, fallback.questions),
+            answer_pattern: self.answer_pattern.or(fallback.answer_pattern),
             skip_answers: self.skip_answers.or(fallback.skip_answers),
             eval_max_new_tokens: self.eval_max_new_tokens.or(fallback.eval_max_new_tokens),
             judge: self.judge.or(fallback.judge),
@@ -174,6 +178,10 @@ impl CompareArgs {
             (
                 self.eval_max_new_tokens.is_some() && skips,
                 "--eval-max-new-tokens would do nothing: --skip-answers generates no responses; leave it out",
+            ),
+            (
+                self.answer_pattern.is_some() && self.questions.is_empty(),
+                "--answer-pattern would do nothing without --questions; leave it out",
             ),
             (self.eval_max_new_tokens == Some(0), "--eval-max-new-tokens must be at least 1"),
             (
@@ -263,8 +271,7 @@ impl CompareArgs {
             settings.iter().copied().filter(|s| inert.iter().all(|(option, _)| *option != s.option)).collect();
         let mut name = ablation.name();
         if ablation.selects() {
-            let method = method.to_possible_value().expect("no method is hidden");
-            name = format!("{}-{name}", method.get_name());
+            name = format!("{}-{name}", method.name());
         }
         effective.iter().for_each(|setting| name += &format!(",{}", setting.folder_name()));
         let config = RunConfig { output_dir: base.output_dir.join(&name), ..with(&effective) };
@@ -278,6 +285,11 @@ impl Variant {
     /// The method that selects the trained experts; `None` if the run trains none that are selected.
     pub fn method(&self) -> Option<Method> {
         self.ablation.selects().then_some(self.config.method)
+    }
+
+    /// Whether it can train a model without experts and routers.
+    pub fn trains_a_dense_model(&self) -> bool {
+        self.ablation == Ablation::Baseline
     }
 
     /// Whether its name is too long for a folder.

@@ -1,4 +1,4 @@
-//! Compares the expert selections of several runs.
+//! Compares the expert selections of several runs: which are distinct, and how far they overlap.
 
 use std::collections::HashSet;
 
@@ -70,25 +70,62 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     out
 }
 
-/// One table for each measure over all pairs of runs: the share of the row's selection that the column selected too,
-/// the Jaccard index, and the rank correlation of the scores.
-pub fn overlap_tables(runs: &[RunSelection]) -> Vec<Table> {
-    type Measure = fn(&Overlap) -> Option<f64>;
-    let measures: [(&str, Measure); 3] = [
-        ("Share of the row's selected experts that the column selected too", |o| o.share),
-        ("Jaccard index of the selections", |o| o.jaccard),
-        ("Spearman rank correlation of the scores", |o| o.spearman),
-    ];
-    let table = |(caption, measure): (&str, Measure)| {
-        let header = ["selection".to_owned()].into_iter().chain(runs.iter().map(|r| r.name.clone()));
-        let mut table = Table::new(caption, header);
-        for a in runs {
-            let cell = |b| measure(&overlap(a, b)).map_or_else(|| "-".to_owned(), |x| format!("{x:.3}"));
-            table.row([a.name.clone()].into_iter().chain(runs.iter().map(cell)));
+/// Runs that selected the same experts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DistinctSelection {
+    /// Names of the runs.
+    pub runs: Vec<String>,
+    /// The first run's selection and scores.
+    pub first: RunSelection,
+}
+
+/// The distinct selections of the runs, in the order of the first run that made each. Runs without a selected expert have none.
+pub fn distinct_selections(runs: &[RunSelection]) -> Vec<DistinctSelection> {
+    let mut found: Vec<(HashSet<ExpertId>, DistinctSelection)> = Vec::new();
+    for run in runs.iter().filter(|run| !run.selected.is_empty()) {
+        let set: HashSet<ExpertId> = run.selected.iter().copied().collect();
+        match found.iter_mut().find(|(earlier, _)| *earlier == set) {
+            Some((_, selection)) => selection.runs.push(run.name.clone()),
+            None => found.push((set, DistinctSelection { runs: vec![run.name.clone()], first: run.clone() })),
         }
-        table
+    }
+    found.into_iter().map(|(_, selection)| selection).collect()
+}
+
+/// The most selections of which all overlaps are shown.
+const MOST_SHOWN: usize = 24;
+
+/// The distinct selections with the number of experts that each pair has in common, each pair once. Empty if there are fewer than two.
+pub fn overlap_table(selections: &[DistinctSelection]) -> Option<Table> {
+    let n = selections.len();
+    if n < 2 {
+        return None;
+    }
+    let ranked = "ρ: Spearman's rank correlation of the scores of all experts";
+    let numbers = |shown: usize| (2..=shown).map(|i| i.to_string());
+    let (caption, shown) = match n {
+        ..=MOST_SHOWN => {
+            (format!("Distinct selections, and the Jaccard index |A ∩ B| / |A ∪ B| of each pair. {ranked}"), n)
+        }
+        _ => (format!("Distinct selections (overlaps of more than {MOST_SHOWN} are not shown)"), 1),
     };
-    measures.into_iter().map(table).collect()
+    let header = ["selection of".to_owned(), "experts".into()].into_iter().chain(numbers(shown));
+    let mut table = Table::new(caption, header);
+    for (i, a) in selections.iter().enumerate() {
+        let cell = |j: usize| match j > i {
+            true => describe(&overlap(&a.first, &selections[j].first)),
+            false => String::new(),
+        };
+        let name = format!("{}: {}", i + 1, a.runs.join(", "));
+        table.row([name, a.first.selected.len().to_string()].into_iter().chain((1..shown).map(cell)));
+    }
+    Some(table)
+}
+
+/// `0.333`, or with the rank correlation of the scores `0.333, ρ 0.871`.
+fn describe(overlap: &Overlap) -> String {
+    let jaccard = overlap.jaccard.map_or_else(|| "-".to_owned(), |x| format!("{x:.3}"));
+    overlap.spearman.map_or_else(|| jaccard.clone(), |rho| format!("{jaccard}, ρ {rho:.3}"))
 }
 
 #[cfg(test)]
@@ -126,12 +163,23 @@ mod tests {
     }
 
     #[test]
-    fn one_table_for_each_measure() {
-        let runs = [run("gradient", &[(0, 0), (0, 1)], Some([1.0; 4])), run("random", &[(0, 1)], None)];
-        let tables = overlap_tables(&runs);
-        assert_eq!(tables.len(), 3);
-        assert_eq!(tables[0].rows, [["gradient", "1.000", "0.500"], ["random", "1.000", "1.000"]]);
-        assert_eq!(tables[1].rows, [["gradient", "1.000", "0.500"], ["random", "0.500", "1.000"]]);
-        assert_eq!(tables[2].rows, [["gradient", "-", "-"], ["random", "-", "-"]]);
+    fn each_pair_of_distinct_selections_comes_once() {
+        let runs = [
+            run("gradient", &[(0, 0), (0, 1)], Some([4.0, 3.0, 2.0, 1.0])),
+            run("gradient again", &[(0, 1), (0, 0)], None),
+            run("random", &[(0, 1)], None),
+            run("none", &[], None),
+            run("routing", &[(1, 1), (0, 1)], Some([1.0, 2.0, 3.0, 4.0])),
+        ];
+        let found = distinct_selections(&runs);
+        let table = overlap_table(&found).unwrap();
+        assert_eq!(table.header, ["selection of", "experts", "2", "3"]);
+        assert_eq!(table.rows[0], ["1: gradient, gradient again", "2", "0.500", "0.333, ρ -1.000"]);
+        assert_eq!(table.rows[1], ["2: random", "1", "", "0.500"]);
+        assert_eq!(table.rows[2], ["3: routing", "2", "", ""]);
+        assert_eq!(overlap_table(&distinct_selections(&runs[..2])), None);
+        let many: Vec<_> = (0..30).map(|i| run(&i.to_string(), &[(0, i)], None)).collect();
+        let table = overlap_table(&distinct_selections(&many)).unwrap();
+        assert_eq!((table.header.len(), table.rows.len()), (2, 30));
     }
 }

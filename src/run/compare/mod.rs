@@ -1,0 +1,198 @@
+//! `compare`: trains a matrix of methods, ablations and swept options from one configuration, evaluates every variant, and tests the
+//! differences.
+
+mod evaluate;
+mod page;
+mod plan;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use evaluate::{Evaluations, primary};
+use plan::{Plan, chosen, settings};
+
+use super::report::Run;
+use super::session::Session;
+use super::train::{TrainSummary, train_exactly};
+use crate::config::{CompareArgs, RunConfig, Variant};
+use crate::exit::{self, Context, Ended, Failure, Result};
+use crate::files;
+use crate::launch::{Started, check_output_dir, hub_cache, prepare_output_dir};
+use crate::model::ModelConfig;
+use crate::report::{
+    COMPARE_SCHEMA, CompareReport, DistinctSelection, Evaluated, ORIGINAL, Overlap, OverlapReport, RunSelection,
+    SelectionReport, TrainingResult, VariantError, VariantReport, distinct_selections, overlap, paired_tests,
+    write_json,
+};
+use crate::ui::Ui;
+
+/// Trains every variant in a folder of its own and evaluates it, then writes `compare.json`, `compare.md` and `compare.html`.
+///
+/// If a variant fails, its error is reported and the other variants still run: hours of their results would be lost otherwise.
+/// The command then ends with the first failure. A signal that stops a run ends the comparison.
+///
+/// # Errors
+/// The first failure of a variant; a failed write.
+pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
+    let variants = args.variants(config);
+    let evaluations = Evaluations { config, args, started, ui };
+    check(config, &variants, &evaluations)?;
+    prepare_output_dir(config)?;
+    if let Some(line) = chosen(config, args) {
+        ui.line(line);
+    }
+    let mut evaluated: BTreeMap<String, Evaluated> = BTreeMap::new();
+    let mut measures = Vec::new();
+    if evaluations.are_asked_for() {
+        match evaluations.of(ORIGINAL, &hub_cache().resolve(&config.model_name)?)? {
+            Ended::Stopped(stopped) => return Ok(Ended::Stopped(stopped)),
+            Ended::Done(original) => {
+                measures = primary(&original);
+                evaluated.insert(ORIGINAL.into(), original);
+            }
+        }
+    }
+    let plan = Plan::new(&evaluations, &variants, measures)?;
+    plan.write_or_check(&config.output_dir)?;
+
+    let mut reports = Vec::new();
+    let mut first_failure = None;
+    for (i, variant) in variants.iter().enumerate() {
+        ui.result(format_args!("--- {} ({} of {})", variant.name, i + 1, variants.len()));
+        let mut report = empty_report(variant, args);
+        match run(variant, &evaluations, &mut report) {
+            Ok(Ended::Stopped(stopped)) => return Ok(Ended::Stopped(stopped)),
+            Ok(Ended::Done(found)) => _ = evaluated.insert(variant.name.clone(), found),
+            Err(failure) => {
+                ui.warn(format_args!("{} failed: {failure}", variant.name));
+                report.error = Some(VariantError { exit_code: failure.code(), message: failure.to_string() });
+                first_failure.get_or_insert(failure.context(format!("the variant {} failed", variant.name)));
+            }
+        }
+        reports.push(report);
+    }
+    write(config, &plan, &evaluated, reports, ui)?;
+    first_failure.map_or(Ok(Ended::Done(())), Err)
+}
+
+/// Checks the inputs of all variants and of their evaluations, before the outputs of an earlier comparison are removed.
+fn check(config: &RunConfig, variants: &[Variant], evaluations: &Evaluations<'_>) -> Result<()> {
+    check_output_dir(config)?;
+    let dir = hub_cache().resolve(&config.model_name)?;
+    let dense = ModelConfig::from_dir(&dir)?.is_dense();
+    for variant in variants {
+        let named = || format!("the variant {}", variant.name);
+        if dense && !variant.trains_a_dense_model() {
+            let message = format!(
+                "{} is a dense model, without experts and routers: compare trains it only with --ablations baseline",
+                dir.display()
+            );
+            return Err(Failure::new(exit::CONFIG, message));
+        }
+        if !dense {
+            let recipe = variant.config.recipe().context(named())?;
+            Session::open(&variant.config, &recipe, &Ui::silent()).context(named())?;
+        }
+    }
+    for path in evaluations.inputs().into_iter().filter(|path| !path.is_file()) {
+        let message = format!("{}: there is no such file, on which the variants are to be evaluated", path.display());
+        return Err(Failure::new(exit::NO_INPUT, message));
+    }
+    Ok(())
+}
+
+/// Trains and evaluates a variant.
+fn run(variant: &Variant, evaluations: &Evaluations<'_>, report: &mut VariantReport) -> Result<Ended<Evaluated>> {
+    let (config, started, ui) = (of_its_own(variant), evaluations.started, evaluations.ui);
+    let exactly =
+        (variant.method().is_some() && evaluations.args.needs_equal_parameters()).then_some(config.top_k_experts);
+    match train_exactly(&config, exactly, started, ui)? {
+        Ended::Stopped(stopped) => return Ok(Ended::Stopped(stopped)),
+        Ended::Done(summary) => report.result = Some(result_of(&summary)),
+    }
+    let evaluated = evaluations.of(&variant.name, &config.output_dir.join("final_model"))?;
+    if let Ended::Done(found) = &evaluated {
+        report.measures = found.estimates();
+    }
+    Ok(evaluated)
+}
+
+/// The configuration of a variant. The folder of the comparison is prepared already, and only variants that had started can be
+/// resumed.
+fn of_its_own(variant: &Variant) -> RunConfig {
+    let resume = variant.config.resume && variant.config.output_dir.is_dir();
+    RunConfig { overwrite: false, resume, ..variant.config.clone() }
+}
+
+fn empty_report(variant: &Variant, args: &CompareArgs) -> VariantReport {
+    VariantReport {
+        name: variant.name.clone(),
+        folder: variant.config.output_dir.display().to_string(),
+        ablation: variant.ablation.name(),
+        method: variant.method().map(|method| method.name()),
+        settings: settings(variant, args),
+        result: None,
+        measures: BTreeMap::new(),
+        error: None,
+    }
+}
+
+fn result_of(summary: &TrainSummary) -> TrainingResult {
+    let (before, after) = (summary.before, summary.after);
+    TrainingResult {
+        ce_loss: [before.ce_loss, after.ce_loss],
+        router_loss: before.router_loss.zip(after.router_loss).map(|(b, a)| [b, a]),
+        held_out_loss: [before.held_out_loss, after.held_out_loss],
+        selected: summary.selected.clone(),
+        trained_parameters: summary.trained[0],
+        all_parameters: summary.trained[1],
+        seconds: summary.seconds,
+    }
+}
+
+/// Tests the differences, and writes all results.
+fn write(
+    config: &RunConfig,
+    plan: &Plan,
+    evaluated: &BTreeMap<String, Evaluated>,
+    variants: Vec<VariantReport>,
+    ui: &Ui,
+) -> Result<()> {
+    let dir = &config.output_dir;
+    let trained = variants.iter().filter(|variant| variant.result.is_some());
+    let runs: Vec<Run> = trained.map(|v| Run::read(Path::new(&v.folder), v.name.clone())).collect::<Result<_>>()?;
+    let choices: Vec<RunSelection> = runs.iter().filter_map(Run::choice).collect();
+    let selections = distinct_selections(&choices);
+    let report = CompareReport {
+        schema: COMPARE_SCHEMA.into(),
+        model_name: config.model_name.clone(),
+        dataset_path: config.dataset_path.display().to_string(),
+        plan: plan.hash(dir)?,
+        original: evaluated.get(ORIGINAL).map(Evaluated::estimates).unwrap_or_default(),
+        tests: paired_tests(evaluated, &plan.contrasts, &plan.measures),
+        overlaps: overlaps(&selections),
+        selections: selections
+            .iter()
+            .map(|s| SelectionReport { variants: s.runs.clone(), selected: s.first.selected.clone() })
+            .collect(),
+        variants,
+    };
+    write_json(dir.join("compare.json"), &report)?;
+    let page = page::Content { report: &report, measures: &plan.measures, selections: &selections, runs: &runs };
+    files::write(dir.join("compare.md"), page.markdown())?;
+    files::write(dir.join("compare.html"), page.html())?;
+    page.print(ui);
+    ui.result(format_args!("comparison: {}", dir.join("compare.html").display()));
+    Ok(())
+}
+
+fn overlaps(selections: &[DistinctSelection]) -> Vec<OverlapReport> {
+    let mut out = Vec::new();
+    for (i, a) in selections.iter().enumerate() {
+        for b in &selections[i + 1..] {
+            let Overlap { common, share, jaccard, spearman } = overlap(&a.first, &b.first);
+            out.push(OverlapReport { a: a.runs[0].clone(), b: b.runs[0].clone(), common, share, jaccard, spearman });
+        }
+    }
+    out
+}

@@ -1,0 +1,335 @@
+//! The results of a comparison as a page, as Markdown and on the terminal: outcomes as pictures first, then tables.
+
+use serde_json::Value;
+
+use super::plan::ALPHA;
+use crate::exit;
+use crate::report::{
+    CompareReport, DistinctSelection, Estimate, Group, Measure, MeasureUnit, Named, ORIGINAL, Page, Positions, Table,
+    VariantReport, dots_svg, overlap_table, points_svg,
+};
+use crate::run::forecast::duration;
+use crate::run::report::{Run, loss_curves};
+use crate::ui::Ui;
+
+/// The most tests that the page lists.
+const MOST_TESTS: usize = 60;
+/// The most runs whose losses can be told apart in one drawing.
+const MOST_CURVES: usize = 12;
+
+/// What is shown.
+pub struct Content<'a> {
+    pub report: &'a CompareReport,
+    /// The measures that are drawn and tested.
+    pub measures: &'a [Measure],
+    pub selections: &'a [DistinctSelection],
+    /// The finished runs.
+    pub runs: &'a [Run],
+}
+
+impl Content<'_> {
+    /// The page.
+    pub fn html(&self) -> String {
+        let report = self.report;
+        let mut page = Page::new("moewarden compare");
+        page.text(&self.summary());
+        self.failures().iter().for_each(|failure| page.text(failure));
+        if !self.measures.is_empty() {
+            page.section("Outcomes");
+            page.text("Dots with 95 % intervals; the dashed line is the model before training.");
+            page.grid(&self.dots());
+            page.table(&self.outcomes());
+            let trained = self.against_trained();
+            if !trained.is_empty() {
+                page.section("Outcomes against trained parameters");
+                page.grid(&trained);
+            }
+            for option in report.variants.first().map(|v| v.settings.keys()).into_iter().flatten() {
+                let drawings = self.against(option);
+                if !drawings.is_empty() {
+                    page.section(&format!("Outcomes against {option}"));
+                    page.grid(&drawings);
+                }
+            }
+            page.section("Paired tests");
+            page.text(TESTS);
+            page.table(&self.tests());
+        }
+        page.section("Training");
+        page.table(&self.training());
+        match self.runs.len() {
+            ..=MOST_CURVES => loss_curves(self.runs).for_each(|svg| page.svg(&svg)),
+            n => page.text(&format!(
+                "Losses over the steps of {n} runs are too many for a drawing: `moewarden report` draws those of chosen folders."
+            )),
+        }
+        if let Some(table) = overlap_table(self.selections) {
+            page.section("Selections of the last round");
+            page.table(&table);
+        }
+        page.finish()
+    }
+
+    /// The tables in Markdown.
+    pub fn markdown(&self) -> String {
+        let mut text = format!("# moewarden compare\n\n{}\n", self.summary());
+        self.failures().iter().for_each(|failure| text += &format!("\n{}\n", failure.replace('\n', " ")));
+        if !self.measures.is_empty() {
+            text += &format!("{}\n{TESTS}\n{}", markdown(&self.outcomes()), markdown(&self.tests()));
+        }
+        text += &markdown(&self.training());
+        overlap_table(self.selections).iter().for_each(|table| text += &markdown(table));
+        text
+    }
+
+    /// Prints the tables of outcomes and losses, and how many tests are significant.
+    pub fn print(&self, ui: &Ui) {
+        if !self.measures.is_empty() {
+            ui.result(self.outcomes().to_text());
+            let significant = self.report.tests.iter().filter(|test| test.p_adjusted <= ALPHA).count();
+            ui.result(format_args!(
+                "{significant} of {} paired tests are significant at {ALPHA} after Holm's correction\n",
+                self.report.tests.len()
+            ));
+        }
+        ui.result(self.training().to_text());
+    }
+
+    fn summary(&self) -> String {
+        let CompareReport { model_name, dataset_path, variants, plan, .. } = self.report;
+        let n = variants.len();
+        format!(
+            "{n} variants of {model_name}, trained on {dataset_path}. The plan of measures and tests (compare_plan.json, {plan}) was \
+             written before the first variant was trained."
+        )
+    }
+
+    fn failures(&self) -> Vec<String> {
+        let failed = |v: &VariantReport| Some(format!("{} failed: {}", v.name, v.error.as_ref()?.message));
+        self.report.variants.iter().filter_map(failed).collect()
+    }
+
+    /// One drawing a measure, with one dot a variant.
+    fn dots(&self) -> Vec<String> {
+        let drawing = |(i, measure): (usize, &Measure)| {
+            let named = |label: &str, estimate: Option<&Estimate>| {
+                Some(Named { label: label.to_owned(), estimate: *estimate? })
+            };
+            let original = self.report.original.get(&measure.name);
+            let variants = self.report.variants.iter().map(|v| named(&v.name, v.measures.get(&measure.name)));
+            let rows: Vec<Named> = [named(ORIGINAL, original)].into_iter().chain(variants).flatten().collect();
+            dots_svg(&format!("dots-{i}"), &measure.name, measure.unit, &rows, original.map(|e| e.value))
+        };
+        self.measures.iter().enumerate().filter_map(drawing).collect()
+    }
+
+    /// One drawing a measure, over the number of trained parameters; none if all variants trained equally many.
+    fn against_trained(&self) -> Vec<String> {
+        let share = |v: &VariantReport| {
+            let result = v.result.as_ref().filter(|result| result.trained_parameters > 0)?;
+            Some(result.trained_parameters as f64 / result.all_parameters as f64)
+        };
+        let mut shares: Vec<f64> = self.report.variants.iter().filter_map(share).collect();
+        shares.sort_by(f64::total_cmp);
+        shares.dedup();
+        if shares.len() < 2 {
+            return Vec::new();
+        }
+        // Shares span orders of magnitude.
+        let ticks = shares.iter().map(|share| (share.log10(), format!("{:.3} %", 100.0 * share))).collect();
+        let positions = Positions { label: "trained parameters (logarithmic)".into(), ticks };
+        let mut groups: Vec<String> = self.report.variants.iter().map(kind).collect();
+        groups.sort();
+        groups.dedup();
+        let drawing = |(i, measure): (usize, &Measure)| {
+            let point = |v: &VariantReport| {
+                let named = Named { label: v.name.clone(), estimate: *v.measures.get(&measure.name)? };
+                Some((share(v)?.log10(), named))
+            };
+            let group = |label: &String| {
+                let points = self.report.variants.iter().filter(|v| kind(v) == *label).filter_map(point).collect();
+                Group { label: label.clone(), points: ascending(points) }
+            };
+            let groups: Vec<Group> = groups.iter().map(group).filter(|group| !group.points.is_empty()).collect();
+            points_svg(&format!("trained-{i}"), &measure.name, measure.unit, &positions, &groups)
+        };
+        self.measures.iter().enumerate().filter_map(drawing).collect()
+    }
+
+    /// One drawing a measure, over the values of a swept option; none if no two variants differ in it alone.
+    fn against(&self, option: &str) -> Vec<String> {
+        let variants = &self.report.variants;
+        let mut values: Vec<&Value> = Vec::new();
+        variants.iter().map(|v| &v.settings[option]).for_each(|value| {
+            if !values.contains(&value) {
+                values.push(value);
+            }
+        });
+        let numbers: Option<Vec<f64>> = values.iter().map(|value| value.as_f64()).collect();
+        // Learning rates and weights span orders of magnitude.
+        let logarithmic = numbers.as_ref().is_some_and(|n| {
+            let (low, high) = n.iter().fold((f64::INFINITY, 0.0f64), |(l, h), x| (l.min(*x), h.max(*x)));
+            low > 0.0 && high >= 10.0 * low
+        });
+        let place = |value: &Value| match value.as_f64().filter(|_| numbers.is_some()) {
+            Some(number) if logarithmic => number.log10(),
+            Some(number) => number,
+            None => values.iter().position(|other| *other == value).unwrap_or_default() as f64,
+        };
+        let label = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let mut ticks: Vec<(f64, String)> = values.iter().map(|value| (place(value), label(value))).collect();
+        ticks.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let scale = if logarithmic { " (logarithmic)" } else { "" };
+        let positions = Positions { label: format!("{option}{scale}"), ticks };
+        let groups = self.groups_of(option);
+        let drawing = |(i, measure): (usize, &Measure)| {
+            let point = |v: &&VariantReport| {
+                let named = Named { label: v.name.clone(), estimate: *v.measures.get(&measure.name)? };
+                Some((place(&v.settings[option]), named))
+            };
+            let group = |(label, of): &(String, Vec<&VariantReport>)| Group {
+                label: label.clone(),
+                points: ascending(of.iter().filter_map(point).collect()),
+            };
+            points_svg(
+                &format!("{option}-{i}"),
+                &measure.name,
+                measure.unit,
+                &positions,
+                &groups.iter().map(group).filter(|group| group.points.len() > 1).collect::<Vec<_>>(),
+            )
+        };
+        self.measures.iter().enumerate().filter_map(drawing).collect()
+    }
+
+    /// Variants that differ in this option alone, named by what they have in common.
+    fn groups_of(&self, option: &str) -> Vec<(String, Vec<&VariantReport>)> {
+        let mut groups: Vec<(String, Vec<&VariantReport>)> = Vec::new();
+        for variant in &self.report.variants {
+            let others = variant.settings.iter().filter(|(name, _)| *name != option);
+            // An option that all variants of the other sweeps share needs no mention.
+            let varied =
+                others.filter(|(name, value)| self.report.variants.iter().any(|v| v.settings[*name] != **value));
+            let settings = varied.map(|(name, value)| format!(", {name}={}", value.to_string().trim_matches('"')));
+            let label = kind(variant) + &settings.collect::<String>();
+            match groups.iter_mut().find(|(earlier, _)| *earlier == label) {
+                Some((_, group)) => group.push(variant),
+                None => groups.push((label, vec![variant])),
+            }
+        }
+        groups.retain(|(_, group)| group.len() > 1);
+        groups
+    }
+
+    fn outcomes(&self) -> Table {
+        let header = ["variant".to_owned()].into_iter().chain(self.measures.iter().map(|m| m.name.clone()));
+        let mut table = Table::new(
+            "Outcomes with 95 % intervals, on rows that no variant was trained on",
+            header.chain(["trained".into()]),
+        );
+        let cells = |found: &std::collections::BTreeMap<String, Estimate>| -> Vec<String> {
+            let cell = |m: &Measure| found.get(&m.name).map_or_else(|| "-".into(), |e| e.describe(m.unit));
+            self.measures.iter().map(cell).collect()
+        };
+        let row = |name: &str, cells: Vec<String>, trained: String| {
+            [name.to_owned()].into_iter().chain(cells).chain([trained]).collect::<Vec<_>>()
+        };
+        table.row(row(ORIGINAL, cells(&self.report.original), "-".into()));
+        for variant in &self.report.variants {
+            table.row(row(&variant.name, cells(&variant.measures), trained(variant)));
+        }
+        table
+    }
+
+    fn tests(&self) -> Table {
+        let mut tests: Vec<_> = self.report.tests.iter().collect();
+        tests.sort_by(|a, b| a.p_adjusted.total_cmp(&b.p_adjusted).then(a.p.total_cmp(&b.p)));
+        let caption = match tests.len() {
+            ..=MOST_TESTS => "All tests, the smallest p first".to_owned(),
+            n => format!("The {MOST_TESTS} tests of {n} with the smallest p; the others are in compare.json"),
+        };
+        let header = ["a → b", "differ in", "measure", "items", "a alone", "b alone", "b − a", "p", "p by Holm"];
+        let mut table = Table::new(caption, header);
+        for test in tests.into_iter().take(MOST_TESTS) {
+            let unit = test.alone.map_or(MeasureUnit::Nats, |_| MeasureUnit::Share);
+            let alone = |i: usize| test.alone.map_or_else(|| "-".into(), |alone| alone[i].to_string());
+            let difference = Estimate { value: test.difference, of: test.items, interval: test.interval };
+            table.row([
+                format!("{} → {}", test.contrast.a, test.contrast.b),
+                test.contrast.factor.clone(),
+                test.measure.clone(),
+                test.items.to_string(),
+                alone(0),
+                alone(1),
+                difference.describe(unit),
+                short(test.p),
+                short(test.p_adjusted),
+            ]);
+        }
+        table
+    }
+
+    fn training(&self) -> Table {
+        let mut table = Table::new(
+            "Training: cross-entropy of the refusals (CE), divergence between safe and unsafe prompts (KL), and cross-entropy of the \
+             held-out rows, each before → after",
+            ["variant", "CE", "KL", "held-out CE", "selected", "trained", "time"],
+        );
+        let change = |[before, after]: [Option<f64>; 2], digits: usize| match (before, after) {
+            (Some(before), Some(after)) => format!("{before:.digits$} → {after:.digits$}"),
+            _ => "-".into(),
+        };
+        for variant in &self.report.variants {
+            let cells = match &variant.result {
+                Some(n) => [
+                    change(n.ce_loss, 4),
+                    change(n.router_loss.map_or([None; 2], |both| both.map(Some)), 5),
+                    change(n.held_out_loss, 4),
+                    n.selected.len().to_string(),
+                    trained(variant),
+                    duration(n.seconds),
+                ],
+                None => {
+                    let code = variant.error.as_ref().map_or(exit::INTERNAL, |e| e.exit_code);
+                    [format!("failed ({code})"), "-".into(), "-".into(), "-".into(), "-".into(), "-".into()]
+                }
+            };
+            table.row([variant.name.clone()].into_iter().chain(cells));
+        }
+        table
+    }
+}
+
+/// What the tests are, for a reader.
+const TESTS: &str = "Each variant is compared with the model before training, and with the first variant that differs from it in one \
+                     factor only, on the same rows. Shares: McNemar's exact test; means: permutation test by flipping signs; both \
+                     two-sided. Holm's correction is over all tests of this comparison: a p by Holm of at most 0.05 is significant.";
+
+/// `gradient combined`, `frozen`.
+fn kind(variant: &VariantReport) -> String {
+    variant.method.as_ref().map_or_else(|| variant.ablation.clone(), |method| format!("{method} {}", variant.ablation))
+}
+
+fn trained(variant: &VariantReport) -> String {
+    let share = |n: &crate::report::TrainingResult| 100.0 * n.trained_parameters as f64 / n.all_parameters as f64;
+    variant.result.as_ref().map_or_else(|| "-".into(), |n| format!("{:.2} %", share(n)))
+}
+
+fn ascending(mut points: Vec<(f64, Named)>) -> Vec<(f64, Named)> {
+    points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    points
+}
+
+/// Four digits of a probability.
+fn short(p: f64) -> String {
+    if p >= 1e-4 { format!("{p:.4}") } else { format!("{p:.1e}") }
+}
+
+fn markdown(table: &Table) -> String {
+    let line = |cells: &[String]| {
+        format!("| {} |\n", cells.iter().map(|c| c.replace('|', "\\|")).collect::<Vec<_>>().join(" | "))
+    };
+    let rule = format!("|---|{}\n", "---:|".repeat(table.header.len() - 1));
+    let rows: String = table.rows.iter().map(|row| line(row)).collect();
+    format!("\n{}\n\n{}{rule}{rows}", table.caption, line(&table.header))
+}

@@ -1,0 +1,217 @@
+//! The plan of a comparison: what is trained, measured and tested, written before the first variant is trained.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::evaluate::Evaluations;
+use crate::config::{CompareArgs, RunConfig, Variant};
+use crate::exit::{self, Context, Failure, Result};
+use crate::input;
+use crate::report::{Contrast, Measure, ORIGINAL, write_json};
+
+/// Name of the file.
+const FILE: &str = "compare_plan.json";
+
+/// The content of `compare_plan.json`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Plan {
+    schema: &'static str,
+    model_name: String,
+    /// blake3 hashes of the files that are read, by path.
+    inputs: BTreeMap<String, String>,
+    variants: Vec<PlannedVariant>,
+    /// What is measured of each variant, and tested.
+    pub measures: Vec<Measure>,
+    /// Which variants are compared.
+    pub contrasts: Vec<Contrast>,
+    tests: &'static str,
+    correction: &'static str,
+    /// Adjusted p up to which a difference is called significant.
+    alpha: f64,
+    /// Responses have at most so many tokens; null if none are generated.
+    max_new_tokens: Option<usize>,
+    judge: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct PlannedVariant {
+    name: String,
+    ablation: String,
+    method: Option<String>,
+    settings: BTreeMap<String, Value>,
+}
+
+/// Adjusted p up to which a difference is called significant.
+pub const ALPHA: f64 = 0.05;
+
+impl Plan {
+    /// The plan of these variants and measures.
+    ///
+    /// # Errors
+    /// An input that cannot be read.
+    pub fn new(evaluations: &Evaluations<'_>, variants: &[Variant], measures: Vec<Measure>) -> Result<Self> {
+        let (config, args) = (evaluations.config, evaluations.args);
+        let files = [config.dataset_path.as_path()].into_iter().chain(config.retain_dataset_path.as_deref());
+        let files = files.chain(evaluations.inputs());
+        let hash = |path: &Path| {
+            let failed = |e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display()));
+            Ok((path.display().to_string(), format!("blake3:{}", input::hash(path).map_err(failed)?)))
+        };
+        let answers = evaluations.are_asked_for() && args.skip_answers != Some(true);
+        Ok(Self {
+            schema: "moewarden.compare_plan/1",
+            model_name: config.model_name.clone(),
+            inputs: files.map(hash).collect::<Result<_>>()?,
+            variants: variants.iter().map(|variant| PlannedVariant::of(variant, args)).collect(),
+            contrasts: if measures.is_empty() { Vec::new() } else { contrasts(variants, args) },
+            measures,
+            tests: "two-sided and paired: McNemar's exact test of shares; of means, a permutation test by flipping signs",
+            correction: "Holm, over all contrasts and measures",
+            alpha: ALPHA,
+            max_new_tokens: answers.then(|| args.eval_max_new_tokens.unwrap_or(128)),
+            judge: args.judge.clone(),
+        })
+    }
+
+    /// Writes the plan into the output folder. One that is there already, of a comparison that is resumed, has to be the same.
+    ///
+    /// # Errors
+    /// Another plan, and the first field in which it differs; a failed write.
+    pub fn write_or_check(&self, dir: &Path) -> Result<()> {
+        let path = Self::path(dir);
+        if !path.exists() {
+            return Ok(write_json(&path, self)?);
+        }
+        match self.differs_from(&path)? {
+            None => Ok(()),
+            Some(field) => Err(Failure::new(
+                exit::CONFIG,
+                format!(
+                    "{}: `{field}` is not that of this comparison: the plan is written before the first variant and does not change; \
+                     resume with the same options, or give another --output-dir or --overwrite",
+                    path.display()
+                ),
+            )),
+        }
+    }
+
+    /// The blake3 hash of the file, which has to hold this plan still.
+    ///
+    /// # Errors
+    /// A file that was changed; one that cannot be read.
+    pub fn hash(&self, dir: &Path) -> Result<String> {
+        let path = Self::path(dir);
+        if let Some(field) = self.differs_from(&path)? {
+            let message = format!("{}: `{field}` was changed while the variants were trained", path.display());
+            return Err(Failure::new(exit::DATA, message));
+        }
+        let bytes = fs::read(&path).map_err(|e| Failure::new(exit::IO, format!("{}: {e}", path.display())))?;
+        Ok(format!("blake3:{}", blake3::hash(&bytes)))
+    }
+
+    fn path(dir: &Path) -> PathBuf {
+        dir.join(FILE)
+    }
+
+    /// The first field in which the plan in the file differs.
+    fn differs_from(&self, path: &Path) -> Result<Option<String>> {
+        let theirs: Value = crate::report::read_json(path).context("reading the plan of the comparison")?;
+        let ours = serde_json::to_value(self).expect("a plan has text keys");
+        let fields = ours.as_object().into_iter().flatten();
+        let differs = fields.filter(|(field, value)| theirs[field.as_str()] != **value).map(|(field, _)| field.clone());
+        Ok(differs.into_iter().next())
+    }
+}
+
+impl PlannedVariant {
+    fn of(variant: &Variant, args: &CompareArgs) -> Self {
+        Self {
+            name: variant.name.clone(),
+            ablation: variant.ablation.name(),
+            method: variant.method().map(|method| method.name()),
+            settings: settings(variant, args),
+        }
+    }
+}
+
+/// The values of the swept options by name.
+pub fn settings(variant: &Variant, args: &CompareArgs) -> BTreeMap<String, Value> {
+    args.sweep.iter().map(|sweep| sweep.option().to_owned()).zip(variant.settings.iter().cloned()).collect()
+}
+
+/// Each variant with the model before training, and with the first variant that differs from it in one factor only: the method, the
+/// ablation, or one swept option.
+fn contrasts(variants: &[Variant], args: &CompareArgs) -> Vec<Contrast> {
+    let mut found = Vec::new();
+    for (i, b) in variants.iter().enumerate() {
+        found.push(Contrast { factor: "training".into(), a: ORIGINAL.into(), b: b.name.clone() });
+        let mut factors = vec!["ablation".to_owned(), "method".to_owned()];
+        factors.extend(args.sweep.iter().map(|sweep| sweep.option().to_owned()));
+        for (f, factor) in factors.into_iter().enumerate() {
+            let first = variants[..i].iter().find(|a| {
+                let (a, b) = (levels(a), levels(b));
+                (0..a.len()).all(|other| (a[other] == b[other]) == (other != f))
+            });
+            found.extend(first.map(|a| Contrast { factor, a: a.name.clone(), b: b.name.clone() }));
+        }
+    }
+    found
+}
+
+/// The value of each factor: ablation, method, swept options. (A variant that selects nothing has the method of the base
+/// configuration.)
+fn levels(variant: &Variant) -> Vec<Value> {
+    let first = [Value::from(variant.ablation.name()), variant.config.method.name().into()];
+    first.into_iter().chain(variant.settings.iter().cloned()).collect()
+}
+
+/// The values of the base configuration that this command chooses itself, in a sentence; `None` if it chose none.
+pub fn chosen(config: &RunConfig, args: &CompareArgs) -> Option<String> {
+    let once = config.identify == crate::experts::IdentifyIn::Once && config.num_rounds > 1;
+    (once && args.needs_equal_parameters()).then(|| {
+        "experts are identified once a run, so that every method trains equally many parameters over all rounds"
+            .to_owned()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Ablation;
+    use crate::experts::Method;
+
+    #[test]
+    fn variants_are_compared_with_the_first_that_differs_in_one_factor() {
+        let args = CompareArgs {
+            methods: vec![Method::Gradient, Method::Random],
+            ablations: vec![Ablation::ExpertOnly, Ablation::Frozen],
+            sweep: vec!["expert-lr=1e-5,1e-4".parse().unwrap()],
+            ..CompareArgs::default()
+        };
+        let variants = args.variants(&RunConfig { expert_lr: 1e-5, ..RunConfig::default() });
+        let found: Vec<_> =
+            contrasts(&variants, &args).into_iter().map(|c| format!("{}: {} / {}", c.factor, c.a, c.b)).collect();
+        let [g5, g4, r5, r4] = ["gradient", "random"]
+            .map(|method| ["1e-5", "1e-4"].map(|lr| format!("{method}-expert-only,expert-lr={lr}")))
+            .concat()
+            .try_into()
+            .unwrap();
+        let wanted = [
+            format!("training: original / {g5}"),
+            format!("training: original / {g4}"),
+            format!("expert-lr: {g5} / {g4}"),
+            format!("training: original / {r5}"),
+            format!("method: {g5} / {r5}"),
+            format!("training: original / {r4}"),
+            format!("method: {g4} / {r4}"),
+            format!("expert-lr: {r5} / {r4}"),
+            "training: original / frozen".into(),
+            format!("ablation: {g5} / frozen"),
+        ];
+        assert_eq!(found, wanted);
+    }
+}
