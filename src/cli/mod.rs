@@ -46,7 +46,7 @@ pub enum Command {
     Ablate(AblateArgs),
     /// Draw heatmaps of the scores and selections of finished runs, and compare the runs
     Report(ReportArgs),
-    /// Train a matrix of methods and ablations from one configuration
+    /// Train a matrix of methods, ablations and swept options, evaluate every variant, and test the differences
     Compare {
         /// The matrix.
         #[command(flatten)]

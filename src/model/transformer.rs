@@ -287,8 +287,13 @@ impl<B: Backend> Model<B> {
     /// Σ over the rows that carry loss of KL(base ‖ model) of the next-token distributions, in nats, and the number of rows
     /// whose most probable token is the same.
     pub fn kl(&self, forward: &Forward<B>, base: &BaseHead<'_, B>) -> (f64, usize) {
+        self.kl_of(&self.normed(forward), base)
+    }
+
+    /// [`Self::kl`] of hidden states behind the norm, `[n, D]`.
+    pub fn kl_of(&self, normed: &B::Tensor, base: &BaseHead<'_, B>) -> (f64, usize) {
         let head = self.weight(self.head);
-        self.backend.linear_kl(&self.normed(forward), head, base.normed, base.head.unwrap_or(head))
+        self.backend.linear_kl(normed, head, base.normed, base.head.unwrap_or(head))
     }
 
     /// The parameter that makes logits of hidden states: the embedding, if the model ties the two.

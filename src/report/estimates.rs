@@ -73,7 +73,12 @@ pub fn dots_svg(id: &str, title: &str, unit: MeasureUnit, rows: &[Named], refere
     }
     for (i, row) in rows.iter().enumerate() {
         let y = TOP + ROW * i as f64;
-        let _ = writeln!(out, "<text x=\"8\" y=\"{:.1}\">{}</text>", y + 13.0, escape(&shortened(&row.label)));
+        let _ = writeln!(
+            out,
+            "<text class=\"halo\" stroke=\"#ffffff\" stroke-width=\"3\" paint-order=\"stroke\" x=\"8\" y=\"{:.1}\">{}</text>",
+            y + 13.0,
+            escape(&shortened(&row.label))
+        );
         let [low, high] = row.estimate.interval.unwrap_or([row.estimate.value; 2]).map(x);
         let middle = y + 23.0;
         let _ = writeln!(

@@ -59,7 +59,9 @@ pub use recipe::{
     Recipe, Retain, RetainLoss, RouterPhase, ScoreBy, Trained, TrainedElements, Training, Updates, router_params,
 };
 pub use replica::{Replica, share};
-pub use retention::{BaseOutputs, BaseRow, Drift, LayerDrift, RetainRows, Retention, compute_base};
+pub use retention::{
+    BaseOutputs, BaseRow, Drift, LayerDrift, RetainRows, Retention, RowDrift, compute_base, drift_by_row, hidden_states,
+};
 pub use router::{RouterAlignment, alignment_by_layer};
 pub use scan::{Decision, NonFinite, Scan, ScoredBatch, Scores, risk_differences};
 pub use step_backward::StepBackward;

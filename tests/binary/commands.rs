@@ -392,7 +392,7 @@ fn copy_model(from: &Path, to: &Path) {
     }
 }
 
-// --- report and compare ------------------------------------------------------------------------------------------
+// --- report ------------------------------------------------------------------------------------------------------
 
 #[test]
 fn a_report_holds_runs_and_evaluations() {
@@ -436,54 +436,4 @@ fn a_report_holds_runs_and_evaluations() {
     report(&path("tuned"), &["tuned"], &["--overwrite"]).failed(exit::CANNOT_CREATE, "to be read");
     report(&path("none"), &["absent"], &[]).failed(exit::NO_INPUT, "absent");
     assert!(path("tuned/final_model").is_dir() && !path("none").exists());
-}
-
-#[test]
-fn a_comparison_has_a_row_for_each_variant() {
-    let dir = tempfile::tempdir().unwrap();
-    let output = dir.path().join("matrix");
-    let more = format!("{SHORT} --save-rounds none --methods gradient,random --ablations combined,frozen");
-    let ran = on_case("compare", "mixtral", &output, &more).ok();
-    let found = read_json(output.join("compare.json"));
-    assert_eq!(found["schema"], "moewarden.compare/1");
-    let variants = found["variants"].as_array().unwrap();
-    let names: Vec<_> = variants.iter().map(|v| v["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["gradient-combined", "random-combined", "frozen"]);
-    for (variant, name) in variants.iter().zip(&names) {
-        let result = &variant["result"];
-        let [before, after] = [0, 1].map(|i| result["ce_loss"][i].as_f64().unwrap());
-        let trained = result["trained_parameters"].as_u64().unwrap();
-        if *name == "frozen" {
-            assert_eq!((before, trained), (after, 0), "frozen moves nothing");
-        } else {
-            assert!(after < before && trained > 0, "{name}: {before} → {after}, {trained} trained");
-            assert_eq!(result["selected"].as_array().unwrap().len(), 4);
-        }
-        assert!(output.join(name).join("final_model/config.json").exists());
-        assert!(ran.out.contains(name));
-    }
-    let starts: Vec<_> = variants.iter().map(|v| &v["result"]["ce_loss"][0]).collect();
-    assert!(starts.iter().all(|s| *s == starts[0]), "all start from the same model");
-    assert_eq!(found["overlaps"].as_array().unwrap().len(), 3);
-    let markdown = fs::read_to_string(output.join("compare.md")).unwrap();
-    assert!(markdown.contains("| variant |") && markdown.contains("| frozen |"), "{markdown}");
-    assert!(fs::read_to_string(output.join("compare.html")).unwrap().contains("random-combined"));
-    // Its own outputs may be overwritten.
-    let fewer = format!("{SHORT} --save-rounds none --methods gradient --ablations frozen --overwrite");
-    on_case("compare", "mixtral", &output, &fewer).ok();
-    assert_eq!(files_of(&output), ["compare.html", "compare.json", "compare.md", "frozen"]);
-}
-
-#[test]
-fn a_variant_that_fails_does_not_stop_the_others() {
-    let dir = tempfile::tempdir().unwrap();
-    let data = unsafe_rows(dir.path());
-    let output = dir.path().join("matrix");
-    let more = format!("{SHORT} --save-rounds none --methods routing,gradient --ablations expert-only");
-    on_unsafe("compare", &output, &data, &more).failed(exit::CONFIG, "routing-expert-only");
-    let found = read_json(output.join("compare.json"));
-    assert_eq!(found["variants"][0]["error"]["exit_code"], exit::CONFIG);
-    assert!(found["variants"][0]["result"].is_null());
-    assert!(found["variants"][1]["result"]["seconds"].as_f64().unwrap() > 0.0);
-    assert!(fs::read_to_string(output.join("compare.md")).unwrap().contains("routing-expert-only failed"));
 }

@@ -14,6 +14,7 @@ mod bad_input;
 mod browser;
 mod cli_options;
 mod commands;
+mod compare;
 mod download;
 mod evaluation;
 mod faults;

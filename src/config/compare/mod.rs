@@ -2,6 +2,7 @@
 
 mod sweep;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -89,8 +90,8 @@ pub struct Variant {
     pub name: String,
     /// What the run trains.
     pub ablation: Ablation,
-    /// The values of the swept options in this run, in the order of the sweeps.
-    pub settings: Vec<Value>,
+    /// The values of the swept options that do something in this run.
+    pub settings: BTreeMap<String, Value>,
     /// The base configuration with this method, this ablation, these settings, and the folder `name` in the base's output folder.
     pub config: RunConfig,
 }
@@ -275,9 +276,15 @@ impl CompareArgs {
         }
         effective.iter().for_each(|setting| name += &format!(",{}", setting.folder_name()));
         let config = RunConfig { output_dir: base.output_dir.join(&name), ..with(&effective) };
-        let values = serde_json::to_value(&config).expect("options have text keys");
-        let settings = self.sweep.iter().map(|sweep| values[sweep.option()].clone()).collect();
+        let mut settings = self.settings_of(&config);
+        settings.retain(|option, _| inert.iter().all(|(inert, _)| inert != option));
         Variant { name, ablation, settings, config }
+    }
+
+    /// The values of the swept options in a configuration.
+    pub fn settings_of(&self, config: &RunConfig) -> BTreeMap<String, Value> {
+        let values = serde_json::to_value(config).expect("options have text keys");
+        self.sweep.iter().map(|sweep| (sweep.option().to_owned(), values[sweep.option()].clone())).collect()
     }
 }
 
@@ -389,8 +396,10 @@ mod tests {
         assert_eq!(names(&args, &base), wanted);
         assert!(wanted.iter().all(|name| Variant::is_name(name)) && !Variant::is_name("frozen,none=1"));
         let variants = args.variants(&base);
-        assert_eq!(variants[0].settings, [Value::from(1e-5), "forward".into()]);
-        assert_eq!(variants[3].settings, [Value::from(base.expert_lr), "reverse".into()]);
+        let setting = |option: &str, value: Value| BTreeMap::from([(option.to_owned(), value)]);
+        assert_eq!(variants[0].settings, setting("expert-lr", 1e-5.into()));
+        assert_eq!(variants[3].settings, setting("kl-type", "reverse".into()));
+        assert_eq!(variants[4].settings, BTreeMap::new());
         assert_eq!(variants[1].config.expert_lr, 1e-4);
     }
 

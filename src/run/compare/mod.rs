@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use evaluate::{Evaluations, primary};
-use plan::{Plan, chosen, settings};
+use plan::{Plan, chosen};
 
 use super::report::Run;
 use super::session::Session;
@@ -59,7 +59,7 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
     let mut first_failure = None;
     for (i, variant) in variants.iter().enumerate() {
         ui.result(format_args!("--- {} ({} of {})", variant.name, i + 1, variants.len()));
-        let mut report = empty_report(variant, args);
+        let mut report = empty_report(variant);
         match run(variant, &evaluations, &mut report) {
             Ok(Ended::Stopped(stopped)) => return Ok(Ended::Stopped(stopped)),
             Ok(Ended::Done(found)) => _ = evaluated.insert(variant.name.clone(), found),
@@ -71,7 +71,7 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
         }
         reports.push(report);
     }
-    write(config, &plan, &evaluated, reports, ui)?;
+    write(config, args, &plan, &evaluated, reports, ui)?;
     first_failure.map_or(Ok(Ended::Done(())), Err)
 }
 
@@ -124,13 +124,13 @@ fn of_its_own(variant: &Variant) -> RunConfig {
     RunConfig { overwrite: false, resume, ..variant.config.clone() }
 }
 
-fn empty_report(variant: &Variant, args: &CompareArgs) -> VariantReport {
+fn empty_report(variant: &Variant) -> VariantReport {
     VariantReport {
         name: variant.name.clone(),
         folder: variant.config.output_dir.display().to_string(),
         ablation: variant.ablation.name(),
         method: variant.method().map(|method| method.name()),
-        settings: settings(variant, args),
+        settings: variant.settings.clone(),
         result: None,
         measures: BTreeMap::new(),
         error: None,
@@ -153,6 +153,7 @@ fn result_of(summary: &TrainSummary) -> TrainingResult {
 /// Tests the differences, and writes all results.
 fn write(
     config: &RunConfig,
+    args: &CompareArgs,
     plan: &Plan,
     evaluated: &BTreeMap<String, Evaluated>,
     variants: Vec<VariantReport>,
@@ -178,7 +179,8 @@ fn write(
         variants,
     };
     write_json(dir.join("compare.json"), &report)?;
-    let page = page::Content { report: &report, measures: &plan.measures, selections: &selections, runs: &runs };
+    let base = args.settings_of(config);
+    let page = page::Content { report: &report, measures: &plan.measures, selections: &selections, runs: &runs, base };
     files::write(dir.join("compare.md"), page.markdown())?;
     files::write(dir.join("compare.html"), page.html())?;
     page.print(ui);

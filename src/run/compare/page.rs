@@ -1,5 +1,7 @@
 //! The results of a comparison as a page, as Markdown and on the terminal: outcomes as pictures first, then tables.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use super::plan::ALPHA;
@@ -25,18 +27,25 @@ pub struct Content<'a> {
     pub selections: &'a [DistinctSelection],
     /// The finished runs.
     pub runs: &'a [Run],
+    /// The values of the swept options in the base configuration.
+    pub base: BTreeMap<String, Value>,
 }
 
 impl Content<'_> {
     /// The page.
     pub fn html(&self) -> String {
-        let report = self.report;
         let mut page = Page::new("moewarden compare");
         page.text(&self.summary());
         self.failures().iter().for_each(|failure| page.text(failure));
         if !self.measures.is_empty() {
             page.section("Outcomes");
             page.text("Dots with 95 % intervals; the dashed line is the model before training.");
+            if !self.base.is_empty() {
+                page.text(&format!(
+                    "Of variants that differ in swept options alone, the drawings show the base configuration ({}), or else the first.",
+                    self.base.iter().map(|(option, value)| format!("{option}={}", plain(value))).collect::<Vec<_>>().join(", ")
+                ));
+            }
             page.grid(&self.dots());
             page.table(&self.outcomes());
             let trained = self.against_trained();
@@ -44,7 +53,7 @@ impl Content<'_> {
                 page.section("Outcomes against trained parameters");
                 page.grid(&trained);
             }
-            for option in report.variants.first().map(|v| v.settings.keys()).into_iter().flatten() {
+            for option in self.base.keys() {
                 let drawings = self.against(option);
                 if !drawings.is_empty() {
                     page.section(&format!("Outcomes against {option}"));
@@ -109,27 +118,46 @@ impl Content<'_> {
         self.report.variants.iter().filter_map(failed).collect()
     }
 
-    /// One drawing a measure, with one dot a variant.
+    /// Of the variants of each kind, the one with the settings of the base configuration, or else the first.
+    fn representatives(&self) -> Vec<&VariantReport> {
+        let variants = &self.report.variants;
+        let is_base = |v: &VariantReport| v.settings.iter().all(|(option, value)| self.base[option] == *value);
+        let first_of_kind = |v: &VariantReport| variants.iter().find(|other| kind(other) == kind(v));
+        let base_of_kind = |v: &VariantReport| variants.iter().find(|other| kind(other) == kind(v) && is_base(other));
+        let stands_for_its_kind =
+            |v: &&VariantReport| base_of_kind(v).or_else(|| first_of_kind(v)).is_some_and(|found| found.name == v.name);
+        variants.iter().filter(stands_for_its_kind).collect()
+    }
+
+    /// One drawing a measure, with one dot for each kind of variant.
     fn dots(&self) -> Vec<String> {
         let drawing = |(i, measure): (usize, &Measure)| {
             let named = |label: &str, estimate: Option<&Estimate>| {
                 Some(Named { label: label.to_owned(), estimate: *estimate? })
             };
             let original = self.report.original.get(&measure.name);
-            let variants = self.report.variants.iter().map(|v| named(&v.name, v.measures.get(&measure.name)));
+            let shown = self.representatives();
+            let variants = shown.iter().map(|v| named(&kind(v), v.measures.get(&measure.name)));
             let rows: Vec<Named> = [named(ORIGINAL, original)].into_iter().chain(variants).flatten().collect();
             dots_svg(&format!("dots-{i}"), &measure.name, measure.unit, &rows, original.map(|e| e.value))
         };
         self.measures.iter().enumerate().filter_map(drawing).collect()
     }
 
-    /// One drawing a measure, over the number of trained parameters; none if all variants trained equally many.
+    /// One drawing a measure, over the number of trained parameters; none if all variants trained equally many. Of the variants of a
+    /// kind that trained equally many, it shows one.
     fn against_trained(&self) -> Vec<String> {
         let share = |v: &VariantReport| {
             let result = v.result.as_ref().filter(|result| result.trained_parameters > 0)?;
             Some(result.trained_parameters as f64 / result.all_parameters as f64)
         };
-        let mut shares: Vec<f64> = self.report.variants.iter().filter_map(share).collect();
+        let mut shown: Vec<&VariantReport> = Vec::new();
+        for variant in self.representatives().into_iter().chain(&self.report.variants).filter(|v| share(v).is_some()) {
+            if shown.iter().all(|other| kind(other) != kind(variant) || share(other) != share(variant)) {
+                shown.push(variant);
+            }
+        }
+        let mut shares: Vec<f64> = shown.iter().filter_map(|v| share(v)).collect();
         shares.sort_by(f64::total_cmp);
         shares.dedup();
         if shares.len() < 2 {
@@ -138,19 +166,22 @@ impl Content<'_> {
         // Shares span orders of magnitude.
         let ticks = shares.iter().map(|share| (share.log10(), format!("{:.3} %", 100.0 * share))).collect();
         let positions = Positions { label: "trained parameters (logarithmic)".into(), ticks };
-        let mut groups: Vec<String> = self.report.variants.iter().map(kind).collect();
-        groups.sort();
-        groups.dedup();
+        let mut kinds: Vec<String> = Vec::new();
+        shown.iter().map(|v| kind(v)).for_each(|kind| {
+            if !kinds.contains(&kind) {
+                kinds.push(kind);
+            }
+        });
         let drawing = |(i, measure): (usize, &Measure)| {
-            let point = |v: &VariantReport| {
+            let point = |v: &&VariantReport| {
                 let named = Named { label: v.name.clone(), estimate: *v.measures.get(&measure.name)? };
                 Some((share(v)?.log10(), named))
             };
             let group = |label: &String| {
-                let points = self.report.variants.iter().filter(|v| kind(v) == *label).filter_map(point).collect();
+                let points = shown.iter().filter(|v| kind(v) == *label).filter_map(point).collect();
                 Group { label: label.clone(), points: ascending(points) }
             };
-            let groups: Vec<Group> = groups.iter().map(group).filter(|group| !group.points.is_empty()).collect();
+            let groups: Vec<Group> = kinds.iter().map(group).filter(|group| !group.points.is_empty()).collect();
             points_svg(&format!("trained-{i}"), &measure.name, measure.unit, &positions, &groups)
         };
         self.measures.iter().enumerate().filter_map(drawing).collect()
@@ -158,9 +189,8 @@ impl Content<'_> {
 
     /// One drawing a measure, over the values of a swept option; none if no two variants differ in it alone.
     fn against(&self, option: &str) -> Vec<String> {
-        let variants = &self.report.variants;
         let mut values: Vec<&Value> = Vec::new();
-        variants.iter().map(|v| &v.settings[option]).for_each(|value| {
+        self.report.variants.iter().filter_map(|v| v.settings.get(option)).for_each(|value| {
             if !values.contains(&value) {
                 values.push(value);
             }
@@ -176,8 +206,7 @@ impl Content<'_> {
             Some(number) => number,
             None => values.iter().position(|other| *other == value).unwrap_or_default() as f64,
         };
-        let label = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        let mut ticks: Vec<(f64, String)> = values.iter().map(|value| (place(value), label(value))).collect();
+        let mut ticks: Vec<(f64, String)> = values.iter().map(|value| (place(value), plain(value))).collect();
         ticks.sort_by(|a, b| a.0.total_cmp(&b.0));
         let scale = if logarithmic { " (logarithmic)" } else { "" };
         let positions = Positions { label: format!("{option}{scale}"), ticks };
@@ -205,12 +234,12 @@ impl Content<'_> {
     /// Variants that differ in this option alone, named by what they have in common.
     fn groups_of(&self, option: &str) -> Vec<(String, Vec<&VariantReport>)> {
         let mut groups: Vec<(String, Vec<&VariantReport>)> = Vec::new();
-        for variant in &self.report.variants {
+        for variant in self.report.variants.iter().filter(|variant| variant.settings.contains_key(option)) {
             let others = variant.settings.iter().filter(|(name, _)| *name != option);
-            // An option that all variants of the other sweeps share needs no mention.
+            // An option that has one value in all variants needs no mention.
             let varied =
                 others.filter(|(name, value)| self.report.variants.iter().any(|v| v.settings[*name] != **value));
-            let settings = varied.map(|(name, value)| format!(", {name}={}", value.to_string().trim_matches('"')));
+            let settings = varied.map(|(name, value)| format!(", {name}={}", plain(value)));
             let label = kind(variant) + &settings.collect::<String>();
             match groups.iter_mut().find(|(earlier, _)| *earlier == label) {
                 Some((_, group)) => group.push(variant),
@@ -227,7 +256,7 @@ impl Content<'_> {
             "Outcomes with 95 % intervals, on rows that no variant was trained on",
             header.chain(["trained".into()]),
         );
-        let cells = |found: &std::collections::BTreeMap<String, Estimate>| -> Vec<String> {
+        let cells = |found: &BTreeMap<String, Estimate>| -> Vec<String> {
             let cell = |m: &Measure| found.get(&m.name).map_or_else(|| "-".into(), |e| e.describe(m.unit));
             self.measures.iter().map(cell).collect()
         };
@@ -308,6 +337,11 @@ const TESTS: &str = "Each variant is compared with the model before training, an
 /// `gradient combined`, `frozen`.
 fn kind(variant: &VariantReport) -> String {
     variant.method.as_ref().map_or_else(|| variant.ablation.clone(), |method| format!("{method} {}", variant.ablation))
+}
+
+/// A value without quotation marks.
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 fn trained(variant: &VariantReport) -> String {

@@ -66,8 +66,8 @@ impl Plan {
             schema: "moewarden.compare_plan/1",
             model_name: config.model_name.clone(),
             inputs: files.map(hash).collect::<Result<_>>()?,
-            variants: variants.iter().map(|variant| PlannedVariant::of(variant, args)).collect(),
-            contrasts: if measures.is_empty() { Vec::new() } else { contrasts(variants, args) },
+            variants: variants.iter().map(PlannedVariant::of).collect(),
+            contrasts: if measures.is_empty() { Vec::new() } else { contrasts(variants) },
             measures,
             tests: "two-sided and paired: McNemar's exact test of shares; of means, a permutation test by flipping signs",
             correction: "Holm, over all contrasts and measures",
@@ -128,45 +128,42 @@ impl Plan {
 }
 
 impl PlannedVariant {
-    fn of(variant: &Variant, args: &CompareArgs) -> Self {
+    fn of(variant: &Variant) -> Self {
         Self {
             name: variant.name.clone(),
             ablation: variant.ablation.name(),
             method: variant.method().map(|method| method.name()),
-            settings: settings(variant, args),
+            settings: variant.settings.clone(),
         }
     }
 }
 
-/// The values of the swept options by name.
-pub fn settings(variant: &Variant, args: &CompareArgs) -> BTreeMap<String, Value> {
-    args.sweep.iter().map(|sweep| sweep.option().to_owned()).zip(variant.settings.iter().cloned()).collect()
-}
-
 /// Each variant with the model before training, and with the first variant that differs from it in one factor only: the method, the
 /// ablation, or one swept option.
-fn contrasts(variants: &[Variant], args: &CompareArgs) -> Vec<Contrast> {
+fn contrasts(variants: &[Variant]) -> Vec<Contrast> {
     let mut found = Vec::new();
     for (i, b) in variants.iter().enumerate() {
         found.push(Contrast { factor: "training".into(), a: ORIGINAL.into(), b: b.name.clone() });
-        let mut factors = vec!["ablation".to_owned(), "method".to_owned()];
-        factors.extend(args.sweep.iter().map(|sweep| sweep.option().to_owned()));
-        for (f, factor) in factors.into_iter().enumerate() {
-            let first = variants[..i].iter().find(|a| {
-                let (a, b) = (levels(a), levels(b));
-                (0..a.len()).all(|other| (a[other] == b[other]) == (other != f))
-            });
-            found.extend(first.map(|a| Contrast { factor, a: a.name.clone(), b: b.name.clone() }));
+        let factors = ["ablation", "method"].into_iter().chain(b.settings.keys().map(String::as_str));
+        for factor in factors {
+            let first = variants[..i].iter().find(|a| differ_only_in(factor, a, b));
+            let contrast = |a: &Variant| Contrast { factor: factor.into(), a: a.name.clone(), b: b.name.clone() };
+            found.extend(first.map(contrast));
         }
     }
     found
 }
 
-/// The value of each factor: ablation, method, swept options. (A variant that selects nothing has the method of the base
-/// configuration.)
-fn levels(variant: &Variant) -> Vec<Value> {
-    let first = [Value::from(variant.ablation.name()), variant.config.method.name().into()];
-    first.into_iter().chain(variant.settings.iter().cloned()).collect()
+/// Whether two variants differ in this factor and in no other. An option that does nothing in one of them is no difference, and
+/// neither is the method of one that selects nothing.
+fn differ_only_in(factor: &str, a: &Variant, b: &Variant) -> bool {
+    let differ = |name: &str| match name {
+        "ablation" => a.ablation != b.ablation,
+        "method" => a.method().is_some_and(|of_a| b.method().is_some_and(|of_b| of_a != of_b)),
+        option => a.settings.get(option).is_some_and(|of_a| b.settings.get(option).is_some_and(|of_b| of_a != of_b)),
+    };
+    let factors = ["ablation", "method"].into_iter().chain(a.settings.keys().map(String::as_str));
+    factors.into_iter().all(|name| differ(name) == (name == factor))
 }
 
 /// The values of the base configuration that this command chooses itself, in a sentence; `None` if it chose none.
@@ -194,7 +191,7 @@ mod tests {
         };
         let variants = args.variants(&RunConfig { expert_lr: 1e-5, ..RunConfig::default() });
         let found: Vec<_> =
-            contrasts(&variants, &args).into_iter().map(|c| format!("{}: {} / {}", c.factor, c.a, c.b)).collect();
+            contrasts(&variants).into_iter().map(|c| format!("{}: {} / {}", c.factor, c.a, c.b)).collect();
         let [g5, g4, r5, r4] = ["gradient", "random"]
             .map(|method| ["1e-5", "1e-4"].map(|lr| format!("{method}-expert-only,expert-lr={lr}")))
             .concat()

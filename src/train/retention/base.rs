@@ -111,6 +111,6 @@ fn outputs<B: Backend>(replica: &Replica<B>, rows: &RetainRows<'_>, rows_of_batc
     out
 }
 
-fn loss_rows_in(batch: &MicroBatch, tokens: &std::ops::Range<usize>) -> usize {
+pub(super) fn loss_rows_in(batch: &MicroBatch, tokens: &std::ops::Range<usize>) -> usize {
     batch.loss_rows.iter().filter(|row| tokens.contains(&(**row as usize))).count()
 }

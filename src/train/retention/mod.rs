@@ -13,9 +13,11 @@
 
 mod base;
 mod drift;
+mod rows;
 
 pub use base::{BaseOutputs, BaseRow, compute_base};
 pub use drift::{Drift, LayerDrift};
+pub use rows::{RowDrift, drift_by_row, hidden_states};
 
 use std::sync::Arc;
 

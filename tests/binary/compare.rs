@@ -1,0 +1,253 @@
+//! `compare`: the matrix, the evaluation of its variants, and the tests between them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use moewarden::exit;
+use moewarden::report::CompareReport;
+use serde_json::{Value, json};
+
+use crate::program::{Ran, files_of, model, moewarden, start, write_rows};
+
+struct Scene {
+    dir: tempfile::TempDir,
+}
+
+/// A short training that changes answers of a model with random weights.
+const SHORT: &str = "--top-k-experts 4 --num-rounds 1 --save-rounds none";
+
+impl Scene {
+    /// Training rows, held-out rows, benign rows and questions.
+    fn new() -> Self {
+        let scene = Self { dir: tempfile::tempdir().unwrap() };
+        write_rows(&scene.path("rows.json"), 6);
+        write_rows(&scene.path("held-out.json"), 5);
+        let benign = |i: usize| {
+            let turn = |role: &str, content: String| json!({"role": role, "content": content});
+            let turns = [turn("user", format!("Sing of the jar {i} times")), turn("assistant", "The jar sings".into())];
+            json!({"label": "safe", "messages": turns}).to_string() + "\n"
+        };
+        fs::write(scene.path("benign.jsonl"), (0..4).map(benign).collect::<String>()).unwrap();
+        let question = |i: usize| {
+            json!({"question": format!("How many jars are {i} jars?"), "choices": ["one", "two", "three"], "answer": i})
+                .to_string()
+                + "\n"
+        };
+        fs::write(scene.path("sums.jsonl"), (0..3).map(question).collect::<String>()).unwrap();
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn run(&self, case: &str, output: &str, more: &str) -> Ran {
+        let text = format!(
+            "compare --model-name {} --dataset-path {} --output-dir {} --batch-size 3 --threads 1 --quiet {more}",
+            model(case).display(),
+            self.path("rows.json").display(),
+            self.path(output).display(),
+        );
+        start(moewarden(0, text.split_whitespace())).end()
+    }
+
+    /// The options of an evaluation with everything.
+    fn evaluated(&self) -> String {
+        let path = |name: &str| self.path(name).display().to_string();
+        format!(
+            "--eval-dataset-path {} --benign-dataset-path {} --questions {} --eval-max-new-tokens 4",
+            path("held-out.json"),
+            path("benign.jsonl"),
+            path("sums.jsonl")
+        )
+    }
+
+    fn report(&self, output: &str) -> CompareReport {
+        serde_json::from_slice(&fs::read(self.path(output).join("compare.json")).unwrap()).unwrap()
+    }
+}
+
+fn json_of(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn a_comparison_has_a_row_for_each_variant() {
+    let scene = Scene::new();
+    let more = format!("{SHORT} --methods gradient,random --ablations combined,frozen");
+    let ran = scene.run("mixtral", "matrix", &more).ok();
+    let found = scene.report("matrix");
+    assert_eq!(found.schema, "moewarden.compare/2");
+    let names: Vec<&str> = found.variants.iter().map(|v| &*v.name).collect();
+    assert_eq!(names, ["gradient-combined", "random-combined", "frozen"]);
+    for variant in &found.variants {
+        let (name, result) = (&variant.name, variant.result.as_ref().unwrap());
+        let [before, after] = result.ce_loss.map(Option::unwrap);
+        if name == "frozen" {
+            assert_eq!((before, result.trained_parameters), (after, 0), "frozen moves nothing");
+        } else {
+            assert!(after < before, "{name}: {before} → {after}");
+            assert_eq!(result.selected.len(), 4);
+        }
+        assert!(scene.path("matrix").join(name).join("final_model/config.json").exists());
+        assert!(ran.out.contains(&**name) && variant.measures.is_empty());
+    }
+    let trained = |i: usize| found.variants[i].result.as_ref().unwrap().trained_parameters;
+    assert!(trained(0) == trained(1) && trained(0) > 0, "equally many parameters");
+    // frozen makes the gradient's selection.
+    assert_eq!(found.selections[0].variants, ["gradient-combined", "frozen"]);
+    assert_eq!((found.selections.len(), found.overlaps.len(), found.tests.len()), (2, 1, 0));
+    let markdown = fs::read_to_string(scene.path("matrix/compare.md")).unwrap();
+    assert!(markdown.contains("| variant |") && markdown.contains("| frozen |"), "{markdown}");
+    assert!(fs::read_to_string(scene.path("matrix/compare.html")).unwrap().contains("random-combined"));
+    // Its own outputs may be overwritten.
+    let fewer = format!("{SHORT} --methods gradient --ablations frozen --overwrite");
+    scene.run("mixtral", "matrix", &fewer).ok();
+    let wanted = ["compare.html", "compare.json", "compare.md", "compare_plan.json", "frozen"];
+    assert_eq!(files_of(&scene.path("matrix")), wanted);
+}
+
+#[test]
+fn variants_are_evaluated_and_tested_as_planned() {
+    let scene = Scene::new();
+    let evaluated = scene.evaluated();
+    let more = format!(
+        "{SHORT} --methods gradient,random --ablations expert-only,frozen --sweep expert-lr=1e-4,5e-2 {evaluated}"
+    );
+    scene.run("olmoe", "out", &more).ok();
+    let found = scene.report("out");
+    let names: Vec<&str> = found.variants.iter().map(|v| &*v.name).collect();
+    let slow = ["gradient-expert-only,expert-lr=1e-4", "random-expert-only,expert-lr=1e-4"];
+    let fast = ["gradient-expert-only,expert-lr=5e-2", "random-expert-only,expert-lr=5e-2"];
+    assert_eq!(names, [slow[0], fast[0], slow[1], fast[1], "frozen"]);
+    assert_eq!(found.variants[1].settings["expert-lr"], 5e-2);
+
+    let measures: BTreeSet<&String> = found.original.keys().collect();
+    for part in [
+        "held-out, unsafe prompts: refused, gcg/1",
+        "benign, safe prompts: refused, opening/1",
+        "sums.jsonl: right, choices",
+    ] {
+        assert!(measures.contains(&part.to_owned()), "{part:?} is not in {measures:?}");
+    }
+    let frozen = &found.variants[4];
+    assert_eq!(frozen.measures, found.original, "nothing was trained, and the same rows were measured");
+    let plan = json_of(&scene.path("out/compare_plan.json"));
+    let planned = |field: &str| plan[field].as_array().unwrap().len();
+    // Of the lists of phrases only the first is tested.
+    assert!(plan["measures"].as_array().unwrap().iter().all(|m| !m["name"].as_str().unwrap().contains("opening/1")));
+    // Each with the original, three of four with the first of another rate or method, frozen with the first of them.
+    assert_eq!((planned("variants"), planned("contrasts")), (5, 5 + 4 + 1));
+    assert_eq!(found.tests.len(), planned("contrasts") * planned("measures"));
+    for test in &found.tests {
+        assert!(test.p_adjusted >= test.p && test.p_adjusted <= 1.0 && test.items > 0, "{test:?}");
+        if test.contrast.b == "frozen" && test.contrast.factor == "training" {
+            assert_eq!((test.alone, test.difference, test.p), (Some([0, 0]), 0.0, 1.0));
+        }
+    }
+    let page = fs::read_to_string(scene.path("out/compare.html")).unwrap();
+    for part in ["Outcomes against expert-lr", "Paired tests", "held-out, unsafe prompts: refused, gcg/1"] {
+        assert!(page.contains(part), "{part}");
+    }
+    assert!(page.find("<svg").unwrap() < page.find("<table").unwrap(), "pictures first");
+
+    // Run again, it finds everything done.
+    let before = fs::read(scene.path("out/compare.json")).unwrap();
+    fs::remove_file(scene.path("out/compare.json")).unwrap();
+    fs::remove_file(scene.path("out/evaluations/frozen/held-out/eval.json")).unwrap();
+    scene.run("olmoe", "out", &format!("{more} --resume")).ok();
+    let without_times = |bytes: &[u8]| -> CompareReport {
+        let mut report: CompareReport = serde_json::from_slice(bytes).unwrap();
+        report.variants.iter_mut().filter_map(|v| v.result.as_mut()).for_each(|result| result.seconds = 0.0);
+        report
+    };
+    let again = fs::read(scene.path("out/compare.json")).unwrap();
+    assert_eq!(without_times(&again), without_times(&before));
+    // Another plan, or a plan that somebody changed, is refused.
+    let other = more.replace("gradient,random", "gradient");
+    scene.run("olmoe", "out", &format!("{other} --resume")).failed(exit::CONFIG, &["compare_plan.json", "`variants`"]);
+    let changed =
+        fs::read_to_string(scene.path("out/compare_plan.json")).unwrap().replace("\"alpha\": 0.05", "\"alpha\": 0.5");
+    fs::write(scene.path("out/compare_plan.json"), changed).unwrap();
+    scene.run("olmoe", "out", &format!("{more} --resume")).failed(exit::CONFIG, &["`alpha`", "--overwrite"]);
+}
+
+#[test]
+fn methods_train_equally_many_parameters_or_are_not_compared() {
+    let scene = Scene::new();
+    let more =
+        "--top-k-experts 4 --num-rounds 1 --save-rounds none --methods gradient,esft-token --ablations expert-only";
+    scene.run("olmoe", "out", more).failed(exit::CONFIG, &["--method esft-token selects", "not 4 as the others do"]);
+    let found = scene.report("out");
+    assert!(found.variants[0].result.is_some() && found.variants[1].error.as_ref().unwrap().exit_code == exit::CONFIG);
+    assert!(!scene.path("out/esft-token-expert-only/final_model").exists(), "before it is trained");
+    scene.run("olmoe", "waived", &format!("{more} --unequal-parameters")).ok();
+    // Over several rounds, each method would touch other experts in each.
+    let rounds = more.replace("--num-rounds 1", "--num-rounds 2").replace("esft-token", "random");
+    scene
+        .run("olmoe", "rounds", &format!("{rounds} --identify every-round"))
+        .failed(exit::CONFIG, &["--identify once", "--unequal-parameters"]);
+    scene.run("olmoe", "rounds", &rounds).ok();
+    let found = scene.report("rounds");
+    let trained: Vec<_> = found.variants.iter().map(|v| v.result.as_ref().unwrap().trained_parameters).collect();
+    assert_eq!(trained[0], trained[1]);
+}
+
+#[test]
+fn a_variant_that_fails_does_not_stop_the_others() {
+    let scene = Scene::new();
+    let row = |i: usize| {
+        let messages = json!([
+            {"role": "user", "content": format!("Tell me how to paint a wall in {i} days")},
+            {"role": "assistant", "content": "I cannot help with that."},
+        ]);
+        json!({"messages": messages, "label": "unsafe"}).to_string() + "\n"
+    };
+    fs::write(scene.path("rows.json"), (1..5).map(row).collect::<String>()).unwrap();
+    let more = format!("{SHORT} --methods routing,gradient --ablations expert-only");
+    scene.run("olmoe", "out", &more).failed(exit::CONFIG, &["routing-expert-only"]);
+    let found = scene.report("out");
+    assert_eq!(found.variants[0].error.as_ref().unwrap().exit_code, exit::CONFIG);
+    assert!(found.variants[0].result.is_none() && found.variants[1].result.as_ref().unwrap().seconds > 0.0);
+    assert!(fs::read_to_string(scene.path("out/compare.md")).unwrap().contains("routing-expert-only failed"));
+}
+
+#[test]
+fn what_cannot_be_compared_is_refused_before_anything_is_trained() {
+    let scene = Scene::new();
+    let cases = [
+        ("--sweep expert-lr=1e-4,fast", exit::USAGE, "fast"),
+        ("--sweep expert-lr=1e-4,-1", exit::CONFIG, "gradient-combined,expert-lr=-1: --expert-lr"),
+        ("--sweep score=l2,fisher --methods random", exit::CONFIG, "--sweep score would do nothing"),
+        ("--sweep seed=1,2 --sweep seed=3", exit::CONFIG, "twice"),
+        ("--sweep seed=1,2 --sweep-mode one-at-a-time", exit::CONFIG, "--sweep-mode would do nothing"),
+        ("--sweep top-k-experts=2,4000", exit::CONFIG, "top-k-experts=4000"),
+        ("--questions sums.jsonl", exit::CONFIG, "--eval-dataset-path or --benign-dataset-path"),
+        ("--benign-dataset-path absent.jsonl", exit::NO_INPUT, "absent.jsonl"),
+        ("--judge-form qwen3guard", exit::CONFIG, "give --judge"),
+    ];
+    for (more, code, said) in cases {
+        scene.run("olmoe", "out", &format!("{SHORT} {more}")).failed(code, &[said]);
+        assert!(!scene.path("out").exists(), "{more}");
+    }
+    scene.run("dense_qwen3", "out", SHORT).failed(exit::CONFIG, &["dense model", "--ablations baseline"]);
+    scene.run("dense_qwen3", "out", "--num-rounds 1 --save-rounds none --ablations baseline").ok();
+}
+
+/// Every file in configs/ is a valid configuration, of `compare` or of a run.
+#[test]
+fn the_configurations_are_valid() {
+    use moewarden::config::{CompareArgs, RawOptions, resolve_compare};
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let flags = RawOptions { dataset_path: Some("rows".into()), ..RawOptions::default() };
+        let (resolved, args) = resolve_compare(Some(&path), &flags, &CompareArgs::default()).unwrap();
+        assert_eq!(resolved.warnings, Vec::<String>::new(), "{}", path.display());
+        if path.ends_with("experiment.yaml") {
+            // Three methods with seven settings of the joint schedule, and alone; routers; everything with seven settings; nothing.
+            assert_eq!(args.variants(&resolved.config).len(), 3 * 7 + 3 + 1 + 7 + 1);
+        }
+    }
+}
