@@ -213,24 +213,73 @@ impl Evaluated {
         self.measures().iter().filter_map(|m| Some((m.name.clone(), self.estimate(m)?))).collect()
     }
 
-    /// Tests a measure on the items that both have; `None` without one. Not yet adjusted.
-    fn test(&self, other: &Self, contrast: &Contrast, measure: &Measure) -> Option<PairedTest> {
-        let (items, alone, difference, interval, p) = match measure.unit {
-            MeasureUnit::Share => {
-                let pairs = self.shares.get(&measure.name)?.pairs(other.shares.get(&measure.name)?)?;
-                let found = PairedDifference::of(&pairs)?;
-                (found.of, Some(found.alone), found.difference, found.interval, mcnemar_p(found.alone))
-            }
+    /// What both models found for the items that both have; `None` without one.
+    fn pairs(&self, other: &Self, measure: &Measure) -> Option<Pairs> {
+        let name = &measure.name;
+        let pairs = match measure.unit {
+            MeasureUnit::Share => Pairs::Shares(self.shares.get(name)?.pairs(other.shares.get(name)?)?),
             MeasureUnit::Nats => {
-                let (ours, theirs) = (self.numbers.get(&measure.name)?, other.numbers.get(&measure.name)?);
-                let differences: Vec<f64> = theirs.iter().filter_map(|(item, b)| Some(b - ours.get(item)?)).collect();
-                let (mean, interval) = mean_difference(&differences)?;
-                (differences.len(), None, mean, interval, sign_flip_p(&differences))
+                let (ours, theirs) = (self.numbers.get(name)?, other.numbers.get(name)?);
+                Pairs::Differences(theirs.iter().filter_map(|(item, b)| Some(b - ours.get(item)?)).collect())
             }
         };
-        let (contrast, measure) = (contrast.clone(), measure.name.clone());
-        Some(PairedTest { contrast, measure, items, alone, difference, interval, p, p_adjusted: p })
+        (pairs.len() > 0).then_some(pairs)
     }
+}
+
+/// Paired numbers of two models.
+enum Pairs {
+    /// Yes or no of both.
+    Shares(Vec<(bool, bool)>),
+    /// The second minus the first.
+    Differences(Vec<f64>),
+}
+
+impl Pairs {
+    fn len(&self) -> usize {
+        match self {
+            Self::Shares(pairs) => pairs.len(),
+            Self::Differences(differences) => differences.len(),
+        }
+    }
+
+    /// Two-sided p of no difference.
+    fn p(&self) -> f64 {
+        match self {
+            Self::Shares(pairs) => {
+                let alone = |pair| pairs.iter().filter(|p| **p == pair).count();
+                mcnemar_p([alone((true, false)), alone((false, true))])
+            }
+            Self::Differences(differences) => sign_flip_p(differences),
+        }
+    }
+
+    /// The difference with its interval, and of shares the items that are yes of one model alone.
+    fn difference(&self) -> Option<(f64, Option<[f64; 2]>, Option<[usize; 2]>)> {
+        match self {
+            Self::Shares(pairs) => {
+                let PairedDifference { difference, interval, alone, .. } = PairedDifference::of(pairs)?;
+                Some((difference, interval, Some(alone)))
+            }
+            Self::Differences(differences) => {
+                let (mean, interval) = mean_difference(differences)?;
+                Some((mean, interval, None))
+            }
+        }
+    }
+}
+
+/// The pairs of each contrast and measure. Models without an evaluation are left out.
+fn all_pairs<'a>(
+    evaluated: &BTreeMap<String, Evaluated>,
+    contrasts: &'a [Contrast],
+    measures: &'a [Measure],
+) -> Vec<(&'a Contrast, &'a Measure, Pairs)> {
+    let of_contrast = |contrast: &'a Contrast| -> Vec<(&'a Contrast, &'a Measure, Pairs)> {
+        let (Some(a), Some(b)) = (evaluated.get(&contrast.a), evaluated.get(&contrast.b)) else { return Vec::new() };
+        measures.iter().filter_map(|measure| Some((contrast, measure, a.pairs(b, measure)?))).collect()
+    };
+    contrasts.iter().flat_map(of_contrast).collect()
 }
 
 /// All tests of a comparison, with Holm's correction over the whole family. Models without an evaluation are left out.
@@ -239,12 +288,109 @@ pub fn paired_tests(
     contrasts: &[Contrast],
     measures: &[Measure],
 ) -> Vec<PairedTest> {
-    let of_contrast = |contrast: &Contrast| -> Vec<PairedTest> {
-        let (Some(a), Some(b)) = (evaluated.get(&contrast.a), evaluated.get(&contrast.b)) else { return Vec::new() };
-        measures.iter().filter_map(|measure| a.test(b, contrast, measure)).collect()
+    let all = all_pairs(evaluated, contrasts, measures);
+    let p: Vec<f64> = all.iter().map(|(.., pairs)| pairs.p()).collect();
+    let adjusted = holm(&p);
+    let test = |((contrast, measure, pairs), (p, p_adjusted)): ((&Contrast, &Measure, Pairs), (f64, f64))| {
+        let (difference, interval, alone) = pairs.difference()?;
+        let (contrast, measure, items) = (contrast.clone(), measure.name.clone(), pairs.len());
+        Some(PairedTest { contrast, measure, items, alone, difference, interval, p, p_adjusted })
     };
-    let mut tests: Vec<PairedTest> = contrasts.iter().flat_map(of_contrast).collect();
-    let adjusted = holm(&tests.iter().map(|test| test.p).collect::<Vec<_>>());
-    tests.iter_mut().zip(adjusted).for_each(|(test, p)| test.p_adjusted = p);
-    tests
+    all.into_iter().zip(p.into_iter().zip(adjusted)).filter_map(test).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::seq::SliceRandom;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::super::paired::Measured;
+    use super::*;
+
+    /// The outcomes of a real comparison: by measure and model, one digit an item.
+    #[derive(Deserialize)]
+    struct Recorded {
+        contrasts: Vec<Contrast>,
+        outcomes: BTreeMap<String, BTreeMap<String, String>>,
+    }
+
+    fn recorded() -> Recorded {
+        serde_json::from_str(include_str!("../../tests/golden/recorded_outcomes.json")).unwrap()
+    }
+
+    impl Recorded {
+        fn measures(&self) -> Vec<Measure> {
+            self.outcomes.keys().map(|name| Measure { name: name.clone(), unit: MeasureUnit::Share }).collect()
+        }
+
+        /// The models with what `mixed` makes of the outcomes of all models on one item.
+        fn evaluated(&self, mut mixed: impl FnMut(&mut Vec<bool>)) -> BTreeMap<String, Evaluated> {
+            let mut found: BTreeMap<String, Evaluated> = BTreeMap::new();
+            for (measure, models) in &self.outcomes {
+                let mut items: BTreeMap<&String, BTreeMap<String, bool>> = BTreeMap::new();
+                for item in 0..models.values().next().unwrap().len() {
+                    let mut yes: Vec<bool> = models.values().map(|digits| digits.as_bytes()[item] == b'1').collect();
+                    mixed(&mut yes);
+                    for (model, yes) in models.keys().zip(yes) {
+                        items.entry(model).or_default().insert(item.to_string(), yes);
+                    }
+                }
+                for (model, items) in items {
+                    let measured = Measured::new("greedy".into(), items);
+                    found.entry(model.clone()).or_default().shares.insert(measure.clone(), measured);
+                }
+            }
+            found
+        }
+
+        fn significant(&self, evaluated: &BTreeMap<String, Evaluated>) -> usize {
+            let measures = self.measures();
+            let all = all_pairs(evaluated, &self.contrasts, &measures);
+            assert_eq!(all.len(), self.contrasts.len() * self.outcomes.len());
+            let adjusted = holm(&all.iter().map(|(.., pairs)| pairs.p()).collect::<Vec<_>>());
+            adjusted.into_iter().filter(|p| *p <= 0.05).count()
+        }
+    }
+
+    /// Under the null hypothesis the models are exchangeable: their outcomes on an item are in any order.
+    #[test]
+    fn null_comparisons_claim_no_difference() {
+        let recorded = recorded();
+        assert!(recorded.significant(&recorded.evaluated(|_| ())) >= 10, "the real differences are seen");
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let comparisons = 200;
+        let false_claims = (0..comparisons)
+            .filter(|_| recorded.significant(&recorded.evaluated(|yes| yes.shuffle(&mut rng))) > 0)
+            .count();
+        println!("comparisons with a false claim: {false_claims} of {comparisons}");
+        assert!(false_claims * 20 <= comparisons, "{false_claims} of {comparisons}");
+    }
+
+    #[test]
+    fn means_are_tested_by_flipping_signs() {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        let mut model = |shift: f64| {
+            let items = (0..60).map(|item| (item.to_string(), shift + rng.random::<f64>())).collect();
+            Evaluated { shares: Outcomes::new(), numbers: BTreeMap::from([("drift".to_owned(), items)]) }
+        };
+        let evaluated = BTreeMap::from([
+            (ORIGINAL.to_owned(), model(0.0)),
+            ("same".to_owned(), model(0.0)),
+            ("far".to_owned(), model(0.5)),
+        ]);
+        let contrasts =
+            ["same", "far"].map(|b| Contrast { factor: "training".into(), a: ORIGINAL.into(), b: b.into() });
+        let drift = Measure { name: "drift".into(), unit: MeasureUnit::Nats };
+        let tests = paired_tests(&evaluated, &contrasts, std::slice::from_ref(&drift));
+        assert!(tests[0].p_adjusted > 0.05 && tests[1].p_adjusted < 0.01, "{tests:?}");
+        assert_eq!((tests[1].items, tests[1].alone), (60, None));
+        assert!((tests[1].difference - 0.5).abs() < 0.2 && tests[1].interval.unwrap()[0] > 0.3);
+        let estimate = evaluated["far"].estimate(&drift).unwrap();
+        assert!(estimate.interval.unwrap()[0] < estimate.value && estimate.of == 60);
+        // Only items that both have are compared.
+        let none =
+            BTreeMap::from([(ORIGINAL.to_owned(), Evaluated::default()), ("far".to_owned(), Evaluated::default())]);
+        assert_eq!(paired_tests(&none, &contrasts, &[drift]), []);
+    }
 }

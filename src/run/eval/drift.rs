@@ -1,0 +1,111 @@
+//! `--drift-from`: how far the evaluated model is from another one on the replies to safe prompts.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::backend::Backend;
+use crate::config::EvalArgs;
+use crate::exit::{self, Context, Failure, Result};
+use crate::launch::{Rank, hub_cache};
+use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, check_same_routing};
+use crate::report::DriftReport;
+use crate::run::other_routing::weights_sha;
+use crate::run::session::Session;
+use crate::train::{Recipe, Replica, RetainRows, RowDrift, drift_by_row, hidden_states};
+
+/// The model of `--drift-from`.
+pub struct Other {
+    path: PathBuf,
+    /// The hash over its parameters.
+    pub sha: String,
+    table: ParamTable,
+}
+
+/// What it computes for the rows.
+pub struct OtherOutputs<B: Backend> {
+    states: Vec<Vec<f32>>,
+    head: B::Weight,
+}
+
+impl Other {
+    /// Opens the model; `None` without the option.
+    ///
+    /// # Errors
+    /// A model that cannot be opened, is damaged, or has another family or other sizes; rows without a reply to a safe prompt.
+    pub fn open(session: &Session, args: &EvalArgs) -> Result<Option<Self>> {
+        let Some(name) = &args.drift_from else { return Ok(None) };
+        let dir = hub_cache().resolve(name)?;
+        let config = ModelConfig::from_dir(&dir)?;
+        let refused = |what: String| Failure::new(exit::CONFIG, format!("--drift-from {}: {what}", dir.display()));
+        check_same_routing(&session.model, &config).map_err(|mismatch| refused(mismatch.to_string()))?;
+        if session.data.records.iter().all(|record| record.safe_reply.is_none()) {
+            let path = session.data.report.path.display();
+            return Err(refused(format!(
+                "{path} holds no reply to a safe prompt on which drift is measured: add chat rows labelled safe, or leave the option out"
+            )));
+        }
+        let table = ParamTable::build(&config, &Checkpoint::open(&dir)?)?;
+        table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;
+        let sha = weights_sha(&table);
+        Ok(Some(Self { path: dir, sha, table }))
+    }
+
+    /// Computes its outputs. All ranks call it together.
+    ///
+    /// # Errors
+    /// Those of the collective.
+    pub fn outputs<B: Backend>(
+        &self,
+        session: &Session,
+        recipe: &Recipe,
+        backend: Arc<B>,
+        rank: &Rank,
+    ) -> Result<OtherOutputs<B>> {
+        let model = Model::new(backend.clone(), session.model.clone(), self.table.clone());
+        let head = self.table.weight(&*backend, model.head());
+        let replica = Replica::new(model, rank.world.clone());
+        replica.world.set_activity("the outputs of the model of --drift-from");
+        let states = hidden_states(&replica, &rows(session, recipe))?;
+        Ok(OtherOutputs { states, head })
+    }
+
+    /// The drift over all rows, and by row.
+    ///
+    /// # Errors
+    /// Those of the collective; numbers that are not finite.
+    pub fn measure<B: Backend>(
+        &self,
+        session: &Session,
+        recipe: &Recipe,
+        replica: &Replica<B>,
+        outputs: &OtherOutputs<B>,
+    ) -> Result<(DriftReport, Vec<RowDrift>)> {
+        replica.world.set_activity("measuring the drift from the model of --drift-from");
+        let by_row = drift_by_row(replica, &rows(session, recipe), &outputs.states, &outputs.head)?;
+        let tokens: usize = by_row.iter().map(|row| row.tokens).sum();
+        let per_token = |sum: f64| sum / tokens.max(1) as f64;
+        let kl = per_token(by_row.iter().map(|row| row.kl).sum());
+        if !kl.is_finite() {
+            let message = format!(
+                "the divergence from {} is {kl}: the weights of {} are damaged, or overflow",
+                self.path.display(),
+                session.dir.display()
+            );
+            return Err(Failure::new(exit::NOT_FINITE, message));
+        }
+        let report = DriftReport {
+            from: self.path.clone(),
+            sha: self.sha.clone(),
+            rows: by_row.iter().filter(|row| row.tokens > 0).count(),
+            tokens,
+            kl,
+            same_top_token: per_token(by_row.iter().map(|row| row.same_top as f64).sum()),
+        };
+        Ok((report, by_row))
+    }
+}
+
+/// The rows with a reply to a safe prompt, in the order of the file.
+fn rows<'s>(session: &'s Session, recipe: &Recipe) -> RetainRows<'s> {
+    RetainRows::new(session.sampler(recipe))
+}
