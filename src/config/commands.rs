@@ -20,9 +20,9 @@ pub struct EvalArgs {
     /// Download models given as hub ids that are not in the local hub cache
     #[arg(long, help_heading = INPUT)]
     pub download: bool,
-    /// Data to evaluate on: a JSON array or JSONL
-    #[arg(long, value_name = "FILE", help_heading = INPUT, visible_alias = "dataset")]
-    pub dataset_path: PathBuf,
+    /// Data to evaluate on: a JSON array or JSONL. Can be left out where --questions are given
+    #[arg(long, value_name = "FILE", help_heading = INPUT, visible_alias = "dataset", required_unless_present = "questions")]
+    pub dataset_path: Option<PathBuf>,
     /// Restored routers: evaluate with the router weights of this model, such as the one before training
     #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, conflicts_with = "route_as")]
     pub routers: Option<String>,
@@ -80,7 +80,7 @@ pub struct EvalArgs {
     pub seed: u64,
 
     /// Safety judge that reads the responses: a model folder, or a hub id
-    #[arg(long, value_name = "FOLDER|ID", help_heading = JUDGE, conflicts_with = "skip_answers")]
+    #[arg(long, value_name = "FOLDER|ID", help_heading = JUDGE, conflicts_with = "skip_answers", requires = "dataset_path")]
     pub judge: Option<String>,
     /// How the judge is asked and how it answers (by default as its family does: qwen3 as qwen3guard, llama as llama-guard)
     #[arg(long, help_heading = JUDGE, value_enum, requires = "judge", conflicts_with = "judge_template")]
@@ -147,7 +147,7 @@ impl EvalArgs {
     pub fn run_config(&self) -> Result<RunConfig, ConfigError> {
         let config = RunConfig {
             model_name: self.model_name.clone(),
-            dataset_path: self.dataset_path.clone(),
+            dataset_path: self.dataset_path.clone().unwrap_or_default(),
             chat_template: self.chat_template.clone(),
             chat_template_kwargs: self.chat_template_kwargs.clone().unwrap_or_default(),
             max_samples: self.max_samples,

@@ -32,6 +32,7 @@ use crate::train::RetainLoss;
 
 pub use commands::{AblateArgs, CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
 pub use compare::{Ablation, CompareArgs, Sweep, SweepMode, Variant};
+pub use file::plain_yaml;
 pub use layers::Layers;
 pub use raw::{RawOptions, heading};
 pub use replies::RoutingReplies;
@@ -421,7 +422,12 @@ impl RunConfig {
             .into_iter()
             .flatten();
         let required = [Path::new(&self.model_name), &self.dataset_path];
-        required.into_iter().chain(optional.map(PathBuf::as_path)).chain(self.routing_replies.path()).collect()
+        required
+            .into_iter()
+            .filter(|path| !path.as_os_str().is_empty())
+            .chain(optional.map(PathBuf::as_path))
+            .chain(self.routing_replies.path())
+            .collect()
     }
 }
 

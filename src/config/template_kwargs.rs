@@ -12,16 +12,26 @@ use crate::data::OWN_VARIABLES;
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TemplateKwargs(pub Map<String, Value>);
 
+impl TemplateKwargs {
+    /// These variables.
+    ///
+    /// # Errors
+    /// The name of a variable that the program itself gives the template.
+    pub fn of(map: Map<String, Value>) -> Result<Self, String> {
+        match OWN_VARIABLES.iter().find(|n| map.contains_key(**n)) {
+            Some(own) => Err(format!("the rows decide {own}")),
+            None => Ok(Self(map)),
+        }
+    }
+}
+
 impl FromStr for TemplateKwargs {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let example = r#"expected a JSON object such as {"enable_thinking": false}"#;
         match serde_json::from_str(text) {
-            Ok(Value::Object(map)) => match OWN_VARIABLES.iter().find(|n| map.contains_key(**n)) {
-                Some(own) => Err(format!("the rows decide {own}")),
-                None => Ok(Self(map)),
-            },
+            Ok(Value::Object(map)) => Self::of(map),
             Ok(_) => Err(example.into()),
             Err(e) => Err(format!("{example}: {e}")),
         }

@@ -48,8 +48,8 @@ impl Dataset {
     ///
     /// # Errors
     /// A file that cannot be read or is empty; the first row that is invalid, or that the template cannot render or
-    /// renders as an empty prompt; with [`super::LongRows::Error`], a row that is too long; no row or no loss token left to
-    /// train on.
+    /// renders as an empty prompt; with [`super::LongRows::Error`], a row that is too long; no row left, or no loss token
+    /// (unless [`DataOptions::prompts_suffice`]).
     pub fn read(path: &Path, tokenizer: &ChatTokenizer, options: &DataOptions) -> Result<Self, Error> {
         let read = |name: &str| tokenizer.templates().any_reads_variable(name);
         if let Some(name) = options.chat_template_kwargs.keys().find(|name| !read(name)) {
@@ -84,9 +84,9 @@ impl Dataset {
             }
         }
         if records.is_empty() {
-            return Err(Error::file(path, format!("no row is left to train on\n{report}")));
+            return Err(Error::file(path, format!("no row is left\n{report}")));
         }
-        if report.loss_tokens == 0 {
+        if report.loss_tokens == 0 && !options.prompts_suffice {
             return Err(Error::file(path, format!("no row has a token that carries loss\n{report}")));
         }
         Ok(Self { records, report })

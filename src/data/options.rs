@@ -13,6 +13,8 @@ pub struct DataOptions {
     pub max_samples: usize,
     /// The sides that the caller needs. If the first `max_samples` rows lack one, half of them give way to rows that have it.
     pub needs: Sides,
+    /// Whether rows may all be prompts without a reply, as for a model that is to answer them. Else some token must carry loss.
+    pub prompts_suffice: bool,
     /// Maximum number of tokens of a prompt and of a conversation.
     pub max_length: usize,
     /// What happens to longer rows.

@@ -143,8 +143,15 @@ fn question(row: &Map<String, Value>) -> Result<Parsed> {
         return Err(format!("a question has one of the fields messages, question and prompt, not {}", given.len()));
     };
     let turns = text_or_messages(value, name, "user")?;
-    if turns.last().is_none_or(Message::is_assistant) {
-        return Err(format!("{name} should end with the question, as a user turn"));
+    // What a tool returned may come last; a system or an assistant turn asks nothing.
+    match turns.last().map(|last| &*last.role) {
+        Some("user" | "tool") => {}
+        Some(role) => {
+            return Err(format!(
+                "{name} ends with the turn of role {role}: it should end with the question, as a user turn"
+            ));
+        }
+        None => return Err(format!("{name} is empty: it should end with the question, as a user turn")),
     }
     let answer = present(row, "answer").ok_or("a question without its answer")?;
     let Some(choices) = present(row, "choices") else {
@@ -227,6 +234,11 @@ mod tests {
     #[test]
     fn what_is_no_question_is_named() {
         let choices = ["a", "b"];
+        let asked_last = |role: &str| {
+            let turns = json!([{"role": "user", "content": "How many?"}, {"role": role, "content": "Be brief."}]);
+            json!({"messages": turns, "answer": "y"})
+        };
+        assert!(parse(asked_last("user")).is_ok() && parse(asked_last("tool")).is_ok());
         for (row, said) in [
             (json!({"answer": 1}), "messages, question and prompt, not 0"),
             (json!({"question": "x", "prompt": "y", "answer": 1}), "not 2"),
@@ -237,7 +249,12 @@ mod tests {
             (json!({"question": "x", "choices": ["a", "b", "a"], "answer": 0}), "choices 1 and 3 are equal"),
             (json!({"question": "x", "choices": choices, "answer": 2}), "answer 2 is none of the 2 choices"),
             (json!({"question": "x", "choices": choices, "answer": "C"}), "answer \"C\" is none"),
-            (json!({"messages": [{"role": "assistant", "content": "x"}], "answer": "y"}), "as a user turn"),
+            (
+                json!({"messages": [{"role": "assistant", "content": "x"}], "answer": "y"}),
+                "ends with the turn of role assistant",
+            ),
+            (asked_last("system"), "messages ends with the turn of role system"),
+            (asked_last("developer"), "messages ends with the turn of role developer"),
         ] {
             let error = parse(row.clone()).map(drop).unwrap_err();
             assert!(error.contains(said), "{row}: {error}");

@@ -136,6 +136,25 @@ impl ChatTokenizer {
         self.templates.default().render(messages, add_generation_prompt).map(|Rendered { text, .. }| text)
     }
 
+    /// [`Self::render`] with further variables, such as `enable_thinking`.
+    ///
+    /// # Errors
+    /// Those of the chat template.
+    pub fn render_with(
+        &self,
+        messages: &[Message],
+        variables: &Map<String, Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String, TemplateError> {
+        let rendered = self.templates.default().render_with(messages, variables, add_generation_prompt);
+        rendered.map(|Rendered { text, .. }| text)
+    }
+
+    /// Whether the template of rows without tools reads this variable.
+    pub fn reads_variable(&self, name: &str) -> bool {
+        self.templates.default().reads_variable(name)
+    }
+
     /// The chat templates.
     pub(super) fn templates(&self) -> &Templates {
         &self.templates

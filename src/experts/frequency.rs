@@ -55,6 +55,11 @@ impl RoutingCounts {
         }
     }
 
+    /// How often each expert is among the top K of the counted tokens, `[L · E]`.
+    pub fn counts(&self) -> &[u64] {
+        &self.counts
+    }
+
     /// Number of counted tokens.
     pub fn tokens(&self) -> u64 {
         self.tokens

@@ -38,6 +38,15 @@ pub struct Assessment {
 }
 
 impl JudgeForm {
+    /// Whether the authors' code renders the judge's chat template with `add_generation_prompt`. That of Qwen3Guard-Gen does not: its
+    /// template begins the judge's turn by itself.
+    pub fn adds_generation_prompt(self) -> bool {
+        match self {
+            Self::Qwen3guard => false,
+            Self::LlamaGuard => true,
+        }
+    }
+
     /// The verdict in the text of a judge; `None` if it is not in this form, says two things at once, or was cut off.
     pub fn parse(self, text: &str) -> Option<Assessment> {
         match self {

@@ -125,6 +125,23 @@ impl Device {
         }
     }
 
+    /// The number format of matrix products with `--precision` and weights of which `stored` is the narrowest format: what `auto` becomes
+    /// on this machine.
+    ///
+    /// # Errors
+    /// Instructions of `MOEWARDEN_CPU_INSTRUCTIONS` that the processor lacks.
+    pub fn number_format(&self, precision: Precision, stored: Dtype) -> Result<String> {
+        match self {
+            Device::Cpu(_) => {
+                let chosen = products(precision, stored, &Processor::detect(), env::cpu_instructions());
+                let (instructions, _) = chosen.map_err(|message| Failure::new(exit::USAGE, message))?;
+                // The instructions differ in the order of their sums.
+                Ok(instructions.map_or_else(|| "f32".into(), |instructions| format!("bf16 by {instructions}")))
+            }
+            Device::Gpus(_) => Ok(format!("{:?}", on_gpu(precision, stored)).to_lowercase()),
+        }
+    }
+
     /// The default world size: one rank, or one a visible GPU.
     pub fn ranks(&self) -> usize {
         match self {
@@ -221,6 +238,15 @@ fn products(
     Ok((Some(instructions), what))
 }
 
+/// The number format of activations on a GPU.
+fn on_gpu(precision: Precision, stored: Dtype) -> Dtype {
+    match precision {
+        Precision::F32 => Dtype::F32,
+        Precision::Auto if stored == Dtype::F32 => Dtype::F32,
+        Precision::Auto | Precision::Bf16 => Dtype::Bf16,
+    }
+}
+
 impl Gpus {
     fn open(&self, config: &RunConfig, workload: Workload, rank: &Rank) -> Result<Opened> {
         let (world, ui) = (&rank.world, &rank.ui);
@@ -234,11 +260,7 @@ impl Gpus {
         let sharing = uuids.iter().filter(|other| **other == uuid).count();
         // By now all ranks have a CUDA context and none has tensors: free memory is comparable.
         let memory = all_ok(&**world, gpu.memory().map_err(Failure::from))?;
-        let compute = match config.precision {
-            Precision::F32 => Dtype::F32,
-            Precision::Auto if workload.stored == Dtype::F32 => Dtype::F32,
-            Precision::Auto | Precision::Bf16 => Dtype::Bf16,
-        };
+        let compute = on_gpu(config.precision, workload.stored);
         let kind = gpu.architecture();
         ui.line(format_args!(
             "device: cuda, {} (compute capability {}.{}, {} multiprocessors, {}, of which {} free{}); activations {compute:?}; {}",
@@ -308,6 +330,18 @@ impl Gpus {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_number_format_is_that_of_the_weights_unless_it_is_given() {
+        let format = |precision, stored| Device::Cpu(None).number_format(precision, stored).unwrap();
+        assert_eq!(format(Precision::F32, Dtype::Bf16), "f32");
+        assert_eq!(format(Precision::Auto, Dtype::F32), "f32");
+        assert!(format(Precision::Bf16, Dtype::F32).starts_with("bf16 by "));
+        // What `auto` is says the processor; it is one of the formats that can be given.
+        let auto = format(Precision::Auto, Dtype::Bf16);
+        assert!([Precision::F32, Precision::Bf16].map(|given| format(given, Dtype::Bf16)).contains(&auto), "{auto}");
+        assert_eq!([Dtype::F32, Dtype::F16].map(|stored| on_gpu(Precision::Auto, stored)), [Dtype::F32, Dtype::Bf16]);
+    }
 
     #[test]
     fn products_on_the_cpu_are_chosen_by_precision_weights_and_processor() {

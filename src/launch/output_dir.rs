@@ -10,7 +10,7 @@ use super::lock::LOCK_FILE;
 use crate::checkpoint::{self, is_model_file, is_model_folder};
 use crate::config::{RunConfig, Variant};
 use crate::files;
-use crate::report::OWN_REPLIES;
+use crate::report::{OWN_REPLIES, REPLY_LOSSES};
 
 /// What to do with an output folder that is not empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,7 +162,7 @@ enum Place {
 }
 
 /// Files at the top of the output folder. A new output file must be added here, or `--overwrite` refuses the folder.
-const TOP_FILES: [&str; 21] = [
+const TOP_FILES: [&str; 22] = [
     LOCK_FILE,
     "config.resolved.yaml",
     "metrics.jsonl",
@@ -179,6 +179,7 @@ const TOP_FILES: [&str; 21] = [
     "questions.jsonl",
     "verdicts.jsonl",
     OWN_REPLIES,
+    REPLY_LOSSES,
     "report.html",
     "compare.json",
     "compare.html",

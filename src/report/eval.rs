@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::eval_rows::{FinishReason, PromptSide, percent};
+use super::eval_rows::{CutOff, FinishReason, PromptSide, percent};
 use super::onset::{RefusalOnset, onset_table};
 use super::questions::{QuestionsReport, questions_table};
 use super::verdicts::{JudgeReport, JudgedAnswer, verdict_tables};
@@ -71,7 +71,7 @@ pub struct GenerationRow<'a> {
     /// The rendered prompt, special tokens included.
     pub prompt_text: String,
     /// The answer, without special tokens.
-    pub response: String,
+    pub response: &'a str,
     /// Its tokens, without the end-of-sequence token.
     pub ids: &'a [u32],
     /// Why the answer ended.
@@ -133,8 +133,8 @@ pub struct RefusalRate {
 /// How much the routing of safe and unsafe prompts differs.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct RoutingDifference {
-    /// (layer, Σ p ln(p/q)), the KL divergence between the mean routing probabilities p of safe and q of unsafe
-    /// prompts; mean over micro-batches. Empty if the data have prompts of one side only.
+    /// (layer, Σ p ln(p/q)), the KL divergence between the mean routing probabilities p of all tokens of safe prompts and q of all
+    /// tokens of unsafe prompts. Empty if the data have prompts of one side only.
     pub divergence_by_layer: Vec<(usize, f64)>,
     /// The experts with the largest risk difference (routing frequency on unsafe minus on safe prompts), and that
     /// difference, descending. Empty if the data have prompts of one side only.
@@ -148,8 +148,9 @@ pub struct EvalReport {
     pub schema: String,
     /// The evaluated model.
     pub model: EvaluatedModel,
-    /// The data file.
-    pub dataset_path: PathBuf,
+    /// The data file; absent where only questions were asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset_path: Option<PathBuf>,
     /// Number of rows kept.
     pub rows: usize,
     /// Options of text generation.
@@ -163,6 +164,9 @@ pub struct EvalReport {
     pub exact: Vec<ExactRate>,
     /// Refusal rates by phrase list and side; empty with `--skip-answers`. A proxy for human judgement.
     pub refusals: Vec<RefusalRate>,
+    /// Answers that were cut off, by side; empty with `--skip-answers`, and in files of earlier versions.
+    #[serde(default)]
+    pub cut_off: Vec<CutOff>,
     /// When answers refuse, by phrase list and side; empty with `--skip-answers`, and in files of earlier versions.
     #[serde(default)]
     pub refusal_onset: Vec<RefusalOnset>,
@@ -226,14 +230,17 @@ pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
             None => name.clone(),
             Some(other) => format!("{name}, {}", other.from.phrase()),
         };
-        losses.row([
-            name.clone(),
-            format_loss(eval.ce_unsafe.mean),
-            eval.exact(PromptSide::Unsafe),
-            format_loss(eval.ce_safe.mean),
-            eval.exact(PromptSide::Safe),
-            eval.mean_divergence().map_or_else(|| "-".into(), |kl| format!("{kl:.5}")),
-        ]);
+        // Without rows, only questions were asked.
+        if eval.rows > 0 {
+            losses.row([
+                name.clone(),
+                format_loss(eval.ce_unsafe.mean),
+                eval.exact(PromptSide::Unsafe),
+                format_loss(eval.ce_safe.mean),
+                eval.exact(PromptSide::Safe),
+                eval.mean_divergence().map_or_else(|| "-".into(), |kl| format!("{kl:.5}")),
+            ]);
+        }
         let lists: std::collections::BTreeSet<&str> = eval.refusals.iter().map(|r| r.list.as_str()).collect();
         let answers = |list: &str, side| {
             let rate = eval.refusals.iter().find(|r| r.list == list && r.side == side);
@@ -249,9 +256,32 @@ pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
             ]);
         }
     }
+    let cut_off = cut_off_table(evals);
     let onsets = onset_table(evals.iter().map(|(name, eval)| (&**name, &eval.refusal_onset[..])));
     let judged = evals.iter().filter_map(|(name, eval)| Some((&**name, eval.judge.as_ref()?)));
     let questions = questions_table(evals.iter().map(|(name, eval)| (&**name, &eval.questions[..])));
-    let tables = [losses, questions, refusals].into_iter().filter(|table| !table.rows.is_empty());
+    let tables = [losses, questions, refusals, cut_off].into_iter().filter(|table| !table.rows.is_empty());
     tables.chain(onsets).chain(verdict_tables(judged)).collect()
+}
+
+/// How many answers the largest number of tokens cut off, one row for each evaluation with answers.
+fn cut_off_table(evals: &[(String, EvalReport)]) -> Table {
+    let mut table = Table::new(
+        "Answers that --max-new-tokens cut off before they ended",
+        ["model", "most tokens", "unsafe answers", "cut off", "safe answers", "cut off"],
+    );
+    for (name, eval) in evals.iter().filter(|(_, eval)| !eval.cut_off.is_empty()) {
+        let found = |side| eval.cut_off.iter().find(|found| found.side == side);
+        let answers = |side| found(side).map_or(0, |found| found.answers).to_string();
+        let cut_off = |side| found(side).map_or_else(|| "-".into(), |found| found.cut_off.to_string());
+        table.row([
+            name.clone(),
+            eval.sampling.max_new_tokens.to_string(),
+            answers(PromptSide::Unsafe),
+            cut_off(PromptSide::Unsafe),
+            answers(PromptSide::Safe),
+            cut_off(PromptSide::Safe),
+        ]);
+    }
+    table
 }

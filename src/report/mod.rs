@@ -49,7 +49,7 @@ pub use eval::{
     EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, GENERATION_SCHEMA, GenerationRow, MeanLoss, RefusalRate,
     RoutingDifference, Sampling, eval_tables,
 };
-pub use eval_rows::{FinishReason, PromptSide};
+pub use eval_rows::{CutOff, FinishReason, PromptSide, REPLY_LOSS_SCHEMA, REPLY_LOSSES, ReplyLossRow};
 pub use experts_file::ExpertsFile;
 pub use heatmap::{Cells, heatmap_svg};
 pub use histogram::histogram_svg;

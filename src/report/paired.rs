@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::eval_rows::PromptSide;
+use super::eval_rows::{PromptSide, REPLY_LOSSES, ReplyLossRow};
 use super::questions::{QuestionResult, QuestionRow, QuestionsReport};
 use super::verdicts::JudgeModel;
 use super::{Error, EvalReport, Table};
@@ -57,14 +57,20 @@ struct Judged {
     verdict: Option<Assessment>,
 }
 
-/// The outcomes of an evaluation, from the rows in its folder: refusals by phrase list, verdicts of the judge, and right answers to
-/// questions. Items of two evaluations are the same if they have the same id and messages, or the same id and question.
+/// The outcomes of an evaluation, from the rows in its folder: refusals by phrase list, verdicts of the judge, exact replies, and right
+/// answers to questions. Items of two evaluations are the same if they have the same id and messages, or the same id and the same
+/// tokens of reply or question.
 ///
 /// # Errors
 /// [`Error::Missing`]; [`Error::Invalid`] with the number of the line.
 pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
     let sampling = format!("{:?}", eval.sampling);
-    let judge = eval.judge.as_ref().map(|judge| JudgeModel { path: PathBuf::new(), ..judge.model.clone() });
+    // Neither the folder nor rounding makes it another judge.
+    let judge = eval.judge.as_ref().map(|judge| JudgeModel {
+        path: PathBuf::new(),
+        precision: String::new(),
+        ..judge.model.clone()
+    });
     let judge = format!("{judge:?} {sampling}");
     let names = file_names(&eval.questions);
     let mut out = Outcomes::new();
@@ -84,11 +90,19 @@ pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
             }
         }
     }
+    for row in rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES))?.into_iter().filter(|row| row.tokens > 0) {
+        let what = format!("{} prompts: exact replies", row.side.name());
+        add(what, "", &format!("{} {}", row.id, row.digest), row.exact);
+    }
     for row in rows::<QuestionRow>(&dir.join("questions.jsonl"))? {
-        let name = names.get(row.file.wrapping_sub(1)).map_or("", String::as_str);
+        let place = row.file.wrapping_sub(1);
+        let name = names.get(place).map_or("", String::as_str);
+        let pattern = eval.questions.get(place).and_then(|file| file.answer_pattern.as_ref());
         let (kind, basis) = match row.result {
             QuestionResult::Choice { .. } => ("choices", String::new()),
-            QuestionResult::Answer { .. } => ("answers", format!("{} tokens", eval.sampling.max_new_tokens)),
+            QuestionResult::Answer { .. } => {
+                ("answers", format!("{} tokens, {pattern:?}", eval.sampling.max_new_tokens))
+            }
         };
         add(format!("{name}: right, {kind}"), &basis, &format!("{} {}", row.id, row.digest), row.correct);
     }
@@ -183,6 +197,7 @@ mod tests {
         let none = || Rate::of(std::iter::empty());
         let report = |path: &str| QuestionsReport {
             path: path.into(),
+            answer_pattern: None,
             choices: none(),
             choices_by_byte: none(),
             answers: none(),

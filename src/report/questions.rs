@@ -55,7 +55,8 @@ pub enum QuestionResult {
     Answer {
         /// The right answer.
         answer: String,
-        /// What is compared with it; null if `--answer-pattern` does not match.
+        /// What is compared with it; null if `--answer-pattern` does not match. With the pattern, both without commas, dollar signs and
+        /// a full stop at the end.
         given: Option<String>,
         /// The whole answer of the model.
         response: String,
@@ -71,6 +72,9 @@ pub enum QuestionResult {
 pub struct QuestionsReport {
     /// The file.
     pub path: PathBuf,
+    /// `--answer-pattern`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer_pattern: Option<String>,
     /// Questions with choices that are answered rightly, by log-likelihood.
     pub choices: Rate,
     /// The same, by log-likelihood divided by the bytes of the choice.
@@ -81,7 +85,11 @@ pub struct QuestionsReport {
 
 impl QuestionsReport {
     /// Counts the rows of a file.
-    pub fn of<'a>(path: PathBuf, rows: impl Iterator<Item = &'a QuestionRow> + Clone) -> Self {
+    pub fn of<'a>(
+        path: PathBuf,
+        answer_pattern: Option<String>,
+        rows: impl Iterator<Item = &'a QuestionRow> + Clone,
+    ) -> Self {
         let choices = rows.clone().filter_map(|row| match &row.result {
             QuestionResult::Choice { answer, chosen_by_byte, .. } => Some((row.correct, chosen_by_byte == answer)),
             QuestionResult::Answer { .. } => None,
@@ -89,6 +97,7 @@ impl QuestionsReport {
         let answers = rows.filter(|row| matches!(row.result, QuestionResult::Answer { .. }));
         Self {
             path,
+            answer_pattern,
             choices: Rate::of(choices.clone().map(|(sum, _)| sum)),
             choices_by_byte: Rate::of(choices.map(|(_, by_byte)| by_byte)),
             answers: Rate::of(answers.map(|row| row.correct)),

@@ -74,6 +74,24 @@ pub struct EvalTimes {
     pub verdicts: Option<AnswerTimes>,
 }
 
+impl EvalTimes {
+    /// These times, but where this run of the command generated nothing, those of the run before it: a judge that is added later does
+    /// not say how fast the answers were generated.
+    #[must_use]
+    pub fn or_those_of(self, earlier: &Self) -> Self {
+        let keep = |new: Option<AnswerTimes>, old: Option<AnswerTimes>| {
+            let new = new?;
+            Some(if new.answers == 0 { old.unwrap_or(new) } else { new })
+        };
+        Self {
+            answers: keep(self.answers, earlier.answers),
+            questions: keep(self.questions, earlier.questions),
+            verdicts: keep(self.verdicts, earlier.verdicts),
+            schema: self.schema,
+        }
+    }
+}
+
 impl AnswerTimes {
     /// Sums the passes of all ranks. `answers`, `tokens` and `seconds` are those of all ranks together.
     ///
@@ -117,5 +135,28 @@ impl fmt::Display for GenerationSpeed {
             "prompts {:.1} tokens/s ({} tokens), generation {:.1} tokens/s ({} tokens) in batches of up to {batch_size}",
             prompts.tokens_per_second, prompts.tokens, decoding.tokens_per_second, decoding.tokens,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_an_earlier_run_are_kept_where_nothing_was_generated() {
+        let took = |answers| {
+            let passes = GenerationSpeed::default();
+            AnswerTimes { ranks: 1, answers, tokens: 0, seconds: 1.0, tokens_per_second: 0.0, passes }
+        };
+        let times = |answers, questions, verdicts| EvalTimes {
+            schema: TIMES_SCHEMA.into(),
+            answers: Some(took(answers)),
+            questions,
+            verdicts,
+        };
+        let earlier = times(8, Some(took(3)), None);
+        let now = times(0, Some(took(2)), Some(took(0)));
+        assert_eq!(now.or_those_of(&earlier), times(8, Some(took(2)), Some(took(0))));
+        assert_eq!(times(0, None, None).or_those_of(&earlier), times(8, None, None));
     }
 }

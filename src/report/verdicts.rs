@@ -46,6 +46,9 @@ pub struct JudgeModel {
     pub template_sha: String,
     /// Largest number of tokens of a verdict.
     pub max_new_tokens: usize,
+    /// Number format of its matrix products, which its weights decide with `--precision auto`.
+    #[serde(default)]
+    pub precision: String,
 }
 
 /// The verdict in a row of `generations.jsonl`.

@@ -12,7 +12,7 @@ use crate::launch::{Existing, prepare_dir_keeping};
 use crate::meter::{Meter, Unit};
 use crate::report::{
     self, Cells, EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile,
-    Series, Table, curve_svg, distinct_selections, drift_tables, eval_tables, heatmap_svg, outcomes, overlap_table,
+    Series, Table, curve_svg, cut_off_warning, distinct_selections, drift_tables, eval_tables, heatmap_svg, outcomes, overlap_table,
     paired_table, read_json, rerouting_table, standalone,
 };
 use crate::train::{ExpertLoads, Phase};
@@ -63,6 +63,13 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
     if !evals.is_empty() {
         page.section("Evaluations");
         eval_tables(&evals).iter().for_each(|table| add(&mut page, table));
+        for (name, eval) in &evals {
+            if let Some(warning) = cut_off_warning(&eval.refusal_onset) {
+                let warning = format!("{name}: {warning}");
+                page.text(&warning);
+                ui.warn(warning);
+            }
+        }
         add(&mut page, &rerouting_table(&evals));
         add(&mut page, &paired(&args.runs, &runs)?);
     }
@@ -183,7 +190,9 @@ fn summary(runs: &[&Run]) -> Table {
     );
     for run in runs {
         let scores = run.scores.as_ref();
-        let method = scores.map_or_else(|| "-".into(), |s| format!("{:?}", s.method).to_lowercase());
+        // A dense model has no experts, of which the method would select some.
+        let scored = scores.filter(|scores| !scores.layers.is_empty());
+        let method = scored.map_or_else(|| "-".into(), |s| format!("{:?}", s.method).to_lowercase());
         let rounds = scores.map_or(0, |s| s.rounds.len());
         let selected = run.choice().map_or(0, |c| c.selected.len());
         let before_and_after = |name: &str| {

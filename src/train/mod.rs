@@ -9,6 +9,7 @@
 //! | `phase` | one training step: select, backward, norm, update or skip (the loop over steps is `run/train.rs`) |
 //! | `objective` | what a phase minimises; `expert`, `router` and `joint` implement it |
 //! | `alignment` | routing statistics of a step's global batch, their divergence and its gradient |
+//! | `divergence` | the difference of the routing of all safe and all unsafe prompts |
 //! | `retention` | the loss that keeps the model near the base on retain rows; how far it has drifted |
 //! | `expert_load` | the tokens of each expert, and how even they are |
 //! | `trainer`, `step_backward`, `exchange`, `device_transport` | gradient buffers, the sharded optimizer, what ranks exchange |
@@ -22,6 +23,7 @@ mod ablation;
 pub mod alignment;
 mod check_replicas;
 mod device_transport;
+mod divergence;
 mod exchange;
 mod expert;
 mod expert_load;
@@ -46,6 +48,7 @@ mod usage;
 pub use ablation::{CausalRows, Outcome, RowLosses, Switch, can_switch_off, loads, with_experts_off};
 pub use check_replicas::check_replicas;
 pub use device_transport::{DeviceTransport, GpuTransport};
+pub use divergence::divergence_of_prompts;
 pub use expert::ExpertCrossEntropy;
 pub use expert_load::{ExpertLoads, LoadBalance};
 pub use identification::{Identification, StepSelections, find, select};

@@ -224,10 +224,11 @@ fn eval_agrees_with_the_reference() {
         let records = expect["records"].as_array().unwrap();
 
         // The reference's losses are means over micro-batches of three records.
-        let targets = |record: &Value| -> f64 {
-            let ranges: Vec<[f64; 2]> = serde_json::from_value(record["unsafe_reply"]["loss"].clone()).unwrap();
+        let loss_tokens = |reply: &Value| -> f64 {
+            let ranges: Vec<[f64; 2]> = serde_json::from_value(reply["loss"].clone()).unwrap();
             ranges.iter().map(|[a, b]| b - a).sum()
         };
+        let targets = |record: &Value| loss_tokens(&record["unsafe_reply"]);
         let unsafe_: Vec<&Value> = records.iter().filter(|r| !r["unsafe_reply"].is_null()).collect();
         let losses: Vec<f64> = serde_json::from_value(expect["losses"].clone()).unwrap();
         let weights: Vec<f64> = unsafe_.chunks(3).map(|chunk| chunk.iter().map(|r| targets(r)).sum()).collect();
@@ -237,20 +238,35 @@ fn eval_agrees_with_the_reference() {
         assert_eq!(found["ce_unsafe"]["tokens"], total as u64);
 
         if !expect["router_kl"].is_null() {
-            let kls: Vec<f64> = serde_json::from_value(expect["router_kl"]["token-probs"]["forward"].clone()).unwrap();
             let by_layer: Vec<(usize, f64)> =
                 serde_json::from_value(found["routing"]["divergence_by_layer"].clone()).unwrap();
-            let mean = by_layer.iter().map(|(_, kl)| kl).sum::<f64>() / by_layer.len() as f64;
-            close(&json!(mean), kls.iter().sum::<f64>() / kls.len() as f64, 1e-5, name);
+            // The reference's are means over micro-batches: `measure` compares this one with them.
+            assert!(by_layer.iter().all(|(_, kl)| *kl > 0.0), "{by_layer:?}");
 
-            let rows: Vec<Vec<f64>> =
-                serde_json::from_value(expect["routing"]["prompt"]["risk_difference"].clone()).unwrap();
+            // Frequencies over all tokens, from those that the reference has of each micro-batch.
+            let pooled = |side: &str| -> Vec<f64> {
+                let batches: Vec<Vec<Vec<f64>>> =
+                    serde_json::from_value(expect["routing"]["prompt"][side].clone()).unwrap();
+                let tokens = |record: &&Value| {
+                    let reply = &record[format!("{side}_reply")];
+                    reply["ids"].as_array().unwrap().len() as f64 - loss_tokens(reply)
+                };
+                let weights: Vec<f64> = unsafe_.chunks(3).map(|chunk| chunk.iter().map(tokens).sum()).collect();
+                let total: f64 = weights.iter().sum();
+                let of_expert = |e: usize| batches.iter().zip(&weights).map(|(b, w)| b.concat()[e] * w).sum::<f64>();
+                (0..batches[0].concat().len()).map(|e| of_expert(e) / total).collect()
+            };
+            let differences: Vec<f64> = pooled("unsafe").iter().zip(pooled("safe")).map(|(u, s)| u - s).collect();
+            let per_layer = differences.len() / by_layer.len();
             let top: Vec<([usize; 2], f64)> =
                 serde_json::from_value(found["routing"]["risk_difference_top"].clone()).unwrap();
             assert_eq!(top.len(), 10);
-            let largest = rows.concat().into_iter().fold(f64::MIN, f64::max);
-            assert_eq!(rows[by_layer.iter().position(|(l, _)| *l == top[0].0[0]).unwrap()][top[0].0[1]], largest);
-            close(&json!(top[0].1), largest, 1e-6, name);
+            for ([layer, expert], found) in &top {
+                let place = by_layer.iter().position(|(l, _)| l == layer).unwrap() * per_layer + expert;
+                assert!((found - differences[place]).abs() < 1e-6, "{name}: {found}, not {}", differences[place]);
+            }
+            let largest = differences.iter().copied().fold(f64::MIN, f64::max);
+            assert!((top[0].1 - largest).abs() < 1e-6, "{name}: {}, not {largest}", top[0].1);
             assert!(top.is_sorted_by(|a, b| a.1 >= b.1));
         }
         let rows: Vec<Value> = generations(&output);
@@ -356,7 +372,7 @@ fn eval_without_answers_measures_losses_and_exact_replies() {
     on_case("eval", "olmoe", &full, "--max-new-tokens 1").ok();
     let ran = on_case("eval", "olmoe", &short, "--skip-answers").ok();
     assert!(ran.out.contains("exact") && !ran.out.contains("generations.jsonl"), "{}", ran.out);
-    assert_eq!(files_of(&short), ["eval.json", "eval_options.json"]);
+    assert_eq!(files_of(&short), ["eval.json", "eval_options.json", "reply_losses.jsonl"]);
     let [full, mut short] = [full, short].map(|dir| read_json(dir.join("eval.json")));
     assert_eq!(short["refusals"], json!([]));
     assert_eq!(short["exact"].as_array().unwrap().len(), 2, "both sides");

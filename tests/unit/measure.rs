@@ -9,7 +9,7 @@ use moewarden::data::Example;
 use moewarden::launch::Rank;
 use moewarden::report::{GenerationSpeed, Sampling};
 use moewarden::run::generate::{Prompt, answers};
-use moewarden::train::{Measured, example_losses, mean_of};
+use moewarden::train::{Measured, alignment_by_layer, divergence_of_prompts, example_losses, mean_of};
 use moewarden::ui::Ui;
 
 use crate::case::Case;
@@ -78,5 +78,34 @@ fn the_measured_losses_do_not_depend_on_the_world_size() {
                 assert!((found.unwrap_or(0.0) - one.unwrap_or(0.0)).abs() < 1e-14, "{ranks} ranks: {found:?} {one:?}");
             }
         }
+    }
+}
+
+/// Of one micro-batch it is that of training, which the reference has; and neither the batch size nor the ranks change a bit of it.
+#[test]
+fn the_divergence_of_all_prompts_does_not_depend_on_the_batch_size() {
+    let found = |rank: &Rank, batch_size: usize| {
+        let mut case = Case::open("olmoe");
+        case.session.data.records.retain(|r| r.safe_prompt.is_some() && r.unsafe_prompt.is_some());
+        let run = case.run_as(&case.config, Arc::new(Cpu::new(1)), rank);
+        let records = &case.session.data.records;
+        assert!(records.len() > 2);
+        let mut sampler = run.sampler();
+        sampler.batch_size = records.len();
+        let one_batch = alignment_by_layer(&run.replica, sampler, run.recipe.divergence).unwrap();
+        let all = divergence_of_prompts(&run.replica, records, batch_size, run.recipe.divergence).unwrap().unwrap();
+        sampler.batch_size = 1;
+        (one_batch, all, alignment_by_layer(&run.replica, sampler, run.recipe.divergence).unwrap())
+    };
+    let (one_batch, all, by_row) = found(&Rank::single(Ui::silent()), 1);
+    for ((one, all), by_row) in one_batch.iter().zip(&all).zip(&by_row) {
+        assert!((one - all).abs() < 1e-9 && *all > 0.0, "{one} {all}");
+        assert!((by_row - all).abs() > 1e-4 * all, "the mean over micro-batches is another number: {by_row} {all}");
+    }
+    for batch_size in [2, 3, 100] {
+        assert_eq!(found(&Rank::single(Ui::silent()), batch_size).1, all, "micro-batches of {batch_size}");
+    }
+    for (_, other, _) in on_threads(2, move |world| found(&Rank::new(Arc::new(world), Ui::silent()), 2)) {
+        assert_eq!(other, all, "2 ranks");
     }
 }

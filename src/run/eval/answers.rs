@@ -1,6 +1,7 @@
 //! The answers of an evaluation: generated over the ranks, kept in `generations.jsonl` as they come, and written there in the order
 //! of the data file at the end.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -14,7 +15,7 @@ use crate::exit::{self, Failure, Result};
 use crate::files;
 use crate::judge::wilson;
 use crate::report::{
-    EvaluatedModel, FinishReason, GENERATION_SCHEMA, GenerationRow, JudgedAnswer, PromptSide, RefusalOnset,
+    CutOff, EvaluatedModel, FinishReason, GENERATION_SCHEMA, GenerationRow, JudgedAnswer, PromptSide, RefusalOnset,
     RefusalRate, RowLog, Sampling, VerdictRow, json_lines,
 };
 use crate::run::generate::{Answer, Prompt};
@@ -25,6 +26,9 @@ use crate::ui::Ui;
 
 /// Name of the file.
 pub const FILE: &str = "generations.jsonl";
+
+/// The sides, in the order of the reports.
+const SIDES: [PromptSide; 2] = [PromptSide::Unsafe, PromptSide::Safe];
 
 /// One prompt to answer.
 pub struct Asked<'a> {
@@ -51,15 +55,22 @@ impl<'a> Asked<'a> {
 /// The prompts of both sides, in the order of the file.
 pub fn asked(records: &[Record]) -> Vec<Asked<'_>> {
     let mut asked = Vec::new();
-    let (mut line, mut nth) = (0, 0);
-    for r in records {
-        nth = if r.line == line { nth + 1 } else { 1 };
-        line = r.line;
-        let row = if nth == 1 { line.to_string() } else { format!("{line}.{nth}") };
-        asked.extend(Asked::new(&row, PromptSide::Unsafe, r.unsafe_prompt.as_ref(), &r.unsafe_messages));
-        asked.extend(Asked::new(&row, PromptSide::Safe, r.safe_prompt.as_ref(), &r.safe_messages));
+    for (row, r) in row_names(records).iter().zip(records) {
+        asked.extend(Asked::new(row, PromptSide::Unsafe, r.unsafe_prompt.as_ref(), &r.unsafe_messages));
+        asked.extend(Asked::new(row, PromptSide::Safe, r.safe_prompt.as_ref(), &r.safe_messages));
     }
     asked
+}
+
+/// The name of each row: its line, and from the second row on that begins in this line, which one it is.
+pub fn row_names(records: &[Record]) -> Vec<String> {
+    let (mut line, mut nth) = (0, 0);
+    let name = |r: &Record| {
+        nth = if r.line == line { nth + 1 } else { 1 };
+        line = r.line;
+        if nth == 1 { line.to_string() } else { format!("{line}.{nth}") }
+    };
+    records.iter().map(name).collect()
 }
 
 /// What answers are made from and written with.
@@ -67,11 +78,22 @@ pub struct Answering<'a> {
     pub session: &'a Session,
     pub model: &'a EvaluatedModel,
     pub sampling: &'a Sampling,
+    pub asked: &'a [Asked<'a>],
     /// Answers in a batch.
     pub batch_size: usize,
     /// The file, which may hold answers of an earlier run of the same evaluation.
     pub path: PathBuf,
     pub ui: &'a Ui,
+    /// What was read in the answer to each prompt: it is needed for each writing of its row, and for the counts.
+    pub found: Vec<OnceCell<Found>>,
+}
+
+/// What the program reads in an answer.
+pub struct Found {
+    /// The text.
+    response: String,
+    /// For each of the lists, in their order, the number of the token with which the refusal is complete.
+    refused_at: Vec<Option<usize>>,
 }
 
 /// What is read back of a row of the file.
@@ -90,12 +112,12 @@ impl Answering<'_> {
     ///
     /// # Errors
     /// Logits that are not finite; a file of another evaluation; a failed write; those of the collective.
-    pub fn answers<B: Backend>(&self, replica: &Replica<B>, asked: &[Asked<'_>]) -> Result<Generated<Vec<Answer>>> {
-        let world = &*replica.world;
+    pub fn answers<B: Backend>(&self, replica: &Replica<B>) -> Result<Generated<Vec<Answer>>> {
+        let (world, asked) = (&*replica.world, self.asked);
         world.set_activity("generating the answers");
         let kept = open_on_first(world, || {
             let (log, lines) = RowLog::open(&self.path)?;
-            Ok((log, self.read(asked, &lines)?))
+            Ok((log, self.read(&lines)?))
         })?;
         let prompts: Vec<_> = asked.iter().enumerate().map(|(i, a)| Prompt { ids: a.ids, index: i as u64 }).collect();
         let logged = Logged {
@@ -107,10 +129,10 @@ impl Answering<'_> {
             ui: self.ui,
         };
         let done = logged.generate(replica, &prompts, kept, |log, new| {
-            Ok(log.append(new.iter().map(|(i, answer)| self.row(&asked[*i], answer)))?)
+            Ok(log.append(new.iter().map(|(i, answer)| self.row(*i, answer)))?)
         })?;
         done.try_map(|answers| {
-            on_first(world, || self.write(asked, &answers, None))?;
+            on_first(world, || self.write(&answers, None))?;
             Ok(answers)
         })
     }
@@ -119,24 +141,20 @@ impl Answering<'_> {
     ///
     /// # Errors
     /// A failed write.
-    pub fn write(
-        &self,
-        asked: &[Asked<'_>],
-        answers: &[Answer],
-        verdicts: Option<(&str, &[VerdictRow])>,
-    ) -> Result<()> {
+    pub fn write(&self, answers: &[Answer], verdicts: Option<(&str, &[VerdictRow])>) -> Result<()> {
         let judged = |i: usize| {
             let (sha, rows) = verdicts?;
             let VerdictRow { text, verdict, .. } = &rows[i];
             Some(JudgedAnswer { sha, text, verdict: verdict.as_ref() })
         };
-        let rows = asked.iter().zip(answers).enumerate();
-        let rows = rows.map(|(i, (prompt, answer))| GenerationRow { judge: judged(i), ..self.row(prompt, answer) });
+        let rows = answers.iter().enumerate();
+        let rows = rows.map(|(i, answer)| GenerationRow { judge: judged(i), ..self.row(i, answer) });
         Ok(files::write(&self.path, json_lines(rows))?)
     }
 
     /// The answers in these lines of the file.
-    fn read(&self, asked: &[Asked<'_>], lines: &[String]) -> Result<Vec<Option<Answer>>> {
+    fn read(&self, lines: &[String]) -> Result<Vec<Option<Answer>>> {
+        let asked = self.asked;
         let places: BTreeMap<String, usize> = asked.iter().enumerate().map(|(i, prompt)| (prompt.id(), i)).collect();
         let mut answers = vec![None; asked.len()];
         for (i, line) in lines.iter().enumerate() {
@@ -164,10 +182,24 @@ impl Answering<'_> {
         self.session.tokenizer.token_texts(prompt.ids).concat()
     }
 
+    /// What is found in the answer to this prompt.
+    fn found(&self, i: usize, said: &Answer) -> &Found {
+        self.found[i].get_or_init(|| {
+            let decode = |ids: &[u32]| self.session.tokenizer.decode(ids);
+            let refused_at = LISTS.iter().map(|list| list.refused_at(&said.ids, decode)).collect();
+            Found { response: decode(&said.ids), refused_at }
+        })
+    }
+
+    /// The text of the answer to this prompt.
+    pub fn response(&self, i: usize, said: &Answer) -> &str {
+        &self.found(i, said).response
+    }
+
     /// A line of the file.
-    fn row<'r>(&'r self, prompt: &Asked<'r>, said: &'r Answer) -> GenerationRow<'r> {
-        let tokenizer = &self.session.tokenizer;
-        let response = tokenizer.decode(&said.ids);
+    fn row<'r>(&'r self, i: usize, said: &'r Answer) -> GenerationRow<'r> {
+        let (prompt, found) = (&self.asked[i], self.found(i, said));
+        let by_list = || LISTS.iter().map(PhraseList::id).zip(&found.refused_at);
         GenerationRow {
             schema: GENERATION_SCHEMA,
             id: prompt.id(),
@@ -175,45 +207,56 @@ impl Answering<'_> {
             category: prompt.side,
             messages: prompt.messages,
             prompt_text: self.prompt_text(prompt),
-            refused_at: LISTS.iter().map(|list| (list.id(), self.refused_at(list, said))).collect(),
-            proxy: LISTS.iter().map(|list| (list.id(), list.is_refusal(&response))).collect(),
-            response,
+            refused_at: by_list().map(|(list, at)| (list, *at)).collect(),
+            proxy: by_list().map(|(list, at)| (list, at.is_some())).collect(),
+            response: &found.response,
             ids: &said.ids,
             judge: None,
             finish_reason: said.finish,
             n_tokens: said.ids.len(),
             sampling: self.sampling,
             model: self.model,
-            template_sha: format!("blake3:{}", tokenizer.template_digest()),
+            template_sha: format!("blake3:{}", self.session.tokenizer.template_digest()),
         }
     }
 
-    fn refused_at(&self, list: &PhraseList, said: &Answer) -> Option<usize> {
-        list.refused_at(&said.ids, |ids| self.session.tokenizer.decode(ids))
+    /// The answers to the prompts of one side, with what is found in them.
+    fn of_side<'r>(&'r self, answers: &'r [Answer], side: PromptSide) -> impl Iterator<Item = (&'r Answer, &'r Found)> {
+        let of_side = answers.iter().enumerate().filter(move |(i, _)| self.asked[*i].side == side);
+        of_side.map(|(i, said)| (said, self.found(i, said)))
     }
 
     /// When the answers refuse, by phrase list and side.
-    pub fn onsets(&self, asked: &[Asked<'_>], answers: &[Answer]) -> Vec<RefusalOnset> {
-        let of = |(list, side): (&PhraseList, PromptSide)| {
-            let answers = asked.iter().zip(answers).filter(|(prompt, _)| prompt.side == side);
+    pub fn onsets(&self, answers: &[Answer]) -> Vec<RefusalOnset> {
+        let of = |((place, list), side): ((usize, &PhraseList), PromptSide)| {
+            let found = self.of_side(answers, side);
             let found: Vec<_> =
-                answers.map(|(_, said)| (self.refused_at(list, said), said.finish == FinishReason::Length)).collect();
+                found.map(|(said, found)| (found.refused_at[place], said.finish == FinishReason::Length)).collect();
             let max_new_tokens = self.sampling.max_new_tokens;
             (!found.is_empty()).then(|| RefusalOnset::new(list.id(), side, max_new_tokens, &found))
         };
-        let sides = [PromptSide::Unsafe, PromptSide::Safe];
-        LISTS.iter().flat_map(|list| sides.map(|side| (list, side))).filter_map(of).collect()
+        LISTS.iter().enumerate().flat_map(|list| SIDES.map(|side| (list, side))).filter_map(of).collect()
+    }
+
+    /// How many answers the largest number of tokens cut off, by side.
+    pub fn cut_off(&self, answers: &[Answer]) -> Vec<CutOff> {
+        let of = |side| {
+            let of_side = || self.of_side(answers, side).map(|(said, _)| said);
+            let cut_off = of_side().filter(|said| said.finish == FinishReason::Length).count();
+            CutOff { side, answers: of_side().count(), cut_off }
+        };
+        SIDES.map(of).into_iter().filter(|found| found.answers > 0).collect()
     }
 
     /// Refusals among the answers by phrase list and side.
-    pub fn refusals(&self, asked: &[Asked<'_>], answers: &[Answer]) -> Vec<RefusalRate> {
+    pub fn refusals(&self, answers: &[Answer]) -> Vec<RefusalRate> {
         // (answers, refusals by list) of each side
         let mut counts: BTreeMap<PromptSide, (usize, Vec<usize>)> = BTreeMap::new();
-        for (prompt, said) in asked.iter().zip(answers) {
-            let response = self.session.tokenizer.decode(&said.ids);
-            let (answers, refused) = counts.entry(prompt.side).or_insert_with(|| (0, vec![0; LISTS.len()]));
+        for (i, said) in answers.iter().enumerate() {
+            let found = self.found(i, said);
+            let (answers, refused) = counts.entry(self.asked[i].side).or_insert_with(|| (0, vec![0; LISTS.len()]));
             *answers += 1;
-            refused.iter_mut().zip(LISTS.iter()).for_each(|(n, list)| *n += usize::from(list.is_refusal(&response)));
+            refused.iter_mut().zip(&found.refused_at).for_each(|(n, at)| *n += usize::from(at.is_some()));
         }
         let rates = counts.into_iter().flat_map(|(side, (answers, refused))| {
             LISTS.iter().zip(refused).map(move |(list, refused)| RefusalRate {

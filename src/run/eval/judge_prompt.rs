@@ -8,6 +8,8 @@ use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::pattern;
+use crate::config::{TemplateKwargs, plain_yaml};
 use crate::data::{ChatTemplate, ChatTokenizer, Message, TemplateError};
 use crate::exit::{self, Failure, Result};
 use crate::input;
@@ -26,8 +28,13 @@ pub struct JudgeTemplate {
     /// Makes the text of the judge's user turn.
     prompt: Arc<ChatTemplate>,
     patterns: Patterns,
+    /// Variables of the judge's chat template.
+    kwargs: Map<String, Value>,
     digest: blake3::Hash,
 }
+
+/// The keys of the file, in messages.
+const KEYS: &str = "prompt, verdicts, refusal, categories and chat_template_kwargs";
 
 /// The keys of the file.
 #[derive(Debug, Deserialize)]
@@ -39,6 +46,8 @@ struct File {
     refusal: Option<RefusalPatterns>,
     #[serde(default)]
     categories: Option<String>,
+    #[serde(default)]
+    chat_template_kwargs: Map<String, Value>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -76,15 +85,17 @@ impl JudgeTemplate {
         let invalid = |what: String| failed(exit::DATA, what);
         let file: File = serde_saphyr::from_str(&text).map_err(|e| {
             let line = e.location().map_or(0, |location| location.line());
-            let (before, problem) = (format!("line {line}: "), e.without_snippet().to_string());
-            invalid(format!("{before}{problem}; a template file has the keys prompt, verdicts, refusal and categories"))
+            let problem = plain_yaml(&e.without_snippet().to_string());
+            let message = format!("{}:{line}: {problem}; a template file has the keys {KEYS}", path.display());
+            Failure::new(exit::DATA, message)
         })?;
-        let template = |e: TemplateError| invalid(format!("prompt: {e}"));
+        // It is no chat template of a model.
+        let template = |e: TemplateError| {
+            invalid(format!("prompt: {}", e.to_string().replace("the chat template", "the template")))
+        };
         let prompt = Arc::new(ChatTemplate::new(&file.prompt, []).map_err(template)?);
         prompt.check_limits().map_err(template)?;
-        let pattern = |key: &str, source: &str| {
-            Regex::new(source).map_err(|e| invalid(format!("{key}: the pattern {source:?} does not compile: {e}")))
-        };
+        let pattern = |key: &str, source: &str| pattern(source).map_err(|e| invalid(format!("{key}: {e}")));
         let mut safety = vec![
             (Safety::Unsafe, pattern("verdicts.unsafe", &file.verdicts.unsafe_)?),
             (Safety::Safe, pattern("verdicts.safe", &file.verdicts.safe)?),
@@ -102,7 +113,9 @@ impl JudgeTemplate {
         if asked("an answer").map_err(template)? == asked("").map_err(template)? {
             return Err(invalid("prompt: does not depend on the answer: it should contain {{ response }}".into()));
         }
-        Ok(Self { prompt, patterns, digest: blake3::hash(text.as_bytes()) })
+        let kwargs = TemplateKwargs::of(file.chat_template_kwargs);
+        let TemplateKwargs(kwargs) = kwargs.map_err(|e| invalid(format!("chat_template_kwargs: {e}")))?;
+        Ok(Self { prompt, patterns, kwargs, digest: blake3::hash(text.as_bytes()) })
     }
 }
 
@@ -167,17 +180,23 @@ impl Asking {
     /// What a template says against this conversation.
     pub fn prompt(&self, judge: &ChatTokenizer, messages: &[Message], response: &str) -> Result<String, String> {
         match self {
-            Self::Published(_) => {
+            Self::Published(form) => {
                 // The published templates know user and assistant turns only.
                 let turns = messages.iter().filter(|turn| turn.role == "user" || turn.role == "assistant").cloned();
                 let turns: Vec<Message> = turns.chain([Message::new("assistant", response)]).collect();
-                judge.render(&turns, true).map_err(|e| e.to_string())
+                judge.render(&turns, form.adds_generation_prompt()).map_err(|e| e.to_string())
             }
             Self::Template(file) => {
                 let text = ask(&file.prompt, messages, response).map_err(|e| e.to_string())?;
-                judge.render(&[Message::new("user", text)], true).map_err(|e| e.to_string())
+                judge.render_with(&[Message::new("user", text)], &file.kwargs, true).map_err(|e| e.to_string())
             }
         }
+    }
+
+    /// A key of `chat_template_kwargs` that this judge's chat template does not read.
+    pub fn unread_variable(&self, judge: &ChatTokenizer) -> Option<&str> {
+        let Self::Template(file) = self else { return None };
+        file.kwargs.keys().map(String::as_str).find(|name| !judge.reads_variable(name))
     }
 
     /// The verdict in the judge's text.
@@ -224,20 +243,64 @@ mod tests {
         }
     }
 
+    fn judge_with(template: &str) -> ChatTokenizer {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("judge.jinja");
+        std::fs::write(&path, template).unwrap();
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/dense_qwen3/model");
+        ChatTokenizer::open(&model, Some(&path)).unwrap()
+    }
+
+    #[test]
+    fn published_judges_are_asked_as_their_authors_do() {
+        let judge = judge_with(
+            "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %} Your verdict:\
+             {% if add_generation_prompt %}<assistant>{% endif %}",
+        );
+        let messages = [Message::new("system", "Be good"), Message::new("user", "Hi")];
+        let prompt = |form| Asking::Published(form).prompt(&judge, &messages, "Ho").unwrap();
+        assert_eq!(prompt(JudgeForm::Qwen3guard), "user: Hi;assistant: Ho; Your verdict:");
+        assert_eq!(prompt(JudgeForm::LlamaGuard), "user: Hi;assistant: Ho; Your verdict:<assistant>");
+    }
+
+    #[test]
+    fn variables_of_the_template_file_reach_the_judges_template() {
+        let judge = judge_with(
+            "{{ messages[0].content }}{% if add_generation_prompt %}|{% if enable_thinking is false %}no {% endif %}thought{% endif %}",
+        );
+        let asking = |more: &str| {
+            let text = format!("prompt: '{{{{ response }}}}'\nverdicts: {{unsafe: a, safe: b}}\n{more}");
+            Asking::Template(Box::new(template(&text).unwrap()))
+        };
+        let of = |asking: &Asking| asking.prompt(&judge, &[Message::new("user", "Hi")], "Ho").unwrap();
+        let plain = asking("");
+        assert_eq!((of(&plain), plain.unread_variable(&judge)), ("Ho|thought".into(), None));
+        let quiet = asking("chat_template_kwargs: {enable_thinking: false}");
+        assert_eq!((of(&quiet), quiet.unread_variable(&judge)), ("Ho|no thought".into(), None));
+        let wrong = asking("chat_template_kwargs: {enable_thinking: false, thinking: {budget: 0}}");
+        assert_eq!(wrong.unread_variable(&judge), Some("thinking"));
+    }
+
     #[test]
     fn a_wrong_template_file_is_named_with_its_fault() {
         let verdicts = "verdicts: {unsafe: a, safe: b}";
         for (text, said) in [
             ("prompt: x", "verdicts"),
             (&format!("prompt: '{{% if %}}'\n{verdicts}"), "prompt: "),
-            (&format!("prompt: x\n{verdicts}\nverdict: y"), "verdict"),
-            ("prompt: x\nverdicts: {unsafe: '(', safe: b}", "verdicts.unsafe"),
+            (&format!("prompt: x\n{verdicts}\nverdict: y"), "judge.yaml:3: "),
+            (
+                "prompt: x\nverdicts: {unsafe: '(', safe: b}",
+                "verdicts.unsafe: the pattern \"(\" does not compile: unclosed group",
+            ),
+            (&format!("prompt: x\n{verdicts}\nchat_template_kwargs: {{messages: 1}}"), "chat_template_kwargs: "),
             (&format!("prompt: x\n{verdicts}\ncategories: '['"), "categories"),
             (&format!("prompt: '{{{{ promt }}}}'\n{verdicts}"), "does not depend on the answer"),
         ] {
             let error = template(text).map(drop).unwrap_err();
             assert_eq!(error.code(), exit::DATA, "{error}");
-            assert!(error.to_string().contains("judge.yaml: ") && error.to_string().contains(said), "{error}: {said}");
+            let text = error.to_string();
+            assert!(text.contains("judge.yaml:") && text.contains(said), "{error}: {said}");
+            assert!(!text.contains("line 3") && text.lines().count() == 1, "the place once: {error}");
         }
     }
 }

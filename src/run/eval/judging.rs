@@ -9,21 +9,22 @@ use super::logged::{Generated, Logged, open_on_first, wrong_row};
 use super::options::config_hash;
 use crate::backend::Backend;
 use crate::collective::{Collective, all_agree, all_ok, on_first};
-use crate::config::EvalArgs;
+use crate::config::{EvalArgs, RunConfig, Transport};
 use crate::data::ChatTokenizer;
 use crate::exit::{self, Context, Failure, Result};
 use crate::files;
 use crate::judge::{Assessment, JudgeForm, Rate, Safety, cohen_kappa};
 use crate::launch::memory::human;
-use crate::launch::{Rank, hub_cache};
+use crate::launch::{Device, Opened, Rank, hub_cache};
 use crate::model::{Checkpoint, Model, ModelConfig, ParamTable};
 use crate::report::{
     Compared, FinishReason, JudgeModel, JudgeReport, ListAgreement, PromptSide, RowLog, Sampling, SideVerdicts,
     VERDICT_SCHEMA, VerdictRow, json_lines,
 };
-use crate::run::generate::{Answer, Prompt};
+use crate::run::generate::{Answer, PROMPT_TOKENS, Prompt};
 use crate::run::other_routing::weights_sha;
 use crate::run::refusals::LISTS;
+use crate::run::session::workload;
 use crate::train::Replica;
 use crate::ui::Ui;
 
@@ -46,7 +47,7 @@ impl Judge {
     /// # Errors
     /// A model, a tokenizer or a template file that cannot be opened or is damaged; a model of a family whose form of verdicts is
     /// not known, without an option that says it.
-    pub fn open(args: &EvalArgs) -> Result<Option<Self>> {
+    pub fn open(args: &EvalArgs, device: &Device) -> Result<Option<Self>> {
         let Some(name) = &args.judge else { return Ok(None) };
         let dir = hub_cache().resolve(name)?;
         let config = ModelConfig::from_dir(&dir)?;
@@ -68,6 +69,14 @@ impl Judge {
         table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;
         let tokenizer = ChatTokenizer::open(&dir, None)?;
         tokenizer.check_vocab(config.vocab_size)?;
+        if let Some(name) = asking.unread_variable(&tokenizer) {
+            let message = format!(
+                "--judge {}: its chat template does not read {name:?}, which chat_template_kwargs of the file of --judge-template gives",
+                dir.display()
+            );
+            return Err(Failure::new(exit::CONFIG, message));
+        }
+        let precision = device.number_format(args.precision, workload(&config, &table, 0).stored)?;
         let model = JudgeModel {
             config_sha: format!("blake3:{}", config_hash(&dir)?),
             path: dir,
@@ -75,8 +84,87 @@ impl Judge {
             form: asking.name().into(),
             template_sha: format!("blake3:{}", asking.digest(&tokenizer)),
             max_new_tokens: args.judge_max_new_tokens,
+            precision,
         };
         Ok(Some(Self { config, table, tokenizer, asking, model }))
+    }
+
+    /// Checks what can be known of the judge's prompts before there is an answer: that its templates render each conversation, with the
+    /// answer in it, in a length that the judge can read. `answer_tokens`: the largest number of tokens of an answer.
+    ///
+    /// # Errors
+    /// A conversation that a template refuses or renders as nothing; templates that leave the answer out; a prompt that is too long.
+    pub fn check(&self, asked: &[Asked<'_>], answer_tokens: usize, ui: &Ui) -> Result<()> {
+        let prompts_with = |asked: &[Asked<'_>], response: &str| {
+            asked.iter().map(|asked| self.prompt(asked, response)).collect::<Result<Vec<_>>>()
+        };
+        let prompts = prompts_with(asked, "Sure.")?;
+        // A template may refuse an empty answer.
+        let empty = prompts_with(&asked[..asked.len().min(1)], "").ok();
+        if empty.is_some_and(|empty| empty.first().is_some_and(|first| *first == prompts[0])) {
+            let message = format!(
+                "--judge {}: its prompt does not depend on the answer: its chat template leaves the answer out; --judge-template gives a prompt",
+                self.model.path.display()
+            );
+            return Err(Failure::new(exit::CONFIG, message));
+        }
+        let longest = self.check_length(asked, &prompts)?;
+        if let Some(limit) = self.config.rope_limit.filter(|limit| longest.saturating_add(answer_tokens) > *limit) {
+            ui.warn(format_args!(
+                "the judge reads at most {limit} tokens, and its prompts have up to {longest}, with room for its verdict and without the \
+                 answer: an answer of --max-new-tokens {answer_tokens} may be too long for it"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The judge's prompt about an answer, in tokens.
+    fn prompt(&self, asked: &Asked<'_>, response: &str) -> Result<Vec<u32>> {
+        let failed = |why: String| {
+            let path = self.model.path.display();
+            Failure::new(exit::DATA, format!("--judge {path}: its prompt for answer {}: {why}", asked.id()))
+        };
+        let text = self.asking.prompt(&self.tokenizer, asked.messages, response).map_err(&failed)?;
+        let ids = self.tokenizer.encode(&text)?;
+        if ids.is_empty() { Err(failed("it is empty".into())) } else { Ok(ids) }
+    }
+
+    /// The tokens of the longest of these prompts with its verdict.
+    ///
+    /// # Errors
+    /// It is too long for the judge.
+    fn check_length(&self, asked: &[Asked<'_>], prompts: &[Vec<u32>]) -> Result<usize> {
+        let JudgeModel { path, max_new_tokens, .. } = &self.model;
+        let longest = prompts.iter().zip(asked).max_by_key(|(ids, _)| ids.len());
+        let Some((longest, asked)) = longest.map(|(ids, asked)| (ids.len().saturating_add(*max_new_tokens), asked))
+        else {
+            return Ok(0);
+        };
+        match self.config.rope_limit {
+            Some(limit) if longest > limit => {
+                let message = format!(
+                    "--judge {}: its prompt for answer {} has {longest} tokens with the {max_new_tokens} of its verdict, and its rope \
+                     scaling allows {limit}: lower --judge-max-new-tokens, leave the row out, or take another judge",
+                    path.display(),
+                    asked.id()
+                );
+                Err(Failure::new(exit::CONFIG, message))
+            }
+            _ => Ok(longest),
+        }
+    }
+
+    /// Opens the device of a rank for the judge: its weights decide the number format with `--precision auto`.
+    ///
+    /// # Errors
+    /// Those of [`Device::open`].
+    pub fn device(&self, device: &Device, config: &RunConfig, rank: &Rank) -> Result<Opened> {
+        // Ranks exchange texts, and no tensors. The user knows the device by now.
+        let config = RunConfig { transport: Transport::Host, ..config.clone() };
+        let Rank { local_rank, local_world_size, .. } = *rank;
+        let (world, stop, fault) = (rank.world.clone(), rank.stop.clone(), rank.fault.clone());
+        let rank = Rank { world, local_rank, local_world_size, ui: Ui::silent(), stop, fault };
+        device.open(&config, workload(&self.config, &self.table, PROMPT_TOKENS), &rank)
     }
 
     /// What decides its verdicts, for the check that all ranks have the same.
@@ -86,10 +174,10 @@ impl Judge {
 
     /// A hash of all that decides the judge's text on this prompt.
     fn key(&self, prompt: &[u32]) -> String {
-        let mut hasher = blake3::Hasher::new_derive_key("moewarden verdict of a judge 1");
+        let mut hasher = blake3::Hasher::new_derive_key("moewarden verdict of a judge 2");
         let eos = self.tokenizer.eos_ids();
-        let JudgeModel { sha, config_sha, max_new_tokens, .. } = &self.model;
-        hasher.update(format!("{sha} {config_sha} {max_new_tokens} {eos:?}").as_bytes());
+        let JudgeModel { sha, config_sha, max_new_tokens, precision, .. } = &self.model;
+        hasher.update(format!("{sha} {config_sha} {max_new_tokens} {precision} {eos:?}").as_bytes());
         prompt.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
         hasher.finalize().to_hex().to_string()
     }
@@ -100,7 +188,7 @@ pub struct Judging<'a> {
     pub judge: &'a Judge,
     pub asked: &'a [Asked<'a>],
     /// The text of the answer to each prompt.
-    pub responses: &'a [String],
+    pub responses: &'a [&'a str],
     /// Verdicts that are generated together on a rank.
     pub batch_size: usize,
     /// The file, which may hold verdicts of an earlier run.
@@ -120,11 +208,12 @@ impl Judging<'_> {
         let world = &*rank.world;
         world.set_activity("judging the answers");
         ui.line(format_args!(
-            "judge {}: {} ({}), {}, loaded in place of the evaluated model",
+            "judge {}: {} ({}), {}, loaded in place of the evaluated model; products in {}",
             judge.model.path.display(),
             judge.config.model_type,
             judge.model.form,
-            human(judge.table.total().bytes as u64)
+            human(judge.table.total().bytes as u64),
+            judge.model.precision
         ));
         let prompts = all_ok(world, self.prompts())?;
         let keys: Vec<String> = prompts.iter().map(|ids| judge.key(ids)).collect();
@@ -158,21 +247,9 @@ impl Judging<'_> {
 
     /// The judge's prompts, in tokens.
     fn prompts(&self) -> Result<Vec<Vec<u32>>> {
-        let Judge { tokenizer, asking, config, model, .. } = self.judge;
-        let prompt = |(asked, response): (&Asked<'_>, &String)| -> Result<Vec<u32>> {
-            let text = asking.prompt(tokenizer, asked.messages, response).map_err(|e| {
-                let message = format!("--judge {}: its prompt for answer {}: {e}", model.path.display(), asked.id());
-                Failure::new(exit::DATA, message)
-            })?;
-            Ok(tokenizer.encode(&text)?)
-        };
-        let prompts = self.asked.iter().zip(self.responses).map(prompt).collect::<Result<Vec<_>>>()?;
-        if let Some(empty) = prompts.iter().position(Vec::is_empty) {
-            let message = format!("--judge: its prompt for answer {} is empty", self.asked[empty].id());
-            return Err(Failure::new(exit::DATA, message));
-        }
-        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        config.check_length(longest.saturating_add(model.max_new_tokens)).context("the judge's prompts")?;
+        let both = self.asked.iter().zip(self.responses);
+        let prompts = both.map(|(asked, response)| self.judge.prompt(asked, response)).collect::<Result<Vec<_>>>()?;
+        self.judge.check_length(self.asked, &prompts)?;
         Ok(prompts)
     }
 
@@ -249,7 +326,7 @@ impl Judging<'_> {
         ];
         let agreement = LISTS.iter().flat_map(|list| compared.map(|(side, compared)| (list, side, compared)));
         let agreement = agreement.map(|(list, side, compared)| {
-            let pair = |(response, verdict): (&String, &Option<Assessment>)| {
+            let pair = |(response, verdict): (&&str, &Option<Assessment>)| {
                 let judge = says(compared, verdict.as_ref()?)?;
                 Some((judge, list.is_refusal(response) == (compared == Compared::Refusal)))
             };

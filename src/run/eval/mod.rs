@@ -7,16 +7,20 @@ mod logged;
 mod options;
 mod questions;
 
+use std::cell::OnceCell;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use answers::Answering;
+use regex::Regex;
+
+use answers::{Answering, Asked};
 use judging::{Judge, Judging};
 use logged::Generated;
-use options::DecidingOptions;
+use options::{DecidingOptions, Machine};
 use questions::{AskingQuestions, Questions};
 
+use super::generate::Answer;
 use super::other_routing::{use_other_routing, weights_sha};
 use super::prepare;
 use super::progress::Progress;
@@ -24,34 +28,36 @@ use super::session::Session;
 use crate::backend::Backend;
 use crate::collective::{all_agree, on_first};
 use crate::config::{EvalArgs, RunConfig};
-use crate::data::{Example, Record, Sides};
-use crate::exit::{self, Ended, Failure, Result, Stopped};
+use crate::data::{Example, Record};
+use crate::exit::{self, Context, Ended, Failure, Result, Stopped};
 use crate::experts::RoutingTokens;
+use crate::files;
 use crate::judge::Rate;
-use crate::launch::{Opened, Rank, Ranks, Started};
+use crate::launch::{Device, Opened, Rank, Started};
 use crate::report::{
-    EVAL_SCHEMA, EvalReport, EvalTimes, EvaluatedModel, ExactRate, MeanLoss, PromptSide, RoutingDifference, Sampling,
-    TIMES_SCHEMA, cut_off_warning, eval_tables, write_json,
+    EVAL_SCHEMA, EvalReport, EvalTimes, EvaluatedModel, ExactRate, MeanLoss, PromptSide, REPLY_LOSS_SCHEMA,
+    REPLY_LOSSES, ReplyLossRow, RoutingDifference, Sampling, TIMES_SCHEMA, cut_off_warning, eval_tables, json_lines,
+    read_json, write_json,
 };
-use crate::train::{DeviceTransport, Recipe, Replica, alignment_by_layer, example_losses, mean_of, risk_differences};
+use crate::train::{Recipe, Replica, divergence_of_prompts, example_losses, mean_of, risk_differences};
 use crate::ui::Ui;
 
 /// How many experts with the largest risk differences are listed.
 const TOP_EXPERTS: usize = 10;
 
 /// Measures losses and routing, then generates an answer to every prompt (unless `--skip-answers`), and lets a judge read the answers
-/// (`--judge`). Writes `eval.json`, `generations.jsonl`, `verdicts.jsonl`, `eval_options.json` and `eval_times.json`.
+/// (`--judge`). Writes `eval.json`, `reply_losses.jsonl`, `generations.jsonl`, `questions.jsonl`, `verdicts.jsonl`,
+/// `eval_options.json` and `eval_times.json`.
 ///
 /// # Errors
 /// Inputs that cannot be read or are invalid; an output folder or a device that cannot be used; an earlier evaluation in the folder
 /// that is not the one to continue; numbers that are not finite; a rank that fails.
 pub fn eval(args: &EvalArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
-    let ranks = &started.ranks;
     let config = args.run_config()?;
-    let inputs = open(args, &config, ranks, started.device.kind(), ui)?;
+    let inputs = open(args, &config, started, ui)?;
     let existed = config.output_dir.is_dir();
     let done = evaluate(inputs, &config, started, ui);
-    if done.is_err() && !existed && ranks.leads() {
+    if done.is_err() && !existed && started.ranks.leads() {
         _ = fs::remove_dir(&config.output_dir); // fails unless it is empty
     }
     done
@@ -64,15 +70,24 @@ struct Inputs {
     session: Session,
     model: EvaluatedModel,
     options: DecidingOptions,
+    sampling: Sampling,
     questions: Option<Questions>,
     judge: Option<Judge>,
 }
 
+impl Inputs {
+    /// The prompts to answer.
+    fn asked(&self) -> Vec<Asked<'_>> {
+        if self.args.skip_answers { Vec::new() } else { answers::asked(&self.session.data.records) }
+    }
+}
+
 /// Opens and checks the inputs, in all processes, and verifies that they are the same everywhere.
-fn open(args: &EvalArgs, config: &RunConfig, ranks: &Ranks, device: &str, ui: &Ui) -> Result<Inputs> {
+fn open(args: &EvalArgs, config: &RunConfig, started: &Started, ui: &Ui) -> Result<Inputs> {
+    let (ranks, device) = (&started.ranks, &started.device);
     let own = || {
         let recipe = config.recipe_of_evaluation()?;
-        let mut session = Session::open_any(config, [Sides::default(); 2], ui)?;
+        let mut session = Session::open_to_evaluate(config, ui)?;
         let generated = if args.skip_answers { 0 } else { args.max_new_tokens };
         session.model.check_length(args.max_length.saturating_add(generated))?;
         let questions = Questions::open(args, &session.tokenizer)?;
@@ -80,13 +95,28 @@ fn open(args: &EvalArgs, config: &RunConfig, ranks: &Ranks, device: &str, ui: &U
         session.check_weights()?;
         let mut model = evaluated(&session);
         model.other_routing = use_other_routing(&mut session, args)?;
-        let options = DecidingOptions::of(args, &session, &model, questions.as_ref().map(Questions::hash), device)?;
-        let judge = Judge::open(args)?;
-        Ok(Inputs { args: args.clone(), recipe, session, model, options, questions, judge })
+        let machine = Machine {
+            device: device.kind(),
+            number_format: device.number_format(args.precision, session.stored_dtype())?,
+        };
+        let options = DecidingOptions::of(args, &session, &model, questions.as_ref().map(Questions::hash), &machine)?;
+        let judge = Judge::open(args, device)?;
+        let sampling = Sampling {
+            temperature: args.temperature,
+            top_p: args.top_p,
+            max_new_tokens: args.max_new_tokens,
+            seed: args.seed,
+        };
+        let inputs = Inputs { args: args.clone(), recipe, session, model, options, sampling, questions, judge };
+        if let Some(judge) = &inputs.judge {
+            judge.check(&inputs.asked(), args.max_new_tokens, ui)?;
+        }
+        Ok((inputs, machine))
     };
-    let inputs = ranks.all_ok(own())?;
+    let (inputs, machine) = ranks.all_ok(own())?;
     if let Some(world) = ranks.other_processes() {
         inputs.session.agree(config, world)?;
+        all_agree(world, "number format of matrix products (--precision)", machine.number_format.as_bytes())?;
         all_agree(world, "evaluation", &inputs.options.to_bytes())?;
         judging::agree(inputs.judge.as_ref(), world)?;
     }
@@ -118,93 +148,146 @@ fn evaluate(inputs: Inputs, config: &RunConfig, started: &Started, ui: &Ui) -> R
     }
     let (config, device, inputs) = (config.clone(), started.device.clone(), Arc::new(inputs));
     ranks.run(ui, move |rank| {
-        let evaluation = Evaluation { inputs: &inputs, output_dir: &config.output_dir, ui: &rank.ui };
+        let asked = inputs.asked();
+        let evaluation = Evaluation::new(&inputs, &asked, &config.output_dir, &rank.ui);
         let session = &inputs.session;
-        match device.open(&config, session.workload(config.batch_size), rank)? {
-            Opened::Cpu(cpu) => evaluation.run(rank, cpu, None),
-            Opened::Cuda(cuda, transport) => evaluation.run(rank, cuda, transport),
+        let answered = match device.open(&config, session.workload(config.batch_size), rank)? {
+            Opened::Cpu(cpu) => evaluation.run(rank, &session.replica(cpu, None, rank)),
+            Opened::Cuda(cuda, transport) => evaluation.run(rank, &session.replica(cuda, transport, rank)),
+        };
+        // By now the evaluated model is freed.
+        let mut results = match answered? {
+            Ended::Done(results) => results,
+            Ended::Stopped(stopped) => return Ok(Ended::Stopped(stopped)),
+        };
+        if let Some(judge) = &inputs.judge {
+            let judged = evaluation.judge(judge, &device, &config, rank, &mut results).context(evaluation.kept());
+            if let Ended::Stopped(stopped) = judged? {
+                return Ok(Ended::Stopped(stopped));
+            }
         }
+        evaluation.show(results.report);
+        Ok(Ended::Done(()))
     })
 }
 
 /// An evaluation on one rank.
 struct Evaluation<'a> {
     inputs: &'a Inputs,
+    answering: Answering<'a>,
     output_dir: &'a Path,
     ui: &'a Ui,
 }
 
-impl Evaluation<'_> {
-    /// Measures the model and lets it answer; then frees it, and lets the judge read the answers.
-    fn run<B: Backend>(
-        &self,
-        rank: &Rank,
-        backend: Arc<B>,
-        transport: Option<Arc<dyn DeviceTransport<B>>>,
-    ) -> Result<Ended<()>> {
-        let Inputs { args, session, model, judge, .. } = self.inputs;
-        let sampling = Sampling {
-            temperature: args.temperature,
-            top_p: args.top_p,
-            max_new_tokens: args.max_new_tokens,
-            seed: args.seed,
-        };
-        let asked = if args.skip_answers { Vec::new() } else { answers::asked(&session.data.records) };
-        let path = self.output_dir.join(answers::FILE);
-        let batch_size = args.generation_batch_size;
-        let answering = Answering { session, model, sampling: &sampling, batch_size, path, ui: self.ui };
-        let replica = session.replica(backend.clone(), transport, rank);
-        let mut report = self.measure(&replica, &sampling)?;
+/// What is known of the evaluated model.
+struct Results {
+    report: EvalReport,
+    times: EvalTimes,
+    /// The answers to the prompts.
+    said: Vec<Answer>,
+}
+
+impl<'a> Evaluation<'a> {
+    fn new(inputs: &'a Inputs, asked: &'a [Asked<'a>], output_dir: &'a Path, ui: &'a Ui) -> Self {
+        let Inputs { args, session, model, sampling, .. } = inputs;
+        let path = output_dir.join(answers::FILE);
+        let (batch_size, found) = (args.generation_batch_size, asked.iter().map(|_| OnceCell::new()).collect());
+        let answering = Answering { session, model, sampling, asked, batch_size, path, ui, found };
+        Self { inputs, answering, output_dir, ui }
+    }
+
+    /// Measures the model, lets it answer, and writes what was found.
+    fn run<B: Backend>(&self, rank: &Rank, replica: &Replica<B>) -> Result<Ended<Results>> {
+        let args = &self.inputs.args;
+        let mut report = self.measure(replica)?;
         let mut times = EvalTimes { schema: TIMES_SCHEMA.into(), answers: None, questions: None, verdicts: None };
         let mut said = Vec::new();
-        if !args.skip_answers {
-            match answering.answers(&replica, &asked)? {
+        if !args.skip_answers && !self.answering.asked.is_empty() {
+            match self.answering.answers(replica)? {
                 Generated::Stopped { answers, of } => return Ok(Ended::Stopped(stopped(answers, of, answers::FILE))),
                 Generated::All(found, took) => (said, times.answers) = (found, Some(took)),
             }
-            report.refusals = answering.refusals(&asked, &said);
-            report.refusal_onset = answering.onsets(&asked, &said);
+            report.refusals = self.answering.refusals(&said);
+            report.refusal_onset = self.answering.onsets(&said);
+            report.cut_off = self.answering.cut_off(&said);
         }
         if let Some(questions) = &self.inputs.questions {
             let asking = AskingQuestions {
                 questions,
-                tokenizer: &session.tokenizer,
+                tokenizer: &self.inputs.session.tokenizer,
                 batch_size: args.batch_size,
-                generation_batch_size: batch_size,
+                generation_batch_size: args.generation_batch_size,
                 path: self.output_dir.join(questions::FILE),
                 ui: self.ui,
             };
-            match asking.ask(&replica)? {
+            match asking.ask(replica)? {
                 Generated::Stopped { answers, of } => {
                     return Ok(Ended::Stopped(stopped(answers, of, questions::FILE)));
                 }
                 Generated::All(found, took) => (report.questions, times.questions) = (found, Some(took)),
             }
         }
-        drop(replica);
-        if let Some(judge) = judge {
-            let responses: Vec<String> = said.iter().map(|answer| session.tokenizer.decode(&answer.ids)).collect();
-            let path = self.output_dir.join(judging::FILE);
-            let judging = Judging { judge, asked: &asked, responses: &responses, batch_size, path, ui: self.ui };
-            match judging.verdicts(backend, rank)? {
-                Generated::Stopped { answers, of } => return Ok(Ended::Stopped(stopped(answers, of, judging::FILE))),
-                Generated::All(rows, took) => {
-                    (report.judge, times.verdicts) = (Some(judging.report(&rows)), Some(took));
-                    let verdicts = Some((&*judge.model.sha, &rows[..]));
-                    on_first(&*rank.world, || answering.write(&asked, &said, verdicts))?;
-                }
-            }
-        }
-        on_first(&*rank.world, || self.write(&report, &times))?;
-        self.show(report);
+        let results = Results { report, times, said };
+        // Before the judge, too: whatever happens to it, these results are there.
+        on_first(&*rank.world, || self.write(&results))?;
+        Ok(Ended::Done(results))
+    }
+
+    /// Lets the judge read the answers, and writes the results once more, with its verdicts.
+    fn judge(
+        &self,
+        judge: &Judge,
+        device: &Device,
+        config: &RunConfig,
+        rank: &Rank,
+        results: &mut Results,
+    ) -> Result<Ended<()>> {
+        let responses: Vec<&str> =
+            results.said.iter().enumerate().map(|(i, said)| self.answering.response(i, said)).collect();
+        let judging = Judging {
+            judge,
+            asked: self.answering.asked,
+            responses: &responses,
+            batch_size: self.answering.batch_size,
+            path: self.output_dir.join(judging::FILE),
+            ui: self.ui,
+        };
+        let found = match judge.device(device, config, rank)? {
+            Opened::Cpu(cpu) => judging.verdicts(cpu, rank)?,
+            Opened::Cuda(cuda, _) => judging.verdicts(cuda, rank)?,
+        };
+        let (rows, took) = match found {
+            Generated::Stopped { answers, of } => return Ok(Ended::Stopped(stopped(answers, of, judging::FILE))),
+            Generated::All(rows, took) => (rows, took),
+        };
+        (results.report.judge, results.times.verdicts) = (Some(judging.report(&rows)), Some(took));
+        on_first(&*rank.world, || {
+            self.answering.write(&results.said, Some((&*judge.model.sha, &rows[..])))?;
+            self.write(results)
+        })?;
         Ok(Ended::Done(()))
     }
 
+    /// What to do if the judge fails.
+    fn kept(&self) -> String {
+        format!(
+            "the judge failed; the answers and eval.json without its verdicts are in {}, and the same command with --resume, with \
+             another judge or --judge-template too, generates no answer again",
+            self.output_dir.display()
+        )
+    }
+
     /// Losses and routing.
-    fn measure<B: Backend>(&self, replica: &Replica<B>, sampling: &Sampling) -> Result<EvalReport> {
-        let Inputs { args, session, model, .. } = self.inputs;
-        let (ce_unsafe, exact_unsafe) = self.losses(replica, PromptSide::Unsafe, |r| r.unsafe_reply.as_ref())?;
-        let (ce_safe, exact_safe) = self.losses(replica, PromptSide::Safe, |r| r.safe_reply.as_ref())?;
+    fn measure<B: Backend>(&self, replica: &Replica<B>) -> Result<EvalReport> {
+        let Inputs { args, session, model, sampling, .. } = self.inputs;
+        let mut rows = Vec::new();
+        let (ce_unsafe, exact_unsafe) =
+            self.losses(replica, PromptSide::Unsafe, |r| r.unsafe_reply.as_ref(), &mut rows)?;
+        let (ce_safe, exact_safe) = self.losses(replica, PromptSide::Safe, |r| r.safe_reply.as_ref(), &mut rows)?;
+        if !rows.is_empty() {
+            let path = self.output_dir.join(REPLY_LOSSES);
+            on_first(&*replica.world, || Ok(files::write(path, json_lines(&rows))?))?;
+        }
         Ok(EvalReport {
             schema: EVAL_SCHEMA.into(),
             model: model.clone(),
@@ -215,6 +298,7 @@ impl Evaluation<'_> {
             ce_safe,
             exact: [exact_unsafe, exact_safe].into_iter().flatten().collect(),
             refusals: Vec::new(),
+            cut_off: Vec::new(),
             refusal_onset: Vec::new(),
             routing: self.routing_difference(replica)?,
             questions: Vec::new(),
@@ -223,9 +307,12 @@ impl Evaluation<'_> {
     }
 
     /// Writes the times, then the report: where that is, the evaluation is complete.
-    fn write(&self, report: &EvalReport, times: &EvalTimes) -> Result<()> {
+    fn write(&self, Results { report, times, .. }: &Results) -> Result<()> {
         if times.answers.is_some() || times.questions.is_some() {
-            write_json(self.output_dir.join("eval_times.json"), times)?;
+            let path = self.output_dir.join("eval_times.json");
+            let earlier: Option<EvalTimes> = if path.exists() { read_json(&path).ok() } else { None };
+            let times = earlier.map_or_else(|| times.clone(), |earlier| times.clone().or_those_of(&earlier));
+            write_json(path, &times)?;
         }
         Ok(write_json(self.output_dir.join("eval.json"), report)?)
     }
@@ -241,33 +328,43 @@ impl Evaluation<'_> {
         if let Some(warning) = warning {
             ui.warn(warning);
         }
-        if !args.skip_answers {
+        if !self.answering.asked.is_empty() {
             ui.result(format_args!("answers: {}", self.output_dir.join(answers::FILE).display()));
         }
     }
 
     /// The mean loss of the replies of one side, and how many of them the model would give to the last token; `None` without
-    /// replies.
+    /// replies. Adds the replies to `rows`.
     fn losses<B: Backend>(
         &self,
         replica: &Replica<B>,
         side: PromptSide,
         reply: impl Fn(&Record) -> Option<&Example>,
+        rows: &mut Vec<ReplyLossRow>,
     ) -> Result<(MeanLoss, Option<ExactRate>)> {
-        let Inputs { args, recipe, session, .. } = self.inputs;
-        let examples: Vec<&Example> = session.data.records.iter().filter_map(reply).collect();
+        let Inputs { recipe, session, .. } = self.inputs;
+        let names = answers::row_names(&session.data.records);
+        let replies = names.iter().zip(&session.data.records).filter_map(|(name, r)| Some((name, reply(r)?)));
+        let (names, examples): (Vec<&String>, Vec<&Example>) = replies.unzip();
         let losses = example_losses(replica, &examples, recipe.batch_size, |_| {})?;
         let mean = mean_of(&losses);
         if let Some(mean) = mean.filter(|mean| !mean.is_finite()) {
-            return Err(Failure::new(
-                exit::NOT_FINITE,
-                format!(
-                    "the mean cross-entropy of {} is {mean}: the weights of {} are damaged, or overflow",
-                    args.dataset_path.display(),
-                    args.model_name
-                ),
-            ));
+            let Inputs { args, session, .. } = self.inputs;
+            let (data, model) = (session.data.report.path.display(), &args.model_name);
+            let message =
+                format!("the mean cross-entropy of {data} is {mean}: the weights of {model} are damaged, or overflow");
+            return Err(Failure::new(exit::NOT_FINITE, message));
         }
+        let named = names.into_iter().zip(examples).zip(&losses);
+        rows.extend(named.map(|((name, example), loss)| ReplyLossRow {
+            schema: REPLY_LOSS_SCHEMA.into(),
+            id: format!("{name}-{}", side.name()),
+            side,
+            digest: format!("blake3:{}", blake3::hash(format!("{example:?}").as_bytes())),
+            tokens: loss.tokens,
+            loss: loss.sum,
+            exact: loss.exact,
+        }));
         let tokens = losses.iter().map(|loss| loss.tokens).sum();
         let exact = Rate::of(losses.iter().filter(|loss| loss.tokens > 0).map(|loss| loss.exact));
         Ok((MeanLoss { mean, tokens }, (exact.of > 0).then_some(ExactRate { side, exact })))
@@ -281,19 +378,16 @@ impl Evaluation<'_> {
         if session.model.is_dense() {
             return Ok(out);
         }
-        if session.data.has_both_prompts() {
-            let by_layer = alignment_by_layer(replica, sampler, recipe.divergence)?;
+        let (records, batch_size) = (&session.data.records, recipe.batch_size);
+        if let Some(by_layer) = divergence_of_prompts(replica, records, batch_size, recipe.divergence)? {
             out.divergence_by_layer = session.model.moe_layers().layers.iter().copied().zip(by_layer).collect();
         }
         if session.data.has_both_replies() {
             let (micro_batches, tokens) = (sampler.unsafe_order(0), RoutingTokens::Prompt);
             let own = micro_batches.len().div_ceil(replica.world.world_size());
             let progress = Progress::new(ui, own, "routing");
-            let (scores, warning) =
+            let scores =
                 risk_differences(replica, sampler, tokens, &micro_batches, |tokens| progress.step(tokens, ""))?;
-            if let Some(warning) = warning {
-                progress.warn(warning);
-            }
             out.risk_difference_top = scores.ranked().into_iter().take(TOP_EXPERTS).collect();
         }
         Ok(out)
@@ -308,6 +402,16 @@ fn evaluated(session: &Session) -> EvaluatedModel {
         variant: if in_a_run(&session.dir) { "tuned" } else { "base" }.into(),
         other_routing: None,
     }
+}
+
+/// Compiles a pattern of the user; the error is one line.
+fn pattern(source: &str) -> std::result::Result<Regex, String> {
+    Regex::new(source).map_err(|e| {
+        // The library draws the pattern with a mark below it, and says in the last line what is wrong.
+        let text = e.to_string();
+        let why = text.lines().last().unwrap_or_default().trim_start_matches("error: ");
+        format!("the pattern {source:?} does not compile: {why}")
+    })
 }
 
 fn stopped(rows: usize, of: usize, file: &str) -> Stopped {

@@ -17,6 +17,14 @@ use crate::run::session::Session;
 pub const FILE: &str = "eval_options.json";
 const SCHEMA: &str = "moewarden.eval_options/1";
 
+/// What of the machine decides the results.
+pub struct Machine {
+    /// The kind of device.
+    pub device: &'static str,
+    /// The number format of matrix products.
+    pub number_format: String,
+}
+
 /// The options and inputs that decide the results of an evaluation: those that do not, such as the number of ranks, are left out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DecidingOptions {
@@ -26,8 +34,7 @@ pub struct DecidingOptions {
 }
 
 impl DecidingOptions {
-    /// Those of an evaluation of `model` on the rows of the session. `questions`: a hash of the questions. `device`: the kind of
-    /// device that computes it.
+    /// Those of an evaluation of `model` on the rows of the session. `questions`: a hash of the questions.
     ///
     /// # Errors
     /// A config.json that cannot be read.
@@ -36,7 +43,7 @@ impl DecidingOptions {
         session: &Session,
         model: &EvaluatedModel,
         questions: Option<blake3::Hash>,
-        device: &str,
+        machine: &Machine,
     ) -> Result<Self> {
         let kwargs = args.chat_template_kwargs.as_ref().map(|kwargs| json!(kwargs.0));
         let values = [
@@ -59,8 +66,10 @@ impl DecidingOptions {
             ("--top-p", json!(args.top_p)),
             ("--seed", json!(args.seed)),
             ("--questions", json!(questions.map(|hash| hash.to_string()))),
-            ("--precision", json!(args.precision)),
-            ("device", json!(device)),
+            ("--answer-pattern", json!(args.answer_pattern)),
+            // Not the option itself: what `auto` is depends on the processor.
+            ("--precision", json!(machine.number_format)),
+            ("device", json!(machine.device)),
         ];
         let values = values.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         Ok(Self { schema: SCHEMA.into(), values })

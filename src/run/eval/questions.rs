@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use regex::Regex;
 
 use super::logged::{Generated, Logged, open_on_first, wrong_row};
+use super::pattern;
 use crate::backend::Backend;
 use crate::collective::on_first;
 use crate::config::EvalArgs;
@@ -53,9 +54,8 @@ impl Questions {
             }
             all.extend(found.into_iter().map(|question| (file, question)));
         }
-        let compile = |source: &String| {
-            Regex::new(source).map_err(|e| Failure::new(exit::USAGE, format!("--answer-pattern {source:?}: {e}")))
-        };
+        let compile =
+            |source: &String| pattern(source).map_err(|e| Failure::new(exit::USAGE, format!("--answer-pattern: {e}")));
         let pattern = args.answer_pattern.as_ref().map(compile).transpose()?;
         let questions = Self { paths: args.questions.clone(), all, pattern, max_new_tokens: args.max_new_tokens };
         Ok((!args.questions.is_empty()).then_some(questions))
@@ -70,10 +70,9 @@ impl Questions {
         self.all.iter().map(|(_, question)| of(question)).max().unwrap_or(0)
     }
 
-    /// A hash of the questions and how their answers are compared.
+    /// A hash of the questions.
     pub fn hash(&self) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new_derive_key("moewarden questions of an evaluation 1");
-        hasher.update(format!("{:?}", self.pattern.as_ref().map(Regex::as_str)).as_bytes());
+        let mut hasher = blake3::Hasher::new_derive_key("moewarden questions of an evaluation 2");
         for (file, question) in &self.all {
             hasher.update(format!("\n{file} {question:?}").as_bytes());
         }
@@ -81,12 +80,20 @@ impl Questions {
     }
 
     /// What of a response is compared with the right answer: without a pattern all of it, without white space around it; else the
-    /// first group, or the whole, of the last match.
+    /// first group, or the whole, of the last match, [`without_marks`].
     fn given(&self, response: &str) -> Option<String> {
         let Some(pattern) = &self.pattern else { return Some(response.trim().to_owned()) };
         let last = pattern.captures_iter(response).last()?;
         let part = last.get(1).or_else(|| last.get(0))?;
-        Some(part.as_str().trim().to_owned())
+        Some(without_marks(part.as_str()))
+    }
+
+    /// Whether what is [`Self::given`] is this answer.
+    fn is_right(&self, given: &str, answer: &str) -> bool {
+        match self.pattern {
+            None => given == answer,
+            Some(_) => given == without_marks(answer),
+        }
     }
 }
 
@@ -141,7 +148,8 @@ impl AskingQuestions<'_> {
             let rows: Vec<QuestionRow> = (0..all.len()).map(|i| self.row(i, &losses[i], answers[i])).collect();
             on_first(world, || Ok(files::write(&self.path, json_lines(&rows))?))?;
             let of_file = |(file, path): (usize, &PathBuf)| {
-                QuestionsReport::of(path.clone(), rows.iter().filter(move |row| row.file == file + 1))
+                let pattern = self.questions.pattern.as_ref().map(|pattern| pattern.as_str().to_owned());
+                QuestionsReport::of(path.clone(), pattern, rows.iter().filter(move |row| row.file == file + 1))
             };
             Ok(self.questions.paths.iter().enumerate().map(of_file).collect())
         })
@@ -186,7 +194,7 @@ impl AskingQuestions<'_> {
                 let said = said.expect("each question without choices has an answer");
                 let response = self.tokenizer.decode(&said.ids);
                 let given = self.questions.given(&response);
-                let correct = given.as_ref() == Some(answer);
+                let correct = given.as_ref().is_some_and(|given| self.questions.is_right(given, answer));
                 let (answer, ids) = (answer.clone(), said.ids.clone());
                 (correct, QuestionResult::Answer { answer, given, response, ids, finish_reason: said.finish })
             }
@@ -197,9 +205,49 @@ impl AskingQuestions<'_> {
     }
 }
 
+/// A text as lm-evaluation-harness compares it for GSM8K: without commas, so that 1,234 is 1234, without dollar signs, and without
+/// the full stop that ends it.
+fn without_marks(text: &str) -> String {
+    let text = text.replace([',', '$'], "");
+    text.trim().trim_end_matches('.').to_owned()
+}
+
 fn choices_of(question: &Question) -> &[Choice] {
     match &question.task {
         Task::Choice { choices, .. } => choices,
         Task::Answer(_) => &[],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_compared_without_their_marks() {
+        let with = |pattern: Option<&str>| {
+            let pattern = pattern.map(|source| Regex::new(source).unwrap());
+            Questions { paths: Vec::new(), all: Vec::new(), pattern, max_new_tokens: 1 }
+        };
+        let right = |questions: &Questions, response: &str, answer: &str| {
+            questions.given(response).is_some_and(|given| questions.is_right(&given, answer))
+        };
+        let gsm8k = with(Some(r"-?[$0-9.,]{2,}|-?[0-9]+"));
+        for (response, answer) in [
+            ("It is 2 * 617 = 1,234.", "1234"),
+            ("So she pays $1,234.50.", "1,234.50"),
+            ("#### 18", "18"),
+            ("That leaves -7.", "-7"),
+            ("12 and then $5.", "5"),
+        ] {
+            assert!(right(&gsm8k, response, answer), "{response}: {:?}", gsm8k.given(response));
+        }
+        for (response, answer) in [("1,234", "234"), ("1.5", "15"), ("none", "0")] {
+            assert!(!right(&gsm8k, response, answer), "{response}: {:?}", gsm8k.given(response));
+        }
+        assert_eq!(with(Some("answer is (.*)")).given("the answer is  x, y. "), Some("x y".into()));
+        // Without a pattern the whole response counts, as it is.
+        let whole = with(None);
+        assert!(right(&whole, " 1,234\n", "1,234") && !right(&whole, "1,234", "1234"));
     }
 }

@@ -90,7 +90,9 @@ fn agree_on_options(world: &dyn Collective, options: &str) -> Result<()> {
 /// The data files and the chat template of a run.
 fn data_files(config: &RunConfig) -> impl Iterator<Item = PathBuf> + '_ {
     let optional = [&config.eval_dataset_path, &config.retain_dataset_path, &config.chat_template];
-    let files = std::iter::once(Some(&config.dataset_path)).chain(optional.map(Option::as_ref));
+    // Without rows, the path is empty.
+    let rows = Some(&config.dataset_path).filter(|path| !path.as_os_str().is_empty());
+    let files = std::iter::once(rows).chain(optional.map(Option::as_ref));
     files.flatten().cloned().chain(config.routing_replies.path().map(Path::to_owned))
 }
 

@@ -65,7 +65,7 @@ impl Session {
         // Where nothing is trained, held-out rows are benign ones.
         let trains = recipe.training != Training::Nothing;
         let held_out = Sides { unsafe_: trains, safe_replies: !trains, ..Sides::default() };
-        let mut session = Self::open_any(config, [rows, held_out], ui)?;
+        let mut session = Self::open_any(config, [rows, held_out], false, ui)?;
         session.check_selection(config, recipe, ui)?;
         session.given = (recipe.identify.by == ScoreBy::Given).then(|| selection_hash(&recipe.identify.given));
         if let (CountedReplies::Traces, Some(path)) = (recipe.identify.counted_replies(), config.routing_replies.path())
@@ -93,12 +93,22 @@ impl Session {
         Ok(session)
     }
 
-    /// Opens the inputs of any command; the data may hold safe rows only. `needs`: the sides of rows, and
-    /// of held-out rows, that are looked for beyond `--max-samples`.
+    /// Opens the inputs of `eval`: the rows may all be prompts without a reply, and without a data file there are none.
     ///
     /// # Errors
     /// Those of the model's files, of the tokenizer and of the data; options that contradict the model.
-    pub fn open_any(config: &RunConfig, [needs, held_out_needs]: [Sides; 2], ui: &Ui) -> Result<Self> {
+    pub fn open_to_evaluate(config: &RunConfig, ui: &Ui) -> Result<Self> {
+        Self::open_any(config, [Sides::default(); 2], true, ui)
+    }
+
+    /// Opens the inputs of any command; the data may hold safe rows only. `needs`: the sides of rows, and
+    /// of held-out rows, that are looked for beyond `--max-samples`. `prompts_suffice`: as for [`Self::open_to_evaluate`].
+    fn open_any(
+        config: &RunConfig,
+        [needs, held_out_needs]: [Sides; 2],
+        prompts_suffice: bool,
+        ui: &Ui,
+    ) -> Result<Self> {
         let dir = hub_cache().resolve(&config.model_name)?;
         let model = ModelConfig::from_dir(&dir)?;
         model.check_length(config.max_length)?;
@@ -114,10 +124,18 @@ impl Session {
         let tokenizer = ChatTokenizer::open(&dir, config.chat_template.as_deref())?;
         tokenizer.check_vocab(model.vocab_size)?;
         let options = data_options(config);
-        let data = Dataset::read(&config.dataset_path, &tokenizer, &DataOptions { needs, ..options.clone() })?;
-        ui.line(&data.report);
-        let padding = data.report.padding(config.batch_size);
-        ui.line(format_args!("  padding avoided: {} tokens ({:.0} %)", padding.avoided, 100.0 * padding.share()));
+        let data = match config.dataset_path.as_os_str().is_empty() {
+            true => Dataset::of_records(Vec::new()), // only for an evaluation by questions
+            false => {
+                let options = DataOptions { needs, prompts_suffice, ..options.clone() };
+                let data = Dataset::read(&config.dataset_path, &tokenizer, &options)?;
+                ui.line(&data.report);
+                let padding = data.report.padding(config.batch_size);
+                let share = 100.0 * padding.share();
+                ui.line(format_args!("  padding avoided: {} tokens ({share:.0} %)", padding.avoided));
+                data
+            }
+        };
         let held_out = match &config.eval_dataset_path {
             None => None,
             Some(path) => {
@@ -224,24 +242,7 @@ impl Session {
 
     /// The sizes by which a device chooses its kernels.
     pub fn workload(&self, batch_size: usize) -> Workload {
-        Workload {
-            rows: self.longest_batch(batch_size),
-            num_experts_per_tok: self.model.num_experts_per_tok,
-            num_experts: self.model.num_experts,
-            hidden_size: self.model.hidden_size,
-            expert_width: self.widest_block(),
-            head_dim: self.model.heads.first().map_or(0, |heads| heads.dim),
-            stored: self.stored_dtype(),
-        }
-    }
-
-    /// The expert width, or that of a dense model's widest layer.
-    fn widest_block(&self) -> usize {
-        let width = |kind: &LayerKind| if let LayerKind::Dense(width) = kind { *width } else { 0 };
-        match self.model.is_dense() {
-            true => self.model.layers.iter().map(width).max().unwrap_or(1),
-            false => self.model.expert_width,
-        }
+        workload(&self.model, &self.table, self.longest_batch(batch_size))
     }
 
     /// Refuses data without the safe side that a phase of the run needs, before the first phase begins.
@@ -307,9 +308,8 @@ impl Session {
     }
 
     /// The number format of the weights: F32 only if none is narrower.
-    fn stored_dtype(&self) -> Dtype {
-        let mut dtypes = self.table.params.iter().map(|spec| spec.dtype());
-        dtypes.find(|dtype| *dtype != Dtype::F32).unwrap_or(Dtype::F32)
+    pub fn stored_dtype(&self) -> Dtype {
+        stored_dtype(&self.table)
     }
 
     /// Refuses weights that are NaN or infinite.
@@ -374,6 +374,34 @@ impl Session {
     }
 }
 
+/// The sizes by which a device chooses its kernels for this model and micro-batches of `rows` tokens.
+pub fn workload(model: &ModelConfig, table: &ParamTable, rows: usize) -> Workload {
+    Workload {
+        rows,
+        num_experts_per_tok: model.num_experts_per_tok,
+        num_experts: model.num_experts,
+        hidden_size: model.hidden_size,
+        expert_width: widest_block(model),
+        head_dim: model.heads.first().map_or(0, |heads| heads.dim),
+        stored: stored_dtype(table),
+    }
+}
+
+/// The expert width, or that of a dense model's widest layer.
+fn widest_block(model: &ModelConfig) -> usize {
+    let width = |kind: &LayerKind| if let LayerKind::Dense(width) = kind { *width } else { 0 };
+    match model.is_dense() {
+        true => model.layers.iter().map(width).max().unwrap_or(1),
+        false => model.expert_width,
+    }
+}
+
+/// The number format of weights: F32 only if none is narrower.
+fn stored_dtype(table: &ParamTable) -> Dtype {
+    let mut dtypes = table.params.iter().map(|spec| spec.dtype());
+    dtypes.find(|dtype| *dtype != Dtype::F32).unwrap_or(Dtype::F32)
+}
+
 /// Reads the retain rows.
 fn read_retain_rows(
     path: &Path,
@@ -417,6 +445,7 @@ pub fn data_options(config: &RunConfig) -> DataOptions {
     DataOptions {
         max_samples: config.max_samples,
         needs: Sides::default(),
+        prompts_suffice: false,
         max_length: config.max_length,
         long_rows: config.long_rows,
         loss_on: config.loss_on,

@@ -8,40 +8,42 @@ use crate::experts::{Bootstrap, ExpertScores, FrequencyAccumulator, RoutingCount
 use crate::model::{PassEnd, Routed};
 use crate::train::replica::{Replica, share};
 
-/// The mean risk differences over these micro-batches, by forward passes; with a remark for the user. As the scores of the routing
-/// method, but summed in the order of the micro-batches: the same bits on any number of ranks. `after` is called with the tokens of
-/// each micro-batch of this rank.
+/// The risk differences over all tokens of these micro-batches together, by forward passes: frequencies of sums, so that they do not
+/// depend on the batch size. (A score of the routing method is the mean of the differences of micro-batches.) Counts are whole
+/// numbers: the same bits on any number of ranks. `after` is called with the tokens of each micro-batch of this rank.
 ///
 /// # Errors
-/// Rows without a safe reply; no micro-batch with tokens to count on both sides; those of the collective.
+/// Rows without a safe reply; no tokens to count on one of the sides; those of the collective.
 pub fn risk_differences<B: Backend>(
     replica: &Replica<B>,
     sampler: Sampler<'_>,
     tokens: RoutingTokens,
     micro_batches: &[Vec<usize>],
     mut after: impl FnMut(usize),
-) -> Result<(ExpertScores, Option<String>)> {
+) -> Result<ExpertScores> {
     let scorer = RoutingScorer::new(replica, sampler, tokens, None)?;
     let layers = replica.moe_layers().layers.clone();
     let num_experts = replica.model().config.num_experts;
-    let width = layers.len() * num_experts;
-    // Of each micro-batch the differences, and whether it counts.
-    let mut own = Vec::new();
-    for (i, records) in share(micro_batches, &*replica.world) {
-        let ([safe, unsafe_], _) = scorer.sides(sampler, records);
-        let read = safe.ids.len() + unsafe_.ids.len();
-        let [safe, unsafe_] = [scorer.count(replica, &safe), scorer.count(replica, &unsafe_)];
-        let differences = FrequencyAccumulator::new(layers.clone(), num_experts).add(&safe, &unsafe_);
-        own.extend(differences.iter().flatten().enumerate().map(|(e, difference)| (i * (width + 1) + e, *difference)));
-        own.push((i * (width + 1) + width, if differences.is_some() { 1.0 } else { 0.0 }));
-        after(read);
+    // Of each side the counts, then the counted tokens.
+    let width = layers.len() * num_experts + 1;
+    let mut sums = vec![0.0; 2 * width];
+    for (_, records) in share(micro_batches, &*replica.world) {
+        let (sides, _) = scorer.sides(sampler, records);
+        for (side, sums) in sides.iter().zip(sums.chunks_exact_mut(width)) {
+            let counts = scorer.count(replica, side);
+            let counted = counts.counts().iter().copied().chain([counts.tokens()]);
+            sums.iter_mut().zip(counted).for_each(|(sum, n)| *sum += n as f64);
+        }
+        after(sides.iter().map(|side| side.ids.len()).sum());
     }
-    let all = replica.gather_by_index(micro_batches.len() * (width + 1), &own)?;
+    replica.world.all_reduce_f64(&mut sums)?;
+    let [(safe, safe_tokens), (unsafe_, unsafe_tokens)] =
+        [&sums[..width], &sums[width..]].map(|side| (&side[..width - 1], side[width - 1]));
+    let difference = |(safe, unsafe_): (&f64, &f64)| unsafe_ / unsafe_tokens - safe / safe_tokens;
+    let differences: Vec<f64> = safe.iter().zip(unsafe_).map(difference).collect();
     let mut total = FrequencyAccumulator::new(layers, num_experts);
-    all.chunks_exact(width + 1)
-        .for_each(|batch| total.add_differences((batch[width] > 0.0).then_some(&batch[..width])));
-    let warning = skipped_warning(&total);
-    Ok((total.finish()?, warning))
+    total.add_differences((safe_tokens > 0.0 && unsafe_tokens > 0.0).then_some(&differences[..]));
+    Ok(total.finish()?)
 }
 
 /// A remark on micro-batches that do not count.
