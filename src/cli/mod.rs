@@ -145,8 +145,8 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
             run::identify(&config, &start(&config)?, ui)
         }
         Command::Eval(args) => {
-            let models = [Some(&args.model_name), args.routers.as_ref(), args.route_as.as_ref(), args.judge.as_ref()];
-            download_all(args.download, models.into_iter().flatten(), ui)?;
+            let others = [&args.routers, &args.route_as, &args.drift_from, &args.judge];
+            download_all(args.download, [&args.model_name].into_iter().chain(others.into_iter().flatten()), ui)?;
             run::eval(args, &start(&args.run_config()?)?, ui)
         }
         Command::Ablate(args) => {

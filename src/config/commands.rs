@@ -29,6 +29,10 @@ pub struct EvalArgs {
     /// Locked routing: every token takes the experts and routing weights that this model computes for it
     #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT)]
     pub route_as: Option<String>,
+    /// Original model: measure how far the evaluated one has moved from it on the replies to safe prompts (KL divergence of the
+    /// next-token distributions)
+    #[arg(long, value_name = "FOLDER|ID", help_heading = INPUT, requires = "dataset_path")]
+    pub drift_from: Option<String>,
     /// Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", help_heading = INPUT)]
     pub chat_template: Option<PathBuf>,

@@ -277,7 +277,10 @@ fn all_pairs<'a>(
 ) -> Vec<(&'a Contrast, &'a Measure, Pairs)> {
     let of_contrast = |contrast: &'a Contrast| -> Vec<(&'a Contrast, &'a Measure, Pairs)> {
         let (Some(a), Some(b)) = (evaluated.get(&contrast.a), evaluated.get(&contrast.b)) else { return Vec::new() };
-        measures.iter().filter_map(|measure| Some((contrast, measure, a.pairs(b, measure)?))).collect()
+        // A distance from the original model says nothing of that model itself.
+        let is_tested = |measure: &&Measure| contrast.a != ORIGINAL || measure.unit != MeasureUnit::Nats;
+        let measures = measures.iter().filter(is_tested);
+        measures.filter_map(|measure| Some((contrast, measure, a.pairs(b, measure)?))).collect()
     };
     contrasts.iter().flat_map(of_contrast).collect()
 }
@@ -375,12 +378,11 @@ mod tests {
             Evaluated { shares: Outcomes::new(), numbers: BTreeMap::from([("drift".to_owned(), items)]) }
         };
         let evaluated = BTreeMap::from([
-            (ORIGINAL.to_owned(), model(0.0)),
+            ("near".to_owned(), model(0.0)),
             ("same".to_owned(), model(0.0)),
             ("far".to_owned(), model(0.5)),
         ]);
-        let contrasts =
-            ["same", "far"].map(|b| Contrast { factor: "training".into(), a: ORIGINAL.into(), b: b.into() });
+        let contrasts = ["same", "far"].map(|b| Contrast { factor: "training".into(), a: "near".into(), b: b.into() });
         let drift = Measure { name: "drift".into(), unit: MeasureUnit::Nats };
         let tests = paired_tests(&evaluated, &contrasts, std::slice::from_ref(&drift));
         assert!(tests[0].p_adjusted > 0.05 && tests[1].p_adjusted < 0.01, "{tests:?}");
@@ -388,9 +390,12 @@ mod tests {
         assert!((tests[1].difference - 0.5).abs() < 0.2 && tests[1].interval.unwrap()[0] > 0.3);
         let estimate = evaluated["far"].estimate(&drift).unwrap();
         assert!(estimate.interval.unwrap()[0] < estimate.value && estimate.of == 60);
+        let with_itself = [Contrast { factor: "training".into(), a: ORIGINAL.into(), b: "far".into() }];
+        let original = evaluated.clone().into_iter().chain([(ORIGINAL.to_owned(), model(0.0))]).collect();
+        assert_eq!(paired_tests(&original, &with_itself, std::slice::from_ref(&drift)), []);
         // Only items that both have are compared.
         let none =
-            BTreeMap::from([(ORIGINAL.to_owned(), Evaluated::default()), ("far".to_owned(), Evaluated::default())]);
+            BTreeMap::from([("near".to_owned(), Evaluated::default()), ("far".to_owned(), Evaluated::default())]);
         assert_eq!(paired_tests(&none, &contrasts, &[drift]), []);
     }
 }

@@ -141,6 +141,23 @@ pub struct RoutingDifference {
     pub risk_difference_top: Vec<(ExpertId, f64)>,
 }
 
+/// How far the evaluated model is from another one, on the replies to safe prompts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DriftReport {
+    /// The folder of the other model.
+    pub from: PathBuf,
+    /// blake3 hash over its parameters.
+    pub sha: String,
+    /// Rows with tokens that carry loss.
+    pub rows: usize,
+    /// These tokens.
+    pub tokens: usize,
+    /// Mean over the tokens of KL(p_other ‖ p) of the next-token distributions, in nats.
+    pub kl: f64,
+    /// Share of the tokens at which both models have the same most probable token.
+    pub same_top_token: f64,
+}
+
 /// The content of `eval.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvalReport {
@@ -172,6 +189,9 @@ pub struct EvalReport {
     pub refusal_onset: Vec<RefusalOnset>,
     /// Difference of the routing of safe and unsafe prompts.
     pub routing: RoutingDifference,
+    /// The distance from the model of `--drift-from`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drift: Option<DriftReport>,
     /// Right answers to the questions of each file; empty without questions, and in files of earlier versions.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub questions: Vec<QuestionsReport>,
@@ -260,8 +280,27 @@ pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
     let onsets = onset_table(evals.iter().map(|(name, eval)| (&**name, &eval.refusal_onset[..])));
     let judged = evals.iter().filter_map(|(name, eval)| Some((&**name, eval.judge.as_ref()?)));
     let questions = questions_table(evals.iter().map(|(name, eval)| (&**name, &eval.questions[..])));
-    let tables = [losses, questions, refusals, cut_off].into_iter().filter(|table| !table.rows.is_empty());
+    let drift = drift_table(evals);
+    let tables = [losses, drift, questions, refusals, cut_off].into_iter().filter(|table| !table.rows.is_empty());
     tables.chain(onsets).chain(verdict_tables(judged)).collect()
+}
+
+/// The distance from the models of `--drift-from`, one row for each evaluation that measured it.
+fn drift_table(evals: &[(String, EvalReport)]) -> Table {
+    let mut table = Table::new(
+        "Drift on the replies to safe prompts: KL(original ‖ model) of the next-token distributions, in nats a token",
+        ["model", "original", "rows", "KL", "same most probable token"],
+    );
+    for (name, drift) in evals.iter().filter_map(|(name, eval)| Some((name, eval.drift.as_ref()?))) {
+        table.row([
+            name.clone(),
+            drift.from.display().to_string(),
+            drift.rows.to_string(),
+            format!("{:.6}", drift.kl),
+            format!("{:.2} %", 100.0 * drift.same_top_token),
+        ]);
+    }
+    table
 }
 
 /// How many answers the largest number of tokens cut off, one row for each evaluation with answers.

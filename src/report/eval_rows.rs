@@ -54,6 +54,10 @@ pub struct ReplyLossRow {
     pub loss: f64,
     /// Whether each of them is the most probable one, given those before: greedy decoding gives the reply.
     pub exact: bool,
+    /// Mean over these tokens of KL(p_original ‖ p) of the next-token distributions, in nats; absent without `--drift-from`, of
+    /// unsafe prompts, and without tokens that carry loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drift: Option<f64>,
 }
 
 /// How many answers to the prompts of one side were cut off.

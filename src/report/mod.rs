@@ -46,8 +46,8 @@ pub use drawing::standalone;
 pub use drift::drift_tables;
 pub use estimates::{Group, Named, Positions, dots_svg, points_svg};
 pub use eval::{
-    EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, GENERATION_SCHEMA, GenerationRow, MeanLoss, RefusalRate,
-    RoutingDifference, Sampling, eval_tables,
+    DriftReport, EVAL_SCHEMA, EvalReport, EvaluatedModel, ExactRate, GENERATION_SCHEMA, GenerationRow, MeanLoss,
+    RefusalRate, RoutingDifference, Sampling, eval_tables,
 };
 pub use eval_rows::{CutOff, FinishReason, PromptSide, REPLY_LOSS_SCHEMA, REPLY_LOSSES, ReplyLossRow};
 pub use experts_file::ExpertsFile;
@@ -59,7 +59,7 @@ pub use metrics::{MetricsLog, MetricsRow, log_line};
 pub use onset::{RefusalOnset, cut_off_warning};
 pub use other_routing::{OtherRouting, RoutingFrom};
 pub use page::Page;
-pub use paired::{Measured, Outcomes, outcomes, paired_table};
+pub use paired::{Measured, Outcomes, drift_by_reply, outcomes, paired_table};
 pub use pickle::{RoundGradients, gradients_pickle};
 pub use questions::{QUESTION_SCHEMA, QuestionResult, QuestionRow, QuestionsReport};
 pub use rankings::{NamedRanking, RANKINGS_SCHEMA, RankingsFile};

@@ -109,6 +109,17 @@ pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
     Ok(out)
 }
 
+/// The drift of each reply to a safe prompt from the model of `--drift-from`, in nats a token, from the rows in the folder of an
+/// evaluation.
+///
+/// # Errors
+/// As [`outcomes`].
+pub fn drift_by_reply(dir: &Path) -> Result<BTreeMap<String, f64>, Error> {
+    let rows = rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES))?;
+    let drift = |row: ReplyLossRow| Some((format!("{} {}", row.id, row.digest), row.drift?));
+    Ok(rows.into_iter().filter_map(drift).collect())
+}
+
 /// The names of the files; those that repeat an earlier one with their number among these.
 fn file_names(files: &[QuestionsReport]) -> Vec<String> {
     let name = |file: &QuestionsReport| {

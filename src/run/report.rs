@@ -12,8 +12,8 @@ use crate::launch::{Existing, prepare_dir_keeping};
 use crate::meter::{Meter, Unit};
 use crate::report::{
     self, Cells, EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile,
-    Series, Table, curve_svg, cut_off_warning, distinct_selections, drift_tables, eval_tables, heatmap_svg, outcomes, overlap_table,
-    paired_table, read_json, rerouting_table, standalone,
+    Series, Table, curve_svg, cut_off_warning, distinct_selections, drift_tables, eval_tables, heatmap_svg, outcomes,
+    overlap_table, paired_table, read_json, rerouting_table, standalone,
 };
 use crate::train::{ExpertLoads, Phase};
 use crate::ui::Ui;

@@ -10,7 +10,8 @@ use assert_cmd::Command;
 use clap::ValueEnum;
 use moewarden::cli::{self, Cli};
 use moewarden::config::{
-    ConfigError, Device, Mode, RawOptions, Resolved, RunConfig, SaveRounds, Schedule, is_bool, resolve,
+    CompareArgs, ConfigError, Device, Mode, RawOptions, Resolved, RunConfig, SaveRounds, Schedule, is_bool, resolve,
+    resolve_compare,
 };
 use moewarden::data::{LongRows, LossOn};
 use moewarden::exit::Coded;
@@ -314,8 +315,20 @@ fn every_shipped_configuration_resolves() {
     assert!(files.len() >= 4, "{files:?}");
     for file in files {
         let flags = RawOptions { dataset_path: Some("d".into()), ..RawOptions::default() };
-        let resolved = resolve(Some(&file), &flags).unwrap_or_else(|e| panic!("{e}"));
+        let (resolved, args) =
+            resolve_compare(Some(&file), &flags, &CompareArgs::default()).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(resolved.warnings, Vec::<String>::new(), "{}", file.display());
+        let warnings = resolve(Some(&file), &flags).unwrap().warnings;
+        if file.ends_with("experiment.yaml") {
+            // Three methods with seven settings of the joint schedule, and alone; routers; everything with seven settings; nothing.
+            assert_eq!(args.variants(&resolved.config).len(), 3 * 7 + 3 + 1 + 7 + 1);
+            assert!(
+                warnings.iter().any(|w| w.contains("`sweep`") && w.contains("only `compare` uses it")),
+                "{warnings:?}"
+            );
+        } else {
+            assert_eq!(warnings, Vec::<String>::new(), "{}", file.display());
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moewarden::exit;
-use moewarden::report::CompareReport;
+use moewarden::report::{CompareReport, VariantReport};
 use serde_json::{Value, json};
 
 use crate::program::{Ran, files_of, model, moewarden, start, write_rows};
@@ -128,6 +128,8 @@ fn variants_are_evaluated_and_tested_as_planned() {
         "held-out, unsafe prompts: refused, gcg/1",
         "benign, safe prompts: refused, opening/1",
         "sums.jsonl: right, choices",
+        "benign, safe prompts: exact replies",
+        "benign, safe prompts: KL from the original model",
     ] {
         assert!(measures.contains(&part.to_owned()), "{part:?} is not in {measures:?}");
     }
@@ -139,7 +141,11 @@ fn variants_are_evaluated_and_tested_as_planned() {
     assert!(plan["measures"].as_array().unwrap().iter().all(|m| !m["name"].as_str().unwrap().contains("opening/1")));
     // Each with the original, three of four with the first of another rate or method, frozen with the first of them.
     assert_eq!((planned("variants"), planned("contrasts")), (5, 5 + 4 + 1));
-    assert_eq!(found.tests.len(), planned("contrasts") * planned("measures"));
+    // Drift is a distance from the original, so it is not compared with it.
+    assert_eq!(found.tests.len(), planned("contrasts") * planned("measures") - 5);
+    let drift = |v: &VariantReport| v.measures["benign, safe prompts: KL from the original model"].value;
+    let [slow, fast, frozen_drift] = [0, 1, 4].map(|i| drift(&found.variants[i]));
+    assert!(frozen_drift < 1e-9 && slow > 1e-9 && fast > 10.0 * slow, "{frozen_drift:e} {slow:e} {fast:e}");
     for test in &found.tests {
         assert!(test.p_adjusted >= test.p && test.p_adjusted <= 1.0 && test.items > 0, "{test:?}");
         if test.contrast.b == "frozen" && test.contrast.factor == "training" {
@@ -233,21 +239,4 @@ fn what_cannot_be_compared_is_refused_before_anything_is_trained() {
     }
     scene.run("dense_qwen3", "out", SHORT).failed(exit::CONFIG, &["dense model", "--ablations baseline"]);
     scene.run("dense_qwen3", "out", "--num-rounds 1 --save-rounds none --ablations baseline").ok();
-}
-
-/// Every file in configs/ is a valid configuration, of `compare` or of a run.
-#[test]
-fn the_configurations_are_valid() {
-    use moewarden::config::{CompareArgs, RawOptions, resolve_compare};
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        let flags = RawOptions { dataset_path: Some("rows".into()), ..RawOptions::default() };
-        let (resolved, args) = resolve_compare(Some(&path), &flags, &CompareArgs::default()).unwrap();
-        assert_eq!(resolved.warnings, Vec::<String>::new(), "{}", path.display());
-        if path.ends_with("experiment.yaml") {
-            // Three methods with seven settings of the joint schedule, and alone; routers; everything with seven settings; nothing.
-            assert_eq!(args.variants(&resolved.config).len(), 3 * 7 + 3 + 1 + 7 + 1);
-        }
-    }
 }

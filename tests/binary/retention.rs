@@ -161,3 +161,41 @@ fn options_without_effect_and_rows_without_replies_are_refused() {
     let ran = scene.run("check", "out", "--retain-dataset-path {RETAIN}").ok();
     assert!(ran.out.contains("retain rows "), "the forecast of the time: {}", ran.out);
 }
+
+/// What `eval` measures of the final model is what the run measured after its last round.
+#[test]
+fn drift_in_an_evaluation_is_that_of_the_run() {
+    let scene = Scene::new();
+    let base = golden_copy("olmoe").join("model");
+    let json_of = |name: &str| -> Value { serde_json::from_slice(&fs::read(scene.output(name)).unwrap()).unwrap() };
+    scene.run("train", "out", "--skip-router-training --retain-dataset-path {RETAIN}").ok();
+    let metadata = json_of("out/training_metadata.json");
+    let wanted = metadata["retention"]["drift"].as_array().unwrap().last().unwrap().clone();
+    let eval = |model: &Path, ranks: usize, output: &str, more: &str| {
+        let [model, base] = [model, &base].map(|path| path.display().to_string());
+        let text = format!(
+            "eval --model-name {model} --drift-from {base} --dataset-path {} --output-dir {} --ranks {ranks} --threads 1 --precision f32 \
+             --skip-answers --batch-size 2 {more}",
+            scene.output("retain.json").display(),
+            scene.output(output).display(),
+        );
+        start(moewarden(0, text.split_whitespace())).end()
+    };
+    let trained = scene.output("out/final_model");
+    let ran = eval(&trained, 1, "drift", "").ok();
+    let found = json_of("drift/eval.json")["drift"].clone();
+    let [kl, same] = ["kl", "same_top_token"].map(|name| found[name].as_f64().unwrap());
+    let [kl_of_run, same_of_run] = ["kl", "top1_agreement"].map(|name| wanted[name].as_f64().unwrap());
+    assert!((kl / kl_of_run - 1.0).abs() < 1e-4 && same == same_of_run, "{found} {wanted}");
+    assert!(ran.out.contains("Drift on the replies to safe prompts"), "{}", ran.out);
+    eval(&trained, 2, "drift-2", "").ok();
+    assert_eq!(json_of("drift-2/eval.json")["drift"], found, "the same on two ranks");
+    let rows = fs::read_to_string(scene.output("drift/reply_losses.jsonl")).unwrap();
+    let rows: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let sum: f64 = rows.iter().filter_map(|row| Some(row["drift"].as_f64()? * row["tokens"].as_f64()?)).sum();
+    assert!((sum / found["tokens"].as_f64().unwrap() - kl).abs() < 1e-12);
+    // From itself it is nothing.
+    eval(&base, 1, "itself", "").ok();
+    let found = json_of("itself/eval.json")["drift"].clone();
+    assert!(found["kl"].as_f64().unwrap().abs() < 1e-9 && found["same_top_token"] == 1.0, "{found}");
+}

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::config::{CompareArgs, EvalArgs, RunConfig};
 use crate::exit::{self, Ended, Failure, Result};
 use crate::launch::Started;
-use crate::report::{EvalReport, Evaluated, Measure, outcomes};
+use crate::report::{EvalReport, Evaluated, Measure, drift_by_reply, outcomes};
 use crate::run::eval::eval;
 use crate::run::refusals::LISTS;
 use crate::ui::Ui;
@@ -54,6 +54,10 @@ impl Evaluations<'_> {
             let of_rows = |what: &str| what.starts_with("unsafe prompts: ") || what.starts_with("safe prompts: ");
             let named = |what: String| if of_rows(&what) { format!("{part}, {what}") } else { what };
             found.shares.extend(all.into_iter().map(|(what, measured)| (named(what), measured)));
+            let drift = drift_by_reply(dir)?;
+            if !drift.is_empty() {
+                found.numbers.insert(format!("{part}, safe prompts: KL from the original model"), drift);
+            }
         }
         Ok(Ended::Done(found))
     }
@@ -69,6 +73,7 @@ impl Evaluations<'_> {
         Ok(EvalArgs {
             chat_template: c.chat_template.clone(),
             chat_template_kwargs: Some(c.chat_template_kwargs.clone()),
+            drift_from: (part == "benign").then(|| c.model_name.clone()),
             questions: if asks { args.questions.clone() } else { Vec::new() },
             answer_pattern: args.answer_pattern.clone().filter(|_| asks),
             max_samples: c.max_samples,

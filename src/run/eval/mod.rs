@@ -1,6 +1,7 @@
 //! `eval`: answers of a model to unsafe and safe prompts, refusal rates, losses, and routing.
 
 mod answers;
+mod drift;
 mod judge_prompt;
 mod judging;
 mod logged;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use regex::Regex;
 
 use answers::{Answering, Asked};
+use drift::{Other, OtherOutputs};
 use judging::{Judge, Judging};
 use logged::Generated;
 use options::{DecidingOptions, Machine};
@@ -35,9 +37,9 @@ use crate::files;
 use crate::judge::Rate;
 use crate::launch::{Device, Opened, Rank, Started};
 use crate::report::{
-    EVAL_SCHEMA, EvalReport, EvalTimes, EvaluatedModel, ExactRate, MeanLoss, PromptSide, REPLY_LOSS_SCHEMA,
-    REPLY_LOSSES, ReplyLossRow, RoutingDifference, Sampling, TIMES_SCHEMA, cut_off_warning, eval_tables, json_lines,
-    read_json, write_json,
+    DriftReport, EVAL_SCHEMA, EvalReport, EvalTimes, EvaluatedModel, ExactRate, MeanLoss, PromptSide,
+    REPLY_LOSS_SCHEMA, REPLY_LOSSES, ReplyLossRow, RoutingDifference, Sampling, TIMES_SCHEMA, cut_off_warning,
+    eval_tables, json_lines, read_json, write_json,
 };
 use crate::train::{Recipe, Replica, divergence_of_prompts, example_losses, mean_of, risk_differences};
 use crate::ui::Ui;
@@ -72,10 +74,17 @@ struct Inputs {
     options: DecidingOptions,
     sampling: Sampling,
     questions: Option<Questions>,
+    drift_from: Option<Other>,
     judge: Option<Judge>,
 }
 
 impl Inputs {
+    /// What the model of `--drift-from` computes, before the evaluated model takes its place on the device.
+    fn other_outputs<B: Backend>(&self, backend: &Arc<B>, rank: &Rank) -> Result<Option<OtherOutputs<B>>> {
+        let outputs = |other: &Other| other.outputs(&self.session, &self.recipe, backend.clone(), rank);
+        self.drift_from.as_ref().map(outputs).transpose()
+    }
+
     /// The prompts to answer.
     fn asked(&self) -> Vec<Asked<'_>> {
         if self.args.skip_answers { Vec::new() } else { answers::asked(&self.session.data.records) }
@@ -99,7 +108,10 @@ fn open(args: &EvalArgs, config: &RunConfig, started: &Started, ui: &Ui) -> Resu
             device: device.kind(),
             number_format: device.number_format(args.precision, session.stored_dtype())?,
         };
-        let options = DecidingOptions::of(args, &session, &model, questions.as_ref().map(Questions::hash), &machine)?;
+        let drift_from = Other::open(&session, args)?;
+        let hash = drift_from.as_ref().map(|other| &*other.sha);
+        let options =
+            DecidingOptions::of(args, &session, &model, questions.as_ref().map(Questions::hash), hash, &machine)?;
         let judge = Judge::open(args, device)?;
         let sampling = Sampling {
             temperature: args.temperature,
@@ -107,7 +119,8 @@ fn open(args: &EvalArgs, config: &RunConfig, started: &Started, ui: &Ui) -> Resu
             max_new_tokens: args.max_new_tokens,
             seed: args.seed,
         };
-        let inputs = Inputs { args: args.clone(), recipe, session, model, options, sampling, questions, judge };
+        let inputs =
+            Inputs { args: args.clone(), recipe, session, model, options, sampling, questions, drift_from, judge };
         if let Some(judge) = &inputs.judge {
             judge.check(&inputs.asked(), args.max_new_tokens, ui)?;
         }
@@ -152,8 +165,14 @@ fn evaluate(inputs: Inputs, config: &RunConfig, started: &Started, ui: &Ui) -> R
         let evaluation = Evaluation::new(&inputs, &asked, &config.output_dir, &rank.ui);
         let session = &inputs.session;
         let answered = match device.open(&config, session.workload(config.batch_size), rank)? {
-            Opened::Cpu(cpu) => evaluation.run(rank, &session.replica(cpu, None, rank)),
-            Opened::Cuda(cuda, transport) => evaluation.run(rank, &session.replica(cuda, transport, rank)),
+            Opened::Cpu(cpu) => {
+                let other = inputs.other_outputs(&cpu, rank)?;
+                evaluation.run(rank, &session.replica(cpu, None, rank), other)
+            }
+            Opened::Cuda(cuda, transport) => {
+                let other = inputs.other_outputs(&cuda, rank)?;
+                evaluation.run(rank, &session.replica(cuda, transport, rank), other)
+            }
         };
         // By now the evaluated model is freed.
         let mut results = match answered? {
@@ -197,9 +216,14 @@ impl<'a> Evaluation<'a> {
     }
 
     /// Measures the model, lets it answer, and writes what was found.
-    fn run<B: Backend>(&self, rank: &Rank, replica: &Replica<B>) -> Result<Ended<Results>> {
+    fn run<B: Backend>(
+        &self,
+        rank: &Rank,
+        replica: &Replica<B>,
+        other: Option<OtherOutputs<B>>,
+    ) -> Result<Ended<Results>> {
         let args = &self.inputs.args;
-        let mut report = self.measure(replica)?;
+        let mut report = self.measure(replica, other)?;
         let mut times = EvalTimes { schema: TIMES_SCHEMA.into(), answers: None, questions: None, verdicts: None };
         let mut said = Vec::new();
         if !args.skip_answers && !self.answering.asked.is_empty() {
@@ -278,12 +302,13 @@ impl<'a> Evaluation<'a> {
     }
 
     /// Losses and routing.
-    fn measure<B: Backend>(&self, replica: &Replica<B>) -> Result<EvalReport> {
+    fn measure<B: Backend>(&self, replica: &Replica<B>, other: Option<OtherOutputs<B>>) -> Result<EvalReport> {
         let Inputs { args, session, model, sampling, .. } = self.inputs;
         let mut rows = Vec::new();
         let (ce_unsafe, exact_unsafe) =
             self.losses(replica, PromptSide::Unsafe, |r| r.unsafe_reply.as_ref(), &mut rows)?;
         let (ce_safe, exact_safe) = self.losses(replica, PromptSide::Safe, |r| r.safe_reply.as_ref(), &mut rows)?;
+        let drift = self.drift(replica, other, &mut rows)?;
         if !rows.is_empty() {
             let path = self.output_dir.join(REPLY_LOSSES);
             on_first(&*replica.world, || Ok(files::write(path, json_lines(&rows))?))?;
@@ -301,9 +326,25 @@ impl<'a> Evaluation<'a> {
             cut_off: Vec::new(),
             refusal_onset: Vec::new(),
             routing: self.routing_difference(replica)?,
+            drift,
             questions: Vec::new(),
             judge: None,
         })
+    }
+
+    /// The distance from the model of `--drift-from`; adds that of each row to those of `rows` that are of safe prompts.
+    fn drift<B: Backend>(
+        &self,
+        replica: &Replica<B>,
+        other: Option<OtherOutputs<B>>,
+        rows: &mut [ReplyLossRow],
+    ) -> Result<Option<DriftReport>> {
+        let Inputs { recipe, session, drift_from, .. } = self.inputs;
+        let Some((from, outputs)) = drift_from.as_ref().zip(other) else { return Ok(None) };
+        let (report, by_row) = from.measure(session, recipe, replica, &outputs)?;
+        let safe = rows.iter_mut().filter(|row| row.side == PromptSide::Safe);
+        safe.zip(by_row).for_each(|(row, drift)| row.drift = drift.per_token());
+        Ok(Some(report))
     }
 
     /// Writes the times, then the report: where that is, the evaluation is complete.
@@ -364,6 +405,7 @@ impl<'a> Evaluation<'a> {
             tokens: loss.tokens,
             loss: loss.sum,
             exact: loss.exact,
+            drift: None,
         }));
         let tokens = losses.iter().map(|loss| loss.tokens).sum();
         let exact = Rate::of(losses.iter().filter(|loss| loss.tokens > 0).map(|loss| loss.exact));

@@ -34,7 +34,8 @@ pub struct DecidingOptions {
 }
 
 impl DecidingOptions {
-    /// Those of an evaluation of `model` on the rows of the session. `questions`: a hash of the questions.
+    /// Those of an evaluation of `model` on the rows of the session. `questions`: a hash of the questions. `drift_from`: the hash of
+    /// the weights of the model of `--drift-from`.
     ///
     /// # Errors
     /// A config.json that cannot be read.
@@ -43,6 +44,7 @@ impl DecidingOptions {
         session: &Session,
         model: &EvaluatedModel,
         questions: Option<blake3::Hash>,
+        drift_from: Option<&str>,
         machine: &Machine,
     ) -> Result<Self> {
         let kwargs = args.chat_template_kwargs.as_ref().map(|kwargs| json!(kwargs.0));
@@ -51,6 +53,7 @@ impl DecidingOptions {
             ("model weights", json!(model.sha)),
             ("config.json", json!(config_hash(&session.dir)?.to_string())),
             ("other routing", json!(model.other_routing.as_ref().map(|other| (other.from, &other.sha)))),
+            ("--drift-from", json!(drift_from)),
             ("rows and their tokens", json!(rows_hash(&session.data.records).to_string())),
             ("chat template", json!(session.tokenizer.template_digest().to_string())),
             ("end-of-sequence tokens", json!(session.tokenizer.eos_ids())),

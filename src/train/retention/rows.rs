@@ -19,6 +19,13 @@ pub struct RowDrift {
     pub same_top: usize,
 }
 
+impl RowDrift {
+    /// Mean divergence over the tokens; `None` without one.
+    pub fn per_token(&self) -> Option<f64> {
+        (self.tokens > 0).then(|| self.kl / self.tokens as f64)
+    }
+}
+
 /// The final hidden states of the tokens with loss behind the norm, `[n, D]` for each row.
 ///
 /// # Errors
