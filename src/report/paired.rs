@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::eval_rows::PromptSide;
 use super::questions::{QuestionResult, QuestionRow, QuestionsReport};
 use super::verdicts::JudgeModel;
-use super::{Error, EvalReport, Table};
+use super::{Error, EvalReport, Rows, Table, read_rows};
 use crate::judge::{Assessment, PairedDifference, Safety};
 
 /// Measures by name.
@@ -40,11 +41,11 @@ struct Judged {
 }
 
 /// The outcomes of an evaluation, from the rows in its folder: refusals by phrase list, verdicts of the judge, and right answers to
-/// questions. Items of two evaluations are the same if they have the same id and messages, or the same id and question.
+/// questions; `warn` hears of a torn last line. Items of two evaluations are the same if they have the same id and messages, or the same id and question.
 ///
 /// # Errors
-/// [`Error::Missing`]; [`Error::Invalid`] with the number of the line.
-pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
+/// [`Error::Missing`]; [`Error::Row`].
+pub fn outcomes(dir: &Path, eval: &EvalReport, warn: &mut dyn FnMut(String)) -> Result<Outcomes, Error> {
     let sampling = format!("{:?}", eval.sampling);
     let judge = eval.judge.as_ref().map(|judge| JudgeModel { path: PathBuf::new(), ..judge.model.clone() });
     let judge = format!("{judge:?} {sampling}");
@@ -54,7 +55,7 @@ pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
         let new = || Measured { basis: basis.to_owned(), items: BTreeMap::new() };
         out.entry(what).or_insert_with(new).items.insert(item.to_owned(), yes);
     };
-    for row in rows::<Generated>(&dir.join("generations.jsonl"))? {
+    for row in rows::<Generated>(&dir.join("generations.jsonl"), warn)? {
         let (item, side) = (format!("{} {}", row.id, row.messages), row.category.name());
         for (list, refuses) in row.proxy {
             add(format!("{side} prompts: refused, {list}"), &sampling, &item, refuses);
@@ -66,7 +67,7 @@ pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
             }
         }
     }
-    for row in rows::<QuestionRow>(&dir.join("questions.jsonl"))? {
+    for row in rows::<QuestionRow>(&dir.join("questions.jsonl"), warn)? {
         let name = names.get(row.file.wrapping_sub(1)).map_or("", String::as_str);
         let (kind, basis) = match row.result {
             QuestionResult::Choice { .. } => ("choices", String::new()),
@@ -75,6 +76,16 @@ pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
         add(format!("{name}: right, {kind}"), &basis, &format!("{} {}", row.id, row.digest), row.correct);
     }
     Ok(out)
+}
+
+/// The rows of a file; none if it does not exist.
+fn rows<T: DeserializeOwned>(path: &Path, warn: &mut dyn FnMut(String)) -> Result<Vec<T>, Error> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let Rows { rows, torn } = read_rows(path)?;
+    torn.into_iter().for_each(warn);
+    Ok(rows)
 }
 
 /// The names of the files; those that repeat an earlier one with their number among these.
@@ -88,19 +99,6 @@ fn file_names(files: &[QuestionsReport]) -> Vec<String> {
         n => format!("{} ({})", names[i], n + 1),
     };
     (0..names.len()).map(numbered).collect()
-}
-
-/// The rows of a file of JSON lines; none if it does not exist.
-fn rows<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, Error> {
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let text = crate::input::read_text(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
-    let row = |(i, line): (usize, &str)| {
-        let invalid = |e| Error::Invalid { path: path.to_owned(), reason: format!("line {}: {e}", i + 1) };
-        serde_json::from_str(line).map_err(invalid)
-    };
-    text.lines().enumerate().map(row).collect()
 }
 
 /// The differences of each evaluation from the first, on the items that both have.
