@@ -3,6 +3,8 @@
 //! An output is written to a temporary file in its own folder, synced to disk, and renamed to its final name; then the
 //! folder is synced. So after a crash a reader finds the old file or the new one, never a partial one.
 
+use std::borrow::Cow;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -61,8 +63,9 @@ impl AtomicFile {
     /// [`Error::Create`] if the folder is missing or not writable.
     pub fn create(path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let prefix = format!(".{name}.");
+        let mut prefix = OsString::from(".");
+        prefix.push(shortened(path.file_name().unwrap_or_default()));
+        prefix.push(".");
         let mut builder = tempfile::Builder::new();
         builder.prefix(&prefix).suffix(".part");
         // The default mode of tempfile, 0600, would keep a shared folder's other users from reading the output.
@@ -103,6 +106,19 @@ impl Write for AtomicFile {
     fn flush(&mut self) -> io::Result<()> {
         self.temporary.flush()
     }
+}
+
+/// A name that stays within the 255 bytes of a file system when a temporary name is made of it: cut, with a hash of the whole name in
+/// place of the end, where it is longer than 200 bytes.
+pub fn shortened(name: &OsStr) -> Cow<'_, OsStr> {
+    const LONGEST: usize = 200;
+    if name.len() <= LONGEST {
+        return name.into();
+    }
+    let hash = blake3::hash(name.as_encoded_bytes()).to_hex();
+    let name = name.to_string_lossy();
+    let cut = (0..=LONGEST - 17).rev().find(|end| name.is_char_boundary(*end)).unwrap_or(0);
+    OsString::from(format!("{}-{}", &name[..cut], &hash[..16])).into()
 }
 
 /// The output file of which `name` is a temporary file, left by a killed process: `metrics.jsonl` for
@@ -187,6 +203,19 @@ mod tests {
         assert!(error.to_string().contains("a.json"), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         assert_eq!(names(dir.path()), ["a.json"]);
+    }
+
+    #[test]
+    fn the_longest_names_are_written() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a".repeat(255), "é".repeat(127)] {
+            write(dir.path().join(&name), "x").unwrap();
+            assert_eq!(std::fs::read(dir.path().join(&name)).unwrap(), b"x");
+        }
+        let short = "b".repeat(200);
+        assert_eq!(&*shortened(short.as_ref()), short.as_str());
+        let [one, other] = ["c", "d"].map(|end| shortened(("é".repeat(120) + end).as_ref()).into_owned());
+        assert!(one.len() <= 200 && one != other);
     }
 
     #[test]

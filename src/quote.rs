@@ -1,4 +1,4 @@
-//! Text from files in messages: cut to a length, and without the characters that a terminal obeys.
+//! Text from files in messages, tables and pages: cut to a length, and without the characters that a terminal or a browser obeys.
 
 use std::fmt::Write;
 
@@ -20,7 +20,21 @@ pub fn cut(text: &str, limit: usize) -> String {
 
 /// A message of several lines that may quote files.
 pub fn message(text: &str) -> String {
-    shown(text, MESSAGE, |c| matches!(c, '\n' | '\t'))
+    shown(text, MESSAGE, is_layout)
+}
+
+/// One line of any length.
+pub fn line(text: &str) -> String {
+    shown(text, usize::MAX, |_| false)
+}
+
+/// A text of any length, which keeps its lines.
+pub fn lines(text: &str) -> String {
+    shown(text, usize::MAX, is_layout)
+}
+
+fn is_layout(c: char) -> bool {
+    matches!(c, '\n' | '\t')
 }
 
 fn shown(text: &str, limit: usize, keep: impl Fn(char) -> bool) -> String {
@@ -38,11 +52,12 @@ fn shown(text: &str, limit: usize, keep: impl Fn(char) -> bool) -> String {
     out
 }
 
-/// Whether a terminal obeys the character instead of showing it: control characters, line separators, and marks that turn the
-/// direction of the text.
+/// Whether a terminal or a browser obeys the character instead of showing it: control characters, line separators, and marks that
+/// turn the direction of the text; and what XML forbids.
 fn obeyed(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+        || matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}')
+        || matches!(c, '\u{feff}' | '\u{fffe}' | '\u{ffff}')
 }
 
 #[cfg(test)]
@@ -54,6 +69,19 @@ mod tests {
         assert_eq!(quote("<|im_start|>"), "`<|im_start|>`");
         assert_eq!(quote("a\x1b[2J\nb\u{202e}c\u{9b}1m"), "`a\\u{1b}[2J\\nb\\u{202e}c\\u{9b}1m`");
         assert_eq!(quote(&"é".repeat(81)), format!("`{}… (1 more characters)`", "é".repeat(80)));
+    }
+
+    #[test]
+    fn every_character_that_is_obeyed_is_escaped() {
+        let c1 = '\u{7f}'..='\u{9f}';
+        let directions =
+            ('\u{202a}'..='\u{202e}').chain('\u{2066}'..='\u{2069}').chain(['\u{200e}', '\u{200f}', '\u{61c}']);
+        for c in ('\0'..='\x1f').chain(c1).chain(directions).chain(['\u{fffe}', '\u{ffff}']) {
+            let text = format!("a{c}b");
+            assert_eq!(line(&text), format!("a{}b", c.escape_default()), "{c:?}");
+            assert_eq!(lines(&text), if is_layout(c) { text } else { line(&text) }, "{c:?}");
+        }
+        assert_eq!(line("é → 日本 \u{a0}"), "é → 日本 \u{a0}");
     }
 
     #[test]

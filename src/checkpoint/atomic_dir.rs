@@ -8,7 +8,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::error::Error;
-use crate::files::{folder_of, sync_folder};
+use crate::files::{folder_of, shortened, sync_folder};
 
 /// A folder that gets its final name only when it is complete.
 ///
@@ -94,7 +94,7 @@ pub fn target_of_temporary(name: &str) -> Option<&str> {
 pub fn partial_path(target: &Path) -> Result<PathBuf, Error> {
     let name = target.file_name().ok_or_else(|| Error::NoName(target.into()))?;
     let mut partial = std::ffi::OsString::from(".");
-    partial.push(name);
+    partial.push(shortened(name));
     partial.push(".partial");
     Ok(target.with_file_name(partial))
 }

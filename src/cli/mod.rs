@@ -14,7 +14,7 @@ use crate::config::{
 };
 use crate::exit::{self, Ended, Failure};
 use crate::launch::download::Wanted;
-use crate::launch::{self, Launch, Started, stop_on_signals};
+use crate::launch::{self, Launch, Ranks, Started, stop_on_signals};
 use crate::run;
 use crate::train::fault::Fault;
 use crate::ui::Ui;
@@ -85,7 +85,7 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
-    /// The options of a run. Also downloads the model, if asked to.
+    /// The options of a run.
     fn resolve(&self, ui: &Ui) -> exit::Result<RunConfig> {
         self.accept(resolve(self.config.as_deref(), &self.options)?, ui)
     }
@@ -93,20 +93,20 @@ impl RunArgs {
     /// [`Self::resolve`] for `compare`, and its own options.
     fn resolve_compare(&self, own: &CompareArgs, ui: &Ui) -> exit::Result<(RunConfig, CompareArgs)> {
         let (resolved, args) = resolve_compare(self.config.as_deref(), &self.options, own)?;
-        let config = self.accept(resolved, ui)?;
-        download_all(self.download, &args.judge, ui)?;
-        Ok((config, args))
+        Ok((self.accept(resolved, ui)?, args))
     }
 
     fn accept(&self, resolved: Resolved, ui: &Ui) -> exit::Result<RunConfig> {
         for warning in &resolved.warnings {
             ui.warn(warning);
         }
-        if self.download {
-            let wanted = if resolved.config.init == Init::Random { Wanted::NoWeights } else { Wanted::Model };
-            download(&resolved.config.model_name, wanted, ui)?;
-        }
         Ok(resolved.config)
+    }
+
+    /// Downloads the model, if asked to.
+    fn download(&self, config: &RunConfig, ranks: &Ranks, ui: &Ui) -> exit::Result<()> {
+        let wanted = if config.init == Init::Random { Wanted::NoWeights } else { Wanted::Model };
+        download(self.download, &[(&config.model_name, wanted)], ranks, ui)
     }
 }
 
@@ -134,7 +134,9 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
     match &cli.command {
         Command::Train(run) => {
             let config = run.resolve(ui)?;
-            Ok(match run::train(&config, &start(&config)?, ui)? {
+            let started = start(&config)?;
+            run.download(&config, &started.ranks, ui)?;
+            Ok(match run::train(&config, &started, ui)? {
                 Ended::Done(_) => Ended::Done(()),
                 Ended::Stopped(stopped) => Ended::Stopped(stopped),
             })
@@ -142,41 +144,58 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
         Command::Identify(run) => {
             refuse_training_flags(&run.options)?;
             let config = run.resolve(ui)?;
-            run::identify(&config, &start(&config)?, ui)
+            let started = start(&config)?;
+            run.download(&config, &started.ranks, ui)?;
+            run::identify(&config, &started, ui)
         }
         Command::Eval(args) => {
             let others = [&args.routers, &args.route_as, &args.drift_from, &args.judge];
-            download_all(args.download, [&args.model_name].into_iter().chain(others.into_iter().flatten()), ui)?;
-            run::eval(args, &start(&args.run_config()?)?, ui)
+            let models = [&args.model_name].into_iter().chain(others.into_iter().flatten());
+            let models: Vec<_> = models.map(|name| (name, Wanted::Model)).collect();
+            let started = start(&args.run_config()?)?;
+            download(args.download, &models, &started.ranks, ui)?;
+            run::eval(args, &started, ui)
         }
         Command::Ablate(args) => {
             let config = args.run_config()?;
-            download_all(args.download, [&args.model_name], ui)?;
-            run::ablate(&config, args, &start(&config)?, ui)
+            let started = start(&config)?;
+            download(args.download, &[(&args.model_name, Wanted::Model)], &started.ranks, ui)?;
+            run::ablate(&config, args, &started, ui)
         }
         Command::Report(args) => run::report(args, ui).map(done),
         Command::Compare { args, run } => {
             let (config, args) = run.resolve_compare(args, ui)?;
-            run::compare(&config, &args, &start(&config)?, ui)
+            let started = start(&config)?;
+            run.download(&config, &started.ranks, ui)?;
+            if let Some(judge) = &args.judge {
+                download(run.download, &[(judge, Wanted::Model)], &started.ranks, ui)?;
+            }
+            run::compare(&config, &args, &started, ui)
         }
         Command::Export(args) => {
-            download_all(args.download, [&args.base], ui)?;
+            download(args.download, &[(&args.base, Wanted::Model)], &Ranks::single(), ui)?;
             run::export(args, ui).map(done)
         }
-        Command::Check { args, run } => run::check(&run.resolve(ui)?, args, ui).map(done),
+        Command::Check { args, run } => {
+            let config = run.resolve(ui)?;
+            run.download(&config, &Ranks::single(), ui)?;
+            run::check(&config, args, ui).map(done)
+        }
         Command::Quickstart(args) => run::quickstart(args, ui).map(done),
     }
 }
 
-/// Downloads a model unless it is a folder or in the cache. Each process does so before it joins the others: one fetches it,
-/// the others wait.
-fn download(name: &str, wanted: Wanted, ui: &Ui) -> exit::Result<()> {
-    Ok(launch::download::download(name, wanted, &launch::hub_cache(), launch::hub_access(), ui)?)
-}
-
-/// Downloads all these models with their weights, if asked to.
-fn download_all<'a>(asked: bool, names: impl IntoIterator<Item = &'a String>, ui: &Ui) -> exit::Result<()> {
-    names.into_iter().filter(|_| asked).try_for_each(|name| download(name, Wanted::Model, ui))
+/// Downloads these models, if asked to, unless they are folders or in the cache.
+fn download(asked: bool, models: &[(&String, Wanted)], ranks: &Ranks, ui: &Ui) -> exit::Result<()> {
+    if !asked {
+        return Ok(());
+    }
+    ranks.in_turns("downloading the model", || {
+        models.iter().try_for_each(|(name, wanted)| {
+            let (cache, access) = (launch::hub_cache(), launch::hub_access());
+            Ok(launch::download::download(name, *wanted, &cache, access, ranks.stop(), ui)?)
+        })
+    })
 }
 
 /// The grammar: clap's derived one, plus the defaults of [`RunConfig::default`] in the help, and boolean options that

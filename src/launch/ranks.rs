@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::backend::DeviceFault;
 use crate::collective::threads::{self, RankOutcome};
-use crate::collective::{self, Collective};
+use crate::collective::{self, Collective, with_heartbeat};
 use crate::exit::{self, Failure, Result};
 use crate::train::StopFlag;
 use crate::train::fault::Fault;
@@ -131,6 +131,34 @@ impl Ranks {
         }
     }
 
+    /// Lets each process do work whose result the others on its machine, or on all machines, then find done, such as a download into
+    /// a cache: rank 0 first, then the first rank of each other machine, then the others. The first failure ends all of them, before
+    /// the others try the same. The work may take longer than the collective timeout.
+    ///
+    /// # Errors
+    /// Those of [`Self::all_ok`] and of the collective.
+    pub fn in_turns(&self, activity: &str, work: impl Fn() -> Result<()> + Send + Sync) -> Result<()> {
+        let Kind::Process { world, local_rank, .. } = &self.kind else { return work() };
+        let turn = match (world.rank(), local_rank) {
+            (0, _) => 0,
+            (_, 0) => 1,
+            _ => 2,
+        };
+        let before = world.activity();
+        world.set_activity(activity);
+        for now in 0..3 {
+            let own = with_heartbeat(&**world, || if now == turn { work() } else { Ok(()) })?;
+            self.all_ok(own)?;
+        }
+        world.set_activity(&before);
+        Ok(())
+    }
+
+    /// The flag that is set when this process is asked to save and stop.
+    pub fn stop(&self) -> &StopFlag {
+        &self.stop
+    }
+
     /// Runs `main` on every rank of this process and returns the result of the lowest one. If a rank fails or panics, the
     /// others leave at their next collective operation.
     ///
@@ -251,6 +279,32 @@ mod tests {
         let failure = panicked.unwrap_err();
         assert_eq!(failure.code(), exit::INTERNAL);
         assert_eq!(failure.to_string(), "rank 1 of 3, in expert step 7: panicked: on purpose");
+    }
+
+    #[test]
+    fn work_in_turns_is_tried_once_where_it_fails() {
+        let done = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let heard = done.clone();
+        let in_turns = move |fails: usize| {
+            let done = heard.clone();
+            three().run(&Ui::silent(), move |rank| {
+                // Two machines: ranks 0 and 1, and rank 2.
+                let machine = if rank.world.rank() < 2 { (rank.world.rank(), 2) } else { (0, 1) };
+                let ranks = Ranks::process(rank.world.clone(), machine.0, machine.1);
+                ranks.in_turns("downloading", || {
+                    done.lock().unwrap().push(rank.world.rank());
+                    if rank.world.rank() == fails { Err(Failure::new(exit::NO_INPUT, "gated")) } else { Ok(()) }
+                })
+            })
+        };
+        in_turns(3).unwrap();
+        assert_eq!(std::mem::take(&mut *done.lock().unwrap()), [0, 2, 1]);
+        for (fails, tried) in [(0, &[0][..]), (2, &[0, 2]), (1, &[0, 2, 1])] {
+            let failure = in_turns(fails).unwrap_err();
+            assert_eq!(failure.code(), exit::NO_INPUT);
+            assert!(failure.to_string().contains("gated"), "{failure}");
+            assert_eq!(std::mem::take(&mut *done.lock().unwrap()), tried);
+        }
     }
 
     #[test]

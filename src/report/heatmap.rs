@@ -6,6 +6,7 @@ use std::fmt::Write;
 use super::drawing;
 use super::scale::Scale;
 use crate::experts::{ExpertId, ExpertScores, STABLE};
+use crate::quote;
 
 /// Colour of the frames of selected experts; contrasts with all colours above.
 const FRAME: &str = "#f08c00";
@@ -61,7 +62,7 @@ pub fn heatmap_svg(
     let cell = if scores.num_experts <= 64 { 16 } else { 8 };
     let (width, height) = (LEFT + scores.num_experts * cell + 16, TOP + scores.layers.len() * ROW + 64);
     let width = width.max(if inclusion.is_empty() { 420 } else { 540 }); // the width of the legend
-    let width = width.max(LEFT + TITLE_CHARACTER * title.chars().count() + 16);
+    let width = width.max(LEFT + TITLE_CHARACTER * quote::line(title).chars().count() + 16);
     let scale = Scale::of_values(&scores.values);
     let rank: HashMap<ExpertId, usize> = selected.iter().enumerate().map(|(i, id)| (*id, i + 1)).collect();
 

@@ -1,7 +1,19 @@
 //! Text in HTML and SVG.
 
-/// Escapes text for HTML, SVG and their attributes. Control characters, which XML forbids, become U+FFFD.
+use crate::quote;
+
+/// Escapes text for HTML, SVG and their attributes, as one line: line feeds and other characters that a browser obeys, or that XML
+/// forbids, are shown as on the terminal (`\n`, `\u{1b}`).
 pub fn escape(text: &str) -> String {
+    escape_markup(&quote::line(text))
+}
+
+/// As [`escape`], but line feeds and tabs stay.
+pub fn escape_lines(text: &str) -> String {
+    escape_markup(&quote::lines(text))
+}
+
+fn escape_markup(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -10,8 +22,6 @@ pub fn escape(text: &str) -> String {
             '>' => out.push_str("&gt;"),
             '"' => out.push_str("&quot;"),
             '\'' => out.push_str("&#39;"),
-            '\t' | '\n' => out.push(c),
-            '\0'..='\x1f' | '\u{fffe}' | '\u{ffff}' => out.push('\u{fffd}'),
             _ => out.push(c),
         }
     }
@@ -20,6 +30,15 @@ pub fn escape(text: &str) -> String {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::*;
+
+    #[test]
+    fn a_browser_only_shows_text() {
+        let hostile = "a<b>\n\tc\u{9b}1m\u{202e}'d'\0&";
+        assert_eq!(escape(hostile), "a&lt;b&gt;\\n\\tc\\u{9b}1m\\u{202e}&#39;d&#39;\\u{0}&amp;");
+        assert_eq!(escape_lines(hostile), "a&lt;b&gt;\n\tc\\u{9b}1m\\u{202e}&#39;d&#39;\\u{0}&amp;");
+    }
+
     /// Panics unless `text` is well-formed: tags are nested and closed, attributes are quoted and unique, `<` and `&`
     /// are escaped. Scripts and styles have neither, because HTML and XML would read them in two ways.
     pub fn assert_well_formed(text: &str) {

@@ -66,7 +66,7 @@ pub use rankings::{NamedRanking, RANKINGS_SCHEMA, RankingsFile};
 pub use rates::{RateRow, rates_svg};
 pub use replies::{OWN_REPLIES, OwnReply, REPLY_SCHEMA};
 pub use rerouting::rerouting_table;
-pub use row_log::{RowLog, json_lines};
+pub use row_log::{RowLog, Rows, json_lines, read_rows};
 pub use scores_json::{RoundScores, SCORES_SCHEMA, ScoresFile};
 pub use selections::{DistinctSelection, Overlap, RunSelection, distinct_selections, overlap, overlap_table, spearman};
 pub use speed::{AnswerTimes, EvalTimes, GenerationSpeed, TIMES_SCHEMA, TokenSpeed};
@@ -120,6 +120,16 @@ pub enum Error {
         /// The error of the operating system.
         source: io::Error,
     },
+    /// A line of a file of JSON lines is not a row that this version writes.
+    #[error("{path}:{line}: is no row that moewarden wrote: {reason}. Without this line the other rows can be read")]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The error.
+        reason: String,
+    },
     /// The content of a file of an earlier run is invalid.
     #[error("{path}: {reason}")]
     Invalid {
@@ -135,7 +145,7 @@ impl Coded for Error {
         match self {
             Error::File(e) => e.exit_code(),
             Error::Log { .. } => exit::IO,
-            Error::LogTruncated { .. } | Error::Invalid { .. } => exit::DATA,
+            Error::LogTruncated { .. } | Error::Row { .. } | Error::Invalid { .. } => exit::DATA,
             Error::Missing { .. } => exit::NO_INPUT,
         }
     }

@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use sha2::{Digest, Sha256};
 
 use super::drawing;
-use super::markup::escape;
+use super::markup::{escape, escape_lines};
 use super::table::Table;
 
 const STYLE: &str = include_str!("../../assets/report/page.css");
@@ -41,7 +41,7 @@ impl Page {
 
     /// Appends a paragraph of plain text; line breaks stay.
     pub fn text(&mut self, text: &str) {
-        let _ = writeln!(self.body, "<p>{}</p>", escape(text));
+        let _ = writeln!(self.body, "<p>{}</p>", escape_lines(text));
     }
 
     /// Appends a table.
@@ -104,7 +104,7 @@ mod tests {
     use super::super::markup::tests::assert_well_formed;
     use super::*;
 
-    const HOSTILE: &str = "</title><script>alert('x' & \"y\")</script>\u{0}";
+    const HOSTILE: &str = "</title><script>alert('x' & \"y\")</script>\u{0}\u{9b}1m\u{202e}";
 
     #[test]
     fn hostile_text_is_escaped() {
@@ -117,7 +117,7 @@ mod tests {
         let html = page.finish();
         assert_well_formed(&html);
         assert_eq!(html.matches("<script").count(), 1, "its own");
-        assert!(!html.contains("alert('") && !html.contains('\0'));
+        assert!(!html.contains("alert('") && !html.contains(['\0', '\u{9b}', '\u{202e}']));
         assert!(!html.contains("http:") && !html.contains("https:"), "no external link");
     }
 

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::eval_rows::{PromptSide, REPLY_LOSSES, ReplyLossRow};
 use super::questions::{QuestionResult, QuestionRow, QuestionsReport};
 use super::verdicts::JudgeModel;
-use super::{Error, EvalReport, Table};
+use super::{Error, EvalReport, Rows, Table, read_rows};
 use crate::judge::{Assessment, PairedDifference, Safety};
 
 /// Measures by name.
@@ -58,12 +59,12 @@ struct Judged {
 }
 
 /// The outcomes of an evaluation, from the rows in its folder: refusals by phrase list, verdicts of the judge, exact replies, and right
-/// answers to questions. Items of two evaluations are the same if they have the same id and messages, or the same id and the same
-/// tokens of reply or question.
+/// answers to questions; `warn` hears of a torn last line. Items of two evaluations are the same if they have the same id and messages, or
+/// the same id and the same tokens of reply or question.
 ///
 /// # Errors
-/// [`Error::Missing`]; [`Error::Invalid`] with the number of the line.
-pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
+/// [`Error::Missing`]; [`Error::Row`].
+pub fn outcomes(dir: &Path, eval: &EvalReport, warn: &mut dyn FnMut(String)) -> Result<Outcomes, Error> {
     let sampling = format!("{:?}", eval.sampling);
     // Neither the folder nor rounding makes it another judge.
     let judge = eval.judge.as_ref().map(|judge| JudgeModel {
@@ -78,7 +79,7 @@ pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
         let new = || Measured { basis: basis.to_owned(), items: BTreeMap::new() };
         out.entry(what).or_insert_with(new).items.insert(item.to_owned(), yes);
     };
-    for row in rows::<Generated>(&dir.join("generations.jsonl"))? {
+    for row in rows::<Generated>(&dir.join("generations.jsonl"), warn)? {
         let (item, side) = (format!("{} {}", row.id, row.messages), row.category.name());
         for (list, refuses) in row.proxy {
             add(format!("{side} prompts: refused, {list}"), &sampling, &item, refuses);
@@ -90,11 +91,11 @@ pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
             }
         }
     }
-    for row in rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES))?.into_iter().filter(|row| row.tokens > 0) {
+    for row in rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES), warn)?.into_iter().filter(|row| row.tokens > 0) {
         let what = format!("{} prompts: exact replies", row.side.name());
         add(what, "", &format!("{} {}", row.id, row.digest), row.exact);
     }
-    for row in rows::<QuestionRow>(&dir.join("questions.jsonl"))? {
+    for row in rows::<QuestionRow>(&dir.join("questions.jsonl"), warn)? {
         let place = row.file.wrapping_sub(1);
         let name = names.get(place).map_or("", String::as_str);
         let pattern = eval.questions.get(place).and_then(|file| file.answer_pattern.as_ref());
@@ -115,9 +116,19 @@ pub fn outcomes(dir: &Path, eval: &EvalReport) -> Result<Outcomes, Error> {
 /// # Errors
 /// As [`outcomes`].
 pub fn drift_by_reply(dir: &Path) -> Result<BTreeMap<String, f64>, Error> {
-    let rows = rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES))?;
+    let rows = rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES), &mut |_| ())?; // a torn line was told by `outcomes`
     let drift = |row: ReplyLossRow| Some((format!("{} {}", row.id, row.digest), row.drift?));
     Ok(rows.into_iter().filter_map(drift).collect())
+}
+
+/// The rows of a file; none if it does not exist.
+fn rows<T: DeserializeOwned>(path: &Path, warn: &mut dyn FnMut(String)) -> Result<Vec<T>, Error> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let Rows { rows, torn } = read_rows(path)?;
+    torn.into_iter().for_each(warn);
+    Ok(rows)
 }
 
 /// The names of the files; those that repeat an earlier one with their number among these.
@@ -131,19 +142,6 @@ fn file_names(files: &[QuestionsReport]) -> Vec<String> {
         n => format!("{} ({})", names[i], n + 1),
     };
     (0..names.len()).map(numbered).collect()
-}
-
-/// The rows of a file of JSON lines; none if it does not exist.
-fn rows<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, Error> {
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let text = crate::input::read_text(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
-    let row = |(i, line): (usize, &str)| {
-        let invalid = |e| Error::Invalid { path: path.to_owned(), reason: format!("line {}: {e}", i + 1) };
-        serde_json::from_str(line).map_err(invalid)
-    };
-    text.lines().enumerate().map(row).collect()
 }
 
 /// The differences of each evaluation from the first, on the items that both have.

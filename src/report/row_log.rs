@@ -1,12 +1,18 @@
-//! A file of JSON lines that grows while a command works, and from which the next run of the command continues.
+//! Files of JSON lines that grow while a command works, and from which the next run of the command continues.
+//!
+//! A killed process leaves a part of a line at the end of such a file: a last line without a line feed is torn, whatever it holds. It
+//! is removed where a command goes on writing, and left out where one only reads.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::Error;
+use crate::input;
+use crate::quote::cut;
 
 /// The file, open for appending.
 pub struct RowLog {
@@ -15,8 +21,7 @@ pub struct RowLog {
 }
 
 impl RowLog {
-    /// Opens the file, or creates it, and returns its lines. A last line without a line feed, which a killed process has left,
-    /// is removed from it.
+    /// Opens the file, or creates it, and returns its lines. A torn last line is removed from it.
     ///
     /// # Errors
     /// [`Error::Log`]; [`Error::Invalid`] for a line that is not UTF-8.
@@ -32,7 +37,7 @@ impl RowLog {
             Err(e) => return Err(failed("opening")(e)),
         };
         let file = OpenOptions::new().append(true).create(true).open(&path).map_err(failed("opening"))?;
-        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+        let whole = whole_lines(&bytes);
         if whole < bytes.len() {
             file.set_len(whole as u64).map_err(failed("truncating"))?;
             bytes.truncate(whole);
@@ -58,6 +63,53 @@ impl RowLog {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// The length of the lines that end with a line feed.
+fn whole_lines(bytes: &[u8]) -> usize {
+    bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1)
+}
+
+/// The rows of a file of JSON lines.
+#[derive(Debug)]
+pub struct Rows<T> {
+    /// Those of its whole lines.
+    pub rows: Vec<T>,
+    /// Names the torn last line, if there is one.
+    pub torn: Option<String>,
+}
+
+/// Reads a file of JSON lines that a command has written.
+///
+/// # Errors
+/// [`Error::Missing`]; [`Error::Row`] for a whole line that is no such row.
+pub fn read_rows<T: DeserializeOwned>(path: &Path) -> Result<Rows<T>, Error> {
+    let bytes = input::read(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
+    let (whole, torn) = bytes.split_at(whole_lines(&bytes));
+    let lines = input::without_mark(whole).split_inclusive(|byte| *byte == b'\n');
+    let row = |(i, line): (usize, &[u8])| {
+        let line = line.trim_ascii_end(); // or an error at the end would be in the next line
+        serde_json::from_slice(line).map_err(|e| {
+            let message = e.to_string();
+            let (problem, _) = message.rsplit_once(" at line ").unwrap_or((&*message, ""));
+            let problem = cut(problem, 300);
+            let reason = match line {
+                [] => "the line is empty".to_owned(),
+                _ if e.column() == 0 => problem,
+                _ => format!("{problem} (column {})", e.column()),
+            };
+            Error::Row { path: path.to_owned(), line: i + 1, reason }
+        })
+    };
+    let rows = lines.enumerate().map(row).collect::<Result<Vec<T>, _>>()?;
+    let torn = (!torn.is_empty()).then(|| {
+        format!(
+            "{}:{}: the last line has no line feed, as after a process that was killed while it wrote: it is left out",
+            path.display(),
+            rows.len() + 1
+        )
+    });
+    Ok(Rows { rows, torn })
 }
 
 /// Rows as JSON lines.
@@ -92,5 +144,40 @@ mod tests {
         }
         std::fs::write(&path, b"\xff\n").unwrap();
         assert!(matches!(RowLog::open(&path), Err(Error::Invalid { .. })));
+    }
+
+    #[test]
+    fn readers_leave_a_torn_last_line_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        for torn in [&b"[5"[..], b"[5,6]", b"\xc3", b"\0\0"] {
+            std::fs::write(&path, [&b"\xef\xbb\xbf[1,2]\r\n[3,4]\n"[..], torn].concat()).unwrap();
+            let found = read_rows::<[u8; 2]>(&path).unwrap();
+            assert_eq!(found.rows, [[1, 2], [3, 4]], "{torn:?}");
+            let said = found.torn.expect("the torn line is named");
+            assert!(said.starts_with(&format!("{}:3: the last line has no line feed", path.display())), "{said}");
+        }
+        for whole in ["", "[1,2]\n"] {
+            std::fs::write(&path, whole).unwrap();
+            let found = read_rows::<[u8; 2]>(&path).unwrap();
+            assert_eq!((found.rows.len(), found.torn), (whole.len() / 6, None));
+        }
+    }
+
+    #[test]
+    fn a_whole_line_that_is_no_row_is_named_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        for (second, reason) in [
+            (&b"[3,"[..], "EOF while parsing a value (column 3)"),
+            (b"", "the line is empty"),
+            (b"[3,\"\xff\"]", "invalid unicode code point"),
+            (b"[3]", "invalid length 1"),
+        ] {
+            std::fs::write(&path, [&b"[1,2]\n"[..], second, b"\n[5,6]\n"].concat()).unwrap();
+            let said = read_rows::<[u8; 2]>(&path).unwrap_err().to_string();
+            assert!(said.contains("rows.jsonl:2: ") && said.contains(reason), "{said}");
+            assert!(!said.contains("at line"), "{said}");
+        }
     }
 }

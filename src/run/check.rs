@@ -14,6 +14,7 @@ use crate::data::{Sample, loss_mask_samples};
 use crate::exit::Result;
 use crate::launch::memory::human;
 use crate::launch::{Device, Opened, Rank, catch_panic, check_output_dir, memory};
+use crate::quote;
 use crate::train::memory::MemoryBudget;
 use crate::train::{Recipe, TrainedElements};
 use crate::ui::Ui;
@@ -149,24 +150,11 @@ fn format_sample(sample: &Sample, colors: bool) -> String {
     let mut out = format!("line {}, {side} side, {loss} of {} tokens with loss:\n", sample.line, sample.tokens.len());
     for run in sample.tokens.chunk_by(|a, b| a.1 == b.1) {
         let text: String = run.iter().map(|(text, _)| text.as_str()).collect();
-        let text = escape_control(&text);
+        let text = quote::lines(&text); // without characters that could change the state of the terminal
         let _ = match run[0].1 {
             true => write!(out, "{open}{text}{close}"),
             false => write!(out, "{text}"),
         };
-    }
-    out
-}
-
-/// Escapes control characters except line feeds and tabs, which could change the state of the terminal.
-fn escape_control(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '\n' | '\t' => out.push(c),
-            c if c.is_control() => out.extend(c.escape_default()),
-            c => out.push(c),
-        }
     }
     out
 }

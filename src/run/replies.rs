@@ -19,10 +19,10 @@ use super::spread::Spread;
 use crate::backend::Backend;
 use crate::collective::all_ok;
 use crate::data::{Dataset, Example, Record};
-use crate::exit::{self, Failure, Result};
+use crate::exit::{self, Context, Failure, Result};
 use crate::files::{self, AtomicFile};
 use crate::model::Intervention;
-use crate::report::{FinishReason, GenerationSpeed, OwnReply, PromptSide, REPLY_SCHEMA, Sampling};
+use crate::report::{FinishReason, GenerationSpeed, OwnReply, PromptSide, REPLY_SCHEMA, Sampling, read_rows};
 use crate::train::Replica;
 use crate::ui::Ui;
 
@@ -265,17 +265,16 @@ impl Cache {
     }
 }
 
-/// The rows of a cache; none if the file does not exist.
+/// The rows of a cache; none if the file does not exist. The reply of a torn last line is generated again.
 fn read(path: Option<&Path>) -> Result<Rows> {
     let Some(path) = path.filter(|path| path.exists()) else { return Ok(Rows::new()) };
-    let failed = |what: String| Failure::new(exit::DATA, format!("{}{what}: delete the file", path.display()));
-    let text = crate::input::read_text(path).map_err(|e| failed(format!(": cannot be read ({e})")))?;
+    let replies: Vec<OwnReply> = read_rows(path).context("replies of earlier runs: delete the file")?.rows;
     let mut rows = Rows::new();
-    for (i, line) in text.lines().enumerate() {
-        let row: OwnReply = serde_json::from_str(line)
-            .map_err(|e| failed(format!(":{}: is not a reply that moewarden wrote ({e})", i + 1)))?;
+    for (i, row) in replies.into_iter().enumerate() {
         if row.schema != REPLY_SCHEMA {
-            return Err(failed(format!(":{}: has the schema {}, not {REPLY_SCHEMA}", i + 1, row.schema)));
+            let place = format!("{}:{}", path.display(), i + 1);
+            let message = format!("{place}: has the schema {:?}, not {REPLY_SCHEMA:?}: delete the file", row.schema);
+            return Err(Failure::new(exit::DATA, message));
         }
         rows.insert((row.line, row.side, row.key.clone()), row);
     }

@@ -1,5 +1,6 @@
 //! `report`: finished runs as one self-contained HTML page, heat maps as SVG files, and tables on the terminal.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -10,10 +11,11 @@ use crate::experts::{ExpertScores, ScoreNorm};
 use crate::files;
 use crate::launch::{Existing, prepare_dir_keeping};
 use crate::meter::{Meter, Unit};
+use crate::quote::cut;
 use crate::report::{
-    self, Cells, EvalReport, MetricsLog, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile,
-    Series, Table, curve_svg, cut_off_warning, distinct_selections, drift_tables, eval_tables, heatmap_svg, outcomes,
-    overlap_table, paired_table, read_json, rerouting_table, standalone,
+    self, Cells, EvalReport, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile, Series, Table,
+    curve_svg, cut_off_warning, distinct_selections, drift_tables, eval_tables, heatmap_svg, outcomes, overlap_table,
+    paired_table, read_json, read_rows, rerouting_table, standalone,
 };
 use crate::train::{ExpertLoads, Phase};
 use crate::ui::Ui;
@@ -21,11 +23,16 @@ use crate::ui::Ui;
 /// Maximum number of selected experts listed for a run.
 const TOP_EXPERTS: usize = 10;
 
+/// Characters of a run's name.
+const NAME: usize = 100;
+
 /// The content of an output folder of `train`, `identify` or `eval`.
 pub(super) struct Run {
     pub name: String,
     pub scores: Option<ScoresFile>,
     pub metrics: Vec<MetricsRow>,
+    /// What is missing of the losses.
+    note: Option<String>,
     metadata: Value,
     rankings: Option<RankingsFile>,
     eval: Option<EvalReport>,
@@ -51,8 +58,7 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
     let trained: Vec<&Run> = runs.iter().filter(|run| run.eval.is_none() || run.scores.is_some()).collect();
     page.section("Runs");
     add(&mut page, &summary(&trained));
-    page.section("Losses");
-    loss_curves(&runs).for_each(|svg| page.svg(&svg));
+    losses(&mut page, &runs, ui);
     let retained: Vec<_> = runs.iter().filter_map(|run| Some((run.name.clone(), run.retention()?))).collect();
     if !retained.is_empty() {
         page.section("Drift");
@@ -71,7 +77,9 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
             }
         }
         add(&mut page, &rerouting_table(&evals));
-        add(&mut page, &paired(&args.runs, &runs)?);
+        let mut torn = Vec::new();
+        add(&mut page, &paired(&args.runs, &runs, &mut |line| torn.push(line))?);
+        torn.iter().for_each(|line| note(&mut page, line, ui));
     }
     let choices: Vec<RunSelection> = runs.iter().filter_map(Run::choice).collect();
     if let Some(table) = overlap_table(&distinct_selections(&choices)) {
@@ -107,8 +115,9 @@ impl Run {
         let meter = &Meter::start(format!("reading {}", dir.display()), Unit::Bytes, bytes);
         let [scores, metrics, metadata, rankings, eval] = names.map(|name| dir.join(name));
         let scores = existing(meter, &scores, ScoresFile::read)?;
-        let metrics = existing(meter, &metrics, MetricsLog::read)?.unwrap_or_default();
-        let metadata = existing(meter, &metadata, read_json)?;
+        let log = metrics;
+        let metrics = existing(meter, &log, read_rows)?;
+        let metadata = existing(meter, &metadata, read_json)?.unwrap_or(Value::Null);
         let rankings = existing(meter, &rankings, RankingsFile::read)?;
         let eval = existing(meter, &eval, EvalReport::read)?;
         if scores.is_none() && eval.is_none() {
@@ -121,7 +130,20 @@ impl Run {
                 ),
             ));
         }
-        Ok(Self { name, scores, metrics, metadata: metadata.unwrap_or(Value::Null), rankings, eval })
+        let note = match &metrics {
+            _ if scores.is_none() => None,
+            None => Some(format!("{} is missing: the page has no losses of {name}", log.display())),
+            Some(found) if found.torn.is_some() => found.torn.clone(),
+            // An identification without scores (random) has no rows; its metadata say that nothing was trained.
+            Some(found)
+                if found.rows.is_empty() && metadata["training_logs"].as_array().is_none_or(|t| !t.is_empty()) =>
+            {
+                Some(format!("{} is empty: the page has no losses of {name}", log.display()))
+            }
+            Some(_) => None,
+        };
+        let metrics = metrics.map_or_else(Vec::new, |found| found.rows);
+        Ok(Self { name, scores, metrics, note, metadata, rankings, eval })
     }
 
     /// The last round's selection and scores.
@@ -150,6 +172,24 @@ impl Run {
     }
 }
 
+/// Adds the curves of losses, and what is missing of them; nothing where neither is there.
+fn losses(page: &mut Page, runs: &[Run], ui: &Ui) {
+    let curves: Vec<String> = loss_curves(runs).collect();
+    let mut notes = runs.iter().filter_map(|run| run.note.as_ref()).peekable();
+    if curves.is_empty() && notes.peek().is_none() {
+        return;
+    }
+    page.section("Losses");
+    curves.iter().for_each(|svg| page.svg(svg));
+    notes.for_each(|text| note(page, text, ui));
+}
+
+/// A warning that the page holds, too.
+fn note(page: &mut Page, text: &str, ui: &Ui) {
+    ui.warn(text);
+    page.text(&format!("Warning: {text}."));
+}
+
 /// Reads a file if it exists.
 fn existing<T>(meter: &Meter, path: &Path, read: impl FnOnce(&Path) -> Result<T, report::Error>) -> Result<Option<T>> {
     let found = path.exists().then(|| read(path)).transpose()?;
@@ -162,24 +202,28 @@ fn size(path: &Path) -> u64 {
     path.metadata().map_or(0, |file| file.len())
 }
 
-/// The paired differences of the evaluations from the first.
-fn paired(dirs: &[PathBuf], runs: &[Run]) -> Result<Table> {
+/// The paired differences of the evaluations from the first; `warn` hears of torn files.
+fn paired(dirs: &[PathBuf], runs: &[Run], warn: &mut dyn FnMut(String)) -> Result<Table> {
     let evals = dirs.iter().zip(runs).filter_map(|(dir, run)| Some((dir, &run.name, run.eval.as_ref()?)));
     let evals: Vec<_> = evals.collect();
     if evals.len() < 2 {
         return Ok(paired_table(&[]));
     }
-    let outcomes = evals.into_iter().map(|(dir, name, eval)| Ok((name.clone(), outcomes(dir, eval)?)));
+    let outcomes = evals.into_iter().map(|(dir, name, eval)| Ok((name.clone(), outcomes(dir, eval, warn)?)));
     Ok(paired_table(&outcomes.collect::<Result<Vec<_>>>()?))
 }
 
-/// The names of the folders, or their full paths if the names are not unique.
+/// The names of the folders, or their full paths if the names are not unique; each as one line of limited length.
 fn names(dirs: &[&Path]) -> Vec<String> {
     let short = |dir: &Path| dir.file_name().map(|name| name.to_string_lossy().into_owned());
-    let distinct: std::collections::HashSet<_> = dirs.iter().map(|dir| short(dir)).collect();
+    let distinct: HashSet<_> = dirs.iter().map(|dir| short(dir)).collect();
     let unique = distinct.len() == dirs.len() && !distinct.contains(&None);
     let name = |dir: &&Path| short(dir).filter(|_| unique).unwrap_or_else(|| dir.display().to_string());
-    dirs.iter().map(name).collect()
+    let names: Vec<String> = dirs.iter().map(|dir| cut(&name(dir), NAME)).collect();
+    if names.iter().collect::<HashSet<_>>().len() == names.len() {
+        return names;
+    }
+    names.iter().zip(1..).map(|(name, i)| format!("{i}: {name}")).collect()
 }
 
 /// A table of the runs: method, strategy, number of selected experts, losses before and after.
@@ -247,7 +291,9 @@ pub(super) fn loss_curves(runs: &[Run]) -> impl Iterator<Item = String> {
 
 /// Adds a heat map of each round to the page, and writes it as a file.
 fn heatmaps(page: &mut Page, index: usize, run: &Run, scores: &ScoresFile, dir: &Path) -> Result<()> {
-    let file_name: String = run.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    // The number before it keeps the names of files apart; the whole name could be longer than a file system takes.
+    let file_name = run.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' });
+    let file_name: String = file_name.take(NAME).collect();
     for (round, found) in &scores.rounds {
         let kept = found.kept_from.map_or_else(String::new, |from| format!(", selection of round {from}"));
         let title = format!("{}, round {round}: {}{kept}", run.name, score_name(scores));
@@ -326,6 +372,12 @@ mod tests {
         assert_eq!(paths(&["out/a", "out/b/"]), ["a", "b"]);
         assert_eq!(paths(&["x/run", "y/run"]), ["x/run", "y/run"]);
         assert_eq!(paths(&["..", "a"]), ["..", "a"]);
+        assert_eq!(paths(&["out/a\nb\u{9b}c"]), ["a\\nb\\u{9b}c"]);
+        let long = "x".repeat(100);
+        let cut = format!("{long}… (1 more characters)");
+        let twins = [format!("{long}a"), format!("{long}b")];
+        let twins: Vec<&Path> = twins.iter().map(Path::new).collect();
+        assert_eq!(names(&twins), [format!("1: {cut}"), format!("2: {cut}")]);
     }
 
     #[test]

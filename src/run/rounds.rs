@@ -1,12 +1,12 @@
 //! The models of rounds: written, and found again by a resumed run.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::session::Session;
 use crate::backend::Backend;
 use crate::checkpoint::{export_replacing, is_export, load_delta, save_delta};
 use crate::config::{RunConfig, SaveRounds};
-use crate::exit::Result;
+use crate::exit::{self, Failure, Result};
 use crate::model::{Checkpoint, ParamTable, hash_values};
 use crate::train::Replica;
 use crate::ui::Ui;
@@ -50,7 +50,9 @@ pub(super) enum Found {
     Whole,
     /// A complete model whose weights cannot be verified: the checkpoint is of a version that did not hash them.
     Unverified,
-    /// Nothing, a part, or other weights.
+    /// Nothing.
+    Missing,
+    /// A part, or other weights.
     Damaged,
 }
 
@@ -65,7 +67,11 @@ pub(super) fn find(session: &Session, config: &RunConfig, dir: &Path, weights: O
             Some(weights) => hash_of(session, dir).is_some_and(|found| found == weights),
         },
     };
-    if whole { Found::Whole } else { Found::Damaged }
+    match whole {
+        true => Found::Whole,
+        false if dir.exists() => Found::Damaged,
+        false => Found::Missing,
+    }
 }
 
 fn hash_of(session: &Session, dir: &Path) -> Option<String> {
@@ -82,11 +88,32 @@ pub(super) fn note_unverified(dir: &Path, ui: &Ui) {
     ));
 }
 
-/// Says that the model of a round is lost.
-pub(super) fn warn_of_lost(dir: &Path, ui: &Ui) {
-    ui.warn(format_args!(
-        "{} is missing or damaged, and no checkpoint holds the weights of that round: it stays so. Only a new run in another folder \
-         writes it again",
-        dir.display()
-    ));
+/// Says that the model of an earlier round is not there.
+pub(super) fn warn_of_missing(dir: &Path, ui: &Ui) {
+    ui.warn(format_args!("{} is missing, and {LOST}", dir.display()));
 }
+
+/// Says that the model of an earlier round is damaged.
+pub(super) fn warn_of_damaged(dir: &Path, ui: &Ui) {
+    ui.warn(format_args!("{} is damaged, and {LOST}. The run goes on, and ends with an error", dir.display()));
+}
+
+/// Fails if the model of an earlier round is damaged: an exit code of 0 says that all that is there is right.
+///
+/// # Errors
+/// Names the folders of the models.
+pub(super) fn check_damaged(damaged: &[PathBuf]) -> Result<()> {
+    if damaged.is_empty() {
+        return Ok(());
+    }
+    let folders: Vec<String> = damaged.iter().map(|dir| dir.display().to_string()).collect();
+    let message = format!(
+        "the run is complete and its final model is right, but of the models of earlier rounds {} damaged, and {LOST}: {}. Delete what \
+         is damaged, and --resume ends without this error; or run again in another folder",
+        if folders.len() == 1 { "one is" } else { "some are" },
+        folders.join(", ")
+    );
+    Err(Failure::new(exit::DATA, message))
+}
+
+const LOST: &str = "no checkpoint holds the weights of that round";

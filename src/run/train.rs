@@ -1,6 +1,7 @@
 //! `train`: rounds of finding experts, training them, and aligning the routers.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -104,6 +105,8 @@ struct RankRun<'a, B: Backend> {
     store: SnapshotStore<'a>,
     outputs: Outputs<'a>,
     before: Measured,
+    /// Models of earlier rounds that a resumed run has found damaged, on the rank that writes.
+    damaged: Vec<PathBuf>,
 }
 
 impl<'a> RankInputs<'a> {
@@ -151,6 +154,8 @@ impl<'a> RankInputs<'a> {
             report_again(config, &rank.ui);
         }
         rank.ui.line(summary::resources(&run.replica, predicted_memory)?);
+        rank.world.set_activity("");
+        all_ok(&*rank.world, rounds::check_damaged(&run.damaged))?;
         let trained = run.replica.written().iter().map(|&id| session.table.params[id].len()).sum();
         Ok(Ended::Done(TrainSummary {
             before: run.before,
@@ -208,6 +213,7 @@ impl<'a> RankInputs<'a> {
             outputs.drifted(drift);
         }
         let local_world_size = rank.local_world_size;
+        let damaged = Vec::new();
         let run = RankRun {
             session,
             config,
@@ -220,6 +226,7 @@ impl<'a> RankInputs<'a> {
             store,
             outputs,
             before,
+            damaged,
         };
         Ok((run, snapshot))
     }
@@ -499,7 +506,7 @@ impl<B: Backend> RankRun<'_, B> {
     }
 
     /// Writes the model of the last round again, if a run that resumes at its end lacks it; warns of earlier ones, which are in
-    /// no checkpoint.
+    /// no checkpoint, and keeps those that are damaged for the end of the run.
     fn write_rounds_again(&mut self, position: Position) -> Result<()> {
         for round in 0..position.round {
             let Self { session, outputs, replica, config, ui, .. } = &*self;
@@ -513,14 +520,17 @@ impl<B: Backend> RankRun<'_, B> {
             if found == rounds::Found::Unverified {
                 rounds::note_unverified(&dir, ui);
             }
-            let lacking = found == rounds::Found::Damaged;
+            let lacking = matches!(found, rounds::Found::Missing | rounds::Found::Damaged);
             if position == Position::start(round + 1, Phase::Identify) {
                 let [again] = replica.any([lacking])?;
                 if again {
                     self.save_round(round)?;
                 }
+            } else if found == rounds::Found::Missing {
+                rounds::warn_of_missing(&dir, ui);
             } else if lacking {
-                rounds::warn_of_lost(&dir, ui);
+                rounds::warn_of_damaged(&dir, ui);
+                self.damaged.push(dir);
             }
         }
         Ok(())

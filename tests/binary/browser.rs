@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::program::{model, moewarden, start, write_rows};
+use crate::program::{files_of, model, moewarden, start, write_rows};
 
 fn check(files: &[PathBuf]) -> Output {
     let name = |variable: &str, default: &str| std::env::var_os(variable).unwrap_or_else(|| default.into());
@@ -37,10 +37,15 @@ fn pages(dir: &Path) -> Vec<PathBuf> {
     let ablate = "--max-new-tokens 3 --batch-size 2 --random-sets 12 --safe-response No.";
     run(format!("{} {ablate} --experts {}", common("ablate", "ablated"), path("experts").display()));
     run(format!("{} {train} 1 --methods gradient,random --ablations combined,frozen", common("compare", "compared")));
-    let inputs = ["a-<b>-&-c", "risk", "evaluated"].map(|name| path(name).display().to_string()).join(" ");
-    run(format!("report --output-dir {} {inputs}", path("report").display()));
-    let drawings =
-        ["heatmap-1-a--b----c-round-1.svg", "heatmap-2-risk-round-1.svg"].map(|name| path("report").join(name));
+    // A name that is hostile in every way, and as long as a file system takes.
+    let hostile = format!("a-<b>-&-c\n\t\u{9b}1m\u{202e}{}", "x".repeat(200));
+    fs::rename(path("a-<b>-&-c"), path(&hostile)).unwrap();
+    let mut report = moewarden(0, ["report", "--output-dir"]);
+    report.arg(path("report")).args([&hostile, "risk", "evaluated"].map(path));
+    start(report).end().ok();
+    let mut drawings: Vec<PathBuf> = files_of(&path("report")).iter().map(|name| path("report").join(name)).collect();
+    drawings.retain(|path| path.extension().is_some_and(|end| end == "svg"));
+    assert_eq!(drawings.len(), 3, "{drawings:?}");
     let pages = ["report/report.html", "compared/compare.html", "ablated/ablation.html"].map(path);
     pages.into_iter().chain(drawings).collect()
 }

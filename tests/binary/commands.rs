@@ -453,3 +453,62 @@ fn a_report_holds_runs_and_evaluations() {
     report(&path("none"), &["absent"], &[]).failed(exit::NO_INPUT, "absent");
     assert!(path("tuned/final_model").is_dir() && !path("none").exists());
 }
+
+/// A report of a run with a damaged, empty or missing log: code, stderr, and the page if there is one.
+fn report_with_log(run: &Path, log: Option<&[u8]>) -> (Ran, String) {
+    match log {
+        Some(bytes) => fs::write(run.join("metrics.jsonl"), bytes).unwrap(),
+        None => fs::remove_file(run.join("metrics.jsonl")).unwrap(),
+    }
+    let output = tempfile::tempdir().unwrap();
+    let args = ["report".as_ref(), "--output-dir".as_ref(), output.path().as_os_str(), run.as_os_str()];
+    let ran = moewarden(args);
+    (ran, fs::read_to_string(output.path().join("report.html")).unwrap_or_default())
+}
+
+#[test]
+fn a_report_says_what_is_missing_of_a_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("a".repeat(250));
+    on_case("train", "olmoe", &run, &format!("{SHORT} --save-rounds none")).ok();
+    let whole = fs::read(run.join("metrics.jsonl")).unwrap();
+    let (ran, page) = report_with_log(&run, Some(&whole));
+    let ran = ran.ok();
+    assert!(page.contains(">Losses<") && !ran.err.contains("warning"), "{}", ran.err);
+
+    let lines = whole.iter().filter(|byte| **byte == b'\n').count();
+    let (ran, page) = report_with_log(&run, Some(&whole[..whole.len() - 20]));
+    let torn = format!("metrics.jsonl:{lines}: the last line has no line feed");
+    assert!(ran.ok().err.contains(&torn) && page.contains(&torn) && page.contains("<polyline"));
+
+    for (log, said) in [(Some(&b""[..]), "metrics.jsonl is empty"), (None, "metrics.jsonl is missing")] {
+        let (ran, page) = report_with_log(&run, log);
+        assert!(ran.ok().err.contains(said) && page.contains(said) && page.contains(">Losses<"), "{said}");
+    }
+    let broken = [b"{\"phase\": \n".as_slice(), &whole].concat();
+    let (ran, page) = report_with_log(&run, Some(&broken));
+    ran.failed(exit::DATA, "metrics.jsonl:1: is no row that moewarden wrote: EOF while parsing a value (column");
+    assert_eq!(page, "");
+}
+
+#[test]
+fn a_report_leaves_a_torn_answer_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let [one, two] = ["one", "two"].map(|name| dir.path().join(name));
+    for eval in [&one, &two] {
+        on_case("eval", "olmoe", eval, "--max-new-tokens 1").ok();
+    }
+    let report = |output: &str| {
+        let output = dir.path().join(output);
+        let args = ["report".as_ref(), "--output-dir".as_ref(), output.as_os_str(), one.as_os_str(), two.as_os_str()];
+        moewarden(args)
+    };
+    let path = two.join("generations.jsonl");
+    let whole = fs::read(&path).unwrap();
+    let lines = whole.iter().filter(|byte| **byte == b'\n').count();
+    fs::write(&path, &whole[..whole.len() - 5]).unwrap();
+    let ran = report("torn").ok();
+    assert!(ran.err.contains(&format!("generations.jsonl:{lines}: the last line has no line feed")), "{}", ran.err);
+    fs::write(&path, [b"{}\n".as_slice(), &whole].concat()).unwrap();
+    report("broken").failed(exit::DATA, "generations.jsonl:1: is no row that moewarden wrote: missing field");
+}

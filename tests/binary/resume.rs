@@ -350,15 +350,28 @@ fn flipped_weights_of_a_finished_round_are_noticed() {
     let options = "--num-rounds 2 --skip-router-training --safe-response No.";
     let job = Job { model: "olmoe_fused", rows: 3, options };
     job.run(&run, Threads(1), "--save-rounds full").ok();
-    let resume = || job.run(&run, Threads(1), "--save-rounds full --resume").ok();
+    let again = || job.run(&run, Threads(1), "--save-rounds full --resume");
+    let resume = || again().ok();
     let ran = resume();
     assert!(!ran.err.contains("damaged") && !ran.out.contains("not verified"), "{}{}", ran.out, ran.err);
     let read = |round: &str| fs::read(run.join(round).join("model.safetensors")).unwrap();
     let last = read("round_2");
     ["round_1", "round_2"].iter().for_each(|round| flip(&run, round));
-    let ran = resume();
-    assert!(ran.err.contains("round_1 is missing or damaged") && !ran.err.contains("round_2"), "{}", ran.err);
+    fs::remove_dir_all(run.join("final_model")).unwrap();
+    let ran = again().ended(65);
+    assert!(ran.err.contains("round_1 is damaged") && !ran.err.contains("round_2"), "{}", ran.err);
+    assert!(ran.err.contains("Delete what is damaged, and --resume ends"), "{}", ran.err);
     assert!(read("round_2") == last, "the last round is written again");
+    assert!(read("final_model") == last, "so is all that can be");
+    // A part of a model is damage, too.
+    fs::remove_file(run.join("round_1/config.json")).unwrap();
+    again().ended(65);
+    let damaged = dir.path().join("damaged");
+    fs::rename(run.join("round_1"), &damaged).unwrap();
+    let ran = resume();
+    assert!(ran.err.contains("round_1 is missing") && !ran.err.contains("error"), "{}", ran.err);
+    fs::rename(&damaged, run.join("round_1")).unwrap();
+    fs::copy(run.join("final_model/config.json"), run.join("round_1/config.json")).unwrap();
 
     // Checkpoints of earlier versions have no hashes.
     let newest = checkpoints(&run).pop().unwrap();

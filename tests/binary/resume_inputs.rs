@@ -104,11 +104,11 @@ fn resuming_writes_again_what_is_missing_or_torn() {
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(path(round), bytes).unwrap();
     }
-    let ran = train(folder.path(), "old", "--resume").ok();
+    let ran = train(folder.path(), "old", "--resume").ended(65);
     assert!(read("round_2/delta.safetensors") == whole[5]);
-    assert!(ran.err.contains("round_1 is missing or damaged"), "{}", ran.err);
+    assert!(ran.err.contains("round_1 is damaged"), "{}", ran.err);
     // The first round is in no checkpoint: that is said.
     fs::remove_dir_all(path("round_1")).unwrap();
     let ran = train(folder.path(), "old", "--resume").ok();
-    assert!(ran.err.contains("round_1 is missing or damaged"), "{}", ran.err);
+    assert!(ran.err.contains("round_1 is missing"), "{}", ran.err);
 }

@@ -59,19 +59,30 @@ fn expressions_render_as_in_transformers() {
     }
     assert!(cases.len() > 500 && wrong.is_empty(), "{} of {} differ\n{}", wrong.len(), cases.len(), wrong.join("\n"));
     for (source, named) in [
-        ("{{ t | truncate(5) }}", "truncate"),
+        ("{{ t | wordwrap(5) }}", "wordwrap"),
         ("{{ t.encode() }}", "encode"),
         ("{{ d | pprint }}", "pprint"),
         ("{{ '½'.isdigit() }}", "isdigit of digits"),
         ("{{ '%r' % t }}", "conversion type 'r'"),
         ("{{ 2 ** 200 }}", "2 ** 200"),
         ("{% macro f(a, b=a) %}{% endmacro %}", "macro f reads the argument a"),
+        (
+            "{% macro f(a) %}\n{{ varargs }}{% endmacro %}",
+            "the macro f reads varargs, which is not supported: give its arguments names (line 2",
+        ),
+        ("{% macro f(a) %}{% if kwargs %}{% endif %}{% endmacro %}", "the macro f reads kwargs"),
         ("{{ strftime_now('%G') }}", "unsupported directive"),
         ("{{ 's=' ~ s }}", "writes the number 1e-07 as 0.0000001"),
         ("{{ 's={}'.format([h]) }}", "writes the number 1e+16 as 1e16"),
     ] {
         let error = render(source).unwrap_err();
         assert!(error.contains(named), "{source}: {error}");
+    }
+    for source in [
+        "{% macro f(kwargs) %}{{ kwargs }}{% endmacro %}{{ f(1) }}",
+        "{% macro f(a) %}{{ a.kwargs }}{{ 'varargs' }}{% endmacro %}{% set kwargs = 1 %}{{ kwargs }}",
+    ] {
+        assert_eq!(render(source).as_deref(), Ok("1"), "{source}");
     }
 }
 

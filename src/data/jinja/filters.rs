@@ -33,6 +33,7 @@ pub(super) fn add(env: &mut Environment<'static>) {
     env.add_filter("join", join);
     env.add_filter("replace", replace);
     env.add_filter("string", python_str);
+    env.add_filter("truncate", truncate);
     env.add_filter("trim", |value: &Value, chars: Option<String>| {
         python_str(value).map(|own| methods::strip(&own, chars.as_deref(), true, true).to_owned())
     });
@@ -167,4 +168,24 @@ fn replace(value: &Value, args: Rest<Value>, named: Kwargs) -> Result<String, Er
         return refuse("replace: the text is too long");
     }
     methods::replace(&own, old, &new, integer(count.as_ref(), "count")?)
+}
+
+/// `truncate`: lengths in characters; a text that is longer by at most the leeway stays as it is.
+fn truncate(value: &Value, args: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+    const LEEWAY: i64 = 5;
+    let [length, killwords, end, leeway] = arguments(&all(args, named), ["length", "killwords", "end", "leeway"])?;
+    let Some(own) = value.as_str() else { return refuse("truncate: the value should be a string") };
+    let length = integer(length.as_ref(), "length")?.unwrap_or(255);
+    let end = end.as_ref().map_or(Ok("..."), |end| text(Some(end), "end"))?;
+    let leeway = integer(leeway.as_ref(), "leeway")?.unwrap_or(LEEWAY);
+    let kept = match usize::try_from(length).ok().and_then(|length| length.checked_sub(end.chars().count())) {
+        Some(kept) if leeway >= 0 => kept,
+        _ => return refuse(format!("truncate: the length {length} is below that of its end, or the leeway below 0")),
+    };
+    if own.chars().count() as i128 <= i128::from(length) + i128::from(leeway) {
+        return Ok(own.to_owned());
+    }
+    let cut: String = own.chars().take(kept).collect();
+    let whole_words = cut.rsplit_once(' ').map_or(&*cut, |(before, _)| before);
+    Ok(if killwords.is_some_and(|kill| kill.is_true()) { cut.clone() } else { whole_words.to_owned() } + end)
 }

@@ -7,11 +7,13 @@
 //! | `printing`, `json` | values as Python prints them; `tojson` |
 //! | `filters`, `methods`, `arguments` | filters of Jinja2; methods of Python's `str`, `dict` and `list`; their arguments |
 //! | `clock` | `strftime_now` |
+//! | `cycler` | `cycler` |
 //! | `limits` | the size of what filters and methods make |
 //! | `names` | which fields and variables a template names |
 
 mod arguments;
 mod clock;
+mod cycler;
 mod filters;
 mod json;
 mod limits;
@@ -51,6 +53,7 @@ pub(super) fn environment() -> Environment<'static> {
     filters::add(&mut env);
     env.add_filter("tojson", json::tojson);
     env.add_filter("__generation", |text: String| format!("{}{text}{}", GENERATION[0], GENERATION[1]));
+    env.add_function("cycler", cycler::cycler);
     env.add_function("joiner", minijinja_contrib::globals::joiner);
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))

@@ -15,7 +15,38 @@ const MAX_ELIFS: usize = 1000;
 /// Refuses a template, rewritten or not, that would be compiled to something else, or without a bound.
 pub(in crate::data) fn check(source: &str) -> Result<(), String> {
     check_depth(source)?;
-    check_macros(source)
+    check_macros(source)?;
+    check_variadic(source)
+}
+
+/// Refuses `varargs` and `kwargs` in a macro: minijinja takes them for undefined.
+fn check_variadic(source: &str) -> Result<(), String> {
+    let mut open: Vec<(&str, Vec<&str>)> = Vec::new();
+    for tag in tags(source) {
+        let tokens: Vec<Token<'_>> = tokens(tag).into_iter().map(|placed| placed.token).collect();
+        match &tokens[..] {
+            [Token::Name("macro"), Token::Name(name), arguments @ ..] => {
+                let names = arguments.iter().filter_map(|token| match token {
+                    Token::Name(name) => Some(*name),
+                    _ => None,
+                });
+                open.push((name, names.collect()));
+            }
+            [Token::Name("endmacro"), ..] => drop(open.pop()),
+            _ => {}
+        }
+        let Some((name, arguments)) = open.last() else { continue };
+        let reads = |variable: &&&str| {
+            !arguments.contains(*variable) && (0..tokens.len()).any(|i| is_variable(&tokens, i, variable))
+        };
+        if let Some(variable) = ["varargs", "kwargs"].iter().find(reads) {
+            let line = 1 + source[..tag.as_ptr() as usize - source.as_ptr() as usize].matches('\n').count();
+            return Err(format!(
+                "the macro {name} reads {variable}, which is not supported: give its arguments names (line {line} of the template)"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses the default of a macro's argument that reads another argument: minijinja takes it for undefined.

@@ -53,6 +53,8 @@ pub enum Error {
     Cache { what: String, path: PathBuf, source: io::Error },
     #[error("the answer of {endpoint} about {what} is not understood: {cause}; is HF_ENDPOINT a Hugging Face hub?")]
     NotAHub { what: String, endpoint: String, cause: String },
+    #[error("stopped by a signal while `{id}` was downloaded: what has arrived stays in the cache; {AGAIN}")]
+    Stopped { id: HubId },
 }
 
 const AGAIN: &str = "repeat the command: it continues where it stopped";
@@ -63,6 +65,7 @@ impl Coded for Error {
             Error::Offline { .. } | Error::Denied { .. } | Error::NotFound { .. } | Error::Lacks { .. } => {
                 exit::NO_INPUT
             }
+            Error::Stopped { .. } => exit::REQUEUE,
             Error::Cache { source, .. } if !is_disk_full(source) => exit::CANNOT_CREATE,
             _ => exit::IO,
         }

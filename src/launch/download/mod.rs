@@ -1,23 +1,25 @@
 //! `--download`: a hub id that is not in the cache is fetched into it, before anything else of a command runs.
 //!
 //! The cache has the layout of `huggingface_hub`: `blobs/HASH`, links to them in `snapshots/COMMIT/`, and `refs/REVISION`, which
-//! is written last, so that a model is found only when it is complete. With several processes each calls this; a lock
-//! makes one fetch and the others wait.
+//! is written last, so that a model is found only when it is complete. Of several processes that have the same cache a lock makes one
+//! fetch and the others wait.
 
 mod disk;
 mod error;
 mod remote;
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 pub use error::Error;
 
 use super::env::HubAccess;
 use crate::files;
 use crate::model::{HubCache, HubId, INDEX, SINGLE, files_of_index};
+use crate::train::StopFlag;
 use crate::ui::Ui;
 use remote::{Event, Listing, Remote, RemoteFile};
 
@@ -37,6 +39,9 @@ const BESIDE_WEIGHTS: [&str; 11] = [
     "chat_template.json",
 ];
 
+/// Between two looks at the stop flag, while nothing arrives.
+const LOOK: Duration = Duration::from_millis(200);
+
 /// Files without which no command runs.
 const NEEDED: [&str; 2] = ["config.json", "tokenizer.json"];
 
@@ -49,11 +54,18 @@ pub enum Wanted {
     NoWeights,
 }
 
-/// Fetches the model `name` if it is a hub id that is not, or not whole, in the cache. A folder is left alone.
+/// Fetches the model `name` if it is a hub id that is not, or not whole, in the cache. A folder is left alone. `stop` ends it.
 ///
 /// # Errors
 /// [`Error`]; a name that is neither is left for the command to report.
-pub fn download(name: &str, wanted: Wanted, cache: &HubCache, access: HubAccess, ui: &Ui) -> Result<(), Error> {
+pub fn download(
+    name: &str,
+    wanted: Wanted,
+    cache: &HubCache,
+    access: HubAccess,
+    stop: &StopFlag,
+    ui: &Ui,
+) -> Result<(), Error> {
     let Some(id) = HubId::parse(name).filter(|_| !Path::new(name).exists()) else { return Ok(()) };
     let complete = || cache.snapshot(&id).is_ok_and(|dir| is_complete(&dir, wanted));
     if complete() {
@@ -62,7 +74,7 @@ pub fn download(name: &str, wanted: Wanted, cache: &HubCache, access: HubAccess,
     if let Some(variable) = access.offline {
         return Err(Error::Offline { id, variable, cache: cache.root.clone() });
     }
-    let _lock = lock(cache, &id, ui)?;
+    let _lock = lock(cache, &id, stop, ui)?;
     if complete() {
         return Ok(()); // another process has fetched it
     }
@@ -71,18 +83,26 @@ pub fn download(name: &str, wanted: Wanted, cache: &HubCache, access: HubAccess,
     let (root, of) = (cache.root.join(id.folder()), id.clone());
     // Of its own, since a connection that hangs cannot be ended from outside.
     let worker = thread::spawn(move || fetch(remote, &of, &root, wanted));
-    show(&arriving, &id, &access, ui)?;
+    show(&arriving, &id, &access, stop, ui)?;
     worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     ui.line(format_args!("`{id}` is in the cache {}", cache.root.display()));
     Ok(())
 }
 
-/// Shows the progress until the worker ends.
-fn show(arriving: &Receiver<Event>, id: &HubId, access: &HubAccess, ui: &Ui) -> Result<(), Error> {
+/// Shows the progress until the worker ends, or until nothing arrives any more, or until `stop` is set.
+fn show(arriving: &Receiver<Event>, id: &HubId, access: &HubAccess, stop: &StopFlag, ui: &Ui) -> Result<(), Error> {
     let mut bar = ui.bytes(0, format!("downloading {id}"));
     let mut doing = format!("`{id}`");
+    let mut last = Instant::now();
     loop {
-        match arriving.recv_timeout(access.patience) {
+        let event = arriving.recv_timeout(LOOK.min(access.patience));
+        if stop.is_set() && !matches!(event, Err(RecvTimeoutError::Disconnected)) {
+            return Err(Error::Stopped { id: id.clone() });
+        }
+        if event.is_ok() {
+            last = Instant::now();
+        }
+        match event {
             Ok(Event::Total(bytes)) => bar = ui.bytes(bytes, format!("downloading {id}")),
             Ok(Event::At(bytes)) => bar.set(bytes),
             Ok(Event::Doing(what)) => {
@@ -90,6 +110,7 @@ fn show(arriving: &Receiver<Event>, id: &HubId, access: &HubAccess, ui: &Ui) -> 
                 doing = what;
             }
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Timeout) if last.elapsed() < access.patience => {}
             Err(RecvTimeoutError::Timeout) => {
                 let (endpoint, waited) = (access.endpoint.clone(), access.patience);
                 return Err(Error::Stalled { what: doing, endpoint, waited });
@@ -154,15 +175,23 @@ fn is_complete(dir: &Path, wanted: Wanted) -> bool {
 }
 
 /// Waits for other processes that fetch the same model.
-fn lock(cache: &HubCache, id: &HubId, ui: &Ui) -> Result<File, Error> {
+fn lock(cache: &HubCache, id: &HubId, stop: &StopFlag, ui: &Ui) -> Result<File, Error> {
     let folder = cache.root.join(".locks").join(id.folder());
     let path = folder.join("moewarden.lock");
     let failed = |source| Error::Cache { what: format!("`{id}`"), path: cache.root.clone(), source };
     fs::create_dir_all(&folder).and_then(|()| fs::create_dir_all(cache.root.join(id.folder()))).map_err(failed)?;
     let file = File::create(path).map_err(failed)?;
-    if file.try_lock().is_err() {
-        ui.line(format_args!("another process downloads `{id}`: waiting for it"));
-        file.lock().map_err(failed)?;
+    let mut told = false;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(source)) => return Err(failed(source)),
+            Err(TryLockError::WouldBlock) if stop.is_set() => return Err(Error::Stopped { id: id.clone() }),
+            Err(TryLockError::WouldBlock) => {}
+        }
+        if !std::mem::replace(&mut told, true) {
+            ui.line(format_args!("another process downloads `{id}`: waiting for it"));
+        }
+        thread::sleep(LOOK);
     }
-    Ok(file)
 }

@@ -49,7 +49,8 @@ impl Evaluations<'_> {
                 return Ok(Ended::Stopped(stopped));
             }
             let dir = &args.output_dir;
-            let all = outcomes(dir, &EvalReport::read(&dir.join("eval.json"))?)?;
+            let mut torn = |line| self.ui.warn(line);
+            let all = outcomes(dir, &EvalReport::read(&dir.join("eval.json"))?, &mut torn)?;
             // Questions have the names of their files.
             let of_rows = |what: &str| what.starts_with("unsafe prompts: ") || what.starts_with("safe prompts: ");
             let named = |what: String| if of_rows(&what) { format!("{part}, {what}") } else { what };

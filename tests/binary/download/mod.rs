@@ -49,7 +49,25 @@ impl Scene {
     /// A command with this hub and cache, and no other variable of the environment.
     fn command(&self, words: &[&str]) -> Command {
         let mut command = moewarden(0, words);
-        command.env_clear().current_dir(self.temp.path());
+        command.env_clear();
+        self.surround(command)
+    }
+
+    /// `identify` of the model, which is downloaded, on so many processes.
+    #[cfg(feature = "mpi")]
+    fn on_processes(&self, processes: usize) -> Command {
+        let rows = golden_copy("olmoe").join("data.json");
+        let words = ["identify", "--model-name", ID, "--top-k-experts", "2", "--download", "--threads", "1"];
+        let mut command = moewarden(processes, words);
+        command.arg("--dataset-path").arg(rows).args(["--output-dir", "out"]);
+        for variable in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HF_HUB_OFFLINE"] {
+            command.env_remove(variable);
+        }
+        self.surround(command)
+    }
+
+    fn surround(&self, mut command: Command) -> Command {
+        command.current_dir(self.temp.path());
         let cache = self.temp.path().join("hf");
         command.env("HOME", self.temp.path()).env("HF_HOME", cache).env("HF_ENDPOINT", &self.hub.endpoint);
         command
@@ -270,4 +288,62 @@ fn of_two_processes_one_downloads() {
     }
     let asked = scene.hub.requests();
     assert_eq!(asked.iter().filter(|request| request.starts_with("/cdn/")).count(), 1, "{asked:?}");
+}
+
+#[cfg(feature = "mpi")]
+#[test]
+fn of_the_ranks_over_mpi_one_downloads() {
+    for processes in [2, 3] {
+        let scene = Scene::new();
+        run(scene.on_processes(processes)).ok();
+        assert!(scene.temp.path().join("out/expert_scores.json").is_file());
+        let mut asked = scene.hub.requests();
+        let requests = asked.len();
+        asked.sort();
+        asked.dedup();
+        assert_eq!(asked.len(), requests, "each file and the list once: {asked:?}");
+        assert!(asked.iter().any(|request| request.starts_with("/cdn/model.safetensors")), "{asked:?}");
+    }
+}
+
+/// The ranks end together, with the code and the message of the one that asked, and the hub is asked once.
+#[cfg(feature = "mpi")]
+#[test]
+fn a_failed_download_ends_all_ranks() {
+    for processes in [2, 3] {
+        let scene = Scene::new();
+        scene.refuse("/api/", 403);
+        let ran = run(scene.on_processes(processes)).ended(66);
+        let cause = |line: &&str| line.contains("HTTP 403") && !line.contains("rank 0 stopped the run");
+        assert_eq!(ran.err.lines().filter(cause).count(), 1, "{}", ran.err);
+        assert_eq!(scene.hub.requests().len(), 1);
+
+        // Later than the collective timeout would end a rank that waits without a sign of life.
+        scene.hub.state().refusals.clear();
+        scene.hub.state().silent = true;
+        let mut command = scene.on_processes(processes);
+        command.args(["--timeout", "1"]).env("HF_HUB_DOWNLOAD_TIMEOUT", "3");
+        let ran = run(command).ended(74);
+        assert!(ran.err.contains("nothing arrived for 3 seconds"), "{}", ran.err);
+        assert!(!scene.temp.path().join("out").exists());
+    }
+}
+
+#[test]
+fn a_signal_ends_a_download_that_then_continues() {
+    for signal in [libc::SIGTERM, libc::SIGUSR1] {
+        let scene = Scene::new();
+        scene.hub.state().silent = true;
+        let rows = golden_copy("olmoe").join("data.json");
+        let rows = rows.to_str().unwrap();
+        let words = ["identify", "--model-name", ID, "--dataset-path", rows, "--top-k-experts", "2", "--download"];
+        let command = || scene.command(&[&words[..], &["--output-dir", "out"]].concat());
+        let mut running = start(command());
+        let lock = scene.cache().join(".locks/models--org--tiny/moewarden.lock");
+        assert!(running.wait_for(|| lock.exists()));
+        running.signal(signal);
+        running.end().failed(85, &["stopped by a signal while `org/tiny` was downloaded", "repeat the command"]);
+        scene.hub.state().silent = false;
+        run(command()).ok();
+    }
 }
