@@ -14,30 +14,35 @@ template <int D> struct SharedRows {
     bf16* at;
 
     DEVICE bf16* chunk(u32 row, u32 chunk) const { return at + row * D + (chunk ^ row % 8) * 8; }
+    // Its shared address: 32 bits, where a pointer takes twice the instructions.
+    DEVICE u32 address(u32 row, u32 chunk) const { return shared_address(at) + row * (D * 2) + (chunk ^ row % 8) * 16; }
 
     // Starts copying N rows of one head from `row`; rows from `count` on become zero.
     template <int N> DEVICE void load_rows(const bf16* x, u64 row, u64 count, u64 head, u64 heads, u64 dim) const {
+        // A thread copies the same chunk of every LINES-th row: a multiple of 8, so that its place in the row stays.
+        const u32 LINES = THREADS / (D / 8);
+        u32 r = threadIdx.x / (D / 8), p = threadIdx.x % (D / 8), valid = p * 8 < (u32)dim ? (u32)minimum(count, (u64)N) : 0;
+        const bf16* from = x + ((row + r) * heads + head) * dim + p * 8;
+        u32 below = LINES * (u32)(heads * dim);
+        bf16* to = chunk(r, p);
 #pragma unroll
-        for (u32 i = threadIdx.x; i < N * D / 8; i += THREADS) {
-            u32 r = i / (D / 8), p = i % (D / 8);
-            cp_async_16(chunk(r, p), x + ((row + r) * heads + head) * dim + p * 8, r < count && p * 8 < dim);
-        }
+        for (u32 i = 0; i < N / LINES; i++) cp_async_16(to + i * LINES * D, from + i * below, r + i * LINES < valid);
     }
 
     // The 16 x 16 operand a from row m and column k.
     DEVICE Fragment a(u32 m, u32 k) const {
         u32 matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-        return ldmatrix_x4<false>(chunk(m + r + matrix % 2 * 8, k / 8 + matrix / 2));
+        return ldmatrix_x4<false>(address(m + r + matrix % 2 * 8, k / 8 + matrix / 2));
     }
     // The operand b with rows n .. n + 16 as its columns, from column k.
     DEVICE Fragment b(u32 n, u32 k) const {
         u32 matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-        return ldmatrix_x4<false>(chunk(n + r + matrix / 2 * 8, k / 8 + matrix % 2));
+        return ldmatrix_x4<false>(address(n + r + matrix / 2 * 8, k / 8 + matrix % 2));
     }
     // The operand b with rows k .. k + 16 as its rows, from column n.
     DEVICE Fragment b_transposed(u32 k, u32 n) const {
         u32 matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
-        return ldmatrix_x4<true>(chunk(k + r + matrix % 2 * 8, n / 8 + matrix / 2));
+        return ldmatrix_x4<true>(address(k + r + matrix % 2 * 8, n / 8 + matrix / 2));
     }
 };
 
@@ -107,6 +112,15 @@ DEVICE float row_max(float x) {
     return maximum(x, __shfl_xor_sync(FULL_WARP, x, 2));
 }
 
+// Which keys near `key` the queries near `position` see, by differences, which fit into 32 bits.
+struct Visible {
+    int ahead, window;
+    DEVICE Visible(u64 position, u64 key, u64 window)
+        : ahead((int)position - (int)key), window((int)minimum(window, (u64)0x7fffffff)) {}
+    // Whether the query at position + query sees the key at key + other.
+    DEVICE bool operator()(int query, int other) const { return (u32)(ahead + query - other) < (u32)window; }
+};
+
 // Online softmax of two rows, in powers of two.
 struct Softmax {
     float highest[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, total[2] = {0.0f, 0.0f};
@@ -115,12 +129,22 @@ struct Softmax {
     // summed before must be multiplied by `factor`. `position`: that of the first row.
     template <int N> DEVICE void add(WarpTile<N>& s, float (&factor)[2], u64 position, u64 key, float scale, u64 window) {
         float next[2] = {highest[0], highest[1]};
+        Visible visible(position, key + threadIdx.x % 4 * 2, window);
+        // Only at the diagonal and at the window's edge: where the warp's lowest row does not see the last key, or its
+        // highest one not the first.
+        int lowest = (int)position - (int)(threadIdx.x % 32 / 4) - (int)key;
+        if (lowest < N - 1 || lowest + 15 >= visible.window) {
+#pragma unroll
+            for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    if (!visible(c / 2 * 8, j * 8 + c % 2)) s.v[j][c] = NEGATIVE_INFINITY;
+        }
 #pragma unroll
         for (int j = 0; j < N / 8; j++)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                bool seen = is_visible(position + c / 2 * 8, key + j * 8 + threadIdx.x % 4 * 2 + c % 2, window);
-                s.v[j][c] = seen ? s.v[j][c] * scale : NEGATIVE_INFINITY;
+                s.v[j][c] *= scale;
                 next[c / 2] = maximum(next[c / 2], s.v[j][c]);
             }
         float base[2], sum[2] = {0.0f, 0.0f};
@@ -249,11 +273,12 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
         WarpTile<HALF_TILE> weights, ds;
         weights.multiply(queries, own, keys);
         ds.multiply(dys, own, values);
+        Visible visible(position, key + threadIdx.x % 4 * 2, g.window);
 #pragma unroll
         for (int j = 0; j < HALF_TILE / 8; j++)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                bool seen = is_visible(position + c / 2 * 8, key + j * 8 + threadIdx.x % 4 * 2 + c % 2, g.window);
+                bool seen = visible(c / 2 * 8, j * 8 + c % 2);
                 float w = exp2f(weights.v[j][c] * scale - log_total[c / 2]);
                 ds.v[j][c] = seen ? w * (ds.v[j][c] - dot[c / 2]) : 0.0f;
             }
@@ -304,12 +329,14 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const flo
             WarpTile<HALF_TILE> weights, ds;
             weights.multiply(keys, own, queries);
             ds.multiply(values, own, dys);
+            Visible visible(s.before + query, key, g.window);
+            u32 valid = (u32)minimum(count, (u64)HALF_TILE);
 #pragma unroll
             for (int j = 0; j < HALF_TILE / 8; j++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     u32 other = j * 8 + threadIdx.x % 4 * 2 + c % 2;
-                    bool seen = other < count && is_visible(s.before + query + other, key + c / 2 * 8, g.window);
+                    bool seen = other < valid && visible((int)other, c / 2 * 8);
                     // Without a branch; values from `count` on are discarded.
                     float w = exp2f(weights.v[j][c] * scale - log_total[other]);
                     weights.v[j][c] = seen ? w : 0.0f;

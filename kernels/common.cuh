@@ -96,6 +96,16 @@ template <int W, class T> DEVICE Pack<W> load(const T* from) {
     return out;
 }
 
+// The first `count` of W elements, the others 0: what lies behind them may never have been written.
+template <int W, class T> DEVICE Pack<W> load_first(const T* from, u64 count) {
+    if (count >= W) return load<W>(from);
+    Pack<W> out = {};
+#pragma unroll
+    for (int i = 0; i < W; i++)
+        if ((u64)i < count) out.v[i] = to_f32(from[i]);
+    return out;
+}
+
 template <int W, class T> DEVICE void store(T* to, const Pack<W>& x) {
     if constexpr (W * sizeof(T) % 16 == 0) {
         const int E = Width<T>::value;

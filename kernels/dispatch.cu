@@ -92,51 +92,9 @@ template <class T, int W> DEVICE void combine(const T* x, const u32* row_of, T* 
     }
 }
 
-// y[row] = weights[slot_of[row]] · x[row]
-template <class T, int W> DEVICE void weight(const T* x, const float* weights, const u32* slot_of, T* y, u64 cols) {
-    float w = weights[slot_of[blockIdx.x]];
-    x += blockIdx.x * cols;
-    y += blockIdx.x * cols;
-    for (u64 c = threadIdx.x * W; c < cols; c += blockDim.x * W) {
-        Pack<W> a = load<W>(x + c);
-#pragma unroll
-        for (int j = 0; j < W; j++) a.v[j] *= w;
-        store<W>(y + c, a);
-    }
-}
-
-// dx[row] = weights[slot] · dy[row]; dweights[slot] = ⟨dy[row], x[row]⟩, slot = slot_of[row].
-template <class T, int W>
-DEVICE void weight_backward(const T* dy, const T* x, const float* weights, const u32* slot_of, T* dx, float* dweights,
-                            u64 cols) {
-    u32 slot = slot_of[blockIdx.x];
-    float w = weights[slot], dot = 0.0f;
-    dy += blockIdx.x * cols;
-    x += blockIdx.x * cols;
-    dx += blockIdx.x * cols;
-    for (u64 c = threadIdx.x * W; c < cols; c += blockDim.x * W) {
-        Pack<W> g = load<W>(dy + c), a = load<W>(x + c);
-#pragma unroll
-        for (int j = 0; j < W; j++) {
-            dot += g.v[j] * a.v[j];
-            g.v[j] *= w;
-        }
-        store<W>(dx + c, g);
-    }
-    dot = block_sum(dot);
-    if (threadIdx.x == 0) dweights[slot] = dot;
-}
-
 #define TYPED(T, name)                                                                                               \
     KERNEL(256, combine_rows_##name, (const T* x, const u32* row_of, T* y, u32 top_k, u64 cols)) {                   \
         BY_WIDTH(T, cols, combine, x, row_of, y, top_k, cols);                                                       \
-    }                                                                                                                \
-    KERNEL(256, weight_rows_##name, (const T* x, const float* weights, const u32* slot_of, T* y, u64 cols)) {        \
-        BY_WIDTH(T, cols, weight, x, weights, slot_of, y, cols);                                                     \
-    }                                                                                                                \
-    KERNEL(256, weight_rows_backward_##name,                                                                         \
-           (const T* dy, const T* x, const float* weights, const u32* slot_of, T* dx, float* dweights, u64 cols)) {  \
-        BY_WIDTH(T, cols, weight_backward, dy, x, weights, slot_of, dx, dweights, cols);                             \
     }
 
 TYPED(float, f32)

@@ -111,6 +111,18 @@ CAST(bf16, f16, bf16_f16)
 CAST(f16, float, f16_f32)
 CAST(f16, bf16, f16_bf16)
 
+// y[row] = [high | low]: x[row] as the sum of two BF16 numbers, up to 2^-17 of it. What is not finite is all in `high`.
+// x [n / cols, cols], y [n / cols, 2 cols]. Grid: at least n threads, in blocks of 256.
+KERNEL(256, split_f32, (const float* x, bf16* y, u64 cols, u64 n)) {
+    u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    bf16 high = from_f32<bf16>(x[i]);
+    float rest = x[i] - to_f32(high);
+    y += i / cols * 2 * cols + i % cols;
+    y[0] = high;
+    y[cols] = from_f32<bf16>(fabsf(rest) < -NEGATIVE_INFINITY ? rest : 0.0f);
+}
+
 // --- random values ---------------------------------------------------------------------------------------------------
 
 // Number `place` of the SplitMix64 sequence with this seed.

@@ -1,5 +1,5 @@
 // KL divergence of softmax distributions: of rows of logits from the rows of a base model. Memory-bound: both rows are
-// read twice (the second time from L2), and the gradient is written once.
+// read twice (of a large vocabulary from memory: see cross_entropy.cu), and the gradient is written once.
 
 // One class of KL(p0 ‖ p), where p0 = e^log_base.
 DEVICE double kl_term(float p0, double log_base, double log_p) {
@@ -28,7 +28,7 @@ template <class T> DEVICE void linear_kl(const float* logits, const float* base,
     // The first class with the largest logit, negated, for a maximum: exact in f32 up to 2^24 classes.
     float first = NEGATIVE_INFINITY, first0 = NEGATIVE_INFINITY;
     for (u64 c = threadIdx.x * W; c < classes; c += blockDim.x * W) {
-        Pack<W> l = load<W>(logits + c), b = load<W>(base + c);
+        Pack<W> l = load_first<W>(logits + c, classes - c), b = load_first<W>(base + c, classes - c);
 #pragma unroll
         for (int j = 0; j < W; j++) {
             if (c + j >= classes) {

@@ -21,22 +21,24 @@ template <int pending> DEVICE void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Loads four 8 x 8 matrices; lane 8 i + r passes the address of row r of matrix i. r[i] gets, of matrix i, row lane / 4
+// Loads four 8 x 8 matrices; lane 8 i + r passes the shared address of row r of matrix i. r[i] gets, of matrix i, row lane / 4
 // and columns 2 (lane % 4) and the next; of its transpose if `transposed`.
-template <bool transposed> DEVICE Fragment ldmatrix_x4(const bf16* row) {
+template <bool transposed> DEVICE Fragment ldmatrix_x4(u32 row) {
     Fragment f;
     if constexpr (transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
-                     : "r"(shared_address(row))
+                     : "r"(row)
                      : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
-                     : "r"(shared_address(row))
+                     : "r"(row)
                      : "memory");
     return f;
 }
+
+template <bool transposed> DEVICE Fragment ldmatrix_x4(const bf16* row) { return ldmatrix_x4<transposed>(shared_address(row)); }
 
 // c += a · b for a 16 x 16 and b 16 x 8, accumulated in f32. The whole warp takes part.
 DEVICE void mma_m16n8k16(float (&c)[4], const Fragment& a, u32 b0, u32 b1) {

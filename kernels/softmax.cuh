@@ -6,7 +6,7 @@ DEVICE void softmax_of_block(const float* row, u64 classes, float& all, double& 
     const int W = 8;
     float highest = NEGATIVE_INFINITY, sum = 0.0f;
     for (u64 c = threadIdx.x * W; c < classes; c += blockDim.x * W) {
-        Pack<W> l = load<W>(row + c);
+        Pack<W> l = load_first<W>(row + c, classes - c);
         float h = highest;
 #pragma unroll
         for (int j = 0; j < W; j++) h = c + j < classes ? maximum(h, l.v[j]) : h;

@@ -40,15 +40,40 @@ KERNEL(256, adamw,
     }
 }
 
-// partial[block] = Σ x² over the block's share, in f64: the square of a finite f32 does not overflow there, so the sum
-// is finite exactly if every element is. Grid: any number of blocks of 256 threads.
-KERNEL(256, sum_squares, (const float* x, double* partial, u64 n)) {
+// The sums of squares of n parts of x, in two launches. A part has some blocks of its own: jobs[3 i], the number of blocks
+// before part i; jobs[3 i + 1], its first element; jobs[3 i + 2], its elements; at last jobs[3 n], the number of all blocks.
+
+// The part of this block: the last one that begins at or before it (parts without elements have no block).
+DEVICE u64 part_of_block(const u64* jobs, u64 n) {
+    u64 low = 0, high = n;  // it is in low .. high
+    while (low + 1 < high) {
+        u64 middle = (low + high) / 2;
+        (jobs[3 * middle] <= blockIdx.x ? low : high) = middle;
+    }
+    return low;
+}
+
+// partial[block] = Σ x² over the block's share of its part, in f64: the square of a finite f32 does not overflow there, so
+// the sum is finite exactly if every element is. Grid: jobs[3 n] blocks of 256 threads.
+KERNEL(256, sums_of_squares, (const float* x, const u64* jobs, double* partial, u64 n)) {
+    const u64* job = jobs + 3 * part_of_block(jobs, n);
+    u64 block = blockIdx.x - job[0], blocks = job[3] - job[0];
+    x += job[1];
     double sum = 0.0;
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
+    for (u64 i = block * blockDim.x + threadIdx.x; i < job[2]; i += blocks * blockDim.x) {
         sum += (double)x[i] * (double)x[i];
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// out[part] = Σ of the part's partial sums. Grid: one block of 512 threads per part.
+KERNEL(512, totals_of_parts, (const double* partial, const u64* jobs, double* out)) {
+    const u64* job = jobs + 3 * (u64)blockIdx.x;
+    double sum = 0.0;
+    for (u64 i = job[0] + threadIdx.x; i < job[3]; i += blockDim.x) sum += partial[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
 // out = Σ values. Grid: one block of 512 threads.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use moewarden::backend::cuda::gpu::Gpu;
-use moewarden::backend::cuda::plan::{self, Form, Grouped};
+use moewarden::backend::cuda::plan::{self, Form, Grouped, Operation};
 use moewarden::backend::cuda::pool::Reuse;
 use moewarden::backend::cuda::{Buffer, Cuda, Dispatch, Tensor, Weight};
 use moewarden::backend::{AdamwStep, Backend, Dtype, ExpertGrad, GradReduction, Heads, HostTensor, Packing, Rope};
@@ -38,8 +38,15 @@ fn noise(n: usize, scale: f32) -> Vec<f32> {
     (0..n).map(|_| next()).collect()
 }
 
-fn host(rows: usize, cols: usize) -> HostTensor {
-    HostTensor::encode(Dtype::Bf16, vec![rows, cols], &noise(rows * cols, 0.05))
+/// A random weight, made on the GPU.
+fn weight(b: &Cuda, rows: usize, cols: usize) -> Weight {
+    b.random_weight(Dtype::Bf16, vec![rows, cols], 1, 0.02)
+}
+
+/// Random rows, made on the GPU.
+pub fn noise_rows(b: &Cuda, rows: usize, cols: usize, scale: f32) -> Tensor {
+    let w = b.random_weight(Dtype::Bf16, vec![rows, cols], 3, scale);
+    b.embedding(&b.indices(&(0..rows as u32).collect::<Vec<_>>()), &w)
 }
 
 /// Times every operation for these sequences.
@@ -47,7 +54,7 @@ pub fn run(report: &mut Report, gpu: &Arc<dyn Gpu>, shape: &Shape, lengths: &[us
     let cuda = Cuda::new(gpu.clone(), Dtype::Bf16, Reuse::Segments);
     let packing = Packing::of_lengths(lengths.iter().copied());
     let t = packing.rows();
-    let x = cuda.upload(t, shape.d, &noise(t * shape.d, 1.0));
+    let x = noise_rows(&cuda, t, shape.d, 1.0);
     rows(report, &cuda, shape, &x);
     attention(report, &cuda, shape, &packing, &x);
     head(report, &cuda, shape, &x);
@@ -80,12 +87,12 @@ fn rows(report: &Report, b: &Cuda, shape: &Shape, x: &Tensor) {
     report.time("sigmoid_gate_backward", bytes(3 * one), || b.sigmoid_gate_backward(&y, x, &gate));
 
     let q = shape.heads * shape.dim;
-    let (w, dy) = (b.weight(host(q, d)), b.zeros(t, q));
+    let (w, dy) = (weight(b, q, d), b.zeros(t, q));
     let (flops, operands) = (2 * t * d * q, (t * d + t * q) * A);
     report.time("linear (queries)", product(flops, operands + d * q * A), || b.linear(x, &w, None));
     let bias = b.weight(HostTensor::encode(Dtype::Bf16, vec![q], &noise(q, 0.05)));
     report.time("linear, with a bias", product(flops, operands + d * q * A), || b.linear(x, &w, Some(&bias)));
-    let stored = b.weight(HostTensor::encode(Dtype::F16, vec![q, d], &noise(q * d, 0.05)));
+    let stored = b.random_weight(Dtype::F16, vec![q, d], 1, 0.02);
     report.time("linear of a weight in F16", product(flops, operands + 3 * d * q * A), || b.linear(x, &stored, None));
     report.time("linear_backward_input", product(flops, operands + d * q * A), || b.linear_backward_input(&dy, &w));
     let mut dw = b.buffer(d * q);
@@ -102,8 +109,8 @@ fn attention(report: &Report, b: &Cuda, shape: &Shape, packing: &Packing, x: &Te
     let seqs = b.sequences(packing, &Rope { inv_freq, scale: 1.0 });
     let heads = Heads { queries: shape.heads, keys: shape.kv, dim, window: None };
     let (q_size, kv_size) = (t * heads.queries * dim, t * heads.keys * dim);
-    let mut q = b.upload(t, heads.queries * dim, &noise(q_size, 1.0));
-    let [k, v] = [0; 2].map(|_| b.upload(t, heads.keys * dim, &noise(kv_size, 1.0)));
+    let mut q = noise_rows(b, t, heads.queries * dim, 1.0);
+    let [k, v] = [0; 2].map(|_| noise_rows(b, t, heads.keys * dim, 1.0));
     report.time("rope (queries)", bytes(2 * q_size * A), || b.rope(&mut q, dim, &seqs));
     report.time("rope_backward", bytes(2 * q_size * A), || b.rope_backward(&mut q, dim, &seqs));
 
@@ -123,7 +130,7 @@ fn attention(report: &Report, b: &Cuda, shape: &Shape, packing: &Packing, x: &Te
 /// Embedding and loss.
 fn head(report: &Report, b: &Cuda, shape: &Shape, x: &Tensor) {
     let ((t, d), v) = (b.shape(x), shape.v);
-    let w = b.weight(host(v, d));
+    let w = weight(b, v, d);
     let ids: Vec<u32> = (0..t).map(|i| (i * 7919 % v) as u32).collect();
     let ids = b.indices(&ids);
     report.time("embedding", bytes(2 * t * d * A), || b.embedding(&ids, &w));
@@ -149,7 +156,7 @@ fn experts(report: &mut Report, gpu: &Arc<dyn Gpu>, b: &Cuda, shape: &Shape, x: 
     let Shape { d, f, experts, top_k, .. } = *shape;
     let t = b.shape(x).0;
     let rows = t * top_k;
-    let router = b.weight(host(experts, d));
+    let router = weight(b, experts, d);
     let logits = b.router_logits(x, &router);
     let routing = b.route(&logits, top_k, true);
     let dispatch = b.dispatch(&routing, experts);
@@ -182,8 +189,7 @@ fn experts(report: &mut Report, gpu: &Arc<dyn Gpu>, b: &Cuda, shape: &Shape, x: 
     let sorted = b.dispatch_rows(x, &dispatch);
     report.time("combine_rows", bytes((t + rows) * d * A), || b.combine_rows(&sorted, &dispatch));
     let [gate_up, down] = [(f, d, 2), (d, f, 1)].map(|(outputs, inputs, stack)| {
-        let host = host(outputs, inputs);
-        let weights = (0..experts * stack).map(|_| b.weight(host.clone())).collect();
+        let weights = (0..experts * stack).map(|_| weight(b, outputs, inputs)).collect();
         Products { name: if stack == 2 { "gate+up" } else { "down" }, weights, stack, inputs, outputs }
     });
     let forms = Forms::new(gpu, b);
@@ -192,8 +198,8 @@ fn experts(report: &mut Report, gpu: &Arc<dyn Gpu>, b: &Cuda, shape: &Shape, x: 
     report.time("swiglu", bytes(3 * rows * f * A), || b.swiglu(&both));
     let a = b.swiglu(&both);
     report.time("swiglu_backward", bytes(5 * rows * f * A), || b.swiglu_backward(&a, &both));
-    report.time("weighted_swiglu", bytes(5 * rows * f * A), || b.weighted_swiglu(&both, &routing, &dispatch));
-    report.time("weighted_swiglu_backward", bytes(14 * rows * f * A), || {
+    report.time("weighted_swiglu", bytes(3 * rows * f * A), || b.weighted_swiglu(&both, &routing, &dispatch));
+    report.time("swiglu and weighted_swiglu_backward", bytes(8 * rows * f * A), || {
         b.weighted_swiglu_backward(b.swiglu(&both), &both, &routing, &dispatch)
     });
     let (_, dweights) = b.weighted_swiglu_backward(b.swiglu(&both), &both, &routing, &dispatch);
@@ -257,20 +263,23 @@ impl Products {
         let b = forms.chosen;
         let (stacks, experts) = (self.stacks(), self.weights.len() / self.stack);
         let (rows, width, size) = (b.shape(x).0, self.stack * self.outputs, self.inputs * self.outputs);
-        let shape = Grouped { rows, groups: experts, inputs: self.inputs, outputs: self.outputs, dtype: Dtype::Bf16 };
-        let order = forms.order(&shape);
+        let (inputs, outputs) = (self.inputs, self.outputs);
+        let order =
+            |operation| forms.order(&Grouped { operation, rows, groups: experts, inputs, outputs, dtype: Dtype::Bf16 });
+        let (products, scored, added) =
+            (order(Operation::Product), order(Operation::Scores), order(Operation::Gradients));
         let name = |what: &str| format!("{} {what}", self.name);
         let (flops, operands) = (2 * rows * self.inputs * width, rows * (self.inputs + width) * A);
 
         let all = product(flops, operands + self.weights.len() * size * A);
-        report.compare(&name("forward"), all, &order, |form| forms.of(form).grouped_linear(x, &stacks, dispatch));
-        report.compare(&name("backward_input"), all, &order, |form| {
+        report.compare(&name("forward"), all, &products, |form| forms.of(form).grouped_linear(x, &stacks, dispatch));
+        report.compare(&name("backward_input"), all, &products, |form| {
             forms.of(form).grouped_linear_backward_input(dy, &stacks, dispatch)
         });
 
         let (mut scores, mut nothing) = (b.scores(experts), b.buffer(1));
         let plan: Vec<_> = (0..experts).map(|e| ExpertGrad::Score(GradReduction::Abs, e)).collect();
-        report.compare(&name("gradient magnitude"), product(flops, operands), &order, |form| {
+        report.compare(&name("gradient magnitude"), product(flops, operands), &scored, |form| {
             let b = forms.of(form);
             b.grouped_linear_backward_weight(dy, x, &stacks, dispatch, &plan, &mut nothing, &mut scores)
         });
@@ -279,7 +288,7 @@ impl Products {
             [(GradReduction::Square, 0), (GradReduction::AbsTimesWeight, self.weights.len() * size * A)]
         {
             let plan: Vec<_> = (0..experts).map(|e| ExpertGrad::Score(moment, e)).collect();
-            let what = name(&format!("gradient magnitude, {moment:?}: {}", order[0]));
+            let what = name(&format!("gradient magnitude, {moment:?}: {}", scored[0]));
             report.time(&what, product(flops, operands + read), || {
                 b.grouped_linear_backward_weight(dy, x, &stacks, dispatch, &plan, &mut nothing, &mut scores)
             });
@@ -294,7 +303,7 @@ impl Products {
         let part = counts[..trained].iter().sum::<usize>() as f64 / rows as f64;
         let gradients = (8 * trained * self.stack * size) as f64;
         let work = Work { flops: flops as f64 * part, bytes: operands as f64 * part + gradients };
-        report.compare(&name(&format!("gradients of {trained} of {experts}")), work, &order, |form| {
+        report.compare(&name(&format!("gradients of {trained} of {experts}")), work, &added, |form| {
             let b = forms.of(form);
             b.grouped_linear_backward_weight(dy, x, &stacks, dispatch, &plan, &mut dw, &mut scores)
         });

@@ -305,6 +305,10 @@ pub trait Backend: Send + Sync + 'static {
     fn router_logits(&self, x: &Self::Tensor, w: &Self::Weight) -> Self::Tensor;
     /// dx = dy · w.
     fn linear_backward_input(&self, dy: &Self::Tensor, w: &Self::Weight) -> Self::Tensor;
+    /// dx += dy · w, where several layers read the same rows.
+    fn add_linear_backward_input(&self, dy: &Self::Tensor, w: &Self::Weight, dx: &mut Self::Tensor) {
+        self.add_assign(dx, &self.linear_backward_input(dy, w));
+    }
     /// dw `[out, in]` at `offset` += dyᵀ · x.
     fn linear_backward_weight(&self, dy: &Self::Tensor, x: &Self::Tensor, dw: &mut Self::Buffer, offset: usize);
     /// db `[out]` at `offset` += column sums of dy.
@@ -480,6 +484,10 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Σ x² over part of a buffer, in f64. Finite exactly if all entries are.
     fn sum_squares(&self, b: &Self::Buffer, range: Range<usize>) -> f64;
+    /// [`Self::sum_squares`] of several ranges. A GPU is waited for once.
+    fn sums_of_squares(&self, b: &Self::Buffer, ranges: &[Range<usize>]) -> Vec<f64> {
+        ranges.iter().map(|range| self.sum_squares(b, range.clone())).collect()
+    }
     /// One AdamW step on elements `at` of `master`, `m` and `v`, with as many gradient elements from `grad_at`.
     #[allow(clippy::too_many_arguments)]
     fn adamw(

@@ -13,7 +13,7 @@ use crate::backend::cuda::Cuda;
 use crate::backend::cuda::gpu::Gpu;
 use crate::backend::cuda::nvidia::library::{self, Library, Surroundings};
 use crate::backend::cuda::nvidia::{Driver, Error, Nvidia};
-use crate::backend::cuda::plan::Grouped;
+use crate::backend::cuda::plan::{Grouped, Operation};
 use crate::backend::cuda::pool::Reuse;
 use crate::backend::cuda::profile::{Profiled, Times};
 use crate::collective::nccl::{Communicator, Nccl};
@@ -283,6 +283,7 @@ impl Gpus {
             Cuda::with_room(gpu.clone(), compute, Reuse::Segments, room)
         });
         let shape = Grouped {
+            operation: Operation::Product,
             rows: workload.rows * workload.num_experts_per_tok,
             groups: workload.num_experts,
             inputs: workload.hidden_size,

@@ -154,8 +154,8 @@ pub(super) fn backward<B: Backend>(
         return None;
     }
     let mut d_normed_TD = b.linear_backward_input(&dq_TQ, ctx.weight(p.q.weight));
-    b.add_assign(&mut d_normed_TD, &b.linear_backward_input(&dk_TC, ctx.weight(p.k.weight)));
-    b.add_assign(&mut d_normed_TD, &b.linear_backward_input(&dv_TC, ctx.weight(p.v.weight)));
+    b.add_linear_backward_input(&dk_TC, ctx.weight(p.k.weight), &mut d_normed_TD);
+    b.add_linear_backward_input(&dv_TC, ctx.weight(p.v.weight), &mut d_normed_TD);
     b.add_assign(&mut dx_TD, &ctx.rms_norm_backward(&d_normed_TD, x_TD, p.norm, sinks));
     want_dx.then_some(dx_TD)
 }

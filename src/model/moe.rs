@@ -146,7 +146,7 @@ pub(super) fn backward<B: Backend>(
     if let Some(dlogits_TE) = dlogits_TE {
         ctx.weight_grad(p.router, &dlogits_TE, x_TD, sinks);
         if want_dx {
-            add_some(b, &mut dx_TD, Some(b.linear_backward_input(&dlogits_TE, ctx.weight(p.router))));
+            add_input_gradient(ctx, p.router, &dlogits_TE, &mut dx_TD);
         }
     }
     dx_TD
@@ -225,9 +225,18 @@ fn shared_backward<B: Backend>(
     ctx.weight_grad(p.gate, &d_gate_T1, x_TD, sinks);
     let mut dx_TD = swiglu::backward(ctx, &p.swiglu, &d_out_TD, x_TD, &saved.gate_up_T2F, want_dx, sinks);
     if want_dx {
-        add_some(b, &mut dx_TD, Some(b.linear_backward_input(&d_gate_T1, ctx.weight(p.gate))));
+        add_input_gradient(ctx, p.gate, &d_gate_T1, &mut dx_TD);
     }
     dx_TD
+}
+
+/// dx += dy · w, where `None` is zero.
+fn add_input_gradient<B: Backend>(ctx: &LayerCtx<'_, B>, w: ParamId, dy: &B::Tensor, dx: &mut Option<B::Tensor>) {
+    let (b, w) = (ctx.b, ctx.weight(w));
+    match dx {
+        Some(dx) => b.add_linear_backward_input(dy, w, dx),
+        None => *dx = Some(b.linear_backward_input(dy, w)),
+    }
 }
 
 /// sum += term, where `None` is zero.

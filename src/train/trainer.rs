@@ -5,6 +5,7 @@
 //! their stored dtype. A bucket is sent as soon as the last backward pass of the step has completed it, while the layers
 //! below still compute.
 
+use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
@@ -209,11 +210,12 @@ impl<B: Backend> Trainer<B> {
     pub fn norm(&self, replica: &Replica<B>) -> Result<Norm, collective::Error> {
         let (b, world) = (&*replica.model().backend, &*replica.world);
         let summed = self.summed();
-        let sum = |i: usize| {
+        let part = |i: usize| {
             let (start, len) = (self.pieces[i].offset, self.shards.piece(i, world.rank()).len());
-            b.sum_squares(summed, start..start + len)
+            start..start + len
         };
-        let mut squares: Vec<f64> = (0..self.pieces.len()).map(sum).collect();
+        let parts: Vec<Range<usize>> = (0..self.pieces.len()).map(part).collect();
+        let mut squares = b.sums_of_squares(summed, &parts);
         world.all_reduce_f64(&mut squares)?;
         let not_finite = squares.iter().position(|s| !s.is_finite()).map(|i| self.params[i]);
         Ok(Norm { value: squares.iter().sum::<f64>().sqrt(), not_finite })

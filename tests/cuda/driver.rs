@@ -62,6 +62,7 @@ fn inside(cache: &Path) {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             copies(&gpu);
+            small_copies(&gpu);
             room(&gpu);
             kernels(&gpu);
             products(&gpu);
@@ -94,6 +95,23 @@ fn copies(gpu: &Nvidia) {
         gpu.free(first).unwrap(); // while work is queued
         gpu.free(second).unwrap();
     }
+}
+
+/// Small copies never wait for the stream, and none is overwritten before it has run: the ring is filled several times.
+fn small_copies(gpu: &Nvidia) {
+    let (count, len) = (3000, 4 << 10);
+    let at = gpu.allocate(count * len).unwrap().unwrap();
+    let waits = self::count("stand_in_waits");
+    let content = |i: usize| (0..len).map(move |j| (i * 31 + j * 7) as u8);
+    for i in 0..count {
+        let bytes: Vec<u8> = content(i).collect();
+        gpu.copy_in(at.offset(i * len), &bytes).unwrap();
+    }
+    assert_eq!(self::count("stand_in_waits"), waits);
+    let mut got = vec![0; count * len];
+    gpu.copy_out(at, &mut got).unwrap();
+    assert!(got.chunks(len).enumerate().all(|(i, chunk)| content(i).eq(chunk.iter().copied())));
+    gpu.free(at).unwrap();
 }
 
 fn room(gpu: &Nvidia) {

@@ -132,7 +132,10 @@ impl<B: Backend> Probe<'_, B> {
         let (w, bias) = (self.weight(&[outputs, inputs]), self.weight(&[outputs]));
         self.note_tensor((at, "y"), &b.linear(&x, &w, None));
         self.note_tensor((at, "y with bias"), &b.linear(&x, &w, Some(&bias)));
-        self.note_tensor((at, "dx"), &b.linear_backward_input(&dy, &w));
+        let mut dx = b.linear_backward_input(&dy, &w);
+        self.note_tensor((at, "dx"), &dx);
+        b.add_linear_backward_input(&dy, &w, &mut dx);
+        self.note_tensor((at, "dx twice"), &dx);
         let mut dw = self.buffer(outputs * inputs + 5);
         b.linear_backward_weight(&dy, &x, &mut dw, 5);
         self.note_buffer((at, "dw"), &dw, outputs * inputs + 5);
@@ -192,6 +195,9 @@ impl<B: Backend> Probe<'_, B> {
         let dlogits = b.route_backward(&dweights, &routing);
         self.note_tensor((at, "dlogits"), &dlogits);
         self.note_tensor((at, "router dx"), &b.linear_backward_input(&dlogits, &w));
+        let mut sum = self.tensor(tokens, d, 1.0);
+        b.add_linear_backward_input(&dlogits, &w, &mut sum);
+        self.note_tensor((at, "router dx added"), &sum);
         let mut dw = self.buffer(experts * d);
         b.linear_backward_weight(&dlogits, &x, &mut dw, 0);
         self.note_buffer((at, "router dw"), &dw, experts * d);
@@ -488,6 +494,31 @@ fn a_profile_counts_what_the_gpu_does() {
     assert!((shares.iter().sum::<f64>() - 100.0).abs() < 0.6 && shares.is_sorted_by(|a, b| a >= b), "{text}");
 }
 
+/// The norm of a gradient of hundreds of parameters must not wait for the GPU hundreds of times.
+#[test]
+fn sums_of_squares_of_all_parts_wait_for_the_gpu_once() {
+    let times = Arc::new(Times::default());
+    let gpu = Arc::new(Profiled::new(device::gpu(), times.clone()));
+    let b = Cuda::new(gpu, Dtype::F32, Reuse::Never).with_times(times);
+    let values = Rng::new(7).values(30_000, 1.0);
+    let mut buffer = b.buffer(values.len());
+    b.buffer_write(&mut buffer, 0, &values);
+    // Parts of no, one and several blocks; they may overlap.
+    let parts = [0..0, 0..1, 1..9000, 5..5, 5..4101, 29_999..30_000, 30_000..30_000];
+    let sums = b.sums_of_squares(&buffer, &parts);
+    let text = b.profile().unwrap();
+    assert!(text.contains(" 1 x copy to the host"), "{text}");
+    for (part, sum) in parts.iter().zip(&sums) {
+        let want: f64 = values[part.clone()].iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+        assert!((sum - want).abs() <= 1e-12 * want, "{part:?}: {sum}, not {want}");
+        assert_eq!(*sum, b.sum_squares(&buffer, part.clone()), "{part:?} with others and alone");
+    }
+    assert_eq!(b.sums_of_squares(&buffer, &[]), [0.0; 0]);
+    b.buffer_write(&mut buffer, 4500, &[f32::INFINITY]);
+    let finite: Vec<bool> = b.sums_of_squares(&buffer, &parts).iter().map(|sum| sum.is_finite()).collect();
+    assert_eq!(finite, [true, true, false, true, true, true, true], "5..4101 ends before it");
+}
+
 #[test]
 fn in_steady_state_nothing_is_allocated() {
     let gpu = cuda(device::gpu(), Dtype::Bf16, Reuse::Segments);
@@ -594,6 +625,9 @@ fn signatures(module: &Module) -> Vec<Signature> {
 /// `InOut<T>`.
 #[test]
 fn every_launch_has_the_signature_of_its_kernel() {
+    if !device::emulator_only("signatures, which need a C++ compiler but no GPU") {
+        return;
+    }
     let mut declared: Vec<(&str, Signature)> = Vec::new();
     for kernel in kernels::declarations() {
         let parameters = kernel.parameters.iter().map(|(name, c_type)| ((*name).to_owned(), c_type.clone())).collect();
@@ -719,4 +753,60 @@ fn of_equal_logits_the_lowest_class_is_the_greedy_one() {
         let rows = gpu.linear_cross_entropy_rows(&x, &w, &gpu.indices(&targets));
         assert!(rows.iter().enumerate().all(|(i, row)| row.greedy == (i == 0)), "{rows:?}");
     }
+}
+
+/// One pass instead of three changes no bit: silu(gate) · up and its gradient are rounded to the format of the rows before the
+/// routing weight multiplies the one, and after it has multiplied the other.
+#[test]
+fn swiglu_with_routing_weights_rounds_as_swiglu_and_then_the_weights() {
+    if !device::emulator_only("bits of two kernels, in which a compiler may contract differently") {
+        return;
+    }
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let gpu = device::gpu();
+        let b = cuda(gpu.clone(), dtype, Reuse::Never);
+        let mut p = Probe { b: &b, dtype, stored: dtype, rng: Rng::new(5), found: Vec::new() };
+        let (tokens, experts, top_k, f) = (9, 5, 3, 37);
+        let rounded = |values: &[f32]| HostTensor::encode(dtype, vec![values.len()], values).to_f32();
+        let logits = b.router_logits(&p.tensor(tokens, 8, 1.0), &p.weight(&[experts, 8]));
+        let routing = b.route(&logits, top_k, true);
+        let dispatch = b.dispatch(&routing, experts);
+        let gate_up = p.tensor(tokens * top_k, 2 * f, 3.0);
+        let dy = p.values(tokens * top_k * f, 1.0);
+
+        // The weight of each sorted row, in F32, where silu(64) / 64 is 1.
+        let (exact, rows) = (cuda(gpu.clone(), Dtype::F32, Reuse::Never), tokens * top_k);
+        let one = exact.upload(rows, 2, &[64.0, 1.0 / 64.0].repeat(rows));
+        let weights = exact.download(&exact.weighted_swiglu(&one, &routing, &dispatch));
+        assert!(weights.iter().all(|w| (0.0..1.0).contains(w)), "{weights:?}");
+        let scaled = |x: &[f32]| rounded(&x.iter().enumerate().map(|(i, x)| x * weights[i / f]).collect::<Vec<_>>());
+
+        let want = scaled(&b.download(&b.swiglu(&gate_up)));
+        assert_eq!(b.download(&b.weighted_swiglu(&gate_up, &routing, &dispatch)), want, "{dtype:?}");
+        let want = b.download(&b.swiglu_backward(&b.upload(rows, f, &scaled(&dy)), &gate_up));
+        let (dx, _) = b.weighted_swiglu_backward(b.upload(rows, f, &dy), &gate_up, &routing, &dispatch);
+        assert_eq!(b.download(&dx), want, "{dtype:?}");
+    }
+}
+
+#[test]
+fn gradients_of_inputs_are_rounded_once() {
+    let b = cuda(device::gpu(), Dtype::Bf16, Reuse::Never);
+    let weight = |rows: usize, values: &[f32]| {
+        b.weight(HostTensor::encode(Dtype::Bf16, vec![rows, values.len() / rows], values))
+    };
+    let power = |n: i32| 2f32.powi(n);
+    // Gradients of logits are in F32. 2^-9 beside 1 is beyond BF16, and here it is all that is left in the sum.
+    let dlogits = b.router_logits(&b.upload(1, 2, &[1.0, power(-9)]), &weight(2, &[1.0, 1.0, -1.0, 0.0]));
+    assert_eq!(b.download(&dlogits), [1.0 + power(-9), -1.0]);
+    let ones = weight(2, &[1.0, 1.0]);
+    assert_eq!(b.download(&b.linear_backward_input(&dlogits, &ones)), [power(-9)]);
+    // 1 + 2^-8 + 2^-18 is 1 + 2^-7 in BF16; if 2^-8 + 2^-18 is rounded first, the sum is 1.
+    let mut dx = b.upload(1, 1, &[1.0]);
+    b.add_linear_backward_input(&b.upload(1, 2, &[1.0, power(-10)]), &weight(2, &[power(-8), power(-8)]), &mut dx);
+    assert_eq!(b.download(&dx), [1.0 + power(-7)]);
+    // What is not finite stays so.
+    let dlogits = b.router_logits(&b.upload(1, 1, &[3e38]), &weight(2, &[3e38, 1.0]));
+    assert_eq!(b.download(&dlogits)[0], f32::INFINITY);
+    assert_eq!(b.download(&b.linear_backward_input(&dlogits, &ones)), [f32::INFINITY]);
 }

@@ -46,7 +46,8 @@ DEVICE u32 to_bf16x2(float low, float high) { return pair(to_bf16(low), to_bf16(
 static const bf16* lane_rows[1024];
 static u32 lane_operands[1024][6];
 
-template <bool transposed> DEVICE Fragment ldmatrix_x4(const bf16* row) {
+template <bool transposed> DEVICE Fragment ldmatrix_x4(u32 address) {
+    const bf16* row = reinterpret_cast<const bf16*>(emulator::arena.bytes + address);
     int lane = (int)(threadIdx.x % 32), at = lane / 4, two = lane % 4 * 2;
     const bf16** rows = lane_rows + (threadIdx.x - lane);
     rows[lane] = row;
@@ -57,6 +58,8 @@ template <bool transposed> DEVICE Fragment ldmatrix_x4(const bf16* row) {
     __syncwarp();
     return f;
 }
+
+template <bool transposed> DEVICE Fragment ldmatrix_x4(const bf16* row) { return ldmatrix_x4<transposed>(shared_address(row)); }
 
 // Element (row, k) of a is in lane 4 (row % 8) + k % 8 / 2, register row / 8 + 2 (k / 8), half k % 2; element (k, col)
 // of b is in lane 4 col + k % 8 / 2, register k / 8, half k % 2; c[0..2] are row lane / 4, columns 2 (lane % 4) and the

@@ -7,6 +7,9 @@
 // With STAND_IN_MODULES, a folder of emulated modules (tests/emulator), NVRTC "compiles" module NAME to the path of
 // NAME.so there, and the emulated kernels run. Then the whole program works, and NCCL's ranks, threads of one process,
 // sum their own values. STAND_IN_MEMORY is the GPU's memory in bytes, STAND_IN_DEVICES the number of GPUs.
+//
+// Faults: the kernel whose name STAND_IN_BREAKS is (without its type) accesses an illegal address, after which every
+// call of the process fails, as on a GPU; the one of STAND_IN_HANGS never ends.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -16,8 +19,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_READY = 600 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
+
+// What every call returns after an illegal address.
+static int broken;
+// Whether the environment variable is the name of this kernel, with or without its type.
+static int named(const char* variable, const char* kernel) {
+    const char* name = getenv(variable);
+    size_t n = name ? strlen(name) : 0;
+    return n && !strncmp(kernel, name, n) && (!kernel[n] || !strcmp(kernel + n, "_f32") || !strcmp(kernel + n, "_bf16"));
+}
 
 static const char* modules(void) { return getenv("STAND_IN_MODULES"); }
 static size_t memory(void) {
@@ -32,7 +45,7 @@ static void unlock(pthread_mutex_t** locked) { pthread_mutex_unlock(*locked); }
 #define LOCKED pthread_mutex_t* locked __attribute__((cleanup(unlock))) = (pthread_mutex_lock(&mutex), &mutex)
 
 // Counts that the test reads.
-int stand_in_compilations, stand_in_open; // compiled programs; live resources
+int stand_in_compilations, stand_in_open, stand_in_waits; // compiled programs; live resources; waits for a stream
 
 // --- the stream ------------------------------------------------------------------------------------------------------
 
@@ -85,6 +98,7 @@ static void run_until(struct stream* s, int end) {
 }
 
 static int push(struct stream* s, struct work w) {
+    if (broken) return broken;
     while (s->queued - s->done == WAITING) run_until(s, s->done + 1);
     LOCKED;
     s->queue[s->queued++ % WAITING] = w;
@@ -105,7 +119,7 @@ int cuStreamCreateWithPriority(struct stream** s, unsigned flags, int priority) 
 int cuStreamCreate(struct stream** s, unsigned flags) { return cuStreamCreateWithPriority(s, flags, 0); }
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) { *least = 0, *greatest = -5; return OK; }
 int cuStreamDestroy_v2(struct stream* s) { stand_in_open--, s->done = s->queued; return OK; }
-int cuStreamSynchronize(struct stream* s) { run_until(s, s->queued); return OK; }
+int cuStreamSynchronize(struct stream* s) { stand_in_waits++; run_until(s, s->queued); return broken; }
 int cuStreamWaitEvent(struct stream* s, struct event* e, unsigned flags) {
     return push(s, (struct work){.kind = WAIT, .stream = e->stream, .after = e->after});
 }
@@ -114,7 +128,7 @@ int cuEventDestroy_v2(struct event* e) { stand_in_open--; free(e); return OK; }
 int cuEventRecord(struct event* e, struct stream* s) { LOCKED; e->stream = s, e->after = s->queued; return OK; }
 int cuEventSynchronize(struct event* e) {
     if (e->stream) run_until(e->stream, e->after);
-    return OK;
+    return broken;
 }
 // Ready at every third query.
 int cuEventQuery(struct event* e) {
@@ -143,6 +157,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
         case 76: *value = 0; return OK;       // minor
         case 16: *value = 132; return OK;     // multiprocessors
         case 97: *value = 232448; return OK;  // shared memory with asking
+        case 88: *value = 1; return OK;       // it can read pageable memory
         default: *value = 0; return OK;
     }
 }
@@ -152,17 +167,15 @@ int cuCtxGetDevice(int* device) { *device = (int)(current - contexts); return cu
 int cuDeviceGetUuid_v2(char* uuid, int device) { memset(uuid, 7 + device, 16); return OK; }
 int cuCtxGetCurrent(void** ctx) { *ctx = current; return OK; }
 int cuCtxSetCurrent(void* ctx) { current = ctx; return OK; }
-int cuGetErrorName(int code, const char** name) { *name = code == OUT_OF_MEMORY ? "OUT_OF_MEMORY" : "ERROR"; return OK; }
+int cuGetErrorName(int code, const char** name) { *name = code == OUT_OF_MEMORY ? "OUT_OF_MEMORY" : code == ILLEGAL_ADDRESS ? "ILLEGAL_ADDRESS" : "ERROR"; return OK; }
 int cuGetErrorString(int code, const char** text) { *text = "the stand-in says no"; return OK; }
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
-static struct { char* at; size_t bytes; } pinned[16];
-
 // The size of each block is stored before it.
 int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
     LOCKED;
-    if (!current) return INVALID;
+    if (!current || broken) return broken ? broken : INVALID;
     if (used + bytes > memory()) return OUT_OF_MEMORY;
     size_t* block = aligned_alloc(256, (bytes + 511) / 256 * 256);
     block[0] = bytes;
@@ -185,33 +198,17 @@ int cuMemGetInfo_v2(size_t* free, size_t* total) {
     return current ? OK : INVALID;
 }
 int cuMemHostAlloc(void** at, size_t bytes, unsigned flags) {
-    LOCKED;
-    for (int i = 0; i < 16; i++)
-        if (!pinned[i].at) {
-            pinned[i].at = *at = malloc(bytes), pinned[i].bytes = bytes, stand_in_open++;
-            return OK;
-        }
-    return OUT_OF_MEMORY;
+    __atomic_add_fetch(&stand_in_open, 1, __ATOMIC_RELAXED);
+    return (*at = malloc(bytes)) ? OK : OUT_OF_MEMORY;
 }
 int cuMemFreeHost(void* at) {
-    LOCKED;
-    for (int i = 0; i < 16; i++)
-        if (pinned[i].at == at) pinned[i].at = 0;
-    stand_in_open--;
+    __atomic_sub_fetch(&stand_in_open, 1, __ATOMIC_RELAXED);
     free(at);
     return OK;
 }
-static int is_pinned(const char* at) {
-    LOCKED;
-    for (int i = 0; i < 16; i++)
-        if (pinned[i].at && at >= pinned[i].at && at < pinned[i].at + pinned[i].bytes) return 1;
-    return 0;
-}
-// Pageable memory is read immediately, pinned memory when the stream runs.
+// All memory is read when the stream runs, pageable memory too: the GPU can read it.
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, struct stream* stream) {
-    if (is_pinned(from)) return push(stream, (struct work){.to = (void*)to, .from = (void*)from, .bytes = bytes});
-    void* copy = memcpy(malloc(bytes), from, bytes);
-    return push(stream, (struct work){.to = (void*)to, .from = copy, .owned = copy, .bytes = bytes});
+    return push(stream, (struct work){.to = (void*)to, .from = (void*)from, .bytes = bytes});
 }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, struct stream* stream) {
     return push(stream, (struct work){.to = to, .from = (void*)from, .bytes = bytes});
@@ -241,6 +238,9 @@ struct launch {
 static void launch(void* owned) {
     struct launch* l = owned;
     struct function* f = l->function;
+    while (named("STAND_IN_HANGS", f->name)) pause();
+    if (named("STAND_IN_BREAKS", f->name)) broken = ILLEGAL_ADDRESS;
+    if (broken) return;
     const char* error = f->run(f->name, l->blocks, l->threads, l->shared, f->signature, l->arguments, 0);
     if (error) fprintf(stderr, "%s\n", error), abort();
 }

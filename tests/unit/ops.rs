@@ -104,6 +104,10 @@ fn a_16_bit_weight_may_exceed_a_slab() {
     let (cw, ww) = (wide(&c), wide(&w32));
     let want: Vec<f64> = (0..m * k).map(|i| (0..n).map(|o| cw[i / k * n + o] * ww[o * k + i % k]).sum()).collect();
     let dx = cpu.linear_backward_input(&cpu.upload(m, n, &c), &w);
+    let mut sum = cpu.linear_backward_input(&cpu.upload(m, n, &c), &w);
+    cpu.add_linear_backward_input(&cpu.upload(m, n, &c), &w, &mut sum);
+    let twice: Vec<f32> = cpu.download(&dx).iter().map(|x| x + x).collect();
+    assert_eq!(cpu.download(&sum), twice);
     assert_close(&cpu.download(&dx), &want, 1e-4, REL, "600 terms");
 }
 
@@ -757,6 +761,8 @@ fn updates_of_buffers_and_weights() {
     cpu.buffer_write(&mut b, 3, &values);
     let want: f64 = wide(&values).iter().map(|x| x * x).sum();
     assert!((cpu.sum_squares(&b, 3..n + 3) - want).abs() < 1e-9 * want);
+    let parts = [3..n + 3, 0..0, 5..90];
+    assert_eq!(cpu.sums_of_squares(&b, &parts), parts.clone().map(|part| cpu.sum_squares(&b, part)));
     cpu.buffer_write(&mut b, 7, &[1e30]);
     assert!(cpu.sum_squares(&b, 0..n + 4).is_finite(), "a large finite entry is no overflow");
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {

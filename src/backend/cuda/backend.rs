@@ -145,6 +145,9 @@ impl Backend for Cuda {
     fn linear_backward_input(&self, dy: &Tensor, w: &Weight) -> Tensor {
         linear::backward_input(self, dy, w)
     }
+    fn add_linear_backward_input(&self, dy: &Tensor, w: &Weight, dx: &mut Tensor) {
+        linear::add_backward_input(self, dy, w, dx);
+    }
     fn linear_backward_weight(&self, dy: &Tensor, x: &Tensor, dw: &mut Buffer, offset: usize) {
         linear::backward_weight(self, dy, x, dw, offset);
     }
@@ -234,7 +237,7 @@ impl Backend for Cuda {
         grouped::backward_weight(self, dy, x, w, dispatch, plan, dw, scores);
     }
     fn weighted_swiglu(&self, gate_up: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
-        dispatch::weight_rows(self, &swiglu::swiglu(self, gate_up), routing, dispatch)
+        swiglu::weighted(self, gate_up, routing, dispatch)
     }
     fn weighted_swiglu_backward(
         &self,
@@ -243,11 +246,7 @@ impl Backend for Cuda {
         routing: &Routing,
         dispatch: &Dispatch,
     ) -> (Tensor, Tensor) {
-        // The gradient of the down projection had it, too: computed again for the sake of memory.
-        let hidden = swiglu::swiglu(self, gate_up);
-        let (d_hidden, d_weights) = dispatch::weight_rows_backward(self, &dy, &hidden, routing, dispatch);
-        drop((dy, hidden));
-        (swiglu::backward(self, &d_hidden, gate_up), d_weights)
+        swiglu::weighted_backward(self, &dy, gate_up, routing, dispatch)
     }
 
     // --- losses and statistics -----------------------------------------------------------------------------------
@@ -304,7 +303,10 @@ impl Backend for Cuda {
     // --- updates -------------------------------------------------------------------------------------------------
 
     fn sum_squares(&self, b: &Buffer, range: Range<usize>) -> f64 {
-        update::sum_squares(self, b, range)
+        update::sums_of_squares(self, b, &[range])[0]
+    }
+    fn sums_of_squares(&self, b: &Buffer, ranges: &[Range<usize>]) -> Vec<f64> {
+        update::sums_of_squares(self, b, ranges)
     }
     fn adamw(
         &self,

@@ -94,6 +94,7 @@ kernels! {
     fn cast_bf16_f16(from: In<bf16>, to: Out<f16>, n: usize),
     fn cast_f16_f32(from: In<f16>, to: Out<f32>, n: usize),
     fn cast_f16_bf16(from: In<f16>, to: Out<bf16>, n: usize),
+    fn split_f32(x: In<f32>, y: Out<bf16>, cols: usize, n: usize),
     fn random_f32(to: Out<f32>, n: usize, seed: u64, step: f32),
     fn random_bf16(to: Out<bf16>, n: usize, seed: u64, step: f32),
     fn random_f16(to: Out<f16>, n: usize, seed: u64, step: f32)
@@ -126,6 +127,9 @@ kernels! {
     // swiglu.cu
     fn swiglu<T>(gate_up: In<T>, y: Out<T>, f: usize),
     fn swiglu_backward<T>(dy: In<T>, gate_up: In<T>, dx: Out<T>, f: usize),
+    fn weighted_swiglu<T>(gate_up: In<T>, weights: In<f32>, slot_of: In<u32>, y: Out<T>, f: usize),
+    fn weighted_swiglu_backward<T>(dy: In<T>, gate_up: In<T>, weights: In<f32>, slot_of: In<u32>, dx: Out<T>,
+        dweights: Out<f32>, f: usize),
     fn sigmoid_gate<T>(x: In<T>, gate: In<T>, y: Out<T>, d: usize),
     fn sigmoid_gate_backward<T>(dy: In<T>, x: In<T>, gate: In<T>, dx: Out<T>, dgate: Out<T>, d: usize)
     in SWIGLU;
@@ -159,10 +163,7 @@ kernels! {
     fn dispatch_scan_chunks(counts: InOut<u32>, totals: Out<u32>, chunks: u32),
     fn dispatch_scan_experts(offsets: InOut<u32>, experts: u32),
     fn dispatch_place(ids: In<u32>, counts: In<u32>, offsets: In<u32>, row_of: Out<u32>, slot_of: Out<u32>, slots: usize),
-    fn combine_rows<T>(x: In<T>, row_of: In<u32>, y: Out<T>, top_k: u32, cols: usize),
-    fn weight_rows<T>(x: In<T>, weights: In<f32>, slot_of: In<u32>, y: Out<T>, cols: usize),
-    fn weight_rows_backward<T>(dy: In<T>, x: In<T>, weights: In<f32>, slot_of: In<u32>, dx: Out<T>, dweights: Out<f32>,
-        cols: usize)
+    fn combine_rows<T>(x: In<T>, row_of: In<u32>, y: Out<T>, top_k: u32, cols: usize)
     in DISPATCH;
 
     // grouped.cu
@@ -216,7 +217,8 @@ kernels! {
     fn adamw(master: InOut<f32>, m: InOut<f32>, v: InOut<f32>, grad: In<f32>, n: usize, grad_scale: f32,
         one_minus_beta1: f32, beta2: f32, one_minus_beta2: f32, decay: f32, step_size: f32, bias_correction2_sqrt: f32,
         eps: f32),
-    fn sum_squares(x: In<f32>, partial: Out<f64>, n: usize),
+    fn sums_of_squares(x: In<f32>, jobs: In<u64>, partial: Out<f64>, n: usize),
+    fn totals_of_parts(partial: In<f64>, jobs: In<u64>, out: Out<f64>),
     fn total(values: In<f64>, out: Out<f64>, n: usize)
     in UPDATE;
 }

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex};
 
 use self::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel};
 use self::launch::Element;
-use self::plan::{AttentionForm, Form, Grouped};
+use self::plan::{AttentionForm, Form, Grouped, Operation};
 use self::pool::{Memory, Pool, Reuse};
 use self::profile::Times;
 use self::tables::Tables;
@@ -95,7 +95,9 @@ impl Cuda {
 
     /// Describes the forms chosen for grouped products of this shape and for heads of width `dim`.
     pub fn choices(&self, shape: &Grouped, dim: usize) -> String {
-        format!("experts: {shape}: {}; attention: {}", self.form(shape), self.attention_form(dim))
+        let (form, scores) = (self.form(shape), self.form(&Grouped { operation: Operation::Scores, ..*shape }));
+        let scores = if scores == form { String::new() } else { format!("; their scores: {scores}") };
+        format!("experts: {shape}: {form}{scores}; attention: {}", self.attention_form(dim))
     }
 
     fn form(&self, shape: &Grouped) -> Form {

@@ -6,9 +6,22 @@ use std::fmt;
 use super::gpu::Architecture;
 use crate::backend::Dtype;
 
+/// What is computed of groups of rows and their groups' weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// The product, or the gradient of its input.
+    Product,
+    /// Gradients of weights, added to those of earlier passes.
+    Gradients,
+    /// Gradients of weights, each reduced to one number.
+    Scores,
+}
+
 /// The shape of a grouped product (groups of rows times their groups' weights), or of its gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grouped {
+    /// What is computed.
+    pub operation: Operation,
     /// Rows of all groups together.
     pub rows: usize,
     /// Number of groups. Only the GPU knows how many rows each one has.
@@ -39,16 +52,27 @@ pub enum Form {
 /// the whole GPU busy for longer than its launch takes (some 15 µs), so that the faster inner loop of cuBLAS pays. An
 /// estimate, not a measurement.
 const WORTH_A_LAUNCH: u64 = 10_000_000_000;
-/// The same threshold against the `wgmma` kernel, whose inner loop is nearly as fast as cuBLAS: only where the wait for
-/// the groups' sizes is small compared with the work of a layer.
-const WORTH_A_LAUNCH_WARPGROUPS: u64 = 40_000_000_000;
+/// The same threshold against the `wgmma` kernel: a group's product then fills a GPU of 132 multiprocessors about once
+/// by itself (128 tiles of 128 x 256 for 4,096 rows of OLMoE-1B-7B). An estimate, too.
+const WORTH_A_LAUNCH_WARPGROUPS: u64 = 12_000_000_000;
+/// The same threshold for gradients against the `wgmma` kernel: they are products over few rows, which cuBLAS computes with
+/// less of an advantage.
+const WORTH_A_LAUNCH_GRADIENTS: u64 = 40_000_000_000;
+/// The rows of a group from which its scores may be computed by cuBLAS at all, against the `wgmma` kernel: products of slabs
+/// of the gradient, each of which is written and read again, so that it must be a sum over many rows. An estimate, too.
+const WORTH_SLABS: u64 = 4096;
 /// The same threshold for F32, where the grouped kernel does not use tensor cores.
 const WORTH_A_LAUNCH_F32: u64 = 500_000_000;
 
 impl Grouped {
+    /// Rows of a group, if all have the same number.
+    fn rows_of_group(&self) -> u64 {
+        self.rows.div_ceil(self.groups.max(1)) as u64
+    }
+
     /// Multiplications and additions of one group's product with one weight, if all groups have the same size.
     pub fn work(&self) -> u64 {
-        2 * self.rows.div_ceil(self.groups.max(1)) as u64 * self.inputs as u64 * self.outputs as u64
+        2 * self.rows_of_group() * self.inputs as u64 * self.outputs as u64
     }
 
     /// The form for this shape. A single group needs no sizes from the GPU; a few large groups are fastest in cuBLAS;
@@ -61,8 +85,11 @@ impl Grouped {
             80.. if self.dtype == Dtype::Bf16 && whole_chunks => Form::TensorCores,
             _ => Form::Arithmetic,
         };
-        let threshold = match together {
-            Form::Warpgroups => WORTH_A_LAUNCH_WARPGROUPS,
+        let threshold = match (together, self.operation) {
+            (Form::Warpgroups, Operation::Scores) if self.rows_of_group() < WORTH_SLABS => u64::MAX,
+            (Form::Warpgroups, Operation::Scores) => WORTH_A_LAUNCH_GRADIENTS,
+            (Form::Warpgroups, Operation::Gradients) => WORTH_A_LAUNCH_GRADIENTS,
+            (Form::Warpgroups, Operation::Product) => WORTH_A_LAUNCH_WARPGROUPS,
             _ if self.dtype == Dtype::Bf16 => WORTH_A_LAUNCH,
             _ => WORTH_A_LAUNCH_F32,
         };
@@ -130,8 +157,12 @@ mod tests {
     use super::*;
 
     fn form(rows: usize, groups: usize, inputs: usize, outputs: usize, dtype: Dtype, sm: u32) -> Form {
+        form_of(Operation::Product, rows, groups, [inputs, outputs], dtype, sm)
+    }
+
+    fn form_of(operation: Operation, rows: usize, groups: usize, size: [usize; 2], dtype: Dtype, sm: u32) -> Form {
         let architecture = Architecture { sm, processors: 132, shared: 227 * 1024 };
-        Grouped { rows, groups, inputs, outputs, dtype }.form(architecture)
+        Grouped { operation, rows, groups, inputs: size[0], outputs: size[1], dtype }.form(architecture)
     }
 
     #[test]
@@ -143,9 +174,23 @@ mod tests {
             assert_eq!(form(tokens * 2, 8, 4096, 14336, Dtype::Bf16, 90), Form::EachGroup);
         }
         assert_eq!(form(4096 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::Warpgroups);
-        assert_eq!(form(32768 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::Warpgroups);
+        assert_eq!(form(32768 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::EachGroup, "17 GFLOP a group");
         assert_eq!(form(32768 * 8, 64, 2048, 1024, Dtype::Bf16, 80), Form::EachGroup);
         assert_eq!(form(4096, 1, 2048, 5632, Dtype::Bf16, 90), Form::EachGroup);
+    }
+
+    #[test]
+    fn scores_over_few_rows_are_computed_by_one_kernel_and_large_gradients_by_the_library() {
+        // Mixtral-8x7B, 1,024 and 8,192 rows a group, 120 and 962 GFLOP.
+        for (tokens, scores) in [(4096, Form::Warpgroups), (32768, Form::EachGroup)] {
+            let mixtral = |operation, sm| form_of(operation, tokens * 2, 8, [4096, 14336], Dtype::Bf16, sm);
+            assert_eq!(mixtral(Operation::Scores, 90), scores);
+            assert_eq!(mixtral(Operation::Scores, 80), Form::EachGroup);
+            assert_eq!(mixtral(Operation::Gradients, 90), Form::EachGroup);
+        }
+        // OLMoE-1B-7B, 17 GFLOP.
+        let olmoe = |operation| form_of(operation, 32768 * 8, 64, [2048, 1024], Dtype::Bf16, 90);
+        assert_eq!([olmoe(Operation::Scores), olmoe(Operation::Gradients)], [Form::Warpgroups; 2]);
     }
 
     #[test]
@@ -162,7 +207,8 @@ mod tests {
 
     #[test]
     fn choices_are_printed() {
-        let shape = Grouped { rows: 32768, groups: 64, inputs: 2048, outputs: 1024, dtype: Dtype::Bf16 };
+        let operation = Operation::Product;
+        let shape = Grouped { operation, rows: 32768, groups: 64, inputs: 2048, outputs: 1024, dtype: Dtype::Bf16 };
         assert_eq!(shape.to_string(), "32768 rows in 64 groups, weights [1024, 2048] in Bf16, 2.15 GFLOP a group");
         let architecture = Architecture { sm: 90, processors: 132, shared: 227 * 1024 };
         assert_eq!(shape.form(architecture).to_string(), "one kernel for all groups on tensor cores (wgmma)");

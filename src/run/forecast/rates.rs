@@ -128,8 +128,8 @@ impl<B: Backend> Probe<'_, B> {
             / fastest(|| {
                 drop(b.linear_backward_input(&x, &wo));
                 let mut dx = b.linear_backward_input(&dq, &wq);
-                b.add_assign(&mut dx, &b.linear_backward_input(&dkv, &wk));
-                b.add_assign(&mut dx, &b.linear_backward_input(&dkv, &wv));
+                b.add_linear_backward_input(&dkv, &wk, &mut dx);
+                b.add_linear_backward_input(&dkv, &wv, &mut dx);
                 let mut dx = b.rms_norm_backward(&dx, &x, &norm, 1e-5, None);
                 b.add_assign(&mut dx, &x);
                 self.finish(&b.rms_norm_backward(&dx, &x, &norm, 1e-5, None));

@@ -36,7 +36,7 @@ use super::kernels::{self, MODULES};
 const OLDEST_SM: u32 = 80;
 /// Shared memory per block that needs no opt-in, in bytes (CUDA C++ Programming Guide, "Compute Capabilities").
 const SHARED_WITHOUT_OPT_IN: usize = 48 << 10;
-/// Copies of at most this many bytes do not use the staging buffers.
+/// Copies of at most this many bytes do not use the large staging buffers.
 const SMALL: usize = 64 << 10;
 
 /// One GPU: a context, and one stream for all its work.
@@ -45,8 +45,6 @@ pub struct Nvidia {
     /// Versions of the driver and the libraries, for the log.
     software: String,
     architecture: Architecture,
-    /// Whether it can read pageable host memory directly, as on Grace Hopper.
-    reads_pageable: bool,
     stream: sys::CUstream,
     cublas: Option<Cublas>,
     workspace: Address,
@@ -71,12 +69,29 @@ unsafe impl Send for Nvidia {}
 // SAFETY: as for Send.
 unsafe impl Sync for Nvidia {}
 
+/// How a GPU is opened.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Opening<'a> {
+    /// The folder of compiled kernels.
+    pub kernel_cache: Option<&'a Path>,
+    /// Macros for all kernels, by which benchmarks compare variants.
+    pub defines: &'a [String],
+}
+
 impl Nvidia {
     /// Opens GPU `index` and loads all kernels, from the folder `kernel_cache` or compiled.
     ///
     /// # Errors
     /// A library or the GPU is missing or too old; a kernel does not compile.
     pub fn open(index: usize, surroundings: &Surroundings, kernel_cache: Option<&Path>) -> Result<Self, Error> {
+        Self::open_with(index, surroundings, &Opening { kernel_cache, defines: &[] })
+    }
+
+    /// The same with more options.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`].
+    pub fn open_with(index: usize, surroundings: &Surroundings, opening: &Opening<'_>) -> Result<Self, Error> {
         let Driver { version, devices } = Driver::start(surroundings)?;
         if index >= devices {
             return Err(Error::NoSuchDevice { index, devices });
@@ -91,10 +106,8 @@ impl Nvidia {
         if architecture.sm < OLDEST_SM {
             return Err(Error::OldGpu { name, sm: architecture.sm });
         }
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS;
-        let reads_pageable = context.attribute(attribute).map_err(refused("cuDeviceGetAttribute"))? != 0;
         let modules: Vec<_> = MODULES.iter().copied().filter(|module| module.runs_on(architecture.sm)).collect();
-        let cubins = cubins(&nvrtc, &Cache::new(kernel_cache), &modules, architecture.sm)?;
+        let cubins = cubins(&nvrtc, opening, &modules, architecture.sm)?;
 
         let stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(refused("cuStreamCreate"))?;
@@ -104,7 +117,6 @@ impl Nvidia {
             name,
             software,
             architecture,
-            reads_pageable,
             stream,
             cublas: None,
             workspace: Address::NULL,
@@ -214,8 +226,10 @@ fn architecture(context: &CudaContext) -> Result<Architecture, DriverError> {
 }
 
 /// The cubins of these modules, in order, for a GPU of compute capability `sm`.
-fn cubins(nvrtc: &Nvrtc, cache: &Cache, modules: &[&Module], sm: u32) -> Result<Vec<Vec<u8>>, Error> {
-    let options = options(sm);
+fn cubins(nvrtc: &Nvrtc, opening: &Opening<'_>, modules: &[&Module], sm: u32) -> Result<Vec<Vec<u8>>, Error> {
+    let cache = Cache::new(opening.kernel_cache);
+    let mut options = options(sm);
+    options.extend(opening.defines.iter().map(|name| format!("--define-macro={name}")));
     let compiler = format!("{:?}", nvrtc.version());
     let cubin = |module: &&Module| {
         let source = kernels::source(module);
@@ -300,11 +314,8 @@ impl Gpu for Nvidia {
     fn copy_in(&self, to: Address, bytes: &[u8]) -> Result<(), gpu::Error> {
         self.bind()?;
         if bytes.len() <= SMALL {
-            // SAFETY: the range is in the caller's allocation.
-            unsafe { result::memcpy_htod_async(to.0, bytes, self.stream) }.map_err(fault("cuMemcpyHtoDAsync"))?;
-            // Pageable memory is copied to a staging buffer before the call returns (CUDA Driver API, "API
-            // synchronization behavior"), unless the GPU can read it directly.
-            return if self.reads_pageable { self.synchronize() } else { Ok(()) };
+            let copied = self.with_staging(|staging| staging.copy_in_small(to.0, bytes, self.stream));
+            return copied.map_err(fault("copy to the GPU"));
         }
         self.with_staging(|staging| staging.copy_in(to.0, bytes, self.stream)).map_err(fault("copy to the GPU"))
     }

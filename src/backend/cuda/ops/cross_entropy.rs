@@ -10,13 +10,15 @@ use crate::backend::cuda::tensor::Array;
 use crate::backend::cuda::{Buffer, Cuda, Indices, Tensor, Weight, kernels};
 use crate::backend::{Dtype, RowLoss};
 
-/// Bytes of a chunk's logits and their gradient. Each product reads the head once per chunk; with the 300 rows or more
-/// that fit, the arithmetic hides it.
-const BUDGET: usize = 256 << 20;
+/// Bytes of a chunk's logits and their gradient. Each product reads the head once per chunk, so that the arithmetic of a
+/// thousand rows hides it.
+const BUDGET: usize = 1 << 30;
+/// Rows of a tile of a product: a chunk that is no multiple of them would compute more than it has.
+const TILE: usize = 256;
 
-/// Rows of a chunk for a vocabulary of `v`: within the budget, in whole tiles of a product, at least one tile.
+/// Rows of a chunk for a vocabulary of `v`: within the budget, in whole tiles, at least one.
 pub fn chunk_rows(v: usize, dtype: Dtype) -> usize {
-    (BUDGET / (v * (4 + dtype.size()))).next_multiple_of(64).max(64)
+    (BUDGET / (v * (4 + dtype.size())) / TILE * TILE).max(TILE)
 }
 
 /// The losses of all rows; `None` without rows. The gradient is computed if `dx` is given, and whether each target has the
@@ -126,9 +128,11 @@ mod tests {
 
     #[test]
     fn a_chunk_is_whole_tiles_near_the_budget() {
-        for (v, dtype, rows) in [(50_304, Dtype::Bf16, 896), (151_936, Dtype::Bf16, 320), (32_000, Dtype::F32, 1088)] {
+        for (v, dtype, rows) in [(50_304, Dtype::Bf16, 3328), (151_936, Dtype::Bf16, 1024), (32_000, Dtype::F32, 4096)]
+        {
             assert_eq!(chunk_rows(v, dtype), rows);
+            assert!(rows * v * (4 + dtype.size()) <= BUDGET);
         }
-        assert_eq!(chunk_rows(1 << 30, Dtype::Bf16), 64);
+        assert_eq!(chunk_rows(1 << 30, Dtype::Bf16), 256);
     }
 }

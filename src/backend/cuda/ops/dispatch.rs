@@ -5,7 +5,6 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::row_grid;
-use crate::backend::Dtype;
 use crate::backend::cuda::gpu::Grid;
 use crate::backend::cuda::ops::rows::gather;
 use crate::backend::cuda::tensor::RowOrder;
@@ -67,45 +66,4 @@ pub fn combine_rows(cuda: &Cuda, x: &Tensor, dispatch: &Dispatch) -> Tensor {
     let row_of = dispatch.order().row_of.input();
     kernels::combine_rows(cuda, grid, x.input(), row_of, y.output(), dispatch.top_k as u32, x.cols());
     y
-}
-
-fn check(x: &Tensor, routing: &Routing, dispatch: &Dispatch) {
-    routing.weights.expect_shape("routing weights", dispatch.tokens(), dispatch.top_k);
-    x.expect_shape("x to be weighted", dispatch.rows, x.cols());
-}
-
-/// Every routed row times its own routing weight.
-pub fn weight_rows(cuda: &Cuda, x: &Tensor, routing: &Routing, dispatch: &Dispatch) -> Tensor {
-    check(x, routing, dispatch);
-    let mut y = cuda.tensor(x.rows(), x.cols(), x.dtype());
-    let grid = row_grid(x.rows(), x.cols(), x.dtype());
-    let (weights, slot_of) = (routing.weights.input().of(), dispatch.order().slot_of.input());
-    kernels::weight_rows(cuda, grid, x.input(), weights, slot_of, y.output(), x.cols());
-    y
-}
-
-/// (dx, d routing weights F32 `[T, K]`)
-pub fn weight_rows_backward(
-    cuda: &Cuda,
-    dy: &Tensor,
-    x: &Tensor,
-    routing: &Routing,
-    dispatch: &Dispatch,
-) -> (Tensor, Tensor) {
-    check(x, routing, dispatch);
-    dy.expect_shape("dy of the weighted rows", x.rows(), x.cols());
-    let mut dx = cuda.tensor(x.rows(), x.cols(), x.dtype());
-    let mut dweights = cuda.tensor(dispatch.tokens(), dispatch.top_k, Dtype::F32);
-    kernels::weight_rows_backward(
-        cuda,
-        row_grid(x.rows(), x.cols(), x.dtype()),
-        dy.input(),
-        x.input(),
-        routing.weights.input().of(),
-        dispatch.order().slot_of.input(),
-        dx.output(),
-        dweights.output().of(),
-        x.cols(),
-    );
-    (dx, dweights)
 }

@@ -13,7 +13,7 @@ pub use self::gradient::backward_weight;
 use crate::backend::cuda::gpu::{Address, Gemm, Grid, Operand};
 use crate::backend::cuda::ops::dispatch::group_rows;
 use crate::backend::cuda::ops::elements::{InDtype, weight_in};
-use crate::backend::cuda::plan::{Form, Grouped};
+use crate::backend::cuda::plan::{Form, Grouped, Operation};
 use crate::backend::cuda::tensor::Array;
 use crate::backend::cuda::{Cuda, Dispatch, Tensor, Weight, kernels};
 use crate::backend::{Dtype, Stacks};
@@ -34,7 +34,7 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    fn new(cuda: &'a Cuda, w: &Stacks<'a, Weight>, dispatch: &'a Dispatch) -> Self {
+    fn new(cuda: &'a Cuda, operation: Operation, w: &Stacks<'a, Weight>, dispatch: &'a Dispatch) -> Self {
         assert!(w.len() == dispatch.num_experts, "weights of {} groups, rows of {}", w.len(), dispatch.num_experts);
         let stack = w.first().map_or(0, Vec::len);
         let (outputs, inputs) = w.first().and_then(|w| w.first()).map_or((0, 0), |w| (w.rows(), w.cols()));
@@ -50,7 +50,7 @@ impl<'a> Call<'a> {
             }
         }
         let dtype = cuda.compute();
-        let shape = Grouped { rows: dispatch.rows, groups: w.len(), inputs, outputs, dtype };
+        let shape = Grouped { operation, rows: dispatch.rows, groups: w.len(), inputs, outputs, dtype };
         let weights = w.iter().flatten().map(|w| weight_in(cuda, w, dtype)).collect();
         Self { form: cuda.form(&shape), cuda, dispatch, stack, inputs, outputs, dtype, weights }
     }
@@ -132,7 +132,7 @@ impl Tiling {
 
 /// y = x · wᵀ for each group; the outputs of stacked weights are side by side.
 pub fn forward(cuda: &Cuda, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
-    let call = Call::new(cuda, w, dispatch);
+    let call = Call::new(cuda, Operation::Product, w, dispatch);
     call.expect("x of grouped products", x, call.inputs);
     let width = call.stack * call.outputs;
     let mut y = cuda.tensor(x.rows(), width, call.dtype);
@@ -171,7 +171,7 @@ pub fn forward(cuda: &Cuda, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispa
 
 /// dx = dy · w for each group, summed over its stacked weights.
 pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
-    let call = Call::new(cuda, w, dispatch);
+    let call = Call::new(cuda, Operation::Product, w, dispatch);
     let width = call.stack * call.outputs;
     call.expect("dy of grouped products", dy, width);
     let mut dx = cuda.tensor(dy.rows(), call.inputs, call.dtype);

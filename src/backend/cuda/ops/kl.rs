@@ -9,7 +9,8 @@ use crate::backend::cuda::ops::elements::{in_dtype, weight_in};
 use crate::backend::cuda::ops::update::total;
 use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight, kernels};
 
-/// Bytes of a chunk's logits, of those of the base and of the gradient: as for the cross-entropy.
+/// Bytes of a chunk's logits, of those of the base and of the gradient: less than those of the cross-entropy, by which a
+/// run's memory is forecast.
 const BUDGET: usize = 256 << 20;
 
 /// Rows of a chunk for `v` classes, in whole tiles of a product, at least one tile.

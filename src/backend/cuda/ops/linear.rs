@@ -1,10 +1,10 @@
 //! Dense layers: y = x · wᵀ + b.
 
-use super::row_grid;
+use super::{flat_grid, row_grid};
 use crate::backend::Dtype;
 use crate::backend::cuda::gpu::{Address, Gemm, Grid, Operand};
 use crate::backend::cuda::launch::{Any, In, InOut, OrNull};
-use crate::backend::cuda::ops::elements::{cast, in_dtype, weight_in};
+use crate::backend::cuda::ops::elements::{add_assign, cast, in_dtype, weight_in};
 use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight, kernels};
 
 /// An operand of a product: a stored matrix, or its transpose.
@@ -40,31 +40,53 @@ pub fn linear(cuda: &Cuda, x: &Tensor, w: &Weight, bias: Option<&Weight>, dtype:
     y
 }
 
-/// dx = dy · w in the compute format. An F32 dy (of router logits) is multiplied in F32 and rounded afterwards.
+/// dx = dy · w in the compute format.
 pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Weight) -> Tensor {
+    let mut dx = cuda.tensor(dy.rows(), w.cols(), cuda.compute());
+    input_gradient(cuda, dy, w, &mut dx, 0.0);
+    dx
+}
+
+/// dx += dy · w. The sum is rounded once.
+pub fn add_backward_input(cuda: &Cuda, dy: &Tensor, w: &Weight, dx: &mut Tensor) {
+    dx.expect_shape("dx of a dense layer", dy.rows(), w.cols());
+    input_gradient(cuda, dy, w, dx, 1.0);
+}
+
+/// dx = dy · w + beta · dx. An F32 dy (of router logits) beside activations and weights in BF16 is split into two BF16
+/// numbers, `[high | low] · [w; w]`: the rest of 2^-17 of dy is far below the rounding of dx, and the product runs on tensor
+/// cores.
+fn input_gradient(cuda: &Cuda, dy: &Tensor, w: &Weight, dx: &mut Tensor, beta: f32) {
     let (m, n, k) = (dy.rows(), w.cols(), w.rows());
     dy.expect_shape("dy of a dense layer", m, k);
-    let w = weight_in(cuda, w, dy.dtype());
-    let dx = cuda.tensor(m, n, dy.dtype());
-    cuda.gemm(&Gemm {
-        m,
-        n,
-        k,
-        a: operand(dy.address(), k, false),
-        b: operand(w.address(), n, false),
-        dtype: dy.dtype(),
-        c: dx.address(),
-        c_stride: n,
-        c_dtype: dx.dtype(),
-        alpha: 1.0,
-        beta: 0.0,
-    });
-    if dx.dtype() == cuda.compute() {
-        return dx;
+    let product = |dy: Address, w: Address, k: usize, dtype: Dtype, dx: &mut Tensor, beta: f32| {
+        let (a, b) = (operand(dy, k, false), operand(w, n, false));
+        let (c, c_dtype) = (dx.address(), dx.dtype());
+        cuda.gemm(&Gemm { m, n, k, a, b, dtype, c, c_stride: n, c_dtype, alpha: 1.0, beta });
+    };
+    if dy.dtype() == Dtype::F32 && dx.dtype() == Dtype::Bf16 && w.dtype() == Dtype::Bf16 {
+        let mut halves = cuda.tensor(m, 2 * k, Dtype::Bf16);
+        kernels::split_f32(cuda, flat_grid(m * k, 1), dy.input().of(), halves.output().of(), k, m * k);
+        let twice = cuda.scratch(2 * w.len() * Dtype::Bf16.size());
+        let bytes = w.len() * Dtype::Bf16.size();
+        for half in 0..2 {
+            cuda.copy(w.address(), twice.address().offset(half * bytes), bytes);
+        }
+        product(halves.address(), twice.address(), 2 * k, Dtype::Bf16, dx, beta);
+        return;
     }
-    let mut rounded = cuda.tensor(m, n, cuda.compute());
-    cast(cuda, dx.input(), rounded.output(), m * n);
-    rounded
+    let w = weight_in(cuda, w, dy.dtype());
+    if dy.dtype() == dx.dtype() {
+        product(dy.address(), w.address(), k, dy.dtype(), dx, beta);
+        return;
+    }
+    let mut exact = cuda.tensor(m, n, dy.dtype());
+    product(dy.address(), w.address(), k, dy.dtype(), &mut exact, 0.0);
+    if beta == 0.0 {
+        cast(cuda, exact.input(), dx.output(), m * n);
+    } else {
+        add_assign(cuda, dx, &exact);
+    }
 }
 
 /// dw += dyᵀ · x. If dy or x is F32, the product is computed in F32.

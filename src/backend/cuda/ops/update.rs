@@ -16,17 +16,26 @@ pub fn total(cuda: &Cuda, values: &Array<f64>) -> f64 {
     cuda.copy_out::<f64>(sum.address(), 1)[0]
 }
 
-/// Σ x² of part of a buffer.
-pub fn sum_squares(cuda: &Cuda, b: &Buffer, range: Range<usize>) -> f64 {
-    let n = range.len();
-    if n == 0 {
-        return 0.0;
+/// Σ x² of each part of a buffer; waits for all of them once.
+pub fn sums_of_squares(cuda: &Cuda, b: &Buffer, parts: &[Range<usize>]) -> Vec<f64> {
+    // A function of the length alone, so that a sum does not depend on the GPU, nor on the other parts.
+    let blocks_of = |len: usize| len.div_ceil(256 * 16).min(1024);
+    let (mut jobs, mut blocks) = (Vec::with_capacity(3 * parts.len() + 1), 0);
+    for part in parts {
+        assert!(part.end <= b.len, "elements {part:?} of a buffer of {}", b.len);
+        jobs.extend([blocks as u64, part.start as u64, part.len() as u64]);
+        blocks += blocks_of(part.len());
     }
-    // A function of the length alone, so that the sum does not depend on the GPU.
-    let blocks = n.div_ceil(256 * 16).min(1024);
-    let mut partial = cuda.array::<f64>(blocks);
-    kernels::sum_squares(cuda, Grid::row(blocks, 256), b.input(range.start, n), partial.output(), n);
-    total(cuda, &partial)
+    if blocks == 0 {
+        return vec![0.0; parts.len()];
+    }
+    jobs.push(blocks as u64);
+    let jobs = cuda.table(jobs);
+    let (mut partial, mut sums) = (cuda.array::<f64>(blocks), cuda.array::<f64>(parts.len()));
+    let (x, grid) = (b.input(0, b.len), Grid::row(blocks, 256));
+    kernels::sums_of_squares(cuda, grid, x, jobs.input(), partial.output(), parts.len());
+    kernels::totals_of_parts(cuda, Grid::row(parts.len(), 512), partial.input(), jobs.input(), sums.output());
+    cuda.copy_out(sums.address(), parts.len())
 }
 
 /// One AdamW step, with the same scalars and roundings as the CPU backend.

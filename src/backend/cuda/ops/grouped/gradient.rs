@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Call, group_rows};
 use crate::backend::cuda::gpu::{Address, Grid, Operand};
 use crate::backend::cuda::launch::In;
-use crate::backend::cuda::plan::Form;
+use crate::backend::cuda::plan::{Form, Operation};
 use crate::backend::cuda::tensor::Array;
 use crate::backend::cuda::{Buffer, Cuda, Dispatch, Scores, Tensor, Weight, kernels};
 use crate::backend::{Dtype, ExpertGrad, GradReduction, Stacks};
@@ -28,7 +28,9 @@ pub fn backward_weight(
     dw: &mut Buffer,
     scores: &mut Scores,
 ) {
-    let call = Call::new(cuda, w, dispatch);
+    let adds = plan.iter().any(|grad| matches!(grad, ExpertGrad::Accumulate(_)));
+    let operation = if adds { Operation::Gradients } else { Operation::Scores };
+    let call = Call::new(cuda, operation, w, dispatch);
     call.expect("dy of grouped products", dy, call.stack * call.outputs);
     call.expect("x of grouped products", x, call.inputs);
     assert!(plan.len() == dispatch.num_experts, "a plan for {} groups, rows of {}", plan.len(), dispatch.num_experts);
@@ -174,7 +176,7 @@ impl Gradients<'_> {
         }
         let call = &self.call;
         let jobs = self.jobs(sums);
-        let height = (SCRATCH / (4 * call.inputs)).clamp(1, call.outputs);
+        let height = slab_rows(call.inputs, call.outputs);
         let slab = call.cuda.array::<f32>(height * call.inputs);
         let slabs: Vec<Range<usize>> =
             (0..call.outputs).step_by(height).map(|at| at..call.outputs.min(at + height)).collect();
@@ -217,11 +219,33 @@ impl Gradients<'_> {
     }
 }
 
+/// Rows of a slab of a gradient: within the scratch, and in whole tiles of cuBLAS where one fits, because a product
+/// computes whole tiles in any case.
+fn slab_rows(inputs: usize, outputs: usize) -> usize {
+    const TILE: usize = 256;
+    let fit = (SCRATCH / (4 * inputs)).max(1);
+    let whole = if fit > TILE { fit / TILE * TILE } else { fit };
+    whole.min(outputs)
+}
+
 /// The code of a reduction in gradient_magnitude.cu.
 fn code(reduction: GradReduction) -> u64 {
     match reduction {
         GradReduction::Abs => 0,
         GradReduction::Square => 1,
         GradReduction::AbsTimesWeight => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::slab_rows;
+
+    #[test]
+    fn a_slab_is_whole_tiles_within_the_scratch() {
+        // Mixtral-8x7B's gate and up projections, and its down projection, of which 292 rows would fit.
+        assert_eq!((slab_rows(4096, 14336), slab_rows(14336, 4096)), (1024, 256));
+        assert_eq!(slab_rows(2048, 768), 768, "no more than the gradient has");
+        assert_eq!((slab_rows(1 << 20, 64), slab_rows(1 << 23, 64)), (4, 1), "wide rows");
     }
 }
