@@ -11,7 +11,12 @@
 
 // Makes this thread's writes to shared memory visible to wgmma, which reads through the async proxy. A barrier must
 // follow before another warp's wgmma reads them.
-DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// NO_ASYNC_FENCE leaves it out, only to measure what it costs (benches/cuda_ops): results may then be wrong.
+DEVICE void fence_async_proxy() {
+#ifndef NO_ASYNC_FENCE
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 
 // Orders earlier register accesses before the next wgmma on these accumulators.
 DEVICE void wgmma_fence(Accumulators& c) { asm volatile("wgmma.fence.sync.aligned;" : ACCUMULATORS::"memory"); }

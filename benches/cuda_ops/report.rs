@@ -1,4 +1,4 @@
-//! Timing, and rates next to the hardware's bound.
+//! Timing, and rates next to what the GPU reaches at best.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -6,17 +6,7 @@ use std::time::Instant;
 use moewarden::backend::cuda::gpu::Gpu;
 use moewarden::backend::cuda::plan::Form;
 
-/// Peak rates by a part of the GPU's name: memory bandwidth in bytes/s, and dense BF16 FLOP/s. From NVIDIA's data
-/// sheets.
-const BOUNDS: [(&str, f64, f64); 7] = [
-    ("H200", 4.8e12, 989e12),
-    ("H100 80GB HBM3", 3.35e12, 989e12),
-    ("H100 PCIe", 2.0e12, 756e12),
-    ("A100-SXM4-80GB", 2.039e12, 312e12),
-    ("A100-SXM4-40GB", 1.555e12, 312e12),
-    ("L40S", 0.864e12, 362e12),
-    ("RTX 4090", 1.008e12, 165e12),
-];
+use crate::ceilings::Ceilings;
 
 /// Seconds per measurement, and number of measurements.
 const SPAN: f64 = 0.05;
@@ -50,22 +40,17 @@ struct Choice {
 /// Prints each line immediately.
 pub struct Report {
     gpu: Arc<dyn Gpu>,
-    bounds: Option<(f64, f64)>,
-    filter: String,
+    ceilings: Ceilings,
+    /// Parts of an operation's line, all of which it must contain.
+    filters: Vec<String>,
     markdown: bool,
     title: String,
     choices: Vec<Choice>,
 }
 
 impl Report {
-    pub fn new(gpu: Arc<dyn Gpu>, filter: String, markdown: bool) -> Self {
-        let name = gpu.name();
-        let bounds = BOUNDS.iter().find(|(part, ..)| name.contains(part)).map(|&(_, bytes, flops)| (bytes, flops));
-        match bounds {
-            Some((bytes, flops)) => println!("bounds: {:.2} TB/s, {:.0} TFLOP/s", bytes / 1e12, flops / 1e12),
-            None => println!("bounds of {name} unknown"),
-        }
-        Self { gpu, bounds, filter, markdown, title: String::new(), choices: Vec::new() }
+    pub fn new(gpu: Arc<dyn Gpu>, ceilings: Ceilings, filters: Vec<String>, markdown: bool) -> Self {
+        Self { gpu, ceilings, filters, markdown, title: String::new(), choices: Vec::new() }
     }
 
     pub fn title(&mut self, title: &str) {
@@ -80,7 +65,8 @@ impl Report {
     /// The median of a few loops with a synchronization at the end, each long enough for launches to overlap with work;
     /// `None` if the filter excludes it.
     pub fn time<R>(&self, name: &str, work: Work, mut f: impl FnMut() -> R) -> Option<f64> {
-        if !format!("{}: {name}", self.title).contains(&self.filter) {
+        let line = format!("{}: {name}", self.title);
+        if !self.filters.iter().all(|part| line.contains(part)) {
             return None;
         }
         let mut run = |n: usize| {
@@ -115,14 +101,9 @@ impl Report {
         let (tera, giga) = (work.flops / seconds / 1e12, work.bytes / seconds / 1e9);
         let by_bytes = format!("{giga:.0} GB/s");
         let by_flops = format!("{tera:.1} TFLOP/s");
-        let (rate, share) = match self.bounds {
-            None => (if work.flops > 0.0 { by_flops } else { by_bytes }, "bound unknown".to_owned()),
-            Some((bytes, flops)) => {
-                let (moving, computing) = (work.bytes / bytes, work.flops / flops);
-                let rate = if computing > moving { by_flops } else { by_bytes };
-                (rate, format!("{:.0} %", 100.0 * moving.max(computing) / seconds))
-            }
-        };
+        let (moving, computing) = (work.bytes / self.ceilings.bytes, work.flops / self.ceilings.flops);
+        let rate = if computing > moving { by_flops } else { by_bytes };
+        let share = format!("{:.0} %", 100.0 * moving.max(computing) / seconds);
         let ms = 1e3 * seconds;
         if self.markdown {
             println!("| {name} | {ms:.3} | {rate} | {share} |");

@@ -1,22 +1,27 @@
 #!/usr/bin/env python3
-"""Complete identification and training at full size, moewarden and transformers in turns: `speed.py OUT --binary moewarden --model
-OLMoE-1B-7B`. Appends one JSON line per run to OUT/speed.jsonl; `speed.py OUT --table` prints the table of all runs.
+"""Complete identification and training at full size, moewarden and transformers in turns: `speed.py WORK --binary moewarden --model
+OLMoE-1B-7B --size 8x512 --what identify`. Appends one JSON line per run to WORK/speed.jsonl; `speed.py WORK --table` prints the table
+of all runs.
 
-Weights are random and made on the device. moewarden's identification is timed in the second round of a training run (metrics.jsonl;
-warmed up, like the peer's measured steps), its memory in a separate `identify`; training is the median step after two warm-up steps.
-The peak is the memory of the whole GPU as nvidia-smi reports it, sampled 10 times a second, for both programs.
+Weights are random and made on the device. moewarden's identification is run twice, with few and with all micro-batches: the rate is
+that of the difference, which is warmed up like the peer's measured steps. Training is the median step after two warm-up steps. The
+peak is the memory of the whole GPU as nvidia-smi reports it, sampled 10 times a second, for both programs.
+
+A run that does not fit into the GPU's memory is a result, not a failure: exit code 75 if nothing else went wrong.
 """
-
 import argparse
 import glob
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
+
+import floor
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PEER = os.path.join(HERE, "../peer/gpu.py")
@@ -25,16 +30,11 @@ BATCHES = {"8x512": 10, "16x2048": 4}
 # Numbers of trained experts. The last is 6.25 % of all; before it 100 for Qwen3-30B-A3B, and 8 for Mixtral-8x7B, to fit on one
 # H200.
 TOP_K = {"OLMoE-1B-7B": [64], "Qwen3-30B-A3B": [100, 384], "Mixtral-8x7B": [8, 16]}
-# Lower bound of a step in seconds: a roofline of 790 TFLOP/s and 4.3 TB/s (an H200 in practice), the larger of the two terms for
-# every operation, no layer recomputed; training 6.25 % of the experts.
-FLOOR = {
-    ("OLMoE-1B-7B", "identify"): {"8x512": 36.3e-3, "16x2048": 0.304},
-    ("Qwen3-30B-A3B", "identify"): {"8x512": 96.2e-3, "16x2048": 0.839},
-    ("Mixtral-8x7B", "identify"): {"8x512": 0.391, "16x2048": 3.188},
-    ("OLMoE-1B-7B", "train"): {"8x512": 28.5e-3, "16x2048": 0.241},
-    ("Qwen3-30B-A3B", "train"): {"8x512": 78.5e-3, "16x2048": 0.698},
-    ("Mixtral-8x7B", "train"): {"8x512": 0.282, "16x2048": 2.311},
-}
+# Micro-batches of the shorter run of an identification.
+FEW = 2
+OUT_OF_MEMORY = 75
+# What moewarden says if the memory is full, if it is full at the start, and if the forecast is far beyond it.
+FULL = re.compile(r"memory is (already )?full|a rank needs .* of memory, but")
 
 
 class Memory:
@@ -92,120 +92,132 @@ def metrics(folder):
 
 class Scene:
     def __init__(self, a):
-        self.a, self.folder = a, f"{a.out}/scene-{a.model}"
-        batches = [x for size, n in a.batches.items() for x in ("--batch", f"{size}:{n}")]
+        self.a, self.folder, self.end = a, f"{a.work}/scene-{a.model}", time.monotonic() + a.seconds
+        self.rows, self.length = map(int, a.size.split("x"))
         tiny = ["--tiny"] if a.tiny else []
-        subprocess.run([sys.executable, f"{HERE}/scene.py", self.folder, "--model", a.model, *batches, *tiny], check=True)
+        subprocess.run([sys.executable, f"{HERE}/scene.py", self.folder, "--model", a.model, "--batch", f"{a.size}:{FEW + a.batches}",
+                        *tiny], check=True)
+        self.ceilings = None
+        if os.path.exists(f"{a.work}/ceilings.json"):
+            with open(f"{a.work}/ceilings.json") as f:
+                self.ceilings = json.load(f)
+        os.makedirs(f"{a.work}/profiles", exist_ok=True)
+
+    def run(self, command, log):
+        return run(command, f"{self.a.work}/logs/{log}-{self.a.model}-{self.a.size}.log", max(1, self.end - time.monotonic()))
 
     def log(self, result):
+        """Adds a result to the list, and returns its code: 0, 75 if the memory was full, else 1."""
+        if self.ceilings:
+            result |= {"gpu": self.ceilings["gpu"], "ceilings": self.ceilings}
         print(json.dumps(result), flush=True)
-        with open(f"{self.a.out}/speed.jsonl", "a") as f:
+        with open(f"{self.a.work}/speed.jsonl", "a") as f:
             f.write(json.dumps(result) + "\n")
+        return 0 if result["exit"] == 0 else OUT_OF_MEMORY if result.get("oom") else 1
 
-    def command(self, task, size, top_k, rounds):
+    def command(self, task, top_k, micro_batches):
         a, out = self.a, f"{self.folder}/out-{task}"
         shutil.rmtree(out, ignore_errors=True)
-        rows, length = size.split("x")
         command = [a.binary, task, "--model-name", self.folder, "--init", "random", "--device", a.device,
-                   "--dataset-path", f"{self.folder}/{size}.json", "--output-dir", out, "--batch-size", rows,
-                   "--max-length", length, "--max-samples", "1000000", "--top-k-experts", str(top_k)]
+                   "--dataset-path", f"{self.folder}/{a.size}.json", "--output-dir", out, "--batch-size", str(self.rows),
+                   "--max-length", str(self.length), "--max-samples", str(self.rows * micro_batches),
+                   "--top-k-experts", str(top_k)]
         if task == "train":
-            command += ["--num-rounds", str(rounds), "--skip-router-training", "--save-steps", "0"]
+            command += ["--num-rounds", "1", "--skip-router-training", "--save-steps", "0"]
         return command, out
 
-    def profile(self, task, size, top_k):
-        """Writes the GPU time by operation to a file, for the first round (without warm-up)."""
+    def result(self, program, task, top_k, code, peak, message):
         a = self.a
-        command, _ = self.command(task, size, top_k, 1)
-        code, out, err, _ = run(command + ["--profile"], f"{self.folder}/profile.log", a.limit)
+        result = {"program": program, "model": a.model, "size": a.size, "task": task, "top_k": top_k, "exit": code, "peak_gb": peak}
+        if code != 0:
+            said = [line.strip() for line in message.splitlines() if line.strip()]
+            result |= {"message": said[-1] if said else "", "oom": bool(FULL.search(message))}
+        return result
+
+    def profile(self):
+        """Writes the GPU time of an identification by operation to a file."""
+        a = self.a
+        command, _ = self.command("identify", a.top_k[0], FEW)
+        code, out, err, _ = self.run(command + ["--profile"], "profile")
         _, found, profile = (out + err).partition("where the GPU's time went")
         if found:
-            with open(f"{a.out}/profile-{a.model}-{size}-{task}.txt", "w") as f:
+            with open(f"{a.work}/profiles/profile-{a.model}-{a.size}.txt", "w") as f:
                 f.write(found + profile)
-        return code or int(not found)
+        return code if code == 0 and found else OUT_OF_MEMORY if FULL.search(err) else 1
 
-    def ours(self, task, size, top_k, recompute="auto"):
-        a = self.a
-        command, out = self.command(task, size, top_k, 2)
-        command += ["--recompute", recompute]
-        code, _, err, peak = run(command + ["--quiet"], f"{self.folder}/moewarden.log", a.limit)
-        result = {"program": "moewarden", "model": a.model, "size": size, "task": task, "top_k": top_k, "exit": code, "peak_gb": peak}
-        if recompute == "always":
-            result["recompute"] = True
-        if code != 0:
-            said = err.strip().splitlines()
-            self.log(result | {"message": said[-1] if said else ""})
-            return code
-        rows = metrics(out)
-        found = [r for r in rows if r["phase"] == "identify" and r["round"] == max(x["round"] for x in rows)]
-        rate = sum(r["tokens"] for r in found) / sum(r["seconds"] for r in found)
-        if task == "identify":
-            self.log(result | {"cold_tokens_per_second": rate})
-            return code
-        self.log(result | {"task": "identify", "peak_gb": None, "tokens_per_second": rate})
-        steps = [r for r in rows if r["phase"] == "expert"][2:] or rows[-1:]
-        self.log(result | {"tokens_per_second": statistics.median(r["tokens"] / r["seconds"] for r in steps)})
-        return code
+    def identify(self, recompute="auto"):
+        """The rate of all micro-batches but the first few."""
+        found, peak = [], None
+        for micro_batches in (FEW, FEW + self.a.batches):
+            command, out = self.command("identify", self.a.top_k[0], micro_batches)
+            code, _, err, peak = self.run(command + ["--quiet", "--recompute", recompute], "moewarden")
+            result = self.result("moewarden", "identify", "", code, peak, err) | {"recompute": recompute == "always"}
+            if code != 0:
+                return self.log(result)
+            rows = metrics(out)
+            found.append((sum(r["tokens"] for r in rows), sum(r["seconds"] for r in rows)))
+        tokens, seconds = (y - x for x, y in zip(*found))
+        result |= {"tokens_per_second": tokens / seconds} if seconds > 0 else {"exit": 1, "message": f"times of {found}"}
+        return self.log(result | {"cold_tokens_per_second": found[0][0] / found[0][1]})
 
-    def peer(self, task, size, top_k):
+    def train(self, top_k, recompute="auto"):
+        command, out = self.command("train", top_k, FEW + self.a.batches)
+        code, _, err, peak = self.run(command + ["--quiet", "--recompute", recompute], "moewarden")
+        result = self.result("moewarden", "train", top_k, code, peak, err) | {"recompute": recompute == "always"}
+        if code == 0:
+            rows = [r for r in metrics(out) if r["phase"] == "expert"]
+            result["tokens_per_second"] = statistics.median(r["tokens"] / r["seconds"] for r in rows[FEW:] or rows[-1:])
+        return self.log(result)
+
+    def peer(self, task, top_k):
         a, scores = self.a, f"{self.folder}/out-train/expert_scores.json"
-        rows, length = size.split("x")
-        steps = "6" if int(length) < 2048 else "3"
-        command = [a.python, PEER, "--model", a.model, "--task", task, "--rows", rows, "--length", length, "--steps", steps]
+        steps = "4" if self.length < 2048 else "3"
+        command = [a.python, PEER, "--model", a.model, "--task", task, "--rows", str(self.rows), "--length", str(self.length),
+                   "--steps", steps]
         if task == "train" and os.path.exists(scores):
             command += ["--selected", scores]  # the experts that we trained
         if a.tiny:
             command += ["--tiny", "--warmup", "1", "--steps", "1"]
         if a.device == "cpu":
             command += ["--device", "cpu"]
-        code, out, err, peak = run(command, f"{self.folder}/peer.log", a.limit)
-        result = {"program": "transformers", "model": a.model, "size": size, "task": task, "top_k": top_k, "exit": code, "peak_gb": peak}
+        code, out, err, peak = self.run(command, "peer")
+        result = self.result("transformers", task, top_k if task == "train" else "", code, peak, err)
         if code == 0:
             found = json.loads(out.strip().splitlines()[-1])
             keep = ("oom", "tokens_per_second", "recompute", "versions", "message")
             result |= {k: found[k] for k in keep if k in found} | {"torch_peak_gib": found.get("peak_gib")}
-        else:
-            said = err.strip().splitlines()
-            result["message"] = said[-1] if said else ""
-        self.log(result)
-        return code
+        return self.log(result)
 
 
 def measure(a):
     scene, codes = Scene(a), []
-    for size in a.batches:
-        for i, top_k in enumerate(a.top_k):
-            for _ in range(a.rounds):
-                codes.append(scene.ours("train", size, top_k))
-                if codes[-1] == 69:
-                    return 69  # no GPU: no other run would succeed
-                if not a.no_peer:
-                    codes.append(scene.peer("train", size, top_k))
-                if i == 0:
-                    codes.append(scene.ours("identify", size, top_k))
-                    if not a.no_peer:
-                        codes.append(scene.peer("identify", size, top_k))
-        # Least memory: all layers recomputed.
-        codes += [scene.ours(task, size, a.top_k[0], "always") for task in ("identify", "train")]
-        if a.device == "cuda":
-            codes += [scene.profile(task, size, a.top_k[0]) for task in ("identify", "train")]
-    return max(codes)
+    if a.what == "profile":
+        return scene.profile()
+    if a.what == "recomputed":  # the least memory
+        return max(scene.identify("always"), scene.train(a.top_k[0], "always"))
+    for top_k in a.top_k[:1] if a.what == "identify" else a.top_k:
+        codes.append(scene.identify() if a.what == "identify" else scene.train(top_k))
+        if not a.no_peer:
+            codes.append(scene.peer(a.what, top_k))
+    return 1 if 1 in codes else max(codes)
 
 
 def table(a):
     runs = []
-    if os.path.exists(f"{a.out}/speed.jsonl"):
-        with open(f"{a.out}/speed.jsonl") as f:
+    if os.path.exists(f"{a.work}/speed.jsonl"):
+        with open(f"{a.work}/speed.jsonl") as f:
             runs = [json.loads(line) for line in f]
-    print("| model | tokens | task | trained | moewarden, tokens/s | peer | ratio | peak GB, ours | peer's | of the floor |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    # The peer is compared with our run without recomputation, even where the peer had to recompute.
+    print("| GPU | model | tokens | task | trained | moewarden, tokens/s | peer | ratio | peak GB, ours | peer's | of the floor |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+
+    # The peer is compared with our run without recomputation, even where the peer had to recompute. Cards are never mixed.
     def key(r):
         least = r["program"] == "moewarden" and r.get("recompute", False)
-        return r["model"], r["size"], r["task"], r["top_k"] if r["task"] == "train" else "", least
+        return r.get("gpu", "none"), r["model"], r["size"], r["task"], r["top_k"], least
 
+    shapes = floor.shapes()
     for kind in dict.fromkeys(map(key, runs)):
-        model, size, task, top_k, least = kind
+        gpu, model, size, task, top_k, least = kind
         mine = [r for r in runs if key(r) == kind]
         cells, rates = {}, {}
         for program in ("moewarden", "transformers"):
@@ -219,34 +231,31 @@ def table(a):
             cells[program] = (f"{rates[program]:.0f}{again}" if speeds else missing, f"{max(peaks):.1f}" if peaks else "–")
         ours, peer = rates["moewarden"], rates["transformers"]
         ratio = f"{ours / peer:.2f}" if ours and peer else "–"
-        tokens = tokens_of(size)
-        fits = task == "identify" or top_k == TOP_K[model][-1]  # the floor of training is for 6.25 % of the experts
-        floor = FLOOR.get((model, task), {}).get(size) if fits and not least else None
-        share = f"{100 * ours * floor / tokens:.0f} %" if ours and floor else "–"
-        print(f"| {model} | {size} | {task} | {top_k} | {cells['moewarden'][0]} | {cells['transformers'][0]} | {ratio} | "
+        rows, length = map(int, size.split("x"))
+        ceilings = next((r["ceilings"] for r in reversed(mine) if r.get("ceilings")), None)
+        share = "–"
+        if ours and ceilings and not least:
+            bound = floor.seconds(shapes[model], rows, length, ceilings, top_k if task == "train" else None)
+            share = f"{100 * ours * bound / (rows * length):.0f} %"
+        print(f"| {gpu} | {model} | {size} | {task} | {top_k} | {cells['moewarden'][0]} | {cells['transformers'][0]} | {ratio} | "
               f"{cells['moewarden'][1]} | {cells['transformers'][1]} | {share} |")
-    for profile in sorted(glob.glob(f"{a.out}/profile-*.txt")):
+    for profile in sorted(glob.glob(f"{a.work}/profiles/profile-*.txt")):
         with open(profile) as f:
             head = "".join(f.readlines()[:13]).rstrip()
         print(f"\n{os.path.basename(profile)}:\n\n```\n{head}\n```")
 
 
-def tokens_of(size):
-    rows, length = map(int, size.split("x"))
-    return rows * length
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out")
+    parser.add_argument("work", help="scenes, logs and results")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--binary", default="moewarden")
     parser.add_argument("--model", choices=list(TOP_K))
     parser.add_argument("--python", default=sys.executable, help="has torch and transformers")
-    parser.add_argument("--size", choices=list(BATCHES), help="measure only this size")
+    parser.add_argument("--size", choices=list(BATCHES), default="8x512")
+    parser.add_argument("--what", choices=["identify", "train", "recomputed", "profile"], default="identify")
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--rounds", type=int, default=1, help="repetitions of all programs, in turns")
-    parser.add_argument("--limit", type=float, default=300, help="time limit of one program in seconds")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit of all programs together")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy models of the same families, to test this script")
     a = parser.parse_args()
@@ -254,12 +263,12 @@ def main():
         return table(a)
     if not a.model:
         parser.error("--model or --table")
-    a.batches, a.top_k = ({"2x40": 4}, [2]) if a.tiny else (BATCHES, TOP_K[a.model])
-    if a.size and not a.tiny:
-        a.batches = {a.size: BATCHES[a.size]}
-    os.makedirs(a.out, exist_ok=True)
-    sys.exit(measure(a))
+    a.batches, a.top_k = BATCHES[a.size], TOP_K[a.model]
+    if a.tiny:
+        a.size, a.batches, a.top_k = "2x40", 4, [2]
+    os.makedirs(f"{a.work}/logs", exist_ok=True)
+    return measure(a)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,4 +19,5 @@ mod nvrtc;
 mod ops;
 mod products;
 mod program;
+mod proof;
 mod ranks;

@@ -9,6 +9,7 @@ use moewarden::backend::cuda::nvidia::Nvidia;
 use moewarden::backend::cuda::nvidia::library::{Library, Surroundings};
 use moewarden::collective::nccl::{Communicator, DeviceCollective, Nccl};
 use moewarden::collective::{Error, threads};
+use moewarden::launch::kernel_cache;
 
 #[test]
 fn it_tells_its_version_and_makes_ids() {
@@ -38,7 +39,7 @@ fn one_rank_on_a_gpu() {
     };
     let library = nvidia::library(Library::Nccl, "NCCL on the GPU").expect("NCCL, where a GPU is to be tested");
     let surroundings = Surroundings::read(|name| std::env::var_os(name));
-    let gpu = Nvidia::open(index.parse().expect("an index"), &surroundings, None).unwrap();
+    let gpu = Nvidia::open(index.parse().expect("an index"), &surroundings, kernel_cache().as_deref()).unwrap();
     let load = || Nccl::load(&library.path, 0).unwrap();
     let (host, timeout) = (threads::single(), Duration::from_secs(60));
     let group = Communicator::new(load(), &host, gpu.stream(), timeout).unwrap();

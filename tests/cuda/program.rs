@@ -16,12 +16,12 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// A machine with one GPU.
-struct Machine {
+pub struct Machine {
     dir: TempDir,
 }
 
 impl Machine {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let machine = Self { dir: tempfile::tempdir().unwrap() };
         let libraries = machine.path("libraries");
         fs::create_dir(&libraries).unwrap();
@@ -43,7 +43,7 @@ impl Machine {
         machine
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 

@@ -9,6 +9,7 @@ use moewarden::backend::DeviceFault;
 use moewarden::backend::cuda::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo};
 use moewarden::backend::cuda::nvidia::Nvidia;
 use moewarden::backend::cuda::nvidia::library::Surroundings;
+use moewarden::launch::kernel_cache;
 
 use super::{Emulated, GUARD, POISON};
 
@@ -78,8 +79,8 @@ struct Lent(Option<Nvidia>);
 impl Lent {
     fn open(index: usize) -> Self {
         let idle = lock(&IDLE).pop();
-        let cache = std::env::temp_dir().join("moewarden-test-kernels");
-        let open = || Nvidia::open(index, &Surroundings::read(|name| std::env::var_os(name)), Some(&cache));
+        let cache = kernel_cache();
+        let open = || Nvidia::open(index, &Surroundings::read(|name| std::env::var_os(name)), cache.as_deref());
         Self(Some(idle.unwrap_or_else(|| open().unwrap_or_else(|error| panic!("{error}")))))
     }
 }
