@@ -215,8 +215,10 @@ template <int D>
 DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf16* dy, const bf16* q, const bf16* k,
                              const bf16* v, const bf16* y, const Geometry& g) {
     DYNAMIC_SHARED(memory);
-    SharedRows<D> queries = {reinterpret_cast<bf16*>(memory)}, dys = {queries.at + ROWS * D}, keys = {dys.at + ROWS * D},
-            values = {keys.at + HALF_TILE * D};
+    // Two buffers of keys and values: one is read while the other is copied to.
+    SharedRows<D> queries = {reinterpret_cast<bf16*>(memory)}, dys = {queries.at + ROWS * D}, buffers = {dys.at + ROWS * D};
+    auto keys_of = [&](u64 key) { return SharedRows<D>{buffers.at + key / HALF_TILE % 2 * (2 * HALF_TILE * D)}; };
+    auto values_of = [&](u64 key) { return SharedRows<D>{keys_of(key).at + HALF_TILE * D}; };
     RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
@@ -226,7 +228,7 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
     float scale = g.scale() * LOG2_E;
     KeyRange range(s, p.row - s.query, p.rows, g.window);
     auto load_rows = [&](const SharedRows<D>& to, const bf16* x, u64 key) {
-        to.template load_rows<HALF_TILE>(x, s.key + key, range.end - key, key_head, g.key_heads, g.dim);
+        if (key < range.end) to.template load_rows<HALF_TILE>(x, s.key + key, range.end - key, key_head, g.key_heads, g.dim);
     };
     queries.template load_rows<ROWS>(q, p.row, p.rows, head, g.heads, g.dim);
     dys.template load_rows<ROWS>(dy, p.row, p.rows, head, g.heads, g.dim);
@@ -241,17 +243,25 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
         dot[i] = row_sum(dot[i]);
     }
     Softmax softmax;
+    load_rows(keys_of(range.first), k, range.first);
+    cp_async_commit_group();
     for (u64 key = range.first; key < range.end; key += HALF_TILE) {
-        load_rows(keys, k, key);
-        cp_async_commit_group();
         cp_async_wait_group<0>();
-        __syncthreads();
+        __syncthreads();  // these keys of all threads are visible, and all threads have read the ones before
+        load_rows(keys_of(key + HALF_TILE), k, key + HALF_TILE);
+        cp_async_commit_group();
         WarpTile<HALF_TILE> weights;
-        weights.multiply(queries, own, keys);
+        weights.multiply(queries, own, keys_of(key));
         float factor[2];
         softmax.add(weights, factor, position, key, scale, g.window);
-        __syncthreads();
     }
+    __syncthreads();  // all threads have read the last keys
+    auto load_both = [&](u64 key) {
+        load_rows(keys_of(key), k, key);
+        load_rows(values_of(key), v, key);
+        cp_async_commit_group();
+    };
+    load_both(range.first);
     float log_total[2] = {softmax.highest[0] + log2f(softmax.total[0]), softmax.highest[1] + log2f(softmax.total[1])};
     if (threadIdx.x % 4 == 0)
 #pragma unroll
@@ -265,14 +275,13 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
     WarpTile<D> sum;
     sum.clear();
     for (u64 key = range.first; key < range.end; key += HALF_TILE) {
-        load_rows(keys, k, key);
-        load_rows(values, v, key);
-        cp_async_commit_group();
         cp_async_wait_group<0>();
         __syncthreads();
+        load_both(key + HALF_TILE);
+        SharedRows<D> keys = keys_of(key);
         WarpTile<HALF_TILE> weights, ds;
         weights.multiply(queries, own, keys);
-        ds.multiply(dys, own, values);
+        ds.multiply(dys, own, values_of(key));
         Visible visible(position, key + threadIdx.x % 4 * 2, g.window);
 #pragma unroll
         for (int j = 0; j < HALF_TILE / 8; j++)
@@ -284,8 +293,8 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
             }
         __syncwarp();  // the whole warp takes part in the mma below
         sum.add(ds, keys);
-        __syncthreads();
     }
+    cp_async_wait_group<0>();
     u64 stride = g.heads * g.dim;
     sum.store(dq + p.row * stride + head * g.dim, row, p.rows, stride, g.dim, g.scale(), g.scale());
 }
@@ -296,10 +305,10 @@ template <int D>
 DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const float* delta, const bf16* dy, const bf16* q,
                           const bf16* k, const bf16* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
-    SHARED(float, log_total, [HALF_TILE]);
-    SHARED(float, dot, [HALF_TILE]);
-    SharedRows<D> keys = {reinterpret_cast<bf16*>(memory)}, values = {keys.at + ROWS * D}, queries = {values.at + ROWS * D},
-            dys = {queries.at + HALF_TILE * D};
+    // Two buffers of queries and dy, and of what belongs to them: one is read while the other is filled.
+    SHARED(float, log_totals, [2][HALF_TILE]);
+    SHARED(float, dots, [2][HALF_TILE]);
+    SharedRows<D> keys = {reinterpret_cast<bf16*>(memory)}, values = {keys.at + ROWS * D}, buffers = {values.at + ROWS * D};
     RowTile p = find_row_tile(g.keys, g.sequences, ROWS, g.key_heads);
     if (p.rows == 0) return;
     Sequence s(g, p.group);
@@ -313,19 +322,40 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const flo
     WarpTile<D> sum_k, sum_v;
     sum_k.clear();
     sum_v.clear();
+    // Starts filling a buffer; this thread's numbers of the rows come with it, in registers until they are stored.
+    float next_total = 0.0f, next_dot = 0.0f;
+    auto load = [&](u32 buffer, u64 head, u64 query) {
+        SharedRows<D> queries = {buffers.at + buffer * (2 * HALF_TILE * D)}, dys = {queries.at + HALF_TILE * D};
+        u64 count = range.end - query;
+        queries.template load_rows<HALF_TILE>(q, s.query + query, count, head, g.heads, g.dim);
+        dys.template load_rows<HALF_TILE>(dy, s.query + query, count, head, g.heads, g.dim);
+        if (threadIdx.x < HALF_TILE && threadIdx.x < count) {
+            u64 at = (s.query + query + threadIdx.x) * g.heads + head;
+            next_total = normaliser[at];
+            next_dot = delta[at];
+        }
+    };
+    auto put = [&](u32 buffer) {
+        if (threadIdx.x < HALF_TILE) {
+            log_totals[buffer][threadIdx.x] = next_total;
+            dots[buffer][threadIdx.x] = next_dot;
+        }
+    };
+    u32 buffer = 0;
+    if (range.first < range.end) load(0, p.column * group, range.first);
+    cp_async_commit_group();
+    put(0);
     for (u64 head = p.column * group; head < (p.column + 1) * group; head++)
         for (u64 query = range.first; query < range.end; query += HALF_TILE) {
             u64 count = range.end - query;
-            queries.template load_rows<HALF_TILE>(q, s.query + query, count, head, g.heads, g.dim);
-            dys.template load_rows<HALF_TILE>(dy, s.query + query, count, head, g.heads, g.dim);
-            cp_async_commit_group();
-            if (threadIdx.x < HALF_TILE && threadIdx.x < count) {
-                u64 at = (s.query + query + threadIdx.x) * g.heads + head;
-                log_total[threadIdx.x] = normaliser[at];
-                dot[threadIdx.x] = delta[at];
-            }
             cp_async_wait_group<0>();
-            __syncthreads();
+            __syncthreads();  // this buffer is complete, and all threads have read the other one
+            bool more = query + HALF_TILE < range.end;
+            if (more || head + 1 < (p.column + 1) * group)
+                load(1 - buffer, more ? head : head + 1, more ? query + HALF_TILE : range.first);
+            cp_async_commit_group();
+            SharedRows<D> queries = {buffers.at + buffer * (2 * HALF_TILE * D)}, dys = {queries.at + HALF_TILE * D};
+            const float *log_total = log_totals[buffer], *dot = dots[buffer];
             WarpTile<HALF_TILE> weights, ds;
             weights.multiply(keys, own, queries);
             ds.multiply(values, own, dys);
@@ -345,10 +375,10 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const flo
             __syncwarp();  // the whole warp takes part in the mma below
             sum_v.add(weights, dys);
             sum_k.add(ds, queries);
-            __syncthreads();
+            buffer = 1 - buffer;
+            put(buffer);
         }
-    cp_async_commit_group();  // for keys and values that no query sees
-    cp_async_wait_group<0>();
+    cp_async_wait_group<0>();  // of keys and values that no query sees, too
     u64 stride = g.key_heads * g.dim, at = p.row * stride + p.column * g.dim;
     sum_k.store(dk + at, row, p.rows, stride, g.dim, g.scale(), g.scale());
     sum_v.store(dv + at, row, p.rows, stride, g.dim, 1.0f, 1.0f);

@@ -2,21 +2,21 @@
 // ahead of the multiplication.
 //
 // A `Stage` describes the buffer of one step of both operands: COUNT buffers are used in turn, each with TILE x DEPTH
-// elements of a and then as many of b. offset<k_major>(row, chunk) is where 8 consecutive elements go; offsets of rows
-// that are a multiple of 16 apart differ by a constant. If an operand is `k_major`, its rows run along the depth and a
-// step is [TILE][DEPTH]; else a step is [DEPTH][TILE].
+// elements of a and then COLUMNS x DEPTH of b. offset<k_major>(row, chunk) is where 8 consecutive elements go; offsets of
+// rows that are a multiple of 16 apart differ by a constant. If an operand is `k_major`, its rows run along the depth and a
+// step is [side][DEPTH]; else a step is [DEPTH][side].
 
 #define TENSOR_CORES
 
 const u32 TILE = 128, TILE_THREADS = 256;
 
-// Two blocks per multiprocessor, so that one computes while the other waits.
-#define TILE_KERNEL(name, parameters) KERNEL_BLOCKS(TILE_THREADS, 2, name, parameters)
+// Stage::BLOCKS blocks per multiprocessor; of two, one computes while the other waits.
+#define TILE_KERNEL(name, parameters) KERNEL_BLOCKS(TILE_THREADS, Stage::BLOCKS, name, parameters)
 
 // Loads one operand step by step. Each thread copies a few chunks of a step, from rows ROWS_APART apart.
-template <class Stage, bool k_major> struct OperandLoader {
-    static const u32 CHUNKS = (k_major ? Stage::DEPTH : TILE) / 8, ROWS_APART = TILE_THREADS / CHUNKS;
-    static const u32 PER_THREAD = TILE * Stage::DEPTH / 8 / TILE_THREADS;
+template <class Stage, bool k_major, u32 SIDE> struct OperandLoader {
+    static const u32 CHUNKS = (k_major ? Stage::DEPTH : SIDE) / 8, ROWS_APART = TILE_THREADS / CHUNKS;
+    static const u32 PER_THREAD = SIDE * Stage::DEPTH / 8 / TILE_THREADS;
 
     const bf16* from;
     u32 row_step, depth_step;  // elements; a row is shorter than 2^25
@@ -47,12 +47,12 @@ template <class Stage, bool k_major> struct OperandLoader {
 
 // Loads `count` pairs of operands, one after another, each in `steps` steps.
 template <class Stage, bool k_major_a, bool k_major_b> struct Pipeline {
-    static const u32 OPERAND = TILE * Stage::DEPTH, STAGE = 2 * OPERAND;
+    static const u32 OPERAND = TILE * Stage::DEPTH, STAGE = (TILE + Stage::COLUMNS) * Stage::DEPTH;
 
     bf16* stages;
     u32 count, steps;
-    OperandLoader<Stage, k_major_a> a;
-    OperandLoader<Stage, k_major_b> b;
+    OperandLoader<Stage, k_major_a, TILE> a;
+    OperandLoader<Stage, k_major_b, Stage::COLUMNS> b;
     u32 next, left;  // the next pair; steps of the current one that are still to be copied
 
     DEVICE Pipeline(bf16* stages, u64 count, u64 depth)

@@ -4,7 +4,7 @@
 // Operands are copied as they are stored, K-major or not; ldmatrix transposes them while it loads registers.
 
 struct Stage {
-    static const u32 DEPTH = 32, COUNT = 3;
+    static const u32 DEPTH = 32, COUNT = 3, COLUMNS = TILE, BLOCKS = 2;
 
     // The 16-byte chunks of a row are swizzled, so that neither cp.async nor ldmatrix has bank conflicts.
     template <bool k_major> static DEVICE u32 offset(u32 row, u32 chunk) {

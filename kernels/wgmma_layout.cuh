@@ -5,9 +5,14 @@
 // elements at one depth ("MN-major"). See the PTX manual, "Asynchronous Warpgroup Level Matrix Shared Memory Layout"
 // and "Matrix Descriptor".
 
-// The 64 x 128 accumulators of m64n128k16 over 128 threads: c[4 j + 2 h + i] is row 16 (warp % 4) + lane / 4 + 8 h,
+// Columns of a tile: 256 after wide_tile.cuh.
+#ifndef TILE_COLUMNS
+#define TILE_COLUMNS 128
+#endif
+
+// The accumulators of m64n128k16 or m64n256k16 over 128 threads: c[4 j + 2 h + i] is row 16 (warp % 4) + lane / 4 + 8 h,
 // column 8 j + 2 (lane % 4) + i.
-typedef float Accumulators[64];
+typedef float Accumulators[TILE_COLUMNS / 2];
 
 const u32 SWIZZLE_ATOM = 1024;
 

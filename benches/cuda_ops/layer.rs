@@ -225,6 +225,7 @@ impl<'a> Forms<'a> {
                 all.push((Form::TensorCores, cuda().with_forms(|_, _| Form::TensorCores)));
                 if sm == 90 {
                     all.push((Form::Warpgroups, cuda().with_forms(|_, _| Form::Warpgroups)));
+                    all.push((Form::WideWarpgroups, cuda().with_forms(|_, _| Form::WideWarpgroups)));
                 }
             }
         }

@@ -38,13 +38,15 @@ fn cuda(gpu: Arc<dyn Gpu>, dtype: Dtype, form: Form) -> Cuda {
         Form::EachGroup => cuda.with_forms(|_, _| Form::EachGroup),
         Form::TensorCores => cuda.with_forms(|_, _| Form::TensorCores),
         Form::Warpgroups => cuda.with_forms(|_, _| Form::Warpgroups),
+        Form::WideWarpgroups => cuda.with_forms(|_, _| Form::WideWarpgroups),
         Form::Arithmetic => cuda.with_forms(|_, _| Form::Arithmetic),
     }
 }
 
 /// Whether the device supports this form.
 fn runs(form: &Form) -> bool {
-    !device::is_real() || *form != Form::Warpgroups || device::gpu().architecture().sm == 90
+    let wgmma = matches!(form, Form::Warpgroups | Form::WideWarpgroups);
+    !device::is_real() || !wgmma || device::gpu().architecture().sm == 90
 }
 
 fn attending(gpu: Arc<dyn Gpu>, dtype: Dtype, form: AttentionForm) -> Cuda {
@@ -211,22 +213,25 @@ fn grouped_products_of_warpgroups() {
     if !runs(&Form::Warpgroups) {
         return eprintln!("skipped: {}", Form::Warpgroups);
     }
-    let cases: [(&[usize], [usize; 3]); 5] = [
+    let cases: [(&[usize], [usize; 3]); 6] = [
         (&[0, 1, 5, 0, 70], [2, 8, 16]),
         // More steps than stages along every depth; the last steps are partial.
         (&[17, 33, 0, 1], [1, 456, 136]),
         (&[203, 2], [2, 40, 264]),
         (&[3, 100], [1, 136, 8]),
         (&[0, 0], [1, 8, 8]),
+        (&[300], [1, 264, 392]),
     ];
     for (seed, (counts, sizes)) in cases.into_iter().enumerate() {
-        Case::new(seed as u64, Dtype::Bf16, counts, sizes).check(Form::Warpgroups);
+        for form in [Form::Warpgroups, Form::WideWarpgroups] {
+            Case::new(seed as u64, Dtype::Bf16, counts, sizes).check(form);
+        }
     }
 }
 
 #[test]
 fn weights_stored_in_another_format_are_converted() {
-    for form in [Form::Arithmetic, Form::TensorCores, Form::Warpgroups].into_iter().filter(runs) {
+    for form in [Form::Arithmetic, Form::TensorCores, Form::Warpgroups, Form::WideWarpgroups].into_iter().filter(runs) {
         let mut case = Case::new(3, Dtype::Bf16, &[2, 0, 9, 4, 1], [2, 16, 24]);
         for stored in [Dtype::F32, Dtype::F16] {
             let encode = |w: &HostTensor, dtype| HostTensor::encode(dtype, w.shape.clone(), &w.to_f32());
@@ -241,7 +246,8 @@ fn weights_stored_in_another_format_are_converted() {
 
 #[test]
 fn numbers_of_one_group_never_reach_another() {
-    for form in [Form::Arithmetic, Form::EachGroup, Form::TensorCores, Form::Warpgroups].into_iter().filter(runs) {
+    let forms = [Form::Arithmetic, Form::EachGroup, Form::TensorCores, Form::Warpgroups, Form::WideWarpgroups];
+    for form in forms.into_iter().filter(runs) {
         let counts = [3, 40, 7];
         let mut case = Case::new(1, Dtype::Bf16, &counts, [1, 16, 24]);
         let moments = |g: usize| ExpertGrad::Score(GradReduction::Abs, g);

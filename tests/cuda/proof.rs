@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::golden_copy::golden_copy;
 use crate::program::Machine;
 
 /// Three tests, of which the first alone launches the kernel `greedy`.
@@ -17,7 +18,7 @@ const ONE: &str = "tests:ops::ties_go";
 /// A machine with the programs of `pack.sh`.
 fn machine() -> Machine {
     let machine = Machine::new();
-    let (bin, root) = (machine.path("bin"), env!("CARGO_MANIFEST_DIR"));
+    let (bin, case) = (machine.path("bin"), golden_copy("olmoe"));
     fs::create_dir(&bin).unwrap();
     symlink(env!("CARGO_BIN_EXE_moewarden"), bin.join("moewarden")).unwrap();
     symlink(std::env::current_exe().unwrap(), bin.join("cuda")).unwrap();
@@ -26,9 +27,11 @@ fn machine() -> Machine {
         "#!/bin/sh\n\
          [ \"$1\" = --ceilings ] && exec echo '{{\"gpu\": \"stand-in\", \"memory\": 8e10, \"flops\": 6e14, \"bytes\": 3e12, \
          \"to_gpu\": 5e9, \"from_gpu\": 4e9}}' >\"$2\"\n\
-         exec {} check --model-name {root}/tests/golden/olmoe/model --dataset-path {root}/tests/golden/olmoe/data.json \
+         exec {} check --model-name {} --dataset-path {} \
          --output-dir {} --device cuda --skip-weights --top-k-experts 3\n",
         bin.join("moewarden").display(),
+        case.join("model").display(),
+        case.join("data.json").display(),
         machine.path("unused").display(),
     );
     fs::write(bin.join("cuda_ops"), stub).unwrap();

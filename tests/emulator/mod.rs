@@ -114,7 +114,7 @@ impl Gpu for Emulated {
     }
 
     fn architecture(&self) -> Architecture {
-        Architecture { sm: 0, processors: 4, shared: 99 * 1024 }
+        Architecture { sm: 0, processors: 4, shared: 227 * 1024 }
     }
 
     fn memory(&self) -> Result<MemoryInfo, Error> {

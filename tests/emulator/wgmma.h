@@ -19,7 +19,7 @@ static std::vector<float> elements(u64 a, bool k_major_a, u64 b, bool k_major_b)
     std::vector<float> all;
     for (u32 k = 0; k < 16; k++) {
         for (u32 m = 0; m < 64; m++) all.push_back(element(a, k_major_a, m, k));
-        for (u32 n = 0; n < 128; n++) all.push_back(element(b, k_major_b, n, k));
+        for (u32 n = 0; n < TILE_COLUMNS; n++) all.push_back(element(b, k_major_b, n, k));
     }
     return all;
 }
@@ -27,6 +27,7 @@ static std::vector<float> elements(u64 a, bool k_major_a, u64 b, bool k_major_b)
 // The wgmmas of a warpgroup in this block: the descriptors that the first thread to arrive passed, and the elements
 // read, until the wgmma is complete.
 struct Issued {
+    size_t group;  // the wgmma group that it belongs to
     u64 a, b;
     std::vector<float> (*read)(u64, u64);
     std::vector<float> operands;
@@ -41,7 +42,7 @@ static Warpgroup warpgroups[8];
 // A thread's wgmmas in this block, and its accumulators while some are in flight.
 struct ThreadState {
     u64 block;
-    size_t count;
+    size_t count, groups;
     bool fenced, in_flight, committed;
     Accumulators sums;
 };
@@ -62,7 +63,7 @@ template <bool k_major_a, bool k_major_b> DEVICE void wgmma(Accumulators& c, u64
     auto& group = of_this_block(warpgroups[threadIdx.x / 128]);
     if (!mine.fenced) emulator::fail("a wgmma without wgmma_fence");
     if (group.issued.size() == mine.count)
-        group.issued.push_back({a, b, [](u64 a, u64 b) { return elements(a, k_major_a, b, k_major_b); }, {}});
+        group.issued.push_back({mine.groups, a, b, [](u64 a, u64 b) { return elements(a, k_major_a, b, k_major_b); }, {}});
     Issued& p = group.issued[mine.count++];
     if (p.a != a || p.b != b) emulator::fail("the threads of a warpgroup pass different descriptors to a wgmma");
     if (threadIdx.x % 128 == 0) {
@@ -74,28 +75,32 @@ template <bool k_major_a, bool k_major_b> DEVICE void wgmma(Accumulators& c, u64
     }
     if (!mine.in_flight) {
         memcpy(mine.sums, c, sizeof c);
-        for (float& sum : c) sum = __int_as_float(-1);  // NaN, until wgmma_wait_all
+        for (float& sum : c) sum = __int_as_float(-1);  // NaN, until no wgmma is in flight
     }
     mine.in_flight = true;
     mine.committed = false;
     u32 lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     for (u32 k = 0; k < 16; k++) {
         float x[2] = {element(a, k_major_a, row, k), element(a, k_major_a, row + 8, k)};
-        for (u32 i = 0; i < 64; i++)
+        for (u32 i = 0; i < TILE_COLUMNS / 2; i++)
             mine.sums[i] += x[i / 2 % 2] * element(b, k_major_b, i / 4 * 8 + lane % 4 * 2 + i % 2, k);
     }
 }
 DEVICE void wgmma_commit_group() {
     thread_states[threadIdx.x].fenced = false;
     thread_states[threadIdx.x].committed = true;
+    thread_states[threadIdx.x].groups++;
 }
-DEVICE void wgmma_wait_all(Accumulators& c) {
+template <int pending> DEVICE void wgmma_wait_group(Accumulators& c) {
     auto& mine = of_this_block(thread_states[threadIdx.x]);
     auto& group = of_this_block(warpgroups[threadIdx.x / 128]);
-    if (mine.in_flight && !mine.committed) emulator::fail("wgmma_wait_all before wgmma_commit_group");
-    if (mine.in_flight) memcpy(c, mine.sums, sizeof c);
-    mine.in_flight = false;
-    for (; threadIdx.x % 128 == 0 && group.complete < mine.count; group.complete++) {
+    if (mine.in_flight && !mine.committed) emulator::fail("wgmma_wait_group before wgmma_commit_group");
+    if (pending == 0 && mine.in_flight) {
+        memcpy(c, mine.sums, sizeof c);
+        mine.in_flight = false;
+    }
+    for (; threadIdx.x % 128 == 0 && group.complete < mine.count && group.issued[group.complete].group + pending < mine.groups;
+         group.complete++) {
         Issued& p = group.issued[group.complete];
         auto now = p.read(p.a, p.b);  // compared as bits: NaN is equal to itself
         if (memcmp(now.data(), p.operands.data(), now.size() * sizeof(float)))

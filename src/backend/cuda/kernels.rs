@@ -63,6 +63,10 @@ modules! {
     GROUPED_MMA = "grouped_mma": "groups.cuh", "mma.cuh", "tile.cuh", "pipeline.cuh", "tile_mma.cuh", "grouped.cu";
     GROUPED_WGMMA = "grouped_wgmma" for 90: "groups.cuh", "mma.cuh", "wgmma_layout.cuh", "wgmma.cuh", "tile.cuh", "pipeline.cuh", "tile_wgmma.cuh",
         "grouped.cu";
+    GRADIENT_MAGNITUDE_WIDE = "gradient_magnitude_wide" for 90: "mma.cuh", "wide_tile.cuh", "wgmma_layout.cuh", "wgmma.cuh", "tile.cuh",
+        "pipeline.cuh", "tile_wgmma.cuh", "gradient_magnitude.cu";
+    GROUPED_WIDE = "grouped_wide" for 90: "groups.cuh", "mma.cuh", "wide_tile.cuh", "wgmma_layout.cuh", "wgmma.cuh", "tile.cuh",
+        "pipeline.cuh", "tile_wgmma.cuh", "grouped.cu";
     KL = "kl": "softmax.cuh", "kl.cu";
     NORM = "norm";
     ROPE = "rope";
@@ -178,6 +182,7 @@ kernels! {
         Form::Arithmetic => GROUPED { "_f32": f32, "_bf16": bf16 },
         Form::TensorCores => GROUPED_MMA { "_bf16": bf16 },
         Form::Warpgroups => GROUPED_WGMMA { "_bf16": bf16 },
+        Form::WideWarpgroups => GROUPED_WIDE { "_bf16": bf16 },
     };
 
     // gradient_magnitude.cu
@@ -188,6 +193,7 @@ kernels! {
         Form::Arithmetic => GRADIENT_MAGNITUDE { "_f32": f32, "_bf16": bf16 },
         Form::TensorCores => GRADIENT_MAGNITUDE_MMA { "_bf16": bf16 },
         Form::Warpgroups => GRADIENT_MAGNITUDE_WGMMA { "_bf16": bf16 },
+        Form::WideWarpgroups => GRADIENT_MAGNITUDE_WIDE { "_bf16": bf16 },
     };
     fn magnitude_of<T>(partial: Out<f64>, gradient: In<f32>, w: In<T>, n: usize, moment: u64),
     fn add_magnitudes(scores: InOut<f64>, partial: In<f64>, jobs: In<u64>, n: usize)

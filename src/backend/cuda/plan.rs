@@ -42,8 +42,11 @@ pub enum Form {
     EachGroup,
     /// One kernel over all groups on tensor cores, by `mma.sync`.
     TensorCores,
-    /// One kernel over all groups on tensor cores, by `wgmma`, which GPUs of compute capability 9.0 have.
+    /// One kernel over all groups on tensor cores, by `wgmma`, which GPUs of compute capability 9.0 have, in tiles of 128 x
+    /// 128: two blocks share a multiprocessor.
     Warpgroups,
+    /// The same in tiles of 128 x 256: a third more FLOP for each byte loaded, but one block a multiprocessor.
+    WideWarpgroups,
     /// One kernel over all groups, by ordinary arithmetic.
     Arithmetic,
 }
@@ -61,6 +64,9 @@ const WORTH_A_LAUNCH_GRADIENTS: u64 = 40_000_000_000;
 /// The rows of a group from which its scores may be computed by cuBLAS at all, against the `wgmma` kernel: products of slabs
 /// of the gradient, each of which is written and read again, so that it must be a sum over many rows. An estimate, too.
 const WORTH_SLABS: u64 = 4096;
+/// The rows of a group from which scores are computed in wide tiles: with fewer, a block spends more time on its first copies
+/// and its reduction than on products, and nothing else runs on its multiprocessor meanwhile. An estimate.
+const WORTH_WIDE_SCORES: u64 = 512;
 /// The same threshold for F32, where the grouped kernel does not use tensor cores.
 const WORTH_A_LAUNCH_F32: u64 = 500_000_000;
 
@@ -81,15 +87,20 @@ impl Grouped {
         // Operands of tensor cores are copied in chunks of 8 elements, which must not cross the end of a row.
         let whole_chunks = self.inputs.is_multiple_of(8) && self.outputs.is_multiple_of(8);
         let together = match architecture.sm {
-            90 if self.dtype == Dtype::Bf16 && whole_chunks => Form::Warpgroups,
+            90 if self.dtype == Dtype::Bf16 && whole_chunks => match self.operation {
+                Operation::Scores if self.rows_of_group() < WORTH_WIDE_SCORES => Form::Warpgroups,
+                _ => Form::WideWarpgroups,
+            },
             80.. if self.dtype == Dtype::Bf16 && whole_chunks => Form::TensorCores,
             _ => Form::Arithmetic,
         };
         let threshold = match (together, self.operation) {
-            (Form::Warpgroups, Operation::Scores) if self.rows_of_group() < WORTH_SLABS => u64::MAX,
-            (Form::Warpgroups, Operation::Scores) => WORTH_A_LAUNCH_GRADIENTS,
-            (Form::Warpgroups, Operation::Gradients) => WORTH_A_LAUNCH_GRADIENTS,
-            (Form::Warpgroups, Operation::Product) => WORTH_A_LAUNCH_WARPGROUPS,
+            (Form::Warpgroups | Form::WideWarpgroups, Operation::Scores) if self.rows_of_group() < WORTH_SLABS => {
+                u64::MAX
+            }
+            (Form::Warpgroups | Form::WideWarpgroups, Operation::Scores) => WORTH_A_LAUNCH_GRADIENTS,
+            (Form::WideWarpgroups, Operation::Gradients) => WORTH_A_LAUNCH_GRADIENTS,
+            (Form::WideWarpgroups, Operation::Product) => WORTH_A_LAUNCH_WARPGROUPS,
             _ if self.dtype == Dtype::Bf16 => WORTH_A_LAUNCH,
             _ => WORTH_A_LAUNCH_F32,
         };
@@ -137,7 +148,8 @@ impl fmt::Display for Form {
         f.write_str(match self {
             Form::EachGroup => "a library product for each group",
             Form::TensorCores => "one kernel for all groups on tensor cores (mma.sync)",
-            Form::Warpgroups => "one kernel for all groups on tensor cores (wgmma)",
+            Form::Warpgroups => "one kernel for all groups on tensor cores (wgmma, 128 columns)",
+            Form::WideWarpgroups => "one kernel for all groups on tensor cores (wgmma, 256 columns)",
             Form::Arithmetic => "one kernel for all groups by ordinary arithmetic",
         })
     }
@@ -170,10 +182,10 @@ mod tests {
         // 4,096 and 32,768 tokens of OLMoE-1B-7B, Qwen3-30B-A3B and Mixtral-8x7B.
         for tokens in [4096, 32768] {
             assert_eq!(form(tokens * 8, 128, 2048, 768, Dtype::Bf16, 80), Form::TensorCores);
-            assert_eq!(form(tokens * 8, 128, 2048, 768, Dtype::Bf16, 90), Form::Warpgroups);
+            assert_eq!(form(tokens * 8, 128, 2048, 768, Dtype::Bf16, 90), Form::WideWarpgroups);
             assert_eq!(form(tokens * 2, 8, 4096, 14336, Dtype::Bf16, 90), Form::EachGroup);
         }
-        assert_eq!(form(4096 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::Warpgroups);
+        assert_eq!(form(4096 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::WideWarpgroups);
         assert_eq!(form(32768 * 8, 64, 2048, 1024, Dtype::Bf16, 90), Form::EachGroup, "17 GFLOP a group");
         assert_eq!(form(32768 * 8, 64, 2048, 1024, Dtype::Bf16, 80), Form::EachGroup);
         assert_eq!(form(4096, 1, 2048, 5632, Dtype::Bf16, 90), Form::EachGroup);
@@ -182,7 +194,7 @@ mod tests {
     #[test]
     fn scores_over_few_rows_are_computed_by_one_kernel_and_large_gradients_by_the_library() {
         // Mixtral-8x7B, 1,024 and 8,192 rows a group, 120 and 962 GFLOP.
-        for (tokens, scores) in [(4096, Form::Warpgroups), (32768, Form::EachGroup)] {
+        for (tokens, scores) in [(4096, Form::WideWarpgroups), (32768, Form::EachGroup)] {
             let mixtral = |operation, sm| form_of(operation, tokens * 2, 8, [4096, 14336], Dtype::Bf16, sm);
             assert_eq!(mixtral(Operation::Scores, 90), scores);
             assert_eq!(mixtral(Operation::Scores, 80), Form::EachGroup);
@@ -190,7 +202,10 @@ mod tests {
         }
         // OLMoE-1B-7B, 17 GFLOP.
         let olmoe = |operation| form_of(operation, 32768 * 8, 64, [2048, 1024], Dtype::Bf16, 90);
-        assert_eq!([olmoe(Operation::Scores), olmoe(Operation::Gradients)], [Form::Warpgroups; 2]);
+        assert_eq!([olmoe(Operation::Scores), olmoe(Operation::Gradients)], [Form::WideWarpgroups; 2]);
+        // Qwen3-30B-A3B: 256 rows a group of 4,096 tokens.
+        let qwen = |tokens: usize| form_of(Operation::Scores, tokens * 8, 128, [2048, 768], Dtype::Bf16, 90);
+        assert_eq!([qwen(4096), qwen(32768)], [Form::Warpgroups, Form::WideWarpgroups]);
     }
 
     #[test]
@@ -211,7 +226,10 @@ mod tests {
         let shape = Grouped { operation, rows: 32768, groups: 64, inputs: 2048, outputs: 1024, dtype: Dtype::Bf16 };
         assert_eq!(shape.to_string(), "32768 rows in 64 groups, weights [1024, 2048] in Bf16, 2.15 GFLOP a group");
         let architecture = Architecture { sm: 90, processors: 132, shared: 227 * 1024 };
-        assert_eq!(shape.form(architecture).to_string(), "one kernel for all groups on tensor cores (wgmma)");
+        assert_eq!(
+            shape.form(architecture).to_string(),
+            "one kernel for all groups on tensor cores (wgmma, 256 columns)"
+        );
     }
 
     #[test]

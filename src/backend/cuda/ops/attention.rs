@@ -16,12 +16,14 @@ struct Tiling {
 }
 
 impl Tiling {
-    fn choose(cuda: &Cuda, heads: &Heads) -> Self {
+    fn choose(cuda: &Cuda, heads: &Heads, backward: bool) -> Self {
         let form = cuda.attention_form(heads.dim);
         match form {
             AttentionForm::Arithmetic => Self { form, rows: 32, threads: 256, shared: 3 * 32 * (heads.dim | 1) * 4 },
-            // 3 · 64 rows, or 2 · 64 and 2 · 32 rows, of a head's padded width in BF16.
-            AttentionForm::TensorCores(width) => Self { form, rows: 64, threads: 128, shared: 192 * width * 2 },
+            // 3 · 64 rows of a head's padded width in BF16, backward 2 · 64 and 4 · 32.
+            AttentionForm::TensorCores(width) => {
+                Self { form, rows: 64, threads: 128, shared: if backward { 256 } else { 192 } * width * 2 }
+            }
         }
     }
 
@@ -41,7 +43,7 @@ fn window(heads: &Heads) -> u64 {
 pub fn attention(cuda: &Cuda, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> Tensor {
     check(cuda, q, k, v, seqs, heads);
     let mut y = cuda.tensor(q.rows(), q.cols(), q.dtype());
-    let tiling = Tiling::choose(cuda, heads);
+    let tiling = Tiling::choose(cuda, heads, false);
     kernels::attention(
         cuda,
         tiling.form,
@@ -82,7 +84,7 @@ pub fn backward(
     let (mut dq, mut dk, mut dv) = (like(q), like(k), like(v));
     let [mut normaliser, mut delta] = [0; 2].map(|_| cuda.array::<f32>(q.rows() * heads.queries));
 
-    let tiling = Tiling::choose(cuda, heads);
+    let tiling = Tiling::choose(cuda, heads, true);
     kernels::attention_backward_queries(
         cuda,
         tiling.form,

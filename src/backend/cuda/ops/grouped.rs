@@ -78,9 +78,10 @@ impl<'a> Call<'a> {
     /// The tiles of a kernel over all groups in this call's form.
     fn tiling(&self) -> Tiling {
         match self.form {
-            Form::TensorCores => Tiling { side: 128, shared: 48 << 10 },
-            Form::Warpgroups => Tiling { side: 128, shared: 97 << 10 },
-            Form::Arithmetic | Form::EachGroup => Tiling { side: 64, shared: 0 },
+            Form::TensorCores => Tiling { rows: 128, cols: 128, shared: 48 << 10 },
+            Form::Warpgroups => Tiling { rows: 128, cols: 128, shared: 97 << 10 },
+            Form::WideWarpgroups => Tiling { rows: 128, cols: 256, shared: 193 << 10 },
+            Form::Arithmetic | Form::EachGroup => Tiling { rows: 64, cols: 64, shared: 0 },
         }
     }
 
@@ -106,10 +107,11 @@ impl<'a> Call<'a> {
     }
 }
 
-/// A block computes a square tile.
+/// A block computes a tile.
 struct Tiling {
     /// Rows and columns of a tile.
-    side: usize,
+    rows: usize,
+    cols: usize,
     /// Bytes of dynamic shared memory.
     shared: usize,
 }
@@ -121,12 +123,12 @@ impl Tiling {
 
     /// An upper bound on the row tiles of all groups: each group may end with a partial tile.
     fn row_tiles(&self, dispatch: &Dispatch) -> usize {
-        dispatch.rows / self.side + dispatch.num_experts.min(dispatch.rows)
+        dispatch.rows / self.rows + dispatch.num_experts.min(dispatch.rows)
     }
 
     /// Tiles of one weight.
     fn weight_tiles(&self, call: &Call<'_>) -> usize {
-        call.outputs.div_ceil(self.side) * call.inputs.div_ceil(self.side)
+        call.outputs.div_ceil(self.rows) * call.inputs.div_ceil(self.cols)
     }
 }
 
@@ -152,7 +154,7 @@ pub fn forward(cuda: &Cuda, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispa
         return y;
     }
     let (tiling, pointers) = (call.tiling(), call.pointers());
-    let blocks = tiling.row_tiles(dispatch) * call.stack * call.outputs.div_ceil(tiling.side);
+    let blocks = tiling.row_tiles(dispatch) * call.stack * call.outputs.div_ceil(tiling.cols);
     kernels::grouped_linear(
         cuda,
         call.form,
@@ -201,7 +203,7 @@ pub fn backward_input(cuda: &Cuda, dy: &Tensor, w: &Stacks<'_, Weight>, dispatch
         return dx;
     }
     let (tiling, pointers) = (call.tiling(), call.pointers());
-    let blocks = tiling.row_tiles(dispatch) * call.inputs.div_ceil(tiling.side);
+    let blocks = tiling.row_tiles(dispatch) * call.inputs.div_ceil(tiling.cols);
     kernels::grouped_backward_input(
         cuda,
         call.form,

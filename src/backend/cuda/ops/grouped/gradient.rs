@@ -45,7 +45,7 @@ pub fn backward_weight(
             gradients.add_each(&adds, &rows, dw);
             gradients.score_each(&sums, &rows, scores);
         }
-        Form::TensorCores | Form::Warpgroups | Form::Arithmetic => {
+        Form::TensorCores | Form::Warpgroups | Form::WideWarpgroups | Form::Arithmetic => {
             gradients.add(&adds, dw);
             gradients.score(&sums, scores);
         }
