@@ -292,7 +292,10 @@ mod tests {
                 "prompt: x\nverdicts: {unsafe: '(', safe: b}",
                 "verdicts.unsafe: the pattern \"(\" does not compile: unclosed group",
             ),
-            (&format!("prompt: x\n{verdicts}\nchat_template_kwargs: {{messages: 1}}"), "chat_template_kwargs: "),
+            (
+                &format!("prompt: '{{{{ response }}}}'\n{verdicts}\nchat_template_kwargs: {{messages: 1}}"),
+                "chat_template_kwargs: ",
+            ),
             (&format!("prompt: x\n{verdicts}\ncategories: '['"), "categories"),
             (&format!("prompt: '{{{{ promt }}}}'\n{verdicts}"), "does not depend on the answer"),
         ] {
