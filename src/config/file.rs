@@ -4,11 +4,12 @@ use std::fmt;
 use std::path::Path;
 
 use clap::{Arg, ArgAction, Args, Command};
-use serde::de::{self, DeserializeOwned, MapAccess, SeqAccess, Visitor};
+use serde::de::{self, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use serde_saphyr::Spanned;
 
+use super::one_option::one;
 use super::{CompareArgs, ConfigError, Meaning, RawOptions, nearest, spelled};
 use crate::input;
 use crate::quote::{cut, quote};
@@ -29,31 +30,6 @@ pub(super) struct FileOptions {
 pub(super) fn read(path: &Path) -> Result<FileOptions, ConfigError> {
     let text = input::read_text(path).map_err(|source| ConfigError::NotRead { path: path.to_owned(), source })?;
     parse(&text).map_err(|(line, message)| ConfigError::File { path: path.to_owned(), line, message })
-}
-
-/// The option of this name with the value that this text means in the file.
-///
-/// # Errors
-/// What is wrong with the value.
-pub(super) fn option(name: &str, text: &str) -> Result<RawOptions, String> {
-    let number = || text.parse::<f64>().ok().filter(|x| x.is_finite());
-    let value = match text {
-        "" => return Err("the value is empty".into()),
-        "true" => true.into(),
-        "false" => false.into(),
-        _ => text
-            .parse::<u64>()
-            .map(Value::from)
-            .ok()
-            .or_else(|| number().map(Value::from))
-            .unwrap_or_else(|| text.into()),
-    };
-    one(name, value)
-}
-
-/// An option with a value.
-fn one<T: DeserializeOwned>(name: &str, value: Value) -> Result<T, String> {
-    T::deserialize(Value::Object(Map::from_iter([(name.to_owned(), value)]))).map_err(|e| plain(&e))
 }
 
 /// [`read`] on the text; errors are (line, message).
@@ -135,16 +111,6 @@ pub fn plain_yaml(message: &str) -> String {
         }
         None => cut(message, 300),
     }
-}
-
-/// A type error without Rust's type names.
-fn plain(error: &serde_json::Error) -> String {
-    let whole = "expected a whole number, not negative";
-    error
-        .to_string()
-        .replace("expected usize", whole)
-        .replace("expected u64", whole)
-        .replace("expected f64", "expected a number")
 }
 
 /// Keys and values in the order of the file. (A map type would merge repeated keys before they can be compared.)

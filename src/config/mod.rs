@@ -8,6 +8,7 @@ mod compare;
 mod decisive;
 mod file;
 mod layers;
+mod one_option;
 mod raw;
 mod recipe;
 mod replies;

@@ -7,7 +7,7 @@ use clap::{Args, Command, ValueEnum};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::config::raw::heading::{CHECKPOINTS, MACHINE, OUTPUT};
-use crate::config::{Meaning, RawOptions, RunConfig, file, nearest, recipe, spelled};
+use crate::config::{Meaning, RawOptions, RunConfig, nearest, one_option, recipe, spelled};
 
 /// How several sweeps combine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
@@ -72,7 +72,7 @@ impl FromStr for Sweep {
         }
         let mut found: Vec<Setting> = Vec::new();
         for text in values.split(',').map(str::trim) {
-            let given = file::option(name, text).map_err(|e| format!("`{name}={text}`: {e}"))?;
+            let given = one_option::option(name, text).map_err(|e| format!("`{name}={text}`: {e}"))?;
             let mut implied = RawOptions::default();
             recipe::imply(&given, &mut implied);
             let setting = Setting { option: name.to_owned(), text: text.to_owned(), given: given.or(implied) };

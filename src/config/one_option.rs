@@ -1,0 +1,41 @@
+//! One option with a value, as the YAML file and sweeps give it.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::RawOptions;
+
+/// The option of this name with the value that this text means in the file.
+///
+/// # Errors
+/// What is wrong with the value.
+pub(super) fn option(name: &str, text: &str) -> Result<RawOptions, String> {
+    let number = || text.parse::<f64>().ok().filter(|x| x.is_finite());
+    let value = match text {
+        "" => return Err("the value is empty".into()),
+        "true" => true.into(),
+        "false" => false.into(),
+        _ => text
+            .parse::<u64>()
+            .map(Value::from)
+            .ok()
+            .or_else(|| number().map(Value::from))
+            .unwrap_or_else(|| text.into()),
+    };
+    one(name, value)
+}
+
+/// An option with a value.
+pub(super) fn one<T: DeserializeOwned>(name: &str, value: Value) -> Result<T, String> {
+    T::deserialize(Value::Object(Map::from_iter([(name.to_owned(), value)]))).map_err(|e| plain(&e))
+}
+
+/// A type error without Rust's type names.
+fn plain(error: &serde_json::Error) -> String {
+    let whole = "expected a whole number, not negative";
+    error
+        .to_string()
+        .replace("expected usize", whole)
+        .replace("expected u64", whole)
+        .replace("expected f64", "expected a number")
+}
