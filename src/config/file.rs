@@ -102,6 +102,7 @@ struct Entry {
 /// An error of the YAML library in the user's words: without the library's own options, and without the line, which the caller
 /// names.
 pub fn plain_yaml(message: &str) -> String {
+    let message = message.split(" (defined at line ").next().unwrap_or_default();
     let message = message.split(" at line ").next().unwrap_or_default();
     let message = message.split(", set ").next().unwrap_or_default();
     match message.strip_prefix("duplicate mapping key") {

@@ -376,7 +376,7 @@ fn eval_without_answers_measures_losses_and_exact_replies() {
     let [full, mut short] = [full, short].map(|dir| read_json(dir.join("eval.json")));
     assert_eq!(short["refusals"], json!([]));
     assert_eq!(short["exact"].as_array().unwrap().len(), 2, "both sides");
-    for changed in ["refusals", "refusal_onset", "sampling"] {
+    for changed in ["refusals", "refusal_onset", "cut_off", "sampling"] {
         short[changed] = full[changed].clone();
     }
     assert_eq!(short, full);
