@@ -13,10 +13,15 @@ impl RunConfig {
     /// # Errors
     /// As [`Self::to_yaml`].
     pub fn result_options_yaml(&self) -> Result<String, ConfigError> {
+        self.deciding().to_yaml()
+    }
+
+    /// The options that decide results; all others have fixed values.
+    pub fn deciding(&self) -> Self {
         let default = RunConfig::default();
         let some = |path: &Option<PathBuf>| path.as_ref().map(|_| PathBuf::from("by content"));
         let traces = self.routing_replies.path().map(|_| RoutingReplies::File("by content".into()));
-        let config = RunConfig {
+        RunConfig {
             model_name: String::new(),
             dataset_path: PathBuf::new(),
             eval_dataset_path: some(&self.eval_dataset_path),
@@ -41,8 +46,7 @@ impl RunConfig {
             check_replicas: default.check_replicas,
             timeout: default.timeout,
             ..self.clone()
-        };
-        config.to_yaml()
+        }
     }
 
     /// [`Self::result_options_yaml`] of options that another version may have written: what it did not know has its default.

@@ -1,8 +1,9 @@
 //! Merges the options (flags win over the YAML file, the file over the defaults), and makes the recipe of the run.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::{CompareArgs, ConfigError, RawOptions, RunConfig, file, recipe, validate};
+use super::{CompareArgs, ConfigError, RawOptions, RunConfig, Variant, file, recipe, validate};
 use crate::experts::{ExpertId, IdentifyIn, Method};
 use crate::report::ExpertsFile;
 use crate::train::{CountedReplies, Identify, Recipe, ScoreBy, Training};
@@ -43,16 +44,30 @@ pub fn resolve_compare(
     let file = file.map(file::read).transpose()?.unwrap_or_default();
     let args = own_flags.clone().or(file.compare.clone()).with_defaults();
     let (mut config, given) = merge(&file.run, flags)?;
-    if given.identify.is_none() && args.why_unequal(&config).is_some() {
-        config.identify = IdentifyIn::Once; // so that every method trains equally many parameters
+    if let Some(too_many) = args.too_many() {
+        return Err(ConfigError::Invalid(vec![too_many]));
     }
-    let variants = args.variants(&config);
+    let mut variants = args.variants(&config);
+    let unequal = |variants: &[Variant]| {
+        let selecting = variants.iter().filter(|variant| variant.method().is_some());
+        selecting.filter_map(|variant| args.why_unequal(&variant.config)).collect::<BTreeSet<&str>>()
+    };
+    if given.identify.is_none() && !unequal(&variants).is_empty() {
+        config.identify = IdentifyIn::Once; // so that every method trains equally many parameters
+        variants = args.variants(&config);
+    }
     let runs: Vec<RunConfig> = variants.iter().map(|variant| variant.config.clone()).collect();
     let resolved = check(config, flags, &file.run, &runs)?;
     let mut wrong = args.problems(&resolved.config);
-    wrong.extend(args.why_unequal(&resolved.config).map(str::to_owned));
+    wrong.extend(unequal(&variants).into_iter().map(str::to_owned));
     wrong.extend(args.inert_sweeps(&variants));
     for variant in &variants {
+        if variants.iter().filter(|other| other.name == variant.name).count() > 1 {
+            wrong.push(format!(
+                "two variants would have the folder {}: letters, digits and . _ + - alone tell values apart; sweep other values",
+                variant.name
+            ));
+        }
         if variant.has_long_name() {
             wrong.push(format!(
                 "{}: this name of a variant is too long for a folder: sweep fewer options at once",

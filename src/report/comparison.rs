@@ -71,7 +71,7 @@ pub struct TrainingResult {
     pub trained_parameters: usize,
     /// All elements.
     pub all_parameters: usize,
-    /// Wall-clock seconds of the rounds.
+    /// Wall-clock seconds of the rounds; of a run that was resumed, those since.
     pub seconds: f64,
 }
 
@@ -277,15 +277,28 @@ fn all_pairs<'a>(
 ) -> Vec<(&'a Contrast, &'a Measure, Pairs)> {
     let of_contrast = |contrast: &'a Contrast| -> Vec<(&'a Contrast, &'a Measure, Pairs)> {
         let (Some(a), Some(b)) = (evaluated.get(&contrast.a), evaluated.get(&contrast.b)) else { return Vec::new() };
-        // A distance from the original model says nothing of that model itself.
-        let is_tested = |measure: &&Measure| contrast.a != ORIGINAL || measure.unit != MeasureUnit::Nats;
-        let measures = measures.iter().filter(is_tested);
+        let measures = measures.iter().filter(|measure| is_tested(contrast, measure));
         measures.filter_map(|measure| Some((contrast, measure, a.pairs(b, measure)?))).collect()
     };
     contrasts.iter().flat_map(of_contrast).collect()
 }
 
-/// All tests of a comparison, with Holm's correction over the whole family. Models without an evaluation are left out.
+/// A distance from the original model says nothing of that model itself.
+fn is_tested(contrast: &Contrast, measure: &Measure) -> bool {
+    contrast.a != ORIGINAL || measure.unit != MeasureUnit::Nats
+}
+
+/// Adjusted p of these tests in the family of all planned ones: those of models that failed count with p = 1.
+fn adjusted(p: &[f64], contrasts: &[Contrast], measures: &[Measure]) -> Vec<f64> {
+    let of_contrast = |contrast: &Contrast| measures.iter().filter(|measure| is_tested(contrast, measure)).count();
+    let planned: usize = contrasts.iter().map(of_contrast).sum();
+    let missing = std::iter::repeat_n(1.0, planned.saturating_sub(p.len()));
+    let mut adjusted = holm(&p.iter().copied().chain(missing).collect::<Vec<_>>());
+    adjusted.truncate(p.len());
+    adjusted
+}
+
+/// All tests of a comparison, with Holm's correction over all that were planned. Models without an evaluation are left out.
 pub fn paired_tests(
     evaluated: &BTreeMap<String, Evaluated>,
     contrasts: &[Contrast],
@@ -293,7 +306,7 @@ pub fn paired_tests(
 ) -> Vec<PairedTest> {
     let all = all_pairs(evaluated, contrasts, measures);
     let p: Vec<f64> = all.iter().map(|(.., pairs)| pairs.p()).collect();
-    let adjusted = holm(&p);
+    let adjusted = adjusted(&p, contrasts, measures);
     let test = |((contrast, measure, pairs), (p, p_adjusted)): ((&Contrast, &Measure, Pairs), (f64, f64))| {
         let (difference, interval, alone) = pairs.difference()?;
         let (contrast, measure, items) = (contrast.clone(), measure.name.clone(), pairs.len());
@@ -353,7 +366,7 @@ mod tests {
             let all = all_pairs(evaluated, &self.contrasts, &measures);
             assert_eq!(all.len(), self.contrasts.len() * self.outcomes.len());
             let p: Vec<f64> = all.iter().map(|(.., pairs)| pairs.p()).collect();
-            [holm(&p), p].map(|p| p.into_iter().filter(|p| *p <= 0.05).count())
+            [adjusted(&p, &self.contrasts, &measures), p].map(|p| p.into_iter().filter(|p| *p <= 0.05).count())
         }
     }
 
@@ -398,6 +411,10 @@ mod tests {
         let with_itself = [Contrast { factor: "training".into(), a: ORIGINAL.into(), b: "far".into() }];
         let original = evaluated.clone().into_iter().chain([(ORIGINAL.to_owned(), model(0.0))]).collect();
         assert_eq!(paired_tests(&original, &with_itself, std::slice::from_ref(&drift)), []);
+        // A variant without an evaluation leaves its tests in the family.
+        let failed = evaluated.clone().into_iter().filter(|(name, _)| name != "same").collect();
+        let fewer = paired_tests(&failed, &contrasts, std::slice::from_ref(&drift));
+        assert_eq!((fewer.len(), fewer[0].p_adjusted), (1, 2.0 * fewer[0].p));
         // Only items that both have are compared.
         let none =
             BTreeMap::from([("near".to_owned(), Evaluated::default()), ("far".to_owned(), Evaluated::default())]);

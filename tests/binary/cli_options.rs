@@ -320,8 +320,11 @@ fn every_shipped_configuration_resolves() {
         assert_eq!(resolved.warnings, Vec::<String>::new(), "{}", file.display());
         let warnings = resolve(Some(&file), &flags).unwrap().warnings;
         if file.ends_with("experiment.yaml") {
-            // Three methods with seven settings of the joint schedule, and alone; routers; everything with seven settings; nothing.
-            assert_eq!(args.variants(&resolved.config).len(), 3 * 7 + 3 + 1 + 7 + 1);
+            // Three methods with nine settings of the joint schedule, and alone with three rates; routers; everything with nine
+            // settings; nothing.
+            assert_eq!(args.variants(&resolved.config).len(), 3 * 9 + 3 * 3 + 1 + 9 + 1);
+            let grid = CompareArgs { sweep_mode: None, ..args };
+            assert_eq!(grid.variants(&resolved.config).len(), 3 * 45 + 3 * 3 + 1 + 45 + 1);
             assert!(
                 warnings.iter().any(|w| w.contains("`sweep`") && w.contains("only `compare` uses it")),
                 "{warnings:?}"

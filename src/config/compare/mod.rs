@@ -12,6 +12,7 @@ use serde_json::Value;
 use sweep::{Setting, combinations};
 pub use sweep::{Sweep, SweepMode};
 
+use super::raw::heading::{EXPERTS, OPTIMIZER, RETENTION, ROUTERS, TRAINING};
 use super::validate::inert_options;
 use super::{Mode, RunConfig, recipe};
 use crate::experts::{IdentifyIn, Method, Selection};
@@ -44,7 +45,7 @@ pub struct CompareArgs {
     /// combined]
     #[arg(long, value_name = "ABLATIONS", value_delimiter = ',', help_heading = MATRIX)]
     pub ablations: Vec<Ablation>,
-    /// Values of an option of the runs, such as expert-lr=1e-5,5e-5. Can be given several times
+    /// Values of an option of the runs, such as expert-lr=1e-5,5e-5 (a comma within a value: \\,). Can be given several times
     #[arg(long, value_name = "OPTION=VALUES", help_heading = MATRIX)]
     pub sweep: Vec<Sweep>,
     /// How several sweeps combine [default: grid]
@@ -96,6 +97,8 @@ pub struct Variant {
     pub config: RunConfig,
 }
 
+/// The most variants of a matrix: far more than can be trained.
+const MOST_VARIANTS: usize = 1_000;
 /// The longest name of a variant in bytes: temporary names of its files and folders need room, too.
 const LONGEST_NAME: usize = 200;
 
@@ -108,6 +111,20 @@ impl Ablation {
     /// Whether the ablation trains selected experts, so that it depends on the method.
     fn selects(self) -> bool {
         matches!(self, Ablation::ExpertOnly | Ablation::Combined)
+    }
+
+    /// Whether a setting changes neither what the ablation trains nor how it is evaluated.
+    fn ignores(self, setting: &Setting) -> bool {
+        let (option, heading) = (setting.option.as_str(), setting.heading.as_str());
+        let of_training = [TRAINING, OPTIMIZER, ROUTERS, RETENTION].contains(&heading);
+        let of_rows_to_train_on =
+            ["dataset-path", "retain-dataset-path", "safe-response", "loss-on", "shuffle", "seed"];
+        match self {
+            Self::ExpertOnly | Self::Combined => false,
+            // The selection is made, but not trained.
+            Self::RouterOnly | Self::Baseline => heading == EXPERTS || ["identify", "identify-until"].contains(&option),
+            Self::Frozen => heading == EXPERTS || of_training || of_rows_to_train_on.contains(&option),
+        }
     }
 
     /// `base` with this ablation and this method. The joint schedule is kept only if experts and routers both train.
@@ -202,6 +219,18 @@ impl CompareArgs {
         wrong.chain(swept_twice.map(|option| format!("--sweep {option} is there twice: leave one out"))).collect()
     }
 
+    /// Why the matrix is too large to be trained; `None` if it is not.
+    pub(super) fn too_many(&self) -> Option<String> {
+        let sizes = self.sweep.iter().map(Sweep::len);
+        let settings = match self.sweep_mode.unwrap_or_default() {
+            SweepMode::Grid => sizes.fold(1usize, usize::saturating_mul),
+            SweepMode::OneAtATime => sizes.sum::<usize>().max(1),
+        };
+        let all = settings.saturating_mul(self.methods.len()).saturating_mul(self.ablations.len());
+        (all > MOST_VARIANTS)
+            .then(|| format!("the matrix has up to {all} variants, but at most {MOST_VARIANTS}: sweep fewer values"))
+    }
+
     /// Whether the numbers of trained parameters have to be equal: several methods select the experts that are trained.
     pub fn needs_equal_parameters(&self) -> bool {
         let selects = self.ablations.iter().any(|ablation| ablation.selects());
@@ -268,16 +297,21 @@ impl CompareArgs {
             ablation.apply(&swept, method)
         };
         let inert = inert_options(&with(settings));
-        let effective: Vec<&Setting> =
-            settings.iter().copied().filter(|s| inert.iter().all(|(option, _)| *option != s.option)).collect();
+        let is_inert = |s: &Setting| inert.iter().any(|(option, _)| *option == s.option) || ablation.ignores(s);
+        let effective: Vec<&Setting> = settings.iter().copied().filter(|s| !is_inert(s)).collect();
         let mut name = ablation.name();
         if ablation.selects() {
             name = format!("{}-{name}", method.name());
         }
         effective.iter().for_each(|setting| name += &format!(",{}", setting.folder_name()));
         let config = RunConfig { output_dir: base.output_dir.join(&name), ..with(&effective) };
-        let mut settings = self.settings_of(&config);
-        settings.retain(|option, _| inert.iter().all(|(inert, _)| inert != option));
+        let mut settings_here = self.settings_of(&config);
+        let ignored = |sweep: &&Sweep| {
+            inert.iter().any(|(option, _)| *option == sweep.option())
+                || sweep.first().is_some_and(|s| ablation.ignores(s))
+        };
+        self.sweep.iter().filter(ignored).for_each(|sweep| _ = settings_here.remove(sweep.option()));
+        let settings = settings_here;
         Variant { name, ablation, settings, config }
     }
 
@@ -385,6 +419,11 @@ mod tests {
         let sweep = ["expert-lr=1e-5,1e-4", "kl-type=forward,reverse"].map(|text| text.parse().unwrap()).to_vec();
         let ablations = vec![Ablation::ExpertOnly, Ablation::RouterOnly, Ablation::Frozen];
         let args = CompareArgs { methods: vec![Method::Gradient], ablations, sweep, ..CompareArgs::default() };
+        // Nor does one that changes what is selected, but not trained.
+        let selecting = CompareArgs { sweep: vec!["top-k-experts=2,4".parse().unwrap()], ..args.clone() };
+        let ablations = vec![Ablation::Baseline, Ablation::Frozen, Ablation::RouterOnly];
+        let selecting = CompareArgs { ablations, ..selecting };
+        assert_eq!(names(&selecting, &RunConfig::default()), ["baseline", "frozen", "router-only"]);
         let wanted = [
             "gradient-expert-only,expert-lr=1e-5",
             "gradient-expert-only,expert-lr=1e-4",

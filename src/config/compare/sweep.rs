@@ -35,6 +35,8 @@ pub struct Setting {
     pub option: String,
     /// The value as it was written.
     text: String,
+    /// The heading of the option in the help.
+    pub heading: String,
     /// The option with this value, and what it implies.
     given: RawOptions,
 }
@@ -71,11 +73,13 @@ impl FromStr for Sweep {
             return Err(format!("`{name}` cannot be swept: it does not decide results"));
         }
         let mut found: Vec<Setting> = Vec::new();
-        for text in values.split(',').map(str::trim) {
+        for text in split(values) {
+            let text = text.trim();
             let given = one_option::option(name, text).map_err(|e| format!("`{name}={text}`: {e}"))?;
             let mut implied = RawOptions::default();
             recipe::imply(&given, &mut implied);
-            let setting = Setting { option: name.to_owned(), text: text.to_owned(), given: given.or(implied) };
+            let heading = option.arg.get_help_heading().unwrap_or_default().to_owned();
+            let setting = Setting { option: name.to_owned(), text: text.to_owned(), heading, given: given.or(implied) };
             if found.iter().any(|earlier| earlier.given == setting.given) {
                 return Err(format!("`{name}` has the value {text} twice: leave one out"));
             }
@@ -87,7 +91,7 @@ impl FromStr for Sweep {
 
 impl fmt::Display for Sweep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let values: Vec<&str> = self.values.iter().map(|setting| &*setting.text).collect();
+        let values: Vec<String> = self.values.iter().map(|setting| setting.text.replace(',', "\\,")).collect();
         write!(f, "{}={}", self.option, values.join(","))
     }
 }
@@ -109,6 +113,30 @@ impl Sweep {
     pub fn option(&self) -> &str {
         &self.option
     }
+
+    /// Its first value.
+    pub fn first(&self) -> Option<&Setting> {
+        self.values.first()
+    }
+
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.values.len()
+    }
+}
+
+/// The values of a list; a comma after a backslash is part of a value.
+fn split(values: &str) -> Vec<String> {
+    let mut found = vec![String::new()];
+    let mut chars = values.chars().peekable();
+    while let Some(c) = chars.next() {
+        match c {
+            '\\' if chars.peek() == Some(&',') => found.last_mut().expect("one").extend(chars.next()),
+            ',' => found.push(String::new()),
+            c => found.last_mut().expect("one").push(c),
+        }
+    }
+    found
 }
 
 impl Setting {
@@ -162,6 +190,12 @@ mod tests {
         assert!(joint.values[0].apply(RunConfig::default()).use_router_consistency_loss, "as the option implies");
         let layers: Sweep = "layers=0-3".parse().unwrap();
         assert_eq!(layers.values[0].folder_name(), "layers=0-3");
+        let texts: Sweep = r"safe-response=Sorry\, no,Never".parse().unwrap();
+        let found: Vec<_> = texts.values.iter().map(|s| s.apply(RunConfig::default()).safe_response).collect();
+        assert_eq!(
+            (found, texts.to_string()),
+            (vec!["Sorry, no".into(), "Never".into()], r"safe-response=Sorry\, no,Never".into())
+        );
     }
 
     #[test]

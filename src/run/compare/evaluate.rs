@@ -1,12 +1,13 @@
 //! The evaluations of a comparison: of the model before training and of each variant, with the same options.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::config::{CompareArgs, EvalArgs, RunConfig};
 use crate::exit::{self, Ended, Failure, Result};
 use crate::launch::Started;
-use crate::report::{EvalReport, Evaluated, Measure, drift_by_reply, outcomes};
-use crate::run::eval::eval;
+use crate::report::{EvalReport, Evaluated, Measure, ORIGINAL, drift_by_reply, outcomes};
+use crate::run::eval::{check_inputs, eval};
 use crate::run::refusals::LISTS;
 use crate::ui::Ui;
 
@@ -25,6 +26,20 @@ impl Evaluations<'_> {
         rows.into_iter().filter_map(|(name, path)| Some((name, path.as_deref()?))).collect()
     }
 
+    /// Rows that variants are also trained on, one sentence a file.
+    pub fn trained_on(&self) -> Vec<String> {
+        let same = |a: &Path, b: &Path| {
+            a == b || fs::canonicalize(a).ok().zip(fs::canonicalize(b).ok()).is_some_and(|(a, b)| a == b)
+        };
+        let trained = [Some(&self.config.dataset_path), self.config.retain_dataset_path.as_ref()];
+        let is_trained = |path: &Path| trained.iter().flatten().any(|other| same(path, other));
+        let rows = self.rows().into_iter().filter(|(_, path)| is_trained(path));
+        rows.map(|(part, path)| {
+            format!("{} holds {part} rows on which variants are trained, too: outcomes on them say nothing about unseen requests", path.display())
+        })
+        .collect()
+    }
+
     /// Whether models are evaluated.
     pub fn are_asked_for(&self) -> bool {
         !self.rows().is_empty()
@@ -34,6 +49,17 @@ impl Evaluations<'_> {
     pub fn inputs(&self) -> Vec<&Path> {
         let files = self.args.questions.iter().chain(&self.args.judge_template).map(PathBuf::as_path);
         self.rows().into_iter().map(|(_, path)| path).chain(files).collect()
+    }
+
+    /// Checks everything that the evaluation of a model reads, without writing anything.
+    ///
+    /// # Errors
+    /// Those of [`eval`] before it begins.
+    pub fn check(&self, model: &Path) -> Result<()> {
+        for (i, (part, rows)) in self.rows().into_iter().enumerate() {
+            check_inputs(&self.arguments(ORIGINAL, model, part, rows, i == 0)?, self.started)?;
+        }
+        Ok(())
     }
 
     /// Evaluates a model into `evaluations/NAME`; nothing where no rows are given.

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use evaluate::{Evaluations, primary};
+use page::Shown;
 use plan::{Plan, chosen};
 
 use super::report::Run;
@@ -41,6 +42,8 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
     if let Some(line) = chosen(config, args) {
         ui.line(line);
     }
+    let notes = evaluations.trained_on();
+    notes.iter().for_each(|note| ui.warn(note));
     let mut evaluated: BTreeMap<String, Evaluated> = BTreeMap::new();
     let mut measures = Vec::new();
     if evaluations.are_asked_for() {
@@ -71,7 +74,8 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
         }
         reports.push(report);
     }
-    write(config, args, &plan, &evaluated, reports, ui)?;
+    let page = Shown { base: args.settings_of(config), notes };
+    write(config, &plan, &evaluated, reports, page, ui)?;
     first_failure.map_or(Ok(Ended::Done(())), Err)
 }
 
@@ -94,11 +98,7 @@ fn check(config: &RunConfig, variants: &[Variant], evaluations: &Evaluations<'_>
             Session::open(&variant.config, &recipe, &Ui::silent()).context(named())?;
         }
     }
-    for path in evaluations.inputs().into_iter().filter(|path| !path.is_file()) {
-        let message = format!("{}: there is no such file, on which the variants are to be evaluated", path.display());
-        return Err(Failure::new(exit::NO_INPUT, message));
-    }
-    Ok(())
+    evaluations.check(&dir)
 }
 
 /// Trains and evaluates a variant.
@@ -153,10 +153,10 @@ fn result_of(summary: &TrainSummary) -> TrainingResult {
 /// Tests the differences, and writes all results.
 fn write(
     config: &RunConfig,
-    args: &CompareArgs,
     plan: &Plan,
     evaluated: &BTreeMap<String, Evaluated>,
     variants: Vec<VariantReport>,
+    shown: Shown,
     ui: &Ui,
 ) -> Result<()> {
     let dir = &config.output_dir;
@@ -179,8 +179,7 @@ fn write(
         variants,
     };
     write_json(dir.join("compare.json"), &report)?;
-    let base = args.settings_of(config);
-    let page = page::Content { report: &report, measures: &plan.measures, selections: &selections, runs: &runs, base };
+    let page = page::Content { report: &report, measures: &plan.measures, selections: &selections, runs: &runs, shown };
     files::write(dir.join("compare.md"), page.markdown())?;
     files::write(dir.join("compare.html"), page.html())?;
     page.print(ui);

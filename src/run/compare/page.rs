@@ -27,8 +27,15 @@ pub struct Content<'a> {
     pub selections: &'a [DistinctSelection],
     /// The finished runs.
     pub runs: &'a [Run],
+    pub shown: Shown,
+}
+
+/// What else is shown.
+pub struct Shown {
     /// The values of the swept options in the base configuration.
     pub base: BTreeMap<String, Value>,
+    /// What a reader has to know of the outcomes.
+    pub notes: Vec<String>,
 }
 
 impl Content<'_> {
@@ -40,10 +47,11 @@ impl Content<'_> {
         if !self.measures.is_empty() {
             page.section("Outcomes");
             page.text("Dots with 95 % intervals; the dashed line is the model before training.");
-            if !self.base.is_empty() {
+            self.shown.notes.iter().for_each(|note| page.text(note));
+            if !self.shown.base.is_empty() {
                 page.text(&format!(
                     "Of variants that differ in swept options alone, the drawings show the base configuration ({}), or else the first.",
-                    self.base.iter().map(|(option, value)| format!("{option}={}", plain(value))).collect::<Vec<_>>().join(", ")
+                    self.shown.base.iter().map(|(option, value)| format!("{option}={}", plain(value))).collect::<Vec<_>>().join(", ")
                 ));
             }
             page.grid(&self.dots());
@@ -53,7 +61,7 @@ impl Content<'_> {
                 page.section("Outcomes against trained parameters");
                 page.grid(&trained);
             }
-            for option in self.base.keys() {
+            for option in self.shown.base.keys() {
                 let drawings = self.against(option);
                 if !drawings.is_empty() {
                     page.section(&format!("Outcomes against {option}"));
@@ -121,7 +129,7 @@ impl Content<'_> {
     /// Of the variants of each kind, the one with the settings of the base configuration, or else the first.
     fn representatives(&self) -> Vec<&VariantReport> {
         let variants = &self.report.variants;
-        let is_base = |v: &VariantReport| v.settings.iter().all(|(option, value)| self.base[option] == *value);
+        let is_base = |v: &VariantReport| v.settings.iter().all(|(option, value)| self.shown.base[option] == *value);
         let first_of_kind = |v: &VariantReport| variants.iter().find(|other| kind(other) == kind(v));
         let base_of_kind = |v: &VariantReport| variants.iter().find(|other| kind(other) == kind(v) && is_base(other));
         let stands_for_its_kind =
@@ -252,10 +260,7 @@ impl Content<'_> {
 
     fn outcomes(&self) -> Table {
         let header = ["variant".to_owned()].into_iter().chain(self.measures.iter().map(|m| m.name.clone()));
-        let mut table = Table::new(
-            "Outcomes with 95 % intervals, on rows that no variant was trained on",
-            header.chain(["trained".into()]),
-        );
+        let mut table = Table::new("Outcomes with 95 % intervals", header.chain(["trained".into()]));
         let cells = |found: &BTreeMap<String, Estimate>| -> Vec<String> {
             let cell = |m: &Measure| found.get(&m.name).map_or_else(|| "-".into(), |e| e.describe(m.unit));
             self.measures.iter().map(cell).collect()

@@ -11,6 +11,7 @@ use super::evaluate::Evaluations;
 use crate::config::{CompareArgs, RunConfig, Variant};
 use crate::exit::{self, Context, Failure, Result};
 use crate::input;
+use crate::judge::JudgeForm;
 use crate::report::{Contrast, Measure, ORIGINAL, write_json};
 
 /// Name of the file.
@@ -23,6 +24,8 @@ pub struct Plan {
     model_name: String,
     /// blake3 hashes of the files that are read, by path.
     inputs: BTreeMap<String, String>,
+    /// Options of the base configuration that decide results.
+    options: Value,
     variants: Vec<PlannedVariant>,
     /// What is measured of each variant, and tested.
     pub measures: Vec<Measure>,
@@ -35,6 +38,8 @@ pub struct Plan {
     /// Responses have at most so many tokens; null if none are generated.
     max_new_tokens: Option<usize>,
     judge: Option<String>,
+    judge_form: Option<JudgeForm>,
+    answer_pattern: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -66,6 +71,7 @@ impl Plan {
             schema: "moewarden.compare_plan/1",
             model_name: config.model_name.clone(),
             inputs: files.map(hash).collect::<Result<_>>()?,
+            options: serde_json::to_value(config.deciding()).expect("options have text keys"),
             variants: variants.iter().map(PlannedVariant::of).collect(),
             contrasts: if measures.is_empty() { Vec::new() } else { contrasts(variants) },
             measures,
@@ -74,6 +80,8 @@ impl Plan {
             alpha: ALPHA,
             max_new_tokens: answers.then(|| args.eval_max_new_tokens.unwrap_or(128)),
             judge: args.judge.clone(),
+            judge_form: args.judge_form,
+            answer_pattern: args.answer_pattern.clone(),
         })
     }
 

@@ -12,6 +12,7 @@ use crate::report::DriftReport;
 use crate::run::other_routing::weights_sha;
 use crate::run::session::Session;
 use crate::train::{Recipe, Replica, RetainRows, RowDrift, drift_by_row, hidden_states};
+use crate::ui::Ui;
 
 /// The model of `--drift-from`.
 pub struct Other {
@@ -28,11 +29,11 @@ pub struct OtherOutputs<B: Backend> {
 }
 
 impl Other {
-    /// Opens the model; `None` without the option.
+    /// Opens the model; `None` without the option, and with a warning where no row has a reply to a safe prompt.
     ///
     /// # Errors
-    /// A model that cannot be opened, is damaged, or has another family or other sizes; rows without a reply to a safe prompt.
-    pub fn open(session: &Session, args: &EvalArgs) -> Result<Option<Self>> {
+    /// A model that cannot be opened, is damaged, or has another family or other sizes.
+    pub fn open(session: &Session, args: &EvalArgs, ui: &Ui) -> Result<Option<Self>> {
         let Some(name) = &args.drift_from else { return Ok(None) };
         let dir = hub_cache().resolve(name)?;
         let config = ModelConfig::from_dir(&dir)?;
@@ -40,9 +41,8 @@ impl Other {
         check_same_routing(&session.model, &config).map_err(|mismatch| refused(mismatch.to_string()))?;
         if session.data.records.iter().all(|record| record.safe_reply.is_none()) {
             let path = session.data.report.path.display();
-            return Err(refused(format!(
-                "{path} holds no reply to a safe prompt on which drift is measured: add chat rows labelled safe, or leave the option out"
-            )));
+            ui.warn(format_args!("no drift is measured: {path} holds no reply to a safe prompt, on which it would be"));
+            return Ok(None);
         }
         let table = ParamTable::build(&config, &Checkpoint::open(&dir)?)?;
         table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;

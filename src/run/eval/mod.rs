@@ -65,6 +65,14 @@ pub fn eval(args: &EvalArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     done
 }
 
+/// Checks the inputs of an evaluation, without writing anything.
+///
+/// # Errors
+/// Those of [`eval`] before it begins.
+pub fn check_inputs(args: &EvalArgs, started: &Started) -> Result<()> {
+    open(args, &args.run_config()?, started, &Ui::silent()).map(drop)
+}
+
 /// What an evaluation reads.
 struct Inputs {
     args: EvalArgs,
@@ -108,7 +116,7 @@ fn open(args: &EvalArgs, config: &RunConfig, started: &Started, ui: &Ui) -> Resu
             device: device.kind(),
             number_format: device.number_format(args.precision, session.stored_dtype())?,
         };
-        let drift_from = Other::open(&session, args)?;
+        let drift_from = Other::open(&session, args, ui)?;
         let hash = drift_from.as_ref().map(|other| &*other.sha);
         let options =
             DecidingOptions::of(args, &session, &model, questions.as_ref().map(Questions::hash), hash, &machine)?;
