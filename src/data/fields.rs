@@ -25,7 +25,7 @@ const MARK_TURNS: &str = "write loss: true or false in its turns";
 const ONE_REPLY: &str = "a row has one reply: write that as its last turn";
 const AS_SYSTEM: &str = "write it as system";
 /// Fields of a row that change what the model sees or learns, and that no kind of row can use.
-const REFUSED: [(&str, &str); 34] = [
+const REFUSED: [(&str, &str); 42] = [
     ("images", ONLY_TEXT),
     ("image", ONLY_TEXT),
     ("audios", ONLY_TEXT),
@@ -57,13 +57,22 @@ const REFUSED: [(&str, &str); 34] = [
     ("train", MARK_TURNS),
     ("training", MARK_TURNS),
     ("loss_mask", MARK_TURNS),
+    ("mask", MARK_TURNS),
+    ("loss_scale", MARK_TURNS),
+    ("loss_weights", MARK_TURNS),
+    ("train_on_prompt", "give --loss-on all, or mark turns with loss: true or false"),
+    ("train_on_input", "give --loss-on all, or mark turns with loss: true or false"),
+    ("reasoning_details", IN_ITS_TURN),
+    ("thinking_blocks", IN_ITS_TURN),
+    ("thoughts", IN_ITS_TURN),
     ("loss_weight", "all rows have the same weight; remove the field, or repeat the row"),
     ("sample_weight", "all rows have the same weight; remove the field, or repeat the row"),
     ("weight", "all rows have the same weight; remove the field, or repeat the row"),
 ];
 /// Of these, the ones that say nothing with the value 1 or true, or with false.
 const SAY_NOTHING_WITH_ONE: [&str; 6] = ["weight", "sample_weight", "loss_weight", "loss", "train", "training"];
-const SAY_NOTHING_WITH_FALSE: [&str; 3] = ["continue_final_message", "add_generation_prompt", "train_on_inputs"];
+const SAY_NOTHING_WITH_FALSE: [&str; 5] =
+    ["continue_final_message", "add_generation_prompt", "train_on_inputs", "train_on_input", "train_on_prompt"];
 
 /// The fields that each kind of row uses.
 pub(super) const ATTACK_FIELDS: &[&str] = &[

@@ -241,7 +241,15 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
         && turns.last().is_some_and(|last| last.content.trim() != response.trim())
     {
         return Err("a last assistant turn beside the field response, and they differ; keep one of them".into());
-    } else if target.own.is_some() {
+    } else if let Some(own) = target.own {
+        let last = turns.last().map_or("", |last| last.content.trim());
+        if label == Kind::ChatUnsafe && last != own.trim() {
+            return Err(
+                "the last assistant turn of an unsafe row is the refusal that is learnt, and its refusal_response is another one; keep \
+                 one of them"
+                    .into(),
+            );
+        }
         unused.push("refusal_response".to_owned());
     }
     let prompt = turns.len() - usize::from(turns.last().is_some_and(Message::is_assistant));
@@ -262,11 +270,17 @@ fn pair(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
     let (safe, unsafe_) = (side("safe_messages")?, side("unsafe_messages")?);
     let response = text(row, "response")?;
     let reply = || response.map_or_else(|| target.reply(), |text| Message::new("assistant", text));
-    let unused = if response.is_some() && target.own.is_some() { vec!["refusal_response".to_owned()] } else { vec![] };
+    if let Some((response, own)) = response.zip(target.own)
+        && response.trim() != own.trim()
+    {
+        return Err(
+            "response and refusal_response of a pair row are both its reply, and they differ; keep one of them".into(),
+        );
+    }
     let row = Row::new(line, Kind::Pair, last_user_message(&safe));
     let unsafe_side = Some(Side::with_reply(unsafe_, reply(), "unsafe_messages")?);
     let safe_side = Some(Side::with_reply(safe, reply(), "safe_messages")?);
-    Ok(Row { unsafe_side, safe_side, unused, ..row })
+    Ok(Row { unsafe_side, safe_side, ..row })
 }
 
 fn last_user_message(messages: &[Message]) -> &str {
@@ -421,6 +435,18 @@ mod tests {
         let mut own = row("safe");
         own["refusal_response"] = json!("Own.");
         assert_eq!(turns(&kept(own).safe_side), texts([("user", "q"), ("assistant", "Own.")]));
+    }
+
+    #[test]
+    fn two_refusals_that_differ_are_refused() {
+        let parsed = |row: Value| parse(1, row.as_object().unwrap(), "No.", false).map(drop);
+        let turns = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "Sure."}]);
+        let chat = |label: &str, refusal: &str| json!({"label": label, "messages": turns, "refusal_response": refusal});
+        assert!(parsed(chat("unsafe", "Own.")).unwrap_err().contains("refusal_response is another one"));
+        assert_eq!((parsed(chat("unsafe", " Sure. ")), parsed(chat("safe", "Own."))), (Ok(()), Ok(())));
+        let user = json!([{"role": "user", "content": "q"}]);
+        let pair = |refusal: &str| json!({"safe_messages": user, "unsafe_messages": user, "response": "No.", "refusal_response": refusal});
+        assert!(parsed(pair("Own.")).unwrap_err().contains("they differ") && parsed(pair("No.")).is_ok());
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub(super) const WRITTEN: [&str; 5] = ["reasoning_content", "reasoning", "thinki
 const LOSS: [&str; 3] = ["loss", "train", "training"];
 /// Fields of a turn that hold what no text model can be given, text in a place where no template looks for it, or other
 /// spellings of what decides the loss.
-const REFUSED: [(&str, &str); 11] = [
+const REFUSED: [(&str, &str); 18] = [
     ("images", "only text is supported"),
     ("image", "only text is supported"),
     ("audios", "only text is supported"),
@@ -24,6 +24,13 @@ const REFUSED: [(&str, &str); 11] = [
     ("refusal", "write the refusal as the turn's content"),
     ("loss_weight", "write weight: 0 or 1, or loss: true or false"),
     ("loss_mask", "write loss: true or false"),
+    ("step_loss_mask", "write loss: true or false"),
+    ("loss_scale", "write loss: true or false"),
+    ("mask", "write loss: true or false"),
+    ("train_detail", "write loss: true or false; a part of a turn cannot be left out"),
+    ("reasoning_details", "write the text as reasoning_content"),
+    ("thinking_blocks", "write the text as reasoning_content"),
+    ("thoughts", "write the text as reasoning_content"),
     ("trainable", "write loss: true or false"),
     ("train_on", "write loss: true or false"),
 ];

@@ -104,6 +104,6 @@ fn rename(prefix: &str) -> String {
     format!(
         "save the model that is wrapped, not the wrapper (accelerator.unwrap_model(model).save_pretrained(..)), or rename the \
          tensors of each file: python -c \"import safetensors.torch as s; t = s.load_file('FILE'); \
-         s.save_file({{k.replace('{prefix}', ''): v for k, v in t.items()}}, 'NEW_FILE', {{'format': 'pt'}})\""
+         s.save_file({{k.removeprefix('{prefix}'): v for k, v in t.items()}}, 'NEW_FILE', {{'format': 'pt'}})\""
     )
 }

@@ -50,6 +50,8 @@ pub(super) enum Found {
     Whole,
     /// A complete model whose weights cannot be verified: the checkpoint is of a version that did not hash them.
     Unverified,
+    /// The model's weights, beside other files than the source model has: one of the two has changed.
+    OtherFiles,
     /// Nothing.
     Missing,
     /// A part, or other weights.
@@ -61,11 +63,14 @@ pub(super) fn find(session: &Session, config: &RunConfig, dir: &Path, weights: O
     let whole = match (&session.checkpoint, config.save_rounds) {
         (None, _) | (_, SaveRounds::None) => true,
         (Some(base), SaveRounds::Delta) => load_delta(base, &session.table, &dir.join("delta.safetensors")).is_ok(),
-        (Some(base), SaveRounds::Full) if !is_export(&session.dir, base, dir) => false,
-        (Some(_), SaveRounds::Full) => match weights {
-            None => return Found::Unverified,
-            Some(weights) => hash_of(session, dir).is_some_and(|found| found == weights),
-        },
+        (Some(base), SaveRounds::Full) => {
+            let is_export = is_export(&session.dir, base, dir);
+            match weights.map(|weights| hash_of(session, dir).is_some_and(|found| found == weights)) {
+                None if is_export => return Found::Unverified,
+                Some(true) if !is_export => return Found::OtherFiles,
+                same => same == Some(true),
+            }
+        }
     };
     match whole {
         true => Found::Whole,
@@ -85,6 +90,15 @@ pub(super) fn note_unverified(dir: &Path, ui: &Ui) {
     ui.line(format_args!(
         "{} is complete, but its weights are not verified: the run was begun by a version that did not hash them",
         dir.display()
+    ));
+}
+
+/// Says that files beside the weights differ from those of the source model.
+pub(super) fn warn_of_other_files(dir: &Path, source: &Path, ui: &Ui) {
+    ui.warn(format_args!(
+        "{} has the weights of its round, but not the files that {} has beside its weights: one of the two was changed. Copy them again",
+        dir.display(),
+        source.display()
     ));
 }
 
@@ -108,8 +122,8 @@ pub(super) fn check_damaged(damaged: &[PathBuf]) -> Result<()> {
     }
     let folders: Vec<String> = damaged.iter().map(|dir| dir.display().to_string()).collect();
     let message = format!(
-        "the run is complete and its final model is right, but of the models of earlier rounds {} damaged, and {LOST}: {}. Delete what \
-         is damaged, and --resume ends without this error; or run again in another folder",
+        "the run is complete and its final model is right, but of the models of earlier rounds {} damaged, and {LOST}: {}. Mend what the \
+         warnings name, or delete these folders, and --resume ends without this error; or run again in another folder",
         if folders.len() == 1 { "one is" } else { "some are" },
         folders.join(", ")
     );

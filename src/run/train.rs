@@ -520,7 +520,7 @@ impl<B: Backend> RankRun<'_, B> {
             if found == rounds::Found::Unverified {
                 rounds::note_unverified(&dir, ui);
             }
-            let lacking = matches!(found, rounds::Found::Missing | rounds::Found::Damaged);
+            let lacking = !matches!(found, rounds::Found::Whole | rounds::Found::Unverified);
             if position == Position::start(round + 1, Phase::Identify) {
                 let [again] = replica.any([lacking])?;
                 if again {
@@ -529,7 +529,10 @@ impl<B: Backend> RankRun<'_, B> {
             } else if found == rounds::Found::Missing {
                 rounds::warn_of_missing(&dir, ui);
             } else if lacking {
-                rounds::warn_of_damaged(&dir, ui);
+                match found {
+                    rounds::Found::OtherFiles => rounds::warn_of_other_files(&dir, &session.dir, ui),
+                    _ => rounds::warn_of_damaged(&dir, ui),
+                }
                 self.damaged.push(dir);
             }
         }

@@ -210,7 +210,8 @@ fn all_rankings_of_a_run_are_in_one_file() {
             .map(str::to_owned);
     start(moewarden(0, report)).end().ok();
     let page = fs::read_to_string(dir.join("report/report.html")).unwrap();
-    for part in ["Jaccard index of the selections", "round-2", "of resamples", "of the total score"] {
+    for part in ["the Jaccard index |A ∩ B| / |A ∪ B| of each pair", "round-2", "of resamples", "of the total score"]
+    {
         assert!(page.contains(part), "{part} is not in the page");
     }
 }

@@ -82,12 +82,17 @@ impl Session {
         }
         if session.data.records.iter().all(|r| r.unsafe_reply.is_none()) {
             let (path, report) = (config.dataset_path.display(), &session.data.report);
-            let kept = if report.dropped.is_empty() { "" } else { " among those that are kept" };
+            let (kept, what) = match (report.stopped_early, report.dropped.is_empty()) {
+                (true, _) => (
+                    " among those that --max-samples leaves",
+                    "raise --max-samples, so that rows of both labels are read",
+                ),
+                (false, true) => ("", "label some rows unsafe"),
+                (false, false) => (" among those that are kept", "label some rows unsafe"),
+            };
             return Err(Failure::new(
                 exit::DATA,
-                format!(
-                    "{path} holds no unsafe row{kept}: experts are found on unsafe prompts; label some rows unsafe\n{report}"
-                ),
+                format!("{path} holds no unsafe row{kept}: experts are found on unsafe prompts; {what}\n{report}"),
             ));
         }
         Ok(session)
