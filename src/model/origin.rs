@@ -84,11 +84,19 @@ pub(super) fn of(tensor: &str, dtype: StoredDtype, missing: Option<&str>) -> Opt
     let wrapped = parts.iter().find_map(|part| WRAPPERS.iter().find(|(name, _)| name == part));
     if let Some((name, wrapper)) = wrapped {
         let prefix = if *name == "base_model" { "base_model.model." } else { &format!("{name}.") };
-        return Some(format!("its name has the part {} of {wrapper}: {}", quote(prefix), rename(prefix)));
+        return Some(format!(
+            "its name has the part {} of {wrapper}: {}",
+            quote(prefix),
+            rename(prefix, Rename::Anywhere)
+        ));
     }
     let missing = missing?;
     if let Some(prefix) = tensor.strip_suffix(missing).filter(|prefix| prefix.ends_with('.')) {
-        return Some(format!("its name begins with {}, which the model's does not: {}", quote(prefix), rename(prefix)));
+        return Some(format!(
+            "its name begins with {}, which the model's does not: {}",
+            quote(prefix),
+            rename(prefix, Rename::Beginning)
+        ));
     }
     (missing.strip_prefix("model.") == Some(tensor)).then(|| {
         "its name lacks the beginning `model.`: the model was saved without its output head (AutoModel). Save it with \
@@ -97,13 +105,25 @@ pub(super) fn of(tensor: &str, dtype: StoredDtype, missing: Option<&str>) -> Opt
     })
 }
 
-fn rename(prefix: &str) -> String {
+/// Where tensor names have the part that is too much.
+enum Rename {
+    /// A wrapper may be around a module within the model.
+    Anywhere,
+    /// What follows may be spelled the same: `model.model.embed_tokens`.
+    Beginning,
+}
+
+fn rename(prefix: &str, place: Rename) -> String {
     // Names come from the file, and this is to be pasted into a shell.
     let plain = prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"._".contains(&b)) && prefix.len() <= 80;
     let prefix = if plain { prefix } else { "PREFIX" };
+    let renamed = match place {
+        Rename::Anywhere => format!("k.replace('{prefix}', '')"),
+        Rename::Beginning => format!("k.removeprefix('{prefix}')"),
+    };
     format!(
         "save the model that is wrapped, not the wrapper (accelerator.unwrap_model(model).save_pretrained(..)), or rename the \
          tensors of each file: python -c \"import safetensors.torch as s; t = s.load_file('FILE'); \
-         s.save_file({{k.removeprefix('{prefix}'): v for k, v in t.items()}}, 'NEW_FILE', {{'format': 'pt'}})\""
+         s.save_file({{{renamed}: v for k, v in t.items()}}, 'NEW_FILE', {{'format': 'pt'}})\""
     )
 }
