@@ -354,13 +354,20 @@ fn flipped_weights_of_a_finished_round_are_noticed() {
     let resume = || again().ok();
     let ran = resume();
     assert!(!ran.err.contains("damaged") && !ran.out.contains("not verified"), "{}{}", ran.out, ran.err);
+    // Another file than the weights: the message says so, and names no damage of the weights.
+    let config = run.join("round_1/config.json");
+    let whole = fs::read(&config).unwrap();
+    fs::write(&config, [&whole, &b"\n"[..]].concat()).unwrap();
+    let ran = again().ended(65);
+    assert!(ran.err.contains("round_1 has the weights of its round, but not the files"), "{}", ran.err);
+    fs::write(&config, whole).unwrap();
     let read = |round: &str| fs::read(run.join(round).join("model.safetensors")).unwrap();
     let last = read("round_2");
     ["round_1", "round_2"].iter().for_each(|round| flip(&run, round));
     fs::remove_dir_all(run.join("final_model")).unwrap();
     let ran = again().ended(65);
     assert!(ran.err.contains("round_1 is damaged") && !ran.err.contains("round_2"), "{}", ran.err);
-    assert!(ran.err.contains("Delete what is damaged, and --resume ends"), "{}", ran.err);
+    assert!(ran.err.contains("or delete these folders, and --resume ends"), "{}", ran.err);
     assert!(read("round_2") == last, "the last round is written again");
     assert!(read("final_model") == last, "so is all that can be");
     // A part of a model is damage, too.
