@@ -254,19 +254,27 @@ impl Pairs {
         }
     }
 
-    /// The difference with its interval, and of shares the items that are yes of one model alone.
-    fn difference(&self) -> Option<(f64, Option<[f64; 2]>, Option<[usize; 2]>)> {
+    /// The mean difference.
+    fn difference(&self) -> Option<Difference> {
         match self {
             Self::Shares(pairs) => {
                 let PairedDifference { difference, interval, alone, .. } = PairedDifference::of(pairs)?;
-                Some((difference, interval, Some(alone)))
+                Some(Difference { mean: difference, interval, alone: Some(alone) })
             }
             Self::Differences(differences) => {
                 let (mean, interval) = mean_difference(differences)?;
-                Some((mean, interval, None))
+                Some(Difference { mean, interval, alone: None })
             }
         }
     }
+}
+
+/// A mean difference of pairs.
+struct Difference {
+    mean: f64,
+    interval: Option<[f64; 2]>,
+    /// Of shares: yes of the first alone, and of the second alone.
+    alone: Option<[usize; 2]>,
 }
 
 /// The pairs of each contrast and measure. Models without an evaluation are left out.
@@ -308,7 +316,7 @@ pub fn paired_tests(
     let p: Vec<f64> = all.iter().map(|(.., pairs)| pairs.p()).collect();
     let adjusted = adjusted(&p, contrasts, measures);
     let test = |((contrast, measure, pairs), (p, p_adjusted)): ((&Contrast, &Measure, Pairs), (f64, f64))| {
-        let (difference, interval, alone) = pairs.difference()?;
+        let Difference { mean: difference, interval, alone } = pairs.difference()?;
         let (contrast, measure, items) = (contrast.clone(), measure.name.clone(), pairs.len());
         Some(PairedTest { contrast, measure, items, alone, difference, interval, p, p_adjusted })
     };

@@ -221,7 +221,7 @@ impl CompareArgs {
 
     /// Why the matrix is too large to be trained; `None` if it is not.
     pub(super) fn too_many(&self) -> Option<String> {
-        let sizes = self.sweep.iter().map(Sweep::len);
+        let sizes = self.sweep.iter().map(Sweep::num_values);
         let settings = match self.sweep_mode.unwrap_or_default() {
             SweepMode::Grid => sizes.fold(1usize, usize::saturating_mul),
             SweepMode::OneAtATime => sizes.sum::<usize>().max(1),

@@ -120,7 +120,7 @@ impl Sweep {
     }
 
     /// Number of values.
-    pub fn len(&self) -> usize {
+    pub fn num_values(&self) -> usize {
         self.values.len()
     }
 }
