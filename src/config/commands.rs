@@ -68,7 +68,7 @@ pub struct EvalArgs {
     #[arg(long, help_heading = GENERATION, conflicts_with_all = ["max_new_tokens", "generation_batch_size", "temperature", "top_p", "seed"])]
     pub skip_answers: bool,
     /// Maximum length of a generated response in tokens
-    #[arg(long, value_name = "TOKENS", help_heading = GENERATION, default_value_t = 128, value_parser = at_most_many)]
+    #[arg(long, value_name = "TOKENS", help_heading = GENERATION, default_value_t = NEW_TOKENS, value_parser = at_most_many)]
     pub max_new_tokens: usize,
     /// Responses that are generated together on each rank, with one pass over the weights a token
     #[arg(long, value_name = "RESPONSES", help_heading = GENERATION, default_value_t = 16, value_parser = at_least_one)]
@@ -124,6 +124,8 @@ pub struct EvalArgs {
     pub timeout: u64,
 }
 
+/// The most tokens of a response of `eval` and `compare` by default.
+pub(super) const NEW_TOKENS: usize = 128;
 const GENERATION: &str = "Generation";
 const JUDGE: &str = "Judge";
 

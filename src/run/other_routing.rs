@@ -1,5 +1,7 @@
 //! Evaluation with the routing or the routers of another model: how much of what training gained is re-routing.
 
+use std::path::PathBuf;
+
 use super::session::Session;
 use crate::config::EvalArgs;
 use crate::exit::{self, Context, Failure, Result};
@@ -17,21 +19,37 @@ pub(super) fn use_other_routing(session: &mut Session, args: &EvalArgs) -> Resul
         (None, Some(name)) => (RoutingFrom::LockedRouting, "--route-as", name),
         (None, None) => return Ok(None),
     };
-    let dir = hub_cache().resolve(name)?;
-    let config = ModelConfig::from_dir(&dir)?;
-    let refused = |what: String| {
-        let folders = (session.dir.display(), dir.display());
-        Failure::new(exit::CONFIG, format!("{option} {} does not fit {}: {what}", folders.1, folders.0))
-    };
-    check_same_routing(&session.model, &config).map_err(|mismatch| refused(mismatch.to_string()))?;
-    let table = ParamTable::build(&config, &Checkpoint::open(&dir)?)?;
-    table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;
-    let other = OtherRouting { from, path: dir, sha: weights_sha(&table) };
+    let OtherModel { path, sha, table } = open_alike(session, option, name)?;
+    let other = OtherRouting { from, path, sha };
     match from {
         RoutingFrom::LockedRouting => session.route_as = Some(table),
         RoutingFrom::Routers => session.table.take_routers(table),
     }
     Ok(Some(other))
+}
+
+/// Another model of the configuration of the evaluated one.
+pub(super) struct OtherModel {
+    pub path: PathBuf,
+    /// The hash over its parameters.
+    pub sha: String,
+    pub table: ParamTable,
+}
+
+/// Opens the model that `option` names.
+///
+/// # Errors
+/// A model that cannot be opened, is damaged, or has another family or other sizes.
+pub(super) fn open_alike(session: &Session, option: &str, name: &str) -> Result<OtherModel> {
+    let path = hub_cache().resolve(name)?;
+    let config = ModelConfig::from_dir(&path)?;
+    check_same_routing(&session.model, &config).map_err(|mismatch| {
+        let folders = (session.dir.display(), path.display());
+        Failure::new(exit::CONFIG, format!("{option} {} does not fit {}: {mismatch}", folders.1, folders.0))
+    })?;
+    let table = ParamTable::build(&config, &Checkpoint::open(&path)?)?;
+    table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", path.display()))?;
+    Ok(OtherModel { sha: weights_sha(&table), path, table })
 }
 
 /// The hash over a model's parameters that eval.json names.

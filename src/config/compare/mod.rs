@@ -12,6 +12,7 @@ use serde_json::Value;
 use sweep::{Setting, combinations};
 pub use sweep::{Sweep, SweepMode};
 
+use super::commands::NEW_TOKENS;
 use super::raw::heading::{EXPERTS, OPTIMIZER, RETENTION, ROUTERS, TRAINING};
 use super::validate::inert_options;
 use super::{Mode, RunConfig, recipe};
@@ -113,9 +114,8 @@ impl Ablation {
         matches!(self, Ablation::ExpertOnly | Ablation::Combined)
     }
 
-    /// Whether a setting changes neither what the ablation trains nor how it is evaluated.
-    fn ignores(self, setting: &Setting) -> bool {
-        let (option, heading) = (setting.option.as_str(), setting.heading.as_str());
+    /// Whether an option with this heading changes neither what the ablation trains nor how it is evaluated.
+    fn ignores(self, option: &str, heading: &str) -> bool {
         let of_training = [TRAINING, OPTIMIZER, ROUTERS, RETENTION].contains(&heading);
         let of_rows_to_train_on =
             ["dataset-path", "retain-dataset-path", "safe-response", "loss-on", "shuffle", "seed"];
@@ -172,6 +172,11 @@ impl CompareArgs {
             self.ablations = vec![Ablation::Combined];
         }
         self
+    }
+
+    /// The most tokens of a response; `None` if none are generated.
+    pub fn max_new_tokens(&self) -> Option<usize> {
+        (self.skip_answers != Some(true)).then(|| self.eval_max_new_tokens.unwrap_or(NEW_TOKENS))
     }
 
     /// Contradictions between the options, each with a remedy.
@@ -297,21 +302,20 @@ impl CompareArgs {
             ablation.apply(&swept, method)
         };
         let inert = inert_options(&with(settings));
-        let is_inert = |s: &Setting| inert.iter().any(|(option, _)| *option == s.option) || ablation.ignores(s);
-        let effective: Vec<&Setting> = settings.iter().copied().filter(|s| !is_inert(s)).collect();
+        let does_something = |option: &str, heading: &str| {
+            inert.iter().all(|(inert, _)| *inert != option) && !ablation.ignores(option, heading)
+        };
+        let effective: Vec<&Setting> =
+            settings.iter().copied().filter(|s| does_something(&s.option, &s.heading)).collect();
         let mut name = ablation.name();
         if ablation.selects() {
             name = format!("{}-{name}", method.name());
         }
         effective.iter().for_each(|setting| name += &format!(",{}", setting.folder_name()));
         let config = RunConfig { output_dir: base.output_dir.join(&name), ..with(&effective) };
-        let mut settings_here = self.settings_of(&config);
-        let ignored = |sweep: &&Sweep| {
-            inert.iter().any(|(option, _)| *option == sweep.option())
-                || sweep.first().is_some_and(|s| ablation.ignores(s))
-        };
-        self.sweep.iter().filter(ignored).for_each(|sweep| _ = settings_here.remove(sweep.option()));
-        let settings = settings_here;
+        let mut settings = self.settings_of(&config);
+        let inert = self.sweep.iter().filter(|sweep| !does_something(sweep.option(), sweep.heading()));
+        inert.for_each(|sweep| _ = settings.remove(sweep.option()));
         Variant { name, ablation, settings, config }
     }
 

@@ -114,9 +114,9 @@ impl Sweep {
         &self.option
     }
 
-    /// Its first value.
-    pub fn first(&self) -> Option<&Setting> {
-        self.values.first()
+    /// The heading of the option in the help.
+    pub fn heading(&self) -> &str {
+        &self.values[0].heading
     }
 
     /// Number of values.

@@ -10,9 +10,10 @@ use serde_json::Value;
 use super::evaluate::Evaluations;
 use crate::config::{CompareArgs, RunConfig, Variant};
 use crate::exit::{self, Context, Failure, Result};
+use crate::experts::IdentifyIn;
 use crate::input;
 use crate::judge::JudgeForm;
-use crate::report::{Contrast, Measure, ORIGINAL, write_json};
+use crate::report::{Contrast, Measure, ORIGINAL, read_json, write_json};
 
 /// Name of the file.
 const FILE: &str = "compare_plan.json";
@@ -66,7 +67,6 @@ impl Plan {
             let failed = |e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display()));
             Ok((path.display().to_string(), format!("blake3:{}", input::hash(path).map_err(failed)?)))
         };
-        let answers = evaluations.are_asked_for() && args.skip_answers != Some(true);
         Ok(Self {
             schema: "moewarden.compare_plan/1",
             model_name: config.model_name.clone(),
@@ -78,7 +78,7 @@ impl Plan {
             tests: "two-sided and paired: McNemar's exact test of shares; of means, a permutation test by flipping signs",
             correction: "Holm, over all contrasts and measures",
             alpha: ALPHA,
-            max_new_tokens: answers.then(|| args.eval_max_new_tokens.unwrap_or(128)),
+            max_new_tokens: args.max_new_tokens().filter(|_| evaluations.are_asked_for()),
             judge: args.judge.clone(),
             judge_form: args.judge_form,
             answer_pattern: args.answer_pattern.clone(),
@@ -127,7 +127,7 @@ impl Plan {
 
     /// The first field in which the plan in the file differs.
     fn differs_from(&self, path: &Path) -> Result<Option<String>> {
-        let theirs: Value = crate::report::read_json(path).context("reading the plan of the comparison")?;
+        let theirs: Value = read_json(path).context("reading the plan of the comparison")?;
         let ours = serde_json::to_value(self).expect("a plan has text keys");
         let fields = ours.as_object().into_iter().flatten();
         let differs = fields.filter(|(field, value)| theirs[field.as_str()] != **value).map(|(field, _)| field.clone());
@@ -176,7 +176,7 @@ fn differ_only_in(factor: &str, a: &Variant, b: &Variant) -> bool {
 
 /// The values of the base configuration that this command chooses itself, in a sentence; `None` if it chose none.
 pub fn chosen(config: &RunConfig, args: &CompareArgs) -> Option<String> {
-    let once = config.identify == crate::experts::IdentifyIn::Once && config.num_rounds > 1;
+    let once = config.identify == IdentifyIn::Once && config.num_rounds > 1;
     (once && args.needs_equal_parameters()).then(|| {
         "experts are identified once a run, so that every method trains equally many parameters over all rounds"
             .to_owned()

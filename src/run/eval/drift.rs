@@ -1,26 +1,20 @@
 //! `--drift-from`: how far the evaluated model is from another one on the replies to safe prompts.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::backend::Backend;
 use crate::config::EvalArgs;
-use crate::exit::{self, Context, Failure, Result};
-use crate::launch::{Rank, hub_cache};
-use crate::model::{Checkpoint, Model, ModelConfig, ParamTable, check_same_routing};
+use crate::exit::{self, Failure, Result};
+use crate::launch::Rank;
+use crate::model::Model;
 use crate::report::DriftReport;
-use crate::run::other_routing::weights_sha;
+use crate::run::other_routing::{OtherModel, open_alike};
 use crate::run::session::Session;
 use crate::train::{Recipe, Replica, RetainRows, RowDrift, drift_by_row, hidden_states};
 use crate::ui::Ui;
 
 /// The model of `--drift-from`.
-pub struct Other {
-    path: PathBuf,
-    /// The hash over its parameters.
-    pub sha: String,
-    table: ParamTable,
-}
+pub struct Other(OtherModel);
 
 /// What it computes for the rows.
 pub struct OtherOutputs<B: Backend> {
@@ -35,19 +29,18 @@ impl Other {
     /// A model that cannot be opened, is damaged, or has another family or other sizes.
     pub fn open(session: &Session, args: &EvalArgs, ui: &Ui) -> Result<Option<Self>> {
         let Some(name) = &args.drift_from else { return Ok(None) };
-        let dir = hub_cache().resolve(name)?;
-        let config = ModelConfig::from_dir(&dir)?;
-        let refused = |what: String| Failure::new(exit::CONFIG, format!("--drift-from {}: {what}", dir.display()));
-        check_same_routing(&session.model, &config).map_err(|mismatch| refused(mismatch.to_string()))?;
+        let other = open_alike(session, "--drift-from", name)?;
         if session.data.records.iter().all(|record| record.safe_reply.is_none()) {
             let path = session.data.report.path.display();
             ui.warn(format_args!("no drift is measured: {path} holds no reply to a safe prompt, on which it would be"));
             return Ok(None);
         }
-        let table = ParamTable::build(&config, &Checkpoint::open(&dir)?)?;
-        table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;
-        let sha = weights_sha(&table);
-        Ok(Some(Self { path: dir, sha, table }))
+        Ok(Some(Self(other)))
+    }
+
+    /// The hash over its parameters.
+    pub fn sha(&self) -> &str {
+        &self.0.sha
     }
 
     /// Computes its outputs. All ranks call it together.
@@ -61,8 +54,8 @@ impl Other {
         backend: Arc<B>,
         rank: &Rank,
     ) -> Result<OtherOutputs<B>> {
-        let model = Model::new(backend.clone(), session.model.clone(), self.table.clone());
-        let head = self.table.weight(&*backend, model.head());
+        let model = Model::new(backend.clone(), session.model.clone(), self.0.table.clone());
+        let head = self.0.table.weight(&*backend, model.head());
         let replica = Replica::new(model, rank.world.clone());
         replica.world.set_activity("the outputs of the model of --drift-from");
         let states = hidden_states(&replica, &rows(session, recipe))?;
@@ -88,14 +81,14 @@ impl Other {
         if !kl.is_finite() {
             let message = format!(
                 "the divergence from {} is {kl}: the weights of {} are damaged, or overflow",
-                self.path.display(),
+                self.0.path.display(),
                 session.dir.display()
             );
             return Err(Failure::new(exit::NOT_FINITE, message));
         }
         let report = DriftReport {
-            from: self.path.clone(),
-            sha: self.sha.clone(),
+            from: self.0.path.clone(),
+            sha: self.0.sha.clone(),
             rows: by_row.iter().filter(|row| row.tokens > 0).count(),
             tokens,
             kl,

@@ -117,7 +117,7 @@ fn open(args: &EvalArgs, config: &RunConfig, started: &Started, ui: &Ui) -> Resu
             number_format: device.number_format(args.precision, session.stored_dtype())?,
         };
         let drift_from = Other::open(&session, args, ui)?;
-        let hash = drift_from.as_ref().map(|other| &*other.sha);
+        let hash = drift_from.as_ref().map(Other::sha);
         let options =
             DecidingOptions::of(args, &session, &model, questions.as_ref().map(Questions::hash), hash, &machine)?;
         let judge = Judge::open(args, device)?;
