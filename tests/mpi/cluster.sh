@@ -52,6 +52,9 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000
+# Open MPI knows a process by the number of its job and its rank: a rank of another cluster on this host, one that reports the
+# death of its peer on a port that is in use again, must not pass for a rank of this cluster.
+FirstJobId=$port
 StateSaveLocation=$dir/state
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmctldLogFile=$dir/slurmctld.log
