@@ -129,7 +129,7 @@ impl Cluster {
             .env("SLURM_CONF", self.path("slurm/slurm.conf"))
             .env("MOEWARDEN", BINARY)
             .env("MOEWARDEN_LAUNCH", repository().join("launch"))
-            // Open MPI: both nodes are one host, and other clusters of this host number their jobs in the same way.
+            // Open MPI: both nodes are one host, but no shared memory joins them.
             .envs([("OMPI_MCA_btl", "self,tcp"), ("OMPI_MCA_btl_tcp_if_include", "lo")])
             .env("TMPDIR", self.dir.path())
             .envs(variables.iter().copied())
