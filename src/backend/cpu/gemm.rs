@@ -6,6 +6,7 @@
 //! product. No sum depends on the number of threads.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use ::gemm::Parallelism;
 
@@ -32,6 +33,34 @@ impl<'a> Matrix<'a> {
     pub(super) fn t(self) -> Self {
         let Self { values, rows, cols, row_stride, col_stride } = self;
         Self { values, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
+    }
+
+    pub(super) fn rows(self) -> usize {
+        self.rows
+    }
+
+    pub(super) fn cols(self) -> usize {
+        self.cols
+    }
+
+    /// A row of a row-major matrix.
+    pub(super) fn row(self, row: usize) -> &'a [f32] {
+        assert!(
+            row < self.rows && self.col_stride == 1,
+            "row {row} of {}, columns {} apart",
+            self.rows,
+            self.col_stride
+        );
+        &self.values[row * self.row_stride..][..self.cols]
+    }
+
+    /// Some columns.
+    fn columns(self, columns: Range<usize>) -> Self {
+        Self {
+            values: &self.values[(columns.start * self.col_stride).min(self.values.len())..],
+            cols: columns.len(),
+            ..self
+        }
     }
 }
 
@@ -72,6 +101,28 @@ impl<'a> MatrixMut<'a> {
     pub(super) fn t(self) -> Self {
         let Self { start, rows, cols, row_stride, col_stride, life } = self;
         Self { start, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride, life }
+    }
+
+    /// (rows, columns)
+    pub(super) fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// A row of a row-major matrix.
+    pub(super) fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        assert!(
+            row < self.rows && self.col_stride == 1,
+            "row {row} of {}, columns {} apart",
+            self.rows,
+            self.col_stride
+        );
+        // SAFETY: the row is inside the slice (by `check`), and this matrix has exclusive access to it.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.row_stride), self.cols) }
+    }
+
+    /// The same matrix, for a shorter time.
+    fn reborrow(&mut self) -> MatrixMut<'_> {
+        MatrixMut { life: PhantomData, ..*self }
     }
 }
 
@@ -120,12 +171,14 @@ pub(super) fn matmul(dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f3
 /// The `gemm` kernel computes a column-major result and needs one operand contiguous along its rows; otherwise it packs
 /// (transposes) that operand. Computed directly into y, the operand to pack is w, which costs as much as multiplying
 /// about 100 rows. So unless x is much taller than w, compute yᵀ from xᵀ, both in scratch memory: [`transpose`] is
-/// several times as fast as the kernel's packing. A single row takes the same way: otherwise its sums would have another order, and
-/// generated tokens depend on the number of answers in a batch.
+/// several times as fast as the kernel's packing. A single row takes the same way, and so does a w of few rows: otherwise `gemm`
+/// takes kernels of its own for them, whose sums have another order.
+///
+/// The sums of a row do not depend on the other rows, nor on their number: generated tokens would depend on the batch.
 pub(super) fn matmul_nt(y: MatrixMut<'_>, x: Matrix<'_>, w: Matrix<'_>) {
     let (m, n, k) = (x.rows, w.rows, x.cols);
-    if m > 4 * n {
-        return matmul(y, x, w.t(), 1.0, false);
+    if m > 4 * n && n >= 8 {
+        return matmul_by_depth(y, x, w.t());
     }
     // Padded to whole SIMD vectors; rows beyond m are zero.
     let height = m.next_multiple_of(16);
@@ -134,8 +187,27 @@ pub(super) fn matmul_nt(y: MatrixMut<'_>, x: Matrix<'_>, w: Matrix<'_>) {
     x_t.chunks_exact_mut(height).for_each(|column| column[m..].fill(0.0));
     transpose(x, MatrixMut::new(&mut x_t, k, m, height));
     let left = Matrix::new(&x_t, k, height, height).t();
-    matmul(MatrixMut::new(&mut y_t, n, height, height).t(), left, w.t(), 1.0, false);
+    matmul_by_depth(MatrixMut::new(&mut y_t, n, height, height).t(), left, w.t());
     transpose(Matrix::new(&y_t, n, m, height), y);
+}
+
+/// dst = a · b, one block of [`depth_blocks`] after the other.
+fn matmul_by_depth(mut dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>) {
+    if a.cols == 0 {
+        return matmul(dst, a, b, 1.0, false);
+    }
+    for depth in depth_blocks(a.cols) {
+        matmul(dst.reborrow(), a.columns(depth.clone()), b.t().columns(depth.clone()).t(), 1.0, depth.start > 0);
+    }
+}
+
+/// The order of a sum over `depth` products: within each of these blocks one fused multiply-add after the other, beginning at 0, then
+/// the sums of the blocks. `gemm` takes no block apart that is as short; left to itself, it chooses blocks by the number of rows and
+/// by the processor's caches.
+pub(super) fn depth_blocks(depth: usize) -> impl Iterator<Item = Range<usize>> {
+    const LONGEST: usize = 512;
+    let len = depth.div_ceil(depth.div_ceil(LONGEST).max(1)).max(1);
+    (0..depth).step_by(len).map(move |at| at..depth.min(at + len))
 }
 
 /// dst = srcᵀ, both row-major.
@@ -252,6 +324,26 @@ mod tests {
             assert_eq!(y, want, "{m} {n} {k}");
             matmul(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k).t(), 2.0, true);
             assert!(y.iter().zip(&want).all(|(y, w)| *y == 3.0 * w), "{m} {n} {k}");
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_the_other_rows() {
+        let noise = |n: usize| -> Vec<f32> {
+            (0..n as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 9) as f32 / 8_388_608.0 - 0.5).collect()
+        };
+        for (n, k) in [(1, 300), (1, 1500), (3, 768), (6, 64), (8, 768), (30, 2), (40, 1536), (64, 1025), (100, 513)] {
+            let most = 5 * n + 70;
+            let (x, w) = (noise(most * k), noise(n * k));
+            let product = |m: usize| {
+                let mut y = vec![f32::NAN; m * n];
+                matmul_nt(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k));
+                y
+            };
+            let all = product(most);
+            for m in [1, 2, 16, 17, 64, 65, 4 * n, 4 * n + 1] {
+                assert!(product(m)[..] == all[..m * n], "[{m}, {k}] · [{k}, {n}]");
+            }
         }
     }
 

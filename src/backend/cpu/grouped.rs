@@ -6,6 +6,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::bf16;
+use super::few_rows;
 use super::gemm::{Matrix, MatrixMut, TileSize, matmul, matmul_nt};
 use super::groups::{RowGroup, Sink, WeightGrad};
 use super::parallel::{Scratch, SharedSlice};
@@ -53,11 +54,14 @@ pub(super) fn forward(products: Option<&Products>, x: &Tensor, groups: &[RowGrou
     }
     let out = SharedSlice::new(y.values_mut());
     tasks.into_par_iter().with_max_len(1).for_each(|t| {
-        let w = t.weight.read(t.out.clone());
         let (m, n) = (t.rows.len(), t.out.len());
         // SAFETY: tiles are disjoint by construction.
         let y = unsafe { MatrixMut::shared(&out, t.rows.start * width + t.first + t.out.start, m, n, width) };
-        matmul_nt(y, Matrix::new(&x.values()[t.rows.start * k..], m, k, k), Matrix::new(&w, n, k, k));
+        let x = Matrix::new(&x.values()[t.rows.start * k..], m, k, k);
+        if few_rows::suits(m, n) {
+            return few_rows::product(y, x, t.weight, t.out);
+        }
+        matmul_nt(y, x, Matrix::new(&t.weight.read(t.out), n, k, k));
     });
 }
 

@@ -12,6 +12,7 @@ mod cross_entropy;
 mod dispatch;
 mod element;
 mod embedding;
+mod few_rows;
 mod gemm;
 mod grouped;
 mod groups;
