@@ -22,7 +22,7 @@ use super::rows::{key_of_rows, one_level_down};
 pub(super) use super::side::Side;
 use super::side::exclude;
 use super::turns::{messages, text_or_messages};
-use super::values::{Result, name_of, present, quoted, string, text};
+use super::values::{Result, name_of, present, quoted, text};
 use super::verdicts::{VERDICTS, attack_succeeded};
 
 /// A parsed row.
@@ -216,10 +216,18 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
 }
 
 fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {
-    let label = match present(row, "label").map(|v| string(v, "label")).transpose()? {
-        Some("safe") => Kind::ChatSafe,
-        Some("unsafe") => Kind::ChatUnsafe,
-        Some(other) => return Err(format!("label {}; it should be \"safe\" or \"unsafe\"", quoted(other))),
+    let label = match present(row, "label") {
+        Some(Value::String(label)) if label == "safe" => Kind::ChatSafe,
+        Some(Value::String(label)) if label == "unsafe" => Kind::ChatUnsafe,
+        Some(Value::Array(_) | Value::Object(_)) => {
+            return Err("label holds several values, as in a table by columns: write one object a row, such as by \
+                 pandas.read_json(FILE).to_json('rows.jsonl', orient='records', lines=True)"
+                .into());
+        }
+        Some(other) => {
+            let other = other.as_str().map_or_else(|| other.to_string(), quoted);
+            return Err(format!("label {other}; it should be \"safe\" or \"unsafe\""));
+        }
         None => return Err("a chat row without a label; add \"label\": \"safe\" or \"label\": \"unsafe\"".into()),
     };
     let mut unused = Vec::new();
@@ -607,6 +615,9 @@ mod tests {
             (json!({"messages": user, "conversations": user, "label": "safe"}), "keep one"),
             (json!({"messages": user}), "add \"label\": \"safe\" or"),
             (json!({"messages": user, "label": "ok"}), "label \"ok\""),
+            (json!({"messages": user, "label": 1}), "label 1; it should be \"safe\" or \"unsafe\""),
+            (json!({"messages": [user], "label": ["safe"]}), "label holds several values"),
+            (json!({"messages": {"0": user}, "label": {"0": "safe"}}), "a table by columns"),
             (json!({"messages": [], "label": "safe"}), "without messages"),
             (
                 json!({"messages": [{"role": "assistant", "content": "a"}], "label": "safe"}),
