@@ -1,8 +1,9 @@
 //! The loss mask: which bytes of a rendered conversation, and from them which tokens, carry loss.
 //!
-//! If the template marks assistant text with `{% generation %}`, the marks in the turns that carry loss decide. Else the span of an assistant turn
-//! begins after the generation prompt and ends where the next turn would begin, so it includes the end-of-turn token
-//! and what the template writes after that token. The span is found by rendering prefixes of the conversation:
+//! If the template marks assistant text with `{% generation %}`, the marks in the turns that carry loss decide. Else the span
+//! of an assistant turn begins after the generation prompt and ends where the next turn would begin, so it includes the
+//! end-of-turn token and what the template writes after that token. The span is found by rendering prefixes of the
+//! conversation:
 //!
 //! ```text
 //! render(turns before the turn, with generation prompt)  is a prefix of

@@ -107,7 +107,8 @@ impl ChatTokenizer {
     pub fn note(&self) -> Option<String> {
         self.dropout.map(|dropout| {
             format!(
-                "{}: its model has dropout {dropout}, which splits words at random (transformers keeps it): it is switched off, so                  that the same text always gives the same tokens",
+                "{}: its model has dropout {dropout}, which splits words at random (transformers keeps it): it is switched off, so \
+                 that the same text always gives the same tokens",
                 self.path.display()
             )
         })
