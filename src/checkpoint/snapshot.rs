@@ -145,6 +145,8 @@ pub struct Identity<'a> {
     pub comparable: fn(&str) -> String,
     /// blake3 of the other inputs that decide results. Computed on first use: it reads the whole model.
     pub inputs: Box<dyn Fn() -> Result<blake3::Hash> + Send + Sync + 'a>,
+    /// [`Self::inputs`] as earlier versions computed it.
+    pub earlier_inputs: Box<dyn Fn() -> Result<blake3::Hash> + Send + Sync + 'a>,
     /// The model's folder, which errors name.
     pub model: &'a Path,
 }
@@ -389,7 +391,8 @@ impl SnapshotStore<'_> {
                 ),
             ));
         }
-        if state.inputs != (self.identity.inputs)()?.to_string() {
+        let has = |inputs: blake3::Hash| state.inputs == inputs.to_string();
+        if !has((self.identity.inputs)()?) && !has((self.identity.earlier_inputs)()?) {
             return Err(Failure::new(
                 exit::CONFIG,
                 format!(

@@ -10,7 +10,7 @@ use super::head;
 use super::kinds::Row;
 use super::record::{RecordBuilder, RowOutcome};
 use super::report::DataReport;
-use super::{ChatTokenizer, DataOptions, Error, Example, Record, values};
+use super::{ChatTokenizer, DataOptions, Error, Example, Record, fields, values};
 use crate::meter::{Meter, Unit};
 
 /// The records of a file, in file order.
@@ -52,13 +52,14 @@ impl Dataset {
     /// (unless [`DataOptions::prompts_suffice`]).
     pub fn read(path: &Path, tokenizer: &ChatTokenizer, options: &DataOptions) -> Result<Self, Error> {
         let read = |name: &str| tokenizer.templates().any_reads_variable(name);
-        if let Some(name) = options.chat_template_kwargs.keys().find(|name| !read(name)) {
+        let given = || options.chat_template_kwargs.iter().filter(|(name, value)| !fields::is_missing(name, value));
+        if let Some((name, _)) = given().find(|(name, _)| !read(name)) {
             return Err(Error::Kwargs { name: values::name_of(name) });
         }
         let mut report = DataReport { path: path.to_owned(), ..DataReport::default() };
         let mut parsed = head::read(path, options, &mut report)?;
         for row in &mut parsed {
-            for (name, value) in &options.chat_template_kwargs {
+            for (name, value) in given() {
                 row.variables.entry(name).or_insert_with(|| value.clone());
             }
         }
@@ -74,9 +75,9 @@ impl Dataset {
         // In file order: the error returned is that of the first bad row, whichever thread finished first.
         for (row, outcome) in parsed.iter().zip(outcomes) {
             match outcome? {
-                RowOutcome::Kept { record, truncated, unread } => {
+                RowOutcome::Kept { record, truncated, unread, left_out } => {
                     report.count(row, &record, truncated);
-                    report.note_unread(row.line, unread);
+                    report.note_fields(row.line, unread, left_out);
                     report.note_special_tokens(row, tokenizer);
                     records.push(*record);
                 }
@@ -108,6 +109,7 @@ impl DataReport {
         self.truncated += usize::from(truncated);
         self.without_verdict += usize::from(row.without_verdict);
         self.completed += usize::from(row.completed);
+        self.earlier_excluded += usize::from(row.earlier_excluded);
         let replies = || record.unsafe_reply.iter().chain(&record.safe_reply);
         self.without_reply += usize::from(replies().next().is_none());
         self.tokens += replies().map(|e| e.ids.len()).sum::<usize>();

@@ -10,7 +10,7 @@ use super::python_literal;
 use super::rows::kind_of;
 use super::template::{ChatTemplate, Reads, TemplateError};
 use super::turns::WRITTEN;
-use super::values::{Result, is_blank, is_empty, name_of, present, text};
+use super::values::{Result, is_blank, is_empty, name_of, present, text, without_nulls};
 
 /// Fields of a row that hold a system turn for its turns.
 const SYSTEM: [&str; 3] = ["system", "system_prompt", "system_message"];
@@ -154,20 +154,22 @@ pub(super) fn variables(row: &Map<String, Value>) -> Result<Map<String, Value>> 
     match structure(row, KWARGS)? {
         None => {}
         Some(Value::Object(given)) => {
-            for (name, value) in given {
+            for (name, value) in given.into_iter().filter(|(name, value)| !is_missing(name, value)) {
                 let twice = variables.get(&name).is_some_and(|other| *other != value);
                 if OWN_VARIABLES.contains(&name.as_str()) || twice {
                     return Err(format!("{KWARGS} gives {}, which the row itself decides", name_of(&name)));
                 }
-                // null is a value here: it is how a table with one schema for all rows leaves a variable out.
-                if !value.is_null() {
-                    variables.insert(name, value);
-                }
+                variables.insert(name, value);
             }
         }
         Some(other) => return Err(format!("{KWARGS} should be an object, not {}", kind_of(&other))),
     }
     Ok(variables)
+}
+
+/// Whether a variable of `chat_template_kwargs` is none: null, or empty tools or documents, as the fields of these names.
+pub(super) fn is_missing(name: &str, value: &Value) -> bool {
+    value.is_null() || VARIABLES.contains(&name) && is_empty(value)
 }
 
 /// The value of a field, or the structure that its text holds in JSON or Python notation; `None` if it is empty.
@@ -178,7 +180,7 @@ fn structure(row: &Map<String, Value>, name: &str) -> Result<Option<Value>> {
         Ok(None) => return Ok(None),
         Err(_) => row[name].clone(), // no text
     };
-    Ok(Some(value).filter(|value| !is_empty(value)))
+    Ok(Some(without_nulls(value)).filter(|value| !is_empty(value)))
 }
 
 /// Names of a row's fields that hold something and are not `used` by its kind.
@@ -248,6 +250,35 @@ pub(super) fn check_turns(turns: &[Message], reads: &[Reads], template: &ChatTem
     Ok(unread)
 }
 
+/// Names of fields of turns before the last `reply` turn that a rendering read and left out of its text, such as the thoughts of
+/// earlier turns.
+pub(super) fn left_out(
+    turns: &[Message],
+    reply: bool,
+    reads: &[Reads],
+    text: &str,
+    render: impl Fn(&[Message]) -> std::result::Result<String, TemplateError>,
+) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for (i, turn) in turns[..turns.len() - usize::from(reply)].iter().enumerate() {
+        let read = |name: &&String| WRITTEN.contains(&name.as_str()) && reads[i].has(name);
+        for name in turn.fields.keys().filter(read) {
+            if !names.contains(name) && render(&without(turns, i, &turn.fields[name])).is_ok_and(|other| other == text)
+            {
+                names.insert(name.clone());
+            }
+        }
+    }
+    names
+}
+
+/// The turns without a value of the turn at index `i`, under each of its names: the template writes one of them.
+fn without(turns: &[Message], i: usize, value: &Value) -> Vec<Message> {
+    let mut without = turns.to_vec();
+    without[i].fields.retain(|_, other| other != value);
+    without
+}
+
 /// Checks that the text of a conversation would be another one without the row's tools and documents and, with `reply`, without
 /// the fields of the last turn: a template may read a field and not write it.
 pub(super) fn check_written(
@@ -272,10 +303,7 @@ pub(super) fn check_written(
     }
     let Some(last) = turns.last().filter(|_| reply) else { return Ok(()) };
     for (name, value) in last.fields.iter().filter(|(name, _)| WRITTEN.contains(&name.as_str())) {
-        let mut without = turns.to_vec();
-        // Under each of its names: the template writes one of them.
-        without[turns.len() - 1].fields.retain(|_, other| *other != *value);
-        if render(&without, variables).is_ok_and(|other| other == text) {
+        if render(&without(turns, turns.len() - 1, value), variables).is_ok_and(|other| other == text) {
             return Err(not_written(turns.len(), name));
         }
     }

@@ -8,7 +8,8 @@
 //!
 //! The target is the row's `refusal_response` if present, else the option `--safe-response`. In attack and pair rows
 //! only the reply carries loss: an assistant turn inside an attack may be harmful, and the model must not learn it. The
-//! same holds for a chat row that ends without a reply and is completed with the target.
+//! same holds for an unsafe chat row, and for a safe one that ends without a reply and is completed with its refusal; there
+//! `loss: true` in a turn makes that carry loss, too.
 //!
 //! A blank text (missing, null, or only white space) counts as missing, in all kinds of rows.
 
@@ -19,8 +20,9 @@ use super::message::Message;
 use super::report::{DropReason, Kind};
 use super::rows::{key_of_rows, one_level_down};
 pub(super) use super::side::Side;
+use super::side::exclude;
 use super::turns::{messages, text_or_messages};
-use super::values::{Result, name_of, present, quoted, string, text};
+use super::values::{Result, name_of, present, quoted, text};
 use super::verdicts::{VERDICTS, attack_succeeded};
 
 /// A parsed row.
@@ -36,6 +38,8 @@ pub(super) struct Row {
     pub without_verdict: bool,
     /// Whether a conversation that went on after an assistant turn was completed with the target.
     pub completed: bool,
+    /// Whether it is an unsafe conversation with a reply of its own, and earlier assistant turns without loss by default.
+    pub earlier_excluded: bool,
     /// Variables of the chat template that the row gives.
     pub variables: Map<String, Value>,
     /// Names of the row's fields that its kind does not use.
@@ -53,6 +57,7 @@ impl Row {
             safe_side: None,
             without_verdict: false,
             completed: false,
+            earlier_excluded: false,
             variables: Map::new(),
             unused: Vec::new(),
         }
@@ -78,6 +83,29 @@ const ATTACK_TEXTS: [&str; 2] = ["attack_prompt", "inception_attack"];
 const SYSTEM_OF_GOAL: &str = "added by moewarden: the request in goal gets it";
 const OPTION: &str = "added by moewarden: --safe-response";
 const TARGET: &str = "the row's refusal_response";
+
+/// Rows of other tools, by fields that all of them have, and how to write them as chat rows.
+const OTHER_KINDS: [(&[&str], &str); 9] = [
+    (&["instruction", "output"], "Write instruction and input as prompt, output as completion, and a label"),
+    (&["instruction", "response"], "Write instruction as prompt, response as completion, and a label"),
+    (
+        &["chosen", "rejected"],
+        "Of a pair of preferences, write the turns before the reply as prompt, the reply to learn as completion, and a label",
+    ),
+    (&["prompt", "response_0", "response_1"], "Write the response to learn as completion, and a label"),
+    (&["prompt", "response"], "Write response as completion, and a label"),
+    (
+        &["prompt", "label"],
+        "Of a prompt alone, write completion: null, too: an unsafe one is completed with the safe response",
+    ),
+    (&["query", "response"], "Write query as prompt, response as completion, and a label"),
+    (&["question", "answer"], "Write question as prompt, answer as completion, and a label"),
+    (&["input", "output"], "Write input as prompt, output as completion, and a label"),
+];
+
+fn has_all(row: &Map<String, Value>, names: &[&str]) -> bool {
+    names.iter().all(|name| row.contains_key(*name))
+}
 
 /// The target reply of a row.
 #[derive(Clone, Copy)]
@@ -122,9 +150,11 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
                 return Err(one_level_down(key));
             }
             let names = row.keys().take(12).map(|name| name_of(name)).collect::<Vec<_>>().join(", ");
+            let hint = OTHER_KINDS.iter().find(|(names, _)| has_all(row, names)).map(|(_, hint)| format!(". {hint}"));
             return Err(format!(
                 "unknown kind of row (its fields: {names}); an attack row has all_prompt and goal or prompt, a chat row \
-                 messages and label, a pair row safe_messages, unsafe_messages and response"
+                 messages and label, a pair row safe_messages, unsafe_messages and response{}",
+                hint.unwrap_or_default()
             ));
         }
         _ => return Err("fields of more than one kind of row (attack, chat, pair); keep those of one kind".into()),
@@ -141,16 +171,19 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
 }
 
 fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed: bool) -> Result<Parsed> {
-    let mut without_verdict = true;
+    let (mut without_verdict, mut succeeded) = (true, false);
     for verdict in VERDICTS {
         let Some(value) = row.get(verdict) else { continue };
         without_verdict = false;
         match attack_succeeded(verdict, value)? {
-            Some(true) => {}
-            _ if keep_failed => {}
-            Some(false) => return Ok(Parsed::Dropped(DropReason::FailedAttack)),
-            None => return Ok(Parsed::Dropped(DropReason::NullVerdict)),
+            Some(true) => succeeded = true,
+            Some(false) if !keep_failed => return Ok(Parsed::Dropped(DropReason::FailedAttack)),
+            _ => {}
         }
+    }
+    // Beside the verdict of one judge, the null of another is the column of a table that holds rows of both.
+    if !(without_verdict || succeeded || keep_failed) {
+        return Ok(Parsed::Dropped(DropReason::NullVerdict));
     }
     if let Some((name, _)) = fields::system(row)? {
         return Err(format!("an attack row with the field {name}: write it as the first turn of all_prompt"));
@@ -183,24 +216,43 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
 }
 
 fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {
-    let label = match present(row, "label").map(|v| string(v, "label")).transpose()? {
-        Some("safe") => Kind::ChatSafe,
-        Some("unsafe") => Kind::ChatUnsafe,
-        Some(other) => return Err(format!("label {}; it should be \"safe\" or \"unsafe\"", quoted(other))),
+    let label = match present(row, "label") {
+        Some(Value::String(label)) if label == "safe" => Kind::ChatSafe,
+        Some(Value::String(label)) if label == "unsafe" => Kind::ChatUnsafe,
+        Some(Value::Array(_) | Value::Object(_)) => {
+            return Err("label holds several values, as in a table by columns: write one object a row, such as by \
+                 pandas.read_json(FILE).to_json('rows.jsonl', orient='records', lines=True)"
+                .into());
+        }
+        Some(other) => {
+            let other = other.as_str().map_or_else(|| other.to_string(), quoted);
+            return Err(format!("label {other}; it should be \"safe\" or \"unsafe\""));
+        }
         None => return Err("a chat row without a label; add \"label\": \"safe\" or \"label\": \"unsafe\"".into()),
     };
     let mut unused = Vec::new();
+    let name = ["messages", "conversations"]
+        .into_iter()
+        .find(|name| present(row, name).is_some())
+        .unwrap_or("prompt and completion");
     let turns = match (present(row, "messages"), present(row, "conversations"), present(row, "completion")) {
         (Some(list), None, None) => messages(list, "messages")?,
         (None, Some(list), None) => messages(list, "conversations")?,
         (None, None, completion) if row.contains_key("completion") => {
-            let prompt = present(row, "prompt").ok_or("a completion without its prompt")?;
+            let prompt = present(row, "prompt").ok_or_else(|| {
+                let hint = if has_all(row, &["vanilla", "adversarial"]) {
+                    ": write adversarial, or else vanilla, as prompt"
+                } else {
+                    ""
+                };
+                format!("a completion without its prompt{hint}")
+            })?;
             let mut turns = text_or_messages(prompt, "prompt", "user")?;
             if turns.is_empty() {
                 return Err("a completion without its prompt".into());
             }
             // Assistant turns of the prompt carry no loss unless they say so, only the completion does.
-            turns.iter_mut().filter(|m| m.loss.is_none()).for_each(|m| m.loss = Some(false));
+            exclude(&mut turns, "prompt", "of a prompt with its completion only the completion carries loss")?;
             turns.extend(completion.map_or(Ok(vec![]), |c| text_or_messages(c, "completion", "assistant"))?);
             turns
         }
@@ -227,7 +279,7 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
         // refused.
         if target.own.is_some() || label == Kind::ChatUnsafe {
             // What the assistant said before is no reply to this prompt, and may be harmful.
-            turns.iter_mut().filter(|m| m.loss.is_none()).for_each(|m| m.loss = Some(false));
+            exclude(&mut turns, name, "in a row that is completed with the safe response only that carries loss")?;
             turns.push(target.reply());
             completed = went_on;
         } else if went_on {
@@ -253,11 +305,20 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
         unused.push("refusal_response".to_owned());
     }
     let prompt = turns.len() - usize::from(turns.last().is_some_and(Message::is_assistant));
+    if prompt == 0 {
+        return Err(format!("{name} has only the reply, without a turn before it: add the request, or remove the row"));
+    }
+    // What the assistant said before it refused may be what the prompt was after.
+    let undecided = turns[..prompt].iter().any(|turn| turn.is_assistant() && turn.loss.is_none());
+    let earlier_excluded = label == Kind::ChatUnsafe && undecided;
+    if earlier_excluded {
+        exclude(&mut turns[..prompt], name, "in an unsafe row only the last turn carries loss")?;
+    }
     check_request(&turns[..prompt], "the conversation")?;
     let row = Row::new(line, label, last_user_message(&turns));
     let side = Some(Side { messages: turns, prompt });
     let (unsafe_side, safe_side) = if label == Kind::ChatUnsafe { (side, None) } else { (None, side) };
-    Ok(Row { unsafe_side, safe_side, completed, unused, ..row })
+    Ok(Row { unsafe_side, safe_side, completed, earlier_excluded, unused, ..row })
 }
 
 fn pair(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {
@@ -353,6 +414,8 @@ mod tests {
             (json!({"judge_result": "{'reason': '', 'score': 2}"}), true),
             (json!({"judge_result": null}), false),
             (json!({"judge_success_gpt4": 1, "inception_attack_score": 0}), false),
+            (json!({"judge_success_gpt4": 1, "inception_attack_score": null, "judge_result": {"score": null}}), true),
+            (json!({"judge_success_gpt4": null, "inception_attack_score": 0}), false),
             (json!({}), true),
         ] {
             assert_eq!(read(base(verdict.clone()), false).unwrap().is_some(), keep, "{verdict}");
@@ -393,13 +456,15 @@ mod tests {
                 json!({"safe_messages": [{"role": "user", "content": "s"}], "unsafe_messages": attack, "response": "R"}),
             ]
         };
-        for mark in [json!({"loss": true}), json!({"train": true}), json!({"loss": true, "weight": 1})] {
+        for mark in
+            [json!({"loss": true}), json!({"train": true}), json!({"loss": true, "weight": 1}), json!({"weight": 1})]
+        {
             for row in rows(turns(mark)) {
                 let error = read(row, false).unwrap_err();
                 assert!(error.contains("message 2 of ") && error.contains("only the reply does"), "{error}");
             }
         }
-        let unmarked = [json!({}), json!({"loss": false}), json!({"weight": 1})];
+        let unmarked = [json!({}), json!({"loss": false}), json!({"weight": 0})];
         for row in unmarked.into_iter().flat_map(|mark| rows(turns(mark))) {
             let side = kept(row).unsafe_side.unwrap();
             assert_eq!(
@@ -408,6 +473,62 @@ mod tests {
             );
             assert_eq!(side.prompt, 3);
         }
+    }
+
+    #[test]
+    fn an_unsafe_row_carries_loss_on_its_reply_alone_unless_a_turn_says_so() {
+        let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+        let marked = |mark: Value| {
+            let mut earlier = turn("assistant", "Sure: ...");
+            earlier.as_object_mut().unwrap().extend(mark.as_object().unwrap().clone());
+            vec![turn("user", "1"), earlier, turn("user", "2")]
+        };
+        // With its own reply, completed with the target, and completed with its own refusal.
+        let rows = |mark: Value| {
+            let open = marked(mark);
+            let whole = [open.clone(), vec![turn("assistant", "No.")]].concat();
+            [
+                json!({"label": "unsafe", "messages": whole}),
+                json!({"label": "unsafe", "conversations": open}),
+                json!({"label": "safe", "messages": open, "refusal_response": "No."}),
+                json!({"label": "safe", "prompt": open, "completion": "No."}),
+                json!({"label": "unsafe", "prompt": turn("user", "0")["content"], "completion": whole[1..]}),
+            ]
+        };
+        let carries = |row: Row| {
+            let side = row.unsafe_side.or(row.safe_side).unwrap();
+            side.messages.iter().filter(|m| m.is_assistant()).map(|m| m.loss != Some(false)).collect::<Vec<_>>()
+        };
+        for (mark, earlier) in [
+            (json!({}), false),
+            (json!({"loss": false, "weight": 0}), false),
+            (json!({"loss": true, "weight": 1}), true),
+        ] {
+            for row in rows(mark.clone()) {
+                assert_eq!(carries(kept(row.clone())), [earlier, true], "{row}");
+            }
+        }
+        assert!(
+            kept(rows(json!({}))[0].clone()).earlier_excluded
+                && !kept(rows(json!({"loss": true}))[0].clone()).earlier_excluded
+        );
+        for (row, name) in rows(json!({"weight": 1})).into_iter().zip([
+            "messages",
+            "conversations",
+            "messages",
+            "prompt",
+            "prompt and completion",
+        ]) {
+            let error = read(row, false).unwrap_err();
+            assert!(
+                error.contains(&format!("of {name} has weight 1, but ")) && error.contains("write loss: true"),
+                "{error}"
+            );
+        }
+        let mut safe = [marked(json!({"weight": 1})), vec![turn("assistant", "Yes.")]].concat();
+        assert_eq!(carries(kept(json!({"label": "safe", "messages": safe}))), [true, true]);
+        safe[1]["loss"] = json!(false);
+        assert!(read(json!({"label": "safe", "messages": safe}), false).unwrap_err().contains("contradict"));
     }
 
     #[test]
@@ -475,6 +596,18 @@ mod tests {
         let user = json!([{"role": "user", "content": "q"}]);
         for (row, message) in [
             (json!({"text": "x"}), "unknown kind of row (its fields: text)"),
+            (
+                json!({"instruction": "i", "input": "", "output": "o"}),
+                "Write instruction and input as prompt, output as completion",
+            ),
+            (json!({"prompt": "p", "response": "r", "label": "safe"}), "response. Write response as completion"),
+            (json!({"prompt": "p", "response_0": "r", "response_1": "s"}), "Write the response to learn as completion"),
+            (json!({"chosen": "Human: q", "rejected": "Human: q"}), "the reply to learn as completion"),
+            (json!({"prompt": "p", "label": "unsafe"}), "write completion: null"),
+            (
+                json!({"vanilla": "v", "adversarial": "a", "completion": "c", "label": "unsafe"}),
+                "adversarial, or else vanilla, as prompt",
+            ),
             (json!({}), "unknown kind"),
             (json!({"messages": user, "all_prompt": user}), "more than one kind"),
             (json!({"messages": user, "judge_success_gpt4": 1}), "more than one kind"),
@@ -482,7 +615,15 @@ mod tests {
             (json!({"messages": user, "conversations": user, "label": "safe"}), "keep one"),
             (json!({"messages": user}), "add \"label\": \"safe\" or"),
             (json!({"messages": user, "label": "ok"}), "label \"ok\""),
+            (json!({"messages": user, "label": 1}), "label 1; it should be \"safe\" or \"unsafe\""),
+            (json!({"messages": [user], "label": ["safe"]}), "label holds several values"),
+            (json!({"messages": {"0": user}, "label": {"0": "safe"}}), "a table by columns"),
             (json!({"messages": [], "label": "safe"}), "without messages"),
+            (
+                json!({"messages": [{"role": "assistant", "content": "a"}], "label": "safe"}),
+                "messages has only the reply",
+            ),
+            (json!({"conversations": [{"from": "gpt", "value": "a"}], "label": "unsafe"}), "add the request"),
             (json!({"completion": "c", "label": "safe"}), "without its prompt"),
             (json!({"all_prompt": user}), "add goal or prompt"),
             (json!({"goal": "g"}), "without all_prompt"),
@@ -495,6 +636,12 @@ mod tests {
             (json!({"goal": "g", "all_prompt": [{"role": "user"}]}), "message 1: has no content"),
             (json!({"goal": "g", "all_prompt": [{"role": "usr", "content": "x"}]}), "role \"usr\""),
             (json!({"goal": "g", "all_prompt": [{"role": "user", "content": "x", "tool_calls": 1}]}), "tool_calls"),
+            (json!({"goal": "g", "all_prompt": [{"from": "observation", "value": "x"}]}), "write this one as tool"),
+            (
+                json!({"goal": "g", "all_prompt": [{"from": "function_call", "value": "x"}]}),
+                "assistant with tool_calls",
+            ),
+            (json!({"goal": "g", "all_prompt": [{"from": "chatgpt", "value": "x"}]}), "write this one as assistant"),
             (json!({"goal": "g", "all_prompt": [{"role": "user", "content": "x", "loss": 1}]}), "true or false"),
             (json!({"goal": "g", "all_prompt": ["x"]}), "not a string"),
             (json!({"safe_messages": user}), "without unsafe_messages"),

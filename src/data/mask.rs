@@ -1,8 +1,9 @@
 //! The loss mask: which bytes of a rendered conversation, and from them which tokens, carry loss.
 //!
-//! If the template marks assistant text with `{% generation %}`, the marks decide. Else the span of an assistant turn
-//! begins after the generation prompt and ends where the next turn would begin, so it includes the end-of-turn token
-//! and what the template writes after that token. The span is found by rendering prefixes of the conversation:
+//! If the template marks assistant text with `{% generation %}`, the marks in the turns that carry loss decide. Else the span
+//! of an assistant turn begins after the generation prompt and ends where the next turn would begin, so it includes the
+//! end-of-turn token and what the template writes after that token. The span is found by rendering prefixes of the
+//! conversation:
 //!
 //! ```text
 //! render(turns before the turn, with generation prompt)  is a prefix of
@@ -10,15 +11,21 @@
 //! render(all turns)
 //! ```
 //!
-//! A template that breaks this rule renders a turn differently once others follow. Its mask would be a guess, so the
-//! conversation is refused.
+//! Some templates render a turn differently once others follow: Qwen3's writes an empty think block only into the last
+//! turn. Such a turn is found in the one rendering of all turns by a mark, a character that occurs nowhere else, at the end
+//! of its content (or of the name of its last tool call). What `render(turns up to and including the turn)` writes from the
+//! mark on has to follow the mark in the whole rendering, too: its end is the turn's end. The text before the mark and the
+//! text after the turn have to be the same with the mark as without. Where that does not hold, the mask would be a guess, so
+//! the conversation is refused. The reply, which is the last turn, has to follow its prompt in any case: the model is
+//! trained on the text that it continues later.
 
 use std::ops::Range;
 
 use serde_json::{Map, Value};
 
 use super::Message;
-use super::template::{Access, ChatTemplate, TemplateError};
+use super::message::Form;
+use super::template::{Access, ChatTemplate, Rendered, TemplateError};
 
 /// Why the loss mask of a conversation cannot be determined.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,45 +59,152 @@ pub(super) fn render_with_mask(
     messages: &[Message],
     variables: &Map<String, Value>,
 ) -> Result<MaskedText, MaskError> {
-    let whole = template.render_with(messages, variables, false)?;
+    let Rendered { text, generated, access } = template.render_with(messages, variables, false)?;
     let assistant = || messages.iter().enumerate().filter(|(_, m)| m.is_assistant());
     let carries_loss = |m: &Message| m.loss != Some(false);
-    if template.marks_generation() {
-        let (marks, turns) = (whole.generated.len(), assistant().count());
-        let all_carry_loss = assistant().all(|(_, m)| carries_loss(m));
-        // Marks must correspond to turns one to one only if some turns are excluded.
-        if (marks == 0 && turns > 0) || (marks != turns && !all_carry_loss) {
-            return Err(MaskError::Marks { marks, turns });
+    let conversation = Conversation { template, messages, variables, text: &text };
+    let turns = || -> Result<Vec<Range<usize>>, MaskError> {
+        let mut spans: Vec<Range<usize>> = Vec::new();
+        for (i, _) in assistant().filter(|(_, m)| carries_loss(m)) {
+            let span = conversation.span(i)?;
+            if spans.last().is_some_and(|before| before.end > span.start) {
+                return Err(MaskError::Prefix { turn: i + 1, when: FOLLOWED });
+            }
+            spans.push(span);
         }
-        let spans = if all_carry_loss {
-            whole.generated
-        } else {
-            let spans = whole.generated.into_iter().zip(assistant());
-            spans.filter(|(_, (_, m))| carries_loss(m)).map(|(span, _)| span).collect()
-        };
-        return Ok(MaskedText { text: whole.text, spans, access: whole.access });
+        Ok(spans)
+    };
+    if !template.marks_generation() {
+        let spans = turns()?;
+        return Ok(MaskedText { text, spans, access });
     }
-    let (text, access) = (whole.text, whole.access);
-    let mut spans = Vec::new();
-    for (i, _) in assistant().filter(|(_, m)| carries_loss(m)) {
-        let turn = i + 1;
-        let render = |turns: usize, add_generation_prompt: bool| {
-            template
-                .render_with(&messages[..turns], variables, add_generation_prompt)
-                .map(|r| r.text)
-                .map_err(|source| MaskError::Turn { turn, source })
-        };
-        let before = render(i, true)?;
-        let after = if turn == messages.len() { text.clone() } else { render(turn, false)? };
-        if !after.starts_with(&before) {
-            return Err(MaskError::Prefix { turn, when: "the conversation ends with its generation prompt" });
-        }
-        if !text.starts_with(&after) {
-            return Err(MaskError::Prefix { turn, when: "further messages follow" });
-        }
-        spans.push(before.len()..after.len());
+    let (marks, count) = (generated.len(), assistant().count());
+    let spans: Vec<_> = if assistant().all(|(_, m)| carries_loss(m)) {
+        generated
+    } else if marks == count {
+        generated.into_iter().zip(assistant()).filter(|(_, (_, m))| carries_loss(m)).map(|(span, _)| span).collect()
+    } else {
+        // Several marks in one turn, or none: those in the turns that carry loss.
+        let turns = turns()?;
+        let within = |mark: &Range<usize>| turns.iter().any(|turn| turn.start <= mark.start && mark.end <= turn.end);
+        generated.into_iter().filter(within).collect()
+    };
+    if spans.is_empty() && assistant().any(|(_, m)| carries_loss(m)) {
+        return Err(MaskError::Marks { marks, turns: count });
     }
     Ok(MaskedText { text, spans, access })
+}
+
+const PROMPTED: &str = "the conversation ends with its generation prompt";
+const FOLLOWED: &str = "further messages follow";
+
+/// A conversation and its rendering.
+struct Conversation<'a> {
+    template: &'a ChatTemplate,
+    messages: &'a [Message],
+    variables: &'a Map<String, Value>,
+    text: &'a str,
+}
+
+impl Conversation<'_> {
+    fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
+        self.template.render_with(messages, self.variables, add_generation_prompt).map(|rendered| rendered.text)
+    }
+
+    /// The bytes of the assistant turn at index `i`, without its generation prompt.
+    fn span(&self, i: usize) -> Result<Range<usize>, MaskError> {
+        let turn = i + 1;
+        let of_turn = |source| MaskError::Turn { turn, source };
+        let last = turn == self.messages.len();
+        let before = self.render(&self.messages[..i], true).map_err(of_turn)?;
+        let after =
+            if last { self.text.to_owned() } else { self.render(&self.messages[..turn], false).map_err(of_turn)? };
+        if after.starts_with(&before) && self.text.starts_with(&after) {
+            return Ok(before.len()..after.len());
+        }
+        if last {
+            return Err(MaskError::Prefix { turn, when: PROMPTED });
+        }
+        let (mark, end) = self.marked_end(i, &after).ok_or(MaskError::Prefix { turn, when: FOLLOWED })?;
+        let start = self.start(i, &before).filter(|start| *start <= mark);
+        Ok(start.ok_or(MaskError::Prefix { turn, when: PROMPTED })?..end)
+    }
+
+    /// Where a turn that others follow begins. The generation prompt may go on with what the template writes only for the
+    /// last turn, such as an empty think block: then the turn begins with its content.
+    fn start(&self, i: usize, before: &str) -> Option<usize> {
+        if self.text.starts_with(before) {
+            return Some(before.len());
+        }
+        let base = self.render(&self.messages[..i], false).ok()?;
+        let generation_prompt = before.strip_prefix(&base)?;
+        let mark = self.unused_character()?;
+        let (_, content) = self.marked(i, with_content(&self.messages[i], mark.to_string()), mark)?;
+        let header = self.text.get(base.len()..content)?;
+        (self.text.starts_with(&base) && !header.is_empty() && generation_prompt.starts_with(header)).then_some(content)
+    }
+
+    /// Where a turn that others follow ends, if `after` is the rendering up to it; and the position of the mark before that.
+    fn marked_end(&self, i: usize, after: &str) -> Option<(usize, usize)> {
+        let (mark, turn) = (self.unused_character()?, &self.messages[i]);
+        let at_end = with_content(turn, format!("{}{mark}", turn.content.trim_end()));
+        [Some(at_end), with_named_call(turn, mark)].into_iter().flatten().find_map(|marked| {
+            let mut cut = self.messages[..i].to_vec();
+            cut.push(marked.clone());
+            let cut = self.render(&cut, false).ok()?;
+            let rest = after.strip_prefix(&cut[..sole(&cut, mark)?])?;
+            let (whole, at) = self.marked(i, marked, mark)?;
+            let end = at + rest.len();
+            let follows =
+                self.text[at..].starts_with(rest) && whole[at + mark.len_utf8()..].ends_with(&self.text[end..]);
+            follows.then_some((at, end))
+        })
+    }
+
+    /// The rendering with another turn at index `i`, and where that has the mark. Up to there nothing may differ.
+    fn marked(&self, i: usize, turn: Message, mark: char) -> Option<(String, usize)> {
+        let mut messages = self.messages.to_vec();
+        messages[i] = turn;
+        let whole = self.render(&messages, false).ok()?;
+        let at = sole(&whole, mark)?;
+        self.text.starts_with(&whole[..at]).then_some((whole, at))
+    }
+
+    /// A character for private use that occurs neither in the rendering nor in what is rendered.
+    fn unused_character(&self) -> Option<char> {
+        let occurs = |c: char| {
+            let in_fields = |m: &Message| !m.fields.is_empty() && m.fields.values().any(|v| v.to_string().contains(c));
+            self.text.contains(c) || self.messages.iter().any(|m| m.content.contains(c) || in_fields(m))
+        };
+        ('\u{e000}'..='\u{f8ff}').rev().find(|c| !occurs(*c))
+    }
+}
+
+/// The position of a character that occurs once.
+fn sole(text: &str, c: char) -> Option<usize> {
+    text.find(c).filter(|at| text.rfind(c) == Some(*at))
+}
+
+/// The turn with another content, of the same form where it has one.
+fn with_content(turn: &Message, content: String) -> Message {
+    let form = match &turn.form {
+        Form::Parts(parts) if parts.len() <= 1 => Form::Parts(vec![content.clone()]),
+        _ => Form::Text,
+    };
+    Message { content, form, ..turn.clone() }
+}
+
+/// The turn with a mark after the name of its last call.
+fn with_named_call(turn: &Message, mark: char) -> Option<Message> {
+    let mut turn = turn.clone();
+    let call = match turn.fields.get_mut("tool_calls") {
+        Some(calls) => calls.as_array_mut()?.last_mut()?,
+        None => turn.fields.get_mut("function_call")?,
+    };
+    let call = if call.get("function").is_some() { call.get_mut("function")? } else { call };
+    let Some(Value::String(name)) = call.get_mut("name") else { return None };
+    name.push(mark);
+    Some(turn)
 }
 
 /// The loss mask of tokens with byte ranges `offsets`, for `spans` of bytes that carry loss; both ascending.
@@ -135,6 +249,19 @@ mod tests {
         without_first[1].2 = Some(false);
         assert_eq!(mask(PLAIN, &without_first).unwrap(), ["b</s>\n"]);
         assert_eq!(mask(MARKED, &without_first).unwrap(), ["b</s>"]);
+        // Two marks in a turn, and marks in the last turn only.
+        let twice = MARKED.replace("{{ m.content }}</s>", "{{ m.content }}{% endgeneration %}-{% generation %}</s>");
+        assert_eq!(mask(&twice, &turns).unwrap(), ["a", "</s>", "b", "</s>"]);
+        assert_eq!(mask(&twice, &without_first).unwrap(), ["b", "</s>"]);
+        let last = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last");
+        assert_eq!(mask(&last, &without_first).unwrap(), ["b</s>"]);
+        without_first[3].2 = Some(false);
+        assert_eq!(mask(&twice, &without_first).unwrap(), [""; 0]);
+        without_first[1].2 = None;
+        assert!(matches!(
+            mask(&last, &without_first).unwrap_err(),
+            MaskError::Marks { marks: 1, turns: 2 } | MaskError::Prefix { .. }
+        ));
     }
 
     #[test]
@@ -142,7 +269,7 @@ mod tests {
         let turns = [("user", "q", None), ("assistant", "a", None), ("user", "r", None), ("assistant", "b", None)];
         let forgets =
             "{% for m in messages %}{% if loop.index0 > messages | length - 3 %}{{ m.content }}{% endif %}{% endfor %}";
-        assert_eq!(mask(forgets, &turns).unwrap_err(), MaskError::Prefix { turn: 2, when: "further messages follow" });
+        assert_eq!(mask(forgets, &turns).unwrap_err(), MaskError::Prefix { turn: 2, when: FOLLOWED });
         let differs =
             "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}";
         let error = mask(differs, &turns[..2]).unwrap_err();
@@ -158,6 +285,54 @@ mod tests {
             mask(&fails, &turns).unwrap_err().to_string(),
             "message 2: the chat template failed: no (line 1 of the template)"
         );
+    }
+
+    /// Writes an empty think block into the last turn, calls, and a trimmed content.
+    const LAST: &str = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% if loop.last %}<think></think>{% endif %}\
+                        {{ m.content | trim }}{% for c in m.tool_calls or [] %}({{ c.name }} {{ c.x }}){% endfor %}</s>\n{% else %}\
+                        {{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+
+    #[test]
+    fn a_turn_is_found_where_the_template_writes_more_into_the_last_one() {
+        let turns = [("user", "q", None), ("assistant", " a ", None), ("user", "r", None), ("assistant", "", None)];
+        assert_eq!(mask(LAST, &turns[..2]).unwrap(), ["<think></think>a</s>\n"]);
+        assert_eq!(mask(LAST, &turns).unwrap(), ["a</s>\n", "<think></think></s>\n"]);
+        // Of two in a row the second has no text before it that ends with the generation prompt.
+        let doubled = [&turns[..2], &turns[1..]].concat();
+        assert_eq!(mask(LAST, &doubled).unwrap_err(), MaskError::Prefix { turn: 3, when: PROMPTED });
+        // A template that writes no content beside calls.
+        let calls = LAST.replace("{{ m.content | trim }}", "{{ m.content | trim if not m.tool_calls }}");
+        let mut messages = vec![Message::new("user", "q"), Message::new("assistant", "x"), Message::new("user", "r")];
+        messages[1]
+            .fields
+            .insert("tool_calls".into(), serde_json::json!([{"name": "f", "x": 1}, {"name": "g", "x": 2}]));
+        messages.push(Message::new("assistant", "y"));
+        let masked = render_with_mask(&ChatTemplate::new(&calls, []).unwrap(), &messages, &Map::new()).unwrap();
+        let spans: Vec<_> = masked.spans.into_iter().map(|span| &masked.text[span]).collect();
+        assert_eq!(spans, ["(f 1)(g 2)</s>\n", "<think></think>y</s>\n"]);
+    }
+
+    #[test]
+    fn a_turn_that_cannot_be_found_for_certain_is_refused() {
+        let turns = [("user", "q", None), ("assistant", "a", None), ("user", "r", None), ("assistant", "b", None)];
+        for (from, to) in [
+            // Another end, another content, or another text before the turn, once others follow.
+            ("</s>\n", "{% if loop.last %}</s>{% else %}</t>{% endif %}\n"),
+            ("{{ m.content | trim }}", "{{ m.content | trim if loop.last else m.content | upper ~ '!' }}"),
+            ("{{ m.content | trim }}", "{{ m.content ~ m.content }}"),
+            ("{% for m in messages %}<", "{{ messages | length }}{% for m in messages %}<"),
+            ("{% for m in messages %}<", "{{ messages[1].content if messages | length > 1 }}{% for m in messages %}<"),
+            // The text after the turn depends on the turn.
+            (
+                "{{ m.content }}{% endif %}",
+                "{{ m.content }}{{ messages[1].content | length if loop.index == 3 }}{% endif %}",
+            ),
+        ] {
+            let source = LAST.replace(from, to);
+            assert_ne!(source, LAST);
+            let error = mask(&source, &turns).unwrap_err();
+            assert!(matches!(error, MaskError::Prefix { turn: 2, .. }), "{to}: {error}");
+        }
     }
 
     #[test]
@@ -200,6 +375,20 @@ mod tests {
                 };
                 prop_assert_eq!(mask[i], wanted && i > 0, "token {} {}..{}", i, start, end);
             }
+        }
+
+        #[test]
+        fn turns_of_any_text_are_found_where_the_last_one_has_more(texts in prop::collection::vec("[a<>/s\u{f8ff}\u{f8fe} \n]{0,9}", 1..7)) {
+            let roles = ["user", "assistant"];
+            let mut turns: Vec<_> = texts.iter().enumerate().map(|(i, t)| (roles[i % 2], t.as_str(), None)).collect();
+            if turns.len() % 2 == 1 {
+                turns.push(("assistant", "end", None));
+            }
+            let mut want: Vec<_> = turns.iter().skip(1).step_by(2).map(|turn| format!("{}</s>\n", turn.1.trim())).collect();
+            if let Some(last) = want.last_mut() {
+                last.insert_str(0, "<think></think>");
+            }
+            prop_assert_eq!(mask(LAST, &turns).unwrap(), want);
         }
 
         #[test]

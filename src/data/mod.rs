@@ -3,7 +3,7 @@
 //! | module | step |
 //! |---|---|
 //! | `head` | which rows are read: the first ones up to a limit, of both sides |
-//! | `rows`, `big_integers` | splits a JSON array or JSONL file into rows with line numbers |
+//! | `rows`, `big_integers`, `unique_keys` | splits a JSON array or JSONL file into rows with line numbers |
 //! | `kinds`, `side` | attack, chat and pair rows → prompts and replies; `python_literal` parses lists stored as strings; `verdicts` of judges |
 //! | `message`, `turns` | one turn of a conversation, and how rows spell it |
 //! | `fields`, `values` | fields of rows and turns beyond those: given to the chat template, refused, or counted |
@@ -46,6 +46,7 @@ mod tokenizer_class;
 mod traces;
 mod turn_object;
 mod turns;
+mod unique_keys;
 mod values;
 mod verdicts;
 

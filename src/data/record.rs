@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::kinds::{Row, Side};
-use super::mask::{self, MaskError};
+use super::mask::{self, MaskError, MaskedText};
 use super::message::Message;
 use super::report::{DropReason, Kind};
 use super::template::{Access, ChatTemplate};
@@ -15,7 +15,7 @@ use super::{ChatTokenizer, DataOptions, Error, Example, LongRows, LossOn, Record
 
 /// The result of tokenising one row.
 pub(super) enum RowOutcome {
-    Kept { record: Box<Record>, truncated: bool, unread: Vec<String> },
+    Kept { record: Box<Record>, truncated: bool, unread: BTreeSet<String>, left_out: BTreeSet<String> },
     Dropped(DropReason),
 }
 
@@ -29,6 +29,8 @@ pub(super) struct RecordBuilder<'a> {
     template: &'a ChatTemplate,
     /// Names of fields of turns that nothing read.
     unread: BTreeSet<String>,
+    /// Names of fields of earlier turns that the template left out.
+    left_out: BTreeSet<String>,
     /// Variables that some rendering read.
     variables: BTreeSet<String>,
 }
@@ -56,8 +58,8 @@ impl<'a> RecordBuilder<'a> {
         let kind = if row.variables.contains_key("tools") { "with" } else { "without" };
         let template = tokenizer.templates().of_row(&row.variables);
         let template = template.map_err(|e| Error::row(path, row.line, format!("a row {kind} tools: {e}")))?;
-        let (unread, variables) = (BTreeSet::new(), BTreeSet::new());
-        Self { path, tokenizer, options, row, template, unread, variables }.record()
+        let (unread, left_out, variables) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        Self { path, tokenizer, options, row, template, unread, left_out, variables }.record()
     }
 
     fn record(mut self) -> Result<RowOutcome, Error> {
@@ -104,7 +106,8 @@ impl<'a> RecordBuilder<'a> {
         let unread = fields::check_row(own, &row.unused, &self.variables, self.template);
         let unread = unread.map_err(|e| self.row_error(e))?;
         self.unread.extend(unread);
-        Ok(RowOutcome::Kept { record: Box::new(record), truncated, unread: self.unread.into_iter().collect() })
+        let Self { unread, left_out, .. } = self;
+        Ok(RowOutcome::Kept { record: Box::new(record), truncated, unread, left_out })
     }
 
     fn row_error(&self, message: impl ToString) -> Error {
@@ -157,7 +160,11 @@ impl<'a> RecordBuilder<'a> {
         // The reply is the last turn, and prompts have none.
         let reply_is_last = !prompt && turns.last().is_some_and(Message::is_assistant);
         let written = fields::check_written(turns, reply_is_last, &self.row.variables, text, self.template, render);
-        written.map_err(|e| self.row_error(e))
+        written.map_err(|e| self.row_error(e))?;
+        let render = |turns: &[Message]| render(turns, &self.row.variables);
+        let left_out = fields::left_out(turns, reply_is_last, &access.turns, text, render);
+        self.left_out.extend(left_out);
+        Ok(())
     }
 
     /// Token ids of the turns before the reply, ending with the generation prompt.
@@ -199,31 +206,68 @@ impl<'a> RecordBuilder<'a> {
         if self.tokenizer.exceeds_by_far(bytes, self.options.max_length) {
             return self.too_long(format_args!("a conversation of {bytes} bytes"));
         }
-        let masked = mask::render_with_mask(self.template, &side.messages, &self.row.variables);
-        let masked = masked.map_err(|e| match e {
-            MaskError::Template(_) | MaskError::Turn { .. } => self.template_error(&side.messages, e),
-            _ => self.row_error(format!("{e}{}", doubled(&side.messages))),
-        })?;
+        if self.options.loss_on == LossOn::All {
+            return self.all_tokens(side);
+        }
+        let masked = self.masked(side)?;
         self.variables.extend(masked.access.variables.iter().cloned());
         self.check_rendering(&side.messages, false, &masked.text, &masked.access)?;
-        let Encoded { mut ids, offsets } = self.tokenizer.encode_with_offsets(&masked.text)?;
-        let mut loss = mask::token_mask(&offsets, &masked.spans);
+        let Encoded { ids, offsets } = self.tokenizer.encode_with_offsets(&masked.text)?;
+        let loss = mask::token_mask(&offsets, &masked.spans);
         let Some(first) = loss.iter().position(|l| *l) else { return Ok(Fit::NoLossToken) };
-        let excess = ids.len().saturating_sub(self.options.max_length);
-        if excess > 0 {
-            // Keep at least one token before the reply: the first token of a sequence cannot be a target.
-            if self.options.long_rows != LongRows::TruncatePrompt || excess >= first {
-                return self.too_long(format_args!("a conversation of {} tokens, {first} before the reply", ids.len()));
-            }
-            ids.drain(..excess);
-            loss.drain(..excess);
+        self.fit(Example { ids, loss }, first)
+    }
+
+    fn masked(&self, side: &Side) -> Result<MaskedText, Error> {
+        let masked = mask::render_with_mask(self.template, &side.messages, &self.row.variables);
+        masked.map_err(|e| match e {
+            MaskError::Template(_) | MaskError::Turn { .. } => self.template_error(&side.messages, e),
+            _ => self.row_error(format!("{e}{}", doubled(&side.messages))),
+        })
+    }
+
+    /// The conversation with loss on all tokens. Where its turns begin and end matters only if its prompt has to be truncated.
+    fn all_tokens(&mut self, side: &Side) -> Result<Fit<Example>, Error> {
+        let rendered = self.template.render_with(&side.messages, &self.row.variables, false);
+        let rendered = rendered.map_err(|e| self.template_error(&side.messages, e.into()))?;
+        self.variables.extend(rendered.access.variables.iter().cloned());
+        self.check_rendering(&side.messages, false, &rendered.text, &rendered.access)?;
+        let Encoded { ids, offsets } = self.tokenizer.encode_with_offsets(&rendered.text)?;
+        if ids.len() < 2 || !side.messages.iter().any(|m| m.is_assistant() && m.loss != Some(false)) {
+            return Ok(Fit::NoLossToken);
         }
-        if self.options.loss_on == LossOn::All {
-            loss.fill(true);
-            loss[0] = false;
+        let first = if ids.len() > self.options.max_length && self.options.long_rows == LongRows::TruncatePrompt {
+            let spans = self.masked(side)?.spans;
+            let Some(first) = mask::token_mask(&offsets, &spans).iter().position(|l| *l) else {
+                return Ok(Fit::NoLossToken);
+            };
+            first
+        } else {
+            0
+        };
+        let mut loss = vec![true; ids.len()];
+        loss[0] = false;
+        self.fit(Example { ids, loss }, first)
+    }
+
+    /// The conversation, its prompt truncated if it is too long and that is asked for. `first`: the first token of the reply.
+    fn fit(&self, mut example: Example, first: usize) -> Result<Fit<Example>, Error> {
+        let excess = example.ids.len().saturating_sub(self.options.max_length);
+        if excess == 0 {
+            return Ok(Fit::Whole(example));
         }
-        let example = Example { ids, loss };
-        Ok(if excess > 0 { Fit::Truncated(example) } else { Fit::Whole(example) })
+        // Keep at least one token before the reply: the first token of a sequence cannot be a target.
+        if self.options.long_rows != LongRows::TruncatePrompt {
+            return self.too_long(format_args!("a conversation of {} tokens", example.ids.len()));
+        }
+        if excess >= first {
+            return self
+                .too_long(format_args!("a conversation of {} tokens, {first} before the reply", example.ids.len()));
+        }
+        example.ids.drain(..excess);
+        example.loss.drain(..excess);
+        example.loss[0] = false;
+        Ok(Fit::Truncated(example))
     }
 
     fn too_long<T>(&self, what: std::fmt::Arguments<'_>) -> Result<Fit<T>, Error> {

@@ -1,6 +1,6 @@
 //! Counts from reading a data file: rows, tokens, and dropped rows with reasons.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -75,8 +75,12 @@ pub struct DataReport {
     pub both_sides: Option<BothSides>,
     /// Conversations that went on after an assistant turn, completed with the safe response.
     pub completed: usize,
+    /// Unsafe conversations with a reply of their own, whose earlier assistant turns carry no loss.
+    pub earlier_excluded: usize,
     /// Fields that neither moewarden nor the chat template reads: records that have them, and the line of the first.
     pub unread: BTreeMap<String, (usize, usize)>,
+    /// Fields of earlier turns that the chat template reads and leaves out of the text: as `unread`.
+    pub left_out: BTreeMap<String, (usize, usize)>,
     /// Records with a prompt truncated from the front.
     pub truncated: usize,
     /// Attack rows without a verdict (kept).
@@ -125,16 +129,22 @@ impl Padding {
 }
 
 impl DataReport {
-    /// Counts the fields of a record that nothing reads.
-    pub(super) fn note_unread(&mut self, line: usize, names: Vec<String>) {
-        for name in names {
-            self.unread.entry(name).or_insert((0, line)).0 += 1;
+    /// Counts the fields of a record that nothing reads, and those of earlier turns that are read and left out.
+    pub(super) fn note_fields(&mut self, line: usize, unread: BTreeSet<String>, left_out: BTreeSet<String>) {
+        for (counts, names) in [(&mut self.unread, unread), (&mut self.left_out, left_out)] {
+            for name in names {
+                counts.entry(name).or_insert((0, line)).0 += 1;
+            }
         }
     }
 
     /// Whether it says more than how many rows were read: rows from further on, completed rows, fields that nothing reads.
     pub fn has_notes(&self) -> bool {
-        self.both_sides.is_some() || self.completed > 0 || !self.unread.is_empty()
+        self.both_sides.is_some()
+            || self.completed > 0
+            || self.earlier_excluded > 0
+            || !self.unread.is_empty()
+            || !self.left_out.is_empty()
     }
 
     /// Token counts of batches of `batch_size` records in file order, each padded to its longest sequence.
@@ -151,6 +161,16 @@ impl DataReport {
 
 fn list_counts<K: fmt::Display>(counts: &BTreeMap<K, usize>) -> String {
     counts.iter().map(|(key, n)| format!("{n} {key}")).collect::<Vec<_>>().join(", ")
+}
+
+/// The first names of fields, each with its rows.
+fn named_fields(fields: &BTreeMap<String, (usize, usize)>) -> String {
+    const SHOWN: usize = 12;
+    let named = |(name, (rows, line)): (&String, &(usize, usize))| format!("{name} ({rows} rows, first line {line})");
+    let names: Vec<_> = fields.iter().take(SHOWN).map(named).collect();
+    let more = fields.len().saturating_sub(SHOWN);
+    let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+    names.join(", ") + &more
 }
 
 impl fmt::Display for DataReport {
@@ -177,18 +197,20 @@ impl fmt::Display for DataReport {
                 self.completed
             )?;
         }
-        if !self.unread.is_empty() {
-            const SHOWN: usize = 12;
-            let named =
-                |(name, (rows, line)): (&String, &(usize, usize))| format!("{name} ({rows} rows, first line {line})");
-            let names: Vec<_> = self.unread.iter().take(SHOWN).map(named).collect();
-            let more = self.unread.len().saturating_sub(SHOWN);
-            let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+        if self.earlier_excluded > 0 {
             write!(
                 f,
-                "\n  note: fields that neither moewarden nor the chat template reads: {}{more}",
-                names.join(", ")
+                "\n  unsafe conversations whose earlier assistant turns carry no loss (loss: true in a turn changes that): {}",
+                self.earlier_excluded
             )?;
+        }
+        for (what, fields) in [
+            ("fields that neither moewarden nor the chat template reads", &self.unread),
+            ("fields of earlier turns that the chat template leaves out of the text", &self.left_out),
+        ] {
+            if !fields.is_empty() {
+                write!(f, "\n  note: {what}: {}", named_fields(fields))?;
+            }
         }
         if self.truncated > 0 {
             write!(f, "\n  prompts truncated from the front: {}", self.truncated)?;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::unique_keys::Unique;
 use super::{Error, big_integers};
 use crate::input::{self, RowsError};
 use crate::quote;
@@ -25,7 +26,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, Error> {
         RowsError::Io(e) => Error::read(path, e),
         RowsError::Format(message) => Error::file(path, message),
     })?;
-    if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
+    if input::recognise(&bytes) == Some(input::Format::UTF_16) {
         return Err(Error::row(path, 1, "the file is UTF-16; save it as UTF-8"));
     }
     let mut text = String::from_utf8(bytes).map_err(|e| {
@@ -119,11 +120,14 @@ impl<'a> Rows<'a> {
             Err(message) => return Err(self.fail(line, message)),
         };
         match serde_json::from_str(marked.as_deref().unwrap_or(text)) {
-            Ok(Value::Object(row)) => Ok((line, row)),
-            Ok(other) => Err(self.fail(line, format!("a row should be an object, not {}", kind_of(&other)))),
+            Ok(Unique(Value::Object(row))) => Ok((line, row)),
+            Ok(Unique(other)) => Err(self.fail(line, format!("a row should be an object, not {}", kind_of(&other)))),
             Err(e) => {
                 let message = e.to_string();
-                let message = message.split(" at line ").next().unwrap_or_default();
+                let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
+                if e.is_data() {
+                    return Err(self.fail(line + e.line() - 1, message));
+                }
                 let hint = self.hint(text, message, &e);
                 Err(self.fail(line + e.line() - 1, format!("not JSON: {message} (column {}){hint}", e.column())))
             }
@@ -305,6 +309,11 @@ mod tests {
             ("[{\"a\":\"\\ud800\"}]", "half of a surrogate pair"),
             ("{\"a\":\"\0\"}", "control character"),
             ("{\"a\":NaN}", "write null"),
+            (
+                "[{\"b\":1},\n{\"a\":1,\n\"a at line 7\":2, \"a\":2}]",
+                "f:3: the field a occurs twice in one object: keep one",
+            ),
+            ("{\"a at line 7\":2, \"a at line 7\":2}", "f:1: the field a at line 7 occurs twice"),
         ] {
             let error = read(text).unwrap_err();
             assert!(error.contains(message), "{text:?} gave {error:?}, expected {message:?}");

@@ -36,6 +36,9 @@ pub enum TemplateError {
     /// The source is too long or has a syntax error.
     #[error("the chat template does not compile: {0}")]
     Source(String),
+    /// The source is blank.
+    #[error("the chat template is empty: fetch or write it anew, or give another one with --chat-template")]
+    Empty,
     /// The template raised an exception, or failed on these messages.
     #[error("the chat template failed: {0}")]
     Render(String),
@@ -80,8 +83,11 @@ impl ChatTemplate {
     /// Compiles a template. `tokens`: its variables for special tokens, by name.
     ///
     /// # Errors
-    /// A source that is too long or does not compile.
+    /// A source that is blank or too long, or does not compile.
     pub fn new(source: &str, tokens: impl IntoIterator<Item = (String, Value)>) -> Result<Self, TemplateError> {
+        if source.trim().is_empty() {
+            return Err(TemplateError::Empty);
+        }
         if source.len() > MAX_SOURCE {
             return Err(TemplateError::Source(format!("it has {} bytes, more than {MAX_SOURCE}", source.len())));
         }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use tokenizers::models::ModelWrapper;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::declared_tokens::{DeclaredTokens, TokenFiles};
@@ -27,6 +28,8 @@ pub struct ChatTokenizer {
     max_id: u32,
     /// Bytes of the longest token.
     max_token_bytes: usize,
+    /// BPE dropout that the file asks for, and that is switched off.
+    dropout: Option<f32>,
 }
 
 /// A tokenised text.
@@ -77,6 +80,7 @@ impl ChatTokenizer {
                 .set_encode_special_tokens(config.get("split_special_tokens").and_then(Value::as_bool) == Some(true));
             tokenizer.add_tokens(missing)
         })?;
+        let dropout = without_dropout(&mut tokenizer);
         let tokens: Vec<_> = named.iter().map(|(name, v)| (name.clone(), template_value(v))).collect();
         let templates = Templates::open(model_dir, &config, chat_template, &tokens)?;
 
@@ -95,6 +99,18 @@ impl ChatTokenizer {
             max_token_bytes: vocabulary.keys().map(String::len).max().unwrap_or(0),
             path,
             tokenizer,
+            dropout,
+        })
+    }
+
+    /// What differs from the folder's files, for the user: BPE dropout is switched off.
+    pub fn note(&self) -> Option<String> {
+        self.dropout.map(|dropout| {
+            format!(
+                "{}: its model has dropout {dropout}, which splits words at random (transformers keeps it): it is switched off, so \
+                 that the same text always gives the same tokens",
+                self.path.display()
+            )
         })
     }
 
@@ -201,6 +217,16 @@ impl ChatTokenizer {
         );
         Err(Error::file(&self.path, message))
     }
+}
+
+/// Switches BPE dropout off: with it each encoding of a text is another one, and a run could not be repeated.
+fn without_dropout(tokenizer: &mut Tokenizer) -> Option<f32> {
+    let ModelWrapper::BPE(model) = tokenizer.get_model() else { return None };
+    let dropout = model.dropout.filter(|dropout| *dropout > 0.0)?;
+    let mut model = model.clone();
+    model.dropout = None;
+    tokenizer.with_model(model);
+    Some(dropout)
 }
 
 /// A tokenizer as its class makes it, and the added tokens of its file.

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use super::message::{Form, Message, NAMES};
 use super::python_literal;
 use super::rows::kind_of;
-use super::values::{Result, is_blank, name_of, present, quoted, string};
+use super::values::{Result, is_blank, name_of, present, quoted, string, without_nulls};
 
 /// Fields of a turn that chat templates may write, so that the model sees them. A field that the template never reads is
 /// an error: it would be dropped.
@@ -85,11 +85,18 @@ fn message(value: &Value, last: bool) -> Result<Message> {
         "human" => "user",
         "gpt" | "bot" | "model" => "assistant",
         other => {
+            let hint = match other.to_ascii_lowercase().as_str() {
+                "function" | "observation" | "tool_response" | "ipython" => ": write this one as tool",
+                "function_call" | "tool_call" => ": write this one as a turn of the assistant with tool_calls",
+                "chatgpt" | "ai" | "bing" | "bard" | "claude" => ": write this one as assistant",
+                _ => "",
+            };
             let other = quoted(other);
-            return Err(format!("role {other}; it should be system, developer, user, assistant or tool"));
+            return Err(format!("role {other}; it should be system, developer, user, assistant or tool{hint}"));
         }
     };
     let mut turn = Message { loss: loss(map, role)?, ..Message::new(role, "") };
+    turn.weighted = turn.is_assistant() && turn.loss.is_none() && present(map, "weight").is_some();
     for name in WRITTEN.iter().chain(&NAMES) {
         if let Some(value) = present(map, name) {
             turn.fields.insert((*name).to_owned(), written(name, value)?);
@@ -136,7 +143,7 @@ fn written(name: &str, value: &Value) -> Result<Value> {
                 .map_err(|e| format!("{name} is a string that is not JSON or Python notation: {e}"))?;
             written(name, &parsed)
         }
-        ("tool_calls", Value::Array(_)) | ("function_call", Value::Object(_)) => Ok(value.clone()),
+        ("tool_calls", Value::Array(_)) | ("function_call", Value::Object(_)) => Ok(without_nulls(value.clone())),
         ("tool_calls", other) => Err(format!("tool_calls should be a list, not {}", kind_of(other))),
         ("function_call", other) => Err(format!("function_call should be an object, not {}", kind_of(other))),
         (name, value) => string(value, name).map(Value::from),
@@ -166,8 +173,8 @@ fn part(value: &Value) -> Result<String> {
     }
 }
 
-/// Whether a turn carries loss, where the row says so. `weight` 1 is the default of fine-tuning services: it leaves the
-/// decision to the rules for the row.
+/// Whether a turn carries loss, where the row says so. `weight` 1 is the default of fine-tuning services: it agrees with turns
+/// that carry loss by the rules for the row, and does not make others carry it.
 fn loss(map: &Map<String, Value>, role: &str) -> Result<Option<bool>> {
     let mut given: Vec<(&str, bool)> = Vec::new();
     for name in LOSS {

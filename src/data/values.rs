@@ -23,6 +23,19 @@ pub(super) fn is_empty(value: &Value) -> bool {
     }
 }
 
+/// A structure without the fields of objects that are null. A table has one schema for all rows, and null where a row lacks a
+/// field; so null and absent are the same, as they are for the row's own fields. A null in a list stays.
+pub(super) fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Array(items) => items.into_iter().map(without_nulls).collect(),
+        Value::Object(map) => {
+            let fields = map.into_iter().filter(|(_, value)| !value.is_null());
+            Value::Object(fields.map(|(name, value)| (name, without_nulls(value))).collect())
+        }
+        other => other,
+    }
+}
+
 /// Whether a text shows nothing: white space, control characters, and characters without a width, such as U+200B, that Unicode
 /// lists as `Default_Ignorable_Code_Point`.
 pub fn is_blank(text: &str) -> bool {

@@ -14,6 +14,9 @@ pub enum Format {
 }
 
 impl Format {
+    /// Text in UTF-16, with a byte order mark or without.
+    pub const UTF_16: Self = Format::Other("text in UTF-16", "save it as UTF-8");
+
     /// Name and way out.
     pub fn describe(self) -> (&'static str, &'static str) {
         match self {
@@ -88,8 +91,10 @@ pub fn recognise(bytes: &[u8]) -> Option<Format> {
     if bytes.get(257..262) == Some(b"ustar") {
         return Some(Format::Other("a tar archive", UNPACK));
     }
-    if bytes.starts_with(b"\xff\xfe") && !bytes.starts_with(b"\xff\xfe\xff") || bytes.starts_with(b"\xfe\xff") {
-        return Some(Format::Other("text in UTF-16", "save it as UTF-8"));
+    let marked =
+        bytes.starts_with(b"\xff\xfe") && !bytes.starts_with(b"\xff\xfe\xff") || bytes.starts_with(b"\xfe\xff");
+    if marked || is_utf_16_without_mark(bytes) {
+        return Some(Format::UTF_16);
     }
     if let Some((_, name, way)) = OTHERS.iter().find(|(magic, ..)| bytes.starts_with(magic)) {
         return Some(Format::Other(name, way));
@@ -106,4 +111,12 @@ pub fn recognise(bytes: &[u8]) -> Option<Format> {
         return Some(Format::Other("an XML document", "convert it to JSON"));
     }
     None
+}
+
+/// Whether the first two characters are ASCII in UTF-16, of either byte order.
+fn is_utf_16_without_mark(bytes: &[u8]) -> bool {
+    let text = |b: u8| b.is_ascii_graphic() || b.is_ascii_whitespace();
+    let pairs = || bytes.chunks_exact(2);
+    let first = |of: fn(&[u8]) -> [u8; 2]| pairs().take(2).all(|pair| matches!(of(pair), [c, 0] if text(c)));
+    bytes.len() >= 4 && (first(|pair| [pair[0], pair[1]]) || first(|pair| [pair[1], pair[0]]))
 }

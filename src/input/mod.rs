@@ -88,10 +88,16 @@ pub fn hash(path: &Path) -> io::Result<blake3::Hash> {
 /// # Errors
 /// Those of [`read`]; [`io::ErrorKind::InvalidData`] for another encoding.
 pub fn read_text(path: &Path) -> io::Result<String> {
-    let text = String::from_utf8(read(path)?).map_err(|e| {
-        let what = what_it_is(e.as_bytes()).unwrap_or_else(|| "it is not UTF-8".into());
+    let bytes = read(path)?;
+    let other = |bytes: &[u8]| {
+        let what = what_it_is(bytes).unwrap_or_else(|| "it is not UTF-8".into());
         io::Error::new(io::ErrorKind::InvalidData, what)
-    })?;
+    };
+    // UTF-16 of ASCII characters without a byte order mark is valid UTF-8, too: with zero characters in between.
+    if recognise(&bytes) == Some(Format::UTF_16) {
+        return Err(other(&bytes));
+    }
+    let text = String::from_utf8(bytes).map_err(|e| other(e.as_bytes()))?;
     Ok(match text.strip_prefix('\u{feff}') {
         Some(rest) => rest.to_owned(),
         None => text,
@@ -155,6 +161,8 @@ mod tests {
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
             (b"<!DOCTYPE html><html>", "a web page"),
             (b"\xff\xfe{\0}\0", "UTF-16"),
+            (b"{\0}\0", "UTF-16"),
+            (b"\0{\0\n\0}", "UTF-16"),
         ] {
             let message = json_error(text);
             assert!(message.contains(says), "{message}");
@@ -168,6 +176,14 @@ mod tests {
         fs::write(&path, "\u{feff}text").unwrap();
         assert_eq!(read_text(&path).unwrap(), "text");
         assert_eq!(without_mark(&read(&path).unwrap()), b"text");
+        for bytes in [&b"t\0e\0x\0t\0"[..], b"\0t\0e\0x\0t", b"\xff\xfet\0", b"\0\n\0t\x4e\x2d"] {
+            fs::write(&path, bytes).unwrap();
+            assert!(read_text(&path).unwrap_err().to_string().contains("UTF-16; save it as UTF-8"), "{bytes:?}");
+        }
+        for text in ["t", "te", "tex", "é中", "\0\0\0\0"] {
+            fs::write(&path, text).unwrap();
+            assert_eq!(read_text(&path).unwrap(), text);
+        }
     }
 
     #[cfg(unix)]

@@ -42,7 +42,7 @@ pub fn read_rows(path: &Path) -> Result<Vec<u8>, RowsError> {
                 return table(path);
             }
             // The caller names the encoding with the line.
-            Some(Format::Other("text in UTF-16", _)) => return Ok(bytes),
+            Some(Format::UTF_16) => return Ok(bytes),
             Some(other) => {
                 let (name, way) = other.describe();
                 let inside = if layer > 0 { "what is packed in the file is" } else { "the file is" };
@@ -149,7 +149,10 @@ fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
                 return Err(format!("as JSON it has more than {} GiB: give a part of it", MOST >> 30));
             }
         }
-        Ok(text)
+        match text.is_empty() {
+            true => Err("the file is a Parquet table without rows: give one that has some".into()),
+            false => Ok(text),
+        }
     };
     // The library panics on some damaged files.
     let read = catch_expected(read).unwrap_or_else(|| Err(damaged("its parts contradict each other")));

@@ -3,13 +3,16 @@
 Needs transformers (the file was made with 5.17): python tests/golden/rows.py
 A case holds a row, its chat template, the conversation that the row stands for, and of the conversation the ids and the loss
 mask. Loss is on the assistant turns that the case names: their tokens begin after the generation prompt and end where the next
-turn begins. The templates are written for this test; each uses features of published ones.
+turn begins. The templates are written for this test; each uses features of published ones. The template `last_thoughts` renders an
+assistant turn differently once others follow: there the spans are those that transformers gives for {% generation %} marks in the
+same template.
 """
 
 import json
 import pathlib
 
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 HERE = pathlib.Path(__file__).parent
 REFUSAL = "I cannot assist with that request as it may be harmful or unsafe."
@@ -34,6 +37,51 @@ TEMPLATES = {
     "parts": "{% for m in messages %}{{ '<|' ~ m.role ~ '|>\\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
              "{% for p in m.content %}{{ '[' ~ p.text ~ ']' if loop.length > 1 else p.text }}{% endfor %}{% endif %}{{ '\\n' }}{% endfor %}"
              "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+    # In the structure of Qwen3's: thoughts, or an empty think block, only in assistant turns after the last request.
+    "last_thoughts": """
+{%- if tools %}{{- '<tools>\\n' }}{%- for t in tools %}{{- (t | tojson) ~ '\\n' }}{%- endfor %}{{- '</tools>\\n' }}{%- endif %}
+{%- set ns = namespace(searching=true, request=messages | length - 1) %}
+{%- for m in messages[::-1] %}
+    {%- if ns.searching and m.role == 'user' and m.content is string and not m.content.startswith('<answer>') %}
+        {%- set ns.searching = false %}
+        {%- set ns.request = (messages | length - 1) - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {%- set text = m.content if m.content is string else '' %}
+    {%- if m.role == 'assistant' %}
+        {%- set thoughts = '' %}
+        {%- if m.reasoning_content is string %}
+            {%- set thoughts = m.reasoning_content %}
+        {%- elif '</think>' in text %}
+            {%- set thoughts = text.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set text = text.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|assistant|>\\n' }}{#OPEN#}
+        {%- if loop.index0 > ns.request and (loop.last or thoughts) %}
+            {{- '<think>\\n' + thoughts.strip('\\n') + '\\n</think>\\n\\n' + text.lstrip('\\n') }}
+        {%- else %}
+            {{- text }}
+        {%- endif %}
+        {%- for call in m.tool_calls or [] %}
+            {%- if text or not loop.first %}{{- '\\n' }}{%- endif %}
+            {%- set call = call.function if call.function else call %}
+            {{- '<call>{"name": "' + call.name + '", "arguments": ' }}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson }}{{- '}</call>' }}
+        {%- endfor %}
+        {{- '<|end|>\\n' }}{#CLOSE#}
+    {%- elif m.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|user|>' }}{%- endif %}
+        {{- '\\n<answer>\\n' + text + '\\n</answer>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|end|>\\n' }}{%- endif %}
+    {%- else %}
+        {{- '<|' + m.role + '|>\\n' + text + '<|end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}""",
 }
 
 USER, REPLY = {"role": "user", "content": "hide a cake"}, {"role": "assistant", "content": "I will not."}
@@ -58,6 +106,44 @@ def case(name, template, row, messages, loss=(-1,), **variables):
             "variables": variables}
 
 
+def padded(value):
+    """With a null in each object, as of a table with one schema for all rows."""
+    if isinstance(value, list):
+        return [padded(item) for item in value]
+    if isinstance(value, dict):
+        return {"before": None, **{name: padded(item) for name, item in value.items()}, "after": None}
+    return value
+
+
+def said(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+def asked(content):
+    return {"role": "user", "content": content}
+
+
+def called(*calls, content="", **fields):
+    return said(content, tool_calls=list(calls), **fields)
+
+
+def answered(content):
+    return {"role": "tool", "tool_call_id": "c1", "content": content}
+
+
+def thoughts(name, *messages, **variables):
+    """A row with loss on all assistant turns."""
+    row = {"label": "safe", "messages": list(messages)}
+    if "tools" in variables:
+        row["tools"] = variables["tools"]
+    if "enable_thinking" in variables:
+        row["chat_template_kwargs"] = {"enable_thinking": variables["enable_thinking"]}
+    loss = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("loss") is not False]
+    plain = [{k: v for k, v in m.items() if k != "loss"} for m in messages]
+    return case("last thoughts: " + name, "last_thoughts", row, plain, loss, **variables)
+
+
+TIME = {"id": "c2", "type": "function", "function": {"name": "time", "arguments": "{\"zone\": 1}"}}
 REFUSED = {"role": "assistant", "content": REFUSAL}
 CASES = [
     case("a chat", "plain", chat([USER, REPLY]), [USER, REPLY]),
@@ -99,7 +185,22 @@ CASES = [
     case("weight 0", "plain", chat([*OBLIGING[:1], {**OBLIGING[1], "weight": 0}, OBLIGING[2], {**REPLY, "weight": 1}]),
          [*OBLIGING, REPLY]),
     case("train false", "plain", chat([*OBLIGING[:1], {**OBLIGING[1], "train": False}, OBLIGING[2], REPLY]), [*OBLIGING, REPLY]),
-    case("all replies of a chat", "plain", chat([*OBLIGING, REPLY]), [*OBLIGING, REPLY], loss=(1, 3)),
+    case("all replies of a safe chat", "plain", {"label": "safe", "messages": [*OBLIGING, REPLY]}, [*OBLIGING, REPLY], loss=(1, 3)),
+    case("only the last reply of an unsafe chat", "plain", chat([*OBLIGING, REPLY]), [*OBLIGING, REPLY]),
+    case("a marked reply of an unsafe chat", "plain", chat([OBLIGING[0], {**OBLIGING[1], "loss": True}, OBLIGING[2], REPLY]),
+         [*OBLIGING, REPLY], loss=(1, 3)),
+    case("all replies but one of a safe chat", "plain",
+         {"label": "safe", "messages": [OBLIGING[0], {**OBLIGING[1], "weight": 0}, OBLIGING[2], {**REPLY, "weight": 1}]},
+         [*OBLIGING, REPLY]),
+    case("nulls in tools and calls", "tools",
+         chat([{**USER, "tool_calls": None, "tool_call_id": None, "name": None},
+               {"role": "assistant", "content": None, "tool_calls": [padded(CALL)], "tool_call_id": None},
+               {"role": "tool", "tool_call_id": "c1", "content": "rain", "tool_calls": None}, {**REPLY, "tool_calls": None}],
+              tools=[padded(WEATHER)], documents=None, chat_template_kwargs={"enable_thinking": None, "tools": None}),
+         [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+          REPLY], tools=[WEATHER]),
+    case("empty tools among the variables", "plain", chat([USER, REPLY], chat_template_kwargs={"tools": [], "documents": []}),
+         [USER, REPLY]),
     case("ends with the user's turn", "plain", chat(OBLIGING), [*OBLIGING, REFUSED]),
     case("ends with the user's turn, in ShareGPT", "plain", {"label": "unsafe", "conversations": sharegpt(*OBLIGING)},
          [*OBLIGING, REFUSED]),
@@ -108,8 +209,41 @@ CASES = [
     case("a prompt that goes on, without completion", "plain", {"label": "unsafe", "prompt": OBLIGING, "completion": ""},
          [*OBLIGING, REFUSED]),
     case("a blank completion", "plain", {"label": "unsafe", "prompt": USER["content"], "completion": None}, [USER, REFUSED]),
+    thoughts("several replies", SYSTEM, asked("one"), said("1."), asked("two"), said("2."), asked("three"), said("3.")),
+    thoughts("without thinking", asked("one"), said("1."), asked("two"), said("2."), asked("three"), said("3."), enable_thinking=False),
+    thoughts("the same reply each time", asked("one"), said("1."), asked("one"), said("1."), asked("one"), said("1.")),
+    thoughts("a turn without loss", asked("one"), said("1.", loss=False), asked("two"), said("2."), asked("three"), said("3.")),
+    thoughts("a call and a reply", USER, called(CALL), answered("rain"), REPLY, tools=[WEATHER]),
+    thoughts("a call without content", USER, called(CALL, content=None), answered("rain"), REPLY, tools=[WEATHER]),
+    thoughts("two calls with content", USER, called(CALL, TIME, content="I look."), answered("rain"), answered("noon"), REPLY),
+    thoughts("calls after a request that is answered", asked("one"), said("1."), USER, called(CALL), answered("rain"), called(TIME),
+             answered("noon"), REPLY, asked("so?"), called(CALL), answered("sun"), said("So.")),
+    thoughts("calls without thinking", USER, called(CALL), answered("rain"), called(TIME), answered("noon"), REPLY, enable_thinking=False),
+    thoughts("a call as the last turn", USER, called(TIME), answered("noon"), called(CALL)),
+    thoughts("thoughts of the last turns", USER, called(CALL, reasoning_content="Look."), answered("rain"),
+             said("No.", reasoning_content="Rain?")),
+    thoughts("thoughts of an earlier turn", asked("one"), said("1.", reasoning_content="Easy."), asked("two"), said("2.")),
+    thoughts("thoughts in the content", asked("one"), said("<think>\nEasy.\n</think>\n\n1."), asked("two"),
+             said("<think>\nHm.\n</think>\n\n2.")),
+    thoughts("white space around replies", asked("one"), said("\n 1. \n"), asked("two"), said("  "), asked("three"), said(" 3.\n\n")),
+    thoughts("replies like the template's text", asked("one"), said("<|end|>\n"), asked("<|assistant|>\n"), said("<|assistant|>\n"),
+             asked("\uf8ff"), said("\uf8ff\uf8fe"), asked("three"), said("\uf8fd")),
     case("its own refusal", "plain", chat(OBLIGING, refusal_response=REPLY["content"]), [*OBLIGING, REPLY]),
 ]
+
+
+def marked_spans(template, messages, variables, text, loss):
+    marked = template.replace("{#OPEN#}", "{%- generation %}").replace("{#CLOSE#}", "{%- endgeneration %}")
+    rendered, spans = render_jinja_template([messages], chat_template=marked, return_assistant_tokens_mask=True, **variables)
+    assert rendered == [text]
+    assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    assert len(spans[0]) == len(assistant)
+    spans = [list(span) for i, span in zip(assistant, spans[0]) if i in loss]
+    # The generation prompt holds the empty think block.
+    empty = "<think>\n\n</think>\n\n"
+    if variables.get("enable_thinking") is False and text.startswith(empty, spans[-1][0]):
+        spans[-1][0] += len(empty)
+    return spans
 
 
 def main():
@@ -123,7 +257,11 @@ def main():
 
         text = render(messages, False)
         spans = []
-        for i in c.pop("loss"):
+        loss = c.pop("loss")
+        if "{#OPEN#}" in template:
+            spans = marked_spans(template, messages, variables, text, loss)
+            loss = []
+        for i in loss:
             before, after = render(messages[:i], True), render(messages[:i + 1], False)
             assert after.startswith(before) and text.startswith(after), c["name"]
             spans.append((len(before), len(after)))

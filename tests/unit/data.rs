@@ -185,8 +185,8 @@ fn a_record_has_both_sides_and_their_loss_masks() {
 fn a_token_that_straddles_the_start_of_the_reply_carries_loss() {
     // The generation prompt ends with a line feed and the reply begins with one; one token covers both.
     let tokenizer = tokenizer();
-    let dataset = read(&json!([chat("unsafe", &["q", "\n", "r", "a"])]), &options()).unwrap();
-    let reply = dataset.records[0].unsafe_reply.as_ref().unwrap();
+    let dataset = read(&json!([chat("safe", &["q", "\n", "r", "a"])]), &options()).unwrap();
+    let reply = dataset.records[0].safe_reply.as_ref().unwrap();
     assert_eq!(loss_text(&tokenizer, &reply.ids, &reply.loss), "\n\n<|im_end|>\na<|im_end|>\n");
     assert!(reply.ids.contains(&256));
 }
@@ -310,11 +310,11 @@ proptest! {
         let mut texts: Vec<_> = texts.iter().map(String::as_str).collect();
         texts.truncate(texts.len() / 2 * 2);
         let tokenizer = tokenizer();
-        let dataset = read(&json!([chat("unsafe", &texts)]), &DataOptions { max_length: 4096, ..options() }).unwrap();
+        let dataset = read(&json!([chat("safe", &texts)]), &DataOptions { max_length: 4096, ..options() }).unwrap();
         let record = &dataset.records[0];
-        let reply = record.unsafe_reply.as_ref().unwrap();
+        let reply = record.safe_reply.as_ref().unwrap();
         prop_assert_eq!(reply.ids.len(), reply.loss.len());
-        prop_assert!(reply.ids.starts_with(record.unsafe_prompt.as_ref().unwrap()));
+        prop_assert!(reply.ids.starts_with(record.safe_prompt.as_ref().unwrap()));
         let want: String = texts.iter().skip(1).step_by(2).map(|t| format!("{t}<|im_end|>\n")).collect();
         prop_assert_eq!(loss_text(&tokenizer, &reply.ids, &reply.loss), want);
     }
@@ -474,7 +474,17 @@ fn a_template_that_rewrites_earlier_turns_is_refused_by_row_and_turn() {
     let folder = model_folder(&json!(forgetful));
     let tokenizer = ChatTokenizer::open(folder.path(), None).unwrap();
     let path = folder.path().join("rows.json");
-    fs::write(&path, format!("{}\n{}", chat("unsafe", &["q", "a"]), chat("unsafe", &["q", "a", "r", "b"]))).unwrap();
+    fs::write(&path, format!("{}\n{}", chat("safe", &["q", "a"]), chat("safe", &["q", "a", "r", "b"]))).unwrap();
     let error = Dataset::read(&path, &tokenizer, &options()).unwrap_err();
     assert!(error.to_string().contains("rows.json:2: message 2: the chat template renders it differently"), "{error}");
+    // Of an unsafe row only the last turn is looked for.
+    fs::write(&path, chat("unsafe", &["q", "a", "r", "b"]).to_string()).unwrap();
+    let dataset = Dataset::read(&path, &tokenizer, &options()).unwrap();
+    assert_eq!(dataset.report.earlier_excluded, 1);
+    assert!(
+        dataset
+            .report
+            .to_string()
+            .contains("earlier assistant turns carry no loss (loss: true in a turn changes that): 1")
+    );
 }

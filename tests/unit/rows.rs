@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use moewarden::data::{ChatTokenizer, DataOptions, Dataset};
+use moewarden::data::{ChatTokenizer, DataOptions, Dataset, LongRows, LossOn};
 use serde_json::{Map, Value, json};
 
 const REFUSAL: &str = "I cannot assist with that request as it may be harmful or unsafe.";
@@ -17,16 +17,20 @@ fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/olmoe/model")
 }
 
-fn read_with(row: &Value, template: &str, kwargs: Map<String, Value>) -> Result<Dataset, String> {
+fn read_options(row: &Value, template: &str, options: &DataOptions) -> Result<Dataset, String> {
     let folder = tempfile::tempdir().unwrap();
     let [rows, jinja] = ["rows.jsonl", "template.jinja"].map(|name| folder.path().join(name));
     fs::write(&rows, format!("{row}\n")).unwrap();
     fs::write(&jinja, template).unwrap();
     let tokenizer = ChatTokenizer::open(&model(), Some(&jinja)).unwrap();
+    Dataset::read(&rows, &tokenizer, options).map_err(|e| e.to_string())
+}
+
+fn read_with(row: &Value, template: &str, kwargs: Map<String, Value>) -> Result<Dataset, String> {
     let safe_response = REFUSAL.into();
     let options =
         DataOptions { max_length: 512, safe_response, chat_template_kwargs: kwargs, ..DataOptions::default() };
-    Dataset::read(&rows, &tokenizer, &options).map_err(|e| e.to_string())
+    read_options(row, template, &options)
 }
 
 fn read(row: &Value, template: &str) -> Result<Dataset, String> {
@@ -34,7 +38,8 @@ fn read(row: &Value, template: &str) -> Result<Dataset, String> {
 }
 
 fn ids_and_loss(dataset: &Dataset) -> (Value, Value) {
-    let reply = dataset.records[0].unsafe_reply.as_ref().unwrap();
+    let record = &dataset.records[0];
+    let reply = record.unsafe_reply.as_ref().or(record.safe_reply.as_ref()).unwrap();
     (json!(reply.ids), reply.loss.iter().map(|loss| u8::from(*loss)).collect())
 }
 
@@ -48,10 +53,108 @@ fn every_spelling_gives_the_tokens_of_transformers() {
         let (ids, loss) = ids_and_loss(&dataset);
         assert_eq!(ids, case["ids"], "{}", case["name"]);
         assert_eq!(loss, case["loss"], "{}", case["name"]);
-        let unread = &dataset.report.unread;
-        assert!(unread.is_empty() || case["name"] == "tool calls", "{}: {unread:?}", case["name"]);
+        let unread: Vec<_> = dataset.report.unread.keys().filter(|name| *name != "tool_call_id of a turn").collect();
+        assert!(unread.is_empty(), "{}: {unread:?}", case["name"]);
+        let left_out: Vec<_> = dataset.report.left_out.keys().collect();
+        let expected: &[&str] = match case["name"].as_str().unwrap() {
+            "last thoughts: thoughts of an earlier turn" => &["reasoning_content"],
+            _ => &[],
+        };
+        assert_eq!(left_out, expected, "{}", case["name"]);
     }
-    assert!(cases.len() >= 28);
+    assert!(cases.len() >= 50);
+}
+
+#[test]
+fn loss_on_all_tokens_needs_no_turns() {
+    let golden = golden();
+    let template = golden["templates"]["last_thoughts"].as_str().unwrap();
+    let of_last = golden["cases"].as_array().unwrap().iter().filter(|case| case["template"] == "last_thoughts");
+    // This template writes nothing by which a turn could be found: of a reply it writes one character once others follow.
+    let lost = "{% for m in messages %}{{ m.content if loop.last else m.content[0] }}\n{% endfor %}";
+    let plain = json!({"label": "safe", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ab"},
+        {"role": "user", "content": "r"}, {"role": "assistant", "content": "c"}]});
+    let error = read(&plain, lost).unwrap_err();
+    assert!(error.contains("rows.jsonl:1: message 2: the chat template renders it differently"), "{error}");
+    let all = DataOptions { loss_on: LossOn::All, max_length: 512, ..DataOptions::default() };
+    let rows = of_last.map(|case| (&case["row"], template)).chain([(&plain, lost)]);
+    for (row, template) in rows {
+        let dataset = read_options(row, template, &all).unwrap_or_else(|e| panic!("{row}: {e}"));
+        let loss = dataset.records[0].safe_reply.clone().unwrap().loss;
+        assert!(!loss[0] && loss[1..].iter().all(|loss| *loss), "{row}");
+    }
+    // The prompt is truncated up to the first reply that carries loss, as with loss on replies.
+    let row = &golden["cases"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|case| case["name"] == "last thoughts: a call and a reply")
+        .unwrap()["row"];
+    let whole = read_options(row, template, &all).unwrap().records[0].safe_reply.clone().unwrap().ids;
+    let short = |loss_on, max_length| {
+        let options =
+            DataOptions { loss_on, max_length, long_rows: LongRows::TruncatePrompt, ..DataOptions::default() };
+        read_options(row, template, &options).map(|dataset| dataset.records[0].safe_reply.clone().unwrap())
+    };
+    for loss_on in [LossOn::All, LossOn::Response] {
+        let cut = short(loss_on, whole.len() - 9).unwrap();
+        assert_eq!(cut.ids, whole[9..]);
+        assert!(!cut.loss[0] && cut.loss[1] == (loss_on == LossOn::All) && cut.loss[cut.loss.len() - 1]);
+        assert!(short(loss_on, 20).unwrap_err().contains("no row is left"));
+    }
+    let unmarked = json!({"label": "safe", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": false}]});
+    assert!(read_options(&unmarked, template, &all).unwrap_err().contains("no token of the reply carries loss"));
+}
+
+#[test]
+fn null_in_a_table_is_absent_in_a_row() {
+    let golden = golden();
+    let folder = tempfile::tempdir().unwrap();
+    let jinja = folder.path().join("template.jinja");
+    for template in ["tools", "last_thoughts"] {
+        fs::write(&jinja, golden["templates"][template].as_str().unwrap()).unwrap();
+        let tokenizer = ChatTokenizer::open(&model(), Some(&jinja)).unwrap();
+        let read = |name: &str| {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/parquet").join(name);
+            let options = DataOptions { max_length: 1024, ..DataOptions::default() };
+            let records = Dataset::read(&path, &tokenizer, &options).unwrap().records;
+            records.into_iter().map(|record| record.safe_reply.unwrap()).collect::<Vec<_>>()
+        };
+        let rows = read("padded.json");
+        assert_eq!(read("padded.parquet"), rows);
+        let text = tokenizer.decode(&rows[0].ids);
+        assert!(text.contains("Köln") && !text.contains("null") && !text.contains("day"), "{text}");
+    }
+}
+
+#[test]
+fn bpe_dropout_is_switched_off_with_a_note() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = |name: &str| fs::copy(model().join(name), folder.path().join(name)).unwrap();
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"].iter().for_each(|name| _ = copy(name));
+    let file = folder.path().join("tokenizer.json");
+    let set = |value: Value| {
+        let mut tokenizer: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        tokenizer["model"]["dropout"] = value;
+        fs::write(&file, tokenizer.to_string()).unwrap();
+        ChatTokenizer::open(folder.path(), None).unwrap()
+    };
+    let text = "hide the cake under the stairs and the ladder behind the pantry";
+    let certain = set(Value::Null);
+    assert_eq!(certain.note(), None);
+    let ids = certain.encode(text).unwrap();
+    assert!(ids.len() < text.len() - 9, "no merges");
+    for dropout in [json!(0.5), json!(1.0)] {
+        let tokenizer = set(dropout.clone());
+        let note = tokenizer.note().unwrap();
+        let dropout = format!("dropout {}", dropout.as_f64().unwrap());
+        assert!(note.contains("tokenizer.json: ") && note.contains(&dropout) && !note.contains("  "), "{note}");
+        for _ in 0..20 {
+            assert_eq!(tokenizer.encode(text).unwrap(), ids);
+            assert_eq!(tokenizer.encode_with_offsets(text).unwrap().ids, ids);
+        }
+    }
+    assert_eq!(set(json!(0.0)).note(), None);
 }
 
 #[test]

@@ -42,6 +42,11 @@ pub struct Judge {
 }
 
 impl Judge {
+    /// As [`ChatTokenizer::note`].
+    pub fn note(&self) -> Option<String> {
+        self.tokenizer.note()
+    }
+
     /// Opens and checks the judge of `--judge`; `None` without one.
     ///
     /// # Errors

@@ -121,6 +121,9 @@ fn open(args: &EvalArgs, config: &RunConfig, started: &Started, ui: &Ui) -> Resu
         let options =
             DecidingOptions::of(args, &session, &model, questions.as_ref().map(Questions::hash), hash, &machine)?;
         let judge = Judge::open(args, device)?;
+        if let Some(note) = judge.as_ref().and_then(Judge::note) {
+            ui.warn(note);
+        }
         let sampling = Sampling {
             temperature: args.temperature,
             top_p: args.top_p,

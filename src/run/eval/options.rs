@@ -7,11 +7,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::config::EvalArgs;
-use crate::data::{Example, Record};
 use crate::exit::{self, Failure, Result};
 use crate::input;
 use crate::report::{EvaluatedModel, read_json, write_json};
-use crate::run::session::Session;
+use crate::run::session::{Session, tokens_hash};
 
 /// Name of the file.
 pub const FILE: &str = "eval_options.json";
@@ -54,7 +53,7 @@ impl DecidingOptions {
             ("config.json", json!(config_hash(&session.dir)?.to_string())),
             ("other routing", json!(model.other_routing.as_ref().map(|other| (other.from, &other.sha)))),
             ("--drift-from", json!(drift_from)),
-            ("rows and their tokens", json!(rows_hash(&session.data.records).to_string())),
+            ("rows and their tokens", json!(tokens_hash(&session.data.records, true).to_string())),
             ("chat template", json!(session.tokenizer.template_digest().to_string())),
             ("end-of-sequence tokens", json!(session.tokenizer.eos_ids())),
             ("--chat-template-kwargs", json!(kwargs)),
@@ -130,23 +129,4 @@ impl DecidingOptions {
 pub fn config_hash(dir: &Path) -> Result<blake3::Hash> {
     let path = dir.join("config.json");
     input::hash(&path).map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: cannot be read: {e}", path.display())))
-}
-
-/// A hash over the tokens of all rows and their loss masks.
-fn rows_hash(records: &[Record]) -> blake3::Hash {
-    let mut hasher = blake3::Hasher::new_derive_key("moewarden rows of an evaluation 1");
-    let mut add = |ids: Option<&[u32]>| {
-        hasher.update(&ids.map_or(u64::MAX, |ids| ids.len() as u64).to_le_bytes());
-        ids.into_iter().flatten().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
-    };
-    for record in records {
-        add(Some(&[record.line as u32]));
-        [&record.unsafe_prompt, &record.safe_prompt].into_iter().for_each(|ids| add(ids.as_deref()));
-        for reply in [&record.unsafe_reply, &record.safe_reply] {
-            let loss = |e: &Example| e.loss.iter().map(|loss| u32::from(*loss)).collect::<Vec<_>>();
-            add(reply.as_ref().map(|e| &e.ids[..]));
-            add(reply.as_ref().map(loss).as_deref());
-        }
-    }
-    hasher.finalize()
 }

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use super::Session;
 use crate::collective::{self, Collective, all_agree};
 use crate::config::RunConfig;
-use crate::data::additional_templates;
+use crate::data::{Example, Record, additional_templates};
 use crate::exit::{self, Failure, Result};
 use crate::input::{self, Format, RowsError};
 
 impl Session {
-    /// blake3 over the base model's parameters, its configuration and tokenizer, and the files of rows and template.
+    /// blake3 over the base model's parameters, its configuration, tokenizer and templates, and the tokens of all rows: in
+    /// whichever format a file holds them.
     ///
     /// # Errors
     /// A failed read.
@@ -20,8 +21,27 @@ impl Session {
             return Ok(*hash);
         }
         let mut hasher = self.table.hashed().clone();
-        hasher.update(self.fingerprint_of_files(config)?.as_bytes());
+        let files = self.model_files()?.into_iter().chain(other_files(config));
+        hasher.update(self.hash_files(files)?.as_bytes());
+        let retained = self.retain.as_ref().map(|(_, data)| data);
+        for data in [Some(&self.data), self.held_out.as_ref(), retained] {
+            hasher.update(&[u8::from(data.is_some())]);
+            hasher.update(tokens_hash(data.map_or(&[], |data| &data.records), false).as_bytes());
+        }
         Ok(*self.fingerprint.get_or_init(|| hasher.finalize()))
+    }
+
+    /// [`Self::fingerprint`] as earlier versions computed it: of the files of rows, not of the rows.
+    ///
+    /// # Errors
+    /// A failed read.
+    pub fn earlier_fingerprint(&self, config: &RunConfig) -> Result<blake3::Hash> {
+        if let Some(hash) = self.earlier_fingerprint.get() {
+            return Ok(*hash);
+        }
+        let mut hasher = self.table.hashed().clone();
+        hasher.update(self.fingerprint_of_files(config)?.as_bytes());
+        Ok(*self.earlier_fingerprint.get_or_init(|| hasher.finalize()))
     }
 
     /// blake3 over the base model's parameters and its configuration.
@@ -39,7 +59,11 @@ impl Session {
     }
 
     fn fingerprint_of_files(&self, config: &RunConfig) -> Result<blake3::Hash> {
-        let mut hasher = blake3::Hasher::new();
+        self.hash_files(self.model_files()?.into_iter().chain(data_files(config)))
+    }
+
+    /// The files of the model beside its weights.
+    fn model_files(&self) -> Result<Vec<PathBuf>> {
         let names = [
             "config.json",
             "tokenizer.json",
@@ -51,10 +75,13 @@ impl Session {
         let model = names.iter().map(|name| self.dir.join(name)).filter(|path| path.is_file());
         let named = additional_templates(&self.dir)
             .map_err(|e| Failure::new(exit::IO, format!("{}: cannot be read: {e}", self.dir.display())))?;
-        for path in model.chain(named) {
-            hasher.update(hash_file(&path)?.as_bytes());
-        }
-        for path in data_files(config) {
+        Ok(model.chain(named).collect())
+    }
+
+    /// blake3 over what files hold, and the experts of `--method given`.
+    fn hash_files(&self, files: impl Iterator<Item = PathBuf>) -> Result<blake3::Hash> {
+        let mut hasher = blake3::Hasher::new();
+        for path in files {
             hasher.update(hash_data(&path)?.as_bytes());
         }
         if let Some(experts) = &self.given {
@@ -89,11 +116,37 @@ fn agree_on_options(world: &dyn Collective, options: &str) -> Result<()> {
 
 /// The data files and the chat template of a run.
 fn data_files(config: &RunConfig) -> impl Iterator<Item = PathBuf> + '_ {
-    let optional = [&config.eval_dataset_path, &config.retain_dataset_path, &config.chat_template];
+    let optional = [&config.eval_dataset_path, &config.retain_dataset_path];
     // Without rows, the path is empty.
     let rows = Some(&config.dataset_path).filter(|path| !path.as_os_str().is_empty());
     let files = std::iter::once(rows).chain(optional.map(Option::as_ref));
-    files.flatten().cloned().chain(config.routing_replies.path().map(Path::to_owned))
+    files.flatten().cloned().chain(other_files(config))
+}
+
+/// The files of a run that hold no rows: its chat template, and the replies on which routing is counted.
+fn other_files(config: &RunConfig) -> impl Iterator<Item = PathBuf> + '_ {
+    config.chat_template.iter().cloned().chain(config.routing_replies.path().map(Path::to_owned))
+}
+
+/// A hash over the tokens of all rows and their loss masks. `lines`: and over the lines of the rows, by which outputs name them.
+pub(in crate::run) fn tokens_hash(records: &[Record], lines: bool) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new_derive_key("moewarden rows of an evaluation 1");
+    let mut add = |ids: Option<&[u32]>| {
+        hasher.update(&ids.map_or(u64::MAX, |ids| ids.len() as u64).to_le_bytes());
+        ids.into_iter().flatten().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
+    };
+    for record in records {
+        if lines {
+            add(Some(&[record.line as u32]));
+        }
+        [&record.unsafe_prompt, &record.safe_prompt].into_iter().for_each(|ids| add(ids.as_deref()));
+        for reply in [&record.unsafe_reply, &record.safe_reply] {
+            let loss = |e: &Example| e.loss.iter().map(|loss| u32::from(*loss)).collect::<Vec<_>>();
+            add(reply.as_ref().map(|e| &e.ids[..]));
+            add(reply.as_ref().map(loss).as_deref());
+        }
+    }
+    hasher.finalize()
 }
 
 /// The hash of what a data file holds: packed by gzip or zstd, it is the same data.

@@ -2,6 +2,8 @@
 
 mod identity;
 
+pub(in crate::run) use identity::tokens_hash;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -45,6 +47,7 @@ pub struct Session {
     /// The hash of the experts of `--method given`, which decide results as the other inputs do.
     given: Option<[u8; 32]>,
     fingerprint: OnceLock<blake3::Hash>,
+    earlier_fingerprint: OnceLock<blake3::Hash>,
     weights_hash: OnceLock<blake3::Hash>,
     /// The routing traces on which routing is counted, and their file.
     traces: Option<(PathBuf, RoutingTraces)>,
@@ -128,6 +131,9 @@ impl Session {
         };
         let tokenizer = ChatTokenizer::open(&dir, config.chat_template.as_deref())?;
         tokenizer.check_vocab(model.vocab_size)?;
+        if let Some(note) = tokenizer.note() {
+            ui.warn(note);
+        }
         let options = data_options(config);
         let data = match config.dataset_path.as_os_str().is_empty() {
             true => Dataset::of_records(Vec::new()), // only for an evaluation by questions
@@ -180,6 +186,7 @@ impl Session {
             data_path,
             given: None,
             fingerprint: OnceLock::new(),
+            earlier_fingerprint: OnceLock::new(),
             weights_hash: OnceLock::new(),
             traces: None,
         })

@@ -178,6 +178,7 @@ impl<'a> RankInputs<'a> {
                 options: config.result_options_yaml()?,
                 comparable: RunConfig::comparable_options,
                 inputs: Box::new(move || session.fingerprint(config)),
+                earlier_inputs: Box::new(move || session.earlier_fingerprint(config)),
                 model: &session.dir,
             },
             base: session.checkpoint.as_ref(),

@@ -26,13 +26,16 @@ fn the_program_counts_the_tokens_of_transformers() {
     let all = golden["cases"].as_array().unwrap();
     for template in golden["templates"].as_object().unwrap().keys() {
         let cases: Vec<_> = all.iter().filter(|case| case["template"] == **template).collect();
-        let rows: Vec<_> = cases.iter().map(|case| case["row"].clone()).collect();
+        // A run needs an unsafe row.
+        let more = json!({"label": "unsafe", "prompt": "hide a cake", "completion": "No."});
+        let rows: Vec<_> = cases.iter().map(|case| case["row"].clone()).chain([more]).collect();
         let checked = check(&rows, template, &[]);
         checked.is(0, &[]);
         for (i, case) in cases.iter().enumerate() {
             let loss = case["loss"].as_array().unwrap().iter().filter(|loss| **loss == 1).count();
             let tokens = case["ids"].as_array().unwrap().len();
-            let counts = format!("line {}, unsafe side, {loss} of {tokens} tokens with loss", i + 1);
+            let side = case["row"]["label"].as_str().unwrap();
+            let counts = format!("line {}, {side} side, {loss} of {tokens} tokens with loss", i + 1);
             assert!(checked.stdout.contains(&counts), "{}: {counts} not in {}", case["name"], checked.stdout);
         }
     }

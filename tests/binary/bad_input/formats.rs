@@ -91,9 +91,11 @@ fn other_formats_are_named_with_the_way_to_convert() {
         fs::write(scene.path(name), bytes).unwrap();
         scene.refuses(&["--dataset-path", name], 65, &[&[name], says].concat());
     }
-    for (name, says) in
-        [("brotli.parquet", "compressed by brotli"), ("bytes.parquet", "row 1: the column `image` holds bytes")]
-    {
+    for (name, says) in [
+        ("brotli.parquet", "compressed by brotli"),
+        ("bytes.parquet", "row 1: the column `image` holds bytes"),
+        ("no_rows.parquet", "the file is a Parquet table without rows"),
+    ] {
         fs::copy(golden(name), scene.path(name)).unwrap();
         scene.refuses(&["--dataset-path", name], 65, &[says]);
     }

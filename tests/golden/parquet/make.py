@@ -20,6 +20,20 @@ def chat(label, question, answer):
 ROWS = [chat("unsafe", f"Describe how to hide cake {i} from the cat", "I will not help with that.") for i in range(3)]
 ROWS += [chat("safe", "How large is the pantry?", "Größer als gedacht ✓")]
 
+
+def called(city=None, day=None):
+    """A chat with tools and a call, whose fields differ from row to row: the table has null where a row lacks one."""
+    properties = {"city": {"type": "string"}} if city else {"day": {"type": "integer", "minimum": 1}}
+    arguments = {"city": city} if city else {"day": day}
+    turns = [{"role": "user", "content": "How is the weather?"},
+             {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": arguments}}]},
+             {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "It rains."}]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": properties}}}]
+    return {"label": "safe", "messages": turns, "tools": tools}
+
+
+PADDED = [called(city="Köln"), called(day=3), chat("safe", "How large is the pantry?", "Large.")]
+
 if __name__ == "__main__":
     table = pa.Table.from_pylist(ROWS)
     for codec in ["none", "snappy", "gzip", "zstd", "brotli"]:
@@ -28,4 +42,7 @@ if __name__ == "__main__":
     text = table.set_column(0, "label", table["label"].cast(pa.binary()))
     pq.write_table(text, HERE / "unmarked.parquet")
     pq.write_table(pa.table({"goal": ["a"], "image": pa.array([b"\xff\xfe"])}), HERE / "bytes.parquet")
+    pq.write_table(pa.Table.from_pylist(PADDED), HERE / "padded.parquet")
+    (HERE / "padded.json").write_text(json.dumps(PADDED, ensure_ascii=False, indent=1) + "\n")
+    pq.write_table(table.slice(0, 0), HERE / "no_rows.parquet")
     (HERE / "rows.json").write_text(json.dumps(ROWS, ensure_ascii=False, indent=1) + "\n")
