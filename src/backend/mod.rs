@@ -244,6 +244,25 @@ pub trait Backend: Send + Sync + 'static {
         Self: 'w,
     {
     }
+    /// Moves parameters that are used together, the routed experts of a layer, to the host's memory. A backend with memory of its
+    /// own copies all of them back for each use, with the same results; the others have them there already.
+    fn offload(&self, weights: Vec<Self::Weight>) -> Vec<Self::Weight> {
+        weights
+    }
+    /// Begins to copy back those among the parameters that are read now which are offloaded, and then those among the ones that are
+    /// read next.
+    fn load_offloaded<'w>(
+        &self,
+        _now: impl Iterator<Item = &'w Self::Weight>,
+        _next: impl Iterator<Item = &'w Self::Weight>,
+    ) where
+        Self: 'w,
+    {
+    }
+    /// Overwrites a parameter with a host value of the same shape and dtype.
+    fn write_weight(&self, w: &mut Self::Weight, value: HostTensor) {
+        *w = self.weight(value);
+    }
     /// A parameter of independent uniform random values with mean 0 and standard deviation `std`, rounded to `dtype`
     /// and generated on the device. The same seed gives the same bits on every backend.
     fn random_weight(&self, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Self::Weight;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::raw::heading::{INPUT, MACHINE, OUTPUT};
-use super::{ConfigError, Device, Precision, RunConfig, TemplateKwargs, validate};
+use super::{ConfigError, Device, Offload, Precision, RunConfig, TemplateKwargs, validate};
 use crate::data::LongRows;
 use crate::experts::RoutingTokens;
 use crate::judge::{JudgeForm, Matching};
@@ -113,6 +113,10 @@ pub struct EvalArgs {
     /// Number format of matrix products, with sums in f32, and of activations: all on a GPU, the rows of experts on the CPU
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub precision: Precision,
+    /// GPU: where the weights of routed experts lie. Those in host memory are copied to the GPU layer by layer, with the same
+    /// results
+    #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
+    pub offload: Offload,
     /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)
     #[arg(long, value_name = "RANKS", help_heading = MACHINE)]
     pub ranks: Option<usize>,
@@ -122,6 +126,12 @@ pub struct EvalArgs {
     /// Seconds that a rank waits for the others in a collective operation before the run ends with an error
     #[arg(long, value_name = "SECONDS", help_heading = MACHINE, default_value_t = 600)]
     pub timeout: u64,
+}
+
+/// Refuses `--offload` where all weights are in the host's memory.
+fn offload_without_gpu(config: &RunConfig) -> Option<String> {
+    let inert = config.device == Device::Cpu && config.offload != Offload::Auto;
+    inert.then(|| "--offload would do nothing: only GPUs use it (--device cuda); leave it out".into())
 }
 
 /// The most tokens of a response of `eval` and `compare` by default.
@@ -170,12 +180,14 @@ impl EvalArgs {
             resume: self.resume,
             device: self.device,
             precision: self.precision,
+            offload: self.offload,
             ranks: self.ranks,
             threads: self.threads,
             timeout: self.timeout,
             ..RunConfig::default()
         };
         let mut wrong = validate::problems(&config);
+        wrong.extend(offload_without_gpu(&config));
         if self.temperature == 0.0 {
             let given = [("--top-p", self.top_p != 1.0), ("--seed", self.seed != RunConfig::default().seed)];
             wrong.extend(given.into_iter().filter(|(_, given)| *given).map(|(option, _)| {
@@ -267,6 +279,10 @@ pub struct AblateArgs {
     /// Number format of matrix products, with sums in f32, and of activations: all on a GPU, the rows of experts on the CPU
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub precision: Precision,
+    /// GPU: where the weights of routed experts lie. Those in host memory are copied to the GPU layer by layer, with the same
+    /// results
+    #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
+    pub offload: Offload,
     /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)
     #[arg(long, value_name = "RANKS", help_heading = MACHINE)]
     pub ranks: Option<usize>,
@@ -308,12 +324,14 @@ impl AblateArgs {
             overwrite: self.overwrite,
             device: self.device,
             precision: self.precision,
+            offload: self.offload,
             ranks: self.ranks,
             threads: self.threads,
             timeout: self.timeout,
             ..default
         };
-        let wrong = validate::problems(&config);
+        let mut wrong = validate::problems(&config);
+        wrong.extend(offload_without_gpu(&config));
         if !wrong.is_empty() {
             return Err(ConfigError::Invalid(wrong));
         }

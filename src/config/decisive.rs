@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{ConfigError, Device, RawOptions, RoutingReplies, RunConfig, Transport, file};
+use super::{ConfigError, Device, Offload, RawOptions, RoutingReplies, RunConfig, Transport, file};
 use crate::train::Recompute;
 
 impl RunConfig {
@@ -38,6 +38,7 @@ impl RunConfig {
             transport: Transport::Auto,
             profile: false,
             recompute: Recompute::Auto,
+            offload: Offload::Auto,
             force: false,
             logging_steps: 1,
             log: None,

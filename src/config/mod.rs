@@ -137,6 +137,19 @@ pub enum Transport {
     Host,
 }
 
+/// Where the frozen and trained routed experts of a model lie on a GPU machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Offload {
+    /// Keeps those of as many layers on the GPU as fit, the top layers first; the others lie in pinned host memory.
+    #[default]
+    Auto,
+    /// Keeps all of them on the GPU.
+    None,
+    /// All of them lie in pinned host memory, and are copied to the GPU layer by layer: the least GPU memory.
+    Host,
+}
+
 /// The resolved options of a run. The YAML file, the flags and `config.resolved.yaml` use these names in kebab-case.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -310,6 +323,8 @@ pub struct RunConfig {
     pub threads: usize,
     /// Activation recomputation.
     pub recompute: Recompute,
+    /// Where routed experts lie.
+    pub offload: Offload,
     /// Start although the predicted memory is far more than what is free.
     pub force: bool,
     /// Training steps between two comparisons of the ranks' weights; 0: only at checkpoints.
@@ -401,6 +416,7 @@ impl Default for RunConfig {
             profile: false,
             threads: 0,
             recompute: Recompute::Auto,
+            offload: Offload::Auto,
             force: false,
             check_replicas: 0,
             timeout: 600,

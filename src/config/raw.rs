@@ -7,8 +7,8 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Device, Init, Layers, LogFormat, Mode, Precision, Recompute, RoutingReplies, RunConfig, SaveRounds, Schedule,
-    TemplateKwargs, Transport,
+    Device, Init, Layers, LogFormat, Mode, Offload, Precision, Recompute, RoutingReplies, RunConfig, SaveRounds,
+    Schedule, TemplateKwargs, Transport,
 };
 use crate::data::{LongRows, LossOn};
 use crate::experts::{IdentifyIn, Method, RandomMatch, RoutingTokens, Score, ScoreNorm, ScorePer, Select, Selection};
@@ -310,6 +310,10 @@ pub struct RawOptions {
     /// activations
     #[arg(long, help_heading = MACHINE)]
     pub recompute: Option<Recompute>,
+    /// GPU: where the weights of routed experts lie. Those in host memory are copied to the GPU layer by layer, with the same
+    /// results
+    #[arg(long, help_heading = MACHINE)]
+    pub offload: Option<Offload>,
     /// Start although the predicted memory is far more than what is free
     #[arg(long, help_heading = MACHINE)]
     pub force: Option<bool>,
@@ -374,7 +378,7 @@ for_each_option! {
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic
         router_last_tokens router_target kl_type use_router_consistency_loss router_consistency_weight router_consistency_type
         router_consistency_layers safe_ratio retain_loss retain_weight retain_routing_weight output_dir overwrite logging_steps log resume save_steps keep_checkpoints
-        check_replicas save_rounds device precision ranks transport profile threads recompute force timeout
+        check_replicas save_rounds device precision ranks transport profile threads recompute offload force timeout
     }
     shorthands: { epochs_per_round num_epochs }
 }

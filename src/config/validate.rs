@@ -202,7 +202,7 @@ pub(super) fn inert_options(c: &RunConfig) -> Vec<(&'static str, &'static str)> 
     ];
     rules.extend(recipe::no_effect(c));
     rules.extend([
-        (c.device == Device::Cpu, "only GPUs use it (--device cuda)", &["transport", "profile"][..]),
+        (c.device == Device::Cpu, "only GPUs use it (--device cuda)", &["transport", "profile", "offload"][..]),
         (random_weights && c.save_rounds != SaveRounds::None, no_model, &["save-rounds"]),
         (random_weights && c.save_steps > 0, no_model, &["save-steps"]),
         (random_weights, no_model, &["keep-checkpoints"]),

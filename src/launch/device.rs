@@ -18,7 +18,7 @@ use crate::backend::cuda::pool::Reuse;
 use crate::backend::cuda::profile::{Profiled, Times};
 use crate::collective::nccl::{Communicator, Nccl};
 use crate::collective::{all_agree, all_ok};
-use crate::config::{self, Precision, RunConfig, Transport};
+use crate::config::{self, Offload, Precision, RunConfig, Transport};
 use crate::exit::{self, Failure, Result};
 use crate::train::{DeviceTransport, GpuTransport};
 use crate::ui::Ui;
@@ -113,6 +113,9 @@ impl Device {
         }
         if config.transport != Transport::Auto {
             ui.warn("--transport does nothing: it is for GPUs");
+        }
+        if config.offload != Offload::Auto {
+            ui.warn("--offload does nothing: without a GPU all weights are in host memory");
         }
         Ok(Device::Cpu(Some(why)))
     }

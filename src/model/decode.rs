@@ -92,6 +92,7 @@ impl<B: Backend> Model<B> {
         let mut routings = Vec::with_capacity(self.layers.len());
         let top = self.layers.len() - 1;
         for (l, (layer, (keys, values))) in self.layers.iter().zip(&mut cache.layers).enumerate() {
+            b.load_offloaded(self.layer_weights(l), self.layer_weights(l + 1));
             let ctx = LayerCtx {
                 b,
                 weights: &self.weights,

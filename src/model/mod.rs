@@ -48,5 +48,5 @@ pub use plan::{GradPlan, expert_params};
 pub use random::RandomInit;
 pub use safetensors::{Header, HeaderError, StoredDtype, TensorInfo, write_header};
 pub use table::{Count, ParamTable, hash_values};
-pub use transformer::{BaseHead, Forward, ForwardOptions, Inputs, LossGrads, Model, PassEnd};
+pub use transformer::{BaseHead, Forward, ForwardOptions, Inputs, LossGrads, Model, OffloadedBelow, PassEnd};
 pub use weights::{Checkpoint, Error as WeightsError, INDEX, SINGLE, Shard, files_of_index, safe_file};

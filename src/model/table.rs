@@ -58,15 +58,29 @@ impl ParamTable {
         Self { params: init.params(config), random: Some(init), hashed: OnceLock::new() }
     }
 
-    /// All parameters on a backend: from the checkpoint, or random.
-    pub(super) fn weights<B: Backend>(&self, backend: &B) -> Vec<B::Weight> {
+    /// All parameters on a backend: from the checkpoint, or random. The routed experts of layers below `offloaded_below` are
+    /// offloaded, those of a layer together.
+    pub(super) fn weights<B: Backend>(&self, backend: &B, offloaded_below: usize) -> Vec<B::Weight> {
         let meter = Meter::start("loading the weights", Unit::Bytes, self.bytes());
         let weight = |id: ParamId| {
             let weight = self.weight(backend, id);
             meter.add(self.params[id].base.bytes.len());
             weight
         };
-        (0..self.params.len()).map(weight).collect()
+        let offloaded = |spec: &ParamSpec| match spec.kind {
+            ParamKind::Expert(layer, ..) if layer < offloaded_below => Some(layer),
+            _ => None,
+        };
+        let mut weights = Vec::with_capacity(self.params.len());
+        // The experts of a layer are neighbours in the table.
+        for part in self.params.chunk_by(|a, b| offloaded(a) == offloaded(b)) {
+            let loaded = (weights.len()..weights.len() + part.len()).map(weight).collect();
+            weights.extend(match offloaded(&part[0]) {
+                Some(_) => backend.offload(loaded),
+                None => loaded,
+            });
+        }
+        weights
     }
 
     /// Takes the routers of another table of the same parameters.

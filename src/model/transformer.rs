@@ -52,6 +52,11 @@ pub struct Inputs<B: Backend> {
     rows: usize,
 }
 
+/// The routed experts of decoder layers below this one lie in the host's memory, and a backend with memory of its own copies
+/// those of a layer for each use. Results do not depend on it. By default none do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OffloadedBelow(pub usize);
+
 /// What a forward pass keeps for its backward, and where it ends.
 #[derive(Debug, Clone, Copy)]
 pub struct ForwardOptions {
@@ -135,7 +140,12 @@ impl<B: Backend> Inputs<B> {
 impl<B: Backend> Model<B> {
     /// Uploads the parameters. On the CPU, those of a checkpoint stay memory-mapped.
     pub fn new(backend: Arc<B>, config: ModelConfig, table: ParamTable) -> Self {
-        let weights = table.weights(&*backend);
+        Self::offloaded(backend, config, table, OffloadedBelow::default())
+    }
+
+    /// The same with routed experts in the host's memory.
+    pub fn offloaded(backend: Arc<B>, config: ModelConfig, table: ParamTable, below: OffloadedBelow) -> Self {
+        let weights = table.weights(&*backend, below.0);
         let embedding = table.expect_id(ParamKind::Embedding);
         let layers = (0..config.layers.len())
             .map(|l| Layer {
@@ -181,7 +191,7 @@ impl<B: Backend> Model<B> {
 
     /// Overwrites a parameter.
     pub fn set_weight_host(&mut self, id: ParamId, value: HostTensor) {
-        self.weights[id] = self.backend.weight(value);
+        self.backend.write_weight(&mut self.weights[id], value);
     }
 
     /// Applies an intervention to all forward passes and to decoding from now on, in place of the former one; `None` clears it.
@@ -245,6 +255,10 @@ impl<B: Backend> Model<B> {
         for (l, layer) in self.layers.iter().enumerate().take(top + 1) {
             if l < top || options.end != PassEnd::Routers {
                 self.prefetch(l + 1);
+            }
+            match &guide {
+                Some((guide, _)) => b.load_offloaded(guide.layer_weights(l), self.layer_weights(l)),
+                None => self.load_offloaded(l, (l < top).then_some(l + 1), options.end),
             }
             let mut ctx = self.layer_ctx(l, inputs, options.end);
             if let Some((guide, guide_x_TD)) = &mut guide {
@@ -369,6 +383,7 @@ impl<B: Backend> Model<B> {
         for l in (lowest..=top).rev() {
             if l > lowest {
                 self.prefetch(l - 1);
+                self.load_offloaded(l, Some(l - 1), end);
             }
             let saved = forward.layers[l].take().expect("layers from the lowest up are saved");
             let grads = LayerGrads { dy: dx, router: routers.get(l).and_then(Option::as_ref) };
@@ -400,8 +415,23 @@ impl<B: Backend> Model<B> {
 
     /// Announces the parameters of a layer, or, for the number of layers, those behind the last one.
     fn prefetch(&self, layer: usize) {
+        self.backend.prefetch(self.layer_weights(layer));
+    }
+
+    /// Begins to copy the offloaded experts of the layer that is computed now, and of the one that follows. A pass that ends at the
+    /// routers uses none of its top layer.
+    fn load_offloaded(&self, now: usize, next: Option<usize>, end: PassEnd) {
+        let used = |layer: Option<usize>| match layer {
+            Some(layer) if end != PassEnd::Routers || layer < self.top_layer(end) => self.layer_weights(layer),
+            _ => self.weights[..0].iter(),
+        };
+        self.backend.load_offloaded(used(Some(now)), used(next));
+    }
+
+    /// The parameters of a layer, or, for the number of layers, those behind the last one.
+    pub(super) fn layer_weights(&self, layer: usize) -> std::slice::Iter<'_, B::Weight> {
         let end = if layer < self.layers.len() { self.table.start_of(layer + 1) } else { self.weights.len() };
-        self.backend.prefetch(self.weights[self.table.start_of(layer)..end].iter());
+        self.weights[self.table.start_of(layer)..end].iter()
     }
 
     fn layer_ctx<'a>(&'a self, layer: usize, inputs: &'a Inputs<B>, end: PassEnd) -> LayerCtx<'a, B> {

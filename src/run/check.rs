@@ -11,7 +11,7 @@ use super::session::Session;
 use crate::backend::cpu::Cpu;
 use crate::config::{CheckArgs, Init, RunConfig};
 use crate::data::{Sample, loss_mask_samples};
-use crate::exit::Result;
+use crate::exit::{Failure, Result};
 use crate::launch::memory::human;
 use crate::launch::{Device, Opened, Rank, catch_panic, check_output_dir, memory};
 use crate::quote;
@@ -52,9 +52,15 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
             MemoryBudget { free: budget.free / device.sharing(ranks) as u64, ..budget }
         }
     };
-    let forecast = MemoryForecast::new(&session, config, &recipe, trained.at_once, ranks, budget);
+    let placement = MemoryForecast::place_experts(&session, config, &recipe, trained.at_once, ranks, budget);
+    let forecast = MemoryForecast::new(&session, config, &recipe, trained.at_once, ranks, budget, placement);
     ui.result(forecast.describe(&session, ranks, budget));
-    forecast.check(config.force)?;
+    if let (Opened::Cuda(cuda, _), true) = (&opened, placement.offloaded > 0)
+        && let Some(rate) = catch_panic(|| cuda.measure_bus().map_err(Failure::from))?
+    {
+        placement.describe_bus(rate).into_iter().for_each(|bus| ui.result(bus));
+    }
+    forecast.check(&budget, config.force)?;
     let layers = session.model.layers.len();
     let recomputed = (layers - forecast.kept_layers) as f64 / layers as f64;
     let time = forecast_time(&session, config, &recipe, recomputed, &trained);
@@ -75,7 +81,8 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
         rates.average(&time.total()) / 1e9,
         if budget.device { "; a GPU runs much faster" } else { "" },
     ));
-    let identification = MemoryForecast::new(&session, config, &recipe, 0, ranks, budget);
+    let placed = MemoryForecast::place_experts(&session, config, &recipe, 0, ranks, budget);
+    let identification = MemoryForecast::new(&session, config, &recipe, 0, ranks, budget, placed);
     for (command, memory, time) in
         [("identify", identification, time.of_identification(&recipe)), ("train", forecast, time)]
     {

@@ -47,8 +47,8 @@ fn identify_rank<B: Backend>(
     transport: Option<Arc<dyn DeviceTransport<B>>>,
 ) -> Result<Ended<()>> {
     let ui = &rank.ui;
-    let predicted_memory = prepare::predict_memory(session, config, recipe, rank, 0, &*backend)?;
-    let mut replica = session.replica(backend, transport, rank);
+    let (predicted_memory, offloaded) = prepare::predict_memory(session, config, recipe, rank, 0, &*backend)?;
+    let mut replica = session.replica(backend, transport, rank, offloaded);
     let mut outputs = Outputs::create(session, config, recipe, &replica, ui)?;
     let lost = "stopped by a signal: nothing was saved (only `train` makes checkpoints)";
     let Some(rows) = CountedRows::of(session, config, recipe, &replica, ui)? else {

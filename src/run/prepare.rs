@@ -4,13 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::forecast::MemoryForecast;
+use super::forecast::{ExpertPlacement, MemoryForecast, room_for_passes};
 use super::session::Session;
 use crate::backend::Backend;
 use crate::collective::all_ok;
-use crate::config::RunConfig;
+use crate::config::{Offload, RunConfig};
 use crate::exit::{self, Failure, Result};
 use crate::launch::{Existing, LOCK_FILE, OutputLock, Rank, Ranks, check_output_dir, memory, prepare_dir_keeping};
+use crate::model::{OffloadedBelow, ParamTable};
 use crate::train::memory::{Activations, KeptLayers, MemoryBudget};
 use crate::train::{Phase, Recipe, TrainedElements};
 use crate::ui::Ui;
@@ -103,7 +104,8 @@ pub(super) fn describe_trained(session: &Session, recipe: &Recipe, ui: &Ui) {
     }
 }
 
-/// Prints the predicted memory of a rank that trains at most `trained` elements at once, and returns it in bytes.
+/// Prints the predicted memory of a rank that trains at most `trained` elements at once. Returns it in bytes, and which experts lie in
+/// the host's memory, the same on all ranks.
 ///
 /// # Errors
 /// Far more than is free on some rank, without `--force`.
@@ -114,13 +116,55 @@ pub(super) fn predict_memory<B: Backend>(
     rank: &Rank,
     trained: usize,
     backend: &B,
-) -> Result<u64> {
+) -> Result<(u64, OffloadedBelow)> {
     let budget = memory::budget(backend, rank.local_world_size, session.model.vocab_size);
     let world_size = rank.world.world_size();
-    let forecast = MemoryForecast::new(session, config, recipe, trained, world_size, budget);
+    warn_of_dense(session, config, &budget, &rank.ui);
+    let placement = MemoryForecast::place_experts(session, config, recipe, trained, world_size, budget);
+    let placement = agree_on_placement(placement, &session.table, rank)?;
+    let forecast = MemoryForecast::new(session, config, recipe, trained, world_size, budget, placement);
     rank.ui.line(forecast.describe(session, world_size, budget));
-    all_ok(&*rank.world, forecast.check(config.force))?;
-    Ok(forecast.peak())
+    all_ok(&*rank.world, forecast.check(&budget, config.force))?;
+    Ok((forecast.peak(), placement.below))
+}
+
+/// Where routed experts lie in a run of forward passes only, the same on all ranks, and prints it. `passes`: the bytes that they need;
+/// `models`: how many of the session's size are loaded at the same time.
+///
+/// # Errors
+/// More pinned memory than the host of some rank has free, without `--force`.
+pub(super) fn place_experts<B: Backend>(
+    session: &Session,
+    config: &RunConfig,
+    rank: &Rank,
+    models: u64,
+    backend: &B,
+    passes: impl FnOnce(&MemoryBudget) -> u64,
+) -> Result<OffloadedBelow> {
+    let budget = memory::budget(backend, rank.local_world_size, session.model.vocab_size);
+    warn_of_dense(session, config, &budget, &rank.ui);
+    let needs = room_for_passes(passes(&budget));
+    let placement = ExpertPlacement::plan(config.offload, &session.table, models, needs, &budget);
+    let placement = agree_on_placement(placement, &session.table, rank)?;
+    if let Some(placement) = placement.describe() {
+        rank.ui.line(placement);
+    }
+    all_ok(&*rank.world, placement.check(&budget, config.force))?;
+    Ok(placement.below)
+}
+
+/// Without a device the option is refused, or warned of, before.
+fn warn_of_dense(session: &Session, config: &RunConfig, budget: &MemoryBudget, ui: &Ui) {
+    if budget.device && session.model.is_dense() && config.offload == Offload::Host {
+        ui.warn("--offload host does nothing: a dense model has no routed experts, and all its weights are on the GPU");
+    }
+}
+
+/// The placement of the rank that offloads the most: ranks write trained experts together.
+fn agree_on_placement(placement: ExpertPlacement, table: &ParamTable, rank: &Rank) -> Result<ExpertPlacement> {
+    let all = rank.world.all_gather(&(placement.below.0 as u64).to_le_bytes())?;
+    let below = all.iter().filter_map(|bytes| Some(u64::from_le_bytes(bytes.as_slice().try_into().ok()?))).max();
+    Ok(placement.at_least(OffloadedBelow(below.unwrap_or(0) as usize), table))
 }
 
 /// The passes of a phase that need the most memory.

@@ -1,10 +1,10 @@
 //! Collective operations between the memories of the ranks' devices: gradients and new weights do not go through the host.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::Backend;
-use crate::backend::cuda::{Buffer, Cuda, Weight};
+use crate::backend::cuda::{Buffer, Cuda, Staged, Weight};
 use crate::collective::nccl::DeviceCollective;
 use crate::collective::{Collective, Result};
 
@@ -45,12 +45,27 @@ pub struct GpuTransport {
     host: Arc<dyn Collective>,
     /// Owns the stream and the memory that queued operations use.
     backend: Arc<Cuda>,
+    /// New values of parameters that lie in the host's memory, until they have been received.
+    staged: Mutex<Vec<Staged>>,
 }
 
+/// Bytes of such values that wait on the GPU at the same time.
+const STAGED: usize = 256 << 20;
+
 impl GpuTransport {
-    /// Connects the GPUs of the ranks of `host` by `device`.
+    /// Connects the GPUs of the ranks of `host` by `device`. All ranks hold the same parameters in the host's memory.
     pub fn new(device: Box<dyn DeviceCollective>, host: Arc<dyn Collective>, backend: Arc<Cuda>) -> Self {
-        Self { device, host, backend }
+        Self { device, host, backend, staged: Mutex::default() }
+    }
+
+    /// Gathers into a parameter on the GPU.
+    fn gather(&self, master: &Buffer, at: Range<usize>, counts: &[usize], weight: &mut Weight) -> Result<()> {
+        let before: usize = counts[..self.device.rank()].iter().sum();
+        self.backend.set_weight_part(weight, before, master, at);
+        let size = weight.dtype().size();
+        let bytes: Vec<usize> = counts.iter().map(|n| n * size).collect();
+        // In-place all-gather: this rank's piece is already at its offset in the weight.
+        self.device.all_gather_into(weight.address().offset(before * size).0, &bytes, weight.address().0)
     }
 }
 
@@ -69,12 +84,14 @@ impl DeviceTransport<Cuda> for GpuTransport {
     }
 
     fn all_gather(&self, master: &Buffer, at: Range<usize>, counts: &[usize], weight: &mut Weight) -> Result<()> {
-        let before: usize = counts[..self.device.rank()].iter().sum();
-        self.backend.set_weight_part(weight, before, master, at);
-        let size = weight.dtype().size();
-        let bytes: Vec<usize> = counts.iter().map(|n| n * size).collect();
-        // In-place all-gather: this rank's piece is already at its offset in the weight.
-        self.device.all_gather_into(weight.address().offset(before * size).0, &bytes, weight.address().0)
+        let Some(mut staged) = self.backend.stage(weight) else { return self.gather(master, at, counts, weight) };
+        self.gather(master, at, counts, staged.weight_mut())?;
+        let mut waiting = self.staged.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.push(staged);
+        let bytes: usize = waiting.iter().map(|staged| staged.weight().len() * staged.weight().dtype().size()).sum();
+        drop(waiting);
+        // The same on all ranks, which meet in `finish`.
+        if bytes >= STAGED { self.finish() } else { Ok(()) }
     }
 
     /// The host's barrier names a rank that is gone, which a waiting NCCL kernel cannot. After the barrier every rank has
@@ -82,6 +99,9 @@ impl DeviceTransport<Cuda> for GpuTransport {
     fn finish(&self) -> Result<()> {
         self.host.barrier().inspect_err(|_| self.device.abort())?;
         self.device.wait()?;
-        self.device.join()
+        self.device.join()?;
+        let received = std::mem::take(&mut *self.staged.lock().unwrap_or_else(PoisonError::into_inner));
+        received.into_iter().for_each(|staged| self.backend.store(staged));
+        Ok(())
     }
 }

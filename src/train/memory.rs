@@ -33,21 +33,24 @@ pub struct MemoryBudget {
     pub vocab_size: usize,
     /// Free bytes.
     pub free: u64,
+    /// Free bytes of the host.
+    pub host: u64,
     /// Whether this is the memory of a device: weights are copied to it, and not memory-mapped.
     pub device: bool,
 }
 
 impl MemoryBudget {
-    /// The budget of a rank on `backend`. `free_host`: free bytes of the host for this rank, which count where the backend
+    /// The budget of a rank on `backend`. `free_host`: free bytes of the host for this rank, which count for all where the backend
     /// has no memory of its own.
     pub fn new(backend: &impl Backend, vocab_size: usize, free_host: impl FnOnce() -> u64) -> Self {
-        let own = backend.free_memory();
+        let (own, host) = (backend.free_memory(), free_host());
         Self {
             activation_size: backend.activation_size(),
             routed_size: backend.routed_size(),
             logit_rows: backend.logit_chunk_rows(vocab_size),
             vocab_size,
-            free: own.unwrap_or_else(free_host),
+            free: own.unwrap_or(host),
+            host,
             device: own.is_some(),
         }
     }
@@ -145,6 +148,14 @@ impl Activations {
         (budget.free - budget.free / 8).saturating_sub(others) / forwards.max(1) as u64
     }
 
+    /// Peak of passes that keep as little as `recompute` allows, where `forwards` forward passes wait for their backward at the
+    /// same time.
+    pub fn least(&self, recompute: Recompute, layers: usize, forwards: usize) -> u64 {
+        let keep_from = if recompute == Recompute::Never { 0 } else { layers.saturating_sub(1) };
+        let waiting = self.peak(layers, 0, keep_from) - self.working;
+        waiting.saturating_mul(forwards as u64).saturating_add(self.working)
+    }
+
     /// Peak of one forward and backward.
     pub fn peak(&self, layers: usize, lowest: usize, keep_from: usize) -> u64 {
         let visited = layers.saturating_sub(lowest) as u64;
@@ -183,6 +194,7 @@ mod tests {
             logit_rows: 0,
             vocab_size: 8,
             free,
+            host: free,
             device: false,
         };
         let from = |recompute, lowest, budget: &MemoryBudget, forwards| {
@@ -200,5 +212,7 @@ mod tests {
         assert_eq!(from(Recompute::Auto, 4, &device(0), 1), 15);
         assert_eq!(KeptLayers::ALL.keep_from(16, 4), 4);
         assert!(a.peak(16, 0, 15) < a.peak(16, 0, 8));
+        assert_eq!(a.least(Recompute::Auto, 16, 1), a.peak(16, 0, 15));
+        assert_eq!(a.least(Recompute::Never, 16, 2), 2 * (a.peak(16, 0, 0) - 50) + 50);
     }
 }

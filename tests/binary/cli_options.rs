@@ -294,6 +294,12 @@ fn exit_codes_and_messages_of_the_process() {
         ("identify --model-name m --dataset-path d --expert-lr 1e-3".into(), 78, "`identify` trains nothing"),
         (format!("{run} --device cpu --profile"), 78, "--profile would do nothing: only GPUs use it"),
         (format!("{run} --device cpu --transport host"), 78, "--transport would do nothing"),
+        (
+            format!("{run} --device cpu --offload host"),
+            78,
+            "--offload would do nothing: only GPUs use it (--device cuda)",
+        ),
+        ("eval --model-name m --dataset-path d --device cpu --offload host".into(), 78, "--offload would do nothing"),
         (format!("{run} --ranks 0"), 78, "--ranks is 0"),
     ];
     for (line, code, message) in cases {

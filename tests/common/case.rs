@@ -8,7 +8,9 @@ use moewarden::config::{RunConfig, Schedule};
 use moewarden::data::{Example, MicroBatch, Sampler};
 use moewarden::experts::ExpertId;
 use moewarden::launch::Rank;
-use moewarden::model::{GradPlan, LossGrads, Model, ParamId, ParamKind, ParamSpec, PassEnd, Proj, Sinks};
+use moewarden::model::{
+    GradPlan, LossGrads, Model, OffloadedBelow, ParamId, ParamKind, ParamSpec, PassEnd, Proj, Sinks,
+};
 use moewarden::run::session::Session;
 use moewarden::train::memory::KeptLayers;
 use moewarden::train::{
@@ -128,8 +130,19 @@ pub struct CaseRun<'a, B: Backend> {
 
 impl<'a, B: Backend> CaseRun<'a, B> {
     pub fn new(session: &'a Session, config: &RunConfig, backend: Arc<B>, rank: &Rank) -> Self {
+        Self::offloaded(session, config, backend, rank, OffloadedBelow::default())
+    }
+
+    /// With the routed experts of lower layers in the host's memory.
+    pub fn offloaded(
+        session: &'a Session,
+        config: &RunConfig,
+        backend: Arc<B>,
+        rank: &Rank,
+        below: OffloadedBelow,
+    ) -> Self {
         let recipe = config.recipe().expect("options without contradictions");
-        let mut replica = session.replica(backend, None, rank);
+        let mut replica = session.replica(backend, None, rank, below);
         if recipe.recompute == Recompute::Always {
             replica.kept = KeptLayers(1);
         }

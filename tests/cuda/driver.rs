@@ -64,6 +64,7 @@ fn inside(cache: &Path) {
             copies(&gpu);
             small_copies(&gpu);
             room(&gpu);
+            loads(&gpu);
             kernels(&gpu);
             products(&gpu);
             sums(&gpu, &library::open(Library::Nccl, 13, &surroundings).unwrap().path);
@@ -112,6 +113,51 @@ fn small_copies(gpu: &Nvidia) {
     gpu.copy_out(at, &mut got).unwrap();
     assert!(got.chunks(len).enumerate().all(|(i, chunk)| content(i).eq(chunk.iter().copied())));
     gpu.free(at).unwrap();
+}
+
+/// Loads run beside the stream, in chunks: nothing waits for them but what is queued after `await_load`, and they wait for what
+/// was queued before them.
+fn loads(gpu: &Nvidia) {
+    let len = (40 << 20) + 5;
+    let (host, slot, other) = (
+        gpu.allocate_host(len).unwrap().unwrap(),
+        gpu.allocate(len).unwrap().unwrap(),
+        gpu.allocate(len).unwrap().unwrap(),
+    );
+    let content = |salt: usize| (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 ^ salt as u8).collect();
+    let [first, second]: [Vec<u8>; 2] = [1, 2].map(content);
+    let mut got = vec![0; len];
+    gpu.write_host(host, &first).unwrap();
+    let waits = count("stand_in_waits");
+    let load = gpu.load(host, slot, len).unwrap();
+    gpu.await_load(load).unwrap();
+    gpu.copy(slot, other, len).unwrap();
+    // The slot is overwritten, but only after the copy from it.
+    gpu.zero(slot, len).unwrap();
+    let mut last = load;
+    for _ in 0..9 {
+        last = gpu.load(host, slot, len).unwrap(); // more loads than events
+    }
+    assert_eq!(count("stand_in_waits"), waits, "the host waits for none of it");
+    gpu.await_load(last).unwrap();
+    gpu.copy_out(other, &mut got).unwrap();
+    assert!(got == first);
+    gpu.copy_out(slot, &mut got).unwrap();
+    assert!(got == first);
+    // From the GPU to the host, and back.
+    gpu.copy_in(other, &second).unwrap();
+    gpu.store(other, host, len).unwrap();
+    gpu.zero(other, len).unwrap();
+    let load = gpu.load(host, slot, len).unwrap();
+    gpu.read_host(host, &mut got).unwrap();
+    assert!(got == second);
+    gpu.write_host(host, &first).unwrap(); // waits for the load
+    gpu.await_load(load).unwrap();
+    gpu.copy_out(slot, &mut got).unwrap();
+    assert!(got == second);
+    gpu.free_host(host).unwrap();
+    gpu.free(slot).unwrap();
+    gpu.free(other).unwrap();
 }
 
 fn room(gpu: &Nvidia) {

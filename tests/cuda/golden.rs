@@ -3,17 +3,19 @@
 
 use std::sync::Arc;
 
-use crate::case::{Case, Tolerance, assert_near, ce_gradients, experts, fixture_name, golden_dir, numbers};
-use crate::emulator::device;
+use crate::case::{Case, CaseRun, Tolerance, assert_near, ce_gradients, experts, fixture_name, golden_dir, numbers};
+use crate::emulator::{Emulated, device};
 use moewarden::backend::Dtype;
 use moewarden::backend::cuda::Cuda;
 use moewarden::backend::cuda::gpu::Gpu;
 use moewarden::backend::cuda::pool::Reuse;
 use moewarden::config::RunConfig;
-use moewarden::model::ParamId;
+use moewarden::launch::Rank;
+use moewarden::model::{OffloadedBelow, ParamId, ParamKind};
 use moewarden::report::{GenerationSpeed, Sampling};
 use moewarden::run::generate::{Prompt, answers};
-use moewarden::train::mean_loss;
+use moewarden::train::{Recompute, mean_loss};
+use moewarden::ui::Ui;
 use serde_json::{Value, json};
 
 /// The tolerance for f32.
@@ -205,9 +207,21 @@ fn training(name: &str, phase: &str, dtype: Dtype) {
 
 /// The bits of a whole identification and of all weights after a whole phase of training.
 fn bits(name: &str, phase: &str, dtype: Dtype, gpu: Arc<dyn Gpu>) -> (Vec<u64>, Vec<Vec<u8>>) {
+    bits_offloaded(name, phase, dtype, gpu, OffloadedBelow::default(), Recompute::Never)
+}
+
+/// The same with the routed experts of lower layers in the host's memory, and with activations that are kept or recomputed.
+fn bits_offloaded(
+    name: &str,
+    phase: &str,
+    dtype: Dtype,
+    gpu: Arc<dyn Gpu>,
+    below: OffloadedBelow,
+    recompute: Recompute,
+) -> (Vec<u64>, Vec<Vec<u8>>) {
     let case = Case::open(name);
-    let config: RunConfig = case.config_with(&json!({ "phase": phase }));
-    let mut run = case.run_on(&config, cuda_on(gpu, dtype));
+    let config = RunConfig { recompute, ..case.config_with(&json!({ "phase": phase })) };
+    let mut run = CaseRun::offloaded(&case.session, &config, cuda_on(gpu, dtype), &Rank::single(Ui::silent()), below);
     let found = run.identify();
     let mut numbers: Vec<u64> = found.scores.values.iter().chain(&found.losses).map(|x| x.to_bits()).collect();
     let steps = run.run_phase(phase, &case.selected());
@@ -274,6 +288,67 @@ fn two_runs_have_the_same_bits() {
             assert!(one == other, "{name}, {phase}, {dtype:?}");
         }
     }
+}
+
+/// Wherever the experts of each layer lie, scores, losses, norms and weights have the same bits. A layer's experts pass through
+/// two slots, forward and backward, and trained ones are written back to the host.
+#[test]
+fn offloaded_experts_give_the_same_bits() {
+    for (name, phase) in long_cases(&[("olmoe", "expert"), ("qwen3_moe", "joint")]) {
+        let layers = Case::open(&name).session.model.layers.len();
+        assert!(layers > 2, "{name} has {layers} layers, which two slots hold");
+        let bits = |below, recompute| {
+            bits_offloaded(&name, phase, Dtype::F32, device::gpu(), OffloadedBelow(below), recompute)
+        };
+        let resident = bits(0, Recompute::Never);
+        let source: Vec<Vec<u8>> =
+            Case::open(&name).session.table.params.iter().map(|spec| spec.base.bytes.to_vec()).collect();
+        assert!(resident.1 != source, "{name}: nothing was trained");
+        for (below, recompute) in [(layers, Recompute::Never), (layers - 1, Recompute::Always)] {
+            assert!(bits(below, recompute) == resident, "{name}, {phase}: {below} layers offloaded, {recompute:?}");
+        }
+    }
+}
+
+/// A layer is copied once in a pass, and not at all where a slot still holds it: at the turn from forward to backward, and from one
+/// micro-batch to the next. Layers are copied ahead of their use.
+#[test]
+fn offloaded_layers_are_copied_ahead_and_no_more_than_once_a_pass() {
+    if !device::emulator_only("loads are counted by the emulator") {
+        return;
+    }
+    let case = Case::open("olmoe");
+    let gpu = Arc::new(Emulated::new());
+    let (backend, rank) = (cuda_on(gpu.clone(), Dtype::F32), Rank::single(Ui::silent()));
+    let run = CaseRun::offloaded(&case.session, &case.config, backend, &rank, OffloadedBelow(3));
+    let routed = |kind| matches!(kind, ParamKind::Expert(_, 0, _));
+    let ids: Vec<ParamId> = case.session.table.iter().filter(|(_, spec)| routed(spec.kind)).map(|(id, _)| id).collect();
+    let batch = &run.unsafe_batches()[0];
+    // Layers 0 1 2, and back 0, as 2 and 1 are in the slots; then 2, and back 0.
+    for loads in [4, 6, 8] {
+        let (_, before) = gpu.loads();
+        ce_gradients(&run.replica, batch, &ids);
+        assert_eq!(gpu.loads().0, loads);
+        assert!(gpu.loads().1 > before, "no kernel runs beside a copy");
+    }
+}
+
+#[test]
+fn decoding_with_offloaded_experts_has_the_same_bits() {
+    let case = Case::open("qwen3_moe");
+    let layers = case.session.model.layers.len();
+    let logits = |below| {
+        let rank = Rank::single(Ui::silent());
+        let run = CaseRun::offloaded(&case.session, &case.config, cuda(Dtype::F32), &rank, OffloadedBelow(below));
+        let mut cache = run.model().kv_cache(&[4, 3]);
+        let passes: [&[(usize, &[u32])]; 2] = [&[(0, &[3, 9, 4]), (1, &[8])], &[(0, &[7]), (1, &[2])]];
+        let logits: Vec<f32> = passes.iter().flat_map(|new| run.model().decode(new, &mut cache)).collect();
+        let used = run.model().backend.pool().usage().used;
+        (logits, used)
+    };
+    let (resident, offloaded) = (logits(0), logits(layers));
+    assert!(resident.0 == offloaded.0);
+    assert!(resident.1 > offloaded.1, "{} bytes, {} of them offloaded", resident.1, offloaded.1);
 }
 
 #[test]

@@ -49,7 +49,11 @@ impl Machine {
 
     /// Runs a command on a golden case's model and its rows.
     fn run(&self, command: &str, case: &str, output: &str, options: &str, variables: &[(&str, &str)]) -> Output {
-        let case = golden(case);
+        self.run_in(command, &golden(case), output, options, variables)
+    }
+
+    /// Runs a command on the model and the rows in a folder.
+    fn run_in(&self, command: &str, case: &Path, output: &str, options: &str, variables: &[(&str, &str)]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_moewarden"))
             .arg(command)
             .arg("--model-name")
@@ -190,6 +194,102 @@ fn a_training_moves_the_weights_as_on_the_cpu() {
     let said = machine.ok_with("train", "olmoe", "between", &options, &[("STAND_IN_DEVICES", "3")]);
     assert!(said.contains("from GPU to GPU by NCCL 2.32.3") && said.contains("ranks: 3"), "{said}");
     assert!(machine.weights("between") == machine.weights("gpu-3"));
+}
+
+/// Streams that run as late as allowed show a slot that is read too early, and eager ones a slot that is overwritten too early.
+#[test]
+fn experts_in_host_memory_change_no_bit() {
+    let machine = Machine::new();
+    let on_host = "experts: those of the top 0 of 3 MoE layers stay on the GPU";
+    let text = |output: &str, file: &str| fs::read_to_string(machine.path(output).join(file)).unwrap();
+    let kinds: [(&str, &[(&str, &str)]); 3] = [("none", &[]), ("host", &[]), ("host", &[("STAND_IN_EAGER", "1")])];
+    let train = format!("{FEW} --num-rounds 1 --save-rounds none --expert-lr 1e-3 --router-lr 1e-3 --recompute always");
+    let eval = "--max-samples 2 --batch-size 1 --max-new-tokens 2 --threads 1 --device cuda";
+    for (i, (offload, variables)) in kinds.into_iter().enumerate() {
+        let ran = |command: &str, options: &str| {
+            let options = format!("{options} --offload {offload}");
+            let said = machine.ok_with(command, "olmoe", &format!("{command}-{i}"), &options, variables);
+            assert_eq!(said.contains(on_host), offload == "host", "{said}");
+        };
+        ran("identify", FEW);
+        ran("train", &train);
+        ran("eval", eval);
+        assert!(machine.scores(&format!("identify-{i}")) == machine.scores("identify-0"), "{offload}: scores");
+        assert!(machine.weights(&format!("train-{i}")) == machine.weights("train-0"), "{offload}: weights");
+        for (command, file) in [("eval", "eval.json"), ("eval", "generations.jsonl"), ("eval", "reply_losses.jsonl")] {
+            assert_eq!(text(&format!("{command}-{i}"), file), text(&format!("{command}-0"), file), "{offload}: {file}");
+        }
+    }
+    let source = Machine::weights_of(&golden("olmoe").join("model"));
+    assert!(machine.weights("train-0") != source, "training moves weights");
+
+    // New weights of several ranks, through the host and by NCCL.
+    for (devices, transport) in [("1", "host"), ("2", "nccl")] {
+        let [none, host] = ["none", "host"].map(|offload| {
+            let options = format!("{train} --ranks 2 --transport {transport} --offload {offload}");
+            let output = format!("train-{transport}-{offload}");
+            machine.ok_with("train", "olmoe", &output, &options, &[("STAND_IN_DEVICES", devices)]);
+            machine.weights(&output)
+        });
+        assert!(none == host, "{transport}");
+        assert!(none != source);
+    }
+}
+
+/// A folder with a model of 8 layers, of which only some fit on the GPU.
+fn eight_layers(machine: &Machine) -> PathBuf {
+    let folder = machine.path("eight");
+    fs::create_dir_all(folder.join("model")).unwrap();
+    let from = golden("olmoe");
+    fs::copy(from.join("data.json"), folder.join("data.json")).unwrap();
+    for entry in fs::read_dir(from.join("model")).unwrap() {
+        let entry = entry.unwrap();
+        if !entry.file_name().to_string_lossy().contains("safetensors") {
+            fs::copy(entry.path(), folder.join("model").join(entry.file_name())).unwrap();
+        }
+    }
+    let path = folder.join("model/config.json");
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    (config["num_hidden_layers"], config["intermediate_size"]) = (8.into(), 512.into());
+    fs::write(path, config.to_string()).unwrap();
+    folder
+}
+
+#[test]
+fn as_many_layers_as_fit_stay_on_the_gpu() {
+    let machine = Machine::new();
+    let model = eight_layers(&machine);
+    let options = format!("{FEW} --max-samples 1 --init random").replacen("--max-samples 2 ", "", 1);
+    let run = |command: &str, output: &str, more: &str, variables: &[(&str, &str)]| {
+        let ran = machine.run_in(command, &model, output, &format!("{options} {more}"), variables);
+        (ran.status.code(), String::from_utf8_lossy(&[ran.stdout, ran.stderr].concat()).into_owned())
+    };
+    let (code, said) = run("identify", "all", "", &[]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(!said.contains("MoE layers stay on the GPU"), "{said}");
+    // The workspace of cuBLAS, and less than the experts.
+    let little = [("STAND_IN_MEMORY", "44000000")];
+    let (code, said) = run("identify", "some", "", &little);
+    assert_eq!(code, Some(0), "{said}");
+    let top = said.split("those of the top ").nth(1).and_then(|rest| rest.split(' ').next());
+    let top: usize = top.unwrap_or_else(|| panic!("{said}")).parse().unwrap();
+    assert!((1..8).contains(&top), "{said}");
+    assert!(machine.scores("some") == machine.scores("all"));
+
+    let (code, said) = run("identify", "not", "--offload none", &little);
+    assert_eq!(code, Some(exit::LAUNCHER.into()), "{said}");
+    assert!(said.contains("--offload auto or host"), "{said}");
+    // With the state of training, fewer layers fit.
+    let (code, said) = run("check", "check", "", &little);
+    assert_eq!(code, Some(0), "{said}");
+    for part in [" of 8 MoE layers stay on the GPU", "bus: a forward pass copies", "/s just measured"] {
+        assert!(said.contains(part), "{part:?} is not in: {said}");
+    }
+    // The host refuses to pin so much.
+    let (code, said) = run("identify", "pinned", "--offload host", &[("STAND_IN_PINNED", "24000000")]);
+    assert_eq!(code, Some(exit::LAUNCHER.into()), "{said}");
+    assert!(said.contains("the host's memory is full") && said.contains("--offload none"), "{said}");
+    assert!(!said.contains("itself is at fault"), "{said}");
 }
 
 #[test]

@@ -6,7 +6,9 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use moewarden::backend::DeviceFault;
-use moewarden::backend::cuda::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo};
+use moewarden::backend::cuda::gpu::{
+    Address, Architecture, Arg, Error, Gemm, Gpu, Grid, HostAddress, Kernel, Load, MemoryInfo,
+};
 use moewarden::backend::cuda::nvidia::Nvidia;
 use moewarden::backend::cuda::nvidia::library::Surroundings;
 use moewarden::launch::kernel_cache;
@@ -177,6 +179,34 @@ impl<G: Deref<Target: Gpu> + Send + Sync + 'static> Gpu for Guarded<G> {
 
     fn zero(&self, at: Address, bytes: usize) -> Result<(), Error> {
         self.gpu.zero(at, bytes)
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<Option<HostAddress>, Error> {
+        self.gpu.allocate_host(bytes)
+    }
+
+    fn free_host(&self, at: HostAddress) -> Result<(), Error> {
+        self.gpu.free_host(at)
+    }
+
+    fn write_host(&self, to: HostAddress, bytes: &[u8]) -> Result<(), Error> {
+        self.gpu.write_host(to, bytes)
+    }
+
+    fn read_host(&self, from: HostAddress, bytes: &mut [u8]) -> Result<(), Error> {
+        self.gpu.read_host(from, bytes)
+    }
+
+    fn store(&self, from: Address, to: HostAddress, bytes: usize) -> Result<(), Error> {
+        self.gpu.store(from, to, bytes)
+    }
+
+    fn load(&self, from: HostAddress, to: Address, bytes: usize) -> Result<Load, Error> {
+        self.gpu.load(from, to, bytes)
+    }
+
+    fn await_load(&self, load: Load) -> Result<(), Error> {
+        self.gpu.await_load(load)
     }
 
     unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {

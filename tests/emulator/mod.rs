@@ -4,7 +4,7 @@
 pub mod device;
 
 use std::alloc::{Layout, alloc, dealloc};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{CStr, CString, c_char};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use gemm::Parallelism;
 use libloading::{Library, Symbol};
 use moewarden::backend::cuda::gpu::{
-    Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo, Module, Operand,
+    Address, Architecture, Arg, Error, Gemm, Gpu, Grid, HostAddress, Kernel, Load, MemoryInfo, Module, Operand,
 };
 use moewarden::backend::cuda::kernels::COMMON;
 use moewarden::backend::{Dtype, decode_into, encode_into};
@@ -43,6 +43,14 @@ struct State {
     blocks: BTreeMap<u64, usize>,
     used: usize,
     launches: u64,
+    /// Pinned host memory: bytes by address.
+    pinned: BTreeMap<u64, Vec<u8>>,
+    /// Loads that nothing has waited for yet. They run as late as allowed, so that premature reads are detected.
+    waiting: VecDeque<(HostAddress, Address, usize)>,
+    /// Loads that have run.
+    loaded: u64,
+    /// Kernels that were launched while a load was waiting.
+    beside_loads: u64,
 }
 
 impl Emulated {
@@ -58,6 +66,12 @@ impl Emulated {
     /// With `limit` bytes of memory.
     pub fn with_room(limit: usize) -> Self {
         Self { seed: 0, limit, state: Mutex::default() }
+    }
+
+    /// Number of loads so far, and of kernels that were launched before a queued load was needed.
+    pub fn loads(&self) -> (u64, u64) {
+        let state = self.lock();
+        (state.loaded + state.waiting.len() as u64, state.beside_loads)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -76,6 +90,31 @@ impl State {
         let found = self.blocks.range(..=at.0).next_back();
         let inside = found.is_some_and(|(start, len)| at.0 + bytes as u64 <= start + *len as u64);
         assert!(inside, "{bytes} bytes at {at:?} are not allocated");
+    }
+
+    /// Panics unless these bytes are within one allocation of pinned host memory.
+    #[track_caller]
+    fn pinned(&mut self, at: HostAddress, len: usize) -> &mut [u8] {
+        let found = self.pinned.range_mut(..=at.0).next_back();
+        let (start, bytes) = found.expect("pinned host memory");
+        let start = (at.0 - start) as usize;
+        &mut bytes[start..start + len]
+    }
+
+    /// Runs the first `count` loads.
+    fn run_loads(&mut self, count: u64) {
+        while self.loaded < count {
+            let (from, to, len) = self.waiting.pop_front().expect("a load");
+            self.check(to, len);
+            let source = self.pinned(from, len).to_vec();
+            // SAFETY: checked.
+            unsafe { bytes(to, len) }.copy_from_slice(&source);
+            self.loaded += 1;
+        }
+    }
+
+    fn run_all_loads(&mut self) {
+        self.run_loads(self.loaded + self.waiting.len() as u64);
     }
 
     /// Panics if a guard was overwritten.
@@ -141,6 +180,7 @@ impl Gpu for Emulated {
 
     fn free(&self, at: Address) -> Result<(), Error> {
         let mut state = self.lock();
+        assert!(state.waiting.iter().all(|(_, to, _)| *to != at), "freed before a load into it has run");
         let len = state.blocks.remove(&at.0).expect("an allocation");
         state.used -= len;
         // SAFETY: as it was allocated.
@@ -178,6 +218,51 @@ impl Gpu for Emulated {
         Ok(())
     }
 
+    fn allocate_host(&self, len: usize) -> Result<Option<HostAddress>, Error> {
+        let mut block = vec![POISON; len];
+        let at = block.as_mut_ptr() as u64;
+        self.lock().pinned.insert(at, block);
+        Ok(Some(HostAddress(at)))
+    }
+
+    fn free_host(&self, at: HostAddress) -> Result<(), Error> {
+        let mut state = self.lock();
+        state.run_all_loads();
+        state.pinned.remove(&at.0).expect("pinned host memory");
+        Ok(())
+    }
+
+    fn write_host(&self, to: HostAddress, from: &[u8]) -> Result<(), Error> {
+        let mut state = self.lock();
+        state.run_all_loads();
+        state.pinned(to, from.len()).copy_from_slice(from);
+        Ok(())
+    }
+
+    fn read_host(&self, from: HostAddress, to: &mut [u8]) -> Result<(), Error> {
+        to.copy_from_slice(self.lock().pinned(from, to.len()));
+        Ok(())
+    }
+
+    fn store(&self, from: Address, to: HostAddress, len: usize) -> Result<(), Error> {
+        let mut state = self.lock();
+        state.check(from, len);
+        // SAFETY: checked.
+        state.pinned(to, len).copy_from_slice(unsafe { bytes(from, len) });
+        Ok(())
+    }
+
+    fn load(&self, from: HostAddress, to: Address, len: usize) -> Result<Load, Error> {
+        let mut state = self.lock();
+        state.waiting.push_back((from, to, len));
+        Ok(Load(state.loaded + state.waiting.len() as u64 - 1))
+    }
+
+    fn await_load(&self, load: Load) -> Result<(), Error> {
+        self.lock().run_loads(load.0 + 1);
+        Ok(())
+    }
+
     /// It checks the argument list and, as far as it can, the pointers.
     unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {
         assert!(grid.shared <= self.architecture().shared, "{}: {} bytes of shared memory", kernel.name, grid.shared);
@@ -185,6 +270,7 @@ impl Gpu for Emulated {
         assert!(grid.blocks[1].max(grid.blocks[2]) <= 65535, "{}: too many blocks in y or z", kernel.name);
         let mut state = self.lock();
         state.launches += 1;
+        state.beside_loads += u64::from(!state.waiting.is_empty());
         for arg in args {
             if let &Arg::Pointer(at) = arg
                 && at != Address::NULL

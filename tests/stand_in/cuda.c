@@ -6,7 +6,9 @@
 //
 // With STAND_IN_MODULES, a folder of emulated modules (tests/emulator), NVRTC "compiles" module NAME to the path of
 // NAME.so there, and the emulated kernels run. Then the whole program works, and NCCL's ranks, threads of one process,
-// sum their own values. STAND_IN_MEMORY is the GPU's memory in bytes, STAND_IN_DEVICES the number of GPUs.
+// sum their own values. STAND_IN_MEMORY is the GPU's memory in bytes, STAND_IN_DEVICES the number of GPUs, STAND_IN_PINNED
+// the most pinned memory of the host. With STAND_IN_EAGER, all streams but the first run as early as allowed: so a buffer
+// that another stream overwrites too early is detected.
 //
 // Faults: the kernel whose name STAND_IN_BREAKS is (without its type) accesses an illegal address, after which every
 // call of the process fails, as on a GPU; the one of STAND_IN_HANGS never ends.
@@ -100,8 +102,11 @@ static void run_until(struct stream* s, int end) {
 static int push(struct stream* s, struct work w) {
     if (broken) return broken;
     while (s->queued - s->done == WAITING) run_until(s, s->done + 1);
-    LOCKED;
-    s->queue[s->queued++ % WAITING] = w;
+    {
+        LOCKED;
+        s->queue[s->queued++ % WAITING] = w;
+    }
+    if (s != streams && getenv("STAND_IN_EAGER")) run_until(s, s->queued);
     return OK;
 }
 
@@ -198,6 +203,9 @@ int cuMemGetInfo_v2(size_t* free, size_t* total) {
     return current ? OK : INVALID;
 }
 int cuMemHostAlloc(void** at, size_t bytes, unsigned flags) {
+    static size_t pinned;
+    const char* most = getenv("STAND_IN_PINNED");
+    if (__atomic_add_fetch(&pinned, bytes, __ATOMIC_RELAXED) > (most ? strtoull(most, 0, 10) : SIZE_MAX)) return OUT_OF_MEMORY;
     __atomic_add_fetch(&stand_in_open, 1, __ATOMIC_RELAXED);
     return (*at = malloc(bytes)) ? OK : OUT_OF_MEMORY;
 }

@@ -17,7 +17,7 @@ use crate::case::Case;
 #[test]
 fn examples_of_greedy_answers_are_exact_and_others_are_not() {
     let case = Case::open("olmoe");
-    let replica = case.session.replica(Arc::new(Cpu::new(2)), None, &Rank::single(Ui::silent()));
+    let replica = case.session.replica(Arc::new(Cpu::new(2)), None, &Rank::single(Ui::silent()), Default::default());
     let sampling = Sampling::greedy(6);
     let mut examples = Vec::new();
     for record in &case.session.data.records {

@@ -131,7 +131,7 @@ fn every_combination_of_options_is_in_the_table() {
         ..RunConfig::default()
     };
     let session = Session::open(&base, &base.recipe().unwrap(), &Ui::silent()).unwrap();
-    let replica = session.replica(Arc::new(Cpu::new(1)), None, &Rank::single(Ui::silent()));
+    let replica = session.replica(Arc::new(Cpu::new(1)), None, &Rank::single(Ui::silent()), Default::default());
     let methods = [
         (Method::Gradient, RandomMatch::Total),
         (Method::Routing, RandomMatch::Total),

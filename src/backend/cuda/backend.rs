@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::ops::{
-    attention, cross_entropy, dispatch, elements, grouped, kl, linear, norm, rope, route, rows, statistics, swiglu,
-    transfer, update,
+    attention, cross_entropy, dispatch, elements, grouped, kl, linear, norm, offload, rope, route, rows, statistics,
+    swiglu, transfer, update,
 };
 use super::{Buffer, Cuda, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
 use crate::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, RowLoss, Stacks};
@@ -65,6 +65,18 @@ impl Backend for Cuda {
     }
     fn weight(&self, host: HostTensor) -> Weight {
         transfer::weight(self, &host)
+    }
+    fn offload(&self, weights: Vec<Weight>) -> Vec<Weight> {
+        offload::offload(self, weights)
+    }
+    fn load_offloaded<'w>(&self, now: impl Iterator<Item = &'w Weight>, next: impl Iterator<Item = &'w Weight>) {
+        offload::request(now);
+        offload::request(next);
+    }
+    fn write_weight(&self, w: &mut Weight, value: HostTensor) {
+        if !offload::write(self, w, &value) {
+            *w = self.weight(value);
+        }
     }
     fn random_weight(&self, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Weight {
         elements::random_weight(self, dtype, shape, seed, std)

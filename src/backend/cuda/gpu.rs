@@ -20,6 +20,21 @@ impl Address {
     }
 }
 
+/// An address in pinned memory of the host: pages that stay where they are, so that the GPU copies them by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HostAddress(pub u64);
+
+impl HostAddress {
+    /// The address plus `bytes`.
+    pub fn offset(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+}
+
+/// The number of a [`Gpu::load`], counted from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load(pub u64);
+
 /// One argument of a kernel, of exactly the type that the kernel declares.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Arg {
@@ -165,7 +180,7 @@ pub enum Error {
     #[error(
         "the GPU's memory is full: {} requested, {} in use by this process, {} of {} free. \
          Try a smaller --batch-size, a smaller --max-length, --recompute always, a smaller --top-k-experts, \
-         or more ranks",
+         --offload host, or more ranks",
         gib(*.asked), gib(*.used), gib(.info.free), gib(.info.total)
     )]
     OutOfMemory {
@@ -175,6 +190,18 @@ pub enum Error {
         used: usize,
         /// Free and total memory, as the GPU reports them.
         info: MemoryInfo,
+    },
+    /// Pinned memory of the host was refused.
+    #[error(
+        "the host's memory is full: {} of pinned memory requested for experts that are not on the GPU, {} pinned by this \
+         process. Use a machine with more memory, fewer ranks on it, or a GPU with more memory and --offload none",
+        gib(*.asked), gib(*.used)
+    )]
+    OutOfHostMemory {
+        /// Bytes of the allocation.
+        asked: usize,
+        /// Bytes that this process has pinned for parameters.
+        used: usize,
     },
     /// Anything else: a kernel's fault, a lost device, an error of a library.
     #[error("{call}: {message}")]
@@ -196,7 +223,8 @@ fn gib(bytes: usize) -> String {
     format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
-/// A GPU, or an emulation of one. All work goes to one stream, so that it runs in the order of the calls.
+/// A GPU, or an emulation of one. All work goes to one stream, so that it runs in the order of the calls. Only
+/// [`Self::load`] runs beside it.
 pub trait Gpu: Send + Sync + 'static {
     /// The product name, such as "NVIDIA H200".
     fn name(&self) -> String;
@@ -237,6 +265,42 @@ pub trait Gpu: Send + Sync + 'static {
     /// # Errors
     /// A fault of the GPU.
     fn zero(&self, at: Address, bytes: usize) -> Result<(), Error>;
+    /// Allocates `bytes` > 0 bytes of pinned host memory; `None` if the host's memory is full.
+    ///
+    /// # Errors
+    /// Any other failure.
+    fn allocate_host(&self, bytes: usize) -> Result<Option<HostAddress>, Error>;
+    /// Frees pinned host memory, after all work queued so far and all loads.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn free_host(&self, at: HostAddress) -> Result<(), Error>;
+    /// Overwrites pinned host memory, after all work queued so far and all loads.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn write_host(&self, to: HostAddress, bytes: &[u8]) -> Result<(), Error>;
+    /// Reads pinned host memory, after the work queued so far.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn read_host(&self, from: HostAddress, bytes: &mut [u8]) -> Result<(), Error>;
+    /// Queues a copy to pinned host memory.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn store(&self, from: Address, to: HostAddress, bytes: usize) -> Result<(), Error>;
+    /// Queues a copy from pinned host memory beside the stream: it begins after the work queued so far, and only
+    /// [`Self::await_load`] makes later work wait for it. Loads run in the order of the calls.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn load(&self, from: HostAddress, to: Address, bytes: usize) -> Result<Load, Error>;
+    /// Makes the work that is queued from now on wait for a load, and those before it. The host does not wait.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn await_load(&self, load: Load) -> Result<(), Error>;
     /// Queues a kernel. No dimension of the grid is zero.
     ///
     /// # Safety

@@ -1,8 +1,8 @@
 //! The GPU backend: custom kernels (`kernels/*.cu`) and cuBLAS products, above the [`Gpu`] trait.
 //!
 //! Activations have one number format, BF16 or F32. Router logits, routing weights, losses, gradients of parameters,
-//! master weights and moments are F32, scores and statistics F64. Everything runs on one stream; only operations that
-//! return host values wait for it. `ops/` has the launchers, one file per family of operations, with the same names as
+//! master weights and moments are F32, scores and statistics F64. Everything runs on one stream, except for copies of
+//! parameters from the host (`ring.rs`); only operations that return host values wait for it. `ops/` has the launchers, one file per family of operations, with the same names as
 //! in `backend/cpu`.
 
 mod backend;
@@ -14,6 +14,7 @@ mod ops;
 pub mod plan;
 pub mod pool;
 pub mod profile;
+mod ring;
 mod tables;
 mod tensor;
 
@@ -25,15 +26,19 @@ use self::launch::Element;
 use self::plan::{AttentionForm, Form, Grouped, Operation};
 use self::pool::{Memory, Pool, Reuse};
 use self::profile::Times;
+use self::ring::Ring;
+pub use self::ring::SLOTS;
 use self::tables::Tables;
 use self::tensor::{Angles, Array};
-pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
+pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Staged, Tensor, Weight};
 use super::{DeviceFault, Dtype};
 
 /// One GPU.
 pub struct Cuda {
     gpu: Arc<dyn Gpu>,
     pool: Arc<Pool>,
+    /// The room of parameters in the host's memory.
+    ring: Arc<Ring>,
     /// Number format of the activations.
     compute: Dtype,
     /// The limit that `free_memory` plans with, in bytes.
@@ -65,9 +70,11 @@ impl Cuda {
     /// The same, but it plans with `room` bytes: for backends that share a GPU.
     pub fn with_room(gpu: Arc<dyn Gpu>, compute: Dtype, reuse: Reuse, room: usize) -> Self {
         assert!(compute != Dtype::F16, "activations are F32 or BF16");
+        let pool = Pool::new(gpu.clone(), reuse);
         Self {
             room,
-            pool: Pool::new(gpu.clone(), reuse),
+            ring: Ring::new(gpu.clone(), pool.clone()),
+            pool,
             gpu,
             compute,
             forms: Grouped::form,
@@ -127,6 +134,24 @@ impl Cuda {
     /// even.
     pub fn set_weight_part(&self, w: &mut Weight, start: usize, values: &Buffer, at: Range<usize>) {
         ops::update::set_weight_part(self, w, start, values, at);
+    }
+
+    /// Room on the GPU for a new value of `w`, if it lies in the host's memory.
+    pub fn stage(&self, w: &Weight) -> Option<Staged> {
+        ops::offload::stage(self, w)
+    }
+
+    /// Queues the copy of a new value to the host.
+    pub fn store(&self, staged: Staged) {
+        ops::offload::store(self, staged);
+    }
+
+    /// Bytes per second from pinned memory of the host to the GPU, measured now; `None` if the memory of either is full.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    pub fn measure_bus(&self) -> Result<Option<f64>, Error> {
+        ops::offload::measure_bus(self)
     }
 
     /// Uninitialized memory.

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, Kernel, MemoryInfo};
+use super::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, HostAddress, Kernel, Load, MemoryInfo};
 
 /// A GPU that waits for each operation before the next. This slows a run down by some microseconds per operation, and
 /// nothing overlaps.
@@ -100,6 +100,40 @@ impl Gpu for Profiled {
 
     fn zero(&self, at: Address, bytes: usize) -> Result<(), Error> {
         self.timed(|| "zero".into(), || self.gpu.zero(at, bytes))
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<Option<HostAddress>, Error> {
+        self.timed(|| "allocation of pinned host memory".into(), || self.gpu.allocate_host(bytes))
+    }
+
+    fn free_host(&self, at: HostAddress) -> Result<(), Error> {
+        self.gpu.free_host(at)
+    }
+
+    fn write_host(&self, to: HostAddress, bytes: &[u8]) -> Result<(), Error> {
+        self.gpu.write_host(to, bytes)
+    }
+
+    fn read_host(&self, from: HostAddress, bytes: &mut [u8]) -> Result<(), Error> {
+        self.gpu.read_host(from, bytes)
+    }
+
+    fn store(&self, from: Address, to: HostAddress, bytes: usize) -> Result<(), Error> {
+        self.timed(|| "parameters to the host".into(), || self.gpu.store(from, to, bytes))
+    }
+
+    /// Timed to its end, so that it does not overlap with anything.
+    fn load(&self, from: HostAddress, to: Address, bytes: usize) -> Result<Load, Error> {
+        let run = || {
+            let load = self.gpu.load(from, to, bytes)?;
+            self.gpu.await_load(load)?;
+            Ok(load)
+        };
+        self.timed(|| "experts of a layer from the host".into(), run)
+    }
+
+    fn await_load(&self, load: Load) -> Result<(), Error> {
+        self.gpu.await_load(load)
     }
 
     unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {

@@ -1,10 +1,12 @@
 //! Tensors, weights and other data in the GPU's memory.
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use super::gpu::Address;
 use super::launch::{Any, Element, In, InOut, Out, Pointer};
 use super::pool::Memory;
+use super::ring::Block;
 use crate::backend::Dtype;
 
 /// Activations: a dense row-major matrix of F32 or BF16.
@@ -78,11 +80,45 @@ impl Tensor {
     }
 }
 
-/// A parameter in its stored number format. Its address never changes; a training step overwrites its value.
+/// A parameter in its stored number format; a training step overwrites its value.
 pub struct Weight {
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
-    pub(super) memory: Memory,
+    pub(super) place: Place,
+}
+
+/// Where a parameter lies.
+pub(super) enum Place {
+    /// On the GPU, at an address that never changes.
+    Gpu(Memory),
+    /// In pinned memory of the host; copied to the GPU for each use.
+    Host(InBlock),
+}
+
+/// A parameter in a block in the host's memory.
+#[derive(Clone)]
+pub(super) struct InBlock {
+    pub(super) block: Arc<Block>,
+    /// Its offset in bytes.
+    pub(super) offset: usize,
+}
+
+/// Room on the GPU for the new value of a parameter that lies in the host's memory.
+pub struct Staged {
+    pub(super) weight: Weight,
+    pub(super) to: InBlock,
+}
+
+impl Staged {
+    /// The room.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// The room, to be written.
+    pub fn weight_mut(&mut self) -> &mut Weight {
+        &mut self.weight
+    }
 }
 
 impl Weight {
@@ -111,9 +147,26 @@ impl Weight {
         self.dtype
     }
 
-    /// The first element.
+    /// Bytes of all elements.
+    pub(super) fn bytes(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+
+    /// Its place in the host's memory, if it lies there.
+    pub(super) fn in_block(&self) -> Option<&InBlock> {
+        match &self.place {
+            Place::Gpu(_) => None,
+            Place::Host(at) => Some(at),
+        }
+    }
+
+    /// The first element, for reading. That of a parameter in the host's memory is in a slot on the GPU, for work that is queued
+    /// before parameters of other layers are used.
     pub fn address(&self) -> Address {
-        self.memory.address()
+        match &self.place {
+            Place::Gpu(memory) => memory.address(),
+            Place::Host(at) => at.block.address().offset(at.offset),
+        }
     }
 
     /// The elements, for a kernel that reads them.
@@ -121,9 +174,12 @@ impl Weight {
         Pointer::new(self.address(), self.dtype)
     }
 
-    /// The elements, for a kernel that overwrites them.
+    /// The elements, for a kernel that overwrites them. Panics if they lie in the host's memory.
     pub(super) fn output(&mut self) -> Out<'_, Any> {
-        Pointer::new(self.address(), self.dtype)
+        match &self.place {
+            Place::Gpu(memory) => Pointer::new(memory.address(), self.dtype),
+            Place::Host(_) => panic!("a kernel cannot write a parameter in the host's memory"),
+        }
     }
 }
 

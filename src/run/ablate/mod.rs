@@ -14,6 +14,7 @@ pub(super) use verify::{report_again, verify};
 use check::{CausalCheck, Judged};
 
 use super::dense::fit_recipe;
+use super::forecast::forward_passes;
 use super::prepare;
 use super::session::Session;
 use crate::backend::Backend;
@@ -86,7 +87,13 @@ impl RankInputs<'_> {
     ) -> Result<Ended<()>> {
         let Self { session, config, recipe, args, rank } = *self;
         let ui = &rank.ui;
-        let mut replica = session.replica(backend, transport, rank);
+        let offloaded = prepare::place_experts(session, config, rank, 1, &*backend, |budget| {
+            let prompts = session.data.records.iter().filter_map(|r| Some(r.unsafe_prompt.as_ref()?.len()));
+            let prompts: Vec<usize> = prompts.collect();
+            let replies = (&*prompts, args.max_new_tokens, config.generation_batch_size);
+            forward_passes(session, recipe.batch_size, replies, budget)
+        })?;
+        let mut replica = session.replica(backend, transport, rank, offloaded);
         can_switch_off(&mut replica, selected, args.switch).map_err(|reason| {
             let message =
                 format!("{}: {reason}; give fewer experts of a layer, or --switch zero", args.experts.display());

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::config::{CompareArgs, EvalArgs, RunConfig};
+use crate::config::{CompareArgs, Device, EvalArgs, Offload, RunConfig};
 use crate::exit::{self, Ended, Failure, Result};
 use crate::launch::Started;
 use crate::report::{EvalReport, Evaluated, Measure, ORIGINAL, drift_by_reply, outcomes};
@@ -117,6 +117,7 @@ impl Evaluations<'_> {
             output_dir,
             device: c.device,
             precision: c.precision,
+            offload: if c.device == Device::Cpu { Offload::Auto } else { c.offload },
             ranks: c.ranks,
             threads: c.threads,
             timeout: c.timeout,

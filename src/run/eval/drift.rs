@@ -6,7 +6,7 @@ use crate::backend::Backend;
 use crate::config::EvalArgs;
 use crate::exit::{self, Failure, Result};
 use crate::launch::Rank;
-use crate::model::Model;
+use crate::model::{Model, OffloadedBelow};
 use crate::report::DriftReport;
 use crate::run::other_routing::{OtherModel, open_alike};
 use crate::run::session::Session;
@@ -53,8 +53,10 @@ impl Other {
         recipe: &Recipe,
         backend: Arc<B>,
         rank: &Rank,
+        offloaded: OffloadedBelow,
     ) -> Result<OtherOutputs<B>> {
-        let model = Model::new(backend.clone(), session.model.clone(), self.0.table.clone());
+        let (config, table) = (session.model.clone(), self.0.table.clone());
+        let model = Model::offloaded(backend.clone(), config, table, offloaded);
         let head = self.0.table.weight(&*backend, model.head());
         let replica = Replica::new(model, rank.world.clone());
         replica.world.set_activity("the outputs of the model of --drift-from");

@@ -22,6 +22,7 @@ use logged::Generated;
 use options::{DecidingOptions, Machine};
 use questions::{AskingQuestions, Questions};
 
+use super::forecast::forward_passes;
 use super::generate::Answer;
 use super::other_routing::{use_other_routing, weights_sha};
 use super::prepare;
@@ -36,6 +37,7 @@ use crate::experts::RoutingTokens;
 use crate::files;
 use crate::judge::Rate;
 use crate::launch::{Device, Opened, Rank, Started};
+use crate::model::OffloadedBelow;
 use crate::report::{
     DriftReport, EVAL_SCHEMA, EvalReport, EvalTimes, EvaluatedModel, ExactRate, MeanLoss, PromptSide,
     REPLY_LOSS_SCHEMA, REPLY_LOSSES, ReplyLossRow, RoutingDifference, Sampling, TIMES_SCHEMA, cut_off_warning,
@@ -88,9 +90,31 @@ struct Inputs {
 
 impl Inputs {
     /// What the model of `--drift-from` computes, before the evaluated model takes its place on the device.
-    fn other_outputs<B: Backend>(&self, backend: &Arc<B>, rank: &Rank) -> Result<Option<OtherOutputs<B>>> {
-        let outputs = |other: &Other| other.outputs(&self.session, &self.recipe, backend.clone(), rank);
+    fn other_outputs<B: Backend>(
+        &self,
+        backend: &Arc<B>,
+        rank: &Rank,
+        offloaded: OffloadedBelow,
+    ) -> Result<Option<OtherOutputs<B>>> {
+        let outputs = |other: &Other| other.outputs(&self.session, &self.recipe, backend.clone(), rank, offloaded);
         self.drift_from.as_ref().map(outputs).transpose()
+    }
+
+    /// Where the routed experts of the evaluated model lie, and of the one that decides its routing.
+    fn place_experts<B: Backend>(&self, config: &RunConfig, backend: &B, rank: &Rank) -> Result<OffloadedBelow> {
+        let (args, session) = (&self.args, &self.session);
+        let models = if session.route_as.is_some() { 2 } else { 1 };
+        prepare::place_experts(session, config, rank, models, backend, |budget| {
+            let of_record = |r: &Record| [&r.unsafe_prompt, &r.safe_prompt].map(|p| p.as_ref().map_or(0, Vec::len));
+            let mut prompts: Vec<usize> = session.data.records.iter().flat_map(of_record).collect();
+            if args.skip_answers {
+                prompts.clear();
+            }
+            let questions = self.questions.as_ref().map(Questions::longest);
+            prompts.extend(questions.into_iter().flat_map(|longest| vec![longest; args.generation_batch_size]));
+            let replies = (&*prompts, args.max_new_tokens, args.generation_batch_size);
+            forward_passes(session, args.batch_size, replies, budget)
+        })
     }
 
     /// The prompts to answer.
@@ -177,12 +201,13 @@ fn evaluate(inputs: Inputs, config: &RunConfig, started: &Started, ui: &Ui) -> R
         let session = &inputs.session;
         let answered = match device.open(&config, session.workload(config.batch_size), rank)? {
             Opened::Cpu(cpu) => {
-                let other = inputs.other_outputs(&cpu, rank)?;
-                evaluation.run(rank, &session.replica(cpu, None, rank), other)
+                let other = inputs.other_outputs(&cpu, rank, OffloadedBelow::default())?;
+                evaluation.run(rank, &session.replica(cpu, None, rank, OffloadedBelow::default()), other)
             }
             Opened::Cuda(cuda, transport) => {
-                let other = inputs.other_outputs(&cuda, rank)?;
-                evaluation.run(rank, &session.replica(cuda, transport, rank), other)
+                let offloaded = inputs.place_experts(&config, &*cuda, rank)?;
+                let other = inputs.other_outputs(&cuda, rank, offloaded)?;
+                evaluation.run(rank, &session.replica(cuda, transport, rank, offloaded), other)
             }
         };
         // By now the evaluated model is freed.

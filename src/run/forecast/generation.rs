@@ -4,7 +4,7 @@ use super::time::{Forecast, of_replies};
 use super::work::{TokenWork, Tokens, Work, generation_step};
 use crate::config::RunConfig;
 use crate::data::Record;
-use crate::model::kv_cache_bytes;
+use crate::model::{ModelConfig, kv_cache_bytes};
 use crate::run::generate::{PROMPT_TOKENS, batches, cache_tokens, verify_new_tokens};
 use crate::run::session::Session;
 use crate::train::memory::{Activations, MemoryBudget};
@@ -45,18 +45,27 @@ impl Asked {
 impl GenerationMemory {
     /// Of the replies on which routing is counted, or of the causal check.
     pub fn new(session: &Session, config: &RunConfig, recipe: &Recipe, budget: &MemoryBudget) -> Self {
-        let mut largest = Self::default();
         let Asked { counted, verified } = Asked::of(session, config, recipe);
-        for (lengths, max_new_tokens) in counted.iter().chain(&verified) {
-            let Some(batch) = batches(lengths, config.generation_batch_size).into_iter().next() else { continue };
-            let lengths: Vec<usize> = batch.into_iter().map(|i| lengths[i]).collect();
-            let rows = lengths[0].max(PROMPT_TOKENS.min(lengths.iter().sum()));
-            let tokens = cache_tokens(lengths, *max_new_tokens);
-            let cache = kv_cache_bytes(&session.model, tokens, budget.activation_size);
-            let working = Activations::predict(&session.model, rows, budget).working;
-            largest = Self { cache: largest.cache.max(cache), working: largest.working.max(working) };
-        }
-        largest
+        let each = counted.iter().chain(&verified).map(|(lengths, max_new_tokens)| {
+            Self::of_prompts(lengths, *max_new_tokens, config.generation_batch_size, &session.model, budget)
+        });
+        each.fold(Self::default(), |a, b| Self { cache: a.cache.max(b.cache), working: a.working.max(b.working) })
+    }
+
+    /// Of replies of at most `max_new_tokens` tokens to prompts of these lengths, in batches of `batch_size`.
+    pub fn of_prompts(
+        lengths: &[usize],
+        max_new_tokens: usize,
+        batch_size: usize,
+        model: &ModelConfig,
+        budget: &MemoryBudget,
+    ) -> Self {
+        let Some(batch) = batches(lengths, batch_size).into_iter().next() else { return Self::default() };
+        let lengths: Vec<usize> = batch.into_iter().map(|i| lengths[i]).collect();
+        let rows = lengths[0].max(PROMPT_TOKENS.min(lengths.iter().sum()));
+        let tokens = cache_tokens(lengths, max_new_tokens);
+        let cache = kv_cache_bytes(model, tokens, budget.activation_size);
+        Self { cache, working: Activations::predict(model, rows, budget).working }
     }
 
     /// All of it.

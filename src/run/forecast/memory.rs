@@ -1,6 +1,7 @@
 //! The memory of a run, predicted from shapes.
 
 use super::generation::GenerationMemory;
+use super::placement::ExpertPlacement;
 use crate::config::RunConfig;
 use crate::exit::{self, Failure, Result};
 use crate::launch::memory::human;
@@ -12,12 +13,16 @@ use crate::train::{Recipe, Trained};
 /// The predicted peak memory of one rank, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryForecast {
-    /// All weights.
+    /// All weights, except for those of a device that are in the host's memory; with the room through which these pass.
     pub weights: u64,
+    /// Which routed experts are in the host's memory.
+    pub placement: ExpertPlacement,
     /// Whether they are memory-mapped, so that the kernel may drop them and read them again.
     pub mapped: bool,
     /// Free memory, that of the mapped weights included.
     pub free: u64,
+    /// Whether it is the memory of a device.
+    pub device: bool,
     /// Activations of the largest micro-batches.
     pub activations: u64,
     /// Gradients, optimizer state and new weights.
@@ -41,24 +46,22 @@ impl MemoryForecast {
         trained: usize,
         world_size: usize,
         budget: MemoryBudget,
+        placement: ExpertPlacement,
     ) -> Self {
         let rows = session.longest_batch(recipe.batch_size);
         let activations = Activations::predict(&session.model, rows, &budget);
         let layers = session.model.layers.len();
-        let unsafe_examples = session.data.records.iter().filter(|r| r.unsafe_reply.is_some()).count();
-        let forwards = recipe.forwards_at_once(unsafe_examples);
-        let loaded = loaded(session, trained, world_size, budget);
+        let forwards = forwards(session, recipe);
+        let loaded = loaded(session, trained, world_size, budget, placement);
         let kept = activations.kept_layers(recipe.recompute, layers, 0, &loaded, forwards);
         let keep_from = kept.keep_from(layers, 0);
-        // The divergence from the base model needs the base's head, if the run trains the head. On the host it is memory-mapped.
-        let copied_head = recipe.retain.is_some() && recipe.trained() == Some(Trained::Everything) && budget.device;
-        let base_head =
-            if copied_head { session.model.vocab_size * session.model.hidden_size * head_size(session) } else { 0 };
         let waiting = activations.peak(layers, 0, keep_from) - activations.working;
         Self {
-            weights: (session.table.total().bytes + base_head) as u64,
+            weights: placement.on_device(session.table.total().bytes as u64) + base_head(session, recipe, budget),
+            placement,
             mapped: is_mapped(session, budget),
             free: budget.free,
+            device: budget.device,
             activations: waiting.saturating_mul(forwards as u64).saturating_add(activations.working),
             state: trained_state(session, trained, world_size, budget),
             generation: GenerationMemory::new(session, config, recipe, &budget),
@@ -66,6 +69,25 @@ impl MemoryForecast {
             forwards,
             kept_layers: layers - keep_from,
         }
+    }
+
+    /// Where routed experts lie in a run that trains at most `trained` elements at once, on `world_size` ranks: beside what passes
+    /// need at least, and the trained state.
+    pub fn place_experts(
+        session: &Session,
+        config: &RunConfig,
+        recipe: &Recipe,
+        trained: usize,
+        world_size: usize,
+        budget: MemoryBudget,
+    ) -> ExpertPlacement {
+        let rows = session.longest_batch(recipe.batch_size);
+        let activations = Activations::predict(&session.model, rows, &budget);
+        let passes = activations.least(recipe.recompute, session.model.layers.len(), forwards(session, recipe));
+        let passes = passes.max(GenerationMemory::new(session, config, recipe, &budget).total());
+        let state = trained_state(session, trained, world_size, budget);
+        let needs = room_for_passes(passes) + state.whole + state.sharded + base_head(session, recipe, budget);
+        ExpertPlacement::plan(config.offload, &session.table, 1, needs, &budget)
     }
 
     /// What a rank uses if there is enough memory.
@@ -89,7 +111,8 @@ impl MemoryForecast {
     ///
     /// # Errors
     /// What is needed, what is free, and what helps.
-    pub fn check(&self, force: bool) -> Result<()> {
+    pub fn check(&self, budget: &MemoryBudget, force: bool) -> Result<()> {
+        self.placement.check(budget, force)?;
         let far_beyond = self.needed() > self.free.saturating_add(self.free / 4);
         if force || !far_beyond {
             return Ok(());
@@ -114,11 +137,17 @@ impl MemoryForecast {
             ))
         } else {
             Some(format!(
-                "{} are missing: --recompute always, a smaller --batch-size, --max-length or --top-k-experts, or ranks on more \
+                "{} are missing: --recompute always, a smaller --batch-size, --max-length or --top-k-experts,{} or ranks on more \
                  machines need less",
-                human(self.needed() - self.free)
+                human(self.needed() - self.free),
+                if self.can_offload() { " --offload auto or host," } else { "" },
             ))
         }
+    }
+
+    /// Whether there are experts on a device that could be in the host's memory.
+    fn can_offload(&self) -> bool {
+        self.device && self.placement.offloaded < self.placement.moe_layers
     }
 
     /// The forecast in text.
@@ -139,7 +168,7 @@ impl MemoryForecast {
         format!(
             "memory a rank: weights {}{mapped}, activations {} for {of} of up to {rows} tokens ({kept_layers} of {} layers \
              kept, the others recomputed){replies}, trained state {} ({} {}, 1/{world_size} of masters and moments {}): {} in total; {} \
-             free{}",
+             free{}{}",
             human(self.weights),
             human(self.activations),
             session.model.layers.len(),
@@ -150,8 +179,41 @@ impl MemoryForecast {
             human(self.total()),
             human(self.free),
             self.shortage().map_or_else(String::new, |shortage| format!(". {shortage}")),
+            self.placement.describe().map_or_else(String::new, |placement| format!("\n{placement}")),
         )
     }
+}
+
+/// The memory in which passes that need so much run: in an eighth more, for fragmentation.
+pub fn room_for_passes(bytes: u64) -> u64 {
+    bytes.saturating_add(bytes / 7)
+}
+
+/// Bytes of forward passes alone: over the rows, and of replies of at most `max_new_tokens` tokens to prompts of these lengths.
+pub fn forward_passes(
+    session: &Session,
+    batch_size: usize,
+    (prompts, max_new_tokens, generation_batch_size): (&[usize], usize, usize),
+    budget: &MemoryBudget,
+) -> u64 {
+    let rows = Activations::predict(&session.model, session.longest_batch(batch_size), budget);
+    let rows = rows.input + rows.kept + rows.working;
+    let replies =
+        GenerationMemory::of_prompts(prompts, max_new_tokens.max(1), generation_batch_size, &session.model, budget);
+    rows.max(replies.total())
+}
+
+/// Forward passes that wait for their backward at the same time.
+fn forwards(session: &Session, recipe: &Recipe) -> usize {
+    recipe.forwards_at_once(session.data.records.iter().filter(|r| r.unsafe_reply.is_some()).count())
+}
+
+/// Bytes of the base model's head: the divergence from the base model needs it, if the run trains the head. On the host it is
+/// memory-mapped.
+fn base_head(session: &Session, recipe: &Recipe, budget: MemoryBudget) -> u64 {
+    let copied = recipe.retain.is_some() && recipe.trained() == Some(Trained::Everything) && budget.device;
+    let head = session.model.vocab_size * session.model.hidden_size * head_size(session);
+    if copied { head as u64 } else { 0 }
 }
 
 /// Bytes of an element of the head.
@@ -168,9 +230,16 @@ fn is_mapped(session: &Session, budget: MemoryBudget) -> bool {
 
 /// The memory that is left once weights and trained state are loaded. On the host the weights of a checkpoint stay
 /// memory-mapped, and their pages count as free.
-fn loaded(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> MemoryBudget {
+fn loaded(
+    session: &Session,
+    trained: usize,
+    world_size: usize,
+    budget: MemoryBudget,
+    placement: ExpertPlacement,
+) -> MemoryBudget {
     let state = trained_state(session, trained, world_size, budget);
-    let resident = if is_mapped(session, budget) { 0 } else { session.table.total().bytes as u64 };
+    let total = session.table.total().bytes as u64;
+    let resident = if is_mapped(session, budget) { 0 } else { placement.on_device(total) };
     MemoryBudget { free: budget.free.saturating_sub(resident + state.whole + state.sharded), ..budget }
 }
 
@@ -189,10 +258,21 @@ mod tests {
     fn mapped_weights_take_what_is_left_of_the_memory() {
         let state = TrainedState { whole: 20, sharded: 30 };
         let generation = GenerationMemory::default();
+        let budget = MemoryBudget {
+            activation_size: 4,
+            routed_size: 4,
+            logit_rows: 0,
+            vocab_size: 8,
+            free: 0,
+            host: 0,
+            device: false,
+        };
         let of = |mapped, free| MemoryForecast {
             weights: 100,
+            placement: ExpertPlacement::default(),
             mapped,
             free,
+            device: false,
             activations: 7,
             state,
             generation,
@@ -212,11 +292,18 @@ mod tests {
             let shortage = forecast.shortage().unwrap_or_default();
             assert_eq!(shortage.is_empty(), said.is_empty());
             assert!(shortage.contains(said), "{shortage}");
-            assert!(forecast.check(false).is_ok(), "within the error of the forecast");
+            assert!(forecast.check(&budget, false).is_ok(), "within the error of the forecast");
         }
         let far_beyond = of(false, 100);
-        let refused = far_beyond.check(false).unwrap_err().to_string();
+        let refused = far_beyond.check(&budget, false).unwrap_err().to_string();
         assert!(refused.contains("157 B") && refused.contains("100 B") && refused.contains("--force"), "{refused}");
-        assert!(far_beyond.check(true).is_ok());
+        assert!(far_beyond.check(&budget, true).is_ok());
+        let on_a_gpu = |offloaded| MemoryForecast {
+            device: true,
+            placement: ExpertPlacement { moe_layers: 3, offloaded, ..ExpertPlacement::default() },
+            ..far_beyond
+        };
+        assert!(on_a_gpu(2).shortage().unwrap().contains("--offload"));
+        assert!(!on_a_gpu(3).shortage().unwrap().contains("--offload"), "all experts are in the host's memory");
     }
 }

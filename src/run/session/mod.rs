@@ -16,7 +16,9 @@ use crate::experts::{self, RoutingTokens, SelectionLimits, selection_hash};
 use crate::launch::hub_cache;
 use crate::launch::memory::{human, human_count};
 use crate::launch::{Rank, Workload};
-use crate::model::{Checkpoint, LayerKind, Model, ModelConfig, ParamTable, RandomInit, left_over_quantization};
+use crate::model::{
+    Checkpoint, LayerKind, Model, ModelConfig, OffloadedBelow, ParamTable, RandomInit, left_over_quantization,
+};
 use crate::quote::quote;
 use crate::report::ExpertsFile;
 use crate::train::{CountedReplies, DeviceTransport, Recipe, Replica, RetainRows, ScoreBy, Training};
@@ -233,19 +235,22 @@ impl Session {
         self.traces.as_ref().map(|(_, traces)| traces)
     }
 
-    /// A copy of the model on the device of one rank.
+    /// A copy of the model on the device of one rank, with routed experts of lower layers in the host's memory.
     pub fn replica<B: Backend>(
         &self,
         backend: Arc<B>,
         transport: Option<Arc<dyn DeviceTransport<B>>>,
         rank: &Rank,
+        offloaded: OffloadedBelow,
     ) -> Replica<B> {
-        let mut model = Model::new(backend.clone(), self.model.clone(), self.table.clone());
+        let model =
+            |table: &ParamTable| Model::offloaded(backend.clone(), self.model.clone(), table.clone(), offloaded);
+        let mut replica_model = model(&self.table);
         if let Some(table) = &self.route_as {
-            let guide = Model::new(backend, self.model.clone(), table.clone());
-            model.route_as(guide).expect("the same configuration");
+            let guide = model(table);
+            replica_model.route_as(guide).expect("the same configuration");
         }
-        let mut replica = Replica::new(model, rank.world.clone());
+        let mut replica = Replica::new(replica_model, rank.world.clone());
         replica.transport = transport;
         replica.stop = rank.stop.clone();
         replica.fault = rank.fault.clone();

@@ -119,10 +119,10 @@ impl<'a> RankInputs<'a> {
     ) -> Result<Ended<TrainSummary>> {
         let Self { session, config, recipe, rank, .. } = self;
         let trained = recipe.trained_elements(&session.table, &session.model).at_once;
-        let predicted_memory = prepare::predict_memory(session, config, recipe, rank, trained, &*backend)?;
+        let (predicted_memory, offloaded) = prepare::predict_memory(session, config, recipe, rank, trained, &*backend)?;
         let clock = Instant::now();
 
-        let (mut run, snapshot) = self.begin(session.replica(backend, transport, rank))?;
+        let (mut run, snapshot) = self.begin(session.replica(backend, transport, rank, offloaded))?;
         if let Some(snapshot) = &snapshot {
             run.write_rounds_again(snapshot.state.position)?;
         }

@@ -9,6 +9,7 @@ mod cublas;
 mod driver;
 mod error;
 pub mod library;
+mod loads;
 mod names;
 mod nvrtc;
 mod staging;
@@ -27,9 +28,10 @@ pub use self::driver::Driver;
 use self::driver::driver_says;
 pub use self::error::Error;
 use self::library::{Library, Surroundings};
+use self::loads::Loads;
 pub use self::nvrtc::{Compiled, Nvrtc, options};
 use self::staging::Staging;
-use super::gpu::{self, Address, Architecture, Arg, Gemm, Gpu, Grid, Kernel, MemoryInfo, Module};
+use super::gpu::{self, Address, Architecture, Arg, Gemm, Gpu, Grid, HostAddress, Kernel, Load, MemoryInfo, Module};
 use super::kernels::{self, MODULES};
 
 /// The oldest compute capability with bf16.
@@ -39,7 +41,7 @@ const SHARED_WITHOUT_OPT_IN: usize = 48 << 10;
 /// Copies of at most this many bytes do not use the large staging buffers.
 const SMALL: usize = 64 << 10;
 
-/// One GPU: a context, and one stream for all its work.
+/// One GPU: a context, one stream for all its work, and one for loads.
 pub struct Nvidia {
     name: String,
     /// Versions of the driver and the libraries, for the log.
@@ -51,6 +53,7 @@ pub struct Nvidia {
     modules: HashMap<&'static str, sys::CUmodule>,
     functions: Mutex<HashMap<(&'static str, &'static str), Function>>,
     staging: Mutex<Option<Staging>>,
+    loads: Mutex<Option<Loads>>,
     /// Dropped last, because it owns the context.
     context: Arc<CudaContext>,
 }
@@ -123,6 +126,7 @@ impl Nvidia {
             modules: HashMap::new(),
             functions: Mutex::default(),
             staging: Mutex::default(),
+            loads: Mutex::default(),
             context,
         };
         for (module, cubin) in modules.iter().zip(cubins) {
@@ -214,6 +218,22 @@ impl Nvidia {
             none => none.insert(Staging::new()?),
         };
         copy(staging)
+    }
+
+    fn with_loads<T>(&self, run: impl FnOnce(&mut Loads) -> Result<T, DriverError>) -> Result<T, DriverError> {
+        let mut loads = lock(&self.loads);
+        let loads = match &mut *loads {
+            Some(loads) => loads,
+            none => none.insert(Loads::new()?),
+        };
+        run(loads)
+    }
+
+    /// Waits for both streams.
+    fn synchronize_all(&self) -> Result<(), gpu::Error> {
+        self.synchronize()?;
+        let loads = lock(&self.loads);
+        loads.as_ref().map_or(Ok(()), Loads::synchronize).map_err(fault("cuStreamSynchronize"))
     }
 }
 
@@ -343,6 +363,58 @@ impl Gpu for Nvidia {
         unsafe { result::memset_d8_async(at.0, 0, bytes, self.stream) }.map_err(fault("cuMemsetD8Async"))
     }
 
+    fn allocate_host(&self, bytes: usize) -> Result<Option<HostAddress>, gpu::Error> {
+        self.bind()?;
+        // SAFETY: the caller frees it after its last use.
+        match unsafe { result::malloc_host(bytes, 0) } {
+            Ok(at) => Ok(Some(HostAddress(at as u64))),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
+            Err(e) => Err(fault("cuMemHostAlloc")(e)),
+        }
+    }
+
+    fn free_host(&self, at: HostAddress) -> Result<(), gpu::Error> {
+        self.synchronize_all()?;
+        // SAFETY: it came from `allocate_host`, and the work that used it is done.
+        unsafe { result::free_host(at.0 as *mut c_void) }.map_err(fault("cuMemFreeHost"))
+    }
+
+    fn write_host(&self, to: HostAddress, bytes: &[u8]) -> Result<(), gpu::Error> {
+        self.synchronize_all()?;
+        // SAFETY: the range is in the caller's allocation, and no queued work uses it.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    fn read_host(&self, from: HostAddress, bytes: &mut [u8]) -> Result<(), gpu::Error> {
+        self.synchronize()?;
+        // SAFETY: the range is in the caller's allocation, and no queued work writes it: loads only read.
+        unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn store(&self, from: Address, to: HostAddress, bytes: usize) -> Result<(), gpu::Error> {
+        self.bind()?;
+        // SAFETY: the ranges are in the caller's allocations; every access of the host waits for the stream first.
+        unsafe {
+            let to = std::slice::from_raw_parts_mut(to.0 as *mut u8, bytes);
+            result::memcpy_dtoh_async(to, from.0, self.stream)
+        }
+        .map_err(fault("cuMemcpyDtoHAsync"))
+    }
+
+    fn load(&self, from: HostAddress, to: Address, bytes: usize) -> Result<Load, gpu::Error> {
+        self.bind()?;
+        // SAFETY: the ranges are in the caller's allocations; freeing and writing wait for all loads.
+        let load = |loads: &mut Loads| unsafe { loads.load(from.0 as *const u8, to.0, bytes, self.stream) };
+        self.with_loads(load).map_err(fault("copy of parameters to the GPU"))
+    }
+
+    fn await_load(&self, load: Load) -> Result<(), gpu::Error> {
+        self.bind()?;
+        self.with_loads(|loads| loads.await_load(load, self.stream)).map_err(fault("cuStreamWaitEvent"))
+    }
+
     unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), gpu::Error> {
         assert!(args.len() <= MAX_ARGS, "{} arguments for {}", args.len(), kernel.name);
         self.bind()?;
@@ -389,6 +461,7 @@ impl Drop for Nvidia {
         _ = self.synchronize();
         self.cublas = None;
         *lock(&self.staging) = None;
+        *lock(&self.loads) = None;
         // SAFETY: the queued work is complete, and nothing else uses them.
         unsafe {
             if self.workspace != Address::NULL {

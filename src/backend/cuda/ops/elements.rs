@@ -5,6 +5,7 @@ use crate::backend::Dtype;
 use crate::backend::cuda::gpu::Address;
 use crate::backend::cuda::launch::{Any, In, Out, Pointer};
 use crate::backend::cuda::pool::Memory;
+use crate::backend::cuda::tensor::Place;
 use crate::backend::cuda::{Cuda, Tensor, Weight, kernels};
 use crate::backend::random::uniform_step;
 
@@ -92,7 +93,7 @@ pub fn cast(cuda: &Cuda, from: In<'_, Any>, to: Out<'_, Any>, n: usize) {
 /// A parameter of random values, generated on the GPU.
 pub fn random_weight(cuda: &Cuda, dtype: Dtype, shape: Vec<usize>, seed: u64, std: f32) -> Weight {
     let n: usize = shape.iter().product();
-    let mut w = Weight { dtype, shape, memory: cuda.scratch(n * dtype.size()) };
+    let mut w = Weight { dtype, shape, place: Place::Gpu(cuda.scratch(n * dtype.size())) };
     let (grid, to, step) = (flat_grid(n, 16 / dtype.size()), w.output(), uniform_step(std));
     match dtype {
         Dtype::F32 => kernels::random_f32(cuda, grid, to.of(), n, seed, step),

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::backend::cuda::tensor::Angles;
+use super::offload;
+use crate::backend::cuda::tensor::{Angles, Place};
 use crate::backend::cuda::{Buffer, Cuda, Indices, Scores, Sequences, Tensor, Weight};
 use crate::backend::{Dtype, HostTensor, Packing, Rope, decode_into, encode_into};
 
@@ -41,12 +42,15 @@ pub fn weight(cuda: &Cuda, host: &HostTensor) -> Weight {
     assert!(matches!(host.shape.len(), 1 | 2), "a parameter has one or two dimensions, not {:?}", host.shape);
     let memory = cuda.scratch(host.bytes.len());
     cuda.copy_in(memory.address(), &host.bytes);
-    Weight { dtype: host.dtype, shape: host.shape.clone(), memory }
+    Weight { dtype: host.dtype, shape: host.shape.clone(), place: Place::Gpu(memory) }
 }
 
 /// A parameter's current value.
 pub fn weight_host(cuda: &Cuda, w: &Weight) -> HostTensor {
-    let bytes: Vec<u8> = cuda.copy_out(w.address(), w.len() * w.dtype().size());
+    let bytes: Vec<u8> = match w.in_block() {
+        None => cuda.copy_out(w.address(), w.bytes()),
+        Some(at) => offload::read(cuda, at, w.bytes()),
+    };
     HostTensor::new(w.dtype(), w.shape.clone(), bytes.into())
 }
 

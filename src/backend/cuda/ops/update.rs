@@ -77,7 +77,12 @@ pub fn adamw(
 pub fn set_weight(cuda: &Cuda, w: &mut Weight, values: &Buffer, at: Range<usize>) {
     assert!(at.len() == w.len(), "{} values for a parameter [{}, {}]", at.len(), w.rows(), w.cols());
     let n = w.len();
-    cast(cuda, values.input(at.start, n).any(), w.output(), n);
+    let Some(mut staged) = cuda.stage(w) else {
+        cast(cuda, values.input(at.start, n).any(), w.output(), n);
+        return;
+    };
+    cast(cuda, values.input(at.start, n).any(), staged.weight_mut().output(), n);
+    cuda.store(staged);
 }
 
 /// The same for part of a parameter, from element `start` on.

@@ -1,0 +1,98 @@
+//! Parameters in the host's memory. See [`ring`](crate::backend::cuda::ring).
+
+use std::time::Instant;
+
+use crate::backend::HostTensor;
+use crate::backend::cuda::gpu::Error;
+use crate::backend::cuda::tensor::{InBlock, Place, Staged};
+use crate::backend::cuda::{Cuda, Weight, must};
+
+/// Parameters begin at multiples of this many bytes in a block, as tensors do in the pool: kernels load whole vectors.
+const ALIGNMENT: usize = 512;
+/// Bytes of a copy that measures the bus, and the number of copies: some 5 to 20 ms.
+const MEASURED: usize = 8 << 20;
+const COPIES: usize = 32;
+
+/// Moves parameters to one block in the host's memory.
+pub fn offload(cuda: &Cuda, weights: Vec<Weight>) -> Vec<Weight> {
+    let mut bytes = 0;
+    let offsets: Vec<usize> = weights
+        .iter()
+        .map(|w| {
+            let offset = bytes;
+            bytes += w.bytes().next_multiple_of(ALIGNMENT);
+            offset
+        })
+        .collect();
+    if bytes == 0 {
+        return weights;
+    }
+    let block = must(cuda.ring.block(bytes));
+    let moved = weights.into_iter().zip(offsets).map(|(weight, offset)| {
+        let to = InBlock { block: block.clone(), offset };
+        let (dtype, shape) = (weight.dtype, weight.shape.clone());
+        store(cuda, Staged { weight, to: to.clone() });
+        Weight { dtype, shape, place: Place::Host(to) }
+    });
+    let moved = moved.collect();
+    must(cuda.ring.reserve(bytes));
+    moved
+}
+
+/// Begins to copy the block of these parameters to the GPU. A layer has at most one.
+pub fn request<'w>(mut weights: impl Iterator<Item = &'w Weight>) {
+    if let Some(at) = weights.find_map(Weight::in_block) {
+        at.block.request();
+    }
+}
+
+/// Room on the GPU for a new value of `w`, if it lies in the host's memory.
+pub fn stage(cuda: &Cuda, w: &Weight) -> Option<Staged> {
+    let to = w.in_block()?.clone();
+    let place = Place::Gpu(cuda.scratch(w.bytes()));
+    Some(Staged { weight: Weight { dtype: w.dtype, shape: w.shape.clone(), place }, to })
+}
+
+/// Queues the copy of a new value to the host. Copies from there begin after the work queued so far, and so after this one.
+pub fn store(cuda: &Cuda, Staged { weight, to }: Staged) {
+    if !weight.is_empty() {
+        must(cuda.gpu.store(weight.address(), to.block.host(to.offset), weight.bytes()));
+    }
+    to.block.written();
+}
+
+/// The bytes of a parameter in the host's memory.
+pub fn read(cuda: &Cuda, at: &InBlock, bytes: usize) -> Vec<u8> {
+    let mut out = vec![0; bytes];
+    must(cuda.gpu.read_host(at.block.host(at.offset), &mut out));
+    out
+}
+
+/// Overwrites a parameter if it lies in the host's memory. Returns whether it does.
+pub fn write(cuda: &Cuda, w: &mut Weight, value: &HostTensor) -> bool {
+    let Some(at) = w.in_block() else { return false };
+    assert!(w.dtype == value.dtype && w.shape == value.shape, "another shape than that of the parameter");
+    must(cuda.gpu.write_host(at.block.host(at.offset), &value.bytes));
+    at.block.written();
+    true
+}
+
+/// Bytes per second from pinned memory of the host to the GPU; `None` if the memory of either is full.
+pub fn measure_bus(cuda: &Cuda) -> Result<Option<f64>, Error> {
+    let gpu = &cuda.gpu;
+    let Ok(memory) = cuda.pool.take(MEASURED) else { return Ok(None) };
+    let Some(from) = gpu.allocate_host(MEASURED)? else { return Ok(None) };
+    let copies = || {
+        for _ in 0..COPIES {
+            let load = gpu.load(from, memory.address(), MEASURED)?;
+            gpu.await_load(load)?;
+        }
+        gpu.synchronize()
+    };
+    let seconds = copies().and_then(|()| {
+        let clock = Instant::now();
+        copies().map(|()| clock.elapsed().as_secs_f64())
+    });
+    gpu.free_host(from)?;
+    Ok(Some((MEASURED * COPIES) as f64 / seconds?.max(f64::MIN_POSITIVE)))
+}
