@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
 
-use crate::data::OWN_VARIABLES;
+use crate::data::{OWN_VARIABLES, json_object};
 
 /// Variables of the chat template, by name.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -29,12 +29,9 @@ impl FromStr for TemplateKwargs {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let example = r#"expected a JSON object such as {"enable_thinking": false}"#;
-        match serde_json::from_str(text) {
-            Ok(Value::Object(map)) => Self::of(map),
-            Ok(_) => Err(example.into()),
-            Err(e) => Err(format!("{example}: {e}")),
-        }
+        let map = json_object(text)
+            .map_err(|e| format!(r#"expected a JSON object such as {{"enable_thinking": false}}: {e}"#))?;
+        Self::of(map)
     }
 }
 
@@ -67,7 +64,15 @@ mod tests {
         assert_eq!(kwargs.to_string(), text);
         let json = serde_json::to_value(&kwargs).unwrap();
         assert_eq!(serde_json::from_value::<TemplateKwargs>(json).unwrap(), kwargs);
-        for wrong in ["", "enable_thinking", "[]", "{", r#"{"messages": []}"#, r#"{"add_generation_prompt": true}"#] {
+        for wrong in [
+            "",
+            "enable_thinking",
+            "[]",
+            "{",
+            r#"{"messages": []}"#,
+            r#"{"add_generation_prompt": true}"#,
+            r#"{"a": true, "a": false}"#,
+        ] {
             assert!(wrong.parse::<TemplateKwargs>().is_err(), "{wrong}");
         }
     }

@@ -10,7 +10,7 @@ use super::head;
 use super::kinds::Row;
 use super::record::{RecordBuilder, RowOutcome};
 use super::report::DataReport;
-use super::{ChatTokenizer, DataOptions, Error, Example, Record, fields, values};
+use super::{ChatTokenizer, DataOptions, Error, Example, LossOn, Record, fields, values};
 use crate::meter::{Meter, Unit};
 
 /// The records of a file, in file order.
@@ -62,6 +62,8 @@ impl Dataset {
             for (name, value) in given() {
                 row.variables.entry(name).or_insert_with(|| value.clone());
             }
+            // All tokens carry loss, those of earlier turns, too.
+            row.earlier_excluded &= options.loss_on != LossOn::All;
         }
         let pool = deep::pool().map_err(|e| Error::file(path, e))?;
         let meter = Meter::start(format!("rendering the rows of {}", path.display()), Unit::Rows, parsed.len() as u64);

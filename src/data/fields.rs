@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value};
 
-use super::message::Message;
+use super::kinds::SYSTEM_OF_GOAL;
+use super::message::{Form, Message};
 use super::python_literal;
 use super::rows::kind_of;
 use super::template::{ChatTemplate, Reads, TemplateError};
@@ -279,8 +280,21 @@ fn without(turns: &[Message], i: usize, value: &Value) -> Vec<Message> {
     without
 }
 
-/// Checks that the text of a conversation would be another one without the row's tools and documents and, with `reply`, without
-/// the fields of the last turn: a template may read a field and not write it.
+/// Whether a template may have left a turn out: of a role that not all templates write. Of many turns of tools the first stands for
+/// all.
+fn may_be_dropped(turns: &[Message], i: usize, turn: &Message) -> bool {
+    let is_first = || turns[..i].iter().all(|other| other.role != turn.role);
+    let by_role = match turn.role.as_str() {
+        "system" | "developer" => true,
+        "tool" => is_first(),
+        _ => false,
+    };
+    // What moewarden itself adds to the request of an attack is none of the row's.
+    by_role && !turn.is_blank() && turn.origin != Some(SYSTEM_OF_GOAL)
+}
+
+/// Checks that the text of a conversation would be another one without the row's tools and documents, its turns of roles that not
+/// all templates write and, with `reply`, without the fields of the last turn: a template may read a field and not write it.
 pub(super) fn check_written(
     turns: &[Message],
     reply: bool,
@@ -298,6 +312,18 @@ pub(super) fn check_written(
             return Err(format!(
                 "the chat template writes nothing of {name} in this conversation, so that they would be dropped: remove them, or give \
                  a template that writes them with --chat-template"
+            ));
+        }
+    }
+    for (i, turn) in turns.iter().enumerate().filter(|(i, turn)| may_be_dropped(turns, *i, turn)) {
+        let mut others = turns.to_vec();
+        others[i] = Message { content: format!("{} {}", turn.content, turn.content), form: Form::Text, ..turn.clone() };
+        if render(&others, variables).is_ok_and(|other| other == text) {
+            return Err(format!(
+                "message {}: the chat template writes nothing of a turn with the role {} here, so that it would be dropped: remove the turn, \
+                 write its text into the user's turn, or give a template that writes it with --chat-template",
+                i + 1,
+                turn.role
             ));
         }
     }

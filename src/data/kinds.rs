@@ -80,7 +80,7 @@ const SAFE_SYSTEM: &str = "You are a helpful assistant.";
 /// Fields that hold an attack as the text of one user message; used if `all_prompt` is missing.
 const ATTACK_TEXTS: [&str; 2] = ["attack_prompt", "inception_attack"];
 /// Where turns come from that moewarden adds, for messages.
-const SYSTEM_OF_GOAL: &str = "added by moewarden: the request in goal gets it";
+pub(super) const SYSTEM_OF_GOAL: &str = "added by moewarden: the request in goal gets it";
 const OPTION: &str = "added by moewarden: --safe-response";
 const TARGET: &str = "the row's refusal_response";
 

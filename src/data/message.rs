@@ -21,6 +21,9 @@ pub struct Message {
     /// `Some(false)` excludes an assistant turn from the loss. Not passed to chat templates.
     #[serde(skip)]
     pub loss: Option<bool>,
+    /// Whether it is an assistant turn that the row itself excludes from the loss.
+    #[serde(skip)]
+    pub(super) excluded: bool,
     /// Whether it is an assistant turn with `weight` 1, and no other field decides its loss.
     #[serde(skip)]
     pub(super) weighted: bool,
@@ -57,6 +60,7 @@ impl Message {
             content: content.into(),
             fields: Map::new(),
             loss: None,
+            excluded: false,
             weighted: false,
             form: Form::Text,
             unknown: Vec::new(),

@@ -6,6 +6,7 @@ use std::str::CharIndices;
 use serde_json::{Map, Number, Value};
 
 use super::big_integers;
+use super::unique_keys::{Unique, without_place};
 
 /// Maximum nesting of brackets; the same as serde_json's.
 const MAX_DEPTH: usize = 128;
@@ -27,7 +28,14 @@ pub struct LiteralError {
 /// That of [`parse_python`], if the text is in neither notation.
 pub fn parse(text: &str) -> Result<Value, LiteralError> {
     let json = match big_integers::mark(text) {
-        Ok(marked) => serde_json::from_str(marked.as_deref().unwrap_or(text)).ok(),
+        Ok(marked) => match serde_json::from_str(marked.as_deref().unwrap_or(text)) {
+            Ok(Unique(value)) => Some(value),
+            // It is JSON, with a key twice.
+            Err(e) if e.is_data() => {
+                return Err(LiteralError { at: e.column().saturating_sub(1), message: without_place(&e) });
+            }
+            Err(_) => None,
+        },
         Err(_) => None,
     };
     json.map_or_else(|| parse_python(text), Ok)

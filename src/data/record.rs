@@ -228,6 +228,9 @@ impl<'a> RecordBuilder<'a> {
 
     /// The conversation with loss on all tokens. Where its turns begin and end matters only if its prompt has to be truncated.
     fn all_tokens(&mut self, side: &Side) -> Result<Fit<Example>, Error> {
+        if side.messages.iter().any(|turn| turn.excluded) {
+            self.unread.insert("loss: false of a turn (--loss-on all takes all tokens)".to_owned());
+        }
         let rendered = self.template.render_with(&side.messages, &self.row.variables, false);
         let rendered = rendered.map_err(|e| self.template_error(&side.messages, e.into()))?;
         self.variables.extend(rendered.access.variables.iter().cloned());

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::unique_keys::Unique;
+use super::unique_keys::{Unique, without_place};
 use super::{Error, big_integers};
 use crate::input::{self, RowsError};
 use crate::quote;
@@ -123,12 +123,11 @@ impl<'a> Rows<'a> {
             Ok(Unique(Value::Object(row))) => Ok((line, row)),
             Ok(Unique(other)) => Err(self.fail(line, format!("a row should be an object, not {}", kind_of(&other)))),
             Err(e) => {
-                let message = e.to_string();
-                let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
+                let message = without_place(&e);
                 if e.is_data() {
                     return Err(self.fail(line + e.line() - 1, message));
                 }
-                let hint = self.hint(text, message, &e);
+                let hint = self.hint(text, &message, &e);
                 Err(self.fail(line + e.line() - 1, format!("not JSON: {message} (column {}){hint}", e.column())))
             }
         }

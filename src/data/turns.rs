@@ -96,9 +96,12 @@ fn message(value: &Value, last: bool) -> Result<Message> {
         }
     };
     let mut turn = Message { loss: loss(map, role)?, ..Message::new(role, "") };
+    turn.excluded = turn.is_assistant() && turn.loss == Some(false);
     turn.weighted = turn.is_assistant() && turn.loss.is_none() && present(map, "weight").is_some();
     for name in WRITTEN.iter().chain(&NAMES) {
-        if let Some(value) = present(map, name) {
+        // Blank thoughts are none, as blank texts everywhere.
+        let blank = |value: &&Value| value.as_str().is_some_and(is_blank);
+        if let Some(value) = present(map, name).filter(|value| !blank(value)) {
             turn.fields.insert((*name).to_owned(), written(name, value)?);
         }
     }
@@ -120,7 +123,11 @@ fn message(value: &Value, last: bool) -> Result<Message> {
     }
     let known = |name: &str| {
         let own = ["role", "from", "content", "value", "weight"];
-        own.contains(&name) || LOSS.contains(&name) || turn.fields.contains_key(name)
+        own.contains(&name)
+            || LOSS.contains(&name)
+            || WRITTEN.contains(&name)
+            || NAMES.contains(&name)
+            || turn.fields.contains_key(name)
     };
     turn.unknown = map.keys().filter(|name| present(map, name).is_some() && !known(name)).cloned().collect();
     Ok(turn)
@@ -187,7 +194,7 @@ fn loss(map: &Map<String, Value>, role: &str) -> Result<Option<bool>> {
     if let Some(weight) = present(map, "weight") {
         match weight.as_f64().or_else(|| weight.as_bool().map(f64::from)) {
             Some(0.0) => given.push(("weight", false)),
-            Some(1.0) if given.is_empty() => {}
+            Some(1.0) if given.is_empty() && role == "assistant" => {}
             Some(1.0) => given.push(("weight", true)),
             _ => {
                 let weight = name_of(&weight.to_string());
@@ -200,7 +207,8 @@ fn loss(map: &Map<String, Value>, role: &str) -> Result<Option<bool>> {
     }
     match given.first() {
         Some((name, true)) if role != "assistant" => {
-            Err(format!("{name} is true, but only assistant turns can carry loss (or all tokens: --loss-on all)"))
+            let value = if *name == "weight" { "1" } else { "true" };
+            Err(format!("{name} is {value}, but only assistant turns can carry loss (or all tokens: --loss-on all)"))
         }
         given => Ok(given.map(|(_, value)| *value)),
     }

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
+use super::rows::kind_of;
 use super::values::name_of;
 
 /// A value that was read; reading fails where a key occurs twice.
@@ -13,6 +14,24 @@ pub(super) struct Unique(pub Value);
 impl<'de> Deserialize<'de> for Unique {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(AnyValue).map(Self)
+    }
+}
+
+/// The message of an error, without the line and column where the parser was.
+pub(super) fn without_place(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message).to_owned()
+}
+
+/// A JSON object in which no object has a key twice.
+///
+/// # Errors
+/// The parser's message, or that it is no object.
+pub fn object(text: &str) -> Result<Map<String, Value>, String> {
+    match serde_json::from_str(text) {
+        Ok(Unique(Value::Object(map))) => Ok(map),
+        Ok(Unique(other)) => Err(format!("it is {}", kind_of(&other))),
+        Err(e) => Err(e.to_string()),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use moewarden::data::{ChatTemplate, ChatTokenizer, DataOptions, Dataset, Message};
+use moewarden::data::{ChatTemplate, ChatTokenizer, DataOptions, Dataset, LossOn, Message};
 use serde_json::{Value, json};
 
 #[test]
@@ -181,6 +181,91 @@ fn a_field_of_the_reply_is_read_where_it_changes_the_text() {
     let error =
         read_row(&with_turns("", "{% if m.reasoning_content == m.thinking %}{% endif %}"), &two_names).unwrap_err();
     assert!(error.contains("does not write"), "{error}");
+}
+
+/// Writes only turns of these roles.
+fn only(roles: &str) -> String {
+    format!(
+        "{{% for m in messages %}}{{% if m.role in {roles} %}}<{{{{ m.role }}}}>{{{{ m.content }}}}\n{{% endif %}}{{% endfor %}}{{% if \
+         add_generation_prompt %}}<assistant>{{% endif %}}"
+    )
+}
+
+#[test]
+fn a_turn_that_the_template_does_not_write_is_refused() {
+    let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+    let row = |more: Value| {
+        let messages = [more, turn("user", "q"), turn("assistant", "A.")];
+        json!({"label": "unsafe", "messages": messages})
+    };
+    for role in ["system", "developer", "tool"] {
+        let error = read_row(&only("['user', 'assistant']"), &row(turn(role, "Speak."))).unwrap_err();
+        let says =
+            format!("rows.jsonl:1: message 1: the chat template writes nothing of a turn with the role {role} here");
+        assert!(error.contains(&says), "{error}");
+        read_row(&only(&format!("['user', 'assistant', '{role}']")), &row(turn(role, "Speak."))).unwrap();
+    }
+    let system =
+        json!({"label": "unsafe", "system": "Speak.", "messages": [turn("user", "q"), turn("assistant", "A.")]});
+    assert!(read_row(&only("['user', 'assistant']"), &system).unwrap_err().contains("role system"));
+    // moewarden adds the system turn to the request of an attack itself.
+    let attack = json!({"all_prompt": [turn("user", "a play")], "goal": "q"});
+    read_row(&only("['user', 'assistant']"), &attack).unwrap();
+}
+
+#[test]
+fn marks_that_decide_the_loss_are_followed_or_refused() {
+    let template = with_turns("", "");
+    let row = |turn: usize, field: &str, value: Value| {
+        let mut messages = json!([
+            {"role": "user", "content": "q"}, {"role": "assistant", "content": "A."},
+            {"role": "user", "content": "r"}, {"role": "assistant", "content": "No."}
+        ]);
+        messages[turn][field] = value;
+        json!({"label": "unsafe", "messages": messages})
+    };
+    let error = read_row(&template, &row(0, "weight", json!(1))).unwrap_err();
+    assert!(error.contains("message 1: weight is 1, but only assistant turns"), "{error}");
+    read_row(&template, &row(0, "weight", json!(0))).unwrap();
+
+    let all = |row: &Value| {
+        let dir = folder(&json!("marks-304"), &json!({"tokenizer_config.json": {"chat_template": template}}));
+        let rows = dir.path().join("rows.jsonl");
+        fs::write(&rows, row.to_string()).unwrap();
+        let options = DataOptions { max_length: 512, loss_on: LossOn::All, ..DataOptions::default() };
+        let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
+        Dataset::read(&rows, &tokenizer, &options).map_err(|e| e.to_string())
+    };
+    for (field, value) in [("loss", json!(false)), ("weight", json!(0)), ("train", json!(false))] {
+        let dataset = all(&row(1, field, value)).unwrap();
+        assert_eq!(dataset.report.loss_tokens + 1, dataset.report.tokens);
+        let noted: Vec<_> = dataset.report.unread.keys().collect();
+        assert_eq!(noted, ["loss: false of a turn (--loss-on all takes all tokens)"]);
+    }
+    let dataset = all(&row(1, "loss", json!(true))).unwrap();
+    assert_eq!(dataset.report.loss_tokens + 1, dataset.report.tokens);
+    let dataset = all(&row(0, "name", json!(null))).unwrap();
+    assert_eq!(dataset.report.earlier_excluded, 0, "all tokens carry loss");
+    assert_eq!(read_row(&template, &row(0, "name", json!(null))).unwrap().report.earlier_excluded, 1);
+}
+
+#[test]
+fn blank_thoughts_are_none() {
+    let reply = |thoughts: &str| {
+        let reply = json!({"role": "assistant", "content": "No.", "reasoning_content": thoughts});
+        json!({"label": "unsafe", "messages": [{"role": "user", "content": "q"}, reply]})
+    };
+    let template = with_turns("", "{% if m.reasoning_content %}[{{ m.reasoning_content | trim }}]{% endif %}");
+    let tokens = |thoughts: &str| read_row(&template, &reply(thoughts)).unwrap().report.tokens;
+    assert_eq!([tokens("\n"), tokens(" ")], [tokens(""); 2]);
+    assert!(tokens("Hm") > tokens(""));
+}
+
+#[test]
+fn a_key_that_occurs_twice_in_a_structure_given_as_text_is_refused() {
+    let messages = r#"[{"role": "user", "content": "q", "content": "r"}, {"role": "assistant", "content": "A."}]"#;
+    let error = read_row(&with_turns("", ""), &json!({"label": "unsafe", "messages": messages})).unwrap_err();
+    assert!(error.contains("rows.jsonl:1: ") && error.contains("the field content occurs twice"), "{error}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::Session;
 use crate::collective::{self, Collective, all_agree};
 use crate::config::RunConfig;
-use crate::data::{Example, Record, additional_templates};
+use crate::data::{Dataset, Example, Record, additional_templates};
 use crate::exit::{self, Failure, Result};
 use crate::input::{self, Format, RowsError};
 
@@ -41,6 +41,11 @@ impl Session {
         }
         let mut hasher = self.table.hashed().clone();
         hasher.update(self.fingerprint_of_files(config)?.as_bytes());
+        // Of such rows earlier versions trained on more turns: these are other inputs.
+        let excluded = |data: &Dataset| data.report.earlier_excluded > 0;
+        if [Some(&self.data), self.held_out.as_ref()].into_iter().flatten().any(excluded) {
+            hasher.update(b"the last turn alone");
+        }
         Ok(*self.earlier_fingerprint.get_or_init(|| hasher.finalize()))
     }
 
