@@ -1,6 +1,8 @@
 //! The loss mask: which bytes of a rendered conversation, and from them which tokens, carry loss.
 //!
-//! If the template marks assistant text with `{% generation %}`, the marks in the turns that carry loss decide. Else the span
+//! If the template marks assistant text with `{% generation %}`, the marks in the turns that carry loss decide. Where some turns
+//! carry none, the marks are told apart by what they hold, not by their number alone: a turn may have several marks, or none.
+//! Without marks in the template, the span
 //! of an assistant turn begins after the generation prompt and ends where the next turn would begin, so it includes the
 //! end-of-turn token and what the template writes after that token. The span is found by rendering prefixes of the
 //! conversation:
@@ -15,9 +17,11 @@
 //! turn. Such a turn is found in the one rendering of all turns by a mark, a character that occurs nowhere else, at the end
 //! of its content (or of the name of its last tool call). What `render(turns up to and including the turn)` writes from the
 //! mark on has to follow the mark in the whole rendering, too: its end is the turn's end. The text before the mark and the
-//! text after the turn have to be the same with the mark as without. Where that does not hold, the mask would be a guess, so
-//! the conversation is refused. The reply, which is the last turn, has to follow its prompt in any case: the model is
-//! trained on the text that it continues later.
+//! text after the turn have to be the same with the mark as without. The turn's header, which is the generation prompt or the
+//! beginning of it, has to stand between the end of the turn before, which is found in the same way, and the content: the
+//! template may have written thoughts of still earlier turns into the prefix only. Where that does not hold, the mask would be
+//! a guess, so the conversation is refused. The reply, which is the last turn, has to follow its prompt in any case: the model
+//! is trained on the text that it continues later.
 
 use std::ops::Range;
 
@@ -40,7 +44,18 @@ pub(super) enum MaskError {
          with \"loss\": false"
     )]
     Prefix { turn: usize, when: &'static str },
-    #[error("the chat template marks {marks} generations in a conversation with {turns} assistant turns")]
+    #[error(
+        "message {turn}: the chat template renders it differently when {PROMPTED}, so the tokens of the reply cannot be found; \
+         the likely cause are thoughts or calls in the reply that the template writes otherwise than after its generation \
+         prompt, such as reasoning_content with enable_thinking false: remove the thoughts, change chat_template_kwargs, or \
+         give --chat-template FILE with a template that marks the reply with {{% generation %}}"
+    )]
+    Reply { turn: usize },
+    #[error(
+        "the chat template marks {marks} generations in a conversation with {turns} assistant turns, and which of them are in \
+         turns that carry loss cannot be seen; give --chat-template FILE with a template that has one {{% generation %}} block \
+         for each assistant turn"
+    )]
     Marks { marks: usize, turns: usize },
 }
 
@@ -79,18 +94,29 @@ pub(super) fn render_with_mask(
         return Ok(MaskedText { text, spans, access });
     }
     let (marks, count) = (generated.len(), assistant().count());
+    let uncertain = MaskError::Marks { marks, turns: count };
     let spans: Vec<_> = if assistant().all(|(_, m)| carries_loss(m)) {
         generated
-    } else if marks == count {
+    } else if !assistant().any(|(_, m)| carries_loss(m)) {
+        Vec::new()
+    } else if conversation.one_generation_each(&generated) {
         generated.into_iter().zip(assistant()).filter(|(_, (_, m))| carries_loss(m)).map(|(span, _)| span).collect()
     } else {
         // Several marks in one turn, or none: those in the turns that carry loss.
-        let turns = turns()?;
+        let turns = match turns() {
+            Ok(turns) => turns,
+            Err(MaskError::Prefix { .. } | MaskError::Reply { .. }) => return Err(uncertain),
+            Err(e) => return Err(e),
+        };
         let within = |mark: &Range<usize>| turns.iter().any(|turn| turn.start <= mark.start && mark.end <= turn.end);
+        let touches = |mark: &Range<usize>| turns.iter().any(|turn| turn.start < mark.end && mark.start < turn.end);
+        if generated.iter().any(|mark| touches(mark) && !within(mark)) {
+            return Err(uncertain);
+        }
         generated.into_iter().filter(within).collect()
     };
     if spans.is_empty() && assistant().any(|(_, m)| carries_loss(m)) {
-        return Err(MaskError::Marks { marks, turns: count });
+        return Err(uncertain);
     }
     Ok(MaskedText { text, spans, access })
 }
@@ -123,7 +149,7 @@ impl Conversation<'_> {
             return Ok(before.len()..after.len());
         }
         if last {
-            return Err(MaskError::Prefix { turn, when: PROMPTED });
+            return Err(MaskError::Reply { turn });
         }
         let (mark, end) = self.marked_end(i, &after).ok_or(MaskError::Prefix { turn, when: FOLLOWED })?;
         let start = self.start(i, &before).filter(|start| *start <= mark);
@@ -137,11 +163,63 @@ impl Conversation<'_> {
             return Some(before.len());
         }
         let base = self.render(&self.messages[..i], false).ok()?;
-        let generation_prompt = before.strip_prefix(&base)?;
+        let generation_prompt = before.strip_prefix(&base).filter(|prompt| !prompt.is_empty())?;
+        let header_start = self.header_start(i, &base)?;
+        if self.text[header_start..].starts_with(generation_prompt) {
+            return Some(header_start + generation_prompt.len());
+        }
         let mark = self.unused_character()?;
         let (_, content) = self.marked(i, with_content(&self.messages[i], mark.to_string()), mark)?;
-        let header = self.text.get(base.len()..content)?;
-        (self.text.starts_with(&base) && !header.is_empty() && generation_prompt.starts_with(header)).then_some(content)
+        let header = self.text.get(header_start..content)?;
+        (!header.is_empty() && generation_prompt.starts_with(header)).then_some(content)
+    }
+
+    /// Where the header of an assistant turn that others follow begins, which is the end of the turn before it. `base`: the
+    /// rendering up to there.
+    fn header_start(&self, i: usize, base: &str) -> Option<usize> {
+        if self.text.starts_with(base) {
+            return Some(base.len());
+        }
+        // Some templates write the thoughts of assistant turns only until the next request. Such turns may differ, but nothing
+        // before the first of them.
+        let first = self.messages.iter().position(Message::is_assistant)?;
+        let head = if first == 0 { String::new() } else { self.render(&self.messages[..first], false).ok()? };
+        if !base.starts_with(&head) || !self.text.starts_with(&head) {
+            return None;
+        }
+        // Of two assistant turns in a row, the template may take the second for the continuation of the first.
+        let previous = i.checked_sub(1).filter(|previous| !self.messages[*previous].is_assistant())?;
+        self.marked_end(previous, base).map(|(_, end)| end)
+    }
+
+    /// Whether each assistant turn has the generation of its own number: a mark character in the turn's text is in that one and
+    /// in no other, and nothing else changes.
+    fn one_generation_each(&self, generated: &[Range<usize>]) -> bool {
+        let turns = || self.messages.iter().enumerate().filter(|(_, m)| m.is_assistant());
+        let Some(mark) = self.unused_character().filter(|_| turns().count() == generated.len()) else { return false };
+        let is_in = |number: usize, i: usize, turn: Message| {
+            let mut messages = self.messages.to_vec();
+            messages[i] = turn;
+            let Ok(marked) = self.template.render_with(&messages, self.variables, false) else { return false };
+            let without_mark = |at: usize| at - marked.text[..at].matches(mark).count() * mark.len_utf8();
+            marked.text.replace(mark, "") == self.text
+                && marked
+                    .generated
+                    .iter()
+                    .map(|g| without_mark(g.start)..without_mark(g.end))
+                    .eq(generated.iter().cloned())
+                && marked
+                    .generated
+                    .iter()
+                    .enumerate()
+                    .all(|(k, g)| marked.text[g.clone()].contains(mark) == (k == number))
+        };
+        turns().enumerate().all(|(number, (i, turn))| {
+            // The template may trim the content.
+            let (text, space) = turn.content.split_at(turn.content.trim_end().len());
+            let in_content = with_content(turn, format!("{text}{mark}{space}"));
+            is_in(number, i, in_content) || with_named_call(turn, mark).is_some_and(|named| is_in(number, i, named))
+        })
     }
 
     /// Where a turn that others follow ends, if `after` is the rendering up to it; and the position of the mark before that.
@@ -264,6 +342,62 @@ mod tests {
         ));
     }
 
+    fn spans(source: &str, messages: &[Message]) -> Result<Vec<String>, MaskError> {
+        let masked = render_with_mask(&ChatTemplate::new(source, []).unwrap(), messages, &Map::new())?;
+        Ok(masked.spans.into_iter().map(|s| masked.text[s].to_owned()).collect())
+    }
+
+    #[test]
+    fn marks_belong_to_the_turns_that_hold_them() {
+        let turn = |content: &str, loss: Option<bool>, fields: serde_json::Value| Message {
+            loss,
+            fields: fields.as_object().cloned().unwrap(),
+            ..Message::new("assistant", content)
+        };
+        let thoughts = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% if m.reasoning_content %}{% generation %}\
+                        {{ m.reasoning_content }}{% endgeneration %}|{% endif %}{% if m.content %}{% generation %}{{ m.content }}\
+                        {% endgeneration %}{% endif %}{% for c in m.tool_calls or [] %}({% generation %}{{ c.name }}{% endgeneration %})\
+                        {% endfor %}</s>{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>\
+                        {% endif %}";
+        let user = || Message::new("user", "q");
+        let call = serde_json::json!({"tool_calls": [{"name": "f"}]});
+        for first in
+            [turn("bad", Some(false), serde_json::json!({"reasoning_content": "why"})), turn("bad", Some(false), call)]
+        {
+            // As many marks as turns: two in the first turn, none in the second.
+            let none = || turn("", None, serde_json::json!({}));
+            let mut row = vec![user(), first, user(), none(), user(), turn("good", None, serde_json::json!({}))];
+            assert_eq!(spans(thoughts, &row).unwrap(), ["good"]);
+            row[1].loss = None;
+            row[5].loss = Some(false);
+            assert_eq!(spans(thoughts, &row).unwrap().len(), 2);
+            // Where turns cannot be found either.
+            let forgets = format!("{{{{ messages | length }}}}{thoughts}");
+            let error = spans(&forgets, &row).unwrap_err();
+            assert_eq!(error, MaskError::Marks { marks: 3, turns: 3 });
+            assert!(error.to_string().contains("--chat-template"), "{error}");
+        }
+        // One mark in each turn, in a template that renders a prefix otherwise, or whose marks hold the header.
+        let rows =
+            [("user", "q", None), ("assistant", " a ", Some(false)), ("user", "r", None), ("assistant", "", None)];
+        let counts = format!("{{{{ messages | length }}}}{MARKED}");
+        assert_eq!(mask(&counts, &rows).unwrap(), ["</s>"]);
+        let trims = counts.replace("{{ m.content }}</s>", "{{ m.content | trim }}</s>");
+        assert_eq!(mask(&trims, &rows).unwrap(), ["</s>"]);
+        let header = MARKED
+            .replace(
+                "<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}",
+                "\
+            {% if m.role == 'assistant' %}{% generation %}<assistant>",
+            )
+            .replace("{% else %}", "{% else %}<{{ m.role }}>");
+        assert_eq!(mask(&header, &rows).unwrap(), ["<assistant></s>"]);
+        // Two marks, of which one holds the header.
+        let twice = header.replace("</s>", "{% endgeneration %}{% generation %}</s>");
+        let rows = [rows[0], rows[1], rows[2], ("assistant", "b", None)];
+        assert_eq!(mask(&twice, &rows).unwrap_err(), MaskError::Marks { marks: 4, turns: 2 });
+    }
+
     #[test]
     fn a_template_without_the_prefix_property_is_refused() {
         let turns = [("user", "q", None), ("assistant", "a", None), ("user", "r", None), ("assistant", "b", None)];
@@ -273,9 +407,11 @@ mod tests {
         let differs =
             "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}";
         let error = mask(differs, &turns[..2]).unwrap_err();
+        assert_eq!(error, MaskError::Reply { turn: 2 });
+        let text = error.to_string();
         assert!(
-            matches!(error, MaskError::Prefix { turn: 2, .. }) && error.to_string().contains("--chat-template"),
-            "{error}"
+            text.contains("--chat-template") && text.contains("remove the thoughts") && !text.contains("loss"),
+            "{text}"
         );
         let marks_none = format!("{{% if false %}}{{% generation %}}{{% endgeneration %}}{{% endif %}}{PLAIN}");
         assert_eq!(mask(&marks_none, &turns).unwrap_err(), MaskError::Marks { marks: 0, turns: 2 });
@@ -310,6 +446,61 @@ mod tests {
         let masked = render_with_mask(&ChatTemplate::new(&calls, []).unwrap(), &messages, &Map::new()).unwrap();
         let spans: Vec<_> = masked.spans.into_iter().map(|span| &masked.text[span]).collect();
         assert_eq!(spans, ["(f 1)(g 2)</s>\n", "<think></think>y</s>\n"]);
+    }
+
+    /// Writes thoughts, or an empty think block, only into turns after the last request.
+    const LAST_THOUGHTS: &str = "{% set ns = namespace(request=0) %}{% for m in messages %}{% if m.role == 'user' %}\
+                                 {% set ns.request = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<{{ m.role }}>\
+                                 {% if m.role == 'assistant' %}{% if loop.index0 > ns.request and (loop.last or m.thinking) %}\
+                                 <think>{{ m.thinking }}</think>{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}({{ c.name }})\
+                                 {% endfor %}{% else %}{{ m.content }}{% endif %}</s>\n{% endfor %}{% if add_generation_prompt %}\
+                                 <assistant>{% if quick %}<think></think>{% endif %}{% endif %}";
+
+    #[test]
+    fn a_turn_is_found_after_turns_whose_thoughts_are_left_out() {
+        let call = serde_json::json!([{"name": "f"}]);
+        let mut step = Message::new("assistant", "");
+        step.fields.insert("tool_calls".into(), call);
+        step.fields.insert("thinking".into(), "why".into());
+        let turn = |role: &str, content: &str| Message::new(role, content);
+        let answer = || turn("tool", "42 ");
+        let row = vec![
+            turn("user", "q"),
+            step.clone(),
+            answer(),
+            step.clone(),
+            answer(),
+            turn("assistant", "it is 42"),
+            turn("user", "r"),
+            step,
+            answer(),
+            turn("assistant", "a"),
+        ];
+        let want =
+            ["(f)</s>\n", "(f)</s>\n", "it is 42</s>\n", "<think>why</think>(f)</s>\n", "<think></think>a</s>\n"];
+        assert_eq!(spans(LAST_THOUGHTS, &row).unwrap(), want);
+        // The generation prompt goes on with what is only in the last turn.
+        let quick = |template: &str, row: &[Message]| -> Result<Vec<String>, MaskError> {
+            let variables = serde_json::json!({"quick": true}).as_object().cloned().unwrap();
+            let masked = render_with_mask(&ChatTemplate::new(template, []).unwrap(), row, &variables)?;
+            Ok(masked.spans.into_iter().map(|s| masked.text[s].to_owned()).collect())
+        };
+        let short = [&row[..7], &row[9..]].concat();
+        assert_eq!(quick(LAST_THOUGHTS, &short).unwrap(), [&want[..3], &["a</s>\n"]].concat());
+        assert_eq!(quick(LAST_THOUGHTS, &row).unwrap_err(), MaskError::Prefix { turn: 8, when: PROMPTED });
+        // The reply with thoughts that the generation prompt rules out.
+        assert_eq!(quick(LAST_THOUGHTS, &row[..2]).unwrap_err(), MaskError::Reply { turn: 2 });
+        for (from, to) in [
+            // Another text before the first turn, another end of the turn before, or another header.
+            ("{% for m in messages %}<{{ m.role }}>", "{{ messages | length }}{% for m in messages %}<{{ m.role }}>"),
+            ("</s>\n", "{% if m.role == 'tool' and loop.last %}</t>{% else %}</s>{% endif %}\n"),
+            ("<{{ m.role }}>", "<{{ m.role }}{{ '!' if loop.index0 < ns.request }}>"),
+        ] {
+            let source = LAST_THOUGHTS.replace(from, to);
+            assert_ne!(source, LAST_THOUGHTS);
+            let error = spans(&source, &row).unwrap_err();
+            assert!(matches!(error, MaskError::Prefix { turn: 2 | 4, .. }), "{to}: {error}");
+        }
     }
 
     #[test]
