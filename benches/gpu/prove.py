@@ -43,6 +43,7 @@ STEPS = [
     (f"identify:{QWEN}:{SHORT}", 240, 90),
     (f"bench:{QWEN}:{SHORT}", 120, 40),
     (f"profile:{OLMOE}:{SHORT}", 60, 20),
+    (f"offload:{OLMOE}:{SHORT}", 150, 60),
     (f"identify:{OLMOE}:{LONG}", 180, 60),
     (f"profile:{QWEN}:{SHORT}", 90, 30),
     (f"identify:{QWEN}:{LONG}", 240, 90),

@@ -33,8 +33,8 @@ TOP_K = {"OLMoE-1B-7B": [64], "Qwen3-30B-A3B": [100, 384], "Mixtral-8x7B": [8, 1
 # Micro-batches of the shorter run of an identification.
 FEW = 2
 OUT_OF_MEMORY = 75
-# What moewarden says if the memory is full, if it is full at the start, and if the forecast is far beyond it.
-FULL = re.compile(r"memory is (already )?full|a rank needs .* of memory, but")
+# What moewarden says if the memory is full, if it is full at the start, and if the forecast is far beyond that of the GPU or the host.
+FULL = re.compile(r"memory is (already )?full|a rank needs .* of memory, but|of pinned host memory a rank")
 
 
 class Memory:
@@ -145,13 +145,14 @@ class Scene:
                 f.write(found + profile)
         return code if code == 0 and found else OUT_OF_MEMORY if FULL.search(err) else 1
 
-    def identify(self, recompute="auto"):
+    def identify(self, recompute="auto", offload=None):
         """The rate of all micro-batches but the first few."""
         found, peak = [], None
+        place = ["--offload", offload] if offload else []
         for micro_batches in (FEW, FEW + self.a.batches):
             command, out = self.command("identify", self.a.top_k[0], micro_batches)
-            code, _, err, peak = self.run(command + ["--quiet", "--recompute", recompute], "moewarden")
-            result = self.result("moewarden", "identify", "", code, peak, err) | {"recompute": recompute == "always"}
+            code, _, err, peak = self.run(command + ["--quiet", "--recompute", recompute, *place], "moewarden")
+            result = self.result("moewarden", " ".join(["identify", *place]), "", code, peak, err) | {"recompute": recompute == "always"}
             if code != 0:
                 return self.log(result)
             rows = metrics(out)
@@ -159,6 +160,18 @@ class Scene:
         tokens, seconds = (y - x for x, y in zip(*found))
         result |= {"tokens_per_second": tokens / seconds} if seconds > 0 else {"exit": 1, "message": f"times of {found}"}
         return self.log(result | {"cold_tokens_per_second": found[0][0] / found[0][1]})
+
+    def offload(self):
+        """Experts on the GPU, then in the host's memory: the rates of both, and the same scores."""
+        scores = []
+        for place in ("none", "host"):
+            code = self.identify(offload=place)
+            if code != 0:
+                return code
+            with open(f"{self.folder}/out-identify/expert_scores.json") as f:
+                scores.append(json.load(f)["rounds"])
+        print("the scores are the same" if scores[0] == scores[1] else "the scores differ", flush=True)
+        return 0 if scores[0] == scores[1] else 1
 
     def train(self, top_k, recompute="auto"):
         command, out = self.command("train", top_k, FEW + self.a.batches)
@@ -193,6 +206,8 @@ def measure(a):
     scene, codes = Scene(a), []
     if a.what == "profile":
         return scene.profile()
+    if a.what == "offload":
+        return scene.offload()
     if a.what == "recomputed":  # the least memory
         return max(scene.identify("always"), scene.train(a.top_k[0], "always"))
     for top_k in a.top_k[:1] if a.what == "identify" else a.top_k:
@@ -253,7 +268,7 @@ def main():
     parser.add_argument("--model", choices=list(TOP_K))
     parser.add_argument("--python", default=sys.executable, help="has torch and transformers")
     parser.add_argument("--size", choices=list(BATCHES), default="8x512")
-    parser.add_argument("--what", choices=["identify", "train", "recomputed", "profile"], default="identify")
+    parser.add_argument("--what", choices=["identify", "train", "recomputed", "profile", "offload"], default="identify")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--seconds", type=float, default=600, help="time limit of all programs together")
     parser.add_argument("--device", default="cuda")

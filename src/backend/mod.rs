@@ -244,8 +244,12 @@ pub trait Backend: Send + Sync + 'static {
         Self: 'w,
     {
     }
-    /// Moves parameters that are used together, the routed experts of a layer, to the host's memory. A backend with memory of its
-    /// own copies all of them back for each use, with the same results; the others have them there already.
+    /// Parameters that are used together, the routed experts of a layer, with these values in the host's memory. A backend with
+    /// memory of its own copies all of them to it for each use, with the same results; the others have them there anyway.
+    fn offloaded_weights(&self, values: Vec<HostTensor>) -> Vec<Self::Weight> {
+        values.into_iter().map(|value| self.weight(value)).collect()
+    }
+    /// The same for parameters that were made on the device: moves them to the host's memory.
     fn offload(&self, weights: Vec<Self::Weight>) -> Vec<Self::Weight> {
         weights
     }

@@ -277,6 +277,20 @@ impl Gpus {
             gpu.software(),
         ));
         let gpu = Arc::new(gpu);
+        let mut distinct = uuids.clone();
+        distinct.sort();
+        distinct.dedup();
+        let ranks_share_a_gpu = distinct.len() < uuids.len();
+        let nccl = match config.transport {
+            Transport::Host => None,
+            Transport::Auto if ranks_share_a_gpu || world.world_size() == 1 => None,
+            Transport::Auto | Transport::Nccl => Some(self.nccl(config, rank, &gpu)?),
+        };
+        // NCCL's buffers, which may have hundreds of megabytes, are on the GPU, too.
+        let memory = match &nccl {
+            Some(_) => all_ok(&**world, gpu.memory().map_err(Failure::from))?,
+            None => memory,
+        };
         let room = memory.free / sharing;
         let cuda = Arc::new(if config.profile {
             let times = Arc::<Times>::default();
@@ -294,15 +308,9 @@ impl Gpus {
             dtype: compute,
         };
         ui.line(cuda.choices(&shape, workload.head_dim));
-        let mut distinct = uuids.clone();
-        distinct.sort();
-        distinct.dedup();
-        let ranks_share_a_gpu = distinct.len() < uuids.len();
-        let transport = match config.transport {
-            Transport::Host => None,
-            Transport::Auto if ranks_share_a_gpu || world.world_size() == 1 => None,
-            Transport::Auto | Transport::Nccl => Some(self.nccl(config, rank, &gpu, &cuda)?),
-        };
+        let transport = nccl.map(|nccl| -> Arc<dyn DeviceTransport<Cuda>> {
+            Arc::new(GpuTransport::new(Box::new(nccl), world.clone(), cuda.clone()))
+        });
         if world.world_size() > 1 && transport.is_none() {
             let why = if ranks_share_a_gpu { ": ranks share a GPU" } else { "" };
             ui.line(format_args!("gradients and new weights go through the host{why}"));
@@ -311,13 +319,7 @@ impl Gpus {
     }
 
     /// Connects the GPUs of all ranks by NCCL.
-    fn nccl(
-        &self,
-        config: &RunConfig,
-        rank: &Rank,
-        gpu: &Nvidia,
-        cuda: &Arc<Cuda>,
-    ) -> Result<Arc<dyn DeviceTransport<Cuda>>> {
+    fn nccl(&self, config: &RunConfig, rank: &Rank, gpu: &Nvidia) -> Result<Communicator> {
         let load = || -> Result<Nccl> {
             gpu.bind()?;
             let found = library::open(Library::Nccl, self.driver.version.0, &self.surroundings)?;
@@ -327,7 +329,7 @@ impl Gpus {
         let timeout = std::time::Duration::from_secs(config.timeout);
         let nccl = Communicator::new(library, &*rank.world, gpu.stream(), timeout)?;
         rank.ui.line(format_args!("gradients and new weights go from GPU to GPU by {}", nccl.library()));
-        Ok(Arc::new(GpuTransport::new(Box::new(nccl), rank.world.clone(), cuda.clone())))
+        Ok(nccl)
     }
 }
 

@@ -74,10 +74,15 @@ impl ParamTable {
         let mut weights = Vec::with_capacity(self.params.len());
         // The experts of a layer are neighbours in the table.
         for part in self.params.chunk_by(|a, b| offloaded(a) == offloaded(b)) {
-            let loaded = (weights.len()..weights.len() + part.len()).map(weight).collect();
-            weights.extend(match offloaded(&part[0]) {
-                Some(_) => backend.offload(loaded),
-                None => loaded,
+            let ids = weights.len()..weights.len() + part.len();
+            weights.extend(match (offloaded(&part[0]), &self.random) {
+                (None, _) => ids.map(weight).collect(),
+                (Some(_), Some(_)) => backend.offload(ids.map(weight).collect()),
+                (Some(_), None) => {
+                    let loaded = backend.offloaded_weights(part.iter().map(|spec| spec.base.clone()).collect());
+                    meter.add(part.iter().map(|spec| spec.base.bytes.len()).sum());
+                    loaded
+                }
             });
         }
         weights

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::dense::fit_recipe;
 use super::forecast::{Forecast, MemoryForecast, Rates, Sizes, Tokens, duration};
+use super::prepare;
 use super::session::Session;
 use crate::backend::cpu::Cpu;
 use crate::config::{CheckArgs, Init, RunConfig};
@@ -52,15 +53,23 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
             MemoryBudget { free: budget.free / device.sharing(ranks) as u64, ..budget }
         }
     };
-    let placement = MemoryForecast::place_experts(&session, config, &recipe, trained.at_once, ranks, budget);
+    let place = |trained| {
+        let placement = MemoryForecast::place_experts(&session, config, &recipe, trained, ranks, budget);
+        let stays = placement.may_stay && placement.exceeds_host(&budget);
+        (if stays { placement.all_on_device() } else { placement }, stays)
+    };
+    let (placement, stays) = place(trained.at_once);
+    if stays {
+        ui.warn(prepare::ALL_STAY);
+    }
     let forecast = MemoryForecast::new(&session, config, &recipe, trained.at_once, ranks, budget, placement);
     ui.result(forecast.describe(&session, ranks, budget));
     if let (Opened::Cuda(cuda, _), true) = (&opened, placement.offloaded > 0)
         && let Some(rate) = catch_panic(|| cuda.measure_bus().map_err(Failure::from))?
     {
-        placement.describe_bus(rate).into_iter().for_each(|bus| ui.result(bus));
+        placement.describe_bus(rate, ranks).into_iter().for_each(|bus| ui.result(bus));
     }
-    forecast.check(&budget, config.force)?;
+    forecast.check(&budget, ranks, config.force)?;
     let layers = session.model.layers.len();
     let recomputed = (layers - forecast.kept_layers) as f64 / layers as f64;
     let time = forecast_time(&session, config, &recipe, recomputed, &trained);
@@ -81,8 +90,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
         rates.average(&time.total()) / 1e9,
         if budget.device { "; a GPU runs much faster" } else { "" },
     ));
-    let placed = MemoryForecast::place_experts(&session, config, &recipe, 0, ranks, budget);
-    let identification = MemoryForecast::new(&session, config, &recipe, 0, ranks, budget, placed);
+    let identification = MemoryForecast::new(&session, config, &recipe, 0, ranks, budget, place(0).0);
     for (command, memory, time) in
         [("identify", identification, time.of_identification(&recipe)), ("train", forecast, time)]
     {

@@ -121,10 +121,10 @@ pub(super) fn predict_memory<B: Backend>(
     let world_size = rank.world.world_size();
     warn_of_dense(session, config, &budget, &rank.ui);
     let placement = MemoryForecast::place_experts(session, config, recipe, trained, world_size, budget);
-    let placement = agree_on_placement(placement, &session.table, rank)?;
+    let placement = agree_on_placement(placement, &session.table, &budget, rank)?;
     let forecast = MemoryForecast::new(session, config, recipe, trained, world_size, budget, placement);
     rank.ui.line(forecast.describe(session, world_size, budget));
-    all_ok(&*rank.world, forecast.check(&budget, config.force))?;
+    all_ok(&*rank.world, forecast.check(&budget, rank.local_world_size, config.force))?;
     Ok((forecast.peak(), placement.below))
 }
 
@@ -145,11 +145,11 @@ pub(super) fn place_experts<B: Backend>(
     warn_of_dense(session, config, &budget, &rank.ui);
     let needs = room_for_passes(passes(&budget));
     let placement = ExpertPlacement::plan(config.offload, &session.table, models, needs, &budget);
-    let placement = agree_on_placement(placement, &session.table, rank)?;
+    let placement = agree_on_placement(placement, &session.table, &budget, rank)?;
     if let Some(placement) = placement.describe() {
         rank.ui.line(placement);
     }
-    all_ok(&*rank.world, placement.check(&budget, config.force))?;
+    all_ok(&*rank.world, placement.check(&budget, rank.local_world_size, config.force))?;
     Ok(placement.below)
 }
 
@@ -160,12 +160,30 @@ fn warn_of_dense(session: &Session, config: &RunConfig, budget: &MemoryBudget, u
     }
 }
 
-/// The placement of the rank that offloads the most: ranks write trained experts together.
-fn agree_on_placement(placement: ExpertPlacement, table: &ParamTable, rank: &Rank) -> Result<ExpertPlacement> {
+/// The placement of the rank that offloads the most: ranks write trained experts together. If some host has no memory for that, all
+/// experts stay on the devices, where they may.
+fn agree_on_placement(
+    placement: ExpertPlacement,
+    table: &ParamTable,
+    budget: &MemoryBudget,
+    rank: &Rank,
+) -> Result<ExpertPlacement> {
     let all = rank.world.all_gather(&(placement.below.0 as u64).to_le_bytes())?;
     let below = all.iter().filter_map(|bytes| Some(u64::from_le_bytes(bytes.as_slice().try_into().ok()?))).max();
-    Ok(placement.at_least(OffloadedBelow(below.unwrap_or(0) as usize), table))
+    let placement = placement.at_least(OffloadedBelow(below.unwrap_or(0) as usize), table);
+    let all = rank.world.all_gather(&[u8::from(placement.exceeds_host(budget)), u8::from(placement.may_stay)])?;
+    let exceeds = all.iter().any(|rank| rank.first() == Some(&1));
+    let may_stay = all.iter().all(|rank| rank.get(1) == Some(&1));
+    if !(exceeds && may_stay) {
+        return Ok(placement);
+    }
+    rank.ui.warn(ALL_STAY);
+    Ok(placement.all_on_device())
 }
+
+/// Where [`ExpertPlacement::may_stay`] decides.
+pub(super) const ALL_STAY: &str = "all experts stay on the GPU, whose memory is nearly full by the forecast: the host has too little \
+    memory to pin those that may not fit. If the GPU's memory does not suffice, use a smaller --batch-size, or a machine with more memory";
 
 /// The passes of a phase that need the most memory.
 #[derive(Debug, Clone, Copy)]

@@ -23,12 +23,14 @@ use crate::model::{
 /// [`Self::restore`] (a checkpoint), and `flip_bit` (an injected fault). Which parameters were written is recorded; all others
 /// must stay bit-identical to the model's files, which `run/verify.rs` checks at the end of a run.
 pub struct Replica<B: Backend> {
+    /// Device-to-device transport; `None`: gradients and weights go through the host. It is the first field because it has to be
+    /// dropped before the model: freeing pinned memory may wait for all streams of the device, and if another rank has failed, a
+    /// stream ends an exchange only once the communicator is aborted.
+    pub transport: Option<Arc<dyn DeviceTransport<B>>>,
     model: Model<B>,
     written: BTreeSet<ParamId>,
     /// The communicator of all ranks.
     pub world: Arc<dyn Collective>,
-    /// Device-to-device transport; `None`: gradients and weights go through the host.
-    pub transport: Option<Arc<dyn DeviceTransport<B>>>,
     /// The world size that the run was started with. It is kept on resume, so that each step sees the same rows.
     pub step_world_size: usize,
     /// Which layers keep their activations, decided once a phase.

@@ -1,20 +1,23 @@
 //! Whole identifications and training steps of golden cases on the GPU backend. With emulated kernels, which are slow,
 //! only a few cases run; with `MOEWARDEN_TEST_GPU=0` all of them run on that GPU.
 
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::case::{Case, CaseRun, Tolerance, assert_near, ce_gradients, experts, fixture_name, golden_dir, numbers};
 use crate::emulator::{Emulated, device};
 use moewarden::backend::Dtype;
-use moewarden::backend::cuda::Cuda;
 use moewarden::backend::cuda::gpu::Gpu;
 use moewarden::backend::cuda::pool::Reuse;
+use moewarden::backend::cuda::{Buffer, Cuda, Weight};
+use moewarden::collective;
 use moewarden::config::RunConfig;
 use moewarden::launch::Rank;
 use moewarden::model::{OffloadedBelow, ParamId, ParamKind};
 use moewarden::report::{GenerationSpeed, Sampling};
 use moewarden::run::generate::{Prompt, answers};
-use moewarden::train::{Recompute, mean_loss};
+use moewarden::train::{DeviceTransport, Recompute, mean_loss};
 use moewarden::ui::Ui;
 use serde_json::{Value, json};
 
@@ -331,6 +334,60 @@ fn offloaded_layers_are_copied_ahead_and_no_more_than_once_a_pass() {
         assert_eq!(gpu.loads().0, loads);
         assert!(gpu.loads().1 > before, "no kernel runs beside a copy");
     }
+}
+
+/// What the GPU must have room for while weights are loaded is no more than what stays there.
+#[test]
+fn offloaded_experts_are_loaded_past_the_gpu() {
+    let case = Case::open("olmoe");
+    let backend = Arc::new(Cuda::new(device::gpu(), Dtype::F32, Reuse::Never));
+    let run = CaseRun::offloaded(&case.session, &case.config, backend, &Rank::single(Ui::silent()), OffloadedBelow(3));
+    let specs = || case.session.table.params.iter();
+    let bytes = |experts: bool| -> usize {
+        let of = |kind| matches!(kind, ParamKind::Expert(..)) == experts;
+        specs().filter(|spec| of(spec.kind)).map(|spec| spec.base.bytes.len()).sum()
+    };
+    let pool = run.model().backend.pool();
+    assert_eq!((pool.usage().peak, pool.usage().used), (bytes(false), bytes(false)));
+    mean_loss(&run.replica, &run.unsafe_batches()).unwrap();
+    assert!(pool.usage().used >= bytes(false) + bytes(true) * 2 / 3, "two slots");
+}
+
+/// Stands for a communicator: notes how much memory the model has when it is dropped.
+struct Noted {
+    backend: Arc<Cuda>,
+    used: Arc<AtomicUsize>,
+}
+
+impl Drop for Noted {
+    fn drop(&mut self) {
+        self.used.store(self.backend.pool().usage().used, Ordering::Relaxed);
+    }
+}
+
+impl DeviceTransport<Cuda> for Noted {
+    fn reduce_scatter(&self, _: &Buffer, _: usize, _: &[usize], _: &Buffer, _: usize) -> collective::Result<()> {
+        unreachable!("nothing is exchanged")
+    }
+    fn all_gather(&self, _: &Buffer, _: Range<usize>, _: &[usize], _: &mut Weight) -> collective::Result<()> {
+        unreachable!("nothing is exchanged")
+    }
+    fn finish(&self) -> collective::Result<()> {
+        unreachable!("nothing is exchanged")
+    }
+}
+
+/// Freeing pinned memory waits for the device, which waits for the other ranks until the communicator is aborted.
+#[test]
+fn the_communicator_is_dropped_before_the_model() {
+    let case = Case::open("olmoe");
+    let (backend, rank) = (cuda(Dtype::F32), Rank::single(Ui::silent()));
+    let mut run = CaseRun::offloaded(&case.session, &case.config, backend.clone(), &rank, OffloadedBelow(3));
+    let (loaded, used) = (backend.pool().usage().used, Arc::new(AtomicUsize::new(0)));
+    run.replica.transport = Some(Arc::new(Noted { backend: backend.clone(), used: used.clone() }));
+    drop(run);
+    assert_eq!(used.load(Ordering::Relaxed), loaded);
+    assert!(backend.pool().usage().used < loaded);
 }
 
 #[test]

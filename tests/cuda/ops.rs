@@ -561,6 +561,23 @@ fn ragged_shapes_hold_little_more_than_they_use() {
     assert_eq!((pool.usage().held, pool.usage().used), (0, 0));
 }
 
+#[test]
+fn many_equal_requests_hold_little_more_than_their_sum() {
+    for bytes in [3 << 20, 12 << 20, 35 << 19, (16 << 20) + 512, 31 << 20, 33 << 20] {
+        let pool = Pool::new(device::gpu(), Reuse::Segments);
+        let number = 3 * (32usize << 20).div_ceil(bytes);
+        let all: Vec<_> = (0..number).map(|_| pool.take(bytes).unwrap()).collect();
+        let usage = pool.usage();
+        assert!(usage.held as f64 <= 1.07 * usage.used as f64, "{bytes} bytes each: {usage:?}");
+        // Any other request below the least shared segment finds room in one that is free.
+        drop(all);
+        let allocations = pool.usage().allocations;
+        let others: Vec<_> = [31 << 20, 17 << 20, 5 << 20].into_iter().map(|bytes| pool.take(bytes).unwrap()).collect();
+        assert_eq!(pool.usage().allocations, allocations, "{bytes} bytes each");
+        drop(others);
+    }
+}
+
 /// The device fault that `f` unwinds with.
 fn fault(f: impl FnOnce()) -> DeviceFault {
     let payload = catch_unwind(AssertUnwindSafe(f)).expect_err("it fails");

@@ -89,12 +89,13 @@ fn four_files_are_left_and_a_later_call_goes_on() {
     assert_eq!(files, ["logs.tgz", "summary.md"], "the other two are left by benchmarks");
 
     // Full memory is a result: neither a failure nor a missing GPU. Earlier results stay in the table.
-    let steps = "--no-peer|--steps|identify:OLMoE-1B-7B:8x512 identify:Mixtral-8x7B:8x512";
+    let steps = "--no-peer|--steps|identify:OLMoE-1B-7B:8x512 offload:OLMoE-1B-7B:8x512 identify:Mixtral-8x7B:8x512";
     let (code, summary) = prove(&machine, steps, &[("STAND_IN_MEMORY", "67000000")]);
     shows(
         &summary,
         &["| ceilings | passed |", "| identify:OLMoE-1B-7B:8x512 | out of memory |", "| stand-in | OLMoE-1B-7B |"],
     );
+    shows(&summary, &["| offload:OLMoE-1B-7B:8x512 | out of memory |", "| 8x512 | identify --offload none |"]);
     shows(&summary, &["| identify:Mixtral-8x7B:8x512 | skipped |", "does not fit into 80 GB"]);
     assert_eq!(code, Some(3), "{summary}");
     let speed = fs::read_to_string(machine.path("out/speed.jsonl")).unwrap();

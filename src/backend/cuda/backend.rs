@@ -66,6 +66,9 @@ impl Backend for Cuda {
     fn weight(&self, host: HostTensor) -> Weight {
         transfer::weight(self, &host)
     }
+    fn offloaded_weights(&self, values: Vec<HostTensor>) -> Vec<Weight> {
+        offload::weights(self, &values)
+    }
     fn offload(&self, weights: Vec<Weight>) -> Vec<Weight> {
         offload::offload(self, weights)
     }

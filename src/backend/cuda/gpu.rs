@@ -180,7 +180,7 @@ pub enum Error {
     #[error(
         "the GPU's memory is full: {} requested, {} in use by this process, {} of {} free. \
          Try a smaller --batch-size, a smaller --max-length, --recompute always, a smaller --top-k-experts, \
-         --offload host, or more ranks",
+         more ranks, or --offload host if the model has experts that are on the GPU (a judge's stay there)",
         gib(*.asked), gib(*.used), gib(.info.free), gib(.info.total)
     )]
     OutOfMemory {
@@ -194,7 +194,7 @@ pub enum Error {
     /// Pinned memory of the host was refused.
     #[error(
         "the host's memory is full: {} of pinned memory requested for experts that are not on the GPU, {} pinned by this \
-         process. Use a machine with more memory, fewer ranks on it, or a GPU with more memory and --offload none",
+         rank. Use a machine with more memory, fewer ranks on it, or a GPU with more memory and --offload none",
         gib(*.asked), gib(*.used)
     )]
     OutOfHostMemory {

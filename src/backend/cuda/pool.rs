@@ -79,14 +79,16 @@ impl Drop for Memory {
 const GRAIN: usize = 512;
 /// Granularity of segments in bytes: the GPU's page size.
 const PAGE: usize = 2 << 20;
-/// Size in bytes of a segment that several smaller requests share.
+/// The least size in bytes of a segment that several smaller requests share.
 const SHARED: usize = 32 << 20;
 
-/// The size of a new segment for a request of `bytes`.
+/// The size of a new segment for a request of `bytes`. A shared one has room for a whole number of such requests, so that many of
+/// equal size, experts for example, leave nothing unused but the rest of a page; and it has room for any other request below
+/// [`SHARED`] once it is free.
 fn segment(bytes: usize) -> usize {
     match bytes {
         ..PAGE => PAGE,
-        PAGE..SHARED => SHARED,
+        PAGE..SHARED => (SHARED.div_ceil(bytes) * bytes).next_multiple_of(PAGE),
         _ => bytes.next_multiple_of(PAGE),
     }
 }

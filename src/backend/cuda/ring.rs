@@ -15,7 +15,7 @@ use super::pool::{Memory, Pool};
 /// Number of slots.
 pub const SLOTS: usize = 2;
 
-/// The slots of one GPU. It has none before the first block.
+/// The slots of one GPU. It has none before the first request: while weights are loaded, their memory is free for other things.
 pub(super) struct Ring {
     gpu: Arc<dyn Gpu>,
     pool: Arc<Pool>,
@@ -30,6 +30,8 @@ struct State {
     blocks: usize,
     /// Pinned bytes of all blocks.
     pinned: usize,
+    /// Bytes of the largest block so far, and of each slot from the next request on.
+    largest: usize,
     /// Counts the uses of slots.
     clock: u64,
 }
@@ -66,24 +68,22 @@ impl Ring {
         let at = self.gpu.allocate_host(bytes)?.ok_or(full)?;
         state.blocks += 1;
         state.pinned += bytes;
+        state.largest = state.largest.max(bytes);
         state.next_block += 1;
         Ok(Arc::new(Block { ring: self.clone(), number: state.next_block, at, bytes }))
     }
 
-    /// Gives all slots room for blocks of this size.
-    ///
-    /// # Errors
-    /// The GPU's memory is full; a fault of the GPU.
-    pub(super) fn reserve(&self, bytes: usize) -> Result<(), Error> {
-        let mut state = self.lock();
-        if state.slots.first().is_some_and(|slot| slot.memory.bytes() >= bytes) {
+    /// Gives all slots room for the largest block.
+    fn reserve(&self, state: &mut State) -> Result<(), Error> {
+        let largest = state.largest;
+        if state.slots.len() == SLOTS && state.slots.iter().all(|slot| slot.memory.bytes() >= largest) {
             return Ok(());
         }
-        self.clear(&mut state)?;
-        // The parameters that moved to the host leave free parts of the pool, which are smaller than a slot.
+        self.clear(state)?;
+        // Parameters that were made on the GPU and moved to the host leave free parts of the pool, which are smaller than a slot.
         self.pool.release()?;
         for _ in 0..SLOTS {
-            let memory = self.pool.take(bytes)?;
+            let memory = self.pool.take(largest)?;
             state.slots.push(Slot { memory, holds: None, load: None, last_use: 0 });
         }
         Ok(())
@@ -100,13 +100,14 @@ impl Ring {
 
     /// The slot of a block; begins to copy it if no slot holds it.
     fn request(&self, state: &mut State, block: &Block) -> Result<usize, Error> {
+        self.reserve(state)?;
         state.clock += 1;
         let held = state.slots.iter().position(|slot| slot.holds == Some(block.number));
         let index = match held {
             Some(index) => index,
             None => {
                 let oldest = (0..state.slots.len()).min_by_key(|&i| state.slots[i].last_use);
-                let index = oldest.expect("slots are reserved with the block");
+                let index = oldest.expect("slots are reserved");
                 let slot = &mut state.slots[index];
                 slot.holds = None; // if the copy fails
                 slot.load = Some(self.gpu.load(block.at, slot.memory.address(), block.bytes)?);
@@ -164,6 +165,7 @@ impl Drop for Block {
         state.pinned -= self.bytes;
         if state.blocks == 0 {
             drop(self.ring.clear(&mut state));
+            state.largest = 0;
         }
         drop(self.ring.gpu.free_host(self.at));
     }

@@ -8,7 +8,7 @@ use crate::launch::memory::human;
 use crate::model::ParamKind;
 use crate::run::session::Session;
 use crate::train::memory::{Activations, MemoryBudget, TrainedState};
-use crate::train::{Recipe, Trained};
+use crate::train::{Recipe, Trained, Training};
 
 /// The predicted peak memory of one rank, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,7 +85,8 @@ impl MemoryForecast {
         let activations = Activations::predict(&session.model, rows, &budget);
         let passes = activations.least(recipe.recompute, session.model.layers.len(), forwards(session, recipe));
         let passes = passes.max(GenerationMemory::new(session, config, recipe, &budget).total());
-        let state = trained_state(session, trained, world_size, budget);
+        let state =
+            trained_state(session, trained_in_a_phase(session, recipe, trained, world_size), world_size, budget);
         let needs = room_for_passes(passes) + state.whole + state.sharded + base_head(session, recipe, budget);
         ExpertPlacement::plan(config.offload, &session.table, 1, needs, &budget)
     }
@@ -107,15 +108,13 @@ impl MemoryForecast {
         self.total().min(self.free.max(self.needed()))
     }
 
-    /// Refuses a run that needs far more memory than there is: a quarter more, which is beyond the error of the forecast.
+    /// Refuses a run that needs far more memory than there is for each of `ranks` ranks on this machine.
     ///
     /// # Errors
     /// What is needed, what is free, and what helps.
-    pub fn check(&self, budget: &MemoryBudget, force: bool) -> Result<()> {
-        self.placement.check(budget, force)?;
-        let far_beyond = self.needed() > self.free.saturating_add(self.free / 4);
-        if force || !far_beyond {
-            return Ok(());
+    pub fn check(&self, budget: &MemoryBudget, ranks: usize, force: bool) -> Result<()> {
+        if force || !far_beyond(self.needed(), self.free) {
+            return self.placement.check(budget, ranks, force);
         }
         let message = format!(
             "a rank needs {} of memory, but {} are free{}; --force starts the run all the same",
@@ -184,6 +183,11 @@ impl MemoryForecast {
     }
 }
 
+/// Whether so many bytes are far more than are free: a quarter more, which is beyond the error of the forecast.
+pub fn far_beyond(needed: u64, free: u64) -> bool {
+    needed > free.saturating_add(free / 4)
+}
+
 /// The memory in which passes that need so much run: in an eighth more, for fragmentation.
 pub fn room_for_passes(bytes: u64) -> u64 {
     bytes.saturating_add(bytes / 7)
@@ -243,6 +247,26 @@ fn loaded(
     MemoryBudget { free: budget.free.saturating_sub(resident + state.whole + state.sharded), ..budget }
 }
 
+/// The elements that a phase trains, if a step trains `trained`: where each step selects experts, the state of those of earlier steps
+/// stays on the device.
+fn trained_in_a_phase(session: &Session, recipe: &Recipe, trained: usize, world_size: usize) -> usize {
+    let replies = session.data.records.iter().filter(|r| r.unsafe_reply.is_some()).count();
+    let (examples, grad_accum, epochs) = match &recipe.training {
+        Training::Experts(phase) | Training::Alternate(phase, _) => (replies, phase.grad_accum, phase.epochs),
+        Training::Joint(phase) => {
+            ((replies as f64 / (1.0 - phase.safe_ratio)).ceil() as usize, phase.grad_accum, phase.epochs)
+        }
+        Training::Nothing | Training::Routers(_) => return trained,
+    };
+    let a_step = recipe.trained_elements(&session.table, &session.model).experts;
+    if !recipe.selects_each_step() || trained < a_step {
+        return trained;
+    }
+    let steps = examples.div_ceil(recipe.batch_size).div_ceil(grad_accum * world_size) * epochs;
+    let all = session.table.count(|spec| matches!(spec.kind, ParamKind::Expert(..))).elements;
+    all.min(a_step.saturating_mul(steps)).max(a_step) + (trained - a_step)
+}
+
 fn trained_state(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> TrainedState {
     let total = session.table.total();
     // On a device, and where the weights are random, an update overwrites the weights; else it replaces memory-mapped ones.
@@ -292,12 +316,12 @@ mod tests {
             let shortage = forecast.shortage().unwrap_or_default();
             assert_eq!(shortage.is_empty(), said.is_empty());
             assert!(shortage.contains(said), "{shortage}");
-            assert!(forecast.check(&budget, false).is_ok(), "within the error of the forecast");
+            assert!(forecast.check(&budget, 1, false).is_ok(), "within the error of the forecast");
         }
         let far_beyond = of(false, 100);
-        let refused = far_beyond.check(&budget, false).unwrap_err().to_string();
+        let refused = far_beyond.check(&budget, 1, false).unwrap_err().to_string();
         assert!(refused.contains("157 B") && refused.contains("100 B") && refused.contains("--force"), "{refused}");
-        assert!(far_beyond.check(&budget, true).is_ok());
+        assert!(far_beyond.check(&budget, 1, true).is_ok());
         let on_a_gpu = |offloaded| MemoryForecast {
             device: true,
             placement: ExpertPlacement { moe_layers: 3, offloaded, ..ExpertPlacement::default() },

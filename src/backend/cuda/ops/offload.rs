@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::transfer;
 use crate::backend::HostTensor;
 use crate::backend::cuda::gpu::Error;
 use crate::backend::cuda::tensor::{InBlock, Place, Staged};
@@ -13,17 +14,39 @@ const ALIGNMENT: usize = 512;
 const MEASURED: usize = 8 << 20;
 const COPIES: usize = 32;
 
+/// Where parameters of these sizes begin in a block, and the size of the block, in bytes.
+fn layout(sizes: impl Iterator<Item = usize>) -> (Vec<usize>, usize) {
+    let mut bytes = 0;
+    let offsets = sizes.map(|size| {
+        let offset = bytes;
+        bytes += size.next_multiple_of(ALIGNMENT);
+        offset
+    });
+    (offsets.collect(), bytes)
+}
+
+/// Parameters with these values in one block in the host's memory. They do not pass through the GPU, whose memory the other
+/// weights may fill.
+pub fn weights(cuda: &Cuda, values: &[HostTensor]) -> Vec<Weight> {
+    let (offsets, bytes) = layout(values.iter().map(|value| value.bytes.len()));
+    if bytes == 0 {
+        return values.iter().map(|value| transfer::weight(cuda, value)).collect();
+    }
+    let block = must(cuda.ring.block(bytes));
+    let copied = values.iter().zip(offsets).map(|(value, offset)| {
+        transfer::check_shape(value);
+        if !value.bytes.is_empty() {
+            must(cuda.gpu.write_host(block.host(offset), &value.bytes));
+        }
+        let place = Place::Host(InBlock { block: block.clone(), offset });
+        Weight { dtype: value.dtype, shape: value.shape.clone(), place }
+    });
+    copied.collect()
+}
+
 /// Moves parameters to one block in the host's memory.
 pub fn offload(cuda: &Cuda, weights: Vec<Weight>) -> Vec<Weight> {
-    let mut bytes = 0;
-    let offsets: Vec<usize> = weights
-        .iter()
-        .map(|w| {
-            let offset = bytes;
-            bytes += w.bytes().next_multiple_of(ALIGNMENT);
-            offset
-        })
-        .collect();
+    let (offsets, bytes) = layout(weights.iter().map(Weight::bytes));
     if bytes == 0 {
         return weights;
     }
@@ -34,9 +57,7 @@ pub fn offload(cuda: &Cuda, weights: Vec<Weight>) -> Vec<Weight> {
         store(cuda, Staged { weight, to: to.clone() });
         Weight { dtype, shape, place: Place::Host(to) }
     });
-    let moved = moved.collect();
-    must(cuda.ring.reserve(bytes));
-    moved
+    moved.collect()
 }
 
 /// Begins to copy the block of these parameters to the GPU. A layer has at most one.

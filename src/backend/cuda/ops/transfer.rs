@@ -39,10 +39,15 @@ pub fn indices(cuda: &Cuda, values: &[u32]) -> Indices {
 
 /// A parameter, copied from the host's memory-mapped file without a second host copy.
 pub fn weight(cuda: &Cuda, host: &HostTensor) -> Weight {
-    assert!(matches!(host.shape.len(), 1 | 2), "a parameter has one or two dimensions, not {:?}", host.shape);
+    check_shape(host);
     let memory = cuda.scratch(host.bytes.len());
     cuda.copy_in(memory.address(), &host.bytes);
     Weight { dtype: host.dtype, shape: host.shape.clone(), place: Place::Gpu(memory) }
+}
+
+/// Panics unless it has the shape of a parameter.
+pub(super) fn check_shape(host: &HostTensor) {
+    assert!(matches!(host.shape.len(), 1 | 2), "a parameter has one or two dimensions, not {:?}", host.shape);
 }
 
 /// A parameter's current value.
