@@ -5,8 +5,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value};
 
-use super::kinds::SYSTEM_OF_GOAL;
-use super::message::{Form, Message};
+use super::message::{Form, Message, SYSTEM_OF_GOAL};
 use super::python_literal;
 use super::rows::kind_of;
 use super::template::{ChatTemplate, Reads, TemplateError};

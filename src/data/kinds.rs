@@ -16,7 +16,7 @@
 use serde_json::{Map, Value};
 
 use super::fields;
-use super::message::Message;
+use super::message::{Message, SYSTEM_OF_GOAL};
 use super::report::{DropReason, Kind};
 use super::rows::{key_of_rows, one_level_down};
 pub(super) use super::side::Side;
@@ -80,7 +80,6 @@ const SAFE_SYSTEM: &str = "You are a helpful assistant.";
 /// Fields that hold an attack as the text of one user message; used if `all_prompt` is missing.
 const ATTACK_TEXTS: [&str; 2] = ["attack_prompt", "inception_attack"];
 /// Where turns come from that moewarden adds, for messages.
-pub(super) const SYSTEM_OF_GOAL: &str = "added by moewarden: the request in goal gets it";
 const OPTION: &str = "added by moewarden: --safe-response";
 const TARGET: &str = "the row's refusal_response";
 

@@ -8,6 +8,9 @@ use super::values::is_blank;
 /// Fields of a turn that name something; the model sees them only through templates that ask for them.
 pub(super) const NAMES: [&str; 2] = ["name", "tool_call_id"];
 
+/// The origin of the system turn that the safe side of an attack row gets.
+pub(super) const SYSTEM_OF_GOAL: &str = "added by moewarden: the request in goal gets it";
+
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Message {

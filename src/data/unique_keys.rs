@@ -5,7 +5,6 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::rows::kind_of;
 use super::values::name_of;
 
 /// A value that was read; reading fails where a key occurs twice.
@@ -30,7 +29,7 @@ pub(super) fn without_place(error: &serde_json::Error) -> String {
 pub fn object(text: &str) -> Result<Map<String, Value>, String> {
     match serde_json::from_str(text) {
         Ok(Unique(Value::Object(map))) => Ok(map),
-        Ok(Unique(other)) => Err(format!("it is {}", kind_of(&other))),
+        Ok(_) => Err("it is no object".into()),
         Err(e) => Err(e.to_string()),
     }
 }

@@ -97,6 +97,11 @@ pub fn peak_resident() -> u64 {
     usage.ru_maxrss as u64 * 1024
 }
 
+/// Whether so many bytes are far more than are free: a quarter more, which is beyond the error of the forecast.
+pub fn far_beyond(needed: u64, free: u64) -> bool {
+    needed > free.saturating_add(free / 4)
+}
+
 /// `1.5 GB`, in decimal units.
 pub fn human(bytes: u64) -> String {
     scaled(bytes, &["B", "kB", "MB", "GB", "TB"])

@@ -3,17 +3,22 @@
 use std::fs;
 use std::path::Path;
 
-/// Methods of `trait Backend` that only describe the device, call operations, or give a hint.
-const QUERIES: [&str; 9] = [
+/// Methods of `trait Backend` that only describe the device, call operations, or give a hint; and those that decide where parameters
+/// lie, which `tests/cuda/golden.rs` and `program.rs` hold against whole models.
+const QUERIES: [&str; 13] = [
     "activation_size",
     "free_memory",
+    "load_offloaded",
     "logit_chunk_rows",
+    "offload",
+    "offloaded_weights",
     "peak_memory",
     "prefetch",
     "profile",
     "routed_size",
     "shape",
     "together",
+    "write_weight",
 ];
 
 /// Operations that the tests of the CPU backend reach through whole models: goldens, gradients, and random weights.

@@ -4,7 +4,7 @@ use super::generation::GenerationMemory;
 use super::placement::ExpertPlacement;
 use crate::config::RunConfig;
 use crate::exit::{self, Failure, Result};
-use crate::launch::memory::human;
+use crate::launch::memory::{far_beyond, human};
 use crate::model::ParamKind;
 use crate::run::session::Session;
 use crate::train::memory::{Activations, MemoryBudget, TrainedState};
@@ -181,11 +181,6 @@ impl MemoryForecast {
             self.placement.describe().map_or_else(String::new, |placement| format!("\n{placement}")),
         )
     }
-}
-
-/// Whether so many bytes are far more than are free: a quarter more, which is beyond the error of the forecast.
-pub fn far_beyond(needed: u64, free: u64) -> bool {
-    needed > free.saturating_add(free / 4)
 }
 
 /// The memory in which passes that need so much run: in an eighth more, for fragmentation.

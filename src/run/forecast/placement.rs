@@ -3,12 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use super::memory::far_beyond;
 use super::time::duration;
 use crate::backend::cuda::SLOTS;
 use crate::config::Offload;
 use crate::exit::{self, Failure, Result};
-use crate::launch::memory::human;
+use crate::launch::memory::{far_beyond, human};
 use crate::model::{OffloadedBelow, ParamKind, ParamTable};
 use crate::train::memory::MemoryBudget;
 

@@ -82,13 +82,6 @@ pub fn store(cuda: &Cuda, Staged { weight, to }: Staged) {
     to.block.written();
 }
 
-/// The bytes of a parameter in the host's memory.
-pub fn read(cuda: &Cuda, at: &InBlock, bytes: usize) -> Vec<u8> {
-    let mut out = vec![0; bytes];
-    must(cuda.gpu.read_host(at.block.host(at.offset), &mut out));
-    out
-}
-
 /// Overwrites a parameter if it lies in the host's memory. Returns whether it does.
 pub fn write(cuda: &Cuda, w: &mut Weight, value: &HostTensor) -> bool {
     let Some(at) = w.in_block() else { return false };
