@@ -7,9 +7,9 @@ use serde_json::{Map, Value};
 
 use super::message::{Form, Message, SYSTEM_OF_GOAL};
 use super::python_literal;
-use super::rows::kind_of;
 use super::template::{ChatTemplate, Reads, TemplateError};
 use super::turns::WRITTEN;
+use super::values::kind_of;
 use super::values::{Result, is_blank, is_empty, name_of, present, text, without_nulls};
 
 /// Fields of a row that hold a system turn for its turns.

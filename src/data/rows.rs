@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::unique_keys::{Unique, without_place};
+use super::values::kind_of;
 use super::{Error, big_integers};
 use crate::input::{self, RowsError};
 use crate::quote;
@@ -254,18 +255,6 @@ fn element_length(text: &[u8]) -> usize {
         }
     }
     text.len()
-}
-
-/// The kind of a JSON value, for error messages.
-pub(super) fn kind_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::message::{Form, Message, NAMES};
 use super::python_literal;
-use super::rows::kind_of;
+use super::values::kind_of;
 use super::values::{Result, is_blank, name_of, present, quoted, string, without_nulls};
 
 /// Fields of a turn that chat templates may write, so that the model sees them. A field that the template never reads is

@@ -2,10 +2,21 @@
 
 use serde_json::{Map, Value};
 
-use super::rows::kind_of;
 use crate::quote;
 
 pub(super) type Result<T, E = String> = std::result::Result<T, E>;
+
+/// The kind of a JSON value, for error messages.
+pub(super) fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
 
 /// The value of a field; `None` if it is missing or empty.
 pub(super) fn present<'a>(row: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {

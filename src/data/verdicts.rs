@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 use super::python_literal;
-use super::rows::kind_of;
 use super::values::Result;
+use super::values::kind_of;
 
 /// Fields in which a judge recorded whether the attack succeeded.
 pub(super) const VERDICTS: [&str; 3] = ["judge_success_gpt4", "inception_attack_score", "judge_result"];
