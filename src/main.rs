@@ -9,7 +9,8 @@ use moewarden::{cli, collective, exit, panics, quote};
 
 fn main() {
     panic::set_hook(Box::new(|fault| {
-        if fault.payload().is::<DeviceFault>() || panics::is_expected() {
+        let payload = fault.payload();
+        if payload.is::<DeviceFault>() || payload.is::<collective::Error>() || panics::is_expected() {
             return; // not a bug; reported where it is caught
         }
         say(&format!(

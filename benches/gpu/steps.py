@@ -140,7 +140,8 @@ def compare(how, *arguments):
 
 
 def lockstep():
-    """The same steps by one rank, by two on one GPU, by one over NCCL, and on the CPU: of experts, then of experts and routers.
+    """The same steps by one rank, by two on one GPU (that hold all experts, or divide them), by one over NCCL, and on the CPU: of
+    experts, then of experts and routers.
     (A step of the router phase alone has another size with another number of ranks.)"""
     cuda = DEVICE == "cuda"
     device = ["--device", DEVICE, *(["--precision", "f32"] if cuda else [])]
@@ -153,9 +154,14 @@ def lockstep():
             "two": [*device, *(["--transport", "host"] if cuda else []), "--ranks", "2", "--grad-accum", "1"],
             "nccl": [*device, *(["--transport", "nccl"] if cuda else []), "--grad-accum", "2"],
         }
+        if cuda:
+            runs["divided"] = [*runs["two"], "--shard-frozen"]
         ran = {name: train(case, f"{at}-{name}", phase, *options) for name, options in runs.items()}
         if cuda and ran["nccl"][0] and "by NCCL" not in ran["nccl"][1]:
             note(f"{case}: NCCL was not used")
+            good = False
+        if cuda and not (ran["divided"][0] and ran["two"][0] and compare("same", f"{at}-two", f"{at}-divided")):
+            note(f"{case}: two and divided do not have the same bits")
             good = False
         for first, second in (("cpu", "one"), ("cpu", "two"), ("cpu", "nccl"), ("one", "two")):
             if not (ran[first][0] and ran[second][0]):

@@ -244,12 +244,13 @@ pub trait Backend: Send + Sync + 'static {
         Self: 'w,
     {
     }
-    /// Parameters that are used together, the routed experts of a layer, with these values in the host's memory. A backend with
-    /// memory of its own copies all of them to it for each use, with the same results; the others have them there anyway.
+    /// Parameters that are used together, the routed experts of a layer, with these values in the host's memory, or divided among the
+    /// devices of several ranks. A backend with memory of its own copies all of them to it for each use, with the same results; the
+    /// others have them there anyway.
     fn offloaded_weights(&self, values: Vec<HostTensor>) -> Vec<Self::Weight> {
         values.into_iter().map(|value| self.weight(value)).collect()
     }
-    /// The same for parameters that were made on the device: moves them to the host's memory.
+    /// The same for parameters that were made on the device: moves them.
     fn offload(&self, weights: Vec<Self::Weight>) -> Vec<Self::Weight> {
         weights
     }
@@ -263,6 +264,13 @@ pub trait Backend: Send + Sync + 'static {
         Self: 'w,
     {
     }
+    /// The number of ranks of this machine among whose devices offloaded parameters are divided; `None`: they are in the host's memory.
+    fn offload_ranks(&self) -> Option<usize> {
+        None
+    }
+    /// Where offloaded parameters are divided among the devices of several ranks: waits until all ranks have read and written what they
+    /// queued. All ranks call it together: after parameters were loaded or dropped, and before and after they are written.
+    fn fence_weights(&self) {}
     /// Overwrites a parameter with a host value of the same shape and dtype.
     fn write_weight(&self, w: &mut Self::Weight, value: HostTensor) {
         *w = self.weight(value);

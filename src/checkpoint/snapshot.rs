@@ -27,12 +27,12 @@ use super::{
     AtomicDir, Manifest, ManifestEntry, load_delta, partial_path, read_optimizer, remove, remove_temporaries,
     save_delta, write_optimizer,
 };
-use crate::backend::{Backend, Dtype};
+use crate::backend::{Backend, Dtype, HostTensor};
 use crate::collective::{Collective, all_ok, with_heartbeat};
 use crate::exit::{self, Failure, Result};
 use crate::files;
 use crate::input;
-use crate::model::{Checkpoint, ParamTable};
+use crate::model::{Checkpoint, ParamId, ParamTable};
 use crate::optim::{AdamW, ParamState};
 use crate::quote::{cut, quote};
 use crate::train::fault::Point;
@@ -441,23 +441,29 @@ impl<O> Snapshot<O> {
         }
     }
 
-    /// Restores the weights.
+    /// Restores the weights. All ranks call it together.
     ///
     /// # Errors
-    /// A delta that does not fit the model; products in another number format.
+    /// A delta that does not fit the model; products in another number format; another rank's error.
     pub fn restore_weights<B: Backend>(&self, store: &SnapshotStore<'_>, replica: &mut Replica<B>) -> Result<()> {
-        let (theirs, ours) = (&self.state.precision, precision(replica));
-        if *theirs != ours {
+        let weights = all_ok(&*replica.world, self.weights(store, &precision(replica)))?;
+        replica.step_world_size = self.state.step_world_size;
+        replica.restore(weights);
+        Ok(())
+    }
+
+    /// The weights, for a run with products in the format `ours`.
+    fn weights(&self, store: &SnapshotStore<'_>, ours: &str) -> Result<BTreeMap<ParamId, HostTensor>> {
+        let theirs = &self.state.precision;
+        if theirs != ours {
             let message = format!(
                 "the checkpoint was made with products in {theirs}, and here they are in {ours}: resume with the --device and \
                  --precision of that run, or start again with --overwrite"
             );
             return Err(Failure::new(exit::CONFIG, message));
         }
-        replica.step_world_size = self.state.step_world_size;
         let base = store.base.expect("a run of random weights makes no checkpoint");
-        replica.restore(load_delta(base, store.table, &self.folder.join(WEIGHTS))?);
-        Ok(())
+        Ok(load_delta(base, store.table, &self.folder.join(WEIGHTS))?)
     }
 
     /// Restores an identification that has just begun.

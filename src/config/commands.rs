@@ -117,6 +117,10 @@ pub struct EvalArgs {
     /// results
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub offload: Offload,
+    /// GPUs: divide the routed experts among the ranks of each machine, so that N GPUs hold what one cannot. Each rank keeps 1/N of
+    /// them, and copies the others from the other GPUs layer by layer, with the same results
+    #[arg(long, help_heading = MACHINE)]
+    pub shard_frozen: bool,
     /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)
     #[arg(long, value_name = "RANKS", help_heading = MACHINE)]
     pub ranks: Option<usize>,
@@ -128,9 +132,10 @@ pub struct EvalArgs {
     pub timeout: u64,
 }
 
-/// Refuses `--offload` where all weights are in the host's memory.
-fn offload_without_gpu(config: &RunConfig) -> Option<String> {
-    let inert = validate::options_without_effect(config).into_iter().find(|(option, _)| *option == "offload");
+/// Refuses to place experts where all weights are in the host's memory.
+fn placed_without_gpu(config: &RunConfig) -> impl Iterator<Item = String> {
+    let inert = validate::options_without_effect(config).into_iter();
+    let inert = inert.filter(|(option, _)| ["offload", "shard-frozen"].contains(option));
     inert.map(|(option, why)| validate::would_do_nothing(option, why))
 }
 
@@ -181,13 +186,14 @@ impl EvalArgs {
             device: self.device,
             precision: self.precision,
             offload: self.offload,
+            shard_frozen: self.shard_frozen,
             ranks: self.ranks,
             threads: self.threads,
             timeout: self.timeout,
             ..RunConfig::default()
         };
         let mut wrong = validate::problems(&config);
-        wrong.extend(offload_without_gpu(&config));
+        wrong.extend(placed_without_gpu(&config));
         if self.temperature == 0.0 {
             let given = [("--top-p", self.top_p != 1.0), ("--seed", self.seed != RunConfig::default().seed)];
             wrong.extend(given.into_iter().filter(|(_, given)| *given).map(|(option, _)| {
@@ -283,6 +289,10 @@ pub struct AblateArgs {
     /// results
     #[arg(long, help_heading = MACHINE, value_enum, default_value_t)]
     pub offload: Offload,
+    /// GPUs: divide the routed experts among the ranks of each machine, so that N GPUs hold what one cannot. Each rank keeps 1/N of
+    /// them, and copies the others from the other GPUs layer by layer, with the same results
+    #[arg(long, help_heading = MACHINE)]
+    pub shard_frozen: bool,
     /// Data-parallel ranks, as threads of this process (1 by default; on GPUs one for each visible GPU)
     #[arg(long, value_name = "RANKS", help_heading = MACHINE)]
     pub ranks: Option<usize>,
@@ -325,13 +335,14 @@ impl AblateArgs {
             device: self.device,
             precision: self.precision,
             offload: self.offload,
+            shard_frozen: self.shard_frozen,
             ranks: self.ranks,
             threads: self.threads,
             timeout: self.timeout,
             ..default
         };
         let mut wrong = validate::problems(&config);
-        wrong.extend(offload_without_gpu(&config));
+        wrong.extend(placed_without_gpu(&config));
         if !wrong.is_empty() {
             return Err(ConfigError::Invalid(wrong));
         }

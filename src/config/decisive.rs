@@ -39,6 +39,7 @@ impl RunConfig {
             profile: false,
             recompute: Recompute::Auto,
             offload: Offload::Auto,
+            shard_frozen: false,
             force: false,
             logging_steps: 1,
             log: None,

@@ -325,6 +325,8 @@ pub struct RunConfig {
     pub recompute: Recompute,
     /// Where routed experts lie.
     pub offload: Offload,
+    /// Divide them among the GPUs of this machine's ranks.
+    pub shard_frozen: bool,
     /// Start although the predicted memory is far more than what is free.
     pub force: bool,
     /// Training steps between two comparisons of the ranks' weights; 0: only at checkpoints.
@@ -417,6 +419,7 @@ impl Default for RunConfig {
             threads: 0,
             recompute: Recompute::Auto,
             offload: Offload::Auto,
+            shard_frozen: false,
             force: false,
             check_replicas: 0,
             timeout: 600,

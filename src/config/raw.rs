@@ -314,6 +314,10 @@ pub struct RawOptions {
     /// results
     #[arg(long, help_heading = MACHINE)]
     pub offload: Option<Offload>,
+    /// GPUs: divide the routed experts among the ranks of each machine, so that N GPUs hold what one cannot. Each rank keeps 1/N of
+    /// them, and copies the others from the other GPUs layer by layer, with the same results
+    #[arg(long, help_heading = MACHINE)]
+    pub shard_frozen: Option<bool>,
     /// Start although the predicted memory is far more than what is free
     #[arg(long, help_heading = MACHINE)]
     pub force: Option<bool>,
@@ -378,7 +382,7 @@ for_each_option! {
         expert_lr router_lr lr_schedule warmup_steps weight_decay max_grad_norm max_skipped_steps router_statistic
         router_last_tokens router_target kl_type use_router_consistency_loss router_consistency_weight router_consistency_type
         router_consistency_layers safe_ratio retain_loss retain_weight retain_routing_weight output_dir overwrite logging_steps log resume save_steps keep_checkpoints
-        check_replicas save_rounds device precision ranks transport profile threads recompute offload force timeout
+        check_replicas save_rounds device precision ranks transport profile threads recompute offload shard_frozen force timeout
     }
     shorthands: { epochs_per_round num_epochs }
 }

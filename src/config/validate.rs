@@ -1,6 +1,6 @@
 //! Validation of resolved options: ranges, contradictions, options without effect.
 
-use super::{Device, Init, RoutingReplies, RunConfig, SaveRounds, recipe};
+use super::{Device, Init, Offload, RoutingReplies, RunConfig, SaveRounds, recipe};
 use crate::data::is_blank;
 use crate::experts::Method;
 
@@ -126,6 +126,10 @@ fn contradictions(c: &RunConfig, wrong: &mut Vec<String>) {
             c.init == Init::Random && c.resume,
             "--resume needs a checkpoint, but a run with --init random saves no checkpoint: leave one out",
         ),
+        (
+            c.shard_frozen && c.offload != Offload::Auto,
+            "--shard-frozen and --offload place the same experts: leave --offload out to divide them among GPUs",
+        ),
         (c.overwrite && c.resume, "--overwrite deletes the outputs that --resume continues: leave one out"),
     ];
     let cases = recipe::contradictions(c).into_iter().chain(cases);
@@ -207,7 +211,11 @@ pub(super) fn inert_options(c: &RunConfig) -> Vec<(&'static str, &'static str)> 
     ];
     rules.extend(recipe::no_effect(c));
     rules.extend([
-        (c.device == Device::Cpu, "only GPUs use it (--device cuda)", &["transport", "profile", "offload"][..]),
+        (
+            c.device == Device::Cpu,
+            "only GPUs use it (--device cuda)",
+            &["transport", "profile", "offload", "shard-frozen"][..],
+        ),
         (random_weights && c.save_rounds != SaveRounds::None, no_model, &["save-rounds"]),
         (random_weights && c.save_steps > 0, no_model, &["save-steps"]),
         (random_weights, no_model, &["keep-checkpoints"]),

@@ -6,6 +6,7 @@ use std::thread::available_parallelism;
 
 use super::env;
 use super::memory::human;
+use super::peers::MachinePeers;
 use super::ranks::Rank;
 use crate::backend::Dtype;
 use crate::backend::cpu::{Caches, Cpu, Instructions, Processor, Products};
@@ -114,8 +115,9 @@ impl Device {
         if config.transport != Transport::Auto {
             ui.warn("--transport does nothing: it is for GPUs");
         }
-        if config.offload != Offload::Auto {
-            ui.warn("--offload does nothing: without a GPU all weights are in host memory");
+        let placed = [("--offload", config.offload != Offload::Auto), ("--shard-frozen", config.shard_frozen)];
+        for (option, _) in placed.into_iter().filter(|(_, given)| *given) {
+            ui.warn(format_args!("{option} does nothing: without a GPU all weights are in host memory"));
         }
         Ok(Device::Cpu(Some(why)))
     }
@@ -259,6 +261,7 @@ impl Gpus {
         let uuid = opened.map_err(Failure::from).and_then(|gpu| Ok((gpu.uuid()?, gpu)));
         let (uuid, gpu) = all_ok(&**world, uuid)?;
         all_agree(&**world, "--transport", format!("{:?}", config.transport).as_bytes())?;
+        all_agree(&**world, "--shard-frozen", &[u8::from(config.shard_frozen)])?;
         let uuids = world.all_gather(&uuid)?;
         let sharing = uuids.iter().filter(|other| **other == uuid).count();
         // By now all ranks have a CUDA context and none has tensors: free memory is comparable.
@@ -292,12 +295,22 @@ impl Gpus {
             None => memory,
         };
         let room = memory.free / sharing;
-        let cuda = Arc::new(if config.profile {
+        let cuda = if config.profile {
             let times = Arc::<Times>::default();
             let profiled = Arc::new(Profiled::new(gpu.clone(), times.clone()));
             Cuda::with_room(profiled, compute, Reuse::Segments, room).with_times(times)
         } else {
             Cuda::with_room(gpu.clone(), compute, Reuse::Segments, room)
+        };
+        let cuda = Arc::new(match config.shard_frozen {
+            true => match MachinePeers::find(rank)? {
+                Some(peers) => cuda.with_peers(Arc::new(peers)),
+                None => {
+                    ui.warn("--shard-frozen does nothing: no machine has more than one rank");
+                    cuda
+                }
+            },
+            false => cuda,
         });
         let shape = Grouped {
             operation: Operation::Product,

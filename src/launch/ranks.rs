@@ -196,14 +196,19 @@ impl Ranks {
     }
 }
 
-/// Runs `main` and turns a panic into a failure: the operations of a backend return no errors, but panic with a device fault.
+/// Runs `main` and turns a panic into a failure: the operations of a backend return no errors, but panic with a device fault, or with
+/// the error of the collective in which they waited for other ranks.
 ///
 /// # Errors
-/// Those of `main`, device faults ([`DeviceFault`]), and other panics.
+/// Those of `main`, device faults ([`DeviceFault`]), those of the collective, and other panics.
 pub fn catch_panic<T>(main: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(main)).unwrap_or_else(|panic| match panic.downcast::<DeviceFault>() {
-        Ok(fault) => Err((*fault).into()),
-        Err(panic) => Err(Failure::new(exit::INTERNAL, format!("panicked: {}", threads::panic_message(&*panic)))),
+    catch_unwind(AssertUnwindSafe(main)).unwrap_or_else(|panic| {
+        let failure = match panic.downcast::<DeviceFault>().map_err(|panic| panic.downcast::<collective::Error>()) {
+            Ok(fault) => (*fault).into(),
+            Err(Ok(error)) => (*error).into(),
+            Err(Err(panic)) => Failure::new(exit::INTERNAL, format!("panicked: {}", threads::panic_message(&*panic))),
+        };
+        Err(failure)
     })
 }
 
@@ -259,16 +264,24 @@ mod tests {
 
     #[test]
     fn the_first_cause_is_reported_and_nobody_stays() {
-        let failed = three().run(&Ui::silent(), |rank| {
-            if rank.world.rank() == 2 {
-                return Err(Failure::new(exit::IO, "the disk is full"));
-            }
-            rank.world.barrier()?;
-            Ok(())
-        });
-        let failure = failed.unwrap_err();
-        assert_eq!(failure.code(), exit::IO);
-        assert_eq!(failure.to_string(), "rank 2 of 3: the disk is full");
+        for unwinds in [false, true] {
+            let failed = three().run(&Ui::silent(), move |rank| {
+                if rank.world.rank() == 2 {
+                    return Err(Failure::new(exit::IO, "the disk is full"));
+                }
+                let met = rank.world.barrier();
+                if unwinds {
+                    // As a backend does that waits for other ranks.
+                    met.unwrap_or_else(|error| std::panic::panic_any(error));
+                } else {
+                    met?;
+                }
+                Ok(())
+            });
+            let failure = failed.unwrap_err();
+            assert_eq!(failure.code(), exit::IO);
+            assert_eq!(failure.to_string(), "rank 2 of 3: the disk is full");
+        }
 
         let panicked = three().run(&Ui::silent(), |rank| {
             rank.world.set_activity("expert step 7");

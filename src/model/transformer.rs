@@ -143,9 +143,10 @@ impl<B: Backend> Model<B> {
         Self::offloaded(backend, config, table, OffloadedBelow::default())
     }
 
-    /// The same with routed experts in the host's memory.
+    /// The same with routed experts offloaded. Where they are divided among ranks, all ranks load the same models together.
     pub fn offloaded(backend: Arc<B>, config: ModelConfig, table: ParamTable, below: OffloadedBelow) -> Self {
         let weights = table.weights(&*backend, below.0);
+        backend.fence_weights();
         let embedding = table.expect_id(ParamKind::Embedding);
         let layers = (0..config.layers.len())
             .map(|l| Layer {

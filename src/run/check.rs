@@ -45,26 +45,28 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     let ranks = config.ranks.unwrap_or_else(|| device.ranks());
     let rank = Rank { local_world_size: ranks, ..Rank::single(ui.clone()) };
     device.check(config, ranks)?;
-    let opened = catch_panic(|| device.open(config, session.workload(config.batch_size), &rank))?;
+    // Of several ranks only this one is here: there is none to divide experts with.
+    let alone = RunConfig { shard_frozen: false, ..config.clone() };
+    let opened = catch_panic(|| device.open(&alone, session.workload(config.batch_size), &rank))?;
     let budget = match &opened {
         Opened::Cpu(cpu) => memory::budget(&**cpu, ranks, session.model.vocab_size),
         Opened::Cuda(cuda, _) => {
             let budget = memory::budget(&**cuda, ranks, session.model.vocab_size);
-            MemoryBudget { free: budget.free / device.sharing(ranks) as u64, ..budget }
+            let divided = (config.shard_frozen && ranks > 1).then_some(ranks);
+            if config.shard_frozen && ranks == 1 {
+                ui.warn("--shard-frozen does nothing with one rank");
+            }
+            MemoryBudget { free: budget.free / device.sharing(ranks) as u64, divided, ..budget }
         }
     };
-    let place = |trained| {
+    let place = |trained, rank: &Rank| {
         let placement = MemoryForecast::place_experts(&session, config, &recipe, trained, ranks, budget);
-        let stays = placement.may_stay && placement.exceeds_host(&budget);
-        (if stays { placement.all_on_device() } else { placement }, stays)
+        prepare::agree_on_placement(placement, &session.table, &budget, rank)
     };
-    let (placement, stays) = place(trained.at_once);
-    if stays {
-        ui.warn(prepare::ALL_STAY);
-    }
+    let placement = place(trained.at_once, &rank)?;
     let forecast = MemoryForecast::new(&session, config, &recipe, trained.at_once, ranks, budget, placement);
     ui.result(forecast.describe(&session, ranks, budget));
-    if let (Opened::Cuda(cuda, _), true) = (&opened, placement.offloaded > 0)
+    if let (Opened::Cuda(cuda, _), true) = (&opened, placement.on_host() > 0)
         && let Some(rate) = catch_panic(|| cuda.measure_bus().map_err(Failure::from))?
     {
         placement.describe_bus(rate, ranks).into_iter().for_each(|bus| ui.result(bus));
@@ -90,7 +92,8 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
         rates.average(&time.total()) / 1e9,
         if budget.device { "; a GPU runs much faster" } else { "" },
     ));
-    let identification = MemoryForecast::new(&session, config, &recipe, 0, ranks, budget, place(0).0);
+    let placed = place(0, &Rank::single(Ui::silent()))?;
+    let identification = MemoryForecast::new(&session, config, &recipe, 0, ranks, budget, placed);
     for (command, memory, time) in
         [("identify", identification, time.of_identification(&recipe)), ("train", forecast, time)]
     {

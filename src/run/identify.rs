@@ -74,6 +74,7 @@ fn identify_rank<B: Backend>(
     }
     ui.result(format_args!("scores and selection: {}", outputs.path("expert_scores.json").display()));
     ui.line(summary::resources(&replica, predicted_memory)?);
+    replica.finish();
     Ok(Ended::Done(()))
 }
 

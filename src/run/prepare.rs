@@ -155,14 +155,17 @@ pub(super) fn place_experts<B: Backend>(
 
 /// Without a device the option is refused, or warned of, before.
 fn warn_of_dense(session: &Session, config: &RunConfig, budget: &MemoryBudget, ui: &Ui) {
-    if budget.device && session.model.is_dense() && config.offload == Offload::Host {
-        ui.warn("--offload host does nothing: a dense model has no routed experts, and all its weights are on the GPU");
+    let given = [("--offload host", config.offload == Offload::Host), ("--shard-frozen", config.shard_frozen)];
+    for (option, _) in given.into_iter().filter(|(_, given)| *given && budget.device && session.model.is_dense()) {
+        ui.warn(format_args!(
+            "{option} does nothing: a dense model has no routed experts, and all its weights are on the GPU"
+        ));
     }
 }
 
 /// The placement of the rank that offloads the most: ranks write trained experts together. If some host has no memory for that, all
 /// experts stay on the devices, where they may.
-fn agree_on_placement(
+pub(super) fn agree_on_placement(
     placement: ExpertPlacement,
     table: &ParamTable,
     budget: &MemoryBudget,
@@ -182,7 +185,7 @@ fn agree_on_placement(
 }
 
 /// Where [`ExpertPlacement::may_stay`] decides.
-pub(super) const ALL_STAY: &str = "all experts stay on the GPU, whose memory is nearly full by the forecast: the host has too little \
+const ALL_STAY: &str = "all experts stay on the GPU, whose memory is nearly full by the forecast: the host has too little \
     memory to pin those that may not fit. If the GPU's memory does not suffice, use a smaller --batch-size, or a machine with more memory";
 
 /// The passes of a phase that need the most memory.

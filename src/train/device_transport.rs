@@ -45,7 +45,7 @@ pub struct GpuTransport {
     host: Arc<dyn Collective>,
     /// Owns the stream and the memory that queued operations use.
     backend: Arc<Cuda>,
-    /// New values of parameters that lie in the host's memory, until they have been received.
+    /// New values of parameters that lie in blocks (see [`crate::backend::cuda`]), until they have been received.
     staged: Mutex<Vec<Staged>>,
 }
 
@@ -53,7 +53,7 @@ pub struct GpuTransport {
 const STAGED: usize = 256 << 20;
 
 impl GpuTransport {
-    /// Connects the GPUs of the ranks of `host` by `device`. All ranks hold the same parameters in the host's memory.
+    /// Connects the GPUs of the ranks of `host` by `device`. The same parameters of all ranks lie in blocks.
     pub fn new(device: Box<dyn DeviceCollective>, host: Arc<dyn Collective>, backend: Arc<Cuda>) -> Self {
         Self { device, host, backend, staged: Mutex::default() }
     }
@@ -101,7 +101,7 @@ impl DeviceTransport<Cuda> for GpuTransport {
         self.device.wait()?;
         self.device.join()?;
         let received = std::mem::take(&mut *self.staged.lock().unwrap_or_else(PoisonError::into_inner));
-        received.into_iter().for_each(|staged| self.backend.store(staged));
+        received.into_iter().for_each(Cuda::store);
         Ok(())
     }
 }

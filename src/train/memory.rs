@@ -35,6 +35,8 @@ pub struct MemoryBudget {
     pub free: u64,
     /// Free bytes of the host.
     pub host: u64,
+    /// The ranks of this machine among whose devices offloaded weights are divided; `None`: they are in the host's memory.
+    pub divided: Option<usize>,
     /// Whether this is the memory of a device: weights are copied to it, and not memory-mapped.
     pub device: bool,
 }
@@ -51,6 +53,7 @@ impl MemoryBudget {
             vocab_size,
             free: own.unwrap_or(host),
             host,
+            divided: backend.offload_ranks(),
             device: own.is_some(),
         }
     }
@@ -195,6 +198,7 @@ mod tests {
             vocab_size: 8,
             free,
             host: free,
+            divided: None,
             device: false,
         };
         let from = |recompute, lowest, budget: &MemoryBudget, forwards| {

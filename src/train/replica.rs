@@ -9,7 +9,7 @@ use super::fault::{Corruption, Fault, Point};
 use super::memory::KeptLayers;
 use super::stop::StopFlag;
 use crate::backend::{Backend, HostTensor};
-use crate::collective::Collective;
+use crate::collective::{self, Collective};
 use crate::data::MicroBatch;
 use crate::exit::{Context, Result};
 use crate::model::{
@@ -93,6 +93,13 @@ impl<B: Backend> Replica<B> {
         &self.model
     }
 
+    /// Frees the model. All ranks call it together: until then one may read experts that lie on another's device.
+    pub fn finish(self) {
+        let backend = self.model.backend.clone();
+        drop(self);
+        backend.fence_weights();
+    }
+
     /// The model with its present weights, without the ranks.
     pub fn into_model(self) -> Model<B> {
         self.model
@@ -118,18 +125,27 @@ impl<B: Backend> Replica<B> {
 
     // --- writing weights -----------------------------------------------------------------------------------------
 
-    /// Writes `params` by an optimizer step: the only parameters that `write` may change.
-    pub(super) fn update<T>(&mut self, params: &[ParamId], write: impl FnOnce(&mut Model<B>) -> T) -> T {
+    /// Writes `params` by an optimizer step: the only parameters that `write` may change. All ranks call it together.
+    pub(super) fn update(
+        &mut self,
+        params: &[ParamId],
+        write: impl FnOnce(&mut Model<B>) -> collective::Result<()>,
+    ) -> collective::Result<()> {
         self.written.extend(params);
-        write(&mut self.model)
+        self.model.backend.fence_weights();
+        write(&mut self.model)?;
+        self.model.backend.fence_weights();
+        Ok(())
     }
 
-    /// Writes the weights of a checkpoint.
+    /// Writes the weights of a checkpoint. All ranks call it together.
     pub fn restore(&mut self, weights: impl IntoIterator<Item = (ParamId, HostTensor)>) {
+        self.model.backend.fence_weights();
         for (id, value) in weights {
             self.model.set_weight_host(id, value);
             self.written.insert(id);
         }
+        self.model.backend.fence_weights();
     }
 
     /// Flips one bit of the first trained weight.

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use moewarden::backend::Dtype;
-use moewarden::backend::cuda::gpu::{Address, Arg, Gemm, Gpu, Grid, Kernel, Operand};
+use moewarden::backend::cuda::gpu::{Address, Arg, Gemm, Gpu, Grid, Kernel, LoadPart, Operand, Source};
 use moewarden::backend::cuda::kernels::MODULES;
 use moewarden::backend::cuda::nvidia::library::{self, Library, Surroundings};
 use moewarden::backend::cuda::nvidia::{Error, Nvidia};
@@ -70,7 +70,11 @@ fn inside(cache: &Path) {
             sums(&gpu, &library::open(Library::Nccl, 13, &surroundings).unwrap().path);
         });
     });
-    drop(gpu);
+    // SAFETY: the other threads have ended.
+    unsafe { std::env::set_var("STAND_IN_DEVICES", "2") };
+    let second = open(1).unwrap();
+    loads_from_another_gpu(&gpu, &second);
+    drop((gpu, second));
     assert_eq!(count("stand_in_open"), 0, "every resource is freed");
 
     drop(open(0).unwrap());
@@ -129,14 +133,15 @@ fn loads(gpu: &Nvidia) {
     let mut got = vec![0; len];
     gpu.write_host(host, &first).unwrap();
     let waits = count("stand_in_waits");
-    let load = gpu.load(host, slot, len).unwrap();
+    let from_host = LoadPart { from: Source::Host(host), to: slot, bytes: len };
+    let load = gpu.load(&[from_host]).unwrap();
     gpu.await_load(load).unwrap();
     gpu.copy(slot, other, len).unwrap();
     // The slot is overwritten, but only after the copy from it.
     gpu.zero(slot, len).unwrap();
     let mut last = load;
     for _ in 0..9 {
-        last = gpu.load(host, slot, len).unwrap(); // more loads than events
+        last = gpu.load(&[from_host]).unwrap(); // more loads than events
     }
     assert_eq!(count("stand_in_waits"), waits, "the host waits for none of it");
     gpu.await_load(last).unwrap();
@@ -148,7 +153,7 @@ fn loads(gpu: &Nvidia) {
     gpu.copy_in(other, &second).unwrap();
     gpu.store(other, host, len).unwrap();
     gpu.zero(other, len).unwrap();
-    let load = gpu.load(host, slot, len).unwrap();
+    let load = gpu.load(&[from_host]).unwrap();
     gpu.read_host(host, &mut got).unwrap();
     assert!(got == second);
     gpu.write_host(host, &first).unwrap(); // waits for the load
@@ -158,6 +163,52 @@ fn loads(gpu: &Nvidia) {
     gpu.free_host(host).unwrap();
     gpu.free(slot).unwrap();
     gpu.free(other).unwrap();
+}
+
+/// A load takes parts from several places, in chunks: here from the memory of another GPU, of another process (which the stand-in
+/// lets be this one), and from its own.
+fn loads_from_another_gpu(gpu: &Nvidia, owner: &Nvidia) {
+    // SAFETY: the other threads have ended.
+    unsafe { std::env::set_var("STAND_IN_IPC", "1") };
+    let len = (20 << 20) + 3;
+    let content = |salt: usize| (0..len).map(move |i: usize| (i.wrapping_mul(2_654_435_761) >> 24) as u8 ^ salt as u8);
+    let own = gpu.allocate(len).unwrap().unwrap();
+    let [near, far] = [(); 2].map(|()| owner.allocate(100 + len).unwrap().unwrap());
+    gpu.copy_in(own, &content(1).collect::<Vec<_>>()).unwrap();
+    for (at, salt) in [(near, 2), (far, 3)] {
+        owner.copy_in(at.offset(100), &content(salt).collect::<Vec<_>>()).unwrap();
+    }
+    owner.synchronize().unwrap();
+    for _ in 0..2 {
+        gpu.reach(near.offset(100)).unwrap(); // the second time it is reached already
+    }
+    gpu.reach(own).unwrap();
+    let imported = gpu.import(&owner.export(far.offset(100)).unwrap()).unwrap();
+    assert_eq!((imported.at.0 - imported.base.0, imported.base == far), (100, false));
+    assert!(gpu.import(b"no handle").unwrap_err().to_string().contains("sent no handle"));
+
+    let slot = gpu.allocate(3 * len).unwrap().unwrap();
+    let sources = [near.offset(100), imported.at, own];
+    let parts: Vec<_> =
+        (0..3).map(|i| LoadPart { from: Source::Gpu(sources[i]), to: slot.offset(i * len), bytes: len }).collect();
+    let load = gpu.load(&parts).unwrap();
+    gpu.await_load(load).unwrap();
+    let mut got = vec![0; 3 * len];
+    gpu.copy_out(slot, &mut got).unwrap();
+    assert!(content(2).chain(content(3)).chain(content(1)).eq(got));
+    gpu.close(imported).unwrap();
+    for at in [own, slot] {
+        gpu.free(at).unwrap();
+    }
+    for at in [near, far] {
+        owner.free(at).unwrap();
+    }
+    // SAFETY: as above.
+    unsafe { std::env::remove_var("STAND_IN_IPC") };
+    let plain = owner.allocate(8).unwrap().unwrap();
+    let error = owner.export(plain).unwrap_err().to_string();
+    assert!(error.contains("cuIpcGetMemHandle") && error.contains("--offload host"), "{error}");
+    owner.free(plain).unwrap();
 }
 
 fn room(gpu: &Nvidia) {

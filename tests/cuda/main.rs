@@ -7,6 +7,10 @@ mod case;
 mod emulator;
 #[path = "../common/golden_copy.rs"]
 mod golden_copy;
+#[cfg(feature = "mpi")]
+#[allow(dead_code)] // the tests of MPI use all of it
+#[path = "../common/processes.rs"]
+mod processes;
 #[path = "../common/values.rs"]
 mod values;
 

@@ -4,17 +4,17 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use crate::case::{Case, Tolerance, assert_near, fixture_name};
+use crate::case::{Case, CaseRun, Tolerance, assert_near, fixture_name};
 use crate::emulator::device;
 use moewarden::backend::Dtype;
-use moewarden::backend::cuda::Cuda;
 use moewarden::backend::cuda::gpu::{Address, Gpu};
 use moewarden::backend::cuda::pool::Reuse;
+use moewarden::backend::cuda::{Cuda, Peers};
 use moewarden::collective::conformance::on_threads;
 use moewarden::collective::nccl::DeviceCollective;
 use moewarden::collective::{Collective, Error, Result};
 use moewarden::launch::Rank;
-use moewarden::model::{LossGrads, ParamId, ParamKind, PassEnd};
+use moewarden::model::{LossGrads, OffloadedBelow, ParamId, ParamKind, PassEnd};
 use moewarden::optim::LearningRates;
 use moewarden::train::{DeviceTransport, GpuTransport, Trainer};
 use moewarden::ui::Ui;
@@ -103,6 +103,24 @@ impl DeviceCollective for Late {
     fn abort(&self) {}
 }
 
+/// All ranks of a world, among which experts are divided.
+struct Dividing(Arc<dyn Collective>);
+
+impl Peers for Dividing {
+    fn index(&self) -> usize {
+        self.0.rank()
+    }
+    fn count(&self) -> usize {
+        self.0.world_size()
+    }
+    fn in_process(&self) -> bool {
+        true
+    }
+    fn exchange(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
+        self.0.all_gather(bytes).unwrap()
+    }
+}
+
 /// Gradient norms and all weights after two steps that train `chosen`, with one row per rank, and the number of
 /// operations between GPUs. A single rank takes the rows of two.
 fn train(
@@ -111,18 +129,31 @@ fn train(
     ranks: usize,
     between_gpus: bool,
 ) -> (Vec<f64>, Vec<Vec<f32>>, usize) {
+    train_divided(name, chosen, ranks, between_gpus, false)
+}
+
+/// The same with routed experts divided among the ranks, or not.
+fn train_divided(
+    name: &str,
+    chosen: fn(ParamKind) -> bool,
+    ranks: usize,
+    between_gpus: bool,
+    divided: bool,
+) -> (Vec<f64>, Vec<Vec<f32>>, usize) {
     const LOSS: LossGrads<'static> = LossGrads { ce_scale: 0.01, routers: &[] };
     let case = Arc::new(Case::open(name));
     let mut all = on_threads(ranks, move |world| {
         let world: Arc<dyn Collective> = Arc::new(world);
         let gpu = device::gpu();
-        let cuda = Arc::new(Cuda::new(gpu.clone(), Dtype::F32, Reuse::Segments));
+        let cuda = Cuda::new(gpu.clone(), Dtype::F32, Reuse::Segments);
+        let cuda = Arc::new(if divided { cuda.with_peers(Arc::new(Dividing(world.clone()))) } else { cuda });
         let count = Arc::new(Mutex::new(0));
         let late = Late { gpu, world: world.clone(), queue: Mutex::default(), count: count.clone() };
         let transport: Arc<dyn DeviceTransport<Cuda>> =
             Arc::new(GpuTransport::new(Box::new(late), world.clone(), cuda.clone()));
         let rank = Rank::new(world, Ui::silent());
-        let mut run = case.run_as(&case.config, cuda, &rank);
+        let below = OffloadedBelow(if divided { case.session.model.layers.len() } else { 0 });
+        let mut run = CaseRun::offloaded(&case.session, &case.config, cuda, &rank, below);
         run.replica.transport = between_gpus.then_some(transport);
         let ids: Vec<ParamId> =
             run.model().table.iter().filter(|(_, spec)| chosen(spec.kind)).map(|(id, _)| id).collect();
@@ -177,6 +208,19 @@ fn ranks_agree_whichever_way_gradients_take() {
             let source = spec.base.to_f32();
             assert_eq!(weights[id] != source, chosen(spec.kind), "{name}: {} moved", fixture_name(spec));
         }
+    }
+}
+
+/// Whether each rank holds all experts or a part of them, norms and weights have the same bits: experts are read from other ranks'
+/// GPUs, and each rank writes its part of trained ones. The second step reads what the first has written. With three ranks, one has
+/// no rows, and takes no part in the passes.
+#[test]
+fn experts_divided_among_ranks_give_the_same_bits() {
+    let experts: fn(ParamKind) -> bool = |kind| matches!(kind, ParamKind::Expert(_, expert, _) if expert % 3 == 0);
+    for (ranks, between_gpus) in [(2, true), (3, false)] {
+        let whole = train("olmoe", experts, ranks, between_gpus);
+        let divided = train_divided("olmoe", experts, ranks, between_gpus, true);
+        assert!(divided == whole, "{ranks} ranks");
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use moewarden::backend::DeviceFault;
 use moewarden::backend::cuda::gpu::{
-    Address, Architecture, Arg, Error, Gemm, Gpu, Grid, HostAddress, Kernel, Load, MemoryInfo,
+    Address, Architecture, Arg, Error, Gemm, Gpu, Grid, HostAddress, Imported, Kernel, Load, LoadPart, MemoryInfo,
 };
 use moewarden::backend::cuda::nvidia::Nvidia;
 use moewarden::backend::cuda::nvidia::library::Surroundings;
@@ -201,12 +201,28 @@ impl<G: Deref<Target: Gpu> + Send + Sync + 'static> Gpu for Guarded<G> {
         self.gpu.store(from, to, bytes)
     }
 
-    fn load(&self, from: HostAddress, to: Address, bytes: usize) -> Result<Load, Error> {
-        self.gpu.load(from, to, bytes)
+    fn load(&self, parts: &[LoadPart]) -> Result<Load, Error> {
+        self.gpu.load(parts)
     }
 
     fn await_load(&self, load: Load) -> Result<(), Error> {
         self.gpu.await_load(load)
+    }
+
+    fn reach(&self, at: Address) -> Result<(), Error> {
+        self.gpu.reach(at)
+    }
+
+    fn export(&self, at: Address) -> Result<Vec<u8>, Error> {
+        self.gpu.export(at)
+    }
+
+    fn import(&self, exported: &[u8]) -> Result<Imported, Error> {
+        self.gpu.import(exported)
+    }
+
+    fn close(&self, imported: Imported) -> Result<(), Error> {
+        self.gpu.close(imported)
     }
 
     unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {

@@ -13,7 +13,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use gemm::Parallelism;
 use libloading::{Library, Symbol};
 use moewarden::backend::cuda::gpu::{
-    Address, Architecture, Arg, Error, Gemm, Gpu, Grid, HostAddress, Kernel, Load, MemoryInfo, Module, Operand,
+    Address, Architecture, Arg, Error, Gemm, Gpu, Grid, HostAddress, Imported, Kernel, Load, LoadPart, MemoryInfo,
+    Module, Operand, Source,
 };
 use moewarden::backend::cuda::kernels::COMMON;
 use moewarden::backend::{Dtype, decode_into, encode_into};
@@ -46,7 +47,7 @@ struct State {
     /// Pinned host memory: bytes by address.
     pinned: BTreeMap<u64, Vec<u8>>,
     /// Loads that nothing has waited for yet. They run as late as allowed, so that premature reads are detected.
-    waiting: VecDeque<(HostAddress, Address, usize)>,
+    waiting: VecDeque<Vec<LoadPart>>,
     /// Loads that have run.
     loaded: u64,
     /// Kernels that were launched while a load was waiting.
@@ -104,11 +105,16 @@ impl State {
     /// Runs the first `count` loads.
     fn run_loads(&mut self, count: u64) {
         while self.loaded < count {
-            let (from, to, len) = self.waiting.pop_front().expect("a load");
-            self.check(to, len);
-            let source = self.pinned(from, len).to_vec();
-            // SAFETY: checked.
-            unsafe { bytes(to, len) }.copy_from_slice(&source);
+            for LoadPart { from, to, bytes: len } in self.waiting.pop_front().expect("a load") {
+                self.check(to, len);
+                let source = match from {
+                    Source::Host(from) => self.pinned(from, len).to_vec(),
+                    // SAFETY: its owner keeps it as long as another rank may read it.
+                    Source::Gpu(from) => unsafe { bytes(from, len) }.to_vec(),
+                };
+                // SAFETY: checked.
+                unsafe { bytes(to, len) }.copy_from_slice(&source);
+            }
             self.loaded += 1;
         }
     }
@@ -180,7 +186,8 @@ impl Gpu for Emulated {
 
     fn free(&self, at: Address) -> Result<(), Error> {
         let mut state = self.lock();
-        assert!(state.waiting.iter().all(|(_, to, _)| *to != at), "freed before a load into it has run");
+        let waiting = state.waiting.iter().flatten();
+        assert!(waiting.into_iter().all(|part| part.to != at), "freed before a load into it has run");
         let len = state.blocks.remove(&at.0).expect("an allocation");
         state.used -= len;
         // SAFETY: as it was allocated.
@@ -252,15 +259,32 @@ impl Gpu for Emulated {
         Ok(())
     }
 
-    fn load(&self, from: HostAddress, to: Address, len: usize) -> Result<Load, Error> {
+    fn load(&self, parts: &[LoadPart]) -> Result<Load, Error> {
         let mut state = self.lock();
-        state.waiting.push_back((from, to, len));
+        state.waiting.push_back(parts.to_vec());
         Ok(Load(state.loaded + state.waiting.len() as u64 - 1))
     }
 
     fn await_load(&self, load: Load) -> Result<(), Error> {
         self.lock().run_loads(load.0 + 1);
         Ok(())
+    }
+
+    /// The memory of all emulated GPUs is that of the process.
+    fn reach(&self, _: Address) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn export(&self, _: Address) -> Result<Vec<u8>, Error> {
+        panic!("an emulated GPU belongs to one process")
+    }
+
+    fn import(&self, _: &[u8]) -> Result<Imported, Error> {
+        panic!("an emulated GPU belongs to one process")
+    }
+
+    fn close(&self, _: Imported) -> Result<(), Error> {
+        panic!("an emulated GPU belongs to one process")
     }
 
     /// It checks the argument list and, as far as it can, the pointers.

@@ -8,7 +8,7 @@
 // NAME.so there, and the emulated kernels run. Then the whole program works, and NCCL's ranks, threads of one process,
 // sum their own values. STAND_IN_MEMORY is the GPU's memory in bytes, STAND_IN_DEVICES the number of GPUs, STAND_IN_PINNED
 // the most pinned memory of the host. With STAND_IN_EAGER, all streams but the first run as early as allowed: so a buffer
-// that another stream overwrites too early is detected.
+// that another stream overwrites too early is detected. With STAND_IN_IPC, other processes can open device memory.
 //
 // Faults: the kernel whose name STAND_IN_BREAKS is (without its type) accesses an illegal address, after which every
 // call of the process fails, as on a GPU; the one of STAND_IN_HANGS never ends.
@@ -21,9 +21,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <fcntl.h>
 #include <unistd.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_READY = 600, ILLEGAL_ADDRESS = 700, ALREADY_ENABLED = 704 };
 
 // What every call returns after an illegal address.
 static int broken;
@@ -177,14 +179,27 @@ int cuGetErrorString(int code, const char** text) { *text = "the stand-in says n
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
-// The size of each block is stored before it.
+// Before each block are its size, its device, and the file that other processes open (-1: none).
+static size_t* blocks[8192];
+static size_t whole(size_t bytes) { return (bytes + 511) / 256 * 256; }
+// The place in `blocks` of the block that contains an address, or of no block.
+static size_t** find(uint64_t at) {
+    size_t** slot = blocks;
+    while (slot < blocks + 8192 && (!*slot || at < (uint64_t)(*slot + 32) || at >= (uint64_t)(*slot + 32) + (*slot)[0])) slot++;
+    return slot < blocks + 8192 ? slot : 0;
+}
 int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
     LOCKED;
     if (!current || broken) return broken ? broken : INVALID;
     if (used + bytes > memory()) return OUT_OF_MEMORY;
-    size_t* block = aligned_alloc(256, (bytes + 511) / 256 * 256);
-    block[0] = bytes;
+    int file = getenv("STAND_IN_IPC") ? memfd_create("device memory", 0) : -1;
+    if (file >= 0 && ftruncate(file, whole(bytes))) return OUT_OF_MEMORY;
+    size_t* block = file < 0 ? aligned_alloc(256, whole(bytes)) : mmap(0, whole(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    block[0] = bytes, block[1] = current - contexts, block[2] = file;
     memset(block + 32, 0xff, bytes);
+    size_t** slot = blocks;
+    while (*slot) slot++;
+    *slot = block;
     used += bytes, stand_in_open++, *at = (uint64_t)(block + 32);
     return OK;
 }
@@ -192,9 +207,14 @@ int cuMemFree_v2(uint64_t at) {
     LOCKED;
     for (int i = 0; i < made && !modules(); i++)
         if (streams[i].done < streams[i].queued) return INVALID; // it may still be in use
-    size_t* block = (size_t*)at - 32;
+    size_t** slot = find(at);
+    if (!slot || at != (uint64_t)(*slot + 32)) return INVALID;
+    size_t* block = *slot;
+    *slot = 0;
     used -= block[0], stand_in_open--;
-    free(block);
+    if ((int)block[2] < 0) return free(block), OK;
+    close(block[2]);
+    munmap(block, whole(block[0]));
     return OK;
 }
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
@@ -224,8 +244,63 @@ int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, struct stream* s
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, struct stream* stream) {
     return push(stream, (struct work){.to = (void*)to, .from = (void*)from, .bytes = bytes});
 }
+int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, struct stream* stream) {
+    return push(stream, (struct work){.to = (void*)to, .from = (void*)from, .bytes = bytes});
+}
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, struct stream* stream) {
     return push(stream, (struct work){.to = (void*)to, .kind = FILL, .fill = value, .bytes = bytes});
+}
+
+// --- memory of other GPUs and processes ------------------------------------------------------------------------------
+
+int cuPointerGetAttribute(int* value, int attribute, uint64_t at) {
+    LOCKED;
+    size_t** slot = find(at);
+    if (attribute != 9 || !slot) return INVALID; // the device
+    return *value = (*slot)[1], OK;
+}
+int cuDeviceCanAccessPeer(int* can, int device, int peer) { *can = device != peer; return OK; }
+int cuCtxEnablePeerAccess(char* peer, unsigned flags) {
+    static char enabled[8][8];
+    if (!current || peer == current) return INVALID;
+    return enabled[current - contexts][peer - contexts]++ ? ALREADY_ENABLED : OK;
+}
+
+struct handle_of_memory {
+    int process, file;
+    size_t bytes;
+    char unused[48];
+};
+int cuMemGetAddressRange_v2(uint64_t* base, size_t* bytes, uint64_t at) {
+    LOCKED;
+    size_t** slot = find(at);
+    if (!slot) return INVALID;
+    return *base = (uint64_t)(*slot + 32), *bytes = (*slot)[0], OK;
+}
+int cuIpcGetMemHandle(struct handle_of_memory* handle, uint64_t base) {
+    LOCKED;
+    size_t** slot = find(base);
+    if (!slot || base != (uint64_t)(*slot + 32)) return INVALID;
+    if ((int)(*slot)[2] < 0) return 801; // not supported
+    *handle = (struct handle_of_memory){.process = getpid(), .file = (*slot)[2], .bytes = whole((*slot)[0])};
+    return OK;
+}
+int cuIpcOpenMemHandle_v2(uint64_t* base, struct handle_of_memory handle, unsigned flags) {
+    if (flags != 1 || !current) return INVALID; // peer access where it is needed
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.process, handle.file);
+    int file = open(path, O_RDWR);
+    if (file < 0) return INVALID;
+    char* block = mmap(0, handle.bytes, PROT_READ, MAP_SHARED, file, 0);
+    close(file);
+    if (block == MAP_FAILED) return INVALID;
+    stand_in_open++;
+    return *base = (uint64_t)block + 256, OK;
+}
+int cuIpcCloseMemHandle(uint64_t base) {
+    size_t* block = (size_t*)(base - 256);
+    stand_in_open--;
+    return munmap(block, whole(block[0])) ? INVALID : OK;
 }
 
 // --- kernels: any function of a module is (pointer to 64 bits, f32, u32, u64), which adds the numbers up -------------

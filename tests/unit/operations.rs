@@ -5,12 +5,14 @@ use std::path::Path;
 
 /// Methods of `trait Backend` that only describe the device, call operations, or give a hint; and those that decide where parameters
 /// lie, which `tests/cuda/golden.rs` and `program.rs` hold against whole models.
-const QUERIES: [&str; 13] = [
+const QUERIES: [&str; 15] = [
     "activation_size",
+    "fence_weights",
     "free_memory",
     "load_offloaded",
     "logit_chunk_rows",
     "offload",
+    "offload_ranks",
     "offloaded_weights",
     "peak_memory",
     "prefetch",

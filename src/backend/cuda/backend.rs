@@ -6,7 +6,7 @@ use super::ops::{
     attention, cross_entropy, dispatch, elements, grouped, kl, linear, norm, offload, rope, route, rows, statistics,
     swiglu, transfer, update,
 };
-use super::{Buffer, Cuda, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight};
+use super::{Buffer, Cuda, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight, must};
 use crate::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, RowLoss, Stacks};
 
 impl Backend for Cuda {
@@ -76,8 +76,14 @@ impl Backend for Cuda {
         offload::request(now);
         offload::request(next);
     }
+    fn offload_ranks(&self) -> Option<usize> {
+        self.ring.ranks()
+    }
+    fn fence_weights(&self) {
+        must(self.ring.fence());
+    }
     fn write_weight(&self, w: &mut Weight, value: HostTensor) {
-        if !offload::write(self, w, &value) {
+        if !offload::write(w, &value) {
             *w = self.weight(value);
         }
     }

@@ -31,6 +31,35 @@ impl HostAddress {
     }
 }
 
+/// A copy of a [`Gpu::load`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadPart {
+    /// The first byte that is read.
+    pub from: Source,
+    /// Where it goes.
+    pub to: Address,
+    /// Number of bytes.
+    pub bytes: usize,
+}
+
+/// Where a [`Gpu::load`] reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// Pinned memory of the host.
+    Host(HostAddress),
+    /// Memory of this GPU, memory of another one after [`Gpu::reach`], or memory of another process after [`Gpu::import`].
+    Gpu(Address),
+}
+
+/// Memory of another process, opened in this one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Imported {
+    /// The exported address, as this process sees it.
+    pub at: Address,
+    /// The first byte of the allocation that contains it.
+    pub base: Address,
+}
+
 /// The number of a [`Gpu::load`], counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Load(pub u64);
@@ -180,7 +209,7 @@ pub enum Error {
     #[error(
         "the GPU's memory is full: {} requested, {} in use by this process, {} of {} free. \
          Try a smaller --batch-size, a smaller --max-length, --recompute always, a smaller --top-k-experts, \
-         more ranks, or --offload host if the model has experts that are on the GPU (a judge's stay there)",
+         more ranks, or --offload host or --shard-frozen if the model has experts that are on the GPU (a judge's stay there)",
         gib(*.asked), gib(*.used), gib(.info.free), gib(.info.total)
     )]
     OutOfMemory {
@@ -290,17 +319,38 @@ pub trait Gpu: Send + Sync + 'static {
     /// # Errors
     /// A fault of the GPU.
     fn store(&self, from: Address, to: HostAddress, bytes: usize) -> Result<(), Error>;
-    /// Queues a copy from pinned host memory beside the stream: it begins after the work queued so far, and only
-    /// [`Self::await_load`] makes later work wait for it. Loads run in the order of the calls.
+    /// Queues copies beside the stream: they begin after the work queued so far, and only [`Self::await_load`] makes later
+    /// work wait for them. Loads run in the order of the calls.
     ///
     /// # Errors
     /// A fault of the GPU.
-    fn load(&self, from: HostAddress, to: Address, bytes: usize) -> Result<Load, Error>;
+    fn load(&self, parts: &[LoadPart]) -> Result<Load, Error>;
     /// Makes the work that is queued from now on wait for a load, and those before it. The host does not wait.
     ///
     /// # Errors
     /// A fault of the GPU.
     fn await_load(&self, load: Load) -> Result<(), Error>;
+    /// Lets loads read memory of another GPU of this process, from GPU to GPU where the hardware can.
+    ///
+    /// # Errors
+    /// A fault of a GPU.
+    fn reach(&self, at: Address) -> Result<(), Error>;
+    /// What another process on this machine needs to [`Self::import`] this address of an allocation. It must have closed
+    /// it before the allocation is freed.
+    ///
+    /// # Errors
+    /// The driver cannot share memory between processes.
+    fn export(&self, at: Address) -> Result<Vec<u8>, Error>;
+    /// Lets loads read memory that another process exported.
+    ///
+    /// # Errors
+    /// The GPU cannot read that memory.
+    fn import(&self, exported: &[u8]) -> Result<Imported, Error>;
+    /// Closes imported memory, after all loads.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    fn close(&self, imported: Imported) -> Result<(), Error>;
     /// Queues a kernel. No dimension of the grid is zero.
     ///
     /// # Safety

@@ -2,7 +2,7 @@
 //!
 //! Activations have one number format, BF16 or F32. Router logits, routing weights, losses, gradients of parameters,
 //! master weights and moments are F32, scores and statistics F64. Everything runs on one stream, except for copies of
-//! parameters from the host (`ring.rs`); only operations that return host values wait for it. `ops/` has the launchers,
+//! offloaded parameters (`ring.rs`); only operations that return host values wait for it. `ops/` has the launchers,
 //! one file per family of operations, with the same names as in `backend/cpu`.
 
 mod backend;
@@ -15,6 +15,7 @@ pub mod plan;
 pub mod pool;
 pub mod profile;
 mod ring;
+mod shares;
 mod tables;
 mod tensor;
 
@@ -28,6 +29,7 @@ use self::pool::{Memory, Pool, Reuse};
 use self::profile::Times;
 use self::ring::Ring;
 pub use self::ring::SLOTS;
+pub use self::shares::Peers;
 use self::tables::Tables;
 use self::tensor::{Angles, Array};
 pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Staged, Tensor, Weight};
@@ -37,7 +39,7 @@ use super::{DeviceFault, Dtype};
 pub struct Cuda {
     gpu: Arc<dyn Gpu>,
     pool: Arc<Pool>,
-    /// The room of parameters in the host's memory.
+    /// The room of parameters that lie in blocks.
     ring: Arc<Ring>,
     /// Number format of the activations.
     compute: Dtype,
@@ -73,7 +75,7 @@ impl Cuda {
         let pool = Pool::new(gpu.clone(), reuse);
         Self {
             room,
-            ring: Ring::new(gpu.clone(), pool.clone()),
+            ring: Ring::new(gpu.clone(), pool.clone(), None),
             pool,
             gpu,
             compute,
@@ -88,6 +90,11 @@ impl Cuda {
     /// The same on a [`Profiled`](profile::Profiled) GPU with these times.
     pub fn with_times(self, times: Arc<Times>) -> Self {
         Self { times: Some(times), ..self }
+    }
+
+    /// The same, but what is offloaded is divided among the GPUs of these ranks, not in the host's memory.
+    pub fn with_peers(self, peers: Arc<dyn Peers>) -> Self {
+        Self { ring: Ring::new(self.gpu.clone(), self.pool.clone(), Some(peers)), ..self }
     }
 
     /// The same with another choice of the form of grouped products, to compare forms.
@@ -136,14 +143,14 @@ impl Cuda {
         ops::update::set_weight_part(self, w, start, values, at);
     }
 
-    /// Room on the GPU for a new value of `w`, if it lies in the host's memory.
+    /// Room on the GPU for a new value of `w`, if `w` is offloaded.
     pub fn stage(&self, w: &Weight) -> Option<Staged> {
         ops::offload::stage(self, w)
     }
 
-    /// Queues the copy of a new value to the host.
-    pub fn store(&self, staged: Staged) {
-        ops::offload::store(self, staged);
+    /// Queues the copy of a new value to the place of its parameter.
+    pub fn store(staged: Staged) {
+        ops::offload::store(staged);
     }
 
     /// Bytes per second from pinned memory of the host to the GPU, measured now; `None` if the memory of either is full.

@@ -5,7 +5,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::gpu::{Address, Architecture, Arg, Error, Gemm, Gpu, Grid, HostAddress, Kernel, Load, MemoryInfo};
+use super::gpu::{
+    Address, Architecture, Arg, Error, Gemm, Gpu, Grid, HostAddress, Imported, Kernel, Load, LoadPart, MemoryInfo,
+    Source,
+};
 
 /// A GPU that waits for each operation before the next. This slows a run down by some microseconds per operation, and
 /// nothing overlaps.
@@ -123,17 +126,37 @@ impl Gpu for Profiled {
     }
 
     /// Timed to its end, so that it does not overlap with anything.
-    fn load(&self, from: HostAddress, to: Address, bytes: usize) -> Result<Load, Error> {
+    fn load(&self, parts: &[LoadPart]) -> Result<Load, Error> {
         let run = || {
-            let load = self.gpu.load(from, to, bytes)?;
+            let load = self.gpu.load(parts)?;
             self.gpu.await_load(load)?;
             Ok(load)
         };
-        self.timed(|| "experts of a layer from the host".into(), run)
+        let from = match parts.first().map(|part| part.from) {
+            Some(Source::Gpu(_)) => "GPUs",
+            _ => "the host",
+        };
+        self.timed(|| format!("experts of a layer from {from}"), run)
     }
 
     fn await_load(&self, load: Load) -> Result<(), Error> {
         self.gpu.await_load(load)
+    }
+
+    fn reach(&self, at: Address) -> Result<(), Error> {
+        self.gpu.reach(at)
+    }
+
+    fn export(&self, at: Address) -> Result<Vec<u8>, Error> {
+        self.gpu.export(at)
+    }
+
+    fn import(&self, exported: &[u8]) -> Result<Imported, Error> {
+        self.gpu.import(exported)
+    }
+
+    fn close(&self, imported: Imported) -> Result<(), Error> {
+        self.gpu.close(imported)
     }
 
     unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), Error> {

@@ -91,11 +91,11 @@ pub struct Weight {
 pub(super) enum Place {
     /// On the GPU, at an address that never changes.
     Gpu(Memory),
-    /// In pinned memory of the host; copied to the GPU for each use.
-    Host(InBlock),
+    /// In the host's memory, or divided among the GPUs of several ranks; copied to this GPU for each use.
+    Block(InBlock),
 }
 
-/// A parameter in a block in the host's memory.
+/// A parameter in a block.
 #[derive(Clone)]
 pub(super) struct InBlock {
     pub(super) block: Arc<Block>,
@@ -103,7 +103,7 @@ pub(super) struct InBlock {
     pub(super) offset: usize,
 }
 
-/// Room on the GPU for the new value of a parameter that lies in the host's memory.
+/// Room on the GPU for the new value of a parameter that lies in a block.
 pub struct Staged {
     pub(super) weight: Weight,
     pub(super) to: InBlock,
@@ -152,20 +152,20 @@ impl Weight {
         self.len() * self.dtype.size()
     }
 
-    /// Its place in the host's memory, if it lies there.
+    /// Its place in a block, if it lies in one.
     pub(super) fn in_block(&self) -> Option<&InBlock> {
         match &self.place {
             Place::Gpu(_) => None,
-            Place::Host(at) => Some(at),
+            Place::Block(at) => Some(at),
         }
     }
 
-    /// The first element, for reading. That of a parameter in the host's memory is in a slot on the GPU, for work that is queued
-    /// before parameters of other layers are used.
+    /// The first element, for reading. That of a parameter in a block is in a slot on the GPU, for work that is queued before
+    /// parameters of other layers are used.
     pub fn address(&self) -> Address {
         match &self.place {
             Place::Gpu(memory) => memory.address(),
-            Place::Host(at) => at.block.address().offset(at.offset),
+            Place::Block(at) => at.block.address().offset(at.offset),
         }
     }
 
@@ -174,11 +174,11 @@ impl Weight {
         Pointer::new(self.address(), self.dtype)
     }
 
-    /// The elements, for a kernel that overwrites them. Panics if they lie in the host's memory.
+    /// The elements, for a kernel that overwrites them. Panics if they lie in a block.
     pub(super) fn output(&mut self) -> Out<'_, Any> {
         match &self.place {
             Place::Gpu(memory) => Pointer::new(memory.address(), self.dtype),
-            Place::Host(_) => panic!("a kernel cannot write a parameter in the host's memory"),
+            Place::Block(_) => panic!("a kernel cannot write a parameter in a block"),
         }
     }
 }

@@ -115,6 +115,7 @@ impl RankInputs<'_> {
             Judged::Stopped(stopped) => return Ok(Ended::Stopped(stopped)),
         };
         on_first(&*rank.world, || check::write(&report, config))?;
+        replica.finish();
         show(&report, ui);
         ui.result(format_args!("outcomes of all sets: {}", config.output_dir.join("ablation.json").display()));
         ui.result(format_args!("page: {}", config.output_dir.join("ablation.html").display()));

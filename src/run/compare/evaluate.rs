@@ -118,6 +118,7 @@ impl Evaluations<'_> {
             device: c.device,
             precision: c.precision,
             offload: if c.device == Device::Cpu { Offload::Auto } else { c.offload },
+            shard_frozen: c.shard_frozen && c.device != Device::Cpu,
             ranks: c.ranks,
             threads: c.threads,
             timeout: c.timeout,

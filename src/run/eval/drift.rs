@@ -61,6 +61,7 @@ impl Other {
         let replica = Replica::new(model, rank.world.clone());
         replica.world.set_activity("the outputs of the model of --drift-from");
         let states = hidden_states(&replica, &rows(session, recipe))?;
+        replica.finish();
         Ok(OtherOutputs { states, head })
     }
 

@@ -202,12 +202,12 @@ fn evaluate(inputs: Inputs, config: &RunConfig, started: &Started, ui: &Ui) -> R
         let answered = match device.open(&config, session.workload(config.batch_size), rank)? {
             Opened::Cpu(cpu) => {
                 let other = inputs.other_outputs(&cpu, rank, OffloadedBelow::default())?;
-                evaluation.run(rank, &session.replica(cpu, None, rank, OffloadedBelow::default()), other)
+                evaluation.run(rank, session.replica(cpu, None, rank, OffloadedBelow::default()), other)
             }
             Opened::Cuda(cuda, transport) => {
                 let offloaded = inputs.place_experts(&config, &*cuda, rank)?;
                 let other = inputs.other_outputs(&cuda, rank, offloaded)?;
-                evaluation.run(rank, &session.replica(cuda, transport, rank, offloaded), other)
+                evaluation.run(rank, session.replica(cuda, transport, rank, offloaded), other)
             }
         };
         // By now the evaluated model is freed.
@@ -255,15 +255,15 @@ impl<'a> Evaluation<'a> {
     fn run<B: Backend>(
         &self,
         rank: &Rank,
-        replica: &Replica<B>,
+        replica: Replica<B>,
         other: Option<OtherOutputs<B>>,
     ) -> Result<Ended<Results>> {
         let args = &self.inputs.args;
-        let mut report = self.measure(replica, other)?;
+        let mut report = self.measure(&replica, other)?;
         let mut times = EvalTimes { schema: TIMES_SCHEMA.into(), answers: None, questions: None, verdicts: None };
         let mut said = Vec::new();
         if !args.skip_answers && !self.answering.asked.is_empty() {
-            match self.answering.answers(replica)? {
+            match self.answering.answers(&replica)? {
                 Generated::Stopped { answers, of } => return Ok(Ended::Stopped(stopped(answers, of, answers::FILE))),
                 Generated::All(found, took) => (said, times.answers) = (found, Some(took)),
             }
@@ -280,13 +280,14 @@ impl<'a> Evaluation<'a> {
                 path: self.output_dir.join(questions::FILE),
                 ui: self.ui,
             };
-            match asking.ask(replica)? {
+            match asking.ask(&replica)? {
                 Generated::Stopped { answers, of } => {
                     return Ok(Ended::Stopped(stopped(answers, of, questions::FILE)));
                 }
                 Generated::All(found, took) => (report.questions, times.questions) = (found, Some(took)),
             }
         }
+        replica.finish();
         let results = Results { report, times, said };
         // Before the judge, too: whatever happens to it, these results are there.
         on_first(&*rank.world, || self.write(&results))?;

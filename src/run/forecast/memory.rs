@@ -1,7 +1,7 @@
 //! The memory of a run, predicted from shapes.
 
 use super::generation::GenerationMemory;
-use super::placement::ExpertPlacement;
+use super::placement::{Away, ExpertPlacement};
 use crate::config::RunConfig;
 use crate::exit::{self, Failure, Result};
 use crate::launch::memory::{far_beyond, human};
@@ -135,11 +135,15 @@ impl MemoryForecast {
                 human(self.total() - self.free)
             ))
         } else {
+            let weights = match self.placement.away {
+                Away::Ranks(_) => " more GPUs on this machine, --offload host in place of --shard-frozen,",
+                Away::Host if self.can_offload() => " --offload auto or host, --shard-frozen on several GPUs,",
+                Away::Host => "",
+            };
             Some(format!(
-                "{} are missing: --recompute always, a smaller --batch-size, --max-length or --top-k-experts,{} or ranks on more \
+                "{} are missing: --recompute always, a smaller --batch-size, --max-length or --top-k-experts,{weights} or ranks on more \
                  machines need less",
                 human(self.needed() - self.free),
-                if self.can_offload() { " --offload auto or host," } else { "" },
             ))
         }
     }
@@ -204,7 +208,7 @@ pub fn forward_passes(
 
 /// Forward passes that wait for their backward at the same time.
 fn forwards(session: &Session, recipe: &Recipe) -> usize {
-    recipe.forwards_at_once(session.data.records.iter().filter(|r| r.unsafe_reply.is_some()).count())
+    recipe.forwards_at_once(session.unsafe_replies())
 }
 
 /// Bytes of the base model's head: the divergence from the base model needs it, if the run trains the head. On the host it is
@@ -245,12 +249,10 @@ fn loaded(
 /// The elements that a phase trains, if a step trains `trained`: where each step selects experts, the state of those of earlier steps
 /// stays on the device.
 fn trained_in_a_phase(session: &Session, recipe: &Recipe, trained: usize, world_size: usize) -> usize {
-    let replies = session.data.records.iter().filter(|r| r.unsafe_reply.is_some()).count();
+    let replies = session.unsafe_replies();
     let (examples, grad_accum, epochs) = match &recipe.training {
         Training::Experts(phase) | Training::Alternate(phase, _) => (replies, phase.grad_accum, phase.epochs),
-        Training::Joint(phase) => {
-            ((replies as f64 / (1.0 - phase.safe_ratio)).ceil() as usize, phase.grad_accum, phase.epochs)
-        }
+        Training::Joint(phase) => (phase.examples(replies as f64).ceil() as usize, phase.grad_accum, phase.epochs),
         Training::Nothing | Training::Routers(_) => return trained,
     };
     let a_step = recipe.trained_elements(&session.table, &session.model).experts;
@@ -258,8 +260,7 @@ fn trained_in_a_phase(session: &Session, recipe: &Recipe, trained: usize, world_
         return trained;
     }
     let steps = examples.div_ceil(recipe.batch_size).div_ceil(grad_accum * world_size) * epochs;
-    let all = session.table.count(|spec| matches!(spec.kind, ParamKind::Expert(..))).elements;
-    all.min(a_step.saturating_mul(steps)).max(a_step) + (trained - a_step)
+    recipe.selected_elements(&session.table, &session.model, steps).max(a_step) + (trained - a_step)
 }
 
 fn trained_state(session: &Session, trained: usize, world_size: usize, budget: MemoryBudget) -> TrainedState {
@@ -284,6 +285,7 @@ mod tests {
             vocab_size: 8,
             free: 0,
             host: 0,
+            divided: None,
             device: false,
         };
         let of = |mapped, free| MemoryForecast {

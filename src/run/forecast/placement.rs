@@ -1,4 +1,4 @@
-//! Which routed experts lie in the host's memory, and what that costs on the bus. Decided from shapes and free memory, before the
+//! Which routed experts lie in the host's memory or are divided among GPUs, and what that costs on the bus. Decided from shapes and free memory, before the
 //! weights are loaded.
 
 use std::collections::BTreeMap;
@@ -14,21 +14,33 @@ use crate::train::memory::MemoryBudget;
 /// The place of the routed experts of one rank.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ExpertPlacement {
-    /// Those of decoder layers below this one are in the host's memory.
+    /// Those of decoder layers below this one are offloaded.
     pub below: OffloadedBelow,
     /// Layers with routed experts.
     pub moe_layers: usize,
-    /// Those of them whose experts are in the host's memory.
+    /// Those of them whose experts are offloaded.
     pub offloaded: usize,
     /// Their bytes, of one model.
     pub bytes: u64,
     /// Bytes of the largest layer's experts.
     pub layer: u64,
-    /// Models that lie there: two, where another model decides the routing.
+    /// Models of which that is so: two, where another model decides the routing.
     pub models: u64,
+    /// Where they lie.
+    pub away: Away,
     /// Whether all experts may stay on the device: `--offload auto`, and a forecast that exceeds its memory by no more than its
     /// error.
     pub may_stay: bool,
+}
+
+/// Where offloaded experts lie.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Away {
+    /// In pinned memory of the host.
+    #[default]
+    Host,
+    /// Divided among the GPUs of so many ranks of a machine.
+    Ranks(usize),
 }
 
 /// Bytes of a device that are left for what comes after this: workspaces of cuBLAS, kernels that the driver loads at their first
@@ -44,10 +56,14 @@ fn left_on_host(free: u64) -> u64 {
 }
 
 impl ExpertPlacement {
-    /// As `--offload` says. `needs`: bytes of a device that are for other things than weights. Without a device all is in the host's
-    /// memory already, and nothing is offloaded.
+    /// As `--offload` says, or all divided where the budget says so. `needs`: bytes of a device that are for other things than
+    /// weights. Without a device all is in the host's memory already, and nothing is offloaded.
     pub fn plan(option: Offload, table: &ParamTable, models: u64, needs: u64, budget: &MemoryBudget) -> Self {
-        Self::choose(option, &experts_by_layer(table), table.total().bytes as u64, models, needs, budget)
+        let experts = experts_by_layer(table);
+        match budget.divided {
+            Some(ranks) => Self { away: Away::Ranks(ranks), ..Self::with(&experts, experts.len(), models) },
+            None => Self::choose(option, &experts, table.total().bytes as u64, models, needs, budget),
+        }
     }
 
     fn choose(
@@ -71,11 +87,12 @@ impl ExpertPlacement {
         Self { may_stay, ..placement }
     }
 
-    /// With at least the experts below this layer in the host's memory.
+    /// With at least the experts below this layer offloaded.
     pub fn at_least(self, below: OffloadedBelow, table: &ParamTable) -> Self {
         let experts = experts_by_layer(table);
         let offloaded = experts.keys().filter(|layer| **layer < below.0).count();
-        Self { may_stay: self.may_stay, ..Self::with(&experts, offloaded.max(self.offloaded), self.models) }
+        let (may_stay, away) = (self.may_stay, self.away);
+        Self { may_stay, away, ..Self::with(&experts, offloaded.max(self.offloaded), self.models) }
     }
 
     fn with(experts: &BTreeMap<usize, u64>, offloaded: usize, models: u64) -> Self {
@@ -87,6 +104,7 @@ impl ExpertPlacement {
             bytes: lower().map(|(_, bytes)| bytes).sum(),
             layer: lower().map(|(_, bytes)| *bytes).max().unwrap_or(0),
             models,
+            away: Away::Host,
             may_stay: false,
         }
     }
@@ -96,14 +114,30 @@ impl ExpertPlacement {
         Self { moe_layers: self.moe_layers, models: self.models, may_stay: self.may_stay, ..Self::default() }
     }
 
+    /// Bytes that are offloaded.
+    pub fn offloaded_bytes(&self) -> u64 {
+        self.models * self.bytes
+    }
+
     /// Bytes of the host's memory.
     pub fn on_host(&self) -> u64 {
-        self.models * self.bytes
+        match self.away {
+            Away::Host => self.offloaded_bytes(),
+            Away::Ranks(_) => 0,
+        }
+    }
+
+    /// Bytes of a device for its share of the offloaded experts.
+    fn share(&self) -> u64 {
+        match self.away {
+            Away::Host => 0,
+            Away::Ranks(ranks) => self.offloaded_bytes().div_ceil(ranks as u64),
+        }
     }
 
     /// Bytes of a device for the weights of models of `total` bytes each, and for the slots through which experts pass.
     pub fn on_device(&self, total: u64) -> u64 {
-        self.models * (total - self.bytes) + self.slots()
+        self.models * (total - self.bytes) + self.share() + self.slots()
     }
 
     fn slots(&self) -> u64 {
@@ -126,8 +160,8 @@ impl ExpertPlacement {
         let each = if ranks > 1 { format!(" for each of {ranks} ranks") } else { String::new() };
         let message = format!(
             "the experts of {} layers, which do not stay on the GPU, need {} of pinned host memory a rank; {} are free{each}, of which \
-             {} must stay so: use a machine with more memory, fewer --ranks on it, or a GPU with more memory; with --offload none \
-             all of them must fit on the GPU; --force starts the run all the same",
+             {} must stay so: use a machine with more memory, fewer --ranks on it, a GPU with more memory, or --shard-frozen, which \
+             divides them among the GPUs of several ranks; with --offload none all of them must fit on the GPU; --force starts the run all the same",
             self.offloaded,
             human(self.on_host()),
             human(budget.host),
@@ -140,23 +174,29 @@ impl ExpertPlacement {
     pub fn describe(&self) -> Option<String> {
         let stay = self.moe_layers - self.offloaded;
         let which = match stay {
-            0 => format!("experts: those of all {} MoE layers, {},", self.moe_layers, human(self.on_host())),
+            0 => format!("experts: those of all {} MoE layers, {},", self.moe_layers, human(self.offloaded_bytes())),
             _ => format!(
                 "experts: those of the top {stay} of {} MoE layers stay on the GPU; {} of the others",
                 self.moe_layers,
-                human(self.on_host())
+                human(self.offloaded_bytes())
             ),
         };
         (self.offloaded > 0).then(|| {
-            format!(
-                "{which} are in pinned host memory, {} a layer, and pass through {SLOTS} slots ({}) on the GPU",
-                human(self.layer),
-                human(self.slots()),
-            )
+            let place = match self.away {
+                Away::Host => "are in pinned host memory".into(),
+                Away::Ranks(ranks) => {
+                    format!(
+                        "are divided among the GPUs of this machine's {ranks} ranks, {} on each",
+                        human(self.share())
+                    )
+                }
+            };
+            let (layer, slots) = (human(self.layer), human(self.slots()));
+            format!("{which} {place}, {layer} a layer, and pass through {SLOTS} slots ({slots}) on the GPU")
         })
     }
 
-    /// What the bus carries for each of `ranks` ranks, at so many bytes per second; `None` if it carries no experts.
+    /// What the bus carries from the host for each of `ranks` ranks, at so many bytes per second; `None` if it carries no experts.
     pub fn describe_bus(&self, bytes_per_second: f64, ranks: usize) -> Option<String> {
         let alone = match ranks {
             1 => String::new(),
@@ -164,7 +204,7 @@ impl ExpertPlacement {
                 " with one GPU alone ({ranks} ranks share the host's memory, GPUs often a bus: they may be slower)"
             ),
         };
-        (self.offloaded > 0).then(|| {
+        (self.on_host() > 0).then(|| {
             let seconds = |bytes: u64| duration(bytes as f64 / bytes_per_second);
             format!(
                 "bus: a forward pass copies {} of experts to the GPU, a backward pass at most as much again; at the {}/s just \
@@ -202,6 +242,7 @@ mod tests {
             vocab_size: 8,
             free: 0,
             host: 400,
+            divided: None,
             device: true,
         };
         // Layers 1, 2 and 4 have experts; 50 bytes are for other weights.
@@ -248,6 +289,7 @@ mod tests {
                 vocab_size: 8,
                 free,
                 host: 0,
+                divided: None,
                 device: true,
             };
             let chosen = ExpertPlacement::choose(option, &experts, 1000, 1, 200, &budget);

@@ -179,7 +179,7 @@ impl Forecast {
             Training::Experts(phase) => phase.epochs as f64 * replies,
             Training::Routers(phase) => phase.epochs as f64 * prompts,
             Training::Alternate(experts, routers) => experts.epochs as f64 * replies + routers.epochs as f64 * prompts,
-            Training::Joint(phase) => phase.epochs as f64 * replies / (1.0 - phase.safe_ratio),
+            Training::Joint(phase) => phase.epochs as f64 * phase.examples(replies),
         };
         let trains = goal.weight > 0.0 || goal.routing_weight > 0.0;
         let trained = all.like(if trains { rounds * in_training } else { 0.0 });

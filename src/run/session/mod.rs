@@ -378,6 +378,11 @@ impl Session {
         lines
     }
 
+    /// Rows with a reply to an unsafe prompt.
+    pub fn unsafe_replies(&self) -> usize {
+        self.data.records.iter().filter(|r| r.unsafe_reply.is_some()).count()
+    }
+
     /// Tokens of the largest possible micro-batch.
     pub fn longest_batch(&self, batch_size: usize) -> usize {
         let largest = |data: &Dataset| -> usize {

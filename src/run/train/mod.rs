@@ -23,7 +23,6 @@ use crate::config::{Init, RunConfig};
 use crate::exit::{self, Ended, Failure, Result, Stopped};
 use crate::experts::{ExpertId, Selected};
 use crate::launch::{Opened, Rank, Started, memory};
-use crate::model::ParamKind;
 use crate::train::memory::TrainedState;
 use crate::train::{
     DeviceTransport, ExpertCrossEntropy, Identification, JointConsistency, Measured, Objective, Phase, PhasePlan,
@@ -158,6 +157,7 @@ impl<'a> RankInputs<'a> {
         rank.world.set_activity("");
         all_ok(&*rank.world, rounds::check_damaged(&run.damaged))?;
         let trained = run.replica.written().iter().map(|&id| session.table.params[id].len()).sum();
+        run.replica.finish();
         Ok(Ended::Done(TrainSummary {
             before: run.before,
             after,
@@ -197,7 +197,7 @@ impl<'a> RankInputs<'a> {
         let (before, mut outputs) = match &snapshot {
             Some(snapshot) => {
                 ui.line(format_args!("resuming from {}", snapshot.folder().display()));
-                all_ok(world, snapshot.restore_weights(&store, &mut replica))?;
+                snapshot.restore_weights(&store, &mut replica)?;
                 let outputs = snapshot.state.outputs.clone();
                 (snapshot.state.before, Outputs::resume(config, recipe, &replica, ui, outputs)?)
             }
@@ -439,9 +439,7 @@ impl<B: Backend> RankRun<'_, B> {
         let mut budget = memory::budget(&*self.replica.model().backend, self.local_world_size, model.vocab_size);
         if budget.device && recipe.selects_each_step() {
             // Gradients and optimizer state of the experts that the steps will select are not allocated yet.
-            let a_step = recipe.trained_elements(&self.session.table, model).experts;
-            let all = self.session.table.count(|spec| matches!(spec.kind, ParamKind::Expert(..))).elements;
-            let selected = all.min(a_step.saturating_mul(phase.total_steps()));
+            let selected = recipe.selected_elements(&self.session.table, model, phase.total_steps());
             let world_size = self.replica.world.world_size();
             let state = TrainedState::predict(selected as u64, 0, world_size);
             budget.free = budget.free.saturating_sub(state.whole + state.sharded);

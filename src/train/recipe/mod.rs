@@ -177,11 +177,17 @@ impl Recipe {
     pub fn forwards_at_once(&self, unsafe_examples: usize) -> usize {
         match &self.training {
             Training::Joint(phase) => {
-                let examples = unsafe_examples as f64 / (1.0 - phase.safe_ratio);
+                let examples = phase.examples(unsafe_examples as f64);
                 phase.grad_accum.min((examples / self.batch_size as f64).ceil().max(1.0) as usize)
             }
             _ => 1,
         }
+    }
+
+    /// The most elements of experts that so many steps select, where each step selects its own.
+    pub fn selected_elements(&self, table: &ParamTable, model: &ModelConfig, steps: usize) -> usize {
+        let all = table.count(|spec| matches!(spec.kind, ParamKind::Expert(..))).elements;
+        all.min(self.trained_elements(table, model).experts.saturating_mul(steps))
     }
 
     /// How many elements the run trains, where each round selects as many experts as the options ask for.

@@ -114,6 +114,11 @@ impl Trained {
 }
 
 impl JointPhase {
+    /// Examples of an epoch, the safe ones included, of data with so many unsafe ones.
+    pub fn examples(&self, unsafe_examples: f64) -> f64 {
+        unsafe_examples / (1.0 - self.safe_ratio)
+    }
+
     /// The parameters, in the table's order: routers and what is trained besides them.
     pub fn params(&self, table: &ParamTable, selected: &[ExpertId]) -> Vec<ParamId> {
         let mut ids = self.trained.map_or_else(Vec::new, |trained| trained.params(table, selected));

@@ -1,8 +1,8 @@
-//! Copies of parameters from pinned host memory on a stream of their own, beside the computation.
+//! Copies of parameters to the GPU on a stream of their own, beside the computation: from pinned host memory, and from other GPUs.
 
 use cudarc::driver::{DriverError, result, sys};
 
-use crate::backend::cuda::gpu::Load;
+use crate::backend::cuda::gpu::{Load, LoadPart, Source};
 
 /// Bytes of one copy: a small copy of the other stream that the same copy engine executes waits for at most one of them,
 /// some 0.3 ms on PCIe 5.
@@ -32,24 +32,27 @@ impl Loads {
         Ok(Self { stream, before: event()?, done: [event()?, event()?, event()?, event()?], next: 0 })
     }
 
-    /// Queues a copy that begins after the work in `computation` so far.
+    /// Queues copies that begin after the work in `computation` so far.
     ///
     /// # Safety
-    /// Both ranges are allocated, `from` is pinned, and it is neither freed nor written by the host before the load is done.
-    pub(super) unsafe fn load(
-        &mut self,
-        from: *const u8,
-        to: u64,
-        bytes: usize,
-        computation: sys::CUstream,
-    ) -> Result<Load, DriverError> {
+    /// All ranges are allocated; what is read can be read from this GPU, and is neither freed nor written before the load is done.
+    pub(super) unsafe fn load(&mut self, parts: &[LoadPart], computation: sys::CUstream) -> Result<Load, DriverError> {
         // SAFETY: the caller's promise; the streams and events live.
         unsafe {
             result::event::record(self.before, computation)?;
             result::stream::wait_event(self.stream, self.before, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT)?;
-            for at in (0..bytes).step_by(CHUNK) {
-                let part = std::slice::from_raw_parts(from.add(at), CHUNK.min(bytes - at));
-                result::memcpy_htod_async(to + at as u64, part, self.stream)?;
+            for part in parts {
+                for at in (0..part.bytes).step_by(CHUNK) {
+                    let (to, bytes) = (part.to.offset(at).0, CHUNK.min(part.bytes - at));
+                    match part.from {
+                        Source::Host(from) => {
+                            let from = std::slice::from_raw_parts(from.offset(at).0 as *const u8, bytes);
+                            result::memcpy_htod_async(to, from, self.stream)?;
+                        }
+                        // Addresses are unique among all GPUs, by which the driver finds the one that it copies from.
+                        Source::Gpu(from) => sys::cuMemcpyAsync(to, from.offset(at).0, bytes, self.stream).result()?,
+                    }
+                }
             }
             result::event::record(self.done[self.next as usize % EVENTS], self.stream)?;
         }

@@ -12,6 +12,7 @@ pub mod library;
 mod loads;
 mod names;
 mod nvrtc;
+mod sharing;
 mod staging;
 
 use std::collections::HashMap;
@@ -31,7 +32,10 @@ use self::library::{Library, Surroundings};
 use self::loads::Loads;
 pub use self::nvrtc::{Compiled, Nvrtc, options};
 use self::staging::Staging;
-use super::gpu::{self, Address, Architecture, Arg, Gemm, Gpu, Grid, HostAddress, Kernel, Load, MemoryInfo, Module};
+use super::gpu::{
+    self, Address, Architecture, Arg, Gemm, Gpu, Grid, HostAddress, Imported, Kernel, Load, LoadPart, MemoryInfo,
+    Module,
+};
 use super::kernels::{self, MODULES};
 
 /// The oldest compute capability with bf16.
@@ -403,16 +407,37 @@ impl Gpu for Nvidia {
         .map_err(fault("cuMemcpyDtoHAsync"))
     }
 
-    fn load(&self, from: HostAddress, to: Address, bytes: usize) -> Result<Load, gpu::Error> {
+    fn load(&self, parts: &[LoadPart]) -> Result<Load, gpu::Error> {
         self.bind()?;
-        // SAFETY: the ranges are in the caller's allocations; freeing and writing wait for all loads.
-        let load = |loads: &mut Loads| unsafe { loads.load(from.0 as *const u8, to.0, bytes, self.stream) };
+        // SAFETY: the ranges are in the caller's allocations, or in those of ranks that keep them; freeing and writing wait for all
+        // loads.
+        let load = |loads: &mut Loads| unsafe { loads.load(parts, self.stream) };
         self.with_loads(load).map_err(fault("copy of parameters to the GPU"))
     }
 
     fn await_load(&self, load: Load) -> Result<(), gpu::Error> {
         self.bind()?;
         self.with_loads(|loads| loads.await_load(load, self.stream)).map_err(fault("cuStreamWaitEvent"))
+    }
+
+    fn reach(&self, at: Address) -> Result<(), gpu::Error> {
+        self.bind()?;
+        sharing::reach(&self.context, at)
+    }
+
+    fn export(&self, at: Address) -> Result<Vec<u8>, gpu::Error> {
+        self.bind()?;
+        sharing::export(at)
+    }
+
+    fn import(&self, exported: &[u8]) -> Result<Imported, gpu::Error> {
+        self.bind()?;
+        sharing::import(exported)
+    }
+
+    fn close(&self, imported: Imported) -> Result<(), gpu::Error> {
+        self.synchronize_all()?;
+        sharing::close(imported)
     }
 
     unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> Result<(), gpu::Error> {

@@ -1,10 +1,10 @@
-//! Parameters in the host's memory. See [`ring`](crate::backend::cuda::ring).
+//! Parameters in the host's memory, or divided among the GPUs of several ranks. See [`ring`](crate::backend::cuda::ring).
 
 use std::time::Instant;
 
 use super::transfer;
 use crate::backend::HostTensor;
-use crate::backend::cuda::gpu::Error;
+use crate::backend::cuda::gpu::{Error, LoadPart, Source};
 use crate::backend::cuda::tensor::{InBlock, Place, Staged};
 use crate::backend::cuda::{Cuda, Weight, must};
 
@@ -25,8 +25,8 @@ fn layout(sizes: impl Iterator<Item = usize>) -> (Vec<usize>, usize) {
     (offsets.collect(), bytes)
 }
 
-/// Parameters with these values in one block in the host's memory. They do not pass through the GPU, whose memory the other
-/// weights may fill.
+/// Parameters with these values in one block. On their way to the host's memory they do not pass through the GPU, whose memory the
+/// other weights may fill.
 pub fn weights(cuda: &Cuda, values: &[HostTensor]) -> Vec<Weight> {
     let (offsets, bytes) = layout(values.iter().map(|value| value.bytes.len()));
     if bytes == 0 {
@@ -35,16 +35,14 @@ pub fn weights(cuda: &Cuda, values: &[HostTensor]) -> Vec<Weight> {
     let block = must(cuda.ring.block(bytes));
     let copied = values.iter().zip(offsets).map(|(value, offset)| {
         transfer::check_shape(value);
-        if !value.bytes.is_empty() {
-            must(cuda.gpu.write_host(block.host(offset), &value.bytes));
-        }
-        let place = Place::Host(InBlock { block: block.clone(), offset });
+        block.write(offset, &value.bytes);
+        let place = Place::Block(InBlock { block: block.clone(), offset });
         Weight { dtype: value.dtype, shape: value.shape.clone(), place }
     });
     copied.collect()
 }
 
-/// Moves parameters to one block in the host's memory.
+/// Moves parameters to one block.
 pub fn offload(cuda: &Cuda, weights: Vec<Weight>) -> Vec<Weight> {
     let (offsets, bytes) = layout(weights.iter().map(Weight::bytes));
     if bytes == 0 {
@@ -54,8 +52,8 @@ pub fn offload(cuda: &Cuda, weights: Vec<Weight>) -> Vec<Weight> {
     let moved = weights.into_iter().zip(offsets).map(|(weight, offset)| {
         let to = InBlock { block: block.clone(), offset };
         let (dtype, shape) = (weight.dtype, weight.shape.clone());
-        store(cuda, Staged { weight, to: to.clone() });
-        Weight { dtype, shape, place: Place::Host(to) }
+        store(Staged { weight, to: to.clone() });
+        Weight { dtype, shape, place: Place::Block(to) }
     });
     moved.collect()
 }
@@ -67,27 +65,23 @@ pub fn request<'w>(mut weights: impl Iterator<Item = &'w Weight>) {
     }
 }
 
-/// Room on the GPU for a new value of `w`, if it lies in the host's memory.
+/// Room on the GPU for a new value of `w`, if it lies in a block.
 pub fn stage(cuda: &Cuda, w: &Weight) -> Option<Staged> {
     let to = w.in_block()?.clone();
     let place = Place::Gpu(cuda.scratch(w.bytes()));
     Some(Staged { weight: Weight { dtype: w.dtype, shape: w.shape.clone(), place }, to })
 }
 
-/// Queues the copy of a new value to the host. Copies from there begin after the work queued so far, and so after this one.
-pub fn store(cuda: &Cuda, Staged { weight, to }: Staged) {
-    if !weight.is_empty() {
-        must(cuda.gpu.store(weight.address(), to.block.host(to.offset), weight.bytes()));
-    }
-    to.block.written();
+/// Queues the copy of a new value to its block. Copies from there begin after the work queued so far, and so after this one.
+pub fn store(Staged { weight, to }: Staged) {
+    to.block.store(to.offset, weight.address(), weight.bytes());
 }
 
-/// Overwrites a parameter if it lies in the host's memory. Returns whether it does.
-pub fn write(cuda: &Cuda, w: &mut Weight, value: &HostTensor) -> bool {
+/// Overwrites a parameter if it lies in a block. Returns whether it does.
+pub fn write(w: &mut Weight, value: &HostTensor) -> bool {
     let Some(at) = w.in_block() else { return false };
     assert!(w.dtype == value.dtype && w.shape == value.shape, "another shape than that of the parameter");
-    must(cuda.gpu.write_host(at.block.host(at.offset), &value.bytes));
-    at.block.written();
+    at.block.write(at.offset, &value.bytes);
     true
 }
 
@@ -98,7 +92,7 @@ pub fn measure_bus(cuda: &Cuda) -> Result<Option<f64>, Error> {
     let Some(from) = gpu.allocate_host(MEASURED)? else { return Ok(None) };
     let copies = || {
         for _ in 0..COPIES {
-            let load = gpu.load(from, memory.address(), MEASURED)?;
+            let load = gpu.load(&[LoadPart { from: Source::Host(from), to: memory.address(), bytes: MEASURED }])?;
             gpu.await_load(load)?;
         }
         gpu.synchronize()

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::backend::cuda::tensor::{Angles, InBlock, Place};
-use crate::backend::cuda::{Buffer, Cuda, Indices, Scores, Sequences, Tensor, Weight, must};
+use crate::backend::cuda::tensor::{Angles, Place};
+use crate::backend::cuda::{Buffer, Cuda, Indices, Scores, Sequences, Tensor, Weight};
 use crate::backend::{Dtype, HostTensor, Packing, Rope, decode_into, encode_into};
 
 /// A tensor of host values, rounded into `dtype`.
@@ -53,16 +53,13 @@ pub(super) fn check_shape(host: &HostTensor) {
 pub fn weight_host(cuda: &Cuda, w: &Weight) -> HostTensor {
     let bytes: Vec<u8> = match w.in_block() {
         None => cuda.copy_out(w.address(), w.bytes()),
-        Some(at) => read_block(cuda, at, w.bytes()),
+        Some(at) => {
+            let mut bytes = vec![0; w.bytes()];
+            at.block.read(at.offset, &mut bytes);
+            bytes
+        }
     };
     HostTensor::new(w.dtype(), w.shape.clone(), bytes.into())
-}
-
-/// The bytes of a parameter in the host's memory.
-fn read_block(cuda: &Cuda, at: &InBlock, bytes: usize) -> Vec<u8> {
-    let mut out = vec![0; bytes];
-    must(cuda.gpu.read_host(at.block.host(at.offset), &mut out));
-    out
 }
 
 /// A buffer of zeros.

@@ -82,7 +82,7 @@ pub fn set_weight(cuda: &Cuda, w: &mut Weight, values: &Buffer, at: Range<usize>
         return;
     };
     cast(cuda, values.input(at.start, n).any(), staged.weight_mut().output(), n);
-    cuda.store(staged);
+    Cuda::store(staged);
 }
 
 /// The same for part of a parameter, from element `start` on.
