@@ -130,8 +130,8 @@ pub struct EvalArgs {
 
 /// Refuses `--offload` where all weights are in the host's memory.
 fn offload_without_gpu(config: &RunConfig) -> Option<String> {
-    let inert = config.device == Device::Cpu && config.offload != Offload::Auto;
-    inert.then(|| "--offload would do nothing: only GPUs use it (--device cuda); leave it out".into())
+    let inert = validate::options_without_effect(config).into_iter().find(|(option, _)| *option == "offload");
+    inert.map(|(option, why)| validate::would_do_nothing(option, why))
 }
 
 /// The most tokens of a response of `eval` and `compare` by default.

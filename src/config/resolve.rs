@@ -125,7 +125,7 @@ fn check(
     }
     for (option, why) in inert {
         if flags.is_given(option) {
-            wrong.push(format!("--{option} would do nothing: {why}; leave it out"));
+            wrong.push(validate::would_do_nothing(option, why));
         } else if file.is_given(option) {
             warnings.push(format!("`{option}` of the options file does nothing in this run: {why}"));
         }

@@ -164,6 +164,11 @@ pub fn options_without_effect(c: &RunConfig) -> Vec<(&'static str, &'static str)
     inert_options(c).into_iter().filter(|(option, _)| !c.same(&default, option)).collect()
 }
 
+/// Refuses an option that has no effect.
+pub fn would_do_nothing(option: &str, why: &str) -> String {
+    format!("--{option} would do nothing: {why}; leave it out")
+}
+
 /// Options that have no effect in this run, whatever their value: (name, reason).
 pub(super) fn inert_options(c: &RunConfig) -> Vec<(&'static str, &'static str)> {
     let random = c.method == Method::Random;

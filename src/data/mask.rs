@@ -2,62 +2,15 @@
 //!
 //! If the template marks assistant text with `{% generation %}`, the marks in the turns that carry loss decide. Where some turns
 //! carry none, the marks are told apart by what they hold, not by their number alone: a turn may have several marks, or none.
-//! Without marks in the template, the span
-//! of an assistant turn begins after the generation prompt and ends where the next turn would begin, so it includes the
-//! end-of-turn token and what the template writes after that token. The span is found by rendering prefixes of the
-//! conversation:
-//!
-//! ```text
-//! render(turns before the turn, with generation prompt)  is a prefix of
-//! render(turns up to and including the turn)             is a prefix of
-//! render(all turns)
-//! ```
-//!
-//! Some templates render a turn differently once others follow: Qwen3's writes an empty think block only into the last
-//! turn. Such a turn is found in the one rendering of all turns by a mark, a character that occurs nowhere else, at the end
-//! of its content (or of the name of its last tool call). What `render(turns up to and including the turn)` writes from the
-//! mark on has to follow the mark in the whole rendering, too: its end is the turn's end. The text before the mark and the
-//! text after the turn have to be the same with the mark as without. The turn's header, which is the generation prompt or the
-//! beginning of it, has to stand between the end of the turn before, which is found in the same way, and the content: the
-//! template may have written thoughts of still earlier turns into the prefix only. Where that does not hold, the mask would be
-//! a guess, so the conversation is refused. The reply, which is the last turn, has to follow its prompt in any case: the model
-//! is trained on the text that it continues later.
+//! Without marks in the template, `turn_spans.rs` finds the turns in the text.
 
 use std::ops::Range;
 
 use serde_json::{Map, Value};
 
 use super::Message;
-use super::message::Form;
-use super::template::{Access, ChatTemplate, Rendered, TemplateError};
-
-/// Why the loss mask of a conversation cannot be determined.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum MaskError {
-    #[error(transparent)]
-    Template(#[from] TemplateError),
-    #[error("message {turn}: {source}")]
-    Turn { turn: usize, source: TemplateError },
-    #[error(
-        "message {turn}: the chat template renders it differently when {when}, so its tokens cannot be found; give \
-         --chat-template FILE with a template that marks them with {{% generation %}}, or exclude the turn from the loss \
-         with \"loss\": false"
-    )]
-    Prefix { turn: usize, when: &'static str },
-    #[error(
-        "message {turn}: the chat template renders it differently when {PROMPTED}, so the tokens of the reply cannot be found; \
-         the likely cause are thoughts or calls in the reply that the template writes otherwise than after its generation \
-         prompt, such as reasoning_content with enable_thinking false: remove the thoughts, change chat_template_kwargs, or \
-         give --chat-template FILE with a template that marks the reply with {{% generation %}}"
-    )]
-    Reply { turn: usize },
-    #[error(
-        "the chat template marks {marks} generations in a conversation with {turns} assistant turns, and which of them are in \
-         turns that carry loss cannot be seen; give --chat-template FILE with a template that has one {{% generation %}} block \
-         for each assistant turn"
-    )]
-    Marks { marks: usize, turns: usize },
-}
+use super::template::{Access, ChatTemplate, Rendered};
+use super::turn_spans::{Conversation, FOLLOWED, MaskError};
 
 /// A rendered conversation and the byte ranges of its text that carry loss, ascending.
 #[derive(Debug, PartialEq, Eq)]
@@ -75,9 +28,9 @@ pub(super) fn render_with_mask(
     variables: &Map<String, Value>,
 ) -> Result<MaskedText, MaskError> {
     let Rendered { text, generated, access } = template.render_with(messages, variables, false)?;
-    let assistant = || messages.iter().enumerate().filter(|(_, m)| m.is_assistant());
     let carries_loss = |m: &Message| m.loss != Some(false);
-    let conversation = Conversation { template, messages, variables, text: &text };
+    let conversation = Conversation::new(template, messages, variables, &text);
+    let assistant = || conversation.assistant_turns();
     let turns = || -> Result<Vec<Range<usize>>, MaskError> {
         let mut spans: Vec<Range<usize>> = Vec::new();
         for (i, _) in assistant().filter(|(_, m)| carries_loss(m)) {
@@ -121,170 +74,6 @@ pub(super) fn render_with_mask(
     Ok(MaskedText { text, spans, access })
 }
 
-const PROMPTED: &str = "the conversation ends with its generation prompt";
-const FOLLOWED: &str = "further messages follow";
-
-/// A conversation and its rendering.
-struct Conversation<'a> {
-    template: &'a ChatTemplate,
-    messages: &'a [Message],
-    variables: &'a Map<String, Value>,
-    text: &'a str,
-}
-
-impl Conversation<'_> {
-    fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
-        self.template.render_with(messages, self.variables, add_generation_prompt).map(|rendered| rendered.text)
-    }
-
-    /// The bytes of the assistant turn at index `i`, without its generation prompt.
-    fn span(&self, i: usize) -> Result<Range<usize>, MaskError> {
-        let turn = i + 1;
-        let of_turn = |source| MaskError::Turn { turn, source };
-        let last = turn == self.messages.len();
-        let before = self.render(&self.messages[..i], true).map_err(of_turn)?;
-        let after =
-            if last { self.text.to_owned() } else { self.render(&self.messages[..turn], false).map_err(of_turn)? };
-        if after.starts_with(&before) && self.text.starts_with(&after) {
-            return Ok(before.len()..after.len());
-        }
-        if last {
-            return Err(MaskError::Reply { turn });
-        }
-        let (mark, end) = self.marked_end(i, &after).ok_or(MaskError::Prefix { turn, when: FOLLOWED })?;
-        let start = self.start(i, &before).filter(|start| *start <= mark);
-        Ok(start.ok_or(MaskError::Prefix { turn, when: PROMPTED })?..end)
-    }
-
-    /// Where a turn that others follow begins. The generation prompt may go on with what the template writes only for the
-    /// last turn, such as an empty think block: then the turn begins with its content.
-    fn start(&self, i: usize, before: &str) -> Option<usize> {
-        if self.text.starts_with(before) {
-            return Some(before.len());
-        }
-        let base = self.render(&self.messages[..i], false).ok()?;
-        let generation_prompt = before.strip_prefix(&base).filter(|prompt| !prompt.is_empty())?;
-        let header_start = self.header_start(i, &base)?;
-        if self.text[header_start..].starts_with(generation_prompt) {
-            return Some(header_start + generation_prompt.len());
-        }
-        let mark = self.unused_character()?;
-        let (_, content) = self.marked(i, with_content(&self.messages[i], mark.to_string()), mark)?;
-        let header = self.text.get(header_start..content)?;
-        (!header.is_empty() && generation_prompt.starts_with(header)).then_some(content)
-    }
-
-    /// Where the header of an assistant turn that others follow begins, which is the end of the turn before it. `base`: the
-    /// rendering up to there.
-    fn header_start(&self, i: usize, base: &str) -> Option<usize> {
-        if self.text.starts_with(base) {
-            return Some(base.len());
-        }
-        // Some templates write the thoughts of assistant turns only until the next request. Such turns may differ, but nothing
-        // before the first of them.
-        let first = self.messages.iter().position(Message::is_assistant)?;
-        let head = if first == 0 { String::new() } else { self.render(&self.messages[..first], false).ok()? };
-        if !base.starts_with(&head) || !self.text.starts_with(&head) {
-            return None;
-        }
-        // Of two assistant turns in a row, the template may take the second for the continuation of the first.
-        let previous = i.checked_sub(1).filter(|previous| !self.messages[*previous].is_assistant())?;
-        self.marked_end(previous, base).map(|(_, end)| end)
-    }
-
-    /// Whether each assistant turn has the generation of its own number: a mark character in the turn's text is in that one and
-    /// in no other, and nothing else changes.
-    fn one_generation_each(&self, generated: &[Range<usize>]) -> bool {
-        let turns = || self.messages.iter().enumerate().filter(|(_, m)| m.is_assistant());
-        let Some(mark) = self.unused_character().filter(|_| turns().count() == generated.len()) else { return false };
-        let is_in = |number: usize, i: usize, turn: Message| {
-            let mut messages = self.messages.to_vec();
-            messages[i] = turn;
-            let Ok(marked) = self.template.render_with(&messages, self.variables, false) else { return false };
-            let without_mark = |at: usize| at - marked.text[..at].matches(mark).count() * mark.len_utf8();
-            marked.text.replace(mark, "") == self.text
-                && marked
-                    .generated
-                    .iter()
-                    .map(|g| without_mark(g.start)..without_mark(g.end))
-                    .eq(generated.iter().cloned())
-                && marked
-                    .generated
-                    .iter()
-                    .enumerate()
-                    .all(|(k, g)| marked.text[g.clone()].contains(mark) == (k == number))
-        };
-        turns().enumerate().all(|(number, (i, turn))| {
-            // The template may trim the content.
-            let (text, space) = turn.content.split_at(turn.content.trim_end().len());
-            let in_content = with_content(turn, format!("{text}{mark}{space}"));
-            is_in(number, i, in_content) || with_named_call(turn, mark).is_some_and(|named| is_in(number, i, named))
-        })
-    }
-
-    /// Where a turn that others follow ends, if `after` is the rendering up to it; and the position of the mark before that.
-    fn marked_end(&self, i: usize, after: &str) -> Option<(usize, usize)> {
-        let (mark, turn) = (self.unused_character()?, &self.messages[i]);
-        let at_end = with_content(turn, format!("{}{mark}", turn.content.trim_end()));
-        [Some(at_end), with_named_call(turn, mark)].into_iter().flatten().find_map(|marked| {
-            let mut cut = self.messages[..i].to_vec();
-            cut.push(marked.clone());
-            let cut = self.render(&cut, false).ok()?;
-            let rest = after.strip_prefix(&cut[..sole(&cut, mark)?])?;
-            let (whole, at) = self.marked(i, marked, mark)?;
-            let end = at + rest.len();
-            let follows =
-                self.text[at..].starts_with(rest) && whole[at + mark.len_utf8()..].ends_with(&self.text[end..]);
-            follows.then_some((at, end))
-        })
-    }
-
-    /// The rendering with another turn at index `i`, and where that has the mark. Up to there nothing may differ.
-    fn marked(&self, i: usize, turn: Message, mark: char) -> Option<(String, usize)> {
-        let mut messages = self.messages.to_vec();
-        messages[i] = turn;
-        let whole = self.render(&messages, false).ok()?;
-        let at = sole(&whole, mark)?;
-        self.text.starts_with(&whole[..at]).then_some((whole, at))
-    }
-
-    /// A character for private use that occurs neither in the rendering nor in what is rendered.
-    fn unused_character(&self) -> Option<char> {
-        let occurs = |c: char| {
-            let in_fields = |m: &Message| !m.fields.is_empty() && m.fields.values().any(|v| v.to_string().contains(c));
-            self.text.contains(c) || self.messages.iter().any(|m| m.content.contains(c) || in_fields(m))
-        };
-        ('\u{e000}'..='\u{f8ff}').rev().find(|c| !occurs(*c))
-    }
-}
-
-/// The position of a character that occurs once.
-fn sole(text: &str, c: char) -> Option<usize> {
-    text.find(c).filter(|at| text.rfind(c) == Some(*at))
-}
-
-/// The turn with another content, of the same form where it has one.
-fn with_content(turn: &Message, content: String) -> Message {
-    let form = match &turn.form {
-        Form::Parts(parts) if parts.len() <= 1 => Form::Parts(vec![content.clone()]),
-        _ => Form::Text,
-    };
-    Message { content, form, ..turn.clone() }
-}
-
-/// The turn with a mark after the name of its last call.
-fn with_named_call(turn: &Message, mark: char) -> Option<Message> {
-    let mut turn = turn.clone();
-    let call = match turn.fields.get_mut("tool_calls") {
-        Some(calls) => calls.as_array_mut()?.last_mut()?,
-        None => turn.fields.get_mut("function_call")?,
-    };
-    let call = if call.get("function").is_some() { call.get_mut("function")? } else { call };
-    let Some(Value::String(name)) = call.get_mut("name") else { return None };
-    name.push(mark);
-    Some(turn)
-}
-
 /// The loss mask of tokens with byte ranges `offsets`, for `spans` of bytes that carry loss; both ascending.
 ///
 /// A token that straddles the edge of a span carries loss, so that every character of the reply is trained;
@@ -302,6 +91,7 @@ pub(super) fn token_mask(offsets: &[(usize, usize)], spans: &[Range<usize>]) -> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::turn_spans::PROMPTED;
     use super::*;
     use proptest::prelude::*;
 
@@ -314,7 +104,11 @@ mod tests {
     fn mask(source: &str, turns: &[(&str, &str, Option<bool>)]) -> Result<Vec<String>, MaskError> {
         let messages: Vec<_> =
             turns.iter().map(|(r, c, loss)| Message { loss: *loss, ..Message::new(*r, *c) }).collect();
-        let masked = render_with_mask(&ChatTemplate::new(source, []).unwrap(), &messages, &Map::new())?;
+        spans(source, &messages)
+    }
+
+    fn spans(source: &str, messages: &[Message]) -> Result<Vec<String>, MaskError> {
+        let masked = render_with_mask(&ChatTemplate::new(source, []).unwrap(), messages, &Map::new())?;
         Ok(masked.spans.into_iter().map(|s| masked.text[s].to_owned()).collect())
     }
 
@@ -340,11 +134,6 @@ mod tests {
             mask(&last, &without_first).unwrap_err(),
             MaskError::Marks { marks: 1, turns: 2 } | MaskError::Prefix { .. }
         ));
-    }
-
-    fn spans(source: &str, messages: &[Message]) -> Result<Vec<String>, MaskError> {
-        let masked = render_with_mask(&ChatTemplate::new(source, []).unwrap(), messages, &Map::new())?;
-        Ok(masked.spans.into_iter().map(|s| masked.text[s].to_owned()).collect())
     }
 
     #[test]

@@ -45,6 +45,7 @@ mod tokenizer;
 mod tokenizer_class;
 mod traces;
 mod turn_object;
+mod turn_spans;
 mod turns;
 mod unique_keys;
 mod values;

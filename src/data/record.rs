@@ -6,11 +6,12 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::kinds::{Row, Side};
-use super::mask::{self, MaskError, MaskedText};
+use super::mask::{self, MaskedText};
 use super::message::Message;
 use super::report::{DropReason, Kind};
 use super::template::{Access, ChatTemplate};
 use super::tokenizer::Encoded;
+use super::turn_spans::MaskError;
 use super::{ChatTokenizer, DataOptions, Error, Example, LongRows, LossOn, Record, TemplateError, fields, values};
 
 /// The result of tokenising one row.

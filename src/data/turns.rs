@@ -123,11 +123,7 @@ fn message(value: &Value, last: bool) -> Result<Message> {
     }
     let known = |name: &str| {
         let own = ["role", "from", "content", "value", "weight"];
-        own.contains(&name)
-            || LOSS.contains(&name)
-            || WRITTEN.contains(&name)
-            || NAMES.contains(&name)
-            || turn.fields.contains_key(name)
+        own.contains(&name) || LOSS.contains(&name) || WRITTEN.contains(&name) || NAMES.contains(&name)
     };
     turn.unknown = map.keys().filter(|name| present(map, name).is_some() && !known(name)).cloned().collect();
     Ok(turn)

@@ -100,10 +100,10 @@ fn folder(base: &Value, files: &Value) -> tempfile::TempDir {
     dir
 }
 
-fn read(tokenizer: &ChatTokenizer, folder: &Path, row: &Value) -> Result<Dataset, String> {
+fn read(tokenizer: &ChatTokenizer, folder: &Path, row: &Value, loss_on: LossOn) -> Result<Dataset, String> {
     let rows = folder.join("rows.jsonl");
     fs::write(&rows, row.to_string()).unwrap();
-    Dataset::read(&rows, tokenizer, &DataOptions { max_length: 512, ..DataOptions::default() })
+    Dataset::read(&rows, tokenizer, &DataOptions { max_length: 512, loss_on, ..DataOptions::default() })
         .map_err(|e| e.to_string())
 }
 
@@ -117,8 +117,8 @@ fn a_row_takes_the_template_that_transformers_takes() {
         let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
         let mut row = json!({"label": "unsafe", "messages": golden["messages"]});
         let check = |row: &Value, text: &Value| {
-            let reply =
-                read(&tokenizer, dir.path(), row).map(|dataset| dataset.records[0].unsafe_reply.clone().unwrap().ids);
+            let reply = read(&tokenizer, dir.path(), row, LossOn::Response)
+                .map(|dataset| dataset.records[0].unsafe_reply.clone().unwrap().ids);
             match text.as_str() {
                 Some(text) => assert_eq!(reply.unwrap(), tokenizer.encode(text).unwrap(), "{name}"),
                 None => assert!(reply.unwrap_err().contains("rows.jsonl:1: a row with"), "{name}"),
@@ -139,8 +139,12 @@ fn with_turns(before: &str, more: &str) -> String {
 }
 
 fn read_row(template: &str, row: &Value) -> Result<Dataset, String> {
+    read_row_with(template, row, LossOn::Response)
+}
+
+fn read_row_with(template: &str, row: &Value, loss_on: LossOn) -> Result<Dataset, String> {
     let dir = folder(&json!("marks-304"), &json!({"tokenizer_config.json": {"chat_template": template}}));
-    read(&ChatTokenizer::open(dir.path(), None).unwrap(), dir.path(), row)
+    read(&ChatTokenizer::open(dir.path(), None).unwrap(), dir.path(), row, loss_on)
 }
 
 #[test]
@@ -228,14 +232,7 @@ fn marks_that_decide_the_loss_are_followed_or_refused() {
     assert!(error.contains("message 1: weight is 1, but only assistant turns"), "{error}");
     read_row(&template, &row(0, "weight", json!(0))).unwrap();
 
-    let all = |row: &Value| {
-        let dir = folder(&json!("marks-304"), &json!({"tokenizer_config.json": {"chat_template": template}}));
-        let rows = dir.path().join("rows.jsonl");
-        fs::write(&rows, row.to_string()).unwrap();
-        let options = DataOptions { max_length: 512, loss_on: LossOn::All, ..DataOptions::default() };
-        let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
-        Dataset::read(&rows, &tokenizer, &options).map_err(|e| e.to_string())
-    };
+    let all = |row: &Value| read_row_with(&template, row, LossOn::All);
     for (field, value) in [("loss", json!(false)), ("weight", json!(0)), ("train", json!(false))] {
         let dataset = all(&row(1, field, value)).unwrap();
         assert_eq!(dataset.report.loss_tokens + 1, dataset.report.tokens);

@@ -2,8 +2,8 @@
 //!
 //! Activations have one number format, BF16 or F32. Router logits, routing weights, losses, gradients of parameters,
 //! master weights and moments are F32, scores and statistics F64. Everything runs on one stream, except for copies of
-//! parameters from the host (`ring.rs`); only operations that return host values wait for it. `ops/` has the launchers, one file per family of operations, with the same names as
-//! in `backend/cpu`.
+//! parameters from the host (`ring.rs`); only operations that return host values wait for it. `ops/` has the launchers,
+//! one file per family of operations, with the same names as in `backend/cpu`.
 
 mod backend;
 pub mod gpu;

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use super::Session;
 use crate::collective::{self, Collective, all_agree};
@@ -17,18 +18,17 @@ impl Session {
     /// # Errors
     /// A failed read.
     pub fn fingerprint(&self, config: &RunConfig) -> Result<blake3::Hash> {
-        if let Some(hash) = self.fingerprint.get() {
-            return Ok(*hash);
-        }
-        let mut hasher = self.table.hashed().clone();
-        let files = self.model_files()?.into_iter().chain(other_files(config));
-        hasher.update(self.hash_files(files)?.as_bytes());
-        let retained = self.retain.as_ref().map(|(_, data)| data);
-        for data in [Some(&self.data), self.held_out.as_ref(), retained] {
-            hasher.update(&[u8::from(data.is_some())]);
-            hasher.update(tokens_hash(data.map_or(&[], |data| &data.records), false).as_bytes());
-        }
-        Ok(*self.fingerprint.get_or_init(|| hasher.finalize()))
+        once(&self.fingerprint, || {
+            let mut hasher = self.table.hashed().clone();
+            let files = self.model_files()?.into_iter().chain(other_files(config));
+            hasher.update(self.hash_files(files)?.as_bytes());
+            let retained = self.retain.as_ref().map(|(_, data)| data);
+            for data in [Some(&self.data), self.held_out.as_ref(), retained] {
+                hasher.update(&[u8::from(data.is_some())]);
+                hasher.update(tokens_hash(data.map_or(&[], |data| &data.records), false).as_bytes());
+            }
+            Ok(hasher.finalize())
+        })
     }
 
     /// [`Self::fingerprint`] as earlier versions computed it: of the files of rows, not of the rows.
@@ -36,17 +36,16 @@ impl Session {
     /// # Errors
     /// A failed read.
     pub fn earlier_fingerprint(&self, config: &RunConfig) -> Result<blake3::Hash> {
-        if let Some(hash) = self.earlier_fingerprint.get() {
-            return Ok(*hash);
-        }
-        let mut hasher = self.table.hashed().clone();
-        hasher.update(self.fingerprint_of_files(config)?.as_bytes());
-        // Of such rows earlier versions trained on more turns: these are other inputs.
-        let excluded = |data: &Dataset| data.report.earlier_excluded > 0;
-        if [Some(&self.data), self.held_out.as_ref()].into_iter().flatten().any(excluded) {
-            hasher.update(b"the last turn alone");
-        }
-        Ok(*self.earlier_fingerprint.get_or_init(|| hasher.finalize()))
+        once(&self.earlier_fingerprint, || {
+            let mut hasher = self.table.hashed().clone();
+            hasher.update(self.fingerprint_of_files(config)?.as_bytes());
+            // Of such rows earlier versions trained on more turns: these are other inputs.
+            let excluded = |data: &Dataset| data.report.earlier_excluded > 0;
+            if [Some(&self.data), self.held_out.as_ref()].into_iter().flatten().any(excluded) {
+                hasher.update(b"the last turn alone");
+            }
+            Ok(hasher.finalize())
+        })
     }
 
     /// blake3 over the base model's parameters and its configuration.
@@ -54,13 +53,12 @@ impl Session {
     /// # Errors
     /// A failed read.
     pub fn weights_hash(&self) -> Result<blake3::Hash> {
-        if let Some(hash) = self.weights_hash.get() {
-            return Ok(*hash);
-        }
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(hash_file(&self.dir.join("config.json"))?.as_bytes());
-        self.table.hash_into(&mut hasher);
-        Ok(*self.weights_hash.get_or_init(|| hasher.finalize()))
+        once(&self.weights_hash, || {
+            let mut hasher = blake3::Hasher::new();
+            hasher.update(hash_file(&self.dir.join("config.json"))?.as_bytes());
+            self.table.hash_into(&mut hasher);
+            Ok(hasher.finalize())
+        })
     }
 
     fn fingerprint_of_files(&self, config: &RunConfig) -> Result<blake3::Hash> {
@@ -106,6 +104,14 @@ impl Session {
         let files = self.fingerprint_of_files(config)?;
         all_agree(world, "file of rows, chat template, tokenizer or config.json", files.as_bytes())?;
         Ok(all_agree(world, "set of model weights", self.fingerprint(config)?.as_bytes())?)
+    }
+}
+
+/// The hash in the cell, computed if it holds none yet.
+fn once(cell: &OnceLock<blake3::Hash>, hash: impl FnOnce() -> Result<blake3::Hash>) -> Result<blake3::Hash> {
+    match cell.get() {
+        Some(hash) => Ok(*hash),
+        None => hash().map(|hash| *cell.get_or_init(|| hash)),
     }
 }
 
