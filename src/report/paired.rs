@@ -35,10 +35,15 @@ impl Measured {
         self.items.values().copied()
     }
 
+    /// Whether both were measured in the same way.
+    pub fn is_comparable_with(&self, other: &Self) -> bool {
+        self.basis == other.basis
+    }
+
     /// Both answers to each item that both have; `None` if they were measured in different ways.
     pub fn pairs(&self, other: &Self) -> Option<Vec<(bool, bool)>> {
         let pair = |(item, yes): (&String, &bool)| Some((*self.items.get(item)?, *yes));
-        (self.basis == other.basis).then(|| other.items.iter().filter_map(pair).collect())
+        self.is_comparable_with(other).then(|| other.items.iter().filter_map(pair).collect())
     }
 }
 

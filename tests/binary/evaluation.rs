@@ -639,6 +639,7 @@ fn refusals_are_counted_by_token_and_a_cut_is_said() {
         all.iter().find(|o| o["list"] == "opening/1" && o["side"] == "unsafe").unwrap().clone()
     };
     let found = unsafe_of(&onsets);
+    assert_eq!(found["lower_bound"], false);
     let by: Vec<[usize; 2]> = serde_json::from_value(found["refused_by"].clone()).unwrap();
     assert_eq!(by.iter().map(|[n, _]| *n).collect::<Vec<_>>(), [10, 30, 50, 100, 120]);
     assert_eq!((by[4][1], &found["answers"], &found["cut"], &found["late"]), (2, &json!(2), &json!(0), &json!(0)));
@@ -651,6 +652,7 @@ fn refusals_are_counted_by_token_and_a_cut_is_said() {
     assert!(ran.err.contains("refusals are a lower bound") && ran.err.contains("opening/1"), "{}", ran.err);
     let found = unsafe_of(&onsets);
     assert_eq!((&found["refused_by"], &found["cut"]), (&json!([[at - 1, 0]]), &json!(2)), "{found}");
+    assert_eq!(found["lower_bound"], true);
     let cut_off = |name: &str| read_json(&scene.path(name).join("eval.json"))["cut_off"].clone();
     let of = |n: usize| json!([{"side": "unsafe", "answers": 2, "cut_off": n}, {"side": "safe", "answers": 2, "cut_off": n}]);
     assert_eq!((cut_off("whole"), cut_off("cut")), (of(0), of(2)));

@@ -48,6 +48,7 @@ impl Content<'_> {
             page.section("Outcomes");
             page.text("Dots with 95 % intervals; the dashed line is the model before training.");
             self.shown.notes.iter().for_each(|note| page.text(note));
+            self.lower_bounds().iter().for_each(|note| page.text(note));
             if !self.shown.base.is_empty() {
                 page.text(&format!(
                     "Of variants that differ in swept options alone, the drawings show the base configuration ({}), or else the first.",
@@ -92,6 +93,8 @@ impl Content<'_> {
         let mut text = format!("# moewarden compare\n\n{}\n", self.summary());
         self.failures().iter().for_each(|failure| text += &format!("\n{}\n", failure.replace('\n', " ")));
         if !self.measures.is_empty() {
+            let notes = self.shown.notes.iter().cloned().chain(self.lower_bounds());
+            notes.for_each(|note| text += &format!("\n{note}\n"));
             text += &format!("{}\n{TESTS}\n{}", markdown(&self.outcomes()), markdown(&self.tests()));
         }
         text += &markdown(&self.training());
@@ -103,6 +106,7 @@ impl Content<'_> {
     pub fn print(&self, ui: &Ui) {
         if !self.measures.is_empty() {
             ui.result(self.outcomes().to_text());
+            self.lower_bounds().iter().for_each(|note| ui.warn(note));
             let significant = self.report.tests.iter().filter(|test| test.p_adjusted <= ALPHA).count();
             ui.result(format_args!(
                 "{significant} of {} paired tests are significant at {ALPHA} after Holm's correction\n",
@@ -110,6 +114,22 @@ impl Content<'_> {
             ));
         }
         ui.result(self.training().to_text());
+    }
+
+    /// Where refusals are a lower bound, with the evaluation that cuts the most answers off.
+    fn lower_bounds(&self) -> Option<String> {
+        let found = &self.report.lower_bounds;
+        let most = found.iter().rev().max_by_key(|bound| bound.cut)?;
+        Some(format!(
+            "Refusals of unsafe prompts are a lower bound in {} evaluations: --eval-max-new-tokens cuts answers off before they refuse or end. \
+             The most in that of {} on the {} rows: {} of {} answers, without a refusal by {}. All are in compare.json (lower_bounds).",
+            found.len(),
+            most.model,
+            most.rows,
+            most.cut,
+            most.answers,
+            most.list
+        ))
     }
 
     fn summary(&self) -> String {
