@@ -110,6 +110,9 @@ fn a_comparison_has_a_row_for_each_variant() {
     let markdown = fs::read_to_string(scene.path("matrix/compare.md")).unwrap();
     assert!(markdown.contains("| variant |") && markdown.contains("| frozen |"), "{markdown}");
     assert!(fs::read_to_string(scene.path("matrix/compare.html")).unwrap().contains("random-combined"));
+    let runs = ["report".to_owned(), "--output-dir".into(), scene.path("report").display().to_string()];
+    let ran = start(moewarden(0, runs.into_iter().chain([scene.path("matrix").display().to_string()]))).end();
+    ran.failed(exit::NO_INPUT, &["its page is compare.html"]);
     // Its own outputs may be overwritten.
     let fewer = format!("{SHORT} --methods gradient --ablations frozen --overwrite");
     scene.run("mixtral", "matrix", &fewer).ok();
@@ -182,7 +185,16 @@ fn variants_are_evaluated_and_tested_as_planned() {
     scene.run("olmoe", "out", &format!("{more} --resume")).ok();
     let again = fs::read(scene.path("out/compare.json")).unwrap();
     assert_eq!(without_places(scene.report("out")), without_places(serde_json::from_slice(&before).unwrap()));
-    // Other options, another plan, or a plan that somebody changed, are refused, and the results stay.
+    // Other options, another plan, or a plan that somebody changed, are refused before anything is measured, and the results stay.
+    let evaluation = scene.path("out/evaluations/original/held-out/eval.json");
+    let measured = fs::read(&evaluation).unwrap();
+    fs::remove_file(&evaluation).unwrap();
+    for (other, field) in [("--eval-max-new-tokens 5", "max_new_tokens"), ("--skip-answers", "max_new_tokens")] {
+        let other = more.replace("--eval-max-new-tokens 4", other);
+        scene.run("olmoe", "out", &format!("{other} --resume")).failed(exit::CONFIG, &["compare_plan.json", field]);
+    }
+    assert!(!evaluation.exists());
+    fs::write(&evaluation, measured).unwrap();
     scene.run("olmoe", "out", &format!("{more} --resume --weight-decay 0.3")).failed(exit::CONFIG, &["`options`"]);
     assert_eq!(fs::read(scene.path("out/compare.json")).unwrap(), again);
     let other = more.replace("gradient,random", "gradient");
@@ -340,7 +352,9 @@ fn what_cannot_be_compared_is_refused_before_anything_is_trained() {
         (&format!("--benign-dataset-path {benign} --questions {benign}"), exit::DATA, "benign.jsonl:1"),
         ("--judge-form qwen3guard", exit::CONFIG, "give --judge"),
         ("--judge-max-new-tokens 7", exit::CONFIG, "give --judge"),
+        (r#"--judge-chat-template-kwargs {"x":1}"#, exit::CONFIG, "give --judge"),
         ("--eval-generation-batch-size 7", exit::CONFIG, "without rows to evaluate on"),
+        (&format!("--init random --benign-dataset-path {benign}"), exit::CONFIG, "--init random writes no model"),
         (&format!("--benign-dataset-path {benign} --eval-generation-batch-size 0"), exit::CONFIG, "at least 1"),
         (&format!("--benign-dataset-path {benign} --eval-max-new-tokens 10000001"), exit::CONFIG, "at most 10000000"),
     ];
@@ -350,6 +364,25 @@ fn what_cannot_be_compared_is_refused_before_anything_is_trained() {
         scene.run("olmoe", "finished", &format!("{SHORT} {more} --overwrite")).failed(code, &[said]);
         assert!(scene.path("finished/compare.json").exists(), "{more}");
     }
+    // A model that no run can copy.
+    let linked = scene.path("linked");
+    fs::create_dir(&linked).unwrap();
+    for file in files_of(&model("olmoe")) {
+        fs::copy(model("olmoe").join(&file), linked.join(&file)).unwrap();
+    }
+    std::os::unix::fs::symlink(scene.path("rows.json"), linked.join("notes.json")).unwrap();
+    let text = format!(
+        "compare --model-name {} --dataset-path {} --output-dir {} --threads 1 {SHORT} --methods random",
+        linked.display(),
+        scene.path("rows.json").display(),
+        scene.path("out").display()
+    );
+    let ran = start(moewarden(0, text.split_whitespace())).end();
+    assert!(!scene.path("out").exists(), "{}", ran.err);
+    ran.failed(exit::DATA, &["notes.json is a symbolic link"]);
+    let absent = "--num-rounds 1 --save-rounds none --ablations baseline --retain-dataset-path absent.jsonl";
+    scene.run("dense_qwen3", "out", absent).failed(exit::NO_INPUT, &["absent.jsonl"]);
+    assert!(!scene.path("out").exists());
     scene.run("dense_qwen3", "out", SHORT).failed(exit::CONFIG, &["dense model", "--ablations baseline"]);
     scene.run("dense_qwen3", "out", "--num-rounds 1 --save-rounds none --ablations baseline").ok();
 }

@@ -16,7 +16,7 @@ pub use sweep::{Sweep, SweepMode};
 use super::commands::NEW_TOKENS;
 use super::raw::heading::{EXPERTS, OPTIMIZER, RETENTION, ROUTERS, TRAINING};
 use super::validate::inert_options;
-use super::{Mode, RunConfig, recipe};
+use super::{Mode, RunConfig, TemplateKwargs, recipe};
 use crate::experts::Method;
 use crate::judge::JudgeForm;
 
@@ -84,6 +84,9 @@ pub struct CompareArgs {
     /// YAML file with another prompt for the judge and the patterns of its verdicts
     #[arg(long, value_name = "FILE", help_heading = EVALUATION)]
     pub judge_template: Option<PathBuf>,
+    /// Variables of the judge's own chat template, as a JSON object such as {"excluded_category_keys": ["S14"]}
+    #[arg(long, value_name = "JSON", help_heading = EVALUATION)]
+    pub judge_chat_template_kwargs: Option<TemplateKwargs>,
     /// Maximum length of a text of the judge in tokens [default: 128]
     #[arg(long, value_name = "TOKENS", help_heading = EVALUATION)]
     pub judge_max_new_tokens: Option<usize>,
@@ -169,6 +172,7 @@ impl CompareArgs {
             judge: self.judge.or(fallback.judge),
             judge_form: self.judge_form.or(fallback.judge_form),
             judge_template: self.judge_template.or(fallback.judge_template),
+            judge_chat_template_kwargs: self.judge_chat_template_kwargs.or(fallback.judge_chat_template_kwargs),
             judge_max_new_tokens: self.judge_max_new_tokens.or(fallback.judge_max_new_tokens),
             drop_models: self.drop_models.or(fallback.drop_models),
         }

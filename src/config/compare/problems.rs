@@ -14,13 +14,20 @@ impl CompareArgs {
         let measured = base.eval_dataset_path.is_some() || self.benign_dataset_path.is_some();
         let twice = |i: usize| self.sweep[..i].iter().any(|earlier| earlier.option() == self.sweep[i].option());
         let swept_twice = (0..self.sweep.len()).find(|&i| twice(i)).map(|i| self.sweep[i].option());
+        let of_judge = [
+            self.judge_form.is_some(),
+            self.judge_template.is_some(),
+            self.judge_chat_template_kwargs.is_some(),
+            self.judge_max_new_tokens.is_some(),
+        ];
         let rules = [
             (
-                self.judge.is_none()
-                    && (self.judge_form.is_some()
-                        || self.judge_template.is_some()
-                        || self.judge_max_new_tokens.is_some()),
-                "--judge-form, --judge-template and --judge-max-new-tokens need the judge: give --judge",
+                self.judge.is_none() && of_judge.iter().any(|given| *given),
+                "--judge-form, --judge-template, --judge-chat-template-kwargs and --judge-max-new-tokens need the judge: give --judge",
+            ),
+            (
+                self.judge_chat_template_kwargs.is_some() && self.judge_template.is_some(),
+                "--judge-chat-template-kwargs: the file of --judge-template gives these variables, as chat_template_kwargs; leave the option out",
             ),
             (
                 self.judge_form.is_some() && self.judge_template.is_some(),
@@ -41,6 +48,10 @@ impl CompareArgs {
             (
                 self.answer_pattern.is_some() && self.questions.is_empty(),
                 "--answer-pattern would do nothing without --questions; leave it out",
+            ),
+            (
+                base.init == Init::Random && measured,
+                "--init random writes no model, so no variant can be evaluated: leave --eval-dataset-path and --benign-dataset-path out",
             ),
             (
                 self.drops_models() && base.save_rounds == SaveRounds::Full && base.init == Init::Checkpoint,

@@ -89,7 +89,11 @@ impl Evaluations<'_> {
                 return Ok(Ended::Stopped(stopped));
             }
         }
-        Ok(Ended::Done(self.read(name)?.unwrap_or_default()))
+        let lost = || {
+            let message = format!("{}: rows are missing that were just written", self.folder(name, "").display());
+            Failure::new(exit::IO, message)
+        };
+        Ok(Ended::Done(self.read(name)?.ok_or_else(lost)?))
     }
 
     /// What the evaluations in `evaluations/NAME` found; `None` if one is not there, or not complete.
@@ -108,8 +112,11 @@ impl Evaluations<'_> {
             if report.judge.is_some() != self.args.judge.is_some() {
                 return Ok(None);
             }
-            let mut torn = |line| self.ui.warn(line);
-            let all = outcomes(&dir, &report, &mut torn)?;
+            let mut is_whole = true;
+            let all = outcomes(&dir, &report, &mut |_| is_whole = false)?;
+            if !is_whole {
+                return Ok(None);
+            }
             // Questions have the names of their files.
             let of_rows = |what: &str| what.starts_with("unsafe prompts: ") || what.starts_with("safe prompts: ");
             let named = |what: String| if of_rows(&what) { format!("{part}, {what}") } else { what };
@@ -160,6 +167,7 @@ impl Evaluations<'_> {
             judge: args.judge.clone(),
             judge_form: args.judge_form,
             judge_template: args.judge_template.clone(),
+            judge_chat_template_kwargs: args.judge_chat_template_kwargs.clone(),
             judge_max_new_tokens: args.judge_max_new_tokens.unwrap_or(default.judge_max_new_tokens),
             resume: c.resume && output_dir.is_dir(),
             output_dir,

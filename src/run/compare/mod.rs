@@ -48,6 +48,7 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
     }
     let notes = evaluations.trained_on();
     notes.iter().for_each(|note| ui.warn(note));
+    Plan::new(&evaluations, &variants, Vec::new())?.check_early(&config.output_dir)?;
     let mut evaluated: BTreeMap<String, Evaluated> = BTreeMap::new();
     let mut measures = Vec::new();
     if evaluations.are_asked_for() {
@@ -98,6 +99,8 @@ fn check(variants: &[Variant], evaluations: &Evaluations<'_>) -> Result<Vec<blak
         let config = &variant.config;
         let recipe = dense::fit_recipe(config.recipe()?, config, ui)?;
         let session = Session::open_on(prepare::opened(config, Some(base), ui)?, config, &recipe, ui)?;
+        session.check_weights()?;
+        session.check_copied()?;
         session.fingerprint(config)
     };
     let named = |variant: &Variant| of_variant(variant).context(format!("the variant {}", variant.name));

@@ -7,8 +7,8 @@ use serde_json::Value;
 use super::plan::ALPHA;
 use crate::exit;
 use crate::report::{
-    CompareReport, DistinctSelection, Estimate, Group, Measure, MeasureUnit, Named, ORIGINAL, Page, Positions, Table,
-    VariantReport, dots_svg, overlap_table, points_svg,
+    CompareReport, DistinctSelection, Estimate, Group, LowerBound, Measure, MeasureUnit, Named, ORIGINAL, Page,
+    Positions, Table, VariantReport, dots_svg, overlap_table, points_svg,
 };
 use crate::run::forecast::duration;
 use crate::run::report::{Run, loss_curves};
@@ -120,15 +120,11 @@ impl Content<'_> {
     fn lower_bounds(&self) -> Option<String> {
         let found = &self.report.lower_bounds;
         let most = found.iter().rev().max_by_key(|bound| bound.cut)?;
+        let how_many = if found.len() == 1 { "one evaluation".into() } else { format!("{} evaluations", found.len()) };
+        let LowerBound { model, rows, cut, answers, list } = most;
         Some(format!(
-            "Refusals of unsafe prompts are a lower bound in {} evaluations: --eval-max-new-tokens cuts answers off before they refuse or end. \
-             The most in that of {} on the {} rows: {} of {} answers, without a refusal by {}. All are in compare.json (lower_bounds).",
-            found.len(),
-            most.model,
-            most.rows,
-            most.cut,
-            most.answers,
-            most.list
+            "Refusals of unsafe prompts are a lower bound in {how_many} (compare.json: lower_bounds): --eval-max-new-tokens cuts answers off \
+             before they refuse or end. The most in that of {model} on the {rows} rows: {cut} of {answers}, without a refusal by {list}."
         ))
     }
 
