@@ -49,7 +49,10 @@ pub(super) fn open_alike(session: &Session, option: &str, name: &str, base: Opti
     })?;
     let table = match base.filter(|base| base.checkpoint.is_some() && base.dir == path) {
         Some(base) => base.table.clone(),
-        None => ParamTable::build(&config, &Checkpoint::open(&path)?)?,
+        None => {
+            let checkpoint = Checkpoint::open(&path)?;
+            ParamTable::build(&config, &checkpoint).context(format!("{option} {}", path.display()))?
+        }
     };
     table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", path.display()))?;
     Ok(OtherModel { sha: weights_sha(&table), path, table })

@@ -123,6 +123,10 @@ fn a_judge_that_cannot_be_asked_is_refused_before_answers_are_generated() {
     config["rope_scaling"] = json!({"type": "dynamic", "factor": 2.0});
     config["max_position_embeddings"] = json!(100);
     fs::write(scene.path("short/config.json"), config.to_string()).unwrap();
+    let small = with_template(&scene, "small", "dense_llama", "{{ messages[0].content }}");
+    let mut config = read_json(&scene.path("small/config.json"));
+    config["vocab_size"] = json!(7);
+    fs::write(scene.path("small/config.json"), config.to_string()).unwrap();
     let template = |name: &str, text: &str| {
         let verdicts = "verdicts: {safe: '^safe', unsafe: '^unsafe'}\n";
         fs::write(scene.path(name), format!("prompt: {text}\n{verdicts}")).unwrap();
@@ -133,6 +137,7 @@ fn a_judge_that_cannot_be_asked_is_refused_before_answers_are_generated() {
     for (judge, more, code, said) in [
         (&strict, "", exit::DATA, &["its prompt for answer 1-unsafe", "only users"][..]),
         (&deaf, "", exit::CONFIG, &["does not depend on the answer", "--judge-template"]),
+        (&small, "", exit::DATA, &["--judge ", "/small", "config.json requires [7, 32]"]),
         (&short, "", exit::CONFIG, &["its prompt for answer", "allows 100", "--judge-max-new-tokens"]),
         (&plain, &unread, exit::CONFIG, &["does not read \"enable_thinking\"", "chat_template_kwargs"]),
         (

@@ -188,7 +188,8 @@ impl Content<'_> {
             return Vec::new();
         }
         // Shares span orders of magnitude.
-        let ticks = shares.iter().map(|share| (share.log10(), format!("{:.3} %", 100.0 * share))).collect();
+        let label = |share: f64| format!("{:.3}", 100.0 * share).trim_end_matches('0').trim_end_matches('.').to_owned();
+        let ticks = shares.iter().map(|share| (share.log10(), format!("{} %", label(*share)))).collect();
         let positions = Positions { label: "trained parameters (logarithmic)".into(), ticks };
         let mut kinds: Vec<String> = Vec::new();
         shown.iter().map(|v| kind(v)).for_each(|kind| {
@@ -255,23 +256,25 @@ impl Content<'_> {
         self.measures.iter().enumerate().filter_map(drawing).collect()
     }
 
-    /// Variants that differ in this option alone, named by what they have in common.
+    /// Variants that differ in this option alone, named by what tells them from the other groups.
     fn groups_of(&self, option: &str) -> Vec<(String, Vec<&VariantReport>)> {
-        let mut groups: Vec<(String, Vec<&VariantReport>)> = Vec::new();
+        let mut groups: Vec<(String, BTreeMap<&String, &Value>, Vec<&VariantReport>)> = Vec::new();
         for variant in self.report.variants.iter().filter(|variant| variant.settings.contains_key(option)) {
-            let others = variant.settings.iter().filter(|(name, _)| *name != option);
-            // An option that has one value in all variants needs no mention.
-            let varied =
-                others.filter(|(name, value)| self.report.variants.iter().any(|v| v.settings[*name] != **value));
-            let settings = varied.map(|(name, value)| format!(", {name}={}", plain(value)));
-            let label = kind(variant) + &settings.collect::<String>();
-            match groups.iter_mut().find(|(earlier, _)| *earlier == label) {
-                Some((_, group)) => group.push(variant),
-                None => groups.push((label, vec![variant])),
+            let others: BTreeMap<_, _> = variant.settings.iter().filter(|(name, _)| *name != option).collect();
+            let same = |(of, settings, _): &&mut (String, _, _)| *of == kind(variant) && *settings == others;
+            match groups.iter_mut().find(same) {
+                Some((.., group)) => group.push(variant),
+                None => groups.push((kind(variant), others, vec![variant])),
             }
         }
-        groups.retain(|(_, group)| group.len() > 1);
-        groups
+        groups.retain(|(.., group)| group.len() > 1);
+        let name = |(kind, settings, _): &(String, BTreeMap<&String, &Value>, _)| {
+            let alike = || groups.iter().filter(|(of, ..)| of == kind);
+            let telling =
+                settings.iter().filter(|(name, value)| alike().any(|(_, of, _)| of.get(*name) != Some(*value)));
+            kind.clone() + &telling.map(|(name, value)| format!(", {name}={}", plain(value))).collect::<String>()
+        };
+        groups.iter().map(|group| (name(group), group.2.clone())).collect()
     }
 
     fn outcomes(&self) -> Table {
@@ -298,7 +301,7 @@ impl Content<'_> {
             ..=MOST_TESTS => "All tests, the smallest p first".to_owned(),
             n => format!("The {MOST_TESTS} tests of {n} with the smallest p; the others are in compare.json"),
         };
-        let header = ["a → b", "differ in", "measure", "items", "a alone", "b alone", "b − a", "p", "p by Holm"];
+        let header = ["a → b", "measure", "b − a", "p", "p by Holm", "items", "a alone", "b alone", "differ in"];
         let mut table = Table::new(caption, header);
         for test in tests.into_iter().take(MOST_TESTS) {
             let unit = test.alone.map_or(MeasureUnit::Nats, |_| MeasureUnit::Share);
@@ -306,14 +309,14 @@ impl Content<'_> {
             let difference = Estimate { value: test.difference, of: test.items, interval: test.interval };
             table.row([
                 format!("{} → {}", test.contrast.a, test.contrast.b),
-                test.contrast.factor.clone(),
                 test.measure.clone(),
-                test.items.to_string(),
-                alone(0),
-                alone(1),
                 difference.describe(unit),
                 short(test.p),
                 short(test.p_adjusted),
+                test.items.to_string(),
+                alone(0),
+                alone(1),
+                test.contrast.factor.clone(),
             ]);
         }
         table
@@ -387,4 +390,52 @@ fn markdown(table: &Table) -> String {
     let rule = format!("|---|{}\n", "---:|".repeat(table.header.len() - 1));
     let rows: String = table.rows.iter().map(|row| line(row)).collect();
     format!("\n{}\n\n{}{rule}{rows}", table.caption, line(&table.header))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::COMPARE_SCHEMA;
+
+    /// The names of the groups over `expert-lr` of variants with these methods, rates and weights.
+    fn groups(variants: &[(&str, u32, u32)]) -> Vec<(String, usize)> {
+        let variant = |(method, rate, weight): &(&str, u32, u32)| VariantReport {
+            name: format!("{method} {rate} {weight}"),
+            folder: String::new(),
+            ablation: "combined".into(),
+            method: Some((*method).to_owned()),
+            settings: BTreeMap::from([("expert-lr".to_owned(), (*rate).into()), ("weight".into(), (*weight).into())]),
+            result: None,
+            measures: BTreeMap::new(),
+            error: None,
+        };
+        let report = CompareReport {
+            schema: COMPARE_SCHEMA.into(),
+            model_name: String::new(),
+            dataset_path: String::new(),
+            plan: String::new(),
+            original: BTreeMap::new(),
+            variants: variants.iter().map(variant).collect(),
+            lower_bounds: Vec::new(),
+            tests: Vec::new(),
+            selections: Vec::new(),
+            overlaps: Vec::new(),
+        };
+        let shown = Shown { base: BTreeMap::new(), notes: Vec::new() };
+        let content = Content { report: &report, measures: &[], selections: &[], runs: &[], shown };
+        content.groups_of("expert-lr").into_iter().map(|(name, group)| (name, group.len())).collect()
+    }
+
+    #[test]
+    fn groups_are_named_by_what_tells_them_apart() {
+        let one_at_a_time =
+            [("gradient", 1, 1), ("gradient", 1, 2), ("gradient", 2, 1), ("random", 1, 1), ("random", 2, 1)];
+        let named = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), 2)).collect::<Vec<_>>();
+        assert_eq!(groups(&one_at_a_time), named(&["gradient combined", "random combined"]));
+        let grid = [&one_at_a_time[..], &[("gradient", 2, 2)]].concat();
+        assert_eq!(
+            groups(&grid),
+            named(&["gradient combined, weight=1", "gradient combined, weight=2", "random combined"])
+        );
+    }
 }

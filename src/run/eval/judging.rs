@@ -73,7 +73,8 @@ impl Judge {
                 return Err(Failure::new(exit::CONFIG, message));
             }
         };
-        let table = ParamTable::build(&config, &Checkpoint::open(&dir)?)?;
+        let table =
+            ParamTable::build(&config, &Checkpoint::open(&dir)?).context(format!("--judge {}", dir.display()))?;
         table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;
         let tokenizer = ChatTokenizer::open(&dir, None)?;
         tokenizer.check_vocab(config.vocab_size)?;
