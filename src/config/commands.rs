@@ -92,6 +92,9 @@ pub struct EvalArgs {
     /// YAML file with another prompt for the judge and the patterns of its verdicts
     #[arg(long, value_name = "FILE", help_heading = JUDGE, requires = "judge")]
     pub judge_template: Option<PathBuf>,
+    /// Variables of the judge's own chat template, as a JSON object such as {"excluded_category_keys": ["S14"]}
+    #[arg(long, value_name = "JSON", help_heading = JUDGE, requires = "judge", conflicts_with = "judge_template")]
+    pub judge_chat_template_kwargs: Option<TemplateKwargs>,
     /// Maximum length of a text of the judge in tokens
     #[arg(long, value_name = "TOKENS", help_heading = JUDGE, default_value_t = 128, value_parser = at_most_many, requires = "judge")]
     pub judge_max_new_tokens: usize,

@@ -87,8 +87,9 @@ impl Launch {
         }
         let Self { launcher, world_size, .. } = self;
         Err(LaunchError::Launcher(format!(
-            "{launcher} started {world_size} processes, but this command runs as one process (only `train` and \
-             `identify` have ranks): start it without {launcher}, or as one process"
+            "{launcher} started {world_size} processes, but this command runs as one process (`train`, \
+             `identify`, `eval` and `ablate` run as several; `compare` has --ranks on one machine): start it without {launcher}, or \
+             as one process"
         )))
     }
 

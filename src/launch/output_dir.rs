@@ -162,7 +162,7 @@ enum Place {
 }
 
 /// Files at the top of the output folder. A new output file must be added here, or `--overwrite` refuses the folder.
-const TOP_FILES: [&str; 22] = [
+const TOP_FILES: [&str; 23] = [
     LOCK_FILE,
     "config.resolved.yaml",
     "metrics.jsonl",
@@ -185,6 +185,7 @@ const TOP_FILES: [&str; 22] = [
     "compare.html",
     "compare.md",
     "compare_plan.json",
+    "compare_variant.json",
 ];
 
 /// Folders of the evaluations of `compare`: `evaluations/VARIANT/held-out`, `evaluations/original/benign`.

@@ -1,7 +1,7 @@
 //! Every parameter of a model, in one stable order.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use super::claim::{self, Error as ClaimError};
 use super::config::ModelConfig;
@@ -19,7 +19,15 @@ pub struct ParamTable {
     pub params: Vec<ParamSpec>,
     /// How the values are generated, if there is no checkpoint.
     pub random: Option<RandomInit>,
+    read: Arc<Read>,
+}
+
+/// What was found by reading all values: once for a table and its clones.
+#[derive(Default)]
+struct Read {
     hashed: OnceLock<blake3::Hasher>,
+    /// The first parameter and element that is not finite.
+    non_finite: OnceLock<Option<(ParamId, usize)>>,
 }
 
 /// Gives the bytes of values to a hasher.
@@ -50,12 +58,12 @@ impl ParamTable {
     /// A tensor that is missing or does not belong to the model, or that has another shape than config.json requires or an
     /// unsupported number format; a tied output head that differs from the embedding. Each error names the tensor.
     pub fn build(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Self, ClaimError> {
-        claim::claim(config, checkpoint).map(|params| Self { params, random: None, hashed: OnceLock::new() })
+        claim::claim(config, checkpoint).map(|params| Self { params, random: None, read: Arc::default() })
     }
 
     /// The parameters of a model without a checkpoint.
     pub fn random(config: &ModelConfig, init: RandomInit) -> Self {
-        Self { params: init.params(config), random: Some(init), hashed: OnceLock::new() }
+        Self { params: init.params(config), random: Some(init), read: Arc::default() }
     }
 
     /// All parameters on a backend: from the checkpoint, or random. The routed experts of layers below `offloaded_below` are
@@ -95,12 +103,13 @@ impl ParamTable {
                 *ours = theirs;
             }
         }
-        self.hashed = OnceLock::new();
+        self.read = Arc::default();
     }
 
-    /// A blake3 hasher that has been given all parameters and nothing else: see [`Self::hash_into`]. They are read once.
+    /// A blake3 hasher that has been given all parameters and nothing else: see [`Self::hash_into`]. They are read once for a table
+    /// and its clones.
     pub fn hashed(&self) -> &blake3::Hasher {
-        self.hashed.get_or_init(|| {
+        self.read.hashed.get_or_init(|| {
             let mut hasher = blake3::Hasher::new();
             self.hash_into(&mut hasher);
             hasher
@@ -175,10 +184,11 @@ impl ParamTable {
         claim::tied_head(checkpoint, &self.params).map(|(_, tensor)| &*tensor.name)
     }
 
-    /// The first parameter with a NaN or an infinity, and the index of that element. Reads all weights on all cores; random
-    /// weights are finite by construction and not read.
+    /// The first parameter with a NaN or an infinity, and the index of that element. Reads all weights on all cores, once for a
+    /// table and its clones; random weights are finite by construction and not read.
     pub fn find_non_finite(&self) -> Option<(ParamId, usize)> {
-        if self.random.is_some() { None } else { finite::first(&self.params) }
+        let first = || if self.random.is_some() { None } else { finite::first(&self.params) };
+        *self.read.non_finite.get_or_init(first)
     }
 
     /// Checks that all weights are finite.
@@ -206,7 +216,7 @@ mod tests {
         let value = HostTensor::from_f32(vec![1], &[0.0]);
         let spec = |kind| ParamSpec::new(kind, String::new(), 0..4, value.clone());
         let table =
-            ParamTable { params: kinds.iter().copied().map(spec).collect(), random: None, hashed: OnceLock::new() };
+            ParamTable { params: kinds.iter().copied().map(spec).collect(), random: None, read: Arc::default() };
         for (id, kind) in kinds.iter().enumerate() {
             assert_eq!(table.id(*kind), Some(id), "{kind:?}");
         }

@@ -27,6 +27,9 @@ pub struct CompareReport {
     pub original: BTreeMap<String, Estimate>,
     /// The variants in the order of the matrix.
     pub variants: Vec<VariantReport>,
+    /// Evaluations whose refusals of unsafe prompts are a lower bound.
+    #[serde(default)]
+    pub lower_bounds: Vec<LowerBound>,
     /// Paired tests, in the order of the plan.
     pub tests: Vec<PairedTest>,
     /// The distinct selections of the last round.
@@ -140,9 +143,26 @@ pub struct Estimate {
     pub interval: Option<[f64; 2]>,
 }
 
+/// An evaluation in which `--eval-max-new-tokens` cut answers to unsafe prompts off before they refused or ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LowerBound {
+    /// The variant, or [`ORIGINAL`].
+    pub model: String,
+    /// `held-out` or `benign`.
+    pub rows: String,
+    /// `name/version` of the phrase list.
+    pub list: String,
+    /// Answers to unsafe prompts.
+    pub answers: usize,
+    /// Those that were cut, and in which the list has found no refusal.
+    pub cut: usize,
+}
+
 /// What the evaluations of one model found for each item.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Evaluated {
+    /// Where its refusals are a lower bound.
+    pub lower_bounds: Vec<LowerBound>,
     /// Yes or no by measure and item.
     pub shares: Outcomes,
     /// A number by measure and item.
@@ -186,6 +206,13 @@ pub struct PairedTest {
 }
 
 impl Evaluated {
+    /// Whether shares that both have were measured in the same way.
+    pub fn is_comparable_with(&self, other: &Self) -> bool {
+        self.shares
+            .iter()
+            .all(|(name, ours)| other.shares.get(name).is_none_or(|theirs| ours.is_comparable_with(theirs)))
+    }
+
     /// The measures.
     pub fn measures(&self) -> Vec<Measure> {
         let measure = |name: &String, unit| Measure { name: name.clone(), unit };
@@ -401,7 +428,7 @@ mod tests {
         let mut rng = ChaCha8Rng::seed_from_u64(4);
         let mut model = |shift: f64| {
             let items = (0..60).map(|item| (item.to_string(), shift + rng.random::<f64>())).collect();
-            Evaluated { shares: Outcomes::new(), numbers: BTreeMap::from([("drift".to_owned(), items)]) }
+            Evaluated { numbers: BTreeMap::from([("drift".to_owned(), items)]), ..Evaluated::default() }
         };
         let evaluated = BTreeMap::from([
             ("near".to_owned(), model(0.0)),

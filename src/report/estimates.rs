@@ -14,8 +14,9 @@ const RIGHT: f64 = WIDTH - 24.0;
 const TOP: f64 = 40.0;
 const ROW: f64 = 34.0;
 const HEIGHT: f64 = 190.0;
-/// Characters of a label that fit into the width.
+/// Characters of a label that fit into the width, of a row and in the key.
 const LABEL: usize = 58;
+const KEY: usize = 50;
 
 /// A number with the name of what it is measured of.
 #[derive(Debug, Clone, PartialEq)]
@@ -77,7 +78,7 @@ pub fn dots_svg(id: &str, title: &str, unit: MeasureUnit, rows: &[Named], refere
             out,
             "<text class=\"halo\" stroke=\"#ffffff\" stroke-width=\"3\" paint-order=\"stroke\" x=\"8\" y=\"{:.1}\">{}</text>",
             y + 13.0,
-            escape(&shortened(&row.label))
+            escape(&shortened(&row.label, LABEL))
         );
         let [low, high] = row.estimate.interval.unwrap_or([row.estimate.value; 2]).map(x);
         let middle = y + 23.0;
@@ -148,7 +149,7 @@ pub fn points_svg(id: &str, title: &str, unit: MeasureUnit, positions: &Position
         // Groups that share a position lie beside each other.
         let shift = 5.0 * (i as f64 - (groups.len() - 1) as f64 / 2.0);
         points(&mut out, &look, group, unit, |at| x(at) + shift.clamp(-14.0, 14.0), y);
-        look.key(&mut out, &shortened(&group.label), bottom + 46.0 + 18.0 * i as f64);
+        look.key(&mut out, &shortened(&group.label, KEY), bottom + 46.0 + 18.0 * i as f64);
     }
     Some(out + "</svg>\n")
 }
@@ -212,12 +213,13 @@ fn in_unit(unit: MeasureUnit, value: f64, exact: bool) -> String {
         (MeasureUnit::Share, false) => format!("{:.0} %", 100.0 * value),
         (MeasureUnit::Share, true) => format!("{:.1} %", 100.0 * value),
         (MeasureUnit::Nats, false) => tick_label(value),
+        (MeasureUnit::Nats, true) if value != 0.0 && value.abs() < 1e-3 => format!("{value:.2e}"),
         (MeasureUnit::Nats, true) => format!("{value:.5}"),
     }
 }
 
 impl Estimate {
-    /// `12.5 % [7.1, 20.9]`, `0.01250 [0.01101, 0.01399]`.
+    /// `12.5 % [7.1, 20.9]`, `0.01250 [0.01101, 0.01399]`, `1.25e-6 [0.00000, 2.50e-6]`.
     pub fn describe(&self, unit: MeasureUnit) -> String {
         let end =
             |x: f64| if unit == MeasureUnit::Share { format!("{:.1}", 100.0 * x) } else { in_unit(unit, x, true) };
@@ -235,11 +237,11 @@ fn description(unit: MeasureUnit, rows: &[Named]) -> String {
     rows.iter().map(|row| in_words(unit, row)).collect::<Vec<_>>().join("; ")
 }
 
-fn shortened(label: &str) -> String {
-    if label.chars().count() <= LABEL {
+fn shortened(label: &str, most: usize) -> String {
+    if label.chars().count() <= most {
         return label.to_owned();
     }
-    label.chars().take(LABEL - 1).chain(['…']).collect()
+    label.chars().take(most - 1).chain(['…']).collect()
 }
 
 #[cfg(test)]
@@ -262,6 +264,13 @@ mod tests {
         assert!(svg.contains("<title>after: 50.0 % [25.0, 75.0] of 40</title>"), "{svg}");
         assert!(svg.contains("before &lt;&amp;&gt;: 0.0 % [0.0, 50.0] of 40; after"), "{svg}");
         assert_eq!(dots_svg("none", "", MeasureUnit::Share, &[], None), None);
+    }
+
+    #[test]
+    fn small_means_keep_their_digits() {
+        let describe = |value: f64, interval| Estimate { value, of: 9, interval }.describe(MeasureUnit::Nats);
+        assert_eq!(describe(-1.25e-6, Some([-2.5e-6, 0.0])), "-1.25e-6 [-2.50e-6, 0.00000]");
+        assert_eq!(describe(0.0125, None), "0.01250");
     }
 
     #[test]

@@ -26,6 +26,9 @@ pub struct RefusalOnset {
     pub late: usize,
     /// Answers that were cut at the largest number of tokens and have not refused.
     pub cut: usize,
+    /// Whether more tokens may show more refusals: [`Self::cuts_off`]. Absent in files of earlier versions.
+    #[serde(default)]
+    pub lower_bound: bool,
 }
 
 impl RefusalOnset {
@@ -33,14 +36,17 @@ impl RefusalOnset {
     pub fn new(list: String, side: PromptSide, max_new_tokens: usize, answers: &[(Option<usize>, bool)]) -> Self {
         let by = |n: usize| answers.iter().filter(|(at, _)| at.is_some_and(|at| at <= n)).count();
         let counted = TOKENS.into_iter().filter(|n| *n < max_new_tokens).chain([max_new_tokens]);
-        Self {
+        let mut onset = Self {
             list,
             side,
             answers: answers.len(),
             refused_by: counted.map(|n| (n, by(n))).collect(),
             late: by(max_new_tokens) - by(max_new_tokens - max_new_tokens.div_ceil(4)),
             cut: answers.iter().filter(|(at, cut)| at.is_none() && *cut).count(),
-        }
+            lower_bound: false,
+        };
+        onset.lower_bound = onset.cuts_off();
+        onset
     }
 
     fn refused(&self) -> usize {
@@ -53,7 +59,7 @@ impl RefusalOnset {
 
     /// Whether more tokens would show more refusals: answers were cut that have not refused, and refusals are still found in the last
     /// quarter (a twentieth of them at least), or there are fewer than 100 tokens.
-    fn cuts_off(&self) -> bool {
+    pub fn cuts_off(&self) -> bool {
         self.cut > 0 && (self.max_new_tokens() < FEW_TOKENS || self.late > 0 && 20 * self.late >= self.refused())
     }
 }
@@ -70,7 +76,7 @@ pub fn cut_off_warning(onsets: &[RefusalOnset]) -> Option<String> {
         false => "refusals are still found in the last quarter of them".to_owned(),
     };
     Some(format!(
-        "--max-new-tokens {n} cuts answers to unsafe prompts off before they refuse or end, and {why}: refusals are a lower bound. By \
+        "--max-new-tokens {n} (of `compare`: --eval-max-new-tokens) cuts answers to unsafe prompts off before they refuse or end, and {why}: refusals are a lower bound. By \
          list, answers that were cut without a refusal: {}",
         lists.join(", ")
     ))

@@ -35,10 +35,15 @@ impl Measured {
         self.items.values().copied()
     }
 
+    /// Whether both were measured in the same way.
+    pub fn is_comparable_with(&self, other: &Self) -> bool {
+        self.basis == other.basis
+    }
+
     /// Both answers to each item that both have; `None` if they were measured in different ways.
     pub fn pairs(&self, other: &Self) -> Option<Vec<(bool, bool)>> {
         let pair = |(item, yes): (&String, &bool)| Some((*self.items.get(item)?, *yes));
-        (self.basis == other.basis).then(|| other.items.iter().filter_map(pair).collect())
+        self.is_comparable_with(other).then(|| other.items.iter().filter_map(pair).collect())
     }
 }
 
@@ -59,7 +64,7 @@ struct Judged {
 }
 
 /// The outcomes of an evaluation, from the rows in its folder: refusals by phrase list, verdicts of the judge, exact replies, and right
-/// answers to questions; `warn` hears of a torn last line. Items of two evaluations are the same if they have the same id and messages, or
+/// answers to questions; `warn` hears of a torn last line, and of rows that are missing. Items of two evaluations are the same if they have the same id and messages, or
 /// the same id and the same tokens of reply or question.
 ///
 /// # Errors
@@ -79,7 +84,7 @@ pub fn outcomes(dir: &Path, eval: &EvalReport, warn: &mut dyn FnMut(String)) -> 
         let new = || Measured { basis: basis.to_owned(), items: BTreeMap::new() };
         out.entry(what).or_insert_with(new).items.insert(item.to_owned(), yes);
     };
-    for row in rows::<Generated>(&dir.join("generations.jsonl"), warn)? {
+    for row in rows::<Generated>(&dir.join("generations.jsonl"), answers_of(eval), warn)? {
         let (item, side) = (format!("{} {}", row.id, row.messages), row.category.name());
         for (list, refuses) in row.proxy {
             add(format!("{side} prompts: refused, {list}"), &sampling, &item, refuses);
@@ -91,11 +96,13 @@ pub fn outcomes(dir: &Path, eval: &EvalReport, warn: &mut dyn FnMut(String)) -> 
             }
         }
     }
-    for row in rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES), warn)?.into_iter().filter(|row| row.tokens > 0) {
+    let replies = eval.exact.iter().map(|side| side.exact.of).sum();
+    for row in rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES), replies, warn)?.into_iter().filter(|row| row.tokens > 0) {
         let what = format!("{} prompts: exact replies", row.side.name());
         add(what, "", &format!("{} {}", row.id, row.digest), row.exact);
     }
-    for row in rows::<QuestionRow>(&dir.join("questions.jsonl"), warn)? {
+    let questions = eval.questions.iter().map(|file| file.choices.of + file.answers.of).sum();
+    for row in rows::<QuestionRow>(&dir.join("questions.jsonl"), questions, warn)? {
         let place = row.file.wrapping_sub(1);
         let name = names.get(place).map_or("", String::as_str);
         let pattern = eval.questions.get(place).and_then(|file| file.answer_pattern.as_ref());
@@ -116,18 +123,25 @@ pub fn outcomes(dir: &Path, eval: &EvalReport, warn: &mut dyn FnMut(String)) -> 
 /// # Errors
 /// As [`outcomes`].
 pub fn drift_by_reply(dir: &Path) -> Result<BTreeMap<String, f64>, Error> {
-    let rows = rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES), &mut |_| ())?; // a torn line was told by `outcomes`
+    let rows = rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES), 0, &mut |_| ())?; // what is missing was told by `outcomes`
     let drift = |row: ReplyLossRow| Some((format!("{} {}", row.id, row.digest), row.drift?));
     Ok(rows.into_iter().filter_map(drift).collect())
 }
 
-/// The rows of a file; none if it does not exist.
-fn rows<T: DeserializeOwned>(path: &Path, warn: &mut dyn FnMut(String)) -> Result<Vec<T>, Error> {
-    if !path.exists() {
-        return Ok(Vec::new());
+/// How many answers eval.json counts.
+fn answers_of(eval: &EvalReport) -> usize {
+    let of_side = |side| eval.refusals.iter().filter(|rate| rate.side == side).map(|rate| rate.answers).max();
+    [PromptSide::Unsafe, PromptSide::Safe].into_iter().filter_map(of_side).sum()
+}
+
+/// The rows of a file; none if it does not exist. `counted`: how many eval.json counts.
+fn rows<T: DeserializeOwned>(path: &Path, counted: usize, warn: &mut dyn FnMut(String)) -> Result<Vec<T>, Error> {
+    let Rows { rows, torn } = if path.exists() { read_rows(path)? } else { Rows { rows: Vec::new(), torn: None } };
+    torn.into_iter().for_each(&mut *warn);
+    if rows.len() < counted {
+        let (found, path) = (rows.len(), path.display());
+        warn(format!("{path} holds {found} of the {counted} rows that eval.json counts: the others are not compared"));
     }
-    let Rows { rows, torn } = read_rows(path)?;
-    torn.into_iter().for_each(warn);
     Ok(rows)
 }
 

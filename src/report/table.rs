@@ -7,6 +7,10 @@ use crate::quote::cut;
 
 /// Characters of a cell on the terminal.
 const CELL: usize = 100;
+/// Longer values of options are broken over lines on a page.
+const WHOLE: usize = 16;
+/// Longer texts are broken over lines on a page.
+const SHORT: usize = 24;
 
 /// A table of strings. The first column holds names, the others values.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -67,13 +71,16 @@ impl Table {
         }
         out += "</tr></thead>\n<tbody>\n";
         let numeric: Vec<bool> = (0..self.header.len()).map(|column| column > 0 && self.is_numeric(column)).collect();
+        let long = |column: usize| self.rows.iter().any(|row| row[column].chars().count() > SHORT);
+        let words: Vec<bool> = (0..self.header.len()).map(|column| !numeric[column] && long(column)).collect();
         for row in &self.rows {
             out += "<tr>";
             for (column, cell) in row.iter().enumerate() {
                 let text = escape(cell);
                 let _ = match number(cell).filter(|_| numeric[column]) {
-                    _ if column == 0 => write!(out, "<th scope=\"row\">{text}</th>"),
+                    _ if column == 0 => write!(out, "<th scope=\"row\">{}</th>", with_whole_values(cell)),
                     Some(number) => write!(out, "<td data-number=\"{number}\">{text}</td>"),
+                    None if words[column] => write!(out, "<td class=\"words\">{text}</td>"),
                     None => write!(out, "<td>{text}</td>"),
                 };
             }
@@ -88,6 +95,19 @@ impl Table {
         let numbers = cells().filter(|cell| number(cell).is_some()).count();
         numbers > 0 && 2 * numbers >= cells().count()
     }
+}
+
+/// A name as HTML, in which no line ends within the value of an option: `expert-lr=3e-4`.
+fn with_whole_values(name: &str) -> String {
+    let (mut out, mut rest) = (String::new(), name);
+    while let Some(at) = rest.find('=') {
+        let end = rest[at..].find([',', ' ']).map_or(rest.len(), |length| at + length);
+        out += &escape(&rest[..at]);
+        let value = escape(&rest[at..end]);
+        out += &if end - at > WHOLE { value } else { format!("<span class=\"whole\">{value}</span>") };
+        rest = &rest[end..];
+    }
+    out + &escape(rest)
 }
 
 /// The number that a cell is sorted by: of `before → after` the last one, without the interval behind it; a share as `3 of 4` or in
@@ -173,6 +193,24 @@ mod tests {
             ("1 2 3", None),
         ] {
             assert_eq!(number(cell), expected, "{cell:?}");
+        }
+    }
+
+    #[test]
+    fn names_and_words_are_broken_where_they_can_be() {
+        let mut table = Table::new("c", ["a", "words", "x"]);
+        let path = format!("dataset-path={}", "p".repeat(40));
+        table.row(["baseline,expert-lr=3e-5 → b,x=<1>", "benign, safe prompts: refused", "-"]);
+        table.row([&*path, "exact", "-"]);
+        let html = table.to_html("id");
+        let whole = |value: &str| format!("<span class=\"whole\">={value}</span>");
+        for part in [
+            format!("baseline,expert-lr{} → b,x{}<", whole("3e-5"), whole("&lt;1&gt;")),
+            format!(">{path}<"),
+            "<td class=\"words\">exact<".to_owned(),
+            "<td>-<".to_owned(),
+        ] {
+            assert!(html.contains(&part), "{part}: {html}");
         }
     }
 

@@ -27,7 +27,7 @@ pub fn identify(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<
     let ranks = &started.ranks;
     let recipe = config.recipe_of_identification()?;
     let recipe = ranks.all_ok(fit_recipe(recipe, config, ui))?;
-    let session = prepare::open(config, &recipe, ranks, ui)?;
+    let session = prepare::open(config, None, &recipe, ranks, ui)?;
     let _lock = prepare::take_output_dir(config, ranks)?;
     prepare::describe(&session, config, ranks, ui)?;
     let (config, device) = (config.clone(), started.device.clone());

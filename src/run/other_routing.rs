@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::session::Session;
+use super::session::{Base, Session};
 use crate::config::EvalArgs;
 use crate::exit::{self, Context, Failure, Result};
 use crate::launch::hub_cache;
@@ -19,7 +19,7 @@ pub(super) fn use_other_routing(session: &mut Session, args: &EvalArgs) -> Resul
         (None, Some(name)) => (RoutingFrom::LockedRouting, "--route-as", name),
         (None, None) => return Ok(None),
     };
-    let OtherModel { path, sha, table } = open_alike(session, option, name)?;
+    let OtherModel { path, sha, table } = open_alike(session, option, name, None)?;
     let other = OtherRouting { from, path, sha };
     match from {
         RoutingFrom::LockedRouting => session.route_as = Some(table),
@@ -36,18 +36,24 @@ pub(super) struct OtherModel {
     pub table: ParamTable,
 }
 
-/// Opens the model that `option` names.
+/// Opens the model that `option` names. `base`: a model that is open already; it is used if it is that one.
 ///
 /// # Errors
 /// A model that cannot be opened, is damaged, or has another family or other sizes.
-pub(super) fn open_alike(session: &Session, option: &str, name: &str) -> Result<OtherModel> {
+pub(super) fn open_alike(session: &Session, option: &str, name: &str, base: Option<&Base>) -> Result<OtherModel> {
     let path = hub_cache().resolve(name)?;
     let config = ModelConfig::from_dir(&path)?;
     check_same_routing(&session.model, &config).map_err(|mismatch| {
         let folders = (session.dir.display(), path.display());
         Failure::new(exit::CONFIG, format!("{option} {} does not fit {}: {mismatch}", folders.1, folders.0))
     })?;
-    let table = ParamTable::build(&config, &Checkpoint::open(&path)?)?;
+    let table = match base.filter(|base| base.checkpoint.is_some() && base.dir == path) {
+        Some(base) => base.table.clone(),
+        None => {
+            let checkpoint = Checkpoint::open(&path)?;
+            ParamTable::build(&config, &checkpoint).context(format!("{option} {}", path.display()))?
+        }
+    };
     table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", path.display()))?;
     Ok(OtherModel { sha: weights_sha(&table), path, table })
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::forecast::{ExpertPlacement, MemoryForecast, room_for_passes};
-use super::session::Session;
+use super::session::{Base, Session};
 use crate::backend::Backend;
 use crate::collective::all_ok;
 use crate::config::{Offload, RunConfig};
@@ -16,11 +16,18 @@ use crate::train::memory::{Activations, KeptLayers, MemoryBudget};
 use crate::train::{Phase, Recipe, TrainedElements};
 use crate::ui::Ui;
 
-/// Opens and checks the inputs, in all processes, and verifies that they are the same everywhere.
-pub(super) fn open(config: &RunConfig, recipe: &Recipe, ranks: &Ranks, ui: &Ui) -> Result<Arc<Session>> {
+/// Opens and checks the inputs, in all processes, and verifies that they are the same everywhere. `base`: a model that is open
+/// already; it is used if it is that of the run.
+pub(super) fn open(
+    config: &RunConfig,
+    base: Option<&Base>,
+    recipe: &Recipe,
+    ranks: &Ranks,
+    ui: &Ui,
+) -> Result<Arc<Session>> {
     let own = || {
         check_output_dir(config)?;
-        let session = Session::open(config, recipe, ui)?;
+        let session = Session::open_on(opened(config, base, ui)?, config, recipe, ui)?;
         session.check_sides(recipe)?;
         session.check_weights()?;
         Ok(Arc::new(session))
@@ -30,6 +37,11 @@ pub(super) fn open(config: &RunConfig, recipe: &Recipe, ranks: &Ranks, ui: &Ui) 
         session.agree(config, world)?;
     }
     Ok(session)
+}
+
+/// The model of a run: `base`, if it is that one, or opened.
+pub(super) fn opened(config: &RunConfig, base: Option<&Base>, ui: &Ui) -> Result<Base> {
+    base.filter(|base| base.is_of(config)).map_or_else(|| Base::open(config, ui), |base| Ok(base.clone()))
 }
 
 /// Prepares the output folder, locks it for this run, and verifies that all ranks see the same folder.

@@ -121,14 +121,12 @@ impl Run {
         let rankings = existing(meter, &rankings, RankingsFile::read)?;
         let eval = existing(meter, &eval, EvalReport::read)?;
         if scores.is_none() && eval.is_none() {
-            return Err(Failure::new(
-                exit::NO_INPUT,
-                format!(
-                    "{} holds neither expert_scores.json nor eval.json: give output folders of `moewarden train`, \
-                     `identify` or `eval`",
-                    dir.display()
-                ),
-            ));
+            let what = match dir.join("compare.json").exists() {
+                true => "its page is compare.html; give the folders of its variants, or those in evaluations",
+                false => "give output folders of `moewarden train`, `identify` or `eval`",
+            };
+            let message = format!("{} holds neither expert_scores.json nor eval.json: {what}", dir.display());
+            return Err(Failure::new(exit::NO_INPUT, message));
         }
         let note = match &metrics {
             _ if scores.is_none() => None,

@@ -68,6 +68,15 @@ impl Scene {
     }
 }
 
+/// The report of a comparison, whenever and wherever it ran.
+fn without_places(mut report: CompareReport) -> CompareReport {
+    for variant in &mut report.variants {
+        variant.folder.clear();
+        variant.result.iter_mut().for_each(|result| result.seconds = 0.0);
+    }
+    report
+}
+
 fn json_of(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
@@ -101,6 +110,9 @@ fn a_comparison_has_a_row_for_each_variant() {
     let markdown = fs::read_to_string(scene.path("matrix/compare.md")).unwrap();
     assert!(markdown.contains("| variant |") && markdown.contains("| frozen |"), "{markdown}");
     assert!(fs::read_to_string(scene.path("matrix/compare.html")).unwrap().contains("random-combined"));
+    let runs = ["report".to_owned(), "--output-dir".into(), scene.path("report").display().to_string()];
+    let ran = start(moewarden(0, runs.into_iter().chain([scene.path("matrix").display().to_string()]))).end();
+    ran.failed(exit::NO_INPUT, &["its page is compare.html"]);
     // Its own outputs may be overwritten.
     let fewer = format!("{SHORT} --methods gradient --ablations frozen --overwrite");
     scene.run("mixtral", "matrix", &fewer).ok();
@@ -152,8 +164,16 @@ fn variants_are_evaluated_and_tested_as_planned() {
             assert_eq!((test.alone, test.difference, test.p), (Some([0, 0]), 0.0, 1.0));
         }
     }
+    // Answers of four tokens are cut off, which the page says.
+    let bounds: Vec<_> = found.lower_bounds.iter().map(|bound| (&*bound.model, &*bound.rows)).collect();
+    assert!(
+        bounds.contains(&("original", "held-out")) && bounds.iter().all(|(_, rows)| *rows == "held-out"),
+        "{bounds:?}"
+    );
     let page = fs::read_to_string(scene.path("out/compare.html")).unwrap();
-    for part in ["Outcomes against expert-lr", "Paired tests", "held-out, unsafe prompts: refused, gcg/1"] {
+    for part in
+        ["are a lower bound", "Outcomes against expert-lr", "Paired tests", "held-out, unsafe prompts: refused, gcg/1"]
+    {
         assert!(page.contains(part), "{part}");
     }
     assert!(page.find("<svg").unwrap() < page.find("<table").unwrap(), "pictures first");
@@ -163,14 +183,18 @@ fn variants_are_evaluated_and_tested_as_planned() {
     fs::remove_file(scene.path("out/compare.json")).unwrap();
     fs::remove_file(scene.path("out/evaluations/frozen/held-out/eval.json")).unwrap();
     scene.run("olmoe", "out", &format!("{more} --resume")).ok();
-    let without_times = |bytes: &[u8]| -> CompareReport {
-        let mut report: CompareReport = serde_json::from_slice(bytes).unwrap();
-        report.variants.iter_mut().filter_map(|v| v.result.as_mut()).for_each(|result| result.seconds = 0.0);
-        report
-    };
     let again = fs::read(scene.path("out/compare.json")).unwrap();
-    assert_eq!(without_times(&again), without_times(&before));
-    // Other options, another plan, or a plan that somebody changed, are refused, and the results stay.
+    assert_eq!(without_places(scene.report("out")), without_places(serde_json::from_slice(&before).unwrap()));
+    // Other options, another plan, or a plan that somebody changed, are refused before anything is measured, and the results stay.
+    let evaluation = scene.path("out/evaluations/original/held-out/eval.json");
+    let measured = fs::read(&evaluation).unwrap();
+    fs::remove_file(&evaluation).unwrap();
+    for (other, field) in [("--eval-max-new-tokens 5", "max_new_tokens"), ("--skip-answers", "max_new_tokens")] {
+        let other = more.replace("--eval-max-new-tokens 4", other);
+        scene.run("olmoe", "out", &format!("{other} --resume")).failed(exit::CONFIG, &["compare_plan.json", field]);
+    }
+    assert!(!evaluation.exists());
+    fs::write(&evaluation, measured).unwrap();
     scene.run("olmoe", "out", &format!("{more} --resume --weight-decay 0.3")).failed(exit::CONFIG, &["`options`"]);
     assert_eq!(fs::read(scene.path("out/compare.json")).unwrap(), again);
     let other = more.replace("gradient,random", "gradient");
@@ -179,6 +203,62 @@ fn variants_are_evaluated_and_tested_as_planned() {
         fs::read_to_string(scene.path("out/compare_plan.json")).unwrap().replace("\"alpha\": 0.05", "\"alpha\": 0.5");
     fs::write(scene.path("out/compare_plan.json"), changed).unwrap();
     scene.run("olmoe", "out", &format!("{more} --resume")).failed(exit::CONFIG, &["`alpha`", "--overwrite"]);
+}
+
+#[test]
+fn models_are_dropped_and_finished_variants_are_not_run_again() {
+    let scene = Scene::new();
+    let more = format!("{SHORT} --methods gradient,random --ablations expert-only,frozen {}", scene.evaluated());
+    let dropping = format!("{more} --drop-models");
+    scene.run("olmoe", "kept", &more).ok();
+    scene.run("olmoe", "dropped", &dropping).ok();
+    for name in ["gradient-expert-only", "random-expert-only", "frozen"] {
+        for part in ["final_model", "checkpoints"] {
+            let folder = |output: &str| scene.path(output).join(name).join(part);
+            assert!(folder("kept").exists() && !folder("dropped").exists(), "{name}/{part}");
+        }
+    }
+    let dropped = scene.report("dropped");
+    assert_eq!(without_places(scene.report("kept")), without_places(dropped.clone()), "the same results");
+
+    // Run again, it finds everything done: seconds of a variant that is run again would be others.
+    let again = |output: &str, more: &str, code: u8| {
+        fs::remove_file(scene.path(output).join("compare.json")).unwrap();
+        let ran = scene.run("olmoe", output, &format!("{more} --resume"));
+        assert_eq!(ran.code, Some(code.into()), "{}", ran.err);
+        ran.err
+    };
+    again("dropped", &dropping, 0);
+    assert_eq!(scene.report("dropped"), dropped);
+    // A comparison that kept its models drops them now.
+    let kept = scene.report("kept");
+    again("kept", &dropping, 0);
+    assert!(!scene.path("kept/frozen/final_model").exists() && scene.report("kept") == kept);
+    // What is lost or changed is made again, to the same results.
+    let record = scene.path("dropped/frozen/compare_variant.json");
+    let text = fs::read_to_string(&record).unwrap();
+    let changed = text.replace("\"key\": \"blake3:", "\"key\": \"blake3:0");
+    assert_ne!(text, changed);
+    let evaluation = scene.path("dropped/evaluations/frozen/benign/eval.json");
+    let cases: [(&str, &dyn Fn()); 3] = [
+        ("a part of its evaluation is missing", &|| fs::remove_file(&evaluation).unwrap()),
+        ("the model, the rows, the options or the number format were others", &|| {
+            fs::write(&record, &changed).unwrap()
+        }),
+        ("is damaged, or of another version", &|| fs::write(&record, &text[..20]).unwrap()),
+    ];
+    for (said, harm) in cases {
+        harm();
+        let err = again("dropped", &dropping, 0);
+        assert!(err.matches(": the variant is run again").count() == 1 && err.contains(said), "{err}");
+        let found = scene.report("dropped");
+        assert_eq!(without_places(found.clone()), without_places(dropped.clone()));
+        assert_eq!(found.variants[..2], dropped.variants[..2], "the others are not run again");
+        assert!(!scene.path("dropped/frozen/final_model").exists() && evaluation.exists());
+    }
+    // Rounds keep no models either, or what they changed, of which a model can be made.
+    let full = more.replace("--save-rounds none", "--save-rounds full");
+    scene.run("olmoe", "full", &format!("{full} --drop-models")).failed(exit::CONFIG, &["--save-rounds none"]);
 }
 
 /// Prompts without replies, as of a set for over-refusal: there is no drift to measure.
@@ -271,6 +351,12 @@ fn what_cannot_be_compared_is_refused_before_anything_is_trained() {
         (&format!("--benign-dataset-path {benign} --judge absent"), exit::NO_INPUT, "absent"),
         (&format!("--benign-dataset-path {benign} --questions {benign}"), exit::DATA, "benign.jsonl:1"),
         ("--judge-form qwen3guard", exit::CONFIG, "give --judge"),
+        ("--judge-max-new-tokens 7", exit::CONFIG, "give --judge"),
+        (r#"--judge-chat-template-kwargs {"x":1}"#, exit::CONFIG, "give --judge"),
+        ("--eval-generation-batch-size 7", exit::CONFIG, "without rows to evaluate on"),
+        (&format!("--init random --benign-dataset-path {benign}"), exit::CONFIG, "--init random writes no model"),
+        (&format!("--benign-dataset-path {benign} --eval-generation-batch-size 0"), exit::CONFIG, "at least 1"),
+        (&format!("--benign-dataset-path {benign} --eval-max-new-tokens 10000001"), exit::CONFIG, "at most 10000000"),
     ];
     for (more, code, said) in cases {
         scene.run("olmoe", "out", &format!("{SHORT} {more}")).failed(code, &[said]);
@@ -278,6 +364,25 @@ fn what_cannot_be_compared_is_refused_before_anything_is_trained() {
         scene.run("olmoe", "finished", &format!("{SHORT} {more} --overwrite")).failed(code, &[said]);
         assert!(scene.path("finished/compare.json").exists(), "{more}");
     }
+    // A model that no run can copy.
+    let linked = scene.path("linked");
+    fs::create_dir(&linked).unwrap();
+    for file in files_of(&model("olmoe")) {
+        fs::copy(model("olmoe").join(&file), linked.join(&file)).unwrap();
+    }
+    std::os::unix::fs::symlink(scene.path("rows.json"), linked.join("notes.json")).unwrap();
+    let text = format!(
+        "compare --model-name {} --dataset-path {} --output-dir {} --threads 1 {SHORT} --methods random",
+        linked.display(),
+        scene.path("rows.json").display(),
+        scene.path("out").display()
+    );
+    let ran = start(moewarden(0, text.split_whitespace())).end();
+    assert!(!scene.path("out").exists(), "{}", ran.err);
+    ran.failed(exit::DATA, &["notes.json is a symbolic link"]);
+    let absent = "--num-rounds 1 --save-rounds none --ablations baseline --retain-dataset-path absent.jsonl";
+    scene.run("dense_qwen3", "out", absent).failed(exit::NO_INPUT, &["absent.jsonl"]);
+    assert!(!scene.path("out").exists());
     scene.run("dense_qwen3", "out", SHORT).failed(exit::CONFIG, &["dense model", "--ablations baseline"]);
     scene.run("dense_qwen3", "out", "--num-rounds 1 --save-rounds none --ablations baseline").ok();
 }

@@ -1,5 +1,6 @@
 //! The matrix of `compare`: methods, ablations and sweeps.
 
+mod problems;
 mod sweep;
 
 use std::collections::BTreeMap;
@@ -15,8 +16,8 @@ pub use sweep::{Sweep, SweepMode};
 use super::commands::NEW_TOKENS;
 use super::raw::heading::{EXPERTS, OPTIMIZER, RETENTION, ROUTERS, TRAINING};
 use super::validate::inert_options;
-use super::{Mode, RunConfig, recipe};
-use crate::experts::{IdentifyIn, Method, Selection};
+use super::{Mode, RunConfig, TemplateKwargs, recipe};
+use crate::experts::Method;
 use crate::judge::JudgeForm;
 
 /// Which parameters a run of the matrix trains.
@@ -71,6 +72,9 @@ pub struct CompareArgs {
     /// Maximum length of a generated response in tokens [default: 128]
     #[arg(long, value_name = "TOKENS", help_heading = EVALUATION)]
     pub eval_max_new_tokens: Option<usize>,
+    /// Responses that are generated together on each rank, with one pass over the weights a token [default: 16]
+    #[arg(long, value_name = "RESPONSES", help_heading = EVALUATION)]
+    pub eval_generation_batch_size: Option<usize>,
     /// Safety judge that reads the responses: a model folder, or a hub id
     #[arg(long, value_name = "FOLDER|ID", help_heading = EVALUATION)]
     pub judge: Option<String>,
@@ -80,6 +84,15 @@ pub struct CompareArgs {
     /// YAML file with another prompt for the judge and the patterns of its verdicts
     #[arg(long, value_name = "FILE", help_heading = EVALUATION)]
     pub judge_template: Option<PathBuf>,
+    /// Variables of the judge's own chat template, as a JSON object such as {"excluded_category_keys": ["S14"]}
+    #[arg(long, value_name = "JSON", help_heading = EVALUATION)]
+    pub judge_chat_template_kwargs: Option<TemplateKwargs>,
+    /// Maximum length of a text of the judge in tokens [default: 128]
+    #[arg(long, value_name = "TOKENS", help_heading = EVALUATION)]
+    pub judge_max_new_tokens: Option<usize>,
+    /// Remove the final model and the checkpoints of a variant once it is evaluated
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = EVALUATION)]
+    pub drop_models: Option<bool>,
 }
 
 const MATRIX: &str = "Matrix";
@@ -98,8 +111,6 @@ pub struct Variant {
     pub config: RunConfig,
 }
 
-/// The most variants of a matrix: far more than can be trained.
-const MOST_VARIANTS: usize = 1_000;
 /// The longest name of a variant in bytes: temporary names of its files and folders need room, too.
 const LONGEST_NAME: usize = 200;
 
@@ -157,9 +168,13 @@ impl CompareArgs {
             answer_pattern: self.answer_pattern.or(fallback.answer_pattern),
             skip_answers: self.skip_answers.or(fallback.skip_answers),
             eval_max_new_tokens: self.eval_max_new_tokens.or(fallback.eval_max_new_tokens),
+            eval_generation_batch_size: self.eval_generation_batch_size.or(fallback.eval_generation_batch_size),
             judge: self.judge.or(fallback.judge),
             judge_form: self.judge_form.or(fallback.judge_form),
             judge_template: self.judge_template.or(fallback.judge_template),
+            judge_chat_template_kwargs: self.judge_chat_template_kwargs.or(fallback.judge_chat_template_kwargs),
+            judge_max_new_tokens: self.judge_max_new_tokens.or(fallback.judge_max_new_tokens),
+            drop_models: self.drop_models.or(fallback.drop_models),
         }
     }
 
@@ -179,61 +194,9 @@ impl CompareArgs {
         (self.skip_answers != Some(true)).then(|| self.eval_max_new_tokens.unwrap_or(NEW_TOKENS))
     }
 
-    /// Contradictions between the options, each with a remedy.
-    pub(super) fn problems(&self, base: &RunConfig) -> Vec<String> {
-        let skips = self.skip_answers == Some(true);
-        let measured = base.eval_dataset_path.is_some() || self.benign_dataset_path.is_some();
-        let twice = |i: usize| self.sweep[..i].iter().any(|earlier| earlier.option() == self.sweep[i].option());
-        let swept_twice = (0..self.sweep.len()).find(|&i| twice(i)).map(|i| self.sweep[i].option());
-        let rules = [
-            (
-                self.judge.is_none() && (self.judge_form.is_some() || self.judge_template.is_some()),
-                "--judge-form and --judge-template need the judge: give --judge",
-            ),
-            (
-                self.judge_form.is_some() && self.judge_template.is_some(),
-                "--judge-template says how the judge is asked, and so does --judge-form: leave one out",
-            ),
-            (
-                self.judge.is_some() && skips,
-                "--judge reads responses, and --skip-answers generates none: leave one out",
-            ),
-            (
-                self.eval_max_new_tokens.is_some() && skips,
-                "--eval-max-new-tokens would do nothing: --skip-answers generates no responses; leave it out",
-            ),
-            (
-                self.answer_pattern.is_some() && self.questions.is_empty(),
-                "--answer-pattern would do nothing without --questions; leave it out",
-            ),
-            (self.eval_max_new_tokens == Some(0), "--eval-max-new-tokens must be at least 1"),
-            (
-                !measured && (self.judge.is_some() || skips || self.eval_max_new_tokens.is_some()),
-                "without rows to evaluate on, options of the evaluation do nothing: give --eval-dataset-path or --benign-dataset-path",
-            ),
-            (
-                !measured && !self.questions.is_empty(),
-                "--questions are asked where a variant is evaluated: give --eval-dataset-path or --benign-dataset-path, too",
-            ),
-            (
-                self.sweep_mode == Some(SweepMode::OneAtATime) && self.sweep.len() < 2,
-                "--sweep-mode would do nothing: it is about two or more --sweep; leave it out",
-            ),
-        ];
-        let wrong = rules.into_iter().filter(|(applies, _)| *applies).map(|(_, message)| message.to_owned());
-        wrong.chain(swept_twice.map(|option| format!("--sweep {option} is there twice: leave one out"))).collect()
-    }
-
-    /// Why the matrix is too large to be trained; `None` if it is not.
-    pub(super) fn too_many(&self) -> Option<String> {
-        let sizes = self.sweep.iter().map(Sweep::num_values);
-        let settings = match self.sweep_mode.unwrap_or_default() {
-            SweepMode::Grid => sizes.fold(1usize, usize::saturating_mul),
-            SweepMode::OneAtATime => sizes.sum::<usize>().max(1),
-        };
-        let all = settings.saturating_mul(self.methods.len()).saturating_mul(self.ablations.len());
-        (all > MOST_VARIANTS)
-            .then(|| format!("the matrix has up to {all} variants, but at most {MOST_VARIANTS}: sweep fewer values"))
+    /// Whether the models of a variant are removed once it is evaluated.
+    pub fn drops_models(&self) -> bool {
+        self.drop_models == Some(true)
     }
 
     /// Whether the numbers of trained parameters have to be equal: several methods select the experts that are trained.
@@ -241,36 +204,6 @@ impl CompareArgs {
         let selects = self.ablations.iter().any(|ablation| ablation.selects());
         let several = self.methods.iter().any(|method| *method != self.methods[0]);
         selects && several && self.unequal_parameters != Some(true)
-    }
-
-    /// Why methods that select `top-k-experts` each would still train different numbers of parameters.
-    pub(super) fn why_unequal(&self, base: &RunConfig) -> Option<&'static str> {
-        match base {
-            _ if !self.needs_equal_parameters() => None,
-            RunConfig { selection: Selection::PerBatch, .. } => Some(
-                "--selection per-batch selects at every step, so that methods train different numbers of parameters over a run: \
-                      give --selection global, or --unequal-parameters",
-            ),
-            RunConfig { num_rounds: 2.., identify: IdentifyIn::EveryRound, .. } => Some(
-                "--identify every-round selects anew in each round, so that methods train different numbers of parameters over a \
-                      run: give --identify once, or --unequal-parameters",
-            ),
-            _ => None,
-        }
-    }
-
-    /// Sweeps of an option that does nothing in any of the runs, with the reason.
-    pub(super) fn inert_sweeps(&self, variants: &[Variant]) -> Vec<String> {
-        let why = |option: &str, variant: &Variant| {
-            let inert = inert_options(&variant.config);
-            inert.into_iter().find(|(name, _)| *name == option).map(|(_, why)| why)
-        };
-        let inert = |sweep: &Sweep| {
-            let reasons: Option<Vec<_>> = variants.iter().map(|variant| why(sweep.option(), variant)).collect();
-            let reason = *reasons?.first()?;
-            Some(format!("--sweep {} would do nothing: {reason}; leave it out", sweep.option()))
-        };
-        self.sweep.iter().filter_map(inert).collect()
     }
 
     /// The runs of the matrix without duplicates: ablations vary slowest, settings fastest.
@@ -361,6 +294,7 @@ impl Variant {
 mod tests {
     use super::*;
     use crate::config::{Schedule, validate};
+    use crate::experts::Selection;
     use crate::routers::KlType;
 
     #[test]
@@ -473,20 +407,5 @@ mod tests {
         );
         let grid = CompareArgs { sweep_mode: None, ..args };
         assert_eq!(grid.variants(&base).len(), 4);
-    }
-
-    #[test]
-    fn methods_that_cannot_train_equally_many_parameters_are_refused() {
-        let base = RunConfig { num_rounds: 2, ..RunConfig::default() };
-        let args = CompareArgs::default().with_defaults();
-        assert!(args.why_unequal(&base).unwrap().contains("--identify once"));
-        assert!(args.why_unequal(&RunConfig { num_rounds: 1, ..base.clone() }).is_none());
-        assert!(args.why_unequal(&RunConfig { identify: IdentifyIn::Once, ..base.clone() }).is_none());
-        let one = CompareArgs { methods: vec![Method::Random], ..args.clone() };
-        assert!(one.why_unequal(&base).is_none());
-        let waived = CompareArgs { unequal_parameters: Some(true), ..args.clone() };
-        assert!(waived.why_unequal(&base).is_none());
-        let per_batch = RunConfig { num_rounds: 1, selection: Selection::PerBatch, ..base };
-        assert!(args.why_unequal(&per_batch).unwrap().contains("--selection global"));
     }
 }

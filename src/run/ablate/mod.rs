@@ -44,7 +44,7 @@ pub fn ablate(config: &RunConfig, args: &AblateArgs, started: &Started, ui: &Ui)
     let ranks = &started.ranks;
     let recipe = config.recipe_of_identification()?; // needs no safe rows, unlike routing frequencies
     let recipe = ranks.all_ok(fit_recipe(recipe, config, ui))?;
-    let session = prepare::open(config, &recipe, ranks, ui)?;
+    let session = prepare::open(config, None, &recipe, ranks, ui)?;
     let selected = ranks.all_ok(read_experts(&args.experts, &session))?;
     if let Some(path) = &args.benign_dataset_path {
         let benign = session.held_out.as_ref().map_or(0, |data| check::benign_rows(data).count());

@@ -6,14 +6,19 @@ use std::path::{Path, PathBuf};
 use crate::config::{CompareArgs, Device, EvalArgs, Offload, RunConfig};
 use crate::exit::{self, Ended, Failure, Result};
 use crate::launch::Started;
-use crate::report::{EvalReport, Evaluated, Measure, ORIGINAL, drift_by_reply, outcomes};
-use crate::run::eval::{check_inputs, eval};
+use crate::report::{
+    EvalReport, Evaluated, LowerBound, Measure, ORIGINAL, PromptSide, RefusalOnset, drift_by_reply, outcomes,
+};
+use crate::run::eval::{check_inputs, eval_on};
 use crate::run::refusals::LISTS;
+use crate::run::session::Base;
 use crate::ui::Ui;
 
 /// How the models of a comparison are evaluated.
 pub struct Evaluations<'a> {
     pub config: &'a RunConfig,
+    /// The model before training.
+    pub base: &'a Base,
     pub args: &'a CompareArgs,
     pub started: &'a Started,
     pub ui: &'a Ui,
@@ -51,13 +56,22 @@ impl Evaluations<'_> {
         self.rows().into_iter().map(|(_, path)| path).chain(files).collect()
     }
 
-    /// Checks everything that the evaluation of a model reads, without writing anything.
+    /// [`Self::inputs`] and the judge.
+    pub fn all_inputs(&self) -> Vec<&Path> {
+        self.inputs().into_iter().chain(self.args.judge.as_deref().map(Path::new)).collect()
+    }
+
+    /// Checks everything that the evaluation of the model before training reads, without writing anything.
     ///
     /// # Errors
-    /// Those of [`eval`] before it begins.
-    pub fn check(&self, model: &Path) -> Result<()> {
+    /// Those of [`eval_on`] before it begins.
+    pub fn check(&self) -> Result<()> {
         for (i, (part, rows)) in self.rows().into_iter().enumerate() {
-            check_inputs(&self.arguments(ORIGINAL, model, part, rows, i == 0)?, self.started)?;
+            check_inputs(
+                Some(self.base),
+                &self.arguments(ORIGINAL, &self.base.dir, part, rows, i == 0)?,
+                self.started,
+            )?;
         }
         Ok(())
     }
@@ -65,28 +79,67 @@ impl Evaluations<'_> {
     /// Evaluates a model into `evaluations/NAME`; nothing where no rows are given.
     ///
     /// # Errors
-    /// Those of [`eval`].
+    /// Those of [`eval_on`].
     pub fn of(&self, name: &str, model: &Path) -> Result<Ended<Evaluated>> {
-        let mut found = Evaluated::default();
         for (i, (part, rows)) in self.rows().into_iter().enumerate() {
             let args = self.arguments(name, model, part, rows, i == 0)?;
             self.ui.line(format_args!("evaluating {name} on the {part} rows"));
-            if let Ended::Stopped(stopped) = eval(&args, self.started, &self.ui.without_results())? {
+            let ended = eval_on(Some(self.base), &args, self.started, &self.ui.without_results())?;
+            if let Ended::Stopped(stopped) = ended {
                 return Ok(Ended::Stopped(stopped));
             }
-            let dir = &args.output_dir;
-            let mut torn = |line| self.ui.warn(line);
-            let all = outcomes(dir, &EvalReport::read(&dir.join("eval.json"))?, &mut torn)?;
+        }
+        let lost = || {
+            let message = format!("{}: rows are missing that were just written", self.folder(name, "").display());
+            Failure::new(exit::IO, message)
+        };
+        Ok(Ended::Done(self.read(name)?.ok_or_else(lost)?))
+    }
+
+    /// What the evaluations in `evaluations/NAME` found; `None` if one is not there, or not complete.
+    ///
+    /// # Errors
+    /// Files that are damaged.
+    pub fn read(&self, name: &str) -> Result<Option<Evaluated>> {
+        let mut found = Evaluated::default();
+        for (part, _) in self.rows() {
+            let dir = self.folder(name, part);
+            let path = dir.join("eval.json");
+            if !path.exists() {
+                return Ok(None);
+            }
+            let report = EvalReport::read(&path)?;
+            if report.judge.is_some() != self.args.judge.is_some() {
+                return Ok(None);
+            }
+            let mut is_whole = true;
+            let all = outcomes(&dir, &report, &mut |_| is_whole = false)?;
+            if !is_whole {
+                return Ok(None);
+            }
             // Questions have the names of their files.
             let of_rows = |what: &str| what.starts_with("unsafe prompts: ") || what.starts_with("safe prompts: ");
             let named = |what: String| if of_rows(&what) { format!("{part}, {what}") } else { what };
             found.shares.extend(all.into_iter().map(|(what, measured)| (named(what), measured)));
-            let drift = drift_by_reply(dir)?;
+            let drift = drift_by_reply(&dir)?;
             if !drift.is_empty() {
                 found.numbers.insert(format!("{part}, safe prompts: KL from the original model"), drift);
             }
+            let first = LISTS[0].id();
+            let is_cut = |o: &&RefusalOnset| o.list == first && o.side == PromptSide::Unsafe && o.cuts_off();
+            found.lower_bounds.extend(report.refusal_onset.iter().filter(is_cut).map(|onset| LowerBound {
+                model: name.to_owned(),
+                rows: part.to_owned(),
+                list: onset.list.clone(),
+                answers: onset.answers,
+                cut: onset.cut,
+            }));
         }
-        Ok(Ended::Done(found))
+        Ok(Some(found))
+    }
+
+    fn folder(&self, name: &str, part: &str) -> PathBuf {
+        self.config.output_dir.join("evaluations").join(name).join(part)
     }
 
     fn arguments(&self, name: &str, model: &Path, part: &str, rows: &Path, asks: bool) -> Result<EvalArgs> {
@@ -95,7 +148,7 @@ impl Evaluations<'_> {
             let message = format!("{}: the path is not UTF-8; give another --output-dir", model.display());
             Failure::new(exit::CONFIG, message)
         })?;
-        let output_dir = c.output_dir.join("evaluations").join(name).join(part);
+        let output_dir = self.folder(name, part);
         let default = EvalArgs::of(model.to_owned(), rows);
         Ok(EvalArgs {
             chat_template: c.chat_template.clone(),
@@ -110,9 +163,12 @@ impl Evaluations<'_> {
             batch_size: c.batch_size,
             skip_answers: args.max_new_tokens().is_none(),
             max_new_tokens: args.max_new_tokens().unwrap_or(default.max_new_tokens),
+            generation_batch_size: args.eval_generation_batch_size.unwrap_or(default.generation_batch_size),
             judge: args.judge.clone(),
             judge_form: args.judge_form,
             judge_template: args.judge_template.clone(),
+            judge_chat_template_kwargs: args.judge_chat_template_kwargs.clone(),
+            judge_max_new_tokens: args.judge_max_new_tokens.unwrap_or(default.judge_max_new_tokens),
             resume: c.resume && output_dir.is_dir(),
             output_dir,
             device: c.device,

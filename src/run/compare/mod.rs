@@ -2,6 +2,7 @@
 //! differences.
 
 mod evaluate;
+mod finished;
 mod page;
 mod plan;
 
@@ -9,17 +10,18 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use evaluate::{Evaluations, primary};
+use finished::Cell;
 use page::Shown;
 use plan::{Plan, chosen};
 
 use super::report::Run;
-use super::session::Session;
-use super::train::{TrainSummary, train_exactly};
+use super::session::{Base, Session};
+use super::train::{TrainSummary, Within, train_within};
+use super::{dense, prepare};
 use crate::config::{CompareArgs, RunConfig, Variant};
 use crate::exit::{self, Context, Ended, Failure, Result};
 use crate::files;
-use crate::launch::{Started, check_output_dir, hub_cache, prepare_output_dir};
-use crate::model::ModelConfig;
+use crate::launch::{Started, check_output_dir};
 use crate::report::{
     COMPARE_SCHEMA, CompareReport, DistinctSelection, Evaluated, ORIGINAL, Overlap, OverlapReport, RunSelection,
     SelectionReport, TrainingResult, VariantError, VariantReport, distinct_selections, overlap, paired_tests,
@@ -36,18 +38,21 @@ use crate::ui::Ui;
 /// The first failure of a variant; a failed write.
 pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     let variants = args.variants(config);
-    let evaluations = Evaluations { config, args, started, ui };
-    check(config, &variants, &evaluations)?;
-    prepare_output_dir(config)?;
+    check_output_dir(config)?;
+    let base = Base::open(config, ui)?;
+    let evaluations = Evaluations { config, base: &base, args, started, ui };
+    let inputs = check(&variants, &evaluations)?;
+    let _lock = prepare::take_output_dir_keeping(config, &evaluations.all_inputs(), &started.ranks)?;
     if let Some(line) = chosen(config, args) {
         ui.line(line);
     }
     let notes = evaluations.trained_on();
     notes.iter().for_each(|note| ui.warn(note));
+    Plan::new(&evaluations, &variants, Vec::new())?.check_early(&config.output_dir)?;
     let mut evaluated: BTreeMap<String, Evaluated> = BTreeMap::new();
     let mut measures = Vec::new();
     if evaluations.are_asked_for() {
-        match evaluations.of(ORIGINAL, &hub_cache().resolve(&config.model_name)?)? {
+        match evaluations.of(ORIGINAL, &base.dir)? {
             Ended::Stopped(stopped) => return Ok(Ended::Stopped(stopped)),
             Ended::Done(original) => {
                 measures = primary(&original);
@@ -60,10 +65,10 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
 
     let mut reports = Vec::new();
     let mut first_failure = None;
-    for (i, variant) in variants.iter().enumerate() {
+    for (i, (variant, inputs)) in variants.iter().zip(inputs).enumerate() {
         ui.result(format_args!("--- {} ({} of {})", variant.name, i + 1, variants.len()));
         let mut report = empty_report(variant);
-        match run(variant, &evaluations, &mut report) {
+        match run(variant, inputs, &evaluations, evaluated.get(ORIGINAL), &mut report) {
             Ok(Ended::Stopped(stopped)) => return Ok(Ended::Stopped(stopped)),
             Ok(Ended::Done(found)) => _ = evaluated.insert(variant.name.clone(), found),
             Err(failure) => {
@@ -79,40 +84,57 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
     first_failure.map_or(Ok(Ended::Done(())), Err)
 }
 
-/// Checks the inputs of all variants and of their evaluations, before the outputs of an earlier comparison are removed.
-fn check(config: &RunConfig, variants: &[Variant], evaluations: &Evaluations<'_>) -> Result<()> {
-    check_output_dir(config)?;
-    let dir = hub_cache().resolve(&config.model_name)?;
-    let dense = ModelConfig::from_dir(&dir)?.is_dense();
-    for variant in variants {
-        let named = || format!("the variant {}", variant.name);
-        if dense && !variant.trains_a_dense_model() {
-            let message = format!(
-                "{} is a dense model, without experts and routers: compare trains it only with --ablations baseline",
-                dir.display()
-            );
-            return Err(Failure::new(exit::CONFIG, message));
-        }
-        if !dense {
-            let recipe = variant.config.recipe().context(named())?;
-            Session::open(&variant.config, &recipe, &Ui::silent()).context(named())?;
-        }
+/// Checks the inputs of all variants and of their evaluations, before the outputs of an earlier comparison are removed. Returns the
+/// hash of the inputs of each variant.
+fn check(variants: &[Variant], evaluations: &Evaluations<'_>) -> Result<Vec<blake3::Hash>> {
+    let (base, ui) = (evaluations.base, &Ui::silent());
+    if base.model.is_dense() && !variants.iter().all(Variant::trains_a_dense_model) {
+        let message = format!(
+            "{} is a dense model, without experts and routers: compare trains it only with --ablations baseline",
+            base.dir.display()
+        );
+        return Err(Failure::new(exit::CONFIG, message));
     }
-    evaluations.check(&dir)
+    let of_variant = |variant: &Variant| -> Result<blake3::Hash> {
+        let config = &variant.config;
+        let recipe = dense::fit_recipe(config.recipe()?, config, ui)?;
+        let session = Session::open_on(prepare::opened(config, Some(base), ui)?, config, &recipe, ui)?;
+        session.check_weights()?;
+        session.check_copied()?;
+        session.fingerprint(config)
+    };
+    let named = |variant: &Variant| of_variant(variant).context(format!("the variant {}", variant.name));
+    let inputs = variants.iter().map(named).collect::<Result<_>>()?;
+    evaluations.check()?;
+    Ok(inputs)
 }
 
-/// Trains and evaluates a variant.
-fn run(variant: &Variant, evaluations: &Evaluations<'_>, report: &mut VariantReport) -> Result<Ended<Evaluated>> {
+/// Trains and evaluates a variant, unless that is done.
+fn run(
+    variant: &Variant,
+    inputs: blake3::Hash,
+    evaluations: &Evaluations<'_>,
+    original: Option<&Evaluated>,
+    report: &mut VariantReport,
+) -> Result<Ended<Evaluated>> {
     let (config, started, ui) = (of_its_own(variant), evaluations.started, evaluations.ui);
     let exactly =
         (variant.method().is_some() && evaluations.args.needs_equal_parameters()).then_some(config.top_k_experts);
-    match train_exactly(&config, exactly, started, ui)? {
+    let cell = Cell { config: &config, inputs, exactly, evaluations };
+    if config.resume
+        && let Some((kept, found)) = cell.kept(original)?
+    {
+        *report = kept;
+        return Ok(Ended::Done(found));
+    }
+    match train_within(&config, &Within { base: Some(evaluations.base), exactly }, started, ui)? {
         Ended::Stopped(stopped) => return Ok(Ended::Stopped(stopped)),
         Ended::Done(summary) => report.result = Some(result_of(&summary)),
     }
     let evaluated = evaluations.of(&variant.name, &config.output_dir.join("final_model"))?;
     if let Ended::Done(found) = &evaluated {
         report.measures = found.estimates();
+        cell.keep(report)?;
     }
     Ok(evaluated)
 }
@@ -170,6 +192,7 @@ fn write(
         dataset_path: config.dataset_path.display().to_string(),
         plan: plan.hash(dir)?,
         original: evaluated.get(ORIGINAL).map(Evaluated::estimates).unwrap_or_default(),
+        lower_bounds: evaluated.values().flat_map(|found| found.lower_bounds.clone()).collect(),
         tests: paired_tests(evaluated, &plan.contrasts, &plan.measures),
         overlaps: overlaps(&selections),
         selections: selections

@@ -7,8 +7,8 @@ use serde_json::Value;
 use super::plan::ALPHA;
 use crate::exit;
 use crate::report::{
-    CompareReport, DistinctSelection, Estimate, Group, Measure, MeasureUnit, Named, ORIGINAL, Page, Positions, Table,
-    VariantReport, dots_svg, overlap_table, points_svg,
+    CompareReport, DistinctSelection, Estimate, Group, LowerBound, Measure, MeasureUnit, Named, ORIGINAL, Page,
+    Positions, Table, VariantReport, dots_svg, overlap_table, points_svg,
 };
 use crate::run::forecast::duration;
 use crate::run::report::{Run, loss_curves};
@@ -48,6 +48,7 @@ impl Content<'_> {
             page.section("Outcomes");
             page.text("Dots with 95 % intervals; the dashed line is the model before training.");
             self.shown.notes.iter().for_each(|note| page.text(note));
+            self.lower_bounds().iter().for_each(|note| page.text(note));
             if !self.shown.base.is_empty() {
                 page.text(&format!(
                     "Of variants that differ in swept options alone, the drawings show the base configuration ({}), or else the first.",
@@ -92,6 +93,8 @@ impl Content<'_> {
         let mut text = format!("# moewarden compare\n\n{}\n", self.summary());
         self.failures().iter().for_each(|failure| text += &format!("\n{}\n", failure.replace('\n', " ")));
         if !self.measures.is_empty() {
+            let notes = self.shown.notes.iter().cloned().chain(self.lower_bounds());
+            notes.for_each(|note| text += &format!("\n{note}\n"));
             text += &format!("{}\n{TESTS}\n{}", markdown(&self.outcomes()), markdown(&self.tests()));
         }
         text += &markdown(&self.training());
@@ -103,6 +106,7 @@ impl Content<'_> {
     pub fn print(&self, ui: &Ui) {
         if !self.measures.is_empty() {
             ui.result(self.outcomes().to_text());
+            self.lower_bounds().iter().for_each(|note| ui.warn(note));
             let significant = self.report.tests.iter().filter(|test| test.p_adjusted <= ALPHA).count();
             ui.result(format_args!(
                 "{significant} of {} paired tests are significant at {ALPHA} after Holm's correction\n",
@@ -110,6 +114,18 @@ impl Content<'_> {
             ));
         }
         ui.result(self.training().to_text());
+    }
+
+    /// Where refusals are a lower bound, with the evaluation that cuts the most answers off.
+    fn lower_bounds(&self) -> Option<String> {
+        let found = &self.report.lower_bounds;
+        let most = found.iter().rev().max_by_key(|bound| bound.cut)?;
+        let how_many = if found.len() == 1 { "one evaluation".into() } else { format!("{} evaluations", found.len()) };
+        let LowerBound { model, rows, cut, answers, list } = most;
+        Some(format!(
+            "Refusals of unsafe prompts are a lower bound in {how_many} (compare.json: lower_bounds): --eval-max-new-tokens cuts answers off \
+             before they refuse or end. The most in that of {model} on the {rows} rows: {cut} of {answers}, without a refusal by {list}."
+        ))
     }
 
     fn summary(&self) -> String {
@@ -172,7 +188,8 @@ impl Content<'_> {
             return Vec::new();
         }
         // Shares span orders of magnitude.
-        let ticks = shares.iter().map(|share| (share.log10(), format!("{:.3} %", 100.0 * share))).collect();
+        let label = |share: f64| format!("{:.3}", 100.0 * share).trim_end_matches('0').trim_end_matches('.').to_owned();
+        let ticks = shares.iter().map(|share| (share.log10(), format!("{} %", label(*share)))).collect();
         let positions = Positions { label: "trained parameters (logarithmic)".into(), ticks };
         let mut kinds: Vec<String> = Vec::new();
         shown.iter().map(|v| kind(v)).for_each(|kind| {
@@ -239,23 +256,25 @@ impl Content<'_> {
         self.measures.iter().enumerate().filter_map(drawing).collect()
     }
 
-    /// Variants that differ in this option alone, named by what they have in common.
+    /// Variants that differ in this option alone, named by what tells them from the other groups.
     fn groups_of(&self, option: &str) -> Vec<(String, Vec<&VariantReport>)> {
-        let mut groups: Vec<(String, Vec<&VariantReport>)> = Vec::new();
+        let mut groups: Vec<(String, BTreeMap<&String, &Value>, Vec<&VariantReport>)> = Vec::new();
         for variant in self.report.variants.iter().filter(|variant| variant.settings.contains_key(option)) {
-            let others = variant.settings.iter().filter(|(name, _)| *name != option);
-            // An option that has one value in all variants needs no mention.
-            let varied =
-                others.filter(|(name, value)| self.report.variants.iter().any(|v| v.settings[*name] != **value));
-            let settings = varied.map(|(name, value)| format!(", {name}={}", plain(value)));
-            let label = kind(variant) + &settings.collect::<String>();
-            match groups.iter_mut().find(|(earlier, _)| *earlier == label) {
-                Some((_, group)) => group.push(variant),
-                None => groups.push((label, vec![variant])),
+            let others: BTreeMap<_, _> = variant.settings.iter().filter(|(name, _)| *name != option).collect();
+            let same = |(of, settings, _): &&mut (String, _, _)| *of == kind(variant) && *settings == others;
+            match groups.iter_mut().find(same) {
+                Some((.., group)) => group.push(variant),
+                None => groups.push((kind(variant), others, vec![variant])),
             }
         }
-        groups.retain(|(_, group)| group.len() > 1);
-        groups
+        groups.retain(|(.., group)| group.len() > 1);
+        let name = |(kind, settings, _): &(String, BTreeMap<&String, &Value>, _)| {
+            let alike = || groups.iter().filter(|(of, ..)| of == kind);
+            let telling =
+                settings.iter().filter(|(name, value)| alike().any(|(_, of, _)| of.get(*name) != Some(*value)));
+            kind.clone() + &telling.map(|(name, value)| format!(", {name}={}", plain(value))).collect::<String>()
+        };
+        groups.iter().map(|group| (name(group), group.2.clone())).collect()
     }
 
     fn outcomes(&self) -> Table {
@@ -282,7 +301,7 @@ impl Content<'_> {
             ..=MOST_TESTS => "All tests, the smallest p first".to_owned(),
             n => format!("The {MOST_TESTS} tests of {n} with the smallest p; the others are in compare.json"),
         };
-        let header = ["a → b", "differ in", "measure", "items", "a alone", "b alone", "b − a", "p", "p by Holm"];
+        let header = ["a → b", "measure", "b − a", "p", "p by Holm", "items", "a alone", "b alone", "differ in"];
         let mut table = Table::new(caption, header);
         for test in tests.into_iter().take(MOST_TESTS) {
             let unit = test.alone.map_or(MeasureUnit::Nats, |_| MeasureUnit::Share);
@@ -290,14 +309,14 @@ impl Content<'_> {
             let difference = Estimate { value: test.difference, of: test.items, interval: test.interval };
             table.row([
                 format!("{} → {}", test.contrast.a, test.contrast.b),
-                test.contrast.factor.clone(),
                 test.measure.clone(),
-                test.items.to_string(),
-                alone(0),
-                alone(1),
                 difference.describe(unit),
                 short(test.p),
                 short(test.p_adjusted),
+                test.items.to_string(),
+                alone(0),
+                alone(1),
+                test.contrast.factor.clone(),
             ]);
         }
         table
@@ -371,4 +390,52 @@ fn markdown(table: &Table) -> String {
     let rule = format!("|---|{}\n", "---:|".repeat(table.header.len() - 1));
     let rows: String = table.rows.iter().map(|row| line(row)).collect();
     format!("\n{}\n\n{}{rule}{rows}", table.caption, line(&table.header))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::COMPARE_SCHEMA;
+
+    /// The names of the groups over `expert-lr` of variants with these methods, rates and weights.
+    fn groups(variants: &[(&str, u32, u32)]) -> Vec<(String, usize)> {
+        let variant = |(method, rate, weight): &(&str, u32, u32)| VariantReport {
+            name: format!("{method} {rate} {weight}"),
+            folder: String::new(),
+            ablation: "combined".into(),
+            method: Some((*method).to_owned()),
+            settings: BTreeMap::from([("expert-lr".to_owned(), (*rate).into()), ("weight".into(), (*weight).into())]),
+            result: None,
+            measures: BTreeMap::new(),
+            error: None,
+        };
+        let report = CompareReport {
+            schema: COMPARE_SCHEMA.into(),
+            model_name: String::new(),
+            dataset_path: String::new(),
+            plan: String::new(),
+            original: BTreeMap::new(),
+            variants: variants.iter().map(variant).collect(),
+            lower_bounds: Vec::new(),
+            tests: Vec::new(),
+            selections: Vec::new(),
+            overlaps: Vec::new(),
+        };
+        let shown = Shown { base: BTreeMap::new(), notes: Vec::new() };
+        let content = Content { report: &report, measures: &[], selections: &[], runs: &[], shown };
+        content.groups_of("expert-lr").into_iter().map(|(name, group)| (name, group.len())).collect()
+    }
+
+    #[test]
+    fn groups_are_named_by_what_tells_them_apart() {
+        let one_at_a_time =
+            [("gradient", 1, 1), ("gradient", 1, 2), ("gradient", 2, 1), ("random", 1, 1), ("random", 2, 1)];
+        let named = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), 2)).collect::<Vec<_>>();
+        assert_eq!(groups(&one_at_a_time), named(&["gradient combined", "random combined"]));
+        let grid = [&one_at_a_time[..], &[("gradient", 2, 2)]].concat();
+        assert_eq!(
+            groups(&grid),
+            named(&["gradient combined, weight=1", "gradient combined, weight=2", "random combined"])
+        );
+    }
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::evaluate::Evaluations;
-use crate::config::{CompareArgs, RunConfig, Variant};
+use crate::config::{CompareArgs, RunConfig, TemplateKwargs, Variant};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::IdentifyIn;
 use crate::input;
@@ -40,6 +40,8 @@ pub struct Plan {
     max_new_tokens: Option<usize>,
     judge: Option<String>,
     judge_form: Option<JudgeForm>,
+    judge_chat_template_kwargs: Option<TemplateKwargs>,
+    judge_max_new_tokens: Option<usize>,
     answer_pattern: Option<String>,
 }
 
@@ -81,6 +83,8 @@ impl Plan {
             max_new_tokens: args.max_new_tokens().filter(|_| evaluations.are_asked_for()),
             judge: args.judge.clone(),
             judge_form: args.judge_form,
+            judge_chat_template_kwargs: args.judge_chat_template_kwargs.clone(),
+            judge_max_new_tokens: args.judge_max_new_tokens,
             answer_pattern: args.answer_pattern.clone(),
         })
     }
@@ -91,10 +95,21 @@ impl Plan {
     /// Another plan, and the first field in which it differs; a failed write.
     pub fn write_or_check(&self, dir: &Path) -> Result<()> {
         let path = Self::path(dir);
-        if !path.exists() {
-            return Ok(write_json(&path, self)?);
-        }
-        match self.differs_from(&path)? {
+        if path.exists() { self.check(&path, &[]) } else { Ok(write_json(&path, self)?) }
+    }
+
+    /// Refuses another plan in the output folder, as far as this one is known before the first evaluation.
+    ///
+    /// # Errors
+    /// As [`Self::write_or_check`].
+    pub fn check_early(&self, dir: &Path) -> Result<()> {
+        let path = Self::path(dir);
+        if path.exists() { self.check(&path, &["measures", "contrasts"]) } else { Ok(()) }
+    }
+
+    /// Refuses another plan in this file, but for the fields `open`.
+    fn check(&self, path: &Path, open: &[&str]) -> Result<()> {
+        match self.differs_from(path, open)? {
             None => Ok(()),
             Some(field) => Err(Failure::new(
                 exit::CONFIG,
@@ -113,7 +128,7 @@ impl Plan {
     /// A file that was changed; one that cannot be read.
     pub fn hash(&self, dir: &Path) -> Result<String> {
         let path = Self::path(dir);
-        if let Some(field) = self.differs_from(&path)? {
+        if let Some(field) = self.differs_from(&path, &[])? {
             let message = format!("{}: `{field}` was changed while the variants were trained", path.display());
             return Err(Failure::new(exit::DATA, message));
         }
@@ -125,11 +140,11 @@ impl Plan {
         dir.join(FILE)
     }
 
-    /// The first field in which the plan in the file differs.
-    fn differs_from(&self, path: &Path) -> Result<Option<String>> {
+    /// The first field, but for the fields `open`, in which the plan in the file differs.
+    fn differs_from(&self, path: &Path, open: &[&str]) -> Result<Option<String>> {
         let theirs: Value = read_json(path).context("reading the plan of the comparison")?;
         let ours = serde_json::to_value(self).expect("a plan has text keys");
-        let fields = ours.as_object().into_iter().flatten();
+        let fields = ours.as_object().into_iter().flatten().filter(|(field, _)| !open.contains(&&***field));
         let differs = fields.filter(|(field, value)| theirs[field.as_str()] != **value).map(|(field, _)| field.clone());
         Ok(differs.into_iter().next())
     }

@@ -9,7 +9,7 @@ use crate::launch::Rank;
 use crate::model::{Model, OffloadedBelow};
 use crate::report::DriftReport;
 use crate::run::other_routing::{OtherModel, open_alike};
-use crate::run::session::Session;
+use crate::run::session::{Base, Session};
 use crate::train::{Recipe, Replica, RetainRows, RowDrift, drift_by_row, hidden_states};
 use crate::ui::Ui;
 
@@ -23,13 +23,13 @@ pub struct OtherOutputs<B: Backend> {
 }
 
 impl Other {
-    /// Opens the model; `None` without the option, and with a warning where no row has a reply to a safe prompt.
+    /// Opens the model, unless it is `base`; `None` without the option, and with a warning where no row has a reply to a safe prompt.
     ///
     /// # Errors
     /// A model that cannot be opened, is damaged, or has another family or other sizes.
-    pub fn open(session: &Session, args: &EvalArgs, ui: &Ui) -> Result<Option<Self>> {
+    pub fn open(session: &Session, args: &EvalArgs, base: Option<&Base>, ui: &Ui) -> Result<Option<Self>> {
         let Some(name) = &args.drift_from else { return Ok(None) };
-        let other = open_alike(session, "--drift-from", name)?;
+        let other = open_alike(session, "--drift-from", name, base)?;
         if session.data.records.iter().all(|record| record.safe_reply.is_none()) {
             let path = session.data.report.path.display();
             ui.warn(format_args!("no drift is measured: {path} holds no reply to a safe prompt, on which it would be"));

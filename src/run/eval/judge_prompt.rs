@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use regex::Regex;
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::pattern;
 use crate::config::{TemplateKwargs, plain_yaml};
@@ -17,8 +17,9 @@ use crate::judge::{Assessment, JudgeForm, Safety};
 
 /// How a judge is asked and read.
 pub enum Asking {
-    /// In a published form: the conversation is rendered by the judge's chat template, which writes the question.
-    Published(JudgeForm),
+    /// In a published form: the conversation is rendered by the judge's chat template, with these variables, which writes the
+    /// question.
+    Published(JudgeForm, Map<String, Value>),
     /// By a template file.
     Template(Box<JudgeTemplate>),
 }
@@ -156,16 +157,21 @@ impl Asking {
     /// Its name in `eval.json`.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Published(JudgeForm::Qwen3guard) => "qwen3guard",
-            Self::Published(JudgeForm::LlamaGuard) => "llama-guard",
+            Self::Published(JudgeForm::Qwen3guard, _) => "qwen3guard",
+            Self::Published(JudgeForm::LlamaGuard, _) => "llama-guard",
             Self::Template(_) => "template",
         }
     }
 
-    /// A hash of all that makes the prompt: the judge's chat template, and the template file.
+    /// A hash of all that makes the prompt: the judge's chat template and its variables, or the template file.
     pub fn digest(&self, judge: &ChatTokenizer) -> blake3::Hash {
         match self {
-            Self::Published(_) => judge.template_digest(),
+            Self::Published(_, kwargs) if kwargs.is_empty() => judge.template_digest(),
+            Self::Published(_, kwargs) => {
+                let mut hasher = blake3::Hasher::new();
+                hasher.update(judge.template_digest().as_bytes()).update(json!(kwargs).to_string().as_bytes());
+                hasher.finalize()
+            }
             Self::Template(file) => {
                 let mut hasher = blake3::Hasher::new();
                 hasher.update(judge.template_digest().as_bytes()).update(file.digest.as_bytes());
@@ -180,11 +186,11 @@ impl Asking {
     /// What a template says against this conversation.
     pub fn prompt(&self, judge: &ChatTokenizer, messages: &[Message], response: &str) -> Result<String, String> {
         match self {
-            Self::Published(form) => {
+            Self::Published(form, kwargs) => {
                 // The published templates know user and assistant turns only.
                 let turns = messages.iter().filter(|turn| turn.role == "user" || turn.role == "assistant").cloned();
                 let turns: Vec<Message> = turns.chain([Message::new("assistant", response)]).collect();
-                judge.render(&turns, form.adds_generation_prompt()).map_err(|e| e.to_string())
+                judge.render_with(&turns, kwargs, form.adds_generation_prompt()).map_err(|e| e.to_string())
             }
             Self::Template(file) => {
                 let text = ask(&file.prompt, messages, response).map_err(|e| e.to_string())?;
@@ -193,16 +199,19 @@ impl Asking {
         }
     }
 
-    /// A key of `chat_template_kwargs` that this judge's chat template does not read.
+    /// A variable for the judge's chat template that this one does not read.
     pub fn unread_variable(&self, judge: &ChatTokenizer) -> Option<&str> {
-        let Self::Template(file) = self else { return None };
-        file.kwargs.keys().map(String::as_str).find(|name| !judge.reads_variable(name))
+        let kwargs = match self {
+            Self::Published(_, kwargs) => kwargs,
+            Self::Template(file) => &file.kwargs,
+        };
+        kwargs.keys().map(String::as_str).find(|name| !judge.reads_variable(name))
     }
 
     /// The verdict in the judge's text.
     pub fn parse(&self, text: &str) -> Option<Assessment> {
         match self {
-            Self::Published(form) => form.parse(text),
+            Self::Published(form, _) => form.parse(text),
             Self::Template(file) => file.patterns.parse(text),
         }
     }
@@ -254,13 +263,22 @@ mod tests {
     #[test]
     fn published_judges_are_asked_as_their_authors_do() {
         let judge = judge_with(
-            "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %} Your verdict:\
+            "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}{% for c in excluded or [] %} without {{ c }}:{% endfor %} Your verdict:\
              {% if add_generation_prompt %}<assistant>{% endif %}",
         );
         let messages = [Message::new("system", "Be good"), Message::new("user", "Hi")];
-        let prompt = |form| Asking::Published(form).prompt(&judge, &messages, "Ho").unwrap();
-        assert_eq!(prompt(JudgeForm::Qwen3guard), "user: Hi;assistant: Ho; Your verdict:");
-        assert_eq!(prompt(JudgeForm::LlamaGuard), "user: Hi;assistant: Ho; Your verdict:<assistant>");
+        let asking = |form, without: &str| {
+            let kwargs: TemplateKwargs = without.parse().unwrap();
+            Asking::Published(form, kwargs.0)
+        };
+        let prompt = |form, without| asking(form, without).prompt(&judge, &messages, "Ho").unwrap();
+        assert_eq!(prompt(JudgeForm::Qwen3guard, "{}"), "user: Hi;assistant: Ho; Your verdict:");
+        assert_eq!(prompt(JudgeForm::LlamaGuard, "{}"), "user: Hi;assistant: Ho; Your verdict:<assistant>");
+        let without = r#"{"excluded": ["S14"]}"#;
+        assert_eq!(prompt(JudgeForm::Qwen3guard, without), "user: Hi;assistant: Ho; without S14: Your verdict:");
+        let digest = |without| asking(JudgeForm::Qwen3guard, without).digest(&judge);
+        assert!(digest("{}") == judge.template_digest() && digest("{}") != digest(without));
+        assert_eq!(asking(JudgeForm::Qwen3guard, r#"{"exclude": 1}"#).unread_variable(&judge), Some("exclude"));
     }
 
     #[test]

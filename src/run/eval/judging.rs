@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use serde_json::Map;
+
 use super::answers::Asked;
 use super::judge_prompt::{Asking, JudgeTemplate};
 use super::logged::{Generated, Logged, open_on_first, wrong_row};
@@ -56,11 +58,12 @@ impl Judge {
         let Some(name) = &args.judge else { return Ok(None) };
         let dir = hub_cache().resolve(name)?;
         let config = ModelConfig::from_dir(&dir)?;
+        let kwargs = args.judge_chat_template_kwargs.as_ref().map_or_else(Map::new, |kwargs| kwargs.0.clone());
         let asking = match (&args.judge_template, args.judge_form, &*config.model_type) {
             (Some(path), ..) => Asking::Template(Box::new(JudgeTemplate::read(path)?)),
-            (None, Some(form), _) => Asking::Published(form),
-            (None, None, "qwen3") => Asking::Published(JudgeForm::Qwen3guard),
-            (None, None, "llama") => Asking::Published(JudgeForm::LlamaGuard),
+            (None, Some(form), _) => Asking::Published(form, kwargs),
+            (None, None, "qwen3") => Asking::Published(JudgeForm::Qwen3guard, kwargs),
+            (None, None, "llama") => Asking::Published(JudgeForm::LlamaGuard, kwargs),
             (None, None, family) => {
                 let message = format!(
                     "--judge {}: in which form a model of the family {family} judges is not known: give --judge-form, or \
@@ -70,14 +73,19 @@ impl Judge {
                 return Err(Failure::new(exit::CONFIG, message));
             }
         };
-        let table = ParamTable::build(&config, &Checkpoint::open(&dir)?)?;
+        let table =
+            ParamTable::build(&config, &Checkpoint::open(&dir)?).context(format!("--judge {}", dir.display()))?;
         table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;
         let tokenizer = ChatTokenizer::open(&dir, None)?;
         tokenizer.check_vocab(config.vocab_size)?;
         if let Some(name) = asking.unread_variable(&tokenizer) {
             let message = format!(
-                "--judge {}: its chat template does not read {name:?}, which chat_template_kwargs of the file of --judge-template gives",
-                dir.display()
+                "--judge {}: its chat template does not read {name:?}, which {} gives",
+                dir.display(),
+                match args.judge_template {
+                    Some(_) => "chat_template_kwargs of the file of --judge-template",
+                    None => "--judge-chat-template-kwargs",
+                }
             );
             return Err(Failure::new(exit::CONFIG, message));
         }

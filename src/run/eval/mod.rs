@@ -5,6 +5,7 @@ mod drift;
 mod judge_prompt;
 mod judging;
 mod logged;
+mod measured;
 mod options;
 mod questions;
 
@@ -26,28 +27,20 @@ use super::forecast::forward_passes;
 use super::generate::Answer;
 use super::other_routing::{use_other_routing, weights_sha};
 use super::prepare;
-use super::progress::Progress;
-use super::session::Session;
+use super::session::{Base, Session};
 use crate::backend::Backend;
 use crate::collective::{all_agree, on_first};
 use crate::config::{EvalArgs, RunConfig};
-use crate::data::{Example, Record};
-use crate::exit::{self, Context, Ended, Failure, Result, Stopped};
-use crate::experts::RoutingTokens;
-use crate::files;
-use crate::judge::Rate;
+use crate::data::Record;
+use crate::exit::{Context, Ended, Result, Stopped};
 use crate::launch::{Device, Opened, Rank, Started};
 use crate::model::OffloadedBelow;
 use crate::report::{
-    DriftReport, EVAL_SCHEMA, EvalReport, EvalTimes, EvaluatedModel, ExactRate, MeanLoss, PromptSide,
-    REPLY_LOSS_SCHEMA, REPLY_LOSSES, ReplyLossRow, RoutingDifference, Sampling, TIMES_SCHEMA, cut_off_warning,
-    eval_tables, json_lines, read_json, write_json,
+    EvalReport, EvalTimes, EvaluatedModel, RoutingDifference, Sampling, TIMES_SCHEMA, cut_off_warning, eval_tables,
+    read_json, write_json,
 };
-use crate::train::{Recipe, Replica, divergence_of_prompts, example_losses, mean_of, risk_differences};
+use crate::train::{Recipe, Replica};
 use crate::ui::Ui;
-
-/// How many experts with the largest risk differences are listed.
-const TOP_EXPERTS: usize = 10;
 
 /// Measures losses and routing, then generates an answer to every prompt (unless `--skip-answers`), and lets a judge read the answers
 /// (`--judge`). Writes `eval.json`, `reply_losses.jsonl`, `generations.jsonl`, `questions.jsonl`, `verdicts.jsonl`,
@@ -57,8 +50,16 @@ const TOP_EXPERTS: usize = 10;
 /// Inputs that cannot be read or are invalid; an output folder or a device that cannot be used; an earlier evaluation in the folder
 /// that is not the one to continue; numbers that are not finite; a rank that fails.
 pub fn eval(args: &EvalArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
+    eval_on(None, args, started, ui)
+}
+
+/// [`eval`] with a model that is open already, where it is the evaluated one or that of `--drift-from`.
+///
+/// # Errors
+/// Those of [`eval`].
+pub(super) fn eval_on(base: Option<&Base>, args: &EvalArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     let config = args.run_config()?;
-    let inputs = open(args, &config, started, ui)?;
+    let inputs = open(base, args, &config, started, ui)?;
     let existed = config.output_dir.is_dir();
     let done = evaluate(inputs, &config, started, ui);
     if done.is_err() && !existed && started.ranks.leads() {
@@ -67,12 +68,12 @@ pub fn eval(args: &EvalArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     done
 }
 
-/// Checks the inputs of an evaluation, without writing anything.
+/// Checks the inputs of [`eval_on`], without writing anything.
 ///
 /// # Errors
 /// Those of [`eval`] before it begins.
-pub fn check_inputs(args: &EvalArgs, started: &Started) -> Result<()> {
-    open(args, &args.run_config()?, started, &Ui::silent()).map(drop)
+pub(super) fn check_inputs(base: Option<&Base>, args: &EvalArgs, started: &Started) -> Result<()> {
+    open(base, args, &args.run_config()?, started, &Ui::silent()).map(drop)
 }
 
 /// What an evaluation reads.
@@ -124,11 +125,11 @@ impl Inputs {
 }
 
 /// Opens and checks the inputs, in all processes, and verifies that they are the same everywhere.
-fn open(args: &EvalArgs, config: &RunConfig, started: &Started, ui: &Ui) -> Result<Inputs> {
+fn open(base: Option<&Base>, args: &EvalArgs, config: &RunConfig, started: &Started, ui: &Ui) -> Result<Inputs> {
     let (ranks, device) = (&started.ranks, &started.device);
     let own = || {
         let recipe = config.recipe_of_evaluation()?;
-        let mut session = Session::open_to_evaluate(config, ui)?;
+        let mut session = Session::open_to_evaluate(prepare::opened(config, base, ui)?, config, ui)?;
         let generated = if args.skip_answers { 0 } else { args.max_new_tokens };
         session.model.check_length(args.max_length.saturating_add(generated))?;
         let questions = Questions::open(args, &session.tokenizer)?;
@@ -140,7 +141,7 @@ fn open(args: &EvalArgs, config: &RunConfig, started: &Started, ui: &Ui) -> Resu
             device: device.kind(),
             number_format: device.number_format(args.precision, session.stored_dtype())?,
         };
-        let drift_from = Other::open(&session, args, ui)?;
+        let drift_from = Other::open(&session, args, base, ui)?;
         let hash = drift_from.as_ref().map(Other::sha);
         let options =
             DecidingOptions::of(args, &session, &model, questions.as_ref().map(Questions::hash), hash, &machine)?;
@@ -338,52 +339,6 @@ impl<'a> Evaluation<'a> {
         )
     }
 
-    /// Losses and routing.
-    fn measure<B: Backend>(&self, replica: &Replica<B>, other: Option<OtherOutputs<B>>) -> Result<EvalReport> {
-        let Inputs { args, session, model, sampling, .. } = self.inputs;
-        let mut rows = Vec::new();
-        let (ce_unsafe, exact_unsafe) =
-            self.losses(replica, PromptSide::Unsafe, |r| r.unsafe_reply.as_ref(), &mut rows)?;
-        let (ce_safe, exact_safe) = self.losses(replica, PromptSide::Safe, |r| r.safe_reply.as_ref(), &mut rows)?;
-        let drift = self.drift(replica, other, &mut rows)?;
-        if !rows.is_empty() {
-            let path = self.output_dir.join(REPLY_LOSSES);
-            on_first(&*replica.world, || Ok(files::write(path, json_lines(&rows))?))?;
-        }
-        Ok(EvalReport {
-            schema: EVAL_SCHEMA.into(),
-            model: model.clone(),
-            dataset_path: args.dataset_path.clone(),
-            rows: session.data.records.len(),
-            sampling: sampling.clone(),
-            ce_unsafe,
-            ce_safe,
-            exact: [exact_unsafe, exact_safe].into_iter().flatten().collect(),
-            refusals: Vec::new(),
-            cut_off: Vec::new(),
-            refusal_onset: Vec::new(),
-            routing: self.routing_difference(replica)?,
-            drift,
-            questions: Vec::new(),
-            judge: None,
-        })
-    }
-
-    /// The distance from the model of `--drift-from`; adds that of each row to those of `rows` that are of safe prompts.
-    fn drift<B: Backend>(
-        &self,
-        replica: &Replica<B>,
-        other: Option<OtherOutputs<B>>,
-        rows: &mut [ReplyLossRow],
-    ) -> Result<Option<DriftReport>> {
-        let Inputs { recipe, session, drift_from, .. } = self.inputs;
-        let Some((from, outputs)) = drift_from.as_ref().zip(other) else { return Ok(None) };
-        let (report, by_row) = from.measure(session, recipe, replica, &outputs)?;
-        let safe = rows.iter_mut().filter(|row| row.side == PromptSide::Safe);
-        safe.zip(by_row).for_each(|(row, drift)| row.drift = drift.per_token());
-        Ok(Some(report))
-    }
-
     /// Writes the times, then the report: where that is, the evaluation is complete.
     fn write(&self, Results { report, times, .. }: &Results) -> Result<()> {
         if times.answers.is_some() || times.questions.is_some() {
@@ -409,67 +364,6 @@ impl<'a> Evaluation<'a> {
         if !self.answering.asked.is_empty() {
             ui.result(format_args!("answers: {}", self.output_dir.join(answers::FILE).display()));
         }
-    }
-
-    /// The mean loss of the replies of one side, and how many of them the model would give to the last token; `None` without
-    /// replies. Adds the replies to `rows`.
-    fn losses<B: Backend>(
-        &self,
-        replica: &Replica<B>,
-        side: PromptSide,
-        reply: impl Fn(&Record) -> Option<&Example>,
-        rows: &mut Vec<ReplyLossRow>,
-    ) -> Result<(MeanLoss, Option<ExactRate>)> {
-        let Inputs { recipe, session, .. } = self.inputs;
-        let names = answers::row_names(&session.data.records);
-        let replies = names.iter().zip(&session.data.records).filter_map(|(name, r)| Some((name, reply(r)?)));
-        let (names, examples): (Vec<&String>, Vec<&Example>) = replies.unzip();
-        let losses = example_losses(replica, &examples, recipe.batch_size, |_| {})?;
-        let mean = mean_of(&losses);
-        if let Some(mean) = mean.filter(|mean| !mean.is_finite()) {
-            let Inputs { args, session, .. } = self.inputs;
-            let (data, model) = (session.data.report.path.display(), &args.model_name);
-            let message =
-                format!("the mean cross-entropy of {data} is {mean}: the weights of {model} are damaged, or overflow");
-            return Err(Failure::new(exit::NOT_FINITE, message));
-        }
-        let named = names.into_iter().zip(examples).zip(&losses);
-        rows.extend(named.map(|((name, example), loss)| ReplyLossRow {
-            schema: REPLY_LOSS_SCHEMA.into(),
-            id: format!("{name}-{}", side.name()),
-            side,
-            digest: format!("blake3:{}", blake3::hash(format!("{example:?}").as_bytes())),
-            tokens: loss.tokens,
-            loss: loss.sum,
-            exact: loss.exact,
-            drift: None,
-        }));
-        let tokens = losses.iter().map(|loss| loss.tokens).sum();
-        let exact = Rate::of(losses.iter().filter(|loss| loss.tokens > 0).map(|loss| loss.exact));
-        Ok((MeanLoss { mean, tokens }, (exact.of > 0).then_some(ExactRate { side, exact })))
-    }
-
-    /// How the routing of safe and of unsafe prompts differs, where the data hold both.
-    fn routing_difference<B: Backend>(&self, replica: &Replica<B>) -> Result<RoutingDifference> {
-        let (Inputs { recipe, session, .. }, ui) = (self.inputs, self.ui);
-        let sampler = session.sampler(recipe);
-        let mut out = RoutingDifference::default();
-        if session.model.is_dense() {
-            return Ok(out);
-        }
-        let (records, batch_size) = (&session.data.records, recipe.batch_size);
-        if let Some(by_layer) = divergence_of_prompts(replica, records, batch_size, recipe.divergence)? {
-            out.divergence_by_layer = session.model.moe_layers().layers.iter().copied().zip(by_layer).collect();
-        }
-        if session.data.has_both_replies() {
-            let (micro_batches, tokens) = (sampler.unsafe_order(0), RoutingTokens::Prompt);
-            let own = micro_batches.len().div_ceil(replica.world.world_size());
-            let progress = Progress::new(ui, own, "routing");
-            let scores =
-                risk_differences(replica, sampler, tokens, &micro_batches, |tokens| progress.step(tokens, ""))?;
-            out.risk_difference_top = scores.ranked().into_iter().take(TOP_EXPERTS).collect();
-        }
-        Ok(out)
     }
 }
 

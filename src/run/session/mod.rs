@@ -1,7 +1,9 @@
 //! The inputs of a run: model, tokenizer, data. Everything is checked here, before anything is written.
 
+mod base;
 mod identity;
 
+pub use base::Base;
 pub(in crate::run) use identity::tokens_hash;
 
 use std::path::{Path, PathBuf};
@@ -9,17 +11,13 @@ use std::sync::{Arc, OnceLock};
 
 use crate::backend::{Backend, Dtype};
 use crate::checkpoint::check_copied;
-use crate::config::{Init, RunConfig};
+use crate::config::RunConfig;
 use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, Sides, TraceShape, TraceUse};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::{self, RoutingTokens, SelectionLimits, selection_hash};
-use crate::launch::hub_cache;
 use crate::launch::memory::{human, human_count};
 use crate::launch::{Rank, Workload};
-use crate::model::{
-    Checkpoint, LayerKind, Model, ModelConfig, OffloadedBelow, ParamTable, RandomInit, left_over_quantization,
-};
-use crate::quote::quote;
+use crate::model::{Checkpoint, LayerKind, Model, ModelConfig, OffloadedBelow, ParamTable, RandomInit};
 use crate::report::ExpertsFile;
 use crate::train::{CountedReplies, DeviceTransport, Recipe, Replica, RetainRows, ScoreBy, Training};
 use crate::ui::Ui;
@@ -31,7 +29,7 @@ pub struct Session {
     /// The model's shape and family.
     pub model: ModelConfig,
     /// Its weights, memory-mapped; `None`: they are random, and no model or checkpoint is written.
-    pub checkpoint: Option<Checkpoint>,
+    pub checkpoint: Option<Arc<Checkpoint>>,
     /// Its parameters.
     pub table: ParamTable,
     /// Its tokenizer and chat template.
@@ -61,6 +59,14 @@ impl Session {
     /// # Errors
     /// Those of [`Self::open_any`]; data without an unsafe row; a selection that the model does not allow.
     pub fn open(config: &RunConfig, recipe: &Recipe, ui: &Ui) -> Result<Self> {
+        Self::open_on(Base::open(config, ui)?, config, recipe, ui)
+    }
+
+    /// [`Self::open`] on the model of the run, which is open already.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`].
+    pub fn open_on(base: Base, config: &RunConfig, recipe: &Recipe, ui: &Ui) -> Result<Self> {
         let needed = recipe.needed_sides();
         let rows = Sides {
             unsafe_: true,
@@ -70,7 +76,7 @@ impl Session {
         // Where nothing is trained, held-out rows are benign ones.
         let trains = recipe.training != Training::Nothing;
         let held_out = Sides { unsafe_: trains, safe_replies: !trains, ..Sides::default() };
-        let mut session = Self::open_any(config, [rows, held_out], false, ui)?;
+        let mut session = Self::open_any(base, config, [rows, held_out], false, ui)?;
         session.check_selection(config, recipe, ui)?;
         session.given = (recipe.identify.by == ScoreBy::Given).then(|| selection_hash(&recipe.identify.given));
         if let (CountedReplies::Traces, Some(path)) = (recipe.identify.counted_replies(), config.routing_replies.path())
@@ -107,30 +113,21 @@ impl Session {
     ///
     /// # Errors
     /// Those of the model's files, of the tokenizer and of the data; options that contradict the model.
-    pub fn open_to_evaluate(config: &RunConfig, ui: &Ui) -> Result<Self> {
-        Self::open_any(config, [Sides::default(); 2], true, ui)
+    pub fn open_to_evaluate(base: Base, config: &RunConfig, ui: &Ui) -> Result<Self> {
+        Self::open_any(base, config, [Sides::default(); 2], true, ui)
     }
 
     /// Opens the inputs of any command; the data may hold safe rows only. `needs`: the sides of rows, and
     /// of held-out rows, that are looked for beyond `--max-samples`. `prompts_suffice`: as for [`Self::open_to_evaluate`].
     fn open_any(
+        base: Base,
         config: &RunConfig,
         [needs, held_out_needs]: [Sides; 2],
         prompts_suffice: bool,
         ui: &Ui,
     ) -> Result<Self> {
-        let dir = hub_cache().resolve(&config.model_name)?;
-        let model = ModelConfig::from_dir(&dir)?;
+        let Base { dir, model, checkpoint, table } = base;
         model.check_length(config.max_length)?;
-        let (checkpoint, table) = match config.init {
-            Init::Checkpoint => {
-                let checkpoint = Checkpoint::open(&dir)?;
-                let table = ParamTable::build(&model, &checkpoint)?;
-                warn_of_leftovers(&dir, &checkpoint, ui);
-                (Some(checkpoint), table)
-            }
-            Init::Random => (None, ParamTable::random(&model, RandomInit::from_dir(&dir, config.seed)?)),
-        };
         let tokenizer = ChatTokenizer::open(&dir, config.chat_template.as_deref())?;
         tokenizer.check_vocab(model.vocab_size)?;
         if let Some(note) = tokenizer.note() {
@@ -419,7 +416,7 @@ fn widest_block(model: &ModelConfig) -> usize {
 }
 
 /// The number format of weights: F32 only if none is narrower.
-fn stored_dtype(table: &ParamTable) -> Dtype {
+pub fn stored_dtype(table: &ParamTable) -> Dtype {
     let mut dtypes = table.params.iter().map(|spec| spec.dtype());
     dtypes.find(|dtype| *dtype != Dtype::F32).unwrap_or(Dtype::F32)
 }
@@ -475,20 +472,5 @@ pub fn data_options(config: &RunConfig) -> DataOptions {
         safe_response: config.safe_response.clone(),
         chat_template: config.chat_template.clone(),
         chat_template_kwargs: config.chat_template_kwargs.0.clone(),
-    }
-}
-
-/// Says what lies in the model's folder besides the model.
-fn warn_of_leftovers(dir: &Path, checkpoint: &Checkpoint, ui: &Ui) {
-    if let Some(message) = left_over_quantization(dir) {
-        ui.warn(message);
-    }
-    let unread = checkpoint.unread_files();
-    if let Some(first) = unread.first() {
-        let more = if unread.len() > 1 { format!(" and {} more", unread.len() - 1) } else { String::new() };
-        ui.line(format_args!(
-            "{}{more}: in the model's folder, but not part of the model; neither read nor exported",
-            quote(first)
-        ));
     }
 }

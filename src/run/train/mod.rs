@@ -1,5 +1,6 @@
 //! `train`: rounds of finding experts, training them, and aligning the routers.
 
+mod memory_plan;
 mod models;
 
 use std::ops::ControlFlow;
@@ -12,9 +13,8 @@ use super::counted::CountedRows;
 use super::dense::fit_recipe;
 use super::identify::scan_round;
 use super::outputs::{OutputState, Outputs};
-use super::prepare::LargestPass;
 use super::progress::Progress;
-use super::session::Session;
+use super::session::{Base, Session};
 use super::{prepare, retention, rounds, summary};
 use crate::backend::Backend;
 use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State};
@@ -22,8 +22,7 @@ use crate::collective::all_ok;
 use crate::config::{Init, RunConfig};
 use crate::exit::{self, Ended, Failure, Result, Stopped};
 use crate::experts::{ExpertId, Selected};
-use crate::launch::{Opened, Rank, Started, memory};
-use crate::train::memory::TrainedState;
+use crate::launch::{Opened, Rank, Started};
 use crate::train::{
     DeviceTransport, ExpertCrossEntropy, Identification, JointConsistency, Measured, Objective, Phase, PhasePlan,
     Recipe, Replica, Retention, RouterAlignment, TrainingPhase,
@@ -51,28 +50,37 @@ pub struct TrainSummary {
 /// Inputs that cannot be read or are invalid; an output folder or a device that cannot be used; too many steps with numbers that are
 /// not finite; weights that diverged; a rank that fails.
 pub fn train(config: &RunConfig, started: &Started, ui: &Ui) -> Result<Ended<TrainSummary>> {
-    train_exactly(config, None, started, ui)
+    train_within(config, &Within::default(), started, ui)
 }
 
-/// [`train`], which fails after the identification of a round that selects another number of experts than `exactly`.
+/// What a comparison asks of a run.
+#[derive(Default)]
+pub(super) struct Within<'a> {
+    /// The opened model, if it is that of the run.
+    pub base: Option<&'a Base>,
+    /// How many experts an identification has to select.
+    pub exactly: Option<usize>,
+}
+
+/// [`train`], which fails after the identification of a round that selects another number of experts.
 ///
 /// # Errors
 /// Those of [`train`].
-pub(super) fn train_exactly(
+pub(super) fn train_within(
     config: &RunConfig,
-    exactly: Option<usize>,
+    within: &Within<'_>,
     started: &Started,
     ui: &Ui,
 ) -> Result<Ended<TrainSummary>> {
     let ranks = &started.ranks;
     let recipe = config.recipe()?;
     let recipe = ranks.all_ok(fit_recipe(recipe, config, ui))?;
-    let session = prepare::open(config, &recipe, ranks, ui)?;
+    let session = prepare::open(config, within.base, &recipe, ranks, ui)?;
     ranks.all_ok(session.check_copied())?;
     let _lock = prepare::take_output_dir(config, ranks)?;
     prepare::describe(&session, config, ranks, ui)?;
     prepare::describe_trained(&session, &recipe, ui);
-    let (config, device) = (config.clone(), started.device.clone());
+    let (config, device, exactly) = (config.clone(), started.device.clone(), within.exactly);
     ranks.run(ui, move |rank| {
         let run = RankInputs { session: &session, config: &config, recipe: &recipe, exactly, rank };
         match device.open(&config, session.workload(config.batch_size), rank)? {
@@ -181,7 +189,7 @@ impl<'a> RankInputs<'a> {
                 earlier_inputs: Box::new(move || session.earlier_fingerprint(config)),
                 model: &session.dir,
             },
-            base: session.checkpoint.as_ref(),
+            base: session.checkpoint.as_deref(),
             table: &session.table,
         };
         let snapshot: Option<Snapshot<OutputState>> = match config.resume {
@@ -424,29 +432,6 @@ impl<B: Backend> RankRun<'_, B> {
         }
         self.outputs.phase_done(round + 1, phase.phase(), &phase.progress().losses, num_selected);
         Ok(ControlFlow::Continue(()))
-    }
-
-    /// Decides how many layers keep their activations in a phase.
-    fn plan_memory<O: Objective<B>>(&mut self, phase: &TrainingPhase<'_, B, O>, round: usize) {
-        let (recipe, model) = (self.recipe, &self.session.model);
-        let layers = model.layers.len();
-        // A run that was resumed on fewer ranks puts the micro-batches of several former ranks on each.
-        let per_rank = self.replica.step_world_size.div_ceil(self.replica.world.world_size());
-        let (packed, forwards) = phase.objective().forwards(per_rank);
-        let rows = packed * self.session.longest_batch(recipe.batch_size);
-        // Each step's own selection may reach any layer.
-        let lowest = if recipe.selects_each_step() { 0 } else { phase.trainer().plan.lowest_layer().unwrap_or(layers) };
-        let mut budget = memory::budget(&*self.replica.model().backend, self.local_world_size, model.vocab_size);
-        if budget.device && recipe.selects_each_step() {
-            // Gradients and optimizer state of the experts that the steps will select are not allocated yet.
-            let selected = recipe.selected_elements(&self.session.table, model, phase.total_steps());
-            let world_size = self.replica.world.world_size();
-            let state = TrainedState::predict(selected as u64, 0, world_size);
-            budget.free = budget.free.saturating_sub(state.whole + state.sharded);
-        }
-        let largest = LargestPass { rows, lowest, forwards };
-        let part = (round, phase.phase());
-        self.replica.kept = prepare::kept_layers(self.session, recipe, &budget, largest, part, self.ui);
     }
 
     /// Measures the distance from the base model after a round (from 0).
