@@ -13,6 +13,8 @@
 //!
 //! A blank text (missing, null, or only white space) counts as missing, in all kinds of rows.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value};
 
 use super::fields;
@@ -22,7 +24,7 @@ use super::rows::{key_of_rows, one_level_down};
 pub(super) use super::side::Side;
 use super::side::exclude;
 use super::turns::{messages, text_or_messages};
-use super::values::{Result, name_of, present, quoted, text};
+use super::values::{Result, filled, name_of, quoted, text};
 use super::verdicts::{VERDICTS, attack_succeeded};
 
 /// A parsed row.
@@ -44,6 +46,8 @@ pub(super) struct Row {
     pub variables: Map<String, Value>,
     /// Names of the row's fields that its kind does not use.
     pub unused: Vec<String>,
+    /// Names of structures without the fields in them that are null.
+    pub nulls: BTreeSet<String>,
 }
 
 impl Row {
@@ -60,6 +64,7 @@ impl Row {
             earlier_excluded: false,
             variables: Map::new(),
             unused: Vec::new(),
+            nulls: BTreeSet::new(),
         }
     }
 
@@ -129,7 +134,7 @@ impl Target<'_> {
 /// # Errors
 /// A message with the cause and the way out; the caller adds file and line.
 pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, keep_failed: bool) -> Result<Parsed> {
-    let has = |names: &[&str]| names.iter().any(|n| present(row, n).is_some());
+    let has = |names: &[&str]| names.iter().any(|n| filled(row, n).is_some());
     const TURNS: [&str; 3] = ["messages", "conversations", "completion"];
     let is_pair = has(&["safe_messages", "unsafe_messages"]);
     let (mut is_attack, mut is_chat) =
@@ -161,7 +166,9 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
     Ok(match parsed {
         Parsed::Row(mut parsed) => {
             fields::refuse_unsupported(row)?;
-            parsed.variables = fields::variables(row)?;
+            parsed.variables = fields::variables(row, &mut parsed.nulls)?;
+            let turns = parsed.unsafe_side.iter().chain(&parsed.safe_side).flat_map(|side| &side.messages);
+            parsed.nulls.extend(turns.flat_map(|turn| &turn.nulls).map(|name| format!("{name} of a turn")));
             parsed.unused.extend(fields::unused(row, used));
             Parsed::Row(parsed)
         }
@@ -189,7 +196,7 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
     }
     let goal = text(row, "goal")?;
     let request = goal.or(text(row, "prompt")?).ok_or("an attack row without its request; add goal or prompt")?;
-    let mut unsafe_prompt = match present(row, "all_prompt") {
+    let mut unsafe_prompt = match filled(row, "all_prompt") {
         Some(list) => messages(list, "all_prompt")?,
         None => vec![],
     };
@@ -215,7 +222,7 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
 }
 
 fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {
-    let label = match present(row, "label") {
+    let label = match filled(row, "label") {
         Some(Value::String(label)) if label == "safe" => Kind::ChatSafe,
         Some(Value::String(label)) if label == "unsafe" => Kind::ChatUnsafe,
         Some(Value::Array(_) | Value::Object(_)) => {
@@ -230,15 +237,13 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
         None => return Err("a chat row without a label; add \"label\": \"safe\" or \"label\": \"unsafe\"".into()),
     };
     let mut unused = Vec::new();
-    let name = ["messages", "conversations"]
-        .into_iter()
-        .find(|name| present(row, name).is_some())
-        .unwrap_or("prompt and completion");
-    let turns = match (present(row, "messages"), present(row, "conversations"), present(row, "completion")) {
+    let list = ["messages", "conversations"].into_iter().find(|name| filled(row, name).is_some());
+    let name = list.unwrap_or("prompt and completion");
+    let turns = match (filled(row, "messages"), filled(row, "conversations"), filled(row, "completion")) {
         (Some(list), None, None) => messages(list, "messages")?,
         (None, Some(list), None) => messages(list, "conversations")?,
         (None, None, completion) if row.contains_key("completion") => {
-            let prompt = present(row, "prompt").ok_or_else(|| {
+            let prompt = filled(row, "prompt").ok_or_else(|| {
                 let hint = if has_all(row, &["vanilla", "adversarial"]) {
                     ": write adversarial, or else vanilla, as prompt"
                 } else {
@@ -258,8 +263,7 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
         (None, None, _) => vec![],
         _ => return Err("more than one of messages, conversations and completion; keep one".into()),
     };
-    if ["messages", "conversations"].iter().any(|name| present(row, name).is_some()) && present(row, "prompt").is_some()
-    {
+    if list.is_some() && filled(row, "prompt").is_some() {
         unused.push("prompt".to_owned());
     }
     if turns.is_empty() {
@@ -359,7 +363,7 @@ fn check_awaits_reply(messages: &[Message], name: &str) -> Result<()> {
 }
 
 /// Checks that a prompt that ends with a user turn asks something.
-fn check_request(messages: &[Message], name: &str) -> Result<()> {
+pub(super) fn check_request(messages: &[Message], name: &str) -> Result<()> {
     match messages.last() {
         Some(last) if last.role == "user" && last.is_blank() => {
             let n = messages.len();
