@@ -19,12 +19,12 @@ use serde_json::{Map, Value};
 
 use super::fields;
 use super::message::{Message, SYSTEM_OF_GOAL};
+use super::other_kinds::unknown;
 use super::report::{DropReason, Kind};
-use super::rows::{key_of_rows, one_level_down};
 pub(super) use super::side::Side;
 use super::side::exclude;
 use super::turns::{messages, text_or_messages};
-use super::values::{Result, filled, name_of, quoted, text};
+use super::values::{Result, filled, quoted, text};
 use super::verdicts::{VERDICTS, attack_succeeded};
 
 /// A parsed row.
@@ -76,7 +76,7 @@ impl Row {
 
 /// A parsed row, or why it is dropped.
 pub(super) enum Parsed {
-    Row(Row),
+    Row(Box<Row>),
     Dropped(DropReason),
 }
 
@@ -87,29 +87,6 @@ const ATTACK_TEXTS: [&str; 2] = ["attack_prompt", "inception_attack"];
 /// Where turns come from that moewarden adds, for messages.
 const OPTION: &str = "added by moewarden: --safe-response";
 const TARGET: &str = "the row's refusal_response";
-
-/// Rows of other tools, by fields that all of them have, and how to write them as chat rows.
-const OTHER_KINDS: [(&[&str], &str); 9] = [
-    (&["instruction", "output"], "Write instruction and input as prompt, output as completion, and a label"),
-    (&["instruction", "response"], "Write instruction as prompt, response as completion, and a label"),
-    (
-        &["chosen", "rejected"],
-        "Of a pair of preferences, write the turns before the reply as prompt, the reply to learn as completion, and a label",
-    ),
-    (&["prompt", "response_0", "response_1"], "Write the response to learn as completion, and a label"),
-    (&["prompt", "response"], "Write response as completion, and a label"),
-    (
-        &["prompt", "label"],
-        "Of a prompt alone, write completion: null, too: an unsafe one is completed with the safe response",
-    ),
-    (&["query", "response"], "Write query as prompt, response as completion, and a label"),
-    (&["question", "answer"], "Write question as prompt, answer as completion, and a label"),
-    (&["input", "output"], "Write input as prompt, output as completion, and a label"),
-];
-
-fn has_all(row: &Map<String, Value>, names: &[&str]) -> bool {
-    names.iter().all(|name| row.contains_key(*name))
-}
 
 /// The target reply of a row.
 #[derive(Clone, Copy)]
@@ -147,20 +124,9 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
     let target = Target { own: text(row, "refusal_response")?, default: safe_response };
     let (parsed, used) = match (is_attack, is_chat, is_pair) {
         (true, false, false) => (attack(line, row, target, keep_failed)?, fields::ATTACK_FIELDS),
-        (false, true, false) => (Parsed::Row(chat(line, row, target)?), fields::CHAT_FIELDS),
-        (false, false, true) => (Parsed::Row(pair(line, row, target)?), fields::PAIR_FIELDS),
-        (false, false, false) => {
-            if let Some(key) = key_of_rows(row) {
-                return Err(one_level_down(key));
-            }
-            let names = row.keys().take(12).map(|name| name_of(name)).collect::<Vec<_>>().join(", ");
-            let hint = OTHER_KINDS.iter().find(|(names, _)| has_all(row, names)).map(|(_, hint)| format!(". {hint}"));
-            return Err(format!(
-                "unknown kind of row (its fields: {names}); an attack row has all_prompt and goal or prompt, a chat row \
-                 messages and label, a pair row safe_messages, unsafe_messages and response{}",
-                hint.unwrap_or_default()
-            ));
-        }
+        (false, true, false) => (Parsed::Row(Box::new(chat(line, row, target)?)), fields::CHAT_FIELDS),
+        (false, false, true) => (Parsed::Row(Box::new(pair(line, row, target)?)), fields::PAIR_FIELDS),
+        (false, false, false) => return Err(unknown(row)),
         _ => return Err("fields of more than one kind of row (attack, chat, pair); keep those of one kind".into()),
     };
     Ok(match parsed {
@@ -213,12 +179,12 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
     if goal.is_some() {
         safe_prompt.insert(0, Message::added("system", SAFE_SYSTEM, SYSTEM_OF_GOAL));
     }
-    Ok(Parsed::Row(Row {
+    Ok(Parsed::Row(Box::new(Row {
         unsafe_side: Some(Side::with_reply(unsafe_prompt, target.reply(), "all_prompt")?),
         safe_side: Some(Side::with_reply(safe_prompt, target.reply(), "goal")?),
         without_verdict,
         ..Row::new(line, Kind::Attack, request)
-    }))
+    })))
 }
 
 fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {
@@ -244,7 +210,7 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
         (None, Some(list), None) => messages(list, "conversations")?,
         (None, None, completion) if row.contains_key("completion") => {
             let prompt = filled(row, "prompt").ok_or_else(|| {
-                let hint = if has_all(row, &["vanilla", "adversarial"]) {
+                let hint = if ["vanilla", "adversarial"].iter().all(|name| row.contains_key(*name)) {
                     ": write adversarial, or else vanilla, as prompt"
                 } else {
                     ""
@@ -362,8 +328,11 @@ fn check_awaits_reply(messages: &[Message], name: &str) -> Result<()> {
     }
 }
 
-/// Checks that a prompt that ends with a user turn asks something.
+/// Checks that a prompt asks something: that it has a turn of the user or of a tool, and that a last one of the user is not blank.
 pub(super) fn check_request(messages: &[Message], name: &str) -> Result<()> {
+    if !messages.iter().any(|turn| ["user", "tool"].contains(&turn.role.as_str())) {
+        return Err(format!("{name} has no turn of the user: add the request, or remove the row"));
+    }
     match messages.last() {
         Some(last) if last.role == "user" && last.is_blank() => {
             let n = messages.len();
@@ -380,7 +349,7 @@ mod tests {
 
     fn read(row: Value, keep_failed: bool) -> Result<Option<Row>> {
         match parse(7, row.as_object().unwrap(), "No.", keep_failed)? {
-            Parsed::Row(row) => Ok(Some(row)),
+            Parsed::Row(row) => Ok(Some(*row)),
             Parsed::Dropped(_) => Ok(None),
         }
     }
@@ -607,6 +576,12 @@ mod tests {
             (json!({"prompt": "p", "response_0": "r", "response_1": "s"}), "Write the response to learn as completion"),
             (json!({"chosen": "Human: q", "rejected": "Human: q"}), "the reply to learn as completion"),
             (json!({"prompt": "p", "label": "unsafe"}), "write completion: null"),
+            (json!({"conversation": [], "label": "safe"}), "Write conversation as messages"),
+            (json!({"messages": [{"role": "system", "content": "s"}], "label": "unsafe"}), "has no turn of the user"),
+            (
+                json!({"goal": "g", "all_prompt": [{"role": "system", "content": "s"}]}),
+                "all_prompt has no turn of the user",
+            ),
             (
                 json!({"vanilla": "v", "adversarial": "a", "completion": "c", "label": "unsafe"}),
                 "adversarial, or else vanilla, as prompt",

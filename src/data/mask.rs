@@ -243,6 +243,26 @@ mod tests {
         assert_eq!(spans, ["(f 1)(g 2)</s>\n", "<think></think>y</s>\n"]);
     }
 
+    #[test]
+    fn what_follows_the_last_turn_belongs_to_none_of_the_others() {
+        let turns = [("user", "q", None), ("assistant", "a", None), ("user", "r", None), ("assistant", "b", None)];
+        let ends = PLAIN.replace(
+            "{% endif %}{% endfor %}{% if",
+            "{% endif %}{% endfor %}{% if not add_generation_prompt %}<eos>{% endif %}{% if",
+        );
+        assert_ne!(ends, PLAIN);
+        for head in ["", "{{ bos_token }}"] {
+            let template = ChatTemplate::new(&format!("{head}{ends}"), [("bos_token".into(), "<s>".into())]).unwrap();
+            let messages: Vec<_> = turns.iter().map(|(r, c, _)| Message::new(*r, *c)).collect();
+            let masked = render_with_mask(&template, &messages, &Map::new()).unwrap();
+            let spans: Vec<_> = masked.spans.iter().map(|span| &masked.text[span.clone()]).collect();
+            assert_eq!(spans, ["a</s>\n", "b</s>\n<eos>"], "{}", masked.text);
+        }
+        // Another text for no turns than after the last one.
+        let other = ends.replace("<eos>", "<{{ messages | length }}>");
+        assert_eq!(mask(&other, &turns).unwrap_err(), MaskError::Prefix { turn: 2, when: FOLLOWED });
+    }
+
     /// Writes thoughts, or an empty think block, only into turns after the last request.
     const LAST_THOUGHTS: &str = "{% set ns = namespace(request=0) %}{% for m in messages %}{% if m.role == 'user' %}\
                                  {% set ns.request = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<{{ m.role }}>\

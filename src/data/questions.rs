@@ -180,7 +180,6 @@ fn question(row: &Map<String, Value>) -> Result<Parsed> {
         return Err(format!("a question has one of the fields messages, question and prompt, not {}", given.len()));
     };
     let turns = fields::with_system(row, text_or_messages(value, name, "user")?)?;
-    check_request(&turns, name)?;
     // What a tool returned may come last; a system or an assistant turn asks nothing.
     match turns.last().map(|last| &*last.role) {
         Some("user" | "tool") => {}
@@ -191,6 +190,7 @@ fn question(row: &Map<String, Value>) -> Result<Parsed> {
         }
         None => return Err(format!("{name} is empty: it should end with the question, as a user turn")),
     }
+    check_request(&turns, name)?;
     let answer = filled(row, "answer").ok_or("a question without its answer")?;
     let Some(choices) = filled(row, "choices") else {
         return match answer {

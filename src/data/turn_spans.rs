@@ -44,9 +44,9 @@ pub(super) enum MaskError {
     Prefix { turn: usize, when: &'static str },
     #[error(
         "message {turn}: the chat template renders it differently when {PROMPTED}, so the tokens of the reply cannot be found; \
-         the likely cause are thoughts or calls in the reply that the template writes otherwise than after its generation \
-         prompt, such as reasoning_content with enable_thinking false: remove the thoughts, change chat_template_kwargs, or \
-         give --chat-template FILE with a template that marks the reply with {{% generation %}}"
+         the likely cause are thoughts. Where the prompt begins a think block, write the reply's thoughts as reasoning_content, or give \
+         enable_thinking: false by --chat-template-kwargs; where it ends one, remove the thoughts. Else give --chat-template FILE with a \
+         template that marks the reply with {{% generation %}}"
     )]
     Reply { turn: usize },
     #[error(
@@ -107,9 +107,23 @@ impl<'a> Conversation<'a> {
             let start = self.after_prompt(i, &before).filter(|_| follows_assistant);
             return start.map(|start| start..self.text.len()).ok_or(MaskError::Reply { turn });
         }
+        if after.starts_with(&before)
+            && let Some(body) = self.without_end(&after).filter(|body| body.len() >= before.len())
+        {
+            return Ok(before.len()..body.len());
+        }
         let (mark, end) = self.marked_end(i, &after).ok_or(MaskError::Prefix { turn, when: FOLLOWED })?;
         let start = self.start(i, &before).filter(|start| *start <= mark);
         Ok(start.ok_or(MaskError::Prefix { turn, when: PROMPTED })?..end)
+    }
+
+    /// A rendering without what the template writes after the last turn, in place of a generation prompt, such as `eos_token` in
+    /// Phi-3's: all that it writes for no turns at all, but for `bos_token`.
+    fn without_end<'t>(&self, after: &'t str) -> Option<&'t str> {
+        let mut variables = self.variables.clone();
+        variables.insert("bos_token".into(), Value::from(""));
+        let end = self.template.render_with(&[], &variables, false).ok()?.text;
+        after.strip_suffix(&*end).filter(|body| !end.is_empty() && self.text.starts_with(body))
     }
 
     /// Where a turn that others follow begins. The generation prompt may go on with what the template writes only for the
@@ -214,7 +228,7 @@ impl<'a> Conversation<'a> {
         let turn = Some(&self.messages[i]).filter(|turn| turn.content.trim().is_empty())?;
         let mark = self.unused_character()?;
         let marked = with_content(turn, mark.to_string());
-        let cut = self.render(&[&self.messages[..i], &[marked.clone()]].concat(), false).ok()?;
+        let cut = self.render(&[&self.messages[..i], std::slice::from_ref(&marked)].concat(), false).ok()?;
         let rest = &cut[sole(&cut, mark)? + mark.len_utf8()..];
         let (whole, at) = self.marked(i, marked, mark)?;
         let after = whole[at + mark.len_utf8()..].strip_prefix(rest)?;

@@ -60,7 +60,10 @@ pub(super) fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
         value => value,
     };
     let Value::Array(list) = list else {
-        return Err(format!("{name} should be a list of messages, not {}", kind_of(list)));
+        let kind = kind_of(list);
+        return Err(format!(
+            "{name} should be a list of messages, {{\"role\": ..., \"content\": ...}} each, not {kind}"
+        ));
     };
     let mut turns = Vec::with_capacity(list.len());
     for (i, value) in list.iter().enumerate() {
@@ -142,7 +145,8 @@ fn content(map: &Map<String, Value>) -> Result<Option<(Form, String)>> {
             let text = texts.concat();
             Ok((!texts.is_empty()).then_some((Form::Parts(texts), text)))
         }
-        Some(text) => Ok(Some((Form::Text, string(text, "content")?.to_owned()))),
+        Some(Value::String(text)) => Ok(Some((Form::Text, text.clone()))),
+        Some(other) => Err(format!("content should be a string, or a list of parts, not {}", kind_of(other))),
         None if NAMES.iter().any(|name| map.get(*name).is_some_and(Value::is_string)) => {
             Ok(Some((Form::Text, String::new())))
         }
