@@ -79,7 +79,7 @@ impl Dataset {
             match outcome? {
                 RowOutcome::Kept { record, truncated, unread, left_out } => {
                     report.count(row, &record, truncated);
-                    report.note_fields(row.line, unread, left_out);
+                    report.note_fields(row.line, [unread, left_out, row.nulls.clone()]);
                     report.note_special_tokens(row, tokenizer);
                     records.push(*record);
                 }

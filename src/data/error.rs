@@ -1,7 +1,7 @@
 //! Errors of data files, tokenizers and chat templates.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use crate::exit::{self, Coded};
 
@@ -61,6 +61,10 @@ impl Error {
     pub(super) fn read(path: &Path, source: io::Error) -> Self {
         let hint = match source.kind() {
             io::ErrorKind::InvalidData => "is the file damaged?",
+            io::ErrorKind::NotFound if is_like_an_id(path) => {
+                "is the path right? A data set of the hub is fetched with `hf download ID --repo-type dataset --local-dir FOLDER`: give a \
+                 file of it"
+            }
             _ => "is the path right, and is it a file that you may read?",
         };
         Self::Read { path: path.to_owned(), source, hint }
@@ -73,6 +77,12 @@ impl Error {
     pub(super) fn row(path: &Path, line: usize, message: impl ToString) -> Self {
         Self::Row { path: path.to_owned(), line, message: message.to_string() }
     }
+}
+
+/// Whether a path has the form of a hub id: `ORG/NAME`.
+fn is_like_an_id(path: &Path) -> bool {
+    let names = path.components().filter(|part| matches!(part, Component::Normal(_))).count();
+    names == 2 && path.components().count() == 2 && path.extension().is_none()
 }
 
 impl Coded for Error {

@@ -10,7 +10,7 @@ use super::python_literal;
 use super::template::{ChatTemplate, Reads, TemplateError};
 use super::turns::WRITTEN;
 use super::values::kind_of;
-use super::values::{Result, is_blank, is_empty, name_of, present, text, without_nulls};
+use super::values::{Result, check_objects, filled, is_empty, name_of, text, without_nulls};
 
 /// Fields of a row that hold a system turn for its turns.
 const SYSTEM: [&str; 3] = ["system", "system_prompt", "system_message"];
@@ -101,15 +101,17 @@ pub(super) const CHAT_FIELDS: &[&str] = &[
 pub(super) const PAIR_FIELDS: &[&str] =
     &["safe_messages", "unsafe_messages", "response", "refusal_response", "system", "system_prompt", "system_message"];
 
+pub(super) const QUESTION_FIELDS: &[&str] =
+    &["id", "messages", "question", "prompt", "choices", "answer", "system", "system_prompt", "system_message"];
+
 /// Refuses fields that would change what the model sees or learns.
 pub(super) fn refuse_unsupported(row: &Map<String, Value>) -> Result<()> {
     let says_nothing = |name: &str, value: &Value| {
-        let blank = value.as_str().is_some_and(is_blank);
         let one = value.as_f64() == Some(1.0) || value.as_bool() == Some(true);
         let is_false = value.as_bool() == Some(false);
-        blank || one && SAY_NOTHING_WITH_ONE.contains(&name) || is_false && SAY_NOTHING_WITH_FALSE.contains(&name)
+        one && SAY_NOTHING_WITH_ONE.contains(&name) || is_false && SAY_NOTHING_WITH_FALSE.contains(&name)
     };
-    match REFUSED.iter().find(|(name, _)| present(row, name).is_some_and(|value| !says_nothing(name, value))) {
+    match REFUSED.iter().find(|(name, _)| filled(row, name).is_some_and(|value| !says_nothing(name, value))) {
         Some((name, why)) => Err(format!("the field {name} of a row is not supported: {why}")),
         None => Ok(()),
     }
@@ -130,34 +132,43 @@ pub(super) fn system(row: &Map<String, Value>) -> Result<Option<(&'static str, &
     Ok(found)
 }
 
-/// Puts the system text of a row in front of its turns, unless they begin with the same one.
+/// Puts the system text of a row in front of its turns, unless they begin with the same one. A system turn further down is
+/// another one.
 pub(super) fn with_system(row: &Map<String, Value>, mut turns: Vec<Message>) -> Result<Vec<Message>> {
     let Some((name, text)) = system(row)? else { return Ok(turns) };
-    match turns.iter().find(|turn| ["system", "developer"].contains(&turn.role.as_str())) {
+    match turns.first().filter(|turn| ["system", "developer"].contains(&turn.role.as_str())) {
         Some(own) if own.content.trim() == text.trim() => {}
-        Some(_) => return Err(format!("a system turn beside the field {name}, and they differ; keep one of them")),
+        Some(own) => {
+            return Err(format!(
+                "the first turn, of the role {}, and the field {name} differ; keep one of them",
+                own.role
+            ));
+        }
         None => turns.insert(0, Message::added("system", text, "from the row's system field")),
     }
     Ok(turns)
 }
 
-/// The variables that a row gives to the chat template: `tools`, `documents`, and those of `chat_template_kwargs`.
-pub(super) fn variables(row: &Map<String, Value>) -> Result<Map<String, Value>> {
+/// The variables that a row gives to the chat template: `tools`, `documents`, and those of `chat_template_kwargs`. `nulls` gets
+/// the names of those without what was null in them.
+pub(super) fn variables(row: &Map<String, Value>, nulls: &mut BTreeSet<String>) -> Result<Map<String, Value>> {
     let mut variables = Map::new();
     for name in VARIABLES {
-        match structure(row, name)? {
-            None => {}
-            Some(list @ Value::Array(_)) => _ = variables.insert(name.to_owned(), list),
-            Some(other) => return Err(format!("{name} should be a list, not {}", kind_of(&other))),
+        if let Some(value) = structure(row, name, nulls)? {
+            check_list(name, &value)?;
+            variables.insert(name.to_owned(), value);
         }
     }
-    match structure(row, KWARGS)? {
+    match structure(row, KWARGS, nulls)? {
         None => {}
         Some(Value::Object(given)) => {
             for (name, value) in given.into_iter().filter(|(name, value)| !is_missing(name, value)) {
                 let twice = variables.get(&name).is_some_and(|other| *other != value);
                 if OWN_VARIABLES.contains(&name.as_str()) || twice {
                     return Err(format!("{KWARGS} gives {}, which the row itself decides", name_of(&name)));
+                }
+                if VARIABLES.contains(&name.as_str()) {
+                    check_list(&name, &value)?;
                 }
                 variables.insert(name, value);
             }
@@ -167,20 +178,32 @@ pub(super) fn variables(row: &Map<String, Value>) -> Result<Map<String, Value>> 
     Ok(variables)
 }
 
+/// Checks the value of tools or documents: a list of objects, as transformers takes it.
+fn check_list(name: &str, value: &Value) -> Result<()> {
+    match value {
+        Value::Array(list) => check_objects(list, name, "item"),
+        other => Err(format!("{name} should be a list, not {}", kind_of(other))),
+    }
+}
+
 /// Whether a variable of `chat_template_kwargs` is none: null, or empty tools or documents, as the fields of these names.
 pub(super) fn is_missing(name: &str, value: &Value) -> bool {
     value.is_null() || VARIABLES.contains(&name) && is_empty(value)
 }
 
 /// The value of a field, or the structure that its text holds in JSON or Python notation; `None` if it is empty.
-fn structure(row: &Map<String, Value>, name: &str) -> Result<Option<Value>> {
+fn structure(row: &Map<String, Value>, name: &str, nulls: &mut BTreeSet<String>) -> Result<Option<Value>> {
     let value = match text(row, name) {
         Ok(Some(text)) => python_literal::parse(text)
             .map_err(|e| format!("{name} is a string that is not JSON or Python notation: {e}"))?,
         Ok(None) => return Ok(None),
         Err(_) => row[name].clone(), // no text
     };
-    Ok(Some(without_nulls(value)).filter(|value| !is_empty(value)))
+    let cleaned = without_nulls(value.clone());
+    if cleaned != value {
+        nulls.insert(name.to_owned());
+    }
+    Ok(Some(cleaned).filter(|value| !is_empty(value)))
 }
 
 /// Names of a row's fields that hold something and are not `used` by its kind.
@@ -188,7 +211,7 @@ pub(super) fn unused(row: &Map<String, Value>, used: &[&str]) -> Vec<String> {
     let refused = |name: &str| REFUSED.iter().any(|(other, _)| *other == name);
     let common = |name: &str| VARIABLES.contains(&name) || name == KWARGS || refused(name);
     let unused = row.keys().filter(|name| !used.contains(&name.as_str()) && !common(name));
-    unused.filter(|name| present(row, name).is_some()).cloned().collect()
+    unused.filter(|name| filled(row, name).is_some()).cloned().collect()
 }
 
 /// Checks a row's fields against the variables that its renderings read: `own` are those of the row, `unused` fields that

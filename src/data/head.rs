@@ -70,7 +70,7 @@ pub(super) fn read(path: &Path, options: &DataOptions, report: &mut DataReport) 
         report.rows_read += 1;
         meter.add(1);
         match parse(line, &row)? {
-            Parsed::Row(row) => parsed.push(row),
+            Parsed::Row(row) => parsed.push(*row),
             Parsed::Dropped(reason) => *report.dropped.entry(reason).or_default() += 1,
         }
     }
@@ -78,7 +78,7 @@ pub(super) fn read(path: &Path, options: &DataOptions, report: &mut DataReport) 
         // A row that cannot be read is no error here, as it would be none without the search.
         let rest =
             next.into_iter().chain(rows).map_while(Result::ok).filter_map(|(line, row)| match parse(line, &row) {
-                Ok(Parsed::Row(row)) if side.is_of(&row) => Some(row),
+                Ok(Parsed::Row(row)) if side.is_of(&row) => Some(*row),
                 _ => None,
             });
         let found: Vec<_> = rest.take((max / 2).max(1)).collect();

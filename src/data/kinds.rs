@@ -13,16 +13,18 @@
 //!
 //! A blank text (missing, null, or only white space) counts as missing, in all kinds of rows.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value};
 
 use super::fields;
 use super::message::{Message, SYSTEM_OF_GOAL};
+use super::other_kinds::unknown;
 use super::report::{DropReason, Kind};
-use super::rows::{key_of_rows, one_level_down};
 pub(super) use super::side::Side;
 use super::side::exclude;
 use super::turns::{messages, text_or_messages};
-use super::values::{Result, name_of, present, quoted, text};
+use super::values::{Result, filled, quoted, text};
 use super::verdicts::{VERDICTS, attack_succeeded};
 
 /// A parsed row.
@@ -44,6 +46,8 @@ pub(super) struct Row {
     pub variables: Map<String, Value>,
     /// Names of the row's fields that its kind does not use.
     pub unused: Vec<String>,
+    /// Names of structures without the fields in them that are null.
+    pub nulls: BTreeSet<String>,
 }
 
 impl Row {
@@ -60,6 +64,7 @@ impl Row {
             earlier_excluded: false,
             variables: Map::new(),
             unused: Vec::new(),
+            nulls: BTreeSet::new(),
         }
     }
 
@@ -71,7 +76,7 @@ impl Row {
 
 /// A parsed row, or why it is dropped.
 pub(super) enum Parsed {
-    Row(Row),
+    Row(Box<Row>),
     Dropped(DropReason),
 }
 
@@ -82,29 +87,6 @@ const ATTACK_TEXTS: [&str; 2] = ["attack_prompt", "inception_attack"];
 /// Where turns come from that moewarden adds, for messages.
 const OPTION: &str = "added by moewarden: --safe-response";
 const TARGET: &str = "the row's refusal_response";
-
-/// Rows of other tools, by fields that all of them have, and how to write them as chat rows.
-const OTHER_KINDS: [(&[&str], &str); 9] = [
-    (&["instruction", "output"], "Write instruction and input as prompt, output as completion, and a label"),
-    (&["instruction", "response"], "Write instruction as prompt, response as completion, and a label"),
-    (
-        &["chosen", "rejected"],
-        "Of a pair of preferences, write the turns before the reply as prompt, the reply to learn as completion, and a label",
-    ),
-    (&["prompt", "response_0", "response_1"], "Write the response to learn as completion, and a label"),
-    (&["prompt", "response"], "Write response as completion, and a label"),
-    (
-        &["prompt", "label"],
-        "Of a prompt alone, write completion: null, too: an unsafe one is completed with the safe response",
-    ),
-    (&["query", "response"], "Write query as prompt, response as completion, and a label"),
-    (&["question", "answer"], "Write question as prompt, answer as completion, and a label"),
-    (&["input", "output"], "Write input as prompt, output as completion, and a label"),
-];
-
-fn has_all(row: &Map<String, Value>, names: &[&str]) -> bool {
-    names.iter().all(|name| row.contains_key(*name))
-}
 
 /// The target reply of a row.
 #[derive(Clone, Copy)]
@@ -129,7 +111,7 @@ impl Target<'_> {
 /// # Errors
 /// A message with the cause and the way out; the caller adds file and line.
 pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, keep_failed: bool) -> Result<Parsed> {
-    let has = |names: &[&str]| names.iter().any(|n| present(row, n).is_some());
+    let has = |names: &[&str]| names.iter().any(|n| filled(row, n).is_some());
     const TURNS: [&str; 3] = ["messages", "conversations", "completion"];
     let is_pair = has(&["safe_messages", "unsafe_messages"]);
     let (mut is_attack, mut is_chat) =
@@ -142,26 +124,17 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
     let target = Target { own: text(row, "refusal_response")?, default: safe_response };
     let (parsed, used) = match (is_attack, is_chat, is_pair) {
         (true, false, false) => (attack(line, row, target, keep_failed)?, fields::ATTACK_FIELDS),
-        (false, true, false) => (Parsed::Row(chat(line, row, target)?), fields::CHAT_FIELDS),
-        (false, false, true) => (Parsed::Row(pair(line, row, target)?), fields::PAIR_FIELDS),
-        (false, false, false) => {
-            if let Some(key) = key_of_rows(row) {
-                return Err(one_level_down(key));
-            }
-            let names = row.keys().take(12).map(|name| name_of(name)).collect::<Vec<_>>().join(", ");
-            let hint = OTHER_KINDS.iter().find(|(names, _)| has_all(row, names)).map(|(_, hint)| format!(". {hint}"));
-            return Err(format!(
-                "unknown kind of row (its fields: {names}); an attack row has all_prompt and goal or prompt, a chat row \
-                 messages and label, a pair row safe_messages, unsafe_messages and response{}",
-                hint.unwrap_or_default()
-            ));
-        }
+        (false, true, false) => (Parsed::Row(Box::new(chat(line, row, target)?)), fields::CHAT_FIELDS),
+        (false, false, true) => (Parsed::Row(Box::new(pair(line, row, target)?)), fields::PAIR_FIELDS),
+        (false, false, false) => return Err(unknown(row)),
         _ => return Err("fields of more than one kind of row (attack, chat, pair); keep those of one kind".into()),
     };
     Ok(match parsed {
         Parsed::Row(mut parsed) => {
             fields::refuse_unsupported(row)?;
-            parsed.variables = fields::variables(row)?;
+            parsed.variables = fields::variables(row, &mut parsed.nulls)?;
+            let turns = parsed.unsafe_side.iter().chain(&parsed.safe_side).flat_map(|side| &side.messages);
+            parsed.nulls.extend(turns.flat_map(|turn| &turn.nulls).map(|name| format!("{name} of a turn")));
             parsed.unused.extend(fields::unused(row, used));
             Parsed::Row(parsed)
         }
@@ -189,7 +162,7 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
     }
     let goal = text(row, "goal")?;
     let request = goal.or(text(row, "prompt")?).ok_or("an attack row without its request; add goal or prompt")?;
-    let mut unsafe_prompt = match present(row, "all_prompt") {
+    let mut unsafe_prompt = match filled(row, "all_prompt") {
         Some(list) => messages(list, "all_prompt")?,
         None => vec![],
     };
@@ -206,16 +179,16 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
     if goal.is_some() {
         safe_prompt.insert(0, Message::added("system", SAFE_SYSTEM, SYSTEM_OF_GOAL));
     }
-    Ok(Parsed::Row(Row {
+    Ok(Parsed::Row(Box::new(Row {
         unsafe_side: Some(Side::with_reply(unsafe_prompt, target.reply(), "all_prompt")?),
         safe_side: Some(Side::with_reply(safe_prompt, target.reply(), "goal")?),
         without_verdict,
         ..Row::new(line, Kind::Attack, request)
-    }))
+    })))
 }
 
 fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {
-    let label = match present(row, "label") {
+    let label = match filled(row, "label") {
         Some(Value::String(label)) if label == "safe" => Kind::ChatSafe,
         Some(Value::String(label)) if label == "unsafe" => Kind::ChatUnsafe,
         Some(Value::Array(_) | Value::Object(_)) => {
@@ -230,16 +203,14 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
         None => return Err("a chat row without a label; add \"label\": \"safe\" or \"label\": \"unsafe\"".into()),
     };
     let mut unused = Vec::new();
-    let name = ["messages", "conversations"]
-        .into_iter()
-        .find(|name| present(row, name).is_some())
-        .unwrap_or("prompt and completion");
-    let turns = match (present(row, "messages"), present(row, "conversations"), present(row, "completion")) {
+    let list = ["messages", "conversations"].into_iter().find(|name| filled(row, name).is_some());
+    let name = list.unwrap_or("prompt and completion");
+    let turns = match (filled(row, "messages"), filled(row, "conversations"), filled(row, "completion")) {
         (Some(list), None, None) => messages(list, "messages")?,
         (None, Some(list), None) => messages(list, "conversations")?,
         (None, None, completion) if row.contains_key("completion") => {
-            let prompt = present(row, "prompt").ok_or_else(|| {
-                let hint = if has_all(row, &["vanilla", "adversarial"]) {
+            let prompt = filled(row, "prompt").ok_or_else(|| {
+                let hint = if ["vanilla", "adversarial"].iter().all(|name| row.contains_key(*name)) {
                     ": write adversarial, or else vanilla, as prompt"
                 } else {
                     ""
@@ -258,8 +229,7 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
         (None, None, _) => vec![],
         _ => return Err("more than one of messages, conversations and completion; keep one".into()),
     };
-    if ["messages", "conversations"].iter().any(|name| present(row, name).is_some()) && present(row, "prompt").is_some()
-    {
+    if list.is_some() && filled(row, "prompt").is_some() {
         unused.push("prompt".to_owned());
     }
     if turns.is_empty() {
@@ -358,8 +328,11 @@ fn check_awaits_reply(messages: &[Message], name: &str) -> Result<()> {
     }
 }
 
-/// Checks that a prompt that ends with a user turn asks something.
-fn check_request(messages: &[Message], name: &str) -> Result<()> {
+/// Checks that a prompt asks something: that it has a turn of the user or of a tool, and that a last one of the user is not blank.
+pub(super) fn check_request(messages: &[Message], name: &str) -> Result<()> {
+    if !messages.iter().any(|turn| ["user", "tool"].contains(&turn.role.as_str())) {
+        return Err(format!("{name} has no turn of the user: add the request, or remove the row"));
+    }
     match messages.last() {
         Some(last) if last.role == "user" && last.is_blank() => {
             let n = messages.len();
@@ -376,7 +349,7 @@ mod tests {
 
     fn read(row: Value, keep_failed: bool) -> Result<Option<Row>> {
         match parse(7, row.as_object().unwrap(), "No.", keep_failed)? {
-            Parsed::Row(row) => Ok(Some(row)),
+            Parsed::Row(row) => Ok(Some(*row)),
             Parsed::Dropped(_) => Ok(None),
         }
     }
@@ -603,6 +576,12 @@ mod tests {
             (json!({"prompt": "p", "response_0": "r", "response_1": "s"}), "Write the response to learn as completion"),
             (json!({"chosen": "Human: q", "rejected": "Human: q"}), "the reply to learn as completion"),
             (json!({"prompt": "p", "label": "unsafe"}), "write completion: null"),
+            (json!({"conversation": [], "label": "safe"}), "Write conversation as messages"),
+            (json!({"messages": [{"role": "system", "content": "s"}], "label": "unsafe"}), "has no turn of the user"),
+            (
+                json!({"goal": "g", "all_prompt": [{"role": "system", "content": "s"}]}),
+                "all_prompt has no turn of the user",
+            ),
             (
                 json!({"vanilla": "v", "adversarial": "a", "completion": "c", "label": "unsafe"}),
                 "adversarial, or else vanilla, as prompt",

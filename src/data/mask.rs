@@ -222,9 +222,15 @@ mod tests {
         let turns = [("user", "q", None), ("assistant", " a ", None), ("user", "r", None), ("assistant", "", None)];
         assert_eq!(mask(LAST, &turns[..2]).unwrap(), ["<think></think>a</s>\n"]);
         assert_eq!(mask(LAST, &turns).unwrap(), ["a</s>\n", "<think></think></s>\n"]);
-        // Of two in a row the second has no text before it that ends with the generation prompt.
+        // Two in a row, of which the prompt of the second has the first as its last turn.
         let doubled = [&turns[..2], &turns[1..]].concat();
-        assert_eq!(mask(LAST, &doubled).unwrap_err(), MaskError::Prefix { turn: 3, when: PROMPTED });
+        assert_eq!(mask(LAST, &doubled).unwrap(), ["a</s>\n", "a</s>\n", "<think></think></s>\n"]);
+        assert_eq!(mask(LAST, &doubled[..3]).unwrap(), ["a</s>\n", "<think></think>a</s>\n"]);
+        // A template that joins them, and one whose generation prompt is not in the text.
+        let joins = LAST.replace("</s>\n", "{% if loop.last or loop.nextitem.role != 'assistant' %}</s>\n{% endif %}");
+        assert_eq!(mask(&joins, &doubled).unwrap_err(), MaskError::Prefix { turn: 2, when: FOLLOWED });
+        let thinks = LAST.replace("%}<assistant>{%", "%}<assistant><think>\n{%");
+        assert_eq!(mask(&thinks, &doubled[..3]).unwrap_err(), MaskError::Reply { turn: 3 });
         // A template that writes no content beside calls.
         let calls = LAST.replace("{{ m.content | trim }}", "{{ m.content | trim if not m.tool_calls }}");
         let mut messages = vec![Message::new("user", "q"), Message::new("assistant", "x"), Message::new("user", "r")];
@@ -235,6 +241,26 @@ mod tests {
         let masked = render_with_mask(&ChatTemplate::new(&calls, []).unwrap(), &messages, &Map::new()).unwrap();
         let spans: Vec<_> = masked.spans.into_iter().map(|span| &masked.text[span]).collect();
         assert_eq!(spans, ["(f 1)(g 2)</s>\n", "<think></think>y</s>\n"]);
+    }
+
+    #[test]
+    fn what_follows_the_last_turn_belongs_to_none_of_the_others() {
+        let turns = [("user", "q", None), ("assistant", "a", None), ("user", "r", None), ("assistant", "b", None)];
+        let ends = PLAIN.replace(
+            "{% endif %}{% endfor %}{% if",
+            "{% endif %}{% endfor %}{% if not add_generation_prompt %}<eos>{% endif %}{% if",
+        );
+        assert_ne!(ends, PLAIN);
+        for head in ["", "{{ bos_token }}"] {
+            let template = ChatTemplate::new(&format!("{head}{ends}"), [("bos_token".into(), "<s>".into())]).unwrap();
+            let messages: Vec<_> = turns.iter().map(|(r, c, _)| Message::new(*r, *c)).collect();
+            let masked = render_with_mask(&template, &messages, &Map::new()).unwrap();
+            let spans: Vec<_> = masked.spans.iter().map(|span| &masked.text[span.clone()]).collect();
+            assert_eq!(spans, ["a</s>\n", "b</s>\n<eos>"], "{}", masked.text);
+        }
+        // Another text for no turns than after the last one.
+        let other = ends.replace("<eos>", "<{{ messages | length }}>");
+        assert_eq!(mask(&other, &turns).unwrap_err(), MaskError::Prefix { turn: 2, when: FOLLOWED });
     }
 
     /// Writes thoughts, or an empty think block, only into turns after the last request.

@@ -33,6 +33,9 @@ pub struct Message {
     /// How the row gives the content.
     #[serde(skip)]
     pub(super) form: Form,
+    /// Names of `fields` without what was null in them.
+    #[serde(skip)]
+    pub(super) nulls: Vec<&'static str>,
     /// Names of fields that moewarden does not know. Not passed to chat templates.
     #[serde(skip)]
     pub(super) unknown: Vec<String>,
@@ -66,6 +69,7 @@ impl Message {
             excluded: false,
             weighted: false,
             form: Form::Text,
+            nulls: Vec::new(),
             unknown: Vec::new(),
             origin: None,
         }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `head` | which rows are read: the first ones up to a limit, of both sides |
 //! | `rows`, `big_integers`, `unique_keys` | splits a JSON array or JSONL file into rows with line numbers |
-//! | `kinds`, `side` | attack, chat and pair rows → prompts and replies; `python_literal` parses lists stored as strings; `verdicts` of judges |
+//! | `kinds`, `side`, `other_kinds` | attack, chat and pair rows → prompts and replies; `python_literal` parses lists stored as strings; `verdicts` of judges |
 //! | `message`, `turns` | one turn of a conversation, and how rows spell it |
 //! | `fields`, `values` | fields of rows and turns beyond those: given to the chat template, refused, or counted |
 //! | `templates` | the model's chat templates, and which of them renders a row |
@@ -31,6 +31,7 @@ mod kinds;
 mod mask;
 mod message;
 mod options;
+mod other_kinds;
 mod printed_numbers;
 mod python_literal;
 mod questions;

@@ -7,17 +7,21 @@
 //! | `answer` | with `choices` the number of the right one (from 0), its letter (`A` is the first) or its text; else the text of the answer |
 //! | `id` | names the row; by default its number in the file, from 1 |
 //!
-//! Other fields are not read.
+//! Fields that all rows can have (`system`, `tools`, `documents`, `chat_template_kwargs`, those of turns) mean what they mean there. Others
+//! are counted.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::fields;
+use super::kinds::check_request;
 use super::message::Message;
+use super::report::named_fields;
 use super::rows::{self, Rows};
 use super::turns::text_or_messages;
-use super::values::{Result, present, quoted};
+use super::values::{Result, filled, quoted};
 use super::{ChatTokenizer, Error, Example};
 
 /// One question.
@@ -56,20 +60,22 @@ pub struct Choice {
     pub bytes: usize,
 }
 
-/// Reads the questions of a file: the first `max_samples` of them (0: all).
+/// Reads the questions of a file: the first `max_samples` of them (0: all). The text, if there is one, names fields that nothing reads.
+/// `variables`: those of the chat template for all rows.
 ///
 /// # Errors
-/// A file that cannot be read or holds no row; the first row that is no question, that the template cannot render, or that has more
-/// than `max_length` tokens.
+/// A file that cannot be read or holds no row; the first row that is no question, that has a field that would be dropped, that the
+/// template cannot render, or that has more than `max_length` tokens.
 pub fn read_questions(
     path: &Path,
     tokenizer: &ChatTokenizer,
     variables: &Map<String, Value>,
     max_samples: usize,
     max_length: usize,
-) -> std::result::Result<Vec<Question>, Error> {
+) -> std::result::Result<(Vec<Question>, Option<String>), Error> {
     let text = rows::read_text(path)?;
     let mut questions = Vec::new();
+    let mut unread = BTreeMap::new();
     let mut ids = HashSet::new();
     for row in Rows::new(path, &text) {
         if max_samples > 0 && questions.len() == max_samples {
@@ -82,8 +88,10 @@ pub fn read_questions(
             return Err(failed(format!("the id {} is that of another row, too", quoted(&id))));
         }
         let question = question(&row).map_err(failed)?;
-        let template = tokenizer.templates().of_row(variables).map_err(|e| failed(e.to_string()))?;
-        let prompt = template.render_with(&question.turns, variables, true).map_err(|e| failed(e.to_string()))?.text;
+        let (prompt, names) = render(tokenizer, &row, &question.turns, variables).map_err(failed)?;
+        for name in names {
+            unread.entry(name).or_insert((0, line)).0 += 1;
+        }
         let task = match question.asked {
             Asked::Answer(answer) => Task::Answer(answer),
             Asked::Choice(choices, answer) => {
@@ -114,7 +122,36 @@ pub fn read_questions(
     if questions.is_empty() {
         return Err(Error::file(path, "it holds no question: a row has question and answer, and may have choices"));
     }
-    Ok(questions)
+    let note = (!unread.is_empty()).then(|| {
+        let named = named_fields(&unread);
+        format!("{}: fields that neither moewarden nor the chat template reads: {named}", path.display())
+    });
+    Ok((questions, note))
+}
+
+/// The prompt of a row, ending with the generation prompt, and the names of its fields that nothing reads. Fields that would be
+/// dropped are errors, as in rows of `--dataset-path`.
+fn render(
+    tokenizer: &ChatTokenizer,
+    row: &Map<String, Value>,
+    turns: &[Message],
+    variables: &Map<String, Value>,
+) -> Result<(String, Vec<String>)> {
+    fields::refuse_unsupported(row)?;
+    let mut of_row = fields::variables(row, &mut BTreeSet::new())?;
+    let own: Vec<_> = of_row.keys().filter(|name| !variables.contains_key(*name)).cloned().collect();
+    for (name, value) in variables {
+        of_row.entry(name).or_insert_with(|| value.clone());
+    }
+    let template = tokenizer.templates().of_row(&of_row).map_err(|e| e.to_string())?;
+    let text = |turns: &[Message], variables: &Map<String, Value>| template.render_with(turns, variables, true);
+    let rendered = text(turns, &of_row).map_err(|e| e.to_string())?;
+    let mut unread = fields::check_turns(turns, &rendered.access.turns, template)?;
+    let unused = fields::unused(row, fields::QUESTION_FIELDS);
+    unread.extend(fields::check_row(own.iter().map(String::as_str), &unused, &rendered.access.variables, template)?);
+    let render = |turns: &[Message], variables: &Map<String, Value>| text(turns, variables).map(|other| other.text);
+    fields::check_written(turns, false, &of_row, &rendered.text, template, render)?;
+    Ok((rendered.text, unread))
 }
 
 /// A row before it is rendered.
@@ -129,7 +166,7 @@ enum Asked {
 }
 
 fn id_of(row: &Map<String, Value>) -> Option<String> {
-    match present(row, "id")? {
+    match filled(row, "id")? {
         Value::String(id) => Some(id.clone()),
         Value::Number(id) => Some(id.to_string()),
         _ => None,
@@ -138,11 +175,11 @@ fn id_of(row: &Map<String, Value>) -> Option<String> {
 
 fn question(row: &Map<String, Value>) -> Result<Parsed> {
     let names = ["messages", "question", "prompt"];
-    let given: Vec<(&str, &Value)> = names.iter().filter_map(|name| Some((*name, present(row, name)?))).collect();
+    let given: Vec<(&str, &Value)> = names.iter().filter_map(|name| Some((*name, filled(row, name)?))).collect();
     let [(name, value)] = given[..] else {
         return Err(format!("a question has one of the fields messages, question and prompt, not {}", given.len()));
     };
-    let turns = text_or_messages(value, name, "user")?;
+    let turns = fields::with_system(row, text_or_messages(value, name, "user")?)?;
     // What a tool returned may come last; a system or an assistant turn asks nothing.
     match turns.last().map(|last| &*last.role) {
         Some("user" | "tool") => {}
@@ -153,8 +190,9 @@ fn question(row: &Map<String, Value>) -> Result<Parsed> {
         }
         None => return Err(format!("{name} is empty: it should end with the question, as a user turn")),
     }
-    let answer = present(row, "answer").ok_or("a question without its answer")?;
-    let Some(choices) = present(row, "choices") else {
+    check_request(&turns, name)?;
+    let answer = filled(row, "answer").ok_or("a question without its answer")?;
+    let Some(choices) = filled(row, "choices") else {
         return match answer {
             Value::String(text) => Ok(Parsed { turns, asked: Asked::Answer(text.trim().to_owned()) }),
             Value::Number(number) => Ok(Parsed { turns, asked: Asked::Answer(number.to_string()) }),

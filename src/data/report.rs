@@ -81,6 +81,8 @@ pub struct DataReport {
     pub unread: BTreeMap<String, (usize, usize)>,
     /// Fields of earlier turns that the chat template reads and leaves out of the text: as `unread`.
     pub left_out: BTreeMap<String, (usize, usize)>,
+    /// Structures without the fields in them that are null: as `unread`.
+    pub nulls: BTreeMap<String, (usize, usize)>,
     /// Records with a prompt truncated from the front.
     pub truncated: usize,
     /// Attack rows without a verdict (kept).
@@ -129,9 +131,9 @@ impl Padding {
 }
 
 impl DataReport {
-    /// Counts the fields of a record that nothing reads, and those of earlier turns that are read and left out.
-    pub(super) fn note_fields(&mut self, line: usize, unread: BTreeSet<String>, left_out: BTreeSet<String>) {
-        for (counts, names) in [(&mut self.unread, unread), (&mut self.left_out, left_out)] {
+    /// Counts the fields of a record that nothing reads, those of earlier turns that are read and left out, and those with nulls.
+    pub(super) fn note_fields(&mut self, line: usize, [unread, left_out, nulls]: [BTreeSet<String>; 3]) {
+        for (counts, names) in [(&mut self.unread, unread), (&mut self.left_out, left_out), (&mut self.nulls, nulls)] {
             for name in names {
                 counts.entry(name).or_insert((0, line)).0 += 1;
             }
@@ -145,6 +147,7 @@ impl DataReport {
             || self.earlier_excluded > 0
             || !self.unread.is_empty()
             || !self.left_out.is_empty()
+            || !self.nulls.is_empty()
     }
 
     /// Token counts of batches of `batch_size` records in file order, each padded to its longest sequence.
@@ -164,7 +167,7 @@ fn list_counts<K: fmt::Display>(counts: &BTreeMap<K, usize>) -> String {
 }
 
 /// The first names of fields, each with its rows.
-fn named_fields(fields: &BTreeMap<String, (usize, usize)>) -> String {
+pub(super) fn named_fields(fields: &BTreeMap<String, (usize, usize)>) -> String {
     const SHOWN: usize = 12;
     let named = |(name, (rows, line)): (&String, &(usize, usize))| format!("{name} ({rows} rows, first line {line})");
     let names: Vec<_> = fields.iter().take(SHOWN).map(named).collect();
@@ -207,6 +210,7 @@ impl fmt::Display for DataReport {
         for (what, fields) in [
             ("fields that neither moewarden nor the chat template reads", &self.unread),
             ("fields of earlier turns that the chat template leaves out of the text", &self.left_out),
+            ("fields inside these are null, and left out as missing", &self.nulls),
         ] {
             if !fields.is_empty() {
                 write!(f, "\n  note: {what}: {}", named_fields(fields))?;

@@ -150,6 +150,10 @@ impl<'a> Rows<'a> {
             "; NaN and Infinity are not JSON: write null"
         } else if message.contains("hex escape") {
             "; half of a surrogate pair is not a character: write the character itself, or remove it"
+        } else if text.starts_with("{'") {
+            "; JSON has double quotation marks: write rows with json.dumps"
+        } else if text.starts_with("//") || text.starts_with('#') {
+            "; JSON has no comments: remove the line"
         } else if message.contains("trailing comma") {
             "; remove the comma before the bracket"
         } else {
@@ -297,6 +301,8 @@ mod tests {
             ("[{\"a\":\"\\ud800\"}]", "half of a surrogate pair"),
             ("{\"a\":\"\0\"}", "control character"),
             ("{\"a\":NaN}", "write null"),
+            ("{'a': 1}", "f:1: not JSON: key must be a string (column 2); JSON has double quotation marks"),
+            ("# rows\n{\"a\":1}", "f:1: not JSON: expected value (column 1); JSON has no comments"),
             (
                 "[{\"b\":1},\n{\"a\":1,\n\"a at line 7\":2, \"a\":2}]",
                 "f:3: the field a occurs twice in one object: keep one",

@@ -128,7 +128,7 @@ fn sources(dir: &Path, config: &Map<String, Json>) -> Result<Vec<Source>, Error>
         Ok::<(), Error>(())
     };
     let file = dir.join("chat_template.jinja");
-    if file.exists() {
+    if input::is_there(&file) {
         add(DEFAULT, file)?;
     }
     for file in additional_templates(dir).map_err(|e| Error::read(dir, e))? {

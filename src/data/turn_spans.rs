@@ -17,7 +17,8 @@
 //! beginning of it, has to stand between the end of the turn before, which is found in the same way, and the content: the
 //! template may have written thoughts of still earlier turns into the prefix only. Where that does not hold, the mask would be
 //! a guess, so the conversation is refused. The reply, which is the last turn, has to follow its prompt in any case: the model
-//! is trained on the text that it continues later.
+//! is trained on the text that it continues later. Only an assistant turn right before it may be written otherwise at the end of
+//! the prompt; the whole generation prompt has to follow that.
 
 use std::cell::OnceCell;
 use std::ops::Range;
@@ -43,9 +44,9 @@ pub(super) enum MaskError {
     Prefix { turn: usize, when: &'static str },
     #[error(
         "message {turn}: the chat template renders it differently when {PROMPTED}, so the tokens of the reply cannot be found; \
-         the likely cause are thoughts or calls in the reply that the template writes otherwise than after its generation \
-         prompt, such as reasoning_content with enable_thinking false: remove the thoughts, change chat_template_kwargs, or \
-         give --chat-template FILE with a template that marks the reply with {{% generation %}}"
+         the likely cause are thoughts. Where the prompt begins a think block, write the reply's thoughts as reasoning_content, or give \
+         enable_thinking: false by --chat-template-kwargs; where it ends one, remove the thoughts. Else give --chat-template FILE with a \
+         template that marks the reply with {{% generation %}}"
     )]
     Reply { turn: usize },
     #[error(
@@ -101,29 +102,57 @@ impl<'a> Conversation<'a> {
             return Ok(before.len()..after.len());
         }
         if last {
-            return Err(MaskError::Reply { turn });
+            // The template may write the assistant turn before it otherwise at the end of a prompt.
+            let follows_assistant = i > 0 && self.messages[i - 1].is_assistant();
+            let start = self.after_prompt(i, &before).filter(|_| follows_assistant);
+            return start.map(|start| start..self.text.len()).ok_or(MaskError::Reply { turn });
+        }
+        if after.starts_with(&before)
+            && let Some(body) = self.without_end(&after).filter(|body| body.len() >= before.len())
+        {
+            return Ok(before.len()..body.len());
         }
         let (mark, end) = self.marked_end(i, &after).ok_or(MaskError::Prefix { turn, when: FOLLOWED })?;
         let start = self.start(i, &before).filter(|start| *start <= mark);
         Ok(start.ok_or(MaskError::Prefix { turn, when: PROMPTED })?..end)
     }
 
+    /// A rendering without what the template writes after the last turn, in place of a generation prompt, such as `eos_token` in
+    /// Phi-3's: all that it writes for no turns at all, but for `bos_token`.
+    fn without_end<'t>(&self, after: &'t str) -> Option<&'t str> {
+        let mut variables = self.variables.clone();
+        variables.insert("bos_token".into(), Value::from(""));
+        let end = self.template.render_with(&[], &variables, false).ok()?.text;
+        after.strip_suffix(&*end).filter(|body| !end.is_empty() && self.text.starts_with(body))
+    }
+
     /// Where a turn that others follow begins. The generation prompt may go on with what the template writes only for the
     /// last turn, such as an empty think block: then the turn begins with its content.
     fn start(&self, i: usize, before: &str) -> Option<usize> {
-        if self.text.starts_with(before) {
-            return Some(before.len());
+        if let Some(start) = self.after_prompt(i, before) {
+            return Some(start);
         }
-        let base = self.render(&self.messages[..i], false).ok()?;
-        let generation_prompt = before.strip_prefix(&base).filter(|prompt| !prompt.is_empty())?;
-        let header_start = self.header_start(i, &base)?;
-        if self.text[header_start..].starts_with(generation_prompt) {
-            return Some(header_start + generation_prompt.len());
-        }
+        let (header_start, generation_prompt) = self.header(i, before)?;
         let mark = self.unused_character()?;
         let (_, content) = self.marked(i, with_content(&self.messages[i], mark.to_string()), mark)?;
         let header = self.text.get(header_start..content)?;
         (!header.is_empty() && generation_prompt.starts_with(header)).then_some(content)
+    }
+
+    /// Where the generation prompt of a turn ends, if it stands there whole.
+    fn after_prompt(&self, i: usize, before: &str) -> Option<usize> {
+        if self.text.starts_with(before) {
+            return Some(before.len());
+        }
+        let (header_start, generation_prompt) = self.header(i, before)?;
+        self.text[header_start..].starts_with(&generation_prompt).then_some(header_start + generation_prompt.len())
+    }
+
+    /// Where the header of a turn begins, and its generation prompt, which ends `before`.
+    fn header(&self, i: usize, before: &str) -> Option<(usize, String)> {
+        let base = self.render(&self.messages[..i], false).ok()?;
+        let generation_prompt = before.strip_prefix(&base).filter(|prompt| !prompt.is_empty())?;
+        Some((self.header_start(i, &base)?, generation_prompt.to_owned()))
     }
 
     /// Where the header of an assistant turn that others follow begins, which is the end of the turn before it. `base`: the
@@ -139,9 +168,8 @@ impl<'a> Conversation<'a> {
         if !base.starts_with(&head) || !self.text.starts_with(&head) {
             return None;
         }
-        // Of two assistant turns in a row, the template may take the second for the continuation of the first.
-        let previous = i.checked_sub(1).filter(|previous| !self.messages[*previous].is_assistant())?;
-        self.marked_end(previous, base).map(|(_, end)| end)
+        // Of two assistant turns in a row, the template may take the second for the continuation of the first: then that has no end.
+        self.marked_end(i.checked_sub(1)?, base).map(|(_, end)| end)
     }
 
     /// Whether each assistant turn has the generation of its own number: a mark character in the turn's text is in that one and
@@ -180,7 +208,7 @@ impl<'a> Conversation<'a> {
     fn marked_end(&self, i: usize, after: &str) -> Option<(usize, usize)> {
         let (mark, turn) = (self.unused_character()?, &self.messages[i]);
         let at_end = with_content(turn, format!("{}{mark}", turn.content.trim_end()));
-        [Some(at_end), with_named_call(turn, mark)].into_iter().flatten().find_map(|marked| {
+        let found = [Some(at_end), with_named_call(turn, mark)].into_iter().flatten().find_map(|marked| {
             let mut cut = self.messages[..i].to_vec();
             cut.push(marked.clone());
             let cut = self.render(&cut, false).ok()?;
@@ -190,7 +218,22 @@ impl<'a> Conversation<'a> {
             let follows =
                 self.text[at..].starts_with(rest) && whole[at + mark.len_utf8()..].ends_with(&self.text[end..]);
             follows.then_some((at, end))
-        })
+        });
+        found.or_else(|| self.blank_end(i))
+    }
+
+    /// [`Self::marked_end`] of a turn with a blank content, of which the template may write less in the last turn. With the mark in its
+    /// place the turn ends alike in both.
+    fn blank_end(&self, i: usize) -> Option<(usize, usize)> {
+        let turn = Some(&self.messages[i]).filter(|turn| turn.content.trim().is_empty())?;
+        let mark = self.unused_character()?;
+        let marked = with_content(turn, mark.to_string());
+        let cut = self.render(&[&self.messages[..i], std::slice::from_ref(&marked)].concat(), false).ok()?;
+        let rest = &cut[sole(&cut, mark)? + mark.len_utf8()..];
+        let (whole, at) = self.marked(i, marked, mark)?;
+        let after = whole[at + mark.len_utf8()..].strip_prefix(rest)?;
+        let own = self.text[at..].strip_suffix(after)?;
+        own.strip_suffix(rest).is_some_and(|content| content.trim().is_empty()).then_some((at, at + own.len()))
     }
 
     /// The rendering with another turn at index `i`, and where that has the mark. Up to there nothing may differ.

@@ -5,7 +5,9 @@ use serde_json::{Map, Value};
 use super::message::{Form, Message, NAMES};
 use super::python_literal;
 use super::values::kind_of;
-use super::values::{Result, is_blank, name_of, present, quoted, string, without_nulls};
+use super::values::{
+    Result, check_objects, filled, is_blank, is_empty, name_of, present, quoted, string, without_nulls,
+};
 
 /// Fields of a turn that chat templates may write, so that the model sees them. A field that the template never reads is
 /// an error: it would be dropped.
@@ -58,7 +60,10 @@ pub(super) fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
         value => value,
     };
     let Value::Array(list) = list else {
-        return Err(format!("{name} should be a list of messages, not {}", kind_of(list)));
+        let kind = kind_of(list);
+        return Err(format!(
+            "{name} should be a list of messages, {{\"role\": ..., \"content\": ...}} each, not {kind}"
+        ));
     };
     let mut turns = Vec::with_capacity(list.len());
     for (i, value) in list.iter().enumerate() {
@@ -77,7 +82,7 @@ fn message(value: &Value, last: bool) -> Result<Message> {
     let Value::Object(map) = value else {
         return Err(format!("should be an object with role and content, not {}", kind_of(value)));
     };
-    if let Some((name, why)) = REFUSED.iter().find(|(name, _)| present(map, name).is_some()) {
+    if let Some((name, why)) = REFUSED.iter().find(|(name, _)| filled(map, name).is_some()) {
         return Err(format!("{name} is not supported: {why}"));
     }
     let role = match string(one_of(map, ["role", "from"])?.ok_or("has no role")?, "role")? {
@@ -98,35 +103,55 @@ fn message(value: &Value, last: bool) -> Result<Message> {
     let mut turn = Message { loss: loss(map, role)?, ..Message::new(role, "") };
     turn.excluded = turn.is_assistant() && turn.loss == Some(false);
     turn.weighted = turn.is_assistant() && turn.loss.is_none() && present(map, "weight").is_some();
-    for name in WRITTEN.iter().chain(&NAMES) {
+    for name in WRITTEN.into_iter().chain(NAMES) {
         // Blank thoughts are none, as blank texts everywhere.
-        let blank = |value: &&Value| value.as_str().is_some_and(is_blank);
-        if let Some(value) = present(map, name).filter(|value| !blank(value)) {
-            turn.fields.insert((*name).to_owned(), written(name, value)?);
+        if let Some(value) = filled(map, name) {
+            let given = written(name, value)?;
+            let cleaned = without_nulls(given.clone());
+            if cleaned != given {
+                turn.nulls.push(name);
+            }
+            if let ("tool_calls", Value::Array(calls)) = (name, &cleaned) {
+                check_objects(calls, name, "call")?;
+            }
+            if !is_empty(&cleaned) {
+                turn.fields.insert(name.to_owned(), cleaned);
+            }
         }
     }
     // In the order of the row, which a template that writes the whole turn keeps.
     turn.fields = map.keys().filter_map(|name| Some((name.clone(), turn.fields.get(name)?.clone()))).collect();
-    match one_of(map, ["content", "value"])? {
-        Some(Value::Array(parts)) => {
-            let texts =
-                parts.iter().enumerate().map(|(i, p)| part(p).map_err(|e| format!("content, part {}: {e}", i + 1)));
-            let texts = texts.collect::<Result<Vec<_>>>()?;
-            turn.content = texts.concat();
-            turn.form = Form::Parts(texts);
-        }
-        Some(text) => string(text, "content")?.clone_into(&mut turn.content),
-        None if ["content", "value"].iter().any(|name| map.get(*name).is_some_and(Value::is_string)) => {}
+    (turn.form, turn.content) = match content(map)? {
+        Some(content) => content,
         None if turn.fields.is_empty() && !(last && turn.is_assistant()) => return Err("has no content".into()),
-        None if map.contains_key("content") => turn.form = Form::Null,
-        None => turn.form = Form::Missing,
-    }
+        None if map.contains_key("content") => (Form::Null, String::new()),
+        None => (Form::Missing, String::new()),
+    };
     let known = |name: &str| {
         let own = ["role", "from", "content", "value", "weight"];
         own.contains(&name) || LOSS.contains(&name) || WRITTEN.contains(&name) || NAMES.contains(&name)
     };
-    turn.unknown = map.keys().filter(|name| present(map, name).is_some() && !known(name)).cloned().collect();
+    turn.unknown = map.keys().filter(|name| filled(map, name).is_some() && !known(name)).cloned().collect();
     Ok(turn)
+}
+
+/// The content of a turn: the form in which it is given, and its text.
+fn content(map: &Map<String, Value>) -> Result<Option<(Form, String)>> {
+    const NAMES: [&str; 2] = ["content", "value"];
+    match one_of(map, NAMES)? {
+        Some(Value::Array(parts)) => {
+            let text = |(i, value)| part(value).map_err(|e| format!("content, part {}: {e}", i + 1)).transpose();
+            let texts = parts.iter().enumerate().filter_map(text).collect::<Result<Vec<_>>>()?;
+            let text = texts.concat();
+            Ok((!texts.is_empty()).then_some((Form::Parts(texts), text)))
+        }
+        Some(Value::String(text)) => Ok(Some((Form::Text, text.clone()))),
+        Some(other) => Err(format!("content should be a string, or a list of parts, not {}", kind_of(other))),
+        None if NAMES.iter().any(|name| map.get(*name).is_some_and(Value::is_string)) => {
+            Ok(Some((Form::Text, String::new())))
+        }
+        None => Ok(None),
+    }
 }
 
 /// The value of a field that has two names; an error if both are given and differ.
@@ -137,26 +162,26 @@ fn one_of<'a>(map: &'a Map<String, Value>, names: [&str; 2]) -> Result<Option<&'
     }
 }
 
-/// The value of a field that is passed to templates.
+/// The value of a field that is passed to templates, with what is null in it.
 fn written(name: &str, value: &Value) -> Result<Value> {
     match (name, value) {
         // Tables with one schema for all rows store structures as text.
         ("tool_calls" | "function_call", Value::String(text)) => {
             let parsed = python_literal::parse(text)
                 .map_err(|e| format!("{name} is a string that is not JSON or Python notation: {e}"))?;
-            written(name, &parsed)
+            if is_empty(&parsed) { Ok(Value::Null) } else { written(name, &parsed) }
         }
-        ("tool_calls", Value::Array(_)) | ("function_call", Value::Object(_)) => Ok(without_nulls(value.clone())),
+        ("tool_calls", Value::Array(_)) | ("function_call", Value::Object(_)) => Ok(value.clone()),
         ("tool_calls", other) => Err(format!("tool_calls should be a list, not {}", kind_of(other))),
         ("function_call", other) => Err(format!("function_call should be an object, not {}", kind_of(other))),
         (name, value) => string(value, name).map(Value::from),
     }
 }
 
-/// The text of one part of a content.
-fn part(value: &Value) -> Result<String> {
+/// The text of one part of a content; `None` if it has none.
+fn part(value: &Value) -> Result<Option<String>> {
     let map = match value {
-        Value::String(text) => return Ok(text.clone()),
+        Value::String(text) => return Ok(Some(text.clone())),
         Value::Object(map) => map,
         other => return Err(format!("should be an object with type and text, not {}", kind_of(other))),
     };
@@ -170,7 +195,8 @@ fn part(value: &Value) -> Result<String> {
                     name_of(name)
                 ));
             }
-            string(map.get("text").ok_or("has no text")?, "text").map(str::to_owned)
+            let text = map.get("text").filter(|text| !text.is_null());
+            text.map(|text| string(text, "text").map(str::to_owned)).transpose()
         }
         Some(other) => Err(format!("the type {} is not supported: only parts with text are", quoted(other))),
     }

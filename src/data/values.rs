@@ -23,6 +23,11 @@ pub(super) fn present<'a>(row: &'a Map<String, Value>, name: &str) -> Option<&'a
     row.get(name).filter(|value| !is_empty(value))
 }
 
+/// The value of a field; `None` if it is missing, empty or a blank text.
+pub(super) fn filled<'a>(row: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    present(row, name).filter(|value| !value.as_str().is_some_and(is_blank))
+}
+
 /// Whether a value is null, `""`, `[]` or `{}`.
 pub(super) fn is_empty(value: &Value) -> bool {
     match value {
@@ -61,8 +66,18 @@ pub fn is_blank(text: &str) -> bool {
 
 /// The text of a field; `None` if it is missing or blank.
 pub(super) fn text<'a>(row: &'a Map<String, Value>, name: &str) -> Result<Option<&'a str>> {
-    let text = present(row, name).map(|value| string(value, name)).transpose()?;
-    Ok(text.filter(|text| !is_blank(text)))
+    filled(row, name).map(|value| string(value, name)).transpose()
+}
+
+/// Checks that a list holds objects, none of them empty; `item` is what one of them is called.
+pub(super) fn check_objects(list: &[Value], name: &str, item: &str) -> Result<()> {
+    match list.iter().position(|value| !value.is_object() || is_empty(value)) {
+        Some(i) => {
+            let kind = if list[i].is_object() { "an empty one" } else { kind_of(&list[i]) };
+            Err(format!("{name}, {item} {}: should be an object, not {kind}; write it as one, or remove it", i + 1))
+        }
+        None => Ok(()),
+    }
 }
 
 pub(super) fn string<'a>(value: &'a Value, name: &str) -> Result<&'a str> {

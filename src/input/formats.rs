@@ -91,6 +91,9 @@ pub fn recognise(bytes: &[u8]) -> Option<Format> {
     if bytes.get(257..262) == Some(b"ustar") {
         return Some(Format::Other("a tar archive", UNPACK));
     }
+    if [&b"\xff\xfe\0\0"[..], b"\0\0\xfe\xff"].iter().any(|mark| bytes.starts_with(mark)) {
+        return Some(Format::Other("text in UTF-32", "save it as UTF-8"));
+    }
     let marked =
         bytes.starts_with(b"\xff\xfe") && !bytes.starts_with(b"\xff\xfe\xff") || bytes.starts_with(b"\xfe\xff");
     if marked || is_utf_16_without_mark(bytes) {

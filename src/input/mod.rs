@@ -9,6 +9,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use crate::meter::{Meter, Unit};
+use crate::quote::quote;
 
 pub use formats::{Format, recognise};
 pub use rows::{RowsError, read_rows};
@@ -26,7 +27,7 @@ const CHUNK: u64 = 16 << 20;
 /// # Errors
 /// The operating system's; [`io::ErrorKind::IsADirectory`] and [`io::ErrorKind::InvalidInput`] with what it is.
 pub fn open(path: &Path) -> io::Result<File> {
-    let kind = fs::metadata(path)?.file_type();
+    let kind = fs::metadata(path).map_err(|e| dangling(path).unwrap_or(e))?.file_type();
     if kind.is_dir() {
         return Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a folder (a directory), not a file"));
     }
@@ -35,6 +36,22 @@ pub fn open(path: &Path) -> io::Result<File> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
     File::open(path)
+}
+
+/// The error of a link without a target. It is another one than that of a missing file, which may be optional.
+pub fn dangling(path: &Path) -> Option<io::Error> {
+    let target = fs::read_link(path).ok().filter(|_| !path.exists())?;
+    let target = quote(&target.to_string_lossy());
+    let message = format!(
+        "it is a link to {target}, which does not exist: if the folder is a copy, such as one of a snapshot in the cache of Hugging Face, \
+         copy it anew with the files that its links point to (`cp -rL`)"
+    );
+    Some(io::Error::new(io::ErrorKind::InvalidInput, message))
+}
+
+/// Whether there is a file, or a link, perhaps without a target: then opening it says so.
+pub fn is_there(path: &Path) -> bool {
+    path.exists() || path.is_symlink()
 }
 
 #[cfg(unix)]
@@ -197,5 +214,13 @@ mod tests {
         // SAFETY: the name is a valid C string.
         assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
         assert!(read(&pipe).unwrap_err().to_string().contains("a pipe (FIFO)"));
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("../blobs/1", &link).unwrap();
+        let error = read(&link).unwrap_err();
+        assert!(
+            error.to_string().contains("a link to `../blobs/1`, which does not exist") && is_there(&link),
+            "{error}"
+        );
+        assert!(!is_there(&dir.path().join("other")) && dangling(&pipe).is_none());
     }
 }

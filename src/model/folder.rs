@@ -16,6 +16,9 @@ const COPY_TOKENIZER: &str = "then copy the tokenizer files into NEW_FOLDER";
 const OTHER_WEIGHTS: [(&str, &str); 6] =
     [("gguf", "GGUF"), ("ggml", "GGML"), ("h5", "TensorFlow"), ("msgpack", "Flax"), ("npz", "MLX"), ("onnx", "ONNX")];
 
+/// Endings of files that a download has not finished.
+const PARTS: [&str; 5] = [".incomplete", ".part", ".partial", ".crdownload", ".aria2"];
+
 /// The names in a folder, sorted.
 fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
@@ -85,6 +88,9 @@ pub(super) fn not_a_model(dir: &Path) -> Option<String> {
                 quote(first)
             ),
         });
+    }
+    if let Some(part) = names.iter().find(|name| PARTS.iter().any(|ending| name.ends_with(ending))) {
+        return Some(format!("{} is a part of a download that was stopped: fetch the file again", quote(part)));
     }
     if let Some((_, format)) = OTHER_WEIGHTS.iter().find(|(extension, _)| ends(&format!(".{extension}")).is_some()) {
         return Some(format!("it holds weights of {format}: give the original model in safetensors"));

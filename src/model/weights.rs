@@ -154,10 +154,10 @@ impl Checkpoint {
             return Err(Error::Adapter { dir: dir.into(), message });
         }
         let index = dir.join(INDEX);
-        let sharded = !dir.join(SINGLE).exists();
+        let sharded = !input::is_there(&dir.join(SINGLE));
         let (files, weight_map) = match sharded {
             false => (vec![SINGLE.to_string()], None),
-            true if index.exists() => {
+            true if input::is_there(&index) => {
                 let weight_map = read_index(&safe_file(dir, INDEX)?)?;
                 (files_of(&weight_map), Some(weight_map))
             }
@@ -295,7 +295,10 @@ fn relative(file: &str) -> Option<String> {
 /// A file that does not exist, and a link to any other target.
 pub fn safe_file(dir: &Path, file: impl AsRef<Path>) -> Result<PathBuf, Error> {
     let path = dir.join(file.as_ref());
-    let real = |path: &Path| path.canonicalize().map_err(|source| Error::Read { path: path.into(), source });
+    let real = |path: &Path| {
+        let failed = |e| Error::Read { path: path.into(), source: input::dangling(path).unwrap_or(e) };
+        path.canonicalize().map_err(failed)
+    };
     let (dir, target) = (real(dir)?, real(&path)?);
     let snapshots = dir.parent().filter(|parent| parent.ends_with("snapshots"));
     let blobs = snapshots.and_then(Path::parent).map(|model| model.join("blobs"));

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use moewarden::data::{ChatTokenizer, DataOptions, Dataset, LongRows, LossOn};
+use moewarden::data::{ChatTokenizer, DataOptions, Dataset, LongRows, LossOn, Question, read_questions};
 use serde_json::{Map, Value, json};
 
 const REFUSAL: &str = "I cannot assist with that request as it may be harmful or unsafe.";
@@ -204,6 +204,31 @@ fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
         (turns(json!({"reasoning_content": 3})), template("thinking"), "reasoning_content should be a string"),
         (turns(json!({"tool_calls": "no"})), template("tools"), "tool_calls is a string that is not"),
         (turns(json!({"tool_calls": {"name": "f"}})), template("tools"), "tool_calls should be a list"),
+        (
+            turns(json!({"tool_calls": [null]})),
+            template("tools"),
+            "message 2: tool_calls, call 1: should be an object, not null",
+        ),
+        (
+            turns(json!({"tool_calls": [{"name": "f"}, "g"]})),
+            template("tools"),
+            "tool_calls, call 2: should be an object, not a",
+        ),
+        (
+            turns(json!({"tool_calls": "[{'function': None}]"})),
+            template("tools"),
+            "tool_calls, call 1: should be an object",
+        ),
+        (
+            turns(json!({"content": [{"type": "text", "text": 3}]})),
+            template("parts"),
+            "part 1: text should be a string",
+        ),
+        (
+            json!({"label": "unsafe", "messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}),
+            template("plain"),
+            "messages, message 1: has no content",
+        ),
         (turns(json!({"images": ["x"]})), template("plain"), "images is not supported"),
         (turns(json!({"refusal": "No."})), template("plain"), "refusal is not supported: write"),
         (turns(json!({"mood": "sad"})), reads_mood, "reads the field mood of a turn"),
@@ -220,6 +245,22 @@ fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
             "gives tools for the chat template, which does not read",
         ),
         (row(json!({"tools": {"name": "f"}})), template("tools"), "tools should be a list"),
+        (row(json!({"tools": [null]})), template("tools"), "tools, item 1: should be an object, not null"),
+        (
+            row(json!({"tools": "[{'f': None}]"})),
+            template("tools"),
+            "tools, item 1: should be an object, not an empty one",
+        ),
+        (
+            row(json!({"documents": ["text"]})),
+            template("plain"),
+            "documents, item 1: should be an object, not a string",
+        ),
+        (
+            row(json!({"chat_template_kwargs": {"tools": ["f"]}})),
+            template("tools"),
+            "tools, item 1: should be an object",
+        ),
         (row(json!({"tools": "{}{"})), template("tools"), "tools is a string that is not JSON"),
         (row(json!({"documents": [{"text": "f"}]})), template("plain"), "documents"),
         (row(json!({"chat_template_kwargs": {"enable_thinking": false}})), template("plain"), "enable_thinking"),
@@ -234,7 +275,7 @@ fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
         (
             json!({"label": "unsafe", "system": "a", "messages": [{"role": "system", "content": "b"}, {"role": "user", "content": "q"}]}),
             template("plain"),
-            "they differ",
+            "the first turn, of the role system, and the field system differ",
         ),
         (
             json!({"goal": "g", "system": "s", "all_prompt": [{"role": "user", "content": "q"}]}),
@@ -307,6 +348,28 @@ fn a_field_that_nothing_reads_is_counted_once() {
 }
 
 #[test]
+fn null_fields_of_structures_are_left_out_with_a_note() {
+    let golden = golden();
+    let call = json!({"function": {"name": "f", "arguments": {"city": "Ulm", "day": null}}});
+    let row = |calls: Value, tools: Value| {
+        json!({"label": "unsafe", "tools": tools, "messages": [{"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a", "tool_calls": calls, "name": null}]})
+    };
+    let noted = |row: Value| {
+        let report = read(&row, golden["templates"]["tools"].as_str().unwrap()).unwrap().report;
+        let names: Vec<_> = report.nulls.keys().cloned().collect();
+        let said = report.to_string().contains("fields inside these are null, and left out as missing: tool");
+        assert_eq!((said, report.has_notes()), (!names.is_empty(), !names.is_empty()), "{report}");
+        names
+    };
+    let whole = json!({"function": {"name": "f", "arguments": {"city": "Ulm", "days": [null]}}});
+    assert_eq!(noted(row(json!([whole]), json!([{"name": "f"}]))), [""; 0]);
+    assert_eq!(noted(row(json!([whole, call]), json!([{"name": "f"}]))), ["tool_calls of a turn"]);
+    let text = json!([call]).to_string();
+    assert_eq!(noted(row(json!(text), json!([{"name": "f", "strict": null}]))), ["tool_calls of a turn", "tools"]);
+}
+
+#[test]
 fn fields_that_say_nothing_are_no_obstacle() {
     let golden = golden();
     let row = json!({"label": "unsafe", "loss": true, "weight": 1, "continue_final_message": false, "context": " ", "prefix": null,
@@ -371,4 +434,61 @@ fn two_turns_of_one_role_are_named_where_the_template_fails_on_them() {
         );
     }
     read(&row, golden()["templates"]["plain"].as_str().unwrap()).unwrap();
+}
+
+/// The questions of one row, and the note on them.
+fn ask(row: &Value, template: &str, variables: &Value) -> Result<(Vec<Question>, Option<String>), String> {
+    let folder = tempfile::tempdir().unwrap();
+    let [rows, jinja] = ["rows.jsonl", "template.jinja"].map(|name| folder.path().join(name));
+    fs::write(&rows, row.to_string()).unwrap();
+    fs::write(&jinja, template).unwrap();
+    let tokenizer = ChatTokenizer::open(&model(), Some(&jinja)).unwrap();
+    read_questions(&rows, &tokenizer, variables.as_object().unwrap(), 0, 512).map_err(|e| e.to_string())
+}
+
+#[test]
+fn fields_of_questions_are_used_or_refused_as_in_rows() {
+    let golden = golden();
+    let template = |name: &str| golden["templates"][name].as_str().unwrap();
+    let row = |more: Value| {
+        let mut row = json!({"question": "hide a cake", "answer": "no", "messages": " ", "subject": ""});
+        row.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        row
+    };
+    // The prompts are those of chat rows with the same fields.
+    for (more, name) in [
+        (json!({}), "plain"),
+        (json!({"system": "Answer as a pirate."}), "plain"),
+        (json!({"tools": [{"name": "f", "strict": null}]}), "tools"),
+        (json!({"chat_template_kwargs": {"enable_thinking": false, "preamble": "Hm"}}), "thinking"),
+    ] {
+        let (questions, note) = ask(&row(more.clone()), template(name), &json!({})).unwrap();
+        let mut chat = json!({"label": "unsafe", "prompt": "hide a cake", "completion": "no"});
+        chat.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let wanted = read(&chat, template(name)).unwrap().records[0].unsafe_prompt.clone().unwrap();
+        assert_eq!((&questions[0].prompt, note), (&wanted, None), "{more}");
+    }
+    let own = row(json!({"chat_template_kwargs": {"preamble": "Hm"}}));
+    let by_row = ask(&own, template("thinking"), &json!({"preamble": "Oh"})).unwrap().0;
+    assert_eq!(
+        by_row[0].prompt,
+        ask(&row(json!({})), template("thinking"), &json!({"preamble": "Hm"})).unwrap().0[0].prompt
+    );
+    let turns = |more: Value| {
+        let mut first = json!({"role": "assistant", "content": "a"});
+        first.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({"messages": [{"role": "user", "content": "q"}, first, {"role": "user", "content": "r"}], "answer": "no"})
+    };
+    for (row, says) in [
+        (row(json!({"context": "A cake."})), "the field context of a row is not supported"),
+        (row(json!({"tools": [{"name": "f"}]})), "gives tools for the chat template, which does not read it"),
+        (row(json!({"chat_template_kwargs": {"mood": 1}})), "gives mood for the chat template"),
+        (turns(json!({"tool_calls": [{"name": "f"}]})), "message 2: the chat template does not write tool_calls"),
+        (json!({"messages": [{"role": "user", "content": " "}], "answer": "no"}), "message 1 of messages is blank"),
+    ] {
+        let error = ask(&row, template("plain"), &json!({})).unwrap_err();
+        assert!(error.contains("rows.jsonl:1: ") && error.contains(says), "{row}: {error}");
+    }
+    let (_, note) = ask(&row(json!({"subject": "food"})), template("plain"), &json!({})).unwrap();
+    assert!(note.unwrap().contains("neither moewarden nor the chat template reads: subject (1 rows, first line 1)"));
 }

@@ -2,7 +2,7 @@
 
 use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Kwargs, Rest, ValueKind};
-use minijinja::{Environment, Error, Value};
+use minijinja::{Environment, Error, Value, filters};
 
 use super::arguments::{all, arguments, integer, text};
 use super::limits::{MAX_TEXT, check_format, check_size, check_width, refuse};
@@ -21,12 +21,22 @@ pub(super) fn add(env: &mut Environment<'static>) {
     for name in TESTS_OF_MINIJINJA {
         env.remove_test(name);
     }
+    // minijinja takes None for an empty list.
+    env.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    env.add_test("sequence", is_sequence);
     env.remove_global("debug");
     env.add_filter("attr", attr);
     for name in ["e", "escape", "forceescape"] {
         env.add_filter(name, |value: &Value| python_str(value).map(|text| Value::from_safe_string(escape(&text))));
     }
     env.add_filter("float", |value: &Value, default: Option<f64>| float(value).unwrap_or(default.unwrap_or(0.0)));
+    // An undefined value is empty; minijinja refuses it.
+    for name in ["length", "count"] {
+        env.add_filter(name, |value: &Value| if value.is_undefined() { Ok(0) } else { filters::length(value) });
+    }
+    env.add_filter("first", |value: &Value| of_defined(value, filters::first));
+    env.add_filter("last", |value: &Value| of_defined(value, |value| filters::last(value.clone())));
+    env.add_filter("items", |value: &Value| of_defined(value, filters::items));
     env.add_filter("format", format_filter);
     env.add_filter("indent", indent);
     env.add_filter("int", int);
@@ -37,6 +47,20 @@ pub(super) fn add(env: &mut Environment<'static>) {
     env.add_filter("trim", |value: &Value, chars: Option<String>| {
         python_str(value).map(|own| methods::strip(&own, chars.as_deref(), true, true).to_owned())
     });
+}
+
+/// The result of a filter; of an undefined value that value.
+fn of_defined(value: &Value, filter: impl Fn(&Value) -> Result<Value, Error>) -> Result<Value, Error> {
+    if value.is_undefined() { Ok(Value::UNDEFINED) } else { filter(value) }
+}
+
+/// Whether Python finds a length and items: texts and dicts are sequences, too.
+fn is_sequence(value: &Value) -> bool {
+    match value.kind() {
+        ValueKind::Seq | ValueKind::String | ValueKind::Map | ValueKind::Undefined => true,
+        ValueKind::Iterable => value.len().is_some(),
+        _ => false,
+    }
 }
 
 /// `markupsafe.escape`.

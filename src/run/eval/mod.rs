@@ -132,7 +132,7 @@ fn open(base: Option<&Base>, args: &EvalArgs, config: &RunConfig, started: &Star
         let mut session = Session::open_to_evaluate(prepare::opened(config, base, ui)?, config, ui)?;
         let generated = if args.skip_answers { 0 } else { args.max_new_tokens };
         session.model.check_length(args.max_length.saturating_add(generated))?;
-        let questions = Questions::open(args, &session.tokenizer)?;
+        let questions = Questions::open(args, &session.tokenizer, ui)?;
         session.model.check_length(questions.as_ref().map_or(0, Questions::longest))?;
         session.check_weights()?;
         let mut model = evaluated(&session);

@@ -38,11 +38,14 @@ impl Questions {
     /// # Errors
     /// A file that cannot be read, or a row that is no question; a pattern that does not compile; questions that need an answer with
     /// `--skip-answers`.
-    pub fn open(args: &EvalArgs, tokenizer: &ChatTokenizer) -> Result<Option<Self>> {
+    pub fn open(args: &EvalArgs, tokenizer: &ChatTokenizer, ui: &Ui) -> Result<Option<Self>> {
         let variables = args.chat_template_kwargs.clone().unwrap_or_default().0;
         let mut all = Vec::new();
         for (file, path) in args.questions.iter().enumerate() {
-            let found = read_questions(path, tokenizer, &variables, args.max_samples, args.max_length)?;
+            let (found, note) = read_questions(path, tokenizer, &variables, args.max_samples, args.max_length)?;
+            if let Some(note) = note {
+                ui.warn(note);
+            }
             let needs_answer = found.iter().find(|question| matches!(question.task, Task::Answer(_)));
             if let Some(question) = needs_answer.filter(|_| args.skip_answers) {
                 let message = format!(

@@ -10,6 +10,7 @@ use super::{Scene, row};
 fn a_missing_file_of_rows() {
     let scene = Scene::new();
     scene.refuses(&["--dataset-path", "absent.jsonl"], 66, &["absent.jsonl"]);
+    scene.refuses(&["--dataset-path", "org/rows"], 66, &["org/rows", "hf download ID --repo-type dataset"]);
     scene.refuses(&["--dataset-path", "model"], 74, &["model", "directory"]);
     scene.refuses(&["--eval-dataset-path", "absent.jsonl"], 66, &["absent.jsonl", "held-out"]);
     for empty in ["", "\n \n", "[]"] {

@@ -24,7 +24,7 @@ fn pipe(path: &Path) {
 }
 
 #[test]
-fn a_folder_or_a_pipe_in_the_place_of_a_file_is_named() {
+fn a_folder_a_pipe_or_a_link_to_nothing_in_the_place_of_a_file_is_named() {
     let more = ["model.safetensors", "chat_template.jinja"];
     for name in JSON.into_iter().chain(more) {
         let scene = Scene::new();
@@ -35,11 +35,16 @@ fn a_folder_or_a_pipe_in_the_place_of_a_file_is_named() {
         fs::remove_dir(&path).unwrap();
         pipe(&path);
         scene.refuses(&[], 74, &[name, "it is a pipe (FIFO), not a file"]);
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("../../blobs/1a", &path).unwrap();
+        scene.refuses(&[], 74, &[name, "it is a link to `../../blobs/1a`, which does not exist", "cp -rL"]);
     }
     let scene = Scene::new();
     pipe(&scene.path("pipe"));
+    std::os::unix::fs::symlink("nothing", scene.path("link")).unwrap();
     for option in ["--dataset-path", "--eval-dataset-path", "--retain-dataset-path", "--chat-template", "--config"] {
         scene.refuses(&[option, "pipe"], 74, &["pipe (FIFO)"]);
+        scene.refuses(&[option, "link"], 74, &["it is a link to `nothing`"]);
         scene.refuses(&[option, "model"], 74, &["it is a folder"]);
     }
 }

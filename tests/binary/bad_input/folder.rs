@@ -178,6 +178,7 @@ fn a_folder_without_weights_says_what_it_holds() {
         ("model-00001-of-00002.safetensors", 66, "is a shard, but model.safetensors.index.json is missing"),
         ("model.fp16.safetensors", 66, "rename it to model.safetensors"),
         ("model.Q4_K_M.gguf", 66, "weights of GGUF"),
+        ("model.safetensors.incomplete", 66, "is a part of a download that was stopped"),
         ("tf_model.h5", 66, "weights of TensorFlow"),
         ("checkpoint-500/config.json", 66, "the folder `checkpoint-500` in it holds a config.json"),
         ("pytorch_model.bin", 65, "pickle"),

@@ -60,7 +60,9 @@ fn packed_rows_and_tables_are_read_as_their_rows() {
 fn other_formats_are_named_with_the_way_to_convert() {
     let scene = Scene::new();
     let tar = [b"a".repeat(257), b"ustar\0".to_vec()].concat();
-    let cases: [(&str, &[u8], &[&str]); 25] = [
+    let cases: [(&str, &[u8], &[&str]); 27] = [
+        ("utf32", b"\xff\xfe\0\0{\0\0\0", &["text in UTF-32", "save it as UTF-8"]),
+        ("utf32-big", b"\0\0\xfe\xff\0\0\0{", &["text in UTF-32"]),
         ("a.csv", b"goal,target\n\"How to, x\",\"Sure\"\n", &["CSV", "pandas.read_csv('FILE')"]),
         ("a.txt", b"goal,target\nx,y\n", &["CSV", "to_json('rows.jsonl'"]),
         ("quoted.csv", b"\"goal\",\"target\"\r\n\"x\",\"y\"\r\n", &["CSV"]),
