@@ -221,11 +221,7 @@ impl Content<'_> {
             }
         });
         let numbers: Option<Vec<f64>> = values.iter().map(|value| value.as_f64()).collect();
-        // Learning rates and weights span orders of magnitude.
-        let logarithmic = numbers.as_ref().is_some_and(|n| {
-            let (low, high) = n.iter().fold((f64::INFINITY, 0.0f64), |(l, h), x| (l.min(*x), h.max(*x)));
-            low > 0.0 && high >= 10.0 * low
-        });
+        let logarithmic = numbers.as_deref().is_some_and(span_a_magnitude);
         let place = |value: &Value| match value.as_f64().filter(|_| numbers.is_some()) {
             Some(number) if logarithmic => number.log10(),
             Some(number) => number,
@@ -363,6 +359,13 @@ fn kind(variant: &VariantReport) -> String {
     variant.method.as_ref().map_or_else(|| variant.ablation.clone(), |method| format!("{method} {}", variant.ablation))
 }
 
+/// Whether the largest number is ten times the smallest, as of learning rates and weights, or more.
+fn span_a_magnitude(numbers: &[f64]) -> bool {
+    let (low, high) = numbers.iter().fold((f64::INFINITY, 0.0f64), |(low, high), x| (low.min(*x), high.max(*x)));
+    // 3e-4 is less than 10 times 3e-5 by the last bit.
+    low > 0.0 && high >= 9.999 * low
+}
+
 /// A value without quotation marks.
 fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
@@ -424,6 +427,12 @@ mod tests {
         let shown = Shown { base: BTreeMap::new(), notes: Vec::new() };
         let content = Content { report: &report, measures: &[], selections: &[], runs: &[], shown };
         content.groups_of("expert-lr").into_iter().map(|(name, group)| (name, group.len())).collect()
+    }
+
+    #[test]
+    fn an_axis_is_logarithmic_from_a_factor_of_ten_on() {
+        assert!(span_a_magnitude(&[3e-5, 1e-4, 3e-4]) && span_a_magnitude(&[0.01, 1.0]));
+        assert!(!span_a_magnitude(&[1.0, 2.0, 9.0]) && !span_a_magnitude(&[0.0, 1.0]) && !span_a_magnitude(&[]));
     }
 
     #[test]
