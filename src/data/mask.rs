@@ -244,6 +244,19 @@ mod tests {
     }
 
     #[test]
+    fn a_generation_prompt_that_nobody_asked_for_carries_no_loss() {
+        let always = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant>";
+        let template = ChatTemplate::new(always, [("bos_token".into(), "<s>".into())]).unwrap();
+        let turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")];
+        for turns in [&turns[..2], &turns[..]] {
+            let messages: Vec<_> = turns.iter().map(|(role, content)| Message::new(*role, *content)).collect();
+            let masked = render_with_mask(&template, &messages, &Map::new()).unwrap();
+            let spans: Vec<_> = masked.spans.iter().map(|span| &masked.text[span.clone()]).collect();
+            assert_eq!(spans, ["a</s>", "b</s>"][..turns.len() / 2], "{}", masked.text);
+        }
+    }
+
+    #[test]
     fn what_follows_the_last_turn_belongs_to_none_of_the_others() {
         let turns = [("user", "q", None), ("assistant", "a", None), ("user", "r", None), ("assistant", "b", None)];
         let ends = PLAIN.replace(

@@ -99,7 +99,7 @@ impl<'a> Conversation<'a> {
         let after =
             if last { self.text.to_owned() } else { self.render(&self.messages[..turn], false).map_err(of_turn)? };
         if after.starts_with(&before) && self.text.starts_with(&after) {
-            return Ok(before.len()..after.len());
+            return Ok(before.len()..if last { self.end_of_last(&before) } else { after.len() });
         }
         if last {
             // The template may write the assistant turn before it otherwise at the end of a prompt.
@@ -117,13 +117,28 @@ impl<'a> Conversation<'a> {
         Ok(start.ok_or(MaskError::Prefix { turn, when: PROMPTED })?..end)
     }
 
-    /// A rendering without what the template writes after the last turn, in place of a generation prompt, such as `eos_token` in
-    /// Phi-3's: all that it writes for no turns at all, but for `bos_token`.
-    fn without_end<'t>(&self, after: &'t str) -> Option<&'t str> {
+    /// What the template writes after the last turn, in place of a generation prompt, such as `eos_token` in Phi-3's: all that it
+    /// writes for no turns at all, but for `bos_token`. `None`: nothing.
+    fn end(&self) -> Option<String> {
         let mut variables = self.variables.clone();
         variables.insert("bos_token".into(), Value::from(""));
         let end = self.template.render_with(&[], &variables, false).ok()?.text;
-        after.strip_suffix(&*end).filter(|body| !end.is_empty() && self.text.starts_with(body))
+        Some(end).filter(|end| !end.is_empty())
+    }
+
+    /// A rendering without that end.
+    fn without_end<'t>(&self, after: &'t str) -> Option<&'t str> {
+        after.strip_suffix(&*self.end()?).filter(|body| self.text.starts_with(body))
+    }
+
+    /// Where the last turn ends: at the end of the text, but before a generation prompt that the template writes unasked, as the first
+    /// one of Llama 3 did. `before`: the prompt of the turn.
+    fn end_of_last(&self, before: &str) -> usize {
+        let whole = self.text.len();
+        let Some(end) = self.end().filter(|end| before.ends_with(&**end) && self.text.ends_with(&**end)) else {
+            return whole;
+        };
+        Some(whole - end.len()).filter(|end| *end >= before.len()).unwrap_or(whole)
     }
 
     /// Where a turn that others follow begins. The generation prompt may go on with what the template writes only for the

@@ -160,8 +160,13 @@ fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
 }
 
 fn object(row: &Row) -> Result<Value, String> {
-    let columns = row.get_column_iter().map(|(name, field)| Ok((name.clone(), value(name, field)?)));
-    Ok(Value::Object(columns.collect::<Result<Map<_, _>, String>>()?))
+    let mut columns = Map::new();
+    for (name, field) in row.get_column_iter() {
+        if columns.insert(name.clone(), value(name, field)?).is_some() {
+            return Err(format!("the column {} is there twice: rename or remove one of them", quote(name)));
+        }
+    }
+    Ok(Value::Object(columns))
 }
 
 fn value(name: &str, field: &Field) -> Result<Value, String> {
@@ -234,5 +239,34 @@ mod tests {
         assert_eq!(gzip(&[two.as_slice(), &[0; 700]].concat()).unwrap(), b"{}\n[]");
         assert!(gzip(&[two.as_slice(), b"rest"].concat()).is_err());
         assert!(gzip(&two[..two.len() - 3]).unwrap_err().contains("cut off"));
+    }
+
+    #[test]
+    fn a_table_with_two_columns_of_a_name_is_refused() {
+        use parquet::data_type::Int32Type;
+        use parquet::file::writer::SerializedFileWriter;
+        use parquet::schema::parser::parse_message_type;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let read = |second: &str| {
+            let schema = format!("message table {{ required int32 label; required int32 {second}; }}");
+            let schema = parse_message_type(&schema).unwrap().into();
+            let mut writer =
+                SerializedFileWriter::new(std::fs::File::create(file.path()).unwrap(), schema, <_>::default()).unwrap();
+            let mut group = writer.next_row_group().unwrap();
+            for value in [1, 2] {
+                let mut column = group.next_column().unwrap().unwrap();
+                column.typed::<Int32Type>().write_batch(&[value], None, None).unwrap();
+                column.close().unwrap();
+            }
+            group.close().unwrap();
+            writer.close().unwrap();
+            table(file.path()).map_err(|error| match error {
+                RowsError::Format(what) => what,
+                RowsError::Io(error) => error.to_string(),
+            })
+        };
+        assert_eq!(read("other").unwrap(), b"{\"label\":1,\"other\":2}\n");
+        let error = read("label").unwrap_err();
+        assert!(error.contains("row 1: the column \"label\" is there twice"), "{error}");
     }
 }

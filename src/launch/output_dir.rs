@@ -47,7 +47,39 @@ pub fn prepare_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
 /// # Errors
 /// As [`prepare_output_dir`].
 pub fn check_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
-    inspect(&config.output_dir, Existing::of(config.overwrite, config.resume), &config.inputs(), Place::Top).map(drop)
+    let dir = &config.output_dir;
+    inspect(dir, Existing::of(config.overwrite, config.resume), &config.inputs(), Place::Top)?;
+    if config.resume { check_resumable(dir, &config.inputs()) } else { Ok(()) }
+}
+
+/// Without a checkpoint, `--resume` starts from the beginning, in a new folder or that of a run that was interrupted early. Refuses a
+/// folder in which this would replace what is no such run's: a finished model, or files of others in the folders of models.
+fn check_resumable(dir: &Path, inputs: &[&Path]) -> Result<(), LaunchError> {
+    if !dir.is_dir() || entries(&dir.join("checkpoints")).is_ok_and(|found| !found.is_empty()) {
+        return Ok(());
+    }
+    let whole = fs::canonicalize(dir).map_err(failed("read", dir))?;
+    let held = if inputs.iter().any(|input| fs::canonicalize(input).is_ok_and(|input| input == whole)) {
+        Some("the model that is to be trained".to_owned())
+    } else {
+        let mut rounds = Outputs::default();
+        for entry in entries(dir)? {
+            let kind = entry.file_type().map_err(failed("read", &entry.path()))?;
+            let name = entry.file_name();
+            if name.to_str().is_some_and(|name| is_output(name, Place::Top, kind) == Some(Place::Model)) {
+                rounds.collect(&entry.path(), Place::Model)?;
+            }
+        }
+        let finished = Some(dir.join("final_model")).filter(|path| path.exists());
+        let held = finished.or(rounds.foreign);
+        held.map(|path| path.strip_prefix(dir).unwrap_or(&path).display().to_string())
+    };
+    let Some(held) = held else { return Ok(()) };
+    let message = format!(
+        "holds {held}, but no checkpoint that --resume could continue, and a run from the beginning would replace it: give another \
+         --output-dir, or --overwrite to delete an earlier run's outputs"
+    );
+    Err(LaunchError::OutputDir { path: dir.to_owned(), message })
 }
 
 /// Checks whether a model can be written to the folder `dir`, without changing anything. The folder must be absent or

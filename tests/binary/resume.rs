@@ -397,6 +397,18 @@ fn without_a_checkpoint_resume_starts_from_the_beginning() {
     job.run(&new, Threads(1), "--resume").ok();
     job.run(&plain, Threads(1), "").ok();
     Outputs::read(&new).assert_same(&Outputs::read(&plain), "resumed from nothing");
+
+    // What is no interrupted run is not replaced: a finished model, or files of others.
+    fs::remove_dir_all(new.join("checkpoints")).unwrap();
+    let foreign = dir.path().join("foreign");
+    fs::create_dir_all(foreign.join("round_1")).unwrap();
+    fs::write(foreign.join("round_1/mine.txt"), "mine").unwrap();
+    for (folder, held) in [(&new, "final_model"), (&foreign, "round_1/mine.txt")] {
+        let said = format!("holds {held}, but no checkpoint");
+        job.run(folder, Threads(1), "--resume").failed(exit::CANNOT_CREATE, &[&said]);
+    }
+    Outputs::read(&new).assert_same(&Outputs::read(&plain), "refused");
+    assert_eq!(fs::read_to_string(foreign.join("round_1/mine.txt")).unwrap(), "mine");
 }
 
 // --- signals -----------------------------------------------------------------------------------------------------------

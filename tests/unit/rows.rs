@@ -311,6 +311,19 @@ fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
         (row(json!({"chosen": "a", "rejected": "b"})), template("plain"), "chosen of a row"),
         (row(json!({"loss": false})), template("plain"), "loss of a row"),
         (row(json!({"loss_mask": [0, 1]})), template("plain"), "loss_mask of a row"),
+        (row(json!({"sample_weights": [1]})), template("plain"), "sample_weights is not supported"),
+        (
+            safe(
+                json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train_on_turn": false}]),
+            ),
+            template("plain"),
+            "message 2: train_on_turn is not supported: write loss: true or false",
+        ),
+        (
+            safe(json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "is_masked": true}])),
+            template("plain"),
+            "message 2: is_masked is not supported",
+        ),
         (safe(obliging.clone()), template("plain"), "goes on after the last assistant turn and ends with a user turn"),
         (
             json!({"label": "unsafe", "messages": [{"role": "user", "content": "q"}], "response": "R"}),

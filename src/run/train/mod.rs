@@ -200,6 +200,9 @@ impl<'a> RankInputs<'a> {
             )?,
             false => None,
         };
+        if config.resume && snapshot.is_none() {
+            ui.line("no checkpoint: starting from the beginning");
+        }
         // With the base model's weights, before those of a checkpoint replace them.
         let retention = retention::open(session, config, recipe, &replica, ui)?;
         let (before, mut outputs) = match &snapshot {
