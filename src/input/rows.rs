@@ -267,6 +267,6 @@ mod tests {
         };
         assert_eq!(read("other").unwrap(), b"{\"label\":1,\"other\":2}\n");
         let error = read("label").unwrap_err();
-        assert!(error.contains("row 1: the column \"label\" is there twice"), "{error}");
+        assert!(error.contains("row 1: the column `label` is there twice"), "{error}");
     }
 }
