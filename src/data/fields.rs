@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::message::{Form, Message, SYSTEM_OF_GOAL};
 use super::python_literal;
 use super::template::{ChatTemplate, Reads, TemplateError};
-use super::turns::WRITTEN;
+use super::turns::{OF_THE_LOSS, WRITTEN, has_word};
 use super::values::kind_of;
 use super::values::{Result, check_objects, filled, is_empty, name_of, text, without_nulls};
 
@@ -206,15 +206,6 @@ fn structure(row: &Map<String, Value>, name: &str, nulls: &mut BTreeSet<String>)
     Ok(Some(cleaned).filter(|value| !is_empty(value)))
 }
 
-/// Words in names of fields that decide which tokens carry loss, in spellings that no list has: `is_masked`, `sample_weights`.
-const OF_THE_LOSS: [&str; 7] = ["loss", "losses", "mask", "masks", "masked", "weight", "weights"];
-/// The same in a turn; the fields of a row may name the split that it belongs to.
-const OF_TRAINING: [&str; 4] = ["train", "trained", "training", "trainable"];
-
-fn has_word(name: &str, words: &[&str]) -> bool {
-    name.to_ascii_lowercase().split(|c: char| !c.is_ascii_alphanumeric()).any(|word| words.contains(&word))
-}
-
 /// Names of a row's fields that hold something and are not `used` by its kind.
 pub(super) fn unused(row: &Map<String, Value>, used: &[&str]) -> Vec<String> {
     let refused = |name: &str| REFUSED.iter().any(|(other, _)| *other == name);
@@ -271,13 +262,6 @@ pub(super) fn check_turns(turns: &[Message], reads: &[Reads], template: &ChatTem
             unread.push(format!("{name} of a turn"));
         }
         for name in &turn.unknown {
-            if has_word(name, &OF_THE_LOSS) || has_word(name, &OF_TRAINING) {
-                return Err(format!(
-                    "message {}: {} is not supported: write loss: true or false, or remove the field",
-                    i + 1,
-                    name_of(name)
-                ));
-            }
             if reads.has(name) {
                 return Err(format!(
                     "message {}: the chat template reads the field {} of a turn, which moewarden does not know: rename or remove it, \

@@ -68,6 +68,8 @@ pub(super) struct Conversation<'a> {
     text: &'a str,
     /// See [`Self::unused_character`].
     unused: OnceCell<Option<char>>,
+    /// See [`Self::end`].
+    end: OnceCell<Option<String>>,
 }
 
 impl<'a> Conversation<'a> {
@@ -78,7 +80,7 @@ impl<'a> Conversation<'a> {
         variables: &'a Map<String, Value>,
         text: &'a str,
     ) -> Self {
-        Self { template, messages, variables, text, unused: OnceCell::new() }
+        Self { template, messages, variables, text, unused: OnceCell::new(), end: OnceCell::new() }
     }
 
     /// The assistant turns and their indices.
@@ -119,23 +121,26 @@ impl<'a> Conversation<'a> {
 
     /// What the template writes after the last turn, in place of a generation prompt, such as `eos_token` in Phi-3's: all that it
     /// writes for no turns at all, but for `bos_token`. `None`: nothing.
-    fn end(&self) -> Option<String> {
-        let mut variables = self.variables.clone();
-        variables.insert("bos_token".into(), Value::from(""));
-        let end = self.template.render_with(&[], &variables, false).ok()?.text;
-        Some(end).filter(|end| !end.is_empty())
+    fn end(&self) -> Option<&str> {
+        let render = || {
+            let mut variables = self.variables.clone();
+            variables.insert("bos_token".into(), Value::from(""));
+            let end = self.template.render_with(&[], &variables, false).ok()?.text;
+            Some(end).filter(|end| !end.is_empty())
+        };
+        self.end.get_or_init(render).as_deref()
     }
 
     /// A rendering without that end.
     fn without_end<'t>(&self, after: &'t str) -> Option<&'t str> {
-        after.strip_suffix(&*self.end()?).filter(|body| self.text.starts_with(body))
+        after.strip_suffix(self.end()?).filter(|body| self.text.starts_with(body))
     }
 
     /// Where the last turn ends: at the end of the text, but before a generation prompt that the template writes unasked, as the first
     /// one of Llama 3 did. `before`: the prompt of the turn.
     fn end_of_last(&self, before: &str) -> usize {
         let whole = self.text.len();
-        let Some(end) = self.end().filter(|end| before.ends_with(&**end) && self.text.ends_with(&**end)) else {
+        let Some(end) = self.end().filter(|end| before.ends_with(end) && self.text.ends_with(end)) else {
             return whole;
         };
         Some(whole - end.len()).filter(|end| *end >= before.len()).unwrap_or(whole)

@@ -16,7 +16,7 @@ pub(super) const WRITTEN: [&str; 5] = ["reasoning_content", "reasoning", "thinki
 const LOSS: [&str; 3] = ["loss", "train", "training"];
 /// Fields of a turn that hold what no text model can be given, text in a place where no template looks for it, or other
 /// spellings of what decides the loss.
-const REFUSED: [(&str, &str); 18] = [
+const REFUSED: [(&str, &str); 12] = [
     ("images", "only text is supported"),
     ("image", "only text is supported"),
     ("audios", "only text is supported"),
@@ -25,17 +25,21 @@ const REFUSED: [(&str, &str); 18] = [
     ("video", "only text is supported"),
     ("refusal", "write the refusal as the turn's content"),
     ("loss_weight", "write weight: 0 or 1, or loss: true or false"),
-    ("loss_mask", "write loss: true or false"),
-    ("step_loss_mask", "write loss: true or false"),
-    ("loss_scale", "write loss: true or false"),
-    ("mask", "write loss: true or false"),
     ("train_detail", "write loss: true or false; a part of a turn cannot be left out"),
     ("reasoning_details", "write the text as reasoning_content"),
     ("thinking_blocks", "write the text as reasoning_content"),
     ("thoughts", "write the text as reasoning_content"),
-    ("trainable", "write loss: true or false"),
-    ("train_on", "write loss: true or false"),
 ];
+
+/// Words in names of fields that decide which tokens carry loss, however they are spelled: `loss_mask`, `is_masked`, `sample_weights`.
+pub(super) const OF_THE_LOSS: [&str; 7] = ["loss", "losses", "mask", "masks", "masked", "weight", "weights"];
+/// The same in a turn, such as `train_on_turn`; the fields of a row may name the split that it belongs to.
+const OF_TRAINING: [&str; 4] = ["train", "trained", "training", "trainable"];
+
+/// Whether one of the words of a name is in a list.
+pub(super) fn has_word(name: &str, words: &[&str]) -> bool {
+    name.to_ascii_lowercase().split(|c: char| !c.is_ascii_alphanumeric()).any(|word| words.contains(&word))
+}
 
 /// One turn of `role` from a string, or a list of turns.
 pub(super) fn text_or_messages(value: &Value, name: &str, role: &str) -> Result<Vec<Message>> {
@@ -132,7 +136,12 @@ fn message(value: &Value, last: bool) -> Result<Message> {
         own.contains(&name) || LOSS.contains(&name) || WRITTEN.contains(&name) || NAMES.contains(&name)
     };
     turn.unknown = map.keys().filter(|name| filled(map, name).is_some() && !known(name)).cloned().collect();
-    Ok(turn)
+    match turn.unknown.iter().find(|name| has_word(name, &OF_THE_LOSS) || has_word(name, &OF_TRAINING)) {
+        Some(name) => {
+            Err(format!("{} is not supported: write loss: true or false, or remove the field", name_of(name)))
+        }
+        None => Ok(turn),
+    }
 }
 
 /// The content of a turn: the form in which it is given, and its text.
