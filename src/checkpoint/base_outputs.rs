@@ -20,6 +20,18 @@ use crate::model::{Shard, write_header};
 use crate::train::{BaseOutputs, BaseRow, Replica, RetainRows, compute_base};
 
 const FILE: &str = "base.safetensors";
+/// Hexadecimal digits of a key in the name of its folder.
+const KEY_DIGITS: usize = 32;
+
+/// Whether a folder of this name in the cache holds the outputs of one base model.
+pub fn is_base_cache_folder(name: &str) -> bool {
+    name.len() == KEY_DIGITS && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// Whether such a folder has a file of this name.
+pub fn is_base_cache_file(name: &str) -> bool {
+    [FILE, Manifest::FILE].contains(&name)
+}
 
 /// Where the outputs of one base model on one set of rows are kept.
 pub struct BaseCache {
@@ -31,7 +43,7 @@ pub struct BaseCache {
 
 impl BaseCache {
     fn target(&self) -> PathBuf {
-        self.folder.join(&self.key.to_hex()[..32])
+        self.folder.join(&self.key.to_hex()[..KEY_DIGITS])
     }
 
     /// The outputs: read from the cache, or else computed with the weights of `replica`, which must be the base model's. All

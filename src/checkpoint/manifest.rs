@@ -12,7 +12,6 @@ use crate::input;
 
 /// Value of the key `schema`.
 const SCHEMA: &str = "moewarden.manifest/1";
-const NAME: &str = "manifest.json";
 
 /// The content of `manifest.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +44,9 @@ impl ManifestEntry {
 }
 
 impl Manifest {
+    /// The name of the file.
+    pub const FILE: &'static str = "manifest.json";
+
     /// The manifest of files by name.
     pub fn new(files: BTreeMap<String, ManifestEntry>) -> Self {
         Self { schema: SCHEMA.into(), files }
@@ -60,7 +62,7 @@ impl Manifest {
     /// # Errors
     /// A write that fails.
     pub fn write(&self, folder: &Path) -> Result<(), Error> {
-        Ok(files::write(folder.join(NAME), self.to_json())?)
+        Ok(files::write(folder.join(Manifest::FILE), self.to_json())?)
     }
 
     /// Checks that the folder holds exactly the files of its manifest, with their sizes and hashes.
@@ -68,16 +70,16 @@ impl Manifest {
     /// # Errors
     /// [`Error::Damaged`] with the file and the difference; a file that cannot be read.
     pub fn verify(folder: &Path) -> Result<(), Error> {
-        let path = folder.join(NAME);
+        let path = folder.join(Manifest::FILE);
         let damaged = |name: &str, message: String| Err(Error::Damaged { file: folder.join(name), message });
         let text = fs::read(&path).map_err(Error::read(&path))?;
         let manifest: Self = match serde_json::from_slice(&text) {
             Ok(manifest) => manifest,
-            Err(e) => return damaged(NAME, format!("it is damaged: {e}")),
+            Err(e) => return damaged(Manifest::FILE, format!("it is damaged: {e}")),
         };
         // Compare the bytes, so that a changed bit of white space is detected too.
         if manifest.schema != SCHEMA || manifest.to_json() != text {
-            return damaged(NAME, "it is damaged, or from another version of moewarden".into());
+            return damaged(Manifest::FILE, "it is damaged, or from another version of moewarden".into());
         }
         for (name, entry) in &manifest.files {
             let path = folder.join(name);
@@ -94,7 +96,7 @@ impl Manifest {
         }
         for file in fs::read_dir(folder).map_err(Error::read(folder))? {
             let name = file.map_err(Error::read(folder))?.file_name().to_string_lossy().into_owned();
-            if name != NAME && !manifest.files.contains_key(&name) {
+            if name != Manifest::FILE && !manifest.files.contains_key(&name) {
                 return damaged(&name, "it is not in the manifest".into());
             }
         }
@@ -121,7 +123,7 @@ mod tests {
     fn every_flipped_bit_of_every_file_is_detected() {
         let dir = folder();
         Manifest::verify(dir.path()).unwrap();
-        for name in ["a.bin", "b.bin", "c.json", NAME] {
+        for name in ["a.bin", "b.bin", "c.json", Manifest::FILE] {
             let path = dir.path().join(name);
             let good = fs::read(&path).unwrap();
             for bit in 0..8 * good.len() {

@@ -13,10 +13,13 @@ mod optimizer_state;
 mod snapshot;
 
 pub use atomic_dir::{AtomicDir, partial_path, remove, remove_temporaries, target_of_temporary};
-pub use base_outputs::BaseCache;
+pub use base_outputs::{BaseCache, is_base_cache_file, is_base_cache_folder};
 pub use delta::{DELTA_SCHEMA, apply_delta, apply_delta_replacing, load_delta, save_delta};
 pub use error::Error;
 pub use export::{check_copied, export, export_replacing, is_export, is_model_file, is_model_folder};
 pub use manifest::{Manifest, ManifestEntry};
 pub use optimizer_state::{read_optimizer, write_optimizer};
-pub use snapshot::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State};
+pub use snapshot::{
+    Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State, is_snapshot_file, is_snapshot_folder,
+    newest_position,
+};

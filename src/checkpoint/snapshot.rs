@@ -5,6 +5,7 @@
 //! | file | written by | content |
 //! |---|---|---|
 //! | `state.json` | rank 0 | options, position, results so far |
+//! | `metrics.jsonl` | rank 0 | the log so far |
 //! | `weights.safetensors` | rank 0 | the weights that changed, as a delta |
 //! | `optimizer-R-of-N.safetensors` | each rank | in a training phase: its shard of master weights and moments |
 //! | `prepared.bin` | rank 0 | what a training phase computed before its first step: the fixed target of the routers |
@@ -16,7 +17,7 @@
 //! a resumed run equals an uninterrupted one, bit for bit with the same world size; with another world size it takes the same
 //! steps over the same rows, and differs by the rounding of sums.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -42,7 +43,36 @@ use crate::train::{Measured, Phase, PhaseProgress, Replica, Scan, check_replicas
 const SCHEMA: &str = "moewarden.checkpoint/2";
 const WEIGHTS: &str = "weights.safetensors";
 const STATE: &str = "state.json";
+const METRICS: &str = "metrics.jsonl";
 const PREPARED: &str = "prepared.bin";
+
+/// Whether a folder of this name among the checkpoints is one.
+pub fn is_snapshot_folder(name: &str) -> bool {
+    Position::of_folder(name).is_some()
+}
+
+/// The position of the newest checkpoint in a folder of them; `None` without any. It may be damaged.
+pub fn newest_position(folder: &Path) -> Option<Position> {
+    positions(folder).map(|(position, _)| position).max()
+}
+
+/// The checkpoints in a folder, in no order.
+fn positions(folder: &Path) -> impl Iterator<Item = (Position, PathBuf)> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|entry| Some((Position::of_folder(entry.file_name().to_str()?)?, entry.path())))
+}
+
+/// Whether a checkpoint has a file of this name.
+pub fn is_snapshot_file(name: &str) -> bool {
+    let of_ranks = |start: &str, end: &str| {
+        let middle = name.strip_prefix(start).and_then(|rest| rest.strip_suffix(end));
+        let numbers = middle.and_then(|middle| middle.split_once("-of-"));
+        numbers.is_some_and(|(rank, ranks)| rank.parse::<usize>().is_ok() && ranks.parse::<usize>().is_ok())
+    };
+    [STATE, METRICS, WEIGHTS, PREPARED, Manifest::FILE].contains(&name)
+        || of_ranks("optimizer-", ".safetensors")
+        || of_ranks("identify-", ".json")
+}
 
 /// A position in a run: the phase and the step that come next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -88,6 +118,9 @@ pub struct State<O> {
     config: String,
     /// blake3 of the other inputs that decide results: the base model and the data.
     inputs: String,
+    /// blake3 of each of them, by name; empty in checkpoints of earlier versions.
+    #[serde(default)]
+    named_inputs: BTreeMap<String, String>,
     /// World size of the run that wrote it.
     world_size: usize,
     /// The number format of products; empty in checkpoints of earlier versions, which have [`Self::activation_size`] instead.
@@ -145,6 +178,8 @@ pub struct Identity<'a> {
     pub comparable: fn(&str) -> String,
     /// blake3 of the other inputs that decide results. Computed on first use: it reads the whole model.
     pub inputs: Box<dyn Fn() -> Result<blake3::Hash> + Send + Sync + 'a>,
+    /// The hash of each of them, by names for messages.
+    pub named_inputs: Box<dyn Fn() -> Result<BTreeMap<String, String>> + Send + Sync + 'a>,
     /// [`Self::inputs`] as earlier versions computed it.
     pub earlier_inputs: Box<dyn Fn() -> Result<blake3::Hash> + Send + Sync + 'a>,
     /// The model's folder, which errors name.
@@ -175,7 +210,7 @@ pub struct Snapshot<O> {
 impl SnapshotStore<'_> {
     /// Saves a run at `position` and removes all but the newest checkpoints. First the ranks verify that they hold the same
     /// weights; with random weights nothing is written. All ranks take part; rank 0 calls `outputs`, which syncs the
-    /// outputs and returns what is needed to continue them.
+    /// outputs and returns what is needed to continue them, and the log so far.
     ///
     /// # Errors
     /// A failed write; ranks that differ.
@@ -184,7 +219,7 @@ impl SnapshotStore<'_> {
         replica: &Replica<B>,
         position: Position,
         phase: &PhaseSnapshot<'_, B>,
-        outputs: impl FnOnce() -> Result<O>,
+        outputs: impl FnOnce() -> Result<(O, Vec<u8>)>,
         before: Measured,
     ) -> Result<()> {
         let world = replica.world.clone();
@@ -194,7 +229,7 @@ impl SnapshotStore<'_> {
         world.set_activity(&format!("saving {}", position.folder()));
         replica.visit_unchanged(Point::Save)?;
         let target = self.folder.join(position.folder());
-        let begin = || -> Result<Option<(AtomicDir, O)>> {
+        let begin = || -> Result<Option<(AtomicDir, (O, Vec<u8>))>> {
             if !leads {
                 return Ok(None);
             }
@@ -210,11 +245,12 @@ impl SnapshotStore<'_> {
         replica.visit_unchanged(Point::Save)?;
         let entries = serde_json::to_vec(&all_ok(&*world, own)?).expect("names and numbers");
         let all = world.all_gather(&entries)?;
-        let finish = |(aside, outputs): (AtomicDir, O)| -> Result<()> {
+        let finish = |(aside, (outputs, metrics)): (AtomicDir, (O, Vec<u8>))| -> Result<()> {
             let state = State {
                 schema: SCHEMA.into(),
                 config: self.identity.options.clone(),
                 inputs: (self.identity.inputs)()?.to_string(),
+                named_inputs: (self.identity.named_inputs)()?,
                 world_size: world.world_size(),
                 precision: precision(replica),
                 activation_size: 0,
@@ -229,8 +265,12 @@ impl SnapshotStore<'_> {
             };
             let mut json = serde_json::to_vec_pretty(&state).expect("a state has string keys");
             json.push(b'\n');
-            files::write(aside.path().join(STATE), json)?;
-            let mut files = BTreeMap::from([(STATE.to_owned(), ManifestEntry::of(&aside.path().join(STATE))?)]);
+            let mut files = BTreeMap::new();
+            for (name, bytes) in [(STATE, json), (METRICS, metrics)] {
+                let path = aside.path().join(name);
+                files::write(&path, bytes)?;
+                files.insert(name.to_owned(), ManifestEntry::of(&path)?);
+            }
             for entries in &all {
                 files
                     .extend(serde_json::from_slice::<BTreeMap<String, ManifestEntry>>(entries).expect("written above"));
@@ -292,10 +332,7 @@ impl SnapshotStore<'_> {
 
     /// All checkpoints, oldest first.
     fn list(&self) -> Vec<(Position, PathBuf)> {
-        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
-        let mut found: Vec<_> = entries
-            .filter_map(|entry| Some((Position::of_folder(entry.file_name().to_str()?)?, entry.path())))
-            .collect();
+        let mut found: Vec<_> = positions(&self.folder).collect();
         found.sort();
         found
     }
@@ -393,14 +430,19 @@ impl SnapshotStore<'_> {
         }
         let has = |inputs: blake3::Hash| state.inputs == inputs.to_string();
         if !has((self.identity.inputs)()?) && !has((self.identity.earlier_inputs)()?) {
-            return Err(Failure::new(
-                exit::CONFIG,
-                format!(
-                    "the model {} or the data have changed since the checkpoint was made: put back what was there, or \
-                     start again with --overwrite",
-                    self.identity.model.display()
-                ),
-            ));
+            let (theirs, ours) = (&state.named_inputs, (self.identity.named_inputs)()?);
+            let names: BTreeSet<_> = theirs.keys().chain(ours.keys()).map(String::as_str).collect();
+            let changed: Vec<_> = names.into_iter().filter(|name| theirs.get(*name) != ours.get(*name)).collect();
+            let changed = match theirs.is_empty() {
+                true => "the model or the data".into(),
+                false => changed.join(", "),
+            };
+            let message = format!(
+                "other inputs than when the checkpoint was made: {changed} (the model is {}). Put back what was there, or start again with \
+                 --overwrite",
+                self.identity.model.display()
+            );
+            return Err(Failure::new(exit::CONFIG, message));
         }
         Ok(())
     }
@@ -410,6 +452,14 @@ impl<O> Snapshot<O> {
     /// The checkpoint's folder.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// The log so far; `None` in checkpoints of earlier versions.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn metrics(&self) -> Result<Option<Vec<u8>>> {
+        read_if_exists(&self.folder.join(METRICS))
     }
 
     /// Whether the state agrees with itself and with the files beside it: sizes are held against the files before anything is
@@ -497,13 +547,16 @@ impl<O> Snapshot<O> {
         let files: Vec<_> = (0..writers).map(|rank| self.folder.join(optimizer_name(rank, writers))).collect();
         let (rank, world_size) = (replica.world.rank(), replica.world.world_size());
         let states = read_optimizer(&replica.model().table, &files, rank, world_size)?;
-        let path = self.folder.join(PREPARED);
-        let prepared = match fs::read(&path) {
-            Ok(bytes) => Some(bytes),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-            Err(e) => return Err(Failure::new(exit::IO, format!("{}: {e}", path.display()))),
-        };
+        let prepared = read_if_exists(&self.folder.join(PREPARED))?;
         Ok(Some(TrainingSnapshot { progress: progress.clone(), optimizer: states, prepared }))
+    }
+}
+
+fn read_if_exists(path: &Path) -> Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Failure::new(exit::IO, format!("{}: {e}", path.display()))),
     }
 }
 

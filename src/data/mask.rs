@@ -276,6 +276,34 @@ mod tests {
         assert_eq!(mask(&other, &turns).unwrap_err(), MaskError::Prefix { turn: 2, when: FOLLOWED });
     }
 
+    #[test]
+    fn a_greeting_is_found_where_the_template_reads_the_first_turn() {
+        let turns = [("assistant", "hello", None), ("user", "q", None), ("assistant", "a", None)];
+        let system = "{% if messages[0].role != 'system' %}<system>help</s>\n{% endif %}";
+        let think = "<assistant>\n<think></think>{% endif %}";
+        for (template, last) in [
+            (PLAIN.to_owned(), "a</s>\n"),
+            (format!("{system}{PLAIN}"), "a</s>\n"),
+            (format!("{}{PLAIN}", system.replace("messages[0].role", "(messages | first).role")), "a</s>\n"),
+            // Of no turns it renders another text.
+            (format!("{{% if messages %}}{system}{{% endif %}}{PLAIN}"), "a</s>\n"),
+            // Written into the last turn only, and into the generation prompt.
+            (
+                format!("{system}{}", LAST.replace("<assistant>{% endif %}", think).replace("}}>{%", "}}>\n{%")),
+                "a</s>\n",
+            ),
+        ] {
+            let want = ["hello</s>\n".to_owned(), last.to_owned()];
+            assert_eq!(mask(&template, &turns).unwrap(), want, "{template}");
+        }
+        // Thoughts before the content, and another header than the generation prompt.
+        for (from, to) in [("{{ m.content }}", "<think>{{ m.content }}"), ("<{{ m.role }}>", "<{{ m.role | upper }}>")]
+        {
+            let template = format!("{system}{}", PLAIN.replace(from, to));
+            assert_eq!(mask(&template, &turns[..2]).unwrap_err().to_string().split(':').next(), Some("message 1"));
+        }
+    }
+
     /// Writes thoughts, or an empty think block, only into turns after the last request.
     const LAST_THOUGHTS: &str = "{% set ns = namespace(request=0) %}{% for m in messages %}{% if m.role == 'user' %}\
                                  {% set ns.request = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<{{ m.role }}>\

@@ -97,11 +97,20 @@ impl<'a> Conversation<'a> {
         let turn = i + 1;
         let of_turn = |source| MaskError::Turn { turn, source };
         let last = turn == self.messages.len();
-        let before = self.render(&self.messages[..i], true).map_err(of_turn)?;
+        let before = match self.render(&self.messages[..i], true) {
+            Err(source) if i == 0 && !last => return self.greeting().ok_or(MaskError::Turn { turn, source }),
+            rendered => rendered.map_err(of_turn)?,
+        };
         let after =
             if last { self.text.to_owned() } else { self.render(&self.messages[..turn], false).map_err(of_turn)? };
         if after.starts_with(&before) && self.text.starts_with(&after) {
             return Ok(before.len()..if last { self.end_of_last(&before) } else { after.len() });
+        }
+        if i == 0
+            && !last
+            && let Some(span) = self.greeting()
+        {
+            return Ok(span);
         }
         if last {
             // The template may write the assistant turn before it otherwise at the end of a prompt.
@@ -157,6 +166,22 @@ impl<'a> Conversation<'a> {
         let (_, content) = self.marked(i, with_content(&self.messages[i], mark.to_string()), mark)?;
         let header = self.text.get(header_start..content)?;
         (!header.is_empty() && generation_prompt.starts_with(header)).then_some(content)
+    }
+
+    /// The span of an assistant turn that begins the conversation. Of no turns at all some templates render nothing, as they read
+    /// `messages[0]`, or another text than before this turn, such as no system prompt of their own. The turn begins with its
+    /// content, before which the generation prompt has to stand, or its beginning with the whole first line.
+    fn greeting(&self) -> Option<Range<usize>> {
+        let prompted = self.render(self.messages, true).ok()?;
+        let generation_prompt = prompted.strip_prefix(self.text)?;
+        let first_line = generation_prompt.split_inclusive('\n').next()?;
+        let mark = self.unused_character()?;
+        let (_, content) = self.marked(0, with_content(&self.messages[0], mark.to_string()), mark)?;
+        let mut beginnings = (first_line.len()..=generation_prompt.len()).filter_map(|n| generation_prompt.get(..n));
+        let header = self.text.get(..content).filter(|header| beginnings.any(|prompt| header.ends_with(prompt)))?;
+        let after = self.render(&self.messages[..1], false).ok()?;
+        let end = if self.text.starts_with(&after) { after.len() } else { self.marked_end(0, &after)?.1 };
+        (header.len() < end).then_some(header.len()..end)
     }
 
     /// Where the generation prompt of a turn ends, if it stands there whole.

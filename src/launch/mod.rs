@@ -25,6 +25,7 @@ pub use launcher::{Launch, Launcher};
 pub use lock::{LOCK_FILE, OutputLock};
 pub use output_dir::{
     Existing, check_model_dir, check_output_dir, prepare_dir, prepare_dir_keeping, prepare_output_dir,
+    remove_output_folders,
 };
 pub use ranks::{Rank, Ranks, catch_panic};
 pub use signals::stop_on_signals;

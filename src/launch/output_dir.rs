@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 
 use super::LaunchError;
 use super::lock::LOCK_FILE;
-use crate::checkpoint::{self, is_model_file, is_model_folder};
+use crate::checkpoint::{self, Position, is_model_file, is_model_folder};
 use crate::config::{RunConfig, Variant};
 use crate::files;
-use crate::report::{OWN_REPLIES, REPLY_LOSSES};
+use crate::report::{EventLog, OWN_REPLIES, REPLY_LOSSES};
+use crate::train::Phase;
 
 /// What to do with an output folder that is not empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,33 +53,47 @@ pub fn check_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
     if config.resume { check_resumable(dir, &config.inputs()) } else { Ok(()) }
 }
 
-/// Without a checkpoint, `--resume` starts from the beginning, in a new folder or that of a run that was interrupted early. Refuses a
-/// folder in which this would replace what is no such run's: a finished model, or files of others in the folders of models.
+/// Refuses a folder in which `--resume` would replace what is no output of the run that it continues: files of others in the final
+/// model and in the models of rounds that come; and, where no checkpoint is found and the run starts from the beginning, a finished
+/// model.
 fn check_resumable(dir: &Path, inputs: &[&Path]) -> Result<(), LaunchError> {
-    if !dir.is_dir() || entries(&dir.join("checkpoints")).is_ok_and(|found| !found.is_empty()) {
+    if !dir.is_dir() {
         return Ok(());
     }
-    let whole = fs::canonicalize(dir).map_err(failed("read", dir))?;
-    let held = if inputs.iter().any(|input| fs::canonicalize(input).is_ok_and(|input| input == whole)) {
-        Some("the model that is to be trained".to_owned())
-    } else {
-        let mut rounds = Outputs::default();
-        for entry in entries(dir)? {
-            let kind = entry.file_type().map_err(failed("read", &entry.path()))?;
-            let name = entry.file_name();
-            if name.to_str().is_some_and(|name| is_output(name, Place::Top, kind) == Some(Place::Model)) {
-                rounds.collect(&entry.path(), Place::Model)?;
-            }
+    let newest = checkpoint::newest_position(&dir.join("checkpoints"));
+    let mut models = Outputs::default();
+    for entry in entries(dir)? {
+        let name = entry.file_name();
+        let Some(name) = name.to_str().filter(|name| folder(name, Place::Top) == Some(Place::Model)) else { continue };
+        // A round before that of the checkpoint is not written again, but for one that has just ended there.
+        let ended = |round: usize, at: Position| round <= at.round && at != Position::start(round, Phase::Identify);
+        let kept = |at: Position| round_of(name).is_some_and(|round| ended(round, at));
+        if entry.path().is_dir() && !newest.is_some_and(kept) {
+            models.collect(&entry.path(), Place::Model)?;
         }
-        let finished = Some(dir.join("final_model")).filter(|path| path.exists());
-        let held = finished.or(rounds.foreign);
-        held.map(|path| path.strip_prefix(dir).unwrap_or(&path).display().to_string())
+    }
+    let relative = |path: PathBuf| path.strip_prefix(dir).unwrap_or(&path).display().to_string();
+    let message = match (newest, models.foreign) {
+        (Some(_), None) => return Ok(()),
+        (Some(_), Some(foreign)) => format!(
+            "holds {}, which moewarden did not write and a resumed run would delete with the model beside it: move it away",
+            relative(foreign)
+        ),
+        (None, foreign) => {
+            let whole = fs::canonicalize(dir).map_err(failed("read", dir))?;
+            let is_input = inputs.iter().any(|input| fs::canonicalize(input).is_ok_and(|input| input == whole));
+            let finished = Some(dir.join("final_model")).filter(|path| path.exists());
+            let held = match finished.or(foreign) {
+                _ if is_input => "the model that is to be trained".to_owned(),
+                Some(held) => relative(held),
+                None => return Ok(()),
+            };
+            format!(
+                "holds {held}, but no checkpoint that --resume could continue, and a run from the beginning would replace it: give \
+                 another --output-dir, or --overwrite to delete an earlier run's outputs"
+            )
+        }
     };
-    let Some(held) = held else { return Ok(()) };
-    let message = format!(
-        "holds {held}, but no checkpoint that --resume could continue, and a run from the beginning would replace it: give another \
-         --output-dir, or --overwrite to delete an earlier run's outputs"
-    );
     Err(LaunchError::OutputDir { path: dir.to_owned(), message })
 }
 
@@ -96,6 +111,19 @@ pub fn check_model_dir(dir: &Path, overwrite: bool, inputs: &[&Path]) -> Result<
     let message =
         "holds no config.json, so it is not a model that --overwrite may replace; give another --output-dir".into();
     Err(LaunchError::OutputDir { path: dir.to_owned(), message })
+}
+
+/// Deletes those of the folders `names` of the output folder `dir` that exist.
+///
+/// # Errors
+/// [`LaunchError::OutputDir`] if one holds what moewarden did not write: then nothing is deleted. [`LaunchError::OutputIo`].
+pub fn remove_output_folders(dir: &Path, names: &[&str]) -> Result<(), LaunchError> {
+    let mut outputs = Outputs::default();
+    for entry in entries(dir)?.into_iter().filter(|entry| names.iter().any(|name| entry.file_name() == *name)) {
+        outputs.collect_entry(&entry, Place::Top)?;
+    }
+    outputs.refuse_foreign(dir)?;
+    outputs.remove(&[])
 }
 
 /// Creates `dir` and its parents, or applies `existing` to a folder that is not empty.
@@ -125,13 +153,7 @@ pub fn prepare_dir_keeping(dir: &Path, existing: Existing, inputs: &[&Path]) -> 
     // Keep the lock file: the process that holds the lock deletes it. Keep the model's own replies: their keys say to which model
     // and prompts they belong, and they are expensive.
     let kept = [dir.join(LOCK_FILE), dir.join(OWN_REPLIES)];
-    for file in outputs.files.iter().filter(|file| !kept.contains(file)) {
-        fs::remove_file(file).map_err(failed("remove", file))?;
-    }
-    for folder in &outputs.folders {
-        fs::remove_dir(folder).map_err(failed("remove", folder))?;
-    }
-    Ok(())
+    outputs.remove(&kept)
 }
 
 /// The outputs to delete from `dir`; `None` if the folder does not exist yet.
@@ -145,7 +167,16 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
     }
     let mut outputs = Outputs::default();
     match existing {
-        Existing::Keep => {}
+        Existing::Keep => {
+            let blocks = |entry: &fs::DirEntry| {
+                let name = entry.file_name();
+                name.to_str().is_some_and(|name| folder(name, place).is_some()) && entry.path().is_file()
+            };
+            if let Some(file) = entries(dir)?.iter().find(|entry| blocks(entry)) {
+                let name = file.file_name().display().to_string();
+                return Err(refused(format!("holds a file {name}, where a folder of this name belongs: move it away")));
+            }
+        }
         // The lock file belongs to this process or to a killed one.
         Existing::Refuse if entries(dir)?.iter().all(|entry| entry.file_name() == LOCK_FILE) => {}
         Existing::Refuse => {
@@ -157,13 +188,7 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
         }
         Existing::Replace => {
             outputs.collect(dir, place)?;
-            if let Some(foreign) = outputs.foreign {
-                let name = foreign.strip_prefix(dir).unwrap_or(&foreign).display().to_string();
-                return Err(refused(format!(
-                    "holds {name}, which moewarden did not write: nothing was removed; move it away, or give another \
-                     --output-dir"
-                )));
-            }
+            outputs.refuse_foreign(dir)?;
             let whole = fs::canonicalize(dir).map_err(failed("read", dir))?;
             let inside = |path: &&&Path| fs::canonicalize(path).is_ok_and(|path| path.starts_with(&whole));
             if let Some(input) = inputs.iter().find(inside) {
@@ -186,9 +211,14 @@ enum Place {
     Model,
     /// A subfolder of a model folder, as export copies it.
     ModelFolder,
-    /// `checkpoints` and `retain_cache` with their subfolders: resume state and what can be made again, where any name counts as an
-    /// output.
-    State,
+    /// `checkpoints`: one folder for each checkpoint.
+    Checkpoints,
+    /// A checkpoint.
+    Checkpoint,
+    /// `retain_cache`: one folder for each base model and set of retain rows.
+    BaseCaches,
+    /// The cached outputs of a base model.
+    BaseCache,
     /// `tensorboard`: event files, among which may be those of other programs.
     Events,
 }
@@ -238,33 +268,49 @@ fn is_of_a_model(name: &str) -> bool {
 /// Whether moewarden writes a file or folder of this name here, temporary names included. Returns the kind of the
 /// folder (for a file, `place`), or `None` for a foreign name.
 fn is_output(name: &str, place: Place, kind: FileType) -> Option<Place> {
-    if kind.is_file() {
-        let name = files::target_of_temporary(name).unwrap_or(name);
-        let heatmap = name.starts_with("heatmap-") && name.ends_with(".svg");
-        let ours = match place {
-            Place::Top => TOP_FILES.contains(&name) || heatmap,
-            Place::Model => is_model_file(name) && is_of_a_model(name) && !TOP_FILES.contains(&name),
-            Place::ModelFolder => is_model_file(name) && is_of_a_model(name),
-            Place::State => true,
-            Place::Events => name.starts_with("events.out.tfevents.") && name.ends_with(".moewarden"),
-        };
-        return ours.then_some(place);
-    }
-    let round = |name: &str| name.strip_prefix("round_").is_some_and(|n| n.parse::<u32>().is_ok());
-    let model = |name: &str| name == "final_model" || round(name);
-    match place {
-        Place::State if kind.is_dir() => Some(Place::State),
-        Place::Model if kind.is_dir() && is_model_folder(name) => Some(Place::ModelFolder),
-        Place::Top if kind.is_dir() && model(checkpoint::target_of_temporary(name).unwrap_or(name)) => {
-            Some(Place::Model)
-        }
-        Place::Top if kind.is_dir() && ["checkpoints", "retain_cache"].contains(&name) => Some(Place::State),
-        Place::Top if kind.is_dir() && name == "tensorboard" => Some(Place::Events),
-        // A variant of `compare` has the layout of a run. (It holds no variants itself; allowing their names is
-        // harmless.)
-        Place::Top if kind.is_dir() && (Variant::is_name(name) || EVALUATIONS.contains(&name)) => Some(Place::Top),
+    match kind {
+        kind if kind.is_file() => is_file(files::target_of_temporary(name).unwrap_or(name), place).then_some(place),
+        kind if kind.is_dir() => folder(name, place),
         _ => None,
     }
+}
+
+/// Whether moewarden writes a file of this name here.
+fn is_file(name: &str, place: Place) -> bool {
+    match place {
+        Place::Top => TOP_FILES.contains(&name) || name.starts_with("heatmap-") && name.ends_with(".svg"),
+        Place::Model => is_model_file(name) && is_of_a_model(name) && !TOP_FILES.contains(&name),
+        Place::ModelFolder => is_model_file(name) && is_of_a_model(name),
+        Place::Checkpoint => checkpoint::is_snapshot_file(name),
+        Place::BaseCache => checkpoint::is_base_cache_file(name),
+        Place::Events => EventLog::is_name(name),
+        Place::Checkpoints | Place::BaseCaches => false,
+    }
+}
+
+/// The kind of a folder that moewarden writes here under this name, temporary names included.
+fn folder(name: &str, place: Place) -> Option<Place> {
+    let target = checkpoint::target_of_temporary(name).unwrap_or(name);
+    match place {
+        Place::Checkpoints => checkpoint::is_snapshot_folder(target).then_some(Place::Checkpoint),
+        Place::BaseCaches => checkpoint::is_base_cache_folder(target).then_some(Place::BaseCache),
+        Place::Model => is_model_folder(name).then_some(Place::ModelFolder),
+        Place::Top if target == "final_model" || round_of(target).is_some() => Some(Place::Model),
+        Place::Top => match name {
+            "checkpoints" => Some(Place::Checkpoints),
+            "retain_cache" => Some(Place::BaseCaches),
+            "tensorboard" => Some(Place::Events),
+            // A variant of `compare` has the layout of a run. (It holds no variants itself; allowing their names is
+            // harmless.)
+            _ => (Variant::is_name(name) || EVALUATIONS.contains(&name)).then_some(Place::Top),
+        },
+        Place::Checkpoint | Place::BaseCache | Place::ModelFolder | Place::Events => None,
+    }
+}
+
+/// The round, from 1, whose model has a folder of this name.
+fn round_of(name: &str) -> Option<usize> {
+    name.strip_prefix("round_")?.parse().ok()
 }
 
 /// Outputs in a folder tree; each folder comes after its contents.
@@ -278,18 +324,40 @@ struct Outputs {
 
 impl Outputs {
     fn collect(&mut self, dir: &Path, place: Place) -> Result<(), LaunchError> {
-        for entry in entries(dir)? {
-            let path = entry.path();
-            // `file_type` does not follow links: a symbolic link is neither file nor folder here.
-            let kind = entry.file_type().map_err(failed("read", &path))?;
-            match entry.file_name().to_str().and_then(|name| is_output(name, place, kind)) {
-                None => _ = self.foreign.get_or_insert(path),
-                Some(inside) if kind.is_dir() => {
-                    self.collect(&path, inside)?;
-                    self.folders.push(path);
-                }
-                Some(_) => self.files.push(path),
+        entries(dir)?.iter().try_for_each(|entry| self.collect_entry(entry, place))
+    }
+
+    fn collect_entry(&mut self, entry: &fs::DirEntry, place: Place) -> Result<(), LaunchError> {
+        let path = entry.path();
+        // `file_type` does not follow links: a symbolic link is neither file nor folder here.
+        let kind = entry.file_type().map_err(failed("read", &path))?;
+        match entry.file_name().to_str().and_then(|name| is_output(name, place, kind)) {
+            None => _ = self.foreign.get_or_insert(path),
+            Some(inside) if kind.is_dir() => {
+                self.collect(&path, inside)?;
+                self.folders.push(path);
             }
+            Some(_) => self.files.push(path),
+        }
+        Ok(())
+    }
+
+    fn refuse_foreign(&self, dir: &Path) -> Result<(), LaunchError> {
+        let Some(foreign) = &self.foreign else { return Ok(()) };
+        let name = foreign.strip_prefix(dir).unwrap_or(foreign).display();
+        let message = format!(
+            "holds {name}, which moewarden did not write: nothing was removed; move it away, or give another --output-dir"
+        );
+        Err(LaunchError::OutputDir { path: dir.to_owned(), message })
+    }
+
+    /// Deletes all but the files `kept`.
+    fn remove(&self, kept: &[PathBuf]) -> Result<(), LaunchError> {
+        for file in self.files.iter().filter(|file| !kept.contains(file)) {
+            fs::remove_file(file).map_err(failed("remove", file))?;
+        }
+        for folder in &self.folders {
+            fs::remove_dir(folder).map_err(failed("remove", folder))?;
         }
         Ok(())
     }
@@ -350,7 +418,7 @@ mod tests {
         entries(dir).unwrap().len()
     }
 
-    const OUTPUTS: [&str; 15] = [
+    const OUTPUTS: [&str; 19] = [
         "config.resolved.yaml",
         "metrics.jsonl",
         "heatmap-run-1-round-2.svg",
@@ -358,8 +426,10 @@ mod tests {
         "frozen/metrics.jsonl",
         "round_1/model-00001-of-00002.safetensors",
         "final_model/config.json",
-        "checkpoints/step_7/state.bin",
+        "checkpoints/round_1-expert-step_3/state.json",
+        "checkpoints/round_1-expert-step_3/optimizer-0-of-2.safetensors",
         "round_12/",
+        "retain_cache/0123456789abcdef0123456789abcdef/manifest.json",
         "final_model/tokenizer.tiktoken",
         "final_model/additional_chat_templates/tool_use.jinja",
         // temporary names of a killed run
@@ -367,6 +437,8 @@ mod tests {
         ".final_model.old/config.json",
         ".metrics.jsonl.qX3f9a.part",
         "round_3/.delta.safetensors.0fG5hJ.part",
+        "checkpoints/.round_1-router-step_0.partial/manifest.json",
+        "retain_cache/.0123456789abcdef0123456789abcdef.partial/base.safetensors",
     ];
 
     #[test]
@@ -403,9 +475,9 @@ mod tests {
             fs::write(path, name).unwrap();
         }
         prepare_dir(dir.path(), Existing::Keep).unwrap();
-        let gone = [&OUTPUTS[11..], &foreign[..1]].concat();
+        let gone = [&OUTPUTS[13..], &foreign[..1]].concat();
         assert!(gone.iter().all(|name| !dir.path().join(name).exists()));
-        assert!(OUTPUTS[..11].iter().chain(&foreign[1..]).all(|name| dir.path().join(name).exists()));
+        assert!(OUTPUTS[..13].iter().chain(&foreign[1..]).all(|name| dir.path().join(name).exists()));
     }
 
     #[test]
@@ -429,12 +501,62 @@ mod tests {
             "round_x/config.json",
             "data/",
             "round_1/old/",
+            "checkpoints/thesis.txt",
+            "checkpoints/best/",
+            "checkpoints/round_1-expert-step_3/thesis.txt",
+            "checkpoints/round_1-expert-step_3/optimizer-x.safetensors",
+            "checkpoints/round_1-expert-step_3/old/",
+            "retain_cache/thesis.txt",
+            "retain_cache/0123456789abcdef0123456789abcdef/thesis.txt",
         ] {
             let dir = folder(&[&OUTPUTS[..], &[foreign]].concat());
             let error = prepare_dir(dir.path(), Existing::Replace).unwrap_err();
             assert!(error.to_string().contains("did not write"), "{error}");
             assert!(OUTPUTS.iter().all(|name| dir.path().join(name).exists()), "{foreign}: something was removed");
         }
+    }
+
+    #[test]
+    fn a_resumed_run_deletes_nothing_of_others() {
+        let saved = ["checkpoints/round_2-expert-step_3/state.json", "round_1/config.json", "final_model/config.json"];
+        let check = |more: &[&str]| check_resumable(folder(&[&saved[..], more].concat()).path(), &[]);
+        check(&[]).unwrap();
+        // The model of the first round is not written again.
+        check(&["round_1/notes.md", "thesis.txt"]).unwrap();
+        let just_ended = folder(&["checkpoints/round_2-identify-step_0/state.json", "round_1/notes.md"]);
+        check_resumable(just_ended.path(), &[]).unwrap_err();
+        for foreign in ["final_model/notes.md", "final_model/eval/", "round_2/notes.md", ".round_2.partial/notes.md"] {
+            let error = check(&[foreign]).unwrap_err().to_string();
+            assert!(error.contains(foreign.trim_end_matches('/')) && error.contains("move it away"), "{error}");
+        }
+        let fresh = |files: &[&str]| check_resumable(folder(files).path(), &[]);
+        fresh(&["metrics.jsonl", "round_1/config.json"]).unwrap();
+        for held in ["final_model/config.json", "round_1/notes.md"] {
+            // What is among the checkpoints is none.
+            let error = fresh(&[held, "checkpoints/notes.md"]).unwrap_err().to_string();
+            assert!(error.contains("no checkpoint that --resume could continue"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_in_the_place_of_a_folder_is_named() {
+        for name in ["final_model", "checkpoints", "round_3", "tensorboard", "retain_cache"] {
+            let dir = folder(&["metrics.jsonl", name]);
+            let error = prepare_dir(dir.path(), Existing::Keep).unwrap_err().to_string();
+            assert!(error.contains(&format!("holds a file {name}, where a folder")), "{error}");
+        }
+    }
+
+    #[test]
+    fn folders_are_removed_whole_or_not_at_all() {
+        let names = ["final_model", "checkpoints", "retain_cache"];
+        let dir = folder(&OUTPUTS);
+        remove_output_folders(dir.path(), &names).unwrap();
+        assert!(names.iter().all(|name| !dir.path().join(name).exists()));
+        assert!(dir.path().join("metrics.jsonl").exists() && dir.path().join("round_12").exists());
+        let dir = folder(&[&OUTPUTS[..], &["checkpoints/notes.md"]].concat());
+        assert!(remove_output_folders(dir.path(), &names).unwrap_err().to_string().contains("checkpoints/notes.md"));
+        assert!(OUTPUTS.iter().all(|name| dir.path().join(name).exists()));
     }
 
     #[test]

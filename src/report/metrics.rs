@@ -1,8 +1,9 @@
 //! `metrics.jsonl`: one JSON object per step.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom, Write};
-use std::path::PathBuf;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -72,31 +73,58 @@ impl MetricsLog {
     /// # Errors
     /// [`Error::Log`].
     pub fn create(path: impl Into<PathBuf>) -> Result<Self, Error> {
-        Self::open(path.into(), 0)
+        Self::resume(path, &[]).map(|(log, _)| log)
     }
 
-    /// Continues a log after its first `length` bytes ([`Self::length`] at the checkpoint): truncates the rows of the
-    /// steps that will be repeated.
+    /// Continues a log after the rows that a checkpoint holds ([`Self::so_far`]): truncates the rows of the steps that will be
+    /// repeated. Where the log does not begin with the rows of the checkpoint, it was damaged since, and is written again. Returns
+    /// whether it was.
     ///
     /// # Errors
-    /// [`Error::Log`]; [`Error::LogTruncated`] if the log is shorter than `length`.
-    pub fn resume(path: impl Into<PathBuf>, length: u64) -> Result<Self, Error> {
-        Self::open(path.into(), length)
-    }
-
-    fn open(path: PathBuf, length: u64) -> Result<Self, Error> {
-        let open = || -> io::Result<(File, u64)> {
-            let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path)?;
-            let found = file.metadata()?.len();
-            Ok((file, found))
+    /// [`Error::Log`].
+    pub fn resume(path: impl Into<PathBuf>, so_far: &[u8]) -> Result<(Self, bool), Error> {
+        let (path, length) = (path.into(), so_far.len() as u64);
+        let open = || -> io::Result<(File, bool)> {
+            let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
+            let mut found = Vec::new();
+            (&file).take(length).read_to_end(&mut found)?;
+            Ok((file, found != so_far))
         };
         let failed = |action, source| Error::Log { path: path.clone(), action, source };
-        let (mut file, found) = open().map_err(|e| failed("opening", e))?;
-        if found < length {
-            return Err(Error::LogTruncated { path, found, expected: length });
+        let (mut file, damaged) = open().map_err(|e| failed("opening", e))?;
+        if damaged {
+            file.rewind().and_then(|()| file.write_all(so_far)).map_err(|e| failed("writing again", e))?;
         }
         file.set_len(length).and_then(|()| file.seek(SeekFrom::Start(length))).map_err(|e| failed("truncating", e))?;
-        Ok(Self { path, file, length })
+        Ok((Self { path, file, length }, damaged))
+    }
+
+    /// The first `length` bytes of a log, for a checkpoint of an earlier version, which holds no more of it than this length.
+    ///
+    /// # Errors
+    /// [`Error::Log`]; [`Error::LogTruncated`] if the log is shorter.
+    pub fn head(path: &Path, length: u64) -> Result<Vec<u8>, Error> {
+        let mut head = Vec::new();
+        match File::open(path).and_then(|file| file.take(length).read_to_end(&mut head)) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(Error::Log { path: path.into(), action: "opening", source })
+            }
+            _ if (head.len() as u64) < length => {
+                Err(Error::LogTruncated { path: path.into(), found: head.len() as u64, expected: length })
+            }
+            _ => Ok(head),
+        }
+    }
+
+    /// Syncs the rows so far to the disk, and returns them, for a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Log`].
+    pub fn so_far(&self) -> Result<Vec<u8>, Error> {
+        self.sync()?;
+        let mut rows = vec![0; self.length as usize];
+        self.file.read_exact_at(&mut rows, 0).map_err(|e| self.failed("reading", e))?;
+        Ok(rows)
     }
 
     /// Appends a row.
@@ -113,11 +141,6 @@ impl MetricsLog {
         }
         self.length += line.len() as u64;
         Ok(())
-    }
-
-    /// Length in bytes; saved in checkpoints for [`Self::resume`].
-    pub fn length(&self) -> u64 {
-        self.length
     }
 
     /// Syncs the rows to the disk (fdatasync).
@@ -197,7 +220,7 @@ mod tests {
             [row(1), MetricsRow { ce_loss: None, lr: None, ..row(2) }],
             "numbers that are not finite become null"
         );
-        assert_eq!(log.length(), text.len() as u64);
+        assert_eq!(log.so_far().unwrap(), text.as_bytes());
     }
 
     #[test]
@@ -220,19 +243,50 @@ mod tests {
     }
 
     #[test]
-    fn resuming_truncates_the_rows_after_the_checkpoint() {
+    fn resuming_truncates_the_rows_after_the_checkpoint_and_restores_those_before() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
         let mut log = MetricsLog::create(&path).unwrap();
         log.write(&row(1)).unwrap();
-        let checkpoint = log.length();
+        let checkpoint = log.so_far().unwrap();
         log.write(&row(2)).unwrap();
-        let mut log = MetricsLog::resume(&path, checkpoint).unwrap();
-        log.write(&row(2)).unwrap();
-        assert_eq!(rows_of(&path), [row(1), row(2)]);
-        let Err(error) = MetricsLog::resume(&path, 1 << 20) else { panic!("resumed a log that is too short") };
-        assert_eq!(error.exit_code(), exit::DATA);
-        assert!(MetricsLog::create(&path).unwrap().length() == 0 && rows_of(&path).is_empty());
+        let (mut log, damaged) = MetricsLog::resume(&path, &checkpoint).unwrap();
+        assert!(!damaged);
+        log.write(&row(3)).unwrap();
+        assert_eq!(rows_of(&path), [row(1), row(3)]);
+        let whole = log.so_far().unwrap();
+        let zeroed = [vec![0; checkpoint.len()], whole[checkpoint.len()..].to_vec()].concat();
+        for bytes in
+            [None, Some(&[][..]), Some(&whole[..9]), Some(&zeroed), Some(&[&whole[..9], b"x", &whole[10..]].concat())]
+        {
+            match bytes {
+                Some(bytes) => std::fs::write(&path, bytes).unwrap(),
+                None => std::fs::remove_file(&path).unwrap(),
+            }
+            let (mut log, damaged) = MetricsLog::resume(&path, &checkpoint).unwrap();
+            assert!(damaged);
+            log.write(&row(3)).unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), whole);
+        }
+        drop(MetricsLog::create(&path).unwrap());
+        assert!(rows_of(&path).is_empty());
+    }
+
+    #[test]
+    fn checkpoints_of_earlier_versions_hold_the_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        assert_eq!(MetricsLog::head(&path, 0).unwrap(), b"");
+        std::fs::write(&path, "abc").unwrap();
+        assert_eq!(MetricsLog::head(&path, 2).unwrap(), b"ab");
+        for absent in [false, true] {
+            if absent {
+                std::fs::remove_file(&path).unwrap();
+            }
+            let error = MetricsLog::head(&path, 4).unwrap_err();
+            assert_eq!(error.exit_code(), exit::DATA);
+            assert!(error.to_string().contains("--overwrite"), "{error}");
+        }
     }
 
     #[test]

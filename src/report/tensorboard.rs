@@ -5,6 +5,7 @@
 //! little-endian order. The bytes are the protocol buffer `Event` of tensorflow/core/util/event.proto; only the fields that are
 //! written here have names below.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,9 @@ mod field {
 /// `SessionLog.SessionStatus.START`: TensorBoard drops events of this step and later ones from earlier files.
 const START: u64 = 1;
 
+const START_OF_NAME: &str = "events.out.tfevents.";
+const END_OF_NAME: &str = ".moewarden";
+
 /// Buckets of a histogram, but for one more at most.
 const BUCKETS: u64 = 30;
 
@@ -52,7 +56,7 @@ impl EventLog {
         let now = since_epoch();
         let continues = done > 0 || fs::read_dir(folder).is_ok_and(|mut files| files.next().is_some());
         // TensorBoard reads the files in the order of their names.
-        let path = folder.join(format!("events.out.tfevents.{}.{:09}.moewarden", now.as_secs(), now.subsec_nanos()));
+        let path = folder.join(format!("{START_OF_NAME}{}.{:09}{END_OF_NAME}", now.as_secs(), now.subsec_nanos()));
         let open = || {
             fs::create_dir_all(folder)?;
             OpenOptions::new().append(true).create_new(true).open(&path)
@@ -64,6 +68,36 @@ impl EventLog {
             log.append(done + 1, bytes(field::SESSION_LOG, &varint(field::STATUS, START)))?;
         }
         Ok(log)
+    }
+
+    /// A new event file for the steps after the first `done` ones, of which earlier files in `folder` hold the events. Where they do
+    /// not, as some were damaged or deleted or the log begins only now, they are written again from `rows`, in place of what is left.
+    /// Returns whether something was left.
+    ///
+    /// # Errors
+    /// [`Error::Log`]; those of `rows`.
+    pub fn resume(
+        folder: &Path,
+        done: u64,
+        rows: impl FnOnce() -> Result<Vec<MetricsRow>, Error>,
+    ) -> Result<(Self, bool), Error> {
+        let earlier = own_files(folder);
+        let recorded: HashSet<u64> = earlier.iter().flat_map(|path| steps_of(path)).collect();
+        if (1..=done).all(|step| recorded.contains(&step)) {
+            return Ok((Self::create(folder, done)?, false));
+        }
+        let rows = rows()?;
+        for path in &earlier {
+            fs::remove_file(path).map_err(|source| Error::Log { path: path.clone(), action: "removing", source })?;
+        }
+        let mut log = Self::create(folder, 0)?;
+        rows.iter().try_for_each(|row| log.write(row))?;
+        Ok((log, !earlier.is_empty()))
+    }
+
+    /// Whether event files of moewarden have names like this one.
+    pub fn is_name(name: &str) -> bool {
+        name.starts_with(START_OF_NAME) && name.ends_with(END_OF_NAME)
     }
 
     /// Appends the numbers of a row, by phase.
@@ -138,6 +172,50 @@ fn histogram(tag: &str, counts: &[u64]) -> Vec<u8> {
     bytes(field::VALUE, &[bytes(field::TAG, tag.as_bytes()), bytes(field::HISTOGRAM, &histogram)].concat())
 }
 
+/// The event files of moewarden in a folder, if it exists.
+fn own_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().to_str().is_some_and(EventLog::is_name))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+/// The steps with numbers in an event file of moewarden, up to its first damaged record: a reader stops there.
+fn steps_of(path: &Path) -> Vec<u64> {
+    let Ok(bytes) = fs::read(path) else { return Vec::new() };
+    let mut rest = &bytes[..];
+    let mut steps = Vec::new();
+    while let Some((event, after)) = first_record(rest) {
+        steps.extend(step_with_numbers(event));
+        rest = after;
+    }
+    steps
+}
+
+/// The bytes of the first record, and what follows it; `None` at the end and at a damaged record.
+fn first_record(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (length, rest) = bytes.split_first_chunk::<8>()?;
+    let size = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+    let (event, after) = rest.get(4..)?.split_at_checked(size)?;
+    let after = after.get(4..)?;
+    (record(event) == bytes[..bytes.len() - after.len()]).then_some((event, after))
+}
+
+/// The step of an event with a summary, of which the fields are in the order in which they are written here.
+fn step_with_numbers(event: &[u8]) -> Option<u64> {
+    let mut rest = event.get(double(field::WALL_TIME, 0.0).len()..)?.strip_prefix(&key(field::STEP, 0)[..])?.iter();
+    let (mut step, mut shift) = (0, 0);
+    loop {
+        let byte = *rest.next()?;
+        step |= u64::from(byte & 0x7f).checked_shl(shift)?;
+        shift += 7;
+        if byte < 0x80 {
+            return rest.as_slice().starts_with(&key(field::SUMMARY, 2)).then_some(step);
+        }
+    }
+}
+
 fn since_epoch() -> Duration {
     UNIX_EPOCH.elapsed().unwrap_or_default()
 }
@@ -197,6 +275,50 @@ mod tests {
         let record = record(&[0; 32]);
         assert_eq!((record.len(), &record[44..]), (8 + 4 + 32 + 4, &masked[..]));
         assert_eq!(record[..8], 32u64.to_le_bytes());
+    }
+
+    /// The log with events of these steps.
+    fn log_of(folder: &Path, steps: std::ops::RangeInclusive<u64>) -> PathBuf {
+        let mut log = EventLog::create(folder, steps.start() - 1).unwrap();
+        steps.for_each(|step| log.write(&row(step)).unwrap());
+        log.path
+    }
+
+    fn row(step: u64) -> MetricsRow {
+        let row = serde_json::json!({"phase": "expert", "round": 1, "step": step, "ce_loss": 0.5, "tokens": 8, "seconds": 1.0});
+        serde_json::from_value(row).unwrap()
+    }
+
+    #[test]
+    fn events_that_were_damaged_or_deleted_are_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("tensorboard");
+        let first = log_of(&folder, 1..=200);
+        let second = log_of(&folder, 4..=6);
+        assert_eq!(steps_of(&first), (1..=200).collect::<Vec<_>>());
+        assert_eq!(steps_of(&second), [4, 5, 6]);
+        let resume = |done: u64| EventLog::resume(&folder, done, || Ok((1..=done).map(row).collect())).unwrap();
+        assert!(!resume(200).1);
+        assert_eq!(own_files(&folder).len(), 3);
+        let whole = fs::read(&first).unwrap();
+        let mut flipped = whole.clone();
+        flipped[300] ^= 1;
+        for damaged in [&whole[..whole.len() - 1], &flipped, &whole[..100], &[]] {
+            fs::write(&first, damaged).unwrap();
+            assert!(steps_of(&first).len() < 200);
+            assert!(resume(200).1);
+            let [path] = own_files(&folder).try_into().expect("one file in place of all");
+            assert_eq!(steps_of(&path), (1..=200).collect::<Vec<_>>());
+            fs::remove_file(&path).unwrap();
+            fs::write(&first, &whole).unwrap();
+        }
+        // What was written after the checkpoint may be torn. A log that begins with a resumed run has all steps.
+        fs::write(&first, &whole[..whole.len() - 1]).unwrap();
+        assert!(!resume(199).1);
+        own_files(&folder).iter().for_each(|path| fs::remove_file(path).unwrap());
+        let (log, damaged) = resume(3);
+        assert!(!damaged);
+        assert_eq!(steps_of(&log.path), [1, 2, 3]);
     }
 
     #[test]

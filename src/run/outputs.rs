@@ -16,7 +16,7 @@ use crate::experts::{ExpertId, ExpertScores, Method};
 use crate::files;
 use crate::report::{
     EventLog, IdentifiedExperts, MetricsLog, MetricsRow, RankingsFile, RetentionLog, RoundGradients, RoundScores,
-    ScoresFile, TrainingLog, TrainingMetadata, gradients_pickle, log_line, write_json,
+    ScoresFile, TrainingLog, TrainingMetadata, gradients_pickle, log_line, read_rows, write_json,
 };
 use crate::train::{Drift, ExpertLoads, Identification, Measured, Phase, Recipe, Replica, RetainRows, StepResult};
 use crate::ui::Ui;
@@ -25,6 +25,8 @@ use crate::ui::Ui;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OutputState {
     steps: u64,
+    /// Of checkpoints of earlier versions, which do not hold the log itself.
+    #[serde(default, skip_serializing)]
     metrics_length: u64,
     scores: ScoresFile,
     /// See [`Outputs::matched`].
@@ -124,19 +126,20 @@ impl<'a> Outputs<'a> {
             retention: None,
             round_weights: BTreeMap::new(),
         };
-        Self::resume(config, recipe, replica, ui, state)
+        Self::resume(config, recipe, replica, ui, state, None)
     }
 
-    /// Continues the outputs of a checkpoint.
+    /// Continues the outputs of a checkpoint, which holds `log`.
     ///
     /// # Errors
-    /// A log that is shorter than at the checkpoint; a failed write.
+    /// A log that is shorter than at the checkpoint of an earlier version; a failed write.
     pub fn resume<B: Backend>(
         config: &'a RunConfig,
         recipe: &Recipe,
         replica: &Replica<B>,
         ui: &'a Ui,
         state: OutputState,
+        log: Option<Vec<u8>>,
     ) -> Result<Self> {
         let world = &*replica.world;
         let dir = config.output_dir.clone();
@@ -146,12 +149,32 @@ impl<'a> Outputs<'a> {
                 return Ok(None);
             }
             files::write(dir.join("config.resolved.yaml"), config.to_yaml()?)?;
-            Ok(Some(MetricsLog::resume(dir.join("metrics.jsonl"), metrics_length)?))
+            let path = dir.join("metrics.jsonl");
+            let so_far = log.map_or_else(|| MetricsLog::head(&path, metrics_length), Ok)?;
+            let (log, damaged) = MetricsLog::resume(&path, &so_far)?;
+            if damaged {
+                ui.warn(format_args!(
+                    "{} was changed since the checkpoint, which holds it: it is written again",
+                    path.display()
+                ));
+            }
+            Ok(Some(log))
         };
         let metrics = all_ok(world, open())?;
         let log_events = config.log == Some(LogFormat::Tensorboard) && metrics.is_some();
-        let events = log_events.then(|| EventLog::create(&dir.join("tensorboard"), steps)).transpose();
-        let events = all_ok(world, events.map_err(Into::into))?;
+        let open = || -> Result<EventLog> {
+            let folder = dir.join("tensorboard");
+            let rows = || Ok(read_rows(&dir.join("metrics.jsonl"))?.rows);
+            let (events, damaged) = EventLog::resume(&folder, steps, rows)?;
+            if damaged {
+                ui.warn(format_args!(
+                    "the event files in {} lack steps before the checkpoint: they are written again from metrics.jsonl",
+                    folder.display()
+                ));
+            }
+            Ok(events)
+        };
+        let events = all_ok(world, log_events.then(open).transpose())?;
         let metadata = TrainingMetadata::new(config, recipe.strategy(), replica.step_world_size);
         let metadata = TrainingMetadata { training_logs, retention, ..metadata };
         let (step, last) = (steps, Instant::now());
@@ -188,21 +211,22 @@ impl<'a> Outputs<'a> {
         self.scores.rounds.get(&1).map_or(&[], |first| &first.losses)
     }
 
-    /// Syncs the log to disk (fsync), and returns what a checkpoint keeps of the outputs.
+    /// Syncs the log to disk (fsync), and returns what a checkpoint keeps of the outputs, and the log so far.
     ///
     /// # Errors
     /// A failed write.
-    pub fn synced_state(&self) -> Result<OutputState> {
-        self.sync()?;
-        Ok(OutputState {
+    pub fn synced_state(&self) -> Result<(OutputState, Vec<u8>)> {
+        let log = self.metrics.as_ref().map(MetricsLog::so_far).transpose()?;
+        let state = OutputState {
             steps: self.step,
-            metrics_length: self.metrics.as_ref().map_or(0, MetricsLog::length),
+            metrics_length: 0,
             scores: self.scores.clone(),
             matched: self.matched.clone(),
             training_logs: self.metadata.training_logs.clone(),
             retention: self.metadata.retention.clone(),
             round_weights: self.round_weights.clone(),
-        })
+        };
+        Ok((state, log.unwrap_or_default()))
     }
 
     fn sync(&self) -> Result<()> {

@@ -13,9 +13,9 @@ use crate::launch::{Existing, prepare_dir_keeping};
 use crate::meter::{Meter, Unit};
 use crate::quote::cut;
 use crate::report::{
-    self, Cells, EvalReport, MetricsRow, Page, RankingsFile, RetentionLog, RunSelection, ScoresFile, Series, Table,
-    curve_svg, cut_off_warning, distinct_selections, drift_tables, eval_tables, heatmap_svg, outcomes, overlap_table,
-    paired_table, read_json, read_rows, rerouting_table, standalone,
+    self, Cells, EvalReport, MetricsRow, Page, RankingsFile, RetentionLog, RoundScores, RunSelection, ScoresFile,
+    Series, Table, curve_svg, cut_off_warning, distinct_selections, drift_tables, eval_tables, heatmap_svg, outcomes,
+    overlap_table, paired_table, read_json, read_rows, rerouting_table, standalone,
 };
 use crate::train::{ExpertLoads, Phase};
 use crate::ui::Ui;
@@ -33,6 +33,8 @@ pub(super) struct Run {
     pub metrics: Vec<MetricsRow>,
     /// What is missing of the losses.
     note: Option<String>,
+    /// What is missing or means nothing of the scores and metadata.
+    remarks: Vec<String>,
     metadata: Value,
     rankings: Option<RankingsFile>,
     eval: Option<EvalReport>,
@@ -58,6 +60,7 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
     let trained: Vec<&Run> = runs.iter().filter(|run| run.eval.is_none() || run.scores.is_some()).collect();
     page.section("Runs");
     add(&mut page, &summary(&trained));
+    runs.iter().flat_map(|run| &run.remarks).for_each(|text| note(&mut page, text, ui));
     losses(&mut page, &runs, ui);
     let retained: Vec<_> = runs.iter().filter_map(|run| Some((run.name.clone(), run.retention()?))).collect();
     if !retained.is_empty() {
@@ -113,11 +116,12 @@ impl Run {
         let names = ["expert_scores.json", "metrics.jsonl", "training_metadata.json", "rankings.json", "eval.json"];
         let bytes = names.iter().map(|name| size(&dir.join(name))).sum();
         let meter = &Meter::start(format!("reading {}", dir.display()), Unit::Bytes, bytes);
-        let [scores, metrics, metadata, rankings, eval] = names.map(|name| dir.join(name));
-        let scores = existing(meter, &scores, ScoresFile::read)?;
+        let [scores_path, metrics, metadata, rankings, eval] = names.map(|name| dir.join(name));
+        let scores = existing(meter, &scores_path, ScoresFile::read)?;
         let log = metrics;
         let metrics = existing(meter, &log, read_rows)?;
-        let metadata = existing(meter, &metadata, read_json)?.unwrap_or(Value::Null);
+        let metadata_path = metadata;
+        let metadata = existing(meter, &metadata_path, read_json)?.unwrap_or(Value::Null);
         let rankings = existing(meter, &rankings, RankingsFile::read)?;
         let eval = existing(meter, &eval, EvalReport::read)?;
         if scores.is_none() && eval.is_none() {
@@ -140,8 +144,13 @@ impl Run {
             }
             Some(_) => None,
         };
+        let mut remarks = Vec::new();
+        if let Some(scores) = &scores {
+            remarks.extend(remark_on_metadata(&metadata_path, &metadata));
+            remarks.extend(remarks_on_scores(&scores_path, scores));
+        }
         let metrics = metrics.map_or_else(Vec::new, |found| found.rows);
-        Ok(Self { name, scores, metrics, note, metadata, rankings, eval })
+        Ok(Self { name, scores, metrics, note, remarks, metadata, rankings, eval })
     }
 
     /// The last round's selection and scores.
@@ -168,6 +177,37 @@ impl Run {
             other => other.to_string(),
         }
     }
+}
+
+/// Says that metadata are missing.
+fn remark_on_metadata(path: &Path, metadata: &Value) -> Option<String> {
+    let what = match metadata {
+        Value::Null => "is missing, as in a run that has not ended",
+        found if found["training_strategy"].is_null() => "holds no metadata of a run",
+        _ => return None,
+    };
+    Some(format!("{} {what}: the page has no strategy, losses before and after, and drift of it", path.display()))
+}
+
+/// Says that nothing was selected, or that scores mean nothing. A dense model has no experts.
+fn remarks_on_scores(path: &Path, scores: &ScoresFile) -> Vec<String> {
+    let path = path.display();
+    if scores.layers.is_empty() {
+        return Vec::new();
+    }
+    if scores.rounds.is_empty() {
+        return vec![format!("{path} has no rounds: nothing was scored or selected")];
+    }
+    let of_round = |(&round, found): (&usize, &RoundScores)| {
+        let zero = scores.scores(round).is_some_and(|all| all.values.iter().all(|score| *score == 0.0));
+        [
+            found.selected.is_empty().then(|| format!("{path}: round {round} selects no experts")),
+            zero.then(|| {
+                format!("{path}: all scores of round {round} are 0, so its selection says nothing about the experts")
+            }),
+        ]
+    };
+    scores.rounds.iter().flat_map(of_round).flatten().collect()
 }
 
 /// Adds the curves of losses, and what is missing of them; nothing where neither is there.
@@ -203,11 +243,7 @@ fn size(path: &Path) -> u64 {
 /// The paired differences of the evaluations from the first; `warn` hears of torn files.
 fn paired(dirs: &[PathBuf], runs: &[Run], warn: &mut dyn FnMut(String)) -> Result<Table> {
     let evals = dirs.iter().zip(runs).filter_map(|(dir, run)| Some((dir, &run.name, run.eval.as_ref()?)));
-    let evals: Vec<_> = evals.collect();
-    if evals.len() < 2 {
-        return Ok(paired_table(&[]));
-    }
-    let outcomes = evals.into_iter().map(|(dir, name, eval)| Ok((name.clone(), outcomes(dir, eval, warn)?)));
+    let outcomes = evals.map(|(dir, name, eval)| Ok((name.clone(), outcomes(dir, eval, warn)?)));
     Ok(paired_table(&outcomes.collect::<Result<Vec<_>>>()?))
 }
 
@@ -362,7 +398,6 @@ fn top_experts(scores: &ScoresFile) -> Option<Table> {
 mod tests {
     use super::*;
     use crate::experts::{ExpertId, Method, Score};
-    use crate::report::RoundScores;
 
     #[test]
     fn names_are_unique() {

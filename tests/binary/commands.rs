@@ -492,6 +492,42 @@ fn a_report_says_what_is_missing_of_a_log() {
 }
 
 #[test]
+fn a_report_says_what_the_scores_and_metadata_lack() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    on_case("train", "olmoe", &run, &format!("{SHORT} --save-rounds none")).ok();
+    let log = fs::read(run.join("metrics.jsonl")).unwrap();
+    let says = |file: &str, bytes: Option<&[u8]>, said: &str| {
+        let path = run.join(file);
+        let whole = fs::read(&path).unwrap();
+        match bytes {
+            Some(bytes) => fs::write(&path, bytes).unwrap(),
+            None => fs::remove_file(&path).unwrap(),
+        }
+        let (ran, page) = report_with_log(&run, Some(&log));
+        assert!(ran.ok().err.contains(said) && page.contains(said), "{said}");
+        fs::write(&path, whole).unwrap();
+    };
+    says("training_metadata.json", None, "training_metadata.json is missing, as in a run that has not ended");
+    says("training_metadata.json", Some(b"{}"), "training_metadata.json holds no metadata of a run");
+    let scores: serde_json::Value = serde_json::from_slice(&fs::read(run.join("expert_scores.json")).unwrap()).unwrap();
+    let [mut empty, mut nothing, mut zero] = [scores.clone(), scores.clone(), scores];
+    empty["rounds"] = serde_json::json!({});
+    nothing["rounds"]["1"]["selected"] = serde_json::json!([]);
+    let rows = zero["rounds"]["1"]["scores"].as_array_mut().unwrap();
+    rows.iter_mut().for_each(|row| row.as_array_mut().unwrap().fill(0.0.into()));
+    for (scores, said) in [
+        (empty, "expert_scores.json has no rounds"),
+        (nothing, "round 1 selects no experts"),
+        (zero, "all scores of round 1 are 0"),
+    ] {
+        says("expert_scores.json", Some(scores.to_string().as_bytes()), said);
+    }
+    let (ran, page) = report_with_log(&run, Some(&log));
+    assert!(!ran.ok().err.contains("warning") && !page.contains("Warning"));
+}
+
+#[test]
 fn a_report_leaves_a_torn_answer_out() {
     let dir = tempfile::tempdir().unwrap();
     let [one, two] = ["one", "two"].map(|name| dir.path().join(name));
@@ -509,6 +545,13 @@ fn a_report_leaves_a_torn_answer_out() {
     fs::write(&path, &whole[..whole.len() - 5]).unwrap();
     let ran = report("torn").ok();
     assert!(ran.err.contains(&format!("generations.jsonl:{lines}: the last line has no line feed")), "{}", ran.err);
+    fs::write(&path, &whole).unwrap();
+    let losses = two.join("reply_losses.jsonl");
+    fs::rename(&losses, two.join("elsewhere")).unwrap();
+    let alone = dir.path().join("alone");
+    let args = ["report".as_ref(), "--output-dir".as_ref(), alone.as_os_str(), two.as_os_str()];
+    let ran = moewarden(args).ok();
+    assert!(ran.err.contains("reply_losses.jsonl"), "{}", ran.err);
     fs::write(&path, [b"{}\n".as_slice(), &whole].concat()).unwrap();
     report("broken").failed(exit::DATA, "generations.jsonl:1: is no row that moewarden wrote: missing field");
 }

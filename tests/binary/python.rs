@@ -211,6 +211,17 @@ fn tensorboard_reads_the_steps() {
     let out = temp.path().join("out");
     assert_eq!(fs::read_dir(out.join("tensorboard")).unwrap().count(), 2);
     passes(&python([script("check_events.py"), out.join("tensorboard"), out.join("metrics.jsonl")]));
+    // Damaged since, they are written again; the reader stops at a torn record.
+    let files = || {
+        let mut files: Vec<_> = fs::read_dir(out.join("tensorboard")).unwrap().map(|e| e.unwrap().path()).collect();
+        files.sort();
+        files
+    };
+    let whole = fs::read(&files()[1]).unwrap();
+    fs::write(&files()[1], &whole[..whole.len() - 5]).unwrap();
+    moewarden(temp.path(), "train", "out", &model, &data, &format!("{options} --resume"));
+    assert_eq!(files().len(), 1);
+    passes(&python([script("check_events.py"), out.join("tensorboard"), out.join("metrics.jsonl")]));
     moewarden(temp.path(), "train", "out", &model, &data, &format!("{options} --overwrite"));
 }
 

@@ -71,12 +71,14 @@ fn a_run_resumes_where_its_inputs_lie_now() {
 
     // Another content at the same place is another run, and so is a file more or less.
     write_rows(&path("new.json"), 7);
-    train(folder.path(), "new", "--resume").failed(exit::CONFIG, &["data have changed"]);
+    train(folder.path(), "new", "--resume")
+        .failed(exit::CONFIG, &["checkpoint was made: the tokens of the rows of --dataset-path,"]);
     write_rows(&path("new.json"), 6);
     train(folder.path(), "new", "--resume --eval-dataset-path new.json").failed(exit::CONFIG, &["eval-dataset-path"]);
     let config = fs::read_to_string(path("new/config.json")).unwrap();
     fs::write(path("new/config.json"), config + "\n").unwrap();
-    train(folder.path(), "new", "--resume").failed(exit::CONFIG, &["the model new or the data have changed"]);
+    train(folder.path(), "new", "--resume")
+        .failed(exit::CONFIG, &["checkpoint was made: config.json of the model (the model is new)"]);
 }
 
 #[test]
@@ -119,6 +121,19 @@ fn resuming_writes_again_what_is_missing_or_torn() {
     let ran = train(folder.path(), "old", "--resume").ended(65);
     assert!(read("round_2/delta.safetensors") == whole[5]);
     assert!(ran.err.contains("round_1 is damaged"), "{}", ran.err);
+    // Logs, of which the checkpoint has the rows.
+    let log = read("metrics.jsonl");
+    let line = log.iter().position(|byte| *byte == b'\n').unwrap();
+    let zeroed = [vec![0; line], log[line..].to_vec()].concat();
+    for damaged in [None, Some(&[][..]), Some(&log[..line / 2]), Some(&zeroed)] {
+        match damaged {
+            None => fs::remove_file(path("metrics.jsonl")).unwrap(),
+            Some(bytes) => fs::write(path("metrics.jsonl"), bytes).unwrap(),
+        }
+        let ran = train(folder.path(), "old", "--resume").ended(65);
+        assert!(ran.err.contains("metrics.jsonl was changed since the checkpoint"), "{}", ran.err);
+        assert!(read("metrics.jsonl") == log);
+    }
     // The first round is in no checkpoint: that is said.
     fs::remove_dir_all(path("round_1")).unwrap();
     let ran = train(folder.path(), "old", "--resume").ok();

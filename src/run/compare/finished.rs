@@ -1,14 +1,11 @@
 //! Variants that are trained and evaluated: a resumed comparison takes their results as they are, and needs their models no more.
 
-use std::fs;
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 
 use super::evaluate::Evaluations;
-use crate::checkpoint;
 use crate::config::RunConfig;
-use crate::exit::{self, Failure, Result};
+use crate::exit::Result;
+use crate::launch::remove_output_folders;
 use crate::report::{Evaluated, VariantReport, read_json, write_json};
 use crate::run::session::stored_dtype;
 
@@ -91,17 +88,6 @@ impl Cell<'_> {
         if !self.evaluations.args.drops_models() {
             return Ok(());
         }
-        let dir = &self.config.output_dir;
-        let model = dir.join("final_model");
-        if model.exists() {
-            checkpoint::remove(&model)?;
-        }
-        let state = ["checkpoints", "retain_cache"].map(|name| dir.join(name));
-        state.iter().filter(|path| path.exists()).try_for_each(|path| remove(path))
+        Ok(remove_output_folders(&self.config.output_dir, &["final_model", "checkpoints", "retain_cache"])?)
     }
-}
-
-fn remove(path: &Path) -> Result<()> {
-    let failed = |e| Failure::new(exit::IO, format!("{}: cannot be removed: {e}", path.display()));
-    fs::remove_dir_all(path).map_err(failed)
 }

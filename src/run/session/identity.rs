@@ -1,5 +1,6 @@
 //! What makes two sets of inputs the same: hashes of weights and files, for checkpoints and between ranks.
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -29,6 +30,40 @@ impl Session {
             }
             Ok(hasher.finalize())
         })
+    }
+
+    /// A hash of each of the inputs of [`Self::fingerprint`], by names for messages.
+    ///
+    /// # Errors
+    /// A failed read.
+    pub fn named_inputs(&self, config: &RunConfig) -> Result<BTreeMap<String, String>> {
+        if let Some(named) = self.named_inputs.get() {
+            return Ok(named.clone());
+        }
+        let mut named = BTreeMap::from([("the weights of the model".to_owned(), self.table.hashed().finalize())]);
+        for path in self.model_files()? {
+            let name = path.strip_prefix(&self.dir).unwrap_or(&path).display();
+            named.insert(format!("{name} of the model"), hash_data(&path)?);
+        }
+        let [template, replies] = [config.chat_template.as_deref(), config.routing_replies.path()];
+        for (option, path) in [("--chat-template", template), ("--routing-replies", replies)] {
+            let Some(path) = path else { continue };
+            named.insert(format!("the file of {option}"), hash_data(path)?);
+        }
+        if let Some(experts) = &self.given {
+            named.insert("the experts of --method given".into(), blake3::Hash::from_bytes(*experts));
+        }
+        let retained = self.retain.as_ref().map(|(_, data)| data);
+        for (option, data) in [
+            ("--dataset-path", Some(&self.data)),
+            ("--eval-dataset-path", self.held_out.as_ref()),
+            ("--retain-dataset-path", retained),
+        ] {
+            let Some(data) = data else { continue };
+            named.insert(format!("the tokens of the rows of {option}"), tokens_hash(&data.records, false));
+        }
+        let named = named.into_iter().map(|(name, hash)| (name, hash.to_string())).collect();
+        Ok(self.named_inputs.get_or_init(|| named).clone())
     }
 
     /// [`Self::fingerprint`] as earlier versions computed it: of the files of rows, not of the rows.

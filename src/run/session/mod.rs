@@ -6,6 +6,7 @@ mod identity;
 pub use base::Base;
 pub(in crate::run) use identity::tokens_hash;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -48,6 +49,7 @@ pub struct Session {
     given: Option<[u8; 32]>,
     fingerprint: OnceLock<blake3::Hash>,
     earlier_fingerprint: OnceLock<blake3::Hash>,
+    named_inputs: OnceLock<BTreeMap<String, String>>,
     weights_hash: OnceLock<blake3::Hash>,
     /// The routing traces on which routing is counted, and their file.
     traces: Option<(PathBuf, RoutingTraces)>,
@@ -186,6 +188,7 @@ impl Session {
             given: None,
             fingerprint: OnceLock::new(),
             earlier_fingerprint: OnceLock::new(),
+            named_inputs: OnceLock::new(),
             weights_hash: OnceLock::new(),
             traces: None,
         })

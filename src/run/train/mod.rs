@@ -186,6 +186,7 @@ impl<'a> RankInputs<'a> {
                 options: config.result_options_yaml()?,
                 comparable: RunConfig::comparable_options,
                 inputs: Box::new(move || session.fingerprint(config)),
+                named_inputs: Box::new(move || session.named_inputs(config)),
                 earlier_inputs: Box::new(move || session.earlier_fingerprint(config)),
                 model: &session.dir,
             },
@@ -209,8 +210,8 @@ impl<'a> RankInputs<'a> {
             Some(snapshot) => {
                 ui.line(format_args!("resuming from {}", snapshot.folder().display()));
                 snapshot.restore_weights(&store, &mut replica)?;
-                let outputs = snapshot.state.outputs.clone();
-                (snapshot.state.before, Outputs::resume(config, recipe, &replica, ui, outputs)?)
+                let (outputs, log) = (snapshot.state.outputs.clone(), all_ok(world, snapshot.metrics())?);
+                (snapshot.state.before, Outputs::resume(config, recipe, &replica, ui, outputs, log)?)
             }
             None => {
                 world.set_activity("measuring the losses before training");
