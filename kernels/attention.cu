@@ -101,7 +101,9 @@ struct Softmax {
     }
 };
 
-template <class T> DEVICE void forward(T* y, const T* q, const T* k, const T* v, const Geometry& g) {
+// y, and per query and head the log Σ exp that normalises the row of probabilities: [T, heads].
+template <class T>
+DEVICE void forward(T* y, float* normaliser, const T* q, const T* k, const T* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     float *queries = reinterpret_cast<float*>(memory), *keys = queries + ROWS * pitch(g), *values = keys + ROWS * pitch(g);
     RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
@@ -124,14 +126,15 @@ template <class T> DEVICE void forward(T* y, const T* q, const T* k, const T* v,
         sum.add(weights, values, g);
     }
     if (row >= p.rows) return;
+    u64 at = (p.row + row) * g.heads + head;
     sum.scale(1.0f / softmax.total);
-    sum.store(y + ((p.row + row) * g.heads + head) * g.dim, g);
+    sum.store(y + at * g.dim, g);
+    if (threadIdx.x % LANES == 0) normaliser[at] = softmax.highest + logf(softmax.total);
 }
 
-// dq, and per query and head the log Σ exp that normalises the row of probabilities and δ = ⟨dy, y⟩: [T, heads]. With P
-// the probabilities and δ = ⟨dy, y⟩: dS = P ∘ (dy · vᵀ − δ) / sqrt(dim), dq = dS · k (arXiv 2205.14135, appendix B).
+// dq, and per query and head δ = ⟨dy, y⟩: [T, heads]. With P the probabilities: dS = P ∘ (dy · vᵀ − δ) / sqrt(dim), dq = dS · k (arXiv 2205.14135, appendix B).
 template <class T>
-DEVICE void backward_queries(T* dq, float* normaliser, float* delta, const T* dy, const T* q, const T* k, const T* v,
+DEVICE void backward_queries(T* dq, float* delta, const float* normaliser, const T* dy, const T* q, const T* k, const T* v,
                              const T* y, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     float *queries = reinterpret_cast<float*>(memory), *dys = queries + ROWS * pitch(g), *keys = dys + ROWS * pitch(g);
@@ -144,17 +147,9 @@ DEVICE void backward_queries(T* dq, float* normaliser, float* delta, const T* dy
     load_rows(dys, dy, p.row, p.rows, head, g.heads, g);
     const float *query_row = queries + row * pitch(g), *dy_row = dys + row * pitch(g);
 
-    Softmax softmax;
-    for (u64 key = range.first; key < range.end; key += ROWS) {
-        __syncthreads();
-        load_rows(keys, k, s.key + key, minimum((u64)ROWS, range.end - key), g.key_head(head), g.key_heads, g);
-        __syncthreads();
-        float weights[4];
-        scores_of(weights, query_row, keys, g);
-        softmax.add(weights, position, key, g);
-    }
-    float log_total = softmax.highest + logf(softmax.total), dot = 0.0f;
     u64 at = (p.row + row) * g.heads + head;
+    float log_total = row < p.rows ? normaliser[at] : 0.0f, dot = 0.0f;
+    __syncthreads();  // dy of all threads is visible
     if (row < p.rows)
         for (u32 d = threadIdx.x % LANES; d < (u32)g.dim; d += LANES) dot = fmaf(dy_row[d], to_f32(y[at * g.dim + d]), dot);
     dot = row_sum(dot);
@@ -180,10 +175,7 @@ DEVICE void backward_queries(T* dq, float* normaliser, float* delta, const T* dy
     }
     if (row >= p.rows) return;
     sum.store(dq + at * g.dim, g);
-    if (threadIdx.x % LANES == 0) {
-        normaliser[at] = log_total;
-        delta[at] = dot;
-    }
+    if (threadIdx.x % LANES == 0) delta[at] = dot;
 }
 
 // dk = dSᵀ · q and dv = Pᵀ · dy, over all query heads of the key head.
@@ -234,13 +226,13 @@ DEVICE void backward_keys(T* dk, T* dv, const float* normaliser, const float* de
 }
 
 #define TYPED(T, name)                                                                                                 \
-    KERNEL(THREADS, attention_##name, (T * y, const T* q, const T* k, const T* v, GEOMETRY)) {                         \
-        forward(y, q, k, v, {queries, keys, sequences, heads, key_heads, dim, window});                                \
+    KERNEL(THREADS, attention_##name, (T * y, float* normaliser, const T* q, const T* k, const T* v, GEOMETRY)) {      \
+        forward(y, normaliser, q, k, v, {queries, keys, sequences, heads, key_heads, dim, window});                                \
     }                                                                                                                  \
     KERNEL(THREADS, attention_backward_queries_##name,                                                                 \
-           (T * dq, float* normaliser, float* delta, const T* dy, const T* q, const T* k, const T* v, const T* y,      \
-            GEOMETRY)) {                                                                                               \
-        backward_queries(dq, normaliser, delta, dy, q, k, v, y,                                                        \
+           (T * dq, float* delta, const float* normaliser, const T* dy, const T* q, const T* k, const T* v,            \
+            const T* y, GEOMETRY)) {                                                                                   \
+        backward_queries(dq, delta, normaliser, dy, q, k, v, y,                                                        \
                          {queries, keys, sequences, heads, key_heads, dim, window});                                   \
     }                                                                                                                  \
     KERNEL(THREADS, attention_backward_keys_##name,                                                                    \

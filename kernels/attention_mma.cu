@@ -167,7 +167,9 @@ struct Softmax {
     }
 };
 
-template <int D> DEVICE void forward(bf16* y, const bf16* q, const bf16* k, const bf16* v, const Geometry& g) {
+// y, and per query and head the log2 Σ exp that normalises the row of probabilities: f32 [T, heads].
+template <int D>
+DEVICE void forward(bf16* y, float* normaliser, const bf16* q, const bf16* k, const bf16* v, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     SharedRows<D> queries = {reinterpret_cast<bf16*>(memory)}, keys = {queries.at + ROWS * D}, values = {keys.at + TILE_KEYS * D};
     RowTile p = find_row_tile(g.queries, g.sequences, ROWS, g.heads);
@@ -205,14 +207,19 @@ template <int D> DEVICE void forward(bf16* y, const bf16* q, const bf16* k, cons
         __syncthreads();  // all threads have read them
     }
     cp_async_wait_group<0>();
+    if (threadIdx.x % 4 == 0)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (row + i * 8 < p.rows)
+                normaliser[(p.row + row + i * 8) * g.heads + head] = softmax.highest[i] + log2f(softmax.total[i]);
     u64 stride = g.heads * g.dim;
     sum.store(y + p.row * stride + head * g.dim, row, p.rows, stride, g.dim, 1.0f / softmax.total[0], 1.0f / softmax.total[1]);
 }
 
-// dq, and per query and head the log2 Σ exp that normalises the row of probabilities and δ = ⟨dy, y⟩: f32 [T, heads].
+// dq, and per query and head δ = ⟨dy, y⟩: f32 [T, heads]. With P the probabilities:
 // dS = P ∘ (dy · vᵀ − δ) / sqrt(dim), dq = dS · k (arXiv 2205.14135, appendix B).
 template <int D>
-DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf16* dy, const bf16* q, const bf16* k,
+DEVICE void backward_queries(bf16* dq, float* delta, const float* normaliser, const bf16* dy, const bf16* q, const bf16* k,
                              const bf16* v, const bf16* y, const Geometry& g) {
     DYNAMIC_SHARED(memory);
     // Two buffers of keys and values: one is read while the other is copied to.
@@ -233,44 +240,25 @@ DEVICE void backward_queries(bf16* dq, float* normaliser, float* delta, const bf
     queries.template load_rows<ROWS>(q, p.row, p.rows, head, g.heads, g.dim);
     dys.template load_rows<ROWS>(dy, p.row, p.rows, head, g.heads, g.dim);
 
-    float dot[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        u64 at = ((p.row + row + i * 8) * g.heads + head) * g.dim;
-        dot[i] = 0.0f;
-        if (row + i * 8 < p.rows)
-            for (u64 d = threadIdx.x % 4; d < g.dim; d += 4) dot[i] = fmaf(to_f32(dy[at + d]), to_f32(y[at + d]), dot[i]);
-        dot[i] = row_sum(dot[i]);
-    }
-    Softmax softmax;
-    load_rows(keys_of(range.first), k, range.first);
-    cp_async_commit_group();
-    for (u64 key = range.first; key < range.end; key += HALF_TILE) {
-        cp_async_wait_group<0>();
-        __syncthreads();  // these keys of all threads are visible, and all threads have read the ones before
-        load_rows(keys_of(key + HALF_TILE), k, key + HALF_TILE);
-        cp_async_commit_group();
-        WarpTile<HALF_TILE> weights;
-        weights.multiply(queries, own, keys_of(key));
-        float factor[2];
-        softmax.add(weights, factor, position, key, scale, g.window);
-    }
-    __syncthreads();  // all threads have read the last keys
     auto load_both = [&](u64 key) {
         load_rows(keys_of(key), k, key);
         load_rows(values_of(key), v, key);
         cp_async_commit_group();
     };
     load_both(range.first);
-    float log_total[2] = {softmax.highest[0] + log2f(softmax.total[0]), softmax.highest[1] + log2f(softmax.total[1])};
-    if (threadIdx.x % 4 == 0)
+    float dot[2], log_total[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (row + i * 8 < p.rows) {
-                u64 at = (p.row + row + i * 8) * g.heads + head;
-                normaliser[at] = log_total[i];
-                delta[at] = dot[i];
-            }
+    for (int i = 0; i < 2; i++) {
+        bool valid = row + i * 8 < p.rows;
+        u64 at = (p.row + row + i * 8) * g.heads + head;
+        dot[i] = 0.0f;
+        if (valid)
+            for (u64 d = threadIdx.x % 4; d < g.dim; d += 4)
+                dot[i] = fmaf(to_f32(dy[at * g.dim + d]), to_f32(y[at * g.dim + d]), dot[i]);
+        dot[i] = row_sum(dot[i]);
+        log_total[i] = valid ? normaliser[at] : 0.0f;
+        if (valid && threadIdx.x % 4 == 0) delta[at] = dot[i];
+    }
 
     WarpTile<D> sum;
     sum.clear();
@@ -385,13 +373,13 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const float* normaliser, const flo
 }
 
 #define WIDTH(D)                                                                                                      \
-    KERNEL(THREADS, attention_##D, (bf16 * y, const bf16* q, const bf16* k, const bf16* v, GEOMETRY)) {               \
-        forward<D>(y, q, k, v, {queries, keys, sequences, heads, key_heads, dim, window});                            \
+    KERNEL(THREADS, attention_##D, (bf16 * y, float* normaliser, const bf16* q, const bf16* k, const bf16* v, GEOMETRY)) { \
+        forward<D>(y, normaliser, q, k, v, {queries, keys, sequences, heads, key_heads, dim, window});                            \
     }                                                                                                                 \
     KERNEL(THREADS, attention_backward_queries_##D,                                                                   \
-           (bf16 * dq, float* normaliser, float* delta, const bf16* dy, const bf16* q, const bf16* k, const bf16* v,  \
-            const bf16* y, GEOMETRY)) {                                                                               \
-        backward_queries<D>(dq, normaliser, delta, dy, q, k, v, y,                                                    \
+           (bf16 * dq, float* delta, const float* normaliser, const bf16* dy, const bf16* q, const bf16* k,           \
+            const bf16* v, const bf16* y, GEOMETRY)) {                                                                \
+        backward_queries<D>(dq, delta, normaliser, dy, q, k, v, y,                                                    \
                             {queries, keys, sequences, heads, key_heads, dim, window});                               \
     }                                                                                                                 \
     KERNEL(THREADS, attention_backward_keys_##D,                                                                      \

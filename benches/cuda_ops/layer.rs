@@ -117,13 +117,13 @@ fn attention(report: &Report, b: &Cuda, shape: &Shape, packing: &Packing, x: &Te
     let pairs: usize = packing.queries.windows(2).map(|w| (w[1] - w[0]) * (w[1] - w[0] + 1) / 2).sum();
     let flops = 4 * pairs * heads.queries * dim;
     let form = plan::attention(dim, Dtype::Bf16, b.gpu().architecture());
-    let y = b.attention(&q, &k, &v, &seqs, &heads);
+    let (y, normaliser) = b.attention(&q, &k, &v, &seqs, &heads);
     let forward = product(flops, 2 * (q_size + kv_size) * A);
     report.time(&format!("attention: {form}"), forward, || b.attention(&q, &k, &v, &seqs, &heads));
     // The backward has five products, the forward two.
     let backward = product(flops * 5 / 2, (4 * q_size + 4 * kv_size) * A);
     report.time(&format!("attention_backward: {form}"), backward, || {
-        b.attention_backward(&y, &q, &k, &v, &y, &seqs, &heads)
+        b.attention_backward(&y, &q, &k, &v, (&y, &normaliser), &seqs, &heads)
     });
 }
 

@@ -184,6 +184,8 @@ pub trait Backend: Send + Sync + 'static {
     type Buffer: Send + Sync;
     /// Row indices, token ids or class ids, `[n]`.
     type Indices: Send + Sync;
+    /// What normalises the rows of probabilities of [`Self::attention`], for its backward; nothing where that computes it again.
+    type Normaliser: Send + Sync;
     /// A [`Packing`] on the device, with cos and sin of the rotary angles of its positions.
     type Sequences: Send + Sync;
     /// The K experts and routing weights of each token, with the values saved for the backward pass.
@@ -351,7 +353,7 @@ pub trait Backend: Send + Sync + 'static {
     fn rope_backward(&self, dy: &mut Self::Tensor, head_dim: usize, seqs: &Self::Sequences);
 
     /// Causal attention within each sequence: scores scaled by 1/sqrt(dim), softmax in f32.
-    /// q `[T, heads.queries · dim]`; k and v `[key rows, heads.keys · dim]` → `[T, heads.queries · dim]`.
+    /// q `[T, heads.queries · dim]`; k and v `[key rows, heads.keys · dim]` → `[T, heads.queries · dim]`, and what the backward needs.
     fn attention(
         &self,
         q: &Self::Tensor,
@@ -359,8 +361,8 @@ pub trait Backend: Send + Sync + 'static {
         v: &Self::Tensor,
         seqs: &Self::Sequences,
         heads: &Heads,
-    ) -> Self::Tensor;
-    /// Returns (dq, dk, dv). Recomputes the probabilities from q and k (Dao, arXiv 2205.14135).
+    ) -> (Self::Tensor, Self::Normaliser);
+    /// Returns (dq, dk, dv), from y and the normaliser of [`Self::attention`]. Recomputes the probabilities from q and k (Dao, arXiv 2205.14135).
     #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
@@ -368,7 +370,7 @@ pub trait Backend: Send + Sync + 'static {
         q: &Self::Tensor,
         k: &Self::Tensor,
         v: &Self::Tensor,
-        y: &Self::Tensor,
+        y: (&Self::Tensor, &Self::Normaliser),
         seqs: &Self::Sequences,
         heads: &Heads,
     ) -> (Self::Tensor, Self::Tensor, Self::Tensor);

@@ -33,6 +33,7 @@ pub(super) struct AttentionSaved<B: Backend> {
     k_TC: B::Tensor,
     v_TC: B::Tensor,
     o_TQ: B::Tensor,
+    normaliser: B::Normaliser,
 }
 
 impl AttentionParams {
@@ -80,7 +81,7 @@ pub(super) fn forward<B: Backend>(
     }
     b.rope(&mut q_TQ, p.heads.dim, ctx.seqs);
     b.rope(&mut k_TC, p.heads.dim, ctx.seqs);
-    let o_TQ = match cache {
+    let (o_TQ, normaliser) = match cache {
         Some(CachedKeys { keys, values, rows }) => {
             b.write_rows(keys, rows, &k_TC);
             b.write_rows(values, rows, &v_TC);
@@ -100,7 +101,7 @@ pub(super) fn forward<B: Backend>(
             h_TD
         }
     };
-    (h_ND, AttentionSaved { raw_qk, q_TQ, k_TC, v_TC, o_TQ })
+    (h_ND, AttentionSaved { raw_qk, q_TQ, k_TC, v_TC, o_TQ, normaliser })
 }
 
 /// dx `[T, D]` of [`forward`], if a parameter below this layer is in the plan.
@@ -136,8 +137,9 @@ pub(super) fn backward<B: Backend>(
         }
     }
 
-    let AttentionSaved { raw_qk, q_TQ, k_TC, v_TC, o_TQ } = saved;
-    let (mut dq_TQ, mut dk_TC, mut dv_TC) = b.attention_backward(&do_TQ, q_TQ, k_TC, v_TC, o_TQ, ctx.seqs, &p.heads);
+    let AttentionSaved { raw_qk, q_TQ, k_TC, v_TC, o_TQ, normaliser } = saved;
+    let (mut dq_TQ, mut dk_TC, mut dv_TC) =
+        b.attention_backward(&do_TQ, q_TQ, k_TC, v_TC, (o_TQ, normaliser), ctx.seqs, &p.heads);
     b.rope_backward(&mut dq_TQ, p.heads.dim, ctx.seqs);
     b.rope_backward(&mut dk_TC, p.heads.dim, ctx.seqs);
     if let (Some((raw_q_TQ, raw_k_TC)), Some((q_norm, k_norm))) = (raw_qk, p.qk_norms) {

@@ -107,13 +107,15 @@ impl Activations {
         let (q, kv) = ((heads.queries * heads.dim) as u64, (heads.keys * heads.dim) as u64);
         let norms = if config.qk_norm == crate::model::QkNorm::None { 0 } else { q + kv };
         let attention = 2 * q + 2 * kv + norms;
+        // What normalises the probabilities of attention in f32; the CPU computes it again.
+        let normaliser = if budget.device { 4 * heads.queries as u64 } else { 0 };
         let routed = config.num_experts_per_tok as u64;
         let f = config.expert_width as u64;
         let shared = config.shared_expert_width.unwrap_or(0) as u64;
         let dense = config.layers.iter().map(|k| if let LayerKind::Dense(w) = k { *w as u64 } else { 0 }).max();
         let gate_up = (routed * 2 * f + 2 * shared).max(2 * dense.unwrap_or(0));
         let other = config.num_experts as u64 + if shared > 0 { d } else { 0 };
-        let kept = gate_up * routed_size + (attention + d + other) * size;
+        let kept = gate_up * routed_size + (attention + d + other) * size + normaliser;
         // Gathered rows or their gradients [R, D], SwiGLU's output, its gradient and that of its input [R, 4F]; in a dense layer or
         // a shared expert the last two; and a few [T, D].
         let dense = dense.unwrap_or(0).max(shared) * (size + 2 * routed_size);

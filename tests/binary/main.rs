@@ -33,3 +33,4 @@ mod retention;
 mod selection;
 #[cfg(feature = "mpi")]
 mod sharding;
+mod shared_cases;

@@ -321,9 +321,10 @@ impl Attention {
         let query = |x: &[f32]| b.upload(self.packing.rows(), h.queries * h.dim, x);
         let key = |x: &[f32]| b.upload(keys, h.keys * h.dim, x);
         let (q, k, v, dy) = (query(&self.q), key(&self.k), key(&self.v), query(&self.dy));
-        let made = b.attention(&q, &k, &v, &seqs, h);
+        let (made, normaliser) = b.attention(&q, &k, &v, &seqs, h);
         let y = y.map(query);
-        let (dq, dk, dv) = b.attention_backward(&dy, &q, &k, &v, y.as_ref().unwrap_or(&made), &seqs, h);
+        let y = (y.as_ref().unwrap_or(&made), &normaliser);
+        let (dq, dk, dv) = b.attention_backward(&dy, &q, &k, &v, y, &seqs, h);
         [&made, &dq, &dk, &dv].map(|x| b.download(x))
     }
 

@@ -90,9 +90,9 @@ fn results(cpu: &Cpu) -> Vec<(&'static str, Vec<f32>)> {
         let seqs = cpu.sequences(&Packing::of_lengths(lengths), &rope);
         let [q, dy] = [(); 2].map(|()| tensor(&mut rng, n, 4 * dim));
         let [key, val] = [(); 2].map(|()| tensor(&mut rng, n, 2 * dim));
-        let y = cpu.attention(&q, &key, &val, &seqs, &heads);
+        let (y, ()) = cpu.attention(&q, &key, &val, &seqs, &heads);
         out.push(("attention", cpu.download(&y)));
-        let (dq, dk, dv) = cpu.attention_backward(&dy, &q, &key, &val, &y, &seqs, &heads);
+        let (dq, dk, dv) = cpu.attention_backward(&dy, &q, &key, &val, (&y, &()), &seqs, &heads);
         out.extend(
             [("attention dq", dq), ("attention dk", dk), ("attention dv", dv)]
                 .map(|(name, x)| (name, cpu.download(&x))),
@@ -178,7 +178,7 @@ fn rows_and_positions_have_the_same_bits_in_any_batch() {
                 let q = cpu.upload(end - first, 2 * dim, &q[first * 2 * dim..end * 2 * dim]);
                 let [k, v] = [&k, &v].map(|x| cpu.upload(end, dim, &x[..end * dim]));
                 let seqs = cpu.sequences(&Packing::continuing(end - first, end), &rope);
-                cpu.download(&cpu.attention(&q, &k, &v, &seqs, &heads))
+                cpu.download(&cpu.attention(&q, &k, &v, &seqs, &heads).0)
             };
             let whole = attention(0, tokens);
             // In f32 the sums of a softmax's products depend on the number of queries in a block.

@@ -245,7 +245,7 @@ fn check_attention(cpu: &Cpu, rng: &mut Rng, packing: &Packing, heads: Heads, di
     let (k, v) = (rng.values(keys * key_width, 2.0), rng.values(keys * key_width, 1.0));
     let c = rng.values(q.len(), 1.0);
     let (tq, tk, tv) = (tensor(cpu, width, &q), tensor(cpu, key_width, &k), tensor(cpu, key_width, &v));
-    let y = cpu.attention(&tq, &tk, &tv, &seqs, &heads);
+    let (y, ()) = cpu.attention(&tq, &tk, &tv, &seqs, &heads);
     let geometry = r::Attention {
         queries: &packing.queries,
         keys: &packing.keys,
@@ -256,7 +256,7 @@ fn check_attention(cpu: &Cpu, rng: &mut Rng, packing: &Packing, heads: Heads, di
     };
     let (qw, kw, vw) = (wide(&q), wide(&k), wide(&v));
     assert_close(&cpu.download(&y), &geometry.forward(&qw, &kw, &vw), 1e-5, 1e-5, "scores near 10 in f32");
-    let (dq, dk, dv) = cpu.attention_backward(&tensor(cpu, width, &c), &tq, &tk, &tv, &y, &seqs, &heads);
+    let (dq, dk, dv) = cpu.attention_backward(&tensor(cpu, width, &c), &tq, &tk, &tv, (&y, &()), &seqs, &heads);
     if differences {
         let loss = |q: &[f64], k: &[f64], v: &[f64]| r::dot(&geometry.forward(q, k, v), &wide(&c));
         assert_close(&cpu.download(&dq), &r::gradient(&qw, |q| loss(q, &kw, &vw)), ABS, REL, WHY);
@@ -844,8 +844,8 @@ fn everything(threads: usize) -> Vec<u64> {
     let kv = tensor(&cpu, 24, &rng.values(t * 24, 1.0));
     let mut q = cpu.gather_rows(&x, &cpu.indices(&(0..t as u32).rev().collect::<Vec<_>>()));
     cpu.rope(&mut q, 12, &seqs);
-    let a = cpu.attention(&q, &kv, &kv, &seqs, &heads);
-    let (dq, dk, dv) = cpu.attention_backward(&dy, &q, &kv, &kv, &a, &seqs, &heads);
+    let (a, ()) = cpu.attention(&q, &kv, &kv, &seqs, &heads);
+    let (dq, dk, dv) = cpu.attention_backward(&dy, &q, &kv, &kv, (&a, &()), &seqs, &heads);
     [&a, &dq, &dk, &dv].iter().for_each(|x| record(&cpu.download(x)));
 
     let logits = cpu.linear(&x, &make(&mut rng, Dtype::F32, e, d), None);

@@ -87,7 +87,7 @@ fn a_layer_agrees_with_autograd() -> Result<()> {
 
     let h1 = cpu.rms_norm(&tx, &wn1, EPS);
     let [tq, tk, tv] = [&wq, &wk, &wv].map(|w| cpu.linear(&h1, w, None));
-    let a = cpu.attention(&tq, &tk, &tv, &seqs, &geometry);
+    let (a, ()) = cpu.attention(&tq, &tk, &tv, &seqs, &geometry);
     let mut mid = cpu.linear(&a, &wo, None);
     cpu.add_assign(&mut mid, &tx);
     let h2 = cpu.rms_norm(&mid, &wn2, EPS);
@@ -123,7 +123,7 @@ fn a_layer_agrees_with_autograd() -> Result<()> {
     cpu.add_assign(&mut dtop, &cpu.rms_norm_backward(&dh2, &mid, &wn2, EPS, sink));
     let da = cpu.linear_backward_input(&dtop, &wo);
     let mut dattention = cpu.buffer(2 * (WIDTH + KEY_WIDTH) * WIDTH);
-    let (dq, dk, dv) = cpu.attention_backward(&da, &tq, &tk, &tv, &a, &seqs, &geometry);
+    let (dq, dk, dv) = cpu.attention_backward(&da, &tq, &tk, &tv, (&a, &()), &seqs, &geometry);
     let mut at = 0;
     let mut dh1 = cpu.zeros(T, WIDTH);
     for (dy, w, n) in [(&dq, &wq, WIDTH), (&dk, &wk, KEY_WIDTH), (&dv, &wv, KEY_WIDTH)] {

@@ -122,6 +122,7 @@ impl Backend for Cpu {
     type Weight = Weight;
     type Buffer = Buffer;
     type Indices = Indices;
+    type Normaliser = ();
     type Sequences = Sequences;
     type Routing = Routing;
     type Dispatch = Dispatch;
@@ -290,8 +291,8 @@ impl Backend for Cpu {
     fn rope_backward(&self, dy: &mut Tensor, head_dim: usize, seqs: &Sequences) {
         self.run(|| rope::backward(dy, head_dim, seqs));
     }
-    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> Tensor {
-        self.run(|| attention::attention(self, q, k, v, seqs, heads))
+    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> (Tensor, ()) {
+        (self.run(|| attention::attention(self, q, k, v, seqs, heads)), ())
     }
     fn attention_backward(
         &self,
@@ -299,7 +300,7 @@ impl Backend for Cpu {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        y: &Tensor,
+        (y, ()): (&Tensor, &()),
         seqs: &Sequences,
         heads: &Heads,
     ) -> (Tensor, Tensor, Tensor) {

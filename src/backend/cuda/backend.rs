@@ -6,7 +6,7 @@ use super::ops::{
     attention, cross_entropy, dispatch, elements, grouped, kl, linear, norm, offload, rope, route, rows, statistics,
     swiglu, transfer, update,
 };
-use super::{Buffer, Cuda, Dispatch, Indices, Routing, Scores, Sequences, Tensor, Weight, must};
+use super::{Buffer, Cuda, Dispatch, Indices, Normaliser, Routing, Scores, Sequences, Tensor, Weight, must};
 use crate::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, RowLoss, Stacks};
 
 impl Backend for Cuda {
@@ -14,6 +14,7 @@ impl Backend for Cuda {
     type Weight = Weight;
     type Buffer = Buffer;
     type Indices = Indices;
+    type Normaliser = Normaliser;
     type Sequences = Sequences;
     type Routing = Routing;
     type Dispatch = Dispatch;
@@ -182,7 +183,7 @@ impl Backend for Cuda {
     fn rope_backward(&self, dy: &mut Tensor, head_dim: usize, seqs: &Sequences) {
         rope::rotate(self, dy, head_dim, seqs, -1.0);
     }
-    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> Tensor {
+    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> (Tensor, Normaliser) {
         attention::attention(self, q, k, v, seqs, heads)
     }
     fn attention_backward(
@@ -191,7 +192,7 @@ impl Backend for Cuda {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        y: &Tensor,
+        y: (&Tensor, &Normaliser),
         seqs: &Sequences,
         heads: &Heads,
     ) -> (Tensor, Tensor, Tensor) {

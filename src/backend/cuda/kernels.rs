@@ -139,9 +139,9 @@ kernels! {
     in SWIGLU;
 
     // attention.cu, attention_mma.cu
-    fn attention<T>(y: Out<T>, q: In<T>, k: In<T>, v: In<T>, queries: In<u32>, keys: In<u32>, sequences: usize,
-        heads: usize, key_heads: usize, dim: usize, window: u64),
-    fn attention_backward_queries<T>(dq: Out<T>, normaliser: Out<f32>, delta: Out<f32>, dy: In<T>, q: In<T>, k: In<T>,
+    fn attention<T>(y: Out<T>, normaliser: Out<f32>, q: In<T>, k: In<T>, v: In<T>, queries: In<u32>, keys: In<u32>,
+        sequences: usize, heads: usize, key_heads: usize, dim: usize, window: u64),
+    fn attention_backward_queries<T>(dq: Out<T>, delta: Out<f32>, normaliser: In<f32>, dy: In<T>, q: In<T>, k: In<T>,
         v: In<T>, y: In<T>, queries: In<u32>, keys: In<u32>, sequences: usize, heads: usize, key_heads: usize, dim: usize,
         window: u64),
     fn attention_backward_keys<T>(dk: Out<T>, dv: Out<T>, normaliser: In<f32>, delta: In<f32>, dy: In<T>, q: In<T>,

@@ -32,7 +32,7 @@ pub use self::ring::SLOTS;
 pub use self::shares::Peers;
 use self::tables::Tables;
 use self::tensor::{Angles, Array};
-pub use self::tensor::{Buffer, Dispatch, Indices, Routing, Scores, Sequences, Staged, Tensor, Weight};
+pub use self::tensor::{Buffer, Dispatch, Indices, Normaliser, Routing, Scores, Sequences, Staged, Tensor, Weight};
 use super::{DeviceFault, Dtype};
 
 /// One GPU.

@@ -251,6 +251,10 @@ impl Buffer {
     }
 }
 
+/// For each query and head the logarithm of the sum of a row's exponentials, which normalises its probabilities: `[T, heads]`, to
+/// the base of the form of attention that made it.
+pub struct Normaliser(pub(super) Array<f32>);
+
 /// Running sums in f64.
 pub struct Scores(pub(super) Array<f64>);
 

@@ -146,11 +146,11 @@ impl<B: Backend> Probe<'_, B> {
         let (query, key, value) = (self.tensor(rows, q), self.tensor(rows, kv), self.tensor(rows, kv));
         let seen = (length as f64 / 2.0).min(heads.window.unwrap_or(usize::MAX) as f64);
         let work = 4.0 * seen * (rows * q) as f64;
-        let y = b.attention(&query, &key, &value, &seqs, heads);
-        rates[Kind::Attention] = work / fastest(|| self.finish(&b.attention(&query, &key, &value, &seqs, heads)));
+        let (y, normaliser) = b.attention(&query, &key, &value, &seqs, heads);
+        rates[Kind::Attention] = work / fastest(|| self.finish(&b.attention(&query, &key, &value, &seqs, heads).0));
         rates[Kind::AttentionBackward] = 2.5 * work
             / fastest(|| {
-                let (dq, ..) = b.attention_backward(&query, &query, &key, &value, &y, &seqs, heads);
+                let (dq, ..) = b.attention_backward(&query, &query, &key, &value, (&y, &normaliser), &seqs, heads);
                 self.finish(&dq);
             });
     }

@@ -3,7 +3,7 @@
 use crate::backend::Heads;
 use crate::backend::cuda::gpu::Grid;
 use crate::backend::cuda::plan::AttentionForm;
-use crate::backend::cuda::{Cuda, Sequences, Tensor, kernels};
+use crate::backend::cuda::{Cuda, Normaliser, Sequences, Tensor, kernels};
 
 /// The form of a call and its launch configuration.
 struct Tiling {
@@ -39,16 +39,25 @@ fn window(heads: &Heads) -> u64 {
     heads.window.map_or(u64::MAX, |w| w as u64)
 }
 
-/// q `[T, queries·dim]`; k, v `[keys, keys·dim]` → `[T, queries·dim]`.
-pub fn attention(cuda: &Cuda, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> Tensor {
+/// q `[T, queries·dim]`; k, v `[keys, keys·dim]` → `[T, queries·dim]`, with the normaliser of each row of probabilities.
+pub fn attention(
+    cuda: &Cuda,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    seqs: &Sequences,
+    heads: &Heads,
+) -> (Tensor, Normaliser) {
     check(cuda, q, k, v, seqs, heads);
     let mut y = cuda.tensor(q.rows(), q.cols(), q.dtype());
+    let mut normaliser = cuda.array::<f32>(q.rows() * heads.queries);
     let tiling = Tiling::choose(cuda, heads, false);
     kernels::attention(
         cuda,
         tiling.form,
         tiling.grid(&seqs.packing.queries, heads.queries),
         y.output(),
+        normaliser.output(),
         q.input(),
         k.input(),
         v.input(),
@@ -60,10 +69,10 @@ pub fn attention(cuda: &Cuda, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequenc
         heads.dim,
         window(heads),
     );
-    y
+    (y, Normaliser(normaliser))
 }
 
-/// (dq, dk, dv). The first kernel also stores the normaliser and δ of each row of probabilities for the second one.
+/// (dq, dk, dv). The first kernel also stores δ of each row of probabilities for the second one.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     cuda: &Cuda,
@@ -71,18 +80,19 @@ pub fn backward(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    y: &Tensor,
+    (y, Normaliser(normaliser)): (&Tensor, &Normaliser),
     seqs: &Sequences,
     heads: &Heads,
 ) -> (Tensor, Tensor, Tensor) {
     check(cuda, q, k, v, seqs, heads);
+    assert!(normaliser.len() == q.rows() * heads.queries, "{} normalisers of {} rows", normaliser.len(), q.rows());
     for (what, x) in [("dy of attention", dy), ("y of attention", y)] {
         x.expect_shape(what, q.rows(), q.cols());
         assert!(x.dtype() == q.dtype(), "{what} in {:?}, q in {:?}", x.dtype(), q.dtype());
     }
     let like = |x: &Tensor| cuda.tensor(x.rows(), x.cols(), x.dtype());
     let (mut dq, mut dk, mut dv) = (like(q), like(k), like(v));
-    let [mut normaliser, mut delta] = [0; 2].map(|_| cuda.array::<f32>(q.rows() * heads.queries));
+    let mut delta = cuda.array::<f32>(q.rows() * heads.queries);
 
     let tiling = Tiling::choose(cuda, heads, true);
     kernels::attention_backward_queries(
@@ -90,8 +100,8 @@ pub fn backward(
         tiling.form,
         tiling.grid(&seqs.packing.queries, heads.queries),
         dq.output(),
-        normaliser.output(),
         delta.output(),
+        normaliser.input(),
         dy.input(),
         q.input(),
         k.input(),
