@@ -229,14 +229,14 @@ impl SnapshotStore<'_> {
         world.set_activity(&format!("saving {}", position.folder()));
         replica.visit_unchanged(Point::Save)?;
         let target = self.folder.join(position.folder());
-        let begin = || -> Result<Option<(AtomicDir, (O, Vec<u8>))>> {
+        let begin = || -> Result<Option<(AtomicDir, O, Vec<u8>)>> {
             if !leads {
                 return Ok(None);
             }
-            let outputs = outputs()?;
+            let (outputs, metrics) = outputs()?;
             let aside = AtomicDir::create(&target)?;
             remove_temporaries(&self.folder, &aside)?;
-            Ok(Some((aside, outputs)))
+            Ok(Some((aside, outputs, metrics)))
         };
         let begun = all_ok(&*world, begin())?;
         replica.visit_unchanged(Point::Save)?;
@@ -245,7 +245,7 @@ impl SnapshotStore<'_> {
         replica.visit_unchanged(Point::Save)?;
         let entries = serde_json::to_vec(&all_ok(&*world, own)?).expect("names and numbers");
         let all = world.all_gather(&entries)?;
-        let finish = |(aside, (outputs, metrics)): (AtomicDir, (O, Vec<u8>))| -> Result<()> {
+        let finish = |(aside, outputs, metrics): (AtomicDir, O, Vec<u8>)| -> Result<()> {
             let state = State {
                 schema: SCHEMA.into(),
                 config: self.identity.options.clone(),
