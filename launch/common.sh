@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 
 : "${MOEWARDEN:=moewarden}"   # the program to run
+: "${MOEWARDEN_COMMAND:=train}" # its command: train, eval or compare, which all have --resume
 : "${MAX_REQUEUES:=20}"       # maximum number of requeues of one job
 readonly CHECKPOINTED=85      # moewarden's exit code after it saved a checkpoint because of a signal
 
@@ -81,9 +82,10 @@ begin_job() {
     say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, GPUs ${CUDA_VISIBLE_DEVICES:-none}, requeues so far: $restarts"
 }
 
-# preflight COMMAND...: validates options, files and sizes in one process, before all ranks start. PREFLIGHT=0 skips it.
+# preflight COMMAND...: validates options, files and sizes of a training in one process, before all ranks start. PREFLIGHT=0 skips
+# it.
 preflight() {
-    if [[ ${PREFLIGHT:-1} == 0 ]] || ((restarts > 0)); then return; fi
+    if [[ ${PREFLIGHT:-1} == 0 || $MOEWARDEN_COMMAND != train ]] || ((restarts > 0)); then return; fi
     local status=0
     "$@" || status=$?
     if ((status != 0)); then die "$status" "the check before the start failed with exit code $status"; fi

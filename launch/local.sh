@@ -7,4 +7,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-exec "$MOEWARDEN" train --resume --ranks "${RANKS:-$(ranks_here)}" "$@"
+exec "$MOEWARDEN" "$MOEWARDEN_COMMAND" --resume --ranks "${RANKS:-$(ranks_here)}" "$@"

@@ -14,4 +14,4 @@ mpirun_is "Intel MPI" "Intel\(R\) MPI"
 export I_MPI_PIN_DOMAIN=${I_MPI_PIN_DOMAIN:-auto}
 
 # shellcheck disable=SC2086 # MPIRUN_OPTIONS holds several words
-run_mpirun "$MPIRUN" -n "${RANKS:-$(ranks_here)}" -genvall ${MPIRUN_OPTIONS:-} "$MOEWARDEN" train --resume "$@"
+run_mpirun "$MPIRUN" -n "${RANKS:-$(ranks_here)}" -genvall ${MPIRUN_OPTIONS:-} "$MOEWARDEN" "$MOEWARDEN_COMMAND" --resume "$@"

@@ -11,4 +11,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 mpirun_is "MPICH" "HYDRA"
 
 # shellcheck disable=SC2086 # MPIRUN_OPTIONS holds several words
-run_mpirun "$MPIRUN" -n "${RANKS:-$(ranks_here)}" -bind-to none ${MPIRUN_OPTIONS:-} "$MOEWARDEN" train --resume "$@"
+run_mpirun "$MPIRUN" -n "${RANKS:-$(ranks_here)}" -bind-to none ${MPIRUN_OPTIONS:-} "$MOEWARDEN" "$MOEWARDEN_COMMAND" --resume "$@"

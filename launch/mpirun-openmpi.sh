@@ -16,4 +16,4 @@ for name in $(compgen -e | grep -E '^(MOEWARDEN_|NCCL_|HF_|CUDA_|LD_LIBRARY_PATH
 
 # Without --bind-to none, Open MPI would bind each rank with all its threads to one core.
 # shellcheck disable=SC2086 # MPIRUN_OPTIONS holds several words
-run_mpirun "$MPIRUN" -n "${RANKS:-$(ranks_here)}" --bind-to none "${pass[@]}" ${MPIRUN_OPTIONS:-} "$MOEWARDEN" train --resume "$@"
+run_mpirun "$MPIRUN" -n "${RANKS:-$(ranks_here)}" --bind-to none "${pass[@]}" ${MPIRUN_OPTIONS:-} "$MOEWARDEN" "$MOEWARDEN_COMMAND" --resume "$@"

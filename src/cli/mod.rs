@@ -127,8 +127,9 @@ pub fn run(cli: &Cli) -> exit::Result<Ended<()>> {
         let fault = Fault::from_variable(launch::fault().as_deref())?;
         Started::new(config, &launch, stop_on_signals()?, fault, ui)
     };
-    if !matches!(cli.command, Command::Train(_) | Command::Identify(_) | Command::Ablate(_) | Command::Eval(_)) {
-        launch.check_single()?;
+    match cli.command {
+        Command::Train(_) | Command::Identify(_) | Command::Ablate(_) | Command::Eval(_) | Command::Compare { .. } => {}
+        _ => launch.check_single()?,
     }
     let done = |()| Ended::Done(());
     match &cli.command {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Collective, threads};
+use crate::exit;
 
 /// Vector lengths: empty, one, odd, and longer than the chunks into which the implementations split long vectors.
 const LENGTHS: [usize; 4] = [0, 1, 7, 200_003];
@@ -26,11 +27,28 @@ fn uneven(world_size: usize, total: usize) -> Vec<usize> {
     counts
 }
 
-/// Checks every operation except aborts. All ranks of a group call it together.
+/// Checks every operation, in a new group and in one that has failed. All ranks of a group call it together.
 ///
 /// # Panics
 /// If a result is wrong.
 pub fn check(c: &dyn Collective) {
+    check_operations(c);
+    // The last rank fails while the others wait for it, or are on their way there.
+    for failure in 0..3 {
+        if c.rank() + 1 == c.world_size() {
+            c.abort(exit::NOT_FINITE, "on purpose");
+        } else {
+            let mut values = vec![1.0; 10_000];
+            c.all_reduce_f32(&mut values).expect_err("the group has failed");
+        }
+        c.barrier().expect_err("the group stays failed");
+        c.renew().unwrap_or_else(|error| panic!("renewal {failure}: {error}"));
+    }
+    check_operations(c);
+}
+
+/// Checks every operation except aborts and renewals.
+fn check_operations(c: &dyn Collective) {
     let (rank, n) = (c.rank(), c.world_size());
     assert!(rank < n, "rank {rank} of {n}");
     c.barrier().expect("barrier");

@@ -176,6 +176,12 @@ pub trait Collective: Send + Sync {
     /// the error behind it, `reason` its message. Does not wait for the other ranks. If several ranks abort, the first
     /// wins.
     fn abort(&self, code: u8, reason: &str);
+
+    /// Makes the group usable again after it has failed. Every rank calls it once its failed work has ended; returns once all have.
+    ///
+    /// # Errors
+    /// See [`Self::barrier`]: a rank that has died, or still does other work.
+    fn renew(&self) -> Result<()>;
 }
 
 /// Runs rank-local `work` (writing a model, for example) that may take longer than the collective timeout. A worker

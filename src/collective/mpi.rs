@@ -468,6 +468,11 @@ impl Collective for Mpi {
             self.fail(&mut link, Error::Aborted { rank: self.rank, code, reason: reason.to_owned() });
         }
     }
+
+    fn renew(&self) -> Result<()> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner).renew();
+        self.barrier()
+    }
 }
 
 impl Drop for Mpi {

@@ -44,6 +44,9 @@ struct State {
     last: Posts,
     /// The error with which the group failed.
     failed: Option<Error>,
+    /// How many ranks wait in [`Threads::renew`], and how often all have.
+    renewing: usize,
+    renewed: u64,
     /// Whether each rank has ended.
     ended: Vec<bool>,
 }
@@ -97,6 +100,8 @@ pub fn group(world_size: usize, timeout: Duration) -> Vec<Threads> {
         completed: 0,
         last: Arc::default(),
         failed: None,
+        renewing: 0,
+        renewed: 0,
         ended: vec![false; world_size],
     };
     let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), timeout });
@@ -343,6 +348,29 @@ impl Collective for Threads {
     fn abort(&self, code: u8, reason: &str) {
         let error = Error::Aborted { rank: self.rank, code, reason: reason.to_owned() };
         self.shared.fail(&mut self.shared.lock(), error);
+    }
+
+    fn renew(&self) -> Result<()> {
+        let (rank, start) = (self.rank, Instant::now());
+        let call = Call { op: "renew".into(), len: None, activity: self.lock_activity().clone() };
+        let mut state = self.shared.lock();
+        let renewed = state.renewed;
+        state.renewing += 1;
+        if state.renewing == self.world_size {
+            state.slots.fill_with(|| None);
+            (state.failed, state.renewing) = (None, 0);
+            state.renewed += 1;
+            self.shared.changed.notify_all();
+        }
+        while state.renewed == renewed {
+            let waited = start.elapsed();
+            let Some(left) = self.shared.timeout.checked_sub(waited).filter(|left| !left.is_zero()) else {
+                let (at, seconds) = (call.to_string(), waited.as_secs());
+                return Err(Error::Timeout { rank, at, seconds, missing: Vec::new() });
+            };
+            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
     }
 }
 

@@ -88,8 +88,7 @@ impl Launch {
         let Self { launcher, world_size, .. } = self;
         Err(LaunchError::Launcher(format!(
             "{launcher} started {world_size} processes, but this command runs as one process (`train`, \
-             `identify`, `eval` and `ablate` run as several; `compare` has --ranks on one machine): start it without {launcher}, or \
-             as one process"
+             `identify`, `eval`, `ablate` and `compare` run as several): start it without {launcher}, or as one process"
         )))
     }
 

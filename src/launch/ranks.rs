@@ -154,6 +154,32 @@ impl Ranks {
         Ok(())
     }
 
+    /// Lets the process with rank 0 do work, such as writing a file, and returns its result there. All processes fail if it fails.
+    ///
+    /// # Errors
+    /// Those of the work and of [`Self::all_ok`].
+    pub fn first<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+        self.all_ok(if self.leads() { work().map(Some) } else { Ok(None) })
+    }
+
+    /// What the process with rank 0 decides, in all processes.
+    ///
+    /// # Errors
+    /// Those of the decision, of [`Self::all_ok`] and of the collective.
+    pub fn decide(&self, decision: impl FnOnce() -> Result<bool>) -> Result<bool> {
+        let own = self.first(decision)?.unwrap_or(false);
+        let Some(world) = self.other_processes() else { return Ok(own) };
+        Ok(world.all_gather(&[u8::from(own)])?.swap_remove(0) == [1])
+    }
+
+    /// Makes the ranks usable again after a run that failed in all processes ([`Collective::renew`]).
+    ///
+    /// # Errors
+    /// A process that has died or hangs.
+    pub fn renew(&self) -> Result<()> {
+        Ok(self.other_processes().map_or(Ok(()), Collective::renew)?)
+    }
+
     /// The flag that is set when this process is asked to save and stop.
     pub fn stop(&self) -> &StopFlag {
         &self.stop

@@ -43,13 +43,18 @@ impl Scene {
     }
 
     fn run(&self, case: &str, output: &str, more: &str) -> Ran {
+        self.run_on(0, case, output, more)
+    }
+
+    /// Runs on so many processes.
+    fn run_on(&self, processes: usize, case: &str, output: &str, more: &str) -> Ran {
         let text = format!(
             "compare --model-name {} --dataset-path {} --output-dir {} --batch-size 3 --threads 1 --quiet {more}",
             model(case).display(),
             self.path("rows.json").display(),
             self.path(output).display(),
         );
-        start(moewarden(0, text.split_whitespace())).end()
+        start(moewarden(processes, text.split_whitespace())).end()
     }
 
     /// The options of an evaluation with everything.
@@ -203,6 +208,37 @@ fn variants_are_evaluated_and_tested_as_planned() {
         fs::read_to_string(scene.path("out/compare_plan.json")).unwrap().replace("\"alpha\": 0.05", "\"alpha\": 0.5");
     fs::write(scene.path("out/compare_plan.json"), changed).unwrap();
     scene.run("olmoe", "out", &format!("{more} --resume")).failed(exit::CONFIG, &["`alpha`", "--overwrite"]);
+}
+
+#[cfg(feature = "mpi")]
+#[test]
+fn processes_compare_as_threads_do() {
+    let scene = Scene::new();
+    let more = format!("{SHORT} --methods gradient,random --ablations expert-only,frozen {}", scene.evaluated());
+    scene.run("olmoe", "threads", &format!("{more} --ranks 2")).ok();
+    let ran = scene.run_on(2, "olmoe", "processes", &more).ok();
+    assert_eq!(ran.out.matches("--- frozen (3 of 3)").count(), 1, "{}", ran.out);
+    assert_eq!(without_places(scene.report("processes")), without_places(scene.report("threads")));
+    // Finished variants are kept; one that had begun goes on.
+    let whole = scene.report("processes");
+    let path = |name: &str| scene.path("processes").join(name);
+    fs::remove_file(path("compare.json")).unwrap();
+    fs::remove_file(path("frozen/compare_variant.json")).unwrap();
+    scene.run_on(3, "olmoe", "processes", &format!("{more} --resume --drop-models")).ok();
+    let again = scene.report("processes");
+    assert_eq!(again.variants[..2], whole.variants[..2], "they are not run again");
+    assert_eq!(without_places(again), without_places(whole));
+    assert!(!path("frozen/final_model").exists());
+    // A plan that differs is refused on all of them.
+    scene
+        .run_on(2, "olmoe", "processes", &format!("{more} --resume --seed 7"))
+        .failed(exit::CONFIG, &["compare_plan.json"]);
+    // After a variant that fails, in all processes, they meet again for the next.
+    let fails = SHORT.to_owned() + " --methods esft-token,random --ablations expert-only";
+    scene.run_on(2, "olmoe", "fails", &fails).failed(exit::CONFIG, &["--method esft-token selects"]);
+    let found = scene.report("fails");
+    assert_eq!(found.variants.iter().map(|v| v.error.is_some()).collect::<Vec<_>>(), [true, false]);
+    assert_eq!(found.variants[1].result.as_ref().unwrap().selected.len(), 4);
 }
 
 #[test]

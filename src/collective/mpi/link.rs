@@ -74,6 +74,16 @@ impl Link {
         }
     }
 
+    /// Forgets a failure, and what was under way: its messages have tags of their own, which nobody receives any more.
+    pub fn renew(&mut self) {
+        self.wire.next_tags();
+        self.outgoing.clear();
+        self.arrivals.fill_with(|| None);
+        (self.proceed, self.failed) = (None, None);
+        self.timeouts.clear();
+        (self.failure_reported, self.warned) = (false, false);
+    }
+
     /// Starts sending a message, without waiting for its completion.
     pub fn send(&mut self, rank: usize, message: &Message) -> wire::Result<()> {
         let bytes = serde_json::to_vec(message).expect("strings and numbers");

@@ -11,14 +11,17 @@ use ::mpi::ffi;
 /// The result of an MPI call; the error is the library's message.
 pub(super) type Result<T> = std::result::Result<T, String>;
 
-/// The MPI tag of a message.
+/// The kind of a message, of which each generation has an MPI tag.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Tag {
     /// Control messages, see `Message`.
-    Control = 1,
+    Control = 0,
     /// Chunks of vectors.
-    Data = 2,
+    Data = 1,
 }
+
+/// How many generations have tags: MPI guarantees tags up to 32,767.
+const GENERATIONS: c_int = 1 << 14;
 
 /// Access to MPI: exclusive, as there is one per process.
 pub(super) struct Wire {
@@ -26,6 +29,8 @@ pub(super) struct Wire {
     pub world_size: usize,
     /// Whether any thread may call MPI, one at a time (`MPI_THREAD_SERIALIZED` or higher).
     pub any_thread: bool,
+    /// How often the group was renewed.
+    generation: c_int,
 }
 
 /// A message being sent or received. Dropped before it is done, it leaks its buffer, as MPI may still access it.
@@ -54,7 +59,7 @@ pub(super) fn init() -> Result<Wire> {
         check(ffi::MPI_Comm_rank(ffi::RSMPI_COMM_WORLD, &mut rank))?;
         check(ffi::MPI_Comm_size(ffi::RSMPI_COMM_WORLD, &mut size))?;
         let any_thread = level >= ffi::RSMPI_THREAD_SERIALIZED;
-        Ok(Wire { rank: rank as usize, world_size: size as usize, any_thread })
+        Ok(Wire { rank: rank as usize, world_size: size as usize, any_thread, generation: 0 })
     }
 }
 
@@ -80,6 +85,15 @@ pub(super) fn abort(code: u8) {
 }
 
 impl Wire {
+    fn tag(&self, tag: Tag) -> c_int {
+        2 * (self.generation % GENERATIONS) + tag as c_int
+    }
+
+    /// Sends and receives by other tags from now on.
+    pub fn next_tags(&mut self) {
+        self.generation += 1;
+    }
+
     pub fn send(&mut self, to: usize, tag: Tag, bytes: Vec<u8>) -> Result<Pending> {
         let mut message = Pending::new(bytes, false);
         // SAFETY: the buffer has the given length, and lives until the request is done.
@@ -89,7 +103,7 @@ impl Wire {
                 count(message.bytes.len()),
                 ffi::RSMPI_UINT8_T,
                 to as c_int,
-                tag as c_int,
+                self.tag(tag),
                 ffi::RSMPI_COMM_WORLD,
                 &mut message.request,
             )
@@ -107,7 +121,7 @@ impl Wire {
                 count(len),
                 ffi::RSMPI_UINT8_T,
                 from as c_int,
-                tag as c_int,
+                self.tag(tag),
                 ffi::RSMPI_COMM_WORLD,
                 &mut message.request,
             )
@@ -123,7 +137,7 @@ impl Wire {
             let mut status: ffi::MPI_Status = std::mem::zeroed();
             check(ffi::MPI_Iprobe(
                 ffi::RSMPI_ANY_SOURCE,
-                tag as c_int,
+                self.tag(tag),
                 ffi::RSMPI_COMM_WORLD,
                 &mut found,
                 &mut status,

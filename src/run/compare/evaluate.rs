@@ -76,7 +76,7 @@ impl Evaluations<'_> {
         Ok(())
     }
 
-    /// Evaluates a model into `evaluations/NAME`; nothing where no rows are given.
+    /// Evaluates a model into `evaluations/NAME`; nothing where no rows are given. The process with rank 0 returns what was found.
     ///
     /// # Errors
     /// Those of [`eval_on`].
@@ -93,7 +93,8 @@ impl Evaluations<'_> {
             let message = format!("{}: rows are missing that were just written", self.folder(name, "").display());
             Failure::new(exit::IO, message)
         };
-        Ok(Ended::Done(self.read(name)?.ok_or_else(lost)?))
+        let found = self.started.ranks.first(|| self.read(name)?.ok_or_else(lost))?;
+        Ok(Ended::Done(found.unwrap_or_default()))
     }
 
     /// What the evaluations in `evaluations/NAME` found; `None` if one is not there, or not complete.
@@ -149,6 +150,7 @@ impl Evaluations<'_> {
             Failure::new(exit::CONFIG, message)
         })?;
         let output_dir = self.folder(name, part);
+        let resume = c.resume && self.started.ranks.decide(|| Ok(output_dir.is_dir()))?;
         let default = EvalArgs::of(model.to_owned(), rows);
         Ok(EvalArgs {
             chat_template: c.chat_template.clone(),
@@ -169,7 +171,7 @@ impl Evaluations<'_> {
             judge_template: args.judge_template.clone(),
             judge_chat_template_kwargs: args.judge_chat_template_kwargs.clone(),
             judge_max_new_tokens: args.judge_max_new_tokens.unwrap_or(default.judge_max_new_tokens),
-            resume: c.resume && output_dir.is_dir(),
+            resume,
             output_dir,
             device: c.device,
             precision: c.precision,

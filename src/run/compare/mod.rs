@@ -21,7 +21,7 @@ use super::{dense, prepare};
 use crate::config::{CompareArgs, RunConfig, Variant};
 use crate::exit::{self, Context, Ended, Failure, Result};
 use crate::files;
-use crate::launch::{Started, check_output_dir};
+use crate::launch::{Ranks, Started, check_output_dir};
 use crate::report::{
     COMPARE_SCHEMA, CompareReport, DistinctSelection, Evaluated, ORIGINAL, Overlap, OverlapReport, RunSelection,
     SelectionReport, TrainingResult, VariantError, VariantReport, distinct_selections, overlap, paired_tests,
@@ -32,23 +32,25 @@ use crate::ui::Ui;
 /// Trains every variant in a folder of its own and evaluates it, then writes `compare.json`, `compare.md` and `compare.html`.
 ///
 /// If a variant fails, its error is reported and the other variants still run: hours of their results would be lost otherwise.
-/// The command then ends with the first failure. A signal that stops a run ends the comparison.
+/// The command then ends with the first failure. A signal that stops a run ends the comparison. All processes of a launch call it; the
+/// one with rank 0 writes, and holds the results of evaluations.
 ///
 /// # Errors
 /// The first failure of a variant; a failed write.
 pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &Ui) -> Result<Ended<()>> {
     let variants = args.variants(config);
-    check_output_dir(config)?;
-    let base = Base::open(config, ui)?;
+    let ranks = &started.ranks;
+    let base = ranks.all_ok(check_output_dir(config).map_err(Into::into).and_then(|()| Base::open(config, ui)))?;
     let evaluations = Evaluations { config, base: &base, args, started, ui };
-    let inputs = check(&variants, &evaluations)?;
+    let inputs = ranks.all_ok(check(&variants, &base))?;
+    evaluations.check()?;
     let _lock = prepare::take_output_dir_keeping(config, &evaluations.all_inputs(), &started.ranks)?;
     if let Some(line) = chosen(config, args) {
         ui.line(line);
     }
     let notes = evaluations.trained_on();
     notes.iter().for_each(|note| ui.warn(note));
-    Plan::new(&evaluations, &variants, Vec::new())?.check_early(&config.output_dir)?;
+    ranks.first(|| Plan::new(&evaluations, &variants, Vec::new())?.check_early(&config.output_dir))?;
     let mut evaluated: BTreeMap<String, Evaluated> = BTreeMap::new();
     let mut measures = Vec::new();
     if evaluations.are_asked_for() {
@@ -60,8 +62,11 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
             }
         }
     }
-    let plan = Plan::new(&evaluations, &variants, measures)?;
-    plan.write_or_check(&config.output_dir)?;
+    let plan = ranks.first(|| {
+        let plan = Plan::new(&evaluations, &variants, measures)?;
+        plan.write_or_check(&config.output_dir)?;
+        Ok(plan)
+    })?;
 
     let mut reports = Vec::new();
     let mut first_failure = None;
@@ -75,19 +80,20 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
                 ui.warn(format_args!("{} failed: {failure}", variant.name));
                 report.error = Some(VariantError { exit_code: failure.code(), message: failure.to_string() });
                 first_failure.get_or_insert(failure.context(format!("the variant {} failed", variant.name)));
+                ranks.renew()?;
             }
         }
         reports.push(report);
     }
     let page = Shown { base: args.settings_of(config), notes };
-    write(config, &plan, &evaluated, reports, page, ui)?;
+    ranks.first(|| plan.map_or(Ok(()), |plan| write(config, &plan, &evaluated, reports, page, ui)))?;
     first_failure.map_or(Ok(Ended::Done(())), Err)
 }
 
-/// Checks the inputs of all variants and of their evaluations, before the outputs of an earlier comparison are removed. Returns the
-/// hash of the inputs of each variant.
-fn check(variants: &[Variant], evaluations: &Evaluations<'_>) -> Result<Vec<blake3::Hash>> {
-    let (base, ui) = (evaluations.base, &Ui::silent());
+/// Checks the inputs of all variants, before the outputs of an earlier comparison are removed. Returns the hash of the inputs of each
+/// variant.
+fn check(variants: &[Variant], base: &Base) -> Result<Vec<blake3::Hash>> {
+    let ui = &Ui::silent();
     if base.model.is_dense() && !variants.iter().all(Variant::trains_a_dense_model) {
         let message = format!(
             "{} is a dense model, without experts and routers: compare trains it only with --ablations baseline",
@@ -104,9 +110,7 @@ fn check(variants: &[Variant], evaluations: &Evaluations<'_>) -> Result<Vec<blak
         session.fingerprint(config)
     };
     let named = |variant: &Variant| of_variant(variant).context(format!("the variant {}", variant.name));
-    let inputs = variants.iter().map(named).collect::<Result<_>>()?;
-    evaluations.check()?;
-    Ok(inputs)
+    variants.iter().map(named).collect()
 }
 
 /// Trains and evaluates a variant, unless that is done.
@@ -117,15 +121,23 @@ fn run(
     original: Option<&Evaluated>,
     report: &mut VariantReport,
 ) -> Result<Ended<Evaluated>> {
-    let (config, started, ui) = (of_its_own(variant), evaluations.started, evaluations.ui);
+    let (started, ui) = (evaluations.started, evaluations.ui);
+    let ranks = &started.ranks;
+    let config = of_its_own(variant, ranks)?;
     let exactly =
         (variant.method().is_some() && evaluations.args.needs_equal_parameters()).then_some(config.top_k_experts);
     let cell = Cell { config: &config, inputs, exactly, evaluations };
-    if config.resume
-        && let Some((kept, found)) = cell.kept(original)?
-    {
-        *report = kept;
-        return Ok(Ended::Done(found));
+    if config.resume {
+        let mut kept = None;
+        let is_kept = || {
+            kept = cell.kept(original)?;
+            Ok(kept.is_some())
+        };
+        if ranks.decide(is_kept)? {
+            let Some((results, found)) = kept else { return Ok(Ended::Done(Evaluated::default())) };
+            *report = results;
+            return Ok(Ended::Done(found));
+        }
     }
     match train_within(&config, &Within { base: Some(evaluations.base), exactly }, started, ui)? {
         Ended::Stopped(stopped) => return Ok(Ended::Stopped(stopped)),
@@ -134,16 +146,16 @@ fn run(
     let evaluated = evaluations.of(&variant.name, &config.output_dir.join("final_model"))?;
     if let Ended::Done(found) = &evaluated {
         report.measures = found.estimates();
-        cell.keep(report)?;
+        ranks.first(|| cell.keep(report))?;
     }
     Ok(evaluated)
 }
 
 /// The configuration of a variant. The folder of the comparison is prepared already, and only variants that had started can be
 /// resumed.
-fn of_its_own(variant: &Variant) -> RunConfig {
-    let resume = variant.config.resume && variant.config.output_dir.is_dir();
-    RunConfig { overwrite: false, resume, ..variant.config.clone() }
+fn of_its_own(variant: &Variant, ranks: &Ranks) -> Result<RunConfig> {
+    let resume = variant.config.resume && ranks.decide(|| Ok(variant.config.output_dir.is_dir()))?;
+    Ok(RunConfig { overwrite: false, resume, ..variant.config.clone() })
 }
 
 fn empty_report(variant: &Variant) -> VariantReport {

@@ -213,6 +213,10 @@ impl Collective for FaultInjecting {
     fn abort(&self, code: u8, reason: &str) {
         self.inner.abort(code, reason);
     }
+
+    fn renew(&self) -> Result<()> {
+        self.inner.renew()
+    }
 }
 
 #[cfg(test)]
