@@ -53,6 +53,8 @@ struct Generated {
     id: String,
     category: PromptSide,
     messages: Value,
+    #[serde(default)]
+    prompt_text: String,
     proxy: BTreeMap<String, bool>,
     #[serde(default)]
     judge: Option<Judged>,
@@ -64,8 +66,9 @@ struct Judged {
 }
 
 /// The outcomes of an evaluation, from the rows in its folder: refusals by phrase list, verdicts of the judge, exact replies, and right
-/// answers to questions; `warn` hears of a torn last line, and of rows that are missing. Items of two evaluations are the same if they have the same id and messages, or
-/// the same id and the same tokens of reply or question.
+/// answers to questions; `warn` hears of a torn last line, and of rows that are missing. Items of two evaluations are the same if they
+/// have the same messages, or the same tokens of reply or question: rows that repeat others are one item, as they are not independent
+/// of each other. Of answers that are drawn at random each row is an item, with its id.
 ///
 /// # Errors
 /// [`Error::Missing`]; [`Error::Row`].
@@ -79,13 +82,23 @@ pub fn outcomes(dir: &Path, eval: &EvalReport, warn: &mut dyn FnMut(String)) -> 
     });
     let judge = format!("{judge:?} {sampling}");
     let names = file_names(&eval.questions);
+    let mut prompts: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let drawn = eval.sampling.temperature > 0.0;
+    let distinct = |id: &str, text: String| if drawn { format!("{id} {text}") } else { text };
     let mut out = Outcomes::new();
     let mut add = |what: String, basis: &str, item: &str, yes: bool| {
         let new = || Measured { basis: basis.to_owned(), items: BTreeMap::new() };
         out.entry(what).or_insert_with(new).items.insert(item.to_owned(), yes);
     };
     for row in rows::<Generated>(&dir.join("generations.jsonl"), answers_of(eval), warn)? {
-        let (item, side) = (format!("{} {}", row.id, row.messages), row.category.name());
+        let messages = row.messages.to_string();
+        // The same turns may come with other tools or variables, which only the rendered prompt shows.
+        let texts = prompts.entry(messages.clone()).or_default();
+        let number = texts.iter().position(|text| *text == row.prompt_text).unwrap_or_else(|| {
+            texts.push(row.prompt_text);
+            texts.len() - 1
+        });
+        let (item, side) = (distinct(&row.id, format!("{number} {messages}")), row.category.name());
         for (list, refuses) in row.proxy {
             add(format!("{side} prompts: refused, {list}"), &sampling, &item, refuses);
         }
@@ -99,7 +112,7 @@ pub fn outcomes(dir: &Path, eval: &EvalReport, warn: &mut dyn FnMut(String)) -> 
     let replies = eval.exact.iter().map(|side| side.exact.of).sum();
     for row in rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES), replies, warn)?.into_iter().filter(|row| row.tokens > 0) {
         let what = format!("{} prompts: exact replies", row.side.name());
-        add(what, "", &format!("{} {}", row.id, row.digest), row.exact);
+        add(what, "", &row.digest, row.exact);
     }
     let questions = eval.questions.iter().map(|file| file.choices.of + file.answers.of).sum();
     for row in rows::<QuestionRow>(&dir.join("questions.jsonl"), questions, warn)? {
@@ -112,7 +125,8 @@ pub fn outcomes(dir: &Path, eval: &EvalReport, warn: &mut dyn FnMut(String)) -> 
                 ("answers", format!("{} tokens, {pattern:?}", eval.sampling.max_new_tokens))
             }
         };
-        add(format!("{name}: right, {kind}"), &basis, &format!("{} {}", row.id, row.digest), row.correct);
+        let digest = if kind == "choices" { row.digest } else { distinct(&row.id, row.digest) };
+        add(format!("{name}: right, {kind}"), &basis, &digest, row.correct);
     }
     Ok(out)
 }
@@ -124,7 +138,7 @@ pub fn outcomes(dir: &Path, eval: &EvalReport, warn: &mut dyn FnMut(String)) -> 
 /// As [`outcomes`].
 pub fn drift_by_reply(dir: &Path) -> Result<BTreeMap<String, f64>, Error> {
     let rows = rows::<ReplyLossRow>(&dir.join(REPLY_LOSSES), 0, &mut |_| ())?; // what is missing was told by `outcomes`
-    let drift = |row: ReplyLossRow| Some((format!("{} {}", row.id, row.digest), row.drift?));
+    let drift = |row: ReplyLossRow| Some((row.digest, row.drift?));
     Ok(rows.into_iter().filter_map(drift).collect())
 }
 

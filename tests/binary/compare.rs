@@ -210,6 +210,30 @@ fn variants_are_evaluated_and_tested_as_planned() {
     scene.run("olmoe", "out", &format!("{more} --resume")).failed(exit::CONFIG, &["`alpha`", "--overwrite"]);
 }
 
+#[test]
+fn repeated_rows_are_one_item() {
+    let scene = Scene::new();
+    let rows = fs::read_to_string(scene.path("held-out.json")).unwrap();
+    let rows: Vec<Value> = serde_json::from_str(&rows).unwrap();
+    fs::write(scene.path("held-out.json"), Value::from([&rows[..3], &rows[..3], &rows[..1]].concat()).to_string())
+        .unwrap();
+    let path = |name: &str| scene.path(name).display().to_string();
+    let text = format!(
+        "eval --model-name {} --dataset-path {} --output-dir {} --threads 1 --max-new-tokens 2",
+        model("olmoe").display(),
+        path("held-out.json"),
+        path("eval")
+    );
+    let ran = start(moewarden(0, text.split_whitespace())).end().ok();
+    assert!(ran.err.contains("8 of 14 prompts repeat an earlier one"), "{}", ran.err);
+    let more =
+        format!("{SHORT} --ablations frozen --eval-dataset-path {} --eval-max-new-tokens 2", path("held-out.json"));
+    let ran = scene.run("olmoe", "out", &more).ok();
+    let tests = scene.report("out").tests;
+    assert!(!tests.is_empty() && tests.iter().all(|test| test.items == 3), "{tests:?}");
+    assert!(!ran.err.contains("repeat an earlier one"), "once for each model: {}", ran.err);
+}
+
 #[cfg(feature = "mpi")]
 #[test]
 fn processes_compare_as_threads_do() {
@@ -224,7 +248,7 @@ fn processes_compare_as_threads_do() {
     let path = |name: &str| scene.path("processes").join(name);
     fs::remove_file(path("compare.json")).unwrap();
     fs::remove_file(path("frozen/compare_variant.json")).unwrap();
-    scene.run_on(3, "olmoe", "processes", &format!("{more} --resume --drop-models")).ok();
+    scene.run_on(2, "olmoe", "processes", &format!("{more} --resume --drop-models")).ok();
     let again = scene.report("processes");
     assert_eq!(again.variants[..2], whole.variants[..2], "they are not run again");
     assert_eq!(without_places(again), without_places(whole));
@@ -233,6 +257,8 @@ fn processes_compare_as_threads_do() {
     scene
         .run_on(2, "olmoe", "processes", &format!("{more} --resume --seed 7"))
         .failed(exit::CONFIG, &["compare_plan.json"]);
+    // A step of training has a batch of each rank.
+    scene.run_on(3, "olmoe", "processes", &format!("{more} --resume")).failed(exit::CONFIG, &["`ranks`"]);
     // After a variant that fails, in all processes, they meet again for the next.
     let fails = SHORT.to_owned() + " --methods esft-token,random --ablations expert-only";
     scene.run_on(2, "olmoe", "fails", &fails).failed(exit::CONFIG, &["--method esft-token selects"]);

@@ -97,12 +97,23 @@ fn forward_as<E: Element>(products: &Products, x: &Tensor, groups: &[RowGroup<'_
         let mut first = 0;
         for weight in group.stack {
             assert!(weight.cols() == k, "x has {k} columns, its weight [{}, {}]", weight.rows(), weight.cols());
-            for outputs in products.blocks(Side::B, k, intersect(&columns, first..first + weight.rows())) {
-                let block = products.block(Side::B, &[part(weight).by_rows(k)], outputs.clone());
-                products.multiply(&x, &block, |tile| {
-                    // SAFETY: tasks have different rows or columns.
-                    unsafe { tile.copy_to_shared(&out, rows.start * width + first + outputs.start, width) };
-                });
+            let columns = intersect(&columns, first..first + weight.rows());
+            let store = |outputs: &Range<usize>, tile: &Tile<'_>| {
+                // SAFETY: tasks have different rows or columns.
+                unsafe { tile.copy_to_shared(&out, rows.start * width + first + outputs.start, width) };
+            };
+            let stored = weight.dtype() == Dtype::Bf16
+                && products.multiply_stored(
+                    &x,
+                    &weight.bytes()[2 * k * columns.start..2 * k * columns.end],
+                    k,
+                    |tile| store(&columns, tile),
+                );
+            if !stored {
+                for outputs in products.blocks(Side::B, k, columns) {
+                    let block = products.block(Side::B, &[part(weight).by_rows(k)], outputs.clone());
+                    products.multiply(&x, &block, |tile| store(&outputs, tile));
+                }
             }
             first += weight.rows();
         }

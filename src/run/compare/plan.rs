@@ -28,6 +28,8 @@ pub struct Plan {
     /// Options of the base configuration that decide results.
     options: Value,
     variants: Vec<PlannedVariant>,
+    /// Ranks that a step of training is spread over: its batch has micro-batches of each.
+    ranks: usize,
     /// What is measured of each variant, and tested.
     pub measures: Vec<Measure>,
     /// Which variants are compared.
@@ -75,6 +77,7 @@ impl Plan {
             inputs: files.map(hash).collect::<Result<_>>()?,
             options: serde_json::to_value(config.deciding()).expect("options have text keys"),
             variants: variants.iter().map(PlannedVariant::of).collect(),
+            ranks: evaluations.started.ranks.world_size(),
             contrasts: if measures.is_empty() { Vec::new() } else { contrasts(variants) },
             measures,
             tests: "two-sided and paired: McNemar's exact test of shares; of means, a permutation test by flipping signs",

@@ -36,7 +36,8 @@ pub struct Asked<'a> {
     row: String,
     /// The side of the row that it is of.
     pub side: PromptSide,
-    ids: &'a [u32],
+    /// Tokens of the prompt.
+    pub ids: &'a [u32],
     /// Messages of the prompt.
     pub messages: &'a [Message],
 }

@@ -10,6 +10,7 @@ mod options;
 mod questions;
 
 use std::cell::OnceCell;
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -118,6 +119,20 @@ impl Inputs {
         })
     }
 
+    /// Warns of prompts that are there several times: their answers are not independent of each other.
+    fn warn_of_repeated(&self, ui: &Ui) {
+        let asked = self.asked();
+        let distinct = asked.iter().map(|asked| asked.ids).collect::<HashSet<_>>().len();
+        if distinct < asked.len() {
+            ui.warn(format_args!(
+                "{} of {} prompts repeat an earlier one: the intervals of this evaluation take all answers as independent of each other, \
+                 and are too narrow. `report` and `compare` count a repeated prompt once",
+                asked.len() - distinct,
+                asked.len()
+            ));
+        }
+    }
+
     /// The prompts to answer.
     fn asked(&self) -> Vec<Asked<'_>> {
         if self.args.skip_answers { Vec::new() } else { answers::asked(&self.session.data.records) }
@@ -157,6 +172,9 @@ fn open(base: Option<&Base>, args: &EvalArgs, config: &RunConfig, started: &Star
         };
         let inputs =
             Inputs { args: args.clone(), recipe, session, model, options, sampling, questions, drift_from, judge };
+        if base.is_none() {
+            inputs.warn_of_repeated(ui);
+        }
         if let Some(judge) = &inputs.judge {
             judge.check(&inputs.asked(), args.max_new_tokens, ui)?;
         }

@@ -25,6 +25,7 @@ mod shape;
 use std::ops::Range;
 
 pub use self::instructions::{Caches, Instructions, Processor};
+use self::kernel::FEW_WIDTH;
 pub(super) use self::operand::{Part, Side};
 pub(super) use self::pack::round;
 use self::shape::{BLOCK, Shape};
@@ -269,6 +270,31 @@ impl Products {
         assert!(streamed.side == block.side.other() && streamed.units == block.units, "operands that do not match");
         let panels = bytemuck::cast_slice(&streamed.panels);
         self.pass(panels, 0..streamed.lines, block, &block.whole(), &mut take);
+    }
+
+    /// As [`Self::multiply`], of a few lines of A with lines of B that are stored as `depth` bf16 values each, and read once: packing them
+    /// would take longer than the products. The sums are the same bits. Returns false, and computes nothing, where it is not faster.
+    pub(super) fn multiply_stored(&self, a: &Block, b: &[u8], depth: usize, mut take: impl FnMut(&Tile<'_>)) -> bool {
+        let lines = b.len() / (2 * depth).max(1);
+        if a.lines > kernel::few(self.instructions) || lines < WHOLE {
+            return false;
+        }
+        assert!(
+            a.side == Side::A && a.units == a.shape.units(depth) && a.shape.b == WHOLE,
+            "operands that do not match"
+        );
+        let panel = bytemuck::cast_slice(&a.panels);
+        let mut c = Scratch::take(a.shape.block());
+        for start in (0..lines).step_by(WHOLE) {
+            // The last tile overlaps the one before if the lines are not whole tiles.
+            let start = start.min(lines - WHOLE);
+            for column in (0..WHOLE).step_by(FEW_WIDTH) {
+                let line = |i: usize| &b[2 * depth * (start + column + i)..][..2 * depth];
+                kernel::multiply_few(a.lines, panel, std::array::from_fn(line), &mut c, column);
+            }
+            take(&Tile { a: 0..a.lines, b: start..start + WHOLE, values: &c, stride: WHOLE });
+        }
+        true
     }
 
     /// Multiplies panels, which hold these lines, with a part of a block.

@@ -57,6 +57,34 @@ impl Scattered {
 }
 
 #[test]
+fn few_lines_have_the_bits_of_packed_ones() {
+    for instructions in available().into_iter().filter(|i| kernel::few(*i) > 0) {
+        let products = Products::new(instructions, Caches { l2: 1 << 20 });
+        // Sums that round.
+        let noise =
+            |n: usize, seed: usize| -> Vec<f32> { values(n, seed).iter().map(|x| x * 0.3137 + 0.011).collect() };
+        for (n, depth) in [(32, 1), (33, 7), (64, 512), (70, 1001), (95, 2048), (40, 32)] {
+            let b = bf16_bytes(&noise(n * depth, 3));
+            let packed = products.block(Side::B, &[Part::stored(Dtype::Bf16, &b, depth).by_rows(depth)], 0..n);
+            for m in 1..=kernel::few(instructions) {
+                let a = noise(m * depth, m);
+                let a = products.block(Side::A, &[Part::activations(&a, depth).by_rows(depth)], 0..m);
+                let [mut got, mut want] = [(); 2].map(|()| vec![f32::NAN; m * n]);
+                assert!(products.multiply_stored(&a, &b, depth, |tile| tile.copy_to(&mut got, n)));
+                products.multiply(&a, &packed, |tile| tile.copy_to(&mut want, n));
+                let bits = |c: &[f32]| c.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&got), bits(&want), "{instructions}: {m} lines, {n} of depth {depth}");
+            }
+            // More lines, or fewer of the other side, are left to packed panels.
+            let m = kernel::few(instructions) + 1;
+            let a = noise(m * depth, m);
+            let a = products.block(Side::A, &[Part::activations(&a, depth).by_rows(depth)], 0..m);
+            assert!(!products.multiply_stored(&a, &b, depth, |_| unreachable!()));
+        }
+    }
+}
+
+#[test]
 fn products_of_small_numbers_are_exact_in_every_orientation() {
     // Small caches, so that depth and lines are split.
     let caches = [Caches { l2: 8 << 10 }, Caches { l2: 1 << 20 }];
