@@ -33,6 +33,9 @@ pub enum RowsError {
 /// A file that cannot be read, that is damaged, or of another format.
 pub fn read_rows(path: &Path) -> Result<Vec<u8>, RowsError> {
     let mut bytes = super::read(path).map_err(RowsError::Io)?;
+    if super::is_zeroed(&bytes) {
+        return Err(RowsError::Format(format!("{}: fetch or write it again", super::ZEROED)));
+    }
     for layer in 0..=MOST_LAYERS {
         let unpacked = match recognise(&bytes) {
             Some(Format::Gzip) if layer < MOST_LAYERS => gzip(Packed::new(path, &bytes)),
@@ -140,8 +143,8 @@ fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
         let meter = Meter::start(format!("reading the table {}", path.display()), Unit::Rows, rows);
         let mut text = Vec::new();
         for (number, row) in reader.get_row_iter(None).map_err(|e| damaged(&e.to_string()))?.enumerate() {
-            let row =
-                object(&row.map_err(|e| damaged(&e.to_string()))?).map_err(|e| format!("row {}: {e}", number + 1))?;
+            let row = row.map_err(|e| damaged(&e.to_string()))?;
+            let row = object(None, &row).map_err(|e| format!("row {}: {e}", number + 1))?;
             serde_json::to_writer(&mut text, &row).expect("values have string keys");
             text.push(b'\n');
             meter.add(1);
@@ -159,34 +162,67 @@ fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
     read.map_err(RowsError::Format)
 }
 
-fn object(row: &Row) -> Result<Value, String> {
+/// A column, or a field of a column that holds structures.
+struct Column<'a> {
+    of: Option<&'a Self>,
+    name: &'a str,
+}
+
+impl Column<'_> {
+    /// Its name after those of the columns that it is in: `image.bytes`.
+    fn path(&self) -> String {
+        self.of.map_or_else(String::new, |of| of.path() + ".") + self.name
+    }
+
+    /// In place of bytes that are no text.
+    fn no_text(&self) -> Value {
+        Value::Object(Map::from_iter([(NO_TEXT.to_owned(), self.path().into())]))
+    }
+}
+
+/// The key of what stands for bytes that are no text, with their column as its value. No text has this character.
+const NO_TEXT: &str = "\u{fdd0}no text";
+
+/// The column of the first bytes in a value that are no text. Whoever reads the value must refuse it.
+pub fn no_text_in(value: &Value) -> Option<&str> {
+    match value {
+        Value::Object(map) => map.get(NO_TEXT).and_then(Value::as_str).or_else(|| map.values().find_map(no_text_in)),
+        Value::Array(items) => items.iter().find_map(no_text_in),
+        _ => None,
+    }
+}
+
+fn object(of: Option<&Column<'_>>, row: &Row) -> Result<Value, String> {
     let mut columns = Map::new();
     for (name, field) in row.get_column_iter() {
-        if columns.insert(name.clone(), value(name, field)?).is_some() {
-            return Err(format!("the column {} is there twice: rename or remove one of them", quote(name)));
+        let column = Column { of, name };
+        if columns.insert(name.clone(), value(&column, field)?).is_some() {
+            return Err(format!("the column {} is there twice: rename or remove one of them", quote(&column.path())));
         }
     }
     Ok(Value::Object(columns))
 }
 
-fn value(name: &str, field: &Field) -> Result<Value, String> {
+fn value(column: &Column<'_>, field: &Field) -> Result<Value, String> {
     match field {
-        Field::Group(row) => object(row),
-        Field::ListInternal(list) => list.elements().iter().map(|item| value(name, item)).collect(),
+        Field::Group(row) => object(Some(column), row),
+        Field::ListInternal(list) => list.elements().iter().map(|item| value(column, item)).collect(),
         Field::MapInternal(map) => {
-            let entry = |(key, item): &(Field, Field)| {
-                let key = match value(name, key)? {
+            let mut entries = Map::new();
+            for (key, item) in map.entries() {
+                let key = match value(column, key)? {
                     Value::String(key) => key,
+                    no_text @ Value::Object(_) => return Ok(no_text),
                     other => other.to_string(),
                 };
-                Ok((key, value(name, item)?))
-            };
-            Ok(Value::Object(map.entries().iter().map(entry).collect::<Result<_, String>>()?))
+                entries.insert(key, value(column, item)?);
+            }
+            Ok(Value::Object(entries))
         }
-        // Text that its writer has not marked as text.
-        Field::Bytes(bytes) => String::from_utf8(bytes.data().to_vec())
-            .map(Value::String)
-            .map_err(|_| format!("the column {} holds bytes that are no text in UTF-8: leave it out", quote(name))),
+        // Text that its writer has not marked as text, or other bytes, which harm nothing in a column that nobody reads.
+        Field::Bytes(bytes) => {
+            Ok(String::from_utf8(bytes.data().to_vec()).map_or_else(|_| column.no_text(), Value::String))
+        }
         other => Ok(other.to_json_value()),
     }
 }
