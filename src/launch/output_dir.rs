@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::LaunchError;
 use super::lock::LOCK_FILE;
 use crate::checkpoint::{self, is_model_file, is_model_folder};
-use crate::config::{RunConfig, Variant};
+use crate::config::{RunConfig, SaveRounds, Variant};
 use crate::files;
 use crate::report::{OWN_REPLIES, REPLY_LOSSES};
 
@@ -49,29 +49,36 @@ pub fn prepare_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
 pub fn check_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
     let dir = &config.output_dir;
     inspect(dir, Existing::of(config.overwrite, config.resume), &config.inputs(), Place::Top)?;
-    if config.resume { check_resumable(dir, &config.inputs()) } else { Ok(()) }
+    let full = config.save_rounds == SaveRounds::Full;
+    if config.resume { check_resumable(dir, full, &config.inputs()) } else { Ok(()) }
 }
 
 /// Without a checkpoint, `--resume` starts from the beginning, in a new folder or that of a run that was interrupted early. Refuses a
-/// folder in which this would replace what is no such run's: a finished model, or files of others in the folders of models.
-fn check_resumable(dir: &Path, inputs: &[&Path]) -> Result<(), LaunchError> {
-    if !dir.is_dir() || entries(&dir.join("checkpoints")).is_ok_and(|found| !found.is_empty()) {
+/// folder in which this would replace what is no such run's: a finished model, or files of others in the folders of models. With a
+/// checkpoint it refuses files of others in the folders that the run writes as a whole and has not written yet: the final model and, with
+/// `rounds`, the models of rounds.
+fn check_resumable(dir: &Path, rounds: bool, inputs: &[&Path]) -> Result<(), LaunchError> {
+    if !dir.is_dir() {
         return Ok(());
+    }
+    if entries(&dir.join("checkpoints")).is_ok_and(|found| !found.is_empty()) {
+        // A model that is there has the files of its source, whatever their names.
+        let is_new = |path: &Path| !path.join("config.json").is_file();
+        let replaced = |path: &Path| (rounds || path.ends_with("final_model")) && is_new(path);
+        let Some(foreign) = foreign_in_models(dir, replaced)? else { return Ok(()) };
+        let message = format!(
+            "holds {}, which moewarden did not write and the resumed run would remove with its folder: move it away",
+            foreign.strip_prefix(dir).unwrap_or(&foreign).display()
+        );
+        return Err(LaunchError::OutputDir { path: dir.to_owned(), message });
     }
     let whole = fs::canonicalize(dir).map_err(failed("read", dir))?;
     let held = if inputs.iter().any(|input| fs::canonicalize(input).is_ok_and(|input| input == whole)) {
         Some("the model that is to be trained".to_owned())
     } else {
-        let mut rounds = Outputs::default();
-        for entry in entries(dir)? {
-            let kind = entry.file_type().map_err(failed("read", &entry.path()))?;
-            let name = entry.file_name();
-            if name.to_str().is_some_and(|name| is_output(name, Place::Top, kind) == Some(Place::Model)) {
-                rounds.collect(&entry.path(), Place::Model)?;
-            }
-        }
+        let foreign = foreign_in_models(dir, |_| true)?;
         let finished = Some(dir.join("final_model")).filter(|path| path.exists());
-        let held = finished.or(rounds.foreign);
+        let held = finished.or(foreign);
         held.map(|path| path.strip_prefix(dir).unwrap_or(&path).display().to_string())
     };
     let Some(held) = held else { return Ok(()) };
@@ -80,6 +87,20 @@ fn check_resumable(dir: &Path, inputs: &[&Path]) -> Result<(), LaunchError> {
          --output-dir, or --overwrite to delete an earlier run's outputs"
     );
     Err(LaunchError::OutputDir { path: dir.to_owned(), message })
+}
+
+/// The first file of others in those folders of models below `dir` that `of` names.
+fn foreign_in_models(dir: &Path, of: impl Fn(&Path) -> bool) -> Result<Option<PathBuf>, LaunchError> {
+    let mut models = Outputs::default();
+    for entry in entries(dir)? {
+        let (name, path) = (entry.file_name(), entry.path());
+        let kind = entry.file_type().map_err(failed("read", &path))?;
+        let is_model = name.to_str().is_some_and(|name| is_output(name, Place::Top, kind) == Some(Place::Model));
+        if is_model && of(&path) {
+            models.collect(&path, Place::Model)?;
+        }
+    }
+    Ok(models.foreign)
 }
 
 /// Checks whether a model can be written to the folder `dir`, without changing anything. The folder must be absent or
@@ -434,6 +455,29 @@ mod tests {
             let error = prepare_dir(dir.path(), Existing::Replace).unwrap_err();
             assert!(error.to_string().contains("did not write"), "{error}");
             assert!(OUTPUTS.iter().all(|name| dir.path().join(name).exists()), "{foreign}: something was removed");
+        }
+    }
+
+    #[test]
+    fn a_resumed_run_removes_no_file_of_others() {
+        let run = ["metrics.jsonl", "checkpoints/step_7/state.bin", "round_1/config.json", "round_2/"];
+        for (foreign, full, says) in [
+            ("final_model/notes.md", false, Some("holds final_model/notes.md, which moewarden did not write")),
+            ("final_model/old/model.safetensors", false, Some("final_model/old")),
+            ("final_model/README.md", false, None),
+            ("final_model/config.json", false, None),
+            // A round that is written stays, and a delta is written beside other files.
+            ("round_1/notes.md", true, None),
+            ("round_2/notes.md", false, None),
+            ("round_2/notes.md", true, Some("move it away")),
+            ("notes.md", true, None),
+        ] {
+            let dir = folder(&[&run[..], &[foreign]].concat());
+            let found = check_resumable(dir.path(), full, &[]).map_err(|e| e.to_string());
+            match says {
+                Some(says) => assert!(found.unwrap_err().contains(says), "{foreign}"),
+                None => assert_eq!(found, Ok(()), "{foreign}"),
+            }
         }
     }
 
