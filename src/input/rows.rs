@@ -131,6 +131,11 @@ fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
             Some((_, codec)) => {
                 format!("the file is a Parquet table compressed by {}, which is not read; {convert}", cut(codec, 40))
             }
+            None if what.contains("BYTE_ARRAY as String") => {
+                "the file is a Parquet table with a column that is marked as text and holds bytes that are no text in UTF-8: leave that \
+                 column out, or write it as bytes"
+                    .into()
+            }
             None => format!(
                 "the file is a Parquet table that cannot be read ({}): fetch it again, or {convert}",
                 cut(what, 200)
@@ -260,6 +265,9 @@ fn separated(bytes: &[u8], path: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use parquet::data_type::{ByteArray, ByteArrayType, Int32Type};
+    use parquet::file::writer::{SerializedColumnWriter, SerializedFileWriter};
+    use parquet::schema::parser::parse_message_type;
     use std::io::Write;
 
     #[test]
@@ -277,32 +285,51 @@ mod tests {
         assert!(gzip(&two[..two.len() - 3]).unwrap_err().contains("cut off"));
     }
 
+    /// Reads a table of two columns, whose only row is written by `write` with the number of the column.
+    fn table_of(columns: &str, write: fn(&mut SerializedColumnWriter<'_>, i32)) -> Result<Vec<u8>, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let schema = parse_message_type(&format!("message table {{ {columns} }}")).unwrap().into();
+        let to = std::fs::File::create(file.path()).unwrap();
+        let mut writer = SerializedFileWriter::new(to, schema, <_>::default()).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        for number in [1, 2] {
+            let mut column = group.next_column().unwrap().unwrap();
+            write(&mut column, number);
+            column.close().unwrap();
+        }
+        group.close().unwrap();
+        writer.close().unwrap();
+        table(file.path()).map_err(|error| match error {
+            RowsError::Format(what) => what,
+            RowsError::Io(error) => error.to_string(),
+        })
+    }
+
     #[test]
     fn a_table_with_two_columns_of_a_name_is_refused() {
-        use parquet::data_type::Int32Type;
-        use parquet::file::writer::SerializedFileWriter;
-        use parquet::schema::parser::parse_message_type;
-        let file = tempfile::NamedTempFile::new().unwrap();
         let read = |second: &str| {
-            let schema = format!("message table {{ required int32 label; required int32 {second}; }}");
-            let schema = parse_message_type(&schema).unwrap().into();
-            let mut writer =
-                SerializedFileWriter::new(std::fs::File::create(file.path()).unwrap(), schema, <_>::default()).unwrap();
-            let mut group = writer.next_row_group().unwrap();
-            for value in [1, 2] {
-                let mut column = group.next_column().unwrap().unwrap();
-                column.typed::<Int32Type>().write_batch(&[value], None, None).unwrap();
-                column.close().unwrap();
-            }
-            group.close().unwrap();
-            writer.close().unwrap();
-            table(file.path()).map_err(|error| match error {
-                RowsError::Format(what) => what,
-                RowsError::Io(error) => error.to_string(),
+            table_of(&format!("required int32 label; required int32 {second};"), |column, number| {
+                _ = column.typed::<Int32Type>().write_batch(&[number], None, None).unwrap();
             })
         };
         assert_eq!(read("other").unwrap(), b"{\"label\":1,\"other\":2}\n");
         let error = read("label").unwrap_err();
         assert!(error.contains("row 1: the column `label` is there twice"), "{error}");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_stand_for_their_column_unless_it_is_marked_as_text() {
+        let read = |columns: &str| {
+            table_of(columns, |column, _| {
+                let bytes = ByteArray::from(vec![0xff, 0xfe]);
+                _ = column.typed::<ByteArrayType>().write_batch(&[bytes], None, None).unwrap();
+            })
+        };
+        let rows = read("required binary key; required group image { required binary bytes; }").unwrap();
+        let row: Value = serde_json::from_slice(&rows).unwrap();
+        assert_eq!(["key", "image"].map(|name| no_text_in(&row[name])), [Some("key"), Some("image.bytes")]);
+        let error = read("required binary key; required binary label (UTF8);").unwrap_err();
+        assert!(error.starts_with("the file is a Parquet table with a column that is marked as text"), "{error}");
+        assert!(!error.contains("Utf8Error"), "{error}");
     }
 }

@@ -60,8 +60,14 @@ fn every_defect_of_a_file_is_named() {
         ("`x` occurs twice", file(&format!(r#"{{"x":{good},"x":{good}}}"#), 8)),
         ("`__metadata__` occurs twice", file(r#"{"__metadata__":{},"__metadata__":{}}"#, 0)),
         ("`x`: the field data_offsets is missing", file(&one(r#"{"dtype":"F32","shape":[2]}"#), 8)),
-        ("unknown field", file(&one(r#"{"dtype":"F32","shape":[2],"data_offsets":[0,8],"offset":1}"#), 8)),
-        ("duplicate field", file(&one(r#"{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}"#), 8)),
+        (
+            "`x`: the field `offset` is unknown",
+            file(&one(r#"{"dtype":"F32","shape":[2],"data_offsets":[0,8],"offset":1}"#), 8),
+        ),
+        (
+            "`x`: the field dtype is there twice",
+            file(&one(r#"{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}"#), 8),
+        ),
         ("`__metadata__`", file(r#"{"__metadata__":{"n":1}}"#, 0)),
         ("`x`: the number format `F31`", file(&one(r#"{"dtype":"F31","shape":[2],"data_offsets":[0,8]}"#), 8)),
         ("`x`", file(&one(r#"{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}"#), 8)),
