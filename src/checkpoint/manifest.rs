@@ -75,7 +75,7 @@ impl Manifest {
         let text = fs::read(&path).map_err(Error::read(&path))?;
         let manifest: Self = match serde_json::from_slice(&text) {
             Ok(manifest) => manifest,
-            Err(e) => return damaged(Manifest::FILE, format!("it is damaged: {e}")),
+            Err(e) => return damaged(Manifest::FILE, format!("it is damaged: {}", input::json_problem(&e))),
         };
         // Compare the bytes, so that a changed bit of white space is detected too.
         if manifest.schema != SCHEMA || manifest.to_json() != text {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use super::error::Error;
 use crate::backend::Dtype;
 use crate::files;
+use crate::input;
 use crate::meter::{Meter, Unit};
 use crate::model::{ParamTable, Shard, write_header};
 use crate::optim::{ParamState, piece};
@@ -66,8 +67,8 @@ pub fn read_optimizer(
     let wrong = |message: String| Error::Damaged { file: needed[0].clone(), message };
     let ids: HashMap<String, usize> = table.iter().map(|(id, spec)| (spec.name(), id)).collect();
     let steps = shards[0].header.metadata.iter().find(|(key, _)| key == "steps").map(|(_, value)| value.as_str());
-    let steps: BTreeMap<String, u64> =
-        serde_json::from_str(steps.unwrap_or_default()).map_err(|e| wrong(format!("its metadata key steps: {e}")))?;
+    let steps: BTreeMap<String, u64> = serde_json::from_str(steps.unwrap_or_default())
+        .map_err(|e| wrong(format!("its metadata key steps: {}", input::json_problem(&e))))?;
     let tensors: Vec<HashMap<&str, _>> =
         shards.iter().map(|s| s.header.tensors.iter().map(|info| (info.name.as_str(), info)).collect()).collect();
     let mut states = Vec::new();

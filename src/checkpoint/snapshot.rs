@@ -35,7 +35,7 @@ use crate::files;
 use crate::input;
 use crate::model::{Checkpoint, ParamId, ParamTable};
 use crate::optim::{AdamW, ParamState};
-use crate::quote::{cut, quote};
+use crate::quote::quote;
 use crate::train::fault::Point;
 use crate::train::{Measured, Phase, PhaseProgress, Replica, Scan, check_replicas};
 
@@ -402,7 +402,7 @@ impl SnapshotStore<'_> {
         let path = folder.join(STATE);
         let text = input::read(&path).map_err(|e| Failure::new(exit::NO_INPUT, format!("{}: {e}", path.display())))?;
         let mut state: State<O> = serde_json::from_slice(&text).map_err(|e| {
-            Failure::new(exit::DATA, format!("{} is damaged: {}", path.display(), cut(&e.to_string(), 300)))
+            Failure::new(exit::DATA, format!("{} is damaged: {}", path.display(), input::json_problem(&e)))
         })?;
         if state.schema != SCHEMA {
             return Err(Failure::new(exit::DATA, format!("its schema is {}, not {SCHEMA:?}", quote(&state.schema))));

@@ -4,15 +4,15 @@ use std::fmt;
 use std::path::Path;
 
 use clap::{Arg, ArgAction, Args, Command};
-use serde::de::{self, MapAccess, SeqAccess, Visitor};
+use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_saphyr::Spanned;
 
 use super::one_option::one;
 use super::{CompareArgs, ConfigError, Meaning, RawOptions, nearest, spelled};
+use crate::data::Unique;
 use crate::input;
-use crate::quote::{cut, quote};
 
 /// The options that a YAML file gives: those of runs, and those of `compare`.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -37,12 +37,12 @@ pub(super) fn parse(text: &str) -> Result<FileOptions, (u64, String)> {
     let of_compare = CompareArgs::augment_args(Command::new("options"));
     let command = RawOptions::augment_args(of_compare.clone());
     let Entries(entries) = serde_saphyr::from_str::<Option<Entries>>(text)
-        .map_err(|e| (e.location().map_or(0, |l| l.line()), plain_yaml(&e.without_snippet().to_string())))?
+        .map_err(|e| (e.location().map_or(0, |l| l.line()), input::yaml_words(&e)))?
         .unwrap_or_default();
 
     let mut options = FileOptions::default();
     let mut seen: Vec<Entry> = Vec::new();
-    for (key, Spanned { value: Given(value), .. }) in entries {
+    for (key, Spanned { value: Unique(value), .. }) in entries {
         let (line, key) = (key.referenced.line(), key.value);
         let Some(option) = spelled(&command, &key) else {
             let hint = nearest(&command, &key).map_or_else(String::new, |known| format!("; did you mean `{known}`?"));
@@ -60,6 +60,7 @@ pub(super) fn parse(text: &str) -> Result<FileOptions, (u64, String)> {
         };
         // One option at a time, so that the error belongs to this line.
         let wrong = |e| (line, format!("`{key}`: {e}"));
+        check_form(&name, &value).map_err(wrong)?;
         match spelled(&of_compare, &name) {
             Some(option) => {
                 let given: CompareArgs = one(&name, listed(option.arg, value.clone())).map_err(wrong)?;
@@ -99,24 +100,9 @@ struct Entry {
     line: u64,
 }
 
-/// An error of the YAML library in the user's words: without the library's own options, and without the line, which the caller
-/// names.
-pub fn plain_yaml(message: &str) -> String {
-    let message = message.split(" (defined at line ").next().unwrap_or_default();
-    let message = message.split(" at line ").next().unwrap_or_default();
-    let message = message.split(", set ").next().unwrap_or_default();
-    match message.strip_prefix("duplicate mapping key") {
-        Some(key) => {
-            let key = key.trim_start_matches(": ");
-            format!("{} is there twice: leave one out", if key.is_empty() { "a key".into() } else { quote(key) })
-        }
-        None => cut(message, 300),
-    }
-}
-
 /// Keys and values in the order of the file. (A map type would merge repeated keys before they can be compared.)
 #[derive(Default)]
-struct Entries(Vec<(Spanned<String>, Spanned<Given>)>);
+struct Entries(Vec<(Spanned<String>, Spanned<Unique>)>);
 
 impl<'de> Deserialize<'de> for Entries {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
@@ -138,67 +124,15 @@ impl<'de> Deserialize<'de> for Entries {
     }
 }
 
-/// One value (a boolean, a finite number, a string or null), or a list of values.
-struct Given(Value);
-
-impl<'de> Deserialize<'de> for Given {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_any(One { list: true }).map(Self)
-    }
-}
-
-/// One value, in a list.
-struct Scalar(Value);
-
-impl<'de> Deserialize<'de> for Scalar {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_any(One { list: false }).map(Self)
-    }
-}
-
-/// Reads a value.
-struct One {
-    /// Whether it may be a list of values.
-    list: bool,
-}
-
-impl<'de> Visitor<'de> for One {
-    type Value = Value;
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("one value: true or false, a number or text")
-    }
-    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        Ok(value.into())
-    }
-    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-    fn visit_f64<E: de::Error>(self, value: f64) -> Result<Value, E> {
-        // `serde_json::Value` has no infinity, and no option accepts it.
-        if value.is_finite() { Ok(value.into()) } else { Err(E::custom("the number must be finite")) }
-    }
-    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(value.into())
-    }
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-    fn visit_none<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
-        if !self.list {
-            return Err(de::Error::invalid_type(de::Unexpected::Seq, &self));
-        }
-        let mut values = Vec::new();
-        while let Some(Scalar(value)) = list.next_element()? {
-            values.push(value);
-        }
-        Ok(Value::Array(values))
-    }
+/// Checks that a value has the form that the option takes: one value, a list of values, or, of variables of a template, a map.
+fn check_form(option: &str, value: &Value) -> Result<(), String> {
+    let form = match value {
+        Value::Object(_) if option.ends_with("chat-template-kwargs") => return Ok(()),
+        Value::Object(_) => "map",
+        Value::Array(items) if items.iter().any(|item| item.is_array() || item.is_object()) => "list of lists or maps",
+        _ => return Ok(()),
+    };
+    Err(format!("expected one value, true or false, a number or text, not a {form}"))
 }
 
 #[cfg(test)]
@@ -226,6 +160,20 @@ mod tests {
         assert_eq!(ok("skip-expert-training: true\n"), json!({"finetune-unsafe-experts": false}));
         assert_eq!(ok("router_consistency_layers: unsafe_only\n"), json!({"router-consistency-layers": "unsafe-only"}));
         assert_eq!(ok(""), json!({}));
+        let kwargs =
+            json!({"chat-template-kwargs": r#"{"enable_thinking":false,"levels":["a",{"b":1.5}],"none":null}"#});
+        for text in [
+            "chat_template_kwargs:\n  enable_thinking: false\n  levels:\n    - a\n    - b: 1.5\n  none:\n",
+            "chat-template-kwargs: {enable_thinking: false, levels: [a, {b: 1.5}], none: null}\n",
+            r#"chat-template-kwargs: '{"enable_thinking": false, "levels": ["a", {"b": 1.5}], "none": null}'"#,
+        ] {
+            assert_eq!(ok(text), kwargs, "{text}");
+        }
+        // Words that are true or false in YAML 1.1, unless they are quoted.
+        let words = ok("chat-template-kwargs: {a: no, b: On, c: 'no', d: 7}\n");
+        assert_eq!(words["chat-template-kwargs"], r#"{"a":false,"b":true,"c":"no","d":7}"#);
+        let compare = parse("judge-chat-template-kwargs: {a: [S14]}").unwrap().compare;
+        assert_eq!(compare.judge_chat_template_kwargs.unwrap().to_string(), r#"{"a":["S14"]}"#);
         assert_eq!(ok("max-grad-norm:\n"), json!({}));
         assert_eq!(ok("seed: 1\nrandom-seed: 1\n"), json!({"seed": 1}));
     }
@@ -237,10 +185,10 @@ mod tests {
             ("\n\nlearning_rat: 1e-4\n", 3, "did you mean `learning-rate`"),
             ("zzz: 1\n", 1, "unknown option `zzz`"),
             ("seed: 1\nkl-type: forwards\n", 2, "expected one of `forward`, `reverse`, `symmetric`"),
-            ("batch-size: eight\n", 1, "expected a whole number, not negative"),
-            ("batch-size: -8\n", 1, "expected a whole number, not negative"),
-            ("batch-size: 8.5\n", 1, "expected a whole number, not negative"),
-            ("shuffle: maybe\n", 1, "expected a boolean"),
+            ("batch-size: eight\n", 1, "a whole number, not negative, not the text \"eight\""),
+            ("batch-size: -8\n", 1, "a whole number, not negative"),
+            ("batch-size: 8.5\n", 1, "a whole number, not negative"),
+            ("shuffle: maybe\n", 1, "true or false"),
             ("use-random-experts: 7\n", 1, "expected true or false"),
             ("layers: 8-x\n", 1, "one range of layers"),
             ("seed: 1\nseed: 2\n", 2, "seed"),
@@ -249,11 +197,12 @@ mod tests {
             ("layers: [1, 2]\n", 1, "one value"),
             ("layers: {a: 2}\n", 1, "one value"),
             ("seed: 1\nsweep: [[seed=1]]\n", 2, "one value"),
-            ("sweep: [seed=1, sead=2]\n", 1, "did you mean `seed`"),
-            ("methods: gradient,nothing\n", 1, "nothing"),
-            ("methods: random\nmethods_: random\n", 2, "unknown option"),
-            ("- seed\n", 1, "expected mapping"),
-            ("seed: 1\nlayers: 8: 9\n", 2, ""),
+            ("seed: 1\nchat-template-kwargs: [a]\n", 2, "not a list"),
+            ("chat-template-kwargs: enable_thinking\n", 1, "expected a JSON object such as"),
+            ("chat-template-kwargs: 1\n", 1, "an object of variables, or its JSON text"),
+            ("chat-template-kwargs: {messages: []}\n", 1, "the rows decide messages"),
+            ("chat-template-kwargs: {a: 1, a: 2}\n", 1, "`a` is there twice"),
+            ("chat-template-kwargs: {a: .nan}\n", 1, "finite"),
         ];
         for (text, line, message) in cases {
             let (at, why) = parse(text).expect_err(text);

@@ -33,7 +33,6 @@ use crate::train::RetainLoss;
 
 pub use commands::{AblateArgs, CheckArgs, EvalArgs, ExportArgs, QuickstartArgs, ReportArgs};
 pub use compare::{Ablation, CompareArgs, Sweep, SweepMode, Variant};
-pub use file::plain_yaml;
 pub use layers::Layers;
 pub use raw::{RawOptions, heading};
 pub use replies::RoutingReplies;

@@ -4,6 +4,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::RawOptions;
+use crate::input::json_words;
 
 /// The option of this name with the value that this text means in the file.
 ///
@@ -27,15 +28,5 @@ pub(super) fn option(name: &str, text: &str) -> Result<RawOptions, String> {
 
 /// An option with a value.
 pub(super) fn one<T: DeserializeOwned>(name: &str, value: Value) -> Result<T, String> {
-    T::deserialize(Value::Object(Map::from_iter([(name.to_owned(), value)]))).map_err(|e| plain(&e))
-}
-
-/// A type error without Rust's type names.
-fn plain(error: &serde_json::Error) -> String {
-    let whole = "expected a whole number, not negative";
-    error
-        .to_string()
-        .replace("expected usize", whole)
-        .replace("expected u64", whole)
-        .replace("expected f64", "expected a number")
+    T::deserialize(Value::Object(Map::from_iter([(name.to_owned(), value)]))).map_err(|e| json_words(&e))
 }

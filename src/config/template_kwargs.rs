@@ -1,4 +1,4 @@
-//! The option `chat-template-kwargs`: variables of the chat template, as a JSON object.
+//! The option `chat-template-kwargs`: variables of the chat template, as a JSON object or, in a YAML file, as a map.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
 
-use crate::data::{OWN_VARIABLES, json_object};
+use crate::data::{OWN_VARIABLES, Unique, json_object};
 
 /// Variables of the chat template, by name.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -49,7 +49,14 @@ impl Serialize for TemplateKwargs {
 
 impl<'de> Deserialize<'de> for TemplateKwargs {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        String::deserialize(from)?.parse().map_err(de::Error::custom)
+        let of_value = |value| match value {
+            Value::String(text) => text.parse(),
+            Value::Object(map) => Self::of(map),
+            Value::Array(_) => Err("expected an object of variables, or its JSON text, not a list".into()),
+            other => Err(format!("expected an object of variables, or its JSON text, not {other}")),
+        };
+        let Unique(value) = Unique::deserialize(from)?;
+        of_value(value).map_err(de::Error::custom)
     }
 }
 

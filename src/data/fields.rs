@@ -8,9 +8,10 @@ use serde_json::{Map, Value};
 use super::message::{Form, Message, SYSTEM_OF_GOAL};
 use super::python_literal;
 use super::template::{ChatTemplate, Reads, TemplateError};
-use super::turns::{OF_THE_LOSS, WRITTEN, has_word};
+use super::turns::{OF_THE_LOSS, WRITTEN, has_word, is_known};
 use super::values::kind_of;
 use super::values::{Result, check_objects, filled, is_empty, name_of, text, without_nulls};
+use crate::input::no_text_in;
 
 /// Fields of a row that hold a system turn for its turns.
 const SYSTEM: [&str; 3] = ["system", "system_prompt", "system_message"];
@@ -103,6 +104,33 @@ pub(super) const PAIR_FIELDS: &[&str] =
 
 pub(super) const QUESTION_FIELDS: &[&str] =
     &["id", "messages", "question", "prompt", "choices", "answer", "system", "system_prompt", "system_message"];
+
+/// Refuses bytes that are no text in the fields that are read: those of the row's kind, and of them, in turns, the known ones.
+pub(super) fn refuse_bytes(row: &Map<String, Value>, used: &[&str]) -> Result<()> {
+    let read = |name: &str| used.contains(&name) || VARIABLES.contains(&name) || name == KWARGS;
+    match row.iter().filter(|(name, _)| read(name)).find_map(|(_, value)| bytes_of_field(value)) {
+        Some(column) => {
+            Err(format!("the column {} holds bytes that are no text in UTF-8: write it as text", name_of(column)))
+        }
+        None => Ok(()),
+    }
+}
+
+fn bytes_of_field(value: &Value) -> Option<&str> {
+    match value {
+        Value::Array(items) => items.iter().find_map(bytes_of_item),
+        other => no_text_in(other),
+    }
+}
+
+fn bytes_of_item(value: &Value) -> Option<&str> {
+    match value {
+        Value::Object(turn) if turn.contains_key("role") || turn.contains_key("from") => {
+            turn.iter().filter(|(name, _)| is_known(name)).find_map(|(_, value)| no_text_in(value))
+        }
+        other => no_text_in(other),
+    }
+}
 
 /// Refuses fields that would change what the model sees or learns.
 pub(super) fn refuse_unsupported(row: &Map<String, Value>) -> Result<()> {

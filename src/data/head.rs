@@ -117,9 +117,16 @@ mod tests {
         let (rows, report) = lines(&sorted, 4, both);
         assert_eq!(rows, [1, 2, 11, 12]);
         assert_eq!(report.both_sides, Some(BothSides { missing: "unsafe rows", head: 2, found: 2 }));
-        assert!(report.to_string().contains("--max-samples"), "{report}");
+        let said = report.to_string();
+        assert!(
+            said.contains(": 4 rows read up to --max-samples, ") && !said.contains("only the first ones"),
+            "{said}"
+        );
+        assert!(said.contains("2 of these are taken, and 2 unsafe rows from further on"), "{said}");
         // Nothing changes where the side is not needed, is there, or is nowhere; a broken line ends the search.
-        assert_eq!(lines(&sorted, 4, Sides { unsafe_: false, ..both }).0, [1, 2, 3, 4]);
+        let (rows, report) = lines(&sorted, 4, Sides { unsafe_: false, ..both });
+        assert_eq!(rows, [1, 2, 3, 4]);
+        assert!(report.to_string().contains("(only the first ones: --max-samples)"), "{report}");
         assert_eq!(lines(&(chat("unsafe") + &sorted), 4, both).0, [1, 2, 3, 4]);
         assert_eq!(lines(&chat("safe").repeat(10), 4, both).0, [1, 2, 3, 4]);
         assert_eq!(lines(&(chat("safe").repeat(10) + "broken\n" + &sorted), 4, both).0, [1, 2, 3, 4]);

@@ -121,13 +121,19 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
         is_attack = VERDICTS.iter().any(|name| row.contains_key(*name));
         is_chat = !is_attack && TURNS.iter().any(|name| row.contains_key(*name));
     }
-    let target = Target { own: text(row, "refusal_response")?, default: safe_response };
-    let (parsed, used) = match (is_attack, is_chat, is_pair) {
-        (true, false, false) => (attack(line, row, target, keep_failed)?, fields::ATTACK_FIELDS),
-        (false, true, false) => (Parsed::Row(Box::new(chat(line, row, target)?)), fields::CHAT_FIELDS),
-        (false, false, true) => (Parsed::Row(Box::new(pair(line, row, target)?)), fields::PAIR_FIELDS),
+    let used = match (is_attack, is_chat, is_pair) {
+        (true, false, false) => fields::ATTACK_FIELDS,
+        (false, true, false) => fields::CHAT_FIELDS,
+        (false, false, true) => fields::PAIR_FIELDS,
         (false, false, false) => return Err(unknown(row)),
         _ => return Err("fields of more than one kind of row (attack, chat, pair); keep those of one kind".into()),
+    };
+    fields::refuse_bytes(row, used)?;
+    let target = Target { own: text(row, "refusal_response")?, default: safe_response };
+    let parsed = match (is_attack, is_chat) {
+        (true, _) => attack(line, row, target, keep_failed)?,
+        (_, true) => Parsed::Row(Box::new(chat(line, row, target)?)),
+        _ => Parsed::Row(Box::new(pair(line, row, target)?)),
     };
     Ok(match parsed {
         Parsed::Row(mut parsed) => {
@@ -264,14 +270,17 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
         return Err("a last assistant turn beside the field response, and they differ; keep one of them".into());
     } else if let Some(own) = target.own {
         let last = turns.last().map_or("", |last| last.content.trim());
-        if label == Kind::ChatUnsafe && last != own.trim() {
-            return Err(
-                "the last assistant turn of an unsafe row is the refusal that is learnt, and its refusal_response is another one; keep \
-                 one of them"
-                    .into(),
-            );
+        match label {
+            Kind::ChatUnsafe if last != own.trim() => {
+                return Err(
+                    "the last assistant turn of an unsafe row is the refusal that is learnt, and its refusal_response is another one; \
+                     keep one of them"
+                        .into(),
+                );
+            }
+            Kind::ChatUnsafe => {}
+            _ => unused.push("refusal_response".to_owned()),
         }
-        unused.push("refusal_response".to_owned());
     }
     let prompt = turns.len() - usize::from(turns.last().is_some_and(Message::is_assistant));
     if prompt == 0 {
@@ -537,6 +546,9 @@ mod tests {
         let chat = |label: &str, refusal: &str| json!({"label": label, "messages": turns, "refusal_response": refusal});
         assert!(parsed(chat("unsafe", "Own.")).unwrap_err().contains("refusal_response is another one"));
         assert_eq!((parsed(chat("unsafe", " Sure. ")), parsed(chat("safe", "Own."))), (Ok(()), Ok(())));
+        // The refusal of an unsafe row is compared, that of a safe row is for nothing.
+        assert_eq!(kept(chat("unsafe", "Sure.")).unused, Vec::<String>::new());
+        assert_eq!(kept(chat("safe", "Own.")).unused, ["refusal_response"]);
         let user = json!([{"role": "user", "content": "q"}]);
         let pair = |refusal: &str| json!({"safe_messages": user, "unsafe_messages": user, "response": "No.", "refusal_response": refusal});
         assert!(parsed(pair("Own.")).unwrap_err().contains("they differ") && parsed(pair("No.")).is_ok());

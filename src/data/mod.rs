@@ -65,7 +65,7 @@ pub use template::{ChatTemplate, Rendered, TemplateError};
 pub use templates::additional_templates;
 pub use tokenizer::{ChatTokenizer, Encoded};
 pub use traces::{RoutingTraces, Trace, TraceShape, TraceUse};
-pub use unique_keys::object as json_object;
+pub use unique_keys::{Unique, object as json_object};
 pub use values::is_blank;
 
 use std::ops::Range;

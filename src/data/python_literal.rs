@@ -6,7 +6,8 @@ use std::str::CharIndices;
 use serde_json::{Map, Number, Value};
 
 use super::big_integers;
-use super::unique_keys::{Unique, without_place};
+use super::unique_keys::Unique;
+use crate::input::json_words;
 
 /// Maximum nesting of brackets; the same as serde_json's.
 const MAX_DEPTH: usize = 128;
@@ -32,7 +33,7 @@ pub fn parse(text: &str) -> Result<Value, LiteralError> {
             Ok(Unique(value)) => Some(value),
             // It is JSON, with a key twice.
             Err(e) if e.is_data() => {
-                return Err(LiteralError { at: e.column().saturating_sub(1), message: without_place(&e) });
+                return Err(LiteralError { at: e.column().saturating_sub(1), message: json_words(&e) });
             }
             Err(_) => None,
         },

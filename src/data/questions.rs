@@ -83,6 +83,7 @@ pub fn read_questions(
         }
         let (line, row) = row?;
         let failed = |e: String| Error::row(path, line, e);
+        fields::refuse_bytes(&row, fields::QUESTION_FIELDS).map_err(failed)?;
         let id = id_of(&row).unwrap_or_else(|| (questions.len() + 1).to_string());
         if !ids.insert(id.clone()) {
             return Err(failed(format!("the id {} is that of another row, too", quoted(&id))));

@@ -178,7 +178,11 @@ pub(super) fn named_fields(fields: &BTreeMap<String, (usize, usize)>) -> String 
 
 impl fmt::Display for DataReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let stopped = if self.stopped_early { " (only the first ones: --max-samples)" } else { "" };
+        let stopped = match self.both_sides {
+            Some(_) => " up to --max-samples",
+            None if self.stopped_early => " (only the first ones: --max-samples)",
+            None => "",
+        };
         write!(f, "{}: {} rows read{stopped}, {} kept", self.path.display(), self.rows_read, self.kept)?;
         if !self.by_kind.is_empty() {
             write!(f, ": {}", list_counts(&self.by_kind))?;

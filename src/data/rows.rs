@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
-use super::unique_keys::{Unique, without_place};
+use super::unique_keys::Unique;
 use super::values::kind_of;
 use super::{Error, big_integers};
 use crate::input::{self, RowsError};
@@ -15,6 +16,8 @@ type RawRow = Result<(usize, Map<String, Value>), Error>;
 
 /// A byte order mark: at the start of a file, and where files were joined.
 const MARK: char = '\u{feff}';
+/// How to get a damaged file again.
+const AGAIN: &str = "fetch or write the file again, or remove the row";
 /// What begins each text of a JSON text sequence (RFC 7464).
 const RECORD_SEPARATOR: char = '\x1e';
 
@@ -114,7 +117,7 @@ impl<'a> Rows<'a> {
 
     /// Parses the row `self.text[self.offset..end]` and moves past it.
     fn row(&mut self, end: usize) -> RawRow {
-        let (line, text) = (self.line, &self.text[self.offset..end]);
+        let (line, start, text) = (self.line, self.offset, &self.text[self.offset..end]);
         self.advance(end);
         let marked = match big_integers::mark(text) {
             Ok(marked) => marked,
@@ -124,28 +127,60 @@ impl<'a> Rows<'a> {
             Ok(Unique(Value::Object(row))) => Ok((line, row)),
             Ok(Unique(other)) => Err(self.fail(line, format!("a row should be an object, not {}", kind_of(&other)))),
             Err(e) => {
-                let message = without_place(&e);
-                if e.is_data() {
-                    return Err(self.fail(line + e.line() - 1, message));
-                }
-                let hint = self.hint(text, &message, &e);
-                Err(self.fail(line + e.line() - 1, format!("not JSON: {message} (column {}){hint}", e.column())))
+                let problem = self.problem(start, text, &e);
+                Err(self.fail(line + e.line() - 1, problem))
             }
         }
     }
 
-    /// What may be wrong with the text of a row.
-    fn hint(&self, text: &str, message: &str, error: &serde_json::Error) -> String {
-        let lines = self.format == Format::Lines;
-        if lines && let Some(key) = rows_below(self.text) {
-            return format!("; {}", one_level_down(&key));
+    /// What is wrong with the text of the row that begins at `start`.
+    fn problem(&self, start: usize, text: &str, error: &serde_json::Error) -> String {
+        let (message, words) = (error.to_string(), input::json_words(error));
+        if error.is_data() || message.starts_with("number out of range") {
+            return words;
         }
-        let hint = if !lines && message.contains("trailing characters") {
+        if text.contains('\0') {
+            return format!("{}: {AGAIN}", input::line_problem(text.as_bytes(), error));
+        }
+        if message.starts_with("recursion limit") {
+            return format!("{words}: write the deeper ones as text, or remove the row");
+        }
+        if self.format == Format::Lines
+            && let Some(key) = rows_below(self.text)
+        {
+            return one_level_down(&key);
+        }
+        if !error.is_eof() {
+            return format!("not JSON: {words} (column {}){}", error.column(), self.hint(text, &message));
+        }
+        match self.goes_on(start, text) {
+            true => {
+                "the row goes on in the next line: a file is a JSON array of rows, or JSONL with each row on one line"
+                    .into()
+            }
+            false => format!("the row is cut off: {words} (column {}); {AGAIN}", error.column()),
+        }
+    }
+
+    /// Whether a row that its line does not hold goes on in the next one.
+    fn goes_on(&self, start: usize, line: &str) -> bool {
+        let mut rows = serde_json::Deserializer::from_str(&self.text[start..]).into_iter::<IgnoredAny>();
+        let is_last = self.text[self.offset..].trim().is_empty();
+        self.format == Format::Lines
+            && !is_last
+            && (line.trim().len() == 1 || rows.next().is_some_and(|row| row.is_ok()))
+    }
+
+    /// The way out of an error of the syntax, where the text of the row shows one.
+    fn hint(&self, text: &str, message: &str) -> &'static str {
+        let lines = self.format == Format::Lines;
+        if !lines && message.contains("trailing characters") {
             "; is a comma missing between rows?"
+        } else if lines && message.contains("trailing characters") && text.trim_end().ends_with("},") {
+            "; a comma follows the row: remove the commas at the ends of the lines, or make the file a JSON array with [ at its start and ] \
+             at its end"
         } else if lines && message.contains("trailing characters") {
             "; is a line end missing between rows?"
-        } else if lines && error.is_eof() {
-            "; a file is a JSON array of rows, or JSONL with each row on one line"
         } else if text.contains("NaN") || text.contains("Infinity") {
             "; NaN and Infinity are not JSON: write null"
         } else if message.contains("hex escape") {
@@ -158,8 +193,7 @@ impl<'a> Rows<'a> {
             "; remove the comma before the bracket"
         } else {
             ""
-        };
-        hint.to_owned()
+        }
     }
 
     /// The row that ends before `end`.
@@ -191,10 +225,12 @@ impl<'a> Rows<'a> {
                     return Some(Err(self.fail(line, "a comma follows the last row of the array: remove it")));
                 }
             }
-            Some(_) => {}
-            None => {
-                return Some(Err(self.fail(self.line, "the array has no closing bracket: is the file truncated?")));
-            }
+            _ => {}
+        }
+        if self.byte().is_none() {
+            let message =
+                "the array has no closing bracket, as in a file that was cut off: fetch or write the file again";
+            return Some(Err(self.fail(self.line, message)));
         }
         self.format = Format::Array { first: false };
         let end = self.offset + element_length(&self.text.as_bytes()[self.offset..]);
@@ -288,21 +324,42 @@ mod tests {
     fn every_error_names_its_line() {
         for (text, message) in [
             ("{\"a\":1}\n[1]", "f:2: a row should be an object, not a list"),
-            ("{\"a\":1}\n{\"a\":", "f:2: not JSON: EOF while parsing a value"),
+            (
+                "{\"a\":1}\n{\"a\":",
+                "f:2: the row is cut off: it ends where a value should be (column 5); fetch or write the file again",
+            ),
+            ("{\"a\":[1\n{\"a\":1}", "f:1: the row is cut off: it ends inside a list"),
+            ("[{\"a\":1},\n{\"a\":\"b", "f:2: the row is cut off: it ends inside a text"),
             ("{\n\"a\":1}", "each row on one line"),
-            ("[{\"a\":1}\n{\"a\":2}]", "f:2: not JSON: trailing characters (column 1); is a comma missing"),
+            ("{\n\"a\":1,}\n{\n\"a\":1}", "each row on one line"),
+            ("{\"a\":[\n{\"b\":1}]}\n{\"a\":[]}", "each row on one line"),
+            (
+                "{\"a\":1},\n{\"a\":2},\n",
+                "f:1: not JSON: something follows the value (column 8); a comma follows the row: remove the commas",
+            ),
+            ("{\"a\":1}\n\0\0\0", "f:2: the line holds zero bytes, as after a crash or a full disk: fetch or write"),
+            ("{\"a\":1}\0", "f:1: the line holds zero bytes"),
+            ("[{\"a\":1},\n\0\0", "f:2: the line holds zero bytes"),
+            ("[{\"a\":1}\n{\"a\":2}]", "f:2: not JSON: something follows the value (column 1); is a comma missing"),
             ("[{\"a\":1},\n\n]", "f:1: a comma follows the last row of the array: remove it"),
             ("{\"a\":[1,]}", "remove the comma before the bracket"),
             ("{\"a\":1}{\"a\":2}", "is a line end missing between rows?"),
             ("{\n\"data\": [\n{\"goal\": 1}]}", "rows in the list data: give the list itself (`jq '.[\"data\"]'"),
-            ("[{\"a\":1},\n{\"a\":\n\n oops}]", "f:4: not JSON: expected value"),
-            ("[{\"a\":1}", "f:1: the array has no closing bracket"),
+            ("[{\"a\":1},\n{\"a\":\n\n oops}]", "f:4: not JSON: no JSON value begins here"),
+            ("[{\"a\":1}", "f:1: the array has no closing bracket, as in a file that was cut off: fetch or write"),
+            ("[{\"a\":1},\n", "f:2: the array has no closing bracket"),
+            ("[", "f:1: the array has no closing bracket"),
+            ("{\"a\":1e999}", "f:1: a number is too large"),
             ("[{\"a\":1}]\n{}", "f:2: something follows"),
             ("[{\"a\":\"\\ud800\"}]", "half of a surrogate pair"),
-            ("{\"a\":\"\0\"}", "control character"),
+            ("{\"a\":\"\0\"}", "zero bytes"),
+            ("{\"a\":\"\x01\"}", "control character"),
             ("{\"a\":NaN}", "write null"),
-            ("{'a': 1}", "f:1: not JSON: key must be a string (column 2); JSON has double quotation marks"),
-            ("# rows\n{\"a\":1}", "f:1: not JSON: expected value (column 1); JSON has no comments"),
+            (
+                "{'a': 1}",
+                "f:1: not JSON: a name is not in double quotation marks (column 2); JSON has double quotation marks",
+            ),
+            ("# rows\n{\"a\":1}", "f:1: not JSON: no JSON value begins here (column 1); JSON has no comments"),
             (
                 "[{\"b\":1},\n{\"a\":1,\n\"a at line 7\":2, \"a\":2}]",
                 "f:3: the field a occurs twice in one object: keep one",
@@ -317,6 +374,6 @@ mod tests {
     #[test]
     fn deep_nesting_is_an_error_and_not_a_crash() {
         let deep = format!("[{{\"a\":{}{}}}]", "[".repeat(1_000_000), "]".repeat(1_000_000));
-        assert!(read(&deep).unwrap_err().contains("recursion limit"));
+        assert!(read(&deep).unwrap_err().contains("nested more than 127 deep"));
     }
 }

@@ -310,6 +310,17 @@ fn anonymous_bytes() -> u64 {
 /// The message of a minijinja error and its line in the template.
 fn error_text(error: &minijinja::Error) -> String {
     let message = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    // In the words of templates; the library names states of its own.
+    let message = match &*message {
+        "undefined value" => "it reads a field of what is not there".to_owned(),
+        "recursion limit exceeded" => "its macros call each other too deep".to_owned(),
+        "template exceeds maximum recursion limits" => "it is nested too deep".to_owned(),
+        end if end.starts_with("unexpected end of input") => {
+            "it ends where more should stand: a tag is open, or its {% endif %}, {% endfor %} or the like is missing"
+                .to_owned()
+        }
+        _ => message,
+    };
     error.line().map_or(message.clone(), |line| format!("{message} (line {line} of the template)"))
 }
 
@@ -398,6 +409,15 @@ mod tests {
         assert_eq!(refused, TemplateError::Render("no users (line 2 of the template)".into()));
         let broken = ChatTemplate::new("{% if %}", []).err().unwrap();
         assert!(matches!(&broken, TemplateError::Source(e) if e.contains("line 1")), "{broken}");
+        for (source, says) in [
+            ("{% for m in messages %}", "it ends where more should stand"),
+            ("{{ messages.x.y }}", "it reads a field of what is not there (line 1 of the template)"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "its macros call each other too deep"),
+        ] {
+            let compiled = ChatTemplate::new(source, []);
+            let error = compiled.and_then(|t| Arc::new(t).render(&[Message::new("user", "hi")], true)).err().unwrap();
+            assert!(error.to_string().contains(says), "{error}");
+        }
         let long = ChatTemplate::new(&"x".repeat(MAX_SOURCE + 1), []).err().unwrap();
         assert!(long.to_string().contains("65537 bytes"));
     }

@@ -15,7 +15,7 @@ use super::tokenizer_class::TokenizerClass;
 use super::{Error, Message};
 use crate::input;
 use crate::panics::catch_expected;
-use crate::quote::{cut, quote};
+use crate::quote::quote;
 
 /// A tokenizer with its special tokens and chat template.
 pub struct ChatTokenizer {
@@ -274,12 +274,33 @@ fn guarded<T>(path: &Path, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<
         "if it is damaged, fetch it again, or write it anew with AutoTokenizer.from_pretrained(..).save_pretrained(..)";
     let problem = match catch_expected(f) {
         Some(Ok(value)) => return Ok(value),
-        Some(Err(error)) => format!("not a valid tokenizer: {}", cut(&error.to_string(), 300)),
+        Some(Err(error)) => format!("not a valid tokenizer: {}", problem_of(&error.to_string())),
         None => {
             "not a valid tokenizer: its parts contradict each other, so that the tokenizers library fails on it".into()
         }
     };
     Err(Error::file(path, format!("{problem}; {again}")))
+}
+
+/// An error of the tokenizers library in the words of the file. Of a part of the file it names only the type that it has no form of.
+fn problem_of(error: &str) -> String {
+    const PARTS: [(&str, &str); 5] = [
+        ("PreTokenizer", "pre_tokenizer"),
+        ("PostProcessor", "post_processor"),
+        ("Normalizer", "normalizer"),
+        ("Decoder", "decoder"),
+        ("Model", "model"),
+    ];
+    let part = error.split_once("any variant of untagged enum ");
+    let part = part.and_then(|(_, of)| PARTS.iter().find(|(start, _)| of.starts_with(start)));
+    match part {
+        // Of valid JSON: the library does not read the value of such a field.
+        None if error.starts_with("expected `,` or `}`") => {
+            "it has a field that the tokenizers library does not know".into()
+        }
+        Some((_, part)) => format!("its {part} has a type or fields that the tokenizers library does not know"),
+        None => input::words(error),
+    }
 }
 
 /// Ids that end a generation, as transformers reads them: `eos_token_id` of `generation_config.json`, or only where there is

@@ -80,6 +80,12 @@ pub(super) fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
     Ok(turns)
 }
 
+/// Whether a field of a turn is one that moewarden reads.
+pub(super) fn is_known(name: &str) -> bool {
+    let own = ["role", "from", "content", "value", "weight"];
+    own.contains(&name) || LOSS.contains(&name) || WRITTEN.contains(&name) || NAMES.contains(&name)
+}
+
 /// Parses one turn: `role` and `content`, or `from` and `value`. Only a `last` assistant turn may have neither content nor
 /// other fields.
 fn message(value: &Value, last: bool) -> Result<Message> {
@@ -131,11 +137,7 @@ fn message(value: &Value, last: bool) -> Result<Message> {
         None if map.contains_key("content") => (Form::Null, String::new()),
         None => (Form::Missing, String::new()),
     };
-    let known = |name: &str| {
-        let own = ["role", "from", "content", "value", "weight"];
-        own.contains(&name) || LOSS.contains(&name) || WRITTEN.contains(&name) || NAMES.contains(&name)
-    };
-    turn.unknown = map.keys().filter(|name| filled(map, name).is_some() && !known(name)).cloned().collect();
+    turn.unknown = map.keys().filter(|name| filled(map, name).is_some() && !is_known(name)).cloned().collect();
     match turn.unknown.iter().find(|name| has_word(name, &OF_THE_LOSS) || has_word(name, &OF_TRAINING)) {
         Some(name) => {
             Err(format!("{} is not supported: write loss: true or false, or remove the field", name_of(name)))

@@ -1,4 +1,4 @@
-//! JSON values in which no object has a key twice: of two values under one key the first would be dropped.
+//! Values of JSON and YAML in which no object has a key twice: of two values under one key the first would be dropped.
 
 use std::fmt;
 
@@ -6,20 +6,18 @@ use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor}
 use serde_json::{Map, Value};
 
 use super::values::name_of;
+use crate::input::json_problem;
 
 /// A value that was read; reading fails where a key occurs twice.
-pub(super) struct Unique(pub Value);
+pub struct Unique(
+    /// The value.
+    pub Value,
+);
 
 impl<'de> Deserialize<'de> for Unique {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(AnyValue).map(Self)
     }
-}
-
-/// The message of an error, without the line and column where the parser was.
-pub(super) fn without_place(error: &serde_json::Error) -> String {
-    let message = error.to_string();
-    message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message).to_owned()
 }
 
 /// A JSON object in which no object has a key twice.
@@ -30,7 +28,7 @@ pub fn object(text: &str) -> Result<Map<String, Value>, String> {
     match serde_json::from_str(text) {
         Ok(Unique(Value::Object(map))) => Ok(map),
         Ok(_) => Err("it is no object".into()),
-        Err(e) => Err(e.to_string()),
+        Err(e) => Err(json_problem(&e)),
     }
 }
 
@@ -47,6 +45,10 @@ impl<'de> Visitor<'de> for AnyValue {
         Ok(Value::Null)
     }
 
+    fn visit_none<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
     fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
         Ok(value.into())
     }
@@ -59,8 +61,9 @@ impl<'de> Visitor<'de> for AnyValue {
         Ok(value.into())
     }
 
-    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(value.into())
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
+        // YAML has numbers that are not finite; `Value` has none of them.
+        if value.is_finite() { Ok(value.into()) } else { Err(E::custom("the number must be finite")) }
     }
 
     fn visit_str<E>(self, text: &str) -> Result<Value, E> {

@@ -3,20 +3,27 @@
 
 mod formats;
 mod rows;
+mod words;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
+use serde::de::IgnoredAny;
+
 use crate::meter::{Meter, Unit};
 use crate::quote::quote;
 
 pub use formats::{Format, recognise};
-pub use rows::{RowsError, read_rows};
+pub use rows::{RowsError, no_text_in, read_rows};
+pub use words::{json_problem, json_words, line_problem, problem_in, words, yaml_words};
 
 /// How to get a damaged file again.
 const FETCH_AGAIN: &str =
     "if the file is damaged, fetch it again (from the hub: `hf download ID FILE --force-download`)";
+
+/// The same for a file that moewarden wrote.
+const WRITE_AGAIN: &str = "if the file is damaged, run the command that wrote it again, with --overwrite";
 
 /// Bytes that are hashed at a time: enough for all cores.
 const CHUNK: u64 = 16 << 20;
@@ -107,11 +114,12 @@ pub fn hash(path: &Path) -> io::Result<blake3::Hash> {
 pub fn read_text(path: &Path) -> io::Result<String> {
     let bytes = read(path)?;
     let other = |bytes: &[u8]| {
-        let what = what_it_is(bytes).unwrap_or_else(|| "it is not UTF-8".into());
+        let again = "write or fetch it again";
+        let what = what_it_is_unless(bytes, again).unwrap_or_else(|| "it is not UTF-8".into());
         io::Error::new(io::ErrorKind::InvalidData, what)
     };
     // UTF-16 of ASCII characters without a byte order mark is valid UTF-8, too: with zero characters in between.
-    if recognise(&bytes) == Some(Format::UTF_16) {
+    if recognise(&bytes) == Some(Format::UTF_16) || is_zeroed(&bytes) {
         return Err(other(&bytes));
     }
     let text = String::from_utf8(bytes).map_err(|e| other(e.as_bytes()))?;
@@ -126,36 +134,60 @@ pub fn without_mark(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
 }
 
-/// Why a file of a model or a run is not the JSON that it should be, with the way out.
+/// Why a file of a model is not the JSON that it should be, with the way out.
 pub fn not_json(bytes: &[u8], error: &serde_json::Error) -> String {
-    if let Some(what) = what_it_is(bytes) {
+    damaged(bytes, error, FETCH_AGAIN)
+}
+
+/// Why a file is not the JSON that moewarden writes, with the way out.
+pub fn not_written(bytes: &[u8], error: &serde_json::Error) -> String {
+    damaged(bytes, error, WRITE_AGAIN)
+}
+
+fn damaged(bytes: &[u8], error: &serde_json::Error, again: &str) -> String {
+    if let Some(what) = what_it_is_unless(bytes, again) {
         return what;
     }
     // An error of the content may hide one of the syntax: of a file that ends too early, say.
-    let syntax = serde_json::from_slice::<serde::de::IgnoredAny>(bytes).err();
+    let syntax = serde_json::from_slice::<IgnoredAny>(bytes).err();
     let error = syntax.as_ref().unwrap_or(error);
-    let problem = crate::quote::cut(&error.to_string(), 300);
-    match error.classify() {
-        serde_json::error::Category::Data => format!("not what this file should hold: {problem}"),
-        serde_json::error::Category::Eof => {
-            format!(
-                "it ends in the middle of its JSON ({problem}), as after a download that was cut off; {FETCH_AGAIN}"
-            )
-        }
-        _ => format!("not JSON: {problem}; {FETCH_AGAIN}"),
+    // Then the file itself is the value that is meant.
+    let is_scalar = !matches!(bytes.trim_ascii_start().first(), Some(b'{' | b'['));
+    let problem = match is_scalar && error.is_data() {
+        true => json_words(error).replacen("a value should", "it should", 1),
+        false => problem_in(bytes, error),
+    };
+    match &syntax {
+        Some(syntax) if syntax.is_eof() => format!(
+            "the file ends in the middle of its JSON, as after a download or a writing that was cut off: {problem}; {again}"
+        ),
+        Some(_) => format!("not JSON: {problem}; {again}"),
+        None if std::str::from_utf8(bytes).is_err() => format!("not text in UTF-8: {problem}; {again}"),
+        None => format!("not what this file should hold: {problem}; {again}"),
     }
 }
 
 /// What a file is, with the way out, where its first bytes say that it is no text.
 pub fn what_it_is(bytes: &[u8]) -> Option<String> {
+    what_it_is_unless(bytes, FETCH_AGAIN)
+}
+
+fn what_it_is_unless(bytes: &[u8], again: &str) -> Option<String> {
     if bytes.is_empty() {
-        return Some(format!("the file is empty; {FETCH_AGAIN}"));
+        return Some(format!("the file is empty; {again}"));
     }
-    if bytes.iter().all(|b| *b == 0) {
-        return Some(format!("the file holds only zero bytes, as after a crash or a full disk; {FETCH_AGAIN}"));
+    if is_zeroed(bytes) {
+        return Some(format!("{ZEROED}; {again}"));
     }
     let (name, way) = recognise(bytes)?.describe();
     Some(format!("the file is {name}; {way}"))
+}
+
+const ZEROED: &str = "the file holds only zero bytes, as after a crash or a full disk";
+
+/// Whether a file was given its length and not its content.
+fn is_zeroed(bytes: &[u8]) -> bool {
+    !bytes.is_empty() && bytes.iter().all(|b| *b == 0)
 }
 
 #[cfg(test)]
@@ -171,10 +203,15 @@ mod tests {
     fn a_damaged_file_says_what_it_is_and_how_to_get_it_again() {
         for (text, says) in [
             (b"{\"a\": 1, \"b\"".as_slice(), "cut off"),
-            (b"{\"a\": }", "not JSON: expected value at line 1 column 7; if the file is damaged, fetch it again"),
+            (
+                b"{\"a\": }",
+                "not JSON: no JSON value begins here (line 1, column 7); if the file is damaged, fetch it again",
+            ),
+            (b"{\"a\": \"\xff\"}", "not text in UTF-8: a text is not UTF-8 (line 1"),
             (b"", "the file is empty"),
             (b"\0\0\0\0", "zero bytes"),
-            (b"[1]", "not what this file should hold: invalid type: sequence, expected a map"),
+            (b"7", "not what this file should hold: it should be an object, not the number 7; if the file is damaged"),
+            (b"[1]", "not what this file should hold: it should be an object, not a list; if the file is damaged"),
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
             (b"<!DOCTYPE html><html>", "a web page"),
             (b"\xff\xfe{\0}\0", "UTF-16"),
@@ -197,7 +234,9 @@ mod tests {
             fs::write(&path, bytes).unwrap();
             assert!(read_text(&path).unwrap_err().to_string().contains("UTF-16; save it as UTF-8"), "{bytes:?}");
         }
-        for text in ["t", "te", "tex", "é中", "\0\0\0\0"] {
+        fs::write(&path, "\0\0\0\0").unwrap();
+        assert!(read_text(&path).unwrap_err().to_string().contains("only zero bytes"));
+        for text in ["", "t", "te", "tex", "é中"] {
             fs::write(&path, text).unwrap();
             assert_eq!(read_text(&path).unwrap(), text);
         }

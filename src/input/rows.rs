@@ -33,6 +33,9 @@ pub enum RowsError {
 /// A file that cannot be read, that is damaged, or of another format.
 pub fn read_rows(path: &Path) -> Result<Vec<u8>, RowsError> {
     let mut bytes = super::read(path).map_err(RowsError::Io)?;
+    if super::is_zeroed(&bytes) {
+        return Err(RowsError::Format(format!("{}: fetch or write it again", super::ZEROED)));
+    }
     for layer in 0..=MOST_LAYERS {
         let unpacked = match recognise(&bytes) {
             Some(Format::Gzip) if layer < MOST_LAYERS => gzip(Packed::new(path, &bytes)),
@@ -128,6 +131,11 @@ fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
             Some((_, codec)) => {
                 format!("the file is a Parquet table compressed by {}, which is not read; {convert}", cut(codec, 40))
             }
+            None if what.contains("BYTE_ARRAY as String") => {
+                "the file is a Parquet table with a column that is marked as text and holds bytes that are no text in UTF-8: leave that \
+                 column out, or write it as bytes"
+                    .into()
+            }
             None => format!(
                 "the file is a Parquet table that cannot be read ({}): fetch it again, or {convert}",
                 cut(what, 200)
@@ -140,8 +148,8 @@ fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
         let meter = Meter::start(format!("reading the table {}", path.display()), Unit::Rows, rows);
         let mut text = Vec::new();
         for (number, row) in reader.get_row_iter(None).map_err(|e| damaged(&e.to_string()))?.enumerate() {
-            let row =
-                object(&row.map_err(|e| damaged(&e.to_string()))?).map_err(|e| format!("row {}: {e}", number + 1))?;
+            let row = row.map_err(|e| damaged(&e.to_string()))?;
+            let row = object(None, &row).map_err(|e| format!("row {}: {e}", number + 1))?;
             serde_json::to_writer(&mut text, &row).expect("values have string keys");
             text.push(b'\n');
             meter.add(1);
@@ -159,34 +167,67 @@ fn table(path: &Path) -> Result<Vec<u8>, RowsError> {
     read.map_err(RowsError::Format)
 }
 
-fn object(row: &Row) -> Result<Value, String> {
+/// A column, or a field of a column that holds structures.
+struct Column<'a> {
+    of: Option<&'a Self>,
+    name: &'a str,
+}
+
+impl Column<'_> {
+    /// Its name after those of the columns that it is in: `image.bytes`.
+    fn path(&self) -> String {
+        self.of.map_or_else(String::new, |of| of.path() + ".") + self.name
+    }
+
+    /// In place of bytes that are no text.
+    fn no_text(&self) -> Value {
+        Value::Object(Map::from_iter([(NO_TEXT.to_owned(), self.path().into())]))
+    }
+}
+
+/// The key of what stands for bytes that are no text, with their column as its value. No text has this character.
+const NO_TEXT: &str = "\u{fdd0}no text";
+
+/// The column of the first bytes in a value that are no text. Whoever reads the value must refuse it.
+pub fn no_text_in(value: &Value) -> Option<&str> {
+    match value {
+        Value::Object(map) => map.get(NO_TEXT).and_then(Value::as_str).or_else(|| map.values().find_map(no_text_in)),
+        Value::Array(items) => items.iter().find_map(no_text_in),
+        _ => None,
+    }
+}
+
+fn object(of: Option<&Column<'_>>, row: &Row) -> Result<Value, String> {
     let mut columns = Map::new();
     for (name, field) in row.get_column_iter() {
-        if columns.insert(name.clone(), value(name, field)?).is_some() {
-            return Err(format!("the column {} is there twice: rename or remove one of them", quote(name)));
+        let column = Column { of, name };
+        if columns.insert(name.clone(), value(&column, field)?).is_some() {
+            return Err(format!("the column {} is there twice: rename or remove one of them", quote(&column.path())));
         }
     }
     Ok(Value::Object(columns))
 }
 
-fn value(name: &str, field: &Field) -> Result<Value, String> {
+fn value(column: &Column<'_>, field: &Field) -> Result<Value, String> {
     match field {
-        Field::Group(row) => object(row),
-        Field::ListInternal(list) => list.elements().iter().map(|item| value(name, item)).collect(),
+        Field::Group(row) => object(Some(column), row),
+        Field::ListInternal(list) => list.elements().iter().map(|item| value(column, item)).collect(),
         Field::MapInternal(map) => {
-            let entry = |(key, item): &(Field, Field)| {
-                let key = match value(name, key)? {
+            let mut entries = Map::new();
+            for (key, item) in map.entries() {
+                let key = match value(column, key)? {
                     Value::String(key) => key,
+                    no_text @ Value::Object(_) => return Ok(no_text),
                     other => other.to_string(),
                 };
-                Ok((key, value(name, item)?))
-            };
-            Ok(Value::Object(map.entries().iter().map(entry).collect::<Result<_, String>>()?))
+                entries.insert(key, value(column, item)?);
+            }
+            Ok(Value::Object(entries))
         }
-        // Text that its writer has not marked as text.
-        Field::Bytes(bytes) => String::from_utf8(bytes.data().to_vec())
-            .map(Value::String)
-            .map_err(|_| format!("the column {} holds bytes that are no text in UTF-8: leave it out", quote(name))),
+        // Text that its writer has not marked as text, or other bytes, which harm nothing in a column that nobody reads.
+        Field::Bytes(bytes) => {
+            Ok(String::from_utf8(bytes.data().to_vec()).map_or_else(|_| column.no_text(), Value::String))
+        }
         other => Ok(other.to_json_value()),
     }
 }
@@ -224,6 +265,9 @@ fn separated(bytes: &[u8], path: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use parquet::data_type::{ByteArray, ByteArrayType, Int32Type};
+    use parquet::file::writer::{SerializedColumnWriter, SerializedFileWriter};
+    use parquet::schema::parser::parse_message_type;
     use std::io::Write;
 
     #[test]
@@ -241,32 +285,51 @@ mod tests {
         assert!(gzip(&two[..two.len() - 3]).unwrap_err().contains("cut off"));
     }
 
+    /// Reads a table of two columns, whose only row is written by `write` with the number of the column.
+    fn table_of(columns: &str, write: fn(&mut SerializedColumnWriter<'_>, i32)) -> Result<Vec<u8>, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let schema = parse_message_type(&format!("message table {{ {columns} }}")).unwrap().into();
+        let to = std::fs::File::create(file.path()).unwrap();
+        let mut writer = SerializedFileWriter::new(to, schema, <_>::default()).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        for number in [1, 2] {
+            let mut column = group.next_column().unwrap().unwrap();
+            write(&mut column, number);
+            column.close().unwrap();
+        }
+        group.close().unwrap();
+        writer.close().unwrap();
+        table(file.path()).map_err(|error| match error {
+            RowsError::Format(what) => what,
+            RowsError::Io(error) => error.to_string(),
+        })
+    }
+
     #[test]
     fn a_table_with_two_columns_of_a_name_is_refused() {
-        use parquet::data_type::Int32Type;
-        use parquet::file::writer::SerializedFileWriter;
-        use parquet::schema::parser::parse_message_type;
-        let file = tempfile::NamedTempFile::new().unwrap();
         let read = |second: &str| {
-            let schema = format!("message table {{ required int32 label; required int32 {second}; }}");
-            let schema = parse_message_type(&schema).unwrap().into();
-            let mut writer =
-                SerializedFileWriter::new(std::fs::File::create(file.path()).unwrap(), schema, <_>::default()).unwrap();
-            let mut group = writer.next_row_group().unwrap();
-            for value in [1, 2] {
-                let mut column = group.next_column().unwrap().unwrap();
-                column.typed::<Int32Type>().write_batch(&[value], None, None).unwrap();
-                column.close().unwrap();
-            }
-            group.close().unwrap();
-            writer.close().unwrap();
-            table(file.path()).map_err(|error| match error {
-                RowsError::Format(what) => what,
-                RowsError::Io(error) => error.to_string(),
+            table_of(&format!("required int32 label; required int32 {second};"), |column, number| {
+                _ = column.typed::<Int32Type>().write_batch(&[number], None, None).unwrap();
             })
         };
         assert_eq!(read("other").unwrap(), b"{\"label\":1,\"other\":2}\n");
         let error = read("label").unwrap_err();
         assert!(error.contains("row 1: the column `label` is there twice"), "{error}");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_stand_for_their_column_unless_it_is_marked_as_text() {
+        let read = |columns: &str| {
+            table_of(columns, |column, _| {
+                let bytes = ByteArray::from(vec![0xff, 0xfe]);
+                _ = column.typed::<ByteArrayType>().write_batch(&[bytes], None, None).unwrap();
+            })
+        };
+        let rows = read("required binary key; required group image { required binary bytes; }").unwrap();
+        let row: Value = serde_json::from_slice(&rows).unwrap();
+        assert_eq!(["key", "image"].map(|name| no_text_in(&row[name])), [Some("key"), Some("image.bytes")]);
+        let error = read("required binary key; required binary label (UTF8);").unwrap_err();
+        assert!(error.starts_with("the file is a Parquet table with a column that is marked as text"), "{error}");
+        assert!(!error.contains("Utf8Error"), "{error}");
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::LaunchError;
 use super::lock::LOCK_FILE;
 use crate::checkpoint::{self, Position, is_model_file, is_model_folder};
-use crate::config::{RunConfig, Variant};
+use crate::config::{RunConfig, SaveRounds, Variant};
 use crate::files;
 use crate::report::{EventLog, OWN_REPLIES, REPLY_LOSSES};
 use crate::train::Phase;
@@ -50,30 +50,41 @@ pub fn prepare_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
 pub fn check_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
     let dir = &config.output_dir;
     inspect(dir, Existing::of(config.overwrite, config.resume), &config.inputs(), Place::Top)?;
-    if config.resume { check_resumable(dir, &config.inputs()) } else { Ok(()) }
+    let full = config.save_rounds == SaveRounds::Full;
+    if config.resume { check_resumable(dir, full, &config.inputs()) } else { Ok(()) }
 }
 
 /// Refuses a folder in which `--resume` would replace what is no output of the run that it continues: files of others in the final
-/// model and in the models of rounds that come; and, where no checkpoint is found and the run starts from the beginning, a finished
-/// model.
-fn check_resumable(dir: &Path, inputs: &[&Path]) -> Result<(), LaunchError> {
+/// model and, with `rounds`, in the models of rounds that come; and, where no checkpoint is found and the run starts from the
+/// beginning, a finished model.
+fn check_resumable(dir: &Path, rounds: bool, inputs: &[&Path]) -> Result<(), LaunchError> {
     if !dir.is_dir() {
         return Ok(());
     }
     let newest = checkpoint::newest_position(&dir.join("checkpoints"));
-    let mut models = Outputs::default();
+    // A model that is there has the files of its source, whatever their names; the source of a hub id is not known here.
+    let source = inputs.iter().find(|path| path.join("config.json").is_file());
+    let mut foreign = None;
     for entry in entries(dir)? {
         let name = entry.file_name();
         let Some(name) = name.to_str().filter(|name| folder(name, Place::Top) == Some(Place::Model)) else { continue };
         // A round before that of the checkpoint is not written again, but for one that has just ended there.
         let ended = |round: usize, at: Position| round <= at.round && at != Position::start(round, Phase::Identify);
-        let kept = |at: Position| round_of(name).is_some_and(|round| ended(round, at));
-        if entry.path().is_dir() && !newest.is_some_and(kept) {
-            models.collect(&entry.path(), Place::Model)?;
+        let kept = |at: Position| round_of(name).is_some_and(|round| !rounds || ended(round, at));
+        let model = entry.path();
+        if foreign.is_some() || !model.is_dir() || newest.is_some_and(kept) {
+            continue;
         }
+        let mut found = Outputs::default();
+        found.collect(&model, Place::Model)?;
+        let copied = |file: &PathBuf| {
+            let name = file.strip_prefix(&model).unwrap_or(file);
+            model.join("config.json").is_file() && source.is_none_or(|source| source.join(name).exists())
+        };
+        foreign = found.foreign.into_iter().find(|file| !copied(file));
     }
     let relative = |path: PathBuf| path.strip_prefix(dir).unwrap_or(&path).display().to_string();
-    let message = match (newest, models.foreign) {
+    let message = match (newest, foreign) {
         (Some(_), None) => return Ok(()),
         (Some(_), Some(foreign)) => format!(
             "holds {}, which moewarden did not write and a resumed run would delete with the model beside it: move it away",
@@ -318,8 +329,8 @@ fn round_of(name: &str) -> Option<usize> {
 struct Outputs {
     files: Vec<PathBuf>,
     folders: Vec<PathBuf>,
-    /// The first entry that is not an output.
-    foreign: Option<PathBuf>,
+    /// Entries that are not outputs.
+    foreign: Vec<PathBuf>,
 }
 
 impl Outputs {
@@ -332,7 +343,7 @@ impl Outputs {
         // `file_type` does not follow links: a symbolic link is neither file nor folder here.
         let kind = entry.file_type().map_err(failed("read", &path))?;
         match entry.file_name().to_str().and_then(|name| is_output(name, place, kind)) {
-            None => _ = self.foreign.get_or_insert(path),
+            None => self.foreign.push(path),
             Some(inside) if kind.is_dir() => {
                 self.collect(&path, inside)?;
                 self.folders.push(path);
@@ -343,7 +354,7 @@ impl Outputs {
     }
 
     fn refuse_foreign(&self, dir: &Path) -> Result<(), LaunchError> {
-        let Some(foreign) = &self.foreign else { return Ok(()) };
+        let Some(foreign) = self.foreign.first() else { return Ok(()) };
         let name = foreign.strip_prefix(dir).unwrap_or(foreign).display();
         let message = format!(
             "holds {name}, which moewarden did not write: nothing was removed; move it away, or give another --output-dir"
@@ -519,17 +530,24 @@ mod tests {
     #[test]
     fn a_resumed_run_deletes_nothing_of_others() {
         let saved = ["checkpoints/round_2-expert-step_3/state.json", "round_1/config.json", "final_model/config.json"];
-        let check = |more: &[&str]| check_resumable(folder(&[&saved[..], more].concat()).path(), &[]);
+        let source = folder(&["config.json", "modeling.py"]);
+        let inputs = [source.path()];
+        let resumed =
+            |more: &[&str], rounds| check_resumable(folder(&[&saved[..], more].concat()).path(), rounds, &inputs);
+        let check = |more: &[&str]| resumed(more, true);
         check(&[]).unwrap();
         // The model of the first round is not written again.
         check(&["round_1/notes.md", "thesis.txt"]).unwrap();
         let just_ended = folder(&["checkpoints/round_2-identify-step_0/state.json", "round_1/notes.md"]);
-        check_resumable(just_ended.path(), &[]).unwrap_err();
+        check_resumable(just_ended.path(), true, &inputs).unwrap_err();
+        // A delta is written beside other files, and a model has the files of its source.
+        resumed(&["round_2/notes.md"], false).unwrap();
+        check(&["final_model/modeling.py", "final_model/README.md"]).unwrap();
         for foreign in ["final_model/notes.md", "final_model/eval/", "round_2/notes.md", ".round_2.partial/notes.md"] {
             let error = check(&[foreign]).unwrap_err().to_string();
             assert!(error.contains(foreign.trim_end_matches('/')) && error.contains("move it away"), "{error}");
         }
-        let fresh = |files: &[&str]| check_resumable(folder(files).path(), &[]);
+        let fresh = |files: &[&str]| check_resumable(folder(files).path(), true, &inputs);
         fresh(&["metrics.jsonl", "round_1/config.json"]).unwrap();
         for held in ["final_model/config.json", "round_1/notes.md"] {
             // What is among the checkpoints is none.

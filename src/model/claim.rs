@@ -6,14 +6,11 @@ use std::ops::Range;
 
 use super::config::{Family, LayerKind, ModelConfig};
 use super::ids::{ParamKind, ParamSpec, Proj};
-use super::origin;
+use super::origin::{self, LM_HEAD};
 use super::weights::{self, Checkpoint};
 use crate::backend::HostTensor;
 use crate::exit::{self, Coded};
 use crate::quote::quote;
-
-/// The output head's tensor.
-const LM_HEAD: &str = "lm_head.weight";
 
 /// Why a checkpoint's tensors do not fit the model that config.json describes.
 #[derive(Debug, thiserror::Error)]
@@ -22,7 +19,7 @@ pub enum Error {
     #[error("{dir}: tensor `{tensor}` is missing{}, but config.json requires it{}", and_more(.more), by_index(.listed))]
     Missing { dir: String, tensor: String, more: usize, listed: Option<String> },
     #[error(
-        "{file}: tensor {}{} does not belong to the {model_type} model that config.json describes", quote(.tensor), and_more(.more)
+        "{file}: tensor {}{} does not belong to the {model_type} model that config.json describes{}", quote(.tensor), and_more(.more), origin::left_over(.tensor)
     )]
     Unclaimed { file: String, tensor: String, model_type: String, more: usize },
     #[error("{file}: tensor {}: {message}", quote(.tensor))]
@@ -138,7 +135,8 @@ fn not_plain(checkpoint: &Checkpoint, error: &Error) -> Option<Error> {
         Error::TiedHead { .. } => return None,
         _ => None,
     };
-    checkpoint.tensors().find_map(|(shard, tensor)| {
+    let by_peft = checkpoint.tensors().filter(|(_, tensor)| origin::is_trained_by_peft(&tensor.name));
+    by_peft.chain(checkpoint.tensors()).find_map(|(shard, tensor)| {
         let message = origin::of(&tensor.name, tensor.dtype, missing)?;
         Some(Error::NotPlain { file: shard.file.clone(), tensor: tensor.name.clone(), message })
     })

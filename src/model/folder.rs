@@ -63,12 +63,8 @@ pub(super) fn not_a_model(dir: &Path) -> Option<String> {
             dir.display()
         ));
     }
-    if let Some(file) = ends(".distcp").or_else(|| names.iter().find(|name| name.starts_with("pytorch_model_fsdp"))) {
-        return Some(format!(
-            "{} is a shard of a training checkpoint (FSDP): merge the shards with `accelerate merge-weights FOLDER NEW_FOLDER`, then \
-             copy config.json and the tokenizer files into NEW_FOLDER",
-            quote(file)
-        ));
+    if let Some(message) = fsdp(dir, &names) {
+        return Some(message);
     }
     if names.iter().any(|name| name == "zero_to_fp32.py" || name.starts_with("global_step")) {
         return Some(
@@ -97,6 +93,37 @@ pub(super) fn not_a_model(dir: &Path) -> Option<String> {
     }
     let model = names.iter().rfind(|name| dir.join(name).join("config.json").is_file());
     model.map(|name| format!("the folder {} in it holds a config.json: give that one", quote(name)))
+}
+
+/// What accelerate and PyTorch save of a model that FSDP shards: all of it in one file, a part for each rank, or shards.
+fn fsdp(dir: &Path, names: &[String]) -> Option<String> {
+    const ALL: &str = "pytorch_model_fsdp";
+    let (shown, saved) = (dir.display(), names.iter().find(|name| name.starts_with(ALL)));
+    if let Some(file) = saved.filter(|name| name.contains("_rank")) {
+        return Some(format!(
+            "{} is the part of a training checkpoint (FSDP) that one rank saved: load the checkpoint in its training, and save it with \
+             fsdp_state_dict_type FULL_STATE_DICT or SHARDED_STATE_DICT",
+            quote(file)
+        ));
+    }
+    if let Some(file) = saved.filter(|name| name.ends_with(".bin")) {
+        // As accelerate names it: no character that a shell would obey.
+        let file = if file.bytes().all(|b| b.is_ascii_alphanumeric() || b"._".contains(&b)) { file } else { "FILE" };
+        return Some(format!(
+            "`{file}` holds all weights of a training checkpoint (FSDP) as a pickle, which moewarden does not load: make a model of it: \
+             python -c \"import torch; from safetensors.torch import save_file; t = torch.load('{shown}/{file}', map_location='cpu', \
+             weights_only=True); save_file({{k: v.clone() for k, v in t.items()}}, '{shown}/model.safetensors', {{'format': 'pt'}})\""
+        ));
+    }
+    let (file, folder) = match names.iter().find(|name| name.ends_with(".distcp")) {
+        Some(file) => (file, shown.to_string()),
+        None => saved.map(|folder| (folder, format!("{shown}/{folder}")))?,
+    };
+    Some(format!(
+        "{} is of a training checkpoint (FSDP) in shards: merge them with `accelerate merge-weights '{folder}' NEW_FOLDER`, then copy \
+         config.json and the tokenizer files into NEW_FOLDER",
+        quote(file)
+    ))
 }
 
 /// Files with weights in the model's folder that are neither read nor exported, where `read` names those that are.

@@ -3,8 +3,11 @@
 use super::safetensors::StoredDtype;
 use crate::quote::quote;
 
+/// The output head's tensor.
+pub(super) const LM_HEAD: &str = "lm_head.weight";
+
 /// Components of names that a wrapper around the model adds, and the wrapper.
-const WRAPPERS: [(&str, &str); 8] = [
+const WRAPPERS: [(&str, &str); 7] = [
     ("module", "DistributedDataParallel or DeepSpeed"),
     ("_orig_mod", "torch.compile"),
     ("_fsdp_wrapped_module", "FSDP"),
@@ -12,7 +15,6 @@ const WRAPPERS: [(&str, &str); 8] = [
     ("_forward_module", "Lightning"),
     ("base_model", "PEFT"),
     ("base_layer", "PEFT"),
-    ("modules_to_save", "PEFT"),
 ];
 
 /// Last components of names that hold the parts of a quantised weight.
@@ -55,6 +57,15 @@ const SMALL: [&str; 13] = [
     "F4",
 ];
 
+/// Parts of names of a model that PEFT has wrapped: what it trains beside the model's own weights. They come first, since other
+/// names of such a model say less about it.
+pub(super) fn is_trained_by_peft(tensor: &str) -> bool {
+    tensor.split('.').any(|part| part.starts_with("lora_") || TO_SAVE.contains(&part))
+}
+
+/// The trained and the original copy of a module, of `modules_to_save` of PEFT.
+const TO_SAVE: [&str; 2] = ["modules_to_save", "original_module"];
+
 /// Why a tensor is none of a plain model, with the way out. `missing`: a tensor that the model needs and the checkpoint lacks.
 pub(super) fn of(tensor: &str, dtype: StoredDtype, missing: Option<&str>) -> Option<String> {
     let parts: Vec<&str> = tensor.split('.').collect();
@@ -74,6 +85,23 @@ pub(super) fn of(tensor: &str, dtype: StoredDtype, missing: Option<&str>) -> Opt
                 .into(),
         );
     }
+    if parts.iter().any(|part| TO_SAVE.contains(part)) {
+        return Some(format!(
+            "PEFT has trained a copy of this module (`modules_to_save`) beside the original one (`original_module`): save the model with \
+             merge_and_unload() of PEFT and save_pretrained, or keep the trained copy in each file: {}",
+            rewrite(
+                "re.sub('modules_to_save[.][^.]+[.]', '', k).replace('base_model.model.', ''): v",
+                " if '.original_module.' not in k"
+            )
+        ));
+    }
+    if parts.contains(&"language_model") {
+        return Some(format!(
+            "its name has the part `language_model.`: it is of the text model inside of one that takes images or sound, too. Keep the text \
+             model: {}, and the object `text_config` of its config.json as config.json",
+            rewrite("k.replace('language_model.', ''): v", " if 'language_model.' in k or k.startswith('lm_head.')")
+        ));
+    }
     if last.contains("flat_param") {
         return Some(
             "these are flat parameters of FSDP: gather them with `accelerate merge-weights FOLDER NEW_FOLDER`, or save with \
@@ -91,6 +119,13 @@ pub(super) fn of(tensor: &str, dtype: StoredDtype, missing: Option<&str>) -> Opt
         ));
     }
     let missing = missing?;
+    if parts == ["score", "weight"] && missing == LM_HEAD {
+        return Some(
+            "it is the head of a reward model or a classifier, in place of the output head, so that the model writes no replies: give the \
+             model that it was made from"
+                .into(),
+        );
+    }
     if let Some(prefix) = tensor.strip_suffix(missing).filter(|prefix| prefix.ends_with('.')) {
         return Some(format!(
             "its name begins with {}, which the model's does not: {}",
@@ -103,6 +138,21 @@ pub(super) fn of(tensor: &str, dtype: StoredDtype, missing: Option<&str>) -> Opt
          AutoModelForCausalLM"
             .into()
     })
+}
+
+/// What a tensor may be that the model has no place for, with the way out.
+pub(super) fn left_over(tensor: &str) -> String {
+    const HEADS: [&str; 3] = ["v_head", "value_head", "score"];
+    match HEADS.iter().find(|head| tensor.split('.').next() == Some(head)) {
+        Some(head) => format!(
+            ": it is a head for values or scores, as TRL trains one beside a model: leave it out: {}",
+            rewrite("k: v", &format!(" if not k.startswith('{head}.')"))
+        ),
+        None => {
+            "; is config.json that of another model? A tensor that the model does not need can be left out of the file"
+                .into()
+        }
+    }
 }
 
 /// Where tensor names have the part that is too much.
@@ -123,7 +173,16 @@ fn rename(prefix: &str, place: Rename) -> String {
     };
     format!(
         "save the model that is wrapped, not the wrapper (accelerator.unwrap_model(model).save_pretrained(..)), or rename the \
-         tensors of each file: python -c \"import safetensors.torch as s; t = s.load_file('FILE'); \
-         s.save_file({{{renamed}: v for k, v in t.items()}}, 'NEW_FILE', {{'format': 'pt'}})\""
+         tensors of each file: {}",
+        rewrite(&format!("{renamed}: v"), "")
+    )
+}
+
+/// The command that writes a file of tensors anew: `entry` of the tensors `k`, `v` that `which` keeps.
+fn rewrite(entry: &str, which: &str) -> String {
+    let re = if entry.starts_with("re.") { "re, " } else { "" };
+    format!(
+        "python -c \"import {re}safetensors.torch as s; t = s.load_file('FILE'); \
+         s.save_file({{{entry} for k, v in t.items(){which}}}, 'NEW_FILE', {{'format': 'pt'}})\""
     )
 }

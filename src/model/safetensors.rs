@@ -14,6 +14,7 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 
 use super::json::{Members, each_member};
 use crate::backend::Dtype;
+use crate::input;
 use crate::quote::{cut, quote};
 
 /// The format's limit on the JSON header, in bytes; a false length field cannot cause a larger allocation.
@@ -123,7 +124,7 @@ pub enum HeaderError {
     BeyondFile { claimed: u64, available: usize },
     #[error("the length field claims a header of {0} bytes, more than the limit of {MAX_HEADER}")]
     TooLong(u64),
-    #[error("the header is not JSON in the safetensors schema: {}", cut(.0, 300))]
+    #[error("the header is not JSON in the safetensors schema: {}; if the file is damaged, fetch or write it again", cut(.0, 300))]
     NotJson(String),
     #[error("tensor {}: the number format {} is unknown", quote(.tensor), quote(.dtype))]
     UnknownDtype { tensor: String, dtype: String },
@@ -198,7 +199,7 @@ impl Header {
         if json.first() != Some(&b'{') {
             return Err(HeaderError::NotJson("it does not begin with `{`".into()));
         }
-        let raw: RawHeader = serde_json::from_slice(json).map_err(|e| HeaderError::NotJson(e.to_string()))?;
+        let raw: RawHeader = serde_json::from_slice(json).map_err(|e| HeaderError::NotJson(input::json_problem(&e)))?;
         let len = 8 + json.len();
         let check = |(name, entry): (String, Entry)| entry.check(name, len, file.len());
         let tensors = raw.tensors.into_iter().map(check).collect::<Result<_, _>>()?;

@@ -99,8 +99,10 @@ impl Shard {
         // moewarden and the hub's tools write to a temporary file and rename it, so a visible file does not change.
         let map = unsafe { Mmap::map(&file) }.map_err(read)?;
         let header = Header::parse(&map).map_err(|reason| match input::what_it_is(&map[..map.len().min(HEAD)]) {
-            // A pointer or a web page in the file's place says more than its first bytes as a length.
-            Some(message) if map.first().is_some_and(u8::is_ascii_graphic) => {
+            // A pointer, a web page or nothing in the file's place says more than its first bytes as a length.
+            Some(message)
+                if map.first().is_some_and(u8::is_ascii_graphic) || !map.is_empty() && map.iter().all(|b| *b == 0) =>
+            {
                 Error::NotSafetensors { path: path.into(), message }
             }
             _ => Error::Header { path: path.into(), reason },

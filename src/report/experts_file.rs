@@ -1,12 +1,14 @@
 //! A file of experts: the selection of an earlier run, or a list from elsewhere.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use super::{Error, ScoresFile};
 use crate::experts::ExpertId;
+use crate::input;
 
 /// The most entries that a file may list. No model has nearly as many experts.
 const MAX_EXPERTS: usize = 1 << 20;
@@ -32,8 +34,12 @@ impl ExpertsFile {
     /// without any.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let invalid = |reason: String| Error::Invalid { path: path.to_owned(), reason };
-        let bytes = crate::input::read(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
-        let text = String::from_utf8(crate::input::without_mark(&bytes).to_vec())
+        let bytes = input::read(path).map_err(|source| {
+            let folder = "it is a folder: give a file, such as the expert_scores.json of a run";
+            let source = if path.is_dir() { io::Error::new(source.kind(), folder) } else { source };
+            Error::Missing { path: path.to_owned(), source }
+        })?;
+        let text = String::from_utf8(input::without_mark(&bytes).to_vec())
             .map_err(|_| invalid("it is not text in UTF-8".into()))?;
         let (experts, shape) = match text.trim_start().chars().next() {
             Some('{') => {
@@ -104,7 +110,8 @@ fn scores(path: &Path) -> Result<ScoresFile, Error> {
 
 /// A JSON list of `[layer, expert]`.
 fn list(text: &str) -> Result<Vec<ExpertId>, String> {
-    let entries: Vec<Value> = serde_json::from_str(text).map_err(|e| format!("it is not a JSON list: {e}"))?;
+    let entries: Vec<Value> =
+        serde_json::from_str(text).map_err(|e| format!("it is not a JSON list: {}", input::json_problem(&e)))?;
     let parsed = entries.iter().enumerate().map(|(i, entry)| {
         serde_json::from_value::<ExpertId>(entry.clone())
             .map_err(|_| format!("entry {}, {entry}, is not [layer, expert] with two numbers from 0", i + 1))
@@ -182,7 +189,7 @@ mod tests {
             ("1.2\n1:3", "line 2: \"1:3\" is not layer.expert"),
             ("1.+3", "\"1.+3\""),
             ("1.2,1.2", "comes twice"),
-            ("{}", "not the expert_scores.json of a run (missing field `schema`"),
+            ("{}", "not the expert_scores.json of a run (not what this file should hold: the field schema is missing"),
             ("{\"layers\": 4}", "not the expert_scores.json of a run"),
         ] {
             let error = read(text).unwrap_err();
@@ -191,6 +198,8 @@ mod tests {
         }
         let missing = ExpertsFile::read(Path::new("/nowhere/list")).unwrap_err();
         assert_eq!(missing.exit_code(), exit::NO_INPUT);
+        let Err(Error::Missing { source, .. }) = ExpertsFile::read(Path::new("/")) else { panic!("a folder was read") };
+        assert!(source.to_string().contains("the expert_scores.json of a run"), "{source}");
     }
 
     #[test]

@@ -83,6 +83,7 @@ use serde::Serialize;
 
 use crate::exit::{self, Coded};
 use crate::files;
+use crate::input;
 
 /// Why an output could not be written, or an output of an earlier run could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -166,7 +167,8 @@ pub fn write_json(path: impl Into<PathBuf>, value: &impl Serialize) -> Result<()
 /// # Errors
 /// [`Error::Missing`], or [`Error::Invalid`] with line and column.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Error> {
-    let bytes = crate::input::read(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
-    serde_json::from_slice(crate::input::without_mark(&bytes))
-        .map_err(|e| Error::Invalid { path: path.to_owned(), reason: e.to_string() })
+    let bytes = input::read(path).map_err(|source| Error::Missing { path: path.to_owned(), source })?;
+    let text = input::without_mark(&bytes);
+    serde_json::from_slice(text)
+        .map_err(|e| Error::Invalid { path: path.to_owned(), reason: input::not_written(text, &e) })
 }

@@ -12,7 +12,6 @@ use serde::de::DeserializeOwned;
 
 use super::Error;
 use crate::input;
-use crate::quote::cut;
 
 /// The file, open for appending.
 pub struct RowLog {
@@ -24,7 +23,7 @@ impl RowLog {
     /// Opens the file, or creates it, and returns its lines. A torn last line is removed from it.
     ///
     /// # Errors
-    /// [`Error::Log`]; [`Error::Invalid`] for a line that is not UTF-8.
+    /// [`Error::Log`]; [`Error::Row`] for a line that is not UTF-8.
     pub fn open(path: impl Into<PathBuf>) -> Result<(Self, Vec<String>), Error> {
         let path = path.into();
         let failed = |action| {
@@ -42,8 +41,11 @@ impl RowLog {
             file.set_len(whole as u64).map_err(failed("truncating"))?;
             bytes.truncate(whole);
         }
-        let text = String::from_utf8(bytes)
-            .map_err(|e| Error::Invalid { path: path.clone(), reason: format!("is not UTF-8 ({e})") })?;
+        let text = String::from_utf8(bytes).map_err(|e| {
+            let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+            let line = 1 + valid.iter().filter(|byte| **byte == b'\n').count();
+            Error::Row { path: path.clone(), line, reason: "a text is not UTF-8".into() }
+        })?;
         let lines = text.lines().map(str::to_owned).collect();
         Ok((Self { path, file }, lines))
     }
@@ -90,14 +92,7 @@ pub fn read_rows<T: DeserializeOwned>(path: &Path) -> Result<Rows<T>, Error> {
     let row = |(i, line): (usize, &[u8])| {
         let line = line.trim_ascii_end(); // or an error at the end would be in the next line
         serde_json::from_slice(line).map_err(|e| {
-            let message = e.to_string();
-            let (problem, _) = message.rsplit_once(" at line ").unwrap_or((&*message, ""));
-            let problem = cut(problem, 300);
-            let reason = match line {
-                [] => "the line is empty".to_owned(),
-                _ if e.column() == 0 => problem,
-                _ => format!("{problem} (column {})", e.column()),
-            };
+            let reason = input::line_problem(line, &e);
             Error::Row { path: path.to_owned(), line: i + 1, reason }
         })
     };
@@ -142,8 +137,8 @@ mod tests {
             log.append([[5, 6]]).unwrap();
             assert_eq!(std::fs::read(&path).unwrap(), b"[1,2]\n[3,4]\n[5,6]\n");
         }
-        std::fs::write(&path, b"\xff\n").unwrap();
-        assert!(matches!(RowLog::open(&path), Err(Error::Invalid { .. })));
+        std::fs::write(&path, b"[1,2]\n\xff\n").unwrap();
+        assert!(matches!(RowLog::open(&path), Err(Error::Row { line: 2, .. })));
     }
 
     #[test]
@@ -169,10 +164,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rows.jsonl");
         for (second, reason) in [
-            (&b"[3,"[..], "EOF while parsing a value (column 3)"),
+            (&b"[3,"[..], "the line is cut off: it ends where a value should be"),
             (b"", "the line is empty"),
-            (b"[3,\"\xff\"]", "invalid unicode code point"),
-            (b"[3]", "invalid length 1"),
+            (b"\0\0", "the line holds zero bytes"),
+            (b"[3,\"\xff\"]", "a text is not UTF-8"),
+            (b"[3]", "a value should be a list of 2, not a list of 1"),
+            (b"[3,4,5]", "a list has more values than it should (column"),
         ] {
             std::fs::write(&path, [&b"[1,2]\n"[..], second, b"\n[5,6]\n"].concat()).unwrap();
             let said = read_rows::<[u8; 2]>(&path).unwrap_err().to_string();

@@ -23,6 +23,10 @@ use crate::ui::Ui;
 /// Maximum number of selected experts listed for a run.
 const TOP_EXPERTS: usize = 10;
 
+/// The files of a run that are read.
+const OF_A_RUN: [&str; 5] =
+    ["expert_scores.json", "metrics.jsonl", "training_metadata.json", "rankings.json", "eval.json"];
+
 /// Characters of a run's name.
 const NAME: usize = 100;
 
@@ -113,7 +117,17 @@ pub fn report(args: &ReportArgs, ui: &Ui) -> Result<()> {
 impl Run {
     /// Reads the files that exist in the folder.
     pub fn read(dir: &Path, name: String) -> Result<Self> {
-        let names = ["expert_scores.json", "metrics.jsonl", "training_metadata.json", "rankings.json", "eval.json"];
+        const GIVE: &str = "give output folders of `moewarden train`, `identify` or `eval`";
+        if !dir.is_dir() {
+            let is_of_a_run = dir.file_name().is_some_and(|name| OF_A_RUN.iter().any(|known| *known == name));
+            let what = match dir.exists() {
+                true if is_of_a_run => "is a file of a run: give the folder that it is in".to_owned(),
+                true => format!("is a file, not a folder: {GIVE}"),
+                false => format!("does not exist (is the path right?): {GIVE}"),
+            };
+            return Err(Failure::new(exit::NO_INPUT, format!("{} {what}", dir.display())));
+        }
+        let names = OF_A_RUN;
         let bytes = names.iter().map(|name| size(&dir.join(name))).sum();
         let meter = &Meter::start(format!("reading {}", dir.display()), Unit::Bytes, bytes);
         let [scores_path, metrics, metadata, rankings, eval] = names.map(|name| dir.join(name));
@@ -125,9 +139,12 @@ impl Run {
         let rankings = existing(meter, &rankings, RankingsFile::read)?;
         let eval = existing(meter, &eval, EvalReport::read)?;
         if scores.is_none() && eval.is_none() {
-            let what = match dir.join("compare.json").exists() {
-                true => "its page is compare.html; give the folders of its variants, or those in evaluations",
-                false => "give output folders of `moewarden train`, `identify` or `eval`",
+            let what = if dir.join("compare.json").exists() {
+                "its page is compare.html; give the folders of its variants, or those in evaluations"
+            } else if dir.join("ablation.json").exists() {
+                "its page is ablation.html, which is that of `moewarden ablate`"
+            } else {
+                GIVE
             };
             let message = format!("{} holds neither expert_scores.json nor eval.json: {what}", dir.display());
             return Err(Failure::new(exit::NO_INPUT, message));

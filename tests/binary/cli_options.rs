@@ -458,7 +458,8 @@ fn documentation() -> String {
          date.\n\n\
          Every option of `train` is also a key of the YAML file that `--config` reads; flags win over the file, the file \
          over the defaults. Both accept underscores instead of dashes. A boolean option may stand alone \
-         (`--resume`), take a value (`--resume=false`) or be negated (`--no-resume`).\n",
+         (`--resume`), take a value (`--resume=false`) or be negated (`--no-resume`). An option whose value is JSON may be a \
+         map in the file.\n",
     );
     let command = cli::command();
     let options = |c: &clap::Command| -> Vec<clap::Arg> {

@@ -487,7 +487,7 @@ fn a_report_says_what_is_missing_of_a_log() {
     }
     let broken = [b"{\"phase\": \n".as_slice(), &whole].concat();
     let (ran, page) = report_with_log(&run, Some(&broken));
-    ran.failed(exit::DATA, "metrics.jsonl:1: is no row that moewarden wrote: EOF while parsing a value (column");
+    ran.failed(exit::DATA, "metrics.jsonl:1: is no row that moewarden wrote: the line is cut off: it ends where");
     assert_eq!(page, "");
 }
 
@@ -528,6 +528,59 @@ fn a_report_says_what_the_scores_and_metadata_lack() {
 }
 
 #[test]
+fn a_report_names_what_is_no_run_and_what_is_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    on_case("train", "olmoe", &run, &format!("{SHORT} --save-rounds none")).ok();
+    on_case("eval", "olmoe", &run.join("eval"), "--max-new-tokens 1").ok();
+    let report = |input: &Path| {
+        let out = dir.path().join("out");
+        let ran = moewarden(["report".as_ref(), "--output-dir".as_ref(), out.as_os_str(), input.as_os_str()]);
+        assert!(!out.exists());
+        ran
+    };
+    fs::write(dir.path().join("other.txt"), "x").unwrap();
+    for (input, says) in [
+        (dir.path().join("runn"), "runn does not exist (is the path right?): give output folders"),
+        (run.join("expert_scores.json"), "expert_scores.json is a file of a run: give the folder that it is in"),
+        (dir.path().join("other.txt"), "other.txt is a file, not a folder: give output folders"),
+        (run.join("ablated"), "eval.json: its page is ablation.html"),
+        (run.join("checkpoints"), "checkpoints holds neither expert_scores.json nor eval.json: give output folders"),
+    ] {
+        fs::create_dir_all(run.join("checkpoints")).unwrap();
+        fs::create_dir_all(run.join("ablated")).unwrap();
+        fs::write(run.join("ablated/ablation.json"), "{}").unwrap();
+        report(&input).failed(exit::NO_INPUT, says);
+    }
+    const AGAIN: &str = "if the file is damaged, run the command that wrote it again, with --overwrite";
+    for name in ["expert_scores.json", "rankings.json", "training_metadata.json", "eval/eval.json"] {
+        let path = run.join(name);
+        let whole = fs::read(&path).unwrap();
+        let folder = path.parent().unwrap();
+        for (content, says) in [
+            (&whole[..whole.len() / 2], "the file ends in the middle of its JSON, as after"),
+            (b"", "the file is empty"),
+            (&[0; 512], "the file holds only zero bytes, as after a crash or a full disk"),
+            (b"{\"schema\": }", "not JSON: no JSON value begins here (line 1, column 12)"),
+        ] {
+            fs::write(&path, content).unwrap();
+            let ran = report(folder);
+            assert!(ran.err.contains(AGAIN), "{}", ran.err);
+            ran.failed(exit::DATA, &format!("{}: {says}", path.display()));
+        }
+        if name != "training_metadata.json" {
+            for (content, says) in
+                [("[]", "a value should be an object, not a list of 0"), ("{}", "the field schema is missing")]
+            {
+                fs::write(&path, content).unwrap();
+                report(folder).failed(exit::DATA, &format!("not what this file should hold: {says}"));
+            }
+        }
+        fs::write(&path, whole).unwrap();
+    }
+}
+
+#[test]
 fn a_report_leaves_a_torn_answer_out() {
     let dir = tempfile::tempdir().unwrap();
     let [one, two] = ["one", "two"].map(|name| dir.path().join(name));
@@ -553,5 +606,5 @@ fn a_report_leaves_a_torn_answer_out() {
     let ran = moewarden(args).ok();
     assert!(ran.err.contains("reply_losses.jsonl"), "{}", ran.err);
     fs::write(&path, [b"{}\n".as_slice(), &whole].concat()).unwrap();
-    report("broken").failed(exit::DATA, "generations.jsonl:1: is no row that moewarden wrote: missing field");
+    report("broken").failed(exit::DATA, "generations.jsonl:1: is no row that moewarden wrote: the field ");
 }

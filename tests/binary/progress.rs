@@ -40,16 +40,21 @@ fn shows(drawn: &str, parts: &[&str]) {
     assert!(lines.any(|line| parts.iter().all(|part| line.contains(part))), "no line has {parts:?}:\n{drawn}");
 }
 
-fn train(more: &[&str]) -> (tempfile::TempDir, Command) {
+fn on_rows(command: &str, options: &str, more: &[&str]) -> (tempfile::TempDir, Command) {
     let temp = tempfile::tempdir().unwrap();
     write_rows(&temp.path().join("rows.json"), 12);
+    std::fs::write(temp.path().join("experts"), "0.1 1.2").unwrap();
     let model = golden_copy("olmoe").join("model");
-    let options = ["--top-k-experts", "2", "--batch-size", "2", "--num-rounds", "1", "--save-rounds", "none"];
     let words =
-        ["train", "--model-name", model.to_str().unwrap(), "--dataset-path", "rows.json", "--output-dir", "out"];
+        [command, "--model-name", model.to_str().unwrap(), "--dataset-path", "rows.json", "--output-dir", "out"];
+    let options: Vec<&str> = options.split(' ').collect();
     let mut command = moewarden(0, [&words[..], &options, more].concat());
     command.current_dir(temp.path());
     (temp, command)
+}
+
+fn train(more: &[&str]) -> (tempfile::TempDir, Command) {
+    on_rows("train", "--top-k-experts 2 --batch-size 2 --num-rounds 1 --save-rounds none", more)
 }
 
 #[test]
@@ -71,6 +76,33 @@ fn without_a_terminal_nothing_is_drawn() {
         assert!(!text.contains(['\r', '\u{1b}']), "{text:?}");
     }
     assert!(ran.out.contains("round 1 identify 6/6"), "{}", ran.out);
+}
+
+#[test]
+fn lines_lead_through_the_phases_of_every_long_command() {
+    let compare = "--eval-dataset-path rows.json --methods gradient --top-k-experts 2 --batch-size 2 --num-rounds 1 \
+                   --eval-max-new-tokens 2";
+    let training = ["round 1 identify ", "round 1 experts ", "round 1 routers "];
+    for (command, options, phases) in [
+        ("identify", "--top-k-experts 2 --batch-size 2", &["round 1 identify "][..]),
+        ("eval", "--max-new-tokens 2", &["routing ", "answers "]),
+        (
+            "ablate",
+            "--experts experts --random-sets 2 --max-new-tokens 2 --batch-size 4",
+            &["own replies 12/12 ", "untouched model ", "sets switched off "],
+        ),
+        ("compare", compare, &[&["routing ", "answers "], &training[..]].concat()),
+    ] {
+        let (_temp, command_line) = on_rows(command, options, &[]);
+        let ran = start(command_line).end().ok();
+        for phase in phases {
+            // The last line of a phase has all of its work.
+            let last = ran.out.lines().rfind(|line| line.starts_with(phase) && line.ends_with("tokens/s"));
+            let last = last.unwrap_or_else(|| panic!("{command} has no line of {phase:?}:\n{}", ran.out));
+            let counts = last.split(' ').find_map(|word| word.split_once('/')).expect(last);
+            assert_eq!(counts.0, counts.1, "{command}: {last}");
+        }
+    }
 }
 
 #[test]

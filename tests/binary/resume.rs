@@ -322,7 +322,7 @@ fn a_checkpoint_whose_hash_fits_is_held_against_the_model_and_the_recipe() {
         ("scores of round 1 are not those of", set("/outputs/scores/rounds/1/scores/0", json!([1.0]))),
         ("scores of round 1 are not those of", set("/outputs/scores/rounds/1/scores", json!([[]]))),
         ("the scores of round 1 are missing", set("/outputs/scores/rounds", json!({}))),
-        ("missing field", set("/outputs/scores/rounds/1", json!({}))),
+        ("is damaged: the field scores is missing", set("/outputs/scores/rounds/1", json!({}))),
         ("the loads of the checkpoint are not those", set("/so_far/loads/counts", json!([[1]]))),
     ];
     for (says, changed) in cases {

@@ -1,7 +1,7 @@
 //! The families of inputs: which files are mutated, how, and which commands then read them.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -16,8 +16,20 @@ pub struct Family {
     pub name: &'static str,
     files: &'static [&'static str],
     mutation: Mutation,
-    /// Words; `FILE` is the mutated file, `SHORT` the options of a short run.
+    /// Words; `FILE` is the mutated file, `FOLDER` the output folder with files of others, `SHORT` the options of a short run.
     commands: &'static [&'static str],
+}
+
+/// One run of a family.
+pub struct Case {
+    /// What was mutated, for messages.
+    pub what: String,
+    /// The words of the command.
+    pub words: Vec<String>,
+    /// The output folder.
+    pub out: String,
+    /// Files of others below the folder of the run, with their content.
+    pub foreign: Vec<(PathBuf, Vec<u8>)>,
 }
 
 const OF_ROWS: &[&str] = &[
@@ -47,6 +59,48 @@ const REPORT: &[&str] = &["report done --output-dir out", "report done answers -
 const OF_EXPERTS: &[&str] = &[
     "ablate --model-name model --dataset-path rows.json --experts FILE --random-sets 2 --max-new-tokens 2 --output-dir out",
     "identify --model-name model --dataset-path rows.json --method given --experts FILE --output-dir out",
+];
+
+/// Files that moewarden does not write, at the top of an output folder and in its subfolders, some with names like its own.
+const FOREIGN: [&str; 22] = [
+    "thesis.txt",
+    "rows.json",
+    "config.json",
+    "metrics.jsonl.bak",
+    "expert_scores.json~",
+    "heatmap.png",
+    ".thesis.txt.qX3f9a.part",
+    ".data.partial/a",
+    ".git/HEAD",
+    "notes/plan.md",
+    "round_x/config.json",
+    "round_1/pytorch_model.bin",
+    "round_1/old/config.json",
+    "round_2/thesis.txt",
+    "final_model/notes.md",
+    "final_model/old/model.safetensors",
+    "final_model/.hidden",
+    "final_model.bak/config.json",
+    "tensorboard/events.out.tfevents.1.host",
+    "evaluations/notes.md",
+    "frozen/thesis.txt",
+    "model/config.json",
+];
+
+/// Commands that write a folder, each with the options that decide what becomes of one that is not empty.
+const INTO_FOLDERS: &[&str] = &[
+    "train --model-name model --dataset-path rows.json --output-dir FOLDER SHORT",
+    "train --model-name model --dataset-path rows.json --output-dir FOLDER SHORT --resume",
+    "train --model-name model --dataset-path rows.json --output-dir FOLDER SHORT --overwrite",
+    "train --model-name model --dataset-path rows.jsonl --output-dir FOLDER SHORT --resume",
+    "identify --model-name model --dataset-path rows.json --top-k-experts 2 --output-dir FOLDER --overwrite",
+    "eval --model-name model --dataset-path rows.json --output-dir FOLDER --max-new-tokens 2 --resume",
+    "eval --model-name model --dataset-path rows.json --output-dir FOLDER --max-new-tokens 2 --overwrite",
+    "ablate --model-name model --dataset-path rows.json --experts experts.json --random-sets 2 --max-new-tokens 2 --output-dir FOLDER \
+     --overwrite",
+    "report done --output-dir FOLDER --overwrite",
+    "export --base model --delta delta.safetensors --output-dir FOLDER",
+    "export --base model --delta delta.safetensors --output-dir FOLDER --overwrite",
 ];
 
 /// All families. Those with an empty list of files choose theirs in [`Family::apply`].
@@ -140,6 +194,7 @@ pub const FAMILIES: &[Family] = &[
             "eval --model-name model --dataset-path rows.json --output-dir out --max-new-tokens 2",
         ],
     },
+    Family { name: "foreign files", files: &[], mutation: |_, _| {}, commands: INTO_FOLDERS },
     Family {
         name: "delta",
         files: &["delta.safetensors"],
@@ -149,8 +204,11 @@ pub const FAMILIES: &[Family] = &[
 ];
 
 impl Family {
-    /// Mutates a file of the copy in `folder`; returns the file, and the words of the command.
-    pub fn apply(&self, dice: &mut Dice, corpus: &Corpus, folder: &Path) -> (String, Vec<String>) {
+    /// Mutates a file of the copy in `folder`, or puts files of others into it.
+    pub fn apply(&self, dice: &mut Dice, corpus: &Corpus, folder: &Path) -> Case {
+        if self.name == "foreign files" {
+            return self.among_others(dice, folder);
+        }
         let file = match self.name {
             "checkpoint" => dice.pick(&corpus.files("stopped")).clone(),
             "outputs of a run" => {
@@ -167,16 +225,39 @@ impl Family {
         if self.name == "checkpoint" && !dice.one_in(3) {
             mend_manifest(&path);
         }
-        let words = dice.pick(self.commands).split(' ').flat_map(|word| match word {
-            "FILE" => vec![file.clone()],
-            "SHORT" => SHORT.split(' ').map(str::to_owned).collect(),
-            word => vec![word.to_owned()],
-        });
-        let mut words: Vec<String> = words.collect();
+        let mut words = self.words(dice, &file);
         if self.name == "command line" {
             add_options(dice, &mut words);
         }
-        (file, words)
+        let out = if file.starts_with("stopped/") { "stopped" } else { "out" };
+        Case { what: file, words, out: out.to_owned(), foreign: Vec::new() }
+    }
+
+    /// A command into a folder of a run, or a new one, that holds files of others.
+    fn among_others(&self, dice: &mut Dice, folder: &Path) -> Case {
+        let out = *dice.pick(&["out", "done", "stopped", "answers"]);
+        let mut foreign = Vec::new();
+        for i in 0..=dice.below(2) {
+            let name = Path::new(out).join(dice.pick(&FOREIGN));
+            let (path, content) = (folder.join(&name), format!("mine {i}").into_bytes());
+            if !path.exists() {
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, &content).unwrap();
+                foreign.push((name, content));
+            }
+        }
+        let names: Vec<_> = foreign.iter().map(|(name, _)| name.display().to_string()).collect();
+        Case { what: names.join(", "), words: self.words(dice, out), out: out.to_owned(), foreign }
+    }
+
+    /// The words of one of the commands.
+    fn words(&self, dice: &mut Dice, named: &str) -> Vec<String> {
+        let words = dice.pick(self.commands).split_whitespace().flat_map(|word| match word {
+            "FILE" | "FOLDER" => vec![named.to_owned()],
+            "SHORT" => SHORT.split(' ').map(str::to_owned).collect(),
+            word => vec![word.to_owned()],
+        });
+        words.collect()
     }
 }
 

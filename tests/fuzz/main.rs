@@ -1,5 +1,5 @@
 //! Mutated inputs through the real binary. A run is a fault if it ends by a signal, as a bug (70) or with an unknown exit code,
-//! does not end, prints terminal escapes, or reports success with torn outputs.
+//! does not end, prints terminal escapes, reports success with torn outputs, or changes a file of others in its output folder.
 //!
 //! Each run follows from its seed, which the test prints with the command of a fault; its folder is kept.
 //!
@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 use corpus::Corpus;
 use dice::Dice;
-use families::FAMILIES;
+use families::{Case, FAMILIES};
 
 const WORKERS: usize = 2;
 
@@ -63,16 +63,16 @@ fn run(seed: u64, corpus: &Corpus, root: &Path) -> Outcome {
     let mut dice = Dice::new(seed);
     let folder = root.join(format!("seed-{seed}"));
     corpus.copy_to(&folder);
-    let (file, words) = family.apply(&mut dice, corpus, &folder);
+    let Case { what, words, out, foreign } = family.apply(&mut dice, corpus, &folder);
     let ended = process::run(&folder, &words);
-    let out = folder.join(if file.starts_with("stopped/") { "stopped" } else { "out" });
-    let of_outputs = || ended.code.and_then(|code| outputs::fault(&out, &words[0], code));
-    let fault = ended.fault().or_else(of_outputs).map(|what| Fault {
+    let of_outputs = || ended.code.and_then(|code| outputs::fault(&folder.join(out), &words[0], code, &foreign));
+    let of_foreign = || outputs::changed(&folder, &foreign);
+    let fault = ended.fault().or_else(of_foreign).or_else(of_outputs).map(|fault| Fault {
         seed,
         family: family.name,
-        what,
+        what: fault,
         error: ended.error(),
-        command: format!("moewarden {}   ({file} is mutated)", words.join(" ")),
+        command: format!("moewarden {}   (mutated or put there: {what})", words.join(" ")),
         kept: folder.clone(),
     });
     if fault.is_none() {

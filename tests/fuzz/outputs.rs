@@ -1,13 +1,20 @@
 //! What a run may leave in its output folder.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use moewarden::model::{Checkpoint, ModelConfig, ParamTable};
 use serde_json::Value;
 
-/// What is wrong with the output folder of a run that ended with `code`.
-pub fn fault(folder: &Path, command: &str, code: i32) -> Option<String> {
+/// The first file of others below `folder` that a run has changed or removed.
+pub fn changed(folder: &Path, foreign: &[(PathBuf, Vec<u8>)]) -> Option<String> {
+    let kept = |(name, content): &&(PathBuf, Vec<u8>)| fs::read(folder.join(name)).is_ok_and(|found| found == *content);
+    let (name, _) = foreign.iter().find(|file| !kept(file))?;
+    Some(format!("it changed or removed {}, which is a file of others", name.display()))
+}
+
+/// What is wrong with the output folder of a run that ended with `code`, files of others aside.
+pub fn fault(folder: &Path, command: &str, code: i32, foreign: &[(PathBuf, Vec<u8>)]) -> Option<String> {
     if !folder.exists() {
         return (code == 0 && command != "check").then(|| "exit code 0 without an output folder".into());
     }
@@ -15,7 +22,9 @@ pub fn fault(folder: &Path, command: &str, code: i32) -> Option<String> {
     if code != 0 {
         return names.is_empty().then(|| "a failed run left an empty output folder".into());
     }
-    if let Some(left) = names.iter().find(|name| name.ends_with(".part") || name.ends_with(".partial")) {
+    let of_others = |name: &str| foreign.iter().any(|(path, _)| path.components().any(|part| part.as_os_str() == name));
+    let temporary = |name: &&String| [".part", ".partial"].iter().any(|end| name.ends_with(end)) && !of_others(name);
+    if let Some(left) = names.iter().find(temporary) {
         return Some(format!("it left the temporary file {left}"));
     }
     let needed: &[&str] = match command {

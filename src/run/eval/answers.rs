@@ -13,6 +13,7 @@ use crate::collective::on_first;
 use crate::data::{Message, Record};
 use crate::exit::{self, Failure, Result};
 use crate::files;
+use crate::input;
 use crate::judge::wilson;
 use crate::report::{
     CutOff, EvaluatedModel, FinishReason, GENERATION_SCHEMA, GenerationRow, JudgedAnswer, PromptSide, RefusalOnset,
@@ -163,8 +164,10 @@ impl Answering<'_> {
                 let message = format!("{}:{}: {what}: evaluate again with --overwrite", self.path.display(), i + 1);
                 Failure::new(exit::DATA, message)
             };
-            let row: KeptRow = serde_json::from_str(line)
-                .map_err(|e| wrong(format!("is no answer that this version of moewarden wrote ({e})")))?;
+            let row: KeptRow = serde_json::from_str(line).map_err(|e| {
+                let problem = input::line_problem(line.as_bytes(), &e);
+                wrong(format!("is no answer that this version of moewarden wrote ({problem})"))
+            })?;
             if row.schema != GENERATION_SCHEMA {
                 return Err(wrong(format!("has the schema {:?}, not {GENERATION_SCHEMA:?}", row.schema)));
             }

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::pattern;
-use crate::config::{TemplateKwargs, plain_yaml};
+use crate::config::TemplateKwargs;
 use crate::data::{ChatTemplate, ChatTokenizer, Message, TemplateError};
 use crate::exit::{self, Failure, Result};
 use crate::input;
@@ -48,7 +48,7 @@ struct File {
     #[serde(default)]
     categories: Option<String>,
     #[serde(default)]
-    chat_template_kwargs: Map<String, Value>,
+    chat_template_kwargs: TemplateKwargs,
 }
 
 #[derive(Debug, Deserialize)]
@@ -86,7 +86,7 @@ impl JudgeTemplate {
         let invalid = |what: String| failed(exit::DATA, what);
         let file: File = serde_saphyr::from_str(&text).map_err(|e| {
             let line = e.location().map_or(0, |location| location.line());
-            let problem = plain_yaml(&e.without_snippet().to_string());
+            let problem = input::yaml_words(&e);
             let message = format!("{}:{line}: {problem}; a template file has the keys {KEYS}", path.display());
             Failure::new(exit::DATA, message)
         })?;
@@ -114,8 +114,7 @@ impl JudgeTemplate {
         if asked("an answer").map_err(template)? == asked("").map_err(template)? {
             return Err(invalid("prompt: does not depend on the answer: it should contain {{ response }}".into()));
         }
-        let kwargs = TemplateKwargs::of(file.chat_template_kwargs);
-        let TemplateKwargs(kwargs) = kwargs.map_err(|e| invalid(format!("chat_template_kwargs: {e}")))?;
+        let TemplateKwargs(kwargs) = file.chat_template_kwargs;
         Ok(Self { prompt, patterns, kwargs, digest: blake3::hash(text.as_bytes()) })
     }
 }
@@ -312,7 +311,7 @@ mod tests {
             ),
             (
                 &format!("prompt: '{{{{ response }}}}'\n{verdicts}\nchat_template_kwargs: {{messages: 1}}"),
-                "chat_template_kwargs: ",
+                "judge.yaml:3: the rows decide messages",
             ),
             (&format!("prompt: x\n{verdicts}\ncategories: '['"), "categories"),
             (&format!("prompt: '{{{{ promt }}}}'\n{verdicts}"), "does not depend on the answer"),

@@ -15,6 +15,7 @@ use crate::config::{EvalArgs, RunConfig, Transport};
 use crate::data::ChatTokenizer;
 use crate::exit::{self, Context, Failure, Result};
 use crate::files;
+use crate::input;
 use crate::judge::{Assessment, JudgeForm, Rate, Safety, cohen_kappa};
 use crate::launch::memory::human;
 use crate::launch::{Device, Opened, Rank, hub_cache};
@@ -272,7 +273,8 @@ impl Judging<'_> {
         let mut rows = std::collections::BTreeMap::new();
         for (i, line) in lines.iter().enumerate() {
             let wrong = |why: &str| wrong_row(&self.path, i + 1, "verdict", why);
-            let row: VerdictRow = serde_json::from_str(line).map_err(|e| wrong(&e.to_string()))?;
+            let row: VerdictRow =
+                serde_json::from_str(line).map_err(|e| wrong(&input::line_problem(line.as_bytes(), &e)))?;
             if row.schema != VERDICT_SCHEMA {
                 return Err(wrong(&format!("its schema is {:?}, not {VERDICT_SCHEMA:?}", row.schema)));
             }

@@ -13,6 +13,7 @@ use crate::config::EvalArgs;
 use crate::data::{ChatTokenizer, Choice, Example, Question, Task, read_questions};
 use crate::exit::{self, Failure, Result};
 use crate::files;
+use crate::input;
 use crate::report::{QUESTION_SCHEMA, QuestionResult, QuestionRow, QuestionsReport, RowLog, Sampling, json_lines};
 use crate::run::generate::{Answer, Prompt, highest};
 use crate::train::{ExampleLoss, Replica, example_losses};
@@ -163,7 +164,8 @@ impl AskingQuestions<'_> {
         let mut rows = BTreeMap::new();
         for (i, line) in lines.iter().enumerate() {
             let wrong = |why: &str| wrong_row(&self.path, i + 1, "question", why);
-            let row: QuestionRow = serde_json::from_str(line).map_err(|e| wrong(&e.to_string()))?;
+            let row: QuestionRow =
+                serde_json::from_str(line).map_err(|e| wrong(&input::line_problem(line.as_bytes(), &e)))?;
             if row.schema != QUESTION_SCHEMA {
                 return Err(wrong(&format!("its schema is {:?}, not {QUESTION_SCHEMA:?}", row.schema)));
             }

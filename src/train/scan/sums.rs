@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::backend::Backend;
 use crate::exit::{self, Coded, Failure, Result};
 use crate::experts::{Bootstrap, ExpertScores, UsageAccumulator};
+use crate::input;
 use crate::train::expert_load::ExpertLoads;
 use crate::train::replica::Replica;
 
@@ -118,7 +119,10 @@ impl<A: Serialize + DeserializeOwned> PartialSums<A> {
     pub(super) fn restore(&mut self, parts: &[Vec<u8>], absorb: impl Fn(&mut A, &A)) -> Result<()> {
         for (i, bytes) in parts.iter().enumerate() {
             let other: Self = serde_json::from_slice(bytes).map_err(|e| {
-                Failure::new(exit::DATA, format!("the scores so far in the checkpoint cannot be read: {e}"))
+                Failure::new(
+                    exit::DATA,
+                    format!("the scores so far in the checkpoint cannot be read: {}", input::json_problem(&e)),
+                )
             })?;
             if self.bootstrap.is_some() != other.bootstrap.is_some() {
                 let message = "the scores so far in the checkpoint are of a version without --bootstrap: resume with that version";

@@ -25,10 +25,15 @@ fn a_malformed_row_is_named_by_its_line() {
     let deep = format!("{{\"goal\": {}", "[".repeat(100_000));
     let cases: Vec<(Vec<u8>, &str)> = vec![
         (br#"{"text": "neither prompt nor messages"}"#.to_vec(), "text"),
-        (br#"{"goal": "cut off"#.to_vec(), "not JSON"),
+        (
+            br#"{"goal": "cut off"#.to_vec(),
+            "the row is cut off: it ends inside a text (column 17); fetch or write the file again",
+        ),
+        (b"\0\0\0".to_vec(), "the line holds zero bytes, as after a crash or a full disk"),
+        (format!("{good},").into_bytes(), "a comma follows the row: remove the commas"),
         (b"7".to_vec(), "a row should be an object"),
         (b"{\"goal\": \"\xff\xfe\"}".to_vec(), "UTF-8"),
-        (deep.into_bytes(), "not JSON"),
+        (deep.into_bytes(), "lists and objects are nested more than 127 deep: write the deeper ones as text"),
         (br#"{"messages": [{"role": "user", "content": "no label"}]}"#.to_vec(), "label"),
         (br#"{"goal": 7, "judge_success_gpt4": 1}"#.to_vec(), "goal"),
     ];

@@ -91,6 +91,7 @@ fn a_damaged_json_file_says_how_to_get_it_again() {
             ("<!doctype html><html></html>", "a web page"),
             ("\0\0\0\0\0\0\0\0", "zero bytes"),
             ("", "empty"),
+            ("[]", "should be an object, not a list"),
         ] {
             let scene = Scene::new();
             fs::write(scene.model().join(name), text).unwrap();
@@ -101,6 +102,11 @@ fn a_damaged_json_file_says_how_to_get_it_again() {
     fs::write(scene.model().join("model.safetensors"), "version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
         .unwrap();
     scene.refuses(&[], 65, &["model.safetensors", "a pointer of Git LFS"]);
+    for name in ["model.safetensors", "chat_template.jinja"] {
+        let scene = Scene::new();
+        fs::write(scene.model().join(name), [0; 5000]).unwrap();
+        scene.refuses(&[], 65, &[name, "the file holds only zero bytes, as after a crash or a full disk"]);
+    }
 }
 
 #[test]
@@ -121,10 +127,21 @@ fn a_tokenizer_that_the_library_panics_on_is_at_fault() {
         bad["model"]["continuing_subword_prefix"] = "a long prefix".into();
     };
     assert!(!refuses(&merges).stderr.contains("report"));
-    // A decoder that is none.
-    assert!(
-        !refuses(&|bad: &mut Value| bad["decoder"] = serde_json::json!({"type": "ByteLeve"})).stderr.contains("report")
-    );
+    // Parts that are none, by name.
+    for part in ["decoder", "model", "normalizer", "pre_tokenizer", "post_processor"] {
+        let refused = refuses(&|bad: &mut Value| bad[part] = serde_json::json!({"type": "ByteLeve"}));
+        refused.is(65, &[&format!("its {part} has a type or fields that the tokenizers library does not know")]);
+        assert!(!refused.stderr.contains("untagged") && !refused.stderr.contains("report"), "{}", refused.stderr);
+    }
+    for (change, says) in [
+        ("[]", "not a valid tokenizer: a value should be an object, not a list"),
+        (r#"{"vocab": {}}"#, "not a valid tokenizer: it has a field that the tokenizers library does not know"),
+        (r#"{"version": "1.0"}"#, "not a valid tokenizer: Model missing"),
+        (r#"{"version": 1}"#, "not a valid tokenizer: a value should be a text, not the number 1"),
+    ] {
+        fs::write(&path, change).unwrap();
+        scene.train(&[]).is(65, &["tokenizer.json: ", says]);
+    }
     // Cut off anywhere.
     let text = good.to_string();
     for part in 1..8 {

@@ -85,6 +85,31 @@ fn names_show_how_the_weights_were_saved() {
         (each(&|n| n.trim_start_matches("model.").into()), ["lacks the beginning `model.`", "AutoModelForCausalLM"]),
         (one("model.layers.0.self_attn.q_proj.base_layer.weight"), ["`base_layer.` of PEFT", "unwrap_model"]),
         (one("model.layers.0.self_attn.q_proj.lora_A.default.weight"), ["adapter (LoRA)", "merge_and_unload"]),
+        // What PEFT trains decides, whatever its other names and their order.
+        (
+            each(&|n| match n {
+                "lm_head.weight" => "base_model.model.lm_head.modules_to_save.default.weight".into(),
+                "model.norm.weight" => "base_model.model.lm_head.original_module.weight".into(),
+                n => format!("base_model.model.{n}"),
+            }),
+            ["has trained a copy of this module (`modules_to_save`)", "re.sub('modules_to_save[.][^.]+[.]', '', k)"],
+        ),
+        (
+            each(&|n| match n {
+                "model.norm.weight" => "model.layers.0.self_attn.q_proj.lora_A.default.weight".into(),
+                n => n.replace("q_proj.weight", "q_proj.base_layer.weight"),
+            }),
+            ["adapter (LoRA)", "merge_and_unload"],
+        ),
+        (
+            each(&|n| n.replacen("model.", "model.language_model.", 1)),
+            ["the text model inside", "k.replace('language_model.', ''): v"],
+        ),
+        (each(&|n| format!("language_model.{n}")), ["the text model inside", "`text_config`"]),
+        (
+            each(&|n| if n == "lm_head.weight" { "score.weight".into() } else { n.into() }),
+            ["the head of a reward model", "the model that it was made from"],
+        ),
         (one("model.layers.0._flat_param"), ["flat parameters of FSDP", "accelerate merge-weights"]),
         (one("model.layers.0.self_attn.q_proj.qweight"), ["quantised", "dequantize"]),
         (one("model.layers.0.self_attn.q_proj.weight_packed"), ["quantised", "bf16"]),
@@ -93,6 +118,16 @@ fn names_show_how_the_weights_were_saved() {
     for (header, says) in cases {
         weights.write(&scene, &header);
         scene.refuses(&[], 65, &says);
+    }
+    // A tensor too many, which the model has no place for.
+    for (extra, says) in [
+        ("v_head.summary.weight", ["a head for values or scores", "if not k.startswith('v_head.')"]),
+        ("model.layers.0.self_attn.q_proj.bias", ["is config.json that of another model?", "can be left out"]),
+    ] {
+        let end = weights.data.len();
+        let empty = json!({"dtype": "F32", "shape": [0], "data_offsets": [end, end]});
+        weights.write(&scene, &weights.with(extra, |entry| *entry = empty));
+        scene.refuses(&[], 65, &[&[extra], &says[..]].concat());
     }
     // Formats of 32 bits stand for those of quantised weights: the sizes stay right.
     for dtype in ["I32", "U32"] {
@@ -172,7 +207,11 @@ fn a_link_that_an_export_could_not_copy_is_refused_before_the_run() {
 fn a_folder_without_weights_says_what_it_holds() {
     for (found, code, says) in [
         ("__0_0.distcp", 66, "accelerate merge-weights"),
-        ("pytorch_model_fsdp_0/x", 66, "accelerate merge-weights"),
+        ("pytorch_model_fsdp_0/x", 66, "model/pytorch_model_fsdp_0' NEW_FOLDER`"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", 66, "accelerate merge-weights '"),
+        ("pytorch_model_fsdp.bin", 66, "model/pytorch_model_fsdp.bin', map_location='cpu', weights_only=True)"),
+        ("pytorch_model_fsdp_1.bin", 66, "save_file({k: v.clone() for k, v in t.items()}"),
+        ("pytorch_model_fsdp_rank3.bin", 66, "the part of a training checkpoint (FSDP) that one rank saved"),
         ("zero_to_fp32.py", 66, "DeepSpeed"),
         ("global_step10/x", 66, "DeepSpeed"),
         ("model-00001-of-00002.safetensors", 66, "is a shard, but model.safetensors.index.json is missing"),

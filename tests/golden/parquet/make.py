@@ -41,7 +41,15 @@ if __name__ == "__main__":
     pq.write_table(table, HERE / "groups.parquet", data_page_version="2.0", row_group_size=2, use_dictionary=False)
     text = table.set_column(0, "label", table["label"].cast(pa.binary()))
     pq.write_table(text, HERE / "unmarked.parquet")
-    pq.write_table(pa.table({"goal": ["a"], "image": pa.array([b"\xff\xfe"])}), HERE / "bytes.parquet")
+    # Bytes that are no text in columns and fields that nothing reads, and in some that are read.
+    picture = {"bytes": b"\xff\xd8\xff", "path": "cake.jpg"}
+    beside = [{**row, "key": b"\xff\xfe", "thumbnail": picture,
+               "messages": [{**turn, "digest": b"\xfe"} for turn in row["messages"]]} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(beside), HERE / "bytes.parquet")
+    as_goal = {"goal": b"\xff\xfe", "all_prompt": "Describe how to hide a cake"}
+    as_content = {"label": "safe", "messages": [{"role": "user", "content": b"\xff"}, {"role": "assistant", "content": b"No."}]}
+    for name, row in [("goal", as_goal), ("content", as_content), ("image", {**ROWS[0], "image": picture})]:
+        pq.write_table(pa.Table.from_pylist([row]), HERE / f"bytes_{name}.parquet")
     pq.write_table(pa.Table.from_pylist(PADDED), HERE / "padded.parquet")
     (HERE / "padded.json").write_text(json.dumps(PADDED, ensure_ascii=False, indent=1) + "\n")
     pq.write_table(table.slice(0, 0), HERE / "no_rows.parquet")
