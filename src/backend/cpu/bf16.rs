@@ -78,10 +78,10 @@ fn part(w: &Weight) -> Part<'_> {
     Part::stored(w.dtype(), w.bytes(), w.cols())
 }
 
-/// The part of `columns` that lies in `of`, counted from its start.
+/// The part of `columns` that lies in `of`, counted from its start; where none does, an empty range within it.
 fn intersect(columns: &Range<usize>, of: Range<usize>) -> Range<usize> {
-    let (start, end) = (columns.start.max(of.start), columns.end.min(of.end));
-    start.saturating_sub(of.start)..end.max(start).saturating_sub(of.start)
+    let end = columns.end.min(of.end).saturating_sub(of.start);
+    columns.start.saturating_sub(of.start).min(end)..end
 }
 
 /// y = x · wᵀ for each group, in the element type of y. The outputs of stacked weights are concatenated.
@@ -102,14 +102,9 @@ fn forward_as<E: Element>(products: &Products, x: &Tensor, groups: &[RowGroup<'_
                 // SAFETY: tasks have different rows or columns.
                 unsafe { tile.copy_to_shared(&out, rows.start * width + first + outputs.start, width) };
             };
-            let stored = weight.dtype() == Dtype::Bf16
-                && products.multiply_stored(
-                    &x,
-                    &weight.bytes()[2 * k * columns.start..2 * k * columns.end],
-                    k,
-                    |tile| store(&columns, tile),
-                );
-            if !stored {
+            let bytes = &weight.bytes()[weight.dtype().size() * k * columns.start..];
+            let few = || products.multiply_stored(&x, &bytes[..2 * k * columns.len()], k, |tile| store(&columns, tile));
+            if weight.dtype() != Dtype::Bf16 || !few() {
                 for outputs in products.blocks(Side::B, k, columns) {
                     let block = products.block(Side::B, &[part(weight).by_rows(k)], outputs.clone());
                     products.multiply(&x, &block, |tile| store(&outputs, tile));
@@ -234,6 +229,20 @@ fn reduce(tile: &Tile<'_>, reduction: GradReduction, weight: &Weight, at: usize)
                 total += simd!(sum2(tile.row(i), &w, |g, w| (g * w).abs()));
             }
             total
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_of_a_stacked_weight_are_within_it() {
+        for (columns, of, within) in
+            [(0..8, 2..5, 0..3), (3..4, 2..5, 1..2), (6..8, 2..5, 3..3), (0..2, 2..5, 0..0), (4..9, 2..5, 2..3)]
+        {
+            assert_eq!(intersect(&columns, of.clone()), within, "{columns:?} of {of:?}");
         }
     }
 }
