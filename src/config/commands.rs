@@ -60,6 +60,9 @@ pub struct EvalArgs {
     /// Keep attack rows whose judge verdict says that the attack failed
     #[arg(long, help_heading = INPUT)]
     pub keep_failed: bool,
+    /// Reply that is measured where an attack, pair or unsafe row has none (default: that of `train`)
+    #[arg(long, value_name = "TEXT", help_heading = INPUT, requires = "dataset_path")]
+    pub safe_response: Option<String>,
     /// Examples in a micro-batch
     #[arg(long, value_name = "EXAMPLES", help_heading = INPUT, default_value_t = 8, value_parser = at_least_one)]
     pub batch_size: usize,
@@ -163,6 +166,11 @@ impl EvalArgs {
         <Line as clap::Parser>::parse_from(words).args
     }
 
+    /// The reply that is measured where a row has none.
+    pub fn safe_response(&self) -> String {
+        self.safe_response.clone().unwrap_or_else(|| RunConfig::default().safe_response)
+    }
+
     /// The options of a run that reads the same model and data in the order of the file. Routing frequencies are
     /// counted over prompt tokens: the prompts of the two sides differ, their responses are often equal.
     ///
@@ -178,6 +186,7 @@ impl EvalArgs {
             max_length: self.max_length,
             long_rows: self.long_rows,
             keep_failed: self.keep_failed,
+            safe_response: self.safe_response(),
             shuffle: false,
             seed: self.seed,
             routing_tokens: RoutingTokens::Prompt,

@@ -57,8 +57,13 @@ pub fn resolve_compare(
         variants = args.variants(&config);
     }
     let runs: Vec<RunConfig> = variants.iter().map(|variant| variant.config.clone()).collect();
-    let resolved = check(config, flags, &file.run, &runs)?;
+    let mut resolved = check(config, flags, &file.run, &runs)?;
     let mut wrong = args.problems(&resolved.config);
+    let decided = args.decided(&resolved.config);
+    resolved.warnings.extend(refuse_inert(&decided, flags, &file.run, &mut wrong));
+    if !own_flags.methods.is_empty() && variants.iter().all(|variant| variant.method().is_none()) {
+        wrong.push(validate::would_do_nothing("methods", "no variant trains selected experts"));
+    }
     wrong.extend(unequal(&variants).into_iter().map(str::to_owned));
     wrong.extend(args.inert_sweeps(&variants));
     for variant in &variants {
@@ -117,12 +122,26 @@ fn check(
     }
     config.to_yaml()?; // fails on paths that config.resolved.yaml cannot hold
     let mut wrong = validate::problems(&config);
-    let mut warnings = Vec::new();
     let mut inert = validate::options_without_effect(&config);
     for run in runs {
         let in_run = validate::options_without_effect(run);
         inert.retain(|(option, _)| in_run.iter().any(|(other, _)| other == option));
     }
+    let warnings = refuse_inert(&inert, flags, file, &mut wrong);
+    if !wrong.is_empty() {
+        return Err(ConfigError::Invalid(wrong));
+    }
+    Ok(Resolved { config, warnings })
+}
+
+/// Refuses those of these options without effect that are flags, and returns a warning for each that is in the file.
+fn refuse_inert(
+    inert: &[(&'static str, &'static str)],
+    flags: &RawOptions,
+    file: &RawOptions,
+    wrong: &mut Vec<String>,
+) -> Vec<String> {
+    let mut warnings = Vec::new();
     for (option, why) in inert {
         if flags.is_given(option) {
             wrong.push(validate::would_do_nothing(option, why));
@@ -130,10 +149,7 @@ fn check(
             warnings.push(format!("`{option}` of the options file does nothing in this run: {why}"));
         }
     }
-    if !wrong.is_empty() {
-        return Err(ConfigError::Invalid(wrong));
-    }
-    Ok(Resolved { config, warnings })
+    warnings
 }
 
 impl RunConfig {

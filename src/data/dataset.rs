@@ -9,7 +9,7 @@ use super::deep;
 use super::head;
 use super::kinds::Row;
 use super::record::{RecordBuilder, RowOutcome};
-use super::report::DataReport;
+use super::report::{DataReport, list_counts};
 use super::{ChatTokenizer, DataOptions, Error, Example, LossOn, Record, fields, values};
 use crate::meter::{Meter, Unit};
 
@@ -87,7 +87,7 @@ impl Dataset {
             }
         }
         if records.is_empty() {
-            return Err(Error::file(path, format!("no row is left\n{report}")));
+            return Err(Error::file(path, format!("no row is left: {}\n{report}", report.why_none())));
         }
         if report.loss_tokens == 0 && !options.prompts_suffice {
             return Err(Error::file(path, format!("no row has a token that carries loss\n{report}")));
@@ -95,16 +95,29 @@ impl Dataset {
         Ok(Self { records, report })
     }
 
-    /// Number of records whose [`Record::request`] also occurs in `other`, ignoring case and white space. Should be 0
-    /// for a held-out file against a training file.
-    pub fn count_shared_requests(&self, other: &Self) -> usize {
+    /// Each [`Record::request`], without differences of case and white space; empty ones are left out.
+    pub fn requests(&self) -> impl Iterator<Item = String> {
         let normalized = |r: &Record| r.request.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
-        let others: HashSet<_> = other.records.iter().map(normalized).collect();
-        self.records.iter().map(normalized).filter(|request| !request.is_empty() && others.contains(request)).count()
+        self.records.iter().map(normalized).filter(|request| !request.is_empty())
+    }
+
+    /// Number of records whose request also occurs in `other`. Should be 0 for a held-out file against a training file.
+    pub fn count_shared_requests(&self, other: &Self) -> usize {
+        let others: HashSet<_> = other.requests().collect();
+        self.requests().filter(|request| others.contains(request)).count()
     }
 }
 
 impl DataReport {
+    /// Why no row was kept.
+    fn why_none(&self) -> String {
+        if self.dropped.is_empty() {
+            "the file holds none".into()
+        } else {
+            format!("dropped {}", list_counts(&self.dropped))
+        }
+    }
+
     fn count(&mut self, row: &Row, record: &Record, truncated: bool) {
         self.kept += 1;
         *self.by_kind.entry(row.kind).or_default() += 1;
@@ -112,6 +125,8 @@ impl DataReport {
         self.without_verdict += usize::from(row.without_verdict);
         self.completed += usize::from(row.completed);
         self.earlier_excluded += usize::from(row.earlier_excluded);
+        let added = row.has_safe_response();
+        self.safe_responses.iter_mut().zip(added).for_each(|(count, added)| *count += usize::from(added));
         let replies = || record.unsafe_reply.iter().chain(&record.safe_reply);
         self.without_reply += usize::from(replies().next().is_none());
         self.tokens += replies().map(|e| e.ids.len()).sum::<usize>();

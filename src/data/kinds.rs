@@ -68,6 +68,12 @@ impl Row {
         }
     }
 
+    /// Whether the reply to the unsafe and to the safe prompt is `--safe-response`.
+    pub fn has_safe_response(&self) -> [bool; 2] {
+        let is_added = |side: &Side| side.messages.last().is_some_and(|last| last.origin == Some(OPTION));
+        [&self.unsafe_side, &self.safe_side].map(|side| side.as_ref().is_some_and(is_added))
+    }
+
     /// The unsafe and the safe side, those of them that the row has.
     pub fn sides(&self) -> impl Iterator<Item = &Side> {
         self.unsafe_side.iter().chain(&self.safe_side)

@@ -87,6 +87,8 @@ pub struct DataReport {
     pub truncated: usize,
     /// Attack rows without a verdict (kept).
     pub without_verdict: usize,
+    /// Replies to unsafe and to safe prompts that are `--safe-response`, as the row has none.
+    pub safe_responses: [usize; 2],
     /// Records with a prompt but no reply.
     pub without_reply: usize,
     /// Records with the text of a special token in a message; the tokenizer turns that text into the special token.
@@ -162,7 +164,7 @@ impl DataReport {
     }
 }
 
-fn list_counts<K: fmt::Display>(counts: &BTreeMap<K, usize>) -> String {
+pub(super) fn list_counts<K: fmt::Display>(counts: &BTreeMap<K, usize>) -> String {
     counts.iter().map(|(key, n)| format!("{n} {key}")).collect::<Vec<_>>().join(", ")
 }
 
@@ -225,6 +227,13 @@ impl fmt::Display for DataReport {
         }
         if self.without_verdict > 0 {
             write!(f, "\n  attacks without a verdict, kept as successful: {}", self.without_verdict)?;
+        }
+        if self.safe_responses != [0; 2] {
+            let [to_unsafe, to_safe] = self.safe_responses;
+            write!(
+                f,
+                "\n  replies that are --safe-response, as the row has none: {to_unsafe} to unsafe prompts, {to_safe} to safe ones"
+            )?;
         }
         if self.without_reply > 0 {
             write!(f, "\n  safe prompts without a reply, used only for router alignment: {}", self.without_reply)?;

@@ -88,7 +88,9 @@ fn qwen3guard(text: &str) -> Option<Assessment> {
 fn llama_guard(text: &str) -> Option<Assessment> {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let (first, second, third) = (lines.next()?, lines.next(), lines.next());
-    let is_code = |code: &str| code.strip_prefix('S').is_some_and(|n| n.parse::<u8>().is_ok_and(|n| n > 0));
+    // A parser of numbers takes a sign, too.
+    let is_number = |n: &str| n.bytes().all(|b| b.is_ascii_digit()) && n.parse::<u8>().is_ok_and(|n| n > 0);
+    let is_code = |code: &str| code.strip_prefix('S').is_some_and(is_number);
     match (first, second, third) {
         ("safe", None, None) => Some(Assessment { safety: Safety::Safe, categories: Vec::new(), refusal: None }),
         ("unsafe", codes, None) => {
@@ -153,6 +155,7 @@ mod tests {
             "unsafe S1",
             "unsafe\nS",
             "unsafe\nS0",
+            "unsafe\nS+1",
             "unsafe\nS1,",
             "unsafe\nviolence",
             "unsafe\nS1\nS2",

@@ -193,7 +193,7 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
         Existing::Refuse => {
             return Err(refused(
                 "is not empty; give another --output-dir, --overwrite to delete an earlier run's outputs from it, \
-                 or (train, eval) --resume to continue that run"
+                 or (train, eval, compare) --resume to continue that run"
                     .into(),
             ));
         }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::eval_rows::CutOff;
 use super::paired::Outcomes;
 use crate::experts::ExpertId;
 use crate::judge::{PairedDifference, Rate, holm, mcnemar_p, mean_difference, sign_flip_p};
@@ -30,9 +31,12 @@ pub struct CompareReport {
     /// Evaluations whose refusals of unsafe prompts are a lower bound.
     #[serde(default)]
     pub lower_bounds: Vec<LowerBound>,
+    /// Answers that were cut off, by model, rows and side.
+    #[serde(default)]
+    pub cut_off: Vec<CutAnswers>,
     /// Paired tests, in the order of the plan.
     pub tests: Vec<PairedTest>,
-    /// The distinct selections of the last round.
+    /// The distinct selections of the last round, of variants that train them.
     pub selections: Vec<SelectionReport>,
     /// Each pair of distinct selections.
     pub overlaps: Vec<OverlapReport>,
@@ -68,7 +72,7 @@ pub struct TrainingResult {
     pub router_loss: Option<[f64; 2]>,
     /// Cross-entropy of the held-out rows [before, after] training, in nats a token.
     pub held_out_loss: [Option<f64>; 2],
-    /// The selection of the last round.
+    /// The experts of the last round that were selected and trained; empty in a variant that trains no selection.
     pub selected: Vec<ExpertId>,
     /// Elements that an optimizer wrote.
     pub trained_parameters: usize,
@@ -158,11 +162,25 @@ pub struct LowerBound {
     pub cut: usize,
 }
 
+/// Answers of a model that `--eval-max-new-tokens` cut off before they ended, refusals or not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CutAnswers {
+    /// The variant, or [`ORIGINAL`].
+    pub model: String,
+    /// `held-out` or `benign`.
+    pub rows: String,
+    /// Their side, and their number.
+    #[serde(flatten)]
+    pub answers: CutOff,
+}
+
 /// What the evaluations of one model found for each item.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Evaluated {
     /// Where its refusals are a lower bound.
     pub lower_bounds: Vec<LowerBound>,
+    /// How many of its answers were cut off.
+    pub cut_off: Vec<CutAnswers>,
     /// Yes or no by measure and item.
     pub shares: Outcomes,
     /// A number by measure and item.

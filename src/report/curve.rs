@@ -76,6 +76,8 @@ pub(super) struct Look {
     pub class: &'static str,
     /// Colours repeat after the last one; dashes then distinguish the lines.
     pub dashes: String,
+    /// How much of a point's mark is filled, which distinguishes points of one colour.
+    filled: f64,
 }
 
 impl Look {
@@ -83,12 +85,26 @@ impl Look {
     pub fn of(i: usize) -> Self {
         let colour = COLOURS[i % COLOURS.len()];
         let dashes = if i < COLOURS.len() { String::new() } else { format!(" stroke-dasharray=\"{}\"", 2 + i) };
-        Self { colour, class: if colour == BLACK { "ink" } else { "" }, dashes }
+        let filled = [1.0, 0.0, 0.4][i / COLOURS.len() % 3];
+        Self { colour, class: if colour == BLACK { "ink" } else { "" }, dashes, filled }
+    }
+
+    /// The mark of a point; `title`: its value, or nothing in the legend.
+    pub fn mark(&self, [x, y]: [f64; 2], title: &str) -> String {
+        let Self { colour, class, filled, .. } = self;
+        let (point, title) = match title {
+            "" => ("", String::new()),
+            title => ("point ", format!("<title>{}</title>", escape(title))),
+        };
+        format!(
+            "<circle class=\"{point}{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\" fill-opacity=\"{filled}\" \
+             stroke=\"{colour}\" stroke-width=\"1.5\">{title}</circle>\n"
+        )
     }
 
     /// Draws a line, with marks at its points that show where the pointer is, and are named by step and value.
     fn line(&self, out: &mut String, series: &Series, pixel: impl Fn((f64, f64)) -> (f64, f64)) {
-        let Self { colour, class, dashes } = self;
+        let Self { colour, class, dashes, .. } = self;
         let parts = series.points.split(|(x, y)| !(x.is_finite() && y.is_finite()));
         let mut marks = String::new();
         let mut last = f64::NEG_INFINITY;
@@ -123,9 +139,15 @@ impl Look {
         *out += &marks;
     }
 
+    /// Draws the legend's entry of points, with their mark.
+    pub fn key_of_points(&self, out: &mut String, label: &str, y: f64) {
+        self.key(out, label, y);
+        *out += &self.mark([LEFT + 12.0, y - 4.0], "");
+    }
+
     /// Draws the line's entry of the legend.
     pub fn key(&self, out: &mut String, label: &str, y: f64) {
-        let Self { colour, class, dashes } = self;
+        let Self { colour, class, dashes, .. } = self;
         let _ = writeln!(
             out,
             "<line class=\"{class}\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{}\" y2=\"{}\" stroke=\"{colour}\" stroke-width=\"3\"{dashes}/>\n\

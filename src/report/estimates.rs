@@ -106,10 +106,13 @@ pub fn points_svg(id: &str, title: &str, unit: MeasureUnit, positions: &Position
     let x_axis = Axis::spanning(positions.ticks.iter().map(|(at, _)| *at).chain(all().map(|(at, _)| *at)))?;
     let bottom = TOP + HEIGHT;
     // A margin, so that whiskers do not lie on the axis.
-    let x = |at: f64| LEFT + 16.0 + (RIGHT - LEFT - 32.0) * x_axis.fraction(at);
+    let x = |at: f64| LEFT + MOST_APART + 2.0 + (RIGHT - LEFT - 2.0 * MOST_APART - 4.0) * x_axis.fraction(at);
     let y = |value: f64| bottom - HEIGHT * y_axis.fraction(value).clamp(0.0, 1.0);
     let rows: Vec<Named> = all().map(|(_, named)| named.clone()).collect();
-    let height = bottom + 46.0 + 18.0 * groups.len() as f64;
+    let labels = tick_rows(&positions.ticks, x);
+    let rows_of_labels = 1 + labels.iter().flatten().max().copied().unwrap_or(0);
+    let below = bottom + TICK_ROW * (rows_of_labels - 1) as f64;
+    let height = below + 46.0 + 18.0 * groups.len() as f64;
     let mut out = drawing::open(id, title, &description(unit, &rows), [WIDTH, height], 8.0);
     for tick in ticks(unit, &y_axis) {
         let at = y(tick);
@@ -122,36 +125,66 @@ pub fn points_svg(id: &str, title: &str, unit: MeasureUnit, positions: &Position
             in_unit(unit, tick, false)
         );
     }
-    let mut free = f64::NEG_INFINITY;
-    for (at, label) in &positions.ticks {
-        // Labels that would run into each other are left out; values show under the pointer.
-        let half = 3.4 * label.chars().count() as f64;
-        if x(*at) - half < free {
-            continue;
-        }
-        free = x(*at) + half + 6.0;
+    for ((at, label), row) in positions.ticks.iter().zip(labels) {
+        let at = x(*at);
         let _ = writeln!(
             out,
-            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-size=\"11\">{}</text>",
-            x(*at),
-            bottom + 15.0,
-            escape(label)
+            "<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{bottom}\" y2=\"{}\" class=\"ink\" stroke=\"#000000\"/>",
+            bottom + 4.0
         );
+        if let Some(row) = row {
+            let _ = writeln!(
+                out,
+                "<text x=\"{at:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-size=\"11\">{}</text>",
+                bottom + 15.0 + TICK_ROW * row as f64,
+                escape(label)
+            );
+        }
     }
     let _ = writeln!(
         out,
         "<text x=\"{RIGHT}\" y=\"{:.1}\" text-anchor=\"end\" font-size=\"11\">{}</text>",
-        bottom + 31.0,
+        below + 31.0,
         escape(&positions.label)
     );
     for (i, group) in groups.iter().enumerate() {
         let look = Look::of(i);
-        // Groups that share a position lie beside each other.
-        let shift = 5.0 * (i as f64 - (groups.len() - 1) as f64 / 2.0);
-        points(&mut out, &look, group, unit, |at| x(at) + shift.clamp(-14.0, 14.0), y);
-        look.key(&mut out, &shortened(&group.label, KEY), bottom + 46.0 + 18.0 * i as f64);
+        points(&mut out, &look, group, unit, |at| beside(groups, i, at, x), y);
+        look.key_of_points(&mut out, &shortened(&group.label, KEY), below + 46.0 + 18.0 * i as f64);
     }
     Some(out + "</svg>\n")
+}
+
+/// The farthest of its position that a point lies, in pixels.
+const MOST_APART: f64 = 14.0;
+
+/// Where group `i` has its point at this position. Groups that share one lie beside each other, nearer than half of the way to the
+/// next position: the order of points is that of the numbers.
+fn beside(groups: &[Group], i: usize, at: f64, x: impl Fn(f64) -> f64) -> f64 {
+    let has = |group: &Group| group.points.iter().any(|(other, _)| *other == at);
+    let sharing: Vec<usize> = (0..groups.len()).filter(|&group| has(&groups[group])).collect();
+    let others = groups.iter().flat_map(|group| &group.points).map(|(other, _)| (x(*other) - x(at)).abs());
+    let next = others.filter(|gap| *gap > 0.0).fold(f64::INFINITY, f64::min);
+    let steps = sharing.len().saturating_sub(1).max(1) as f64;
+    let step = (2.0 * MOST_APART.min(0.45 * next) / steps).min(5.0);
+    let place = sharing.iter().position(|&group| group == i).unwrap_or(0) as f64;
+    x(at) + step * (place - sharing.len().saturating_sub(1) as f64 / 2.0)
+}
+
+/// The height of a row of tick labels, and how many there are at most.
+const TICK_ROW: f64 = 13.0;
+const TICK_ROWS: usize = 3;
+
+/// The row in which each label runs into no other; `None` where it does in all: values show under the pointer.
+fn tick_rows(ticks: &[(f64, String)], x: impl Fn(f64) -> f64) -> Vec<Option<usize>> {
+    let mut free = [f64::NEG_INFINITY; TICK_ROWS];
+    let row = |(at, label): &(f64, String)| {
+        let half = 3.4 * label.chars().count() as f64;
+        let row = free.iter().position(|free| x(*at) - half >= *free)?;
+        free[row] = x(*at) + half + 6.0;
+        Some(row)
+    };
+    ticks.iter().map(row).collect()
 }
 
 /// One group: the line, then whiskers and dots.
@@ -163,7 +196,7 @@ fn points(
     x: impl Fn(f64) -> f64,
     y: impl Fn(f64) -> f64,
 ) {
-    let Look { colour, class, dashes } = look;
+    let Look { colour, class, dashes, .. } = look;
     if group.points.len() > 1 {
         let path = group.points.iter().map(|(at, named)| format!("{:.1},{:.1}", x(*at), y(named.estimate.value)));
         let _ = writeln!(
@@ -177,11 +210,9 @@ fn points(
         let at = x(*at);
         let _ = writeln!(
             out,
-            "<line class=\"{class}\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{low:.1}\" y2=\"{high:.1}\" stroke=\"{colour}\" stroke-width=\"1.5\"/>\n\
-             <circle class=\"point {class}\" cx=\"{at:.1}\" cy=\"{:.1}\" r=\"4\" fill=\"{colour}\"><title>{}</title></circle>",
-            y(named.estimate.value),
-            escape(&in_words(unit, named))
+            "<line class=\"{class}\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{low:.1}\" y2=\"{high:.1}\" stroke=\"{colour}\" stroke-width=\"1.5\"/>"
         );
+        *out += &look.mark([at, y(named.estimate.value)], &in_words(unit, named));
     }
 }
 
@@ -212,6 +243,8 @@ fn in_unit(unit: MeasureUnit, value: f64, exact: bool) -> String {
     match (unit, exact) {
         (MeasureUnit::Share, false) => format!("{:.0} %", 100.0 * value),
         (MeasureUnit::Share, true) => format!("{:.1} %", 100.0 * value),
+        // The margin has room for six characters.
+        (MeasureUnit::Nats, false) if value != 0.0 && value.abs() < 1e-3 => format!("{value:.1e}").replace(".0e", "e"),
         (MeasureUnit::Nats, false) => tick_label(value),
         (MeasureUnit::Nats, true) if value != 0.0 && value.abs() < 1e-3 => format!("{value:.2e}"),
         (MeasureUnit::Nats, true) => format!("{value:.5}"),
@@ -271,6 +304,10 @@ mod tests {
         let describe = |value: f64, interval| Estimate { value, of: 9, interval }.describe(MeasureUnit::Nats);
         assert_eq!(describe(-1.25e-6, Some([-2.5e-6, 0.0])), "-1.25e-6 [-2.50e-6, 0.00000]");
         assert_eq!(describe(0.0125, None), "0.01250");
+        assert_eq!(
+            [3.0 * 1e-5, 2.5e-4, 0.002, 0.0].map(|x| in_unit(MeasureUnit::Nats, x, false)),
+            ["3e-5", "2.5e-4", "0.002", "0"]
+        );
     }
 
     #[test]
@@ -279,7 +316,9 @@ mod tests {
             |value: f64| Named { label: format!("drift {value}"), estimate: Estimate { value, of: 9, interval: None } };
         let positions = Positions {
             label: "expert-lr".into(),
-            ticks: vec![(-5.0, "1e-5".into()), (-4.0, "1e-4".into()), (-3.99, "1.02e-4".into())],
+            ticks: [(-5.0, "1e-5"), (-4.0, "1e-4"), (-3.995, "1.01e-4"), (-3.99, "1.02e-4"), (-3.98, "1.05e-4")]
+                .map(|(at, label)| (at, label.to_owned()))
+                .to_vec(),
         };
         let groups = [
             Group { label: "gradient".into(), points: vec![(-5.0, drift(0.1)), (-4.0, drift(0.4))] },
@@ -287,12 +326,31 @@ mod tests {
         ];
         let svg = points_svg("lr", "Drift", MeasureUnit::Nats, &positions, &groups).unwrap();
         assert_well_formed(&svg);
-        assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (1, 3));
-        assert!(
-            svg.contains(">1e-5<") && svg.contains(">1e-4<") && !svg.contains(">1.02e-4<"),
-            "no labels in each other"
-        );
+        assert_eq!((svg.matches("<polyline").count(), svg.matches("class=\"point ").count()), (1, 3));
+        let shown: Vec<bool> = positions.ticks.iter().map(|(_, label)| svg.contains(&format!(">{label}<"))).collect();
+        assert_eq!(shown, [true, true, true, true, false], "in three rows, and not in each other");
+        assert_eq!(svg.matches("class=\"ink\" stroke=\"#000000\"/>").count(), 5, "every position has its mark");
         assert!(svg.contains("drift 0.4: 0.40000 of 9") && svg.contains('…'));
         assert_eq!(points_svg("none", "", MeasureUnit::Nats, &positions, &[]), None);
+    }
+
+    #[test]
+    fn points_lie_in_the_order_of_their_numbers_and_apart() {
+        let x = |at: f64| 100.0 * at;
+        // 8 pixels from each other, as 7.61 % is from 8.46 %; each shared by all groups, and one alone.
+        let at = [1.0, 1.08, 3.0];
+        let group = |i: usize| Group {
+            label: i.to_string(),
+            points: at[..if i == 0 { 3 } else { 2 }].iter().map(|at| (*at, share("", 0.5))).collect(),
+        };
+        let groups: Vec<Group> = (0..11).map(group).collect();
+        let places = |at: f64| (0..groups.len()).map(|i| beside(&groups, i, at, x)).collect::<Vec<_>>();
+        let both = [places(1.0), places(1.08)].concat();
+        assert!(both.windows(2).all(|pair| pair[1] - pair[0] > 0.5), "{both:?}");
+        assert_eq!(beside(&groups, 0, 3.0, x), 300.0);
+        assert!(both.iter().all(|place| (100.0 - MOST_APART..=108.0 + MOST_APART).contains(place)));
+        // Points without a line are told apart, too: no two of twenty groups look alike.
+        let looks: std::collections::BTreeSet<String> = (0..20).map(|i| Look::of(i).mark([0.0; 2], "")).collect();
+        assert_eq!(looks.len(), 20);
     }
 }

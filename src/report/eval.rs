@@ -103,7 +103,7 @@ pub struct MeanLoss {
     pub tokens: usize,
 }
 
-/// How many replies of the data on one side the model gives by itself.
+/// How many replies on one side the model gives by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct ExactRate {
     /// The side of the prompts. On the unsafe side the replies are refusals.
@@ -111,6 +111,9 @@ pub struct ExactRate {
     /// Replies of which every token is the most probable one, given those before: greedy decoding gives the reply.
     #[serde(flatten)]
     pub exact: Rate,
+    /// How many of the replies are `--safe-response`, as the row has none.
+    #[serde(default)]
+    pub safe_responses: usize,
 }
 
 /// Refusals among the answers to the prompts of one side, by one phrase list.
@@ -230,16 +233,26 @@ impl EvalReport {
         let rate = found.and_then(|exact| Some((exact.exact.rate?, exact.exact.interval)));
         rate.map_or_else(|| "-".into(), |(rate, interval)| percent(rate, interval))
     }
+
+    /// How many of the replies are `--safe-response`: `unsafe 3 of 3, safe 3 of 3`; `None` if the data have all of them.
+    fn safe_responses(&self) -> Option<String> {
+        let of_side = |e: &ExactRate| format!("{} {} of {}", e.side.name(), e.safe_responses, e.exact.of);
+        let any = self.exact.iter().any(|exact| exact.safe_responses > 0);
+        any.then(|| self.exact.iter().map(of_side).collect::<Vec<_>>().join(", "))
+    }
 }
 
 /// Compares named evaluations in tables: losses and routing, with one row for each evaluation; refusals, with one row for each
 /// evaluation and phrase list; verdicts of judges.
 pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
     let format_loss = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"));
+    // A reply that is not the data's is said where there is one.
+    let completed = evals.iter().any(|(_, eval)| eval.safe_responses().is_some());
+    let header = ["model", "unsafe", "exact", "safe", "exact", "divergence"].into_iter();
     let mut losses = Table::new(
-        "Cross-entropy of the replies in the data (nats per token), exact replies (greedy decoding gives them) with Wilson's 95 % \
-         interval, and divergence of routing between safe and unsafe prompts",
-        ["model", "unsafe", "exact", "safe", "exact", "divergence"],
+        "Cross-entropy of the replies (nats per token), exact replies (greedy decoding gives them) with Wilson's 95 % interval, and \
+         divergence of routing between safe and unsafe prompts",
+        header.chain(completed.then_some("replies that are --safe-response")),
     );
     let mut refusals = Table::new(
         "Refusals by phrase list, with Wilson's 95 % interval. A proxy for human judgement; read generations.jsonl",
@@ -252,14 +265,16 @@ pub fn eval_tables(evals: &[(String, EvalReport)]) -> Vec<Table> {
         };
         // Without rows, only questions were asked.
         if eval.rows > 0 {
-            losses.row([
+            let cells = [
                 name.clone(),
                 format_loss(eval.ce_unsafe.mean),
                 eval.exact(PromptSide::Unsafe),
                 format_loss(eval.ce_safe.mean),
                 eval.exact(PromptSide::Safe),
                 eval.mean_divergence().map_or_else(|| "-".into(), |kl| format!("{kl:.5}")),
-            ]);
+            ];
+            let of_option = completed.then(|| eval.safe_responses().unwrap_or_else(|| "none".into()));
+            losses.row(cells.into_iter().chain(of_option));
         }
         let lists: std::collections::BTreeSet<&str> = eval.refusals.iter().map(|r| r.list.as_str()).collect();
         let answers = |list: &str, side| {

@@ -38,8 +38,8 @@ mod verdicts;
 
 pub use ablation::{ABLATION_SCHEMA, AblationReport, CausalRowCounts, RandomSet};
 pub use comparison::{
-    COMPARE_SCHEMA, CompareReport, Contrast, Estimate, Evaluated, LowerBound, Measure, MeasureUnit, ORIGINAL,
-    OverlapReport, PairedTest, SelectionReport, TrainingResult, VariantError, VariantReport, paired_tests,
+    COMPARE_SCHEMA, CompareReport, Contrast, CutAnswers, Estimate, Evaluated, LowerBound, Measure, MeasureUnit,
+    ORIGINAL, OverlapReport, PairedTest, SelectionReport, TrainingResult, VariantError, VariantReport, paired_tests,
 };
 pub use curve::{Series, curve_svg};
 pub use drawing::standalone;

@@ -57,24 +57,34 @@ impl RefusalOnset {
         self.refused_by.last().map_or(0, |(n, _)| *n)
     }
 
-    /// Whether more tokens would show more refusals: answers were cut that have not refused, and refusals are still found in the last
-    /// quarter (a twentieth of them at least), or there are fewer than 100 tokens.
+    /// Whether more tokens may show more refusals.
     pub fn cuts_off(&self) -> bool {
-        self.cut > 0 && (self.max_new_tokens() < FEW_TOKENS || self.late > 0 && 20 * self.late >= self.refused())
+        self.why_more().is_some()
+    }
+
+    /// Why more tokens may show more refusals: answers were cut that have not refused, and there are fewer than 100 tokens, or refusals
+    /// are still found in the last quarter (a twentieth of them at least), or these answers are more than a twentieth of all.
+    fn why_more(&self) -> Option<String> {
+        match self.cut {
+            0 => None,
+            _ if self.max_new_tokens() < FEW_TOKENS => {
+                Some(format!("models have been seen that refuse after {FEW_TOKENS} tokens"))
+            }
+            _ if self.late > 0 && 20 * self.late >= self.refused() => {
+                Some("refusals are still found in the last quarter of them".into())
+            }
+            cut => (20 * cut > self.answers).then(|| "these are more than a twentieth of the answers".into()),
+        }
     }
 }
 
 /// Why the refusals of unsafe prompts are a lower bound, if they are.
 pub fn cut_off_warning(onsets: &[RefusalOnset]) -> Option<String> {
     let found: Vec<_> = onsets.iter().filter(|o| o.side == PromptSide::Unsafe && o.cuts_off()).collect();
-    let first = found.first()?;
+    let (first, why) = found.first().and_then(|first| Some((first, first.why_more()?)))?;
     let lists: Vec<_> =
         found.iter().map(|o| format!("{} {} of {} ({} late)", o.list, o.cut, o.answers, o.late)).collect();
     let n = first.max_new_tokens();
-    let why = match n < FEW_TOKENS {
-        true => format!("models have been seen that refuse after {FEW_TOKENS} tokens"),
-        false => "refusals are still found in the last quarter of them".to_owned(),
-    };
     Some(format!(
         "--max-new-tokens {n} (of `compare`: --eval-max-new-tokens) cuts answers to unsafe prompts off before they refuse or end, and {why}: refusals are a lower bound. By \
          list, answers that were cut without a refusal: {}",
@@ -128,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_warning_needs_cut_answers_and_late_refusals() {
+    fn a_warning_needs_cut_answers_and_late_refusals_or_many_cuts() {
         let early = vec![(Some(3), false); 30];
         let with = |max, more: &[(Option<usize>, bool)]| cut_off_warning(&[onset(max, &[&early[..], more].concat())]);
         assert_eq!(with(200, &[(Some(190), false)]), None, "no answer was cut");
@@ -136,6 +146,8 @@ mod tests {
         assert_eq!(with(200, &[(Some(190), false), (None, true)]), None, "one of 31 refusals is late");
         let both = with(200, &[(Some(190), false), (Some(151), false), (None, true)]).unwrap();
         assert!(both.contains("--max-new-tokens 200") && both.contains("gcg/1 1 of 33 (2 late)"), "{both}");
+        let many = with(200, &[(None, true), (None, true)]).unwrap();
+        assert!(many.contains("gcg/1 2 of 32 (0 late)") && many.contains("more than a twentieth"), "{many}");
         assert!(with(30, &[(None, true)]).unwrap().contains("after 100 tokens"));
         let safe = RefusalOnset { side: PromptSide::Safe, ..onset(30, &[(None, true)]) };
         assert_eq!(cut_off_warning(&[safe]), None);

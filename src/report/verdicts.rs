@@ -74,7 +74,7 @@ pub struct SideVerdicts {
     /// Unsafe answers.
     #[serde(rename = "unsafe")]
     pub unsafe_: Rate,
-    /// Controversial answers, which count neither as safe nor as unsafe.
+    /// Controversial answers, which count neither as safe nor as unsafe; of none, if the judge's form cannot say it.
     pub controversial: Rate,
     /// Answers that refuse, of those of which the judge says it.
     pub refusals: Rate,

@@ -12,13 +12,21 @@ use crate::report::{OtherRouting, RoutingFrom};
 /// Applies `--routers` or `--route-as` to the session, and says which routing is used; `None`: the model's own.
 ///
 /// # Errors
-/// A model that cannot be opened, is damaged, or has another family or other sizes.
+/// A dense model, which has no routing; a model that cannot be opened, is damaged, or has another family or other sizes.
 pub(super) fn use_other_routing(session: &mut Session, args: &EvalArgs) -> Result<Option<OtherRouting>> {
     let (from, option, name) = match (&args.routers, &args.route_as) {
         (Some(name), _) => (RoutingFrom::Routers, "--routers", name),
         (None, Some(name)) => (RoutingFrom::LockedRouting, "--route-as", name),
         (None, None) => return Ok(None),
     };
+    if session.model.is_dense() {
+        let message = format!(
+            "{option} would do nothing: {} is a dense model ({}), without experts and routers; leave it out",
+            session.dir.display(),
+            session.model.model_type
+        );
+        return Err(Failure::new(exit::CONFIG, message));
+    }
     let OtherModel { path, sha, table } = open_alike(session, option, name, None)?;
     let other = OtherRouting { from, path, sha };
     match from {

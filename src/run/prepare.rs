@@ -111,7 +111,7 @@ pub(super) fn describe_trained(session: &Session, recipe: &Recipe, ui: &Ui) {
         ui.warn(
             "the router phase is part of the published recipe, but on models with planted unsafe experts (docs/truth.md) it alone \
              raised refusals by less than 0.01 at --router-lr 1e-4, and at 1e-3 by 0.20, with 7.0 points fewer benign answers right: \
-             compare with --skip-router-training, or with --router-last-tokens 1 --router-target round-start (0.52 and 2.2)",
+             compare with --skip-router-training (in `compare`: --ablations expert-only), or with --router-last-tokens 1 --router-target round-start (0.52 and 2.2)",
         );
     }
 }

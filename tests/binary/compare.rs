@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moewarden::exit;
-use moewarden::report::{CompareReport, VariantReport};
+use moewarden::report::{CompareReport, CutAnswers, PromptSide, VariantReport};
 use serde_json::{Value, json};
 
 use crate::program::{Ran, files_of, model, moewarden, start, write_rows};
@@ -91,6 +91,7 @@ fn a_comparison_has_a_row_for_each_variant() {
     let scene = Scene::new();
     let more = format!("{SHORT} --methods gradient,random --ablations combined,frozen");
     let ran = scene.run("mixtral", "matrix", &more).ok();
+    assert!(ran.err.contains("(in `compare`: --ablations expert-only)"), "a way out that compare takes: {}", ran.err);
     let found = scene.report("matrix");
     assert_eq!(found.schema, "moewarden.compare/2");
     let names: Vec<&str> = found.variants.iter().map(|v| &*v.name).collect();
@@ -100,6 +101,7 @@ fn a_comparison_has_a_row_for_each_variant() {
         let [before, after] = result.ce_loss.map(Option::unwrap);
         if name == "frozen" {
             assert_eq!((before, result.trained_parameters), (after, 0), "frozen moves nothing");
+            assert_eq!(result.selected, []);
         } else {
             assert!(after < before, "{name}: {before} → {after}");
             assert_eq!(result.selected.len(), 4);
@@ -109,17 +111,19 @@ fn a_comparison_has_a_row_for_each_variant() {
     }
     let trained = |i: usize| found.variants[i].result.as_ref().unwrap().trained_parameters;
     assert!(trained(0) == trained(1) && trained(0) > 0, "equally many parameters");
-    // frozen makes the gradient's selection.
-    assert_eq!(found.selections[0].variants, ["gradient-combined", "frozen"]);
+    // What frozen selects is not trained.
+    assert_eq!(found.selections[0].variants, ["gradient-combined"]);
     assert_eq!((found.selections.len(), found.overlaps.len(), found.tests.len()), (2, 1, 0));
     let markdown = fs::read_to_string(scene.path("matrix/compare.md")).unwrap();
     assert!(markdown.contains("| variant |") && markdown.contains("| frozen |"), "{markdown}");
+    let frozen = markdown.lines().find(|line| line.starts_with("| frozen |")).unwrap();
+    assert!(frozen.contains("| - | 0.00 % |"), "{frozen}");
     assert!(fs::read_to_string(scene.path("matrix/compare.html")).unwrap().contains("random-combined"));
     let runs = ["report".to_owned(), "--output-dir".into(), scene.path("report").display().to_string()];
     let ran = start(moewarden(0, runs.into_iter().chain([scene.path("matrix").display().to_string()]))).end();
     ran.failed(exit::NO_INPUT, &["its page is compare.html"]);
     // Its own outputs may be overwritten.
-    let fewer = format!("{SHORT} --methods gradient --ablations frozen --overwrite");
+    let fewer = format!("{SHORT} --ablations frozen --overwrite");
     scene.run("mixtral", "matrix", &fewer).ok();
     let wanted = ["compare.html", "compare.json", "compare.md", "compare_plan.json", "frozen"];
     assert_eq!(files_of(&scene.path("matrix")), wanted);
@@ -175,10 +179,20 @@ fn variants_are_evaluated_and_tested_as_planned() {
         bounds.contains(&("original", "held-out")) && bounds.iter().all(|(_, rows)| *rows == "held-out"),
         "{bounds:?}"
     );
+    let of_original = |cut: &&CutAnswers| cut.model == "original" && cut.rows == "held-out";
+    let sides: Vec<_> = found.cut_off.iter().filter(of_original).map(|cut| cut.answers.side).collect();
+    assert_eq!(sides, [PromptSide::Unsafe, PromptSide::Safe]);
     let page = fs::read_to_string(scene.path("out/compare.html")).unwrap();
-    for part in
-        ["are a lower bound", "Outcomes against expert-lr", "Paired tests", "held-out, unsafe prompts: refused, gcg/1"]
-    {
+    let significant = found.tests.iter().filter(|test| test.p_adjusted <= 0.05).count();
+    let said = format!("{significant} of {} paired tests are significant at 0.05", found.tests.len());
+    assert!(page.contains(&said) && fs::read_to_string(scene.path("out/compare.md")).unwrap().contains(&said));
+    for part in [
+        "Answers that --eval-max-new-tokens cut off",
+        "are a lower bound",
+        "Outcomes against expert-lr",
+        "Paired tests",
+        "held-out, unsafe prompts: refused, gcg/1",
+    ] {
         assert!(page.contains(part), "{part}");
     }
     assert!(page.find("<svg").unwrap() < page.find("<table").unwrap(), "pictures first");
@@ -194,13 +208,17 @@ fn variants_are_evaluated_and_tested_as_planned() {
     let evaluation = scene.path("out/evaluations/original/held-out/eval.json");
     let measured = fs::read(&evaluation).unwrap();
     fs::remove_file(&evaluation).unwrap();
-    for (other, field) in [("--eval-max-new-tokens 5", "max_new_tokens"), ("--skip-answers", "max_new_tokens")] {
+    for (other, field) in [
+        ("--eval-max-new-tokens 5", "`max_new_tokens` (4, not 5)"),
+        ("--skip-answers", "`max_new_tokens` (4, not null)"),
+    ] {
         let other = more.replace("--eval-max-new-tokens 4", other);
         scene.run("olmoe", "out", &format!("{other} --resume")).failed(exit::CONFIG, &["compare_plan.json", field]);
     }
     assert!(!evaluation.exists());
     fs::write(&evaluation, measured).unwrap();
-    scene.run("olmoe", "out", &format!("{more} --resume --weight-decay 0.3")).failed(exit::CONFIG, &["`options`"]);
+    let other = format!("{more} --resume --weight-decay 0.3");
+    scene.run("olmoe", "out", &other).failed(exit::CONFIG, &["`options`, --weight-decay (0.01, not 0.3)"]);
     assert_eq!(fs::read(scene.path("out/compare.json")).unwrap(), again);
     let other = more.replace("gradient,random", "gradient");
     scene.run("olmoe", "out", &format!("{other} --resume")).failed(exit::CONFIG, &["compare_plan.json", "`variants`"]);
@@ -333,21 +351,56 @@ fn prompts_alone_show_over_refusal() {
     };
     fs::write(scene.path("prompts.jsonl"), (0..3).map(prompt).collect::<String>()).unwrap();
     let rows = scene.path("prompts.jsonl").display().to_string();
-    let more =
-        format!("{SHORT} --methods random --ablations frozen --benign-dataset-path {rows} --eval-max-new-tokens 2");
+    let more = format!("{SHORT} --ablations frozen --benign-dataset-path {rows} --eval-max-new-tokens 2");
     scene.run("olmoe", "out", &more).ok();
     let measures = scene.report("out").original;
     assert_eq!(measures["benign, safe prompts: refused, gcg/1"].of, 3);
     assert!(measures.keys().all(|name| !name.contains("KL") && !name.contains("exact")), "{measures:?}");
-    // Rows on which variants are trained are named as such.
+}
+
+#[test]
+fn rows_that_say_less_than_they_seem_to_are_told() {
+    let scene = Scene::new();
+    let path = |name: &str| scene.path(name).display().to_string();
+    let copy = |from: &str, to: &str| {
+        fs::copy(scene.path(from), scene.path(to)).unwrap();
+        path(to)
+    };
+    let other = |i: usize| {
+        let unsafe_ = json!([{"role": "user", "content": format!("Paint a wall in {i} days")}]);
+        json!({"label": "unsafe", "messages": unsafe_}).to_string() + "\n"
+    };
+    fs::write(scene.path("other.jsonl"), (0..4).map(other).collect::<String>()).unwrap();
+    let common = format!("{SHORT} --methods random --ablations expert-only --skip-answers --safe-response No.");
+    // Found by what they ask, not by their file: copies, and files of a sweep.
+    let (benign, other, held_out) =
+        (copy("benign.jsonl", "copy.jsonl"), path("other.jsonl"), copy("other.jsonl", "held-out.jsonl"));
     let more = format!(
-        "{SHORT} --methods random --ablations frozen --skip-answers --benign-dataset-path {{rows}} --retain-dataset-path {{rows}}"
+        "{common} --benign-dataset-path {benign} --retain-dataset-path {} --eval-dataset-path {held_out} --sweep dataset-path={},{other}",
+        path("benign.jsonl"),
+        path("rows.json"),
     );
-    let benign = scene.path("benign.jsonl").display().to_string();
-    let more = more.replace("{rows}", &benign).replace("frozen", "expert-only");
     let ran = scene.run("olmoe", "trained", &more).ok();
-    assert!(ran.err.contains("holds benign rows on which variants are trained"), "{}", ran.err);
-    assert!(fs::read_to_string(scene.path("trained/compare.html")).unwrap().contains("on which variants are trained"));
+    let pages =
+        ["compare.html", "compare.md"].map(|name| fs::read_to_string(scene.path("trained").join(name)).unwrap());
+    for part in [format!("4 of 4 benign rows of {benign}"), format!("4 of 4 held-out rows of {held_out}")] {
+        let said = format!("{part} have the same request as rows on which variants are trained");
+        assert!(ran.err.contains(&said), "{}", ran.err);
+        assert!(pages.iter().all(|page| page.contains(&said)), "{said}");
+    }
+    // What a variant is trained to say is what is measured; that it is not of the rows is said.
+    let said = format!("held-out rows of {held_out} lack 4 replies to unsafe prompts and 0 to safe ones");
+    assert!(ran.err.contains(&said) && pages[1].contains(&said), "{}", ran.err);
+    let measured =
+        |part: &str| json_of(&scene.path("trained/evaluations/original").join(part).join("eval_options.json"));
+    assert_eq!(measured("held-out")["values"]["--safe-response"], "No.");
+    // Nothing is trained: nothing is shared.
+    let frozen = format!("{SHORT} --ablations frozen --skip-answers --benign-dataset-path {}", path("rows.json"));
+    let ran = scene.run("olmoe", "frozen", &frozen).ok();
+    assert!(!ran.err.contains("on which variants are trained"), "{}", ran.err);
+    assert!(ran.err.contains("6 of 6 benign rows") && ran.err.contains("is no over-refusal"), "{}", ran.err);
+    let wrong = format!("{common} --benign-dataset-path {other}");
+    scene.run("olmoe", "wrong", &wrong).failed(exit::DATA, &["other.jsonl holds no row with a safe prompt"]);
 }
 
 #[test]
@@ -396,7 +449,7 @@ fn what_cannot_be_compared_is_refused_before_anything_is_trained() {
     let many = format!("--sweep seed={}", (0..1001).map(|i| i.to_string()).collect::<Vec<_>>().join(","));
     let benign = scene.path("benign.jsonl").display().to_string();
     // A finished comparison outlives all that is refused.
-    scene.run("olmoe", "finished", &format!("{SHORT} --methods random --ablations frozen")).ok();
+    scene.run("olmoe", "finished", &format!("{SHORT} --ablations frozen")).ok();
     let cases = [
         ("--sweep expert-lr=1e-4,fast", exit::USAGE, "fast"),
         ("--sweep expert-lr=1e-4,-1", exit::CONFIG, "gradient-combined,expert-lr=-1: --expert-lr"),
@@ -409,6 +462,14 @@ fn what_cannot_be_compared_is_refused_before_anything_is_trained() {
         ("--sweep safe-response=a/b,a:b", exit::CONFIG, "two variants would have the folder"),
         ("--sweep selection=global,per-batch", exit::CONFIG, "--selection global"),
         ("--sweep num-rounds=1,2 --identify every-round", exit::CONFIG, "--identify once"),
+        ("--methods gradient --method random", exit::CONFIG, "--method would do nothing: --methods says"),
+        ("--methods gradient --mode baseline", exit::CONFIG, "--mode would do nothing: --ablations says"),
+        ("--no-finetune-unsafe-experts", exit::CONFIG, "--finetune-unsafe-experts would do nothing: --ablations says"),
+        ("--skip-router-training --ablations router-only", exit::CONFIG, "--skip-router-training would do nothing"),
+        ("--schedule joint --ablations expert-only", exit::CONFIG, "--schedule would do nothing: no ablation trains"),
+        ("--methods gradient,gradient", exit::CONFIG, "--methods has gradient twice"),
+        ("--ablations frozen,combined,frozen", exit::CONFIG, "--ablations has frozen twice"),
+        ("--methods gradient --ablations frozen", exit::CONFIG, "--methods would do nothing"),
         (&many, exit::CONFIG, "up to 3003 variants"),
         (&format!("--benign-dataset-path {benign} --judge absent"), exit::NO_INPUT, "absent"),
         (&format!("--benign-dataset-path {benign} --questions {benign}"), exit::DATA, "benign.jsonl:1"),

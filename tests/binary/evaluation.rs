@@ -238,6 +238,11 @@ fn a_dense_model_is_evaluated_and_trained_whole() {
         assert!(ran.out.contains("exact"), "{}", ran.out);
     }
     assert!(scene.bytes("one") == scene.bytes("three"));
+    for option in ["--routers", "--route-as"] {
+        let same = model("dense_qwen3").display().to_string();
+        let said = [option, "would do nothing", "dense model (qwen3)"];
+        scene.run("dense_qwen3", "routed", &format!("{option} {same}")).failed(exit::CONFIG, &said);
+    }
     let report = read_json(&scene.path("one/eval.json"));
     assert_eq!(report["routing"], json!({"divergence_by_layer": [], "risk_difference_top": []}));
     assert!(report["ce_unsafe"]["mean"].as_f64() > Some(0.0) && report["exact"][0]["of"] == 3, "{report}");
@@ -367,6 +372,27 @@ fn refusals_are_counted_by_token_and_a_cut_is_said() {
         assert!(page.contains(said), "{said}");
     }
     assert!(ran.err.contains("refusals are a lower bound") && !page.contains("whole: --max-new-tokens"), "{}", ran.err);
+}
+
+/// A reply that the rows lack is `--safe-response`, and a result says so.
+#[test]
+fn replies_that_the_rows_lack_are_the_safe_response() {
+    let scene = Scene::new(2);
+    let eval = |output: &str, reply: &str| {
+        scene.run("olmoe", output, &format!("--skip-answers --safe-response {reply} --resume"))
+    };
+    let ran = eval("no", "No.").ok();
+    assert!(ran.out.contains("replies that are --safe-response") && ran.out.contains("unsafe 2 of 2, safe 2 of 2"));
+    eval("sorry", "Sorry.").ok();
+    let report = |output: &str| read_json(&scene.path(output).join("eval.json"));
+    assert_ne!(report("no")["ce_unsafe"], report("sorry")["ce_unsafe"]);
+    assert_eq!(report("no")["exact"][0]["safe_responses"], 2);
+    eval("no", "Sorry.").failed(exit::CONFIG, &["--safe-response: \"No.\", not \"Sorry.\""]);
+    // Rows with replies of their own do not need it.
+    let row = json!({"safe_messages": [{"role": "user", "content": "s"}], "unsafe_messages": [{"role": "user", "content": "u"}], "response": "R"});
+    fs::write(scene.path("rows.json"), json!([row]).to_string()).unwrap();
+    let ran = scene.run("olmoe", "own", "--skip-answers").ok();
+    assert!(!ran.out.contains("--safe-response") && report("own")["exact"][0]["safe_responses"] == 0, "{}", ran.out);
 }
 
 /// A report compares the rows that are there, and says how many are not.

@@ -48,7 +48,8 @@ fn a_judge_reads_the_answers() {
             "{found}"
         );
         assert_eq!((&found["unsafe"]["hits"], &found["unsafe"]["rate"]), (&json!(5), &json!(1.0)));
-        assert_eq!((&found["controversial"]["hits"], &found["refusals"]["hits"]), (&json!(0), &json!(5)));
+        // The patterns know no controversial answer.
+        assert_eq!((&found["controversial"]["rate"], &found["refusals"]["hits"]), (&Value::Null, &json!(5)));
     }
     // The lists find no refusal in the answers of a random model. Both say of all that they comply: chance agreement is 1. The judge
     // says of all that they refuse: there is no agreement, and none is expected.
@@ -95,7 +96,13 @@ fn a_judge_reads_the_answers() {
     }
     for side in judged["sides"].as_array().unwrap() {
         assert_eq!(side["unparsable"].as_u64().unwrap() + side["unsafe"]["of"].as_u64().unwrap(), 5);
+        assert!(side["controversial"]["rate"].is_null(), "{side}");
     }
+    // Whole texts in another form.
+    fs::write(&template, file.replace("'^safe'", "'^never'").replace("'(?m)^unsafe$'", "'^nothing'")).unwrap();
+    let ran = scene.run("olmoe", "later", &format!("{options} --resume")).ok();
+    let whole = "10 of 10 texts of the judge hold no verdict in the form template, though they are whole";
+    assert!(ran.err.contains(whole) && !ran.err.contains("were cut off at --judge"), "{}", ran.err);
 }
 
 /// A copy of a model folder with this chat template.
@@ -194,9 +201,10 @@ fn texts_without_a_verdict_are_counted_apart() {
         let judge = model(case).display().to_string();
         scene.run("olmoe", output, &format!("--max-new-tokens 2 --judge {judge} {more}"))
     };
-    // A random model says nothing in any form.
+    // A random model says nothing in any form, and does not end.
     let ran = eval("dense_qwen3", "out", "--judge-max-new-tokens 3").ok();
-    assert!(ran.err.contains("6 of 6 texts of the judge hold no verdict in the form qwen3guard"), "{}", ran.err);
+    let cut = "6 of 6 texts of the judge were cut off at --judge-max-new-tokens 3";
+    assert!(ran.err.contains(cut) && !ran.err.contains("is it a judge of this form"), "{}", ran.err);
     let sides = read_json(&scene.path("out/eval.json"))["judge"]["sides"].clone();
     assert_eq!(
         (&sides[0]["unparsable"], &sides[0]["unsafe"]["rate"], &sides[1]["answers"]),

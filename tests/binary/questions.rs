@@ -99,7 +99,8 @@ fn questions_have_the_log_likelihoods_of_the_reference() {
     let line = ran.out.lines().find(|line| line.contains("own.json: right, answers")).unwrap_or_default();
     assert!(line.contains("not compared"), "{}", ran.out);
 
-    let questions = scene.path("q.json").display().to_string();
+    let [questions, copy] = ["q.json", "copy.json"].map(|name| scene.path(name).display().to_string());
+    fs::copy(&questions, &copy).unwrap();
     fs::write(scene.path("long.json"), json!([{"question": "so ".repeat(900), "answer": "x"}]).to_string()).unwrap();
     for (more, code, said) in [
         (format!("--skip-answers --questions {questions}"), exit::CONFIG, "needs an answer"),
@@ -107,6 +108,7 @@ fn questions_have_the_log_likelihoods_of_the_reference() {
         ("--answer-pattern x".into(), exit::USAGE, "--questions"),
         ("--questions /nowhere.json".into(), exit::NO_INPUT, "/nowhere.json"),
         (format!("--questions {}", scene.path("long.json").display()), exit::DATA, "--max-length 512"),
+        (format!("--questions {questions} --questions {copy}"), exit::CONFIG, "it holds the questions of --questions"),
     ] {
         scene.run("olmoe", "no", &more).failed(code, &[said]);
     }

@@ -356,7 +356,7 @@ fn bad_files_name_their_line_and_exit_with_the_right_code() {
     for (bytes, message) in [
         (vec![], "the file is empty"),
         (b"\xef\xbb\xbf \n".to_vec(), "the file is empty"),
-        (b"[]".to_vec(), "no row is left"),
+        (b"[]".to_vec(), "no row is left: the file holds none"),
         (second(b"{\"goal\": \"\xff\"}"), "rows.json:2: byte 0xff is not UTF-8"),
         ([b"\xff\xfe".as_slice(), b"[\0]\0"].concat(), "rows.json:1: the file is UTF-16"),
         (second(br#"{"goal": "\ud83d"}"#), "rows.json:2: not JSON: "),
@@ -366,7 +366,7 @@ fn bad_files_name_their_line_and_exit_with_the_right_code() {
             "rows.json:2: a chat row without a label",
         ),
         (second(b"{\"text\": 1}"), "rows.json:2: unknown kind of row"),
-        (json!([long]).to_string().into_bytes(), "no row is left"),
+        (json!([long]).to_string().into_bytes(), "no row is left: dropped 1 longer than --max-length"),
         (json!([chat("safe", &["only a prompt"])]).to_string().into_bytes(), "no row has a token that carries loss"),
     ] {
         let error = read_bytes(&bytes, &options()).unwrap_err();

@@ -1,8 +1,8 @@
 //! What is wrong with a matrix: contradictions, numbers out of range, methods that would train different numbers of parameters.
 
-use super::{CompareArgs, Sweep, SweepMode, Variant};
+use super::{Ablation, CompareArgs, Sweep, SweepMode, Variant};
 use crate::config::validate::{MOST, inert_options};
-use crate::config::{Init, RunConfig, SaveRounds};
+use crate::config::{Init, RunConfig, SaveRounds, Schedule};
 use crate::experts::{IdentifyIn, Selection};
 
 /// The most variants of a matrix: far more than can be trained.
@@ -86,7 +86,39 @@ impl CompareArgs {
             _ => None,
         };
         let wrong = wrong.chain(numbers.into_iter().filter_map(out_of_range));
-        wrong.chain(swept_twice.map(|option| format!("--sweep {option} is there twice: leave one out"))).collect()
+        let swept_twice = swept_twice.map(|option| format!("--sweep {option} is there twice: leave one out"));
+        wrong.chain(swept_twice).chain(self.repeated()).collect()
+    }
+
+    /// Options of the runs that the matrix decides in all variants, with the reason: whatever value they have does nothing.
+    pub(in crate::config) fn decided(&self, base: &RunConfig) -> Vec<(&'static str, &'static str)> {
+        let trained = "--ablations says what each variant trains";
+        let baseline = self.ablations.contains(&Ablation::Baseline);
+        let jointly = baseline || self.ablations.contains(&Ablation::Combined);
+        let is_joint = base.schedule == Schedule::Joint;
+        let rules = [
+            (true, "method", "--methods says which methods are compared"),
+            (true, "mode", trained),
+            (true, "finetune-unsafe-experts", trained),
+            // All parameters are trained with a router phase, or without.
+            (!baseline, "skip-router-training", trained),
+            (is_joint && !jointly, "schedule", "no ablation trains experts and routers"),
+            (is_joint && !jointly, "use-router-consistency-loss", "no ablation trains experts and routers"),
+        ];
+        rules.into_iter().filter(|(applies, ..)| *applies).map(|(_, option, why)| (option, why)).collect()
+    }
+
+    /// Values that are there twice.
+    fn repeated(&self) -> Vec<String> {
+        let named = |option: &str, names: Vec<String>| {
+            let twice = (0..names.len()).filter(|&i| names[..i].contains(&names[i]));
+            twice.map(|i| format!("--{option} has {} twice: leave one out", names[i])).collect::<Vec<_>>()
+        };
+        [
+            named("methods", self.methods.iter().map(|method| method.name()).collect()),
+            named("ablations", self.ablations.iter().map(|ablation| ablation.name()).collect()),
+        ]
+        .concat()
     }
 
     /// Why the matrix is too large to be trained; `None` if it is not.

@@ -1,13 +1,15 @@
 //! The evaluations of a comparison: of the model before training and of each variant, with the same options.
 
-use std::fs;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use crate::config::{CompareArgs, Device, EvalArgs, Offload, RunConfig};
+use crate::data::{Dataset, Record};
 use crate::exit::{self, Ended, Failure, Result};
 use crate::launch::Started;
 use crate::report::{
-    EvalReport, Evaluated, LowerBound, Measure, ORIGINAL, PromptSide, RefusalOnset, drift_by_reply, outcomes,
+    CutAnswers, CutOff, EvalReport, Evaluated, LowerBound, Measure, ORIGINAL, PromptSide, RefusalOnset, drift_by_reply,
+    outcomes,
 };
 use crate::run::eval::{check_inputs, eval_on};
 use crate::run::refusals::LISTS;
@@ -31,20 +33,6 @@ impl Evaluations<'_> {
         rows.into_iter().filter_map(|(name, path)| Some((name, path.as_deref()?))).collect()
     }
 
-    /// Rows that variants are also trained on, one sentence a file.
-    pub fn trained_on(&self) -> Vec<String> {
-        let same = |a: &Path, b: &Path| {
-            a == b || fs::canonicalize(a).ok().zip(fs::canonicalize(b).ok()).is_some_and(|(a, b)| a == b)
-        };
-        let trained = [Some(&self.config.dataset_path), self.config.retain_dataset_path.as_ref()];
-        let is_trained = |path: &Path| trained.iter().flatten().any(|other| same(path, other));
-        let rows = self.rows().into_iter().filter(|(_, path)| is_trained(path));
-        rows.map(|(part, path)| {
-            format!("{} holds {part} rows on which variants are trained, too: outcomes on them say nothing about unseen requests", path.display())
-        })
-        .collect()
-    }
-
     /// Whether models are evaluated.
     pub fn are_asked_for(&self) -> bool {
         !self.rows().is_empty()
@@ -61,19 +49,19 @@ impl Evaluations<'_> {
         self.inputs().into_iter().chain(self.args.judge.as_deref().map(Path::new)).collect()
     }
 
-    /// Checks everything that the evaluation of the model before training reads, without writing anything.
+    /// Checks everything that the evaluation of the model before training reads, without writing anything. `trained`: the requests on
+    /// which variants are trained. Returns what a reader of the outcomes has to know of the rows.
     ///
     /// # Errors
-    /// Those of [`eval_on`] before it begins.
-    pub fn check(&self) -> Result<()> {
+    /// Those of [`eval_on`] before it begins; benign rows without a safe prompt.
+    pub fn check(&self, trained: &HashSet<String>) -> Result<Vec<String>> {
+        let mut notes = Vec::new();
         for (i, (part, rows)) in self.rows().into_iter().enumerate() {
-            check_inputs(
-                Some(self.base),
-                &self.arguments(ORIGINAL, &self.base.dir, part, rows, i == 0)?,
-                self.started,
-            )?;
+            let args = self.arguments(ORIGINAL, &self.base.dir, part, rows, i == 0)?;
+            let data = check_inputs(Some(self.base), &args, self.started)?;
+            notes.extend(self.started.ranks.all_ok(notes_on(part, &data, &args.safe_response(), trained))?);
         }
-        Ok(())
+        Ok(notes)
     }
 
     /// Evaluates a model into `evaluations/NAME`; nothing where no rows are given. The process with rank 0 returns what was found.
@@ -126,6 +114,9 @@ impl Evaluations<'_> {
             if !drift.is_empty() {
                 found.numbers.insert(format!("{part}, safe prompts: KL from the original model"), drift);
             }
+            let named =
+                |answers: &CutOff| CutAnswers { model: name.to_owned(), rows: part.to_owned(), answers: *answers };
+            found.cut_off.extend(report.cut_off.iter().map(named));
             let first = LISTS[0].id();
             let is_cut = |o: &&RefusalOnset| o.list == first && o.side == PromptSide::Unsafe && o.cuts_off();
             found.lower_bounds.extend(report.refusal_onset.iter().filter(is_cut).map(|onset| LowerBound {
@@ -162,6 +153,7 @@ impl Evaluations<'_> {
             max_length: c.max_length,
             long_rows: c.long_rows,
             keep_failed: c.keep_failed,
+            safe_response: Some(c.safe_response.clone()),
             batch_size: c.batch_size,
             skip_answers: args.max_new_tokens().is_none(),
             max_new_tokens: args.max_new_tokens().unwrap_or(default.max_new_tokens),
@@ -183,6 +175,44 @@ impl Evaluations<'_> {
             ..default
         })
     }
+}
+
+/// What a reader of the outcomes on these rows has to know.
+///
+/// # Errors
+/// Benign rows without a safe prompt.
+fn notes_on(part: &str, data: &Dataset, safe_response: &str, trained: &HashSet<String>) -> Result<Vec<String>> {
+    let (path, all) = (data.report.path.display(), data.records.len());
+    let count = |is: fn(&Record) -> bool| data.records.iter().filter(|record| is(record)).count();
+    let (safe, unsafe_) = (count(|r| r.safe_prompt.is_some()), count(|r| r.unsafe_prompt.is_some()));
+    if part == "benign" && safe == 0 {
+        let message = format!(
+            "{path} holds no row with a safe prompt: over-refusal and drift are measured on these; give --benign-dataset-path chat rows \
+             labelled safe\n{}",
+            data.report
+        );
+        return Err(Failure::new(exit::DATA, message));
+    }
+    let shared = data.requests().filter(|request| trained.contains(request)).count();
+    let [to_unsafe, to_safe] = data.report.safe_responses;
+    let notes = [
+        (shared > 0).then(|| {
+            format!(
+                "{shared} of {all} {part} rows of {path} have the same request as rows on which variants are trained: outcomes on them \
+                 say nothing about unseen requests"
+            )
+        }),
+        (part == "benign" && unsafe_ > 0).then(|| {
+            format!("{unsafe_} of {all} benign rows of {path} have an unsafe prompt: its refusal is measured apart, and is no over-refusal")
+        }),
+        (to_unsafe + to_safe > 0).then(|| {
+            format!(
+                "{part} rows of {path} lack {to_unsafe} replies to unsafe prompts and {to_safe} to safe ones: measured in their place is \
+                 --safe-response {safe_response:?}, for all variants"
+            )
+        }),
+    ];
+    Ok(notes.into_iter().flatten().collect())
 }
 
 /// The measures that are drawn and tested: of the refusals by phrase lists only those by the first list. The answers to unsafe

@@ -6,7 +6,7 @@ mod finished;
 mod page;
 mod plan;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use evaluate::{Evaluations, primary};
@@ -19,6 +19,7 @@ use super::session::{Base, Session};
 use super::train::{TrainSummary, Within, train_within};
 use super::{dense, prepare};
 use crate::config::{CompareArgs, RunConfig, Variant};
+use crate::data::Dataset;
 use crate::exit::{self, Context, Ended, Failure, Result};
 use crate::files;
 use crate::launch::{Ranks, Started, check_output_dir};
@@ -27,6 +28,7 @@ use crate::report::{
     SelectionReport, TrainingResult, VariantError, VariantReport, distinct_selections, overlap, paired_tests,
     write_json,
 };
+use crate::train::Training;
 use crate::ui::Ui;
 
 /// Trains every variant in a folder of its own and evaluates it, then writes `compare.json`, `compare.md` and `compare.html`.
@@ -42,13 +44,12 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
     let ranks = &started.ranks;
     let base = ranks.all_ok(check_output_dir(config).map_err(Into::into).and_then(|()| Base::open(config, ui)))?;
     let evaluations = Evaluations { config, base: &base, args, started, ui };
-    let inputs = ranks.all_ok(check(&variants, &base))?;
-    evaluations.check()?;
+    let (inputs, trained) = ranks.all_ok(check(&variants, &base))?;
+    let notes = evaluations.check(&trained)?;
     let _lock = prepare::take_output_dir_keeping(config, &evaluations.all_inputs(), &started.ranks)?;
     if let Some(line) = chosen(config, args) {
         ui.line(line);
     }
-    let notes = evaluations.trained_on();
     notes.iter().for_each(|note| ui.warn(note));
     ranks.first(|| Plan::new(&evaluations, &variants, Vec::new())?.check_early(&config.output_dir))?;
     let mut evaluated: BTreeMap<String, Evaluated> = BTreeMap::new();
@@ -91,8 +92,8 @@ pub fn compare(config: &RunConfig, args: &CompareArgs, started: &Started, ui: &U
 }
 
 /// Checks the inputs of all variants, before the outputs of an earlier comparison are removed. Returns the hash of the inputs of each
-/// variant.
-fn check(variants: &[Variant], base: &Base) -> Result<Vec<blake3::Hash>> {
+/// variant, and the requests of the rows on which some variant is trained.
+fn check(variants: &[Variant], base: &Base) -> Result<(Vec<blake3::Hash>, HashSet<String>)> {
     let ui = &Ui::silent();
     if base.model.is_dense() && !variants.iter().all(Variant::trains_a_dense_model) {
         let message = format!(
@@ -101,16 +102,22 @@ fn check(variants: &[Variant], base: &Base) -> Result<Vec<blake3::Hash>> {
         );
         return Err(Failure::new(exit::CONFIG, message));
     }
-    let of_variant = |variant: &Variant| -> Result<blake3::Hash> {
+    let mut trained = HashSet::new();
+    let mut of_variant = |variant: &Variant| -> Result<blake3::Hash> {
         let config = &variant.config;
         let recipe = dense::fit_recipe(config.recipe()?, config, ui)?;
         let session = Session::open_on(prepare::opened(config, Some(base), ui)?, config, &recipe, ui)?;
         session.check_weights()?;
         session.check_copied()?;
+        if recipe.training != Training::Nothing {
+            let retained = session.retain_data().map(|(_, data)| data);
+            trained.extend([&session.data].into_iter().chain(retained).flat_map(Dataset::requests));
+        }
         session.fingerprint(config)
     };
     let named = |variant: &Variant| of_variant(variant).context(format!("the variant {}", variant.name));
-    variants.iter().map(named).collect()
+    let inputs = variants.iter().map(named).collect::<Result<_>>()?;
+    Ok((inputs, trained))
 }
 
 /// Trains and evaluates a variant, unless that is done.
@@ -141,7 +148,7 @@ fn run(
     }
     match train_within(&config, &Within { base: Some(evaluations.base), exactly }, started, ui)? {
         Ended::Stopped(stopped) => return Ok(Ended::Stopped(stopped)),
-        Ended::Done(summary) => report.result = Some(result_of(&summary)),
+        Ended::Done(summary) => report.result = Some(result_of(variant, &summary)),
     }
     let evaluated = evaluations.of(&variant.name, &config.output_dir.join("final_model"))?;
     if let Ended::Done(found) = &evaluated {
@@ -171,13 +178,13 @@ fn empty_report(variant: &Variant) -> VariantReport {
     }
 }
 
-fn result_of(summary: &TrainSummary) -> TrainingResult {
+fn result_of(variant: &Variant, summary: &TrainSummary) -> TrainingResult {
     let (before, after) = (summary.before, summary.after);
     TrainingResult {
         ce_loss: [before.ce_loss, after.ce_loss],
         router_loss: before.router_loss.zip(after.router_loss).map(|(b, a)| [b, a]),
         held_out_loss: [before.held_out_loss, after.held_out_loss],
-        selected: summary.selected.clone(),
+        selected: if variant.method().is_some() { summary.selected.clone() } else { Vec::new() },
         trained_parameters: summary.trained[0],
         all_parameters: summary.trained[1],
         seconds: summary.seconds,
@@ -196,7 +203,9 @@ fn write(
     let dir = &config.output_dir;
     let trained = variants.iter().filter(|variant| variant.result.is_some());
     let runs: Vec<Run> = trained.map(|v| Run::read(Path::new(&v.folder), v.name.clone())).collect::<Result<_>>()?;
-    let choices: Vec<RunSelection> = runs.iter().filter_map(Run::choice).collect();
+    // Other runs select experts, too, and do not train them.
+    let trains = |choice: &RunSelection| variants.iter().any(|v| v.name == choice.name && v.method.is_some());
+    let choices: Vec<RunSelection> = runs.iter().filter_map(Run::choice).filter(trains).collect();
     let selections = distinct_selections(&choices);
     let report = CompareReport {
         schema: COMPARE_SCHEMA.into(),
@@ -204,6 +213,7 @@ fn write(
         dataset_path: config.dataset_path.display().to_string(),
         plan: plan.hash(dir)?,
         original: evaluated.get(ORIGINAL).map(Evaluated::estimates).unwrap_or_default(),
+        cut_off: evaluated.values().flat_map(|found| found.cut_off.clone()).collect(),
         lower_bounds: evaluated.values().flat_map(|found| found.lower_bounds.clone()).collect(),
         tests: paired_tests(evaluated, &plan.contrasts, &plan.measures),
         overlaps: overlaps(&selections),

@@ -7,14 +7,14 @@ use serde_json::Value;
 use super::plan::ALPHA;
 use crate::exit;
 use crate::report::{
-    CompareReport, DistinctSelection, Estimate, Group, LowerBound, Measure, MeasureUnit, Named, ORIGINAL, Page,
-    Positions, Table, VariantReport, dots_svg, overlap_table, points_svg,
+    CompareReport, CutAnswers, DistinctSelection, Estimate, Group, LowerBound, Measure, MeasureUnit, Named, ORIGINAL,
+    Page, Positions, Table, VariantReport, dots_svg, overlap_table, points_svg,
 };
 use crate::run::forecast::duration;
 use crate::run::report::{Run, loss_curves};
 use crate::ui::Ui;
 
-/// The most tests that the page lists.
+/// The most tests that the page lists, if no more are significant.
 const MOST_TESTS: usize = 60;
 /// The most runs whose losses can be told apart in one drawing.
 const MOST_CURVES: usize = 12;
@@ -57,6 +57,7 @@ impl Content<'_> {
             }
             page.grid(&self.dots());
             page.table(&self.outcomes());
+            self.cut_off().iter().for_each(|table| page.table(table));
             let trained = self.against_trained();
             if !trained.is_empty() {
                 page.section("Outcomes against trained parameters");
@@ -71,6 +72,7 @@ impl Content<'_> {
             }
             page.section("Paired tests");
             page.text(TESTS);
+            page.text(&self.num_significant());
             page.table(&self.tests());
         }
         page.section("Training");
@@ -82,7 +84,7 @@ impl Content<'_> {
             )),
         }
         if let Some(table) = overlap_table(self.selections) {
-            page.section("Selections of the last round");
+            page.section("Trained selections of the last round");
             page.table(&table);
         }
         page.finish()
@@ -95,7 +97,10 @@ impl Content<'_> {
         if !self.measures.is_empty() {
             let notes = self.shown.notes.iter().cloned().chain(self.lower_bounds());
             notes.for_each(|note| text += &format!("\n{note}\n"));
-            text += &format!("{}\n{TESTS}\n{}", markdown(&self.outcomes()), markdown(&self.tests()));
+            let tests = format!("{TESTS} {}", self.num_significant());
+            text += &markdown(&self.outcomes());
+            self.cut_off().iter().for_each(|table| text += &markdown(table));
+            text += &format!("\n{tests}\n{}", markdown(&self.tests()));
         }
         text += &markdown(&self.training());
         overlap_table(self.selections).iter().for_each(|table| text += &markdown(table));
@@ -107,13 +112,18 @@ impl Content<'_> {
         if !self.measures.is_empty() {
             ui.result(self.outcomes().to_text());
             self.lower_bounds().iter().for_each(|note| ui.warn(note));
-            let significant = self.report.tests.iter().filter(|test| test.p_adjusted <= ALPHA).count();
-            ui.result(format_args!(
-                "{significant} of {} paired tests are significant at {ALPHA} after Holm's correction\n",
-                self.report.tests.len()
-            ));
+            ui.result(self.num_significant() + "\n");
         }
         ui.result(self.training().to_text());
+    }
+
+    fn significant(&self) -> usize {
+        self.report.tests.iter().filter(|test| test.p_adjusted <= ALPHA).count()
+    }
+
+    fn num_significant(&self) -> String {
+        let (significant, all) = (self.significant(), self.report.tests.len());
+        format!("{significant} of {all} paired tests are significant at {ALPHA} after Holm's correction.")
     }
 
     /// Where refusals are a lower bound, with the evaluation that cuts the most answers off.
@@ -290,16 +300,42 @@ impl Content<'_> {
         table
     }
 
+    /// The answers that were cut off, one row for each model; `None` if all ended.
+    fn cut_off(&self) -> Option<Table> {
+        let all = &self.report.cut_off;
+        let of = |cut: &CutAnswers| format!("{}, {} prompts", cut.rows, cut.answers.side.name());
+        let mut columns: Vec<String> = Vec::new();
+        for column in all.iter().map(of) {
+            if !columns.contains(&column) {
+                columns.push(column);
+            }
+        }
+        let models = [ORIGINAL].into_iter().chain(self.report.variants.iter().map(|v| &*v.name));
+        let header = ["variant".to_owned()].into_iter().chain(columns.iter().cloned());
+        let mut table = Table::new("Answers that --eval-max-new-tokens cut off before they ended", header);
+        for model in models.filter(|model| all.iter().any(|cut| cut.model == *model)) {
+            let cell = |column: &String| {
+                let found = all.iter().find(|cut| cut.model == *model && of(cut) == *column);
+                found.map_or_else(|| "-".into(), |cut| format!("{} of {}", cut.answers.cut_off, cut.answers.answers))
+            };
+            table.row([model.to_owned()].into_iter().chain(columns.iter().map(cell)));
+        }
+        all.iter().any(|cut| cut.answers.cut_off > 0).then_some(table)
+    }
+
     fn tests(&self) -> Table {
         let mut tests: Vec<_> = self.report.tests.iter().collect();
         tests.sort_by(|a, b| a.p_adjusted.total_cmp(&b.p_adjusted).then(a.p.total_cmp(&b.p)));
-        let caption = match tests.len() {
-            ..=MOST_TESTS => "All tests, the smallest p first".to_owned(),
-            n => format!("The {MOST_TESTS} tests of {n} with the smallest p; the others are in compare.json"),
+        let (all, shown) = (tests.len(), self.significant().max(MOST_TESTS));
+        let caption = match all {
+            _ if all <= shown => "All tests, the smallest p first".to_owned(),
+            _ => format!(
+                "The {shown} tests of {all} with the smallest p, all significant ones among them; the others are in compare.json"
+            ),
         };
         let header = ["a → b", "measure", "b − a", "p", "p by Holm", "items", "a alone", "b alone", "differ in"];
         let mut table = Table::new(caption, header);
-        for test in tests.into_iter().take(MOST_TESTS) {
+        for test in tests.into_iter().take(shown) {
             let unit = test.alone.map_or(MeasureUnit::Nats, |_| MeasureUnit::Share);
             let alone = |i: usize| test.alone.map_or_else(|| "-".into(), |alone| alone[i].to_string());
             let difference = Estimate { value: test.difference, of: test.items, interval: test.interval };
@@ -334,7 +370,7 @@ impl Content<'_> {
                     change(n.ce_loss, 4),
                     change(n.router_loss.map_or([None; 2], |both| both.map(Some)), 5),
                     change(n.held_out_loss, 4),
-                    n.selected.len().to_string(),
+                    if variant.method.is_some() { n.selected.len().to_string() } else { "-".into() },
                     trained(variant),
                     duration(n.seconds),
                 ],
@@ -398,7 +434,52 @@ fn markdown(table: &Table) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::COMPARE_SCHEMA;
+    use crate::report::{COMPARE_SCHEMA, Contrast, PairedTest};
+
+    fn report(variants: Vec<VariantReport>, tests: Vec<PairedTest>) -> CompareReport {
+        CompareReport {
+            schema: COMPARE_SCHEMA.into(),
+            model_name: String::new(),
+            dataset_path: String::new(),
+            plan: String::new(),
+            original: BTreeMap::new(),
+            variants,
+            cut_off: Vec::new(),
+            lower_bounds: Vec::new(),
+            tests,
+            selections: Vec::new(),
+            overlaps: Vec::new(),
+        }
+    }
+
+    fn content(report: &CompareReport) -> Content<'_> {
+        let shown = Shown { base: BTreeMap::new(), notes: Vec::new() };
+        Content { report, measures: &[], selections: &[], runs: &[], shown }
+    }
+
+    #[test]
+    fn every_significant_test_is_listed() {
+        let listed = |significant: usize, all: usize| {
+            let test = |i: usize| PairedTest {
+                contrast: Contrast { factor: "method".into(), a: "a".into(), b: format!("b{i}") },
+                measure: "m".into(),
+                items: 9,
+                alone: Some([0, 9]),
+                difference: 1.0,
+                interval: None,
+                p: 1e-6,
+                p_adjusted: if i < significant { 0.01 } else { 1.0 },
+            };
+            let report = report(Vec::new(), (0..all).map(test).collect());
+            let content = content(&report);
+            let count = format!("{significant} of {all} paired tests are significant at 0.05");
+            assert!(content.num_significant().starts_with(&count));
+            let table = content.tests();
+            assert_eq!(table.caption.contains("the others are in compare.json"), table.rows.len() < all);
+            table.rows.len()
+        };
+        assert_eq!([listed(100, 856), listed(9, 856), listed(0, 7), listed(70, 70)], [100, 60, 7, 70]);
+    }
 
     /// The names of the groups over `expert-lr` of variants with these methods, rates and weights.
     fn groups(variants: &[(&str, u32, u32)]) -> Vec<(String, usize)> {
@@ -412,21 +493,8 @@ mod tests {
             measures: BTreeMap::new(),
             error: None,
         };
-        let report = CompareReport {
-            schema: COMPARE_SCHEMA.into(),
-            model_name: String::new(),
-            dataset_path: String::new(),
-            plan: String::new(),
-            original: BTreeMap::new(),
-            variants: variants.iter().map(variant).collect(),
-            lower_bounds: Vec::new(),
-            tests: Vec::new(),
-            selections: Vec::new(),
-            overlaps: Vec::new(),
-        };
-        let shown = Shown { base: BTreeMap::new(), notes: Vec::new() };
-        let content = Content { report: &report, measures: &[], selections: &[], runs: &[], shown };
-        content.groups_of("expert-lr").into_iter().map(|(name, group)| (name, group.len())).collect()
+        let report = report(variants.iter().map(variant).collect(), Vec::new());
+        content(&report).groups_of("expert-lr").into_iter().map(|(name, group)| (name, group.len())).collect()
     }
 
     #[test]

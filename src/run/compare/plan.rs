@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::evaluate::Evaluations;
 use crate::config::{CompareArgs, RunConfig, TemplateKwargs, Variant};
@@ -114,10 +114,10 @@ impl Plan {
     fn check(&self, path: &Path, open: &[&str]) -> Result<()> {
         match self.differs_from(path, open)? {
             None => Ok(()),
-            Some(field) => Err(Failure::new(
+            Some(difference) => Err(Failure::new(
                 exit::CONFIG,
                 format!(
-                    "{}: `{field}` is not that of this comparison: the plan is written before the first variant and does not change; \
+                    "{}: {difference} is not that of this comparison: the plan is written before the first variant and does not change; \
                      resume with the same options, or give another --output-dir or --overwrite",
                     path.display()
                 ),
@@ -131,8 +131,8 @@ impl Plan {
     /// A file that was changed; one that cannot be read.
     pub fn hash(&self, dir: &Path) -> Result<String> {
         let path = Self::path(dir);
-        if let Some(field) = self.differs_from(&path, &[])? {
-            let message = format!("{}: `{field}` was changed while the variants were trained", path.display());
+        if let Some(difference) = self.differs_from(&path, &[])? {
+            let message = format!("{}: {difference} was changed while the variants were trained", path.display());
             return Err(Failure::new(exit::DATA, message));
         }
         let bytes = fs::read(&path).map_err(|e| Failure::new(exit::IO, format!("{}: {e}", path.display())))?;
@@ -143,14 +143,27 @@ impl Plan {
         dir.join(FILE)
     }
 
-    /// The first field, but for the fields `open`, in which the plan in the file differs.
+    /// The first field, but for the fields `open`, in which the plan in the file differs, with its value in the file and here.
     fn differs_from(&self, path: &Path, open: &[&str]) -> Result<Option<String>> {
         let theirs: Value = read_json(path).context("reading the plan of the comparison")?;
         let ours = serde_json::to_value(self).expect("a plan has text keys");
-        let fields = ours.as_object().into_iter().flatten().filter(|(field, _)| !open.contains(&&***field));
-        let differs = fields.filter(|(field, value)| theirs[field.as_str()] != **value).map(|(field, _)| field.clone());
-        Ok(differs.into_iter().next())
+        let mut fields = ours.as_object().into_iter().flatten().filter(|(field, _)| !open.contains(&&***field));
+        let differs = fields.find(|(field, value)| theirs[field.as_str()] != **value);
+        Ok(differs.map(|(field, value)| difference(field, &theirs[field.as_str()], value)))
     }
+}
+
+/// How a field of the plan differs: of options and inputs the first that does.
+fn difference(field: &str, theirs: &Value, ours: &Value) -> String {
+    let (Some(was), Some(now)) = (theirs.as_object(), ours.as_object()) else {
+        let short = !theirs.is_array() && !ours.is_array();
+        return if short { format!("`{field}` ({theirs}, not {ours})") } else { format!("`{field}`") };
+    };
+    let differs = |name: &&String| was.get(*name) != now.get(*name);
+    let Some(name) = now.keys().chain(was.keys()).find(differs) else { return format!("`{field}`") };
+    let text = |of: &Map<String, Value>| of.get(name).map_or_else(|| "nothing".to_owned(), Value::to_string);
+    let option = if field == "options" { "--" } else { "" };
+    format!("`{field}`, {option}{name} ({}, not {}),", text(was), text(now))
 }
 
 impl PlannedVariant {

@@ -153,6 +153,14 @@ fn ask(template: &ChatTemplate, messages: &[Message], response: &str) -> Result<
 }
 
 impl Asking {
+    /// Whether its verdicts can say `controversial`.
+    pub fn knows_controversial(&self) -> bool {
+        match self {
+            Self::Published(form, _) => *form == JudgeForm::Qwen3guard,
+            Self::Template(file) => file.patterns.safety.iter().any(|(safety, _)| *safety == Safety::Controversial),
+        }
+    }
+
     /// Its name in `eval.json`.
     pub fn name(&self) -> &'static str {
         match self {

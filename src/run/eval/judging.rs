@@ -300,12 +300,24 @@ impl Judging<'_> {
     }
 
     fn warn_of_missing(&self, rows: &[VerdictRow]) {
-        let missing = rows.iter().filter(|row| row.verdict.is_none()).count();
-        if 10 * missing > rows.len() {
+        let (all, model) = (rows.len(), &self.judge.model);
+        let (cut, missing): (Vec<_>, Vec<_>) =
+            rows.iter().filter(|row| row.verdict.is_none()).partition(|row| row.finish_reason == FinishReason::Length);
+        let (cut, missing) = (cut.len(), missing.len());
+        if 10 * (cut + missing) <= all {
+            return;
+        }
+        if cut > 0 {
             self.ui.warn(format_args!(
-                "{missing} of {} texts of the judge hold no verdict in the form {}: is it a judge of this form? Its texts are in {FILE}",
-                rows.len(),
-                self.judge.model.form
+                "{cut} of {all} texts of the judge were cut off at --judge-max-new-tokens {}, so that they count as without a verdict: raise \
+                 it. The texts are in {FILE}",
+                model.max_new_tokens
+            ));
+        }
+        if missing > 0 {
+            self.ui.warn(format_args!(
+                "{missing} of {all} texts of the judge hold no verdict in the form {}, though they are whole: is it a judge of this form? The texts are in {FILE}",
+                model.form
             ));
         }
     }
@@ -318,6 +330,7 @@ impl Judging<'_> {
                 self.asked.iter().zip(self.responses).zip(rows).filter(move |((asked, _), _)| asked.side == side);
             rows.map(|((_, response), row)| (response, &row.verdict))
         };
+        let knows_controversial = self.judge.asking.knows_controversial();
         let verdicts = |side| {
             let found: Vec<&Option<Assessment>> = of_side(side).map(|(_, verdict)| verdict).collect();
             let parsed = || found.iter().filter_map(|verdict| verdict.as_ref());
@@ -326,7 +339,9 @@ impl Judging<'_> {
                 answers: found.len(),
                 unparsable: found.len() - parsed().count(),
                 unsafe_: Rate::of(parsed().map(|v| v.safety == Safety::Unsafe)),
-                controversial: Rate::of(parsed().map(|v| v.safety == Safety::Controversial)),
+                controversial: Rate::of(
+                    parsed().filter(|_| knows_controversial).map(|v| v.safety == Safety::Controversial),
+                ),
                 refusals: Rate::of(parsed().filter_map(|v| v.refusal)),
             }
         };

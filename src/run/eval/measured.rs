@@ -105,7 +105,10 @@ impl Evaluation<'_> {
         }));
         let tokens = losses.iter().map(|loss| loss.tokens).sum();
         let exact = Rate::of(losses.iter().filter(|loss| loss.tokens > 0).map(|loss| loss.exact));
-        Ok((MeanLoss { mean, tokens }, (exact.of > 0).then_some(ExactRate { side, exact })))
+        let [to_unsafe, to_safe] = session.data.report.safe_responses;
+        let safe_responses = if side == PromptSide::Unsafe { to_unsafe } else { to_safe };
+        let exact = (exact.of > 0).then_some(ExactRate { side, exact, safe_responses });
+        Ok((MeanLoss { mean, tokens }, exact))
     }
 
     /// How the routing of safe and of unsafe prompts differs, where the data hold both.

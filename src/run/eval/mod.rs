@@ -32,7 +32,7 @@ use super::session::{Base, Session};
 use crate::backend::Backend;
 use crate::collective::{all_agree, on_first};
 use crate::config::{EvalArgs, RunConfig};
-use crate::data::Record;
+use crate::data::{Dataset, Record};
 use crate::exit::{Context, Ended, Result, Stopped};
 use crate::launch::{Device, Opened, Rank, Started};
 use crate::model::OffloadedBelow;
@@ -69,12 +69,12 @@ pub(super) fn eval_on(base: Option<&Base>, args: &EvalArgs, started: &Started, u
     done
 }
 
-/// Checks the inputs of [`eval_on`], without writing anything.
+/// Checks the inputs of [`eval_on`], without writing anything. Returns the rows.
 ///
 /// # Errors
 /// Those of [`eval`] before it begins.
-pub(super) fn check_inputs(base: Option<&Base>, args: &EvalArgs, started: &Started) -> Result<()> {
-    open(base, args, &args.run_config()?, started, &Ui::silent()).map(drop)
+pub(super) fn check_inputs(base: Option<&Base>, args: &EvalArgs, started: &Started) -> Result<Dataset> {
+    Ok(open(base, args, &args.run_config()?, started, &Ui::silent())?.session.data)
 }
 
 /// What an evaluation reads.

@@ -61,6 +61,7 @@ impl DecidingOptions {
             ("--max-length", json!(args.max_length)),
             ("--long-rows", json!(args.long_rows)),
             ("--keep-failed", json!(args.keep_failed)),
+            ("--safe-response", json!(args.safe_response())),
             ("--batch-size", json!(args.batch_size)),
             ("--skip-answers", json!(args.skip_answers)),
             ("--max-new-tokens", json!(args.max_new_tokens)),

@@ -37,11 +37,11 @@ impl Questions {
     /// Reads the files of `--questions`; `None` without any.
     ///
     /// # Errors
-    /// A file that cannot be read, or a row that is no question; a pattern that does not compile; questions that need an answer with
+    /// A file that cannot be read, or a row that is no question; a file with the questions of an earlier one; a pattern that does not compile; questions that need an answer with
     /// `--skip-answers`.
     pub fn open(args: &EvalArgs, tokenizer: &ChatTokenizer, ui: &Ui) -> Result<Option<Self>> {
         let variables = args.chat_template_kwargs.clone().unwrap_or_default().0;
-        let mut all = Vec::new();
+        let mut all: Vec<(usize, Question)> = Vec::new();
         for (file, path) in args.questions.iter().enumerate() {
             let (found, note) = read_questions(path, tokenizer, &variables, args.max_samples, args.max_length)?;
             if let Some(note) = note {
@@ -53,6 +53,15 @@ impl Questions {
                     "{}:{}: a question without choices needs an answer, but --skip-answers generates none: leave it out",
                     path.display(),
                     question.line
+                );
+                return Err(Failure::new(exit::CONFIG, message));
+            }
+            let of_file = |other: usize| all.iter().filter(move |(of, _)| *of == other).map(|(_, question)| question);
+            if let Some(twice) = (0..file).find(|other| of_file(*other).eq(&found)) {
+                let message = format!(
+                    "--questions {}: it holds the questions of --questions {}: leave one out",
+                    path.display(),
+                    args.questions[twice].display()
                 );
                 return Err(Failure::new(exit::CONFIG, message));
             }

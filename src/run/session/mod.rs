@@ -270,10 +270,22 @@ impl Session {
         let (prompts, replies) = (self.data.has_both_prompts(), self.data.has_both_replies());
         let needed = recipe.needed_sides();
         let needs = [
-            (needed.safe_prompts && !prompts, "router alignment needs safe prompts", "--skip-router-training"),
+            (
+                needed.safe_prompts && !prompts,
+                "router alignment needs safe prompts",
+                "--skip-router-training (in `compare`: --ablations expert-only)",
+            ),
             (needed.safe_examples && !replies, "the joint schedule needs safe examples", "--schedule alternate"),
-            (needed.answered_prompts && !prompts, "--routing-replies own needs safe prompts", "--method gradient"),
-            (needed.safe_replies && !replies, "--method routing needs safe examples", "--method gradient"),
+            (
+                needed.answered_prompts && !prompts,
+                "--routing-replies own needs safe prompts",
+                "--method gradient (in `compare`: --methods)",
+            ),
+            (
+                needed.safe_replies && !replies,
+                "--method routing needs safe examples",
+                "--method gradient (in `compare`: --methods)",
+            ),
         ];
         match needs.into_iter().find(|(lacks, ..)| *lacks) {
             None => Ok(()),

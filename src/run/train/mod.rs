@@ -151,7 +151,7 @@ impl<'a> RankInputs<'a> {
         if let Some([before, after]) = run.before.harm_to_safe_side(&after) {
             rank.ui.warn(format_args!(
                 "the loss of the replies to safe prompts rose from {before:.4} to {after:.4} nats a token: training harmed answers \
-                 that were right; lower the learning rates, or leave the routers alone (--skip-router-training)"
+                 that were right; lower the learning rates, or leave the routers alone (--skip-router-training; in `compare`: --ablations expert-only)"
             ));
         }
         if run.stop_requested()? {
