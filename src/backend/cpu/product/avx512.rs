@@ -1,8 +1,8 @@
 //! The kernels for AVX-512: 12 lines by 2 vectors of sums, 24 of the 32 registers.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4,
+    __m512, __m512bh, __m512i, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4,
     _mm512_storeu_ps, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
@@ -91,14 +91,11 @@ pub(super) fn multiply_few(lines: usize, a: &[u32], b: [&[u8]; LANES], c: &mut [
 fn few<const LINES: usize>(a: &[u32], b: [&[u8]; LANES], c: &mut [f32], column: usize) {
     /// Bytes of a block of depth.
     const BYTES: usize = 4 * BLOCK;
-    const AHEAD: usize = 8 * BYTES;
     let mut sums = [_mm512_setzero_ps(); LINES];
     for (i, a) in a.as_chunks::<{ A * BLOCK }>().0.iter().enumerate() {
         let mut rows = [_mm512_setzero_si512(); LANES];
         for (row, b) in rows.iter_mut().zip(b) {
             let b = &b[i * BYTES..];
-            // Of 16 rows side by side the processor does not prefetch all.
-            _mm_prefetch::<_MM_HINT_T0>(b.as_ptr().wrapping_add(AHEAD).cast());
             // Padded with zeros, as panels are.
             let mut padded = [0; BYTES];
             let bytes = b.first_chunk().unwrap_or_else(|| {
