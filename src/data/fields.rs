@@ -10,7 +10,7 @@ use super::python_literal;
 use super::template::{ChatTemplate, Reads, TemplateError};
 use super::turns::{OF_THE_LOSS, WRITTEN, has_word, is_known};
 use super::values::kind_of;
-use super::values::{Result, check_objects, filled, is_empty, name_of, text, without_nulls};
+use super::values::{Result, check_objects, filled, is_blank, is_empty, name_of, text, without_nulls};
 use crate::input::no_text_in;
 
 /// Fields of a row that hold a system turn for its turns.
@@ -333,13 +333,15 @@ fn without(turns: &[Message], i: usize, value: &Value) -> Vec<Message> {
     without
 }
 
-/// Whether a template may have left a turn out: of a role that not all templates write. Of many turns of tools the first stands for
-/// all.
+/// Whether a template may have left a turn out: of a role that not all templates write, or a reply further up. Of many turns of tools, or
+/// of the assistant, the first stands for all.
 fn may_be_dropped(turns: &[Message], i: usize, turn: &Message) -> bool {
     let is_first = || turns[..i].iter().all(|other| other.role != turn.role);
     let by_role = match turn.role.as_str() {
         "system" | "developer" => true,
         "tool" => is_first(),
+        // The last one is the reply, and of one without a text a template may leave the thoughts out.
+        "assistant" => is_first() && i + 1 < turns.len() && !is_blank(&turn.content),
         _ => false,
     };
     // What moewarden itself adds to the request of an attack is none of the row's.
@@ -370,7 +372,12 @@ pub(super) fn check_written(
     }
     for (i, turn) in turns.iter().enumerate().filter(|(i, turn)| may_be_dropped(turns, *i, turn)) {
         let mut others = turns.to_vec();
-        others[i] = Message { content: format!("{} {}", turn.content, turn.content), form: Form::Text, ..turn.clone() };
+        // A reply further up may lose its thoughts, or all but a part, but not all of its text.
+        let other = match turn.is_assistant() {
+            true => if turn.content.starts_with('x') { "y" } else { "x" }.to_owned(),
+            false => format!("{} {}", turn.content, turn.content),
+        };
+        others[i] = Message { content: other, form: Form::Text, ..turn.clone() };
         if render(&others, variables).is_ok_and(|other| other == text) {
             return Err(format!(
                 "message {}: the chat template writes nothing of a turn with the role {} here, so that it would be dropped: remove the turn, \

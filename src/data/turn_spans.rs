@@ -45,8 +45,9 @@ pub(super) enum MaskError {
     #[error(
         "message {turn}: the chat template renders it differently when {PROMPTED}, so the tokens of the reply cannot be found; \
          the likely cause are thoughts. Where the prompt begins a think block, write the reply's thoughts as reasoning_content, or give \
-         enable_thinking: false by --chat-template-kwargs; where it ends one, remove the thoughts. Else give --chat-template FILE with a \
-         template that marks the reply with {{% generation %}}"
+         enable_thinking: false by --chat-template-kwargs; where it ends one, remove the thoughts. Without thoughts, the template writes the \
+         turns before the reply differently once it follows, a system text, say: give --chat-template FILE with a template that marks the \
+         reply with {{% generation %}}"
     )]
     Reply { turn: usize },
     #[error(

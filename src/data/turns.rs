@@ -51,7 +51,8 @@ pub(super) fn text_or_messages(value: &Value, name: &str, role: &str) -> Result<
 }
 
 /// Parses turns, given as a list or as a string that holds a list in JSON or Python notation. A blank assistant turn at the
-/// end is left out: a blank text counts as missing.
+/// end is left out: a blank text counts as missing. After another turn of the assistant it is refused: without it, that one would be
+/// taken for the reply.
 pub(super) fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
     let parsed;
     let list = match value {
@@ -76,6 +77,13 @@ pub(super) fn messages(value: &Value, name: &str) -> Result<Vec<Message>> {
     }
     while turns.last().is_some_and(|last| last.is_assistant() && last.is_blank()) {
         turns.pop();
+    }
+    if turns.len() < list.len() && turns.last().is_some_and(Message::is_assistant) {
+        return Err(format!(
+            "{name}, message {}: the reply is blank, and the turn before it is the assistant's, too, which would be taken for the reply: \
+             write the reply, or remove the blank turn if the one before it is the reply",
+            turns.len() + 1
+        ));
     }
     Ok(turns)
 }

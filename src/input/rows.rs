@@ -237,6 +237,7 @@ fn separated(bytes: &[u8], path: &Path) -> Option<String> {
     let text = super::without_mark(bytes).trim_ascii_start();
     let mut lines = text[..text.len().min(1 << 16)].split(|b| *b == b'\n').map(String::from_utf8_lossy);
     let first = lines.next()?;
+    let first = first.trim_start_matches('\u{1e}'); // of RFC 7464
     if first.is_empty() || first.starts_with(['{', '[', '"']) && first.contains(['{', '[']) {
         return None;
     }
@@ -269,6 +270,13 @@ mod tests {
     use parquet::file::writer::{SerializedColumnWriter, SerializedFileWriter};
     use parquet::schema::parser::parse_message_type;
     use std::io::Write;
+
+    #[test]
+    fn a_json_text_sequence_is_no_table() {
+        let row = "{\"a\": \"b\", \"c\": 1}\n";
+        assert_eq!(separated(format!("\u{1e}{row}\u{1e}{row}").as_bytes(), Path::new("f")), None);
+        assert!(separated(b"a,b\n1,2\n", Path::new("f")).unwrap().contains("(CSV)"));
+    }
 
     #[test]
     fn zero_bytes_after_the_members_of_a_gzip_file_are_no_data() {

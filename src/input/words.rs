@@ -84,6 +84,10 @@ pub fn yaml_words(error: &YamlError) -> String {
         YamlError::InvalidScalar { .. } => "a value is not of the kind that its mark (`!!`) or its option needs".into(),
         other => {
             let message = other.to_string();
+            // The parser quotes the number, and speaks of its own policy.
+            if let Some((number, _)) = message.split_once("` rejected by ").filter(|_| message.contains("non-finite")) {
+                return format!("`{}` is not a finite number", number.rsplit('`').next().unwrap_or_default());
+            }
             words(message.split(" (defined at line ").next().unwrap_or_default())
         }
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::LaunchError;
 use super::lock::LOCK_FILE;
 use crate::checkpoint::{self, Position, is_model_file, is_model_folder};
-use crate::config::{RunConfig, SaveRounds, Variant};
+use crate::config::{Init, RunConfig, SaveRounds, Variant};
 use crate::files;
 use crate::report::{EventLog, OWN_REPLIES, REPLY_LOSSES};
 use crate::train::Phase;
@@ -51,13 +51,19 @@ pub fn check_output_dir(config: &RunConfig) -> Result<(), LaunchError> {
     let dir = &config.output_dir;
     inspect(dir, Existing::of(config.overwrite, config.resume), &config.inputs(), Place::Top)?;
     let full = config.save_rounds == SaveRounds::Full;
-    if config.resume { check_resumable(dir, full, &config.inputs()) } else { Ok(()) }
+    // A run of random weights has no checkpoints.
+    let finished = if config.init == Init::Random { &FINISHED[..1] } else { &FINISHED };
+    if config.resume { check_resumable(dir, full, finished, &config.inputs()) } else { Ok(()) }
 }
+
+/// What a run leaves that has finished: a model, or of an identification, which has no checkpoints, the metadata. A training run writes
+/// those after its first checkpoint.
+const FINISHED: [&str; 2] = ["final_model", "training_metadata.json"];
 
 /// Refuses a folder in which `--resume` would replace what is no output of the run that it continues: files of others in the final
 /// model and, with `rounds`, in the models of rounds that come; and, where no checkpoint is found and the run starts from the
-/// beginning, a finished model.
-fn check_resumable(dir: &Path, rounds: bool, inputs: &[&Path]) -> Result<(), LaunchError> {
+/// beginning, what a run that has `finished` leaves.
+fn check_resumable(dir: &Path, rounds: bool, finished: &[&str], inputs: &[&Path]) -> Result<(), LaunchError> {
     if !dir.is_dir() {
         return Ok(());
     }
@@ -93,8 +99,8 @@ fn check_resumable(dir: &Path, rounds: bool, inputs: &[&Path]) -> Result<(), Lau
         (None, foreign) => {
             let whole = fs::canonicalize(dir).map_err(failed("read", dir))?;
             let is_input = inputs.iter().any(|input| fs::canonicalize(input).is_ok_and(|input| input == whole));
-            let finished = Some(dir.join("final_model")).filter(|path| path.exists());
-            let held = match finished.or(foreign) {
+            let mut finished = finished.iter().map(|name| dir.join(name));
+            let held = match finished.find(|path| path.exists()).or(foreign) {
                 _ if is_input => "the model that is to be trained".to_owned(),
                 Some(held) => relative(held),
                 None => return Ok(()),
@@ -532,14 +538,15 @@ mod tests {
         let saved = ["checkpoints/round_2-expert-step_3/state.json", "round_1/config.json", "final_model/config.json"];
         let source = folder(&["config.json", "modeling.py"]);
         let inputs = [source.path()];
-        let resumed =
-            |more: &[&str], rounds| check_resumable(folder(&[&saved[..], more].concat()).path(), rounds, &inputs);
+        let resumed = |more: &[&str], rounds| {
+            check_resumable(folder(&[&saved[..], more].concat()).path(), rounds, &FINISHED, &inputs)
+        };
         let check = |more: &[&str]| resumed(more, true);
         check(&[]).unwrap();
         // The model of the first round is not written again.
         check(&["round_1/notes.md", "thesis.txt"]).unwrap();
         let just_ended = folder(&["checkpoints/round_2-identify-step_0/state.json", "round_1/notes.md"]);
-        check_resumable(just_ended.path(), true, &inputs).unwrap_err();
+        check_resumable(just_ended.path(), true, &FINISHED, &inputs).unwrap_err();
         // A delta is written beside other files, and a model has the files of its source.
         resumed(&["round_2/notes.md"], false).unwrap();
         check(&["final_model/modeling.py", "final_model/README.md"]).unwrap();
@@ -547,9 +554,9 @@ mod tests {
             let error = check(&[foreign]).unwrap_err().to_string();
             assert!(error.contains(foreign.trim_end_matches('/')) && error.contains("move it away"), "{error}");
         }
-        let fresh = |files: &[&str]| check_resumable(folder(files).path(), true, &inputs);
-        fresh(&["metrics.jsonl", "round_1/config.json"]).unwrap();
-        for held in ["final_model/config.json", "round_1/notes.md"] {
+        let fresh = |files: &[&str]| check_resumable(folder(files).path(), true, &FINISHED, &inputs);
+        fresh(&["metrics.jsonl", "expert_scores.json", "round_1/config.json"]).unwrap();
+        for held in ["final_model/config.json", "round_1/notes.md", "training_metadata.json"] {
             // What is among the checkpoints is none.
             let error = fresh(&[held, "checkpoints/notes.md"]).unwrap_err().to_string();
             assert!(error.contains("no checkpoint that --resume could continue"), "{error}");

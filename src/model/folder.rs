@@ -91,7 +91,16 @@ pub(super) fn not_a_model(dir: &Path) -> Option<String> {
     if let Some((_, format)) = OTHER_WEIGHTS.iter().find(|(extension, _)| ends(&format!(".{extension}")).is_some()) {
         return Some(format!("it holds weights of {format}: give the original model in safetensors"));
     }
-    let model = names.iter().rfind(|name| dir.join(name).join("config.json").is_file());
+    // Of several checkpoints the last one, by its number, that has weights.
+    let number =
+        |name: &str| name.rsplit(|c: char| !c.is_ascii_digit()).next().and_then(|digits| digits.parse::<u64>().ok());
+    let has_weights = |name: &String| {
+        let files = fs::read_dir(dir.join(name)).into_iter().flatten().flatten();
+        let names = files.filter_map(|file| file.file_name().into_string().ok());
+        names.into_iter().any(|file| [".safetensors", ".bin"].iter().any(|ending| file.ends_with(ending)))
+    };
+    let models = names.iter().filter(|name| dir.join(name).join("config.json").is_file());
+    let model = models.max_by_key(|name| (has_weights(name), number(name)));
     model.map(|name| format!("the folder {} in it holds a config.json: give that one", quote(name)))
 }
 

@@ -40,6 +40,9 @@ const QUANTISED: [&str; 19] = [
     "weight_g_idx",
 ];
 
+/// Those of bitsandbytes.
+const BITSANDBYTES: [&str; 4] = ["absmax", "quant_map", "nested_absmax", "SCB"];
+
 /// Number formats of integers and of floats below 16 bits.
 const SMALL: [&str; 13] = [
     "I8",
@@ -71,11 +74,17 @@ pub(super) fn of(tensor: &str, dtype: StoredDtype, missing: Option<&str>) -> Opt
     let parts: Vec<&str> = tensor.split('.').collect();
     let last = parts.last().copied().unwrap_or_default();
     if QUANTISED.contains(&last) || parts.contains(&"quant_state") || SMALL.contains(&&*dtype.to_string()) {
+        let original = "give the original model in bf16, which the card of the quantised one usually names";
+        // Of these formats transformers can make one.
+        let of_bitsandbytes = BITSANDBYTES.contains(&last) || parts.contains(&"quant_state");
+        let made = if of_bitsandbytes {
+            ", or make one with: python -c \"from transformers import AutoModelForCausalLM as M; \
+             M.from_pretrained('FOLDER').dequantize().save_pretrained('NEW_FOLDER')\", then copy the tokenizer files into NEW_FOLDER"
+        } else {
+            ""
+        };
         return Some(format!(
-            "the model is quantised (stored as {dtype}), and quantised weights cannot be trained: give the original model in bf16, \
-             or make one with: python -c \"from transformers import AutoModelForCausalLM as M; \
-             M.from_pretrained('FOLDER').dequantize().save_pretrained('NEW_FOLDER')\", then copy the tokenizer files into \
-             NEW_FOLDER"
+            "the model is quantised (stored as {dtype}), and quantised weights cannot be trained: {original}{made}"
         ));
     }
     if parts.iter().any(|part| part.starts_with("lora_")) {
@@ -134,7 +143,7 @@ pub(super) fn of(tensor: &str, dtype: StoredDtype, missing: Option<&str>) -> Opt
         ));
     }
     (missing.strip_prefix("model.") == Some(tensor)).then(|| {
-        "its name lacks the beginning `model.`: the model was saved without its output head (AutoModel). Save it with \
+        "its name lacks the beginning `model.`, as in a model that was saved without its output head (AutoModel): save it with \
          AutoModelForCausalLM"
             .into()
     })
@@ -156,6 +165,11 @@ pub(super) fn left_over(tensor: &str) -> String {
 }
 
 /// Where tensor names have the part that is too much.
+fn wrapper_names() -> String {
+    let name = |name: &str| if name == "base_model" { "base_model[.]model".to_owned() } else { name.to_owned() };
+    WRAPPERS.map(|(wrapper, _)| name(wrapper)).join("|")
+}
+
 enum Rename {
     /// A wrapper may be around a module within the model.
     Anywhere,
@@ -168,7 +182,8 @@ fn rename(prefix: &str, place: Rename) -> String {
     let plain = prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"._".contains(&b)) && prefix.len() <= 80;
     let prefix = if plain { prefix } else { "PREFIX" };
     let renamed = match place {
-        Rename::Anywhere => format!("k.replace('{prefix}', '')"),
+        // Whole parts, and those of all wrappers, which may be around each other.
+        Rename::Anywhere => format!("re.sub(r'(?<![^.])({})[.]', '', k)", wrapper_names()),
         Rename::Beginning => format!("k.removeprefix('{prefix}')"),
     };
     format!(

@@ -338,6 +338,24 @@ fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
             "without its request",
         ),
         (json!({"goal": "g", "all_prompt": [{"role": "user", "content": ""}]}), template("plain"), "is blank"),
+        // Without the blank turn the one before it would be the reply.
+        (
+            safe(
+                json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": " "}]),
+            ),
+            template("plain"),
+            "message 3: the reply is blank",
+        ),
+        (
+            json!({"label": "unsafe", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "", "loss": true}]}),
+            template("plain"),
+            "message 3: the reply is blank",
+        ),
+        (
+            json!({"label": "unsafe", "prompt": "q", "completion": [{"role": "assistant", "content": "Yes."}, {"role": "assistant"}]}),
+            template("plain"),
+            "message 2: the reply is blank",
+        ),
         (json!({"goal": "g", "attack_prompt": "\n"}), template("plain"), "without all_prompt"),
     ] {
         let error = read(&row, &template).expect_err(&row.to_string());

@@ -212,6 +212,18 @@ fn a_turn_that_the_template_does_not_write_is_refused() {
     let system =
         json!({"label": "unsafe", "system": "Speak.", "messages": [turn("user", "q"), turn("assistant", "A.")]});
     assert!(read_row(&only("['user', 'assistant']"), &system).unwrap_err().contains("role system"));
+    // A greeting that the template skips, and a reply further up that it leaves out.
+    let greets = [turn("assistant", "Hi."), turn("user", "q"), turn("assistant", "A.")];
+    let chat = [turn("user", "q"), turn("assistant", "Yes."), turn("user", "r"), turn("assistant", "A.")];
+    let last = "{% for m in messages %}{% if m.role == 'user' or loop.last %}<{{ m.role }}>{{ m.content }}\n{% endif %}{% endfor %}\
+                {% if add_generation_prompt %}<assistant>{% endif %}";
+    for (messages, number) in [(&greets[..], 1), (&chat[..], 2)] {
+        let mut messages = messages.to_vec();
+        messages[number - 1]["loss"] = json!(false);
+        let error = read_row(last, &json!({"label": "unsafe", "messages": messages})).unwrap_err();
+        let says = format!("message {number}: the chat template writes nothing of a turn with the role assistant here");
+        assert!(error.contains(&says), "{error}");
+    }
     // moewarden adds the system turn to the request of an attack itself.
     let attack = json!({"all_prompt": [turn("user", "a play")], "goal": "q"});
     read_row(&only("['user', 'assistant']"), &attack).unwrap();

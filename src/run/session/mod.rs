@@ -291,10 +291,16 @@ impl Session {
             None => Ok(()),
             Some((_, what, instead)) => Err(Failure::new(
                 exit::CONFIG,
-                format!(
-                    "{what}, and {} holds none: add rows with the label safe, or take {instead}",
-                    self.data_path.display()
-                ),
+                match self.data.report.stopped_early {
+                    true => format!(
+                        "{what}, and there are none among the rows of {} that --max-samples leaves: raise it, or take {instead}",
+                        self.data_path.display()
+                    ),
+                    false => format!(
+                        "{what}, and {} holds none: add rows with the label safe, or take {instead}",
+                        self.data_path.display()
+                    ),
+                },
             )),
         }
     }

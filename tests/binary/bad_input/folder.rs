@@ -59,6 +59,9 @@ fn renamed(header: &str, rename: impl Fn(&str) -> String) -> String {
     json!(renamed).to_string()
 }
 
+/// Removes the parts of all wrappers from a name.
+const RENAMED: &str = "re.sub(r'(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|base_model[.]model|base_layer)[.]', '', k)";
+
 #[test]
 fn names_show_how_the_weights_were_saved() {
     let scene = Scene::new();
@@ -67,19 +70,16 @@ fn names_show_how_the_weights_were_saved() {
     let q = "model.layers.0.self_attn.q_proj.weight";
     let one = |new: &str| each(&|name| if name == q { new.into() } else { name.into() });
     let cases = [
-        (each(&|n| format!("module.{n}")), ["part `module.` of DistributedDataParallel", "k.replace('module.', '')"]),
+        (each(&|n| format!("module.{n}")), ["part `module.` of DistributedDataParallel", RENAMED]),
         (each(&|n| format!("_orig_mod.{n}")), ["part `_orig_mod.` of torch.compile", "save_pretrained"]),
-        (
-            each(&|n| format!("base_model.model.{n}")),
-            ["part `base_model.model.` of PEFT", "k.replace('base_model.model.', '')"],
-        ),
+        (each(&|n| format!("base_model.model.{n}")), ["part `base_model.model.` of PEFT", RENAMED]),
         (each(&|n| format!("_forward_module.{n}")), ["_forward_module", "Lightning"]),
         (
             each(&|n| n.replacen("model.", "model._fsdp_wrapped_module.", 1)),
             ["`_fsdp_wrapped_module.` of FSDP", "unwrap_model"],
         ),
         (each(&|n| n.replace(".mlp.", "._checkpoint_wrapped_module.mlp.")), ["activation checkpointing", "rename"]),
-        (each(&|n| n.replace(".0.", ".0._orig_mod.")), ["torch.compile", "k.replace('_orig_mod.', '')"]),
+        (each(&|n| n.replace(".0.", ".0._orig_mod.")), ["torch.compile", RENAMED]),
         (each(&|n| format!("transformer.{n}")), ["begins with `transformer.`", "k.removeprefix('transformer.')"]),
         (each(&|n| format!("x'; rm -rf ~; '.{n}")), ["begins with `x'; rm -rf ~; '.`", "k.removeprefix('PREFIX')"]),
         (each(&|n| n.trim_start_matches("model.").into()), ["lacks the beginning `model.`", "AutoModelForCausalLM"]),
@@ -111,9 +111,9 @@ fn names_show_how_the_weights_were_saved() {
             ["the head of a reward model", "the model that it was made from"],
         ),
         (one("model.layers.0._flat_param"), ["flat parameters of FSDP", "accelerate merge-weights"]),
-        (one("model.layers.0.self_attn.q_proj.qweight"), ["quantised", "dequantize"]),
+        (one("model.layers.0.self_attn.q_proj.qweight"), ["quantised", "the original model in bf16"]),
         (one("model.layers.0.self_attn.q_proj.weight_packed"), ["quantised", "bf16"]),
-        (one("model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4"), ["quantised", "bf16"]),
+        (one("model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4"), ["quantised", "dequantize()"]),
     ];
     for (header, says) in cases {
         weights.write(&scene, &header);
@@ -230,6 +230,18 @@ fn a_folder_without_weights_says_what_it_holds() {
         fs::write(path, "x").unwrap();
         scene.refuses(&[], code, &[says]);
     }
+    // Of several checkpoints the last one that has weights.
+    let scene = Scene::new();
+    fs::remove_file(scene.model().join("model.safetensors")).unwrap();
+    for file in ["checkpoint-9/x", "checkpoint-90/x", "checkpoint-100/x", "checkpoint-200/config.json"] {
+        let folder = scene.model().join(file).parent().unwrap().to_owned();
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("config.json"), "{}").unwrap();
+        if file.ends_with('x') {
+            fs::write(folder.join("model.safetensors"), "x").unwrap();
+        }
+    }
+    scene.refuses(&[], 66, &["the folder `checkpoint-100` in it"]);
     // A folder of runs, without config.json itself.
     let scene = Scene::new();
     scene.refuses(&["--model-name", "."], 65, &["holds no config.json", "the folder `model` in it"]);
