@@ -469,8 +469,7 @@ fn encoding_decoding_and_vocabulary() {
 
 #[test]
 fn a_template_that_rewrites_earlier_turns_is_refused_by_row_and_turn() {
-    let forgetful =
-        "{% for m in messages %}<{{ m.content if m.role == 'user' or loop.last else m.content | upper }}>{% endfor %}";
+    let forgetful = "{% for m in messages %}<{{ m.content if m.role == 'user' or loop.last else m.content[0] | upper }}>{% endfor %}";
     let folder = model_folder(&json!(forgetful));
     let tokenizer = ChatTokenizer::open(folder.path(), None).unwrap();
     let path = folder.path().join("rows.json");

@@ -18,6 +18,7 @@ use super::report::Run;
 use super::session::{Base, Session};
 use super::train::{TrainSummary, Within, train_within};
 use super::{dense, prepare};
+use crate::checkpoint::newest_position;
 use crate::config::{CompareArgs, RunConfig, Variant};
 use crate::data::Dataset;
 use crate::exit::{self, Context, Ended, Failure, Result};
@@ -134,7 +135,7 @@ fn run(
     let exactly =
         (variant.method().is_some() && evaluations.args.needs_equal_parameters()).then_some(config.top_k_experts);
     let cell = Cell { config: &config, inputs, exactly, evaluations };
-    if config.resume {
+    if variant.config.resume {
         let mut kept = None;
         let is_kept = || {
             kept = cell.kept(original)?;
@@ -159,10 +160,12 @@ fn run(
 }
 
 /// The configuration of a variant. The folder of the comparison is prepared already, and only variants that had started can be
-/// resumed.
+/// resumed; one without a checkpoint, whose models were dropped, say, is begun anew.
 fn of_its_own(variant: &Variant, ranks: &Ranks) -> Result<RunConfig> {
-    let resume = variant.config.resume && ranks.decide(|| Ok(variant.config.output_dir.is_dir()))?;
-    Ok(RunConfig { overwrite: false, resume, ..variant.config.clone() })
+    let dir = &variant.config.output_dir;
+    let started = variant.config.resume && ranks.decide(|| Ok(dir.is_dir()))?;
+    let resume = started && ranks.decide(|| Ok(newest_position(&dir.join("checkpoints")).is_some()))?;
+    Ok(RunConfig { overwrite: started && !resume, resume, ..variant.config.clone() })
 }
 
 fn empty_report(variant: &Variant) -> VariantReport {
