@@ -10,6 +10,7 @@ mod launcher;
 mod lock;
 pub mod memory;
 mod output_dir;
+mod outputs;
 mod peers;
 mod ranks;
 mod signals;

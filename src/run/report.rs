@@ -127,14 +127,11 @@ impl Run {
             };
             return Err(Failure::new(exit::NO_INPUT, format!("{} {what}", dir.display())));
         }
-        let names = OF_A_RUN;
-        let bytes = names.iter().map(|name| size(&dir.join(name))).sum();
+        let bytes = OF_A_RUN.iter().map(|name| size(&dir.join(name))).sum();
         let meter = &Meter::start(format!("reading {}", dir.display()), Unit::Bytes, bytes);
-        let [scores_path, metrics, metadata, rankings, eval] = names.map(|name| dir.join(name));
+        let [scores_path, log, metadata_path, rankings, eval] = OF_A_RUN.map(|name| dir.join(name));
         let scores = existing(meter, &scores_path, ScoresFile::read)?;
-        let log = metrics;
         let metrics = existing(meter, &log, read_rows)?;
-        let metadata_path = metadata;
         let metadata = existing(meter, &metadata_path, read_json)?.unwrap_or(Value::Null);
         let rankings = existing(meter, &rankings, RankingsFile::read)?;
         let eval = existing(meter, &eval, EvalReport::read)?;

@@ -5,6 +5,8 @@
 mod golden_copy;
 #[path = "../common/processes.rs"]
 mod processes;
+#[path = "../common/shared.rs"]
+mod shared;
 
 mod comparison;
 mod program;

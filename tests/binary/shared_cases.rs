@@ -13,9 +13,7 @@ const NOT_SHOWN: i32 = 2;
 
 /// The folders of cases whose names begin like this; prints where it looked if there are none.
 fn cases(begins: impl Fn(&str) -> bool) -> Vec<PathBuf> {
-    let shared = std::env::var_os("MOEWARDEN_SHARED")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
-    let folder = shared.join("cases");
+    let folder = crate::shared::shared().join("cases");
     let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
     let mut cases: Vec<_> = entries
         .filter(|entry| entry.file_name().to_str().is_some_and(&begins) && entry.path().join("run.sh").is_file())

@@ -24,8 +24,7 @@ fn options() -> DataOptions {
 
 /// The shared folder of goldens and attack rows, if it exists.
 fn shared() -> Option<PathBuf> {
-    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
-    let path = std::env::var_os("MOEWARDEN_SHARED").map_or_else(beside, PathBuf::from);
+    let path = crate::shared::shared();
     if !path.join("goldens").is_dir() {
         eprintln!("skipped: {} does not exist (set MOEWARDEN_SHARED to the folder)", path.display());
         return None;

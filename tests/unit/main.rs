@@ -4,6 +4,8 @@
 mod case;
 #[path = "../common/golden_copy.rs"]
 mod golden_copy;
+#[path = "../common/shared.rs"]
+mod shared;
 #[path = "../common/values.rs"]
 mod values;
 

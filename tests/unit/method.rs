@@ -1,6 +1,5 @@
 //! Router alignment against finite differences and its definitions; selections against reference cases.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use moewarden::collective::Collective;
@@ -203,8 +202,7 @@ proptest! {
 /// Cases computed by an independent implementation, if the shared folder has them.
 #[test]
 fn selections_of_the_reference_cases() {
-    let shared = std::env::var_os("MOEWARDEN_SHARED")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
+    let shared = crate::shared::shared();
     let Ok(cases) = std::fs::read_dir(shared.join("goldens")) else {
         println!("skipped: {} has no reference cases", shared.display());
         return;

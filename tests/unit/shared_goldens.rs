@@ -26,10 +26,8 @@ const LATER_IN_16_BITS: Tolerance = Tolerance {
 
 /// The folders of all cases; prints the searched folders if there are none.
 fn cases() -> Vec<PathBuf> {
-    let shared = std::env::var_os("MOEWARDEN_SHARED")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
     let named = std::env::var_os("MOEWARDEN_CASES").map(PathBuf::from);
-    let folders: Vec<PathBuf> = [Some(shared.join("goldens")), named].into_iter().flatten().collect();
+    let folders: Vec<PathBuf> = [Some(crate::shared::shared().join("goldens")), named].into_iter().flatten().collect();
     let entries = folders.iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten();
     let mut cases: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
     cases.retain(|case| case.join("expect.json").is_file());

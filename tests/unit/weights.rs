@@ -17,8 +17,7 @@ use crate::model_folder::{Model, families, files, make, open, out, some_changes}
 
 /// The folder of shared test data, if it exists.
 fn shared() -> Option<PathBuf> {
-    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
-    let dir = std::env::var_os("MOEWARDEN_SHARED").map_or_else(beside, PathBuf::from);
+    let dir = crate::shared::shared();
     if dir.is_dir() {
         return Some(dir);
     }
