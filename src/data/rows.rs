@@ -150,15 +150,15 @@ impl<'a> Rows<'a> {
         {
             return one_level_down(&key);
         }
-        if !error.is_eof() {
+        let Some(end) = input::cut_off(text.as_bytes(), error) else {
             return format!("not JSON: {words} (column {}){}", error.column(), self.hint(text, &message));
-        }
+        };
         match self.goes_on(start, text) {
             true => {
                 "the row goes on in the next line: a file is a JSON array of rows, or JSONL with each row on one line"
                     .into()
             }
-            false => format!("the row is cut off: {words} (column {}); {AGAIN}", error.column()),
+            false => format!("the row is cut off: {end} (column {}); {AGAIN}", error.column()),
         }
     }
 

@@ -16,7 +16,7 @@ use crate::quote::quote;
 
 pub use formats::{Format, recognise};
 pub use rows::{RowsError, no_text_in, read_rows};
-pub use words::{json_problem, json_words, line_problem, problem_in, words, yaml_words};
+pub use words::{cut_off, json_problem, json_words, line_problem, problem_in, words, yaml_words};
 
 /// How to get a damaged file again.
 const FETCH_AGAIN: &str =
@@ -158,7 +158,7 @@ fn damaged(bytes: &[u8], error: &serde_json::Error, again: &str) -> String {
         false => problem_in(bytes, error),
     };
     match &syntax {
-        Some(syntax) if syntax.is_eof() => format!(
+        Some(syntax) if cut_off(bytes, syntax).is_some() => format!(
             "the file ends in the middle of its JSON, as after a download or a writing that was cut off: {problem}; {again}"
         ),
         Some(_) => format!("not JSON: {problem}; {again}"),

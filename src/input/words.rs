@@ -25,9 +25,41 @@ pub fn json_problem(error: &serde_json::Error) -> String {
     }
 }
 
+/// Where `text` ends, if it is the beginning of a JSON text that was cut off: "it ends inside a list".
+pub fn cut_off(text: &[u8], error: &serde_json::Error) -> Option<String> {
+    if error.is_eof() {
+        return Some(json_words(error));
+    }
+    if !error.is_syntax() {
+        return None;
+    }
+    // The parser reports what is missing of a number or a character as a mistake.
+    let inside = match without_place(&error.to_string()) {
+        "invalid number"
+            if matches!(
+                text,
+                [b'-']
+                    | [.., b'[' | b':' | b',' | b' ' | b'\n', b'-']
+                    | [.., b'0'..=b'9', b'.' | b'e' | b'E']
+                    | [.., b'e' | b'E', b'+' | b'-']
+            ) =>
+        {
+            "number"
+        }
+        "invalid unicode code point" if std::str::from_utf8(text).is_err_and(|e| e.error_len().is_none()) => {
+            "character"
+        }
+        _ => return None,
+    };
+    Some(format!("it ends inside a {inside}"))
+}
+
 /// [`json_problem`] of an error in reading a value of `text`.
 pub fn problem_in(text: &[u8], error: &serde_json::Error) -> String {
     let problem = json_problem(error);
+    if let Some(end) = cut_off(text, error) {
+        return problem.replacen(&json_words(error), &end, 1);
+    }
     if !error.is_syntax() || serde_json::from_slice::<IgnoredAny>(text).is_err() {
         return problem;
     }
@@ -48,8 +80,8 @@ pub fn line_problem(line: &[u8], error: &serde_json::Error) -> String {
     if line.contains(&0) {
         return "the line holds zero bytes, as after a crash or a full disk".into();
     }
-    if error.is_eof() {
-        return format!("the line is cut off: {}", json_words(error));
+    if let Some(end) = cut_off(line, error) {
+        return format!("the line is cut off: {end}");
     }
     problem_in(line, error).replacen("(line 1, column ", "(column ", 1)
 }
@@ -324,6 +356,24 @@ mod tests {
         }
         assert_eq!(words("`a`: `b`: missing field `c` at line 1 column 2"), "`a`: `b`: the field c is missing");
         assert!(matches!(serde_json::from_str("\"second\"").unwrap(), Kind::Second));
+    }
+
+    #[test]
+    fn the_beginning_of_a_text_is_told_from_a_mistake() {
+        let whole = r#"{"a": [-1.5e+10, 0.25E-3, true, null, false, "x\u00e9\ud83d\ude00\n é 😀"], "b": {"c": 1e5}}"#
+            .as_bytes();
+        let read = |text: &[u8]| serde_json::from_slice::<serde_json::Value>(text);
+        for end in 0..whole.len() {
+            let cut = &whole[..end];
+            let error = read(cut).unwrap_err();
+            assert!(cut_off(cut, &error).is_some(), "{:?}: {error}", String::from_utf8_lossy(cut));
+            assert!(problem_in(cut, &error).starts_with("it ends "), "{}", problem_in(cut, &error));
+        }
+        for mistake in [r#"{"a": 1.}"#, "[1..", "[01", "[1ee", "[--", "[.", "{\"a\": 1}}", "[1,]", "[\"ÿ\"]"] {
+            let text: Vec<u8> = mistake.chars().map(|c| c as u8).collect();
+            let error = read(&text).unwrap_err();
+            assert_eq!(cut_off(&text, &error), None, "{mistake}");
+        }
     }
 
     #[test]
