@@ -25,7 +25,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Writing, syncing or renaming failed. An existing file is unchanged.
-    #[error("{path}: writing failed, an existing file is unchanged (is the disk full?)")]
+    #[error("{path}: writing failed, an existing file is unchanged ({})", why_not_written(source))]
     Write {
         /// The output file.
         path: PathBuf,
@@ -47,6 +47,16 @@ impl Coded for Error {
 /// permissions.
 pub fn is_disk_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// What to look at where a file cannot be written.
+pub fn why_not_written(error: &io::Error) -> &'static str {
+    match error.kind() {
+        _ if is_disk_full(error) => "free space, or give another folder",
+        io::ErrorKind::IsADirectory => "a folder is in the place of the file: move it away",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => "is the folder writable?",
+        _ => "is the disk full, or is the folder not writable?",
+    }
 }
 
 /// A file that appears under its name, complete, at [`AtomicFile::commit`]. Dropped without a commit, it leaves nothing

@@ -128,6 +128,9 @@ impl<'de> Deserialize<'de> for Entries {
 fn check_form(option: &str, value: &Value) -> Result<(), String> {
     let form = match value {
         Value::Object(_) if option.ends_with("chat-template-kwargs") => return Ok(()),
+        Value::Array(_) if option.ends_with("chat-template-kwargs") => {
+            return Err("expected a map, one `variable: value` a line, or an object of JSON as text, not a list".into());
+        }
         Value::Object(_) => "map",
         Value::Array(items) if items.iter().any(|item| item.is_array() || item.is_object()) => "list of lists or maps",
         _ => return Ok(()),
@@ -197,6 +200,7 @@ mod tests {
             ("layers: [1, 2]\n", 1, "one value"),
             ("layers: {a: 2}\n", 1, "one value"),
             ("seed: 1\nsweep: [[seed=1]]\n", 2, "one value"),
+            ("chat-template-kwargs: [a]\n", 1, "expected a map, one `variable: value` a line"),
             ("seed: 1\nchat-template-kwargs: [a]\n", 2, "not a list"),
             ("chat-template-kwargs: enable_thinking\n", 1, "expected a JSON object such as"),
             ("chat-template-kwargs: 1\n", 1, "an object of variables, or its JSON text"),

@@ -87,7 +87,7 @@ impl Dataset {
             }
         }
         if records.is_empty() {
-            return Err(Error::file(path, format!("no row is left: {}\n{report}", report.why_none())));
+            return Err(Error::file(path, format!("{}\n{report}", report.why_none())));
         }
         if report.loss_tokens == 0 && !options.prompts_suffice {
             return Err(Error::file(path, format!("no row has a token that carries loss\n{report}")));
@@ -112,9 +112,9 @@ impl DataReport {
     /// Why no row was kept.
     fn why_none(&self) -> String {
         if self.dropped.is_empty() {
-            "the file holds none".into()
+            "the file holds no rows".into()
         } else {
-            format!("dropped {}", list_counts(&self.dropped))
+            format!("no row is left: dropped {}", list_counts(&self.dropped))
         }
     }
 

@@ -108,7 +108,8 @@ struct Special {
 }
 
 impl Special {
-    fn read(path: &Path, object: &Map<String, Value>) -> Result<Self, Error> {
+    /// `in_config`: `object` is that of `tokenizer_config.json`, where only a standard name takes an object without a type.
+    fn read(path: &Path, object: &Map<String, Value>, in_config: bool) -> Result<Self, Error> {
         let wrong = |key: &str, value: &Value| {
             let message = format!(
                 "{key} holds {}, which is no token: a token is a string, or an object with the string `content`",
@@ -122,6 +123,12 @@ impl Special {
             match (&**key, value) {
                 // Flags such as `add_bos_token`.
                 (name, Value::Bool(_)) if name.ends_with("_token") => {}
+                (name, value)
+                    if in_config
+                        && name.ends_with("_token")
+                        && !NAMES.contains(&name)
+                        && !value.is_string()
+                        && value.get("__type").is_none() => {}
                 (name, Value::Null) if name.ends_with("_token") => special.named.push((key.clone(), None)),
                 (name, value) if name.ends_with("_token") => {
                     special.named.push((key.clone(), Some(one(name, value)?)));
@@ -176,7 +183,7 @@ impl DeclaredTokens {
     /// An entry that is no token.
     pub(super) fn read(files: &TokenFiles<'_>, tokenizer: &Tokenizer) -> Result<Self, Error> {
         let (config_path, config) = &files.config;
-        let mut special = Special::read(config_path, config)?;
+        let mut special = Special::read(config_path, config, true)?;
         for (name, text) in files.class.defaults().iter().filter(|(name, _)| !config.contains_key(*name)) {
             special.name((*name).into(), Some(Declared::new(text, true)));
         }
@@ -189,7 +196,7 @@ impl DeclaredTokens {
             Some(decoder) => entries.extend(read_decoder(config_path, decoder)?),
             None => {
                 let (path, object) = &files.special_tokens_map;
-                let older = Special::read(path, object)?;
+                let older = Special::read(path, object, false)?;
                 older.named.into_iter().for_each(|(name, token)| special.name(name, token));
                 special.extra = match (special.extra, older.extra) {
                     (Some(ours), Some(theirs)) if object.contains_key(EXTRA) => {

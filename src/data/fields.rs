@@ -10,7 +10,7 @@ use super::python_literal;
 use super::template::{ChatTemplate, Reads, TemplateError};
 use super::turns::{OF_THE_LOSS, WRITTEN, has_word, is_known};
 use super::values::kind_of;
-use super::values::{Result, check_objects, filled, is_blank, is_empty, name_of, text, without_nulls};
+use super::values::{Result, check_objects, filled, is_blank, is_empty, misspelled, name_of, text, without_nulls};
 use crate::input::no_text_in;
 
 /// Fields of a row that hold a system turn for its turns.
@@ -26,7 +26,7 @@ const MARK_TURNS: &str = "write loss: true or false in its turns";
 const ONE_REPLY: &str = "a row has one reply: write that as its last turn";
 const AS_SYSTEM: &str = "write it as system";
 /// Fields of a row that change what the model sees or learns, and that no kind of row can use.
-const REFUSED: [(&str, &str); 42] = [
+const REFUSED: [(&str, &str); 43] = [
     ("images", ONLY_TEXT),
     ("image", ONLY_TEXT),
     ("audios", ONLY_TEXT),
@@ -66,6 +66,7 @@ const REFUSED: [(&str, &str); 42] = [
     ("reasoning_details", IN_ITS_TURN),
     ("thinking_blocks", IN_ITS_TURN),
     ("thoughts", IN_ITS_TURN),
+    ("thought", IN_ITS_TURN),
     ("loss_weight", "all rows have the same weight; remove the field, or repeat the row"),
     ("sample_weight", "all rows have the same weight; remove the field, or repeat the row"),
     ("weight", "all rows have the same weight; remove the field, or repeat the row"),
@@ -132,8 +133,14 @@ fn bytes_of_item(value: &Value) -> Option<&str> {
     }
 }
 
-/// Refuses fields that would change what the model sees or learns.
-pub(super) fn refuse_unsupported(row: &Map<String, Value>) -> Result<()> {
+/// Refuses fields that would change what the model sees or learns, and the `used` ones in another spelling.
+pub(super) fn refuse_unsupported(row: &Map<String, Value>, used: &[&str]) -> Result<()> {
+    let is_refused = |name: &str| REFUSED.iter().any(|(other, _)| *other == name);
+    let is_read =
+        |name: &str| used.contains(&name) || SYSTEM.contains(&name) || VARIABLES.contains(&name) || name == KWARGS;
+    if let Some((name, known)) = misspelled(row, |name| is_read(name) || is_refused(name)) {
+        return Err(format!("the field {} of a row is unknown, unlike {known}: rename or remove it", name_of(name)));
+    }
     let says_nothing = |name: &str, value: &Value| {
         let one = value.as_f64() == Some(1.0) || value.as_bool() == Some(true);
         let is_false = value.as_bool() == Some(false);

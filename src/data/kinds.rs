@@ -143,7 +143,7 @@ pub(super) fn parse(line: usize, row: &Map<String, Value>, safe_response: &str, 
     };
     Ok(match parsed {
         Parsed::Row(mut parsed) => {
-            fields::refuse_unsupported(row)?;
+            fields::refuse_unsupported(row, used)?;
             parsed.variables = fields::variables(row, &mut parsed.nulls)?;
             let turns = parsed.unsafe_side.iter().chain(&parsed.safe_side).flat_map(|side| &side.messages);
             parsed.nulls.extend(turns.flat_map(|turn| &turn.nulls).map(|name| format!("{name} of a turn")));
@@ -168,6 +168,11 @@ fn attack(line: usize, row: &Map<String, Value>, target: Target<'_>, keep_failed
     // Beside the verdict of one judge, the null of another is the column of a table that holds rows of both.
     if !(without_verdict || succeeded || keep_failed) {
         return Ok(Parsed::Dropped(DropReason::NullVerdict));
+    }
+    if is_labelled_safe(row) {
+        return Err("an attack row with the label safe, and its prompt is an unsafe one: remove the label if the attack succeeded, or else the \
+             row"
+            .into());
     }
     if let Some((name, _)) = fields::system(row)? {
         return Err(format!("an attack row with the field {name}: write it as the first turn of all_prompt"));
@@ -305,6 +310,11 @@ fn chat(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
     Ok(Row { unsafe_side, safe_side, completed, earlier_excluded, unused, ..row })
 }
 
+/// Whether a row of a kind that needs no label has one that contradicts its unsafe side.
+fn is_labelled_safe(row: &Map<String, Value>) -> bool {
+    filled(row, "label").and_then(Value::as_str).is_some_and(|label| label.trim().eq_ignore_ascii_case("safe"))
+}
+
 fn pair(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row> {
     let side = |name| {
         let list = row.get(name).filter(|list| !list.is_null()).ok_or_else(|| format!("a pair row without {name}"))?;
@@ -312,6 +322,11 @@ fn pair(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
         check_awaits_reply(&list, name)?;
         Ok::<_, String>(list)
     };
+    if is_labelled_safe(row) {
+        return Err("a pair row with the label safe, and it has an unsafe side, too: remove the label if both sides are meant, or write the \
+             safe one as a chat row"
+            .into());
+    }
     let (safe, unsafe_) = (side("safe_messages")?, side("unsafe_messages")?);
     let response = text(row, "response")?;
     let reply = || response.map_or_else(|| target.reply(), |text| Message::new("assistant", text));

@@ -138,7 +138,7 @@ fn render(
     turns: &[Message],
     variables: &Map<String, Value>,
 ) -> Result<(String, Vec<String>)> {
-    fields::refuse_unsupported(row)?;
+    fields::refuse_unsupported(row, fields::QUESTION_FIELDS)?;
     let mut of_row = fields::variables(row, &mut BTreeSet::new())?;
     let own: Vec<_> = of_row.keys().filter(|name| !variables.contains_key(*name)).cloned().collect();
     for (name, value) in variables {

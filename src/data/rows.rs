@@ -189,6 +189,8 @@ impl<'a> Rows<'a> {
             "; JSON has double quotation marks: write rows with json.dumps"
         } else if text.starts_with("//") || text.starts_with('#') {
             "; JSON has no comments: remove the line"
+        } else if lines && looks_like_yaml(text) {
+            "; this looks like YAML: write rows by json.dump(yaml.safe_load(open(FILE)), open('rows.json', 'w'))"
         } else if message.contains("trailing comma") {
             "; remove the comma before the bracket"
         } else {
@@ -249,6 +251,16 @@ impl Iterator for Rows<'_> {
             Format::Done => None,
         }
     }
+}
+
+/// Whether a line that is no JSON is an item, a field or a mark of YAML.
+fn looks_like_yaml(line: &str) -> bool {
+    let line = line.trim_end();
+    let item = line.strip_prefix("- ").unwrap_or(line).trim_start();
+    let is_name = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "_-'\"".contains(c));
+    let is_field =
+        item.split_once(':').is_some_and(|(name, value)| is_name(name) && (value.is_empty() || value.starts_with(' ')));
+    line == "---" || line == "-" || line.starts_with("- ") || is_field
 }
 
 /// The key under which a file that is one object holds rows: `{"data": [{...}, ...]}`.
@@ -359,6 +371,10 @@ mod tests {
                 "{'a': 1}",
                 "f:1: not JSON: a name is not in double quotation marks (column 2); JSON has double quotation marks",
             ),
+            ("- a: 1\n  b: 2\n", "(column 2); this looks like YAML: write rows by json.dump(yaml"),
+            ("---\n- a: 1\n", "; this looks like YAML"),
+            ("a: 1\n", "(column 1); this looks like YAML"),
+            ("how to: write\n", "f:1: not JSON: no JSON value begins here (column 1)"),
             ("# rows\n{\"a\":1}", "f:1: not JSON: no JSON value begins here (column 1); JSON has no comments"),
             (
                 "[{\"b\":1},\n{\"a\":1,\n\"a at line 7\":2, \"a\":2}]",

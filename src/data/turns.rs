@@ -6,7 +6,7 @@ use super::message::{Form, Message, NAMES};
 use super::python_literal;
 use super::values::kind_of;
 use super::values::{
-    Result, check_objects, filled, is_blank, is_empty, name_of, present, quoted, string, without_nulls,
+    Result, check_objects, filled, is_blank, is_empty, misspelled, name_of, present, quoted, string, without_nulls,
 };
 
 /// Fields of a turn that chat templates may write, so that the model sees them. A field that the template never reads is
@@ -16,7 +16,7 @@ pub(super) const WRITTEN: [&str; 5] = ["reasoning_content", "reasoning", "thinki
 const LOSS: [&str; 3] = ["loss", "train", "training"];
 /// Fields of a turn that hold what no text model can be given, text in a place where no template looks for it, or other
 /// spellings of what decides the loss.
-const REFUSED: [(&str, &str); 12] = [
+const REFUSED: [(&str, &str); 14] = [
     ("images", "only text is supported"),
     ("image", "only text is supported"),
     ("audios", "only text is supported"),
@@ -29,12 +29,14 @@ const REFUSED: [(&str, &str); 12] = [
     ("reasoning_details", "write the text as reasoning_content"),
     ("thinking_blocks", "write the text as reasoning_content"),
     ("thoughts", "write the text as reasoning_content"),
+    ("thought", "write the text as reasoning_content"),
+    ("prefix", "a reply is learnt whole, with what ends it; remove the field"),
 ];
 
 /// Words in names of fields that decide which tokens carry loss, however they are spelled: `loss_mask`, `is_masked`, `sample_weights`.
 pub(super) const OF_THE_LOSS: [&str; 7] = ["loss", "losses", "mask", "masks", "masked", "weight", "weights"];
 /// The same in a turn, such as `train_on_turn`; the fields of a row may name the split that it belongs to.
-const OF_TRAINING: [&str; 4] = ["train", "trained", "training", "trainable"];
+const OF_TRAINING: [&str; 8] = ["train", "trained", "training", "trainable", "learn", "learned", "ignore", "ignored"];
 
 /// Whether one of the words of a name is in a list.
 pub(super) fn has_word(name: &str, words: &[&str]) -> bool {
@@ -100,8 +102,14 @@ fn message(value: &Value, last: bool) -> Result<Message> {
     let Value::Object(map) = value else {
         return Err(format!("should be an object with role and content, not {}", kind_of(value)));
     };
-    if let Some((name, why)) = REFUSED.iter().find(|(name, _)| filled(map, name).is_some()) {
+    let says_nothing = |name: &str, value: &Value| name == "prefix" && value.as_bool() == Some(false);
+    let given = |name: &str| filled(map, name).is_some_and(|value| !says_nothing(name, value));
+    if let Some((name, why)) = REFUSED.iter().find(|(name, _)| given(name)) {
         return Err(format!("{name} is not supported: {why}"));
+    }
+    let is_refused = |name: &str| REFUSED.iter().any(|(other, _)| *other == name);
+    if let Some((name, known)) = misspelled(map, |name| is_known(name) || is_refused(name)) {
+        return Err(format!("the field {} is unknown, unlike {known}: rename or remove it", name_of(name)));
     }
     let role = match string(one_of(map, ["role", "from"])?.ok_or("has no role")?, "role")? {
         role @ ("system" | "developer" | "user" | "assistant" | "tool") => role,
@@ -145,7 +153,11 @@ fn message(value: &Value, last: bool) -> Result<Message> {
         None if map.contains_key("content") => (Form::Null, String::new()),
         None => (Form::Missing, String::new()),
     };
-    turn.unknown = map.keys().filter(|name| filled(map, name).is_some() && !is_known(name)).cloned().collect();
+    turn.unknown = map
+        .keys()
+        .filter(|name| filled(map, name).is_some() && !is_known(name) && !is_refused(name))
+        .cloned()
+        .collect();
     match turn.unknown.iter().find(|name| has_word(name, &OF_THE_LOSS) || has_word(name, &OF_TRAINING)) {
         Some(name) => {
             Err(format!("{} is not supported: write loss: true or false, or remove the field", name_of(name)))

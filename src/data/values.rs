@@ -87,6 +87,32 @@ pub(super) fn string<'a>(value: &'a Value, name: &str) -> Result<&'a str> {
 /// Characters of a value that a message shows.
 const SHOWN: usize = 60;
 
+/// The name of a field in the form that moewarden knows: `systemPrompt`, `System-Prompt` and ` SYSTEM_PROMPT` are `system_prompt`.
+pub(super) fn plain_spelling(name: &str) -> String {
+    let mut plain = String::with_capacity(name.len());
+    let mut in_word = false;
+    for c in name.trim().chars() {
+        if c.is_uppercase() && in_word {
+            plain.push('_');
+        }
+        in_word = c.is_lowercase() || c.is_numeric();
+        match c {
+            '-' | ' ' | '.' => plain.push('_'),
+            c => plain.extend(c.to_lowercase()),
+        }
+    }
+    plain
+}
+
+/// A field that holds something and is not of the names that are `known`, but for its spelling: it would be dropped. With that
+/// name.
+pub(super) fn misspelled<'a>(map: &'a Map<String, Value>, known: impl Fn(&str) -> bool) -> Option<(&'a str, String)> {
+    let fields = map.keys().filter(|name| !known(name) && filled(map, name).is_some());
+    fields
+        .map(|name| (name.as_str(), plain_spelling(name)))
+        .find(|(name, plain)| known(plain) && map.get(plain) != map.get(*name))
+}
+
 /// Text of a file for a message, in quotation marks.
 pub(super) fn quoted(text: &str) -> String {
     format!("\"{}\"", quote::cut(text, SHOWN))

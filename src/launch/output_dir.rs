@@ -94,7 +94,7 @@ fn check_resumable(dir: &Path, rounds: bool, finished: &[&str], inputs: &[&Path]
     let message = match (newest, foreign) {
         (Some(_), None) => return Ok(()),
         (Some(_), Some(foreign)) => format!(
-            "holds {}, which moewarden did not write and a resumed run would delete with the model beside it: move it away",
+            "holds {}, which is no output of a run and which a resumed one would delete with the model beside it: move it away",
             relative(foreign)
         ),
         (None, foreign) => {
@@ -134,13 +134,13 @@ pub fn check_model_dir(dir: &Path, overwrite: bool, inputs: &[&Path]) -> Result<
 /// Deletes those of the folders `names` of the output folder `dir` that exist.
 ///
 /// # Errors
-/// [`LaunchError::OutputDir`] if one holds what moewarden did not write: then nothing is deleted. [`LaunchError::OutputIo`].
+/// [`LaunchError::OutputDir`] if one holds what is no output of a run: then nothing is deleted. [`LaunchError::OutputIo`].
 pub fn remove_output_folders(dir: &Path, names: &[&str]) -> Result<(), LaunchError> {
     let mut outputs = Outputs::default();
     for entry in entries(dir)?.into_iter().filter(|entry| names.iter().any(|name| entry.file_name() == *name)) {
         outputs.collect_entry(&entry, Place::Top)?;
     }
-    outputs.refuse_foreign(dir)?;
+    outputs.refuse_kept(dir, &[])?;
     outputs.remove(&[])
 }
 
@@ -198,23 +198,18 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
         // The lock file belongs to this process or to a killed one.
         Existing::Refuse if entries(dir)?.iter().all(|entry| entry.file_name() == LOCK_FILE) => {}
         Existing::Refuse => {
-            return Err(refused(
-                "is not empty; give another --output-dir, --overwrite to delete an earlier run's outputs from it, \
-                 or (train, eval, compare) --resume to continue that run"
-                    .into(),
-            ));
+            outputs.collect(dir, place)?;
+            let (overwrite, instead) = match outputs.kept(dir, inputs)? {
+                None => ("--overwrite to delete an earlier run's outputs from it, ", String::new()),
+                Some(what) => ("", format!(" (--overwrite would not do: the folder holds {what})")),
+            };
+            return Err(refused(format!(
+                "is not empty; give another --output-dir, {overwrite}or (train, eval, compare) --resume to continue that run{instead}"
+            )));
         }
         Existing::Replace => {
             outputs.collect(dir, place)?;
-            outputs.refuse_foreign(dir)?;
-            let whole = fs::canonicalize(dir).map_err(failed("read", dir))?;
-            let inside = |path: &&&Path| fs::canonicalize(path).is_ok_and(|path| path.starts_with(&whole));
-            if let Some(input) = inputs.iter().find(inside) {
-                return Err(refused(format!(
-                    "holds {}, which is to be read and which --overwrite would delete; give another --output-dir",
-                    input.display()
-                )));
-            }
+            outputs.refuse_kept(dir, inputs)?;
         }
     }
     Ok(Some(outputs))
@@ -355,7 +350,7 @@ mod tests {
         ] {
             let dir = folder(&[&OUTPUTS[..], &[foreign]].concat());
             let error = prepare_dir(dir.path(), Existing::Replace).unwrap_err();
-            assert!(error.to_string().contains("did not write"), "{error}");
+            assert!(error.to_string().contains("no output of a run"), "{error}");
             assert!(OUTPUTS.iter().all(|name| dir.path().join(name).exists()), "{foreign}: something was removed");
         }
     }

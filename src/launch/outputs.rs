@@ -151,12 +151,22 @@ impl Outputs {
         Ok(())
     }
 
-    pub(super) fn refuse_foreign(&self, dir: &Path) -> Result<(), LaunchError> {
-        let Some(foreign) = self.foreign.first() else { return Ok(()) };
-        let name = foreign.strip_prefix(dir).unwrap_or(foreign).display();
-        let message = format!(
-            "holds {name}, which moewarden did not write: nothing was removed; move it away, or give another --output-dir"
-        );
+    /// What of the folder `dir` must not be deleted, with the reason: what is no output, and the `inputs`.
+    pub(super) fn kept(&self, dir: &Path, inputs: &[&Path]) -> Result<Option<String>, LaunchError> {
+        let whole = fs::canonicalize(dir).map_err(failed("read", dir))?;
+        let inside = |path: &&&Path| fs::canonicalize(path).is_ok_and(|path| path.starts_with(&whole));
+        if let Some(input) = inputs.iter().find(inside) {
+            return Ok(Some(format!("{}, which is to be read", input.display())));
+        }
+        let foreign = self.foreign.first();
+        let name = foreign.map(|path| path.strip_prefix(dir).unwrap_or(path).display());
+        Ok(name.map(|name| format!("{name}, which is no output of a run")))
+    }
+
+    /// Refuses to delete what must not be.
+    pub(super) fn refuse_kept(&self, dir: &Path, inputs: &[&Path]) -> Result<(), LaunchError> {
+        let Some(what) = self.kept(dir, inputs)? else { return Ok(()) };
+        let message = format!("holds {what}: nothing was removed; move it away, or give another --output-dir");
         Err(LaunchError::OutputDir { path: dir.to_owned(), message })
     }
 

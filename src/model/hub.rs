@@ -20,9 +20,10 @@ pub enum Error {
     #[error("the model `{0}` is a file; give the folder that holds config.json and the weights")]
     IsFile(String),
     #[error(
-        "`{0}` is neither a folder nor a hub id such as `allenai/OLMoE-1B-7B-0125-Instruct` (with a revision: `ORG/NAME@REVISION`)"
+        "`{name}` is neither a folder nor a hub id such as `allenai/OLMoE-1B-7B-0125-Instruct` (with a revision: `ORG/NAME@REVISION`){}",
+        in_address(name).map_or_else(String::new, |id| format!("; for the model of this address give {id}"))
     )]
-    NotAName(String),
+    NotAName { name: String },
     #[error(
         "the model `{id}` is neither a folder here nor in the Hugging Face cache (looked in {looked}). To download it, repeat the \
          command with --download, or run `{}`; or set HF_HUB_CACHE or HF_HOME to the cache that has it", .id.command()
@@ -68,6 +69,19 @@ impl HubId {
     }
 }
 
+/// The hub id in the address of a model's page, or of one of its files.
+fn in_address(name: &str) -> Option<HubId> {
+    let path = ["huggingface.co/", "hf.co/", "hf://"].iter().find_map(|server| Some(name.split_once(server)?.1))?;
+    let path = path.split(['?', '#']).next()?.trim_matches('/');
+    let (id, rest) = match path.match_indices('/').nth(1) {
+        Some((end, _)) => (&path[..end], path[end + 1..].split_once('/')),
+        None => (path, None),
+    };
+    let of_revision = ["tree", "blob", "resolve"];
+    let revision = rest.filter(|(kind, _)| of_revision.contains(kind)).and_then(|(_, rest)| rest.split('/').next());
+    HubId::parse(&revision.map_or_else(|| id.to_owned(), |revision| format!("{id}@{revision}")))
+}
+
 impl fmt::Display for HubId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &*self.revision {
@@ -80,7 +94,7 @@ impl fmt::Display for HubId {
 impl Coded for Error {
     fn exit_code(&self) -> u8 {
         match self {
-            Error::IsFile(_) | Error::NotAName(_) | Error::Missing { .. } => exit::NO_INPUT,
+            Error::IsFile(_) | Error::NotAName { .. } | Error::Missing { .. } => exit::NO_INPUT,
             Error::Incomplete { .. } => exit::DATA,
         }
     }
@@ -114,7 +128,7 @@ impl HubCache {
         if folder.is_file() {
             return Err(Error::IsFile(name.into()));
         }
-        self.snapshot(&HubId::parse(name).ok_or_else(|| Error::NotAName(name.into()))?)
+        self.snapshot(&HubId::parse(name).ok_or_else(|| Error::NotAName { name: name.into() })?)
     }
 
     /// The snapshot of a hub id: of the commit that `refs/REVISION` names, or of the commit that is the revision.
@@ -244,6 +258,24 @@ mod tests {
     }
 
     #[test]
+    fn an_address_is_answered_with_its_hub_id() {
+        for (name, id) in [
+            ("https://huggingface.co/allenai/OLMoE-1B-7B-0924", Some("allenai/OLMoE-1B-7B-0924")),
+            ("https://huggingface.co/org/name/", Some("org/name")),
+            ("huggingface.co/org/name/tree/main", Some("org/name")),
+            ("https://hf.co/org/name/blob/v2/config.json?download=true", Some("org/name@v2")),
+            ("hf://org/name", Some("org/name")),
+            ("https://huggingface.co/org/name/discussions/3", Some("org/name")),
+            ("https://huggingface.co/../name", None),
+            ("https://example.org/org/name", None),
+        ] {
+            assert_eq!(in_address(name).map(|id| id.to_string()).as_deref(), id, "{name}");
+        }
+        let error = Error::NotAName { name: "https://huggingface.co/org/name".into() }.to_string();
+        assert!(error.ends_with("; for the model of this address give org/name"), "{error}");
+    }
+
+    #[test]
     fn a_name_cannot_leave_the_cache() {
         for name in [
             "../x",
@@ -260,7 +292,7 @@ mod tests {
             "@x",
         ] {
             let error = HubCache { root: "/nowhere".into() }.resolve(name).unwrap_err();
-            assert!(matches!(error, Error::NotAName(_)), "{name:?}: {error}");
+            assert!(matches!(error, Error::NotAName { .. }), "{name:?}: {error}");
         }
     }
 }

@@ -82,7 +82,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::exit::{self, Coded};
-use crate::files;
+use crate::files::{self, why_not_written};
 use crate::input;
 
 /// Why an output could not be written, or an output of an earlier run could not be read.
@@ -92,7 +92,7 @@ pub enum Error {
     #[error(transparent)]
     File(#[from] files::Error),
     /// The metrics log could not be opened, truncated, appended to or synced.
-    #[error("{path}: {action} failed (is the disk full, or is the folder not writable?)")]
+    #[error("{path}: {action} failed ({})", why_not_written(source))]
     Log {
         /// The log.
         path: PathBuf,

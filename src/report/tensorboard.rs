@@ -7,7 +7,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -17,7 +17,10 @@ use super::metrics::MetricsRow;
 /// The event file of a process, below the folder `tensorboard`. A run that is resumed begins another one.
 pub struct EventLog {
     path: PathBuf,
-    file: File,
+    /// Created with the first event: a run that has nothing left to do leaves no file.
+    file: Option<File>,
+    /// Steps of which earlier files have the events; `None`: there are no such files.
+    earlier: Option<u64>,
 }
 
 /// Fields of `Event`, of `Summary`, of `Summary.Value`, of `HistogramProto` and of `SessionLog`.
@@ -48,26 +51,13 @@ const END_OF_NAME: &str = ".moewarden";
 const BUCKETS: u64 = 30;
 
 impl EventLog {
-    /// A new event file in `folder`, which is created, for the steps after the first `done` ones.
-    ///
-    /// # Errors
-    /// [`Error::Log`].
-    pub fn create(folder: &Path, done: u64) -> Result<Self, Error> {
+    /// A new event file in `folder`, for the steps after the first `done` ones.
+    fn new(folder: &Path, done: u64) -> Self {
         let now = since_epoch();
         let continues = done > 0 || fs::read_dir(folder).is_ok_and(|mut files| files.next().is_some());
         // TensorBoard reads the files in the order of their names.
         let path = folder.join(format!("{START_OF_NAME}{}.{:09}{END_OF_NAME}", now.as_secs(), now.subsec_nanos()));
-        let open = || {
-            fs::create_dir_all(folder)?;
-            OpenOptions::new().append(true).create_new(true).open(&path)
-        };
-        let file = open().map_err(|source| Error::Log { path: path.clone(), action: "opening", source })?;
-        let mut log = Self { path, file };
-        log.append(0, bytes(field::FILE_VERSION, b"brain.Event:2"))?;
-        if continues {
-            log.append(done + 1, bytes(field::SESSION_LOG, &varint(field::STATUS, START)))?;
-        }
-        Ok(log)
+        Self { path, file: None, earlier: continues.then_some(done) }
     }
 
     /// A new event file for the steps after the first `done` ones, of which earlier files in `folder` hold the events. Where they do
@@ -84,13 +74,13 @@ impl EventLog {
         let earlier = own_files(folder);
         let recorded: HashSet<u64> = earlier.iter().flat_map(|path| steps_of(path)).collect();
         if (1..=done).all(|step| recorded.contains(&step)) {
-            return Ok((Self::create(folder, done)?, false));
+            return Ok((Self::new(folder, done), false));
         }
         let rows = rows()?;
         for path in &earlier {
             fs::remove_file(path).map_err(|source| Error::Log { path: path.clone(), action: "removing", source })?;
         }
-        let mut log = Self::create(folder, 0)?;
+        let mut log = Self::new(folder, 0);
         rows.iter().try_for_each(|row| log.write(row))?;
         Ok((log, !earlier.is_empty()))
     }
@@ -141,10 +131,31 @@ impl EventLog {
     }
 
     fn append(&mut self, step: u64, what: Vec<u8>) -> Result<(), Error> {
-        let event = [double(field::WALL_TIME, since_epoch().as_secs_f64()), varint(field::STEP, step), what].concat();
-        let written = self.file.write_all(&record(&event));
-        written.map_err(|source| Error::Log { path: self.path.clone(), action: "appending", source })
+        let failed = |action| move |source| (action, source);
+        let written = match &mut self.file {
+            Some(file) => file.write_all(&event(step, what)).map_err(failed("appending")),
+            None => self.open(&event(step, what)).map(|file| self.file = Some(file)).map_err(failed("opening")),
+        };
+        written.map_err(|(action, source)| Error::Log { path: self.path.clone(), action, source })
     }
+
+    /// Creates the file, with the marks of its beginning and the `first` event.
+    fn open(&self, first: &[u8]) -> io::Result<File> {
+        fs::create_dir_all(self.path.parent().unwrap_or(Path::new("")))?;
+        let mut start = event(0, bytes(field::FILE_VERSION, b"brain.Event:2"));
+        if let Some(done) = self.earlier {
+            start.extend(event(done + 1, bytes(field::SESSION_LOG, &varint(field::STATUS, START))));
+        }
+        start.extend(first);
+        let mut file = OpenOptions::new().append(true).create_new(true).open(&self.path)?;
+        file.write_all(&start)?;
+        Ok(file)
+    }
+}
+
+/// The record of an event.
+fn event(step: u64, what: Vec<u8>) -> Vec<u8> {
+    record(&[double(field::WALL_TIME, since_epoch().as_secs_f64()), varint(field::STEP, step), what].concat())
 }
 
 /// A `Summary.Value` with a number.
@@ -279,7 +290,7 @@ mod tests {
 
     /// The log with events of these steps.
     fn log_of(folder: &Path, steps: std::ops::RangeInclusive<u64>) -> PathBuf {
-        let mut log = EventLog::create(folder, steps.start() - 1).unwrap();
+        let mut log = EventLog::new(folder, steps.start() - 1);
         steps.for_each(|step| log.write(&row(step)).unwrap());
         log.path
     }
@@ -299,7 +310,7 @@ mod tests {
         assert_eq!(steps_of(&second), [4, 5, 6]);
         let resume = |done: u64| EventLog::resume(&folder, done, || Ok((1..=done).map(row).collect())).unwrap();
         assert!(!resume(200).1);
-        assert_eq!(own_files(&folder).len(), 3);
+        assert_eq!(own_files(&folder).len(), 2, "no file without events");
         let whole = fs::read(&first).unwrap();
         let mut flipped = whole.clone();
         flipped[300] ^= 1;

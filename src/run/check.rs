@@ -84,7 +84,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
         Opened::Cpu(cpu) => Cpu::new(threads).with_products(cpu.products().copied()),
         Opened::Cuda(..) => Cpu::new(threads),
     };
-    let rates = Rates::measure(&cpu, &session.model, sizes(&session, config, &recipe));
+    let rates = Rates::measure(&cpu, &session.model, sizes(&session, config, &recipe), &time.total());
     ui.result(format_args!("time a rank: {}", time.at(&rates)));
     ui.result(format_args!(
         "  at rates just measured with the operations of a layer on {} CPU threads, {:.0} GFLOP/s on average{}",

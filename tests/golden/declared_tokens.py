@@ -94,6 +94,13 @@ CASES = {
         {MAP: {"eos_token": {k: v for k, v in flags(MARKS[1], rstrip=True).items() if k != "special"}, "mask_token": "<y>"}},
         END,
     ),
+    "untyped_own_name": ({CONFIG: {"think_token": {"content": "<x>"}, "image_token": flags("<img>"), "y_token": typed("<y>")}}, END),
+    "untyped_own_name_and_decoder": (
+        {CONFIG: {"think_token": flags("<x>"), "added_tokens_decoder": {"1": flags("<x>", special=False), "2": flags(MARKS[1])}}},
+        END,
+    ),
+    "untyped_map_own_name": ({CONFIG: {}, MAP: {"think_token": flags("<x>", lstrip=True), "y_token": {"content": "<y>"}}}, END),
+    "other_types": ({CONFIG: {"think_token": 7, "x_token": ["<x>"], "y_token": {"text": "<y>"}, "eos_token": MARKS[1]}}, END),
     "added_tokens": ({ADDED: {MARKS[0]: 1, MARKS[1]: 2, "<|new|>": 304}}, END),
     "added_tokens_special": (
         {CONFIG: {"eos_token": MARKS[1], "extra_special_tokens": ["<x>"]}, ADDED: {MARKS[1]: 2, "<x>": 5, "<y>": 4}},

@@ -355,7 +355,7 @@ fn bad_files_name_their_line_and_exit_with_the_right_code() {
     for (bytes, message) in [
         (vec![], "the file is empty"),
         (b"\xef\xbb\xbf \n".to_vec(), "the file is empty"),
-        (b"[]".to_vec(), "no row is left: the file holds none"),
+        (b"[]".to_vec(), "the file holds no rows"),
         (second(b"{\"goal\": \"\xff\"}"), "rows.json:2: byte 0xff is not UTF-8"),
         ([b"\xff\xfe".as_slice(), b"[\0]\0"].concat(), "rows.json:1: the file is UTF-16"),
         (second(br#"{"goal": "\ud83d"}"#), "rows.json:2: not JSON: "),

@@ -273,6 +273,38 @@ fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
         (row(json!({"system": "a", "system_prompt": "b"})), template("plain"), "system and system_prompt differ"),
         (row(json!({"system": 3})), template("plain"), "system should be a string"),
         (
+            row(json!({"systemPrompt": "s"})),
+            template("plain"),
+            "systemPrompt of a row is unknown, unlike system_prompt:",
+        ),
+        (row(json!({"System": "s"})), template("plain"), "the field System of a row is unknown, unlike system:"),
+        (row(json!({"chat-template-kwargs": {"a": 1}})), template("plain"), "unlike chat_template_kwargs"),
+        (row(json!({"TOOLS": [{"name": "f"}]})), template("tools"), "unlike tools"),
+        (row(json!({"lossMask": [0]})), template("plain"), "unlike loss_mask"),
+        (row(json!({"thought": "Hm"})), template("plain"), "thought of a row is not supported"),
+        (
+            turns(json!({"reasoningContent": "Hm"})),
+            template("thinking"),
+            "reasoningContent is unknown, unlike reasoning_content:",
+        ),
+        (turns(json!({"toolCalls": [{"name": "f"}]})), template("tools"), "unlike tool_calls"),
+        (turns(json!({"Weight": 0})), template("plain"), "unlike weight"),
+        (turns(json!({"thought": "Hm"})), template("plain"), "thought is not supported: write the text as"),
+        (turns(json!({"prefix": true})), template("plain"), "prefix is not supported: a reply is learnt whole"),
+        (turns(json!({"ignore": true})), template("plain"), "ignore is not supported: write loss"),
+        (turns(json!({"learn": false})), template("plain"), "learn is not supported: write loss"),
+        (
+            json!({"goal": "g", "label": "safe", "all_prompt": [{"role": "user", "content": "q"}]}),
+            template("plain"),
+            "an attack row with the label safe",
+        ),
+        (
+            json!({"label": "Safe", "response": "No.", "safe_messages": [{"role": "user", "content": "q"}],
+                "unsafe_messages": [{"role": "user", "content": "q"}]}),
+            template("plain"),
+            "a pair row with the label safe",
+        ),
+        (
             json!({"label": "unsafe", "system": "a", "messages": [{"role": "system", "content": "b"}, {"role": "user", "content": "q"}]}),
             template("plain"),
             "the first turn, of the role system, and the field system differ",
@@ -512,6 +544,7 @@ fn fields_of_questions_are_used_or_refused_as_in_rows() {
     };
     for (row, says) in [
         (row(json!({"context": "A cake."})), "the field context of a row is not supported"),
+        (row(json!({"systemMessage": "s"})), "systemMessage of a row is unknown, unlike system_message"),
         (row(json!({"tools": [{"name": "f"}]})), "gives tools for the chat template, which does not read it"),
         (row(json!({"chat_template_kwargs": {"mood": 1}})), "gives mood for the chat template"),
         (turns(json!({"tool_calls": [{"name": "f"}]})), "message 2: the chat template does not write tool_calls"),

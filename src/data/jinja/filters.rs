@@ -1,8 +1,11 @@
 //! Filters of Jinja2 where those of minijinja differ.
 
+use std::sync::LazyLock;
+
 use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Environment, Error, Value, filters};
+use regex::Regex;
 
 use super::arguments::{all, arguments, integer, text};
 use super::limits::{MAX_TEXT, check_format, check_size, check_width, refuse};
@@ -24,11 +27,15 @@ pub(super) fn add(env: &mut Environment<'static>) {
     // minijinja takes None for an empty list.
     env.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     env.add_test("sequence", is_sequence);
+    // Functions and macros; the data of a chat template are none.
+    env.add_test("callable", |value: &Value| matches!(value.kind(), ValueKind::Plain | ValueKind::Undefined));
     env.remove_global("debug");
     env.add_filter("attr", attr);
     for name in ["e", "escape", "forceescape"] {
         env.add_filter(name, |value: &Value| python_str(value).map(|text| Value::from_safe_string(escape(&text))));
     }
+    env.add_filter("capitalize", |value: &Value| python_str(value).map(|text| methods::capitalize(&text)));
+    env.add_filter("filesizeformat", filesizeformat);
     env.add_filter("float", |value: &Value, default: Option<f64>| float(value).unwrap_or(default.unwrap_or(0.0)));
     // An undefined value is empty; minijinja refuses it.
     for name in ["length", "count"] {
@@ -44,9 +51,59 @@ pub(super) fn add(env: &mut Environment<'static>) {
     env.add_filter("replace", replace);
     env.add_filter("string", python_str);
     env.add_filter("truncate", truncate);
+    env.add_filter("urlencode", urlencode);
+    env.add_filter("wordcount", wordcount);
     env.add_filter("trim", |value: &Value, chars: Option<String>| {
         python_str(value).map(|own| methods::strip(&own, chars.as_deref(), true, true).to_owned())
     });
+}
+
+/// `wordcount`: runs of letters, digits and underscores.
+fn wordcount(value: &Value) -> Result<usize, Error> {
+    static WORD: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"[\p{L}\p{N}_]+").expect("a valid pattern"));
+    Ok(WORD.find_iter(&python_str(value)?).count())
+}
+
+/// `filesizeformat`; single bytes are whole.
+fn filesizeformat(value: &Value, args: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+    let [binary] = arguments(&all(args, named), ["binary"])?;
+    let binary = binary.is_some_and(|binary| binary.is_true());
+    let Some(bytes) = float(value) else { return refuse("filesizeformat: the value should be a number") };
+    let is_below_prefixes = bytes.abs() < if binary { 1024.0 } else { 1000.0 };
+    let bytes = if is_below_prefixes { bytes.trunc() } else { bytes };
+    Ok(minijinja_contrib::filters::filesizeformat(bytes, Some(binary)))
+}
+
+/// `urlencode`: of a dict or a list of pairs the query that they make, of others their text with escapes.
+fn urlencode(value: &Value) -> Result<String, Error> {
+    let pairs: Vec<(Value, Value)> = match value.kind() {
+        ValueKind::Map => {
+            value.try_iter()?.map(|key| Ok((key.clone(), value.get_item(&key)?))).collect::<Result<_, Error>>()?
+        }
+        ValueKind::Seq | ValueKind::Iterable => {
+            let pair = |item: Value| Ok((item.get_item_by_index(0)?, item.get_item_by_index(1)?));
+            value.try_iter()?.map(pair).collect::<Result<_, Error>>()?
+        }
+        _ => return Ok(percent_encoded(&python_str(value)?, false)),
+    };
+    let pair = |(key, value): &(Value, Value)| {
+        Ok(format!("{}={}", percent_encoded(&python_str(key)?, true), percent_encoded(&python_str(value)?, true)))
+    };
+    Ok(pairs.iter().map(pair).collect::<Result<Vec<_>, Error>>()?.join("&"))
+}
+
+/// The escapes of a URL's path, or of its query.
+fn percent_encoded(text: &str, query: bool) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'_' | b'.' | b'-' | b'~' => out.push(byte.into()),
+            b'/' if !query => out.push('/'),
+            b' ' if query => out.push('+'),
+            byte => out.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    out
 }
 
 /// The result of a filter; of an undefined value that value.

@@ -44,6 +44,7 @@ fn string_method(own: &str, name: &str, args: &[Value]) -> Result<Option<Value>,
             return Ok(None);
         }
         "title" if args.is_empty() => title(own).into(),
+        "capitalize" if args.is_empty() => capitalize(own).into(),
         "swapcase" if args.is_empty() => swapcase(own).into(),
         "splitlines" => {
             let [keep] = arguments(args, ["keepends"])?;
@@ -128,6 +129,14 @@ fn title(text: &str) -> String {
         in_word = c.is_lowercase() || c.is_uppercase();
     }
     out
+}
+
+/// Python's `str.capitalize`: of a first letter that becomes several, such as ß, only the first is upper case.
+pub(super) fn capitalize(text: &str) -> String {
+    let mut chars = text.chars();
+    let mut first = chars.next().into_iter().flat_map(char::to_uppercase);
+    let upper = first.next();
+    upper.into_iter().chain(first.flat_map(char::to_lowercase)).collect::<String>() + &chars.as_str().to_lowercase()
 }
 
 fn swapcase(text: &str) -> String {

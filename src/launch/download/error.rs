@@ -11,6 +11,7 @@ use crate::exit::{self, Coded};
 use crate::files::is_disk_full;
 use crate::launch::memory::human;
 use crate::model::HubId;
+use crate::quote::quote;
 
 /// Each error names the hub id, the file where one is concerned, the cause and the way out.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,8 @@ pub enum Error {
     DiskFull { what: String, path: PathBuf, needed: Option<u64>, free: u64 },
     #[error("cannot write {what} into the cache {path}: is it writable? HF_HUB_CACHE or HF_HOME name another one")]
     Cache { what: String, path: PathBuf, source: io::Error },
+    #[error("HF_ENDPOINT is {}: expected an address that begins with https:// or http://, or leave it unset", quote(.0))]
+    Endpoint(String),
     #[error("the answer of {endpoint} about {what} is not understood: {cause}; is HF_ENDPOINT a Hugging Face hub?")]
     NotAHub { what: String, endpoint: String, cause: String },
     #[error("stopped by a signal while `{id}` was downloaded: what has arrived stays in the cache; {AGAIN}")]
@@ -65,6 +68,7 @@ impl Coded for Error {
             Error::Offline { .. } | Error::Denied { .. } | Error::NotFound { .. } | Error::Lacks { .. } => {
                 exit::NO_INPUT
             }
+            Error::Endpoint(_) => exit::CONFIG,
             Error::Stopped { .. } => exit::REQUEUE,
             Error::Cache { source, .. } if !is_disk_full(source) => exit::CANNOT_CREATE,
             _ => exit::IO,

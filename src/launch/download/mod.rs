@@ -74,6 +74,10 @@ pub fn download(
     if let Some(variable) = access.offline {
         return Err(Error::Offline { id, variable, cache: cache.root.clone() });
     }
+    let is_address = |text: &str| text.starts_with("http://") || text.starts_with("https://");
+    if !is_address(&access.endpoint) {
+        return Err(Error::Endpoint(access.endpoint));
+    }
     let _lock = lock(cache, &id, stop, ui)?;
     if complete() {
         return Ok(()); // another process has fetched it
@@ -83,8 +87,13 @@ pub fn download(
     let (root, of) = (cache.root.join(id.folder()), id.clone());
     // Of its own, since a connection that hangs cannot be ended from outside.
     let worker = thread::spawn(move || fetch(remote, &of, &root, wanted));
-    show(&arriving, &id, &access, stop, ui)?;
-    worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let fetched = show(&arriving, &id, &access, stop, ui)
+        .and_then(|()| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+    if fetched.is_err() {
+        // Fails unless the folder is empty: what has arrived stays.
+        _ = fs::remove_dir(cache.root.join(id.folder()));
+    }
+    fetched?;
     ui.line(format_args!("`{id}` is in the cache {}", cache.root.display()));
     Ok(())
 }

@@ -31,8 +31,10 @@ const FLOPS: usize = 3 << 30;
 const ROWS: usize = 512;
 /// Elements of the measurements of updates and random weights.
 const ELEMENTS: usize = 1 << 22;
-/// Each measurement is repeated for this time, and at least once.
-const SPEND: Duration = Duration::from_millis(80);
+/// Each measurement is repeated for a time in this range, in seconds, and at least once.
+const SPEND: [f64; 2] = [0.004, 0.08];
+/// Floating-point operations a second that no CPU reaches in all operations of a run.
+const FAST: f64 = 1e11;
 
 impl Rates {
     /// Seconds of this work.
@@ -45,9 +47,11 @@ impl Rates {
         work.flops() / self.seconds(work).max(f64::MIN_POSITIVE)
     }
 
-    /// Measures all rates on a backend, in about two seconds.
-    pub fn measure<B: Backend>(backend: &B, model: &ModelConfig, sizes: Sizes) -> Self {
-        let probe = Probe { backend, model, sizes };
+    /// Measures all rates on a backend for a forecast of `work`, in about two seconds, and in less for what takes less itself.
+    pub fn measure<B: Backend>(backend: &B, model: &ModelConfig, sizes: Sizes, work: &Work) -> Self {
+        let [least, most] = SPEND;
+        let spend = Duration::from_secs_f64((work.flops() / FAST).clamp(least, most));
+        let probe = Probe { backend, model, sizes, spend };
         let mut rates = Work::default();
         probe.dense(&mut rates);
         probe.attention(&mut rates);
@@ -63,21 +67,23 @@ struct Probe<'a, B: Backend> {
     backend: &'a B,
     model: &'a ModelConfig,
     sizes: Sizes,
-}
-
-/// The seconds of the fastest of some runs. The first one also warms up; where it takes long, it is the measurement.
-fn fastest(mut run: impl FnMut()) -> f64 {
-    let begin = Instant::now();
-    let mut best = f64::INFINITY;
-    while best.is_infinite() || begin.elapsed() < SPEND {
-        let start = Instant::now();
-        run();
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    best.max(1e-9)
+    /// How long a measurement is repeated.
+    spend: Duration,
 }
 
 impl<B: Backend> Probe<'_, B> {
+    /// The seconds of the fastest of some runs. The first one also warms up; where it takes long, it is the measurement.
+    fn fastest(&self, mut run: impl FnMut()) -> f64 {
+        let begin = Instant::now();
+        let mut best = f64::INFINITY;
+        while best.is_infinite() || begin.elapsed() < self.spend {
+            let start = Instant::now();
+            run();
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        best.max(1e-9)
+    }
+
     fn weight(&self, rows: usize, cols: usize) -> B::Weight {
         let dtype = self.sizes.dtype;
         let bytes = vec![0; rows * cols * dtype.size()];
@@ -113,7 +119,7 @@ impl<B: Backend> Probe<'_, B> {
         let (x, dq, dkv) = (self.tensor(rows, d), self.tensor(rows, q), self.tensor(rows, kv));
         let work = (rows * per_row) as f64;
         rates[Kind::Dense] = work
-            / fastest(|| {
+            / self.fastest(|| {
                 let normed = b.rms_norm(&x, &norm, 1e-5);
                 let (mut queries, mut keys) = (b.linear(&normed, &wq, None), b.linear(&normed, &wk, None));
                 drop(b.linear(&normed, &wv, None));
@@ -125,7 +131,7 @@ impl<B: Backend> Probe<'_, B> {
                 self.finish(&logits);
             });
         rates[Kind::DenseInput] = work
-            / fastest(|| {
+            / self.fastest(|| {
                 drop(b.linear_backward_input(&x, &wo));
                 let mut dx = b.linear_backward_input(&dq, &wq);
                 b.add_linear_backward_input(&dkv, &wk, &mut dx);
@@ -147,9 +153,9 @@ impl<B: Backend> Probe<'_, B> {
         let seen = (length as f64 / 2.0).min(heads.window.unwrap_or(usize::MAX) as f64);
         let work = 4.0 * seen * (rows * q) as f64;
         let (y, normaliser) = b.attention(&query, &key, &value, &seqs, heads);
-        rates[Kind::Attention] = work / fastest(|| self.finish(&b.attention(&query, &key, &value, &seqs, heads).0));
+        rates[Kind::Attention] = work / self.fastest(|| self.finish(&b.attention(&query, &key, &value, &seqs, heads).0));
         rates[Kind::AttentionBackward] = 2.5 * work
-            / fastest(|| {
+            / self.fastest(|| {
                 let (dq, ..) = b.attention_backward(&query, &query, &key, &value, (&y, &normaliser), &seqs, heads);
                 self.finish(&dq);
             });
@@ -181,13 +187,13 @@ impl<B: Backend> Probe<'_, B> {
 
         let gate_up = b.grouped_linear(&b.dispatch_rows(&x, &dispatch), stacks, &dispatch);
         rates[Kind::Experts] = work
-            / fastest(|| {
+            / self.fastest(|| {
                 let gate_up = b.grouped_linear(&b.dispatch_rows(&x, &dispatch), stacks, &dispatch);
                 let weighted = b.weighted_swiglu(&gate_up, &routing, &dispatch);
                 self.finish(&b.combine_rows(&b.grouped_linear(&weighted, down, &dispatch), &dispatch));
             });
         rates[Kind::ExpertsInput] = work
-            / fastest(|| {
+            / self.fastest(|| {
                 let dy = b.dispatch_rows(&x, &dispatch);
                 let d_weighted = b.grouped_linear_backward_input(&dy, down, &dispatch);
                 let (d_gate_up, d_weights) = b.weighted_swiglu_backward(d_weighted, &gate_up, &routing, &dispatch);
@@ -199,7 +205,7 @@ impl<B: Backend> Probe<'_, B> {
         let mut scores = b.scores(experts);
         let mut gradients = |plans: [Vec<ExpertGrad>; 2], len: usize| {
             let mut buffer = b.buffer(len);
-            work / fastest(|| {
+            work / self.fastest(|| {
                 let rows = b.dispatch_rows(&x, &dispatch);
                 let weighted = b.weighted_swiglu(&gate_up, &routing, &dispatch);
                 let (sink, sums) = (&mut buffer, &mut scores);
@@ -226,11 +232,11 @@ impl<B: Backend> Probe<'_, B> {
         let targets = b.indices(&(0..rows as u32).map(|row| row % classes as u32).collect::<Vec<_>>());
         let work = (2 * rows * d * classes) as f64;
         rates[Kind::Head] = work
-            / fastest(|| {
+            / self.fastest(|| {
                 b.linear_cross_entropy(&x, &head, &targets);
             });
         rates[Kind::HeadBackward] =
-            2.0 * work / fastest(|| self.finish(&b.linear_cross_entropy_backward(&x, &head, &targets, 1.0, None).1));
+            2.0 * work / self.fastest(|| self.finish(&b.linear_cross_entropy_backward(&x, &head, &targets, 1.0, None).1));
     }
 
     /// A product with as many rows as a batch of generation has sequences. Its weights are those of a layer, if these are not many:
@@ -240,7 +246,7 @@ impl<B: Backend> Probe<'_, B> {
         let active = 4 * d + 3 * self.model.expert_width * self.model.num_experts_per_tok;
         let outputs = active.min((FLOPS / (2 * d * self.sizes.generated.max(1))).max(d));
         let (x, weight) = (self.tensor(self.sizes.generated.clamp(1, ROWS), d), self.weight(outputs, d));
-        rates[Kind::FewRows] = (outputs * d) as f64 / fastest(|| self.finish(&b.linear(&x, &weight, None)));
+        rates[Kind::FewRows] = (outputs * d) as f64 / self.fastest(|| self.finish(&b.linear(&x, &weight, None)));
     }
 
     /// The norm of a gradient, AdamW, and the new weights.
@@ -251,14 +257,14 @@ impl<B: Backend> Probe<'_, B> {
         let step =
             AdamwStep { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
         rates[Kind::Update] = n as f64
-            / fastest(|| {
+            / self.fastest(|| {
                 b.sum_squares(&gradient, 0..n);
                 b.adamw(&mut master, &mut m, &mut v, 0..n, &gradient, 0, &step);
                 b.set_weight(&mut weight, &master, 0..n);
                 b.buffer_clear(&mut gradient);
                 drop(b.buffer_read(&gradient, 0..1));
             });
-        rates[Kind::Random] = n as f64 / fastest(|| drop(b.random_weight(dtype, vec![1, n], 0, 0.02)));
+        rates[Kind::Random] = n as f64 / self.fastest(|| drop(b.random_weight(dtype, vec![1, n], 0, 0.02)));
     }
 }
 
@@ -280,7 +286,7 @@ mod tests {
             let sizes = Sizes { rows, length: rows, loss_rows, generated: rows, dtype: Dtype::Bf16 };
             let bf16 = Products::new(Instructions::Portable, Caches::detect());
             for products in [None, Some(bf16)] {
-                let rates = Rates::measure(&Cpu::new(1).with_products(products), &model, sizes);
+                let rates = Rates::measure(&Cpu::new(1).with_products(products), &model, sizes, &Work::default());
                 for kind in Kind::ALL {
                     let seconds = rates.seconds(&Work::of(kind, 1e6));
                     assert!(seconds > 0.0 && seconds.is_finite(), "{kind:?}: {seconds}");

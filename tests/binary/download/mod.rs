@@ -198,6 +198,8 @@ fn without_a_network_it_says_so() {
     }
     assert_eq!(scene.hub.requests(), [""; 0]);
     scene.ends(&[("HF_ENDPOINT", "http://127.0.0.1:9")], 74, &["org/tiny", "127.0.0.1:9", "Check the network"]);
+    scene.ends(&[("HF_ENDPOINT", "mirror.org")], 78, &["HF_ENDPOINT is `mirror.org`: expected an address"]);
+    assert_eq!(fs::read_dir(scene.cache()).map_or(0, Iterator::count), 1, "only the locks");
     scene.hub.state().silent = true;
     scene.ends(&[("HF_HUB_DOWNLOAD_TIMEOUT", "1")], 74, &["nothing arrived for 1 seconds", "org/tiny"]);
     // A model that is there needs none.
