@@ -136,7 +136,7 @@ fn check(
 
 /// Refuses those of these options without effect that are flags, and returns a warning for each that is in the file.
 fn refuse_inert(
-    inert: &[(&'static str, &'static str)],
+    inert: &[(&str, &'static str)],
     flags: &RawOptions,
     file: &RawOptions,
     wrong: &mut Vec<String>,

@@ -95,10 +95,9 @@ impl Dataset {
         Ok(Self { records, report })
     }
 
-    /// Each [`Record::request`], without differences of case and white space; empty ones are left out.
+    /// Each [`Record::request`], [`normalized`]; empty ones are left out.
     pub fn requests(&self) -> impl Iterator<Item = String> {
-        let normalized = |r: &Record| r.request.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
-        self.records.iter().map(normalized).filter(|request| !request.is_empty())
+        self.records.iter().map(|record| normalized(&record.request)).filter(|request| !request.is_empty())
     }
 
     /// Number of records whose request also occurs in `other`. Should be 0 for a held-out file against a training file.
@@ -106,6 +105,11 @@ impl Dataset {
         let others: HashSet<_> = other.requests().collect();
         self.requests().filter(|request| others.contains(request)).count()
     }
+}
+
+/// A request without differences of case and white space.
+pub fn normalized(request: &str) -> String {
+    request.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase()
 }
 
 impl DataReport {

@@ -343,7 +343,7 @@ fn pair(line: usize, row: &Map<String, Value>, target: Target<'_>) -> Result<Row
     Ok(Row { unsafe_side, safe_side, ..row })
 }
 
-fn last_user_message(messages: &[Message]) -> &str {
+pub(super) fn last_user_message(messages: &[Message]) -> &str {
     messages.iter().rfind(|m| m.role == "user").map_or("", |m| &m.content)
 }
 

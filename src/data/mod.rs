@@ -53,7 +53,7 @@ mod values;
 mod verdicts;
 
 pub use batches::{micro_batches, order};
-pub use dataset::{Dataset, Sample, loss_mask_samples};
+pub use dataset::{Dataset, Sample, loss_mask_samples, normalized};
 pub use error::Error;
 pub use fields::OWN_VARIABLES;
 pub use message::Message;

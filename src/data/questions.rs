@@ -16,7 +16,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::fields;
-use super::kinds::check_request;
+use super::kinds::{check_request, last_user_message};
 use super::message::Message;
 use super::report::named_fields;
 use super::rows::{self, Rows};
@@ -31,6 +31,8 @@ pub struct Question {
     pub id: String,
     /// Line of the row.
     pub line: usize,
+    /// See [`super::Record::request`].
+    pub request: String,
     /// Tokens of the rendered prompt, at least one.
     pub prompt: Vec<u32>,
     /// What is asked of the model.
@@ -118,7 +120,8 @@ pub fn read_questions(
         {
             return Err(failed(format!("choice {} has no token", empty + 1)));
         }
-        questions.push(Question { id, line, prompt, task });
+        let request = last_user_message(&question.turns).to_owned();
+        questions.push(Question { id, line, request, prompt, task });
     }
     if questions.is_empty() {
         return Err(Error::file(path, "it holds no question: a row has question and answer, and may have choices"));

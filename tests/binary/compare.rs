@@ -372,12 +372,15 @@ fn rows_that_say_less_than_they_seem_to_are_told() {
     };
     fs::write(scene.path("other.jsonl"), (0..4).map(other).collect::<String>()).unwrap();
     let common = format!("{SHORT} --methods random --ablations expert-only --skip-answers --safe-response No.");
+    let question = |text: &str| json!({"question": text, "choices": ["red", "blue"], "answer": 0}).to_string() + "\n";
+    fs::write(scene.path("questions.jsonl"), question("paint a  WALL in 1 days") + &question("Paint a door")).unwrap();
     // Found by what they ask, not by their file: copies, and files of a sweep.
     let (benign, other, held_out) =
         (copy("benign.jsonl", "copy.jsonl"), path("other.jsonl"), copy("other.jsonl", "held-out.jsonl"));
     let more = format!(
-        "{common} --benign-dataset-path {benign} --retain-dataset-path {} --eval-dataset-path {held_out} --sweep dataset-path={},{other}",
+        "{common} --benign-dataset-path {benign} --retain-dataset-path {} --eval-dataset-path {held_out} --questions {} --sweep dataset-path={},{other}",
         path("benign.jsonl"),
+        path("questions.jsonl"),
         path("rows.json"),
     );
     let ran = scene.run("olmoe", "trained", &more).ok();
@@ -388,6 +391,8 @@ fn rows_that_say_less_than_they_seem_to_are_told() {
         assert!(ran.err.contains(&said), "{}", ran.err);
         assert!(pages.iter().all(|page| page.contains(&said)), "{said}");
     }
+    let said = format!("1 of 2 questions of {} have the same request as rows on which", path("questions.jsonl"));
+    assert!(ran.err.contains(&said) && pages.iter().all(|page| page.contains(&said)), "{}", ran.err);
     // What a variant is trained to say is what is measured; that it is not of the rows is said.
     let said = format!("held-out rows of {held_out} lack 4 replies to unsafe prompts and 0 to safe ones");
     assert!(ran.err.contains(&said) && pages[1].contains(&said), "{}", ran.err);
@@ -469,6 +474,8 @@ fn what_cannot_be_compared_is_refused_before_anything_is_trained() {
         ("--schedule joint --ablations expert-only", exit::CONFIG, "--schedule would do nothing: no ablation trains"),
         ("--methods gradient,gradient", exit::CONFIG, "--methods has gradient twice"),
         ("--ablations frozen,combined,frozen", exit::CONFIG, "--ablations has frozen twice"),
+        ("--methods gradient --unequal-parameters", exit::CONFIG, "--unequal-parameters would do nothing"),
+        ("--sweep seed=1,2 --seed 3", exit::CONFIG, "--seed would do nothing: --sweep gives its values"),
         ("--methods gradient --ablations frozen", exit::CONFIG, "--methods would do nothing"),
         (&many, exit::CONFIG, "up to 3003 variants"),
         (&format!("--benign-dataset-path {benign} --judge absent"), exit::NO_INPUT, "absent"),
@@ -481,10 +488,12 @@ fn what_cannot_be_compared_is_refused_before_anything_is_trained() {
         (&format!("--benign-dataset-path {benign} --eval-generation-batch-size 0"), exit::CONFIG, "at least 1"),
         (&format!("--benign-dataset-path {benign} --eval-max-new-tokens 10000001"), exit::CONFIG, "at most 10000000"),
     ];
+    let [few, rest] = ["--top-k-experts 4 ", SHORT.strip_prefix("--top-k-experts 4 ").unwrap()];
     for (more, code, said) in cases {
-        scene.run("olmoe", "out", &format!("{SHORT} {more}")).failed(code, &[said]);
+        let short = if more.contains("top-k-experts") { rest.to_owned() } else { format!("{few}{rest}") };
+        scene.run("olmoe", "out", &format!("{short} {more}")).failed(code, &[said]);
         assert!(!scene.path("out").exists(), "{more}");
-        scene.run("olmoe", "finished", &format!("{SHORT} {more} --overwrite")).failed(code, &[said]);
+        scene.run("olmoe", "finished", &format!("{short} {more} --overwrite")).failed(code, &[said]);
         assert!(scene.path("finished/compare.json").exists(), "{more}");
     }
     // A model that no run can copy.

@@ -201,9 +201,13 @@ impl CompareArgs {
 
     /// Whether the numbers of trained parameters have to be equal: several methods select the experts that are trained.
     pub fn needs_equal_parameters(&self) -> bool {
+        self.compares_selections() && self.unequal_parameters != Some(true)
+    }
+
+    /// Whether several methods select the experts that are trained.
+    fn compares_selections(&self) -> bool {
         let selects = self.ablations.iter().any(|ablation| ablation.selects());
-        let several = self.methods.iter().any(|method| *method != self.methods[0]);
-        selects && several && self.unequal_parameters != Some(true)
+        selects && self.methods.iter().any(|method| *method != self.methods[0])
     }
 
     /// The runs of the matrix without duplicates: ablations vary slowest, settings fastest.

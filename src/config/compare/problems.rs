@@ -70,6 +70,10 @@ impl CompareArgs {
                 "--questions are asked where a variant is evaluated: give --eval-dataset-path or --benign-dataset-path, too",
             ),
             (
+                self.unequal_parameters == Some(true) && !self.compares_selections(),
+                "--unequal-parameters would do nothing: it is about two or more --methods that select experts; leave it out",
+            ),
+            (
                 self.sweep_mode == Some(SweepMode::OneAtATime) && self.sweep.len() < 2,
                 "--sweep-mode would do nothing: it is about two or more --sweep; leave it out",
             ),
@@ -91,7 +95,7 @@ impl CompareArgs {
     }
 
     /// Options of the runs that the matrix decides in all variants, with the reason: whatever value they have does nothing.
-    pub(in crate::config) fn decided(&self, base: &RunConfig) -> Vec<(&'static str, &'static str)> {
+    pub(in crate::config) fn decided(&self, base: &RunConfig) -> Vec<(&str, &'static str)> {
         let trained = "--ablations says what each variant trains";
         let baseline = self.ablations.contains(&Ablation::Baseline);
         let jointly = baseline || self.ablations.contains(&Ablation::Combined);
@@ -105,7 +109,11 @@ impl CompareArgs {
             (is_joint && !jointly, "schedule", "no ablation trains experts and routers"),
             (is_joint && !jointly, "use-router-consistency-loss", "no ablation trains experts and routers"),
         ];
-        rules.into_iter().filter(|(applies, ..)| *applies).map(|(_, option, why)| (option, why)).collect()
+        let rules = rules.into_iter().filter(|(applies, ..)| *applies).map(|(_, option, why)| (option, why));
+        // One at a time, the others have the values of the base; and it has to have rows.
+        let is_grid = self.sweep_mode.unwrap_or_default() == SweepMode::Grid;
+        let swept = self.sweep.iter().map(Sweep::option).filter(|option| is_grid && *option != "dataset-path");
+        rules.chain(swept.map(|option| (option, "--sweep gives its values"))).collect()
     }
 
     /// Values that are there twice.

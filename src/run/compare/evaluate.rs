@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use crate::config::{CompareArgs, Device, EvalArgs, Offload, RunConfig};
-use crate::data::{Dataset, Record};
+use crate::data::{Dataset, Record, normalized};
 use crate::exit::{self, Ended, Failure, Result};
 use crate::launch::Started;
 use crate::report::{
@@ -58,8 +58,9 @@ impl Evaluations<'_> {
         let mut notes = Vec::new();
         for (i, (part, rows)) in self.rows().into_iter().enumerate() {
             let args = self.arguments(ORIGINAL, &self.base.dir, part, rows, i == 0)?;
-            let data = check_inputs(Some(self.base), &args, self.started)?;
+            let (data, questions) = check_inputs(Some(self.base), &args, self.started)?;
             notes.extend(self.started.ranks.all_ok(notes_on(part, &data, &args.safe_response(), trained))?);
+            notes.extend(questions.iter().filter_map(|(path, requests)| note_on_questions(path, requests, trained)));
         }
         Ok(notes)
     }
@@ -213,6 +214,19 @@ fn notes_on(part: &str, data: &Dataset, safe_response: &str, trained: &HashSet<S
         }),
     ];
     Ok(notes.into_iter().flatten().collect())
+}
+
+/// What a reader has to know of the answers to the questions of a file.
+fn note_on_questions(path: &Path, requests: &[String], trained: &HashSet<String>) -> Option<String> {
+    let shared = requests.iter().filter(|request| trained.contains(&normalized(request))).count();
+    (shared > 0).then(|| {
+        format!(
+            "{shared} of {} questions of {} have the same request as rows on which variants are trained: answers to them say nothing \
+             about unseen questions",
+            requests.len(),
+            path.display()
+        )
+    })
 }
 
 /// The measures that are drawn and tested: of the refusals by phrase lists only those by the first list. The answers to unsafe

@@ -12,7 +12,7 @@ mod questions;
 use std::cell::OnceCell;
 use std::collections::HashSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use regex::Regex;
@@ -69,12 +69,18 @@ pub(super) fn eval_on(base: Option<&Base>, args: &EvalArgs, started: &Started, u
     done
 }
 
-/// Checks the inputs of [`eval_on`], without writing anything. Returns the rows.
+/// Checks the inputs of [`eval_on`], without writing anything. Returns the rows, and the files of questions with their requests.
 ///
 /// # Errors
 /// Those of [`eval`] before it begins.
-pub(super) fn check_inputs(base: Option<&Base>, args: &EvalArgs, started: &Started) -> Result<Dataset> {
-    Ok(open(base, args, &args.run_config()?, started, &Ui::silent())?.session.data)
+pub(super) fn check_inputs(
+    base: Option<&Base>,
+    args: &EvalArgs,
+    started: &Started,
+) -> Result<(Dataset, Vec<(PathBuf, Vec<String>)>)> {
+    let inputs = open(base, args, &args.run_config()?, started, &Ui::silent())?;
+    let questions = inputs.questions.as_ref().map(Questions::requests).unwrap_or_default();
+    Ok((inputs.session.data, questions))
 }
 
 /// What an evaluation reads.

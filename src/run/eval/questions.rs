@@ -83,6 +83,12 @@ impl Questions {
         self.all.iter().map(|(_, question)| of(question)).max().unwrap_or(0)
     }
 
+    /// Each file, with the requests of its questions.
+    pub fn requests(&self) -> Vec<(PathBuf, Vec<String>)> {
+        let of_file = |file: usize| self.all.iter().filter(move |(of, _)| *of == file).map(|(_, q)| q.request.clone());
+        self.paths.iter().enumerate().map(|(file, path)| (path.clone(), of_file(file).collect())).collect()
+    }
+
     /// A hash of the questions.
     pub fn hash(&self) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_derive_key("moewarden questions of an evaluation 2");
@@ -188,7 +194,7 @@ impl AskingQuestions<'_> {
 
     /// A line of the file.
     fn row(&self, i: usize, losses: &[ExampleLoss], said: Option<&Answer>) -> QuestionRow {
-        let (file, Question { id, line, prompt, task }) = &self.questions.all[i];
+        let (file, Question { id, line, request: _, prompt, task }) = &self.questions.all[i];
         let (correct, result) = match task {
             Task::Choice { choices, answer } => {
                 let sums: Vec<f64> = losses.iter().map(|loss| -loss.sum).collect();

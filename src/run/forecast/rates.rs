@@ -153,7 +153,8 @@ impl<B: Backend> Probe<'_, B> {
         let seen = (length as f64 / 2.0).min(heads.window.unwrap_or(usize::MAX) as f64);
         let work = 4.0 * seen * (rows * q) as f64;
         let (y, normaliser) = b.attention(&query, &key, &value, &seqs, heads);
-        rates[Kind::Attention] = work / self.fastest(|| self.finish(&b.attention(&query, &key, &value, &seqs, heads).0));
+        rates[Kind::Attention] =
+            work / self.fastest(|| self.finish(&b.attention(&query, &key, &value, &seqs, heads).0));
         rates[Kind::AttentionBackward] = 2.5 * work
             / self.fastest(|| {
                 let (dq, ..) = b.attention_backward(&query, &query, &key, &value, (&y, &normaliser), &seqs, heads);
@@ -235,8 +236,8 @@ impl<B: Backend> Probe<'_, B> {
             / self.fastest(|| {
                 b.linear_cross_entropy(&x, &head, &targets);
             });
-        rates[Kind::HeadBackward] =
-            2.0 * work / self.fastest(|| self.finish(&b.linear_cross_entropy_backward(&x, &head, &targets, 1.0, None).1));
+        rates[Kind::HeadBackward] = 2.0 * work
+            / self.fastest(|| self.finish(&b.linear_cross_entropy_backward(&x, &head, &targets, 1.0, None).1));
     }
 
     /// A product with as many rows as a batch of generation has sequences. Its weights are those of a layer, if these are not many:
