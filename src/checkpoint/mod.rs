@@ -10,6 +10,8 @@ mod error;
 mod export;
 mod manifest;
 mod optimizer_state;
+mod position;
+mod resumed;
 mod snapshot;
 
 pub use atomic_dir::{AtomicDir, partial_path, remove, remove_temporaries, target_of_temporary};
@@ -19,7 +21,6 @@ pub use error::Error;
 pub use export::{check_copied, export, export_replacing, is_export, is_model_file, is_model_folder};
 pub use manifest::{Manifest, ManifestEntry};
 pub use optimizer_state::{read_optimizer, write_optimizer};
-pub use snapshot::{
-    Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State, is_snapshot_file, is_snapshot_folder,
-    newest_position,
-};
+pub use position::{Position, is_snapshot_folder, newest_position};
+pub use resumed::{Snapshot, TrainingSnapshot};
+pub use snapshot::{Identity, PhaseSnapshot, SnapshotStore, State, is_snapshot_file};

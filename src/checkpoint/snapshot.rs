@@ -19,48 +19,32 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::position::positions;
 use super::{
-    AtomicDir, Manifest, ManifestEntry, load_delta, partial_path, read_optimizer, remove, remove_temporaries,
-    save_delta, write_optimizer,
+    AtomicDir, Manifest, ManifestEntry, Position, Snapshot, partial_path, remove, remove_temporaries, save_delta,
+    write_optimizer,
 };
-use crate::backend::{Backend, Dtype, HostTensor};
+use crate::backend::{Backend, Dtype};
 use crate::collective::{Collective, all_ok, with_heartbeat};
 use crate::exit::{self, Failure, Result};
 use crate::files;
 use crate::input;
-use crate::model::{Checkpoint, ParamId, ParamTable};
-use crate::optim::{AdamW, ParamState};
+use crate::model::{Checkpoint, ParamTable};
+use crate::optim::AdamW;
 use crate::quote::quote;
 use crate::train::fault::Point;
-use crate::train::{Measured, Phase, PhaseProgress, Replica, Scan, check_replicas};
+use crate::train::{Measured, PhaseProgress, Replica, check_replicas};
 
 /// The value of [`State::schema`].
 const SCHEMA: &str = "moewarden.checkpoint/2";
-const WEIGHTS: &str = "weights.safetensors";
+pub(super) const WEIGHTS: &str = "weights.safetensors";
 const STATE: &str = "state.json";
-const METRICS: &str = "metrics.jsonl";
-const PREPARED: &str = "prepared.bin";
-
-/// Whether a folder of this name among the checkpoints is one.
-pub fn is_snapshot_folder(name: &str) -> bool {
-    Position::of_folder(name).is_some()
-}
-
-/// The position of the newest checkpoint in a folder of them; `None` without any. It may be damaged.
-pub fn newest_position(folder: &Path) -> Option<Position> {
-    positions(folder).map(|(position, _)| position).max()
-}
-
-/// The checkpoints in a folder, in no order.
-fn positions(folder: &Path) -> impl Iterator<Item = (Position, PathBuf)> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.filter_map(|entry| Some((Position::of_folder(entry.file_name().to_str()?)?, entry.path())))
-}
+pub(super) const METRICS: &str = "metrics.jsonl";
+pub(super) const PREPARED: &str = "prepared.bin";
 
 /// Whether a checkpoint has a file of this name.
 pub fn is_snapshot_file(name: &str) -> bool {
@@ -74,39 +58,8 @@ pub fn is_snapshot_file(name: &str) -> bool {
         || of_ranks("identify-", ".json")
 }
 
-/// A position in a run: the phase and the step that come next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Position {
-    /// From 0.
-    pub round: usize,
-    /// If the run does not have this phase, the next one that it has.
-    pub phase: Phase,
-    /// Steps of the phase that are done; in an identification, micro-batches.
-    pub step: usize,
-}
-
-impl Position {
-    /// The beginning of a phase.
-    pub fn start(round: usize, phase: Phase) -> Self {
-        Self { round, phase, step: 0 }
-    }
-
-    /// The name of the checkpoint's folder.
-    fn folder(self) -> String {
-        let phase = serde_json::to_value(self.phase).expect("a phase has a name");
-        format!("round_{}-{}-step_{}", self.round + 1, phase.as_str().unwrap_or_default(), self.step)
-    }
-
-    fn of_folder(name: &str) -> Option<Self> {
-        let [round, phase, step] = name.split('-').collect::<Vec<_>>().try_into().ok()?;
-        let round = round.strip_prefix("round_")?.parse::<usize>().ok()?.checked_sub(1)?;
-        let phase = serde_json::from_value(phase.into()).ok()?;
-        Some(Self { round, phase, step: step.strip_prefix("step_")?.parse().ok()? })
-    }
-}
-
 /// The number format of a replica's products, in words.
-fn precision<B: Backend>(replica: &Replica<B>) -> String {
+pub(super) fn precision<B: Backend>(replica: &Replica<B>) -> String {
     format!("{:?}", replica.model().backend.precision())
 }
 
@@ -122,21 +75,21 @@ pub struct State<O> {
     #[serde(default)]
     named_inputs: BTreeMap<String, String>,
     /// World size of the run that wrote it.
-    world_size: usize,
+    pub(super) world_size: usize,
     /// The number format of products; empty in checkpoints of earlier versions, which have [`Self::activation_size`] instead.
     #[serde(default)]
-    precision: String,
+    pub(super) precision: String,
     /// Bytes of an activation, from which the number format of earlier versions follows.
     #[serde(default, skip_serializing)]
     activation_size: usize,
     /// World size that the run was started with.
     #[serde(rename = "step_ranks")]
-    step_world_size: usize,
+    pub(super) step_world_size: usize,
     /// What comes next.
     pub position: Position,
     /// The progress of a training phase.
     #[serde(rename = "so_far")]
-    progress: Option<PhaseProgress>,
+    pub(super) progress: Option<PhaseProgress>,
     /// The outputs so far.
     pub outputs: O,
     /// What was measured before the first round.
@@ -158,16 +111,6 @@ pub enum PhaseSnapshot<'p, B: Backend> {
         /// What the objective computed before the first step.
         prepared: Option<Vec<u8>>,
     },
-}
-
-/// What a checkpoint holds of a training phase under way, for one rank.
-pub struct TrainingSnapshot {
-    /// What the phase carries from step to step.
-    pub progress: PhaseProgress,
-    /// This rank's shard of the optimizer state.
-    pub optimizer: Vec<ParamState>,
-    /// What the objective computed before the first step.
-    pub prepared: Option<Vec<u8>>,
 }
 
 /// What a run must have in common with a checkpoint that it resumes.
@@ -198,13 +141,6 @@ pub struct SnapshotStore<'a> {
     pub base: Option<&'a Checkpoint>,
     /// The parameters of the base model.
     pub table: &'a ParamTable,
-}
-
-/// A checkpoint to resume from.
-pub struct Snapshot<O> {
-    /// The state that all ranks have in common.
-    pub state: State<O>,
-    folder: PathBuf,
 }
 
 impl SnapshotStore<'_> {
@@ -448,147 +384,10 @@ impl SnapshotStore<'_> {
     }
 }
 
-impl<O> Snapshot<O> {
-    /// The checkpoint's folder.
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-
-    /// The log so far; `None` in checkpoints of earlier versions.
-    ///
-    /// # Errors
-    /// A file that cannot be read.
-    pub fn metrics(&self) -> Result<Option<Vec<u8>>> {
-        read_if_exists(&self.folder.join(METRICS))
-    }
-
-    /// Whether the state agrees with itself and with the files beside it: sizes are held against the files before anything is
-    /// allocated by them.
-    fn check_form(&self) -> Result<(), String> {
-        let State { world_size, step_world_size, position, progress, .. } = &self.state;
-        if self.folder.file_name().and_then(|name| name.to_str()) != Some(&position.folder()) {
-            return Err(format!("its position is {}", position.folder()));
-        }
-        // More ranks than in any run that can write a checkpoint.
-        if *world_size == 0 || *step_world_size == 0 || *step_world_size > 1 << 20 {
-            return Err(format!("it is of {world_size} ranks, in steps of {step_world_size}"));
-        }
-        let identifies = position.phase == Phase::Identify;
-        if let Some(progress) = progress.as_ref().filter(|progress| identifies || progress.steps != position.step) {
-            return Err(format!("{} steps of a training phase are done at {}", progress.steps, position.folder()));
-        }
-        let kind = match progress {
-            Some(_) => "optimizer-",
-            None if identifies && position.step > 0 => "identify-",
-            None if position.step > 0 => return Err("the progress of its phase is missing".into()),
-            None => return Ok(()),
-        };
-        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
-        let written = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(kind)).count();
-        match written == *world_size {
-            true => Ok(()),
-            false => Err(format!("it is of {world_size} ranks, but {written} of them have a file {kind}*")),
-        }
-    }
-
-    /// Restores the weights. All ranks call it together.
-    ///
-    /// # Errors
-    /// A delta that does not fit the model; products in another number format; another rank's error.
-    pub fn restore_weights<B: Backend>(&self, store: &SnapshotStore<'_>, replica: &mut Replica<B>) -> Result<()> {
-        let weights = all_ok(&*replica.world, self.weights(store, &precision(replica)))?;
-        replica.step_world_size = self.state.step_world_size;
-        replica.restore(weights);
-        Ok(())
-    }
-
-    /// The weights, for a run with products in the format `ours`.
-    fn weights(&self, store: &SnapshotStore<'_>, ours: &str) -> Result<BTreeMap<ParamId, HostTensor>> {
-        let theirs = &self.state.precision;
-        if theirs != ours {
-            let message = format!(
-                "the checkpoint was made with products in {theirs}, and here they are in {ours}: resume with the --device and \
-                 --precision of that run, or start again with --overwrite"
-            );
-            return Err(Failure::new(exit::CONFIG, message));
-        }
-        let base = store.base.expect("a run of random weights makes no checkpoint");
-        Ok(load_delta(base, store.table, &self.folder.join(WEIGHTS))?)
-    }
-
-    /// Restores an identification that has just begun.
-    ///
-    /// # Errors
-    /// A file that cannot be read.
-    pub fn restore_scan<B: Backend>(&self, replica: &Replica<B>, scan: &mut Scan<'_, B>) -> Result<()> {
-        let (next, writers) = (self.state.position.step, self.state.world_size);
-        if next == 0 {
-            return Ok(());
-        }
-        let mine = match replica.world.rank() {
-            rank if writers == replica.world.world_size() => rank..rank + 1,
-            0 => 0..writers,
-            _ => 0..0,
-        };
-        let read = |rank| {
-            let path = self.folder.join(identify_name(rank, writers));
-            fs::read(&path).map_err(|e| Failure::new(exit::IO, format!("{}: {e}", path.display())))
-        };
-        scan.restore(next, &mine.map(read).collect::<Result<Vec<_>>>()?)
-    }
-
-    /// The training phase under way; `None` at the start of a phase.
-    ///
-    /// # Errors
-    /// A file that cannot be read.
-    pub fn training<B: Backend>(&self, replica: &Replica<B>) -> Result<Option<TrainingSnapshot>> {
-        let Some(progress) = &self.state.progress else { return Ok(None) };
-        let writers = self.state.world_size;
-        let files: Vec<_> = (0..writers).map(|rank| self.folder.join(optimizer_name(rank, writers))).collect();
-        let (rank, world_size) = (replica.world.rank(), replica.world.world_size());
-        let states = read_optimizer(&replica.model().table, &files, rank, world_size)?;
-        let prepared = read_if_exists(&self.folder.join(PREPARED))?;
-        Ok(Some(TrainingSnapshot { progress: progress.clone(), optimizer: states, prepared }))
-    }
-}
-
-fn read_if_exists(path: &Path) -> Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Failure::new(exit::IO, format!("{}: {e}", path.display()))),
-    }
-}
-
-fn identify_name(rank: usize, world_size: usize) -> String {
+pub(super) fn identify_name(rank: usize, world_size: usize) -> String {
     format!("identify-{rank}-of-{world_size}.json")
 }
 
-fn optimizer_name(rank: usize, world_size: usize) -> String {
+pub(super) fn optimizer_name(rank: usize, world_size: usize) -> String {
     format!("optimizer-{rank}-of-{world_size}.safetensors")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_folder_names_its_position() {
-        for phase in [Phase::Identify, Phase::Expert, Phase::Router, Phase::Joint] {
-            let position = Position { round: 1, phase, step: 40 };
-            assert_eq!(Position::of_folder(&position.folder()), Some(position));
-        }
-        assert_eq!(Position::start(1, Phase::Expert).folder(), "round_2-expert-step_0");
-        for other in ["round_2", ".round_2-expert-step_0.partial", "round_0-expert-step_0", "round_2-lunch-step_0"] {
-            assert_eq!(Position::of_folder(other), None, "{other}");
-        }
-        let order = [
-            (0, Phase::Identify, 7),
-            (0, Phase::Expert, 0),
-            (0, Phase::Expert, 2),
-            (0, Phase::Router, 1),
-            (1, Phase::Identify, 0),
-        ];
-        assert!(order.map(|(round, phase, step)| Position { round, phase, step }).is_sorted());
-    }
 }
