@@ -35,7 +35,7 @@ fn run() -> u8 {
         Ok(cli) => cli,
         Err(help_or_error) => {
             // A closed pipe is not an error.
-            _ = help_or_error.print();
+            _ = cli::print(&help_or_error);
             return if help_or_error.use_stderr() { exit::USAGE } else { exit::OK };
         }
     };

@@ -94,7 +94,6 @@ pub fn load_delta(
 
     let ids: HashMap<String, ParamId> = table.iter().map(|(id, spec)| (spec.name(), id)).collect();
     let mut changed = BTreeMap::new();
-    let mut order = Vec::new();
     for info in &delta.header.tensors {
         let wrong = |message| Error::DeltaTensor { file: file(), tensor: info.name.clone(), message };
         let id = *ids.get(&info.name).ok_or_else(|| wrong("the base model has no such parameter".into()))?;
@@ -104,13 +103,12 @@ pub fn load_delta(
             return Err(wrong(format!("is {found:?}, in the base model {expected:?}")));
         }
         changed.insert(id, value);
-        order.push(id);
     }
-    if metadata.get("base_values") != Some(&&*values_hash(table, order.iter())) {
+    if metadata.get("base_values") != Some(&&*values_hash(table, changed.keys())) {
         return Err(other_base("the weights it replaces differ"));
     }
     match metadata.get("values") {
-        Some(stated) if **stated != *hash(order.iter().map(|id| &changed[id])) => {
+        Some(stated) if **stated != *hash(changed.values()) => {
             let message =
                 "its values are not those that were written: the file is damaged; resume the run to write it again"
                     .into();

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::atomic_dir::AtomicDir;
 use super::error::Error;
 use crate::backend::{HostTensor, SharedBytes};
+use crate::input;
 use crate::meter::{Meter, Unit};
 use crate::model::{Checkpoint, ParamId, ParamKind, ParamTable, safe_file};
 
@@ -93,7 +94,7 @@ fn write_model(
     })?;
     for file in files_without_weights(source_dir, checkpoint.index_file())? {
         let from = safe_file(source_dir, &file)?;
-        let mut from = fs::File::open(&from).map_err(Error::read(&from))?;
+        let mut from = input::open(&from).map_err(Error::read(&from))?;
         aside.write(&file, |out| io::copy(&mut from, out).map(|_| ()))?;
     }
     Ok(aside)
@@ -103,7 +104,7 @@ fn write_model(
 /// there.
 pub fn is_export(source_dir: &Path, checkpoint: &Checkpoint, dir: &Path) -> bool {
     let same = |file: &PathBuf| {
-        let [ours, theirs] = [source_dir, dir].map(|folder| fs::read(folder.join(file)));
+        let [ours, theirs] = [source_dir, dir].map(|folder| input::read(&folder.join(file)));
         ours.is_ok_and(|ours| theirs.is_ok_and(|theirs| ours == theirs))
     };
     let layout = Checkpoint::open(dir).map(|written| written.layout_hash());
@@ -208,11 +209,20 @@ fn files_without_weights(dir: &Path, index: Option<&str>) -> Result<Vec<PathBuf>
                 files.push(path);
             } else if kind.is_dir() && folder.as_os_str().is_empty() && COPIED_FOLDERS.contains(&&*name) {
                 folders.push(path);
+            } else if !kind.is_dir() || is_named_as_file(&name) {
+                // A pipe, or a folder in the place of a file: without it, the export would not be the model.
+                input::open(&entry.path()).map_err(Error::read(&entry.path()))?;
             }
         }
     }
     files.sort();
     Ok(files)
+}
+
+/// Whether a name is that of a file beside the weights, and of no folder.
+fn is_named_as_file(name: &str) -> bool {
+    let extension = Path::new(name).extension().and_then(|extension| extension.to_str()).unwrap_or("");
+    ["json", "jinja", "model", "tiktoken", "txt", "md"].contains(&extension)
 }
 
 /// Whether a file of this name holds weights, or is an index of weights other than `index`.

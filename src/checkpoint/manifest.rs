@@ -72,7 +72,7 @@ impl Manifest {
     pub fn verify(folder: &Path) -> Result<(), Error> {
         let path = folder.join(Manifest::FILE);
         let damaged = |name: &str, message: String| Err(Error::Damaged { file: folder.join(name), message });
-        let text = fs::read(&path).map_err(Error::read(&path))?;
+        let text = input::read(&path).map_err(Error::read(&path))?;
         let manifest: Self = match serde_json::from_slice(&text) {
             Ok(manifest) => manifest,
             Err(e) => return damaged(Manifest::FILE, format!("it is damaged: {}", input::json_problem(&e))),

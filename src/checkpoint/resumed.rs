@@ -9,6 +9,7 @@ use super::{load_delta, read_optimizer};
 use crate::backend::{Backend, HostTensor};
 use crate::collective::all_ok;
 use crate::exit::{self, Failure, Result};
+use crate::input;
 use crate::model::ParamId;
 use crate::optim::ParamState;
 use crate::train::{Phase, PhaseProgress, Replica, Scan};
@@ -114,7 +115,7 @@ impl<O> Snapshot<O> {
         };
         let read = |rank| {
             let path = self.folder.join(identify_name(rank, writers));
-            fs::read(&path).map_err(|e| Failure::new(exit::IO, format!("{}: {e}", path.display())))
+            input::read(&path).map_err(|e| Failure::new(exit::IO, format!("{}: {e}", path.display())))
         };
         scan.restore(next, &mine.map(read).collect::<Result<Vec<_>>>()?)
     }
@@ -135,7 +136,7 @@ impl<O> Snapshot<O> {
 }
 
 fn read_if_exists(path: &Path) -> Result<Option<Vec<u8>>> {
-    match fs::read(path) {
+    match input::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Failure::new(exit::IO, format!("{}: {e}", path.display()))),

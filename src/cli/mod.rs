@@ -3,8 +3,10 @@
 mod argv;
 
 use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
+use clap::error::ErrorKind;
 use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
@@ -116,6 +118,28 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
     let args = argv::canonical(args.into_iter().collect(), &mut command)?;
     let matches = command.try_get_matches_from_mut(args)?;
     Cli::from_arg_matches(&matches)
+}
+
+/// Prints help, or an error with the values of numbers in the user's words.
+pub fn print(help_or_error: &clap::Error) -> std::io::Result<()> {
+    /// What Rust's parsers of numbers say.
+    const WORDS: [(&str, &str); 6] = [
+        ("invalid digit found in string", "expected a whole number, not negative"),
+        ("number too large to fit in target type", "the number is too large"),
+        ("cannot parse integer from empty string", "expected a whole number"),
+        ("invalid float literal", "expected a number"),
+        ("cannot parse float from empty string", "expected a number"),
+        ("provided string was not `true` or `false`", "expected true or false"),
+    ];
+    let text = help_or_error.render();
+    let (plain, ansi) = (text.to_string(), text.ansi().to_string());
+    match WORDS.iter().find(|(theirs, _)| plain.trim_end().contains(theirs)) {
+        Some((theirs, ours)) if help_or_error.kind() == ErrorKind::ValueValidation => {
+            let shown = if std::io::stderr().is_terminal() { ansi } else { plain };
+            std::io::stderr().write_all(shown.replacen(theirs, ours, 1).as_bytes())
+        }
+        _ => help_or_error.print(),
+    }
 }
 
 /// Runs one command to its end.

@@ -54,6 +54,7 @@ fn counts(c: &RunConfig, wrong: &mut Vec<String>) {
         ("expert-epochs-per-round", c.expert_epochs_per_round),
         ("router-epochs-per-round", c.router_epochs_per_round),
         ("grad-accum", c.grad_accum),
+        ("warmup-steps", c.warmup_steps),
         ("verify", c.verify),
         ("max-new-tokens", c.max_new_tokens.unwrap_or(1)),
     ];

@@ -143,7 +143,8 @@ impl Special {
                 (EXTRA | OLD_EXTRA, Value::Array(list)) => {
                     special.extra = Some(list.iter().map(|value| one(key, value)).collect::<Result<_, _>>()?);
                 }
-                (EXTRA | OLD_EXTRA, value) if !value.is_null() => return Err(wrong(key, value)),
+                (EXTRA | OLD_EXTRA, Value::Null) => _ = special.extra.get_or_insert_default(),
+                (EXTRA | OLD_EXTRA, value) => return Err(wrong(key, value)),
                 _ => {}
             }
         }
@@ -199,13 +200,13 @@ impl DeclaredTokens {
                 let older = Special::read(path, object, false)?;
                 older.named.into_iter().for_each(|(name, token)| special.name(name, token));
                 special.extra = match (special.extra, older.extra) {
+                    // An object of names is no list: then that of the map counts.
                     (Some(ours), Some(theirs)) if object.contains_key(EXTRA) => {
                         let new = |t: &Declared| ours.iter().all(|o| o.content != t.content);
                         let theirs: Vec<_> = theirs.into_iter().filter(new).collect();
                         Some(ours.into_iter().chain(theirs).collect())
                     }
-                    (ours, _) if config.contains_key(EXTRA) || config.contains_key(OLD_EXTRA) => ours,
-                    (_, theirs) => theirs,
+                    (ours, theirs) => ours.or(theirs),
                 };
                 let older = read_added_tokens(&files.added_tokens, &special)?;
                 let in_file = |token: &Declared| files.added.values().any(|t| t.content == token.content);

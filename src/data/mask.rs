@@ -196,7 +196,7 @@ mod tests {
         let differs =
             "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}";
         let error = mask(differs, &turns[..2]).unwrap_err();
-        assert_eq!(error, MaskError::Reply { turn: 2 });
+        assert_eq!(error, MaskError::Reply { turn: 2, joined: false });
         let text = error.to_string();
         assert!(
             text.contains("--chat-template") && text.contains("remove the thoughts") && !text.contains("loss"),
@@ -230,7 +230,7 @@ mod tests {
         let joins = LAST.replace("</s>\n", "{% if loop.last or loop.nextitem.role != 'assistant' %}</s>\n{% endif %}");
         assert_eq!(mask(&joins, &doubled).unwrap_err(), MaskError::Prefix { turn: 2, when: FOLLOWED });
         let thinks = LAST.replace("%}<assistant>{%", "%}<assistant><think>\n{%");
-        assert_eq!(mask(&thinks, &doubled[..3]).unwrap_err(), MaskError::Reply { turn: 3 });
+        assert_eq!(mask(&thinks, &doubled[..3]).unwrap_err(), MaskError::Reply { turn: 3, joined: true });
         // A template that writes no content beside calls.
         let calls = LAST.replace("{{ m.content | trim }}", "{{ m.content | trim if not m.tool_calls }}");
         let mut messages = vec![Message::new("user", "q"), Message::new("assistant", "x"), Message::new("user", "r")];
@@ -345,7 +345,7 @@ mod tests {
         assert_eq!(quick(LAST_THOUGHTS, &short).unwrap(), [&want[..3], &["a</s>\n"]].concat());
         assert_eq!(quick(LAST_THOUGHTS, &row).unwrap_err(), MaskError::Prefix { turn: 8, when: PROMPTED });
         // The reply with thoughts that the generation prompt rules out.
-        assert_eq!(quick(LAST_THOUGHTS, &row[..2]).unwrap_err(), MaskError::Reply { turn: 2 });
+        assert_eq!(quick(LAST_THOUGHTS, &row[..2]).unwrap_err(), MaskError::Reply { turn: 2, joined: false });
         for (from, to) in [
             // Another text before the first turn, another end of the turn before, or another header.
             ("{% for m in messages %}<{{ m.role }}>", "{{ messages | length }}{% for m in messages %}<{{ m.role }}>"),

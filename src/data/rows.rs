@@ -273,10 +273,18 @@ fn rows_below(text: &str) -> Option<String> {
 const OF_ROWS: [&str; 8] =
     ["messages", "conversations", "prompt", "goal", "all_prompt", "attack_prompt", "safe_messages", "unsafe_messages"];
 
+/// The key under which the hub's dataset viewer gives `{"row_idx": 0, "row": {...}}`.
+const OF_VIEWER: &str = "rows";
+
 /// The first key that holds rows in a list.
 pub(super) fn key_of_rows(row: &Map<String, Value>) -> Option<&str> {
-    let is_row =
+    let has_fields =
         |value: &Value| value.as_object().is_some_and(|row| OF_ROWS.iter().any(|name| row.contains_key(*name)));
+    let of_viewer = |value: &Value| value.get("row").is_some_and(has_fields);
+    if row.get(OF_VIEWER).and_then(Value::as_array).and_then(|list| list.first()).is_some_and(of_viewer) {
+        return Some(OF_VIEWER);
+    }
+    let is_row = has_fields;
     let holds_rows = |value: &Value| value.as_array().is_some_and(|list| list.first().is_some_and(is_row));
     row.iter().find(|(_, value)| holds_rows(value)).map(|(key, _)| key.as_str())
 }
@@ -284,6 +292,11 @@ pub(super) fn key_of_rows(row: &Map<String, Value>) -> Option<&str> {
 /// Says that the rows are below a key, and how to get them.
 pub(super) fn one_level_down(key: &str) -> String {
     let key = quote::cut(key, 60);
+    if key == OF_VIEWER {
+        return "the file is an answer of the hub's dataset viewer, with a row in each object of its list rows: take them out by \
+                `jq -c '.rows[].row' FILE > rows.jsonl`"
+            .into();
+    }
     format!(
         "the file is one object with rows in the list {key}: give the list itself (`jq '.[\"{key}\"]' FILE > rows.json`, or \
          `json.dump(json.load(open(FILE))[\"{key}\"], open(\"rows.json\", \"w\"))`)"

@@ -185,6 +185,9 @@ fn wrong(path: &Path, what: &str) -> Error {
     Error::file(path, message)
 }
 
+/// The text of a template. A byte order mark is a part of it, as transformers reads it.
 fn read(path: &Path) -> Result<String, Error> {
-    input::read_text(path).map_err(|e| Error::read(path, e))
+    let text = input::read_text(path).map_err(|e| Error::read(path, e))?;
+    let bytes = input::read(path).map_err(|e| Error::read(path, e))?;
+    Ok(if input::without_mark(&bytes).len() < bytes.len() { format!("\u{feff}{text}") } else { text })
 }

@@ -25,7 +25,10 @@ pub struct ChatTokenizer {
     /// Texts of the special tokens, longest first. The tokenizer recognises them anywhere in a text.
     special: Vec<String>,
     eos: Vec<u32>,
+    /// Of `tokenizer.json`; tokens that are declared beside it may have larger ids.
     max_id: u32,
+    /// Embeddings of the model, once [`Self::check_vocab`] knows it.
+    vocab_size: usize,
     /// Bytes of the longest token.
     max_token_bytes: usize,
     /// BPE dropout that the file asks for, and that is switched off.
@@ -71,6 +74,7 @@ impl ChatTokenizer {
         };
         let DeclaredTokens { named, missing } = DeclaredTokens::read(&files, &tokenizer)?;
         let config = files.config.1;
+        let own_ids = tokenizer.get_vocab(true);
         guarded(&path, || {
             // The file may hold truncation and padding settings of an earlier use. transformers resets them on each call,
             // too.
@@ -95,7 +99,8 @@ impl ChatTokenizer {
             templates,
             special,
             eos: eos.into_iter().collect(),
-            max_id: vocabulary.values().copied().max().unwrap_or(0),
+            max_id: own_ids.into_values().max().unwrap_or(0),
+            vocab_size: usize::MAX,
             max_token_bytes: vocabulary.keys().map(String::len).max().unwrap_or(0),
             path,
             tokenizer,
@@ -119,7 +124,9 @@ impl ChatTokenizer {
     /// # Errors
     /// Those of the tokenizer.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        guarded(&self.path, || Ok(self.tokenizer.encode_fast(text, false)?.get_ids().to_vec()))
+        let ids = guarded(&self.path, || Ok(self.tokenizer.encode_fast(text, false)?.get_ids().to_vec()))?;
+        self.check_embedded(&ids)?;
+        Ok(ids)
     }
 
     /// Token ids of a text and their byte ranges in it. Like [`Self::encode`], without added special tokens.
@@ -128,6 +135,7 @@ impl ChatTokenizer {
     /// Those of the tokenizer.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Encoded, Error> {
         let encoding = guarded(&self.path, || self.tokenizer.encode(text, false))?;
+        self.check_embedded(encoding.get_ids())?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
     }
 
@@ -199,11 +207,13 @@ impl ChatTokenizer {
         bytes / 16 > tokens.max(1).saturating_mul(self.max_token_bytes.max(1))
     }
 
-    /// Checks that the model has an embedding for every token id.
+    /// Checks that the model has an embedding for every token id of `tokenizer.json`. Of tokens that are declared beside it, such as
+    /// one for padding, a model may have none: a text with such a token is then an error.
     ///
     /// # Errors
     /// The largest id is not below `vocab_size`.
-    pub fn check_vocab(&self, vocab_size: usize) -> Result<(), Error> {
+    pub fn check_vocab(&mut self, vocab_size: usize) -> Result<(), Error> {
+        self.vocab_size = vocab_size;
         if (self.max_id as usize) < vocab_size {
             return Ok(());
         }
@@ -211,9 +221,21 @@ impl ChatTokenizer {
         let token = self.tokenizer.id_to_token(max_id).unwrap_or_default();
         let message = format!(
             "the tokenizer has ids up to {max_id} ({}), but the model's vocabulary has {vocab_size}; it belongs to another \
-             model, or the model's embeddings were not resized after tokens were added (to this file, or beside it in \
-             tokenizer_config.json, special_tokens_map.json or added_tokens.json)",
+             model, or the model's embeddings were not resized after tokens were added",
             quote(&token)
+        );
+        Err(Error::file(&self.path, message))
+    }
+
+    /// Refuses tokens for which the model has no embedding.
+    fn check_embedded(&self, ids: &[u32]) -> Result<(), Error> {
+        let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab_size) else { return Ok(()) };
+        let message = format!(
+            "a text has the token {}, id {id}, but the model's vocabulary has {}: the token is declared beside this file, in \
+             tokenizer_config.json, special_tokens_map.json or added_tokens.json, or is a default of the tokenizer's class, and the model's \
+             embeddings were not resized for it: resize them, or take the token out of the rows and the chat template",
+            quote(&self.tokenizer.id_to_token(*id).unwrap_or_default()),
+            self.vocab_size
         );
         Err(Error::file(&self.path, message))
     }
@@ -249,23 +271,35 @@ fn load(path: &Path, bytes: &[u8], class: TokenizerClass, config: &Map<String, V
     };
     if class == TokenizerClass::AsInFile {
         let tokenizer = as_in_file()?;
-        let added = tokenizer.get_added_tokens_decoder().into_iter().collect();
-        return Ok(Loaded { tokenizer, added });
+        // By the ids of the file: the library numbers them anew where they leave a gap.
+        let added =
+            serde_json::from_slice(bytes).ok().and_then(|AddedTokens { added_tokens }| read_added(&added_tokens));
+        return Ok(Loaded { tokenizer, added: added.unwrap_or_default() });
     }
     let content: Map<String, Value> =
         serde_json::from_slice(bytes).map_err(|e| Error::file(path, input::not_json(bytes, &e)))?;
-    let added = added_tokens(&content).ok_or_else(|| Error::file(path, "added_tokens holds what is no token"))?;
+    let added = content.get("added_tokens").map_or_else(|| Some(BTreeMap::new()), read_added);
+    let added = added.ok_or_else(|| Error::file(path, "added_tokens holds what is no token"))?;
     let content = class.made_anew(content, config).map_err(|e| Error::file(path, e))?;
     let tokenizer = guarded(path, || Tokenizer::from_bytes(serde_json::to_vec(&content)?))?;
     Ok(Loaded { tokenizer, added })
 }
 
+/// That part of a `tokenizer.json`.
+#[derive(Deserialize)]
+struct AddedTokens {
+    #[serde(default)]
+    added_tokens: Value,
+}
+
 /// The added tokens of a `tokenizer.json` by id; `None`: there is something else among them.
-fn added_tokens(tokenizer: &Map<String, Value>) -> Option<BTreeMap<u32, AddedToken>> {
-    let Some(list) = tokenizer.get("added_tokens").filter(|list| !list.is_null()) else { return Some(BTreeMap::new()) };
+fn read_added(added_tokens: &Value) -> Option<BTreeMap<u32, AddedToken>> {
     let token =
         |entry: &Value| Some((u32::try_from(entry.get("id")?.as_u64()?).ok()?, AddedToken::deserialize(entry).ok()?));
-    list.as_array()?.iter().map(token).collect()
+    match added_tokens {
+        Value::Null => Some(BTreeMap::new()),
+        list => list.as_array()?.iter().map(token).collect(),
+    }
 }
 
 /// Runs `f`, which calls the tokenizers library. It panics on some files that are no valid tokenizer; that is the file's fault.

@@ -29,6 +29,11 @@ use super::Message;
 use super::message::Form;
 use super::template::{ChatTemplate, TemplateError};
 
+const JOINED: &str = "The turn before it is the assistant's, too: write both as one turn";
+const THOUGHTS: &str = "Where the prompt begins a think block, write the reply's thoughts as reasoning_content, or have enable_thinking: false; \
+     where it ends one, as with enable_thinking: false in some templates, remove that variable or write the empty thoughts as the template does. \
+     Without thoughts, the template writes the turns before the reply differently once it follows, a system text, say";
+
 /// Why the loss mask of a conversation cannot be determined.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum MaskError {
@@ -43,13 +48,15 @@ pub(super) enum MaskError {
     )]
     Prefix { turn: usize, when: &'static str },
     #[error(
-        "message {turn}: the chat template renders it differently when {PROMPTED}, so the tokens of the reply cannot be found; \
-         the likely cause are thoughts. Where the prompt begins a think block, write the reply's thoughts as reasoning_content, or give \
-         enable_thinking: false by --chat-template-kwargs; where it ends one, remove the thoughts. Without thoughts, the template writes the \
-         turns before the reply differently once it follows, a system text, say: give --chat-template FILE with a template that marks the \
-         reply with {{% generation %}}"
+        "message {turn}: the chat template renders it differently when {PROMPTED}, so the tokens of the reply cannot be found. {}; \
+         or give --chat-template FILE with a template that marks the reply with {{% generation %}}",
+        if *.joined { JOINED } else { THOUGHTS }
     )]
-    Reply { turn: usize },
+    Reply {
+        turn: usize,
+        /// Whether the turn before it is the assistant's, too.
+        joined: bool,
+    },
     #[error(
         "the chat template marks {marks} generations in a conversation with {turns} assistant turns, and which of them are in \
          turns that carry loss cannot be seen; give --chat-template FILE with a template that has one {{% generation %}} block \
@@ -117,7 +124,9 @@ impl<'a> Conversation<'a> {
             // The template may write the assistant turn before it otherwise at the end of a prompt.
             let follows_assistant = i > 0 && self.messages[i - 1].is_assistant();
             let start = self.after_prompt(i, &before).filter(|_| follows_assistant);
-            return start.map(|start| start..self.text.len()).ok_or(MaskError::Reply { turn });
+            return start
+                .map(|start| start..self.text.len())
+                .ok_or(MaskError::Reply { turn, joined: follows_assistant });
         }
         if after.starts_with(&before)
             && let Some(body) = self.without_end(&after).filter(|body| body.len() >= before.len())

@@ -149,7 +149,14 @@ fn message(value: &Value, last: bool) -> Result<Message> {
     turn.fields = map.keys().filter_map(|name| Some((name.clone(), turn.fields.get(name)?.clone()))).collect();
     (turn.form, turn.content) = match content(map)? {
         Some(content) => content,
-        None if turn.fields.is_empty() && !(last && turn.is_assistant()) => return Err("has no content".into()),
+        None if turn.fields.is_empty()
+            && ["content", "value"].iter().all(|name| !map.contains_key(*name))
+            && !(last && turn.is_assistant()) =>
+        {
+            return Err("has no content".into());
+        }
+        // An empty value is an empty text.
+        None if turn.fields.is_empty() && !(last && turn.is_assistant()) => (Form::Text, String::new()),
         None if map.contains_key("content") => (Form::Null, String::new()),
         None => (Form::Missing, String::new()),
     };

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::exit::{self, Coded};
+use crate::input;
 
 /// The folder of the Hugging Face cache that holds `models--ORG--NAME` folders.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,7 +147,7 @@ impl HubCache {
             return Ok(named);
         }
         let reference = model.join("refs").join(&id.revision);
-        let Ok(commit) = std::fs::read_to_string(&reference) else {
+        let Ok(commit) = input::read_text(&reference) else {
             return Err(incomplete(reference, "cannot be read"));
         };
         let commit = commit.trim();

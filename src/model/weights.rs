@@ -62,7 +62,7 @@ pub enum Error {
     )]
     LinkOutside { path: PathBuf, target: PathBuf },
     #[error(
-        "{path}: tensor {} is stored as {dtype}; moewarden reads F32, F16 and BF16", quote(.tensor)
+        "{path}: tensor {} is stored as {dtype}; moewarden reads F32, F16 and BF16: convert the model, such as by model.to(torch.bfloat16).save_pretrained(FOLDER)", quote(.tensor)
     )]
     NotFloat { path: PathBuf, tensor: String, dtype: StoredDtype },
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use crate::input;
 use crate::train::{ExpertLoads, LoadBalance, Phase};
 
 /// One line of `metrics.jsonl`: a training step, or a micro-batch of an identification. A loss that the phase does not
@@ -85,6 +86,9 @@ impl MetricsLog {
     pub fn resume(path: impl Into<PathBuf>, so_far: &[u8]) -> Result<(Self, bool), Error> {
         let (path, length) = (path.into(), so_far.len() as u64);
         let open = || -> io::Result<(File, bool)> {
+            if input::is_there(&path) {
+                input::open(&path)?; // refuses a pipe, on which reading would wait without end
+            }
             let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
             let mut found = Vec::new();
             (&file).take(length).read_to_end(&mut found)?;
@@ -105,7 +109,7 @@ impl MetricsLog {
     /// [`Error::Log`]; [`Error::LogTruncated`] if the log is shorter.
     pub fn head(path: &Path, length: u64) -> Result<Vec<u8>, Error> {
         let mut head = Vec::new();
-        match File::open(path).and_then(|file| file.take(length).read_to_end(&mut head)) {
+        match input::open(path).and_then(|file| file.take(length).read_to_end(&mut head)) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(Error::Log { path: path.into(), action: "opening", source })
             }

@@ -30,7 +30,7 @@ impl RowLog {
             let path = path.clone();
             move |source: io::Error| Error::Log { path, action, source }
         };
-        let mut bytes = match std::fs::read(&path) {
+        let mut bytes = match input::read(&path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(failed("opening")(e)),

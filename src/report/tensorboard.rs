@@ -13,6 +13,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use super::Error;
 use super::metrics::MetricsRow;
+use crate::input;
 
 /// The event file of a process, below the folder `tensorboard`. A run that is resumed begins another one.
 pub struct EventLog {
@@ -194,7 +195,7 @@ fn own_files(folder: &Path) -> Vec<PathBuf> {
 
 /// The steps with numbers in an event file of moewarden, up to its first damaged record: a reader stops there.
 fn steps_of(path: &Path) -> Vec<u64> {
-    let Ok(bytes) = fs::read(path) else { return Vec::new() };
+    let Ok(bytes) = input::read(path) else { return Vec::new() };
     let mut rest = &bytes[..];
     let mut steps = Vec::new();
     while let Some((event, after)) = first_record(rest) {

@@ -17,7 +17,7 @@ use crate::launch::memory::human;
 use crate::launch::{Device, Opened, Rank, catch_panic, check_output_dir, memory};
 use crate::quote;
 use crate::train::memory::MemoryBudget;
-use crate::train::{Recipe, TrainedElements};
+use crate::train::{Recipe, TrainedElements, Training};
 use crate::ui::Ui;
 
 /// Opens model, tokenizer and data, prints a summary and samples of the loss mask, and predicts memory and time.
@@ -72,6 +72,9 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
         placement.describe_bus(rate, ranks).into_iter().for_each(|bus| ui.result(bus));
     }
     forecast.check(&budget, ranks, config.force)?;
+    if let Some(problem) = recipe.updates.warm_up_problem(most_steps(&session, &recipe)) {
+        ui.warn(format_args!("in a training phase {problem}"));
+    }
     let layers = session.model.layers.len();
     let recomputed = (layers - forecast.kept_layers) as f64 / layers as f64;
     let time = forecast_time(&session, config, &recipe, recomputed, &trained);
@@ -144,6 +147,19 @@ fn forecast_time(
         Init::Random => forecast.with_random_weights(session.table.total().elements),
         Init::Checkpoint => forecast,
     }
+}
+
+/// Steps that no training phase exceeds: those with all replies on one rank.
+fn most_steps(session: &Session, recipe: &Recipe) -> usize {
+    let replies = session.data.records.iter().flat_map(|r| [&r.unsafe_reply, &r.safe_reply]).flatten().count();
+    let steps = |epochs: usize, grad_accum: usize| epochs * replies.div_ceil(recipe.batch_size).div_ceil(grad_accum);
+    let experts = match &recipe.training {
+        Training::Nothing => return usize::MAX,
+        Training::Routers(_) => 0,
+        Training::Experts(phase) | Training::Alternate(phase, _) => steps(phase.epochs, phase.grad_accum),
+        Training::Joint(phase) => steps(phase.epochs, phase.grad_accum),
+    };
+    experts.max(recipe.router_phase().map_or(0, |phase| steps(phase.epochs, 1)))
 }
 
 /// The sizes of a micro-batch of unsafe replies.

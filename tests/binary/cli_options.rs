@@ -285,6 +285,10 @@ fn exit_codes_and_messages_of_the_process() {
         (format!("{run} --seed 1 --random_seed 2"), 2, "different values"),
         (format!("{run} --seed 1 --seed 2"), 2, "cannot be used multiple times"),
         (format!("{run} --layers 3-x"), 2, "one range of layers"),
+        (format!("{run} --max-samples -1"), 2, "expected a whole number, not negative"),
+        (format!("{run} --max-samples 1.5"), 2, "expected a whole number, not negative"),
+        (format!("{run} --threads 99999999999999999999"), 2, "the number is too large"),
+        (format!("{run} --expert-lr fast"), 2, "expected a number"),
         ("trian".into(), 2, "train"),
         ("train --model-name m".into(), 2, "--dataset-path is required"),
         ("eval --model-name m --dataset-path d --temperature nan".into(), 2, "finite"),
@@ -393,7 +397,7 @@ prop_compose! {
         (keep_failed, shuffle, skip_router_training, use_router_consistency_loss) in
             (any::<Option<bool>>(), any::<Option<bool>>(), any::<Option<bool>>(), any::<Option<bool>>()),
         (seed, threads, warmup_steps, num_epochs) in
-            (any::<Option<u64>>(), proptest::option::of(0..64usize), proptest::option::of(0..usize::MAX), proptest::option::of(1..9usize)),
+            (any::<Option<u64>>(), proptest::option::of(0..64usize), proptest::option::of(0..10_000_001usize), proptest::option::of(1..9usize)),
         (max_samples, top_k_experts, experts_per_layer, layers) in
             (proptest::option::of(1..usize::MAX), proptest::option::of(1..9999usize), proptest::option::of(1..99usize), proptest::option::of((0..9usize, 0..9usize))),
         (finetune_unsafe_experts, overwrite, resume) in (any::<Option<bool>>(), any::<Option<bool>>(), any::<Option<bool>>()),

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::golden_copy::golden_copy as case;
-use crate::program::files_of;
+use crate::program::{files_of, pipe};
 use assert_cmd::Command;
 use moewarden::exit;
 use serde_json::{Value, json};
@@ -209,6 +209,30 @@ fn a_delta_becomes_the_model_that_was_trained() {
     export(&delta, &run.join("round_1"), &["--overwrite"]).failed(exit::CANNOT_CREATE, "to be read");
     export(&run.join("round_2"), &dir.path().join("x"), &[]).failed(exit::NO_INPUT, "round_2");
     assert!(delta.exists() && !dir.path().join("x").exists());
+
+    // A base whose file has a folder or a pipe in its place would be exported without it.
+    let other = dir.path().join("other");
+    fs::create_dir(&other).unwrap();
+    files_of(&base).iter().for_each(|file| _ = fs::copy(base.join(file), other.join(file)).unwrap());
+    let of_other = |output: &Path| {
+        let [base, delta, output] = [&other, &delta, output].map(|p: &Path| p.display().to_string());
+        moewarden(["export", "--base", &base, "--delta", &delta, "--output-dir", &output])
+    };
+    for name in ["tokenizer.json", "generation_config.json", "vocab.json"] {
+        let path = other.join(name);
+        let kept = fs::read(&path).ok();
+        _ = fs::remove_file(&path);
+        fs::create_dir(&path).unwrap();
+        of_other(&dir.path().join("x")).failed(exit::IO, "it is a folder (a directory), not a file");
+        fs::remove_dir(&path).unwrap();
+        pipe(&path);
+        of_other(&dir.path().join("x")).failed(exit::IO, "it is a pipe (FIFO), not a file");
+        fs::remove_file(&path).unwrap();
+        kept.into_iter().for_each(|bytes| fs::write(&path, bytes).unwrap());
+    }
+    assert!(!dir.path().join("x").exists());
+    fs::create_dir(other.join("runs")).unwrap(); // of another program
+    of_other(&dir.path().join("x")).ok();
 }
 
 // --- eval --------------------------------------------------------------------------------------------------------

@@ -47,6 +47,13 @@ impl Ran {
     }
 }
 
+/// Makes a pipe (FIFO).
+pub fn pipe(path: &Path) {
+    let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    // SAFETY: the name is a valid C string.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+}
+
 /// A running command.
 pub struct Running {
     child: Child,

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use crate::program::{Outputs, Ran, model, moewarden, start, write_rows};
+use crate::program::{Outputs, Ran, model, moewarden, pipe, start, write_rows};
 use moewarden::exit;
 
 /// A folder with the copy `old` of a model and the rows `old.json`.
@@ -29,6 +29,49 @@ fn train(folder: &Path, name: &str, more: &str) -> Ran {
     let mut command = moewarden(0, text.split_whitespace());
     command.current_dir(folder);
     start(command).end()
+}
+
+#[test]
+fn a_pipe_in_the_place_of_an_output_does_not_stop_a_run_without_end() {
+    let folder = folder();
+    let run = folder.path().join("run");
+    train(folder.path(), "old", "").ok();
+    let newest = fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
+    for path in [run.join("metrics.jsonl"), newest.join("manifest.json"), newest.join("state.json")] {
+        let kept = fs::read(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        pipe(&path);
+        let ran = train(folder.path(), "old", "--resume");
+        assert!(ran.err.contains("pipe (FIFO)") || ran.err.contains("is missing"), "{}: {}", path.display(), ran.err);
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, kept).unwrap();
+    }
+    let eval = || {
+        let text =
+            "eval --model-name old --dataset-path old.json --output-dir eval --max-new-tokens 1 --threads 1 --resume";
+        let mut command = moewarden(0, text.split_whitespace());
+        command.current_dir(folder.path());
+        start(command).end()
+    };
+    eval().ok();
+    for name in ["generations.jsonl", "reply_losses.jsonl", "eval_options.json"] {
+        let path = folder.path().join("eval").join(name);
+        let kept = fs::read(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        pipe(&path);
+        eval().failed(exit::IO, &["it is a pipe (FIFO), not a file"]);
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, kept).unwrap();
+    }
+}
+
+#[test]
+fn a_warm_up_without_an_end_is_told() {
+    let folder = folder();
+    let ran = train(folder.path(), "old", "--warmup-steps 10000000").ok();
+    assert!(ran.err.contains("the warm-up of 10000000 steps does not end within its"), "{}", ran.err);
+    assert!(ran.err.contains("training changed no parameter"), "{}", ran.err);
+    train(folder.path(), "old", "--overwrite --warmup-steps 10000001").failed(exit::CONFIG, &["at most 10000000"]);
 }
 
 #[test]

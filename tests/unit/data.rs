@@ -456,7 +456,7 @@ fn errors_of_tokenizer_folders() {
 fn encoding_decoding_and_vocabulary() {
     let folder = model_folder(&json!(CHATML));
     fs::write(folder.path().join("generation_config.json"), r#"{"eos_token_id": [7, 258]}"#).unwrap();
-    let tokenizer = ChatTokenizer::open(folder.path(), None).unwrap();
+    let mut tokenizer = ChatTokenizer::open(folder.path(), None).unwrap();
     assert_eq!(tokenizer.eos_ids(), [7, 258]);
     let ids = tokenizer.encode("Grüße 😀<|im_end|>").unwrap();
     assert_eq!(ids.last(), Some(&258));
@@ -464,6 +464,17 @@ fn encoding_decoding_and_vocabulary() {
     assert!(tokenizer.check_vocab(259).is_ok());
     let error = tokenizer.check_vocab(258).unwrap_err();
     assert!(error.to_string().contains("ids up to 258") && error.exit_code() == exit::DATA, "{error}");
+    // A token for padding that is declared beside the tokenizer needs no embedding, until a text has it.
+    let path = folder.path().join("tokenizer_config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["pad_token"] = json!("[PAD]");
+    fs::write(&path, config.to_string()).unwrap();
+    let mut tokenizer = ChatTokenizer::open(folder.path(), None).unwrap();
+    tokenizer.check_vocab(259).unwrap();
+    assert_eq!(tokenizer.encode("Grüße 😀<|im_end|>").unwrap(), ids);
+    for error in [tokenizer.encode("a[PAD]").unwrap_err(), tokenizer.encode_with_offsets("[PAD]").unwrap_err()] {
+        assert!(error.to_string().contains("the token `[PAD]`, id 259, but the model's vocabulary has 259"), "{error}");
+    }
 }
 
 #[test]

@@ -396,6 +396,21 @@ fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
 }
 
 #[test]
+fn an_empty_content_is_a_blank_text() {
+    let golden = golden();
+    let template = golden["templates"]["plain"].as_str().unwrap();
+    let ids = |content: Value| {
+        let turns = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": content}, {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "No."}]);
+        read(&json!({"label": "unsafe", "messages": turns}), template).unwrap().records[0].unsafe_reply.clone()
+    };
+    let blank = ids(json!(""));
+    for empty in [json!(null), json!([]), json!({}), json!([{"type": "text", "text": null}])] {
+        assert_eq!(ids(empty.clone()), blank, "{empty}");
+    }
+}
+
+#[test]
 fn a_field_that_nothing_reads_is_counted_once() {
     let golden = golden();
     let row = json!({"label": "unsafe", "id": 7, "source": "", "tags": [], "messages": [

@@ -1,7 +1,6 @@
 //! The plan of a comparison: what is trained, measured and tested, written before the first variant is trained.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -135,7 +134,7 @@ impl Plan {
             let message = format!("{}: {difference} was changed while the variants were trained", path.display());
             return Err(Failure::new(exit::DATA, message));
         }
-        let bytes = fs::read(&path).map_err(|e| Failure::new(exit::IO, format!("{}: {e}", path.display())))?;
+        let bytes = input::read(&path).map_err(|e| Failure::new(exit::IO, format!("{}: {e}", path.display())))?;
         Ok(format!("blake3:{}", blake3::hash(&bytes)))
     }
 

@@ -77,7 +77,7 @@ impl Judge {
         let table =
             ParamTable::build(&config, &Checkpoint::open(&dir)?).context(format!("--judge {}", dir.display()))?;
         table.check_finite().context(format!("the checkpoint {} is damaged: fetch it again", dir.display()))?;
-        let tokenizer = ChatTokenizer::open(&dir, None)?;
+        let mut tokenizer = ChatTokenizer::open(&dir, None)?;
         tokenizer.check_vocab(config.vocab_size)?;
         if let Some(name) = asking.unread_variable(&tokenizer) {
             let message = format!(

@@ -130,7 +130,7 @@ impl Session {
     ) -> Result<Self> {
         let Base { dir, model, checkpoint, table } = base;
         model.check_length(config.max_length)?;
-        let tokenizer = ChatTokenizer::open(&dir, config.chat_template.as_deref())?;
+        let mut tokenizer = ChatTokenizer::open(&dir, config.chat_template.as_deref())?;
         tokenizer.check_vocab(model.vocab_size)?;
         if let Some(note) = tokenizer.note() {
             ui.warn(note);

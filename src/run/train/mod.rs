@@ -393,6 +393,11 @@ impl<B: Backend> RankRun<'_, B> {
         let phase = TrainingPhase::new(objective, &recipe.updates, round, &self.replica);
         let mut phase = phase.with_retention(self.retention.clone());
         let label = phase.phase().label();
+        if resumed.is_none() {
+            recipe.updates.warm_up_problem(phase.total_steps()).into_iter().for_each(|problem| {
+                ui.warn(format_args!("round {}, {label} phase: {problem}", round + 1));
+            });
+        }
         self.plan_memory(&phase, round);
         let mut restore = || -> Result<bool> {
             let Some(saved) = resumed.map(|s| s.training(&self.replica)).transpose()?.flatten() else {

@@ -91,6 +91,12 @@ impl<B: Backend> RankRun<'_, B> {
                 &frozen.hash.to_hex()[..16]
             ));
             ui.result(format_args!("trained: {} parameters, {} of them changed", frozen.trained, frozen.changed));
+            if frozen.trained > 0 && frozen.changed == 0 {
+                ui.warn(
+                    "training changed no parameter: the final model is the original one. Are the learning rates, or the number of steps after \
+                     the warm-up, too small?",
+                );
+            }
             ui.result(format_args!("final model: {}", final_model.display()));
             Ok(())
         };

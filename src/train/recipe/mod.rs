@@ -81,6 +81,19 @@ pub struct Updates {
     pub check_replicas: usize,
 }
 
+impl Updates {
+    /// What is to be said of the warm-up in a phase of this many steps.
+    pub fn warm_up_problem(&self, steps: usize) -> Option<String> {
+        (self.warmup_steps > 0 && self.warmup_steps >= steps).then(|| {
+            format!(
+                "the warm-up of {} steps does not end within its {steps} steps, so that the learning rate stays below the one that is \
+                 given: lower --warmup-steps",
+                self.warmup_steps
+            )
+        })
+    }
+}
+
 /// The safe side of the data that a run compares unsafe rows with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NeededSides {

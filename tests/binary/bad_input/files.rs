@@ -1,11 +1,11 @@
 //! What lies in the place of a file, and files that are damaged.
 
 use std::fs;
-use std::path::Path;
 
 use serde_json::Value;
 
 use super::Scene;
+use crate::program::pipe;
 
 /// Every JSON file of a model that is read.
 const JSON: [&str; 6] = [
@@ -16,12 +16,6 @@ const JSON: [&str; 6] = [
     "special_tokens_map.json",
     "added_tokens.json",
 ];
-
-fn pipe(path: &Path) {
-    let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
-    // SAFETY: the name is a valid C string.
-    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
-}
 
 #[test]
 fn a_folder_a_pipe_or_a_link_to_nothing_in_the_place_of_a_file_is_named() {
