@@ -533,6 +533,25 @@ pub trait Backend: Send + Sync + 'static {
         grad_at: usize,
         step: &AdamwStep,
     );
+    /// [`Self::adamw`], then [`Self::set_weight`] of the parameters whose master weights these are: each with its elements
+    /// of `master`, which together are `at`, one after another. A GPU writes them in the same pass.
+    #[allow(clippy::too_many_arguments)]
+    fn adamw_weights(
+        &self,
+        master: &mut Self::Buffer,
+        m: &mut Self::Buffer,
+        v: &mut Self::Buffer,
+        at: Range<usize>,
+        grad: &Self::Buffer,
+        grad_at: usize,
+        step: &AdamwStep,
+        weights: Vec<(Range<usize>, &mut Self::Weight)>,
+    ) {
+        self.adamw(master, m, v, at, grad, grad_at, step);
+        for (at, w) in weights {
+            self.set_weight(w, master, at);
+        }
+    }
     /// Overwrites a parameter with elements `at` of `values`, rounded to nearest even in its stored dtype.
     fn set_weight(&self, w: &mut Self::Weight, values: &Self::Buffer, at: Range<usize>);
     /// Converts elements of a parameter to f32 and writes them into a buffer at `offset`.

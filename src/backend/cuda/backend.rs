@@ -101,10 +101,10 @@ impl Backend for Cuda {
         self.copy_out(b.at(range.start, range.len()), range.len())
     }
     fn buffer_write(&self, b: &mut Buffer, offset: usize, values: &[f32]) {
-        self.copy_in(b.at(offset, values.len()), values);
+        self.copy_in(b.overwritten(offset, values.len()), values);
     }
     fn buffer_clear(&self, b: &mut Buffer) {
-        self.zero(b.at(0, b.len), 4 * b.len);
+        b.clear();
     }
     fn scores(&self, n: usize) -> Scores {
         transfer::scores(self, n)
@@ -341,6 +341,19 @@ impl Backend for Cuda {
         step: &AdamwStep,
     ) {
         update::adamw(self, master, m, v, at, grad, grad_at, step);
+    }
+    fn adamw_weights(
+        &self,
+        master: &mut Buffer,
+        m: &mut Buffer,
+        v: &mut Buffer,
+        at: Range<usize>,
+        grad: &Buffer,
+        grad_at: usize,
+        step: &AdamwStep,
+        weights: Vec<(Range<usize>, &mut Weight)>,
+    ) {
+        update::adamw_weights(self, master, m, v, at, grad, grad_at, step, weights);
     }
     fn set_weight(&self, w: &mut Weight, values: &Buffer, at: Range<usize>) {
         update::set_weight(self, w, values, at);

@@ -5,7 +5,8 @@ use half::{bf16, f16};
 use super::Cuda;
 use super::gpu::{Grid, Kernel, Module, SourceFile};
 use super::launch::{
-    Addresses, Argument, Declaration, Declared, Element, In, InOut, Named, Number, OrNull, Out, kernels, select,
+    Addresses, Argument, Declaration, Declared, Element, In, InOut, Named, Number, OrNull, Out, Targets, kernels,
+    select,
 };
 use super::plan::{AttentionForm, Form};
 use crate::backend::Dtype;
@@ -176,7 +177,7 @@ kernels! {
     fn grouped_backward_input<T>(dx: Out<T>, dy: In<T>, weights: In<Addresses<T>>, offsets: In<u32>, groups: usize,
         stack: usize, inputs: usize, outputs: usize),
     fn grouped_backward_weight<T>(dw: InOut<f32>, dy: In<T>, x: In<T>, offsets: In<u32>, jobs: In<u64>, stack: usize,
-        inputs: usize, outputs: usize)
+        inputs: usize, outputs: usize, overwrite: bool)
     in {
         form: Form,
         Form::Arithmetic => GROUPED { "_f32": f32, "_bf16": bf16 },
@@ -223,6 +224,9 @@ kernels! {
     fn adamw(master: InOut<f32>, m: InOut<f32>, v: InOut<f32>, grad: In<f32>, n: usize, grad_scale: f32,
         one_minus_beta1: f32, beta2: f32, one_minus_beta2: f32, decay: f32, step_size: f32, bias_correction2_sqrt: f32,
         eps: f32),
+    fn adamw_weights<T>(master: InOut<f32>, m: InOut<f32>, v: InOut<f32>, grad: In<f32>, weights: In<Targets<T>>,
+        jobs: In<u64>, n: usize, grad_scale: f32, one_minus_beta1: f32, beta2: f32, one_minus_beta2: f32, decay: f32,
+        step_size: f32, bias_correction2_sqrt: f32, eps: f32),
     fn sums_of_squares(x: In<f32>, jobs: In<u64>, partial: Out<f64>, n: usize),
     fn totals_of_parts(partial: In<f64>, jobs: In<u64>, out: Out<f64>),
     fn total(values: In<f64>, out: Out<f64>, n: usize)
