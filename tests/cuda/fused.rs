@@ -8,10 +8,10 @@ use std::sync::Arc;
 use crate::emulator::device;
 use crate::values::Rng;
 use moewarden::backend::cpu::Cpu;
-use moewarden::backend::cuda::Cuda;
 use moewarden::backend::cuda::pool::Reuse;
 use moewarden::backend::cuda::profile::{Profiled, Times};
-use moewarden::backend::{AdamwStep, Backend, Dtype, HostTensor};
+use moewarden::backend::cuda::{Cuda, Tensor, Weight};
+use moewarden::backend::{AdamwStep, Backend, Dtype, HostTensor, Packing, Rope};
 
 fn profiled(dtype: Dtype) -> Cuda {
     let times = Arc::new(Times::default());
@@ -132,4 +132,124 @@ fn part_of_a_cleared_buffer_is_read_or_written_as_if_it_had_been_cleared_at_once
     assert_eq!(b.sum_squares(&buffer, 0..100), 20.0);
     b.buffer_clear(&mut buffer);
     assert_eq!(b.sum_squares(&buffer, 0..100), 0.0);
+}
+
+// --- passes over activations ------------------------------------------------------------------------------------------------
+
+/// Tensors of random values in the format of a backend.
+struct Random<'a> {
+    b: &'a Cuda,
+    rng: Rng,
+}
+
+impl Random<'_> {
+    fn tensor(&mut self, rows: usize, cols: usize, scale: f32) -> Tensor {
+        self.b.upload(rows, cols, &self.rng.values(rows * cols, scale))
+    }
+
+    fn weight(&mut self, n: usize) -> Weight {
+        self.b.weight(HostTensor::encode(self.b.compute(), vec![n], &self.rng.values(n, 1.0)))
+    }
+}
+
+/// Runs `check` with F32 and BF16, if the device has the bits of the emulator.
+fn with_both_formats(check: impl Fn(&Cuda, Random<'_>)) {
+    if !device::emulator_only("bits of two kernels, in which a compiler may contract differently") {
+        return;
+    }
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let b = Cuda::new(device::shuffled(2), dtype, Reuse::Never);
+        check(&b, Random { b: &b, rng: Rng::new(6) });
+    }
+}
+
+#[track_caller]
+fn same(b: &Cuda, got: &Tensor, want: &Tensor, what: &str) {
+    let bits = |x: &Tensor| b.download(x).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    assert_eq!((got.rows(), got.cols()), (want.rows(), want.cols()), "{what}");
+    assert!(bits(got) == bits(want), "{what}, {:?}", b.compute());
+}
+
+#[test]
+fn experts_are_combined_onto_the_residual_with_the_bits_of_separate_passes() {
+    with_both_formats(|b, mut random| {
+        for (tokens, experts, top_k, d) in [(1, 1, 1, 1), (7, 5, 2, 13), (33, 16, 4, 264), (3, 9, 8, 2056)] {
+            let routing = b.route(&b.upload(tokens, experts, &random.rng.values(tokens * experts, 2.0)), top_k, true);
+            let dispatch = b.dispatch(&routing, experts);
+            let x = random.tensor(tokens * top_k, d, 1.0);
+            let (residual, shared, gate) =
+                (random.tensor(tokens, d, 2.0), random.tensor(tokens, d, 1.0), random.tensor(tokens, 1, 2.0));
+            for shared in [None, Some((&shared, &gate))] {
+                let mut want = b.combine_rows(&x, &dispatch);
+                if let Some((shared, gate)) = shared {
+                    b.add_assign(&mut want, &b.sigmoid_gate(shared, gate));
+                }
+                b.add_assign(&mut want, &residual);
+                let got = b.combine_rows_onto(&x, &dispatch, shared, &residual);
+                same(b, &got, &want, &format!("{tokens} tokens of {d}, shared expert: {}", shared.is_some()));
+            }
+        }
+    });
+}
+
+#[test]
+fn a_norm_behind_a_residual_has_the_bits_of_separate_passes() {
+    with_both_formats(|b, mut random| {
+        for (rows, groups, n) in [(1, 1, 1), (5, 3, 7), (9, 1, 64), (3, 2, 1032), (2, 1, 2500), (30, 1, 2048)] {
+            let what = format!("[{rows}, {groups} x {n}]");
+            let cols = groups * n;
+            let (x, y, w) = (random.tensor(rows, cols, 1.0), random.tensor(rows, cols, 1.0), random.weight(n));
+            let copy = |x: &Tensor| b.upload(rows, cols, &b.download(x));
+            let (mut sum, mut want) = (copy(&x), copy(&x));
+            let normed = b.add_rms_norm(&mut sum, &y, &w, 1e-3);
+            b.add_assign(&mut want, &y);
+            same(b, &sum, &want, &format!("the sum of {what}"));
+            same(b, &normed, &b.rms_norm(&want, &w, 1e-3), &format!("the norm of {what}"));
+
+            let (dy, dx) = (random.tensor(rows, cols, 1.0), random.tensor(rows, cols, 1.0));
+            for trained in [false, true] {
+                let [mut one, mut other] = [b.buffer(n + 1), b.buffer(n + 1)];
+                let (mut got, mut want) = (copy(&dx), copy(&dx));
+                b.add_rms_norm_backward(&dy, &x, &w, 1e-3, trained.then_some((&mut one, 1)), &mut got);
+                let separate = b.rms_norm_backward(&dy, &x, &w, 1e-3, trained.then_some((&mut other, 1)));
+                b.add_assign(&mut want, &separate);
+                same(b, &got, &want, &format!("dx of {what}"));
+                assert_eq!(b.buffer_read(&one, 0..n + 1), b.buffer_read(&other, 0..n + 1), "dw of {what}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_norm_of_heads_with_their_rotation_has_the_bits_of_separate_passes() {
+    with_both_formats(|b, mut random| {
+        let packings = [Packing::of_lengths([4, 1, 7]), Packing::continuing(3, 90)];
+        // Norms of each head, of all heads together, and of one half of them; heads whose half is not a whole load.
+        for (half, heads, norms) in
+            [(1, 1, 1), (3, 4, 4), (4, 3, 3), (4, 6, 1), (32, 5, 5), (64, 2, 2), (64, 16, 1), (20, 4, 2)]
+        {
+            for packing in &packings {
+                let inv_freq = (0..half).map(|i| 0.7f32.powi(i as i32)).collect();
+                let seqs = b.sequences(packing, &Rope { inv_freq, scale: 1.25 });
+                let (rows, cols) = (packing.rows(), heads * 2 * half);
+                let what = format!("{rows} rows, {heads} heads of 2 x {half}, {norms} norms");
+                let (x, w) = (random.tensor(rows, cols, 1.0), random.weight(cols / norms));
+                let mut want = b.rms_norm(&x, &w, 1e-3);
+                b.rope(&mut want, 2 * half, &seqs);
+                same(b, &b.rms_norm_rope(&x, &w, 1e-3, 2 * half, &seqs), &want, &format!("y of {what}"));
+                let dy = random.tensor(rows, cols, 1.0);
+                let copy = || b.upload(rows, cols, &b.download(&dy));
+                for trained in [false, true] {
+                    let [mut one, mut other] = [0; 2].map(|_| b.buffer(w.len()));
+                    let mut back = copy();
+                    b.rope_backward(&mut back, 2 * half, &seqs);
+                    let want = b.rms_norm_backward(&back, &x, &w, 1e-3, trained.then_some((&mut one, 0)));
+                    let dw = trained.then_some((&mut other, 0));
+                    let got = b.rms_norm_rope_backward(copy(), &x, &w, 1e-3, 2 * half, &seqs, dw);
+                    same(b, &got, &want, &format!("dx of {what}"));
+                    assert_eq!(b.buffer_read(&one, 0..w.len()), b.buffer_read(&other, 0..w.len()), "dw of {what}");
+                }
+            }
+        }
+    });
 }

@@ -70,6 +70,7 @@ modules! {
         "pipeline.cuh", "tile_wgmma.cuh", "grouped.cu";
     KL = "kl": "softmax.cuh", "kl.cu";
     NORM = "norm";
+    NORM_ROPE = "norm_rope";
     ROPE = "rope";
     ROUTE = "route";
     ROWS = "rows";
@@ -121,9 +122,19 @@ kernels! {
 
     // norm.cu
     fn rms_norm<T>(x: In<T>, w: In<T>, y: Out<T>, groups: usize, n: usize, eps: f32),
+    fn add_rms_norm<T>(x: InOut<T>, added: In<T>, w: In<T>, y: Out<T>, groups: usize, n: usize, eps: f32),
     fn rms_norm_backward<T>(dy: In<T>, x: In<T>, w: In<T>, dx: Out<T>, rs: OrNull<Out<f32>>, groups: usize, n: usize,
+        eps: f32),
+    fn add_rms_norm_backward<T>(dy: In<T>, x: In<T>, w: In<T>, dx: InOut<T>, rs: OrNull<Out<f32>>, groups: usize, n: usize,
         eps: f32)
     in NORM;
+
+    // norm_rope.cu
+    fn rms_norm_rope<T>(x: In<T>, w: In<T>, y: Out<T>, eps: f32, positions: In<u32>, cosines: In<f32>, sines: In<f32>,
+        heads: u32, heads_per_row: u32, half: u32),
+    fn rms_norm_rope_backward<T>(dy: In<T>, x: In<T>, w: In<T>, dx: Out<T>, eps: f32, positions: In<u32>,
+        cosines: In<f32>, sines: In<f32>, heads: u32, heads_per_row: u32, half: u32)
+    in NORM_ROPE;
 
     // rope.cu
     fn rope<T>(x: InOut<T>, positions: In<u32>, cosines: In<f32>, sines: In<f32>, heads: u32, half: u32, direction: f32)
@@ -168,7 +179,9 @@ kernels! {
     fn dispatch_scan_chunks(counts: InOut<u32>, totals: Out<u32>, chunks: u32),
     fn dispatch_scan_experts(offsets: InOut<u32>, experts: u32),
     fn dispatch_place(ids: In<u32>, counts: In<u32>, offsets: In<u32>, row_of: Out<u32>, slot_of: Out<u32>, slots: usize),
-    fn combine_rows<T>(x: In<T>, row_of: In<u32>, y: Out<T>, top_k: u32, cols: usize)
+    fn combine_rows<T>(x: In<T>, row_of: In<u32>, y: Out<T>, top_k: u32, cols: usize),
+    fn combine_rows_onto<T>(x: In<T>, row_of: In<u32>, shared: OrNull<In<T>>, gate: OrNull<In<T>>, residual: In<T>,
+        y: Out<T>, top_k: u32, cols: usize)
     in DISPATCH;
 
     // grouped.cu
