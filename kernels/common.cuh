@@ -56,6 +56,9 @@ template <class T> DEVICE T from_f32(float x);
 template <> DEVICE float from_f32<float>(float x) { return x; }
 template <> DEVICE bf16 from_f32<bf16>(float x) { return to_bf16(x); }
 
+// x rounded to T, where a separate pass over it would have stored it.
+template <class T> DEVICE float rounded(float x) { return to_f32(from_f32<T>(x)); }
+
 // --- loads and stores ------------------------------------------------------------------------------------------------
 
 // Elements of T in 16 bytes, the widest load of a thread.

@@ -92,7 +92,39 @@ template <class T, int W> DEVICE void combine(const T* x, const u32* row_of, T* 
     }
 }
 
+// y[t] = Σ_k x[row_of[t·K + k]] + σ(gate[t]) · shared[t] + residual[t], without the second term if `shared` is null. Each product
+// and sum is rounded to T, as separate passes would store them.
+template <class T, int W>
+DEVICE void combine_onto(const T* x, const u32* row_of, const T* shared, const T* gate, const T* residual, T* y, u32 top_k,
+                         u64 cols) {
+    row_of += (u64)blockIdx.x * top_k;
+    shared += blockIdx.x * (shared ? cols : 0);
+    residual += blockIdx.x * cols;
+    y += blockIdx.x * cols;
+    float s = shared ? sigmoid(to_f32(gate[blockIdx.x])) : 0.0f;
+    for (u64 c = threadIdx.x * W; c < cols; c += blockDim.x * W) {
+        Pack<W> sum = {}, b = load<W>(residual + c);
+        for (u32 k = 0; k < top_k; k++) {
+            Pack<W> a = load<W>(x + (u64)row_of[k] * cols + c);
+#pragma unroll
+            for (int j = 0; j < W; j++) sum.v[j] += a.v[j];
+        }
+        if (shared) {
+            Pack<W> a = load<W>(shared + c);
+#pragma unroll
+            for (int j = 0; j < W; j++) sum.v[j] = __fadd_rn(rounded<T>(sum.v[j]), rounded<T>(__fmul_rn(a.v[j], s)));
+        }
+#pragma unroll
+        for (int j = 0; j < W; j++) sum.v[j] = rounded<T>(sum.v[j]) + b.v[j];
+        store<W>(y + c, sum);
+    }
+}
+
 #define TYPED(T, name)                                                                                               \
+    KERNEL(256, combine_rows_onto_##name, (const T* x, const u32* row_of, const T* shared, const T* gate,            \
+                                           const T* residual, T* y, u32 top_k, u64 cols)) {                          \
+        BY_WIDTH(T, cols, combine_onto, x, row_of, shared, gate, residual, y, top_k, cols);                          \
+    }                                                                                                                \
     KERNEL(256, combine_rows_##name, (const T* x, const u32* row_of, T* y, u32 top_k, u64 cols)) {                   \
         BY_WIDTH(T, cols, combine, x, row_of, y, top_k, cols);                                                       \
     }

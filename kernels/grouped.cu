@@ -58,6 +58,14 @@ DEVICE void backward_input(T* dx, const T* dy, const T* const* weights, const u3
     });
 }
 
+// to = a whole tile, with rows `stride` apart.
+DEVICE void store_tile(float* to, const Tile& tile, u64 stride) {
+    for_each_pack(tile, [&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
+#pragma unroll
+        for (int i = 0; i < Tile::WIDE; i++) to[row * stride + col + i] = v.v[i];
+    });
+}
+
 // to += a whole tile, with rows `stride` apart. Several packs are loaded before any is stored, so that the loads
 // overlap.
 DEVICE void add_tile(float* to, const Tile& tile, u64 stride) {
@@ -78,16 +86,16 @@ DEVICE void add_tile(float* to, const Tile& tile, u64 stride) {
     }
 }
 
-// dw += dyᵀ · x for some groups. `jobs` [n, 1 + stack]: a group, and the offset in dw of the gradient of each of its
-// weights. Grid: n * stack * ceil(outputs / M) * ceil(inputs / N) blocks.
+// dw += dyᵀ · x for some groups, or dw = dyᵀ · x with `overwrite`, 0 for a group without rows. `jobs` [n, 1 + stack]: a group, and
+// the offset in dw of the gradient of each of its weights. Grid: n * stack * ceil(outputs / M) * ceil(inputs / N) blocks.
 template <class T>
 DEVICE void backward_weight(float* dw, const T* dy, const T* x, const u32* offsets, const u64* jobs, u64 stack, u64 inputs,
-                            u64 outputs) {
+                            u64 outputs, bool overwrite) {
     u64 across = ceil_div(inputs, Tile::N), down = ceil_div(outputs, Tile::M);
     u64 matrix = blockIdx.x / (across * down), index = matrix % stack;
     const u64* job = jobs + matrix / stack * (1 + stack);
     u64 row = offsets[job[0]], rows = offsets[job[0] + 1] - row;
-    if (rows == 0) return;
+    if (rows == 0 && !overwrite) return;
     u64 m = blockIdx.x / across % down * Tile::M, n = blockIdx.x % across * Tile::N;
     u64 height = minimum(outputs - m, (u64)Tile::M), width = minimum(inputs - n, (u64)Tile::N);
     Tile tile;
@@ -97,13 +105,14 @@ DEVICE void backward_weight(float* dw, const T* dy, const T* x, const u32* offse
     });
     float* to = dw + job[1 + index] + m * inputs + n;
     if (height == Tile::M && width == Tile::N) {
-        add_tile(to, tile, inputs);
+        overwrite ? store_tile(to, tile, inputs) : add_tile(to, tile, inputs);
     } else {
         for_each_pack(tile, [&](u64 row, u64 col, const Pack<Tile::WIDE>& v) {
             if (row >= height) return;
+            float* at = to + row * inputs + col;
 #pragma unroll
             for (u32 i = 0; i < Tile::WIDE; i++)
-                if (col + i < width) to[row * inputs + col + i] += v.v[i];
+                if (col + i < width) at[i] = overwrite ? v.v[i] : at[i] + v.v[i];
         });
     }
 }
@@ -118,8 +127,8 @@ DEVICE void backward_weight(float* dw, const T* dy, const T* x, const u32* offse
         backward_input(dx, dy, weights, offsets, groups, stack, inputs, outputs);                                        \
     }                                                                                                                    \
     TILE_KERNEL(grouped_backward_weight_##name, (float* dw, const T* dy, const T* x, const u32* offsets, const u64* jobs, \
-                                                 u64 stack, u64 inputs, u64 outputs)) {                                  \
-        backward_weight(dw, dy, x, offsets, jobs, stack, inputs, outputs);                                               \
+                                                 u64 stack, u64 inputs, u64 outputs, int overwrite)) {                   \
+        backward_weight(dw, dy, x, offsets, jobs, stack, inputs, outputs, overwrite != 0);                               \
     }
 
 #ifndef TENSOR_CORES

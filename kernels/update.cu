@@ -1,5 +1,5 @@
 // Parameter updates, and the sums that decide whether they may happen. Memory-bound: AdamW reads 16 and writes 12 bytes
-// per element, a sum of squares reads 4.
+// per element, and 2 or 4 more for the parameter; a sum of squares reads 4.
 
 // The scalars of one step.
 struct AdamwStep {
@@ -15,14 +15,15 @@ struct AdamwStep {
         w = __fsub_rn(__fmul_rn(w, decay), __fmul_rn(step_size, step));
     }
 
-    // Elements i .. i + W.
-    template <int W> DEVICE void apply_at(float* master, float* m, float* v, const float* grad, u64 i) const {
+    // Elements i .. i + W; returns the new weights.
+    template <int W> DEVICE Pack<W> apply_at(float* master, float* m, float* v, const float* grad, u64 i) const {
         Pack<W> w = load<W>(master + i), a = load<W>(m + i), b = load<W>(v + i), g = load<W>(grad + i);
 #pragma unroll
         for (int j = 0; j < W; j++) apply(w.v[j], a.v[j], b.v[j], g.v[j]);
         store<W>(master + i, w);
         store<W>(m + i, a);
         store<W>(v + i, b);
+        return w;
     }
 };
 
@@ -40,8 +41,8 @@ KERNEL(256, adamw,
     }
 }
 
-// The sums of squares of n parts of x, in two launches. A part has some blocks of its own: jobs[3 i], the number of blocks
-// before part i; jobs[3 i + 1], its first element; jobs[3 i + 2], its elements; at last jobs[3 n], the number of all blocks.
+// The n parts of an array. A part has some blocks of its own: jobs[3 i], the number of blocks before part i; jobs[3 i + 1],
+// its first element; jobs[3 i + 2], its elements; at last jobs[3 n], the number of all blocks.
 
 // The part of this block: the last one that begins at or before it (parts without elements have no block).
 DEVICE u64 part_of_block(const u64* jobs, u64 n) {
@@ -52,6 +53,42 @@ DEVICE u64 part_of_block(const u64* jobs, u64 n) {
     }
     return low;
 }
+
+// AdamW on n parts that are the master weights of one parameter each, and the parameters: weights[i] = part i of master, rounded
+// to nearest even. Grid: jobs[3 n] blocks of 256 threads, one for each 2048 elements of a part.
+template <class T>
+DEVICE void adamw_weights(float* master, float* m, float* v, const float* grad, T* const* weights, const u64* jobs, u64 n,
+                          const AdamwStep& step) {
+    u64 part = part_of_block(jobs, n);
+    const u64* job = jobs + 3 * part;
+    u64 at = job[1], i = ((blockIdx.x - job[0]) * blockDim.x + threadIdx.x) * 8, elements = job[2];
+    T* weight = weights[part];
+    master += at;
+    m += at;
+    v += at;
+    grad += at;
+    bool aligned = ((u64)master | (u64)m | (u64)v | (u64)grad | (u64)weight) % 16 == 0;
+    if (aligned && i + 8 <= elements) {
+        store<8>(weight + i, step.apply_at<8>(master, m, v, grad, i));
+    } else {
+        for (u64 end = minimum(i + 8, elements); i < end; i++) store<1>(weight + i, step.apply_at<1>(master, m, v, grad, i));
+    }
+}
+
+#define TYPED(T, name)                                                                                               \
+    KERNEL(256, adamw_weights_##name, (float* master, float* m, float* v, const float* grad, T* const* weights,      \
+                                       const u64* jobs, u64 n, float grad_scale, float one_minus_beta1, float beta2, \
+                                       float one_minus_beta2, float decay, float step_size,                          \
+                                       float bias_correction2_sqrt, float eps)) {                                    \
+        const AdamwStep step = {grad_scale, one_minus_beta1, beta2, one_minus_beta2, decay, step_size,               \
+                                bias_correction2_sqrt, eps};                                                         \
+        adamw_weights(master, m, v, grad, weights, jobs, n, step);                                                   \
+    }
+
+TYPED(float, f32)
+TYPED(bf16, bf16)
+
+// The sums of squares of n parts of x, in two launches.
 
 // partial[block] = Σ x² over the block's share of its part, in f64: the square of a finite f32 does not overflow there, so
 // the sum is finite exactly if every element is. Grid: jobs[3 n] blocks of 256 threads.

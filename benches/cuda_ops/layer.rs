@@ -315,13 +315,16 @@ impl Products {
 fn updates(report: &Report, b: &Cuda, shape: &Shape) {
     let (rows, cols) = (3 * shape.f * shape.experts.div_ceil(TRAINED), shape.d);
     let n = rows * cols;
-    let [mut master, mut m, mut v, mut grad] = [0; 4].map(|_| b.buffer(n));
+    let [mut master, mut m, mut v, grad] = [0; 4].map(|_| b.buffer(n));
     let mut w = b.weight(HostTensor::encode(Dtype::Bf16, vec![rows, cols], &vec![0.5; n]));
     let step = AdamwStep { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
     report.time("random_weight", bytes(A * n), || b.random_weight(Dtype::Bf16, vec![rows, cols], 1, 0.02));
     report.time("adamw", bytes(28 * n), || b.adamw(&mut master, &mut m, &mut v, 0..n, &grad, 0, &step));
+    report.time("adamw_weights", bytes((28 + A) * n), || {
+        let written = vec![(0..n, &mut w)];
+        b.adamw_weights(&mut master, &mut m, &mut v, 0..n, &grad, 0, &step, written)
+    });
     report.time("sum_squares", bytes(4 * n), || b.sum_squares(&grad, 0..n));
     report.time("set_weight", bytes((4 + A) * n), || b.set_weight(&mut w, &master, 0..n));
     report.time("read_weight", bytes((4 + A) * n), || b.read_weight(&w, 0..n, &mut master, 0));
-    report.time("buffer_clear", bytes(4 * n), || b.buffer_clear(&mut grad));
 }

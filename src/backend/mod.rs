@@ -332,6 +332,25 @@ pub trait Backend: Send + Sync + 'static {
         dw: Option<(&mut Self::Buffer, usize)>,
     ) -> Self::Tensor;
 
+    /// x += y, then [`Self::rms_norm`] of the sum: a residual and the norm behind it. A GPU does both in one pass.
+    fn add_rms_norm(&self, x: &mut Self::Tensor, y: &Self::Tensor, w: &Self::Weight, eps: f32) -> Self::Tensor {
+        self.add_assign(x, y);
+        self.rms_norm(x, w, eps)
+    }
+    /// dx += [`Self::rms_norm_backward`], the gradient through the norm beside that of the residual; accumulates dw if a buffer
+    /// is given.
+    fn add_rms_norm_backward(
+        &self,
+        dy: &Self::Tensor,
+        x: &Self::Tensor,
+        w: &Self::Weight,
+        eps: f32,
+        dw: Option<(&mut Self::Buffer, usize)>,
+        dx: &mut Self::Tensor,
+    ) {
+        self.add_assign(dx, &self.rms_norm_backward(dy, x, w, eps, dw));
+    }
+
     /// y = x · wᵀ (+ bias): `[n, in]` → `[n, out]`.
     fn linear(&self, x: &Self::Tensor, w: &Self::Weight, bias: Option<&Self::Weight>) -> Self::Tensor;
     /// y = x · wᵀ for a router, in f32 whatever the dtype of the activations, because the logits select the experts.
@@ -351,6 +370,36 @@ pub trait Backend: Send + Sync + 'static {
     fn rope(&self, x: &mut Self::Tensor, head_dim: usize, seqs: &Self::Sequences);
     /// Applies the transposed rotation to the gradient, in place.
     fn rope_backward(&self, dy: &mut Self::Tensor, head_dim: usize, seqs: &Self::Sequences);
+
+    /// [`Self::rms_norm`] of queries or keys, over groups of one head or several, then [`Self::rope`]. A GPU does both in one pass
+    /// where a group is a head.
+    fn rms_norm_rope(
+        &self,
+        x: &Self::Tensor,
+        w: &Self::Weight,
+        eps: f32,
+        head_dim: usize,
+        seqs: &Self::Sequences,
+    ) -> Self::Tensor {
+        let mut y = self.rms_norm(x, w, eps);
+        self.rope(&mut y, head_dim, seqs);
+        y
+    }
+    /// dx of [`Self::rms_norm_rope`]: [`Self::rope_backward`], then [`Self::rms_norm_backward`].
+    #[allow(clippy::too_many_arguments)]
+    fn rms_norm_rope_backward(
+        &self,
+        mut dy: Self::Tensor,
+        x: &Self::Tensor,
+        w: &Self::Weight,
+        eps: f32,
+        head_dim: usize,
+        seqs: &Self::Sequences,
+        dw: Option<(&mut Self::Buffer, usize)>,
+    ) -> Self::Tensor {
+        self.rope_backward(&mut dy, head_dim, seqs);
+        self.rms_norm_backward(&dy, x, w, eps, dw)
+    }
 
     /// Causal attention within each sequence: scores scaled by 1/sqrt(dim), softmax in f32.
     /// q `[T, heads.queries · dim]`; k and v `[key rows, heads.keys · dim]` → `[T, heads.queries · dim]`, and what the backward needs.
@@ -416,6 +465,22 @@ pub trait Backend: Send + Sync + 'static {
     /// `y[t] = Σ_k x[row of (t, k)]`, k ascending: `[R, D]` → `[T, D]`. The backward operation of
     /// [`Self::dispatch_rows`].
     fn combine_rows(&self, x: &Self::Tensor, dispatch: &Self::Dispatch) -> Self::Tensor;
+    /// The output of an MoE block with its residual `[T, D]`: [`Self::combine_rows`], plus [`Self::sigmoid_gate`] of the shared
+    /// expert's output and gate if they are given, plus the residual. A GPU does all in one pass.
+    fn combine_rows_onto(
+        &self,
+        x: &Self::Tensor,
+        dispatch: &Self::Dispatch,
+        shared: Option<(&Self::Tensor, &Self::Tensor)>,
+        residual: &Self::Tensor,
+    ) -> Self::Tensor {
+        let mut y = self.combine_rows(x, dispatch);
+        if let Some((shared, gate)) = shared {
+            self.add_assign(&mut y, &self.sigmoid_gate(shared, gate));
+        }
+        self.add_assign(&mut y, residual);
+        y
+    }
     /// Multiplies each expert's rows by its own stacked weights, y = x · wᵀ: `[R, in]` → `[R, Σ out]`.
     fn grouped_linear(&self, x: &Self::Tensor, w: &Stacks<'_, Self::Weight>, dispatch: &Self::Dispatch)
     -> Self::Tensor;
@@ -533,6 +598,25 @@ pub trait Backend: Send + Sync + 'static {
         grad_at: usize,
         step: &AdamwStep,
     );
+    /// [`Self::adamw`], then [`Self::set_weight`] of the parameters whose master weights these are: each with its elements
+    /// of `master`, which together are `at`, one after another. A GPU writes them in the same pass.
+    #[allow(clippy::too_many_arguments)]
+    fn adamw_weights(
+        &self,
+        master: &mut Self::Buffer,
+        m: &mut Self::Buffer,
+        v: &mut Self::Buffer,
+        at: Range<usize>,
+        grad: &Self::Buffer,
+        grad_at: usize,
+        step: &AdamwStep,
+        weights: Vec<(Range<usize>, &mut Self::Weight)>,
+    ) {
+        self.adamw(master, m, v, at, grad, grad_at, step);
+        for (at, w) in weights {
+            self.set_weight(w, master, at);
+        }
+    }
     /// Overwrites a parameter with elements `at` of `values`, rounded to nearest even in its stored dtype.
     fn set_weight(&self, w: &mut Self::Weight, values: &Self::Buffer, at: Range<usize>);
     /// Converts elements of a parameter to f32 and writes them into a buffer at `offset`.

@@ -59,28 +59,35 @@ pub(super) struct CachedKeys<'a, B: Backend> {
     pub(super) rows: &'a B::Indices,
 }
 
-/// h = x + attention(norm(x)), `[N, D]`. With a cache, writes this pass's keys and values to it and attends to its rows.
+/// h = x + attention(norm(x)), `[N, D]`, and norm(h) by `next`, the norm behind it. With a cache, writes this pass's keys and values
+/// to it and attends to its rows.
 pub(super) fn forward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     p: &AttentionParams,
     x_TD: &B::Tensor,
     cache: Option<CachedKeys<'_, B>>,
-) -> (B::Tensor, AttentionSaved<B>) {
+    next: ParamId,
+) -> (B::Tensor, B::Tensor, AttentionSaved<B>) {
     let b = ctx.b;
     let normed_TD = ctx.rms_norm(x_TD, p.norm);
     let mut q_TQ = project(ctx, p.q, &normed_TD);
     let mut k_TC = project(ctx, p.k, &normed_TD);
     let mut v_TC = project(ctx, p.v, &normed_TD);
-    let raw_qk = p.qk_norms.map(|(q_norm, k_norm)| {
-        let normed_q = head_norm(ctx, &q_TQ, q_norm);
-        let normed_k = head_norm(ctx, &k_TC, k_norm);
-        (std::mem::replace(&mut q_TQ, normed_q), std::mem::replace(&mut k_TC, normed_k))
-    });
+    let raw_qk = match p.qk_norms {
+        Some((q_norm, k_norm)) => {
+            let rotated_q = head_norm_rope(ctx, p, &q_TQ, q_norm);
+            let rotated_k = head_norm_rope(ctx, p, &k_TC, k_norm);
+            Some((std::mem::replace(&mut q_TQ, rotated_q), std::mem::replace(&mut k_TC, rotated_k)))
+        }
+        None => {
+            b.rope(&mut q_TQ, p.heads.dim, ctx.seqs);
+            b.rope(&mut k_TC, p.heads.dim, ctx.seqs);
+            None
+        }
+    };
     if let Some(limit) = ctx.config.clip_qkv {
         b.clamp(&mut v_TC, limit);
     }
-    b.rope(&mut q_TQ, p.heads.dim, ctx.seqs);
-    b.rope(&mut k_TC, p.heads.dim, ctx.seqs);
     let (o_TQ, normaliser) = match cache {
         Some(CachedKeys { keys, values, rows }) => {
             b.write_rows(keys, rows, &k_TC);
@@ -89,19 +96,18 @@ pub(super) fn forward<B: Backend>(
         }
         None => b.attention(&q_TQ, &k_TC, &v_TC, ctx.seqs, &p.heads),
     };
-    let h_ND = match ctx.rows {
+    let (mut h_ND, normed_ND);
+    match ctx.rows {
         Some(rows) => {
-            let mut h_ND = project(ctx, p.o, &b.gather_rows(&o_TQ, rows));
-            b.add_assign(&mut h_ND, &b.gather_rows(x_TD, rows));
-            h_ND
+            h_ND = project(ctx, p.o, &b.gather_rows(&o_TQ, rows));
+            normed_ND = ctx.add_rms_norm(&mut h_ND, &b.gather_rows(x_TD, rows), next);
         }
         None => {
-            let mut h_TD = project(ctx, p.o, &o_TQ);
-            b.add_assign(&mut h_TD, x_TD);
-            h_TD
+            h_ND = project(ctx, p.o, &o_TQ);
+            normed_ND = ctx.add_rms_norm(&mut h_ND, x_TD, next);
         }
-    };
-    (h_ND, AttentionSaved { raw_qk, q_TQ, k_TC, v_TC, o_TQ, normaliser })
+    }
+    (h_ND, normed_ND, AttentionSaved { raw_qk, q_TQ, k_TC, v_TC, o_TQ, normaliser })
 }
 
 /// dx `[T, D]` of [`forward`], if a parameter below this layer is in the plan.
@@ -140,11 +146,12 @@ pub(super) fn backward<B: Backend>(
     let AttentionSaved { raw_qk, q_TQ, k_TC, v_TC, o_TQ, normaliser } = saved;
     let (mut dq_TQ, mut dk_TC, mut dv_TC) =
         b.attention_backward(&do_TQ, q_TQ, k_TC, v_TC, (o_TQ, normaliser), ctx.seqs, &p.heads);
-    b.rope_backward(&mut dq_TQ, p.heads.dim, ctx.seqs);
-    b.rope_backward(&mut dk_TC, p.heads.dim, ctx.seqs);
     if let (Some((raw_q_TQ, raw_k_TC)), Some((q_norm, k_norm))) = (raw_qk, p.qk_norms) {
-        dq_TQ = head_norm_backward(ctx, dq_TQ, raw_q_TQ, q_norm, sinks);
-        dk_TC = head_norm_backward(ctx, dk_TC, raw_k_TC, k_norm, sinks);
+        dq_TQ = head_norm_rope_backward(ctx, p, dq_TQ, raw_q_TQ, q_norm, sinks);
+        dk_TC = head_norm_rope_backward(ctx, p, dk_TC, raw_k_TC, k_norm, sinks);
+    } else {
+        b.rope_backward(&mut dq_TQ, p.heads.dim, ctx.seqs);
+        b.rope_backward(&mut dk_TC, p.heads.dim, ctx.seqs);
     }
     if let Some(limit) = ctx.config.clip_qkv {
         b.clamp_backward(&mut dv_TC, v_TC, limit);
@@ -158,29 +165,41 @@ pub(super) fn backward<B: Backend>(
     let mut d_normed_TD = b.linear_backward_input(&dq_TQ, ctx.weight(p.q.weight));
     b.add_linear_backward_input(&dk_TC, ctx.weight(p.k.weight), &mut d_normed_TD);
     b.add_linear_backward_input(&dv_TC, ctx.weight(p.v.weight), &mut d_normed_TD);
-    b.add_assign(&mut dx_TD, &ctx.rms_norm_backward(&d_normed_TD, x_TD, p.norm, sinks));
+    ctx.add_rms_norm_backward(&d_normed_TD, x_TD, p.norm, sinks, &mut dx_TD);
     want_dx.then_some(dx_TD)
 }
 
-/// Norm of queries or keys, then the clamp of `clip_qkv` (only families with these norms have the clamp).
-fn head_norm<B: Backend>(ctx: &LayerCtx<'_, B>, raw: &B::Tensor, norm: ParamId) -> B::Tensor {
-    let mut y = ctx.rms_norm(raw, norm);
-    if let Some(limit) = ctx.config.clip_qkv {
-        ctx.b.clamp(&mut y, limit);
-    }
+/// Norm of queries or keys, the clamp of `clip_qkv` (only families with these norms have it), rotary embedding.
+fn head_norm_rope<B: Backend>(ctx: &LayerCtx<'_, B>, p: &AttentionParams, raw: &B::Tensor, norm: ParamId) -> B::Tensor {
+    let Some(limit) = ctx.config.clip_qkv else {
+        return ctx.b.rms_norm_rope(raw, ctx.weight(norm), ctx.config.rms_norm_eps, p.heads.dim, ctx.seqs);
+    };
+    let mut y = clamped_head_norm(ctx, raw, norm, limit);
+    ctx.b.rope(&mut y, p.heads.dim, ctx.seqs);
     y
 }
 
-fn head_norm_backward<B: Backend>(
+fn clamped_head_norm<B: Backend>(ctx: &LayerCtx<'_, B>, raw: &B::Tensor, norm: ParamId, limit: f32) -> B::Tensor {
+    let mut y = ctx.rms_norm(raw, norm);
+    ctx.b.clamp(&mut y, limit);
+    y
+}
+
+fn head_norm_rope_backward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
+    p: &AttentionParams,
     mut dy: B::Tensor,
     raw: &B::Tensor,
     norm: ParamId,
     sinks: &mut Sinks<'_, B>,
 ) -> B::Tensor {
-    if let Some(limit) = ctx.config.clip_qkv {
-        ctx.b.clamp_backward(&mut dy, &head_norm(ctx, raw, norm), limit);
-    }
+    let (b, eps) = (ctx.b, ctx.config.rms_norm_eps);
+    let Some(limit) = ctx.config.clip_qkv else {
+        let w = ctx.weight(norm);
+        return b.rms_norm_rope_backward(dy, raw, w, eps, p.heads.dim, ctx.seqs, sinks.slot(norm));
+    };
+    b.rope_backward(&mut dy, p.heads.dim, ctx.seqs);
+    b.clamp_backward(&mut dy, &clamped_head_norm(ctx, raw, norm, limit), limit);
     ctx.rms_norm_backward(&dy, raw, norm, sinks)
 }
 

@@ -104,8 +104,10 @@ impl<B: Backend> Model<B> {
                 given: given.get(l).cloned().flatten(),
             };
             let cached = CachedKeys { keys, values, rows: &pass.cache_rows };
-            let (h_ND, _) = attention::forward(&ctx, &layer.attention, &x_TD, Some(cached));
-            let (y_ND, saved) = feed_forward::forward(&ctx, &layer.feed_forward, &h_ND, Extent::Whole, None);
+            let norm = layer.feed_forward.norm();
+            let (h_ND, normed_ND, _) = attention::forward(&ctx, &layer.attention, &x_TD, Some(cached), norm);
+            let (y_ND, saved) =
+                feed_forward::forward(&ctx, &layer.feed_forward, &h_ND, &normed_ND, Extent::Whole, None);
             x_TD = y_ND.expect("the whole extent");
             routings.push(saved.routing());
         }

@@ -49,32 +49,37 @@ impl FeedForwardParams {
         };
         Self { norm: table.expect_id(ParamKind::PostNorm(layer)), block }
     }
+
+    /// The norm of the hidden state h.
+    pub(super) fn norm(&self) -> ParamId {
+        self.norm
+    }
 }
 
-/// y = h + block(norm(h)), `[N, D]`; `None` for an extent that does not reach it.
+/// y = h + block(x), `[N, D]`, where x = norm(h); `None` for an extent that does not reach it.
 pub(super) fn forward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     p: &FeedForwardParams,
     h_ND: &B::Tensor,
+    x_ND: &B::Tensor,
     extent: Extent,
     observer: Option<Observer<'_, B>>,
 ) -> (Option<B::Tensor>, FeedForwardSaved<B>) {
-    let x_ND = ctx.rms_norm(h_ND, p.norm);
-    let (mut y_ND, saved) = match &p.block {
+    match &p.block {
         Block::Dense(dense) => {
-            let gate_up_N2F = swiglu::gate_up(ctx, dense, &x_ND);
-            let y_ND = (extent == Extent::Whole).then(|| swiglu::down(ctx, dense, &gate_up_N2F));
+            let gate_up_N2F = swiglu::gate_up(ctx, dense, x_ND);
+            let y_ND = (extent == Extent::Whole).then(|| {
+                let mut y_ND = swiglu::down(ctx, dense, &gate_up_N2F);
+                ctx.b.add_assign(&mut y_ND, h_ND);
+                y_ND
+            });
             (y_ND, FeedForwardSaved::Dense(gate_up_N2F))
         }
         Block::Moe(moe) => {
-            let (y_ND, saved) = moe::forward(ctx, moe, &x_ND, extent, observer);
+            let (y_ND, saved) = moe::forward(ctx, moe, x_ND, h_ND, extent, observer);
             (y_ND, FeedForwardSaved::Moe(saved))
         }
-    };
-    if let Some(y_ND) = &mut y_ND {
-        ctx.b.add_assign(y_ND, h_ND);
     }
-    (y_ND, saved)
 }
 
 /// dh `[N, D]` of [`forward`]; `None` if the plan needs no gradient in attention or below, or if dh is zero.
@@ -101,16 +106,15 @@ pub(super) fn backward<B: Backend>(
         }
         _ => unreachable!("a dense block saves Dense, an MoE block Moe"),
     }?;
-    let dh_ND = ctx.rms_norm_backward(&dx_ND, h_ND, p.norm, sinks);
-    if !want_dh {
-        return None;
-    }
-    Some(match grads.dy {
-        Some(mut dy_ND) => {
-            // The gradient of the residual is dy itself.
-            ctx.b.add_assign(&mut dy_ND, &dh_ND);
-            dy_ND
+    match grads.dy {
+        // The gradient of the residual is dy itself.
+        Some(mut dy_ND) if want_dh => {
+            ctx.add_rms_norm_backward(&dx_ND, h_ND, p.norm, sinks, &mut dy_ND);
+            Some(dy_ND)
         }
-        None => dh_ND,
-    })
+        _ => {
+            let dh_ND = ctx.rms_norm_backward(&dx_ND, h_ND, p.norm, sinks);
+            want_dh.then_some(dh_ND)
+        }
+    }
 }

@@ -53,6 +53,11 @@ impl<'a, B: Backend> LayerCtx<'a, B> {
         self.b.rms_norm(x, self.weight(norm), self.config.rms_norm_eps)
     }
 
+    /// x += y; returns the norm of the sum.
+    pub(super) fn add_rms_norm(&self, x: &mut B::Tensor, y: &B::Tensor, norm: ParamId) -> B::Tensor {
+        self.b.add_rms_norm(x, y, self.weight(norm), self.config.rms_norm_eps)
+    }
+
     /// Returns dx, and adds dw to the sinks if the plan trains the norm.
     pub(super) fn rms_norm_backward(
         &self,
@@ -62,6 +67,18 @@ impl<'a, B: Backend> LayerCtx<'a, B> {
         sinks: &mut Sinks<'_, B>,
     ) -> B::Tensor {
         self.b.rms_norm_backward(dy, x, self.weight(norm), self.config.rms_norm_eps, sinks.slot(norm))
+    }
+
+    /// dx += [`Self::rms_norm_backward`].
+    pub(super) fn add_rms_norm_backward(
+        &self,
+        dy: &B::Tensor,
+        x: &B::Tensor,
+        norm: ParamId,
+        sinks: &mut Sinks<'_, B>,
+        dx: &mut B::Tensor,
+    ) {
+        self.b.add_rms_norm_backward(dy, x, self.weight(norm), self.config.rms_norm_eps, sinks.slot(norm), dx);
     }
 
     /// Adds the gradient of w in y = x · wᵀ to the sinks, if the plan trains w.

@@ -71,11 +71,12 @@ impl MoeParams {
     }
 }
 
-/// y `[T, D]`, without the residual; `None` for an extent that does not reach it.
+/// y = h + block(x), `[T, D]`; `None` for an extent that does not reach it.
 pub(super) fn forward<B: Backend>(
     ctx: &LayerCtx<'_, B>,
     p: &MoeParams,
     x_TD: &B::Tensor,
+    h_TD: &B::Tensor,
     extent: Extent,
     observer: Option<Observer<'_, B>>,
 ) -> (Option<B::Tensor>, MoeSaved<B>) {
@@ -109,11 +110,8 @@ pub(super) fn forward<B: Backend>(
     });
     let y_TD = (extent == Extent::Whole).then(|| {
         let hidden_RF = b.weighted_swiglu(&gate_up_R2F, &routing, &dispatch);
-        let mut y_TD = b.combine_rows(&b.grouped_linear(&hidden_RF, &p.down_stacks(ctx), &dispatch), &dispatch);
-        if let Some(s) = &shared {
-            b.add_assign(&mut y_TD, &b.sigmoid_gate(&s.out_TD, &s.gate_T1));
-        }
-        y_TD
+        let out_RD = b.grouped_linear(&hidden_RF, &p.down_stacks(ctx), &dispatch);
+        b.combine_rows_onto(&out_RD, &dispatch, shared.as_ref().map(|s| (&s.out_TD, &s.gate_T1)), h_TD)
     });
     (y_TD, MoeSaved { logits_TE, experts: Some(ExpertsSaved { routing, dispatch, gate_up_R2F, shared }) })
 }

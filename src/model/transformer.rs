@@ -470,8 +470,8 @@ fn layer_forward<B: Backend>(
     extent: Extent,
     observer: Option<Observer<'_, B>>,
 ) -> (Option<B::Tensor>, LayerKept<B>) {
-    let (h_ND, attention) = attention::forward(ctx, &layer.attention, x_TD, None);
-    let (y_ND, feed_forward) = feed_forward::forward(ctx, &layer.feed_forward, &h_ND, extent, observer);
+    let (h_ND, normed_ND, attention) = attention::forward(ctx, &layer.attention, x_TD, None, layer.feed_forward.norm());
+    let (y_ND, feed_forward) = feed_forward::forward(ctx, &layer.feed_forward, &h_ND, &normed_ND, extent, observer);
     (y_ND, LayerKept { attention, h_ND, feed_forward })
 }
 

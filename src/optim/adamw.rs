@@ -167,6 +167,7 @@ impl<B: Backend> AdamW<B> {
         for GradientPiece { param, .. } in gradients {
             self.slots.get_mut(param).unwrap_or_else(|| panic!("parameter {param} was not added")).step += 1;
         }
+        let mut weights: Vec<Option<&mut B::Weight>> = weights.iter_mut().map(Some).collect();
         for span in spans(&self.slots, gradients) {
             let Slab { master, m, v } = &mut self.slabs[span.slab];
             let step = AdamwStep {
@@ -178,11 +179,15 @@ impl<B: Backend> AdamW<B> {
                 step: span.step,
                 grad_scale: grad_scale as f32,
             };
-            backend.adamw(master, m, v, span.at, grads, span.grad_at, &step);
-        }
-        for GradientPiece { param, .. } in gradients.iter().filter(|_| self.world_size == 1) {
-            let slot = &self.slots[param];
-            backend.set_weight(&mut weights[*param], &self.slabs[slot.slab].master, slot.range.clone());
+            if self.world_size > 1 {
+                backend.adamw(master, m, v, span.at, grads, span.grad_at, &step);
+                continue;
+            }
+            let written = gradients[span.gradients].iter().map(|GradientPiece { param, .. }| {
+                let weight = weights[*param].take().unwrap_or_else(|| panic!("two gradients of parameter {param}"));
+                (self.slots[param].range.clone(), weight)
+            });
+            backend.adamw_weights(master, m, v, span.at, grads, span.grad_at, &step, written.collect());
         }
     }
 
@@ -243,6 +248,8 @@ impl<B: Backend> AdamW<B> {
 /// and step.
 #[derive(Debug, PartialEq, Eq)]
 struct Span {
+    /// Indices of their gradients.
+    gradients: Range<usize>,
     slab: usize,
     at: Range<usize>,
     grad_at: usize,
@@ -253,7 +260,7 @@ struct Span {
 /// Merges adjacent gradients into as few [`Span`]s as possible, keeping their order.
 fn spans(slots: &BTreeMap<ParamId, Slot>, gradients: &[GradientPiece]) -> Vec<Span> {
     let mut out: Vec<Span> = Vec::new();
-    for GradientPiece { param, offset } in gradients {
+    for (i, GradientPiece { param, offset }) in gradients.iter().enumerate() {
         let slot = &slots[param];
         match out.last_mut() {
             Some(last)
@@ -262,8 +269,10 @@ fn spans(slots: &BTreeMap<ParamId, Slot>, gradients: &[GradientPiece]) -> Vec<Sp
                     && last.grad_at + last.at.len() == *offset =>
             {
                 last.at.end = slot.range.end;
+                last.gradients.end = i + 1;
             }
             _ => out.push(Span {
+                gradients: i..i + 1,
                 slab: slot.slab,
                 at: slot.range.clone(),
                 grad_at: *offset,
@@ -291,12 +300,12 @@ mod tests {
         ]);
         let gradient = |(param, offset)| GradientPiece { param, offset };
         let gradients = [(3, 10), (4, 14), (5, 16), (6, 19), (7, 20)].map(gradient);
-        let span = |slab, at, grad_at, group, step| Span { slab, at, grad_at, group, step };
+        let span = |gradients, slab, at, grad_at, group, step| Span { gradients, slab, at, grad_at, group, step };
         let expected = [
-            span(0, 0..6, 10, LrGroup::Expert, 1),
-            span(0, 6..9, 16, LrGroup::Expert, 2),  // different step
-            span(0, 9..10, 19, LrGroup::Router, 2), // different group
-            span(1, 0..5, 20, LrGroup::Router, 2),  // different slab
+            span(0..2, 0, 0..6, 10, LrGroup::Expert, 1),
+            span(2..3, 0, 6..9, 16, LrGroup::Expert, 2),  // different step
+            span(3..4, 0, 9..10, 19, LrGroup::Router, 2), // different group
+            span(4..5, 1, 0..5, 20, LrGroup::Router, 2),  // different slab
         ];
         assert_eq!(spans(&slots, &gradients), expected);
         let with_gap = [(3, 10), (4, 15)].map(gradient);

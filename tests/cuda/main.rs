@@ -17,6 +17,7 @@ mod values;
 mod nvidia;
 
 mod driver;
+mod fused;
 mod golden;
 mod nccl;
 mod nvrtc;

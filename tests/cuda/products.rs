@@ -82,6 +82,8 @@ struct Results {
     y: Vec<f32>,
     dx: Vec<f32>,
     dw: Vec<f32>,
+    /// The gradients of one pass in a buffer that was cleared, and in one of zeros.
+    stored: [Vec<f32>; 2],
     scores: Vec<f64>,
 }
 
@@ -131,8 +133,21 @@ impl Case {
         for _ in 0..2 {
             b.grouped_linear_backward_weight(&dy, &x, &stacks, &dispatch, &self.plan, &mut dw, &mut scores);
         }
+        let sums = b.scores_take(&mut scores);
+        let stored = [true, false].map(|cleared| {
+            let mut dw = b.buffer(self.start.len());
+            match cleared {
+                true => {
+                    b.buffer_write(&mut dw, 0, &self.start);
+                    b.buffer_clear(&mut dw);
+                }
+                false => b.buffer_write(&mut dw, 0, &vec![0.0; self.start.len()]),
+            }
+            b.grouped_linear_backward_weight(&dy, &x, &stacks, &dispatch, &self.plan, &mut dw, &mut scores);
+            b.buffer_read(&dw, 0..self.start.len())
+        });
         let dw = b.buffer_read(&dw, 0..self.start.len());
-        Results { y, dx, dw, scores: b.scores_take(&mut scores) }
+        Results { y, dx, dw, stored, scores: sums }
     }
 
     fn check(&self, form: Form) {
@@ -146,6 +161,8 @@ impl Case {
         close(&got.dx, &want.dx, self.dtype, &format!("dx, {what}"));
         let cut = device::is_real() && self.dtype == Dtype::Bf16 && form != Form::Arithmetic;
         near(&got.dw, &want.dw, if cut { CUT } else { F32 }, &format!("dw, {what}"));
+        assert!(got.stored[0] == got.stored[1], "a gradient is stored as it is added to zeros, {what}");
+        near(&got.stored[0], &want.stored[0], if cut { CUT } else { F32 }, &format!("stored dw, {what}"));
         let off = if cut { CUT_SCORES } else { 2e-6 };
         for (i, (got, want)) in got.scores.iter().zip(&want.scores).enumerate() {
             assert!((got - want).abs() <= off * want + 1e-6, "score {i}: {got} instead of {want}, {what}");

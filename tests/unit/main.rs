@@ -22,6 +22,7 @@ mod declared_tokens;
 mod decode;
 mod deltas;
 mod frozen;
+mod fused;
 mod golden;
 mod gradients;
 mod hostile;

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::ops::{
-    attention, cross_entropy, dispatch, elements, grouped, kl, linear, norm, offload, rope, route, rows, statistics,
-    swiglu, transfer, update,
+    attention, cross_entropy, dispatch, elements, grouped, kl, linear, norm, norm_rope, offload, rope, route, rows,
+    statistics, swiglu, transfer, update,
 };
 use super::{Buffer, Cuda, Dispatch, Indices, Normaliser, Routing, Scores, Sequences, Tensor, Weight, must};
 use crate::backend::{AdamwStep, Backend, Dtype, ExpertGrad, Heads, HostTensor, Packing, Rope, RowLoss, Stacks};
@@ -101,10 +101,10 @@ impl Backend for Cuda {
         self.copy_out(b.at(range.start, range.len()), range.len())
     }
     fn buffer_write(&self, b: &mut Buffer, offset: usize, values: &[f32]) {
-        self.copy_in(b.at(offset, values.len()), values);
+        self.copy_in(b.overwritten(offset, values.len()), values);
     }
     fn buffer_clear(&self, b: &mut Buffer) {
-        self.zero(b.at(0, b.len), 4 * b.len);
+        b.clear();
     }
     fn scores(&self, n: usize) -> Scores {
         transfer::scores(self, n)
@@ -158,6 +158,20 @@ impl Backend for Cuda {
     ) -> Tensor {
         norm::backward(self, dy, x, w, eps, dw)
     }
+    fn add_rms_norm(&self, x: &mut Tensor, y: &Tensor, w: &Weight, eps: f32) -> Tensor {
+        norm::add_rms_norm(self, x, y, w, eps)
+    }
+    fn add_rms_norm_backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Weight,
+        eps: f32,
+        dw: Option<(&mut Buffer, usize)>,
+        dx: &mut Tensor,
+    ) {
+        norm::add_backward(self, dy, x, w, eps, dw, dx);
+    }
     fn linear(&self, x: &Tensor, w: &Weight, bias: Option<&Weight>) -> Tensor {
         linear::linear(self, x, w, bias, self.compute)
     }
@@ -182,6 +196,21 @@ impl Backend for Cuda {
     /// The transpose of a rotation times the scale is the inverse rotation times the scale.
     fn rope_backward(&self, dy: &mut Tensor, head_dim: usize, seqs: &Sequences) {
         rope::rotate(self, dy, head_dim, seqs, -1.0);
+    }
+    fn rms_norm_rope(&self, x: &Tensor, w: &Weight, eps: f32, head_dim: usize, seqs: &Sequences) -> Tensor {
+        norm_rope::forward(self, x, w, eps, head_dim, seqs)
+    }
+    fn rms_norm_rope_backward(
+        &self,
+        dy: Tensor,
+        x: &Tensor,
+        w: &Weight,
+        eps: f32,
+        head_dim: usize,
+        seqs: &Sequences,
+        dw: Option<(&mut Buffer, usize)>,
+    ) -> Tensor {
+        norm_rope::backward(self, dy, x, w, eps, head_dim, seqs, dw)
     }
     fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, seqs: &Sequences, heads: &Heads) -> (Tensor, Normaliser) {
         attention::attention(self, q, k, v, seqs, heads)
@@ -239,6 +268,15 @@ impl Backend for Cuda {
     }
     fn combine_rows(&self, x: &Tensor, dispatch: &Dispatch) -> Tensor {
         dispatch::combine_rows(self, x, dispatch)
+    }
+    fn combine_rows_onto(
+        &self,
+        x: &Tensor,
+        dispatch: &Dispatch,
+        shared: Option<(&Tensor, &Tensor)>,
+        residual: &Tensor,
+    ) -> Tensor {
+        dispatch::combine_rows_onto(self, x, dispatch, shared, residual)
     }
     fn grouped_linear(&self, x: &Tensor, w: &Stacks<'_, Weight>, dispatch: &Dispatch) -> Tensor {
         grouped::forward(self, x, w, dispatch)
@@ -341,6 +379,19 @@ impl Backend for Cuda {
         step: &AdamwStep,
     ) {
         update::adamw(self, master, m, v, at, grad, grad_at, step);
+    }
+    fn adamw_weights(
+        &self,
+        master: &mut Buffer,
+        m: &mut Buffer,
+        v: &mut Buffer,
+        at: Range<usize>,
+        grad: &Buffer,
+        grad_at: usize,
+        step: &AdamwStep,
+        weights: Vec<(Range<usize>, &mut Weight)>,
+    ) {
+        update::adamw_weights(self, master, m, v, at, grad, grad_at, step, weights);
     }
     fn set_weight(&self, w: &mut Weight, values: &Buffer, at: Range<usize>) {
         update::set_weight(self, w, values, at);

@@ -5,7 +5,8 @@ use half::{bf16, f16};
 use super::Cuda;
 use super::gpu::{Grid, Kernel, Module, SourceFile};
 use super::launch::{
-    Addresses, Argument, Declaration, Declared, Element, In, InOut, Named, Number, OrNull, Out, kernels, select,
+    Addresses, Argument, Declaration, Declared, Element, In, InOut, Named, Number, OrNull, Out, Targets, kernels,
+    select,
 };
 use super::plan::{AttentionForm, Form};
 use crate::backend::Dtype;
@@ -69,6 +70,7 @@ modules! {
         "pipeline.cuh", "tile_wgmma.cuh", "grouped.cu";
     KL = "kl": "softmax.cuh", "kl.cu";
     NORM = "norm";
+    NORM_ROPE = "norm_rope";
     ROPE = "rope";
     ROUTE = "route";
     ROWS = "rows";
@@ -120,9 +122,19 @@ kernels! {
 
     // norm.cu
     fn rms_norm<T>(x: In<T>, w: In<T>, y: Out<T>, groups: usize, n: usize, eps: f32),
+    fn add_rms_norm<T>(x: InOut<T>, added: In<T>, w: In<T>, y: Out<T>, groups: usize, n: usize, eps: f32),
     fn rms_norm_backward<T>(dy: In<T>, x: In<T>, w: In<T>, dx: Out<T>, rs: OrNull<Out<f32>>, groups: usize, n: usize,
+        eps: f32),
+    fn add_rms_norm_backward<T>(dy: In<T>, x: In<T>, w: In<T>, dx: InOut<T>, rs: OrNull<Out<f32>>, groups: usize, n: usize,
         eps: f32)
     in NORM;
+
+    // norm_rope.cu
+    fn rms_norm_rope<T>(x: In<T>, w: In<T>, y: Out<T>, eps: f32, positions: In<u32>, cosines: In<f32>, sines: In<f32>,
+        heads: u32, heads_per_row: u32, half: u32),
+    fn rms_norm_rope_backward<T>(dy: In<T>, x: In<T>, w: In<T>, dx: Out<T>, eps: f32, positions: In<u32>,
+        cosines: In<f32>, sines: In<f32>, heads: u32, heads_per_row: u32, half: u32)
+    in NORM_ROPE;
 
     // rope.cu
     fn rope<T>(x: InOut<T>, positions: In<u32>, cosines: In<f32>, sines: In<f32>, heads: u32, half: u32, direction: f32)
@@ -167,7 +179,9 @@ kernels! {
     fn dispatch_scan_chunks(counts: InOut<u32>, totals: Out<u32>, chunks: u32),
     fn dispatch_scan_experts(offsets: InOut<u32>, experts: u32),
     fn dispatch_place(ids: In<u32>, counts: In<u32>, offsets: In<u32>, row_of: Out<u32>, slot_of: Out<u32>, slots: usize),
-    fn combine_rows<T>(x: In<T>, row_of: In<u32>, y: Out<T>, top_k: u32, cols: usize)
+    fn combine_rows<T>(x: In<T>, row_of: In<u32>, y: Out<T>, top_k: u32, cols: usize),
+    fn combine_rows_onto<T>(x: In<T>, row_of: In<u32>, shared: OrNull<In<T>>, gate: OrNull<In<T>>, residual: In<T>,
+        y: Out<T>, top_k: u32, cols: usize)
     in DISPATCH;
 
     // grouped.cu
@@ -176,7 +190,7 @@ kernels! {
     fn grouped_backward_input<T>(dx: Out<T>, dy: In<T>, weights: In<Addresses<T>>, offsets: In<u32>, groups: usize,
         stack: usize, inputs: usize, outputs: usize),
     fn grouped_backward_weight<T>(dw: InOut<f32>, dy: In<T>, x: In<T>, offsets: In<u32>, jobs: In<u64>, stack: usize,
-        inputs: usize, outputs: usize)
+        inputs: usize, outputs: usize, overwrite: bool)
     in {
         form: Form,
         Form::Arithmetic => GROUPED { "_f32": f32, "_bf16": bf16 },
@@ -223,6 +237,9 @@ kernels! {
     fn adamw(master: InOut<f32>, m: InOut<f32>, v: InOut<f32>, grad: In<f32>, n: usize, grad_scale: f32,
         one_minus_beta1: f32, beta2: f32, one_minus_beta2: f32, decay: f32, step_size: f32, bias_correction2_sqrt: f32,
         eps: f32),
+    fn adamw_weights<T>(master: InOut<f32>, m: InOut<f32>, v: InOut<f32>, grad: In<f32>, weights: In<Targets<T>>,
+        jobs: In<u64>, n: usize, grad_scale: f32, one_minus_beta1: f32, beta2: f32, one_minus_beta2: f32, decay: f32,
+        step_size: f32, bias_correction2_sqrt: f32, eps: f32),
     fn sums_of_squares(x: In<f32>, jobs: In<u64>, partial: Out<f64>, n: usize),
     fn totals_of_parts(partial: In<f64>, jobs: In<u64>, out: Out<f64>),
     fn total(values: In<f64>, out: Out<f64>, n: usize)

@@ -56,6 +56,21 @@ impl<T: Element> Element for Addresses<T> {
     }
 }
 
+/// Addresses of arrays that a kernel overwrites.
+pub struct Targets<T>(PhantomData<T>);
+
+impl<T: Element> Element for Targets<T> {
+    type Format = T::Format;
+
+    fn size(_: T::Format) -> usize {
+        size_of::<u64>()
+    }
+
+    fn dtype(format: T::Format) -> Option<Dtype> {
+        T::dtype(format)
+    }
+}
+
 /// A type of the kernels: its name there.
 pub trait Named {
     /// As in `kernels/*.cu`.
@@ -65,6 +80,12 @@ pub trait Named {
 impl<T: Named> Named for Addresses<T> {
     fn name() -> String {
         format!("const {}*", T::name())
+    }
+}
+
+impl<T: Named> Named for Targets<T> {
+    fn name() -> String {
+        format!("{}*", T::name())
     }
 }
 
@@ -189,6 +210,11 @@ impl<'a, R, T: Number> Pointer<'a, R, T> {
 impl<'a> In<'a, u64> {
     /// The numbers as addresses of elements of type `dtype`.
     pub(super) fn addresses(self, dtype: Dtype) -> In<'a, Addresses<Any>> {
+        Pointer::new(self.at, dtype)
+    }
+
+    /// The numbers as addresses of elements of type `dtype` that a kernel overwrites. The caller has borrowed them for that.
+    pub(super) fn targets(self, dtype: Dtype) -> In<'a, Targets<Any>> {
         Pointer::new(self.at, dtype)
     }
 }

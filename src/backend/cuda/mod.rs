@@ -14,6 +14,7 @@ mod ops;
 pub mod plan;
 pub mod pool;
 pub mod profile;
+mod ranges;
 mod ring;
 mod shares;
 mod tables;

@@ -67,6 +67,15 @@ impl Memory {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// Queues the clearing of `bytes` bytes from `offset` on.
+    ///
+    /// # Errors
+    /// A fault of the GPU.
+    pub fn zero(&self, offset: usize, bytes: usize) -> Result<(), Error> {
+        assert!(offset + bytes <= self.bytes, "bytes {offset}..{} of {}", offset + bytes, self.bytes);
+        self.pool.gpu.zero(self.at.offset(offset), bytes)
+    }
 }
 
 impl Drop for Memory {

@@ -1,11 +1,14 @@
 //! Tensors, weights and other data in the GPU's memory.
 
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::gpu::Address;
 use super::launch::{Any, Element, In, InOut, Out, Pointer};
+use super::must;
 use super::pool::Memory;
+use super::ranges::Ranges;
 use super::ring::Block;
 use crate::backend::Dtype;
 
@@ -218,23 +221,53 @@ impl<T: Element<Format = ()>> Array<T> {
     }
 }
 
-/// A flat row of f32.
+/// A flat row of f32. Clearing it only marks its elements as unwritten: the first operation that adds to a range of them stores its
+/// result instead, and what is read before it is written is cleared then. So the gradients of a step, which are as large as
+/// the optimizer's moments, are neither cleared nor read before they are first written.
 pub struct Buffer {
     pub(super) len: usize,
-    pub(super) memory: Memory,
+    memory: Memory,
+    /// The elements that count as zero, whatever their memory contains.
+    unwritten: Mutex<Ranges>,
 }
 
 impl Buffer {
+    /// `len` zeros in this memory.
+    pub(super) fn new(memory: Memory, len: usize) -> Self {
+        assert!(4 * len <= memory.bytes(), "{len} numbers in {} bytes", memory.bytes());
+        Self { len, memory, unwritten: Mutex::new(Ranges::of(0..len)) }
+    }
+
+    /// Sets all elements to zero.
+    pub(super) fn clear(&mut self) {
+        *self.unwritten() = Ranges::of(0..self.len);
+    }
+
+    fn unwritten(&self) -> MutexGuard<'_, Ranges> {
+        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Panics unless the buffer has `len` elements from `index` on.
+    #[track_caller]
+    pub(super) fn expect(&self, index: usize, len: usize) -> Range<usize> {
+        assert!(index + len <= self.len, "elements {index}..{} of a buffer of {}", index + len, self.len);
+        index..index + len
+    }
+
+    fn address(&self, index: usize) -> Address {
+        self.memory.address().offset(4 * index)
+    }
+
     /// `len` elements from `index` on, for a kernel that reads them.
     #[track_caller]
     pub(super) fn input(&self, index: usize, len: usize) -> In<'_, f32> {
         Pointer::new(self.at(index, len), ())
     }
 
-    /// `len` elements from `index` on, for a kernel that overwrites them.
+    /// `len` elements from `index` on, for a kernel that overwrites all of them.
     #[track_caller]
     pub(super) fn output(&mut self, index: usize, len: usize) -> Out<'_, f32> {
-        Pointer::new(self.at(index, len), ())
+        Pointer::new(self.overwritten(index, len), ())
     }
 
     /// `len` elements from `index` on, for a kernel that reads and overwrites them.
@@ -243,11 +276,40 @@ impl Buffer {
         Pointer::new(self.at(index, len), ())
     }
 
+    /// The whole buffer, for a kernel that updates ranges of it, of each of which [`Self::at`] or [`Self::overwritten`] was asked.
+    pub(super) fn ranges(&mut self) -> InOut<'_, f32> {
+        Pointer::new(self.address(0), ())
+    }
+
     /// The address of the element at `index`. Panics unless the buffer has `len` elements from there on.
     #[track_caller]
     pub fn at(&self, index: usize, len: usize) -> Address {
-        assert!(index + len <= self.len, "elements {index}..{} of a buffer of {}", index + len, self.len);
-        self.memory.address().offset(4 * index)
+        let range = self.expect(index, len);
+        for part in self.unwritten().take(&range) {
+            must(self.memory.zero(4 * part.start, 4 * part.len()));
+        }
+        self.address(index)
+    }
+
+    /// The address of `len` elements that are overwritten next, all of them.
+    #[track_caller]
+    pub(super) fn overwritten(&mut self, index: usize, len: usize) -> Address {
+        let range = self.expect(index, len);
+        self.unwritten().take(&range);
+        self.address(index)
+    }
+
+    /// Whether `len` elements are zeros that were never written, so that what would be added to all of them can be stored.
+    #[track_caller]
+    pub(super) fn is_unwritten(&self, index: usize, len: usize) -> bool {
+        let range = self.expect(index, len);
+        self.unwritten().contains(&range)
+    }
+
+    /// The address of `len` elements that a product adds to next, and its factor beta of what is there.
+    #[track_caller]
+    pub(super) fn sum(&mut self, index: usize, len: usize) -> (Address, f32) {
+        if self.is_unwritten(index, len) { (self.overwritten(index, len), 0.0) } else { (self.at(index, len), 1.0) }
     }
 }
 

@@ -260,8 +260,8 @@ impl<B: Backend> Probe<'_, B> {
         rates[Kind::Update] = n as f64
             / self.fastest(|| {
                 b.sum_squares(&gradient, 0..n);
-                b.adamw(&mut master, &mut m, &mut v, 0..n, &gradient, 0, &step);
-                b.set_weight(&mut weight, &master, 0..n);
+                let written = vec![(0..n, &mut weight)];
+                b.adamw_weights(&mut master, &mut m, &mut v, 0..n, &gradient, 0, &step, written);
                 b.buffer_clear(&mut gradient);
                 drop(b.buffer_read(&gradient, 0..1));
             });

@@ -31,7 +31,7 @@ fn run(
     targets: &Indices,
     scale: f32,
     dx: Option<&Tensor>,
-    dw: Option<Address>,
+    dw: Option<(&mut Buffer, usize)>,
     mut greedy: Option<&mut Array<u32>>,
 ) -> Option<Array<f64>> {
     let (n, v, d, dtype) = (x.rows(), w.rows(), w.cols(), x.dtype());
@@ -42,6 +42,7 @@ fn run(
     if n == 0 {
         return None;
     }
+    let dw = dw.map(|(dw, offset)| dw.sum(offset, w.len()));
     let w = weight_in(cuda, w, dtype);
     let chunk = chunk_rows(v, dtype).min(n);
     let stride = v.next_multiple_of(8);
@@ -84,9 +85,10 @@ fn run(
             let (a, b) = (operand(grad_at, stride, false), operand(w.address(), d, false));
             cuda.gemm(&Gemm { n: d, k: v, a, b, c: dx.row(start), c_stride: d, c_dtype: dtype, ..product });
         }
-        if let Some(dw) = dw {
+        if let Some((c, beta)) = dw {
             let (a, b) = (operand(grad_at, stride, true), operand(x.row(start), d, false));
-            cuda.gemm(&Gemm { m: v, n: d, k: rows, a, b, c: dw, c_stride: d, beta: 1.0, ..product });
+            let beta = if start == 0 { beta } else { 1.0 };
+            cuda.gemm(&Gemm { m: v, n: d, k: rows, a, b, c, c_stride: d, beta, ..product });
         }
     }
     Some(losses)
@@ -117,7 +119,6 @@ pub fn backward(
     dw: Option<(&mut Buffer, usize)>,
 ) -> (f64, Tensor) {
     let dx = cuda.tensor(x.rows(), x.cols(), x.dtype());
-    let dw = dw.map(|(dw, offset)| dw.at(offset, w.len()));
     let losses = run(cuda, x, w, targets, scale, Some(&dx), dw, None);
     (losses.map_or(0.0, |losses| total(cuda, &losses)), dx)
 }

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use super::row_grid;
 use crate::backend::cuda::gpu::Grid;
+use crate::backend::cuda::launch::OrNull;
 use crate::backend::cuda::ops::rows::gather;
 use crate::backend::cuda::tensor::RowOrder;
 use crate::backend::cuda::{Cuda, Dispatch, Routing, Tensor, kernels};
@@ -65,5 +66,40 @@ pub fn combine_rows(cuda: &Cuda, x: &Tensor, dispatch: &Dispatch) -> Tensor {
     let grid = row_grid(y.rows(), y.cols(), y.dtype());
     let row_of = dispatch.order().row_of.input();
     kernels::combine_rows(cuda, grid, x.input(), row_of, y.output(), dispatch.top_k as u32, x.cols());
+    y
+}
+
+/// `y[t] = Σ_k x[row of (t, k)] + sigmoid(gate[t]) · shared[t] + residual[t]`, the second term if (shared, gate) are given.
+pub fn combine_rows_onto(
+    cuda: &Cuda,
+    x: &Tensor,
+    dispatch: &Dispatch,
+    shared: Option<(&Tensor, &Tensor)>,
+    residual: &Tensor,
+) -> Tensor {
+    let (rows, cols, dtype) = (dispatch.tokens(), x.cols(), x.dtype());
+    x.expect_shape("x to be combined", dispatch.rows, cols);
+    residual.expect_shape("the residual", rows, cols);
+    if let Some((shared, gate)) = shared {
+        shared.expect_shape("the shared expert's output", rows, cols);
+        gate.expect_shape("its gate", rows, 1);
+    }
+    let mut y = cuda.tensor(rows, cols, dtype);
+    let (shared, gate) = match shared {
+        Some((shared, gate)) => (shared.input().into(), gate.input().into()),
+        None => (OrNull::null(dtype), OrNull::null(dtype)),
+    };
+    kernels::combine_rows_onto(
+        cuda,
+        row_grid(rows, cols, dtype),
+        x.input(),
+        dispatch.order().row_of.input(),
+        shared,
+        gate,
+        residual.input(),
+        y.output(),
+        dispatch.top_k as u32,
+        cols,
+    );
     y
 }

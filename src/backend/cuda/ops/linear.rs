@@ -95,19 +95,9 @@ pub fn backward_weight(cuda: &Cuda, dy: &Tensor, x: &Tensor, dw: &mut Buffer, of
     let (m, n, k) = (dy.cols(), x.cols(), dy.rows());
     let dtype = if dy.dtype() == x.dtype() { dy.dtype() } else { Dtype::F32 };
     let (dy, x) = (in_dtype(cuda, dy, dtype), in_dtype(cuda, x, dtype));
-    cuda.gemm(&Gemm {
-        m,
-        n,
-        k,
-        a: operand(dy.address(), m, true),
-        b: operand(x.address(), n, false),
-        dtype,
-        c: dw.at(offset, m * n),
-        c_stride: n,
-        c_dtype: Dtype::F32,
-        alpha: 1.0,
-        beta: 1.0,
-    });
+    let (a, b) = (operand(dy.address(), m, true), operand(x.address(), n, false));
+    let (c, beta) = dw.sum(offset, m * n);
+    cuda.gemm(&Gemm { m, n, k, a, b, dtype, c, c_stride: n, c_dtype: Dtype::F32, alpha: 1.0, beta });
 }
 
 /// db += column sums of dy.

@@ -9,6 +9,7 @@ pub mod grouped;
 pub mod kl;
 pub mod linear;
 pub mod norm;
+pub mod norm_rope;
 pub mod offload;
 pub mod rope;
 pub mod route;

@@ -2,7 +2,7 @@
 
 use super::linear::add_column_sums;
 use crate::backend::cuda::gpu::Grid;
-use crate::backend::cuda::launch::OrNull;
+use crate::backend::cuda::launch::{Any, In, OrNull, Out};
 use crate::backend::cuda::ops::elements::weight_in;
 use crate::backend::cuda::{Buffer, Cuda, Tensor, Weight, kernels};
 
@@ -30,6 +30,17 @@ pub fn rms_norm(cuda: &Cuda, x: &Tensor, w: &Weight, eps: f32) -> Tensor {
     y
 }
 
+/// x += y, then the norm of x.
+pub fn add_rms_norm(cuda: &Cuda, x: &mut Tensor, y: &Tensor, w: &Weight, eps: f32) -> Tensor {
+    let (groups, n) = groups(x, w);
+    y.expect_shape("y to be added", x.rows(), x.cols());
+    let w = weight_in(cuda, w, x.dtype());
+    let mut normed = cuda.tensor(x.rows(), x.cols(), x.dtype());
+    let (grid, out) = (grid(groups, n), normed.output());
+    kernels::add_rms_norm(cuda, grid, x.inout(), y.input(), w.input(), out, groups, n, eps);
+    normed
+}
+
 /// dx; if `dw` is given, dw += Σ dy · x / sqrt(mean(x²) + eps) too.
 pub fn backward(
     cuda: &Cuda,
@@ -39,27 +50,47 @@ pub fn backward(
     eps: f32,
     dw: Option<(&mut Buffer, usize)>,
 ) -> Tensor {
+    let mut dx = cuda.tensor(x.rows(), x.cols(), x.dtype());
+    run_backward(cuda, dy, x, w, dw, |grid, w, rs, groups, n| {
+        kernels::rms_norm_backward(cuda, grid, dy.input(), x.input(), w, dx.output(), rs, groups, n, eps);
+    });
+    dx
+}
+
+/// The same, but the gradient is added to `dx`.
+pub fn add_backward(
+    cuda: &Cuda,
+    dy: &Tensor,
+    x: &Tensor,
+    w: &Weight,
+    eps: f32,
+    dw: Option<(&mut Buffer, usize)>,
+    dx: &mut Tensor,
+) {
+    dx.expect_shape("dx of the norm", x.rows(), x.cols());
+    run_backward(cuda, dy, x, w, dw, |grid, w, rs, groups, n| {
+        kernels::add_rms_norm_backward(cuda, grid, dy.input(), x.input(), w, dx.inout(), rs, groups, n, eps);
+    });
+}
+
+/// Calls `launch` with the grid, w in x's format, the place of each group's factor if `dw` is given, the number of groups and their
+/// columns; then adds to `dw`.
+fn run_backward(
+    cuda: &Cuda,
+    dy: &Tensor,
+    x: &Tensor,
+    w: &Weight,
+    dw: Option<(&mut Buffer, usize)>,
+    launch: impl FnOnce(Grid, In<'_, Any>, OrNull<Out<'_, f32>>, usize, usize),
+) {
     let (groups, n) = groups(x, w);
     dy.expect_shape("dy of the norm", x.rows(), x.cols());
     assert!(dy.dtype() == x.dtype(), "dy in {:?}, x in {:?}", dy.dtype(), x.dtype());
     let w = weight_in(cuda, w, x.dtype());
-    let mut dx = cuda.tensor(x.rows(), x.cols(), x.dtype());
     let mut sink = dw.map(|(dw, offset)| (dw.inout(offset, n), cuda.array::<f32>(groups)));
     let rs = sink.as_mut().map_or(OrNull::null(()), |(_, rs)| rs.output().into());
-    kernels::rms_norm_backward(
-        cuda,
-        grid(groups, n),
-        dy.input(),
-        x.input(),
-        w.input(),
-        dx.output(),
-        rs,
-        groups,
-        n,
-        eps,
-    );
+    launch(grid(groups, n), w.input(), rs, groups, n);
     if let Some((dw, rs)) = sink {
         add_column_sums(cuda, dy, Some((x.input(), rs.input())), groups, n, dw);
     }
-    dx
 }

@@ -64,9 +64,7 @@ pub fn weight_host(cuda: &Cuda, w: &Weight) -> HostTensor {
 
 /// A buffer of zeros.
 pub fn buffer(cuda: &Cuda, len: usize) -> Buffer {
-    let b = Buffer { len, memory: cuda.scratch(4 * len) };
-    cuda.zero(b.at(0, len), 4 * len);
-    b
+    Buffer::new(cuda.scratch(4 * len), len)
 }
 
 /// `n` sums, all zero.

@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use super::flat_grid;
-use crate::backend::AdamwStep;
 use crate::backend::cuda::gpu::Grid;
 use crate::backend::cuda::ops::elements::cast;
 use crate::backend::cuda::tensor::Array;
 use crate::backend::cuda::{Buffer, Cuda, Weight, kernels};
+use crate::backend::{AdamwStep, Dtype};
 
 /// Σ of the values; waits for it.
 pub fn total(cuda: &Cuda, values: &Array<f64>) -> f64 {
@@ -38,7 +38,37 @@ pub fn sums_of_squares(cuda: &Cuda, b: &Buffer, parts: &[Range<usize>]) -> Vec<f
     cuda.copy_out(sums.address(), parts.len())
 }
 
-/// One AdamW step, with the same scalars and roundings as the CPU backend.
+/// The scalars of a step as the kernels take them, with the same roundings as in the CPU backend.
+struct Scalars {
+    grad_scale: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    decay: f32,
+    step_size: f32,
+    bias_correction2_sqrt: f32,
+    eps: f32,
+}
+
+impl Scalars {
+    fn of(step: &AdamwStep) -> Self {
+        let &AdamwStep { lr, beta1, beta2, eps, weight_decay, step: t, grad_scale } = step;
+        assert!(t >= 1, "AdamW's steps count from 1");
+        let (correct1, correct2) = (1.0 - beta1.powf(t as f64), 1.0 - beta2.powf(t as f64));
+        Self {
+            grad_scale,
+            one_minus_beta1: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
+            decay: (1.0 - lr * weight_decay) as f32,
+            step_size: (lr / correct1) as f32,
+            bias_correction2_sqrt: correct2.sqrt() as f32,
+            eps: eps as f32,
+        }
+    }
+}
+
+/// One AdamW step.
 #[allow(clippy::too_many_arguments)]
 pub fn adamw(
     cuda: &Cuda,
@@ -50,10 +80,7 @@ pub fn adamw(
     grad_at: usize,
     step: &AdamwStep,
 ) {
-    let &AdamwStep { lr, beta1, beta2, eps, weight_decay, step: t, grad_scale } = step;
-    assert!(t >= 1, "AdamW's steps count from 1");
-    let n = at.len();
-    let (correct1, correct2) = (1.0 - beta1.powf(t as f64), 1.0 - beta2.powf(t as f64));
+    let (n, s) = (at.len(), Scalars::of(step));
     kernels::adamw(
         cuda,
         flat_grid(n, 4),
@@ -62,15 +89,85 @@ pub fn adamw(
         v.inout(at.start, n),
         grad.input(grad_at, n),
         n,
-        grad_scale,
-        (1.0 - beta1) as f32,
-        beta2 as f32,
-        (1.0 - beta2) as f32,
-        (1.0 - lr * weight_decay) as f32,
-        (lr / correct1) as f32,
-        correct2.sqrt() as f32,
-        eps as f32,
+        s.grad_scale,
+        s.one_minus_beta1,
+        s.beta2,
+        s.one_minus_beta2,
+        s.decay,
+        s.step_size,
+        s.bias_correction2_sqrt,
+        s.eps,
     );
+}
+
+/// Elements per block of `adamw_weights`.
+const SPAN: usize = 256 * 8;
+
+/// One AdamW step that writes the parameters, too: one launch for all that lie on the GPU in the same format.
+#[allow(clippy::too_many_arguments)]
+pub fn adamw_weights(
+    cuda: &Cuda,
+    master: &mut Buffer,
+    m: &mut Buffer,
+    v: &mut Buffer,
+    at: Range<usize>,
+    grad: &Buffer,
+    grad_at: usize,
+    step: &AdamwStep,
+    weights: Vec<(Range<usize>, &mut Weight)>,
+) {
+    let mut end = at.start;
+    for (part, w) in &weights {
+        assert!(part.start == end && part.len() == w.len(), "elements {part:?} for a parameter of {}", w.len());
+        end = part.end;
+    }
+    assert!(end == at.end, "parameters of elements {}..{end} of {at:?}", at.start);
+    let (n, s) = (at.len(), Scalars::of(step));
+    let (mut fused, mut others) = ([(Dtype::Bf16, Vec::new()), (Dtype::F32, Vec::new())], Vec::new());
+    for (part, w) in weights {
+        let same = fused.iter_mut().find(|(dtype, _)| *dtype == w.dtype() && w.in_block().is_none());
+        match same {
+            Some((_, parts)) => parts.push((part, w)),
+            None => others.push((part, w)),
+        }
+    }
+    for (dtype, mut parts) in fused {
+        let (mut jobs, mut blocks) = (Vec::with_capacity(3 * parts.len() + 1), 0);
+        for (part, _) in &parts {
+            jobs.extend([blocks as u64, (part.start - at.start) as u64, part.len() as u64]);
+            blocks += part.len().div_ceil(SPAN);
+        }
+        if blocks == 0 {
+            continue;
+        }
+        jobs.push(blocks as u64);
+        let addresses = cuda.table(parts.iter_mut().map(|(_, w)| w.output().address().0).collect());
+        kernels::adamw_weights(
+            cuda,
+            Grid::row(blocks, 256),
+            master.inout(at.start, n),
+            m.inout(at.start, n),
+            v.inout(at.start, n),
+            grad.input(grad_at, n),
+            addresses.input().targets(dtype),
+            cuda.table(jobs).input(),
+            parts.len(),
+            s.grad_scale,
+            s.one_minus_beta1,
+            s.beta2,
+            s.one_minus_beta2,
+            s.decay,
+            s.step_size,
+            s.bias_correction2_sqrt,
+            s.eps,
+        );
+    }
+    // F16, which has no kernel of its own, and parameters whose place on the GPU is not theirs.
+    for (part, w) in others {
+        let grad_at = grad_at + part.start - at.start;
+        adamw(cuda, master, m, v, part.clone(), grad, grad_at, step);
+        set_weight(cuda, w, master, part);
+    }
 }
 
 /// Overwrites a parameter, rounded to nearest even.

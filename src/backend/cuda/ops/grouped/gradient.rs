@@ -98,7 +98,7 @@ impl Gradients<'_> {
             if let ExpertGrad::Accumulate(at) = grad {
                 assert!(at.len() == self.call.stack, "{} offsets for {} stacked matrices", at.len(), self.call.stack);
                 for &at in at {
-                    dw.at(at, self.size());
+                    dw.expect(at, self.size());
                     starts.push(at);
                 }
                 adds.push(Add { group, at });
@@ -110,7 +110,23 @@ impl Gradients<'_> {
         adds
     }
 
+    /// Adds the gradients, or stores those whose place in the buffer was never written.
     fn add(&self, adds: &[Add<'_>], dw: &mut Buffer) {
+        let first = |add: &&Add<'_>| add.at.iter().all(|&at| dw.is_unwritten(at, self.size()));
+        let (stores, adds): (Vec<_>, Vec<_>) = adds.iter().partition(first);
+        for (jobs, overwrite) in [(stores, true), (adds, false)] {
+            for &at in jobs.iter().flat_map(|add| add.at) {
+                if overwrite {
+                    dw.overwritten(at, self.size())
+                } else {
+                    dw.at(at, self.size())
+                };
+            }
+            self.launch(&jobs, overwrite, dw);
+        }
+    }
+
+    fn launch(&self, adds: &[&Add<'_>], overwrite: bool, dw: &mut Buffer) {
         if adds.is_empty() {
             return;
         }
@@ -118,12 +134,11 @@ impl Gradients<'_> {
         let tiling = call.tiling();
         let jobs = adds.iter().flat_map(|add| std::iter::once(add.group).chain(add.at.iter().copied()));
         let jobs = call.cuda.table(jobs.map(|n| n as u64).collect());
-        let len = dw.len;
         kernels::grouped_backward_weight(
             call.cuda,
             call.form,
             tiling.grid(adds.len() * call.stack * tiling.weight_tiles(call)),
-            dw.inout(0, len),
+            dw.ranges(),
             self.dy.input(),
             self.x.input(),
             call.dispatch.offsets.input(),
@@ -131,13 +146,15 @@ impl Gradients<'_> {
             call.stack,
             call.inputs,
             call.outputs,
+            overwrite,
         );
     }
 
-    fn add_each(&self, adds: &[Add<'_>], rows: &[Range<usize>], dw: &Buffer) {
+    fn add_each(&self, adds: &[Add<'_>], rows: &[Range<usize>], dw: &mut Buffer) {
         for add in adds.iter().filter(|add| !rows[add.group].is_empty()) {
             for (index, &at) in add.at.iter().enumerate() {
-                self.product(&rows[add.group], index, 0..self.call.outputs, dw.at(at, self.size()), 1.0);
+                let (to, beta) = dw.sum(at, self.size());
+                self.product(&rows[add.group], index, 0..self.call.outputs, to, beta);
             }
         }
     }
