@@ -53,7 +53,9 @@ pub fn is_disk_full(error: &io::Error) -> bool {
 pub fn why_not_written(error: &io::Error) -> &'static str {
     match error.kind() {
         _ if is_disk_full(error) => "free space, or give another folder",
-        io::ErrorKind::IsADirectory => "a folder is in the place of the file: move it away",
+        io::ErrorKind::IsADirectory | io::ErrorKind::InvalidInput => {
+            "something else is in the place of the file: move it away"
+        }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => "is the folder writable?",
         _ => "is the disk full, or is the folder not writable?",
     }

@@ -13,6 +13,7 @@ mod optimizer_state;
 mod position;
 mod resumed;
 mod snapshot;
+mod state;
 
 pub use atomic_dir::{AtomicDir, partial_path, remove, remove_temporaries, target_of_temporary};
 pub use base_outputs::{BaseCache, is_base_cache_file, is_base_cache_folder};
@@ -22,5 +23,6 @@ pub use export::{check_copied, export, export_replacing, is_export, is_model_fil
 pub use manifest::{Manifest, ManifestEntry};
 pub use optimizer_state::{read_optimizer, write_optimizer};
 pub use position::{Position, is_snapshot_folder, newest_position};
-pub use resumed::{Snapshot, TrainingSnapshot};
-pub use snapshot::{Identity, PhaseSnapshot, SnapshotStore, State, is_snapshot_file};
+pub use resumed::TrainingSnapshot;
+pub use snapshot::{Identity, PhaseSnapshot, SnapshotStore};
+pub use state::{Snapshot, State, is_snapshot_file};

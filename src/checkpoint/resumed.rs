@@ -1,11 +1,11 @@
 //! What a checkpoint gives back.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::{fs, io};
 
-use super::snapshot::{METRICS, PREPARED, SnapshotStore, State, WEIGHTS, identify_name, optimizer_name, precision};
-use super::{load_delta, read_optimizer};
+use super::state::{METRICS, PREPARED, Snapshot, State, WEIGHTS, identify_name, optimizer_name, precision};
+use super::{SnapshotStore, load_delta, read_optimizer};
 use crate::backend::{Backend, HostTensor};
 use crate::collective::all_ok;
 use crate::exit::{self, Failure, Result};
@@ -13,13 +13,6 @@ use crate::input;
 use crate::model::ParamId;
 use crate::optim::ParamState;
 use crate::train::{Phase, PhaseProgress, Replica, Scan};
-
-/// A checkpoint to resume from.
-pub struct Snapshot<O> {
-    /// The state that all ranks have in common.
-    pub state: State<O>,
-    pub(super) folder: PathBuf,
-}
 
 /// What a checkpoint holds of a training phase under way, for one rank.
 pub struct TrainingSnapshot {

@@ -201,11 +201,13 @@ impl DeclaredTokens {
                 older.named.into_iter().for_each(|(name, token)| special.name(name, token));
                 special.extra = match (special.extra, older.extra) {
                     // An object of names is no list: then that of the map counts.
-                    (Some(ours), Some(theirs)) if object.contains_key(EXTRA) => {
+                    (Some(ours), Some(theirs)) if object.get(EXTRA).is_some_and(Value::is_array) => {
                         let new = |t: &Declared| ours.iter().all(|o| o.content != t.content);
                         let theirs: Vec<_> = theirs.into_iter().filter(new).collect();
                         Some(ours.into_iter().chain(theirs).collect())
                     }
+                    // A null takes the place of the list of the config.
+                    _ if object.get(EXTRA).is_some_and(Value::is_null) => None,
                     (ours, theirs) => ours.or(theirs),
                 };
                 let older = read_added_tokens(&files.added_tokens, &special)?;

@@ -30,9 +30,9 @@ use super::message::Form;
 use super::template::{ChatTemplate, TemplateError};
 
 const JOINED: &str = "The turn before it is the assistant's, too: write both as one turn";
-const THOUGHTS: &str = "Where the prompt begins a think block, write the reply's thoughts as reasoning_content, or have enable_thinking: false; \
-     where it ends one, as with enable_thinking: false in some templates, remove that variable or write the empty thoughts as the template does. \
-     Without thoughts, the template writes the turns before the reply differently once it follows, a system text, say";
+const THOUGHTS: &str = "Where the prompt begins a think block, write the reply's thoughts as reasoning_content, or have \
+     enable_thinking: false (--chat-template-kwargs); where it ends one, remove the thoughts, or the variable that asks for none. Without \
+     thoughts, the template writes the turns before the reply differently once it follows, a system text, say";
 
 /// Why the loss mask of a conversation cannot be determined.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]

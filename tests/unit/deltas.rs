@@ -78,7 +78,7 @@ fn a_hostile_delta_is_refused() {
         ("[48, 8]", with_header("[8,48]", "[48,8]")),
         ("complete?", good[..good.len() - 4].to_vec()),
         ("complete?", good[..20].to_vec()),
-        ("the weights it replaces differ", swapped),
+        ("its values are not those that were written", swapped),
     ];
     for (expected, bytes) in cases {
         fs::write(&path, bytes).unwrap();

@@ -227,7 +227,7 @@ fn a_field_that_would_be_dropped_is_refused_by_line_and_name() {
         (
             json!({"label": "unsafe", "messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}),
             template("plain"),
-            "messages, message 1: has no content",
+            "message 1 of the conversation is blank: the request is missing",
         ),
         (turns(json!({"images": ["x"]})), template("plain"), "images is not supported"),
         (turns(json!({"refusal": "No."})), template("plain"), "refusal is not supported: write"),

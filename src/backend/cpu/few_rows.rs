@@ -1,11 +1,15 @@
 //! y = x · wᵀ for few rows of x: a step of generation, and experts to which few tokens go.
 //!
 //! The time of such a product is that of reading w once. `gemm` computes at least a SIMD vector of rows and reads w element by
-//! element. Here the lanes of a SIMD vector are eight outputs: blocks of eight rows of w by 32 bytes are transposed in registers,
-//! straight from the checkpoint's bytes in any dtype, and multiplied with a value of x for all lanes.
+//! element. Here the lanes of a SIMD vector are outputs, eight with AVX2 and sixteen with AVX-512: blocks of as many rows of w by 32 or
+//! 64 bytes are transposed in registers, straight from the checkpoint's bytes in any dtype, and multiplied with a value of x for all
+//! lanes.
 //!
 //! Every sum is taken in the order of `gemm`, with fused multiply-adds, so that the results are the same bits: a token's logits do
 //! not depend on how many other tokens are in the batch.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 use std::ops::Range;
 
@@ -41,21 +45,15 @@ fn is_supported() -> bool {
 /// y = x · w[out]ᵀ for row-major x `[m, k]`, w `[N, k]`, y `[m, out.len()]`, of a shape that [`suits`].
 #[cfg(target_arch = "x86_64")]
 pub(super) fn product(y: MatrixMut<'_>, x: Matrix<'_>, w: &Weight, out: Range<usize>) {
-    use super::weight::f16_bits_to_f32;
-    use crate::backend::Dtype;
-
     assert!(suits(x.rows(), out.len()) && w.cols() == x.cols() && y.shape() == (x.rows(), out.len()));
     let row_bytes = w.cols() * w.dtype().size();
     let bytes = &w.bytes()[out.start * row_bytes..out.end * row_bytes];
-    // SAFETY: the processor has AVX2 and FMA, by `suits`.
-    unsafe {
-        match w.dtype() {
-            Dtype::F32 => avx2::product::<4>(y, x, bytes, |word, _| f32::from_bits(word)),
-            Dtype::Bf16 => avx2::product::<2>(y, x, bytes, |word, upper| {
-                f32::from_bits(if upper == 0 { word << 16 } else { word & 0xffff_0000 })
-            }),
-            Dtype::F16 => avx2::product::<2>(y, x, bytes, |word, upper| f16_bits_to_f32((word >> (16 * upper)) as u16)),
-        }
+    if is_x86_feature_detected!("avx512f") && out.len() >= avx512::LANES {
+        // SAFETY: the processor has AVX-512F.
+        unsafe { avx512::product(y, x, bytes, w.dtype()) }
+    } else {
+        // SAFETY: the processor has AVX2 and FMA, by `suits`.
+        unsafe { avx2::product(y, x, bytes, w.dtype()) }
     }
 }
 
@@ -67,15 +65,29 @@ mod avx2 {
     };
 
     use super::super::gemm::{Matrix, MatrixMut, depth_blocks};
+    use super::super::weight::f16_bits_to_f32;
     use super::LANES;
+    use crate::backend::Dtype;
 
     /// Rows of x whose sums stay in registers together with eight columns of w.
     const GROUP: usize = 6;
 
-    /// As [`super::product`], with elements of w of `SIZE` bytes. `value` converts one: it gets four bytes of a row as a word, and
-    /// which element of the word is meant.
+    /// As [`super::product`], for w in the number format `dtype`.
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn product<const SIZE: usize>(
+    pub(super) fn product(y: MatrixMut<'_>, x: Matrix<'_>, w: &[u8], dtype: Dtype) {
+        match dtype {
+            Dtype::F32 => of_words::<4>(y, x, w, |word, _| f32::from_bits(word)),
+            Dtype::Bf16 => of_words::<2>(y, x, w, |word, upper| {
+                f32::from_bits(if upper == 0 { word << 16 } else { word & 0xffff_0000 })
+            }),
+            Dtype::F16 => of_words::<2>(y, x, w, |word, upper| f16_bits_to_f32((word >> (16 * upper)) as u16)),
+        }
+    }
+
+    /// With elements of w of `SIZE` bytes. `value` converts one: it gets four bytes of a row as a word, and which element of the word
+    /// is meant.
+    #[target_feature(enable = "avx2,fma")]
+    fn of_words<const SIZE: usize>(
         mut y: MatrixMut<'_>,
         x: Matrix<'_>,
         w: &[u8],
@@ -240,11 +252,18 @@ mod tests {
                     // x and y are parts of wider matrices.
                     let (x, wide) = (values(m * (k + 2), 9), n + 5);
                     let x = Matrix::new(&x, m, k, k + 2);
-                    let (mut y, mut want) = (vec![7.0; m * wide], vec![7.0; m * wide]);
-                    product(MatrixMut::new(&mut y, m, n, wide), x, &w, 2..n + 2);
-                    let w = w.read(2..n + 2);
-                    matmul_nt(MatrixMut::new(&mut want, m, n, wide), x, Matrix::new(&w, n, k, k));
-                    assert!(y.iter().zip(&want).all(|(y, w)| y.to_bits() == w.to_bits()), "{dtype:?} {m} {n} {k}");
+                    let mut want = vec![7.0; m * wide];
+                    let read = w.read(2..n + 2);
+                    matmul_nt(MatrixMut::new(&mut want, m, n, wide), x, Matrix::new(&read, n, k, k));
+                    let check = |product: &dyn Fn(MatrixMut<'_>)| {
+                        let mut y = vec![7.0; m * wide];
+                        product(MatrixMut::new(&mut y, m, n, wide));
+                        assert!(y.iter().zip(&want).all(|(y, w)| y.to_bits() == w.to_bits()), "{dtype:?} {m} {n} {k}");
+                    };
+                    check(&|y| product(y, x, &w, 2..n + 2));
+                    let bytes = &w.bytes()[2 * k * dtype.size()..(n + 2) * k * dtype.size()];
+                    // SAFETY: the processor has AVX2 and FMA.
+                    check(&|y| unsafe { avx2::product(y, x, bytes, dtype) });
                 }
             }
         }

@@ -140,7 +140,7 @@ pub(super) fn transpose(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
 /// transposed.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn transposed(rows: &[__m512i; 16]) -> [__m512i; 16] {
+pub(in crate::backend::cpu) fn transposed(rows: &[__m512i; 16]) -> [__m512i; 16] {
     // quads[g][j]: lane L has rows 4g to 4g + 3 of column 4L + j.
     let mut quads = [[_mm512_setzero_si512(); 4]; 4];
     for (quad, rows) in quads.iter_mut().zip(rows.as_chunks::<4>().0) {

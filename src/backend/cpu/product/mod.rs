@@ -12,6 +12,8 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::transposed as transposed_16x16;
 mod emulated;
 mod instructions;
 mod kernel;
