@@ -45,7 +45,7 @@ use crate::train::{Measured, PhaseProgress, Replica, check_replicas};
 pub enum PhaseSnapshot<'p, B: Backend> {
     /// Nothing: a phase has ended.
     Between,
-    /// The sums of this rank in an identification ([`Scan::state`]).
+    /// The sums of this rank in an identification ([`state`](crate::train::Scan::state)).
     Identification(Vec<u8>),
     /// A training phase.
     Training {

@@ -106,7 +106,7 @@ pub(super) fn plain_spelling(name: &str) -> String {
 
 /// A field that holds something and is not of the names that are `known`, but for its spelling: it would be dropped. With that
 /// name.
-pub(super) fn misspelled<'a>(map: &'a Map<String, Value>, known: impl Fn(&str) -> bool) -> Option<(&'a str, String)> {
+pub(super) fn misspelled(map: &Map<String, Value>, known: impl Fn(&str) -> bool) -> Option<(&str, String)> {
     let fields = map.keys().filter(|name| !known(name) && filled(map, name).is_some());
     fields
         .map(|name| (name.as_str(), plain_spelling(name)))

@@ -93,8 +93,16 @@ impl BufRead for Packed<'_> {
 
 /// One or more members. Zero bytes after them fill a block of a tape or a device, and are no data.
 fn gzip(packed: Packed<'_>) -> Result<Vec<u8>, String> {
+    /// The first bytes of a member.
+    const MAGIC: [u8; 2] = [0x1f, 0x8b];
     let (mut unpacked, mut rest) = (Vec::new(), packed);
     while rest.bytes.iter().any(|b| *b != 0) {
+        if !rest.bytes.starts_with(&MAGIC) {
+            let more = rest.bytes.len();
+            return Err(format!(
+                "{more} bytes that are no gzip data follow what is packed: fetch the file again, or write it again"
+            ));
+        }
         let mut member = flate2::bufread::GzDecoder::new(rest);
         unpacked.extend(unpack(&mut member, MOST - unpacked.len() as u64)?);
         rest = member.into_inner();

@@ -69,6 +69,9 @@ pub(super) fn eval_on(base: Option<&Base>, args: &EvalArgs, started: &Started, u
     done
 }
 
+/// A file of questions, with their requests.
+pub(super) type Requests = (PathBuf, Vec<String>);
+
 /// Checks the inputs of [`eval_on`], without writing anything. Returns the rows, and the files of questions with their requests.
 ///
 /// # Errors
@@ -77,7 +80,7 @@ pub(super) fn check_inputs(
     base: Option<&Base>,
     args: &EvalArgs,
     started: &Started,
-) -> Result<(Dataset, Vec<(PathBuf, Vec<String>)>)> {
+) -> Result<(Dataset, Vec<Requests>)> {
     let inputs = open(base, args, &args.run_config()?, started, &Ui::silent())?;
     let questions = inputs.questions.as_ref().map(Questions::requests).unwrap_or_default();
     Ok((inputs.session.data, questions))

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use regex::Regex;
 
 use super::logged::{Generated, Logged, open_on_first, wrong_row};
-use super::pattern;
+use super::{Requests, pattern};
 use crate::backend::Backend;
 use crate::collective::on_first;
 use crate::config::EvalArgs;
@@ -84,7 +84,7 @@ impl Questions {
     }
 
     /// Each file, with the requests of its questions.
-    pub fn requests(&self) -> Vec<(PathBuf, Vec<String>)> {
+    pub fn requests(&self) -> Vec<Requests> {
         let of_file = |file: usize| self.all.iter().filter(move |(of, _)| *of == file).map(|(_, q)| q.request.clone());
         self.paths.iter().enumerate().map(|(file, path)| (path.clone(), of_file(file).collect())).collect()
     }

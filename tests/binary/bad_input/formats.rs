@@ -66,7 +66,7 @@ fn packed_rows_and_tables_are_read_as_their_rows() {
 fn other_formats_are_named_with_the_way_to_convert() {
     let scene = Scene::new();
     let tar = [b"a".repeat(257), b"ustar\0".to_vec()].concat();
-    let cases: [(&str, &[u8], &[&str]); 28] = [
+    let cases: [(&str, &[u8], &[&str]); 29] = [
         ("utf32", b"\xff\xfe\0\0{\0\0\0", &["text in UTF-32", "save it as UTF-8"]),
         ("utf32-big", b"\0\0\xfe\xff\0\0\0{", &["text in UTF-32"]),
         ("a.csv", b"goal,target\n\"How to, x\",\"Sure\"\n", &["CSV", "pandas.read_csv('FILE')"]),
@@ -94,6 +94,11 @@ fn other_formats_are_named_with_the_way_to_convert() {
         ("a.html", b"<!DOCTYPE html>\n<html>", &["a web page"]),
         ("a.json", b"version https://git-lfs.github.com/spec/v1\n", &["Git LFS", "git lfs pull"]),
         ("parquet.gz", &gzip(b"PAR1rest"), &["Parquet"]),
+        (
+            "more.gz",
+            &[gzip(b"{}"), b"more".to_vec()].concat(),
+            &["4 bytes that are no gzip data follow what is packed"],
+        ),
         ("a.gguf", b"GGUF\x03", &["GGUF"]),
     ];
     for (name, bytes, says) in cases {
