@@ -273,18 +273,16 @@ fn rows_below(text: &str) -> Option<String> {
 const OF_ROWS: [&str; 8] =
     ["messages", "conversations", "prompt", "goal", "all_prompt", "attack_prompt", "safe_messages", "unsafe_messages"];
 
-/// The key under which the hub's dataset viewer gives `{"row_idx": 0, "row": {...}}`.
-const OF_VIEWER: &str = "rows";
+/// Where the hub's dataset viewer gives rows: `{"rows": [{"row_idx": 0, "row": {...}}]}`.
+const OF_VIEWER: &str = "rows[].row";
 
 /// The first key that holds rows in a list.
 pub(super) fn key_of_rows(row: &Map<String, Value>) -> Option<&str> {
-    let has_fields =
+    let is_row =
         |value: &Value| value.as_object().is_some_and(|row| OF_ROWS.iter().any(|name| row.contains_key(*name)));
-    let of_viewer = |value: &Value| value.get("row").is_some_and(has_fields);
-    if row.get(OF_VIEWER).and_then(Value::as_array).and_then(|list| list.first()).is_some_and(of_viewer) {
+    if row.get("rows").and_then(|list| list.get(0)?.get("row")).is_some_and(is_row) {
         return Some(OF_VIEWER);
     }
-    let is_row = has_fields;
     let holds_rows = |value: &Value| value.as_array().is_some_and(|list| list.first().is_some_and(is_row));
     row.iter().find(|(_, value)| holds_rows(value)).map(|(key, _)| key.as_str())
 }
@@ -370,6 +368,8 @@ mod tests {
             ("{\"a\":[1,]}", "remove the comma before the bracket"),
             ("{\"a\":1}{\"a\":2}", "is a line end missing between rows?"),
             ("{\n\"data\": [\n{\"goal\": 1}]}", "rows in the list data: give the list itself (`jq '.[\"data\"]'"),
+            ("{\n\"rows\": [\n{\"goal\": 1}]}", "rows in the list rows: give the list itself (`jq '.[\"rows\"]'"),
+            ("{\n\"rows\": [\n{\"row_idx\": 0, \"row\": {\"goal\": 1}}]}", "dataset viewer, with a row in each object"),
             ("[{\"a\":1},\n{\"a\":\n\n oops}]", "f:4: not JSON: no JSON value begins here"),
             ("[{\"a\":1}", "f:1: the array has no closing bracket, as in a file that was cut off: fetch or write"),
             ("[{\"a\":1},\n", "f:2: the array has no closing bracket"),

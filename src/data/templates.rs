@@ -187,7 +187,5 @@ fn wrong(path: &Path, what: &str) -> Error {
 
 /// The text of a template. A byte order mark is a part of it, as transformers reads it.
 fn read(path: &Path) -> Result<String, Error> {
-    let text = input::read_text(path).map_err(|e| Error::read(path, e))?;
-    let bytes = input::read(path).map_err(|e| Error::read(path, e))?;
-    Ok(if input::without_mark(&bytes).len() < bytes.len() { format!("\u{feff}{text}") } else { text })
+    input::read_marked_text(path).map_err(|e| Error::read(path, e))
 }

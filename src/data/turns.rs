@@ -147,16 +147,12 @@ fn message(value: &Value, last: bool) -> Result<Message> {
     }
     // In the order of the row, which a template that writes the whole turn keeps.
     turn.fields = map.keys().filter_map(|name| Some((name.clone(), turn.fields.get(name)?.clone()))).collect();
+    let needs_content = turn.fields.is_empty() && !(last && turn.is_assistant());
     (turn.form, turn.content) = match content(map)? {
         Some(content) => content,
-        None if turn.fields.is_empty()
-            && ["content", "value"].iter().all(|name| !map.contains_key(*name))
-            && !(last && turn.is_assistant()) =>
-        {
-            return Err("has no content".into());
-        }
         // An empty value is an empty text.
-        None if turn.fields.is_empty() && !(last && turn.is_assistant()) => (Form::Text, String::new()),
+        None if needs_content && CONTENT.iter().any(|name| map.contains_key(*name)) => (Form::Text, String::new()),
+        None if needs_content => return Err("has no content".into()),
         None if map.contains_key("content") => (Form::Null, String::new()),
         None => (Form::Missing, String::new()),
     };
@@ -173,10 +169,12 @@ fn message(value: &Value, last: bool) -> Result<Message> {
     }
 }
 
+/// The fields of a turn that hold its content.
+const CONTENT: [&str; 2] = ["content", "value"];
+
 /// The content of a turn: the form in which it is given, and its text.
 fn content(map: &Map<String, Value>) -> Result<Option<(Form, String)>> {
-    const NAMES: [&str; 2] = ["content", "value"];
-    match one_of(map, NAMES)? {
+    match one_of(map, CONTENT)? {
         Some(Value::Array(parts)) => {
             let text = |(i, value)| part(value).map_err(|e| format!("content, part {}: {e}", i + 1)).transpose();
             let texts = parts.iter().enumerate().filter_map(text).collect::<Result<Vec<_>>>()?;
@@ -185,7 +183,7 @@ fn content(map: &Map<String, Value>) -> Result<Option<(Form, String)>> {
         }
         Some(Value::String(text)) => Ok(Some((Form::Text, text.clone()))),
         Some(other) => Err(format!("content should be a string, or a list of parts, not {}", kind_of(other))),
-        None if NAMES.iter().any(|name| map.get(*name).is_some_and(Value::is_string)) => {
+        None if CONTENT.iter().any(|name| map.get(*name).is_some_and(Value::is_string)) => {
             Ok(Some((Form::Text, String::new())))
         }
         None => Ok(None),

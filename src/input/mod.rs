@@ -112,6 +112,18 @@ pub fn hash(path: &Path) -> io::Result<blake3::Hash> {
 /// # Errors
 /// Those of [`read`]; [`io::ErrorKind::InvalidData`] for another encoding.
 pub fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = read_marked_text(path)?;
+    if text.starts_with(MARK) {
+        text.drain(..MARK.len_utf8());
+    }
+    Ok(text)
+}
+
+/// As [`read_text`], with a byte order mark if the file has one.
+///
+/// # Errors
+/// Those of [`read_text`].
+pub fn read_marked_text(path: &Path) -> io::Result<String> {
     let bytes = read(path)?;
     let other = |bytes: &[u8]| {
         let again = "write or fetch it again";
@@ -122,12 +134,11 @@ pub fn read_text(path: &Path) -> io::Result<String> {
     if recognise(&bytes) == Some(Format::UTF_16) || is_zeroed(&bytes) {
         return Err(other(&bytes));
     }
-    let text = String::from_utf8(bytes).map_err(|e| other(e.as_bytes()))?;
-    Ok(match text.strip_prefix('\u{feff}') {
-        Some(rest) => rest.to_owned(),
-        None => text,
-    })
+    String::from_utf8(bytes).map_err(|e| other(e.as_bytes()))
 }
+
+/// The byte order mark.
+const MARK: char = '\u{feff}';
 
 /// A UTF-8 text without its byte order mark.
 pub fn without_mark(bytes: &[u8]) -> &[u8] {

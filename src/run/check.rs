@@ -152,12 +152,19 @@ fn forecast_time(
 /// Steps that no training phase exceeds: those with all replies on one rank.
 fn most_steps(session: &Session, recipe: &Recipe) -> usize {
     let replies = session.data.records.iter().flat_map(|r| [&r.unsafe_reply, &r.safe_reply]).flatten().count();
-    let steps = |epochs: usize, grad_accum: usize| epochs * replies.div_ceil(recipe.batch_size).div_ceil(grad_accum);
+    let steps_on = |examples: usize, epochs: usize, grad_accum: usize| {
+        epochs * examples.div_ceil(recipe.batch_size).div_ceil(grad_accum)
+    };
+    let steps = |epochs: usize, grad_accum: usize| steps_on(replies, epochs, grad_accum);
     let experts = match &recipe.training {
         Training::Nothing => return usize::MAX,
         Training::Routers(_) => 0,
         Training::Experts(phase) | Training::Alternate(phase, _) => steps(phase.epochs, phase.grad_accum),
-        Training::Joint(phase) => steps(phase.epochs, phase.grad_accum),
+        // Safe examples are repeated until they are this share.
+        Training::Joint(phase) => {
+            let examples = (replies as f64 / (1.0 - phase.safe_ratio)).ceil() as usize;
+            steps_on(examples, phase.epochs, phase.grad_accum)
+        }
     };
     experts.max(recipe.router_phase().map_or(0, |phase| steps(phase.epochs, 1)))
 }

@@ -57,6 +57,17 @@ pub(super) fn product(y: MatrixMut<'_>, x: Matrix<'_>, w: &Weight, out: Range<us
     }
 }
 
+/// Element `at`, of `SIZE` bytes, of each row: the first of a word that is zero otherwise.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn elements<const ROWS: usize, const SIZE: usize>(rows: [&[u8]; ROWS], at: usize) -> [u32; ROWS] {
+    rows.map(|row| {
+        let mut bytes = [0; 4];
+        bytes[..SIZE].copy_from_slice(&row[SIZE * at..SIZE * (at + 1)]);
+        u32::from_le_bytes(bytes)
+    })
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::{
@@ -66,7 +77,7 @@ mod avx2 {
 
     use super::super::gemm::{Matrix, MatrixMut, depth_blocks};
     use super::super::weight::f16_bits_to_f32;
-    use super::LANES;
+    use super::{LANES, elements};
     use crate::backend::Dtype;
 
     /// Rows of x whose sums stay in registers together with eight columns of w.
@@ -172,13 +183,7 @@ mod avx2 {
                 }
             }
             for at in LANES * parts * whole..depth.len() {
-                let mut words = [0u32; LANES];
-                for (word, row) in words.iter_mut().zip(w) {
-                    let mut bytes = [0; 4];
-                    bytes[..SIZE].copy_from_slice(&row[SIZE * at..SIZE * (at + 1)]);
-                    *word = u32::from_le_bytes(bytes);
-                }
-                let column = convert(bytemuck::cast(words), 0, value);
+                let column = convert(bytemuck::cast(elements::<LANES, SIZE>(w, at)), 0, value);
                 for (sum, row) in sums.iter_mut().zip(x) {
                     *sum = _mm256_fmadd_ps(column, _mm256_set1_ps(row[at]), *sum);
                 }

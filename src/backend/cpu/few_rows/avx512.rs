@@ -8,6 +8,7 @@ use std::arch::x86_64::{
 
 use super::super::gemm::{Matrix, MatrixMut, depth_blocks};
 use super::super::product::transposed_16x16;
+use super::elements;
 use crate::backend::Dtype;
 
 /// Outputs computed at a time.
@@ -99,12 +100,7 @@ fn block<const M: usize, const SIZE: usize>(
             }
         }
         for at in LANES * parts * whole..depth.len() {
-            let mut words = [0u32; LANES];
-            for (word, row) in words.iter_mut().zip(w) {
-                let mut bytes = [0; 4];
-                bytes[..SIZE].copy_from_slice(&row[SIZE * at..SIZE * (at + 1)]);
-                *word = u32::from_le_bytes(bytes);
-            }
+            let words = elements::<LANES, SIZE>(w, at);
             // SAFETY: 16 words.
             let column = value(unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }, 0);
             for (sum, row) in sums.iter_mut().zip(x) {
