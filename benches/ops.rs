@@ -4,9 +4,11 @@
 //!
 //! Options: `-- NAME` runs the operations whose name contains NAME; the environment variable `THREADS` sets the number
 //! of threads (0 or unset: one per core). PRECISION=bf16 computes products of bf16 values, by the fastest instructions of the
-//! processor or by INSTRUCTIONS. The percentage is the share of the processor's bound, which is measured first: the rate of
-//! the innermost loop on all threads, with operands in the caches. Nothing is asserted, because machines differ.
+//! processor or by INSTRUCTIONS. The percentage is the share of a bound that is measured first: for GFLOP/s the rate of the
+//! innermost loop on all threads, with operands in the caches; for the weights that a step of generation reads (`decoding`),
+//! the rate at which all threads add up a buffer larger than the caches. Nothing is asserted, because machines differ.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use moewarden::backend::cpu::{Caches, Cpu, Instructions, Processor, Products, Tensor, Weight};
@@ -31,12 +33,16 @@ enum Work {
     Flops(usize),
     /// Values read or written, counted as f32 in GB/s, also where the rows of experts are bf16.
     Values(usize),
+    /// Bytes of weights.
+    Weights(usize),
 }
 
 struct Bench {
     filter: String,
     /// FLOP/s of the innermost loop on all threads.
     bound: f64,
+    /// Bytes a second that all threads read from memory.
+    memory: f64,
 }
 
 impl Bench {
@@ -56,13 +62,13 @@ impl Bench {
         }
         times.sort_by(f64::total_cmp);
         let (median, best) = (times[times.len() / 2], times[0]);
-        let (amount, unit) = match work {
-            Work::Flops(n) => (n as f64, "GFLOP/s"),
-            Work::Values(n) => (4.0 * n as f64, "GB/s"),
+        let (amount, unit, bound) = match work {
+            Work::Flops(n) => (n as f64, "GFLOP/s", Some(self.bound)),
+            Work::Values(n) => (4.0 * n as f64, "GB/s", None),
+            Work::Weights(bytes) => (bytes as f64, "GB/s", Some(self.memory)),
         };
         let rate = |t: f64| amount / t / 1e9;
-        let share =
-            if unit == "GFLOP/s" { format!(", {:.0} %", 1e11 * rate(best) / self.bound) } else { String::new() };
+        let share = bound.map_or_else(String::new, |bound| format!(", {:.0} %", 1e11 * rate(best) / bound));
         let (per_core, best) = (rate(least_cpu), rate(best));
         println!(
             "{name:32} {:9.3} ms {:7.1} {unit:7} (best {best:7.1}{share}, per core {per_core:7.1})",
@@ -89,6 +95,21 @@ fn noise(n: usize, scale: f32) -> Vec<f32> {
             ((state >> 8) as f32 / (1 << 23) as f32 - 1.0) * scale
         })
         .collect()
+}
+
+/// Bytes a second that `threads` threads read from memory: the best of several sums over 1 GiB.
+fn memory_rate(threads: usize) -> f64 {
+    let values = vec![1u64; 1 << 27];
+    let rate = |_| {
+        let clock = Instant::now();
+        std::thread::scope(|scope| {
+            for part in values.chunks(values.len().div_ceil(threads)) {
+                scope.spawn(|| std::hint::black_box(part.iter().fold(0u64, |sum, &value| sum.wrapping_add(value))));
+            }
+        });
+        size_of_val(&*values) as f64 / clock.elapsed().as_secs_f64()
+    };
+    (0..5).map(rate).fold(0.0, f64::max)
 }
 
 fn weight(cpu: &Cpu, dtype: Dtype, rows: usize, cols: usize) -> Weight {
@@ -118,7 +139,12 @@ fn main() {
         bound / 1e9,
         products.instructions()
     );
-    let bench = Bench { filter, bound };
+    let memory = memory_rate(cpu.threads());
+    println!("memory {:.1} GB/s", memory / 1e9);
+    let bench = Bench { filter, bound, memory };
+    if "decoding".contains(&*bench.filter) || bench.filter.starts_with("decoding") {
+        decoding(&bench, &cpu);
+    }
     let lengths = [60, 400, 230, 310, 120, 270, 350, 100];
     let packing = Packing::of_lengths(lengths);
     let t = packing.rows();
@@ -234,4 +260,34 @@ fn main() {
     let step = AdamwStep { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
     bench.time("adamw", Work::Values(7 * n), || cpu.adamw(&mut master, &mut m, &mut v, 0..n, &dw, 0, &step));
     bench.time("sum_squares", Work::Values(n), || cpu.sum_squares(&dw, 0..n));
+}
+
+/// A step of generation for batches of sequences: products with few rows, whose time is that of reading the weights.
+fn decoding(bench: &Bench, cpu: &Cpu) {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let make = |n: usize, k: usize| -> Vec<Weight> { (0..E).map(|_| weight(cpu, dtype, n, k)).collect() };
+        let (gate, up, down) = (make(F, D), make(F, D), make(D, F));
+        let gate_up: Vec<Vec<&Weight>> = gate.iter().zip(&up).map(|(g, u)| vec![g, u]).collect();
+        let down: Vec<Vec<&Weight>> = down.iter().map(|w| vec![w]).collect();
+        let head = weight(cpu, dtype, V, D);
+        for batch in [1, 8, 32] {
+            let logits = noise(batch * E, 1.0);
+            let experts = logits.chunks(E).flat_map(|row| {
+                let mut ids: Vec<usize> = (0..E).collect();
+                ids.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+                ids.truncate(K);
+                ids
+            });
+            let read = experts.collect::<BTreeSet<_>>().len() * F * D * dtype.size();
+            let x = cpu.upload(batch, D, &noise(batch * D, 1.0));
+            let routing = cpu.route(&cpu.upload(batch, E, &logits), K, false);
+            let dispatch = cpu.dispatch(&routing, E);
+            let rows = cpu.dispatch_rows(&x, &dispatch);
+            let name = |what: &str| format!("decoding {batch} {what} {dtype:?}");
+            bench.time(&name("gate+up"), Work::Weights(2 * read), || cpu.grouped_linear(&rows, &gate_up, &dispatch));
+            let a = cpu.swiglu(&cpu.grouped_linear(&rows, &gate_up, &dispatch));
+            bench.time(&name("down"), Work::Weights(read), || cpu.grouped_linear(&a, &down, &dispatch));
+            bench.time(&name("logits"), Work::Weights(V * D * dtype.size()), || cpu.linear(&x, &head, None));
+        }
+    }
 }

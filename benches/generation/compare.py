@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Generation in batches: moewarden, an earlier moewarden, and transformers' `generate`, in turns; prints the table of
 docs/benchmarks.md. Times are CPU seconds of generating all answers, so that they mean something on a busy machine; for moewarden those
-of `eval` less those of `eval --skip-answers`.
+of `eval` less those of `eval --skip-answers`. With --wall they are wall-clock seconds, on a machine where nothing else runs: for
+moewarden those in eval_times.json.
 
     python compare.py --planted MODEL --binary NEW [--earlier OLD] [--peer] --out FOLDER
 
@@ -50,12 +51,14 @@ def cpu_seconds(line):
 
 
 def ours(a, binary, model, rows, folder, tokens, size):
-    """(CPU seconds, tokens, answers); `size` None: an earlier version."""
+    """(seconds, tokens, answers); `size` None: an earlier version."""
     shutil.rmtree(folder, ignore_errors=True)
     line = [binary, "eval", "--model-name", model, "--dataset-path", rows, "--device", "cpu", "--threads", a.threads, "--quiet"]
-    other = cpu_seconds([*line, "--output-dir", folder, "--skip-answers"])
+    other = 0 if a.wall else cpu_seconds([*line, "--output-dir", folder, "--skip-answers"])
     batch = [] if size is None else ["--generation-batch-size", size]
     seconds = cpu_seconds([*line, "--output-dir", folder, "--overwrite", "--max-new-tokens", tokens, *batch]) - other
+    if a.wall:
+        seconds = json.loads((folder / "eval_times.json").read_text())["answers"]["seconds"]
     said = [json.loads(line) for line in open(folder / "generations.jsonl")]
     return seconds, [row["n_tokens"] for row in said], [row["response"] for row in said]
 
@@ -65,7 +68,7 @@ def peer(a, model, folder, tokens, size, dtype):
             "--max-new-tokens", tokens, "--dtype", dtype, "--threads", a.threads]
     done = subprocess.run([str(word) for word in line], check=True, capture_output=True, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
-    return result["seconds"], result["tokens"], f"{result['same']} of {result['of']} as ours"
+    return result["wall" if a.wall else "seconds"], result["tokens"], f"{result['same']} of {result['of']} as ours"
 
 
 def measure(a, name, model, rows, tokens, dtype):
@@ -83,7 +86,7 @@ def measure(a, name, model, rows, tokens, dtype):
     for i in range(a.rounds):
         for program, run in programs.items():
             runs[program].append(run())
-            print(f"{name}, round {i + 1}, {program}: {runs[program][-1][0]:.2f} CPU s", file=sys.stderr, flush=True)
+            print(f"{name}, round {i + 1}, {program}: {runs[program][-1][0]:.2f} s", file=sys.stderr, flush=True)
     first = next(iter(runs.values()))
     for program, results in runs.items():
         rate = statistics.median(sum(tokens) / seconds for seconds, tokens, _ in results)
@@ -104,11 +107,12 @@ def main():
     parser.add_argument("--sizes", default="1,8,32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--wall", action="store_true")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--models", default="planted,float32,bfloat16")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    print("| model | program, batch | tokens per CPU second | first program's time / its | equal answers |")
+    print(f"| model | program, batch | tokens per {'' if a.wall else 'CPU '}second | first program's time / its | equal answers |")
     print("|---|---|---|---|---|")
     for kind in a.models.split(","):
         if kind == "planted":

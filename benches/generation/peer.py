@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Answers prompts with transformers' `generate`, greedily, in static batches padded on the left; prints CPU seconds
-and tokens as JSON."""
+"""Answers prompts with transformers' `generate`, greedily, in static batches padded on the left; prints CPU seconds, wall-clock
+seconds and tokens as JSON."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def main():
     eos = model.generation_config.eos_token_id
     eos = set(eos if isinstance(eos, list) else [eos])
     answers = [None] * len(prompts)
-    start = time.process_time()
+    start, clock = time.process_time(), time.perf_counter()
     for first in range(0, len(order), a.batch_size):
         batch = order[first : first + a.batch_size]
         width = max(len(prompts[i]) for i in batch)
@@ -43,10 +43,11 @@ def main():
         for i, row in zip(batch, out[:, width:].tolist()):
             end = next((t for t, token in enumerate(row) if token in eos), len(row))
             answers[i] = row[:end]
-    seconds = time.process_time() - start
+    seconds, wall = time.process_time() - start, time.perf_counter() - clock
     same = [tokenizer.decode(answer, skip_special_tokens=True) == row["response"] for answer, row in zip(answers, rows)]
     print(json.dumps({
         "seconds": seconds,
+        "wall": wall,
         "tokens": [len(answer) for answer in answers],
         "same": sum(same),
         "of": len(rows),

@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
@@ -17,6 +17,7 @@ use crate::config::{
 use crate::exit::{self, Ended, Failure};
 use crate::launch::download::Wanted;
 use crate::launch::{self, Launch, Ranks, Started, stop_on_signals};
+use crate::quote::cut;
 use crate::run;
 use crate::train::fault::Fault;
 use crate::ui::Ui;
@@ -120,7 +121,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
     Cli::from_arg_matches(&matches)
 }
 
-/// Prints help, or an error with the values of numbers in the user's words.
+/// Prints help, or an error in the user's words, with a long value cut.
 pub fn print(help_or_error: &clap::Error) -> std::io::Result<()> {
     /// What Rust's parsers of numbers say.
     const WORDS: [(&str, &str); 6] = [
@@ -131,15 +132,24 @@ pub fn print(help_or_error: &clap::Error) -> std::io::Result<()> {
         ("cannot parse float from empty string", "expected a number"),
         ("provided string was not `true` or `false`", "expected true or false"),
     ];
-    let text = help_or_error.render();
-    let (plain, ansi) = (text.to_string(), text.ansi().to_string());
-    match WORDS.iter().find(|(theirs, _)| plain.trim_end().contains(theirs)) {
-        Some((theirs, ours)) if help_or_error.kind() == ErrorKind::ValueValidation => {
-            let shown = if std::io::stderr().is_terminal() { ansi } else { plain };
-            std::io::stderr().write_all(shown.replacen(theirs, ours, 1).as_bytes())
-        }
-        _ => help_or_error.print(),
+    /// Characters of a value that are shown.
+    const VALUE: usize = 200;
+    if !help_or_error.use_stderr() {
+        return help_or_error.print();
     }
+    let text = help_or_error.render();
+    let mut shown = if std::io::stderr().is_terminal() { text.ansi().to_string() } else { text.to_string() };
+    if help_or_error.kind() == ErrorKind::ValueValidation
+        && let Some((theirs, ours)) = WORDS.iter().find(|(theirs, _)| shown.contains(theirs))
+    {
+        shown = shown.replacen(theirs, ours, 1);
+    }
+    if let Some(ContextValue::String(value)) = help_or_error.get(ContextKind::InvalidValue)
+        && value.chars().count() > VALUE
+    {
+        shown = shown.replace(&**value, &cut(value, VALUE));
+    }
+    std::io::stderr().write_all(shown.as_bytes())
 }
 
 /// Runs one command to its end.

@@ -5,7 +5,7 @@
 //! `special_tokens_map.json` and `added_tokens.json` count too, and the former takes precedence. What `tokenizer.json` does not
 //! declare itself is added to it: otherwise the text of such a token would be split into pieces.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -46,24 +46,36 @@ pub(super) struct DeclaredTokens {
 #[derive(Clone)]
 struct Declared {
     content: String,
+    /// Whether it is a string, without flags.
+    is_text: bool,
     special: bool,
     single_word: bool,
     lstrip: bool,
     rstrip: bool,
-    /// By default, tokens that are not special are normalised.
-    normalized: Option<bool>,
+    /// Unless stated, whether it is declared as not special.
+    normalized: bool,
 }
 
 impl Declared {
     fn new(content: &str, special: bool) -> Self {
         let content = content.to_owned();
-        Self { content, special, single_word: false, lstrip: false, rstrip: false, normalized: None }
+        Self {
+            content,
+            is_text: false,
+            special,
+            single_word: false,
+            lstrip: false,
+            rstrip: false,
+            normalized: !special,
+        }
     }
 
     /// A string, which is a special token, or an object with `content` and flags, which is one where it or `special` says so.
     /// `None`: neither.
     fn read(value: &Value, special: bool) -> Option<Self> {
-        let Value::Object(fields) = value else { return Some(Self::new(value.as_str()?, true)) };
+        let Value::Object(fields) = value else {
+            return Some(Self { is_text: true, ..Self::new(value.as_str()?, true) });
+        };
         let flag = |name: &str| fields.get(name).and_then(Value::as_bool);
         // save_pretrained marks objects that state all flags.
         let special = special && !fields.contains_key("__type");
@@ -72,7 +84,7 @@ impl Declared {
             single_word: flag("single_word").unwrap_or(false),
             lstrip: flag("lstrip").unwrap_or(false),
             rstrip: flag("rstrip").unwrap_or(false),
-            normalized: flag("normalized"),
+            normalized: flag("normalized").unwrap_or(!special),
             ..Self::new(fields.get("content")?.as_str()?, special)
         })
     }
@@ -82,7 +94,7 @@ impl Declared {
             .single_word(self.single_word)
             .lstrip(self.lstrip)
             .rstrip(self.rstrip)
-            .normalized(self.normalized.unwrap_or(!self.special))
+            .normalized(self.normalized)
     }
 }
 
@@ -90,21 +102,37 @@ impl From<&AddedToken> for Declared {
     fn from(token: &AddedToken) -> Self {
         Self {
             content: token.content.clone(),
+            is_text: false,
             special: token.special,
             single_word: token.single_word,
             lstrip: token.lstrip,
             rstrip: token.rstrip,
-            normalized: Some(token.normalized),
+            normalized: token.normalized,
         }
     }
 }
 
+impl PartialEq for Declared {
+    fn eq(&self, other: &Self) -> bool {
+        (self.is_text, self.added()) == (other.is_text, other.added())
+    }
+}
+
+type Named = Vec<(String, Option<Declared>)>;
+
 /// Tokens under names and without: the special tokens of a file.
 #[derive(Default)]
 struct Special {
-    named: Vec<(String, Option<Declared>)>,
+    /// By the names of [`NAMES`].
+    named: Named,
+    /// By other names, as keys of the file: in `tokenizer_config.json` objects with a type.
+    keys: Named,
+    /// By other names, that `tokenizer_config.json` gives as strings, or a file in an object of extra tokens.
+    own: Named,
     /// `None`: the file has no such key.
     extra: Option<Vec<Declared>>,
+    /// Texts of the tokens that `tokenizer_config.json` has as objects: transformers does not find them in `added_tokens.json`.
+    objects: HashSet<String>,
 }
 
 impl Special {
@@ -117,8 +145,15 @@ impl Special {
             );
             Error::file(path, message)
         };
-        let one = |key: &str, value: &Value| Declared::read(value, true).ok_or_else(|| wrong(key, value));
         let mut special = Self::default();
+        let mut objects = HashSet::new();
+        let mut one = |key: &str, value: &Value| {
+            let token = Declared::read(value, true).ok_or_else(|| wrong(key, value))?;
+            if in_config && !token.is_text {
+                objects.insert(token.content.clone());
+            }
+            Ok(token)
+        };
         for (key, value) in object {
             match (&**key, value) {
                 // Flags such as `add_bos_token`.
@@ -129,13 +164,18 @@ impl Special {
                         && !NAMES.contains(&name)
                         && !value.is_string()
                         && value.get("__type").is_none() => {}
-                (name, Value::Null) if name.ends_with("_token") => special.named.push((key.clone(), None)),
                 (name, value) if name.ends_with("_token") => {
-                    special.named.push((key.clone(), Some(one(name, value)?)));
+                    let list = match NAMES.contains(&name) {
+                        true => &mut special.named,
+                        false if in_config && value.is_string() => &mut special.own,
+                        false => &mut special.keys,
+                    };
+                    set(list, key, if value.is_null() { None } else { Some(one(name, value)?) });
                 }
                 (EXTRA | OLD_EXTRA, Value::Object(more)) => {
                     for (name, value) in more {
-                        special.named.push((name.clone(), Some(one(key, value)?)));
+                        let token = Some(one(key, value)?);
+                        set(if NAMES.contains(&&**name) { &mut special.named } else { &mut special.own }, name, token);
                     }
                 }
                 // The new key counts where a file has both.
@@ -156,12 +196,13 @@ impl Special {
         match object.get(MODEL_SPECIFIC) {
             Some(Value::Object(more)) if !object.iter().any(named_otherwise) => {
                 for (name, value) in more {
-                    special.name(name.clone(), Some(one(MODEL_SPECIFIC, value)?));
+                    set(&mut special.own, name, Some(one(MODEL_SPECIFIC, value)?));
                 }
             }
             Some(value) if !value.is_null() && !value.is_object() => return Err(wrong(MODEL_SPECIFIC, value)),
             _ => {}
         }
+        special.objects = objects;
         Ok(special)
     }
 
@@ -169,11 +210,20 @@ impl Special {
         self.named.iter().any(|(other, _)| other == name)
     }
 
-    fn name(&mut self, name: String, token: Option<Declared>) {
-        match self.named.iter_mut().find(|(other, _)| *other == name) {
-            Some((_, there)) => *there = token,
-            None => self.named.push((name, token)),
-        }
+    /// The tokens by name, in the order in which they are added.
+    fn in_order(self) -> Vec<(String, Declared)> {
+        let Self { mut named, mut keys, own, .. } = self;
+        named.sort_by_key(|(name, _)| NAMES.iter().position(|known| known == name));
+        own.into_iter().for_each(|(name, token)| set(&mut keys, &name, token));
+        named.into_iter().chain(keys).filter_map(|(name, token)| Some((name, token?))).collect()
+    }
+}
+
+/// Gives a name this token; a name that is there keeps its place.
+fn set(list: &mut Named, name: &str, token: Option<Declared>) {
+    match list.iter_mut().find(|(other, _)| other == name) {
+        Some((_, there)) => *there = token,
+        None => list.push((name.to_owned(), token)),
     }
 }
 
@@ -186,10 +236,10 @@ impl DeclaredTokens {
         let (config_path, config) = &files.config;
         let mut special = Special::read(config_path, config, true)?;
         for (name, text) in files.class.defaults().iter().filter(|(name, _)| !config.contains_key(*name)) {
-            special.name((*name).into(), Some(Declared::new(text, true)));
+            set(&mut special.named, name, Some(Declared::new(text, true)));
         }
         if let Some(padding) = tokenizer.get_padding().filter(|_| !special.has("pad_token")) {
-            special.name("pad_token".into(), Some(Declared::new(&padding.pad_token, true)));
+            set(&mut special.named, "pad_token", Some(Declared::new(&padding.pad_token, true)));
         }
         let own: Vec<_> = tokenizer.get_added_tokens_decoder().into_values().collect();
         let mut entries = Vec::new();
@@ -198,7 +248,14 @@ impl DeclaredTokens {
             None => {
                 let (path, object) = &files.special_tokens_map;
                 let older = Special::read(path, object, false)?;
-                older.named.into_iter().for_each(|(name, token)| special.name(name, token));
+                let lists =
+                    [(&mut special.named, older.named), (&mut special.keys, older.keys), (&mut special.own, older.own)];
+                for (list, older) in lists {
+                    for (name, token) in older {
+                        special.objects.retain(|text| token.as_ref().is_none_or(|token| token.content != *text));
+                        set(list, &name, token);
+                    }
+                }
                 special.extra = match (special.extra, older.extra) {
                     // An object of names is no list: then that of the map counts.
                     (Some(ours), Some(theirs)) if object.get(EXTRA).is_some_and(Value::is_array) => {
@@ -239,23 +296,22 @@ impl DeclaredTokens {
             entries.iter().map(|(_, token)| (token.content.clone(), token.clone())).collect();
         let by_id: BTreeMap<u64, Declared> = entries.into_iter().collect();
         // The flags of a named token are those of its entry.
-        for (name, token) in &mut special.named {
-            if let Some(token) = token.as_mut().filter(|_| NAMES.contains(&&**name))
+        for (_, token) in &mut special.named {
+            if let Some(token) = token
                 && let Some(entry) = by_text.get(&token.content)
             {
                 *token = entry.clone();
             }
         }
-        let order = |name: &str| NAMES.iter().position(|known| *known == name).unwrap_or(NAMES.len());
-        special.named.sort_by_key(|(name, _)| order(name));
-        let named: Vec<(String, Declared)> =
-            special.named.into_iter().filter_map(|(name, token)| Some((name, token?))).collect();
+        let extra = special.extra.take();
+        let named = special.in_order();
 
         let mut add: Vec<Declared> = by_id.into_values().filter(|token| !own.contains(&token.added())).collect();
-        for token in named.iter().map(|(_, token)| token).chain(special.extra.iter().flatten()) {
-            let known =
-                own.iter().map(|t| &t.content).chain(add.iter().map(|t| &t.content)).any(|t| *t == token.content);
-            if !known {
+        let known: HashSet<String> =
+            own.iter().map(|token| &token.content).chain(add.iter().map(|token| &token.content)).cloned().collect();
+        // Of one text with different flags the last counts.
+        for token in named.iter().map(|(_, token)| token).chain(extra.iter().flatten()) {
+            if !known.contains(&token.content) && !add.contains(token) {
                 add.push(token.clone());
             }
         }
@@ -265,7 +321,7 @@ impl DeclaredTokens {
         let missing = add.iter().map(Declared::added).collect();
         let mut texts: Map<String, Value> =
             named.into_iter().map(|(name, token)| (name, token.content.into())).collect();
-        if let Some(extra) = special.extra {
+        if let Some(extra) = extra {
             texts.insert(OLD_EXTRA.into(), extra.into_iter().map(|token| Value::from(token.content)).collect());
         }
         Self { named: texts, missing }
@@ -296,8 +352,9 @@ fn read_added_tokens(
     (path, texts): &(&Path, Map<String, Value>),
     special: &Special,
 ) -> Result<Vec<(u64, Declared)>, Error> {
-    let named = special.named.iter().filter(|(name, _)| NAMES.contains(&&**name)).filter_map(|(_, t)| t.as_ref());
-    let special: Vec<&str> = named.chain(special.extra.iter().flatten()).map(|token| &*token.content).collect();
+    let named = special.named.iter().filter_map(|(_, token)| token.as_ref());
+    let declared = named.chain(special.extra.iter().flatten()).map(|token| &*token.content);
+    let special: Vec<&str> = declared.filter(|text| !special.objects.contains(*text)).collect();
     let read = |(text, id): (&String, &Value)| {
         let token = Declared::new(text, special.contains(&&**text));
         let id = id.as_u64().ok_or_else(|| {

@@ -61,6 +61,9 @@ impl Error {
     pub(super) fn read(path: &Path, source: io::Error) -> Self {
         let hint = match source.kind() {
             io::ErrorKind::InvalidData => "is the file damaged?",
+            io::ErrorKind::NotFound if ["http:", "https:"].iter().any(|scheme| path.starts_with(scheme)) => {
+                "it is an address: fetch the file first (`curl -LO ADDRESS`), and give its path"
+            }
             io::ErrorKind::NotFound if is_like_an_id(path) => {
                 "is the path right? A data set of the hub is fetched with `hf download ID --repo-type dataset --local-dir FOLDER`: give a \
                  file of it"

@@ -5,8 +5,12 @@ use serde_json::{Map, Value};
 use super::rows::{key_of_rows, one_level_down};
 use super::values::name_of;
 
+const BY_ROWS: &str =
+    "A table of pandas is written with one object a row by to_json(FILE, orient='records', lines=True)";
+
 /// Fields that all rows of a kind have, and how to write them.
-const OTHER_KINDS: [(&[&str], &str); 18] = [
+const OTHER_KINDS: [(&[&str], &str); 19] = [
+    (&["columns", "index", "data"], BY_ROWS),
     (&["instruction", "output"], "Write instruction and input as prompt, output as completion, and a label"),
     (&["instruction", "response"], "Write instruction as prompt, response as completion, and a label"),
     (
@@ -40,7 +44,10 @@ pub(super) fn unknown(row: &Map<String, Value>) -> String {
     }
     let names = row.keys().take(12).map(|name| name_of(name)).collect::<Vec<_>>().join(", ");
     let has_all = |names: &[&str]| names.iter().all(|name| row.contains_key(*name));
-    let hint = OTHER_KINDS.iter().find(|(names, _)| has_all(names)).map(|(_, hint)| format!(". {hint}"));
+    // to_json(orient='index') names the rows by numbers.
+    let numbered = !row.is_empty() && row.keys().all(|name| name.bytes().all(|b| b.is_ascii_digit()));
+    let hint = OTHER_KINDS.iter().find(|(names, _)| has_all(names)).map(|(_, hint)| *hint);
+    let hint = hint.or(numbered.then_some(BY_ROWS)).map(|hint| format!(". {hint}"));
     format!(
         "unknown kind of row (its fields: {names}); an attack row has all_prompt and goal or prompt, a chat row \
          messages and label, a pair row safe_messages, unsafe_messages and response{}",

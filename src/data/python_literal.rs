@@ -8,6 +8,7 @@ use serde_json::{Map, Number, Value};
 use super::big_integers;
 use super::unique_keys::Unique;
 use crate::input::json_words;
+use crate::quote::quote;
 
 /// Maximum nesting of brackets; the same as serde_json's.
 const MAX_DEPTH: usize = 128;
@@ -155,7 +156,7 @@ impl Parser<'_> {
             .ok()
             .or_else(|| digits.parse::<f64>().ok().and_then(Number::from_f64))
             .map(Value::Number)
-            .ok_or_else(|| LiteralError { at: start, message: format!("{digits:?} is not a number") })
+            .ok_or_else(|| LiteralError { at: start, message: format!("{} is not a number", quote(&digits)) })
     }
 
     /// `True`, `False`, `None` (or their JSON spelling), or the prefix `u` of a string.
@@ -168,7 +169,7 @@ impl Parser<'_> {
             ("False" | "false", _) => Ok(Value::Bool(false)),
             ("None" | "null", _) => Ok(Value::Null),
             ("u" | "U", Some('\'' | '"')) => self.strings().map(Value::String),
-            (word, _) => Err(LiteralError { at: start, message: format!("{word:?} is not a literal") }),
+            (word, _) => Err(LiteralError { at: start, message: format!("{} is not a literal", quote(word)) }),
         }
     }
 
@@ -293,7 +294,7 @@ mod tests {
             ("['a", 1, "closing quote"),
             ("['a\nb']", 3, "a line ends"),
             ("[__import__('os')]", 1, "cannot begin with '_'"),
-            ("[open('x')]", 1, "\"open\" is not a literal"),
+            ("[open('x')]", 1, "`open` is not a literal"),
             ("{1: 2}", 1, "not a string"),
             ("['\\ud800']", 2, "surrogate"),
             ("['\\x4']", 5, "hexadecimal"),

@@ -19,6 +19,7 @@ use super::printed_numbers::printed_otherwise;
 pub(super) use super::turn_object::{Access, Reads};
 use super::turn_object::{Turn, Variables, template_value};
 use crate::panics;
+use crate::quote::quote;
 
 /// Maximum size of a template's source in bytes; the longest published templates have about 20 KiB.
 const MAX_SOURCE: usize = 64 << 10;
@@ -42,6 +43,19 @@ pub enum TemplateError {
     /// The template raised an exception, or failed on these messages.
     #[error("the chat template failed: {0}")]
     Render(String),
+    /// The template leaves the content of turns out.
+    #[error(
+        "the chat template renders a turn of the role {role} with the content {content:?} as {text}, without its content: it is no \
+         chat template, or reads another field; fetch or write it anew, or give another one with --chat-template"
+    )]
+    Content {
+        /// The turn's role.
+        role: &'static str,
+        /// Its content.
+        content: &'static str,
+        /// What a conversation with that turn is rendered as, quoted.
+        text: String,
+    },
     /// The template engine panicked.
     #[error("the chat template failed: it crashed the template engine")]
     Crashed,
@@ -75,9 +89,17 @@ pub struct ChatTemplate {
     file: PathBuf,
     /// See [`ChatTemplate::takes_parts`].
     takes_parts: OnceLock<bool>,
+    /// See [`ChatTemplate::check_reply`].
+    writes_replies: OnceLock<Result<(), TemplateError>>,
 }
 
 const NAME: &str = "chat_template";
+
+/// A conversation whose contents are looked for. Nothing in them has to be escaped.
+const TURNS: [(&str, &str); 2] = [
+    ("user", "It is seven in the evening, and the lamps are lit."),
+    ("assistant", "The kettle is warm, and the tea is ready."),
+];
 
 impl ChatTemplate {
     /// Compiles a template. `tokens`: its variables for special tokens, by name.
@@ -116,6 +138,7 @@ impl ChatTemplate {
             names,
             file: PathBuf::new(),
             takes_parts: OnceLock::new(),
+            writes_replies: OnceLock::new(),
         })
     }
 
@@ -293,6 +316,31 @@ impl ChatTemplate {
             if anonymous_bytes() > before + TRIAL_MEMORY {
                 return Err(TemplateError::Bounds("a short conversation took more than 256 MiB of memory".into()));
             }
+        }
+    }
+
+    /// Checks that the template writes the content of a user's turn, whatever becomes of its letters' case. One that raises an exception
+    /// for such a turn passes.
+    ///
+    /// # Errors
+    /// A content that is left out.
+    pub fn check_content(&self) -> Result<(), TemplateError> {
+        self.check_last_content(&TURNS[..1])
+    }
+
+    /// The same for a reply. Not every template has to write them: one for prompts alone need not.
+    pub(super) fn check_reply(&self) -> Result<(), TemplateError> {
+        self.writes_replies.get_or_init(|| self.check_last_content(&TURNS)).clone()
+    }
+
+    fn check_last_content(&self, turns: &[(&'static str, &'static str)]) -> Result<(), TemplateError> {
+        let messages: Vec<_> = turns.iter().map(|(role, content)| Message::new(*role, *content)).collect();
+        let (role, content) = turns[turns.len() - 1];
+        match self.render(&messages, false) {
+            Ok(Rendered { text, .. }) if !text.to_lowercase().contains(&content.to_lowercase()) => {
+                Err(TemplateError::Content { role, content, text: quote(&text) })
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -502,6 +550,28 @@ mod tests {
         assert!(matches!(template(doubling).check_limits(), Err(TemplateError::Bounds(_))));
         assert_eq!(template("{{ messages[5].x.y }}").check_limits(), Ok(()));
         assert_eq!(template("{{ raise_exception('never') }}").check_limits(), Ok(()));
+    }
+
+    #[test]
+    fn a_template_that_leaves_contents_out_is_found() {
+        let checked =
+            |source: &str| match template(source).check_content().and_then(|()| template(source).check_reply()) {
+                Ok(()) => None,
+                Err(TemplateError::Content { role, .. }) => Some(role),
+                Err(e) => panic!("{e}"),
+            };
+        let turns = |content: &str| format!("{{% for m in messages %}}<{{{{ m.role }}}}>{content}{{% endfor %}}");
+        for fine in
+            ["{{ m.content }}", "{{ m['content'] | trim | upper }}", "{% if loop.last %}{{ m.content }}{% endif %}"]
+        {
+            assert_eq!(checked(&turns(fine)), None, "{fine}");
+        }
+        assert_eq!(checked("{{ raise_exception('never') }}"), None);
+        for other in ["{{ m.text }}", "{{ m.content[:6] }}", "{% if m.role != 'user' %}{{ m.content }}{% endif %}"] {
+            assert_eq!(checked(&turns(other)), Some("user"), "{other}");
+        }
+        assert_eq!(checked(&turns("{% if m.role == 'user' %}{{ m.content }}{% endif %}")), Some("assistant"));
+        assert_eq!(checked("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"), Some("user"));
     }
 
     #[test]

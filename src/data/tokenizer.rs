@@ -9,10 +9,11 @@ use tokenizers::models::ModelWrapper;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::declared_tokens::{DeclaredTokens, TokenFiles};
+use super::generation::GenerationFile;
 use super::template::{Rendered, TemplateError};
 use super::templates::Templates;
 use super::tokenizer_class::TokenizerClass;
-use super::{Error, Message};
+use super::{Error, Message, Penalties};
 use crate::input;
 use crate::panics::catch_expected;
 use crate::quote::quote;
@@ -25,6 +26,7 @@ pub struct ChatTokenizer {
     /// Texts of the special tokens, longest first. The tokenizer recognises them anywhere in a text.
     special: Vec<String>,
     eos: Vec<u32>,
+    generation: GenerationFile,
     /// Of `tokenizer.json`; tokens that are declared beside it may have larger ids.
     max_id: u32,
     /// Embeddings of the model, once [`Self::check_vocab`] knows it.
@@ -63,7 +65,8 @@ impl ChatTokenizer {
             ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"].map(file);
         let object = |path: &Path| Ok::<_, Error>(read_object(path)?.unwrap_or_default());
         let config = object(&config_file)?;
-        let class = TokenizerClass::of(&config, &object(&model_config)?).map_err(|e| Error::file(&config_file, e))?;
+        let model = object(&model_config)?;
+        let class = TokenizerClass::of(&config, &model).map_err(|e| Error::file(&config_file, e))?;
         let Loaded { mut tokenizer, added } = load(&path, &bytes, class, &config)?;
         let files = TokenFiles {
             class,
@@ -91,7 +94,8 @@ impl ChatTokenizer {
         let vocabulary = tokenizer.get_vocab(true);
         let mut eos = BTreeSet::new();
         eos.extend(named.get("eos_token").and_then(Value::as_str).and_then(|t| tokenizer.token_to_id(t)));
-        eos.extend(generation_eos(model_dir)?);
+        let generation = GenerationFile::new(model_dir, read_object(&file("generation_config.json"))?);
+        eos.extend(generation.eos((&model_config, &model))?);
         let added = tokenizer.get_added_tokens_decoder();
         let mut special: Vec<_> = added.into_values().filter(|t| t.special).map(|t| t.content).collect();
         special.sort_by_key(|t| std::cmp::Reverse(t.len()));
@@ -99,6 +103,7 @@ impl ChatTokenizer {
             templates,
             special,
             eos: eos.into_iter().collect(),
+            generation,
             max_id: own_ids.into_values().max().unwrap_or(0),
             vocab_size: usize::MAX,
             max_token_bytes: vocabulary.keys().map(String::len).max().unwrap_or(0),
@@ -193,6 +198,14 @@ impl ChatTokenizer {
     /// `generation_config.json`.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos
+    }
+
+    /// How `generation_config.json` changes the logits before a token is chosen.
+    ///
+    /// # Errors
+    /// A field of it by which transformers changes answers in a way that is not supported.
+    pub fn penalties(&self) -> Result<Penalties, Error> {
+        self.generation.penalties()
     }
 
     /// A special token whose text occurs in `text`. The tokenizer encodes it as that special token, as in transformers.
@@ -337,20 +350,6 @@ fn problem_of(error: &str) -> String {
     }
 }
 
-/// Ids that end a generation, as transformers reads them: `eos_token_id` of `generation_config.json`, or only where there is
-/// no such file, of `config.json`, or else the default of the model's family.
-fn generation_eos(dir: &Path) -> Result<Vec<u32>, Error> {
-    /// Families whose configuration in transformers 5.17 has a default.
-    const DEFAULTS: [(&str, u32); 4] = [("mixtral", 2), ("olmoe", 50279), ("llama", 2), ("mistral", 2)];
-    if let Some(generation) = read_object(&dir.join("generation_config.json"))? {
-        return Ok(ids(generation.get("eos_token_id")));
-    }
-    let config = read_object(&dir.join("config.json"))?.unwrap_or_default();
-    let family = config.get("model_type").and_then(Value::as_str);
-    let default = || DEFAULTS.iter().filter(|(name, _)| Some(*name) == family).map(|(_, id)| *id).collect();
-    Ok(if config.contains_key("eos_token_id") { ids(config.get("eos_token_id")) } else { default() })
-}
-
 /// Reads a JSON object; `None` if the file does not exist.
 fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, Error> {
     let bytes = match input::read(path) {
@@ -366,15 +365,5 @@ fn template_value(token: &Value) -> minijinja::Value {
     match token {
         Value::Array(list) => list.iter().map(template_value).collect(),
         other => other.as_str().unwrap_or_default().into(),
-    }
-}
-
-/// One id or a list of ids; other values yield an empty list.
-fn ids(value: Option<&Value>) -> Vec<u32> {
-    let one = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
-    match value {
-        Some(Value::Array(list)) => list.iter().filter_map(one).collect(),
-        Some(value) => one(value).into_iter().collect(),
-        None => vec![],
     }
 }

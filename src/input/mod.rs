@@ -51,7 +51,7 @@ pub fn dangling(path: &Path) -> Option<io::Error> {
     let target = quote(&target.to_string_lossy());
     let message = format!(
         "it is a link to {target}, which does not exist: if the folder is a copy, such as one of a snapshot in the cache of Hugging Face, \
-         copy it anew with the files that its links point to (`cp -rL`)"
+         copy it anew with the files that its links point to (`cp -rL`); if it is that cache itself, fetch the file again (`hf download`)"
     );
     Some(io::Error::new(io::ErrorKind::InvalidInput, message))
 }

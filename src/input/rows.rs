@@ -46,6 +46,10 @@ pub fn read_rows(path: &Path) -> Result<Vec<u8>, RowsError> {
             }
             // The caller names the encoding with the line.
             Some(Format::UTF_16) => return Ok(bytes),
+            Some(Format::Parquet) => {
+                let message = "what is packed in the file is a Parquet table: unpack it (`gzip -d`, `zstd -d`), and give the table";
+                return Err(RowsError::Format(message.into()));
+            }
             Some(other) => {
                 let (name, way) = other.describe();
                 let inside = if layer > 0 { "what is packed in the file is" } else { "the file is" };

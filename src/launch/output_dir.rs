@@ -11,6 +11,7 @@ use super::outputs::{Outputs, Place, entries, failed, folder, is_output, round_o
 use crate::checkpoint::{self, Position};
 use crate::config::{Init, RunConfig, SaveRounds};
 use crate::files;
+use crate::quote::quote;
 use crate::report::OWN_REPLIES;
 use crate::train::Phase;
 
@@ -180,7 +181,13 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
     match fs::metadata(dir) {
         Ok(meta) if !meta.is_dir() => return Err(refused("is a file; give a folder with --output-dir".into())),
         Ok(_) => {}
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            let Ok(target) = fs::read_link(dir) else { return Ok(None) };
+            return Err(refused(format!(
+                "is a link to {}, which does not exist: create that folder, or give another --output-dir",
+                quote(&target.to_string_lossy())
+            )));
+        }
         Err(e) => return Err(failed("read", dir)(e)),
     }
     let mut outputs = Outputs::default();

@@ -16,6 +16,18 @@ const COPY_TOKENIZER: &str = "then copy the tokenizer files into NEW_FOLDER";
 const OTHER_WEIGHTS: [(&str, &str); 6] =
     [("gguf", "GGUF"), ("ggml", "GGML"), ("h5", "TensorFlow"), ("msgpack", "Flax"), ("npz", "MLX"), ("onnx", "ONNX")];
 
+/// Files and folders of training checkpoints (a name, or its beginning before `*`), and whose they are.
+const TRAINERS: [(&str, &str); 4] = [
+    ("model_and_optim", "OLMo-core"),
+    ("latest_checkpointed_iteration.txt", "Megatron"),
+    ("iter_*", "Megatron"),
+    ("mp_rank_*", "Megatron or DeepSpeed"),
+];
+
+fn is_like(name: &str, pattern: &str) -> bool {
+    pattern.strip_suffix('*').map_or(name == pattern, |start| name.starts_with(start))
+}
+
 /// Endings of files that a download has not finished.
 const PARTS: [&str; 5] = [".incomplete", ".part", ".partial", ".crdownload", ".aria2"];
 
@@ -73,11 +85,29 @@ pub(super) fn not_a_model(dir: &Path) -> Option<String> {
                 .into(),
         );
     }
+    if let Some(what) =
+        TRAINERS.iter().find(|(file, _)| names.iter().any(|name| is_like(name, file))).map(|(_, what)| what)
+    {
+        return Some(format!(
+            "this is a training checkpoint of {what}: convert it to a model of transformers by its own tools"
+        ));
+    }
+    if names.iter().any(|name| name == "snapshots") && names.iter().any(|name| name == "blobs" || name == "refs") {
+        return Some(
+            "this is a model's folder in the cache of Hugging Face: give the model's id ORG/NAME, or one of the folders in its snapshots"
+                .into(),
+        );
+    }
     let safetensors: Vec<&String> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
     if dir.join("config.json").exists()
         && let Some(first) = safetensors.first()
     {
+        let index = names.iter().find(|name| name.contains(".safetensors.index.") && name.ends_with(".json"));
         return Some(match first.contains("-of-") {
+            true if index.is_some() => format!(
+                "its index is named {}, such as save_pretrained(variant=..) names it: rename it to model.safetensors.index.json",
+                quote(index.map_or("", |name| name))
+            ),
             true => format!("{} is a shard, but model.safetensors.index.json is missing: fetch it, too", quote(first)),
             false => format!(
                 "it holds {}: if that is the whole model in the names of transformers, rename it to model.safetensors",

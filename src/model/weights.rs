@@ -24,6 +24,9 @@ pub const INDEX: &str = "model.safetensors.index.json";
 /// Bytes at the start of a file by which its format is recognised.
 const HEAD: usize = 4096;
 
+/// How files begin that are packed by gzip and xz.
+const PACKED: [&[u8]; 2] = [b"\x1f\x8b\x08", b"\xfd7zXZ\0"];
+
 /// Why a checkpoint's weights cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages are the documentation
@@ -41,6 +44,11 @@ pub enum Error {
          then copy the tokenizer files into NEW_FOLDER"
     )]
     Pickle(PathBuf),
+    #[error(
+        "{0} is a pickle file, which can run code when it is loaded, so moewarden does not load it, nor does transformers by this name: \
+         load it with the program that wrote it, where you trust it, and save the model by save_pretrained(NEW_FOLDER)"
+    )]
+    OtherPickle(PathBuf),
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
     #[error("{path}: {reason}")]
@@ -99,9 +107,11 @@ impl Shard {
         // moewarden and the hub's tools write to a temporary file and rename it, so a visible file does not change.
         let map = unsafe { Mmap::map(&file) }.map_err(read)?;
         let header = Header::parse(&map).map_err(|reason| match input::what_it_is(&map[..map.len().min(HEAD)]) {
-            // A pointer, a web page or nothing in the file's place says more than its first bytes as a length.
+            // A pointer, a web page, a packed file or nothing in the file's place says more than its first bytes as a length.
             Some(message)
-                if map.first().is_some_and(u8::is_ascii_graphic) || !map.is_empty() && map.iter().all(|b| *b == 0) =>
+                if map.first().is_some_and(u8::is_ascii_graphic)
+                    || PACKED.iter().any(|magic| map.starts_with(magic))
+                    || !map.is_empty() && map.iter().all(|b| *b == 0) =>
             {
                 Error::NotSafetensors { path: path.into(), message }
             }
@@ -327,7 +337,7 @@ fn no_weights(dir: &Path) -> Error {
         return Error::NoWeights { dir: dir.into(), instead };
     }
     if let Some(pickle) = folder::unread_weights(dir, |_| false).into_iter().find(pickle) {
-        return Error::Pickle(dir.join(pickle));
+        return if pickle.starts_with("pytorch_model") { Error::Pickle } else { Error::OtherPickle }(dir.join(pickle));
     }
     let instead = "to measure memory and speed without weights, run `train` or `identify` with --init random".into();
     Error::NoWeights { dir: dir.into(), instead }

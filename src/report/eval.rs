@@ -10,7 +10,7 @@ use super::onset::{RefusalOnset, onset_table};
 use super::questions::{QuestionsReport, questions_table};
 use super::verdicts::{JudgeReport, JudgedAnswer, verdict_tables};
 use super::{Error, OtherRouting, Table, read_json};
-use crate::data::Message;
+use crate::data::{Message, Penalties};
 use crate::experts::ExpertId;
 use crate::judge::Rate;
 
@@ -30,12 +30,21 @@ pub struct Sampling {
     pub max_new_tokens: usize,
     /// Seed of the random number generator.
     pub seed: u64,
+    /// Of `generation_config.json`.
+    #[serde(flatten)]
+    pub penalties: Penalties,
 }
 
 impl Sampling {
     /// Greedy decoding: the most probable token each time.
     pub fn greedy(max_new_tokens: usize) -> Self {
-        Self { temperature: 0.0, top_p: 1.0, max_new_tokens, seed: 0 }
+        Self { temperature: 0.0, top_p: 1.0, max_new_tokens, seed: 0, penalties: Penalties::default() }
+    }
+
+    /// The same with these penalties.
+    #[must_use]
+    pub fn with(self, penalties: Penalties) -> Self {
+        Self { penalties, ..self }
     }
 }
 

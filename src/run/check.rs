@@ -9,6 +9,7 @@ use super::dense::fit_recipe;
 use super::forecast::{Forecast, MemoryForecast, Rates, Sizes, Tokens, duration};
 use super::prepare;
 use super::session::Session;
+use super::train::snapshots;
 use crate::backend::cpu::Cpu;
 use crate::config::{CheckArgs, Init, RunConfig};
 use crate::data::{Sample, loss_mask_samples};
@@ -44,6 +45,7 @@ pub fn check(config: &RunConfig, args: &CheckArgs, ui: &Ui) -> Result<()> {
     let device = Device::find(config, ui)?;
     let ranks = config.ranks.unwrap_or_else(|| device.ranks());
     let rank = Rank { local_world_size: ranks, ..Rank::single(ui.clone()) };
+    snapshots::check(&session, config, &recipe, &rank)?;
     device.check(config, ranks)?;
     // Of several ranks only this one is here: there is none to divide experts with.
     let alone = RunConfig { shard_frozen: false, ..config.clone() };

@@ -10,10 +10,12 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::LogitsProcessor;
+use candle_transformers::utils::apply_repeat_penalty;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::config::RunConfig;
+use crate::data::Penalties;
 use crate::exit::{self, Failure, Result};
 use crate::launch::memory::{free_memory, human};
 use crate::meter::{Meter, Unit};
@@ -129,7 +131,7 @@ impl<'a, B: Backend> Generation<'a, B> {
             meter: Meter::start(format!("{} answers", prompts.len()), Unit::Tokens, room.iter().sum::<usize>() as u64),
             cache: model.kv_cache(&room),
             prompts: prompt_passes(prompts),
-            growing: prompts.iter().map(|prompt| Growing::new(sampling, prompt.index)).collect(),
+            growing: prompts.iter().map(|prompt| Growing::new(sampling, prompt)).collect(),
         }
     }
 
@@ -192,21 +194,28 @@ fn prompt_passes<'a>(prompts: &[Prompt<'a>]) -> VecDeque<Vec<(usize, &'a [u32])>
 struct Growing {
     ids: Vec<u32>,
     finish: Option<FinishReason>,
+    penalties: Penalties,
+    /// The prompt and the answer so far, where there are penalties.
+    context: Vec<u32>,
     /// Draws tokens; `None`: greedy decoding.
     sampler: Option<LogitsProcessor>,
 }
 
 impl Growing {
-    fn new(sampling: &Sampling, index: u64) -> Self {
-        let seed = sampling.seed.wrapping_add(index);
+    fn new(sampling: &Sampling, prompt: &Prompt<'_>) -> Self {
+        let seed = sampling.seed.wrapping_add(prompt.index);
         let sampler = (sampling.temperature > 0.0)
             .then(|| LogitsProcessor::new(seed, Some(sampling.temperature), Some(sampling.top_p)));
-        Self { ids: Vec::new(), finish: None, sampler }
+        let penalties = sampling.penalties;
+        let context = if penalties.is_none() { Vec::new() } else { prompt.ids.to_vec() };
+        Self { ids: Vec::new(), finish: None, penalties, context, sampler }
     }
 
     /// Chooses the next token by its logits.
     fn add(&mut self, logits: &[f32], eos: &[u32], max_new_tokens: usize) -> Result<()> {
         check_finite(logits)?;
+        let penalised = penalise(logits, &self.context, self.penalties)?;
+        let logits = penalised.as_deref().unwrap_or(logits);
         let next = match &mut self.sampler {
             Some(sampler) => sample(sampler, logits)?,
             None => highest(logits) as u32,
@@ -216,6 +225,9 @@ impl Growing {
             return Ok(());
         }
         self.ids.push(next);
+        if !self.penalties.is_none() {
+            self.context.push(next);
+        }
         if self.ids.len() == max_new_tokens {
             self.finish = Some(FinishReason::Length);
         }
@@ -238,9 +250,37 @@ fn check_finite(logits: &[f32]) -> Result<()> {
     }
 }
 
+/// The logits after `context` with these penalties; `None`: as they are.
+fn penalise(logits: &[f32], context: &[u32], penalties: Penalties) -> Result<Option<Vec<f32>>> {
+    if penalties.is_none() {
+        return Ok(None);
+    }
+    let Penalties { repetition_penalty, no_repeat_ngram_size } = penalties;
+    let mut logits =
+        with_candle(logits, |logits| apply_repeat_penalty(&logits, repetition_penalty as f32, context)?.to_vec1())?;
+    for id in repeating(context, no_repeat_ngram_size) {
+        if let Some(logit) = logits.get_mut(id as usize) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    Ok(Some(logits))
+}
+
+/// The tokens that would complete a sequence of `size` tokens which is in the context already.
+fn repeating(context: &[u32], size: usize) -> impl Iterator<Item = u32> {
+    let last = size.checked_sub(1).and_then(|n| context.len().checked_sub(n)).map(|at| &context[at..]);
+    let earlier =
+        last.into_iter().flat_map(move |last| context.windows(size).filter(move |sequence| sequence.starts_with(last)));
+    earlier.filter_map(|sequence| sequence.last().copied())
+}
+
 fn sample(sampler: &mut LogitsProcessor, logits: &[f32]) -> Result<u32> {
-    let drawn = Tensor::from_slice(logits, logits.len(), &Device::Cpu).and_then(|logits| sampler.sample(&logits));
-    drawn.map_err(|e| Failure::new(exit::INTERNAL, format!("sampling failed: {e}; please report this")))
+    with_candle(logits, |logits| sampler.sample(&logits))
+}
+
+fn with_candle<T>(logits: &[f32], f: impl FnOnce(Tensor) -> candle_core::Result<T>) -> Result<T> {
+    let result = Tensor::from_slice(logits, logits.len(), &Device::Cpu).and_then(f);
+    result.map_err(|e| Failure::new(exit::INTERNAL, format!("sampling failed: {e}; please report this")))
 }
 
 #[cfg(test)]
@@ -251,6 +291,24 @@ mod tests {
     fn of_equal_logits_the_lowest_id_is_chosen() {
         assert_eq!(highest(&[0.5, 2.0, -1.0, 2.0]), 1);
         assert_eq!(highest(&[-3.0, -3.0]), 0);
+    }
+
+    #[test]
+    fn penalties_are_those_of_transformers() {
+        // RepetitionPenaltyLogitsProcessor and NoRepeatNGramLogitsProcessor of transformers 5.17.
+        let penalised = |repetition_penalty, no_repeat_ngram_size, context: &[u32]| {
+            let penalties = Penalties { repetition_penalty, no_repeat_ngram_size };
+            penalise(&[1.0, -2.0, 3.0, 0.5], context, penalties).unwrap()
+        };
+        assert_eq!(penalised(1.0, 0, &[1, 2]), None);
+        assert_eq!(penalised(2.0, 0, &[1, 2, 1]).unwrap(), [1.0, -4.0, 1.5, 0.5]);
+        let never = f32::NEG_INFINITY;
+        assert_eq!(penalised(1.0, 1, &[0, 3]).unwrap(), [never, -2.0, 3.0, never]);
+        assert_eq!(penalised(1.0, 2, &[1, 2, 1, 3, 1]).unwrap(), [1.0, -2.0, never, never]);
+        assert_eq!(penalised(2.0, 3, &[1, 2, 0, 3, 1, 2]).unwrap(), [never, -4.0, 1.5, 0.25]);
+        for short in [&[][..], &[1], &[1, 2]] {
+            assert_eq!(penalised(1.0, 3, short).unwrap(), [1.0, -2.0, 3.0, 0.5]);
+        }
     }
 
     #[test]

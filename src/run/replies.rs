@@ -75,6 +75,7 @@ pub fn own_replies<B: Backend>(
 ) -> Result<Option<Vec<OwnReply>>> {
     let world = &*replica.world;
     world.set_activity("the model's own replies");
+    let penalties = session.tokenizer.penalties()?;
     let questions = questions(session, replica, &ask)?;
     let longest = questions.iter().map(|q| q.prompt.len()).max().unwrap_or(0);
     session.model.check_length(longest.saturating_add(ask.max_new_tokens))?;
@@ -97,7 +98,7 @@ pub fn own_replies<B: Backend>(
     let mut spread = Spread {
         replica,
         eos: session.tokenizer.eos_ids(),
-        sampling: Sampling::greedy(ask.max_new_tokens),
+        sampling: Sampling::greedy(ask.max_new_tokens).with(penalties),
         progress: Progress::new(ui, open.len().div_ceil(size), "own replies"),
         speed: GenerationSpeed { batch_size: ask.batch_size, ..GenerationSpeed::default() },
     };
@@ -133,6 +134,10 @@ fn questions<'a, B: Backend>(
         state.update_rayon(&value.bytes);
     }
     state.update(format!("{:?} {} {:?}", ask.intervention, ask.max_new_tokens, session.tokenizer.eos_ids()).as_bytes());
+    let penalties = session.tokenizer.penalties()?;
+    if !penalties.is_none() {
+        state.update(format!("{penalties:?}").as_bytes());
+    }
     let key = |prompt: &[u32]| {
         let mut hasher = state.clone();
         prompt.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));

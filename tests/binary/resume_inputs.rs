@@ -32,6 +32,55 @@ fn train(folder: &Path, name: &str, more: &str) -> Ran {
 }
 
 #[test]
+fn check_finds_what_a_resumed_run_would_end_with() {
+    let folder = folder();
+    train(folder.path(), "old", "").ok();
+    fs::remove_dir_all(folder.path().join("run/final_model")).unwrap();
+    let check = |options: &str| {
+        let text = format!(
+            "check --model-name old --dataset-path old.json --retain-dataset-path old.json --output-dir run --num-rounds 2 \
+             --batch-size 2 --threads 1 --save-rounds delta --resume {options}"
+        );
+        let mut command = moewarden(0, text.split_whitespace());
+        command.current_dir(folder.path());
+        start(command).end()
+    };
+    let ready = check("--top-k-experts 4").ok();
+    assert!(ready.out.contains("the run resumes from run/checkpoints/"), "{}", ready.out);
+    let other = check("--top-k-experts 3").ended(exit::CONFIG);
+    assert!(
+        other.err.contains("the checkpoint was made with `top-k-experts: 4`, not `top-k-experts: 3`"),
+        "{}",
+        other.err
+    );
+}
+
+#[test]
+fn a_link_as_the_output_folder_is_followed_or_refused() {
+    let folder = folder();
+    let link = |name: &str, target: &str| std::os::unix::fs::symlink(target, folder.path().join(name)).unwrap();
+    link("run", "elsewhere");
+    for command in ["train", "check"] {
+        let text = format!(
+            "{command} --model-name old --dataset-path old.json --output-dir run --top-k-experts 4 --threads 1"
+        );
+        let mut command = moewarden(0, text.split_whitespace());
+        command.current_dir(folder.path());
+        let refused = start(command).end().ended(exit::CANNOT_CREATE);
+        assert!(refused.err.contains("is a link to `elsewhere`, which does not exist"), "{}", refused.err);
+    }
+    fs::create_dir(folder.path().join("elsewhere")).unwrap();
+    train(folder.path(), "old", "").ok();
+    fs::create_dir(folder.path().join("empty")).unwrap();
+    link("exported", "empty");
+    let text = "export --base old --delta elsewhere/round_1 --output-dir exported";
+    let mut command = moewarden(0, text.split_whitespace());
+    command.current_dir(folder.path());
+    start(command).end().ok();
+    assert!(folder.path().join("empty/model.safetensors").is_file() && folder.path().join("exported").is_symlink());
+}
+
+#[test]
 fn a_pipe_in_the_place_of_an_output_does_not_stop_a_run_without_end() {
     let folder = folder();
     let run = folder.path().join("run");

@@ -141,6 +141,26 @@ CASES = {
         {CONFIG: {"model_specific_special_tokens": {"image_token": "<img>"}}, MAP: {"extra_special_tokens": ["<y>"], "eos_token": "<x>"}},
         END,
     ),
+    "two_names_with_other_flags": ({CONFIG: {}, MAP: {"eos_token": flags(MARKS[1], rstrip=True), "pad_token": MARKS[1]}}, END),
+    "name_and_extra_with_other_flags": (
+        {CONFIG: {"eos_token": MARKS[1], "extra_special_tokens": [MARKS[0], typed(MARKS[1], rstrip=True)]}},
+        END,
+    ),
+    "typed_name_and_additional": ({CONFIG: {"eos_token": typed(MARKS[1], rstrip=True), "additional_special_tokens": MARKS}}, END),
+    "extra_twice": ({CONFIG: {"extra_special_tokens": [MARKS[1], typed(MARKS[1], rstrip=True, lstrip=True), MARKS[1]]}}, END),
+    "own_names_typed_and_not": ({CONFIG: {"image_token": MARKS[0], "sot_token": typed("<x>"), "a_token": MARKS[1]}}, END),
+    "own_names_and_map": ({CONFIG: {"sot_token": "<img>", "x_token": "<x>"}, MAP: {"y_token": MARKS[1], "x_token": flags("<x>", lstrip=True)}}, END),
+    "own_names_typed_and_map": ({CONFIG: {"sot_token": typed("<img>"), "x_token": typed("<x>")}, MAP: {"y_token": MARKS[1], "sot_token": None}}, END),
+    "typed_name_in_added_tokens": (
+        {CONFIG: {"cls_token": typed("<X>", lstrip=True), "extra_special_tokens": [typed("Hello")]}, ADDED: {"<X>": 306, "Hello": 305}},
+        END,
+        {"normalizer": {"type": "Lowercase"}},
+    ),
+    "map_name_in_added_tokens": (
+        {CONFIG: {"cls_token": typed("<X>", lstrip=True)}, MAP: {"cls_token": "<X>"}, ADDED: {"<X>": 306}},
+        END,
+        {"normalizer": {"type": "Lowercase"}},
+    ),
     "split_special_tokens": ({CONFIG: {"split_special_tokens": True, "eos_token": MARKS[1]}}, END),
     "padding": ({CONFIG: {}}, END, {"padding": PADDING}),
     "padding_and_null": ({CONFIG: {"pad_token": None}}, END, {"padding": PADDING}),
@@ -160,7 +180,7 @@ def result(files, added, more=None):
         base = json.loads((HERE / "tokenizers" / f"{BASE}.json").read_text())
         (folder / "tokenizer.json").write_text(json.dumps({**base, **fields}))
         written = {CONFIG: {}, **files}
-        written[CONFIG] = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "-", **written[CONFIG]}
+        written[CONFIG] = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages[-1].content }}", **written[CONFIG]}
         for file, content in written.items():
             (folder / file).write_text(json.dumps(content))
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -48,7 +48,7 @@ MARKS = [added(302, "<|im_start|>"), added(303, "<|im_end|>", lstrip=True)]
 
 
 def case(base, model_type=None, name=None, config=None, fields=None, **files):
-    config = {**({"tokenizer_class": name} if name else {}), **(config or {})}
+    config = {**({"tokenizer_class": name} if name is not None else {}), **(config or {})}
     files = {f.replace("_json", ".json"): content for f, content in files.items()}
     if model_type:
         files["config.json"] = {"model_type": model_type, **files.get("config.json", {})}
@@ -69,6 +69,9 @@ for more in ({"legacy": True}, {"legacy": False}, {"legacy": None}, {"add_prefix
         model_type = {"GPTNeoXTokenizer": "olmoe"}.get(name, "qwen3_moe")
         named = NAMED if base == "spm" else {}
         CASES[f"{name} {json.dumps(more)}"] = case(base, model_type, name, {**named, **more})
+for model_type in ("olmoe", "qwen3_moe"):
+    for name in ("Phi3Tokenizer", ""):
+        CASES[f"{model_type} {json.dumps(name)}"] = case("spm", model_type, name, NAMED)
 CASES.update({
     "a class in config.json": case("spm", "olmoe", None, NAMED, config_json={"tokenizer_class": "LlamaTokenizer"}),
     "two classes": case("spm", "olmoe", "PreTrainedTokenizerFast", NAMED, config_json={"tokenizer_class": "LlamaTokenizer"}),

@@ -407,13 +407,14 @@ fn one_huge_line_and_very_many_rows_take_linear_time() {
 #[test]
 fn precedence_of_chat_templates_and_special_tokens() {
     let user = [Message::new("user", "q")];
-    let folder =
-        model_folder(&json!([{"name": "tool", "template": "T"}, {"name": "default", "template": "D{{ eos_token }}"}]));
+    let folder = model_folder(
+        &json!([{"name": "tool", "template": "T"}, {"name": "default", "template": "D{{ eos_token }}{{ messages[-1].content }}"}]),
+    );
     let render =
         |file: Option<&Path>| ChatTokenizer::open(folder.path(), file).map(|t| t.render(&user, false).unwrap());
-    assert_eq!(render(None).unwrap(), "D<|im_end|>");
-    fs::write(folder.path().join("chat_template.jinja"), "J").unwrap();
-    assert_eq!(render(None).unwrap(), "J");
+    assert_eq!(render(None).unwrap(), "D<|im_end|>q");
+    fs::write(folder.path().join("chat_template.jinja"), "J{{ messages[-1].content }}").unwrap();
+    assert_eq!(render(None).unwrap(), "Jq");
     let own = folder.path().join("own");
     // special_tokens_map.json takes precedence, as in transformers: tokenizer_config.json says null for bos_token.
     fs::write(
@@ -421,8 +422,8 @@ fn precedence_of_chat_templates_and_special_tokens() {
         r#"{"bos_token": "<s>", "unk_token": {"content": "<u>"}}"#,
     )
     .unwrap();
-    fs::write(&own, "M{{ bos_token }}{{ unk_token }}{{ eos_token }}").unwrap();
-    assert_eq!(render(Some(&own)).unwrap(), "M<s><u><|im_end|>");
+    fs::write(&own, "M{{ bos_token }}{{ unk_token }}{{ eos_token }}{{ messages[-1].content }}").unwrap();
+    assert_eq!(render(Some(&own)).unwrap(), "M<s><u><|im_end|>q");
     assert_eq!(render(Some(Path::new("nowhere"))).unwrap_err().exit_code(), exit::NO_INPUT);
 }
 
@@ -433,6 +434,11 @@ fn errors_of_tokenizer_folders() {
         (json!(null), exit::CONFIG, "it has no chat template; name a template with --chat-template"),
         (json!([{"name": "tool", "template": "T"}]), exit::CONFIG, "(tool) is named default"),
         (json!("{% if %}"), exit::DATA, "does not compile"),
+        (
+            json!("<html>Sign in</html>"),
+            exit::DATA,
+            "role user with the content \"It is seven in the evening, and the lamps are lit.\" as `<html>Sign in</html>`, without",
+        ),
         (
             json!("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
             exit::DATA,

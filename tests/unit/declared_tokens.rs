@@ -3,9 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use moewarden::data::{ChatTokenizer, Message};
+use moewarden::data::{ChatTokenizer, Message, Penalties};
 use moewarden::exit::{self, Coded};
 use serde_json::{Value, json};
+
+/// Any chat template.
+const TEMPLATE: &str = "{{ messages[-1].content }}";
 
 const NAMES: [&str; 9] = [
     "bos_token",
@@ -41,7 +44,7 @@ fn declared_tokens_are_those_of_transformers() {
     for (name, case) in cases {
         let dir = folder(base, &case["tokenizer"], &case["files"]);
         let template = dir.path().join("names.jinja");
-        fs::write(&template, NAMES.map(|name| format!("{{{{ {name} }}}}")).join("|")).unwrap();
+        fs::write(&template, NAMES.map(|name| format!("{{{{ {name} }}}}")).join("|") + TEMPLATE).unwrap();
         let tokenizer = ChatTokenizer::open(dir.path(), Some(&template)).unwrap();
         let texts = golden["texts"].as_array().unwrap();
         for (text, ids) in texts.iter().zip(case["ids"].as_array().unwrap()) {
@@ -49,14 +52,14 @@ fn declared_tokens_are_those_of_transformers() {
             assert_eq!(json!(tokenizer.encode(text).unwrap()), *ids, "{name}: {text:?}");
             assert_eq!(json!(tokenizer.encode_with_offsets(text).unwrap().ids), *ids, "{name}: {text:?}");
         }
-        let named = NAMES.map(|name| case["named"][name].as_str().unwrap_or_default()).join("|");
+        let named = NAMES.map(|name| case["named"][name].as_str().unwrap_or_default()).join("|") + "q";
         assert_eq!(tokenizer.render(&[Message::new("user", "q")], false).unwrap(), named, "{name}");
     }
 }
 
 #[test]
 fn an_entry_that_is_no_token_is_named() {
-    let entry = |key: &str, value: Value| json!({"chat_template": "-", key: value});
+    let entry = |key: &str, value: Value| json!({"chat_template": TEMPLATE, key: value});
     for (file, content, says) in [
         (
             "tokenizer_config.json",
@@ -75,7 +78,7 @@ fn an_entry_that_is_no_token_is_named() {
         ("special_tokens_map.json", json!({"eos_token": {"text": "\u{1b}[2J"}}), "which is no token"),
         ("added_tokens.json", json!({"<x>": "5"}), "the id of `<x>` is `\"5\"`"),
     ] {
-        let mut files = json!({"tokenizer_config.json": {"chat_template": "-"}});
+        let mut files = json!({"tokenizer_config.json": {"chat_template": TEMPLATE}});
         files[file] = content;
         let dir = folder("marks-304", &json!({}), &files);
         let error = ChatTokenizer::open(dir.path(), None).err().unwrap();
@@ -100,17 +103,58 @@ fn tokens_that_end_a_generation_are_those_of_transformers() {
         (json!({"config.json": {"model_type": "qwen3_moe"}}), vec![]),
         (json!({}), vec![]),
     ] {
-        let mut all = json!({"tokenizer_config.json": {"chat_template": "-", "tokenizer_class": "TokenizersBackend"}});
+        let mut all =
+            json!({"tokenizer_config.json": {"chat_template": TEMPLATE, "tokenizer_class": "TokenizersBackend"}});
         all.as_object_mut().unwrap().extend(files.as_object().unwrap().clone());
         let dir = folder("marks-304", &json!({}), &all);
         assert_eq!(ChatTokenizer::open(dir.path(), None).unwrap().eos_ids(), ids, "{files}");
     }
 }
 
+/// Fields of `generation_config.json` by which transformers changes even greedy answers.
+#[test]
+fn what_changes_answers_is_applied_or_refused() {
+    let opened = |generation: &Value| {
+        let files = json!({"tokenizer_config.json": {"chat_template": TEMPLATE}, "generation_config.json": generation});
+        ChatTokenizer::open(folder("marks-304", &json!({}), &files).path(), None)
+    };
+    let penalties = |generation: Value| opened(&generation).unwrap().penalties();
+    for (generation, penalty, size) in [
+        (json!({}), 1.0, 0),
+        (json!({"repetition_penalty": 1, "no_repeat_ngram_size": null, "num_beams": 1, "suppress_tokens": []}), 1.0, 0),
+        (json!({"repetition_penalty": 1.05, "do_sample": true, "temperature": 0.6, "top_k": 20}), 1.05, 0),
+        (json!({"no_repeat_ngram_size": 3, "bad_words_ids": null}), 1.0, 3),
+    ] {
+        let wanted = Penalties { repetition_penalty: penalty, no_repeat_ngram_size: size };
+        assert_eq!(penalties(generation).unwrap(), wanted);
+    }
+    for (generation, message) in [
+        (json!({"num_beams": 4}), "num_beams is `4`, by which transformers changes the answers"),
+        (json!({"sequence_bias": [[[5], -1.0]]}), "remove the field"),
+        (json!({"min_new_tokens": 3}), "min_new_tokens is `3`"),
+        (json!({"encoder_repetition_penalty": 1.2}), "encoder_repetition_penalty"),
+        (json!({"repetition_penalty": 0}), "repetition_penalty is `0`, but should be a number above 0"),
+        (json!({"repetition_penalty": "1.1"}), "should be a number above 0"),
+        (json!({"no_repeat_ngram_size": -1}), "should be a whole number"),
+    ] {
+        let error = penalties(generation).unwrap_err();
+        assert_eq!(error.exit_code(), exit::DATA);
+        let text = error.to_string();
+        assert!(text.contains("generation_config.json: ") && text.contains(message), "{text}");
+    }
+    for eos in [json!("1"), json!([]), json!([2, "3"]), json!(-1)] {
+        let error = opened(&json!({"eos_token_id": eos})).err().unwrap().to_string();
+        assert!(error.contains("eos_token_id is ") && error.contains("a token id or a list of ids"), "{error}");
+    }
+}
+
 #[test]
 fn a_byte_order_mark_before_the_json_of_a_tokenizer_is_skipped() {
-    let dir =
-        folder("marks-304", &json!({}), &json!({"tokenizer_config.json": {"chat_template": "-", "eos_token": "<x>"}}));
+    let dir = folder(
+        "marks-304",
+        &json!({}),
+        &json!({"tokenizer_config.json": {"chat_template": TEMPLATE, "eos_token": "<x>"}}),
+    );
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         let path = dir.path().join(name);
         fs::write(&path, [b"\xef\xbb\xbf".as_slice(), &fs::read(&path).unwrap()].concat()).unwrap();
@@ -138,7 +182,7 @@ fn a_tokenizer_is_of_the_class_that_transformers_makes() {
             fs::write(dir.path().join(file), content.to_string()).unwrap();
         }
         let template = dir.path().join("names.jinja");
-        fs::write(&template, NAMES.map(|name| format!("{{{{ {name} }}}}")).join("|")).unwrap();
+        fs::write(&template, NAMES.map(|name| format!("{{{{ {name} }}}}")).join("|") + TEMPLATE).unwrap();
         let opened = ChatTokenizer::open(dir.path(), Some(&template));
         let Some(ids) = case["ids"].as_array() else {
             assert!(opened.is_err(), "{name}: transformers cannot load it");
@@ -148,14 +192,14 @@ fn a_tokenizer_is_of_the_class_that_transformers_makes() {
         for (text, ids) in golden["texts"].as_array().unwrap().iter().zip(ids) {
             assert_eq!(json!(tokenizer.encode(text.as_str().unwrap()).unwrap()), *ids, "{name}: {text}");
         }
-        let named = NAMES.map(|name| case["named"][name].as_str().unwrap_or_default()).join("|");
+        let named = NAMES.map(|name| case["named"][name].as_str().unwrap_or_default()).join("|") + "q";
         assert_eq!(tokenizer.render(&[Message::new("user", "q")], false).unwrap(), named, "{name}");
     }
 }
 
 #[test]
 fn a_class_that_is_not_known_is_named_with_the_way_out() {
-    let config = json!({"tokenizer_config.json": {"chat_template": "-", "tokenizer_class": "GPT2TokenizerFast"}});
+    let config = json!({"tokenizer_config.json": {"chat_template": TEMPLATE, "tokenizer_class": "GPT2TokenizerFast"}});
     let error = ChatTokenizer::open(folder("marks-304", &json!({}), &config).path(), None).err().unwrap();
     let message = error.to_string();
     assert!(
@@ -164,7 +208,7 @@ fn a_class_that_is_not_known_is_named_with_the_way_out() {
     );
     assert_eq!(error.exit_code(), exit::DATA);
     let words = json!({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}});
-    let config = json!({"tokenizer_config.json": {"chat_template": "-", "tokenizer_class": "LlamaTokenizer"}});
+    let config = json!({"tokenizer_config.json": {"chat_template": TEMPLATE, "tokenizer_class": "LlamaTokenizer"}});
     let error = ChatTokenizer::open(folder("marks-304", &words, &config).path(), None).err().unwrap();
     assert!(error.to_string().contains("not of type BPE, as the tokenizer class Llama needs"), "{error}");
 }

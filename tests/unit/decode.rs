@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moewarden::backend::{Packing, cpu::Cpu};
+use moewarden::data::Penalties;
 use moewarden::exit::{self, Result};
 use moewarden::model::{Checkpoint, ForwardOptions, Inputs, Model, ModelConfig, ParamTable, PassEnd};
 use moewarden::report::{FinishReason, GenerationSpeed, Sampling};
@@ -212,13 +213,35 @@ fn each_answer_is_sampled_from_its_own_seed() {
     let model = open(&case);
     let prompt = &some_ids(&case)[..20];
     let with = |seed, temperature, top_p, index| {
-        let sampling = Sampling { temperature, top_p, max_new_tokens: 12, seed };
+        let sampling = Sampling { temperature, top_p, seed, ..Sampling::greedy(12) };
         answer(&model, prompt, &[], &sampling, index).unwrap().ids
     };
     assert_eq!(with(1, 1.0, 0.95, 3), with(1, 1.0, 0.95, 3));
     assert_ne!(with(1, 1.0, 0.95, 3), with(1, 1.0, 0.95, 4), "each answer has its own numbers");
     assert_ne!(with(1, 1.0, 0.95, 3), with(2, 1.0, 0.95, 3));
     assert_eq!(with(1, 1.0, 1e-6, 3), with(9, 0.0, 1.0, 0), "almost no probability leaves the likeliest token");
+}
+
+/// Answers of transformers with `repetition_penalty` and `no_repeat_ngram_size`, alone and in a batch.
+#[test]
+fn answers_with_penalties_are_those_of_transformers() {
+    let wanted: serde_json::Value = serde_json::from_str(include_str!("../golden/penalties.json")).unwrap();
+    let model = open(&golden().join(wanted["model"].as_str().unwrap()));
+    for case in wanted["cases"].as_array().unwrap() {
+        let penalties: Penalties = serde_json::from_value(case.clone()).unwrap();
+        let ids =
+            |pair: &serde_json::Value, key: &str| -> Vec<u32> { serde_json::from_value(pair[key].clone()).unwrap() };
+        let pairs = case["answers"].as_array().unwrap();
+        let (prompts, wanted): (Vec<_>, Vec<_>) =
+            pairs.iter().map(|pair| (ids(pair, "prompt"), ids(pair, "answer"))).unzip();
+        let prompts: Vec<_> = prompts.iter().map(|ids| Prompt { ids, index: 0 }).collect();
+        let sampling = Sampling::greedy(wanted[0].len()).with(penalties);
+        let batch = answers(&model, &prompts, &[], &sampling, &mut GenerationSpeed::default(), |_, _| {}).unwrap();
+        for (i, (answered, wanted)) in batch.into_iter().zip(wanted).enumerate() {
+            assert_eq!(answered.ids, wanted, "{penalties:?}");
+            assert_eq!(answer(&model, prompts[i].ids, &[], &sampling, 0).unwrap().ids, wanted, "alone, {penalties:?}");
+        }
+    }
 }
 
 #[test]

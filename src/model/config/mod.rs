@@ -124,7 +124,7 @@ const MAX_HEAD: usize = 1 << 16;
 fn read(raw: &RawConfig, family: &Family) -> Result<ModelConfig, Error> {
     let defaults = &family.defaults;
     refuse_unsupported(raw, family)?;
-    let size = |key, default| Ok(raw.size(key)?.unwrap_or(default));
+    let size = |key, default| raw.size_or(key, default);
     let rule = |rule| match rule {
         Rule::Fixed(value) => Ok(value),
         Rule::Key(key, default) => raw.flag(key, default),
@@ -218,6 +218,9 @@ fn refuse_unsupported(raw: &RawConfig, family: &Family) -> Result<(), Error> {
             format!("models of the family {} have no attention window", family.model_type),
         ));
     }
+    if !raw.flag("is_causal", true)? {
+        return Err(raw.unsupported("is_causal", "attention to later tokens is not supported"));
+    }
     if family.is_dense() && raw.flag("mlp_bias", false)? {
         return Err(raw.unsupported("mlp_bias", "biases of feed-forward layers are not supported"));
     }
@@ -226,7 +229,7 @@ fn refuse_unsupported(raw: &RawConfig, family: &Family) -> Result<(), Error> {
 
 /// Heads of attention, without the window.
 fn heads(raw: &RawConfig, family: &Family, hidden_size: usize) -> Result<Heads, Error> {
-    let queries = raw.size("num_attention_heads")?.unwrap_or(family.defaults.heads);
+    let queries = raw.size_or("num_attention_heads", family.defaults.heads)?;
     let default = if raw.is_null("num_key_value_heads") { None } else { family.defaults.kv_heads };
     let keys = raw.size("num_key_value_heads")?.or(default).unwrap_or(queries);
     if !queries.is_multiple_of(keys) {
@@ -353,6 +356,12 @@ mod tests {
         assert!(mixtral.renormalize && mixtral.qk_norm == QkNorm::None);
         assert_eq!(mixtral.heads[0].keys, 8);
         assert_eq!(config("mixtral", json!({"num_key_value_heads": null})).unwrap().heads[0].keys, 32);
+        for key in ["num_experts_per_tok", "hidden_size", "num_attention_heads"] {
+            let error = config("mixtral", json!({ key: null })).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains("null is no number"), "{error}");
+        }
+        let error = config("mixtral", json!({"is_causal": false})).unwrap_err().to_string();
+        assert!(error.contains("is_causal"), "{error}");
 
         let qwen3 = config("qwen3_moe", json!({"head_dim": 128})).unwrap();
         assert_eq!((qwen3.heads[0].dim, qwen3.qk_norm, qwen3.shared_expert_width), (128, QkNorm::PerHead, None));

@@ -88,6 +88,16 @@ impl RawConfig {
         self.typed(key, "a whole number from 1 to 268435456", read)
     }
 
+    /// A size that may be absent, but not null: transformers refuses that.
+    pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize, Error> {
+        if self.is_null(key) {
+            return Err(
+                self.invalid(key, "null is no number: write one, or leave the key out for the family's default")
+            );
+        }
+        Ok(self.size(key)?.unwrap_or(default))
+    }
+
     pub(crate) fn list(&self, key: &str) -> Result<Option<&Vec<Value>>, Error> {
         self.typed(key, "a list", Value::as_array)
     }

@@ -12,7 +12,7 @@ use super::options::config_hash;
 use crate::backend::Backend;
 use crate::collective::{Collective, all_agree, all_ok, on_first};
 use crate::config::{EvalArgs, RunConfig, Transport};
-use crate::data::ChatTokenizer;
+use crate::data::{ChatTokenizer, Penalties};
 use crate::exit::{self, Context, Failure, Result};
 use crate::files;
 use crate::input;
@@ -40,6 +40,7 @@ pub struct Judge {
     table: ParamTable,
     tokenizer: ChatTokenizer,
     asking: Asking,
+    penalties: Penalties,
     /// What `eval.json` says of it.
     pub model: JudgeModel,
 }
@@ -100,7 +101,8 @@ impl Judge {
             max_new_tokens: args.judge_max_new_tokens,
             precision,
         };
-        Ok(Some(Self { config, table, tokenizer, asking, model }))
+        let penalties = tokenizer.penalties()?;
+        Ok(Some(Self { config, table, tokenizer, asking, penalties, model }))
     }
 
     /// Checks what can be known of the judge's prompts before there is an answer: that its templates render each conversation, with the
@@ -192,6 +194,9 @@ impl Judge {
         let eos = self.tokenizer.eos_ids();
         let JudgeModel { sha, config_sha, max_new_tokens, precision, .. } = &self.model;
         hasher.update(format!("{sha} {config_sha} {max_new_tokens} {precision} {eos:?}").as_bytes());
+        if !self.penalties.is_none() {
+            hasher.update(format!("{:?}", self.penalties).as_bytes());
+        }
         prompt.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
         hasher.finalize().to_hex().to_string()
     }
@@ -242,7 +247,7 @@ impl Judging<'_> {
             what: "verdicts",
             limit: "--judge-max-new-tokens",
             eos: judge.tokenizer.eos_ids(),
-            sampling: &Sampling::greedy(judge.model.max_new_tokens),
+            sampling: &Sampling::greedy(judge.model.max_new_tokens).with(judge.penalties),
             batch_size: self.batch_size,
             ui,
         };

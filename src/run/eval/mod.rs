@@ -32,7 +32,7 @@ use super::session::{Base, Session};
 use crate::backend::Backend;
 use crate::collective::{all_agree, on_first};
 use crate::config::{EvalArgs, RunConfig};
-use crate::data::{Dataset, Record};
+use crate::data::{Dataset, Penalties, Record};
 use crate::exit::{Context, Ended, Result, Stopped};
 use crate::launch::{Device, Opened, Rank, Started};
 use crate::model::OffloadedBelow;
@@ -173,11 +173,14 @@ fn open(base: Option<&Base>, args: &EvalArgs, config: &RunConfig, started: &Star
         if let Some(note) = judge.as_ref().and_then(Judge::note) {
             ui.warn(note);
         }
+        let answers_nothing = args.skip_answers && questions.is_none();
+        let penalties = if answers_nothing { Penalties::default() } else { session.tokenizer.penalties()? };
         let sampling = Sampling {
             temperature: args.temperature,
             top_p: args.top_p,
             max_new_tokens: args.max_new_tokens,
             seed: args.seed,
+            penalties,
         };
         let inputs =
             Inputs { args: args.clone(), recipe, session, model, options, sampling, questions, drift_from, judge };

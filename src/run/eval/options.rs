@@ -74,7 +74,9 @@ impl DecidingOptions {
             ("--precision", json!(machine.number_format)),
             ("device", json!(machine.device)),
         ];
-        let values = values.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let penalties = session.tokenizer.penalties().ok().filter(|penalties| !penalties.is_none());
+        let penalties = penalties.map(|penalties| ("penalties of generation_config.json", json!(penalties)));
+        let values = values.into_iter().chain(penalties).map(|(name, value)| (name.to_owned(), value)).collect();
         Ok(Self { schema: SCHEMA.into(), values })
     }
 

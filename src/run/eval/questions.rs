@@ -153,7 +153,7 @@ impl AskingQuestions<'_> {
             what: "questions",
             limit: "--max-new-tokens",
             eos: self.tokenizer.eos_ids(),
-            sampling: &Sampling::greedy(self.questions.max_new_tokens),
+            sampling: &Sampling::greedy(self.questions.max_new_tokens).with(self.tokenizer.penalties()?),
             batch_size: self.generation_batch_size,
             ui: self.ui,
         };

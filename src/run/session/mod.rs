@@ -13,7 +13,9 @@ use std::sync::{Arc, OnceLock};
 use crate::backend::{Backend, Dtype};
 use crate::checkpoint::check_copied;
 use crate::config::RunConfig;
-use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, Sides, TraceShape, TraceUse};
+use crate::data::{
+    ChatTokenizer, DataOptions, DataReport, Dataset, Record, RoutingTraces, Sampler, Sides, TraceShape, TraceUse,
+};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::{self, RoutingTokens, SelectionLimits, selection_hash};
 use crate::launch::memory::{human, human_count};
@@ -95,17 +97,12 @@ impl Session {
         }
         if session.data.records.iter().all(|r| r.unsafe_reply.is_none()) {
             let (path, report) = (config.dataset_path.display(), &session.data.report);
-            let (kept, what) = match (report.stopped_early, report.dropped.is_empty()) {
-                (true, _) => (
-                    " among those that --max-samples leaves",
-                    "raise --max-samples, so that rows of both labels are read",
-                ),
-                (false, true) => ("", "label some rows unsafe"),
-                (false, false) => (" among those that are kept", "label some rows unsafe"),
-            };
+            let (kept, raise) = among(report);
             return Err(Failure::new(
                 exit::DATA,
-                format!("{path} holds no unsafe row{kept}: experts are found on unsafe prompts; {what}\n{report}"),
+                format!(
+                    "{path} holds no unsafe row{kept}: experts are found on unsafe prompts; label some rows unsafe{raise}\n{report}"
+                ),
             ));
         }
         Ok(session)
@@ -116,7 +113,8 @@ impl Session {
     /// # Errors
     /// Those of the model's files, of the tokenizer and of the data; options that contradict the model.
     pub fn open_to_evaluate(base: Base, config: &RunConfig, ui: &Ui) -> Result<Self> {
-        Self::open_any(base, config, [Sides::default(); 2], true, ui)
+        let both = Sides { unsafe_: true, safe: true, ..Sides::default() };
+        Self::open_any(base, config, [both, Sides::default()], true, ui)
     }
 
     /// Opens the inputs of any command; the data may hold safe rows only. `needs`: the sides of rows, and
@@ -262,13 +260,17 @@ impl Session {
         workload(&self.model, &self.table, self.longest_batch(batch_size))
     }
 
-    /// Refuses data without the safe side that a phase of the run needs, before the first phase begins.
+    /// Refuses data without the safe side that a phase of the run needs, before the first phase begins, and a model whose own replies
+    /// are needed and cannot be generated as transformers does it.
     ///
     /// # Errors
-    /// The phase, and how to do without it.
+    /// The phase, and how to do without it; those of [`ChatTokenizer::penalties`].
     pub fn check_sides(&self, recipe: &Recipe) -> Result<()> {
         let (prompts, replies) = (self.data.has_both_prompts(), self.data.has_both_replies());
         let needed = recipe.needed_sides();
+        if needed.answered_prompts {
+            self.tokenizer.penalties()?; // of the model's own replies
+        }
         let needs = [
             (
                 needed.safe_prompts && !prompts,
@@ -289,19 +291,13 @@ impl Session {
         ];
         match needs.into_iter().find(|(lacks, ..)| *lacks) {
             None => Ok(()),
-            Some((_, what, instead)) => Err(Failure::new(
-                exit::CONFIG,
-                match self.data.report.stopped_early {
-                    true => format!(
-                        "{what}, and there are none among the rows of {} that --max-samples leaves: raise it, or take {instead}",
-                        self.data_path.display()
-                    ),
-                    false => format!(
-                        "{what}, and {} holds none: add rows with the label safe, or take {instead}",
-                        self.data_path.display()
-                    ),
-                },
-            )),
+            Some((_, what, instead)) => {
+                let (path, (kept, raise)) = (self.data_path.display(), among(&self.data.report));
+                let message = format!(
+                    "{what}, and {path} holds none{kept}: add rows with the label safe{raise}, or take {instead}"
+                );
+                Err(Failure::new(exit::CONFIG, message))
+            }
         }
     }
 
@@ -493,5 +489,15 @@ pub fn data_options(config: &RunConfig) -> DataOptions {
         safe_response: config.safe_response.clone(),
         chat_template: config.chat_template.clone(),
         chat_template_kwargs: config.chat_template_kwargs.0.clone(),
+    }
+}
+
+/// For a message on a side that no kept row has: among which rows there is none, and what else may help. The rows beyond `--max-samples`
+/// were searched for it, unless rows with it were taken, and dropped.
+fn among(report: &DataReport) -> (&'static str, &'static str) {
+    match (report.dropped.is_empty(), report.stopped_early) {
+        (true, _) => ("", ""),
+        (false, false) => (" among those that are kept", ""),
+        (false, true) => (" among those that are kept", ", or raise --max-samples"),
     }
 }

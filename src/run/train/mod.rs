@@ -2,6 +2,7 @@
 
 mod memory_plan;
 mod models;
+pub mod snapshots;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -17,7 +18,7 @@ use super::progress::Progress;
 use super::session::{Base, Session};
 use super::{prepare, retention, rounds, summary};
 use crate::backend::Backend;
-use crate::checkpoint::{Identity, PhaseSnapshot, Position, Snapshot, SnapshotStore, State};
+use crate::checkpoint::{PhaseSnapshot, Position, Snapshot, SnapshotStore};
 use crate::collective::all_ok;
 use crate::config::{Init, RunConfig};
 use crate::exit::{self, Ended, Failure, Result, Stopped};
@@ -179,31 +180,8 @@ impl<'a> RankInputs<'a> {
     fn begin<B: Backend>(self, mut replica: Replica<B>) -> Result<(RankRun<'a, B>, Option<Snapshot<OutputState>>)> {
         let Self { session, config, recipe, exactly, rank } = self;
         let (ui, world) = (&rank.ui, &*rank.world);
-        let store = SnapshotStore {
-            folder: config.output_dir.join("checkpoints"),
-            keep: config.keep_checkpoints,
-            identity: Identity {
-                options: config.result_options_yaml()?,
-                comparable: RunConfig::comparable_options,
-                inputs: Box::new(move || session.fingerprint(config)),
-                named_inputs: Box::new(move || session.named_inputs(config)),
-                earlier_inputs: Box::new(move || session.earlier_fingerprint(config)),
-                model: &session.dir,
-            },
-            base: session.checkpoint.as_deref(),
-            table: &session.table,
-        };
-        let snapshot: Option<Snapshot<OutputState>> = match config.resume {
-            true => store.agree_on_newest(
-                world,
-                |state: &State<OutputState>| state.outputs.fits(session, recipe, state.position),
-                |folder, failure| ui.warn(format_args!("checkpoint {} is skipped: {failure}", folder.display())),
-            )?,
-            false => None,
-        };
-        if config.resume && snapshot.is_none() {
-            ui.line("no checkpoint: starting from the beginning");
-        }
+        let store = snapshots::store(session, config)?;
+        let snapshot = snapshots::newest(&store, session, config, recipe, rank)?;
         // With the base model's weights, before those of a checkpoint replace them.
         let retention = retention::open(session, config, recipe, &replica, ui)?;
         let (before, mut outputs) = match &snapshot {

@@ -47,7 +47,7 @@ fn a_malformed_row_is_named_by_its_line() {
 #[test]
 fn a_prompt_that_the_template_renders_to_nothing() {
     let scene = Scene::new();
-    let source = "{% for m in messages %}{% if m.role == 'assistant' or 'cat' in m.content %}{{ m.content }}{% endif %}\
+    let source = "{% for m in messages %}{% if m.role == 'assistant' or 'pantry' not in m.content %}{{ m.content }}{% endif %}\
                   {% endfor %}";
     fs::write(scene.path("replies.jinja"), source).unwrap();
     scene.write_rows(&[row("hide a cake from the cat"), row("open the pantry")]);

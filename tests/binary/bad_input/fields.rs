@@ -99,7 +99,32 @@ fn a_file_sorted_by_label_and_longer_than_max_samples() {
     assert!(found.stdout.contains(warning) && found.stdout.contains("--max-samples"), "{}", found.stdout);
     let scene = Scene::new();
     scene.write_rows(&sorted[..12]);
-    scene.refuses(&["--max-samples", "8"], 65, &["rows.jsonl holds no unsafe row", "--max-samples"]);
+    scene.refuses(&["--max-samples", "8"], 65, &["rows.jsonl holds no unsafe row: ", "label some rows unsafe\n"]);
+    // Among the first rows is an unsafe one, which is dropped.
+    let long = json!({"label": "unsafe", "prompt": "bake bread ".repeat(400), "completion": "Mix."});
+    scene.write_rows(&[&sorted[..7], &[long], &sorted[12..]].concat());
+    let message = "holds no unsafe row among those that are kept: experts are found on unsafe prompts; label some rows unsafe, or raise \
+                   --max-samples";
+    scene.refuses(&["--max-samples", "8", "--max-length", "200"], 65, &[message]);
+
+    // An evaluation takes both sides, too.
+    scene.write_rows(&sorted);
+    let mut eval = assert_cmd::Command::new(env!("CARGO_BIN_EXE_moewarden"));
+    eval.args([
+        "eval",
+        "--model-name",
+        "model",
+        "--dataset-path",
+        "rows.jsonl",
+        "--output-dir",
+        "eval",
+        "--max-samples",
+        "8",
+    ]);
+    eval.args(["--skip-answers", "--threads", "1"]).current_dir(scene.path("."));
+    let evaluated = Outcome::of(eval);
+    evaluated.is(0, &[]);
+    assert!(evaluated.stdout.contains(warning), "{}", evaluated.stdout);
 }
 
 /// A reply of blank turns is no reply, whatever names they have: the refusal takes its place.

@@ -220,7 +220,11 @@ fn a_folder_without_weights_says_what_it_holds() {
         ("model.safetensors.incomplete", 66, "is a part of a download that was stopped"),
         ("tf_model.h5", 66, "weights of TensorFlow"),
         ("checkpoint-500/config.json", 66, "the folder `checkpoint-500` in it holds a config.json"),
-        ("pytorch_model.bin", 65, "pickle"),
+        ("pytorch_model.bin", 65, "M.from_pretrained('FOLDER', dtype='auto').save_pretrained('NEW_FOLDER')"),
+        ("consolidated.00.pth", 65, "consolidated.00.pth is a pickle file"),
+        ("last.ckpt", 65, "nor does transformers by this name: load it with the program that wrote it"),
+        ("model_and_optim/x", 66, "a training checkpoint of OLMo-core"),
+        ("iter_0000500/x", 66, "a training checkpoint of Megatron"),
         ("training_args.bin", 66, "--init random"),
     ] {
         let scene = Scene::new();
@@ -229,6 +233,27 @@ fn a_folder_without_weights_says_what_it_holds() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, "x").unwrap();
         scene.refuses(&[], code, &[says]);
+    }
+    let scene = Scene::new();
+    fs::rename(scene.model().join("model.safetensors"), scene.model().join("model.fp16-00001-of-00001.safetensors"))
+        .unwrap();
+    fs::write(scene.model().join("model.safetensors.index.fp16.json"), "{}").unwrap();
+    scene.refuses(&[], 66, &["`model.safetensors.index.fp16.json`", "rename it to model.safetensors.index.json"]);
+    // The folder of a model in the hub's cache, in place of its snapshot.
+    let cached = scene.path("models--org--m");
+    ["snapshots", "blobs", "refs"].iter().for_each(|name| fs::create_dir_all(cached.join(name)).unwrap());
+    scene.refuses(
+        &["--model-name", "models--org--m"],
+        65,
+        &["give the model's id ORG/NAME, or one of the folders in its snapshots"],
+    );
+    // Packed weights.
+    for (head, says) in
+        [(&b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03rest"[..], "gzip -d"), (b"\xfd7zXZ\0\0\x04rest", "xz -d")]
+    {
+        let scene = Scene::new();
+        fs::write(scene.model().join("model.safetensors"), head).unwrap();
+        scene.refuses(&[], 65, &["model.safetensors: the file is compressed", says]);
     }
     // Of several checkpoints the last one that has weights.
     let scene = Scene::new();

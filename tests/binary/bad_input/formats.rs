@@ -93,7 +93,7 @@ fn other_formats_are_named_with_the_way_to_convert() {
         ("a.pkl", b"\x80\x04\x95rest", &["pickle", "run code"]),
         ("a.html", b"<!DOCTYPE html>\n<html>", &["a web page"]),
         ("a.json", b"version https://git-lfs.github.com/spec/v1\n", &["Git LFS", "git lfs pull"]),
-        ("parquet.gz", &gzip(b"PAR1rest"), &["Parquet"]),
+        ("parquet.gz", &gzip(b"PAR1rest"), &["what is packed in the file is a Parquet table: unpack it (`gzip -d`"]),
         (
             "more.gz",
             &[gzip(b"{}"), b"more".to_vec()].concat(),

@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use super::{Outcome, Scene};
+use serde_json::json;
+
+use super::{Outcome, Scene, row};
 
 #[test]
 fn a_chat_template_that_is_too_deep_is_refused() {
@@ -34,6 +36,15 @@ fn scores_that_are_all_equal_are_said_loudly() {
     fs::write(path, bytes).unwrap();
     let found = Outcome::of(scene.run("identify", &["-q"]));
     found.is(0, &["warning: all ", "scores are 0", "the selection of 2 experts is arbitrary"]);
+}
+
+#[test]
+fn a_selection_without_experts_is_said() {
+    let scene = Scene::new();
+    let safe = |request: &str| json!({"label": "safe", "prompt": request, "completion": "Mix flour and water."});
+    scene.write_rows(&[row("hide a cake"), safe("bake a cake"), row("open the pantry"), safe("open a jar")]);
+    let found = Outcome::of(scene.run("identify", &["--method", "routing", "--risk-threshold", "0.9999"]));
+    found.is(0, &["only 0 of 2 experts qualify (--risk-threshold 0.9999)"]);
 }
 
 #[test]
