@@ -141,6 +141,12 @@ impl Ui {
     }
 }
 
+/// Whether errors may be coloured: stderr is a terminal that shows colours, and `NO_COLOR` is not set.
+pub fn colors_errors() -> bool {
+    let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    io::stderr().is_terminal() && color_wanted() && !dumb
+}
+
 /// Whether the environment variable `NO_COLOR` allows colours (<https://no-color.org>).
 fn color_wanted() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())

@@ -26,7 +26,8 @@ impl AtomicDir {
     /// A `target` without a file name, or a parent folder that cannot be written.
     pub fn create(target: &Path) -> Result<Self, Error> {
         // A link stays one: a folder cannot be renamed to its name.
-        let linked = fs::canonicalize(target).ok().filter(|_| target.is_symlink());
+        let without_slash = target.components().as_path();
+        let linked = fs::canonicalize(target).ok().filter(|_| without_slash.is_symlink());
         let target = linked.as_deref().unwrap_or(target);
         let partial = partial_path(target)?;
         remove_if_exists(&partial)?;

@@ -3,7 +3,7 @@
 mod argv;
 
 use std::ffi::OsString;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -20,7 +20,7 @@ use crate::launch::{self, Launch, Ranks, Started, stop_on_signals};
 use crate::quote::cut;
 use crate::run;
 use crate::train::fault::Fault;
-use crate::ui::Ui;
+use crate::ui::{Ui, colors_errors};
 
 /// Find the experts of a Mixture-of-Experts language model that answer unsafe prompts, and retrain only those experts
 /// and the routers.
@@ -138,18 +138,22 @@ pub fn print(help_or_error: &clap::Error) -> std::io::Result<()> {
         return help_or_error.print();
     }
     let text = help_or_error.render();
-    let mut shown = if std::io::stderr().is_terminal() { text.ansi().to_string() } else { text.to_string() };
+    let own = if colors_errors() { text.ansi().to_string() } else { text.to_string() };
+    let mut shown = own.clone();
     if help_or_error.kind() == ErrorKind::ValueValidation
         && let Some((theirs, ours)) = WORDS.iter().find(|(theirs, _)| shown.contains(theirs))
     {
         shown = shown.replacen(theirs, ours, 1);
     }
-    if let Some(ContextValue::String(value)) = help_or_error.get(ContextKind::InvalidValue)
-        && value.chars().count() > VALUE
-    {
-        shown = shown.replace(&**value, &cut(value, VALUE));
+    for kind in [ContextKind::InvalidValue, ContextKind::InvalidArg, ContextKind::InvalidSubcommand] {
+        if let Some(ContextValue::String(value)) = help_or_error.get(kind)
+            && value.chars().count() > VALUE
+        {
+            shown = shown.replace(&**value, &cut(value, VALUE));
+        }
     }
-    std::io::stderr().write_all(shown.as_bytes())
+    // clap knows what else decides colours.
+    if shown == own { help_or_error.print() } else { std::io::stderr().write_all(shown.as_bytes()) }
 }
 
 /// Runs one command to its end.

@@ -127,8 +127,10 @@ struct Special {
     named: Named,
     /// By other names, as keys of the file: in `tokenizer_config.json` objects with a type.
     keys: Named,
-    /// By other names, that `tokenizer_config.json` gives as strings, or a file in an object of extra tokens.
+    /// By other names, that `tokenizer_config.json` gives as strings, or under [`MODEL_SPECIFIC`].
     own: Named,
+    /// By any names, in an object of extra tokens: they count before all others.
+    object: Named,
     /// `None`: the file has no such key.
     extra: Option<Vec<Declared>>,
     /// Texts of the tokens that `tokenizer_config.json` has as objects: transformers does not find them in `added_tokens.json`.
@@ -148,7 +150,12 @@ impl Special {
         let mut special = Self::default();
         let mut objects = HashSet::new();
         let mut one = |key: &str, value: &Value| {
-            let token = Declared::read(value, true).ok_or_else(|| wrong(key, value))?;
+            let mut token = Declared::read(value, true).ok_or_else(|| wrong(key, value))?;
+            // special_tokens_map.json says nothing of that.
+            token.special |= !in_config;
+            if !in_config && value.get("normalized").is_none() {
+                token.normalized = false;
+            }
             if in_config && !token.is_text {
                 objects.insert(token.content.clone());
             }
@@ -174,8 +181,7 @@ impl Special {
                 }
                 (EXTRA | OLD_EXTRA, Value::Object(more)) => {
                     for (name, value) in more {
-                        let token = Some(one(key, value)?);
-                        set(if NAMES.contains(&&**name) { &mut special.named } else { &mut special.own }, name, token);
+                        set(&mut special.object, name, Some(one(key, value)?));
                     }
                 }
                 // The new key counts where a file has both.
@@ -212,9 +218,11 @@ impl Special {
 
     /// The tokens by name, in the order in which they are added.
     fn in_order(self) -> Vec<(String, Declared)> {
-        let Self { mut named, mut keys, own, .. } = self;
+        let Self { mut named, mut keys, own, object, .. } = self;
+        for (name, token) in own.into_iter().chain(object) {
+            set(if NAMES.contains(&&*name) { &mut named } else { &mut keys }, &name, token);
+        }
         named.sort_by_key(|(name, _)| NAMES.iter().position(|known| known == name));
-        own.into_iter().for_each(|(name, token)| set(&mut keys, &name, token));
         named.into_iter().chain(keys).filter_map(|(name, token)| Some((name, token?))).collect()
     }
 }
@@ -248,8 +256,12 @@ impl DeclaredTokens {
             None => {
                 let (path, object) = &files.special_tokens_map;
                 let older = Special::read(path, object, false)?;
-                let lists =
-                    [(&mut special.named, older.named), (&mut special.keys, older.keys), (&mut special.own, older.own)];
+                let lists = [
+                    (&mut special.named, older.named),
+                    (&mut special.keys, older.keys),
+                    (&mut special.own, older.own),
+                    (&mut special.object, older.object),
+                ];
                 for (list, older) in lists {
                     for (name, token) in older {
                         special.objects.retain(|text| token.as_ref().is_none_or(|token| token.content != *text));

@@ -61,8 +61,10 @@ impl Error {
     pub(super) fn read(path: &Path, source: io::Error) -> Self {
         let hint = match source.kind() {
             io::ErrorKind::InvalidData => "is the file damaged?",
-            io::ErrorKind::NotFound if ["http:", "https:"].iter().any(|scheme| path.starts_with(scheme)) => {
-                "it is an address: fetch the file first (`curl -LO ADDRESS`), and give its path"
+            io::ErrorKind::NotFound
+                if path.to_string_lossy().split_once(":/").is_some_and(|(scheme, _)| is_scheme(scheme)) =>
+            {
+                "it is an address: fetch the file first, such as by `curl -LO ADDRESS`, and give its path"
             }
             io::ErrorKind::NotFound if is_like_an_id(path) => {
                 "is the path right? A data set of the hub is fetched with `hf download ID --repo-type dataset --local-dir FOLDER`: give a \
@@ -80,6 +82,11 @@ impl Error {
     pub(super) fn row(path: &Path, line: usize, message: impl ToString) -> Self {
         Self::Row { path: path.to_owned(), line, message: message.to_string() }
     }
+}
+
+/// Whether this is a scheme of addresses, as in `https://`.
+fn is_scheme(text: &str) -> bool {
+    text.len() > 1 && text.bytes().all(|b| b.is_ascii_alphanumeric())
 }
 
 /// Whether a path has the form of a hub id: `ORG/NAME`.

@@ -9,21 +9,26 @@ use super::Error;
 use crate::quote::quote;
 
 /// Fields that change even the most probable answer, each with the values that change nothing. Not computed here.
-const UNSUPPORTED: [(&str, &[&str]); 15] = [
+const UNSUPPORTED: [(&str, &[&str]); 20] = [
     ("bad_words_ids", &["[]"]),
     ("begin_suppress_tokens", &["[]"]),
+    ("constraints", &["[]"]),
+    ("dola_layers", &[]),
     ("encoder_no_repeat_ngram_size", &["0"]),
     ("encoder_repetition_penalty", &["1", "1.0"]),
     ("exponential_decay_length_penalty", &[]),
+    ("force_words_ids", &["[]"]),
     ("forced_bos_token_id", &[]),
     ("forced_eos_token_id", &[]),
     ("guidance_scale", &["1", "1.0"]),
     ("min_length", &["0"]),
     ("min_new_tokens", &["0"]),
     ("num_beams", &["1"]),
+    ("penalty_alpha", &["0", "0.0"]),
     ("sequence_bias", &["{}", "[]"]),
     ("stop_strings", &["[]"]),
     ("suppress_tokens", &["[]"]),
+    ("token_healing", &["false"]),
     ("watermarking_config", &[]),
 ];
 
@@ -62,33 +67,35 @@ impl Penalties {
     }
 }
 
-/// `generation_config.json`, or the part of `config.json` that counts without it.
+/// `generation_config.json`, or `config.json`, whose fields count where there is no such file.
 pub(super) struct GenerationFile {
     path: PathBuf,
-    /// `None`: there is no such file.
-    fields: Option<Map<String, Value>>,
+    fields: Map<String, Value>,
+    /// Whether it is `config.json`.
+    is_model: bool,
 }
 
 impl GenerationFile {
-    pub(super) fn new(dir: &Path, fields: Option<Map<String, Value>>) -> Self {
-        Self { path: dir.join("generation_config.json"), fields }
+    /// `generation`: the content of `generation_config.json`, if there is one; `model`: that of `config.json`.
+    pub(super) fn new(dir: &Path, generation: Option<Map<String, Value>>, model: Map<String, Value>) -> Self {
+        match generation {
+            Some(fields) => Self { path: dir.join("generation_config.json"), fields, is_model: false },
+            None => Self { path: dir.join("config.json"), fields: model, is_model: true },
+        }
     }
 
-    /// Ids that end a generation: `eos_token_id` of this file, or only where there is no such file, of `config.json`, or else the
-    /// default of the model's family.
+    /// Ids that end a generation: `eos_token_id`, or where `config.json` counts and does not have it, the default of its family.
     ///
     /// # Errors
     /// An `eos_token_id` that is no id and no list of ids.
-    pub(super) fn eos(&self, model: (&Path, &Map<String, Value>)) -> Result<Vec<u32>, Error> {
+    pub(super) fn eos(&self) -> Result<Vec<u32>, Error> {
         /// Families whose configuration in transformers 5.17 has a default.
         const DEFAULTS: [(&str, u32); 4] = [("mixtral", 2), ("olmoe", 50279), ("llama", 2), ("mistral", 2)];
-        let (path, config) = model;
-        if let Some(fields) = &self.fields {
-            return ids(&self.path, fields.get("eos_token_id"));
+        if self.is_model && !self.fields.contains_key("eos_token_id") {
+            let family = self.fields.get("model_type").and_then(Value::as_str);
+            return Ok(DEFAULTS.iter().filter(|(name, _)| Some(*name) == family).map(|(_, id)| *id).collect());
         }
-        let family = config.get("model_type").and_then(Value::as_str);
-        let default = || DEFAULTS.iter().filter(|(name, _)| Some(*name) == family).map(|(_, id)| *id).collect();
-        if config.contains_key("eos_token_id") { ids(path, config.get("eos_token_id")) } else { Ok(default()) }
+        ids(&self.path, self.fields.get("eos_token_id"))
     }
 
     /// The penalties of this file.
@@ -96,8 +103,7 @@ impl GenerationFile {
     /// # Errors
     /// A value that is none; a field that changes answers otherwise.
     pub(super) fn penalties(&self) -> Result<Penalties, Error> {
-        let Some(fields) = &self.fields else { return Ok(Penalties::default()) };
-        let given = |name: &str| fields.get(name).filter(|value| !value.is_null());
+        let given = |name: &str| self.fields.get(name).filter(|value| !value.is_null());
         for (name, without_effect) in UNSUPPORTED {
             if let Some(value) = given(name).map(Value::to_string).filter(|v| !without_effect.contains(&&**v)) {
                 let message = format!(
@@ -114,7 +120,7 @@ impl GenerationFile {
         let mut penalties = Penalties::default();
         const PENALTY: &str = "repetition_penalty";
         if let Some(value) = given(PENALTY) {
-            let positive = value.as_f64().filter(|penalty| *penalty > 0.0);
+            let positive = value.as_f64().filter(|penalty| *penalty as f32 > 0.0 && (*penalty as f32).is_finite());
             penalties.repetition_penalty = positive.ok_or_else(|| wrong(PENALTY, value, "a number above 0"))?;
         }
         const NGRAM: &str = "no_repeat_ngram_size";

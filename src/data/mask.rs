@@ -31,9 +31,6 @@ pub(super) fn render_with_mask(
     let carries_loss = |m: &Message| m.loss != Some(false);
     let conversation = Conversation::new(template, messages, variables, &text);
     let assistant = || conversation.assistant_turns();
-    if assistant().next().is_some() {
-        template.check_reply()?;
-    }
     let turns = || -> Result<Vec<Range<usize>>, MaskError> {
         let mut spans: Vec<Range<usize>> = Vec::new();
         for (i, _) in assistant().filter(|(_, m)| carries_loss(m)) {

@@ -176,6 +176,7 @@ impl<'a> RecordBuilder<'a> {
         if self.tokenizer.exceeds_by_far(bytes, self.options.max_length) {
             return self.too_long(format_args!("a prompt of {bytes} bytes"));
         }
+        self.check_contents(messages)?;
         let rendered = self.template.render_with(messages, &self.row.variables, true);
         let rendered = rendered.map_err(|e| self.template_error(messages, e.into()))?;
         self.variables.extend(rendered.access.variables.iter().cloned());
@@ -207,6 +208,7 @@ impl<'a> RecordBuilder<'a> {
         if self.tokenizer.exceeds_by_far(bytes, self.options.max_length) {
             return self.too_long(format_args!("a conversation of {bytes} bytes"));
         }
+        self.check_contents(&side.messages)?;
         if self.options.loss_on == LossOn::All {
             return self.all_tokens(side);
         }
@@ -217,6 +219,11 @@ impl<'a> RecordBuilder<'a> {
         let loss = mask::token_mask(&offsets, &masked.spans);
         let Some(first) = loss.iter().position(|l| *l) else { return Ok(Fit::NoLossToken) };
         self.fit(Example { ids, loss }, first)
+    }
+
+    fn check_contents(&self, messages: &[Message]) -> Result<(), Error> {
+        let checked = self.template.check_contents(messages, &self.row.variables);
+        checked.map_err(|e| self.template_error(messages, e.into()))
     }
 
     fn masked(&self, side: &Side) -> Result<MaskedText, Error> {

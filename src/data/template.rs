@@ -45,14 +45,16 @@ pub enum TemplateError {
     Render(String),
     /// The template leaves the content of turns out.
     #[error(
-        "the chat template renders a turn of the role {role} with the content {content:?} as {text}, without its content: it is no \
-         chat template, or reads another field; fetch or write it anew, or give another one with --chat-template"
+        "the chat template of {file} renders a turn of the role {role} with the content {content:?} as {text}, without its content: it \
+         is no chat template, or reads another field; fetch or write it anew, or give another one with --chat-template"
     )]
     Content {
         /// The turn's role.
         role: &'static str,
         /// Its content.
         content: &'static str,
+        /// The template's file.
+        file: String,
         /// What a conversation with that turn is rendered as, quoted.
         text: String,
     },
@@ -89,7 +91,9 @@ pub struct ChatTemplate {
     file: PathBuf,
     /// See [`ChatTemplate::takes_parts`].
     takes_parts: OnceLock<bool>,
-    /// See [`ChatTemplate::check_reply`].
+    /// See [`ChatTemplate::writes_text`].
+    writes_text: OnceLock<bool>,
+    /// Whether it writes replies, in one form or the other.
     writes_replies: OnceLock<Result<(), TemplateError>>,
 }
 
@@ -138,6 +142,7 @@ impl ChatTemplate {
             names,
             file: PathBuf::new(),
             takes_parts: OnceLock::new(),
+            writes_text: OnceLock::new(),
             writes_replies: OnceLock::new(),
         })
     }
@@ -319,29 +324,69 @@ impl ChatTemplate {
         }
     }
 
-    /// Checks that the template writes the content of a user's turn, whatever becomes of its letters' case. One that raises an exception
-    /// for such a turn passes.
+    /// Checks that the template writes the content of a user's turn, be it a text or a list of parts, whatever becomes of its white space
+    /// and of its letters' case. One that raises an exception for such a turn passes.
     ///
     /// # Errors
     /// A content that is left out.
     pub fn check_content(&self) -> Result<(), TemplateError> {
-        self.check_last_content(&TURNS[..1])
+        if self.writes_text() { Ok(()) } else { self.check_last_content(&TURNS[..1]) }
     }
 
-    /// The same for a reply. Not every template has to write them: one for prompts alone need not.
-    pub(super) fn check_reply(&self) -> Result<(), TemplateError> {
-        self.writes_replies.get_or_init(|| self.check_last_content(&TURNS)).clone()
+    /// Checks the same of what a conversation holds: of texts, where the template writes parts only, and of replies. Not every template
+    /// has to write replies: one for prompts alone need not. Of rows with tools nothing is known: a template may be for them alone.
+    ///
+    /// # Errors
+    /// A content that is left out.
+    pub(super) fn check_contents(
+        &self,
+        messages: &[Message],
+        variables: &Map<String, Json>,
+    ) -> Result<(), TemplateError> {
+        if variables.get("tools").is_some_and(|tools| !tools.is_null()) {
+            return Ok(());
+        }
+        let is_text = |m: &Message| m.form == Form::Text && !m.content.is_empty();
+        if let Some(i) = messages.iter().position(is_text).filter(|_| !self.writes_text()) {
+            return Err(TemplateError::Render(format!(
+                "the content of message {} is a string, and the template writes only lists of parts: write it as [{{\"type\": \"text\", \
+                 \"text\": ...}}]",
+                i + 1
+            )));
+        }
+        match messages.iter().any(Message::is_assistant) {
+            true => self.writes_replies.get_or_init(|| self.check_last_content(&TURNS)).clone(),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the template writes a user's content that is a string.
+    fn writes_text(&self) -> bool {
+        *self.writes_text.get_or_init(|| self.left_out(&TURNS[..1], false).is_none())
     }
 
     fn check_last_content(&self, turns: &[(&'static str, &'static str)]) -> Result<(), TemplateError> {
-        let messages: Vec<_> = turns.iter().map(|(role, content)| Message::new(*role, *content)).collect();
         let (role, content) = turns[turns.len() - 1];
-        match self.render(&messages, false) {
-            Ok(Rendered { text, .. }) if !text.to_lowercase().contains(&content.to_lowercase()) => {
-                Err(TemplateError::Content { role, content, text: quote(&text) })
+        match self.left_out(turns, false) {
+            Some(text) if !self.takes_parts() || self.left_out(turns, true).is_some() => {
+                let file = self.file.display().to_string();
+                Err(TemplateError::Content { role, content, file, text: quote(&text) })
             }
             _ => Ok(()),
         }
+    }
+
+    /// What this conversation is rendered as, if the content of its last turn is not in it.
+    fn left_out(&self, turns: &[(&'static str, &'static str)], as_parts: bool) -> Option<String> {
+        let turn = |(role, content): &(&'static str, &'static str)| {
+            let form = if as_parts { Form::Parts(vec![(*content).into()]) } else { Form::Text };
+            Turn::new(&Message { form, ..Message::new(*role, *content) }, as_parts)
+        };
+        let bytes = turns.iter().map(|(role, content)| role.len() + content.len()).sum();
+        let turned: Vec<_> = turns.iter().map(turn).collect();
+        let (text, _) = self.render_turns(&turned, &Map::new(), false, bytes).ok()?;
+        let plain = |text: &str| text.split_whitespace().collect::<String>().to_lowercase();
+        (!plain(&text).contains(&plain(turns[turns.len() - 1].1))).then_some(text)
     }
 }
 
@@ -554,24 +599,41 @@ mod tests {
 
     #[test]
     fn a_template_that_leaves_contents_out_is_found() {
-        let checked =
-            |source: &str| match template(source).check_content().and_then(|()| template(source).check_reply()) {
-                Ok(()) => None,
-                Err(TemplateError::Content { role, .. }) => Some(role),
-                Err(e) => panic!("{e}"),
-            };
+        let reply = [Message::new("user", "q"), Message::new("assistant", "a")];
+        let parts = |m: &Message| Message { form: Form::Parts(vec![m.content.clone()]), ..m.clone() };
+        let parts = [parts(&reply[0]), parts(&reply[1])];
+        let role = |checked: Result<(), TemplateError>| match checked {
+            Ok(()) => "",
+            Err(TemplateError::Content { role, .. }) => role,
+            Err(e) => panic!("{e}"),
+        };
+        let checked = |source: &str, messages: &[Message]| {
+            let template = template(source);
+            role(template.check_content().and_then(|()| template.check_contents(messages, &Map::new())))
+        };
         let turns = |content: &str| format!("{{% for m in messages %}}<{{{{ m.role }}}}>{content}{{% endfor %}}");
-        for fine in
-            ["{{ m.content }}", "{{ m['content'] | trim | upper }}", "{% if loop.last %}{{ m.content }}{% endif %}"]
-        {
-            assert_eq!(checked(&turns(fine)), None, "{fine}");
+        let lines = "{% for word in m.content.split() %}{{ word }}\n{% endfor %}";
+        let last = "{% if loop.last %}{{ m.content }}{% endif %}";
+        for fine in ["{{ m.content }}", "{{ m['content'] | trim | upper }}", last, lines] {
+            assert_eq!(checked(&turns(fine), &reply), "", "{fine}");
         }
-        assert_eq!(checked("{{ raise_exception('never') }}"), None);
+        assert_eq!(checked("{{ raise_exception('never') }}", &reply), "");
         for other in ["{{ m.text }}", "{{ m.content[:6] }}", "{% if m.role != 'user' %}{{ m.content }}{% endif %}"] {
-            assert_eq!(checked(&turns(other)), Some("user"), "{other}");
+            assert_eq!(checked(&turns(other), &reply), "user", "{other}");
         }
-        assert_eq!(checked(&turns("{% if m.role == 'user' %}{{ m.content }}{% endif %}")), Some("assistant"));
-        assert_eq!(checked("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"), Some("user"));
+        assert_eq!(checked("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", &reply), "user");
+        // One for prompts alone.
+        let prompts = turns("{% if m.role == 'user' %}{{ m.content }}{% endif %}");
+        assert_eq!((checked(&prompts, &reply), checked(&prompts, &reply[..1])), ("assistant", ""));
+        // One that writes parts only.
+        let source =
+            turns("{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}");
+        assert_eq!(checked(&source, &parts), "");
+        let error = template(&source).check_contents(&reply, &Map::new()).unwrap_err().to_string();
+        assert!(error.contains("message 1 is a string, and the template writes only lists of parts"), "{error}");
+        // One for rows with tools.
+        let tools = Map::from_iter([("tools".to_owned(), serde_json::json!([{}]))]);
+        assert_eq!(template(&turns("{% if tools %}{{ m.content }}{% endif %}")).check_contents(&reply, &tools), Ok(()));
     }
 
     #[test]

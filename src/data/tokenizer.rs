@@ -94,8 +94,8 @@ impl ChatTokenizer {
         let vocabulary = tokenizer.get_vocab(true);
         let mut eos = BTreeSet::new();
         eos.extend(named.get("eos_token").and_then(Value::as_str).and_then(|t| tokenizer.token_to_id(t)));
-        let generation = GenerationFile::new(model_dir, read_object(&file("generation_config.json"))?);
-        eos.extend(generation.eos((&model_config, &model))?);
+        let generation = GenerationFile::new(model_dir, read_object(&file("generation_config.json"))?, model);
+        eos.extend(generation.eos()?);
         let added = tokenizer.get_added_tokens_decoder();
         let mut special: Vec<_> = added.into_values().filter(|t| t.special).map(|t| t.content).collect();
         special.sort_by_key(|t| std::cmp::Reverse(t.len()));
@@ -200,10 +200,10 @@ impl ChatTokenizer {
         &self.eos
     }
 
-    /// How `generation_config.json` changes the logits before a token is chosen.
+    /// How `generation_config.json`, or without one `config.json`, changes the logits before a token is chosen.
     ///
     /// # Errors
-    /// A field of it by which transformers changes answers in a way that is not supported.
+    /// A field by which transformers changes answers in a way that is not supported.
     pub fn penalties(&self) -> Result<Penalties, Error> {
         self.generation.penalties()
     }

@@ -182,11 +182,16 @@ fn inspect(dir: &Path, existing: Existing, inputs: &[&Path], place: Place) -> Re
         Ok(meta) if !meta.is_dir() => return Err(refused("is a file; give a folder with --output-dir".into())),
         Ok(_) => {}
         Err(e) if e.kind() == ErrorKind::NotFound => {
-            let Ok(target) = fs::read_link(dir) else { return Ok(None) };
-            return Err(refused(format!(
+            // Without the slash at the end, behind which a link is followed.
+            let links = dir.components().as_path().ancestors().take_while(|path| !path.exists());
+            let Some((link, target)) = links.filter_map(|path| Some((path, fs::read_link(path).ok()?))).last() else {
+                return Ok(None);
+            };
+            let message = format!(
                 "is a link to {}, which does not exist: create that folder, or give another --output-dir",
                 quote(&target.to_string_lossy())
-            )));
+            );
+            return Err(LaunchError::OutputDir { path: link.into(), message });
         }
         Err(e) => return Err(failed("read", dir)(e)),
     }

@@ -16,7 +16,7 @@ const COPY_TOKENIZER: &str = "then copy the tokenizer files into NEW_FOLDER";
 const OTHER_WEIGHTS: [(&str, &str); 6] =
     [("gguf", "GGUF"), ("ggml", "GGML"), ("h5", "TensorFlow"), ("msgpack", "Flax"), ("npz", "MLX"), ("onnx", "ONNX")];
 
-/// Files and folders of training checkpoints (a name, or its beginning before `*`), and whose they are.
+/// Files and folders of training checkpoints (a name, or its beginning before a number), and whose they are.
 const TRAINERS: [(&str, &str); 4] = [
     ("model_and_optim", "OLMo-core"),
     ("latest_checkpointed_iteration.txt", "Megatron"),
@@ -25,7 +25,8 @@ const TRAINERS: [(&str, &str); 4] = [
 ];
 
 fn is_like(name: &str, pattern: &str) -> bool {
-    pattern.strip_suffix('*').map_or(name == pattern, |start| name.starts_with(start))
+    let is_number = |rest: &str| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit());
+    pattern.strip_suffix('*').map_or(name == pattern, |start| name.strip_prefix(start).is_some_and(is_number))
 }
 
 /// Endings of files that a download has not finished.

@@ -60,9 +60,9 @@ fn a_link_as_the_output_folder_is_followed_or_refused() {
     let folder = folder();
     let link = |name: &str, target: &str| std::os::unix::fs::symlink(target, folder.path().join(name)).unwrap();
     link("run", "elsewhere");
-    for command in ["train", "check"] {
+    for (command, output) in [("train", "run"), ("check", "run"), ("train", "run/"), ("check", "run/sub")] {
         let text = format!(
-            "{command} --model-name old --dataset-path old.json --output-dir run --top-k-experts 4 --threads 1"
+            "{command} --model-name old --dataset-path old.json --output-dir {output} --top-k-experts 4 --threads 1"
         );
         let mut command = moewarden(0, text.split_whitespace());
         command.current_dir(folder.path());
@@ -73,7 +73,7 @@ fn a_link_as_the_output_folder_is_followed_or_refused() {
     train(folder.path(), "old", "").ok();
     fs::create_dir(folder.path().join("empty")).unwrap();
     link("exported", "empty");
-    let text = "export --base old --delta elsewhere/round_1 --output-dir exported";
+    let text = "export --base old --delta elsewhere/round_1 --output-dir exported/";
     let mut command = moewarden(0, text.split_whitespace());
     command.current_dir(folder.path());
     start(command).end().ok();

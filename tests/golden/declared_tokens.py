@@ -151,6 +151,13 @@ CASES = {
     "own_names_typed_and_not": ({CONFIG: {"image_token": MARKS[0], "sot_token": typed("<x>"), "a_token": MARKS[1]}}, END),
     "own_names_and_map": ({CONFIG: {"sot_token": "<img>", "x_token": "<x>"}, MAP: {"y_token": MARKS[1], "x_token": flags("<x>", lstrip=True)}}, END),
     "own_names_typed_and_map": ({CONFIG: {"sot_token": typed("<img>"), "x_token": typed("<x>")}, MAP: {"y_token": MARKS[1], "sot_token": None}}, END),
+    "object_before_own_names": ({CONFIG: {"extra_special_tokens": {"a_token": "<x>"}, "zz_token": "<img>"}}, END),
+    "object_and_own_names": (
+        {CONFIG: {"extra_special_tokens": {"a_token": "<x>", "mask_token": "<y>"}, "a_token": "<img>", "mask_token": "[PAD]"}},
+        END,
+    ),
+    "object_and_map": ({CONFIG: {"extra_special_tokens": {"pad_token": "<x>"}}, MAP: {"pad_token": "<y>", "z_token": "<img>"}}, END),
+    "map_objects_are_special": ({CONFIG: {}, MAP: {"eos_token": typed("<X>", special=False), "extra_special_tokens": [{"content": "<x>", "lstrip": True}]}}, END),
     "typed_name_in_added_tokens": (
         {CONFIG: {"cls_token": typed("<X>", lstrip=True), "extra_special_tokens": [typed("Hello")]}, ADDED: {"<X>": 306, "Hello": 305}},
         END,

@@ -135,6 +135,8 @@ fn what_changes_answers_is_applied_or_refused() {
         (json!({"encoder_repetition_penalty": 1.2}), "encoder_repetition_penalty"),
         (json!({"repetition_penalty": 0}), "repetition_penalty is `0`, but should be a number above 0"),
         (json!({"repetition_penalty": "1.1"}), "should be a number above 0"),
+        (json!({"repetition_penalty": 1e-50}), "should be a number above 0"),
+        (json!({"penalty_alpha": 0.6, "top_k": 4}), "penalty_alpha is `0.6`"),
         (json!({"no_repeat_ngram_size": -1}), "should be a whole number"),
     ] {
         let error = penalties(generation).unwrap_err();
@@ -142,6 +144,14 @@ fn what_changes_answers_is_applied_or_refused() {
         let text = error.to_string();
         assert!(text.contains("generation_config.json: ") && text.contains(message), "{text}");
     }
+    // Without the file the fields of config.json count.
+    let of_config = |config: &Value| {
+        let files = json!({"tokenizer_config.json": {"chat_template": TEMPLATE}, "config.json": config});
+        ChatTokenizer::open(folder("marks-304", &json!({}), &files).path(), None).unwrap().penalties()
+    };
+    assert_eq!(of_config(&json!({"repetition_penalty": 1.7})).unwrap().repetition_penalty, 1.7);
+    let error = of_config(&json!({"num_beams": 2})).unwrap_err().to_string();
+    assert!(error.contains("config.json: num_beams is `2`") && !error.contains("generation_config"), "{error}");
     for eos in [json!("1"), json!([]), json!([2, "3"]), json!(-1)] {
         let error = opened(&json!({"eos_token_id": eos})).err().unwrap().to_string();
         assert!(error.contains("eos_token_id is ") && error.contains("a token id or a list of ids"), "{error}");

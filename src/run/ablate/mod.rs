@@ -46,6 +46,7 @@ pub fn ablate(config: &RunConfig, args: &AblateArgs, started: &Started, ui: &Ui)
     let recipe = ranks.all_ok(fit_recipe(recipe, config, ui))?;
     let session = prepare::open(config, None, &recipe, ranks, ui)?;
     let selected = ranks.all_ok(read_experts(&args.experts, &session))?;
+    ranks.all_ok(session.tokenizer.penalties().map_err(Failure::from))?; // before there is a folder
     if let Some(path) = &args.benign_dataset_path {
         let benign = session.held_out.as_ref().map_or(0, |data| check::benign_rows(data).count());
         if benign == 0 {

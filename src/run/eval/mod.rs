@@ -167,14 +167,21 @@ fn open(base: Option<&Base>, args: &EvalArgs, config: &RunConfig, started: &Star
         };
         let drift_from = Other::open(&session, args, base, ui)?;
         let hash = drift_from.as_ref().map(Other::sha);
-        let options =
-            DecidingOptions::of(args, &session, &model, questions.as_ref().map(Questions::hash), hash, &machine)?;
+        let answers_nothing = args.skip_answers && questions.is_none();
+        let penalties = if answers_nothing { Penalties::default() } else { session.tokenizer.penalties()? };
+        let options = DecidingOptions::of(
+            args,
+            &session,
+            &model,
+            questions.as_ref().map(Questions::hash),
+            hash,
+            &machine,
+            penalties,
+        )?;
         let judge = Judge::open(args, device)?;
         if let Some(note) = judge.as_ref().and_then(Judge::note) {
             ui.warn(note);
         }
-        let answers_nothing = args.skip_answers && questions.is_none();
-        let penalties = if answers_nothing { Penalties::default() } else { session.tokenizer.penalties()? };
         let sampling = Sampling {
             temperature: args.temperature,
             top_p: args.top_p,

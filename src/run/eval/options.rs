@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::config::EvalArgs;
+use crate::data::Penalties;
 use crate::exit::{self, Failure, Result};
 use crate::input;
 use crate::report::{EvaluatedModel, read_json, write_json};
@@ -34,7 +35,7 @@ pub struct DecidingOptions {
 
 impl DecidingOptions {
     /// Those of an evaluation of `model` on the rows of the session. `questions`: a hash of the questions. `drift_from`: the hash of
-    /// the weights of the model of `--drift-from`.
+    /// the weights of the model of `--drift-from`. `penalties`: of the answers.
     ///
     /// # Errors
     /// A config.json that cannot be read.
@@ -45,6 +46,7 @@ impl DecidingOptions {
         questions: Option<blake3::Hash>,
         drift_from: Option<&str>,
         machine: &Machine,
+        penalties: Penalties,
     ) -> Result<Self> {
         let kwargs = args.chat_template_kwargs.as_ref().map(|kwargs| json!(kwargs.0));
         let values = [
@@ -74,8 +76,7 @@ impl DecidingOptions {
             ("--precision", json!(machine.number_format)),
             ("device", json!(machine.device)),
         ];
-        let penalties = session.tokenizer.penalties().ok().filter(|penalties| !penalties.is_none());
-        let penalties = penalties.map(|penalties| ("penalties of generation_config.json", json!(penalties)));
+        let penalties = (!penalties.is_none()).then(|| ("penalties of generation_config.json", json!(penalties)));
         let values = values.into_iter().chain(penalties).map(|(name, value)| (name.to_owned(), value)).collect();
         Ok(Self { schema: SCHEMA.into(), values })
     }

@@ -39,6 +39,26 @@ fn scores_that_are_all_equal_are_said_loudly() {
 }
 
 #[test]
+fn what_changes_answers_unsupported_is_refused_before_there_is_a_folder() {
+    let scene = Scene::new();
+    Outcome::of(scene.run("identify", &[])).is(0, &[]);
+    fs::write(scene.model().join("generation_config.json"), r#"{"num_beams": 2}"#).unwrap();
+    let run = |args: &[&str]| {
+        let mut run = assert_cmd::Command::new(env!("CARGO_BIN_EXE_moewarden"));
+        run.args(args).args(["--model-name", "model", "--dataset-path", "rows.jsonl", "--threads", "1"]);
+        run.current_dir(scene.path("."));
+        Outcome::of(run)
+    };
+    let says = ["model/generation_config.json: num_beams is `2`"];
+    run(&["eval", "--output-dir", "answers"]).is(65, &says);
+    run(&["ablate", "--output-dir", "answers", "--experts", "out/expert_scores.json"]).is(65, &says);
+    assert!(!scene.path("answers").exists());
+    // Nothing is generated.
+    run(&["eval", "--output-dir", "losses", "--skip-answers"]).is(0, &[]);
+    run(&["eval", "--output-dir", "losses", "--skip-answers", "--resume"]).is(0, &[]);
+}
+
+#[test]
 fn a_selection_without_experts_is_said() {
     let scene = Scene::new();
     let safe = |request: &str| json!({"label": "safe", "prompt": request, "completion": "Mix flour and water."});
