@@ -59,6 +59,23 @@ fn a_signal_from_outside() {
     }
 }
 
+/// As `timeout` of GNU coreutils sends its signal: to the program and to its process group.
+#[test]
+fn two_signals_at_once_are_one() {
+    campaign("a signal twice at once, threads", Tries::AtLeast(2), |i, _| {
+        let scene = Scene::new();
+        let mut run = scene.start(By::Threads, "", None);
+        run.wait_for(|run| run.text().contains("options:"));
+        let signal = [libc::SIGTERM, libc::SIGUSR1][i % 2];
+        run.signal(0, signal);
+        sleep(Duration::from_millis(5)); // so that the system does not take them for one
+        run.signal(0, signal);
+        let ended = run.wait();
+        ended.expect(exit::REQUEUE, &["stopped by a signal, and saved"]);
+        scene.resumes(By::Threads);
+    });
+}
+
 #[test]
 fn a_second_signal_ends_the_run_at_once() {
     for &by in By::ALL {
