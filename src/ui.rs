@@ -42,7 +42,7 @@ impl Ui {
     /// empty).
     pub fn new(quiet: bool) -> Self {
         let terminal = io::stderr().is_terminal();
-        let color = terminal && color_wanted();
+        let color = colors_errors();
         let bars = (terminal && !quiet).then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
         Self { level: if quiet { Level::Quiet } else { Level::Full }, results: true, bars, color }
     }
@@ -141,15 +141,15 @@ impl Ui {
     }
 }
 
-/// Whether errors may be coloured: stderr is a terminal that shows colours, and `NO_COLOR` is not set.
+/// Whether errors may be coloured: stderr is a terminal, and the environment allows colours.
 pub fn colors_errors() -> bool {
-    let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-    io::stderr().is_terminal() && color_wanted() && !dumb
+    io::stderr().is_terminal() && color_wanted()
 }
 
-/// Whether the environment variable `NO_COLOR` allows colours (<https://no-color.org>).
+/// Whether the environment allows colours: `NO_COLOR` is not set (<https://no-color.org>), and the terminal shows them.
 fn color_wanted() -> bool {
-    std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+    let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()) && !is_dumb
 }
 
 /// A progress bar. It is removed from the terminal when dropped.

@@ -130,11 +130,11 @@ struct Special {
     /// By other names, that `tokenizer_config.json` gives as strings, or under [`MODEL_SPECIFIC`].
     own: Named,
     /// By any names, in an object of extra tokens: they count before all others.
-    object: Named,
+    of_object: Named,
     /// `None`: the file has no such key.
     extra: Option<Vec<Declared>>,
-    /// Texts of the tokens that `tokenizer_config.json` has as objects: transformers does not find them in `added_tokens.json`.
-    objects: HashSet<String>,
+    /// Texts of the tokens that `tokenizer_config.json` has with flags: transformers does not find them in `added_tokens.json`.
+    flagged: HashSet<String>,
 }
 
 impl Special {
@@ -148,7 +148,7 @@ impl Special {
             Error::file(path, message)
         };
         let mut special = Self::default();
-        let mut objects = HashSet::new();
+        let mut flagged = HashSet::new();
         let mut one = |key: &str, value: &Value| {
             let mut token = Declared::read(value, true).ok_or_else(|| wrong(key, value))?;
             // special_tokens_map.json says nothing of that.
@@ -157,7 +157,7 @@ impl Special {
                 token.normalized = false;
             }
             if in_config && !token.is_text {
-                objects.insert(token.content.clone());
+                flagged.insert(token.content.clone());
             }
             Ok(token)
         };
@@ -181,7 +181,7 @@ impl Special {
                 }
                 (EXTRA | OLD_EXTRA, Value::Object(more)) => {
                     for (name, value) in more {
-                        set(&mut special.object, name, Some(one(key, value)?));
+                        set(&mut special.of_object, name, Some(one(key, value)?));
                     }
                 }
                 // The new key counts where a file has both.
@@ -208,7 +208,7 @@ impl Special {
             Some(value) if !value.is_null() && !value.is_object() => return Err(wrong(MODEL_SPECIFIC, value)),
             _ => {}
         }
-        special.objects = objects;
+        special.flagged = flagged;
         Ok(special)
     }
 
@@ -218,8 +218,8 @@ impl Special {
 
     /// The tokens by name, in the order in which they are added.
     fn in_order(self) -> Vec<(String, Declared)> {
-        let Self { mut named, mut keys, own, object, .. } = self;
-        for (name, token) in own.into_iter().chain(object) {
+        let Self { mut named, mut keys, own, of_object, .. } = self;
+        for (name, token) in own.into_iter().chain(of_object) {
             set(if NAMES.contains(&&*name) { &mut named } else { &mut keys }, &name, token);
         }
         named.sort_by_key(|(name, _)| NAMES.iter().position(|known| known == name));
@@ -260,11 +260,11 @@ impl DeclaredTokens {
                     (&mut special.named, older.named),
                     (&mut special.keys, older.keys),
                     (&mut special.own, older.own),
-                    (&mut special.object, older.object),
+                    (&mut special.of_object, older.of_object),
                 ];
                 for (list, older) in lists {
                     for (name, token) in older {
-                        special.objects.retain(|text| token.as_ref().is_none_or(|token| token.content != *text));
+                        special.flagged.retain(|text| token.as_ref().is_none_or(|token| token.content != *text));
                         set(list, &name, token);
                     }
                 }
@@ -366,7 +366,7 @@ fn read_added_tokens(
 ) -> Result<Vec<(u64, Declared)>, Error> {
     let named = special.named.iter().filter_map(|(_, token)| token.as_ref());
     let declared = named.chain(special.extra.iter().flatten()).map(|token| &*token.content);
-    let special: Vec<&str> = declared.filter(|text| !special.objects.contains(*text)).collect();
+    let special: Vec<&str> = declared.filter(|text| !special.flagged.contains(*text)).collect();
     let read = |(text, id): (&String, &Value)| {
         let token = Declared::new(text, special.contains(&&**text));
         let id = id.as_u64().ok_or_else(|| {

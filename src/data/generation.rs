@@ -65,6 +65,11 @@ impl Penalties {
     pub fn is_none(&self) -> bool {
         *self == Self::default()
     }
+
+    /// What tells answers with different penalties apart; empty without any.
+    pub fn key(&self) -> String {
+        if self.is_none() { String::new() } else { format!("{self:?}") }
+    }
 }
 
 /// `generation_config.json`, or `config.json`, whose fields count where there is no such file.

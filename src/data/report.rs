@@ -133,6 +133,16 @@ impl Padding {
 }
 
 impl DataReport {
+    /// For a message on a side that no kept row has: among which rows there is none, and what else may help. The rows beyond
+    /// `--max-samples` were searched for it, unless rows with it were taken, and dropped.
+    pub fn searched(&self) -> (&'static str, &'static str) {
+        match (self.dropped.is_empty(), self.stopped_early) {
+            (true, _) => ("", ""),
+            (false, false) => (" among those that are kept", ""),
+            (false, true) => (" among those that are kept", ", or raise --max-samples"),
+        }
+    }
+
     /// Counts the fields of a record that nothing reads, those of earlier turns that are read and left out, and those with nulls.
     pub(super) fn note_fields(&mut self, line: usize, [unread, left_out, nulls]: [BTreeSet<String>; 3]) {
         for (counts, names) in [(&mut self.unread, unread), (&mut self.left_out, left_out), (&mut self.nulls, nulls)] {

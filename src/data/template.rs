@@ -1,12 +1,13 @@
 //! A model's chat template: renders messages as text, like `apply_chat_template` of Hugging Face transformers.
 
+mod contents;
+mod trial;
+
 use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, mpsc};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
 
 use minijinja::{Environment, ErrorKind, Value};
 use serde_json::{Map, Value as Json};
@@ -19,18 +20,12 @@ use super::printed_numbers::printed_otherwise;
 pub(super) use super::turn_object::{Access, Reads};
 use super::turn_object::{Turn, Variables, template_value};
 use crate::panics;
-use crate::quote::quote;
 
 /// Maximum size of a template's source in bytes; the longest published templates have about 20 KiB.
 const MAX_SOURCE: usize = 64 << 10;
 /// A rendering may have at most [`BASE_OUTPUT`] bytes plus `MAX_GROWTH` times the bytes of its messages.
 const MAX_GROWTH: usize = 16;
 const BASE_OUTPUT: usize = 1 << 20;
-/// Limits of the trial renderings; no usable template comes near them.
-const TRIAL_TIME: Duration = Duration::from_secs(10);
-/// Half the stack of the thread (`deep`), so that endless recursion is stopped before it exhausts that.
-const TRIAL_MEMORY: u64 = 256 << 20;
-
 /// Why a template cannot be compiled, or cannot render some messages.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {
@@ -99,11 +94,10 @@ pub struct ChatTemplate {
 
 const NAME: &str = "chat_template";
 
-/// A conversation whose contents are looked for. Nothing in them has to be escaped.
-const TURNS: [(&str, &str); 2] = [
-    ("user", "It is seven in the evening, and the lamps are lit."),
-    ("assistant", "The kettle is warm, and the tea is ready."),
-];
+/// Whether a row with these variables has tools.
+pub(super) fn has_tools(variables: &Map<String, Json>) -> bool {
+    variables.get("tools").is_some_and(|tools| !tools.is_null())
+}
 
 impl ChatTemplate {
     /// Compiles a template. `tokens`: its variables for special tokens, by name.
@@ -171,16 +165,6 @@ impl ChatTemplate {
     /// Whether the template uses a field of this name, so that it decides itself in which turns it writes it.
     pub(super) fn names_field(&self, name: &str) -> bool {
         self.names.has_field(name)
-    }
-
-    /// Whether the template writes the texts of a content that is a list of parts.
-    fn takes_parts(&self) -> bool {
-        *self.takes_parts.get_or_init(|| {
-            const TEXT: &str = "seven";
-            let parts = Message { form: Form::Parts(vec![TEXT.into()]), ..Message::new("user", TEXT) };
-            self.render_turns(&[Turn::new(&parts, true)], &Map::new(), false, TEXT.len())
-                .is_ok_and(|(text, _)| text.contains(TEXT) && !text.contains("type"))
-        })
     }
 
     /// The blake3 hash of the source.
@@ -281,123 +265,6 @@ impl ChatTemplate {
         let text = String::from_utf8(output.bytes).map_err(|e| TemplateError::Render(e.to_string()))?;
         Ok((text, Access { turns: turns.iter().map(|turn| turn.reads()).collect(), variables }))
     }
-
-    /// Renders short conversations of common shapes on a thread of their own, to find a template that takes unbounded
-    /// time or memory before any data are read. (The limit on steps does not find all of them: doubling a string takes
-    /// few steps.) A template that raises an exception for a shape passes.
-    ///
-    /// # Errors
-    /// The limit that was exceeded. The thread cannot be stopped and keeps rendering: the process should exit soon.
-    pub fn check_limits(self: &Arc<Self>) -> Result<(), TemplateError> {
-        let turn = |role: &str| Message::new(role, "It is 7 o'clock.");
-        let conversations =
-            [vec!["user"], vec!["system", "user"], vec!["system", "user", "assistant", "user", "assistant"]];
-        let (done, outcome) = mpsc::channel();
-        let template = Arc::clone(self);
-        thread::spawn(move || {
-            let outcome = conversations.iter().try_for_each(|roles| {
-                let messages: Vec<_> = roles.iter().map(|r| turn(r)).collect();
-                [false, true].into_iter().try_for_each(|add_generation_prompt| {
-                    match template.render(&messages, add_generation_prompt) {
-                        Err(e @ TemplateError::Bounds(_)) => Err(e),
-                        _ => Ok(()),
-                    }
-                })
-            });
-            // The receiver is gone if a limit was exceeded.
-            let _ = done.send(outcome);
-        });
-        let (start, before) = (Instant::now(), anonymous_bytes());
-        loop {
-            match outcome.recv_timeout(Duration::from_millis(2)) {
-                Ok(outcome) => return outcome,
-                Err(mpsc::RecvTimeoutError::Disconnected) => unreachable!("rendering catches panics"),
-                Err(mpsc::RecvTimeoutError::Timeout) => {}
-            }
-            if start.elapsed() > TRIAL_TIME {
-                return Err(TemplateError::Bounds(format!("a short conversation took more than {TRIAL_TIME:?}")));
-            }
-            // Checked only after the first timeout: most templates have finished by then.
-            if anonymous_bytes() > before + TRIAL_MEMORY {
-                return Err(TemplateError::Bounds("a short conversation took more than 256 MiB of memory".into()));
-            }
-        }
-    }
-
-    /// Checks that the template writes the content of a user's turn, be it a text or a list of parts, whatever becomes of its white space
-    /// and of its letters' case. One that raises an exception for such a turn passes.
-    ///
-    /// # Errors
-    /// A content that is left out.
-    pub fn check_content(&self) -> Result<(), TemplateError> {
-        if self.writes_text() { Ok(()) } else { self.check_last_content(&TURNS[..1]) }
-    }
-
-    /// Checks the same of what a conversation holds: of texts, where the template writes parts only, and of replies. Not every template
-    /// has to write replies: one for prompts alone need not. Of rows with tools nothing is known: a template may be for them alone.
-    ///
-    /// # Errors
-    /// A content that is left out.
-    pub(super) fn check_contents(
-        &self,
-        messages: &[Message],
-        variables: &Map<String, Json>,
-    ) -> Result<(), TemplateError> {
-        if variables.get("tools").is_some_and(|tools| !tools.is_null()) {
-            return Ok(());
-        }
-        let is_text = |m: &Message| m.form == Form::Text && !m.content.is_empty();
-        if let Some(i) = messages.iter().position(is_text).filter(|_| !self.writes_text()) {
-            return Err(TemplateError::Render(format!(
-                "the content of message {} is a string, and the template writes only lists of parts: write it as [{{\"type\": \"text\", \
-                 \"text\": ...}}]",
-                i + 1
-            )));
-        }
-        match messages.iter().any(Message::is_assistant) {
-            true => self.writes_replies.get_or_init(|| self.check_last_content(&TURNS)).clone(),
-            false => Ok(()),
-        }
-    }
-
-    /// Whether the template writes a user's content that is a string.
-    fn writes_text(&self) -> bool {
-        *self.writes_text.get_or_init(|| self.left_out(&TURNS[..1], false).is_none())
-    }
-
-    fn check_last_content(&self, turns: &[(&'static str, &'static str)]) -> Result<(), TemplateError> {
-        let (role, content) = turns[turns.len() - 1];
-        match self.left_out(turns, false) {
-            Some(text) if !self.takes_parts() || self.left_out(turns, true).is_some() => {
-                let file = self.file.display().to_string();
-                Err(TemplateError::Content { role, content, file, text: quote(&text) })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// What this conversation is rendered as, if the content of its last turn is not in it.
-    fn left_out(&self, turns: &[(&'static str, &'static str)], as_parts: bool) -> Option<String> {
-        let turn = |(role, content): &(&'static str, &'static str)| {
-            let form = if as_parts { Form::Parts(vec![(*content).into()]) } else { Form::Text };
-            Turn::new(&Message { form, ..Message::new(*role, *content) }, as_parts)
-        };
-        let bytes = turns.iter().map(|(role, content)| role.len() + content.len()).sum();
-        let turned: Vec<_> = turns.iter().map(turn).collect();
-        let (text, _) = self.render_turns(&turned, &Map::new(), false, bytes).ok()?;
-        let plain = |text: &str| text.split_whitespace().collect::<String>().to_lowercase();
-        (!plain(&text).contains(&plain(turns[turns.len() - 1].1))).then_some(text)
-    }
-}
-
-/// Resident memory of this process without mapped files, in bytes; 0 where /proc does not exist.
-fn anonymous_bytes() -> u64 {
-    let pages = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: Vec<u64> = pages.split(' ').map_while(|n| n.trim().parse().ok()).collect();
-    match pages[..] {
-        [_, resident, shared, ..] => resident.saturating_sub(shared) * 4096,
-        _ => 0,
-    }
 }
 
 /// The message of a minijinja error and its line in the template.
@@ -479,6 +346,8 @@ impl io::Write for LimitedOutput {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     fn template(source: &str) -> Arc<ChatTemplate> {
@@ -587,53 +456,6 @@ mod tests {
                 )));
             }
         }
-    }
-
-    #[test]
-    fn the_trial_rendering_finds_a_string_that_doubles() {
-        let doubling = "{% set ns = namespace(x='a') %}{% for i in range(30) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x[:1] }}";
-        assert!(matches!(template(doubling).check_limits(), Err(TemplateError::Bounds(_))));
-        assert_eq!(template("{{ messages[5].x.y }}").check_limits(), Ok(()));
-        assert_eq!(template("{{ raise_exception('never') }}").check_limits(), Ok(()));
-    }
-
-    #[test]
-    fn a_template_that_leaves_contents_out_is_found() {
-        let reply = [Message::new("user", "q"), Message::new("assistant", "a")];
-        let parts = |m: &Message| Message { form: Form::Parts(vec![m.content.clone()]), ..m.clone() };
-        let parts = [parts(&reply[0]), parts(&reply[1])];
-        let role = |checked: Result<(), TemplateError>| match checked {
-            Ok(()) => "",
-            Err(TemplateError::Content { role, .. }) => role,
-            Err(e) => panic!("{e}"),
-        };
-        let checked = |source: &str, messages: &[Message]| {
-            let template = template(source);
-            role(template.check_content().and_then(|()| template.check_contents(messages, &Map::new())))
-        };
-        let turns = |content: &str| format!("{{% for m in messages %}}<{{{{ m.role }}}}>{content}{{% endfor %}}");
-        let lines = "{% for word in m.content.split() %}{{ word }}\n{% endfor %}";
-        let last = "{% if loop.last %}{{ m.content }}{% endif %}";
-        for fine in ["{{ m.content }}", "{{ m['content'] | trim | upper }}", last, lines] {
-            assert_eq!(checked(&turns(fine), &reply), "", "{fine}");
-        }
-        assert_eq!(checked("{{ raise_exception('never') }}", &reply), "");
-        for other in ["{{ m.text }}", "{{ m.content[:6] }}", "{% if m.role != 'user' %}{{ m.content }}{% endif %}"] {
-            assert_eq!(checked(&turns(other), &reply), "user", "{other}");
-        }
-        assert_eq!(checked("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", &reply), "user");
-        // One for prompts alone.
-        let prompts = turns("{% if m.role == 'user' %}{{ m.content }}{% endif %}");
-        assert_eq!((checked(&prompts, &reply), checked(&prompts, &reply[..1])), ("assistant", ""));
-        // One that writes parts only.
-        let source =
-            turns("{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}");
-        assert_eq!(checked(&source, &parts), "");
-        let error = template(&source).check_contents(&reply, &Map::new()).unwrap_err().to_string();
-        assert!(error.contains("message 1 is a string, and the template writes only lists of parts"), "{error}");
-        // One for rows with tools.
-        let tools = Map::from_iter([("tools".to_owned(), serde_json::json!([{}]))]);
-        assert_eq!(template(&turns("{% if tools %}{{ m.content }}{% endif %}")).check_contents(&reply, &tools), Ok(()));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use minijinja::Value;
 use serde_json::{Map, Value as Json};
 
-use super::template::{ChatTemplate, TemplateError};
+use super::template::{ChatTemplate, TemplateError, has_tools};
 use super::{Error, values};
 use crate::input;
 
@@ -77,7 +77,7 @@ impl Templates {
     /// # Errors
     /// There is none of that name, or it does not compile.
     pub(super) fn of_row(&self, variables: &Map<String, Json>) -> Result<&ChatTemplate, &Error> {
-        match self.tool_use.as_ref().filter(|_| variables.get("tools").is_some_and(|tools| !tools.is_null())) {
+        match self.tool_use.as_ref().filter(|_| has_tools(variables)) {
             Some(tool_use) => tool_use.as_ref().map(|template| &**template),
             None => self.default.as_ref().map(|template| &**template),
         }

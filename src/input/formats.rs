@@ -17,6 +17,11 @@ impl Format {
     /// Text in UTF-16, with a byte order mark or without.
     pub const UTF_16: Self = Format::Other("text in UTF-16", "save it as UTF-8");
 
+    /// Whether it is one file, compressed.
+    pub fn is_compressed(self) -> bool {
+        self.describe().0.starts_with("compressed by ")
+    }
+
     /// Name and way out.
     pub fn describe(self) -> (&'static str, &'static str) {
         match self {

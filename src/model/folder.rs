@@ -104,13 +104,15 @@ pub(super) fn not_a_model(dir: &Path) -> Option<String> {
         && let Some(first) = safetensors.first()
     {
         let index = names.iter().find(|name| name.contains(".safetensors.index.") && name.ends_with(".json"));
-        return Some(match first.contains("-of-") {
-            true if index.is_some() => format!(
+        return Some(match (first.contains("-of-"), index) {
+            (true, Some(index)) => format!(
                 "its index is named {}, such as save_pretrained(variant=..) names it: rename it to model.safetensors.index.json",
-                quote(index.map_or("", |name| name))
+                quote(index)
             ),
-            true => format!("{} is a shard, but model.safetensors.index.json is missing: fetch it, too", quote(first)),
-            false => format!(
+            (true, None) => {
+                format!("{} is a shard, but model.safetensors.index.json is missing: fetch it, too", quote(first))
+            }
+            (false, _) => format!(
                 "it holds {}: if that is the whole model in the names of transformers, rename it to model.safetensors",
                 quote(first)
             ),

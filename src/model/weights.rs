@@ -13,7 +13,7 @@ use super::json::Members;
 use super::safetensors::{Header, HeaderError, StoredDtype, TensorInfo};
 use crate::backend::{HostTensor, SharedBytes};
 use crate::exit::{self, Coded};
-use crate::input;
+use crate::input::{self, Format};
 use crate::quote::quote;
 
 /// The weights of a model in one file.
@@ -23,9 +23,6 @@ pub const INDEX: &str = "model.safetensors.index.json";
 
 /// Bytes at the start of a file by which its format is recognised.
 const HEAD: usize = 4096;
-
-/// How files begin that are packed by gzip and xz.
-const PACKED: [&[u8]; 2] = [b"\x1f\x8b\x08", b"\xfd7zXZ\0"];
 
 /// Why a checkpoint's weights cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -110,7 +107,7 @@ impl Shard {
             // A pointer, a web page, a packed file or nothing in the file's place says more than its first bytes as a length.
             Some(message)
                 if map.first().is_some_and(u8::is_ascii_graphic)
-                    || PACKED.iter().any(|magic| map.starts_with(magic))
+                    || input::recognise(&map[..map.len().min(HEAD)]).is_some_and(Format::is_compressed)
                     || !map.is_empty() && map.iter().all(|b| *b == 0) =>
             {
                 Error::NotSafetensors { path: path.into(), message }

@@ -117,7 +117,7 @@ pub(super) struct Generation<'a, B: Backend> {
     meter: Meter,
     /// The passes over prompts that are still to come.
     prompts: VecDeque<Vec<(usize, &'a [u32])>>,
-    growing: Vec<Growing>,
+    growing: Vec<Growing<'a>>,
 }
 
 impl<'a, B: Backend> Generation<'a, B> {
@@ -168,7 +168,7 @@ impl<'a, B: Backend> Generation<'a, B> {
 
     /// The answers; `None`: not complete yet.
     pub(super) fn into_answers(self) -> Vec<Option<Answer>> {
-        let answer = |answer: Growing| Some(Answer { ids: answer.ids, finish: answer.finish? });
+        let answer = |answer: Growing<'_>| Some(Answer { ids: answer.ids, finish: answer.finish? });
         self.growing.into_iter().map(answer).collect()
     }
 }
@@ -191,30 +191,30 @@ fn prompt_passes<'a>(prompts: &[Prompt<'a>]) -> VecDeque<Vec<(usize, &'a [u32])>
 }
 
 /// An answer that is being generated.
-struct Growing {
+struct Growing<'a> {
+    prompt: &'a [u32],
     ids: Vec<u32>,
     finish: Option<FinishReason>,
     penalties: Penalties,
-    /// The prompt and the answer so far, where there are penalties.
-    context: Vec<u32>,
     /// Draws tokens; `None`: greedy decoding.
     sampler: Option<LogitsProcessor>,
 }
 
-impl Growing {
-    fn new(sampling: &Sampling, prompt: &Prompt<'_>) -> Self {
+impl<'a> Growing<'a> {
+    fn new(sampling: &Sampling, prompt: &Prompt<'a>) -> Self {
         let seed = sampling.seed.wrapping_add(prompt.index);
         let sampler = (sampling.temperature > 0.0)
             .then(|| LogitsProcessor::new(seed, Some(sampling.temperature), Some(sampling.top_p)));
-        let penalties = sampling.penalties;
-        let context = if penalties.is_none() { Vec::new() } else { prompt.ids.to_vec() };
-        Self { ids: Vec::new(), finish: None, penalties, context, sampler }
+        Self { prompt: prompt.ids, ids: Vec::new(), finish: None, penalties: sampling.penalties, sampler }
     }
 
     /// Chooses the next token by its logits.
     fn add(&mut self, logits: &[f32], eos: &[u32], max_new_tokens: usize) -> Result<()> {
         check_finite(logits)?;
-        let penalised = penalise(logits, &self.context, self.penalties)?;
+        let penalised = match self.penalties.is_none() {
+            true => None,
+            false => Some(penalise(logits, &[self.prompt, &self.ids].concat(), self.penalties)?),
+        };
         let logits = penalised.as_deref().unwrap_or(logits);
         let next = match &mut self.sampler {
             Some(sampler) => sample(sampler, logits)?,
@@ -225,9 +225,6 @@ impl Growing {
             return Ok(());
         }
         self.ids.push(next);
-        if !self.penalties.is_none() {
-            self.context.push(next);
-        }
         if self.ids.len() == max_new_tokens {
             self.finish = Some(FinishReason::Length);
         }
@@ -250,11 +247,8 @@ fn check_finite(logits: &[f32]) -> Result<()> {
     }
 }
 
-/// The logits after `context` with these penalties; `None`: as they are.
-fn penalise(logits: &[f32], context: &[u32], penalties: Penalties) -> Result<Option<Vec<f32>>> {
-    if penalties.is_none() {
-        return Ok(None);
-    }
+/// The logits after `context` with these penalties.
+fn penalise(logits: &[f32], context: &[u32], penalties: Penalties) -> Result<Vec<f32>> {
     let Penalties { repetition_penalty, no_repeat_ngram_size } = penalties;
     let mut logits =
         with_candle(logits, |logits| apply_repeat_penalty(&logits, repetition_penalty as f32, context)?.to_vec1())?;
@@ -263,7 +257,7 @@ fn penalise(logits: &[f32], context: &[u32], penalties: Penalties) -> Result<Opt
             *logit = f32::NEG_INFINITY;
         }
     }
-    Ok(Some(logits))
+    Ok(logits)
 }
 
 /// The tokens that would complete a sequence of `size` tokens which is in the context already.
@@ -300,14 +294,14 @@ mod tests {
             let penalties = Penalties { repetition_penalty, no_repeat_ngram_size };
             penalise(&[1.0, -2.0, 3.0, 0.5], context, penalties).unwrap()
         };
-        assert_eq!(penalised(1.0, 0, &[1, 2]), None);
-        assert_eq!(penalised(2.0, 0, &[1, 2, 1]).unwrap(), [1.0, -4.0, 1.5, 0.5]);
+        assert_eq!(penalised(1.0, 0, &[1, 2]), [1.0, -2.0, 3.0, 0.5]);
+        assert_eq!(penalised(2.0, 0, &[1, 2, 1]), [1.0, -4.0, 1.5, 0.5]);
         let never = f32::NEG_INFINITY;
-        assert_eq!(penalised(1.0, 1, &[0, 3]).unwrap(), [never, -2.0, 3.0, never]);
-        assert_eq!(penalised(1.0, 2, &[1, 2, 1, 3, 1]).unwrap(), [1.0, -2.0, never, never]);
-        assert_eq!(penalised(2.0, 3, &[1, 2, 0, 3, 1, 2]).unwrap(), [never, -4.0, 1.5, 0.25]);
+        assert_eq!(penalised(1.0, 1, &[0, 3]), [never, -2.0, 3.0, never]);
+        assert_eq!(penalised(1.0, 2, &[1, 2, 1, 3, 1]), [1.0, -2.0, never, never]);
+        assert_eq!(penalised(2.0, 3, &[1, 2, 0, 3, 1, 2]), [never, -4.0, 1.5, 0.25]);
         for short in [&[][..], &[1], &[1, 2]] {
-            assert_eq!(penalised(1.0, 3, short).unwrap(), [1.0, -2.0, 3.0, 0.5]);
+            assert_eq!(penalised(1.0, 3, short), [1.0, -2.0, 3.0, 0.5]);
         }
     }
 

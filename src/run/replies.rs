@@ -18,7 +18,7 @@ use super::session::Session;
 use super::spread::Spread;
 use crate::backend::Backend;
 use crate::collective::all_ok;
-use crate::data::{Dataset, Example, Record};
+use crate::data::{Dataset, Example, Penalties, Record};
 use crate::exit::{self, Context, Failure, Result};
 use crate::files::{self, AtomicFile};
 use crate::model::Intervention;
@@ -76,7 +76,7 @@ pub fn own_replies<B: Backend>(
     let world = &*replica.world;
     world.set_activity("the model's own replies");
     let penalties = session.tokenizer.penalties()?;
-    let questions = questions(session, replica, &ask)?;
+    let questions = questions(session, replica, &ask, penalties)?;
     let longest = questions.iter().map(|q| q.prompt.len()).max().unwrap_or(0);
     session.model.check_length(longest.saturating_add(ask.max_new_tokens))?;
 
@@ -125,6 +125,7 @@ fn questions<'a, B: Backend>(
     session: &Session,
     replica: &Replica<B>,
     ask: &AskOptions<'a>,
+    penalties: Penalties,
 ) -> Result<Vec<Question<'a>>> {
     let mut state = blake3::Hasher::new_derive_key("moewarden own reply 1");
     state.update(session.weights_hash()?.as_bytes());
@@ -134,10 +135,7 @@ fn questions<'a, B: Backend>(
         state.update_rayon(&value.bytes);
     }
     state.update(format!("{:?} {} {:?}", ask.intervention, ask.max_new_tokens, session.tokenizer.eos_ids()).as_bytes());
-    let penalties = session.tokenizer.penalties()?;
-    if !penalties.is_none() {
-        state.update(format!("{penalties:?}").as_bytes());
-    }
+    state.update(penalties.key().as_bytes());
     let key = |prompt: &[u32]| {
         let mut hasher = state.clone();
         prompt.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));

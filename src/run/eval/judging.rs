@@ -194,9 +194,7 @@ impl Judge {
         let eos = self.tokenizer.eos_ids();
         let JudgeModel { sha, config_sha, max_new_tokens, precision, .. } = &self.model;
         hasher.update(format!("{sha} {config_sha} {max_new_tokens} {precision} {eos:?}").as_bytes());
-        if !self.penalties.is_none() {
-            hasher.update(format!("{:?}", self.penalties).as_bytes());
-        }
+        hasher.update(self.penalties.key().as_bytes());
         prompt.iter().for_each(|id| _ = hasher.update(&id.to_le_bytes()));
         hasher.finalize().to_hex().to_string()
     }

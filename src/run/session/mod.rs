@@ -13,9 +13,7 @@ use std::sync::{Arc, OnceLock};
 use crate::backend::{Backend, Dtype};
 use crate::checkpoint::check_copied;
 use crate::config::RunConfig;
-use crate::data::{
-    ChatTokenizer, DataOptions, DataReport, Dataset, Record, RoutingTraces, Sampler, Sides, TraceShape, TraceUse,
-};
+use crate::data::{ChatTokenizer, DataOptions, Dataset, Record, RoutingTraces, Sampler, Sides, TraceShape, TraceUse};
 use crate::exit::{self, Context, Failure, Result};
 use crate::experts::{self, RoutingTokens, SelectionLimits, selection_hash};
 use crate::launch::memory::{human, human_count};
@@ -97,7 +95,7 @@ impl Session {
         }
         if session.data.records.iter().all(|r| r.unsafe_reply.is_none()) {
             let (path, report) = (config.dataset_path.display(), &session.data.report);
-            let (kept, raise) = among(report);
+            let (kept, raise) = report.searched();
             return Err(Failure::new(
                 exit::DATA,
                 format!(
@@ -292,7 +290,7 @@ impl Session {
         match needs.into_iter().find(|(lacks, ..)| *lacks) {
             None => Ok(()),
             Some((_, what, instead)) => {
-                let (path, (kept, raise)) = (self.data_path.display(), among(&self.data.report));
+                let (path, (kept, raise)) = (self.data_path.display(), self.data.report.searched());
                 let message = format!(
                     "{what}, and {path} holds none{kept}: add rows with the label safe{raise}, or take {instead}"
                 );
@@ -489,15 +487,5 @@ pub fn data_options(config: &RunConfig) -> DataOptions {
         safe_response: config.safe_response.clone(),
         chat_template: config.chat_template.clone(),
         chat_template_kwargs: config.chat_template_kwargs.0.clone(),
-    }
-}
-
-/// For a message on a side that no kept row has: among which rows there is none, and what else may help. The rows beyond `--max-samples`
-/// were searched for it, unless rows with it were taken, and dropped.
-fn among(report: &DataReport) -> (&'static str, &'static str) {
-    match (report.dropped.is_empty(), report.stopped_early) {
-        (true, _) => ("", ""),
-        (false, false) => (" among those that are kept", ""),
-        (false, true) => (" among those that are kept", ", or raise --max-samples"),
     }
 }
