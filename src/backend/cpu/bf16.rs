@@ -102,9 +102,10 @@ fn forward_as<E: Element>(products: &Products, x: &Tensor, groups: &[RowGroup<'_
                 // SAFETY: tasks have different rows or columns.
                 unsafe { tile.copy_to_shared(&out, rows.start * width + first + outputs.start, width) };
             };
-            let bytes = &weight.bytes()[weight.dtype().size() * k * columns.start..];
-            let few = || products.multiply_stored(&x, &bytes[..2 * k * columns.len()], k, |tile| store(&columns, tile));
-            if weight.dtype() != Dtype::Bf16 || !few() {
+            if products.takes_stored(weight.dtype()) {
+                let bytes = &weight.bytes()[2 * k * columns.start..2 * k * columns.end];
+                products.multiply_stored(&x, bytes, k, |tile| store(&columns, tile));
+            } else {
                 for outputs in products.blocks(Side::B, k, columns) {
                     let block = products.block(Side::B, &[part(weight).by_rows(k)], outputs.clone());
                     products.multiply(&x, &block, |tile| store(&outputs, tile));

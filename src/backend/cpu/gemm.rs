@@ -6,11 +6,10 @@
 //! product. No sum depends on the number of threads.
 
 use std::marker::PhantomData;
-use std::ops::Range;
 
 use ::gemm::Parallelism;
 
-use super::parallel::{Scratch, SharedSlice};
+use super::parallel::SharedSlice;
 
 /// A view of a matrix in a slice, with strides.
 #[derive(Clone, Copy)]
@@ -52,15 +51,6 @@ impl<'a> Matrix<'a> {
             self.col_stride
         );
         &self.values[row * self.row_stride..][..self.cols]
-    }
-
-    /// Some columns.
-    fn columns(self, columns: Range<usize>) -> Self {
-        Self {
-            values: &self.values[(columns.start * self.col_stride).min(self.values.len())..],
-            cols: columns.len(),
-            ..self
-        }
     }
 }
 
@@ -119,11 +109,6 @@ impl<'a> MatrixMut<'a> {
         // SAFETY: the row is inside the slice (by `check`), and this matrix has exclusive access to it.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.row_stride), self.cols) }
     }
-
-    /// The same matrix, for a shorter time.
-    fn reborrow(&mut self) -> MatrixMut<'_> {
-        MatrixMut { life: PhantomData, ..*self }
-    }
 }
 
 fn check(len: usize, rows: usize, cols: usize, row_stride: usize, col_stride: usize) {
@@ -164,98 +149,6 @@ pub(super) fn matmul(dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f3
             Parallelism::None,
         );
     }
-}
-
-/// y = x · wᵀ for row-major x `[m, k]`, w `[n, k]`, y `[m, n]`.
-///
-/// The `gemm` kernel computes a column-major result and needs one operand contiguous along its rows; otherwise it packs
-/// (transposes) that operand. Computed directly into y, the operand to pack is w, which costs as much as multiplying
-/// about 100 rows. So unless x is much taller than w, compute yᵀ from xᵀ, both in scratch memory: [`transpose`] is
-/// several times as fast as the kernel's packing. A single row takes the same way, and so does a w of few rows: otherwise `gemm`
-/// takes kernels of its own for them, whose sums have another order.
-///
-/// The sums of a row do not depend on the other rows, nor on their number: generated tokens would depend on the batch.
-pub(super) fn matmul_nt(y: MatrixMut<'_>, x: Matrix<'_>, w: Matrix<'_>) {
-    let (m, n, k) = (x.rows, w.rows, x.cols);
-    if m > 4 * n && n >= 8 {
-        return matmul_by_depth(y, x, w.t());
-    }
-    // Padded to whole SIMD vectors; rows beyond m are zero.
-    let height = m.next_multiple_of(16);
-    let mut x_t = Scratch::take(k * height);
-    let mut y_t = Scratch::take(n * height);
-    x_t.chunks_exact_mut(height).for_each(|column| column[m..].fill(0.0));
-    transpose(x, MatrixMut::new(&mut x_t, k, m, height));
-    let left = Matrix::new(&x_t, k, height, height).t();
-    matmul_by_depth(MatrixMut::new(&mut y_t, n, height, height).t(), left, w.t());
-    transpose(Matrix::new(&y_t, n, m, height), y);
-}
-
-/// dst = a · b, one block of [`depth_blocks`] after the other.
-fn matmul_by_depth(mut dst: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>) {
-    if a.cols == 0 {
-        return matmul(dst, a, b, 1.0, false);
-    }
-    for depth in depth_blocks(a.cols) {
-        matmul(dst.reborrow(), a.columns(depth.clone()), b.t().columns(depth.clone()).t(), 1.0, depth.start > 0);
-    }
-}
-
-/// The order of a sum over `depth` products: within each of these blocks one fused multiply-add after the other, beginning at 0, then
-/// the sums of the blocks. `gemm` takes no block apart that is as short; left to itself, it chooses blocks by the number of rows and
-/// by the processor's caches.
-pub(super) fn depth_blocks(depth: usize) -> impl Iterator<Item = Range<usize>> {
-    const LONGEST: usize = 512;
-    let len = depth.div_ceil(depth.div_ceil(LONGEST).max(1)).max(1);
-    (0..depth).step_by(len).map(move |at| at..depth.min(at + len))
-}
-
-/// dst = srcᵀ, both row-major.
-fn transpose(src: Matrix<'_>, dst: MatrixMut<'_>) {
-    let (rows, cols) = (src.rows, src.cols);
-    assert!(dst.rows == cols && dst.cols == rows && src.col_stride == 1 && dst.col_stride == 1);
-    let from = src.values.as_ptr();
-    let (whole_rows, whole_cols) = (rows / 4 * 4, cols / 4 * 4);
-    // Four rows of dst at a time, each written from beginning to end: rows are often 4 KiB apart and so compete for the
-    // same L1 cache set, and blocks that write to more rows at once cause conflict misses.
-    for j in (0..whole_cols).step_by(4) {
-        for i in (0..whole_rows).step_by(4) {
-            // SAFETY: the block is inside both matrices, which are inside their slices; dst has exclusive access, so
-            // they do not overlap; all accesses are unaligned.
-            unsafe {
-                let row = |r: usize| from.add((i + r) * src.row_stride + j).cast::<[f32; 4]>().read_unaligned();
-                for (c, column) in transpose_4x4([row(0), row(1), row(2), row(3)]).into_iter().enumerate() {
-                    dst.start.add((j + c) * dst.row_stride + i).cast::<[f32; 4]>().write_unaligned(column);
-                }
-            }
-        }
-    }
-    for j in 0..cols {
-        for i in if j < whole_cols { whole_rows } else { 0 }..rows {
-            // SAFETY: (i, j) is inside src, so (j, i) is inside dst, which has exclusive access.
-            unsafe { *dst.start.add(j * dst.row_stride + i) = *from.add(i * src.row_stride + j) };
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn transpose_4x4(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
-    use std::arch::x86_64::{__m128, _mm_movehl_ps, _mm_movelh_ps, _mm_unpackhi_ps, _mm_unpacklo_ps};
-    let [a, b, c, d] = rows.map(bytemuck::cast::<[f32; 4], __m128>);
-    // SAFETY: SSE is part of every x86-64 processor.
-    let columns = unsafe {
-        let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
-        let (ab_high, cd_high) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
-        [_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab), _mm_movelh_ps(ab_high, cd_high), _mm_movehl_ps(cd_high, ab_high)]
-    };
-    columns.map(bytemuck::cast::<__m128, [f32; 4]>)
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-#[inline(always)]
-fn transpose_4x4(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
-    std::array::from_fn(|j| std::array::from_fn(|i| rows[i][j]))
 }
 
 /// The tile size of a product's result: `rows` by `cols`. The last tiles may be smaller.
@@ -320,30 +213,10 @@ mod tests {
             let want: Vec<f32> =
                 (0..m * n).map(|i| (0..k).map(|c| x[i / n * k + c] * w[i % n * k + c]).sum()).collect();
             let mut y = vec![f32::NAN; m * n];
-            matmul_nt(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k));
+            matmul(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k).t(), 1.0, false);
             assert_eq!(y, want, "{m} {n} {k}");
             matmul(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k).t(), 2.0, true);
             assert!(y.iter().zip(&want).all(|(y, w)| *y == 3.0 * w), "{m} {n} {k}");
-        }
-    }
-
-    #[test]
-    fn a_row_does_not_depend_on_the_other_rows() {
-        let noise = |n: usize| -> Vec<f32> {
-            (0..n as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 9) as f32 / 8_388_608.0 - 0.5).collect()
-        };
-        for (n, k) in [(1, 300), (1, 1500), (3, 768), (6, 64), (8, 768), (30, 2), (40, 1536), (64, 1025), (100, 513)] {
-            let most = 5 * n + 70;
-            let (x, w) = (noise(most * k), noise(n * k));
-            let product = |m: usize| {
-                let mut y = vec![f32::NAN; m * n];
-                matmul_nt(MatrixMut::new(&mut y, m, n, n), Matrix::new(&x, m, k, k), Matrix::new(&w, n, k, k));
-                y
-            };
-            let all = product(most);
-            for m in [1, 2, 16, 17, 64, 65, 4 * n, 4 * n + 1] {
-                assert!(product(m)[..] == all[..m * n], "[{m}, {k}] · [{k}, {n}]");
-            }
         }
     }
 

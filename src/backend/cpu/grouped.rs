@@ -6,8 +6,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::bf16;
-use super::few_rows;
-use super::gemm::{Matrix, MatrixMut, TileSize, matmul, matmul_nt};
+use super::dot;
+use super::gemm::{Matrix, MatrixMut, TileSize, matmul};
 use super::groups::{RowGroup, Sink, WeightGrad};
 use super::parallel::{Scratch, SharedSlice};
 use super::product::Products;
@@ -39,8 +39,7 @@ pub(super) fn forward(products: Option<&Products>, x: &Tensor, groups: &[RowGrou
         let mut first = 0;
         for weight in group.stack {
             assert!(weight.cols() == k, "x has {k} columns, its weight [{}, {}]", weight.rows(), weight.cols());
-            let cols = if weight.in_place().is_some() { tile.cols } else { tile.cols.min((SCRATCH_TILE / k).max(64)) };
-            for (rows, out) in (TileSize { cols, ..tile }).tiles(group.rows.len(), weight.rows()) {
+            for (rows, out) in tile.tiles(group.rows.len(), weight.rows()) {
                 tasks.push(Task {
                     rows: group.rows.start + rows.start..group.rows.start + rows.end,
                     weight,
@@ -58,10 +57,7 @@ pub(super) fn forward(products: Option<&Products>, x: &Tensor, groups: &[RowGrou
         // SAFETY: tiles are disjoint by construction.
         let y = unsafe { MatrixMut::shared(&out, t.rows.start * width + t.first + t.out.start, m, n, width) };
         let x = Matrix::new(&x.values()[t.rows.start * k..], m, k, k);
-        if few_rows::suits(m, n) {
-            return few_rows::product(y, x, t.weight, t.out);
-        }
-        matmul_nt(y, x, Matrix::new(&t.weight.read(t.out), n, k, k));
+        dot::product(y, x, t.weight, t.out);
     });
 }
 

@@ -1,9 +1,9 @@
 //! The kernels for AVX-512: 12 lines by 2 vectors of sums, 24 of the 32 registers.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4,
-    _mm512_storeu_ps, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_ps, _mm512_unpackhi_epi32,
+    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
 use super::instructions::Instructions;
@@ -72,54 +72,6 @@ pub(super) fn multiply_pairs(a: &[u32], b: &[u32], c: &mut [f32], accumulate: bo
     unsafe { dot_pairs(a, b, c, accumulate) }
 }
 
-/// The sums of the first `lines` lines of a panel of A with 16 lines of B as they are stored, bf16 values in little-endian bytes. Each
-/// line of `c`, of `B` elements, gets 16 sums from `column` on, with the bits of [`multiply_pairs`].
-pub(super) fn multiply_few(lines: usize, a: &[u32], b: [&[u8]; LANES], c: &mut [f32], column: usize) {
-    macro_rules! few {
-        ($($lines:literal)*) => {
-            match lines {
-                // SAFETY: `Products::new` refuses these instructions where they do not exist.
-                $($lines => unsafe { few::<$lines>(a, b, c, column) },)*
-                _ => unreachable!("at most 8 lines"),
-            }
-        };
-    }
-    few!(1 2 3 4 5 6 7 8);
-}
-
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn few<const LINES: usize>(a: &[u32], b: [&[u8]; LANES], c: &mut [f32], column: usize) {
-    /// Bytes of a block of depth.
-    const BYTES: usize = 4 * BLOCK;
-    let mut sums = [_mm512_setzero_ps(); LINES];
-    for (i, a) in a.as_chunks::<{ A * BLOCK }>().0.iter().enumerate() {
-        let mut rows = [_mm512_setzero_si512(); LANES];
-        for (row, b) in rows.iter_mut().zip(b) {
-            let b = &b[i * BYTES..];
-            // Padded with zeros, as panels are.
-            let mut padded = [0; BYTES];
-            let bytes = b.first_chunk().unwrap_or_else(|| {
-                padded[..b.len()].copy_from_slice(b);
-                &padded
-            });
-            // SAFETY: 64 bytes.
-            *row = unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) };
-        }
-        for (u, b) in transposed(&rows).into_iter().enumerate() {
-            let b = _mm512_castsi512_ps(b);
-            for (line, sum) in sums.iter_mut().enumerate() {
-                let a = _mm512_set1_ps(f32::from_bits(a[line * BLOCK + u]));
-                *sum = _mm512_dpbf16_ps(*sum, pairs(a), pairs(b));
-            }
-        }
-    }
-    for (sum, c) in sums.iter().zip(c.chunks_exact_mut(B)) {
-        let c = &mut c[column..column + LANES];
-        // SAFETY: c has 16 elements.
-        unsafe { _mm512_storeu_ps(c.as_mut_ptr(), *sum) };
-    }
-}
-
 /// The transpose of 16 by 16 units.
 pub(super) fn transpose(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
     #[target_feature(enable = "avx512f")]
@@ -140,7 +92,7 @@ pub(super) fn transpose(block: &[[u32; 16]; 16]) -> [[u32; 16]; 16] {
 /// transposed.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(in crate::backend::cpu) fn transposed(rows: &[__m512i; 16]) -> [__m512i; 16] {
+pub(super) fn transposed(rows: &[__m512i; 16]) -> [__m512i; 16] {
     // quads[g][j]: lane L has rows 4g to 4g + 3 of column 4L + j.
     let mut quads = [[_mm512_setzero_si512(); 4]; 4];
     for (quad, rows) in quads.iter_mut().zip(rows.as_chunks::<4>().0) {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::OnceLock;
 
 /// The instructions that compute products of bf16 values. All of them multiply exactly and add in f32; they differ in the
 /// order and the rounding of the sums.
@@ -161,6 +162,11 @@ pub struct Caches {
 impl Caches {
     /// The caches of the first core, as Linux reports them; where it does not, 1 MiB.
     pub fn detect() -> Self {
+        static FOUND: OnceLock<Caches> = OnceLock::new();
+        *FOUND.get_or_init(Self::of_this_machine)
+    }
+
+    fn of_this_machine() -> Self {
         let read = |index: u32, name: &str| {
             let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/{name}");
             std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())

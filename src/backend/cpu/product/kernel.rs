@@ -27,26 +27,6 @@ pub(super) fn amx_agrees_with_emulation() -> bool {
     false
 }
 
-/// Lines of A that [`multiply_few`] takes; 0 where these instructions have none. More lines are faster with packed panels.
-pub(super) fn few(instructions: Instructions) -> usize {
-    match instructions {
-        #[cfg(target_arch = "x86_64")]
-        Instructions::Avx512Bf16 => 8,
-        _ => 0,
-    }
-}
-
-/// Lines of B that [`multiply_few`] takes.
-pub(super) const FEW_WIDTH: usize = 16;
-
-/// Some columns of a block of C, from `column` on: the first `lines` lines of a panel of A times lines of B as they are stored, in bf16.
-pub(super) fn multiply_few(lines: usize, a: &[u32], b: [&[u8]; FEW_WIDTH], c: &mut [f32], column: usize) {
-    #[cfg(target_arch = "x86_64")]
-    return super::avx512::multiply_few(lines, a, b, c, column);
-    #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("no instructions take {lines} lines of {} units, {} of {} at {column}", a.len(), b.len(), c.len());
-}
-
 /// c = A·Bᵀ, or c += A·Bᵀ if `accumulate`, over the whole depth of the panels.
 pub(super) fn multiply(instructions: Instructions, a: &[u32], b: &[u32], c: &mut [f32], accumulate: bool) {
     let shape = Shape::of(instructions);

@@ -12,8 +12,6 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-#[cfg(target_arch = "x86_64")]
-pub(super) use avx512::transposed as transposed_16x16;
 mod emulated;
 mod instructions;
 mod kernel;
@@ -27,13 +25,14 @@ mod shape;
 use std::ops::Range;
 
 pub use self::instructions::{Caches, Instructions, Processor};
-use self::kernel::FEW_WIDTH;
 pub(super) use self::operand::{Part, Side};
 pub(super) use self::pack::round;
 use self::shape::{BLOCK, Shape};
+use super::dot;
 use super::element::Element;
 use super::parallel::{Scratch, SharedSlice};
 use super::simd::{axpy, simd};
+use crate::backend::Dtype;
 
 /// How products of bf16 values are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,12 +139,10 @@ impl Tile<'_> {
     #[inline(always)]
     fn copy_row<E: Element>(&self, i: usize, to: &mut [E]) {
         // Of a length that the compiler knows where the tile is whole: a call of memcpy takes longer than the copy.
-        if self.b.len() == WHOLE
-            && let ([whole], []) = to.as_chunks_mut::<WHOLE>()
-        {
-            E::store(&self.values[i * self.stride..][..WHOLE], whole);
-        } else {
-            E::store(self.row(i), to);
+        match self.b.len() {
+            WHOLE => E::store(&self.row(i)[..WHOLE], &mut to[..WHOLE]),
+            dot::OUTPUTS => E::store(&self.row(i)[..dot::OUTPUTS], &mut to[..dot::OUTPUTS]),
+            _ => E::store(self.row(i), to),
         }
     }
 
@@ -274,29 +271,19 @@ impl Products {
         self.pass(panels, 0..streamed.lines, block, &block.whole(), &mut take);
     }
 
-    /// As [`Self::multiply`], of a few lines of A with lines of B that are stored as `depth` bf16 values each, and read once: packing them
-    /// would take longer than the products. The sums are the same bits. Returns false, and computes nothing, where it is not faster.
-    pub(super) fn multiply_stored(&self, a: &Block, b: &[u8], depth: usize, mut take: impl FnMut(&Tile<'_>)) -> bool {
-        let lines = b.len() / (2 * depth).max(1);
-        if a.lines > kernel::few(self.instructions) || lines < WHOLE {
-            return false;
-        }
-        assert!(
-            a.side == Side::A && a.units == a.shape.units(depth) && a.shape.b == WHOLE,
-            "operands that do not match"
-        );
-        let panel = bytemuck::cast_slice(&a.panels);
-        let mut c = Scratch::take(a.shape.block());
-        for start in (0..lines).step_by(WHOLE) {
-            // The last tile overlaps the one before if the lines are not whole tiles.
-            let start = start.min(lines - WHOLE);
-            for column in (0..WHOLE).step_by(FEW_WIDTH) {
-                let line = |i: usize| &b[2 * depth * (start + column + i)..][..2 * depth];
-                kernel::multiply_few(a.lines, panel, std::array::from_fn(line), &mut c, column);
-            }
-            take(&Tile { a: 0..a.lines, b: start..start + WHOLE, values: &c, stride: WHOLE });
-        }
-        true
+    /// Whether [`Self::multiply_stored`] takes lines of B that are stored in this format: packing them is not needed.
+    pub(super) fn takes_stored(&self, dtype: Dtype) -> bool {
+        self.instructions == Instructions::Avx512Bf16 && dtype == Dtype::Bf16 && dot::has_pairs()
+    }
+
+    /// As [`Self::multiply`], of lines of A with lines of B that are stored as `depth` bf16 values each, but with sums in the order of
+    /// [`dot`].
+    pub(super) fn multiply_stored(&self, a: &Block, b: &[u8], depth: usize, mut take: impl FnMut(&Tile<'_>)) {
+        assert!(a.side == Side::A && a.units == a.shape.units(depth), "operands that do not match");
+        let panels = dot::Panels { units: &a.panels, height: a.shape.a, rows: a.lines };
+        dot::product_of_pairs(panels, b, depth, self.caches, |a, b, sums| {
+            take(&Tile { a, b, values: sums.as_flattened(), stride: dot::OUTPUTS });
+        });
     }
 
     /// Multiplies panels, which hold these lines, with a part of a block.

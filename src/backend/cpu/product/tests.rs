@@ -57,29 +57,39 @@ impl Scattered {
 }
 
 #[test]
-fn few_lines_have_the_bits_of_packed_ones() {
-    for instructions in available().into_iter().filter(|i| kernel::few(*i) > 0) {
-        let products = Products::new(instructions, Caches { l2: 1 << 20 });
-        // Sums that round.
-        let noise =
-            |n: usize, seed: usize| -> Vec<f32> { values(n, seed).iter().map(|x| x * 0.3137 + 0.011).collect() };
-        for (n, depth) in [(32, 1), (33, 7), (64, 512), (70, 1001), (95, 2048), (40, 32)] {
-            let b = bf16_bytes(&noise(n * depth, 3));
-            let packed = products.block(Side::B, &[Part::stored(Dtype::Bf16, &b, depth).by_rows(depth)], 0..n);
-            for m in 1..=kernel::few(instructions) {
-                let a = noise(m * depth, m);
-                let a = products.block(Side::A, &[Part::activations(&a, depth).by_rows(depth)], 0..m);
-                let [mut got, mut want] = [(); 2].map(|()| vec![f32::NAN; m * n]);
-                assert!(products.multiply_stored(&a, &b, depth, |tile| tile.copy_to(&mut got, n)));
-                products.multiply(&a, &packed, |tile| tile.copy_to(&mut want, n));
-                let bits = |c: &[f32]| c.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(&got), bits(&want), "{instructions}: {m} lines, {n} of depth {depth}");
-            }
-            // More lines, or fewer of the other side, are left to packed panels.
-            let m = kernel::few(instructions) + 1;
-            let a = noise(m * depth, m);
-            let a = products.block(Side::A, &[Part::activations(&a, depth).by_rows(depth)], 0..m);
-            assert!(!products.multiply_stored(&a, &b, depth, |_| unreachable!()));
+fn lines_of_b_are_multiplied_as_they_are_stored() {
+    let products = |l2: usize| Products::new(Instructions::Avx512Bf16, Caches { l2 });
+    if !Processor::detect().has(Instructions::Avx512Bf16) || !products(1 << 20).takes_stored(Dtype::Bf16) {
+        return eprintln!("skipped: this processor has no AVX-512 BF16");
+    }
+    assert!(!products(1 << 20).takes_stored(Dtype::F16));
+    // Sums that round.
+    let noise = |n: usize, seed: usize| -> Vec<f32> { values(n, seed).iter().map(|x| x * 0.3137 + 0.011).collect() };
+    for (m, n, depth) in [(1, 32, 1), (3, 33, 7), (12, 64, 512), (13, 3, 1001), (150, 10, 2048), (40, 5, 4100)] {
+        let (a, b) = (noise(m * depth, m), bf16_bytes(&noise(n * depth, 3)));
+        let product = |first: usize, lines: usize, l2: usize| {
+            let products = products(l2);
+            let block = products.block(Side::A, &[Part::activations(&a, depth).by_rows(depth)], first..first + lines);
+            let mut c = vec![f32::NAN; lines * n];
+            products.multiply_stored(&block, &b, depth, |tile| tile.copy_to(&mut c, n));
+            c
+        };
+        let bits = |c: &[f32]| c.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let whole = product(0, m, 1 << 20);
+        assert_eq!(bits(&whole), bits(&product(0, m, 8 << 10)), "[{m}, {depth}] · [{depth}, {n}] with a small cache");
+        for lines in [1, 5, 12] {
+            let lines = lines.min(m);
+            let first = (m - lines) / 2;
+            let want = &whole[first * n..][..lines * n];
+            assert_eq!(bits(want), bits(&product(first, lines, 1 << 20)), "{lines} of [{m}, {depth}] · [{depth}, {n}]");
+        }
+        let [a, b] = [bf16_bytes(&a), b.clone()].map(|bytes| -> Vec<f64> {
+            bytes.as_chunks().0.iter().map(|x| half::bf16::from_le_bytes(*x).to_f64()).collect()
+        });
+        for (i, got) in whole.iter().enumerate() {
+            let terms = || (0..depth).map(|d| a[i / n * depth + d] * b[i % n * depth + d]);
+            let (exact, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+            assert!((f64::from(*got) - exact).abs() <= 1e-6 * size, "[{m}, {depth}] · [{depth}, {n}]: {got} {exact}");
         }
     }
 }
