@@ -69,6 +69,11 @@ impl<B: Backend> Model<B> {
     /// If a sequence has no room for its tokens.
     pub fn decode(&self, new: &[(usize, &[u32])], cache: &mut KvCache<B>) -> Vec<f32> {
         let b = &*self.backend;
+        b.together(|| self.decode_together(new, cache))
+    }
+
+    fn decode_together(&self, new: &[(usize, &[u32])], cache: &mut KvCache<B>) -> Vec<f32> {
+        let b = &*self.backend;
         let pass = cache.append(b, new, self);
         let given = match (&self.guide, &mut cache.guide) {
             (Some(guide), Some(cache)) => guide.decode_layers(&cache.append(b, new, guide), cache, &[]).1,

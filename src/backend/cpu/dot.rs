@@ -18,7 +18,7 @@ mod tile;
 use std::ops::Range;
 
 use self::tile::Tile;
-use super::gemm::{Matrix, MatrixMut};
+use super::gemm::{Matrix, MatrixMut, TileSize};
 use super::parallel::Scratch;
 use super::product::Caches;
 use super::weight::Weight;
@@ -28,6 +28,9 @@ use crate::backend::Dtype;
 const LANES: usize = 16;
 /// Depth that is summed into the same partial sums. The rows of a tile take 24 and 16 KiB of the L1 cache.
 const SLAB: usize = 1024;
+
+/// The smallest efficient size of a product: packing x takes little of its time.
+pub(super) const SMALLEST: TileSize = TileSize { rows: 128, cols: 64 };
 
 /// Most rows of w in a tile.
 pub(super) const OUTPUTS: usize = 4;

@@ -163,14 +163,14 @@ impl TileSize {
     ///
     /// `heights` are the numbers of rows of the products, which all have `width` columns. Many products get large
     /// tiles, for which the kernel is most efficient. Otherwise tiles shrink until there are [`Self::TASKS`] of them or
-    /// the smallest efficient size is reached. The choice depends only on shapes.
-    pub(super) fn choose(heights: impl Iterator<Item = usize> + Clone, width: usize) -> Self {
+    /// `smallest` is reached, the smallest efficient size. The choice depends only on shapes.
+    pub(super) fn choose(heights: impl Iterator<Item = usize> + Clone, width: usize, smallest: Self) -> Self {
         let mut size = Self { rows: Self::LARGEST.rows, cols: Self::LARGEST.cols };
         let tasks = |t: Self| heights.clone().map(|m| m.div_ceil(t.rows)).sum::<usize>() * width.div_ceil(t.cols);
         loop {
-            let smaller = if size.rows > Self::SMALLEST.rows && size.rows >= size.cols {
+            let smaller = if size.rows > smallest.rows && size.rows >= size.cols {
                 Self { rows: size.rows / 2, ..size }
-            } else if size.cols > Self::SMALLEST.cols {
+            } else if size.cols > smallest.cols {
                 Self { cols: size.cols / 2, ..size }
             } else {
                 return size;
@@ -185,7 +185,8 @@ impl TileSize {
     /// Enough tasks to keep some tens of cores busy.
     const TASKS: usize = 32;
     const LARGEST: Self = Self { rows: 512, cols: 512 };
-    const SMALLEST: Self = Self { rows: 128, cols: 256 };
+    /// The smallest efficient size of products by `gemm`.
+    pub(super) const SMALLEST: Self = Self { rows: 128, cols: 256 };
 
     /// The tiles of an `[m, n]` result, each as `(rows, cols)`.
     pub(super) fn tiles(
@@ -233,10 +234,15 @@ mod tests {
 
     #[test]
     fn many_experts_get_large_tiles_and_a_single_product_small_ones() {
-        assert_eq!(TileSize::choose(std::iter::repeat_n(230, 64), 1024), TileSize { rows: 512, cols: 512 });
-        assert_eq!(TileSize::choose(std::iter::once(1840), 1024), TileSize { rows: 256, cols: 256 });
-        assert_eq!(TileSize::choose(std::iter::once(1), 64), TileSize { rows: 128, cols: 256 });
-        assert_eq!(TileSize::choose(std::iter::once(1 << 16), 4096), TileSize { rows: 512, cols: 512 });
-        assert_eq!(TileSize::choose(std::iter::empty(), 8), TileSize { rows: 128, cols: 256 });
+        fn choose(heights: impl Iterator<Item = usize> + Clone, width: usize) -> TileSize {
+            TileSize::choose(heights, width, TileSize::SMALLEST)
+        }
+        assert_eq!(choose(std::iter::repeat_n(230, 64), 1024), TileSize { rows: 512, cols: 512 });
+        assert_eq!(choose(std::iter::once(1840), 1024), TileSize { rows: 256, cols: 256 });
+        assert_eq!(choose(std::iter::once(1), 64), TileSize { rows: 128, cols: 256 });
+        assert_eq!(choose(std::iter::once(1 << 16), 4096), TileSize { rows: 512, cols: 512 });
+        assert_eq!(choose(std::iter::empty(), 8), TileSize { rows: 128, cols: 256 });
+        let narrow = TileSize { rows: 128, cols: 64 };
+        assert_eq!(TileSize::choose(std::iter::once(1), 1024, narrow), narrow);
     }
 }

@@ -33,7 +33,7 @@ pub(super) fn forward(products: Option<&Products>, x: &Tensor, groups: &[RowGrou
         first: usize,
     }
     let (k, width) = (x.cols(), y.cols());
-    let tile = TileSize::choose(groups.iter().map(|g| g.rows.len()), width);
+    let tile = TileSize::choose(groups.iter().map(|g| g.rows.len()), width, dot::SMALLEST);
     let mut tasks = Vec::new();
     for group in groups {
         let mut first = 0;
@@ -67,7 +67,7 @@ pub(super) fn backward_input(products: Option<&Products>, dy: &Tensor, groups: &
         return bf16::backward_input(products, dy, groups, dx);
     }
     let (n, k) = (dy.cols(), dx.cols());
-    let tile = TileSize::choose(groups.iter().map(|g| g.rows.len()), k);
+    let tile = TileSize::choose(groups.iter().map(|g| g.rows.len()), k, TileSize::SMALLEST);
     let mut tasks = Vec::new();
     for group in groups {
         let height: usize = group.stack.iter().map(|w| w.rows()).sum();
@@ -130,7 +130,7 @@ pub(super) fn backward_weight(
     if let Some(products) = products {
         return bf16::backward_weight(products, dy, x, jobs, dw, scores);
     }
-    let tile = TileSize::choose(jobs.iter().map(|j| j.out.len()), k);
+    let tile = TileSize::choose(jobs.iter().map(|j| j.out.len()), k, TileSize::SMALLEST);
     struct Task<'a> {
         job: &'a WeightGrad<'a>,
         out: Range<usize>,

@@ -23,7 +23,6 @@ pub(super) struct Tile<'a> {
 
 /// [`LANES`] units in registers, or as many sums in f32. A unit has 32 bits: one f32, or a pair of bf16 values.
 ///
-/// # Safety
 /// All functions may only be called where the processor has their instructions, and are inlined into one that is compiled with them.
 pub(super) trait Lanes: Copy {
     unsafe fn zero() -> Self;
@@ -38,9 +37,6 @@ pub(super) trait Lanes: Copy {
 }
 
 /// Lanes of f32 units, which can be made of 16-bit values.
-///
-/// # Safety
-/// As for [`Lanes`].
 pub(super) trait Widened: Lanes {
     /// From 32 bytes.
     unsafe fn of_bf16(from: *const u8) -> Self;
