@@ -157,6 +157,13 @@ impl ChatTemplate {
         self.variables.contains(name)
     }
 
+    /// A variable that the template reads and that is none of these.
+    pub fn unknown_variable(&self, known: &[&str]) -> Option<&str> {
+        let mut unknown: Vec<&str> = self.variables.iter().map(String::as_str).collect();
+        unknown.retain(|name| !known.contains(name) && !self.is_function(name));
+        unknown.into_iter().min()
+    }
+
     /// Whether this name is a function of the template engine.
     pub(super) fn is_function(&self, name: &str) -> bool {
         self.env.globals().any(|(global, _)| global == name)

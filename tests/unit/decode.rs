@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use moewarden::backend::{Packing, cpu::Cpu};
+use moewarden::backend::Packing;
+use moewarden::backend::cpu::{Caches, Cpu, Instructions, Processor, Products};
 use moewarden::data::Penalties;
 use moewarden::exit::{self, Result};
 use moewarden::model::{Checkpoint, ForwardOptions, Inputs, Model, ModelConfig, ParamTable, PassEnd};
@@ -16,10 +17,14 @@ fn golden() -> PathBuf {
 }
 
 fn open(case: &Path) -> Model<Cpu> {
+    open_on(case, Cpu::new(1))
+}
+
+fn open_on(case: &Path, cpu: Cpu) -> Model<Cpu> {
     let dir = case.join("model");
     let config = ModelConfig::from_dir(&dir).unwrap();
     let table = ParamTable::build(&config, &Checkpoint::open(&dir).unwrap()).unwrap();
-    Model::new(Arc::new(Cpu::new(1)), config, table)
+    Model::new(Arc::new(cpu), config, table)
 }
 
 /// The first unsafe reply.
@@ -142,8 +147,15 @@ fn prompts(ids: &[u32], count: usize) -> Vec<Prompt<'_>> {
 
 #[test]
 fn answers_are_the_same_whatever_the_batch_size() {
-    for case in &all_cases() {
-        let model = open(case);
+    // Products of f32, and of bf16 values by all instructions that this processor has.
+    let kinds = Instructions::ALL.into_iter().filter(|&i| Processor::detect().has(i)).map(Some);
+    let kinds: Vec<Option<Instructions>> = [None].into_iter().chain(kinds).collect();
+    let cases = all_cases();
+    let bf16 = |case: &Path| ["olmoe", "mixtral", "qwen3_moe"].iter().any(|name| case.ends_with(name));
+    let all = kinds.iter().flat_map(|kind| cases.iter().map(move |case| (*kind, case)));
+    for (kind, case) in all.filter(|(kind, case)| kind.is_none() || bf16(case)) {
+        let products = kind.map(|instructions| Products::new(instructions, Caches::detect()));
+        let model = open_on(case, Cpu::new(1).with_products(products));
         let ids = some_ids(case);
         let prompts = prompts(&ids, 7);
         let lengths: Vec<usize> = prompts.iter().map(|p| p.ids.len()).collect();
@@ -163,7 +175,7 @@ fn answers_are_the_same_whatever_the_batch_size() {
             let one = all(&eos, &sampling, 1);
             assert_eq!(one.len(), prompts.len());
             for size in [2, 3, 16] {
-                assert_eq!(all(&eos, &sampling, size), one, "{}, batches of {size}", case.display());
+                assert_eq!(all(&eos, &sampling, size), one, "{} {kind:?}, batches of {size}", case.display());
             }
         }
     }

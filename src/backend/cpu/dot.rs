@@ -26,7 +26,8 @@ use crate::backend::Dtype;
 
 /// Partial sums of a dot product: one of AVX-512's vectors, two of AVX2's.
 const LANES: usize = 16;
-/// Depth that is summed into the same partial sums. The rows of a tile take 24 and 16 KiB of the L1 cache.
+/// Depth that is summed into the same partial sums: in units, f32 values or pairs of bf16 values. The rows of w in a tile take at most
+/// 16 KiB of the L1 cache; each panel of x passes by them.
 const SLAB: usize = 1024;
 
 /// The smallest efficient size of a product: packing x takes little of its time.
@@ -107,8 +108,9 @@ pub(super) fn product_of_pairs(
     mut take: impl FnMut(Range<usize>, Range<usize>, &[Sums]),
 ) {
     assert!(has_pairs(), "this processor has no AVX-512 BF16");
+    assert!(depth > 0 && x.height > 0 && x.height <= 4 * tile::ROWS, "panels of {} rows, depth {depth}", x.height);
     let row_bytes = Dtype::Bf16.size() * depth;
-    let count = w.len() / row_bytes.max(1);
+    let count = w.len() / row_bytes;
     let w = Rows { bytes: w, count, row_bytes, unit: 2 * Dtype::Bf16.size(), dtype: Dtype::F32 };
     let most = rows_at_a_time(caches, depth.div_ceil(2)) / x.height * x.height;
     for start in (0..x.rows).step_by(most) {
@@ -222,13 +224,16 @@ fn multiply(kernel: Kernel, panels: Panels<'_>, w: Rows<'_>, mut take: impl FnMu
     let mut first = 0;
     while first < w.count {
         let outputs = if w.count - first < kernel.outputs { 1 } else { kernel.outputs };
+        // While these rows are multiplied, the same number of following ones is prefetched.
+        let next = w.bytes.as_ptr().wrapping_add((first + outputs) * w.row_bytes);
+        let (mut done, all) = (0, tiles.len() * steps);
         for slab in (0..steps.max(1)).step_by(STEPS).map(|at| at..steps.min(at + STEPS)) {
             let mut rows: [&[u8]; OUTPUTS] = [&[]; OUTPUTS];
             for (j, row) in rows[..outputs].iter_mut().enumerate() {
                 *row = w.part(first + j, &(LANES * slab.start..LANES * slab.end));
             }
             let rows = &rows[..outputs];
-            for (i, of_x) in tiles.iter().enumerate() {
+            for of_x in &tiles {
                 let tile = Tile {
                     x: panels.part(of_x.start, &slab),
                     stride: panels.height,
@@ -236,9 +241,10 @@ fn multiply(kernel: Kernel, panels: Panels<'_>, w: Rows<'_>, mut take: impl FnMu
                     w: rows,
                     dtype: w.dtype,
                     begins: slab.start == 0,
-                    ahead: Ahead::of(rows, w.row_bytes, slab.len(), i, tiles.len()),
+                    ahead: Ahead::of(next, outputs * w.row_bytes, done, all),
                 };
                 (kernel.multiply)(&tile, &mut sums[of_x.clone()]);
+                done += slab.len();
             }
         }
         take(first..first + outputs, &sums);
@@ -258,19 +264,12 @@ impl Ahead {
     /// Bytes of a cache line.
     const LINE: usize = 64;
 
-    /// The part of tile `tile` of `tiles` in the rows of w that follow `rows`, or, in a slab, in the same depth of those.
-    fn of(rows: &[&[u8]], row_bytes: usize, steps: usize, tile: usize, tiles: usize) -> Self {
-        let (bytes, next) = (rows[0].len(), rows[0].as_ptr().wrapping_add(rows.len() * row_bytes));
-        let all = rows.len() * bytes;
-        let lines = all.div_ceil(Self::LINE * (tiles * steps).max(1));
-        let of_a_tile = Self::LINE * lines * steps;
-        if bytes == row_bytes && tile * of_a_tile < all {
-            Self { start: next.wrapping_add(tile * of_a_tile), lines }
-        } else if bytes < row_bytes && tile < rows.len() {
-            Self { start: next.wrapping_add(tile * row_bytes), lines: 1 }
-        } else {
-            Self { start: next, lines: 0 }
-        }
+    /// The part of `bytes` bytes from `next` on that falls to a tile whose first step is step `done` of `all`, if every step asks for
+    /// as many cache lines.
+    fn of(next: *const u8, bytes: usize, done: usize, all: usize) -> Self {
+        let lines = bytes.div_ceil(Self::LINE * all.max(1));
+        let at = Self::LINE * lines * done;
+        Self { start: next.wrapping_add(at), lines: if at < bytes { lines } else { 0 } }
     }
 }
 

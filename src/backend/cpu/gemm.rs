@@ -1,8 +1,8 @@
 //! Dense matrix products in f32 on one thread (the only place that calls the `gemm` crate), and their tiling for several
-//! threads. `product/` has those of bf16 values.
+//! threads. `dot` has those of forward passes, `product/` those of bf16 values.
 //!
-//! A product is tiled by its shape alone ([`TileSize::choose`]); each tile is one task and one `gemm` call on one
-//! thread. The tiles of all experts form one list of tasks, which balances uneven experts as well as a single large
+//! A product is tiled by its shape alone ([`TileSize::choose`]); each tile is one task on one thread: a call of `gemm`, or, in a
+//! forward, of `dot`. The tiles of all experts form one list of tasks, which balances uneven experts as well as a single large
 //! product. No sum depends on the number of threads.
 
 use std::marker::PhantomData;

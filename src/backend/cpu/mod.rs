@@ -1,8 +1,8 @@
 //! The CPU backend: the reference implementation, and the fallback for machines without a GPU, so it is optimised too.
 //!
 //! Each file has one family of operations, with each backward pass beside its forward pass. `tensor` explains why the
-//! backend has its own tensor type, `gemm` how matrix products are tiled for several threads, `simd` how plain loops
-//! are vectorised. Sums are always split by shape, never by the number of threads, so results do not depend on that number.
+//! backend has its own tensor type, `gemm` how matrix products are tiled for several threads, `dot` how forward products read the
+//! weights, `simd` how plain loops are vectorised. Sums are always split by shape, never by the number of threads, so results do not depend on that number.
 
 mod attention;
 mod attention_bf16;
@@ -30,6 +30,9 @@ mod swiglu;
 mod tensor;
 mod update;
 mod weight;
+
+#[cfg(target_endian = "big")]
+compile_error!("weights are multiplied as checkpoints store them, in little-endian order");
 
 use std::ops::Range;
 use std::sync::Arc;

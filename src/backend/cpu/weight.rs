@@ -105,8 +105,7 @@ impl Weight {
 
     /// All values without a copy, if they are aligned f32.
     pub(super) fn in_place(&self) -> Option<&[f32]> {
-        let usable = self.dtype == Dtype::F32 && cfg!(target_endian = "little");
-        usable.then(|| bytemuck::try_cast_slice(self.bytes()).ok()).flatten()
+        (self.dtype == Dtype::F32).then(|| bytemuck::try_cast_slice(self.bytes()).ok()).flatten()
     }
 
     /// The rows in the range `rows` as f32, `[rows.len(), cols]`.

@@ -110,6 +110,17 @@ impl JudgeTemplate {
         };
         let categories = file.categories.as_deref().map(|source| pattern("categories", source)).transpose()?;
         let patterns = Patterns { safety, refusal, categories };
+        if let Some(name) = prompt.unknown_variable(&["prompt", "response", "messages", "add_generation_prompt"]) {
+            return Err(invalid(format!("prompt: reads {name}; there are prompt, response and messages")));
+        }
+        for (i, (_, pattern)) in patterns.safety.iter().enumerate() {
+            if ["", "\u{1}"].iter().all(|text| pattern.is_match(text)) {
+                return Err(invalid(format!("verdicts: the pattern {:?} matches every text", pattern.as_str())));
+            }
+            if patterns.safety[..i].iter().any(|(_, other)| other.as_str() == pattern.as_str()) {
+                return Err(invalid(format!("verdicts: the pattern {:?} stands for two verdicts", pattern.as_str())));
+            }
+        }
         let asked = |response: &str| ask(&prompt, &[Message::new("user", "a question")], response);
         if asked("an answer").map_err(template)? == asked("").map_err(template)? {
             return Err(invalid("prompt: does not depend on the answer: it should contain {{ response }}".into()));
@@ -322,7 +333,13 @@ mod tests {
                 "judge.yaml:3: the rows decide messages",
             ),
             (&format!("prompt: x\n{verdicts}\ncategories: '['"), "categories"),
-            (&format!("prompt: '{{{{ promt }}}}'\n{verdicts}"), "does not depend on the answer"),
+            (&format!("prompt: '{{{{ prompt }}}}'\n{verdicts}"), "does not depend on the answer"),
+            (
+                &format!("prompt: '{{{{ promt }}}} {{{{ response }}}}'\n{verdicts}"),
+                "prompt: reads promt; there are prompt, response and messages",
+            ),
+            ("prompt: '{{ response }}'\nverdicts: {unsafe: a, safe: ''}", "the pattern \"\" matches every text"),
+            ("prompt: '{{ response }}'\nverdicts: {unsafe: a, safe: a}", "the pattern \"a\" stands for two verdicts"),
         ] {
             let error = template(text).map(drop).unwrap_err();
             assert_eq!(error.code(), exit::DATA, "{error}");

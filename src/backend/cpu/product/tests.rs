@@ -65,13 +65,22 @@ fn lines_of_b_are_multiplied_as_they_are_stored() {
     assert!(!products(1 << 20).takes_stored(Dtype::F16));
     // Sums that round.
     let noise = |n: usize, seed: usize| -> Vec<f32> { values(n, seed).iter().map(|x| x * 0.3137 + 0.011).collect() };
-    for (m, n, depth) in [(1, 32, 1), (3, 33, 7), (12, 64, 512), (13, 3, 1001), (150, 10, 2048), (40, 5, 4100)] {
+    for (m, n, depth) in
+        [(1, 32, 1), (3, 33, 7), (12, 64, 512), (13, 3, 1001), (150, 10, 2048), (40, 5, 4100), (14, 6, 4097), (2, 0, 8)]
+    {
         let (a, b) = (noise(m * depth, m), bf16_bytes(&noise(n * depth, 3)));
         let product = |first: usize, lines: usize, l2: usize| {
             let products = products(l2);
             let block = products.block(Side::A, &[Part::activations(&a, depth).by_rows(depth)], first..first + lines);
             let mut c = vec![f32::NAN; lines * n];
             products.multiply_stored(&block, &b, depth, |tile| tile.copy_to(&mut c, n));
+            // Activations that are stored in bf16 already.
+            let rounded = bf16_bytes(&a);
+            let part = Part::stored(Dtype::Bf16, &rounded, depth).by_rows(depth);
+            let block = products.block(Side::A, &[part], first..first + lines);
+            let mut of_stored = vec![f32::NAN; lines * n];
+            products.multiply_stored(&block, &b, depth, |tile| tile.copy_to(&mut of_stored, n));
+            assert_eq!(c, of_stored);
             c
         };
         let bits = |c: &[f32]| c.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
