@@ -68,8 +68,7 @@ impl<B: Backend> Model<B> {
     /// # Panics
     /// If a sequence has no room for its tokens.
     pub fn decode(&self, new: &[(usize, &[u32])], cache: &mut KvCache<B>) -> Vec<f32> {
-        let b = &*self.backend;
-        b.together(|| self.decode_together(new, cache))
+        self.backend.together(|| self.decode_together(new, cache))
     }
 
     fn decode_together(&self, new: &[(usize, &[u32])], cache: &mut KvCache<B>) -> Vec<f32> {

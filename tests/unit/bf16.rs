@@ -8,7 +8,7 @@ use moewarden::backend::{Backend, Dtype, ExpertGrad, GradReduction, Heads, HostT
 use std::sync::Arc;
 
 /// The backends to test. Says which instructions this processor lacks.
-fn backends(threads: usize) -> Vec<(Instructions, Cpu)> {
+pub fn backends(threads: usize) -> Vec<(Instructions, Cpu)> {
     let processor = Processor::detect();
     let (here, missing): (Vec<_>, Vec<_>) = Instructions::ALL.into_iter().partition(|&i| processor.has(i));
     println!("bf16 products by {here:?}; skipped, because this processor lacks them: {missing:?}");

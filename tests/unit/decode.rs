@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::bf16::backends;
 use moewarden::backend::Packing;
-use moewarden::backend::cpu::{Caches, Cpu, Instructions, Processor, Products};
+use moewarden::backend::cpu::Cpu;
 use moewarden::data::Penalties;
 use moewarden::exit::{self, Result};
 use moewarden::model::{Checkpoint, ForwardOptions, Inputs, Model, ModelConfig, ParamTable, PassEnd};
@@ -147,16 +148,13 @@ fn prompts(ids: &[u32], count: usize) -> Vec<Prompt<'_>> {
 
 #[test]
 fn answers_are_the_same_whatever_the_batch_size() {
-    // Products of f32, and of bf16 values by all instructions that this processor has.
-    let kinds = Instructions::ALL.into_iter().filter(|&i| Processor::detect().has(i)).map(Some);
-    let kinds: Vec<Option<Instructions>> = [None].into_iter().chain(kinds).collect();
-    let cases = all_cases();
-    let bf16 = |case: &Path| ["olmoe", "mixtral", "qwen3_moe"].iter().any(|name| case.ends_with(name));
-    let all = kinds.iter().flat_map(|kind| cases.iter().map(move |case| (*kind, case)));
-    for (kind, case) in all.filter(|(kind, case)| kind.is_none() || bf16(case)) {
-        let products = kind.map(|instructions| Products::new(instructions, Caches::detect()));
-        let model = open_on(case, Cpu::new(1).with_products(products));
-        let ids = some_ids(case);
+    let f32 = all_cases().into_iter().map(|case| (case, "f32".to_owned(), Cpu::new(1)));
+    let bf16 = ["olmoe", "mixtral", "qwen3_moe"].into_iter().flat_map(|name| {
+        backends(1).into_iter().map(move |(instructions, cpu)| (golden().join(name), instructions.to_string(), cpu))
+    });
+    for (case, products, cpu) in f32.chain(bf16) {
+        let model = open_on(&case, cpu);
+        let ids = some_ids(&case);
         let prompts = prompts(&ids, 7);
         let lengths: Vec<usize> = prompts.iter().map(|p| p.ids.len()).collect();
         let all = |eos: &[u32], sampling: &Sampling, size: usize| {
@@ -175,7 +173,7 @@ fn answers_are_the_same_whatever_the_batch_size() {
             let one = all(&eos, &sampling, 1);
             assert_eq!(one.len(), prompts.len());
             for size in [2, 3, 16] {
-                assert_eq!(all(&eos, &sampling, size), one, "{} {kind:?}, batches of {size}", case.display());
+                assert_eq!(all(&eos, &sampling, size), one, "{} {products}, batches of {size}", case.display());
             }
         }
     }

@@ -1,8 +1,9 @@
 //! Grouped products of bf16 values, by `product/`: the counterparts of the f32 ones in `grouped.rs`.
 //!
 //! Activations in f32 are rounded to bf16 as they are packed; those in bf16, and 16-bit weights, are packed as they are stored, but for
-//! weights that are multiplied as they lie ([`Products::takes_stored`]). Sums are in f32. One list of tasks covers all experts. Where sums are spread over tasks, those of a score, the list depends on shapes and
-//! on the sizes of the caches, not on the number of threads.
+//! weights that are multiplied as they lie ([`Products::takes_stored`]). Sums are in f32. One list of tasks covers all experts. Where
+//! sums are spread over tasks, those of a score, the list depends on shapes and on the sizes of the caches, not on the number of
+//! threads.
 
 use std::ops::Range;
 
@@ -42,9 +43,9 @@ struct Task<'g, 'w> {
     columns: Range<usize>,
 }
 
-/// The tasks of a product of `width` columns. Each packs its rows of activations once, and, if they must be packed, the weights of its columns. What is too
-/// little for all threads is split: tall groups between their rows, flat ones between their columns. An element's sum does
-/// not depend on the task that computes it.
+/// The tasks of a product of `width` columns. Each packs its rows of activations once, and, if they must be packed, the weights of its
+/// columns. What is too little for all threads is split: tall groups between their rows, flat ones between their columns. An element's
+/// sum does not depend on the task that computes it.
 fn tasks<'g, 'w>(groups: &'g [RowGroup<'w>], width: usize) -> Vec<Task<'g, 'w>> {
     /// Rows that are worth reading, or packing, the weights once more.
     const TALL: usize = 4 * STEP;

@@ -5,8 +5,8 @@
 //! kernel takes one vector of each row after the other.
 //!
 //! Every element is summed in the same order, whatever the shape of the product and the instruction set: in each [`SLAB`] of the
-//! depth [`LANES`] partial sums with fused multiply-adds, which are then added as [`tile::Lanes::totals`] says, slab after slab. So a token's logits have the
-//! same bits in every batch.
+//! depth [`LANES`] partial sums with fused multiply-adds, which are then added as [`tile::Lanes::totals`] says, slab after slab. So a
+//! token's logits have the same bits in every batch.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -113,14 +113,7 @@ impl JudgeTemplate {
         if let Some(name) = prompt.unknown_variable(&["prompt", "response", "messages", "add_generation_prompt"]) {
             return Err(invalid(format!("prompt: reads {name}; there are prompt, response and messages")));
         }
-        for (i, (_, pattern)) in patterns.safety.iter().enumerate() {
-            if ["", "\u{1}"].iter().all(|text| pattern.is_match(text)) {
-                return Err(invalid(format!("verdicts: the pattern {:?} matches every text", pattern.as_str())));
-            }
-            if patterns.safety[..i].iter().any(|(_, other)| other.as_str() == pattern.as_str()) {
-                return Err(invalid(format!("verdicts: the pattern {:?} stands for two verdicts", pattern.as_str())));
-            }
-        }
+        patterns.check().map_err(|problem| invalid(format!("verdicts: {problem}")))?;
         let asked = |response: &str| ask(&prompt, &[Message::new("user", "a question")], response);
         if asked("an answer").map_err(template)? == asked("").map_err(template)? {
             return Err(invalid("prompt: does not depend on the answer: it should contain {{ response }}".into()));
@@ -131,6 +124,19 @@ impl JudgeTemplate {
 }
 
 impl Patterns {
+    /// That each verdict can be given, and can be missing.
+    fn check(&self) -> Result<(), String> {
+        for (i, (_, pattern)) in self.safety.iter().enumerate() {
+            if ["", "\u{1}"].iter().all(|text| pattern.is_match(text)) {
+                return Err(format!("the pattern {:?} matches every text", pattern.as_str()));
+            }
+            if self.safety[..i].iter().any(|(_, other)| other.as_str() == pattern.as_str()) {
+                return Err(format!("the pattern {:?} stands for two verdicts", pattern.as_str()));
+            }
+        }
+        Ok(())
+    }
+
     /// The verdict whose pattern matches; `None` if no pattern or patterns of several verdicts match.
     fn parse(&self, text: &str) -> Option<Assessment> {
         let mut found = self.safety.iter().filter(|(_, pattern)| pattern.is_match(text)).map(|(safety, _)| *safety);

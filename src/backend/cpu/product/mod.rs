@@ -3,7 +3,8 @@
 //! A product is A·Bᵀ: element (i, j) is the sum over the depth of line i of A times line j of B. One operand is packed as a
 //! whole ([`Products::block`]), in parts that stay in the L2 cache. The other is packed a few panels at a time
 //! ([`Products::stream`]), or as a whole, too, where several blocks follow ([`Products::multiply`]); its panels pass by the whole
-//! block. Weights in bf16 need no packing where [`Products::takes_stored`] says so. The caller gets C tile by tile from the L1 cache, and stores, transposes, adds or reduces it: no tile reaches main memory for its own sake.
+//! block. Weights in bf16 need no packing where [`Products::takes_stored`] says so. The caller gets C tile by tile from the L1
+//! cache, and stores, transposes, adds or reduces it: no tile reaches main memory for its own sake.
 //!
 //! Everything here runs on the calling thread. A sum's order depends on the depth alone, not on the block sizes, because
 //! sums that are interrupted continue from their value.
